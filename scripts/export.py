@@ -71,6 +71,8 @@ def main() -> int:
         model = heads.with_scalar_head(model)
     adapter = parts.get("adapter")
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
+    if adapter_folder:
+        pretrained.check_adapter_base(adapter_folder, ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is the input folder; choose another folder")
     how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None

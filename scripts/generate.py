@@ -179,6 +179,7 @@ def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) ->
             )
         params, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
+            pretrained.check_adapter_base(source.adapter, source.ref)
             params["adapter"], settings = adapters.load_adapter(source.adapter, model, mesh)
         stop = stop_tokens(source.ref, model, tokenizer)
         run = generate.make_generate(adapted(model, settings), sampling, stop)

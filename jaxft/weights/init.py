@@ -46,6 +46,9 @@ def init_all_but_base(
     """
     scorers, key = scorers or {}, jax.random.key(seed)
     specs = {name: specs for name, specs in model.specs.items() if name != "base" and name not in scorers}
+    for start in dict.fromkeys(x.start for x in (policy, *scorers.values())):
+        if start is not None and ref is not None and adapter_folder(start).is_dir():
+            pretrained.check_adapter_base(adapter_folder(start), ref)
     out = _init_parts(specs, model, mesh, key, policy, ref)
     for name, scorer in scorers.items():
         scorer_key = jax.random.fold_in(key, param.path_hash(name))
@@ -73,8 +76,12 @@ def _init_parts(
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
         loaded = _load_head(ref, model)
     if not settings.trained and "score" not in loaded:
+        source = settings.start or settings.weights
+        if source is None:
+            raise ValueError("a frozen scorer needs the folder of a reward model; set its start")
         raise ValueError(
-            f"a frozen scorer needs the folder of a reward model, got start={settings.start}; set its start"
+            f"{source} is not a reward model: it has no scalar head; give the folder of a run of "
+            "configs/reward.py, or a sequence classifier with one label"
         )
     out = {}
     for name, part in specs.items():

@@ -15,8 +15,15 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
 from jaxft.weights import finite
-from jaxft.weights.hf import HEAD
-from jaxft.weights.peft_refusals import MERGE, check_plain_lora, check_tensor_names, read_adapter_config
+from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
+from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.peft_refusals import (
+    MERGE,
+    check_plain_lora,
+    check_targets,
+    check_tensor_names,
+    read_adapter_config,
+)
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
 PREFIX = "base_model.model."
@@ -37,9 +44,9 @@ def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
     """Read an adapter folder; return its tree of NumPy arrays and its settings.
 
     Modules of different ranks and alphas get one rank, padded with zeros, and a scale for each layer; a layer
-    without an adapter gets a zero pair. The copy of the base's weight that peft adds to an adapter on lm_head
-    is not read. Raises ValueError for anything but plain LoRA on this model's linear layers, and for a reward
-    model's adapter.
+    without an adapter gets a zero pair. The copies of the base's weights that peft adds to an adapter on
+    lm_head are not read; see check_base_copies. Raises ValueError for anything but plain LoRA on this model's
+    linear layers, and for a reward model's adapter.
     """
     parts, settings = read_parts(folder, model)
     if "score" in parts:
@@ -67,7 +74,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     specs = spec_paths(model.specs.get("base", model.specs))
     adapter: dict[str, Any] = {}
     used: set[str] = set()
-    targets = []
+    targets, adapted = [], list[str]()
     for path, weight_name in linear_weight_names(model).items():
         name = weight_name.removesuffix(".weight")
         shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
@@ -81,6 +88,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         pairs = [
             _read_pair(files, module, shape[-2:], config) if module in found else empty for module in modules
         ]
+        adapted += found
         used |= {f"{PREFIX}{module}.lora_{letter}.weight" for module in found for letter in "AB"}
         *above, last = path.split("/")
         node = adapter
@@ -93,7 +101,35 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         parts["score"] = _read_score(files, model.config.width)
         used.add(SCORE_TENSOR)
     _check_all_used(files, used, targets)
+    check_targets(folder / "adapter_config.json", config, adapted)
     return parts, replace(settings, targets=tuple(targets))
+
+
+def check_base_copies(folder: Path, base: ModelFiles) -> None:
+    """Raise ValueError if an adapter on lm_head has copies of other weights than the base's.
+
+    peft saves the head and the embedding with such an adapter, and puts them in the place of the base's. They
+    are equal if rounding one to the other's dtype makes them so; those of a quantised base are not compared.
+    """
+    files = _open_tensors(folder)
+    head = HEAD[0] if HEAD[0] in base.shapes else EMBEDDING
+    for copied, name in zip(BASE_COPIES, (head, EMBEDDING), strict=True):
+        if copied not in files.shapes or name in base.quantised or name not in base.shapes:
+            continue
+        shape = files.shapes[copied]
+        rows = max(1, COMPARED_VALUES // max(1, shape[-1])) if shape else 1
+        if shape != base.shapes[name] or not all(
+            _equal_rounded(read_tensor(files, copied, part), base.read(name, part))
+            for part in ((slice(at, min(at + rows, shape[0])),) for at in range(0, shape[0], rows))
+        ):
+            raise ValueError(
+                f"{files.where}: tensor {copied} is not {name} of the base in {base.where}: the adapter was "
+                f"trained with other embeddings or a larger vocabulary; {MERGE}"
+            )
+
+
+def _equal_rounded(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.astype(b.dtype), b) or np.array_equal(b.astype(a.dtype), a)
 
 
 def linear_weight_names(model: Model) -> dict[str, str]:

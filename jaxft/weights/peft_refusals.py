@@ -1,8 +1,10 @@
 """Refuse adapters in PEFT's layout that jaxft does not read, with what is the case and what helps."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxft import tree
 from jaxft.weights.safetensors import SafetensorsFiles, read_model_json
 
 MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merged folder as model="
@@ -60,17 +62,79 @@ def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
     if isinstance(start, str) and start.startswith(CHANGED_BASE):
         raise ValueError(f"{where}: init_lora_weights={start!r}: {CONVERT}")
     for key, plain in PLAIN_LORA.items():
-        if key in config and config[key] not in plain:
+        if key in config and not _is_one_of(config[key], plain):
             raise ValueError(
                 f"{where}: {key}={_short(config[key])} is not supported; jaxft reads plain LoRA with "
                 f"{key}={plain[0]!r}; {MERGE}"
             )
     for key, value in config.items():
-        if key not in PLAIN_LORA and key not in OTHERS and value not in (None, False, [], {}):
+        if key not in PLAIN_LORA and key not in OTHERS and not _is_one_of(value, (None, False, [], {})):
             raise ValueError(
                 f"{where}: jaxft does not know the field {_short(key)} (={_short(value)}), which may change "
                 f"what the adapter computes; set it to null if it does not, else {MERGE}"
             )
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether a JSON value is among `allowed` with its type: 0 is not False."""
+    return any(type(value) is type(x) and value == x for x in allowed)
+
+
+def check_targets(where: Path, config: dict[str, Any], modules: Iterable[str]) -> None:
+    """Raise ValueError for a module with a LoRA pair that the configuration does not target.
+
+    peft leaves such a pair out without a word. modules: names such as model.layers.0.self_attn.q_proj.
+    """
+    for key in ("target_modules", "exclude_modules"):
+        value = config.get(key)
+        if not isinstance(value, str | None) and not _are_strings(value):
+            raise ValueError(f"{where}: {key}={_short(value)}; expected a string or a list of strings")
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if targets in (None, "all-linear"):  # None: peft's default for the architecture
+        targets = ".*"
+    for module in modules:
+        if not _names(where, targets, module) or (excluded and _names(where, excluded, module)):
+            key = "exclude_modules" if _names(where, targets, module) else "target_modules"
+            raise ValueError(
+                f"{where}: {key}={_short(config[key])} leaves out {module}, but the adapter has a LoRA pair "
+                "of it, which peft would ignore; correct the list, or remove the pair's tensors"
+            )
+        if not _is_transformed(where, config, targets, module):
+            raise ValueError(
+                f"{where}: layers_to_transform={_short(config['layers_to_transform'])} leaves out {module}, "
+                "but the adapter has a LoRA pair of it, which peft would ignore; correct the list, or remove "
+                "the pair's tensors"
+            )
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+def _names(where: Path, targets: str | list[str], module: str) -> bool:
+    """Apply PEFT's rule: a string is a regular expression for the whole name, a list has ends of names."""
+    if isinstance(targets, str):
+        return tree.regex(targets, str(where)).fullmatch(module)
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _is_transformed(where: Path, config: dict[str, Any], targets: str | list[str], module: str) -> bool:
+    """Apply PEFT's rule for layers_to_transform, which counts for a list of ends of names only."""
+    layers = config.get("layers_to_transform")
+    if isinstance(targets, str) or module in targets or layers in (None, []):
+        return True
+    numbers = layers if isinstance(layers, list) else [layers]
+    if any(type(x) is not int for x in numbers):
+        raise ValueError(f"{where}: layers_to_transform={_short(layers)}; expected layer numbers")
+    patterns = config.get("layers_pattern") or ".*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not _are_strings(patterns):
+        raise ValueError(f"{where}: layers_pattern={_short(patterns)}; expected strings")
+    segments = module.split(".")
+    at = next((i for i, segment in enumerate(segments) if segment.isdecimal()), 0)
+    above = ".".join(segments[:at])
+    named = any(tree.regex(rf"(.*\.)?({pattern})", str(where)).fullmatch(above) for pattern in patterns)
+    return at > 0 and named and int(segments[at]) in numbers
 
 
 def check_tensor_names(files: SafetensorsFiles) -> None:

@@ -236,6 +236,7 @@ def load_base(
     check_preset(ref, stored.model.config)
     files = open_files(ref)
     if adapter is not None:
+        peft.check_base_copies(adapter, files)
         files = merge.merge_on_read(files, stored.model, peft.read_adapter(adapter, stored.model)[0])
     readers = param_readers(files, stored.model)
 
@@ -249,6 +250,11 @@ def load_base(
         return place.load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
 
     return tree.map_with_path(load, stored.specs["base"], is_leaf=param.is_spec)
+
+
+def check_adapter_base(folder: Path, ref: str) -> None:
+    """Raise ValueError if an adapter has copies of other embeddings than those of the base `ref`."""
+    peft.check_base_copies(folder, open_files(ref))
 
 
 def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) -> Params:

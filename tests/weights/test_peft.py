@@ -14,11 +14,13 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.lora import Adapter, adapter_specs, merge
 from jaxft.nn.param import init_params
 from jaxft.weights import hf_write, init, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
 from jaxft.weights.merge import merge_on_read
+from jaxft.weights.peft_refusals import check_targets
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -263,6 +265,65 @@ def test_a_bfloat16_adapter_round_trips_bit_for_bit(world, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, adapter["layers"]["attn"]["v"])
 
 
+TARGETS = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["proj", "self_attn.q_proj"]},
+    {"target_modules": ["model.layers.1.mlp.up_proj"], "layers_to_transform": [0]},
+    {"target_modules": r".*\.\d\.self_attn\.(q|k)_proj"},
+    {"target_modules": ["q_proj", "up_proj", "lm_head"], "exclude_modules": ["mlp.up_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r"model\.layers\.1\..*"},
+    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0, 11], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "model.layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"},
+]
+
+
+@pytest.mark.parametrize("config", TARGETS, ids=str)
+def test_a_module_is_left_out_where_peft_leaves_it_out(config):
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    theirs = peft.LoraConfig(**config)
+    modules = [f"model.layers.{i}.{m}" for i in (0, 1, 11) for m in ("self_attn.q_proj", "mlp.up_proj")]
+    for module in [*modules, "lm_head"]:
+        refused = False
+        try:
+            check_targets(Path("adapter_config.json"), config, [module])
+        except ValueError as error:
+            refused = True
+            assert module in str(error) and "peft would ignore" in str(error)
+        assert refused == (not check_target_module_exists(theirs, module)), module
+
+
+@pytest.mark.parametrize("world", [False, True], indirect=True, ids=["untied", "tied"])
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`"
+)
+def test_copies_of_the_bases_embeddings_are_compared_with_the_base(world, tmp_path):
+    """peft puts the copies in the base's place, so with others the adapter would compute other logits."""
+    written_by_peft(world, tmp_path, r=4, target_modules=["q_proj", "lm_head"])
+    path, files = tmp_path / "adapter_model.safetensors", pretrained.open_files(str(world[0]))
+    tensors = load_file(path)
+    copies = [name for name in peft_layout.BASE_COPIES if name in tensors]
+    assert copies
+    peft_layout.check_base_copies(tmp_path, files)
+    rounded = {name: tensors[name].astype(ml_dtypes.bfloat16) for name in copies}
+    save_file({**tensors, **rounded}, path)
+    peft_layout.check_base_copies(tmp_path, files)
+    settings = peft_layout.read_adapter(tmp_path, world[1])[1]
+    mesh, head = sharding.make_mesh(sharding.MeshShape()), HeadSettings(settings, str(tmp_path))
+    model = adapted(world[1], settings)
+    for name in copies:
+        other = tensors[name] + np.eye(1, tensors[name].shape[1], 5, dtype=np.float32) / 8
+        for changed in (other, tensors[name][1:]):
+            save_file({**tensors, name: np.ascontiguousarray(changed)}, path)
+            message = f"tensor {name} is not .* of the base in .*merge_and_unload"
+            with pytest.raises(ValueError, match=message):
+                peft_layout.check_base_copies(tmp_path, files)
+            with pytest.raises(ValueError, match=message):
+                init.init_all_but_base(model, mesh, 0, head, str(world[0]))
+
+
 class TestRefusals:
     @pytest.fixture
     def folder(self, world, tmp_path):
@@ -285,6 +346,8 @@ class TestRefusals:
             {"init_lora_weights": "pissa"}, {"r": 0}, {"r": "2"}, {"lora_alpha": None},
             {"rank_pattern": {"q_proj": -1}}, {"fan_in_fan_out": True}, {"task_type": "SEQ_CLS"},
             {"target_parameters": ["x"]}, {"layer_replication": [[0, 1]]}, {"lora_bias": True},
+            {"of_a_later_peft": 0}, {"of_a_later_peft": 0.0}, {"use_dora": 0}, {"init_lora_weights": 1},
+            {"target_modules": 3}, {"exclude_modules": [1]}, {"layers_to_transform": ["a"]},
             {"use_magic": True}, {"arrow_config": {"top_k": 2}}, {"velora_config": {"x": 1}}, {"gain": 1.5},
         ],
     )  # fmt: skip
@@ -292,6 +355,20 @@ class TestRefusals:
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         self.check_refuses(world, folder, next(iter(change)))
+
+    @pytest.mark.parametrize(
+        "change, field",
+        [
+            ({"target_modules": ["v_proj"]}, "target_modules"),
+            ({"target_modules": r".*\.v_proj"}, "target_modules"),
+            ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
+            ({"layers_to_transform": [0, 1]}, "layers_to_transform=[0, 1] leaves out model.layers.2."),
+        ],
+    )
+    def test_a_pair_that_peft_would_ignore(self, world, folder, change, field):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        self.check_refuses(world, folder, field, "q_proj, but the adapter has a LoRA pair of it")
 
     def test_tensors_that_do_not_fit(self, world, folder):
         path = folder / "adapter_model.safetensors"

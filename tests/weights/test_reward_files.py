@@ -146,7 +146,7 @@ def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_t
             0,
             HeadSettings(settings, str(folder)),
         )
-    with pytest.raises(ValueError, match="a frozen scorer needs the folder of a reward model"):
+    with pytest.raises(ValueError, match="sft is not a reward model: it has no scalar head; give the folder"):
         judge = {"judge": HeadSettings(settings, str(tmp_path / "sft"), trained=False)}
         frozen = partition.partition_params(heads.with_heads(language, judge), None, None)
         init.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(), str(base), judge)
