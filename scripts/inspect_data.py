@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
         metavar="name=value",
         help="as for train.py; with --data a field of data.*",
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def settings(args: argparse.Namespace) -> tuple[Data, str]:

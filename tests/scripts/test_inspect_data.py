@@ -97,6 +97,13 @@ def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, pla
     assert shown.count(f"{unit}.jsonl:") == 2 and "no invalid rows" in shown and "lengths" in shown
 
 
+def test_settings_may_follow_options(inspect, place):
+    args = ("--config", "configs/sft.py", "--model", "model", "--rows", "1", "data=r.jsonl")
+    shown = inspect(*args, "data.loss_on=all").partition("r.jsonl:")[2]
+    assert "56 with loss" in shown
+    assert inspect(*args[:4], "data.loss_on=all", *args[4:]).partition("r.jsonl:")[2] == shown
+
+
 def test_single_responses_are_shown_by_their_label(inspect, place):
     rows = [{"prompt": f"why {i}?", "completion": "so", "label": i % 2 > 0} for i in range(8)]
     (place / "unpaired.jsonl").write_text("\n".join(map(json.dumps, rows)))
