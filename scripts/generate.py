@@ -168,7 +168,7 @@ def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) ->
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
-        for line in pretrained.head_notes(source.ref, model):
+        for line in pretrained.file_notes(source.ref, model):
             print(line, file=sys.stderr)
         longest, limit = max(map(len, ids)), model.config.max_positions
         pretrained.check_token_id(source.ref, max(max(x, default=0) for x in ids), model.config.vocab)

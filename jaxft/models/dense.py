@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import check_context_divides, constrain
-from jaxft.models.dense_config import DenseConfig
+from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.cache import Cache, NextToken, decode_layers, prefill_layers, repeat_cache
 from jaxft.nn.layer_attention import Attend, AttentionLayers
@@ -33,6 +33,11 @@ from jaxft.tree import Batch, Params
 # (options, params, h [B, T, D], attend, dropout key) -> (h, what attend returned); see nn/scan.py.
 LayerFunction = Callable[[ForwardOptions, Params, Array, Attend, Array | None], tuple[Array, Any]]
 Norm = Callable[[Array, Array, float, DTypeLike], Array]
+ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,12 @@ def attention_output(p: Params, o_BTHE: Float[Array, "B T H E"], key: Any) -> Fl
     return saveable(constrain(o, "rows", "time", "act_width"), "o")
 
 
+def dense_mlp(c: DenseConfig, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> Float[Array, "B T D"]:
+    """The gated MLP with the configuration's activation; keys: three dropout keys, or None for each."""
+    down = gated_mlp(p, x_BTD, keys, ACTIVATION_FUNCTIONS[c.activation])
+    return constrain(down, "rows", "time", "act_width")
+
+
 def prenorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
@@ -190,8 +201,7 @@ def prenorm_layer(
     o, extra = self_attention(c, p["attn"], x, attend, keys[:4], norms)
     h_BTD = h_BTD + o.astype(h_BTD.dtype)
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
-    down = constrain(gated_mlp(p["mlp"], x, keys[4:]), "rows", "time", "act_width")
-    return h_BTD + down.astype(h_BTD.dtype), extra
+    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extra
 
 
 def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Callable:

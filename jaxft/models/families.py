@@ -7,7 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models import exaone, granite, llama, llama_config, llama_relatives, mistral, olmo, qwen
+from jaxft.models import (
+    exaone,
+    gemma,
+    gemma3,
+    gemma_config,
+    granite,
+    llama,
+    llama_config,
+    llama_relatives,
+    mistral,
+    olmo,
+    qwen,
+)
+from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model, ModelConfig
 from jaxft.models.unsupported import refusal
 
@@ -82,6 +95,30 @@ FAMILIES: dict[str, Family] = {
         llama.llama,
         {},
     ),
+    "gemma": Family(
+        gemma_config.GemmaConfig,
+        gemma_config.gemma_from_hf,
+        gemma_config.gemma_to_hf,
+        gemma.gemma,
+        gemma_config.GEMMA_PRESETS,
+    ),
+    "gemma2": Family(
+        gemma_config.Gemma2Config,
+        gemma_config.gemma2_from_hf,
+        gemma_config.gemma2_to_hf,
+        gemma.gemma2,
+        gemma_config.GEMMA2_PRESETS,
+    ),
+    "vaultgemma": Family(
+        gemma_config.VaultGemmaConfig,
+        gemma_config.vaultgemma_from_hf,
+        gemma_config.vaultgemma_to_hf,
+        gemma.vaultgemma,
+        {},
+    ),
+    "gemma3_text": Family(
+        gemma3.Gemma3Config, gemma3.gemma3_from_hf, gemma3.gemma3_to_hf, gemma3.gemma3, gemma3.GEMMA3_PRESETS
+    ),
 }
 
 
@@ -106,6 +143,11 @@ def family_of(hf_config: dict[str, Any]) -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(refusal(hf_config, list(FAMILIES)))
     return FAMILIES[kind]
+
+
+def is_tied(config: ModelConfig) -> bool:
+    """Whether the config ties the head to the embedding."""
+    return isinstance(config, DenseConfig) and config.tied
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     options = hf_write.WriteOptions(quant=quantizer)
     hf_write.save_folder(out, model, base, source.tokenizer, located, options)
     write_card(out, _card(out.name, source, quantizer))
-    summary = pretrained.head_notes(ref, model)
+    summary = pretrained.file_notes(ref, model)
     if quantizer:
         summary.append(quantizer.layout_name)
     if layouts:

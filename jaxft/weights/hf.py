@@ -1,11 +1,14 @@
 """Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
+from jaxft.models.text_part import TEXT_PARTS, text_tensor
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor
 from jaxft.weights import quantised, safetensors
@@ -70,17 +73,42 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 
 def open_folder(folder: Path) -> ModelFiles:
-    """Open the safetensors files of a folder."""
+    """Open the safetensors files of a folder; of a multimodal model the text decoder, under its own names."""
     tensors = open_safetensors(folder, weight_files(folder))
-    config = folder / "config.json"
-    settings = read_model_json(config).get("quantization_config") if config.is_file() else None
+    path = folder / "config.json"
+    config = read_model_json(path) if path.is_file() else {}
+    settings = config.get("quantization_config")
     if isinstance(settings, dict):
-        return quantised.open_quantised(tensors, settings)
+        return _text_part(quantised.open_quantised(tensors, settings), config)
 
     def read(name: str, index: Index = ()) -> np.ndarray:
         return safetensors.read_tensor(tensors, name, index)
 
-    return ModelFiles(tensors.where, tensors.shapes, tensors.dtypes, read)
+    return _text_part(ModelFiles(tensors.where, tensors.shapes, tensors.dtypes, read), config)
+
+
+def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
+    """Return a multimodal model's text decoder by the config.json, other models as they are."""
+    if config.get("model_type") not in list(TEXT_PARTS):
+        return files
+    names: dict[str, str] = {}
+    for name in files.shapes:
+        text = text_tensor(name)
+        if text in names:
+            raise ValueError(f"{files.where}: {name} and {names[text]} are the same tensor of the decoder")
+        names |= {} if text is None else {text: name}
+
+    def read(name: str, index: Index = ()) -> np.ndarray:
+        return files.read(names[name], index)
+
+    return replace(
+        files,
+        shapes={text: files.shapes[name] for text, name in names.items()},
+        dtypes={text: files.dtypes[name] for text, name in names.items()},
+        read=read,
+        quantised={text: files.quantised[name] for text, name in names.items() if name in files.quantised},
+        ignored=tuple(name for name in files.shapes if text_tensor(name) is None),
+    )
 
 
 def common_layout(files: ModelFiles, model: Model, path: str) -> QTensor | None:

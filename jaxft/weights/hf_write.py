@@ -16,6 +16,7 @@ from jaxft.distributed import sync
 from jaxft.models import families
 from jaxft.models.model import Model, WeightNames
 from jaxft.models.rope_config import for_transformers_4
+from jaxft.models.text_part import text_config
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import quantised_write
@@ -29,6 +30,8 @@ from jaxft.weights.tokenizer_files import write_tokenizer
 MAX_SHARD = 5_000_000_000  # bytes
 # In config.json: our classifiers are read at the end token, not at what a template adds after it.
 READ_AT = "reward_read_at"
+# Names of transformers' classifiers that are not the language model's with another ending.
+CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
     config, generation = families.config_to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref
     if located is not None and located.kind == "folder":
-        config = read_model_json(located.path / "config.json")
+        config = text_config(read_model_json(located.path / "config.json"))
         if (located.path / "generation_config.json").is_file():
             generation = read_model_json(located.path / "generation_config.json")
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
@@ -192,7 +195,8 @@ def _write_configs(
 def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
     """Turn a language model's config into that of transformers' sequence classifier with one label."""
     kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
-    config["architectures"] = [kind[0].replace("ForCausalLM", "ForSequenceClassification")]
+    name = kind[0].replace("ForCausalLM", "ForSequenceClassification")
+    config["architectures"] = [CLASSIFIERS.get(kind[0], name)]
     config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, READ_AT: "end token"}
     if tokenizer is not None:
         config["pad_token_id"] = tokenizer.pad_token_id

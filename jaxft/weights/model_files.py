@@ -48,7 +48,8 @@ class ModelFiles:
     """The tensors of a model, read from its files when they are needed.
 
     where: the file or folder, for messages. read: returns the values of a tensor, dequantised if it is
-    quantised. quantised: the weights that the files store quantised, by name.
+    quantised. quantised: the weights that the files store quantised, by name. ignored: tensors in the files
+    that belong to other parts of a multimodal model than its text decoder.
     """
 
     where: str
@@ -56,6 +57,7 @@ class ModelFiles:
     dtypes: dict[str, np.dtype]
     read: ReadTensor
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 def full_index(index: Index, shape: Sequence[int]) -> Index:

@@ -17,6 +17,7 @@ from jaxft import tree
 from jaxft.models import families
 from jaxft.models.adapted import adapted
 from jaxft.models.model import Model, ModelConfig
+from jaxft.models.text_part import text_config
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
@@ -49,10 +50,12 @@ from jaxft.weights.storage import (
 
 
 def read_config(located: hub.Located) -> dict[str, Any]:
-    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata."""
+    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata; of
+    a multimodal model that of its text decoder.
+    """
     if located.kind == "gguf":
         return gguf_config.gguf_config(gguf_header.read_gguf_header(located.path))
-    return read_model_json(located.path / "config.json")
+    return text_config(read_model_json(located.path / "config.json"))
 
 
 def model_for(ref: str, **options: Any) -> Model:
@@ -69,10 +72,10 @@ def model_for(ref: str, **options: Any) -> Model:
     where = located.path / "config.json" if located.kind == "folder" else located.path
     try:
         config = read_config(located)
-        if config.get("tie_word_embeddings") and _has_other_head(located):
-            config = {**config, "tie_word_embeddings": False}
         family = families.family_of(config)
         parsed = family.from_hf(config)
+        if families.is_tied(parsed) and _has_other_head(located):
+            parsed = family.from_hf({**config, "tie_word_embeddings": False})
     except ValueError as e:
         raise ValueError(str(e) if str(located.path) in str(e) else f"{where}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
@@ -92,17 +95,27 @@ def _has_other_head(located: hub.Located) -> bool:
         return False
 
 
-def head_notes(ref: str, model: Model) -> list[str]:
-    """Return a line if `model` has a head of its own although its config.json ties it to the embedding."""
+def file_notes(ref: str, model: Model) -> list[str]:
+    """Return lines about what of the files of `ref` is loaded: only the text decoder of a multimodal model; a
+    head of its own although its config.json ties it to the embedding.
+    """
     located = hub.locate(ref, config_only=True)
-    if located.kind != "folder" or "head" not in model.weight_names:
+    if located.kind != "folder":
         return []
-    if not read_config(located).get("tie_word_embeddings"):
-        return []
-    return [
-        f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD[0]} is not the embedding: the "
-        "head is a matrix of its own"
-    ]
+    config, ignored, notes = read_config(located), open_files(ref).ignored, []
+    if ignored:
+        parts = sorted({name.removeprefix("model.").partition(".")[0] for name in ignored})
+        notes.append(
+            f"{ref}: only the text decoder of this multimodal model is loaded; {len(ignored)} tensors of "
+            f"{' and '.join(parts)} are ignored. Exports are text models ({config['model_type']}), and PEFT "
+            f"applies this run's adapters to the text model that scripts/export.py --model {ref} writes"
+        )
+    if "head" in model.weight_names and families.is_tied(families.family_of(config).from_hf(config)):
+        notes.append(
+            f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD[0]} is not the embedding: "
+            "the head is a matrix of its own"
+        )
+    return notes
 
 
 def open_files(ref: str) -> ModelFiles:
@@ -264,7 +277,7 @@ def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) 
 
 def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     """Return a line for each group of weights that are quantised in the files but stored otherwise, with the
-    reason; before them one for a head that the config ties to the embedding, but that is not it.
+    reason; before them those of file_notes.
     """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
@@ -277,7 +290,7 @@ def storage_changes(ref: str, stored: StoredModel) -> list[str]:
         if change:
             groups.setdefault(change, []).append(path)
     changes = [f"weights {change}: {', '.join(paths)}" for change, paths in groups.items()]
-    return head_notes(ref, stored.model) + changes
+    return file_notes(ref, stored.model) + changes
 
 
 def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedTensor) -> str:

@@ -20,11 +20,16 @@ YARN = dict(
     rope_theta=1e4,
 )  # fmt: skip
 
+# Soft caps that bend the scores and logits of a tiny model.
+GEMMA2 = dict(
+    head_dim=16, query_pre_attn_scalar=24, sliding_window=7, attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
+)  # fmt: skip
 # Name of the row: model_type, and what differs from SIZES. Windows are shorter than the texts of the tests.
 FAMILIES = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
-    "mistral": ("mistral", dict(sliding_window=None, head_dim=16)),
+    "mistral": ("mistral", dict(sliding_window=None, head_dim=16, hidden_act="gelu")),
     "mistral with a window": ("mistral", dict(sliding_window=7)),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen2 with windows": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
@@ -49,9 +54,24 @@ FAMILIES = {
     "cwm": ("cwm", dict(sliding_window=7, head_dim=16)),
     "internlm3": ("internlm3", dict(attention_bias=True, mlp_bias=True, head_dim=16)),
     "iquestcoder": ("iquestcoder", dict(head_dim=16)),
+    "gemma": ("gemma", dict(head_dim=16, tie_word_embeddings=True)),
+    "gemma2": ("gemma2", GEMMA2),
+    "vaultgemma": ("vaultgemma", {**GEMMA2, "tie_word_embeddings": True}),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            head_dim=16, query_pre_attn_scalar=24, sliding_window=7, sliding_window_pattern=3,
+            tie_word_embeddings=True, rope_scaling={"rope_type": "linear", "factor": 8.0},
+        ),
+    ),
+    "gemma3 with a soft cap": (
+        "gemma3_text",
+        dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=7, final_logit_softcapping=3.0,
+             layer_types=["full_attention"] * 4),
+    ),
 }  # fmt: skip
 SAME_PROGRAMS = ("seed_oss", "cwm", "internlm3", "iquestcoder")  # rows whose programs are those of other rows
-ZERO_CENTRED = ("gemma",)  # families whose norms multiply by 1 + weight
+ZERO_CENTRED = ("gemma", "vaultgemma")  # families whose norms multiply by 1 + weight
 
 
 @cache

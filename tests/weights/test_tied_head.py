@@ -49,7 +49,7 @@ def test_a_head_that_differs_in_one_value_is_untied_and_reported(tmp_path, dtype
 def test_a_repeated_head_stays_tied(tmp_path, change):
     folder, reference = tied_folder(tmp_path, change)
     model = pretrained.model_for(str(folder), dtype=jnp.float32)
-    assert model.config.tied and pretrained.head_notes(str(folder), model) == []
+    assert model.config.tied and pretrained.file_notes(str(folder), model) == []
     base = load_on_host(str(folder), model, lambda path, array: jnp.asarray(array))
     tokens = some_tokens()
     np.testing.assert_allclose(our_logits(model, base, tokens), torch_logits(reference, tokens), atol=1e-4)

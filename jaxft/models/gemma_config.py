@@ -1,0 +1,177 @@
+"""The configurations of Gemma 1, Gemma 2 and VaultGemma: config.json in and out, and the presets."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
+
+
+@dataclass(frozen=True)
+class GemmaConfig(DenseConfig):
+    """Sizes of a Gemma 1."""
+
+
+@dataclass(frozen=True)
+class Gemma2Config(DenseConfig):
+    """Sizes of a Gemma 2.
+
+    query_pre_attn_scalar: scores are q k^T divided by its square root. window: of the layers whose type is
+    "sliding_attention". attn_softcap, final_softcap: scores and logits x become c * tanh(x / c); None leaves
+    them. Raises ValueError for a value out of range.
+    """
+
+    query_pre_attn_scalar: float = 256.0
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        caps = {"attn_logit_softcapping": self.attn_softcap, "final_logit_softcapping": self.final_softcap}
+        for name, value in {"query_pre_attn_scalar": self.query_pre_attn_scalar, **caps}.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (value is None and name in caps) and not (is_number and 0 < value < 1e30):
+                raise ValueError(f"config: {name} must be a number above 0, got {value!r:.60}")
+        if len(self.layer_types) != self.layers or (self.window is None) == (SLIDING in self.layer_types):
+            raise ValueError(
+                f"config: {self.layers} layers need as many layer_types, and those of type {SLIDING} need "
+                f"sliding_window; got {len(self.layer_types)} types and sliding_window={self.window}"
+            )
+
+
+@dataclass(frozen=True)
+class VaultGemmaConfig(Gemma2Config):
+    """Sizes of a VaultGemma, a Gemma 2 without the norms after attention and MLP."""
+
+
+TANH = "gelu_pytorch_tanh"
+COMMON: dict[str, Any] = {
+    "head_dim": 256, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+GEMMA2_DEFAULTS = {
+    **COMMON, "num_key_value_heads": 4, "hidden_activation": TANH, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+_FIXED = {"attention_bias": False}
+_GEMMA = FileFormat("gemma", "GemmaForCausalLM", _FIXED)
+_GEMMA2 = FileFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation="hidden_activation")
+_VAULT = FileFormat("vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation="hidden_activation")
+
+
+def check_causal(hf: dict[str, Any]) -> None:
+    """Raise ValueError for an encoder, such as EmbeddingGemma."""
+    if hf.get("use_bidirectional_attention"):
+        raise ValueError(
+            "config: use_bidirectional_attention=true, an encoder, is not supported; jaxft has causal "
+            "language models"
+        )
+
+
+def gemma_from_hf(hf: dict[str, Any]) -> GemmaConfig:
+    """Parse a Gemma 1's config.json. Raises ValueError that names a missing or unsupported value."""
+    check_causal(hf)
+    act = hf.get("hidden_act", TANH)
+    act = TANH if act == "gelu" else act  # the first files say gelu and mean the approximation
+    if hf.get("hidden_activation") not in (None, act):
+        raise ValueError(
+            f"config: hidden_activation={hf['hidden_activation']!r:.60} and hidden_act="
+            f"{hf.get('hidden_act', TANH)!r:.60} differ; use the same {TANH!r} for both"
+        )
+    defaults = COMMON | {"num_key_value_heads": 16}
+    return GemmaConfig(**fields_from_hf({**defaults, **hf, "hidden_act": act}, _GEMMA))
+
+
+def gemma_to_hf(c: GemmaConfig) -> dict[str, Any]:
+    """Return the dict of a Gemma 1's config.json."""
+    hf = fields_to_hf(c, _GEMMA)
+    return hf | {"hidden_activation": hf["hidden_act"]}
+
+
+def capped_fields(hf: dict[str, Any], form: FileFormat, period: int) -> dict[str, Any]:
+    """Read the fields of a Gemma2Config; without layer_types, every period-th layer has full attention."""
+    check_causal(hf)
+    fields = fields_from_hf(hf, form)
+    types = read_layer_types(hf, alternating(fields["layers"], period))
+    return fields | {
+        "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
+        "window": window_from_hf(hf) if SLIDING in types else None,
+        "layer_types": types,
+        "attn_softcap": hf["attn_logit_softcapping"],
+        "final_softcap": hf["final_logit_softcapping"],
+    }
+
+
+def capped_settings(c: Gemma2Config) -> dict[str, Any]:
+    """Return what config.json has for the fields of a Gemma2Config."""
+    scalar = c.query_pre_attn_scalar
+    return {
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "sliding_window": c.window or c.max_positions,  # transformers needs one, whatever the types
+        "layer_types": list(c.layer_types),
+        "attn_logit_softcapping": c.attn_softcap,
+        "final_logit_softcapping": c.final_softcap,
+    }
+
+
+def gemma2_from_hf(hf: dict[str, Any]) -> Gemma2Config:
+    """Parse a Gemma 2's config.json. Raises ValueError that names a missing or unsupported value."""
+    return Gemma2Config(**capped_fields({**GEMMA2_DEFAULTS, **hf}, _GEMMA2, 2))
+
+
+def gemma2_to_hf(c: Gemma2Config) -> dict[str, Any]:
+    """Return the dict of a Gemma 2's config.json."""
+    return fields_to_hf(c, _GEMMA2) | capped_settings(c)
+
+
+def vaultgemma_from_hf(hf: dict[str, Any]) -> VaultGemmaConfig:
+    """Parse a VaultGemma's config.json. Raises ValueError that names a missing or unsupported value."""
+    return VaultGemmaConfig(**capped_fields({**GEMMA2_DEFAULTS, **hf}, _VAULT, 2))
+
+
+def vaultgemma_to_hf(c: VaultGemmaConfig) -> dict[str, Any]:
+    """Return the dict of a VaultGemma's config.json."""
+    return fields_to_hf(c, _VAULT) | capped_settings(c)
+
+
+_END_OF_TURN = 107
+_G: dict[str, Any] = dict(
+    vocab=256000, head_dim=256, norm_eps=1e-6, tied=True, max_positions=8192, bos=2, eos=(1,),
+    activation="gelu_tanh",
+)  # fmt: skip
+_GEMMA_2B = GemmaConfig(**_G, width=2048, layers=18, heads=8, kv_heads=1, mlp=16384)
+_GEMMA_7B = GemmaConfig(**_G, width=3072, layers=28, heads=16, kv_heads=16, mlp=24576)
+GEMMA_PRESETS: dict[str, GemmaConfig] = {
+    f"google/{name}": config
+    for config, names in (
+        (_GEMMA_2B, ("gemma-2b", "gemma-2b-it", "gemma-1.1-2b-it")),
+        (_GEMMA_7B, ("gemma-7b", "gemma-7b-it", "gemma-1.1-7b-it")),
+    )
+    for name in names
+}
+
+
+def alternating(layers: int, period: int) -> tuple[str, ...]:
+    """Return layer types of which every period-th has full attention."""
+    return tuple(SLIDING if (i + 1) % period else FULL for i in range(layers))
+
+
+def _gemma2(size: str, **sizes: Any) -> dict[str, Gemma2Config]:
+    """Presets of a Gemma 2 and its instruction-tuned form, which differ in their end tokens."""
+    settings: dict[str, Any] = dict(window=4096, attn_softcap=50.0, final_softcap=30.0)
+    types = alternating(sizes["layers"], 2)
+    config = Gemma2Config(**(_G | settings | sizes), layer_types=types)
+    name = f"google/gemma-2-{size}"
+    return {name: config, f"{name}-it": replace(config, eos=(1, _END_OF_TURN))}
+
+
+GEMMA2_PRESETS: dict[str, Gemma2Config] = {
+    **_gemma2("2b", width=2304, layers=26, heads=8, kv_heads=4, mlp=9216),
+    **_gemma2("9b", width=3584, layers=42, heads=16, kv_heads=8, mlp=14336),
+    **_gemma2(
+        "27b", width=4608, layers=46, heads=32, kv_heads=16, head_dim=128, mlp=36864,
+        query_pre_attn_scalar=144.0,
+    ),
+}  # fmt: skip

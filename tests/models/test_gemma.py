@@ -1,0 +1,214 @@
+"""Gemma's presets, its config.json in the forms of the hub, what is refused, and multimodal checkpoints."""
+
+import json
+import math
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_families import VOCAB, logits_of, random_ids, rows
+
+from jaxft.models import families
+from jaxft.models.text_part import text_config, text_tensor
+from jaxft.nn.param import spec_paths
+from jaxft.nn.rope import Rope
+from jaxft.weights import hf, hf_write, pretrained
+from jaxft.weights.param_reader import param_readers, read_whole
+
+torch = pytest.importorskip("torch")
+
+# Parameters of the published checkpoints on the hub, with a vision tower (and its projection [1152, D] and
+# norm) in the larger Gemma 3.
+VISION_TOWER = 416_866_032
+SIZES = {
+    "google/gemma-2b": 2_506_172_416,
+    "google/gemma-7b": 8_537_680_896,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "google/gemma-3-4b-pt": 4_300_079_472,
+    "google/gemma-3-12b-pt": 12_187_325_040,
+    "google/gemma-3-27b-pt": 27_432_406_640,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_preset_has_as_many_parameters_as_the_published_weights(name):
+    model = families.preset(name)
+    count = sum(math.prod(spec.shape) for spec in spec_paths(model.specs).values())
+    if model.config.vocab == 262208:
+        count += VISION_TOWER + 1152 * model.config.width + 1152
+    assert count == SIZES[name]
+
+
+def text_4b():
+    """What google/gemma-3-4b-it has on the hub, shortened: everything else is transformers' default."""
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 106],
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+            "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "siglip_vision_model"},
+    }  # fmt: skip
+
+
+def test_the_preset_of_a_multimodal_checkpoint_is_its_config_on_the_hub():
+    config = text_config(text_4b())
+    found = families.family_of(config).from_hf(config)
+    assert found == families.preset_config("google/gemma-3-4b-it")
+    assert found.rope == Rope(1e6, "linear", factor=8.0) and found.local_rope == Rope(1e4)
+    assert found.layer_types.count("full_attention") == 5 and found.layer_types[5] == "full_attention"
+    assert config["torch_dtype"] == "bfloat16" and "vision_config" not in config
+
+
+GEMMA1 = {
+    "model_type": "gemma", "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "acts", [{}, {"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}]
+)
+def test_gelu_in_a_gemma_1_means_the_tanh_approximation(acts):
+    assert families.family_of(GEMMA1).from_hf(GEMMA1 | acts).activation == "gelu_tanh"
+
+
+GEMMA3 = {**GEMMA1, "model_type": "gemma3_text", "sliding_window": 7}
+REFUSED = {
+    "an exact gelu next to another": (
+        GEMMA1 | {"hidden_act": "gelu", "hidden_activation": "gelu"}, "hidden_activation='gelu'"
+    ),
+    "an encoder": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "biases": (GEMMA1 | {"attention_bias": True}, "attention_bias"),
+    "a soft cap that transformers ignores": (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit"),
+    "a soft cap of 0": (GEMMA3 | {"final_logit_softcapping": 0}, "final_logit_softcapping must be"),
+    "a scale of text": (GEMMA3 | {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar must be"),
+    "no scale": (GEMMA3 | {"query_pre_attn_scalar": None}, "query_pre_attn_scalar must be"),
+    "a period of 0": (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern must be"),
+    "no window": (GEMMA3 | {"sliding_window": None}, "need sliding_window"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_supported_is_one_line(what):
+    config, words = REFUSED[what]
+    with pytest.raises(ValueError, match="config: ") as caught:
+        families.family_of(config).from_hf(config)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "needs an object text_config"),
+        ({"model_type": "llama"}, "needs an object text_config of model_type 'gemma3_text'"),
+        ({"final_logit_softcapping": 30.0}, "transformers ignores it"),
+    ],
+)
+def test_a_text_config_that_cannot_be_read_is_one_line(text, words):
+    with pytest.raises(ValueError, match=words):
+        text_config({"model_type": "gemma3", "text_config": text})
+
+
+def test_names_of_the_decoder_in_transformers_4_and_5():
+    expected = {
+        "language_model.model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+        "model.language_model.norm.weight": "model.norm.weight",
+        "language_model.lm_head.weight": "lm_head.weight",
+        "lm_head.weight": "lm_head.weight",
+        "score.weight": "score.weight",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias": None,
+        "model.vision_tower.post_layernorm.weight": None,
+        "multi_modal_projector.mm_soft_emb_norm.weight": None,
+    }
+    assert {name: text_tensor(name) for name in expected} == expected
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory):
+    """(a tiny Gemma 3 with a vision tower by transformers, its folder)."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = dict(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=7, query_pre_attn_scalar=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], initializer_range=0.2,
+        rope_scaling={"rope_type": "linear", "factor": 8.0}, max_position_embeddings=128,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+        patch_size=14,
+    )  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    folder = tmp_path_factory.mktemp("multimodal")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def loaded(folder):
+    """(the jaxft model of a folder, its parameters)."""
+    model = pretrained.model_for(str(folder), dtype=jnp.float32)
+    params = {}
+    for path, reader in param_readers(hf.open_folder(folder), model).items():
+        node = params
+        *above, last = path.split("/")
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = jnp.asarray(read_whole(reader))
+    return model, params
+
+
+def text_logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(ids).long()).logits.numpy()
+
+
+def test_a_multimodal_checkpoint_is_its_text_decoder(multimodal):
+    theirs, folder = multimodal
+    model, params = loaded(folder)
+    ids = random_ids(2, 30)
+    np.testing.assert_allclose(logits_of(model, params, rows(ids)), text_logits(theirs, ids), atol=1e-4)
+    (line,) = pretrained.file_notes(str(folder), model)
+    names = [name for name in theirs.state_dict() if "vision_tower" in name or "projector" in name]
+    assert f"{len(names)} tensors of multi_modal_projector and vision_tower are ignored" in line
+    assert "Exports are text models (gemma3_text)" in line
+
+
+def test_a_multimodal_checkpoint_is_exported_as_a_text_model(multimodal, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs, folder = multimodal
+    model, params = loaded(folder)
+    hf_write.save_folder(tmp_path, model, params, None, str(folder))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "gemma3_text" and "vision_config" not in config
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    ids = random_ids(2, 30)
+    np.testing.assert_allclose(text_logits(again, ids), text_logits(theirs, ids), atol=1e-4)
+    assert pretrained.model_for(str(tmp_path), dtype=jnp.float32).config == model.config
+    assert pretrained.file_notes(str(tmp_path), model) == []
+
+
+def test_a_head_that_is_not_the_embedding_counts_without_a_tied_setting_too(multimodal, tmp_path):
+    """Gemma's config.json states none: transformers ties by default."""
+    _, folder = multimodal
+    model, params = loaded(folder)
+    hf_write.save_folder(tmp_path, model, params | {"head": params["embed"].T + 1}, None, str(folder))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = pretrained.model_for(str(tmp_path))
+    assert not found.config.tied and found.config == replace(model.config, tied=False)
+    assert "lm_head.weight is not the embedding" in pretrained.file_notes(str(tmp_path), found)[0]
