@@ -141,3 +141,8 @@ def rows(ids, segments=None, positions=None, branches=None):
 def random_ids(count, time, seed=0):
     """Random token ids that are neither padding nor an end."""
     return np.random.default_rng(seed).integers(3, VOCAB, (count, time)).astype(np.int32)
+
+
+def logits_of(model, params, batch):
+    """Logits [B, T, V]."""
+    return np.asarray(model.logits(model.head(params), model.hidden(params, batch)))
