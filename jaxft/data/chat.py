@@ -155,6 +155,47 @@ def tools_warnings(
     return (f"warning: {lost}see them; use a tokenizer whose template has tools",) if same else ()
 
 
+def content_warnings(
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+) -> tuple[str, ...]:
+    """Return a warning for each role but the assistant's of which a prompt lacks the content of a message:
+    about the first such.
+    """
+    template, found = template_of(tokenizer, settings), {}
+    for chat in examples if template else ():
+        if not isinstance(chat, Chat):
+            continue
+        own = template.with_arguments(chat.arguments)
+        prompt = chat.messages[: chat.response] or chat.messages
+        for index, message in enumerate(prompt):
+            role = message["role"]
+            if role == "assistant" or role in found or _shows(own, chat, prompt, index):
+                continue
+            remedy = "use a tokenizer whose template does"
+            if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
+                remedy = "set data.system=merge"
+            found[role] = (
+                f"warning: {chat.name}: {own.name} does not show the content of message {index}, a {role} "
+                f"message, so the model does not see it; {remedy}"
+            )
+    return tuple(found.values())
+
+
+def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
+    """Whether a prompt shows a word in the place of a message's content, or is rejected with it."""
+    word = "Qx7wZk9y"
+    message = {**prompt[index], "content": word}
+    if not (prompt[index]["content"] or "").strip():
+        return True
+    try:
+        text = render_messages(template, [*prompt[:index], message, *prompt[index + 1 :]], chat.tools)
+    except REJECTIONS:
+        return True
+    return word.lower() in text.lower()
+
+
 def prompt_warnings(
     examples: Iterable[Example | InvalidRow],
     tokenizer: Any,
@@ -280,7 +321,9 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     first = chat.response if loss_on == "completion" else chat.given
     targets = [i for i in turns if (i >= first or loss_on == "all") and loss_on != NOTHING]
     if not targets and loss_on not in ("all", NOTHING):
-        problem = "the loss mask is empty because there is no assistant turn; add one or set data.loss_on=all"
+        roles = ", ".join(dict.fromkeys(m["role"] for m in chat.messages))
+        problem = "the loss mask is empty because there is no assistant turn, only turns of the roles "
+        problem += f"{roles}; add one or set data.loss_on=all"
         raise InvalidRow(chat.name, "no assistant turn", problem)
     try:
         text, learned = (

@@ -13,22 +13,28 @@ from jaxft.data.example import Message
 from jaxft.data.invalid import InvalidRow
 from jaxft.data.rows import Row
 
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
+KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool")
+ROLES = {  # other names of these, in any case
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("gpt", "model", "bot", "chatbot", "chatgpt", "bing", "bard", "function_call"), "assistant"
+    ),
+    **dict.fromkeys(("observation", "function", "function_response", "ipython", "environment"), "tool"),
 }
 SET_BY_JAXFT = (
     "conversation", "conversations", "messages", "tools", "chat_template", "tokenize",
     "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict",
     "return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs", "processor_kwargs",
+    "generation_indices", "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler",
+    "joiner", "loop", "self",
 )  # fmt: skip
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def is_set_by_jaxft(argument: str) -> bool:
+    """Whether jaxft, the tokenizer or Jinja defines this name of a chat template, such as bos_token."""
+    return argument in SET_BY_JAXFT or argument.endswith(("_token", "_tokens"))
 
 
 def text_of(row: Row, column: str, empty: bool = False) -> str:
@@ -37,6 +43,10 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
     Raises InvalidRow if it is no string, or blank and not `empty`.
     """
     value = row.fields[column]
+    if value is None:
+        raise InvalidRow(
+            row.name, f"null in column {column!r}", f"column {column!r} is null; fill it or remove the row"
+        )
     if not isinstance(value, str):
         raise InvalidRow(
             row.name,
@@ -63,14 +73,33 @@ def _encodable(row: Row, column: str, text: str) -> None:
 
 
 def json_of(row: Row, column: str) -> Any:
-    """Return the column, parsed if a table format has stored a list of objects as a JSON string."""
+    """Return the column, parsed if a table format has stored a list of messages as a JSON string.
+
+    Other JSON, such as a list of function calls, is a text.
+    """
     value = row.fields[column]
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        found = _parsed(value)
-        return (
-            found if isinstance(found, list) and found and all(isinstance(x, dict) for x in found) else value
-        )
-    return value
+    if not (isinstance(value, str) and value.lstrip()[:1] == "["):
+        return value
+    found = _parsed(value)
+    return found if isinstance(found, list) and found and all(map(_is_message, found)) else value
+
+
+def _is_message(item: Any) -> bool:
+    """Whether an object is a message: it has a role, and content or tool calls."""
+    if not isinstance(item, dict):
+        return False
+    if "role" in item:
+        role, others = item["role"], ("content", "tool_calls", "function_call")
+    else:
+        role, others = item.get("from"), ("value",)
+    return isinstance(role, str) and _role(role) is not None and any(key in item for key in others)
+
+
+def _role(name: str) -> str | None:
+    """Return which role a name stands for, None for another word."""
+    name = name.strip().lower()
+    name = ROLES.get(name, name)
+    return name if name in KNOWN_ROLES else None
 
 
 def _parsed(text: str) -> Any:
@@ -89,16 +118,20 @@ def messages_of(row: Row, column: str) -> list[Message]:
 
     A message has "role" and "content" or ShareGPT's "from" and "value". Errors name the row and the message.
     """
-    value = json_of(row, column)
+    value = row.fields[column]
+    value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     first = value[0] if isinstance(value, list | tuple) and value else None
-    sharegpt = column == "conversations" or (isinstance(first, dict) and "from" in first)
+    keys = first if isinstance(first, dict) else {}
+    sharegpt = "from" in keys or (column == "conversations" and "role" not in keys)
     role, content = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(value, list | tuple) or not value:
-        what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
+        what = "null" if value is None else f"of type {type(value).__name__}"
+        what = "an empty list" if isinstance(value, list | tuple) else what
+        text = "" if column in ("messages", "conversations") else "a string or "
         raise InvalidRow(
             row.name,
-            "column without messages",
-            f"column {column!r} is {what}; use a list of {{{role!r}, {content!r}}} objects",
+            f"null in column {column!r}" if value is None else "column without messages",
+            f"column {column!r} is {what}; use {text}a list of {{{role!r}, {content!r}}} objects",
         )
     return [_message(row, f"{column}[{index}]", item, (role, content)) for index, item in enumerate(value)]
 
@@ -124,9 +157,17 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
             f"{where} has {unlearned}={item[unlearned]!r}, which is not supported; remove the key or the "
             "row, and set data.loss_on",
         )
+    name = _role(item[role])
+    if name is None:
+        raise InvalidRow(
+            row.name,
+            "message of an unknown role",
+            f"{where} has {role} {item[role][:40]!r}; use one of "
+            f"{', '.join(KNOWN_ROLES)}, or a usual name such as human and gpt",
+        )
     rest = {k: v for k, v in item.items() if k not in (role, content, "function_call") and v is not None}
     text = _content(row, where, item.get(content))
-    if item[role] == "function_call":
+    if item[role].strip().lower() == "function_call":
         rest["tool_calls"], text = _calls_of_text(row, where, text), None
     elif calls:
         rest["tool_calls"] = _tool_calls(row, where, calls)
@@ -134,7 +175,6 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
         rest.pop("tool_calls", None)
     if text is None and "tool_calls" not in rest:
         raise InvalidRow(row.name, "message without role or content", f"{where} has no content; use a string")
-    name = ROLES.get(item[role], item[role])
     if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
         raise InvalidRow(
             row.name,
@@ -145,7 +185,20 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
 
 
 def _content(row: Row, where: str, content: Any) -> str | None:
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+    if isinstance(content, list) and all(isinstance(p, dict) for p in content):
+        other = next((p.get("type") for p in content if p.get("type") != "text"), None)
+        if other is not None:
+            raise InvalidRow(
+                row.name,
+                "content that is no text",
+                f"{where} has a part of type {str(other)[:40]!r}; only text parts are supported",
+            )
+        if any(p.get("type") != "text" for p in content):
+            raise InvalidRow(
+                row.name,
+                "content that is no text",
+                f'{where} has a part without a type; use {{"type": "text", "text": ...}}',
+            )
         content = "".join(str(p.get("text", "")) for p in content)
     if content is not None and not isinstance(content, str):
         raise InvalidRow(
@@ -190,6 +243,12 @@ def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
 def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _tool_call(row, where, call["function"])}
+    if not (isinstance(call.get("name"), str) and call["name"].strip()):
+        raise InvalidRow(
+            row.name,
+            "tool call without a name",
+            f"{where} calls a tool without a name; fix or remove the row",
+        )
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return call
@@ -220,9 +279,14 @@ def dialogue_of(row: Row, column: str, text: str) -> list[Message]:
     ]
 
 
+def is_dialogue(text: str) -> bool:
+    """Whether a string is a dialogue of hh-rlhf."""
+    return text.lstrip().startswith("Human:")
+
+
 def is_open_dialogue(text: str) -> bool:
     """Whether a string is a dialogue of hh-rlhf that an answer of the assistant continues."""
-    return text.lstrip().startswith("Human:") and text.rstrip().endswith("\n\nAssistant:")
+    return is_dialogue(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
 # ---- columns that go with messages
@@ -295,11 +359,12 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
             "column 'chat_template_kwargs' of a wrong type",
             "column 'chat_template_kwargs' is no object; use names and values of the template's arguments",
         )
-    taken = sorted(set(found) & set(SET_BY_JAXFT))
+    taken = sorted(filter(is_set_by_jaxft, found))
     if taken:
         raise InvalidRow(
             row.name,
             "template arguments that are set by jaxft",
-            f"column 'chat_template_kwargs' has {', '.join(taken)}, which jaxft sets itself; remove it",
+            f"column 'chat_template_kwargs' has {', '.join(taken)}, which jaxft or the tokenizer "
+            "sets; remove it",
         )
     return found

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from jaxft.data.columns import (
     dialogue_of,
     instruction_of,
+    is_dialogue,
     is_open_dialogue,
     json_of,
     messages_of,
@@ -85,8 +86,13 @@ def chat_of(
 ) -> Chat:
     """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row.
 
-    given: see Chat.
+    given: see Chat. Raises InvalidRow if the response follows a user's turn that is empty.
     """
+    asked = turns[response - 1] if response else None
+    if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
+        raise InvalidRow(
+            row.name, "empty prompt", "the prompt ends with an empty user turn; fill it or remove the row"
+        )
     tools, arguments = tools_of(row), template_arguments_of(row)
     return Chat(row.name, tuple(turns), response, instruction, tools, arguments, given)
 
@@ -146,7 +152,7 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
                 f"{names} hold different prompts; choose one with data.format=prompt, instruction, messages, "
                 "conversations or implicit, or remove a column",
             )
-    if not split.prompt or not (split.prompt[-1]["content"] or "").strip():
+    if not split.prompt:
         raise InvalidRow(
             row.name, "empty prompt", "the prompt is empty; add a user turn before the assistant turn"
         )
@@ -161,6 +167,9 @@ def _readings(row: Row, format: str) -> list[_Reading]:
 
     compared = ("chosen", "rejected")
     if format == "implicit" or (format == "auto" and not any(map(has, PROMPT_COLUMNS)) and has(*compared)):
+        texts = all(isinstance(row.fields.get(c), str) and not is_dialogue(row.fields[c]) for c in compared)
+        if format == "auto" and "prompt" in row.fields and texts:
+            text_of(row, "prompt")  # null: these are responses to it
         _require_column(row, has(*compared))
         return [_Reading(None, compared)]
     known: tuple[tuple[str, ...], ...] = (("completion",), compared)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jaxft.data.columns import SET_BY_JAXFT
+from jaxft.data.columns import is_set_by_jaxft
 
 DATE = "26 Jul 2024"  # Llama 3's default; a template that prints today's date would change tokens at midnight
 TURN, MERGE = "turn", "merge"
@@ -39,7 +39,7 @@ class TemplateSettings:
                     f"data.chat_template_kwargs: {item!r} is not of the form name=value, for example "
                     "enable_thinking=false"
                 )
-            if name in SET_BY_JAXFT:
+            if is_set_by_jaxft(name):
                 raise ValueError(f"data.chat_template_kwargs: jaxft sets {name} itself; remove it")
             if name in found:
                 raise ValueError(f"data.chat_template_kwargs: {name} is set twice; keep one")

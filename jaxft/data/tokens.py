@@ -115,17 +115,26 @@ def tokenise_rows(
         lambda arrays: _is_sound(arrays, len(rows)),
         lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
-    some = [*rows[:1], *_first_row_with_system(rows), *first_row_with_tools(rows, settings.columns)]
+    some = first_rows([rows[i] for i in arrays["row_numbers"]], settings.columns)
     examples = list(formats.normalise_each(some, settings.format, settings.columns)) if some else []
-    warnings = chat.tools_warnings(examples, tokenizer, settings.template)
+    checks = (chat.tools_warnings, chat.content_warnings, chat.prompt_warnings)
+    warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
     return TokenisedRows(
         **arrays_and_rows(ref, rows, arrays, invalid, settings.max_length),
-        warnings=(*warnings, *chat.prompt_warnings(examples, tokenizer, settings.template)),
+        warnings=tuple(warnings),
         cache=state,
     )
 
 
-def first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """Return the first row, the first with a system message and the first with tools, on which warnings look.
+
+    rows: the valid ones. columns: see data.columns.
+    """
+    return [*rows[:1], *_first_row_with_system(rows), *_first_row_with_tools(rows, columns)]
+
+
+def _first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     """Return the first row that has tools, [] without any. columns: see data.columns."""
     renamed = (item.partition("=") for item in columns)
     name = next((theirs.strip() for ours, _, theirs in renamed if ours.strip() == "tools"), "tools")

@@ -311,7 +311,7 @@ def test_prompts_of_a_chosen_column_and_of_plain_text():
         (
             {"prompt": "q", "chat_template_kwargs": {"tokenize": True}},
             "auto",
-            "column 'chat_template_kwargs' has tokenize, which jaxft sets itself",
+            "column 'chat_template_kwargs' has tokenize, which jaxft or the tokenizer sets",
         ),
         ({"instruction": "q", "history": [["p"]]}, "auto", "column 'history' is no list of"),
     ],

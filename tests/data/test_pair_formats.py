@@ -174,8 +174,8 @@ SAD = [
     ({**GOOD, "chosen": " \n"}, {}, "column 'chosen' is empty; fill it or remove the row"),
     ({**GOOD, "rejected": [answer(" ")]}, {}, r"rejected\[0\], an assistant turn, is empty"),
     ({"chosen": HUMAN + " a", "rejected": HUMAN}, {}, "the response in column 'rejected' is empty"),
-    ({**GOOD, "rejected": None}, {}, "column 'rejected' is NoneType; use a list"),
-    ({**GOOD, "rejected": 3}, {}, "column 'rejected' is int; use a list"),
+    ({**GOOD, "rejected": None}, {}, "column 'rejected' is null; use a string or a list"),
+    ({**GOOD, "rejected": 3}, {}, "column 'rejected' is of type int; use a string or a list"),
     ({**GOOD, "prompt": " "}, {}, "column 'prompt' is empty"),
     ({**GOOD, "prompt": []}, {}, "column 'prompt' is an empty list"),
     (

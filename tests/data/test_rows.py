@@ -253,7 +253,7 @@ def test_columns_rename_and_say_which_format_is_meant():
         ({"messages": list(TURNS)}, {"format": "plain"}, "data.format=plain is for text and prompt-compl"),
         ({"prompt": [TURNS[0]], "completion": "a"}, {"format": "plain"}, "column 'prompt' has type list"),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
-        ({"messages": "[{]"}, {}, "r:1: column 'messages' is str; use a list of"),
+        ({"messages": "[{]"}, {}, "r:1: column 'messages' is of type str; use a list of"),
         (
             {"messages": [{"content": "x"}]},
             {},
@@ -266,9 +266,9 @@ def test_columns_rename_and_say_which_format_is_meant():
         ),
         ({"messages": [turn("user", 3)]}, {}, r"r:1: messages\[0\] has content of type int"),
         (
-            {"conversations": [turn("user", "x")]},
+            {"conversations": [{"speaker": "user", "text": "x"}]},
             {},
-            r"conversations\[0\] has role, content; it needs 'from' and 'value'",
+            r"conversations\[0\] has speaker, text; it needs 'from' and 'value'",
         ),
     ],
 )

@@ -249,3 +249,27 @@ def test_a_system_message_that_training_drops_is_a_warning_and_merging_it_is_the
     assert not source.info.warnings and "s\n\nq[/INST]" in stock_tokenizer(name).decode(
         source.batch(0)[0].ids[0, 0]
     )
+
+
+@pytest.mark.parametrize("kind", (Rows, PairRows))
+def test_a_message_that_the_template_drops_is_a_warning(kind, tmp_path):
+    tokenizer = TEMPLATES["chatml"].tokenizer()
+    shown = tokenizer.chat_template
+    no_system = shown.replace("in messages", "in messages if m.role != 'system'")
+    no_question = shown.replace("m['content']", "(m['content'] if m.role == 'assistant' else '...')")
+    row = {"prompt": [Q], "completion": "a", "chosen": "a", "rejected": "b"}
+    rows = [{"prompt": 7}, row, {**row, "system": "French", "chosen": "c"}]  # the first is invalid
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = kind(str(tmp_path / "r.jsonl"), held_out=None, batch=1, invalid="drop", invalid_limit=0.5)
+    for template, expected in (
+        (shown, []),
+        (no_system, ["r.jsonl:3: .* content of message 0, a system message, .*; set data.system=merge"]),
+        (
+            no_question,
+            ["r.jsonl:2: .* message 0, a user message", "r.jsonl:3: .* 0, a system message, .*; use a"],
+        ),
+    ):
+        tokenizer.chat_template = template
+        warnings = data.open(tokenizer, cache=tmp_path).info.warnings
+        assert len(warnings) == len(expected), warnings
+        assert all(re.search(line, warning) for line, warning in zip(expected, warnings, strict=True))

@@ -26,7 +26,7 @@ from jaxft.data.invalid import InvalidRow, InvalidRows, valid
 from jaxft.data.pack import ranges
 from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_each_pair
 from jaxft.data.rows import Row, read_rows
-from jaxft.data.tokens import TokenisedRows, arrays_and_rows, first_row_with_tools
+from jaxft.data.tokens import TokenisedRows, arrays_and_rows, first_rows
 
 VERSION = ("pairs", 5)  # increase it when the same rows become other tokens
 
@@ -139,9 +139,11 @@ def tokenise_pairs(
         lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
     fields = arrays_and_rows(ref, rows, arrays, invalid, settings.max_length)
-    with_tools = first_row_with_tools(rows, settings.columns)
-    warnings = chat.tools_warnings(_responses(with_tools, settings), tokenizer, settings.template)
-    return TokenisedPairs(**fields, kinds=settings.kinds, warnings=warnings, cache=state)
+    some = first_rows([rows[i] for i in arrays["row_numbers"]], settings.columns)
+    examples = _responses(some, settings)
+    checks = (chat.tools_warnings, chat.content_warnings)
+    warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
+    return TokenisedPairs(**fields, kinds=settings.kinds, warnings=tuple(warnings), cache=state)
 
 
 def _responses(rows: Sequence[Row], settings: PairTokenSettings) -> list[Chat | Completion]:
@@ -314,7 +316,7 @@ def _truncated(name: str, border: int, response: MaskedTokens, settings: PairTok
     limit = settings.max_length
     if len(ids) <= limit:
         return response
-    remedy = "raise it or set data.too_long=drop"
+    remedy = "raise data.max_length or set data.too_long=drop"
     if not learned[:limit].any():
         raise InvalidRow(
             name,
@@ -345,7 +347,7 @@ def _require_different_tokens(
             name,
             "responses of the same tokens",
             f"chosen and rejected are the same tokens when truncated to "
-            f"data.max_length={truncated_to}; raise it or set data.too_long=drop",
+            f"data.max_length={truncated_to}; raise data.max_length or set data.too_long=drop",
         )
 
 
