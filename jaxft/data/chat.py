@@ -163,8 +163,10 @@ def content_warnings(
     """Return a warning for each role but the assistant's of which a prompt lacks the content of a message:
     about the first such.
     """
-    template, found = template_of(tokenizer, settings), {}
-    for chat in examples if template else ():
+    template, found = template_of(tokenizer, settings), dict[str, str]()
+    if template is None:
+        return ()
+    for chat in examples:
         if not isinstance(chat, Chat):
             continue
         own = template.with_arguments(chat.arguments)

@@ -88,10 +88,8 @@ def _is_message(item: Any) -> bool:
     """Whether an object is a message: it has a role, and content or tool calls."""
     if not isinstance(item, dict):
         return False
-    if "role" in item:
-        role, others = item["role"], ("content", "tool_calls", "function_call")
-    else:
-        role, others = item.get("from"), ("value",)
+    others: tuple[str, ...] = ("content", "tool_calls", "function_call") if "role" in item else ("value",)
+    role = item.get("role", item.get("from"))
     return isinstance(role, str) and _role(role) is not None and any(key in item for key in others)
 
 
