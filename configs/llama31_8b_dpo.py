@@ -11,16 +11,14 @@ rewards/accuracies on held-out pairs to rise above 0.5 in the first tenth of the
 from functools import partial
 
 from jaxft.data.pairs.source import PairRows
-from jaxft.distributed.sharding import MeshShape
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
-from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import LLAMA_8B, PAIRS, LlamaKnobs, ReferenceSetting, RowKnobs, choose_reference
-from jaxft.train.settings import Loop, Run
+from jaxft.train.recipes import LLAMA_8B, PAIRS, GpuKnobs, ReferenceSetting, RowKnobs, choose_reference
+from jaxft.train.settings import Run
 
 
 def config(
-    base: LlamaKnobs = LlamaKnobs(LLAMA_8B, lr=5e-6),
+    base: GpuKnobs = GpuKnobs(LLAMA_8B, lr=5e-6),
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "llama31_8b_dpo",
     beta: float = 0.1,
@@ -28,13 +26,5 @@ def config(
 ) -> Run:
     """DPO of an 8B model."""
     source = choose_reference(reference, dpo, base.full)
-    return Run(
-        name=name,
-        **base.sections(),
-        objective=partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=source),
-        data=PairRows(**rows.settings()),
-        optim=Optim(lr=base.learning_rate),
-        mesh=MeshShape(data=1, fsdp=-1),
-        loop=Loop(log_every=5, eval_every=50, save_every=50),
-        seed=rows.seed,
-    )
+    objective = partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=source)
+    return Run(name=name, objective=objective, **base.sharded_run(every=50), **rows.source(PairRows))

@@ -14,15 +14,14 @@ A step has 16 packed rows of 4096 tokens in `micro` microbatches. Needs access t
 from collections.abc import Callable
 
 from jaxft.data.sft import Rows
-from jaxft.distributed.sharding import MeshShape
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, adafactor, adamw
-from jaxft.train.recipes import FINETUNING, LLAMA_8B, DType, LlamaKnobs, RowKnobs
-from jaxft.train.settings import Loop, Run
+from jaxft.train.recipes import FINETUNING, LLAMA_8B, DType, GpuKnobs, RowKnobs
+from jaxft.train.settings import Run
 
 
 def config(
-    base: LlamaKnobs = LlamaKnobs(LLAMA_8B),
+    base: GpuKnobs = GpuKnobs(LLAMA_8B),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=2, epochs=2.0, max_length=4096),
     name: str = "llama31_8b_sft",
     optimizer: Callable
@@ -31,20 +30,11 @@ def config(
     fused_backward: bool = False,  # in full: updates layers in the backward pass, with micro=1 remat=full
 ) -> Run:
     """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
-    return Run(
-        name=name,
-        **base.sections(),
-        objective=sft,
-        data=Rows(**rows.settings()),
-        params=params,
-        optim=Optim(
-            lr=base.learning_rate,
-            optimizer=optimizer or (adafactor if base.full else adamw),
-            clip=None if fused_backward else 1.0,
-            layerwise=base.full,
-            fused_backward=fused_backward,
-        ),
-        mesh=MeshShape(data=1, fsdp=-1),
-        loop=Loop(log_every=10, eval_every=100, save_every=100),
-        seed=rows.seed,
+    optim = Optim(
+        lr=base.learning_rate,
+        optimizer=optimizer or (adafactor if base.full else adamw),
+        clip=None if fused_backward else 1.0,
+        layerwise=base.full,
+        fused_backward=fused_backward,
     )
+    return Run(name=name, objective=sft, params=params, **base.sharded_run(optim=optim), **rows.source(Rows))

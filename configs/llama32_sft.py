@@ -10,26 +10,15 @@ hub (HF_TOKEN).
 """
 
 from jaxft.data.sft import Rows
-from jaxft.distributed.sharding import MeshShape
 from jaxft.objectives.sft import sft
-from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, LlamaKnobs, RowKnobs
-from jaxft.train.settings import Loop, Run
+from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs
+from jaxft.train.settings import Run
 
 
 def config(
-    base: LlamaKnobs = LlamaKnobs("meta-llama/Llama-3.2-1B-Instruct"),
+    base: GpuKnobs = GpuKnobs("meta-llama/Llama-3.2-1B-Instruct"),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=4, epochs=2.0, max_length=2048),
     name: str = "llama32_sft",
 ) -> Run:
     """SFT of a 1B or 3B model."""
-    return Run(
-        name=name,
-        **base.sections(),
-        objective=sft,
-        data=Rows(**rows.settings()),
-        optim=Optim(lr=base.learning_rate),
-        mesh=MeshShape(data=1, fsdp=-1),
-        loop=Loop(log_every=10, eval_every=100, save_every=100),
-        seed=rows.seed,
-    )
+    return Run(name=name, objective=sft, **base.sharded_run(), **rows.source(Rows))

@@ -10,12 +10,16 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxft.data.source import Dataset
+from jaxft.distributed.sharding import MeshShape
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
 from jaxft.objectives.pair import declaration
+from jaxft.optim.optimizer import Optim
 from jaxft.rl.reward_models import find_reward_model
+from jaxft.train.settings import Loop
 from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
@@ -140,8 +144,10 @@ def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
 
 
 @dataclass(frozen=True)
-class LlamaKnobs(LoraOrFullKnobs):
-    """LoraOrFullKnobs for models of billions of parameters on a GPU: less is stored for the backward pass."""
+class GpuKnobs(LoraOrFullKnobs):
+    """LoraOrFullKnobs for models of billions of parameters on GPUs or TPUs: less is stored for the backward
+    pass.
+    """
 
     residual: DType | None = None
     remat: RematPolicy = "attention"
@@ -151,6 +157,17 @@ class LlamaKnobs(LoraOrFullKnobs):
     def learning_rate(self) -> float:
         """lr, or the default of LoRA or of full fine-tuning."""
         return self.lr if self.lr is not None else 1e-5 if self.full else 2e-4
+
+    def sharded_run(self, every: int = 100, optim: Optim | None = None) -> dict[str, Any]:
+        """The fields of a Run that `sections` returns, an optimizer (AdamW by default), a mesh that shards
+        parameters over all devices, and a loop. every: steps between evaluations, and between checkpoints.
+        """
+        return {
+            **self.sections(),
+            "optim": optim or Optim(lr=self.learning_rate),
+            "mesh": MeshShape(data=1, fsdp=-1),
+            "loop": Loop(log_every=max(1, every // 10), eval_every=every, save_every=every),
+        }
 
 
 def choose_reference(
@@ -190,6 +207,10 @@ class SourceKnobs:
             shipped = train in (FINETUNING, PAIRS, OPINIONS)
             held_out = train.replace(".jsonl", "_held_out.jsonl") if shipped else OWN_HELD_OUT
         return {"train": train, "held_out": held_out, **known}
+
+    def source(self, make: Callable[..., Dataset], **more: Any) -> dict[str, Any]:
+        """The fields `data` and `seed` of a Run. make: such as data.sft.Rows; more: its other arguments."""
+        return {"data": make(**self.settings(), **more), "seed": self.seed}
 
 
 @dataclass(frozen=True)
