@@ -12,8 +12,8 @@ configs/grpo.py.
 
 Plan for one H100: 31.1 GiB, 4.4 s for each of the four optimizer steps of a rollout of 64 x 8 completions;
 the 460 steps of an epoch take 35 minutes, and sampling is added to that. For a TPU v5e slice of eight
-chips (--devices v5e:2x4, micro=2 remat=full): 9.2 GiB per chip, 2.2 s. Times are those of the roofline (scripts/plan.py), not
-measured.
+chips (--devices v5e:2x4, micro=2 remat=full): 9.2 GiB per chip, 2.2 s. Times are those of the roofline
+(scripts/plan.py), not measured.
 """
 
 from collections.abc import Callable
