@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.models import families
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.text_part import TEXT_PARTS, text_tensor
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor
-from jaxft.weights import quantised, safetensors
+from jaxft.weights import hub, quantised, safetensors
 from jaxft.weights.model_files import Index, ModelFiles
 from jaxft.weights.quant_layout import same_layout
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
@@ -109,6 +110,20 @@ def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
         quantised={text: files.quantised[name] for text, name in names.items() if name in files.quantised},
         ignored=tuple(name for name in files.shapes if text_tensor(name) is None),
     )
+
+
+def is_multimodal(model: Model, ref: str) -> bool:
+    """Whether `model` is the text decoder of a multimodal checkpoint, if the files of `ref` are here."""
+    kinds = {part.model_type: kind for kind, part in TEXT_PARTS.items()}
+    kind = families.config_to_hf(model.config)["model_type"]
+    if kind not in kinds:
+        return False
+    try:
+        located = hub.locate(ref, config_only=True)
+        config = read_model_json(located.path / "config.json") if located.kind == "folder" else {}
+    except (OSError, ValueError):  # the base is gone by now
+        return False
+    return config.get("model_type") == kinds[kind]
 
 
 def common_layout(files: ModelFiles, model: Model, path: str) -> QTensor | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.models.model import Model
+from jaxft.models.text_part import text_tensor
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
@@ -144,7 +145,23 @@ def _open_tensors(folder: Path) -> SafetensorsFiles:
         pickled = (folder / "adapter_model.bin").is_file()
         advice = "adapter_model.bin is a pickle and is not read; load it with peft and call save_pretrained"
         raise FileNotFoundError(f"{path}: no such file{f'; {advice}' if pickled else ''}")
-    return open_safetensors(path, [path])
+    return _of_decoder(open_safetensors(path, [path]))
+
+
+def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
+    """Return the tensors of an adapter on a multimodal model as those of its text decoder; those of the other
+    parts change nothing about text. Another adapter is returned as it is.
+    """
+    text = {name: text_tensor(name.removeprefix(PREFIX)) for name in files.paths}
+    names = {f"{PREFIX}{new}" if old.startswith(PREFIX) else new: old for old, new in text.items() if new}
+    return SafetensorsFiles(
+        files.where,
+        {new: files.paths[old] for new, old in names.items()},
+        {new: files.offsets[old] for new, old in names.items()},
+        {new: files.dtypes[old] for new, old in names.items()},
+        {new: files.shapes[old] for new, old in names.items()},
+        names,
+    )
 
 
 def _ranks(files: SafetensorsFiles) -> list[int]:

@@ -11,7 +11,7 @@ from jaxft.distributed import sync
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.tree import Params
-from jaxft.weights import hub
+from jaxft.weights import hf, hub
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import PREFIX, SCORE_TENSOR, SEQ_CLS, linear_weight_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
@@ -32,11 +32,13 @@ def save_adapter(
     pairs = _pairs(adapter)
     if not pairs:
         raise ValueError(f"{folder}: the adapter has no pairs to write")
-    tensors, modules = [], set()
+    tensors, modules, only_text = [], set(), hf.is_multimodal(model, base_ref)
     for path, pair in pairs.items():
         module = _module_name(model, path)
-        modules.add(module.rsplit(".", 1)[-1])
-        for i in range(pair["a"].shape[0] if "{i}" in module else 1):
+        count = pair["a"].shape[0] if "{i}" in module else 1
+        # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
+        modules |= {module.format(i=i) for i in range(count)} if only_text else {module.rsplit(".", 1)[-1]}
+        for i in range(count):
             tensors += _tensors_of_pair(module.format(i=i), pair, i if "{i}" in module else None, settings)
     if score is not None:
         tensors.append(

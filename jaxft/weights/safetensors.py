@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ WRITE_ADVICE = "find the step that made them, or, if it is only the range of the
 class SafetensorsFiles:
     """The tensors of one or more safetensors files: for each its file, first byte there, dtype and shape.
 
-    where: the file or folder, for messages. A dtype outside DTYPES is UNSUPPORTED.
+    where: the file or folder, for messages. A dtype outside DTYPES is UNSUPPORTED. stored_names: of tensors
+    that have another name in the file.
     """
 
     where: str
@@ -44,6 +45,7 @@ class SafetensorsFiles:
     offsets: dict[str, int]
     dtypes: dict[str, np.dtype]
     shapes: dict[str, tuple[int, ...]]
+    stored_names: dict[str, str] = field(default_factory=dict)
 
 
 def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
@@ -88,7 +90,7 @@ def read_tensor(files: SafetensorsFiles, name: str, index: Index = ()) -> np.nda
     if dtype in FLOAT8.values() or not math.prod(lengths(index)) or not shape:
         return read_view(files, name, dtype, shape, index)  # which get_slice does not return as NumPy arrays
     with _open(path) as file:
-        return file.get_slice(name)[index]
+        return file.get_slice(files.stored_names.get(name, name))[index]
 
 
 def read_view(

@@ -4,16 +4,21 @@ import json
 import math
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_families import VOCAB, logits_of, random_ids, rows
 
+from jaxft import tree
 from jaxft.models import families
+from jaxft.models.adapted import adapted
 from jaxft.models.text_part import text_config, text_tensor
-from jaxft.nn.param import spec_paths
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import init_params, spec_paths
 from jaxft.nn.rope import Rope
-from jaxft.weights import hf, hf_write, pretrained
+from jaxft.weights import hf, hf_write, peft_write, pretrained
+from jaxft.weights import peft as peft_layout
 from jaxft.weights.param_reader import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
@@ -199,6 +204,58 @@ def test_a_multimodal_checkpoint_is_exported_as_a_text_model(multimodal, tmp_pat
     np.testing.assert_allclose(text_logits(again, ids), text_logits(theirs, ids), atol=1e-4)
     assert pretrained.model_for(str(tmp_path), dtype=jnp.float32).config == model.config
     assert pretrained.file_notes(str(tmp_path), model) == []
+
+
+def test_an_adapter_of_the_decoder_is_for_the_text_model_and_refused_by_peft_on_the_multimodal_one(
+    multimodal, tmp_path
+):
+    import copy
+
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    theirs, folder = multimodal
+    model, params = loaded(folder)
+    hf_write.save_folder(tmp_path / "base", model, params, None, str(folder))
+    settings = Adapter(rank=2, alpha=4.0)
+    fresh = init_params(adapted(model, settings).specs["adapter"], jax.random.key(0), jnp.float32)
+    moved = jax.tree.map(lambda x: x + 0.05, fresh)
+    adapter = tree.map_with_path(lambda path, x: fresh_leaf(path, x, fresh), moved)
+    peft_write.save_adapter(tmp_path / "adapter", adapter, settings, model, str(folder))
+    ids = random_ids(1, 20)
+    expected = logits_of(adapted(model, settings), {"base": params, "adapter": adapter}, rows(ids))
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    found = peft.PeftModel.from_pretrained(text, str(tmp_path / "adapter")).eval()
+    np.testing.assert_allclose(text_logits(found, ids), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path / "adapter"))
+    jax.tree.map(
+        np.testing.assert_array_equal, peft_layout.read_adapter(tmp_path / "adapter", model)[0], adapter
+    )
+
+
+def fresh_leaf(path, moved, fresh):
+    """The moved leaf of a pair, but its scale as it is."""
+    return tree.paths(fresh)[path] if path.endswith("scale") else moved
+
+
+def test_peft_s_adapter_of_the_multimodal_model_is_read_for_its_decoder(multimodal, tmp_path):
+    import copy
+
+    peft = pytest.importorskip("peft")
+    theirs, folder = multimodal
+    model, params = loaded(folder)
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]  # q, k and v of the vision tower too
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=targets)
+    found = peft.get_peft_model(copy.deepcopy(theirs), settings).eval()
+    for name, p in found.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    found.save_pretrained(str(tmp_path))
+    adapter, read = peft_layout.read_adapter(tmp_path, model)
+    ids = random_ids(1, 20)
+    ours = logits_of(adapted(model, read), {"base": params, "adapter": adapter}, rows(ids))
+    np.testing.assert_allclose(ours, text_logits(found, ids), atol=1e-4)
 
 
 def test_a_head_that_is_not_the_embedding_counts_without_a_tied_setting_too(multimodal, tmp_path):
