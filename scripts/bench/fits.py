@@ -31,6 +31,8 @@ MODELS = {
     "8B": "meta-llama/Llama-3.1-8B-Instruct",
     "70B": "meta-llama/Llama-3.3-70B-Instruct",
     "405B": "meta-llama/Llama-3.1-405B-Instruct",
+    "Qwen3-8B": "Qwen/Qwen3-8B",
+    "Qwen3-32B": "Qwen/Qwen3-32B",
 }
 ONLY = {"405B": ("LoRA", "sft", "v5p")}  # (method, objective, chip) of models that are not tried with all
 METHODS = ("full", "LoRA", "QLoRA")
