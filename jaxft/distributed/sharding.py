@@ -39,12 +39,20 @@ AXES: dict[str, tuple[str, ...]] = {
     "from_heads": ("tensor", *SPARE),
     "from_mlp": ("tensor", *SPARE),
     "out_width": (),
+    # Kernels of several projections (nn/fused_linear.py): stored sharded over inputs, since a contiguous part
+    # of their outputs is not a part of the heads. "part_shards": the outputs that each device computes.
+    "fused_width": (*SPARE, "tensor"),
+    "fused_kv_heads": (),
+    "fused_mlp": (),
+    "part_shards": ("tensor",),
     "vocab": ("tensor", *SPARE),  # tensor first, so that a gather along the others does not reorder blocks
     "act_vocab": ("tensor",),
     "table_width": (),  # the embedding table is sharded over vocab only, or the gather would rematerialise it
     "rank": (),
     "score": (),
 }
+FUSED_OUTPUTS = ("fused_kv_heads", "fused_mlp")
+COUNTED = ("heads", "kv_heads", "from_heads", *FUSED_OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -132,17 +140,17 @@ def partition_spec(
 
     With a shape, mesh axes that do not divide a dimension are left out; raises ValueError if tensor does not
     divide it.
-    heads: number of heads in a flattened "heads", "from_heads" or "kv_heads" dimension; tensor never splits a
-    head.
+    heads: number of units in a flattened dimension of COUNTED, such as heads; tensor never splits one.
     """
     sizes = dict(mesh.shape)
     entries: list[tuple[str, ...]] = []
     for i, axis in enumerate(axes):
         mesh_axes = tuple(a for a in AXES[axis] if sizes.get(a, 1) > 1)
         if shape is not None:
-            units = heads if heads and axis in ("heads", "kv_heads", "from_heads") else shape[i]
-            if "tensor" in mesh_axes and units % sizes["tensor"]:
-                kind = axis.removeprefix("from_").replace("_", " ")
+            units = heads if heads and axis in COUNTED else shape[i]
+            spread = "tensor" in mesh_axes or (axis in FUSED_OUTPUTS and heads is not None)
+            if spread and units % sizes.get("tensor", 1):
+                kind = axis.removeprefix("from_").removeprefix("fused_").replace("_", " ")
                 subject = f"{units} {kind} do" if kind.endswith("s") else f"{kind} of size {units} does"
                 fits = tuple(n for n in range(1, min(units, mesh.size) + 1) if units % n == 0)
                 where = path or "activation"
@@ -264,6 +272,7 @@ def replicate(x: jax.Array) -> jax.Array:
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
     """Return the logical axes of a weight in a matmul: gathered along fsdp and context, but not tensor."""
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
+    used["fused_width"] = "part_shards"  # see nn/fused_linear.py
     return tuple(used.get(axis, axis) for axis in axes)
 
 
@@ -291,10 +300,15 @@ def shard_start(axis: str, size: int) -> jax.Array:
     return jax.lax.axis_index(axis) * np.int32(size)
 
 
+def mesh_size(axis: str) -> int:
+    """Return the number of devices along an axis of the ambient mesh; 1 without one."""
+    mesh = _ambient()
+    return 1 if mesh is None else dict(mesh.shape)[axis]
+
+
 def mesh_has(axis: str) -> bool:
     """Whether the ambient mesh has more than one device along a mesh axis."""
-    mesh = _ambient()
-    return mesh is not None and dict(mesh.shape)[axis] > 1
+    return mesh_size(axis) > 1
 
 
 def check_context_divides(length: int) -> None:

@@ -18,7 +18,9 @@ from jaxft.models import (
     llama_relatives,
     mistral,
     olmo,
+    phi3,
     qwen,
+    smollm3,
 )
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model, ModelConfig
@@ -118,6 +120,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         gemma3.Gemma3Config, gemma3.gemma3_from_hf, gemma3.gemma3_to_hf, gemma3.gemma3, gemma3.GEMMA3_PRESETS
+    ),
+    "phi3": Family(phi3.Phi3Config, phi3.phi3_from_hf, phi3.phi3_to_hf, phi3.phi3, phi3.PHI3_PRESETS),
+    "smollm3": Family(
+        smollm3.SmolLM3Config,
+        smollm3.smollm3_from_hf,
+        smollm3.smollm3_to_hf,
+        smollm3.smollm3,
+        smollm3.SMOLLM3_PRESETS,
     ),
 }
 

@@ -6,6 +6,7 @@ An adapter has the base's paths; each adapted kernel [L, I, O] has `a` [L, I, R]
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,17 @@ from jaxft.nn.param import ParamSpec, Specs, full, kaiming_uniform, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import Params, static, struct
 
+# Layers that compute several projections by one matrix, and the layers that other models have in their place.
+FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
 
 @dataclass(frozen=True)
 class Adapter:
     """LoRA settings, named as in PEFT.
 
     targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate",
-    "head", or Hugging Face's "q_proj"), or a regular expression over whole parameter paths. rslora scales by
-    alpha / sqrt(rank).
+    "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), or a regular
+    expression over whole parameter paths. rslora scales by alpha / sqrt(rank).
     """
 
     rank: int = 16
@@ -72,7 +76,8 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
         return blocks
     if not targets:
         raise ValueError(
-            "adapter.targets names no layer; use all-linear, or some of q, k, v, o, gate, up, down, head"
+            "adapter.targets names no layer; use all-linear, or some of "
+            + ", ".join(p.rsplit("/", 1)[-1] for p in [*blocks, *heads])
         )
     if isinstance(targets, str):
         pattern = tree.regex(targets, "adapter.targets")
@@ -86,9 +91,25 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
     path_by_name |= {f"{name}_proj": p for name, p in path_by_name.items()} | {"lm_head": "head"}
     for name in targets:
         if name not in path_by_name:
+            _refuse_part(name, path_by_name.keys())
             near = ", ".join(tree.nearest(name, list(path_by_name)))
             raise ValueError(f"adapter.targets: {name!r} is not a linear layer; near: {near}")
     return [p for p in [*blocks, *heads] if p in {path_by_name[name] for name in targets}]
+
+
+def _refuse_part(name: str, known: AbstractSet[str]) -> None:
+    """Raise ValueError for a part of a fused layer of the model, or a fused layer that it has in parts."""
+    asked = name.removesuffix("_proj")
+    for fused, parts in FUSED_PARTS.items():
+        if asked in parts and fused in known:
+            raise ValueError(
+                f"adapter.targets: {name!r} is a part of the layer {fused!r} ({fused}_proj) of this model, "
+                f"which has one adapter; use {fused!r}"
+            )
+        if asked == fused and known & set(parts):
+            raise ValueError(
+                f"adapter.targets: {name!r} is {len(parts)} layers in this model; use {', '.join(parts)}"
+            )
 
 
 def same_pairs(specs: Specs, one: Adapter, other: Adapter) -> bool:

@@ -52,6 +52,7 @@ class ParamSpec:
     """One parameter: its shape, a logical axis for each dimension (see sharding.AXES) and its initialiser.
 
     heads: number of heads along its "heads" or "kv_heads" axis; a mesh shards that axis between heads only.
+    For the outputs of fused projections: the number that tensor parallelism must divide.
     """
 
     shape: tuple[int, ...]

@@ -69,6 +69,20 @@ FAMILIES = {
         dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=7, final_logit_softcapping=3.0,
              layer_types=["full_attention"] * 4),
     ),
+    "phi3 with a window": ("phi3", dict(sliding_window=7)),
+    "phi4 mini": ("phi3", dict(
+        hidden_size=64, tie_word_embeddings=True, partial_rotary_factor=0.75,
+        original_max_position_embeddings=16,
+        rope_scaling=dict(
+            type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            long_factor=[1.0, 2.0, 3.0, 5.0, 7.0, 8.0],
+        ),
+    )),
+    "smollm3": ("smollm3", dict(no_rope_layer_interval=2, tie_word_embeddings=True)),
+    "smollm3 with windows": ("smollm3", dict(
+        use_sliding_window=True, sliding_window=7, no_rope_layers=[1, 0, 1, 1], attention_bias=True,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    )),
 }  # fmt: skip
 SAME_PROGRAMS = ("seed_oss", "cwm", "internlm3", "iquestcoder")  # rows whose programs are those of other rows
 ZERO_CENTRED = ("gemma", "vaultgemma")  # families whose norms multiply by 1 + weight

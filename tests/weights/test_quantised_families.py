@@ -19,7 +19,14 @@ from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
 
-QUICK = {("qwen2", "nf4"), ("qwen2", "gptq"), ("qwen2", "awq"), ("qwen2", "int8"), ("mistral", "gptq")}
+QUICK = {
+    ("phi3 with a window", "awq"),
+    ("qwen2", "nf4"),
+    ("qwen2", "gptq"),
+    ("qwen2", "awq"),
+    ("qwen2", "int8"),
+    ("mistral", "gptq"),
+}
 
 
 def by_nf4(folder, make):

@@ -1,0 +1,71 @@
+"""Linear layers that compute several projections by one matmul: Phi's qkv_proj and gate_up_proj.
+
+Tensor parallelism needs on each device the heads' columns of every projection, but a contiguous part of a
+fused weight's columns is a part of one projection. So the weight [I, O] is stored sharded over its inputs
+(axis "fused_width"). Before a matmul each device receives its columns of every projection by one all-to-all
+of the weight (a quantised one: of its codes), a fraction 1/tensor of its bytes; activations don't move.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from jaxft.distributed import sharding
+from jaxft.nn.lora import Adapted
+from jaxft.nn.matmul import GramProbe, Weight, linear
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import decode_scales
+
+
+def fused_linear(
+    x_BTI: Float[Array, "B T I"], w: Weight, widths: tuple[int, ...], key: Array | None = None
+) -> list[Float[Array, "B T _"]]:
+    """Return the projections x @ w[:, part] for parts of these widths, in the order of the columns.
+
+    w: plain, quantised or adapted [I, sum of widths]. key: for dropout of an adapter's input. With tensor
+    parallelism each projection is sharded over its columns, so every width must divide.
+    """
+    ways = sharding.mesh_size("tensor")
+    if ways == 1:
+        return jnp.split(linear(x_BTI, w, key), np.cumsum(widths)[:-1].tolist(), -1)
+    y = linear(x_BTI, _spread(w, widths, ways), key)
+    B, T, outs = y.shape
+    y = sharding.constrain(y.reshape(B, T, ways, outs // ways), "rows", "time", "part_shards", None)
+    each = np.cumsum([width // ways for width in widths])[:-1].tolist()
+    parts = zip(jnp.split(y, each, -1), widths, strict=True)
+    return [part.reshape(B, T, width) for part, width in parts]
+
+
+def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
+    """Return the weight with its columns ordered by device, and each device's columns on it."""
+    order = partial(_by_device, widths=widths, ways=ways)
+    if isinstance(w, Adapted):
+        return replace(w, weight=_spread(w.weight, widths, ways), b=order(w.b))
+    if isinstance(w, GramProbe):
+        return replace(w, weight=_spread(w.weight, widths, ways))
+    if not isinstance(w, QTensor):
+        return order(w, inputs="width")
+    scale = w.scale if w.outer is None else decode_scales(w.scale, w.outer, w.mean)
+    return replace(
+        w,
+        codes=order(w.codes),
+        scale=None if scale is None else order(scale),
+        offset=None if w.offset is None else order(w.offset),
+        outer=None,
+        mean=None,
+    )
+
+
+def _by_device(
+    x: Shaped[Array, "*L I O"], widths: tuple[int, ...], ways: int, inputs: str = "act_width"
+) -> Shaped[Array, "*L I O"]:
+    """Order columns by device. inputs: logical axis that shards the input axis afterwards."""
+    *lead, ins, _ = x.shape
+    parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1)
+    x = jnp.concatenate([part.reshape(*lead, ins, ways, part.shape[-1] // ways) for part in parts], -1)
+    others = ("layers",) * len(lead)
+    x = sharding.constrain(x, *others, inputs, "part_shards", "act_width")
+    return x.reshape(*lead, ins, x.shape[-1] * x.shape[-2])
