@@ -8,12 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_llama import tiny_tokenizer, tiny_torch, write_folder
+from tiny_run import write_place
 
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.sft import Rows
+from jaxft.nn.param import ParamSpec, normal
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.update import StepInfo
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "bench" / "bench.py")
 PEER = {  # what the TRL baseline prints
@@ -219,3 +225,22 @@ def config(batch: int = 2):
     c = LlamaConfig(vocab=2048, width=256, layers=2, heads=4, kv_heads=2, head_dim=64, mlp=512)
     return replace(run, model=llama(c, jnp.float32))
 """
+
+
+def test_the_guards_cost_is_measured_against_a_step_that_takes_any_update(tmp_path, monkeypatch):
+    write_place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = runpy.run_path(str(Path(SCRIPT).with_name("bench_guard.py")))
+    found = script["measure"](["data.held_out=none"], "config.py", 1)
+    assert found["seconds_checked"] > 0 and found["seconds_unchecked"] > 0 and found["shape"][0] == 1
+    assert found["cost"] == pytest.approx(found["seconds_checked"] / found["seconds_unchecked"] - 1, abs=0.05)
+    optimizer = make_optimizer(
+        Optim(lr=1e38, warmup=0.0, clip=None), {"w": ParamSpec((1,), (None,), normal(1.0))}, 1
+    )
+    info = StepInfo(jnp.ones(()), jnp.array(True), jax.random.key(0), None)
+    params, grads = {"w": jnp.full(1, 3.4e38)}, {"w": jnp.full(1, -1.0)}
+    checks = [
+        o.check(grads, o.init(params), params, info) for o in (optimizer, script["unchecked"](optimizer))
+    ]
+    assert checks == [False, True]
