@@ -87,6 +87,11 @@ class Prompts(DataSettings):
         return self.max_prompt + self.max_new
 
     @property
+    def length_settings(self) -> tuple[str, ...]:
+        """Names of the settings whose sum is max_length."""
+        return "max_prompt", "max_new"
+
+    @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps that use the same rollout."""
         return self.passes * self.minibatches

@@ -66,6 +66,11 @@ class DataSettings:
                 f"data.held_out={self.held_out}; use a fraction of at least 0 and less than 1, a file or none"
             )
 
+    @property
+    def length_settings(self) -> tuple[str, ...]:
+        """Names of the settings whose sum is max_length."""
+        return ("max_length",)
+
     def require_at_least(self, least: int, *names: str) -> None:
         """Raise ValueError for the first of the named settings that is below `least`."""
         for name in names:

@@ -148,6 +148,10 @@ class Dataset(Protocol):
         """Tokens of the longest sequence that the model sees."""
 
     @property
+    def length_settings(self) -> tuple[str, ...]:
+        """Names of the settings whose sum is max_length."""
+
+    @property
     def packing(self) -> bool:
         """Whether a row may hold several sequences, which attention has to keep apart."""
 

@@ -15,6 +15,7 @@ from jaxft.models.model import Model
 from jaxft.tree import Params
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+NONFINITE = -2  # in place of a token whose logits are not finite; the completion ends there
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ class Decoding:
 
 
 def make_generate(model: Model, s: Sampling, stop: tuple[int, ...]) -> Callable:
-    """Return a jitted `(params, prompts: Tokens, key) -> tokens [B, max_new]`; -1 after a stop token."""
+    """Return a jitted `(params, prompts: Tokens, key) -> tokens [B, max_new]`; -1 after the last token.
+
+    NONFINITE is in place of a token whose logits are not finite, and the completion ends there.
+    """
 
     def generate(params: Params, prompts: Tokens, key: Array) -> Int[Array, "B N"]:
         return complete(Decoding(model, s, stop), params, prompts, key)[0]
@@ -104,7 +108,7 @@ def make_sampler(model: Model, s: Sampling, stop: tuple[int, ...], group: int) -
     """Return a jitted `(params, prompts: Tokens, key) -> (tokens, logps)`, both [B group, max_new].
 
     Each prompt is prefilled once and completed `group` times in succession. logps: log-probs of the tokens at
-    the temperature, before top-k and top-p; 0 after a stop token.
+    the temperature, before top-k and top-p; 0 after a stop token. NONFINITE is as in make_generate.
     """
 
     def sampler(params: Params, prompts: Tokens, key: Array) -> tuple[Array, Array]:
@@ -116,13 +120,18 @@ def make_sampler(model: Model, s: Sampling, stop: tuple[int, ...], group: int) -
 def complete(
     d: Decoding, params: Params, prompts: Tokens, key: Array
 ) -> tuple[Int[Array, "GB N"], Float[Array, "GB N"]]:
-    """Complete left-padded prompts: tokens and their log-probs. Stops early once all rows have stopped."""
+    """Complete left-padded prompts: tokens and their log-probs. Stops early once all rows have stopped.
+
+    A row also stops where its logits are not finite: there its token is NONFINITE.
+    """
     model, s, (B, size) = d.model, d.sampling, prompts.ids.shape
-    stops = jnp.asarray(d.stop or (-1,), jnp.int32)
+    stops = jnp.asarray((*d.stop, NONFINITE), jnp.int32)
 
     def next_token(h_BD: Array, i: Any) -> tuple[Array, Array]:
         logits = model.logits(model.head(params), h_BD)
         token = sample(logits, s, jax.random.fold_in(key, i))
+        largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as those of fast_argmax
+        token = jnp.where(largest < jnp.inf, token, NONFINITE)  # false for NaN too
         logits = logits / (s.temperature or 1.0)
         return token, jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
 
@@ -172,7 +181,7 @@ def generate(
 ) -> list[list[int]]:
     """Complete all prompts by a program of `make_generate`: token ids, up to and including a stop token.
 
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt, and where logits are not finite.
     """
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -183,5 +192,17 @@ def generate(
         tokens = np.asarray(
             run(params, left_pad(part, min(batch, len(prompts))), jax.random.fold_in(key, start))
         )
+        where = nonfinite_logits(tokens[: len(part)])
+        if where:
+            raise ValueError(
+                f"the logits of token {where[1] + 1} after prompt {start + where[0] + 1} are not finite; "
+                "compute in float32, or check the weights"
+            )
         out += [[int(t) for t in row if t >= 0] for row in tokens[: len(part)]]
     return out
+
+
+def nonfinite_logits(tokens: np.ndarray) -> tuple[int, int] | None:
+    """Return (row, index) of the first token [B, N] whose logits were not finite, None without any."""
+    found = np.argwhere(tokens == NONFINITE)
+    return (int(found[0, 0]), int(found[0, 1])) if len(found) else None

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.batch import Rollout, TrainState
 from jaxft.data.prompts import Prompts, TokenisedPrompts
-from jaxft.inference.generate import Sampling, left_pad, make_sampler
+from jaxft.inference.generate import Sampling, left_pad, make_sampler, nonfinite_logits
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores
@@ -32,7 +32,10 @@ class Sampler:
     programs: Mapping[int, Callable[..., Any]]
 
     def sample(self, prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Completions:
-        """Sample `group` completions of up to data.batch prompts. number: of the rollout, for the key."""
+        """Sample `group` completions of up to data.batch prompts. number: of the rollout, for the key.
+
+        Raises ValueError that names the row of the prompt if the policy's logits are not finite.
+        """
         data, count = self.data, len(prompts)
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
         # an additional prompt of the largest size sets the width
@@ -42,6 +45,12 @@ class Sampler:
         padded = replace(padded, segments=np.where(is_prompt, padded.segments, 0))
         sampled = self.programs[group](self.run.params(state), padded, key)
         tokens, logps = (np.asarray(x)[: count * group] for x in sampled)
+        where = nonfinite_logits(tokens)
+        if where:
+            raise ValueError(
+                f"{prompts.names[where[0] // group]}: the policy's logits of token {where[1] + 1} of a "
+                "completion are not finite; lower optim.lr, or check the weights"
+            )
         lengths = (tokens >= 0).sum(1)
         ended = np.isin(tokens[np.arange(len(tokens)), lengths - 1], self.run.stop).reshape(count, group)
         texts = tuple(

@@ -159,10 +159,31 @@ def permitted_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) ->
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
     refused = [line for line in found if not permitted.match(line)]
     if refused:
+        refused = _explained(refused, new)
         raise ValueError(
             f"{folder}: cannot resume, these settings differ from the original run: {'; '.join(refused)}. "
             "Restore them, or choose another name=..."
         )
+    return found
+
+
+def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
+    """Return differences with those of fingerprints as the files that have changed.
+
+    A fingerprint whose setting has changed too is left out. record: of today's settings.
+    """
+    names, found = [line.partition(":")[0] for line in lines], []
+    for line, name in zip(lines, names, strict=True):
+        part = name.removesuffix("_fingerprint")
+        if part == name:
+            found.append(line)
+        elif part not in names and not any(other.startswith(f"{part}.") for other in names):
+            what = {
+                "weights": f"the files of model={record.get('weights')}",
+                "start": f"the files of start={record.get('start')}",
+                "data": f"the rows of data={record.get('data', {}).get('train')}, or how they become tokens,",
+            }.get(part, f"the files of the {part.replace('_', ' ')}")
+            found.append(f"{what} have changed since the run started")
     return found
 
 

@@ -165,7 +165,7 @@ def parse_value(text: str, kind: Any) -> Any:
         raise ValueError(f"this is a section; set its fields: {names}")
     else:
         raise ValueError("such a value cannot be written on the command line; change the config file")
-    raise ValueError(f"expected {describe_kind(kind)}")
+    raise _expected(text, kind)
 
 
 def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
@@ -180,7 +180,15 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
         except ValueError:
             if _is_callable(member) and ":" in text:
                 raise
-    raise ValueError(f"expected {describe_kind(kind)}")
+    raise _expected(text, kind)
+
+
+def _expected(text: str, kind: Any) -> ValueError:
+    """The error of a value that is none of the annotation `kind`."""
+    expected = describe_kind(kind)
+    if text.strip("+- ").lower() == "nan":  # a float, but no number
+        expected = expected.replace("float", "a finite number")
+    return ValueError(f"expected {expected}")
 
 
 def _parse_tuple(text: str, args: tuple[Any, ...], separator: str) -> tuple:

@@ -4,7 +4,7 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from jaxft.nn.lora import Adapter
 from jaxft.runs import compare
@@ -20,12 +20,13 @@ HEADLINES = {  # metrics that the result lines show, in this order
 
 class Sample(TypedDict):
     """A held-out prompt with the model's completion and the completion of its row ("" where the row has
-    none).
+    none). finish: why the completion ends; "nonfinite" for logits that are not finite.
     """
 
     prompt: str
     completion: str
     reference: str
+    finish: Literal["stop", "length", "nonfinite"]
 
 
 class Evaluation(TypedDict):

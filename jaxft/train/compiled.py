@@ -1,19 +1,24 @@
 """The compiled programs of a run: step, evaluation of held-out rows and general text, sampling of prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import jax
 
 from jaxft import tree
-from jaxft.batch import TrainState
+from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
 from jaxft.inference.generate import Decoding
+from jaxft.objectives.metrics import LOSS, FloatMetrics
 from jaxft.runs.report import Evaluation, Sample
 from jaxft.train import samples
 from jaxft.train.members import Job
-from jaxft.train.programs import compile_eval, compile_step
+from jaxft.train.programs import compile_eval, compile_metrics, compile_step
 from jaxft.tree import Batch, Metrics, Params
 
 States = tuple[TrainState, ...]  # of the members of a job
+LAST_LOSS = "last_loss"
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,15 @@ class Compiled:
 
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     evaluate and general: metrics of the held-out rows and of the general text, {} without any. sample:
-    completions of held-out prompts.
+    completions of held-out prompts. last_loss(states, batch): the loss of a training batch, in a forward pass
+    without dropout; {} with held-out rows, whose loss is computed after the last step anyway.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
     evaluate: Callable[[States], list[dict[str, float]]]
     general: Callable[[States], list[dict[str, float]]]
     sample: Callable[[States], list[list[Sample]]]
+    last_loss: Callable[[States, Batch], list[FloatMetrics]]
 
     def held_out_metrics(self, states: States) -> list[dict[str, float]]:
         """Metrics of the held-out rows under their names in the log."""
@@ -68,4 +75,36 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     def sample(states: States) -> list[list[Sample]]:
         return [complete(tree.combine(states[0].trainable, own))]
 
-    return Compiled(step, evaluate, lambda states: [general(states[0])], sample)
+    last_loss = no_losses
+    if not source.held_out:
+        of_rows = compile_metrics(p, p.eval_step, own, *microbatch_shape(source.shapes[-1]))
+        last_loss = partial(
+            losses_of_batch, lambda states, rows: [of_rows(states[0], rows)], source.shapes[-1]
+        )
+    return Compiled(step, evaluate, lambda states: [general(states[0])], sample, last_loss)
+
+
+def no_losses(states: States, batch: Batch) -> list[FloatMetrics]:
+    """Return no loss for any member."""
+    return [{} for _ in states]
+
+
+def microbatch_shape(largest: Batch) -> tuple[Batch, int]:
+    """Return the shape [1, rows, ...] of a microbatch of the largest batch, and their number."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), largest)
+    return one, jax.tree.leaves(largest)[0].shape[0]
+
+
+def losses_of_batch(
+    metrics: Callable[[States, Sequence[Batch]], list[FloatMetrics]],
+    largest: Batch,
+    states: States,
+    batch: Batch,
+) -> list[FloatMetrics]:
+    """Return {"last_loss"} of each member on the microbatches of `batch`, which is padded to `largest`.
+
+    metrics(states, microbatches) is compiled for those of `largest`.
+    """
+    wide = widened(batch, largest)
+    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], wide) for i in range(jax.tree.leaves(wide)[0].shape[0])]
+    return [{LAST_LOSS: own[LOSS]} if LOSS in own else {} for own in metrics(states, rows)]

@@ -30,7 +30,7 @@ from jaxft.train.results import export_best, export_members, report_finished, wr
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
-from jaxft.train.verdict import evaluate_start, finished_members
+from jaxft.train.verdict import evaluate_end, evaluate_start, last_faults
 
 
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
@@ -72,7 +72,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
         # ---------- The model before training ----------
         if saved is None:
-            saved = {"before": evaluate_start(job, compiled, states, frozen, logs), "counters": None}
+            saved = evaluate_start(job, compiled, states, frozen, logs)
 
         # ---------- Training ----------
         meters, nonfinite = Meters(job, saved["counters"]), NonfiniteRecorder(job, logs)
@@ -93,6 +93,8 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                 if done % loop.log_every == 0 or done == job.steps:
                     logs.step(done, *meters.read())
                 stop = stop or stopping()
+                if done == job.steps:
+                    saved["last_faults"] = last_faults(compiled, states, rows[0])
                 if done % job.rollout_steps and done < job.steps:
                     continue  # save, evaluate and stop between rollouts only
                 scores = []
@@ -104,7 +106,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                     scores = [selection_score(metrics) for metrics in held_out]
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
-                    checkpoints.save(done, states, job.to_save(meters.counters(), saved["before"]), scores)
+                    checkpoints.save(done, states, job.to_save(meters.counters(), saved), scores)
                 if stop:
                     break
         checkpoints.wait()
@@ -115,9 +117,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             return 128 + stop
 
         # ---------- The model after training: evaluation, weights, model card ----------
-        after = compiled.evaluation(states)
-        logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
-        finished = finished_members(job, states, after, logs)
+        after, finished = evaluate_end(job, compiled, states, saved.get("last_faults"), logs)
         weights = export_members(job, states, frozen, finished)
         del states  # make room for the best step's state
         export_best(job, checkpoints, frozen, after, logs)

@@ -17,7 +17,6 @@ from jaxft.rl.programs import BoundRun
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.record import describe, differences
-from jaxft.runs.report import Evaluation
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.settings import LONGEST, Run
@@ -113,12 +112,16 @@ class Job:
 
         return jax.tree.map(widest, *(source.shapes[-1] for source in self.sources))
 
-    def to_save(self, counters: list[dict[str, Any]], before: list[Evaluation]) -> dict[str, Any]:
-        """Return the JSON that a checkpoint stores in addition to the states."""
+    def to_save(self, counters: list[dict[str, Any]], saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON that a checkpoint stores in addition to the states.
+
+        saved: of the checkpoint before, or of the evaluation before the first step.
+        """
         return {
             "records": {member.label: member.record for member in self.members},
             "counters": counters,
-            "before": before,
+            "before": saved["before"],
+            "last_faults": saved.get("last_faults"),  # only of the last step
             "sources": [source.state_dict() for source in self.sources],
         }
 

@@ -1,6 +1,6 @@
 """The programs of a run as shapes: the jitted steps, and the shardings of everything that they work on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,8 +56,11 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     """
     longest = run.model.config.max_positions
     if run.data.max_length > longest:
+        lengths = run.data.length_settings
+        total = " + ".join(f"data.{name}={getattr(run.data, name)}" for name in lengths)
         raise ValueError(
-            f"data.max_length={run.data.max_length} is beyond the model's {longest} positions. Lower it."
+            f"{total} {'is' if len(lengths) == 1 else 'are'} beyond the model's {longest} positions. Lower "
+            f"data.{lengths[-1]}."
         )
     if run.samples and run.sampling.max_new >= longest:
         raise ValueError(
@@ -67,7 +70,8 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     if run.adapter and run.adapter.rank > run.model.config.width:
         raise ValueError(
             f"adapter.rank={run.adapter.rank} is above the model's width of {run.model.config.width}, which "
-            "is full rank. Lower it, or train all weights with full=true."
+            "is full rank. Lower it, or train all weights: by configs/sft_full.py, or with full=true where "
+            "the recipe has it."
         )
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
     model = with_heads(run.model, run.heads)
@@ -205,25 +209,33 @@ def compile_eval(
     """Return `metrics(state)` of held-out batches, compiled for their one shape; {} without any."""
     if not batches:
         return lambda state: {}
-    compiled = step.lower(p.state.trainable, p.frozen, sharded_batch(p, batches[0]), p.state.aux).compile()
+    metrics = compile_metrics(p, step, frozen, batches[0], len(batches))
+    return lambda state: metrics(state, batches)
+
+
+def compile_metrics(
+    p: Programs, step: jax.stages.Wrapped, frozen: Params, shape: Batch, count: int
+) -> Callable[[TrainState, Sequence[Batch]], dict[str, float]]:
+    """Return `metrics(state, batches)` of `count` batches of one shape [1, rows, ...] together."""
+    compiled = step.lower(p.state.trainable, p.frozen, sharded_batch(p, shape), p.state.aux).compile()
 
     def on_batch(state: TrainState, batch: Batch) -> Any:
         return compiled(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
 
     if step is p.text_step or not p.objective.facts.coupled:
-        return lambda state: evaluate.evaluate(partial(on_batch, state), batches)
+        return lambda state, batches: evaluate.evaluate(partial(on_batch, state), batches)
 
     def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)
+        return jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype)
 
     def loss_metrics(outputs: Outputs, loss_aux: Aux) -> Metrics:
         return p.objective.for_evaluation().loss(outputs, {"loss": loss_aux})[1]
 
-    shapes = jax.eval_shape(step, p.state.trainable, p.frozen, batches[0], p.state.aux)
+    shapes = jax.eval_shape(step, p.state.trainable, p.frozen, shape, p.state.aux)
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
     loss = jax.jit(loss_metrics).lower(jax.tree.map(all_rows, shapes), loss_aux).compile()
 
-    def coupled(state: TrainState) -> dict[str, float]:
+    def coupled(state: TrainState, batches: Sequence[Batch]) -> dict[str, float]:
         loss_aux = jax.device_get(state.aux.get("loss", {}))
         return evaluate.evaluate_coupled(
             partial(on_batch, state), lambda outputs: loss(outputs, loss_aux), batches

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jaxft.data.source import Prompt
-from jaxft.inference.generate import Decoding, left_pad, make_generate
+from jaxft.inference.generate import NONFINITE, Decoding, left_pad, make_generate
 from jaxft.runs.report import Sample
 from jaxft.tree import Params
 
@@ -56,16 +56,21 @@ def compile_sampler(
     def decode(tokens: Any) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def completion(row: np.ndarray) -> str:
-        is_complete = row[-1] < 0 or int(row[-1]) in stop
-        return decode(row[row >= 0].tolist()) + ("" if is_complete else " [...]")
+    def finished_sample(text: str, row: np.ndarray, response: list[int]) -> Sample:
+        finish: Literal["stop", "length", "nonfinite"] = "length"
+        if (row == NONFINITE).any():
+            finish = "nonfinite"
+        elif row[-1] < 0 or int(row[-1]) in stop:
+            finish = "stop"
+        completion = decode(row[row >= 0].tolist()) + ("" if finish == "stop" else " [...]")
+        return Sample(prompt=text, completion=completion, reference=decode(response), finish=finish)
 
     texts = [last_turn(tokenizer.decode(prompt.ids)) or decode(prompt.ids) for prompt in prompts]
 
     def sample(params: Params) -> list[Sample]:
         rows = np.asarray(compiled(params, ids, key))
         return [
-            Sample(prompt=text, completion=completion(row), reference=decode(prompt.response))
+            finished_sample(text, row, prompt.response)
             for text, row, prompt in zip(texts, rows, prompts, strict=True)
         ]
 

@@ -1,6 +1,6 @@
 """The compiled programs of a sweep: one step, one evaluation for all members."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs.report import Sample
 from jaxft.train import evaluate, samples
-from jaxft.train.compiled import Compiled, States
+from jaxft.train.compiled import Compiled, States, losses_of_batch, microbatch_shape, no_losses
 from jaxft.train.members import Job
 from jaxft.train.multi_adapter import (
     MultiAdapter,
@@ -46,6 +46,11 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     )
     compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
     held_out = compile_sweep_eval(adapters, job, shared, job.sources[0].held_out)
+    last_loss = no_losses
+    if not job.sources[0].held_out:
+        one_micro, count = microbatch_shape(job.sources[0].shapes[-1])
+        of_rows = compile_sweep_metrics(adapters, job, shared, one_micro, count)
+        last_loss = partial(losses_of_batch, of_rows, job.sources[0].shapes[-1])
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
     general = compile_sweep_eval(texts, job, shared, job.general)
     devices.trim_heap()
@@ -53,7 +58,7 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     def joint_step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
         return compiled(states, shared, sharding.shard_batch(p.mesh, batch))
 
-    return Compiled(joint_step, held_out, general, compile_samplers(job, frozen))
+    return Compiled(joint_step, held_out, general, compile_samplers(job, frozen), last_loss)
 
 
 def make_step(adapters: MultiAdapter, job: Job) -> Callable:
@@ -84,14 +89,21 @@ def compile_sweep_eval(
     adapters: MultiAdapter, job: Job, frozen: Any, batches: tuple[Batch, ...]
 ) -> Callable[[States], list[FloatMetrics]]:
     """Return `metrics(states)` of held-out batches, compiled for their one shape."""
-    count = len(job.members)
     if not batches:
-        return lambda states: [{} for _ in range(count)]
+        return lambda states: [{} for _ in job.members]
+    of_batches = compile_sweep_metrics(adapters, job, frozen, batches[0], len(batches))
+    return lambda states: of_batches(states, batches)
+
+
+def compile_sweep_metrics(
+    adapters: MultiAdapter, job: Job, frozen: Any, shape: Batch, batch_count: int
+) -> Callable[[States, Sequence[Batch]], list[FloatMetrics]]:
+    """Return `metrics(states, batches)` of `batch_count` batches of one shape [1, rows, ...] together."""
+    count = len(job.members)
     mesh, states = job.lead.programs.mesh, job.abstract_states
     step = jax.jit(make_adapters_eval_step(adapters), out_shardings=sharding.replicated(mesh))
     trainable, aux = [s.trainable for s in states], [s.aux for s in states]
-    first = sharding.shard_batch(mesh, batches[0])
-    compiled = step.lower(trainable, frozen, first, aux).compile()
+    compiled = step.lower(trainable, frozen, sharded_batch(job.lead.programs, shape), aux).compile()
 
     def on_batch(states: States, batch: Batch) -> Any:
         own, aux = [s.trainable for s in states], [s.aux for s in states]
@@ -101,16 +113,16 @@ def compile_sweep_eval(
         return [metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]
 
     if not adapters.coupled:
-        return lambda states: read(evaluate.sum_metrics(partial(on_batch, states), batches))
+        return lambda states, batches: read(evaluate.sum_metrics(partial(on_batch, states), batches))
 
     def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, len(batches) * x.shape[1], *x.shape[2:]), x.dtype)
+        return jax.ShapeDtypeStruct((count, batch_count * x.shape[1], *x.shape[2:]), x.dtype)
 
-    shapes = jax.tree.map(all_rows, jax.eval_shape(step, trainable, frozen, batches[0], aux))
+    shapes = jax.tree.map(all_rows, jax.eval_shape(step, trainable, frozen, shape, aux))
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _loss_aux(states))
     compute_metrics = jax.jit(partial(loss_metrics, adapters)).lower(shapes, loss_aux).compile()
 
-    def coupled(states: States) -> list[FloatMetrics]:
+    def coupled(states: States, batches: Sequence[Batch]) -> list[FloatMetrics]:
         outputs = [jax.device_get(on_batch(states, batch)) for batch in batches]
         joined = jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
         return read(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))))

@@ -1,16 +1,19 @@
 """Whether a run may begin, and whether it is finished: its losses and its steps must be finite.
 
-A run whose loss is not finite before the first step stops there. One that ends with non-finite steps, with a
-non-finite held-out loss, or with fewer than half of its steps done is not finished: it raises an alarm,
-writes no weights, and its process exits with code 1. Of a sweep, the other members are finished as usual.
+A run whose loss or logits are not finite before the first step stops there. One that ends with non-finite
+steps, with a non-finite loss after the last step (of held-out rows, without any of the rows of that step),
+with completions whose logits are not finite, or with fewer than half of its steps done is not finished: it
+raises an alarm, writes no weights, and its process exits with code 1. Of a sweep, the other members are
+finished as usual.
 """
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics
@@ -19,18 +22,19 @@ from jaxft.runs.report import Evaluation
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
-from jaxft.train.nonfinite import first_of_model
-from jaxft.tree import Params
+from jaxft.train.nonfinite import first_of_model, first_parameter
+from jaxft.tree import Batch, Params
 
 EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "loss on general text"}
 
 
 def evaluate_start(
     job: Job, compiled: Compiled, states: States, frozen: tuple[Params, ...], logs: Logs
-) -> list[Evaluation]:
-    """Evaluate and log the model before the first step.
+) -> dict[str, Any]:
+    """Evaluate and log the model before the first step; return what a checkpoint of it would store.
 
-    Raises AgreedError that names the first non-finite parameter or layer if a loss is not finite.
+    Raises AgreedError that names the first non-finite parameter or layer if a loss or the logits of a
+    completion are not finite.
     """
     before = compiled.evaluation(states)
     logs.step(0, [end["metrics"] for end in before])
@@ -44,7 +48,37 @@ def evaluate_start(
                 f"{member.folder}: the {EVALUATED_LOSSES[name]} is not finite before the first step: "
                 f"{where}. Check the weights, the rows and the settings of the loss"
             )
-    return before
+        wrong = nonfinite_samples(end)
+        if wrong:
+            p = member.programs
+            params = tree.combine(states[number].trainable, frozen[number])
+            where = first_parameter(params, p.partition.specs, p.mesh)
+            raise processes.AgreedError(
+                f"{member.folder}: {wrong} before the first step: {where or 'all parameters are finite'}. "
+                "Check the weights, or compute in float32"
+            )
+    return {"before": before, "counters": None, "last_faults": None}
+
+
+def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:
+    """Return what is wrong with the loss of the last step's batch after that step, for each member.
+
+    It is the only forward pass with the last update in a run without held-out rows.
+    """
+    return [
+        [
+            f"the loss on the rows of the last step is {value} after that step"
+            for value in found.values()
+            if not math.isfinite(value)
+        ]
+        for found in compiled.last_loss(states, batch)
+    ]
+
+
+def nonfinite_samples(end: Evaluation) -> str:
+    """Return a message about an evaluation's completions whose logits were not finite, "" for none."""
+    count, total = sum(sample["finish"] == "nonfinite" for sample in end["samples"]), len(end["samples"])
+    return f"the logits of {count} of {total} sampled completions are not finite" if count else ""
 
 
 def nonfinite_losses(metrics: FloatMetrics) -> list[str]:
@@ -52,10 +86,10 @@ def nonfinite_losses(metrics: FloatMetrics) -> list[str]:
     return [name for name in EVALUATED_LOSSES if name in metrics and not math.isfinite(metrics[name])]
 
 
-def faults(state: TrainState, steps: int, metrics: FloatMetrics) -> list[str]:
+def faults(state: TrainState, steps: int, end: Evaluation) -> list[str]:
     """Return why a run is not finished after `steps` steps; nothing if it is.
 
-    metrics: of the evaluation after the last step.
+    end: the evaluation after the last step.
     """
     total, last = np.asarray(jax.device_get(state.bad)).tolist()
     found = []
@@ -67,25 +101,30 @@ def faults(state: TrainState, steps: int, metrics: FloatMetrics) -> list[str]:
         )
     if 2 * (steps - total) < steps:
         found.append(f"only {steps - total} of {steps} steps were finite")
-    return found + [f"the {EVALUATED_LOSSES[name]} is not finite" for name in nonfinite_losses(metrics)]
+    found += [f"the {EVALUATED_LOSSES[name]} is not finite" for name in nonfinite_losses(end["metrics"])]
+    wrong = nonfinite_samples(end)
+    return [*found, wrong] if wrong else found
 
 
-def finished_members(
-    job: Job, states: Sequence[TrainState], after: Sequence[Evaluation], logs: Logs
-) -> list[bool]:
-    """Return which members are finished, and log an alarm for each of the others.
+def evaluate_end(
+    job: Job, compiled: Compiled, states: States, last: list[list[str]] | None, logs: Logs
+) -> tuple[list[Evaluation], list[bool]]:
+    """Evaluate and log the model after the last step; return the evaluations and which members are finished.
 
-    Raises AgreedError for a run alone that is not finished.
+    last: of last_faults. Logs an alarm for each member that is not finished. Raises AgreedError for a run
+    alone that is not.
     """
+    after = compiled.evaluation(states)
+    logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
     finished = []
     for number, (member, state, end) in enumerate(zip(job.members, states, after, strict=True)):
-        found = faults(state, job.steps, end["metrics"])
+        found = faults(state, job.steps, end) + (last[number] if last else [])
         finished.append(not found)
         if found:
             logs.alarm(number, job.steps, f"{'; '.join(found)}. {_advice(member)}")
             if job.sweep is None:
                 raise processes.AgreedError(f"{member.folder}: not finished: {'; '.join(found)}")
-    return finished
+    return after, finished
 
 
 def _advice(member: Member) -> str:

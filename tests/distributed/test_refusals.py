@@ -156,3 +156,17 @@ def test_rows_longer_than_the_max_positions_of_the_model_are_an_error():
     long = dataclasses.replace(run, data=dataclasses.replace(run.data, max_length=10000))
     with pytest.raises(ValueError, match="max_length=10000 is beyond the model's 8192"):
         programs.build(long, 10)
+
+
+def test_limits_of_the_model_name_settings_that_the_recipe_has():
+    from jaxft.runs import config
+    from jaxft.train import programs
+
+    grpo = config.load_config("configs/grpo.py", ["max_new=9000"])
+    total = r"data\.max_prompt=\d+ \+ data\.max_new=9000 are beyond the model's 8192 .* Lower data\.max_new\."
+    with pytest.raises(ValueError, match=total):
+        programs.build(grpo, 10)
+    with pytest.raises(
+        ValueError, match="train all weights: by configs/sft_full.py, or with full=true where"
+    ):
+        programs.build(config.load_config("configs/sft.py", ["rank=577"]), 10)

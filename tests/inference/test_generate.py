@@ -10,6 +10,7 @@ from tiny_model import CONFIG, tiny
 
 from jaxft.distributed import sharding
 from jaxft.inference.generate import (
+    NONFINITE,
     Sampling,
     fast_argmax,
     generate,
@@ -261,3 +262,39 @@ def test_merged_equals_unmerged(tied):
     assert np.abs(expected - np.asarray(logits_of(model, {"base": whole["base"]}, tokens))[real]).max() > 0.1
     np.testing.assert_allclose(np.asarray(logits_of(plain, merged, tokens))[real], expected, atol=2e-5)
     assert answers((plain, merged)) == answers((model, whole))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new=12, temperature=1.0, top_k=3)], ids=str)
+def test_a_completion_ends_where_its_logits_are_nan_and_the_other_rows_do_not_change(world, sampling):
+    model, whole = world
+    prompts = left_pad([PROMPTS[0], [39, 3], PROMPTS[1]], 3)  # no other row has token 39
+    broken = dict(whole, base=dict(whole["base"], embed=whole["base"]["embed"].at[39].set(jnp.nan)))
+    good, bad = (np.asarray(program(model, sampling)(params, prompts, KEY)) for params in (whole, broken))
+    assert (good >= 0).all() and not (good[[0, 2], :-1] == 39).any()
+    np.testing.assert_array_equal(bad[[0, 2]], good[[0, 2]])
+    assert bad[1, 0] == NONFINITE and (bad[1, 1:] == -1).all()
+    with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite; compute in"):
+        generate(program(model, sampling), broken, [[39, 3]], KEY)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_single_infinite_logit_ends_a_completion(world, sign):
+    """The head's last column is sign times 3e38 along the last hidden state, whose entries are beyond 1."""
+    model, whole = world
+    h = np.asarray(model.hidden(whole, left_pad([PROMPTS[0]], 1)))[0, -1]
+    head = whole["base"]["head"].at[:, 39].set(sign * 3e38 * np.sign(h))
+    broken = dict(whole, base=dict(whole["base"], head=head))
+    logits = np.asarray(model.logits(model.head(broken), h[None]))[0]
+    assert np.isinf(logits[39]) and np.isfinite(logits[:39]).all()
+    with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite"):
+        answers((model, broken), prompts=[PROMPTS[0]])
+
+
+def test_the_token_of_a_prompt_in_a_later_batch_is_named(world):
+    def run(params, prompts, key):
+        out = np.full((2, 4), 7)
+        out[1, 2:] = (NONFINITE, -1) if prompts.ids.max() == 30 else 7
+        return out
+
+    with pytest.raises(ValueError, match="the logits of token 3 after prompt 4 are not finite"):
+        generate(run, None, [[1], [2], [3], [30]], KEY, batch=2)

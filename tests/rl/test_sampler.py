@@ -1,5 +1,8 @@
 """The sampler and the training program have the same log-probs, in every row shape."""
 
+import re
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +12,13 @@ from rl_completions import random_prompts
 
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts
-from jaxft.inference.generate import Sampling, left_pad, make_generate, make_sampler
+from jaxft.inference.generate import NONFINITE, Sampling, left_pad, make_generate, make_sampler
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl.completions import table_indices
 from jaxft.rl.layout import fits, pack_rollout, rollout_shapes, to_completions
+from jaxft.rl.sampler import Sampler
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -72,3 +76,17 @@ def test_greedy_completions_of_a_group_are_those_of_the_prompt_alone_and_others_
 def test_the_table_has_two_completions_of_each_prompt():
     assert table_indices(32, 8) == [0, 1, 8, 9, 16, 17, 24, 25]
     assert table_indices(6, 1) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_row():
+    """The sampler of two prompts with a group of two: the last completion has no third token."""
+    data, prompts = Prompts("x", max_new=4, group=2, batch=2), random_prompts(2)
+    tokens = np.full((4, 4), 7)
+    tokens[3, 2:] = NONFINITE, -1
+    bound = SimpleNamespace(params=lambda state: {}, stop=(1,))
+    shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
+    programs = {2: lambda params, padded, key: (tokens, np.zeros((4, 4)))}
+    sampler = Sampler(bound, data, None, shapes, programs)
+    named = f"{prompts.names[1]}: the policy's logits of token 3 of a completion are not finite"
+    with pytest.raises(ValueError, match=re.escape(named)):
+        sampler.sample(prompts, 2, 0, None)

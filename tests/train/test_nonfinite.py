@@ -93,6 +93,25 @@ def test_a_run_that_ends_with_a_bad_step_is_not_finished_until_more_steps_are_go
     assert len(alarms) == 1 and "1 steps so far had a non-finite loss, gradient or update" in alarms[0]
 
 
+def test_a_last_update_after_which_the_loss_is_not_finite_is_seen_without_held_out_rows(place):
+    """The update moves the adapter's b to 1e20, which is finite; a product of two such layers is not."""
+    argv = ["name=last", "samples=0", "data.held_out=none", "steps=1", "lr=1e20"]
+    for _ in range(2):  # the second time from the checkpoint of the last step
+        assert place.run(*argv) == 1
+        text = "the loss on the rows of the last step is nan after that step"
+        assert place.err() == f"error: runs/last: not finished: {text}\n"
+        assert f"alarm after step 1: {text}. " in place.out()
+        assert not (place.runs("last") / "adapter").exists()
+    assert [m["skipped"] for m in place.metrics("last")] == [0] and place.checkpoints("last") == [1]
+
+
+def test_completions_with_non_finite_logits_are_no_finished_run():
+    state = TrainState(jnp.int32(1), {}, (), {}, jnp.zeros(2, jnp.int32))
+    samples = [{"finish": "stop"}, {"finish": "nonfinite"}, {"finish": "length"}]
+    found = verdict.faults(state, 1, {"metrics": {}, "samples": samples})
+    assert found == ["the logits of 1 of 3 sampled completions are not finite"]
+
+
 @pytest.mark.parametrize(
     "bad, metrics, expected",
     [
@@ -108,7 +127,7 @@ def test_a_run_that_ends_with_a_bad_step_is_not_finished_until_more_steps_are_go
 )
 def test_why_a_run_is_not_finished(bad, metrics, expected):
     state = TrainState(jnp.int32(10), {}, (), {}, jnp.array(bad, jnp.int32))
-    assert verdict.faults(state, 10, metrics) == expected
+    assert verdict.faults(state, 10, {"metrics": metrics, "samples": []}) == expected
 
 
 def test_a_row_with_a_non_finite_weight_is_named(place):
