@@ -172,7 +172,7 @@ def test_an_override_sets_its_value_and_nothing_else(toy, override, get, target)
         (["clip=1"], r"unknown key 'clip'; near: optim.clip"),
         (["beta=x"], r"beta=x: expected float \(now 0.1\)"),
         (["lr=nan"], r"lr=nan: expected a finite number \(now"),
-        (["optim.eps=nan"], r"optim\.eps=nan: expected a finite number or none"),
+        (["optim.clip=nan"], r"optim\.clip=nan: expected a finite number or none"),
         (["rank=1.5"], r"rank=1.5: expected int or none \(now 8\)"),
         (["full=1"], r"full=1: expected true or false"),
         (["kind=sgd"], r"kind=sgd: expected one of adamw, adafactor"),
