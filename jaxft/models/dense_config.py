@@ -111,6 +111,8 @@ def fields_from_hf(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
     for name in SIZE_KEYS:
         if name not in hf:
             raise ValueError(f"config: {name} is missing")
+        if type(hf[name]) is not int:
+            raise ValueError(f"config: {name} must be a whole number, got {hf[name]!r:.60}")
 
     def get(name: str) -> Any:
         return hf.get(name, form.defaults.get(name, DEFAULTS.get(name)))

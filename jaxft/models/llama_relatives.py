@@ -85,8 +85,9 @@ _CWM_ROPE = {
 
 def cwm_from_hf(hf: dict[str, Any]) -> CwmConfig:
     """Parse a CWM's config.json. Raises ValueError that names a missing or unsupported value."""
-    if not any(hf.get(name) for name in ("rope_parameters", "rope_scaling", "rope_theta")):
-        hf = {**hf, "rope_parameters": _CWM_ROPE}
+    if not hf.get("rope_parameters") and not hf.get("rope_scaling"):
+        theta = hf.get("rope_theta") or _CWM_ROPE["rope_theta"]
+        hf = {**hf, "rope_parameters": {**_CWM_ROPE, "rope_theta": theta}}
     fields, window = fields_from_hf(hf, _CWM), window_from_hf({"sliding_window": 8192, **hf})
     types = read_layer_types(hf, [SLIDING if i % 4 else FULL for i in range(fields["layers"])])
     if window is None and SLIDING in types:

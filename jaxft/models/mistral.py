@@ -39,9 +39,8 @@ _MINISTRAL = FileFormat("ministral", "MinistralForCausalLM", defaults=_DEFAULTS)
 
 def _from_hf(hf: dict[str, Any], form: FileFormat) -> MistralConfig:
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
-    types = (SLIDING if window else FULL,) * fields["layers"]  # of a mistral, whose layers are all alike
-    if form is _MINISTRAL:
-        types = read_layer_types(hf, types)
+    # transformers reads a mistral that has layer_types as a ministral.
+    types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])
     if SLIDING not in types:
         return MistralConfig(**fields)
     if window is None:

@@ -89,7 +89,7 @@ def _mlp(c: Phi3Config, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> F
 _FORMAT = FileFormat(
     "phi3",
     "Phi3ForCausalLM",
-    fixed={"hidden_act": "silu", "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    fixed={"hidden_act": "silu"},
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000},
     partial_rope=True,
 )

@@ -80,8 +80,12 @@ _QWEN3 = FileFormat("qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_di
 def _fields(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
     fields = fields_from_hf(hf, form)
     if not hf.get("use_sliding_window", False):
+        if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):
+            raise ValueError("config: layer_types has sliding_attention, but use_sliding_window is false")
         return fields
     window, first = window_from_hf({"sliding_window": 4096, **hf}), hf.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"config: max_window_layers must be a whole number, got {first!r:.60}")
     default = [SLIDING if window and i >= first else FULL for i in range(fields["layers"])]
     types = read_layer_types(hf, default)
     if SLIDING not in types:
@@ -131,7 +135,7 @@ def _qwen25(size: str, **sizes: Any) -> dict[str, QwenConfig]:
     )
     c = common | sizes
     base = {
-        "max_positions": 131072 if c["width"] > 2048 else 32768,
+        "max_positions": 32768 if size in ("0.5B", "3B") else 131072,
         "norm_eps": 1e-5 if c["width"] >= 5120 else 1e-6,  # 14B and larger
         "eos": (_ENDOFTEXT,),
     }

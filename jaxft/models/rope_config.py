@@ -27,6 +27,9 @@ LISTS = {"short_factor": "short_factor", "long_factor": "long_factor"}
 SWITCHES = {"truncate": "truncate"}
 FIELDS = {**NUMBERS, **LISTS, **SWITCHES}
 ROPE_KEYS = ("rope_type", "type", *FIELDS)
+# Of models that were trained with the scaled rope, and of text decoders of multimodal models: for text all
+# sections have the same positions.
+WITHOUT_EFFECT = ("finetuned", "mrope_section")
 TOP_LEVEL = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # the first that is not empty counts, as in transformers
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -100,12 +103,12 @@ def _group(group: Any, where: str) -> Settings:
         return {}
     if not isinstance(group, dict):
         raise ValueError(f"config: {where} must be an object with a rope_type, got {group!r}")
-    if unknown := group.keys() - set(ROPE_KEYS):
+    if unknown := group.keys() - {*ROPE_KEYS, *WITHOUT_EFFECT}:
         names = ", ".join(sorted(map(repr, unknown)))
         raise ValueError(
             f"config: rope setting {names} in {where} is not supported; jaxft reads {', '.join(ROPE_KEYS)}"
         )
-    group = {name: value for name, value in group.items() if value is not None}
+    group = {name: value for name, value in group.items() if value is not None and name not in WITHOUT_EFFECT}
     kinds = [group.pop(name) for name in ("rope_type", "type") if name in group]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise ValueError(f"config: {where} has rope_type={kinds[0]!r} and type={kinds[1]!r}; remove one")
@@ -123,6 +126,9 @@ def _rope(groups: dict[str, Settings], max_positions: int, theta: float) -> Rope
     if not isinstance(kind, str) or kind not in USED or kind == "none":
         known = ", ".join(name for name in USED if name != "none")
         raise ValueError(f"config: rope type {kind!r:.60} is not supported; jaxft has {known}")
+    original = settings.get("original_max_position_embeddings")
+    if kind == "yarn" and "factor" not in settings and isinstance(original, int) and original > 0:
+        settings["factor"] = max_positions / original
     if missing := [name for name in NEEDED.get(kind, ()) if name not in settings]:
         raise ValueError(f"config: rope type {kind!r} needs {', '.join(missing)}")
     if "original_max_positions" in USED[kind]:

@@ -264,11 +264,12 @@ def attention_line(
     caps = sorted({rule.softcap for rule in rules if rule.softcap is not None})
     rule = AttentionRule(min(windows, default=None), min(caps, default=None))
     layout, kernel = _choice(q_BTHE, kv_heads, branches, packed, rule)
+    without = _choice(q_BTHE, kv_heads, False, packed, PLAIN_RULE)[1]  # flash too: the device has no other
     features = [f"sliding windows of {' and '.join(map(str, windows))}"] if windows else []
     features += [f"scores capped at {' and '.join(f'{cap:g}' for cap in caps)}"] if caps else []
-    if kernel is flash and features:
+    if kernel is not without and features:
         reasons.append(f"this model has {' and '.join(features)}")
-    if kernel is flash and branches:
+    if kernel is not without and branches:
         reasons.append("responses share their prompt")
     if layout == "queries":
         reasons.append(f"{q_BTHE.shape[2]} heads do not divide over mesh.context x mesh.tensor")

@@ -48,6 +48,9 @@ from jaxft.weights.storage import (
     quantised_paths,
 )
 
+# Settings of transformers for dropout inside the model, which its pretraining may have used.
+DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
+
 
 def read_config(located: hub.Located) -> dict[str, Any]:
     """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata; of
@@ -97,7 +100,7 @@ def _has_other_head(located: hub.Located) -> bool:
 
 def file_notes(ref: str, model: Model) -> list[str]:
     """Return lines about what of the files of `ref` is loaded: only the text decoder of a multimodal model; a
-    head of its own although its config.json ties it to the embedding.
+    head of its own although its config.json ties it to the embedding; dropout that is not applied.
     """
     located = hub.locate(ref, config_only=True)
     if located.kind != "folder":
@@ -110,6 +113,10 @@ def file_notes(ref: str, model: Model) -> list[str]:
             f"{' and '.join(parts)} are ignored. Exports are text models ({config['model_type']}), and PEFT "
             f"applies this run's adapters to the text model that scripts/export.py --model {ref} writes"
         )
+    rates = {name: config[name] for name in DROPOUTS if config.get(name)}
+    if rates:
+        stated = ", ".join(f"{name}={rate}" for name, rate in rates.items())
+        notes.append(f"{ref}: its config.json has {stated}, which is not applied; adapter.dropout is")
     if "head" in model.weight_names and families.is_tied(families.family_of(config).from_hf(config)):
         notes.append(
             f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD[0]} is not the embedding: "

@@ -33,6 +33,7 @@ MODELS = {
     "405B": "meta-llama/Llama-3.1-405B-Instruct",
     "Qwen3-8B": "Qwen/Qwen3-8B",
     "Qwen3-32B": "Qwen/Qwen3-32B",
+    "Gemma-3-27B": "google/gemma-3-27b-it",
 }
 ONLY = {"405B": ("LoRA", "sft", "v5p")}  # (method, objective, chip) of models that are not tried with all
 METHODS = ("full", "LoRA", "QLoRA")

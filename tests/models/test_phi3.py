@@ -24,8 +24,6 @@ def test_older_names_of_longrope_are_read(key, name):
     "changes, says",
     [
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
-        ({"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not supported; use resid_pdrop=0.0"),
-        ({"embd_pdrop": 0.1}, "embd_pdrop=0.1 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; use hidden_act='silu'"),
         ({"sliding_window": 0}, "sliding_window must be a positive whole number or null, got 0"),
         (

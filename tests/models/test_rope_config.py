@@ -120,8 +120,8 @@ REFUSED = {
     ),
     "part of a head": (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5"),
     "unknown": (
-        dict(rope_parameters={"mrope_section": [2, 2, 4]}),
-        "rope setting 'mrope_section' in rope_parameters",
+        dict(rope_parameters={"base_scale": 2}),
+        "rope setting 'base_scale' in rope_parameters",
     ),
     "unknown type": (
         dict(rope_scaling={"type": "mrope"}),

@@ -24,8 +24,8 @@ CONFIGS = [
     *(({"quantization_config": {"quant_method": value}}, "quant_method")
       for value in ("hqq", ["gptq"], {"a": 1}, 3, "")),
     ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"),
+    ({"attention_bias": True}, "proj.bias"),
+    ({"mlp_bias": True}, "down_proj.bias"),
     *(({"eos_token_id": value}, "config.json") for value in ({"a": 1}, "x", [[1]], 1.5)),
 ]  # fmt: skip
 CONFIG_TEXTS = [

@@ -31,6 +31,13 @@ FAMILIES = {
     "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "mistral": ("mistral", dict(sliding_window=None, head_dim=16, hidden_act="gelu")),
     "mistral with a window": ("mistral", dict(sliding_window=7)),
+    "ministral": (
+        "ministral",
+        dict(
+            sliding_window=7, layer_types=["full_attention", "sliding_attention"] * 2, head_dim=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+    ),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen2 with windows": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
     "qwen3": ("qwen3", dict(head_dim=16)),

@@ -91,7 +91,7 @@ def test_the_first_lines_of_a_run_name_the_attention_kernel(place):
         assert "attention: blockwise XLA (flash)" in startup_lines(job, 0, [])
     branched = replace(job.abstract_batch, branches=job.abstract_batch.ids)
     line = attention_summary(job.lead.programs, branched)
-    assert line == "attention: blockwise XLA (flash): responses share their prompt"
+    assert line == "attention: blockwise XLA (flash)"
 
 
 @pytest.mark.parametrize("case", DATA)

@@ -1,0 +1,53 @@
+"""Settings of Mistral, Qwen and CWM that the tests of all families do not reach."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_families import SIZES
+
+from jaxft.models.families import family_of
+from jaxft.models.layer_types import FULL, SLIDING
+
+
+def config_of(kind, **settings):
+    config = {**SIZES, "model_type": kind, **settings}
+    return family_of(config).from_hf(config)
+
+
+def test_a_mistral_with_layer_types_is_read_as_the_ministral_that_transformers_makes_of_it(tmp_path):
+    types = [FULL, SLIDING, FULL, SLIDING]
+    settings = dict(sliding_window=5, layer_types=types)
+    ours = config_of("mistral", **settings)
+    assert (ours.window, list(ours.layer_types)) == (5, types)
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **settings, "model_type": "mistral"}))
+    theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(tmp_path)
+    assert theirs.model_type == "ministral"
+    assert config_of("ministral", **settings) == ours
+
+
+def test_a_theta_alone_leaves_the_scaling_of_cwm():
+    alone, stated = config_of("cwm", rope_theta=5e5), config_of("cwm")
+    assert (alone.rope.kind, alone.rope.factor, alone.rope.theta) == ("llama3", stated.rope.factor, 5e5)
+
+
+@pytest.mark.parametrize(
+    "kind, settings, line",
+    [
+        ("qwen2", dict(use_sliding_window=True, max_window_layers=None), "max_window_layers must be a whole"),
+        ("qwen3", dict(layer_types=[SLIDING] * 4), "but use_sliding_window is false"),
+        ("mistral", dict(num_hidden_layers="3"), "num_hidden_layers must be a whole number, got '3'"),
+        ("mistral", dict(sliding_window=None, layer_types=[SLIDING] * 4), "but sliding_window is null"),
+    ],
+)
+def test_settings_that_contradict_are_one_line(kind, settings, line):
+    with pytest.raises(ValueError, match=line):
+        config_of(kind, **settings)
+
+
+def test_rope_settings_without_effect_are_read_and_yarns_factor_follows_from_the_lengths():
+    yarn = {"type": "yarn", "original_max_position_embeddings": 32, "finetuned": True}
+    rope = config_of("mistral", rope_scaling=yarn).rope
+    assert np.isclose(rope.factor, SIZES["max_position_embeddings"] / 32)
+    sections = {"type": "default", "mrope_section": [2, 1, 1]}
+    assert config_of("qwen2", rope_scaling=sections).rope.kind == "default"
