@@ -160,6 +160,16 @@ def is_tied(config: ModelConfig) -> bool:
     return isinstance(config, DenseConfig) and config.tied
 
 
+# Model types of which transformers 5 has no sequence classifier.
+WITHOUT_CLASSIFIER = ("granite", "cwm", "internlm3", "iquestcoder", "vaultgemma")
+
+
+def has_classifier(config: ModelConfig) -> bool:
+    """Whether transformers can load a reward model of this family: its sequence classifier with one label."""
+    known = any(type(config) is family.config for family in FAMILIES.values())
+    return not known or config_to_hf(config)["model_type"] not in WITHOUT_CLASSIFIER
+
+
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return a config as the dict of a config.json."""
     family = next(family for family in FAMILIES.values() if type(config) is family.config)

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 from jaxft.nn.lora import Adapter
 from jaxft.runs import compare
 from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.weights.card import NO_CLASSIFIER
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 HEADLINES = {  # metrics that the result lines show, in this order
@@ -39,13 +40,14 @@ class Evaluation(TypedDict):
 @dataclass(frozen=True)
 class ModelSummary:
     """Parameter counts of a model. quantised: which part is stored quantised, "" for none; generates: it
-    writes text.
+    writes text. classifier: transformers has a sequence classifier for its reward models.
     """
 
     trainable: int
     total: int
     quantised: str = ""
     generates: bool = True
+    classifier: bool = True
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,9 @@ def _usage(card: ModelCard) -> list[str]:
         lines.append(
             "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # for transformers"
         )
-    if not card.model.generates:
+    if not card.model.generates and not card.model.classifier:
+        lines += ["", NO_CLASSIFIER]
+    elif not card.model.generates:
         whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
         peft = "peft.AutoPeftModelForSequenceClassification.from_pretrained"
         load = whole if card.merged else f"{peft}(FOLDER, num_labels=1, pad_token_id={card.pad})"

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sync
+from jaxft.models import families
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn import param
@@ -119,7 +120,9 @@ def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer |
         text += f" Its linear layers are quantised, in {quantizer.layout_name.removeprefix('warning: ')}."
         library = "jaxft" if quantizer.settings["quant_method"] == "jaxft" else library
     relation: Relation = "finetune" if quantizer is None else "quantized"
-    return Card(title, source.ref, relation, library, text, source.data, not source.model.generates)
+    scores = not source.model.generates
+    loads = not scores or families.has_classifier(source.model.config)
+    return Card(title, source.ref, relation, library, text, source.data, scores, loads=loads)
 
 
 def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:

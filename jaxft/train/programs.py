@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxft.batch import TrainState
 from jaxft.data.source import Dataset
 from jaxft.distributed import devices, sharding
+from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
 from jaxft.nn.attention import attention_line
@@ -264,7 +265,8 @@ def model_summary(p: Programs) -> ModelSummary:
     """Return parameter counts and quantisation, for reports."""
     counts = param.count_params(p.partition.trainable_specs), param.count_params(p.partition.specs)
     quantised = storage.quantisation_summary(p.partition.stored)
-    return ModelSummary(*counts, quantised, p.partition.model.generates)
+    model = p.partition.model
+    return ModelSummary(*counts, quantised, model.generates, families.has_classifier(model.config))
 
 
 def attention_summary(p: Programs, batch: Batch) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sync
+from jaxft.models import families
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
@@ -155,6 +156,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
         data=run.data.train,
         scores=scores,
         pad=hf_write.with_distinct_pad_token(tokenizer).pad_token_id if scores else None,
+        loads=not scores or families.has_classifier(run.model.config),
     )
 
 

@@ -18,7 +18,8 @@ class Card:
 
     base: where the base comes from, see weights.hub. library: which loads the weights. data: where the
     training rows came from, None for untrained weights. scores: the model is a classifier that returns
-    rewards. pad: the padding token id that such an adapter is loaded with.
+    rewards. pad: the padding token id that such an adapter is loaded with. loads: whether transformers has a
+    class for the model.
     """
 
     title: str
@@ -29,6 +30,13 @@ class Card:
     data: str | None = None
     scores: bool = False
     pad: int | None = None
+    loads: bool = True
+
+
+NO_CLASSIFIER = (
+    "transformers has no sequence classifier of this model type. Rewards with jaxft: "
+    "`python scripts/score.py --run RUN --file PAIRS`."
+)
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -108,6 +116,8 @@ def _usage(card: Card) -> list[str]:
             "    python scripts/generate.py --model FOLDER --quant checkpoint --prompt ...",
             "    python scripts/train.py --config configs/sft.py model=FOLDER quant=checkpoint\n",
         ]
+    if not card.loads:
+        return [f"{NO_CLASSIFIER}\n"]
     kind = "SequenceClassification" if card.scores else "CausalLM"
     maker = f"AutoPeftModelFor{kind}" if card.library == "peft" else f"AutoModelFor{kind}"
     options = f", num_labels=1, pad_token_id={card.pad}" if card.scores and card.library == "peft" else ""

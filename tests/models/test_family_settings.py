@@ -1,13 +1,15 @@
-"""Settings of Mistral, Qwen and CWM that the tests of all families do not reach."""
+"""Settings that the tests of all families do not reach: Mistral, Qwen, CWM, and which have a classifier."""
 
 import json
 
 import numpy as np
 import pytest
-from tiny_families import SIZES
+from tiny_families import FAMILIES, SIZES
 
-from jaxft.models.families import family_of
+from jaxft.models.families import family_of, has_classifier
 from jaxft.models.layer_types import FULL, SLIDING
+
+FIRST = {kind: name for name, (kind, _) in reversed(FAMILIES.items())}
 
 
 def config_of(kind, **settings):
@@ -51,3 +53,11 @@ def test_rope_settings_without_effect_are_read_and_yarns_factor_follows_from_the
     assert np.isclose(rope.factor, SIZES["max_position_embeddings"] / 32)
     sections = {"type": "default", "mrope_section": [2, 1, 1]}
     assert config_of("qwen2", rope_scaling=sections).rope.kind == "default"
+
+
+def test_reward_models_that_transformers_cannot_load_are_known():
+    names = pytest.importorskip("transformers.models.auto.modeling_auto")
+    classifiers = names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    for kind in sorted({kind for kind, _ in FAMILIES.values()}):
+        config = config_of(kind, **FAMILIES[FIRST[kind]][1])
+        assert has_classifier(config) == (kind in classifiers), kind
