@@ -1,11 +1,13 @@
 """Settings that the tests of all families do not reach: Mistral, Qwen, CWM, and which have a classifier."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_families import FAMILIES, SIZES
 
+from jaxft.models import families
 from jaxft.models.families import family_of, has_classifier
 from jaxft.models.layer_types import FULL, SLIDING
 
@@ -61,3 +63,8 @@ def test_reward_models_that_transformers_cannot_load_are_known():
     for kind in sorted({kind for kind, _ in FAMILIES.values()}):
         config = config_of(kind, **FAMILIES[FIRST[kind]][1])
         assert has_classifier(config) == (kind in classifiers), kind
+
+
+def test_the_readme_lists_every_model_type():
+    text = (Path(__file__).parents[2] / "configs/README.md").read_text()
+    assert not [kind for kind in families.FAMILIES if f"`{kind}`" not in text]
