@@ -58,11 +58,20 @@ def case(
     return build
 
 
-@pytest.mark.parametrize(
-    "pattern", [None, "base/(layers/attn|layers/mlp/up|embed)(/.*)?"], ids=["all", "some"]
-)
-@pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
-@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+SOME = "base/(layers/attn|layers/mlp/up|embed)(/.*)?"
+QUICK = (("adamw", None, False), ("adamw", SOME, True), ("adafactor", None, True))
+CASES = [
+    pytest.param(
+        getattr(optim, name), pattern, tied, marks=() if (name, pattern, tied) in QUICK else pytest.mark.slow,
+        id=f"{name}-{'some' if pattern else 'all'}-{'tied' if tied else 'head'}",
+    )
+    for name in ("adamw", "adafactor")
+    for pattern in (None, SOME)
+    for tied in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, pattern, tied", CASES)
 def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied):
     with jax.enable_x64(True):
         build = case(optimizer, pattern, jnp.float64, tied=tied)
