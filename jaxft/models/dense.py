@@ -269,6 +269,16 @@ def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
     }
 
 
+def with_biases(specs: dict[str, Any], c: DenseConfig, attention: bool, mlp: bool) -> dict[str, Any]:
+    """Return Llama's parameters with the biases that a config asks for, on attention, the MLP, or both."""
+    layers = dict(specs["layers"])
+    if attention:
+        layers["attn"] = layers["attn"] | attention_biases(c)
+    if mlp:
+        layers["mlp"] = layers["mlp"] | mlp_biases(c)
+    return {**specs, "layers": layers}
+
+
 LLAMA_NAMES: WeightNames = {
     "embed": ("model.embed_tokens.weight", False),
     "layers/attn_norm": ("model.layers.{i}.input_layernorm.weight", False),

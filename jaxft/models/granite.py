@@ -11,12 +11,11 @@ from jaxtyping import Array, Float
 from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
     DenseArchitecture,
-    attention_biases,
     dense_model,
     llama_specs,
-    mlp_biases,
     names_of,
     self_attention,
+    with_biases,
 )
 from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
 from jaxft.models.model import ForwardOptions, Model
@@ -53,11 +52,7 @@ class GraniteConfig(DenseConfig):
 
 def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of a Granite config. options: remat and residual of dense_model."""
-    specs = llama_specs(config)
-    if config.attention_bias:
-        specs["layers"]["attn"] |= attention_biases(config)
-    if config.mlp_bias:
-        specs["layers"]["mlp"] |= mlp_biases(config)
+    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
     arch = DenseArchitecture(
         specs,

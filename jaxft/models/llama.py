@@ -7,12 +7,11 @@ from jax.typing import DTypeLike
 
 from jaxft.models.dense import (
     DenseArchitecture,
-    attention_biases,
     dense_model,
     llama_specs,
-    mlp_biases,
     names_of,
     prenorm_layer,
+    with_biases,
 )
 from jaxft.models.llama_config import PRESETS, LlamaConfig, from_hf, to_hf
 from jaxft.models.model import Model
@@ -23,11 +22,7 @@ __all__ = ["PRESETS", "LlamaConfig", "from_hf", "llama", "to_hf"]
 
 def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of a Llama config. options: remat and residual of dense_model."""
-    specs = llama_specs(config)
-    if config.attention_bias:
-        specs["layers"]["attn"] |= attention_biases(config)
-    if config.mlp_bias:
-        specs["layers"]["mlp"] |= mlp_biases(config)
+    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
     return dense_model(
         config, DenseArchitecture(specs, names_of(specs), prenorm_layer, attention), dtype, **options

@@ -9,12 +9,11 @@ from jax.typing import DTypeLike
 
 from jaxft.models.dense import (
     DenseArchitecture,
-    attention_biases,
     dense_model,
     llama_specs,
-    mlp_biases,
     names_of,
     prenorm_layer,
+    with_biases,
 )
 from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
@@ -41,11 +40,7 @@ class SmolLM3Config(DenseConfig):
 
 def smollm3(config: SmolLM3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of a SmolLM3 config. options: remat and residual of dense_model."""
-    specs = llama_specs(config)
-    if config.attention_bias:
-        specs["layers"]["attn"] |= attention_biases(config)
-    if config.mlp_bias:
-        specs["layers"]["mlp"] |= mlp_biases(config)
+    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     architecture = DenseArchitecture(specs, names_of(specs), prenorm_layer, _attention(config))
     return dense_model(config, architecture, dtype, **options)
 
