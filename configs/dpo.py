@@ -9,6 +9,8 @@ fall to 0.51 in 27 steps, and rewards/accuracies on held-out pairs to rise above
 jaxft.objectives.preference_losses that has a beta, such as loss=jaxft.objectives.preference_losses:ipo, or
 your own, such as loss=configs/examples/my_losses.py:mine. A loss that is declared reference-free runs no
 reference.
+
+Hardware: 2 CPU cores, 2 GB; 4 to 6 minutes.
 """
 
 from collections.abc import Callable

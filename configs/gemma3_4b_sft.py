@@ -7,6 +7,8 @@ TPU v5e slice of four chips (--devices v5e:2x2, micro=4 remat=full): 7.0 GiB per
 of the roofline (scripts/plan.py), not measured. quant=nf4 needs less memory, full=true more.
 
 google/gemma-3-4b-it is multimodal: only its text decoder is loaded, and exports are text models.
+
+Hardware: a GPU of 24 GB; 102 s for a million tokens on an H100 (planned).
 """
 
 from jaxft.data.sft import Rows

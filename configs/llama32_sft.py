@@ -7,6 +7,8 @@ r"""Llama-3.2-1B-Instruct or 3B, LoRA or in full, on instruction rows of your ow
 
 One GPU; a step has 16 packed rows of 2048 tokens in `micro` microbatches. Needs access to the model on the
 hub (HF_TOKEN).
+
+Hardware: a GPU of 16 GB; not measured.
 """
 
 from jaxft.data.sft import Rows

@@ -14,6 +14,8 @@ Plan for one H100: 31.1 GiB, 4.4 s for each of the four optimizer steps of a rol
 the 460 steps of an epoch take 35 minutes, and sampling is added to that. For a TPU v5e slice of eight
 chips (--devices v5e:2x4, micro=2 remat=full): 9.2 GiB per chip, 2.2 s. Times are those of the roofline
 (scripts/plan.py), not measured.
+
+Hardware: a GPU of 40 GB; 35 minutes and the sampling on an H100 (planned).
 """
 
 from collections.abc import Callable

@@ -10,6 +10,8 @@ those of the roofline (scripts/plan.py), not measured. quant=nf4 needs less memo
 
 Qwen3's template writes an empty thinking block before a last response without reasoning.
 enable_thinking=false puts it into the prompt, so that it is not learned.
+
+Hardware: a GPU of 24 GB; 40 s for a million tokens on an H100 (planned).
 """
 
 from jaxft.data.sft import Rows

@@ -6,10 +6,12 @@ configs/data.
     python scripts/train.py --config configs/reward.py quant=nf4 name=reward_nf4
 
 SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the last token of each
-completion: 27 steps, about 5 minutes and 1.6 GB on a 2-core CPU. The first loss is near log 2 = 0.69 (a fresh
-head is random). Expect held-out accuracy to rise from 0.50 to 0.84, and the held-out loss to fall from 0.73
-to 0.43; always preferring the longer completion gives 0.50. full=true trains all weights;
-model=runs/reward/model continues from what that wrote. scripts/score.py scores pairs with the result.
+completion: 27 steps. The first loss is near log 2 = 0.69 (a fresh head is random). Expect held-out accuracy
+to rise from 0.50 to 0.84, and the held-out loss to fall from 0.73 to 0.43; always preferring the longer
+completion gives 0.50. full=true trains all weights; model=runs/reward/model continues from what that wrote.
+scripts/score.py scores pairs with the result.
+
+Hardware: 2 CPU cores, 2 GB; 5 minutes.
 """
 
 from functools import partial

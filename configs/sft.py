@@ -6,6 +6,8 @@
 SmolLM2-135M-Instruct, LoRA on every linear layer, one packed row of 512 tokens per step: 165 steps, 5 to 6
 minutes and 2 GB on a 2-core CPU. Expect the loss on held-out questions to fall from 4.49 to about 3.1, the
 training loss to about 2.2.
+
+Hardware: 2 CPU cores, 2 GB; 6 minutes.
 """
 
 from jaxft.data.sft import Rows

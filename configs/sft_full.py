@@ -3,9 +3,10 @@
     python scripts/train.py --config configs/sft_full.py
     python scripts/train.py --config configs/sft_full.py start=runs/sft name=more   # after configs/sft.py
 
-SmolLM2-135M-Instruct in full: float32 weights and AdamW moments, bfloat16 compute. About 7 minutes and 4 GB
-on a 2-core CPU. The learning rate is 1/40 of LoRA's; `general_loss` before and after shows what the model
-forgets.
+SmolLM2-135M-Instruct in full: float32 weights and AdamW moments, bfloat16 compute. The learning rate is 1/40
+of LoRA's; `general_loss` before and after shows what the model forgets.
+
+Hardware: 2 CPU cores, 4 GB; 7 minutes.
 """
 
 from jaxft.data.sft import Rows

@@ -1,4 +1,4 @@
-"""Compare finished or running runs: a table of their metrics, and their curves in one picture.
+"""Compare runs, finished or running: a table of their metrics, and their curves in one picture.
 
     python scripts/compare.py runs/a runs/b runs/c
     python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"
@@ -14,15 +14,15 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, help="write OUT.png and OUT.json (default: only print the table)")
     parser.add_argument("--title", default="", help="the title of the picture")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
             if name == "step" or name.removeprefix(HELD_OUT) in compare.CURVE_METRICS
         }
 
-    args = arguments()
+    args = make_parser().parse_args()
     missing = next((run for run in args.runs if not (run / "metrics.jsonl").is_file()), None)
     if missing:
         raise ValueError(f"{missing}: has no metrics.jsonl; use the folder of a run, such as runs/sft")

@@ -1,5 +1,4 @@
-"""Write a model, merged with an adapter if there is one, as a Hugging Face folder for transformers, vLLM and
-others.
+"""Write a model as a Hugging Face folder, with the adapter merged, for transformers, vLLM and others.
 
     python scripts/export.py --run runs/sft --out merged
     python scripts/export.py --adapter FOLDER --out merged               # on the base that it was trained on
@@ -24,11 +23,11 @@ KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
     parser.add_argument("--run", type=Path, help="a run's folder: its base and adapter, or its model")
     parser.add_argument("--model", help="the base model (REF), instead of --run")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout")
@@ -42,6 +41,12 @@ def arguments() -> argparse.Namespace:
         help="quantisation of the base to merge onto (default: as in the run, or none)",
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = make_parser()
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")

@@ -1,4 +1,4 @@
-"""Complete prompts with a model, with or without an adapter, or with the result of a run.
+"""Complete prompts with a run, a model, or a model with an adapter.
 
     python scripts/generate.py --run runs/sft --prompt "What is a LoRA rank?" --prompt "What is jaxft?"
     python scripts/generate.py --adapter FOLDER --prompt "..."          # on the base that it was trained on
@@ -38,11 +38,11 @@ class Source(NamedTuple):
     record: dict[str, Any] | None
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT})")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT layout")
     parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
@@ -69,6 +69,12 @@ def arguments() -> argparse.Namespace:
         "--quant", choices=KINDS, help="quantisation of the base (default: as in the run, or none)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = make_parser()
     args = parser.parse_args()
     if args.run and (args.model or args.adapter):
         parser.error("--run sets model and adapter; omit --model and --adapter")

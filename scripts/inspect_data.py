@@ -1,4 +1,4 @@
-"""Print the rows of a run token by token, coloured by loss weight, with statistics and all invalid rows.
+"""Show the rows of a recipe token by token, coloured by loss weight, with statistics.
 
     python scripts/inspect_data.py --config configs/sft.py [--rows 3] [knob=value ...]
     python scripts/inspect_data.py --data rows.jsonl --model REF [--rows 3] [loss_on=all ...]
@@ -12,7 +12,6 @@ rows are counted by reason and shown by their first, whatever data.invalid is: w
 import argparse
 import dataclasses
 import itertools
-import os
 import sys
 import typing
 from collections.abc import Iterator
@@ -32,8 +31,9 @@ from jaxft.data.pairs.source import PairRows, PairSource  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows, RowSource  # noqa: E402
 from jaxft.data.source import length_percentiles  # noqa: E402
-from jaxft.runs import config  # noqa: E402
+from jaxft.runs import cli, config  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
+from jaxft.train.settings import Run  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 
@@ -59,13 +59,11 @@ class Inspected(NamedTuple):
     examples: Iterator[Shown]
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--config", help="a config file; its rows and tokenizer are used")
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.CommandParser(__doc__)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--config", metavar="RECIPE", help="a recipe, whose rows and tokenizer are used")
     where.add_argument("--data", help="a file, folder or hub dataset, instead of a config")
     parser.add_argument("--kind", choices=list(KINDS), default="sft", help="what --data is read as")
     parser.add_argument("--model", help="a model or tokenizer, instead of the config's or with --data")
@@ -75,15 +73,15 @@ def arguments() -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="name=value",
-        help="as for train.py; with --data a field of data.*",
+        help="the recipe, then knob=value as for training; with --data fields of data.*",
     )
-    return parser.parse_intermixed_args()
+    return parser
 
 
 def settings(args: argparse.Namespace) -> tuple[Data, str]:
     """Return the settings of the rows and the reference of the tokenizer."""
-    if args.config:
-        run = config.load_config(args.config, args.overrides)
+    if not args.data:
+        run = config.load_config(*cli.recipe_and_overrides(args.config, args.overrides), expected=Run)
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
@@ -257,9 +255,9 @@ def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> T
     return text.append("⟧") if inside else text
 
 
-def main() -> None:
+def main() -> int:
     """Print statistics, invalid rows and the examples of a batch."""
-    args = arguments()
+    args = make_parser().parse_intermixed_args()
     data, ref = settings(args)
     tokenizer = pretrained.load_tokenizer(ref)
     found = inspect(data, tokenizer, args.step)
@@ -272,14 +270,9 @@ def main() -> None:
             text = coloured(tokenizer, ids, weight, console.is_terminal)
             text = Text.assemble((f"{label}: ", "bold"), text) if label else text
             console.print(text, soft_wrap=not console.is_terminal)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAXFT_TRACEBACK") == "1":
-            raise
-        sys.exit(f"error: {error}")
-    except BrokenPipeError:
-        os._exit(0)
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,4 +1,4 @@
-"""Check and compare preference losses: laws on synthetic pairs, curves, and a short training run of all.
+"""Check and compare preference losses: laws, curves, and a short training run of all.
 
     python scripts/loss_bench.py --loss my_losses.py:mine [--against dpo ipo simpo] [--claims antisymmetric]
     python scripts/loss_bench.py --loss my.py:mine,beta=0.2 --loss my.py:mine,beta=1.0 --steps 20
@@ -35,6 +35,7 @@ from jaxft.objectives import preference_losses, reference_free_losses  # noqa: E
 from jaxft.objectives.check.laws import CLAIMS, check_loss  # noqa: E402
 from jaxft.objectives.check.probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.objectives.pair import declaration, loss_signature  # noqa: E402
+from jaxft.runs import cli  # noqa: E402
 from jaxft.runs.parse import UNANNOTATED, find_file, format_error, load_callable, parse_value  # noqa: E402
 from jaxft.runs.plots import Panel, draw  # noqa: E402
 from jaxft.runs.record import describe, differences  # noqa: E402
@@ -54,11 +55,9 @@ class Loss:
     file: Path
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.CommandParser(__doc__)
     parser.add_argument(
         "--loss",
         action="append",
@@ -86,7 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", default="runs/loss_bench", type=Path, help="output folder (default: runs/loss_bench)"
     )
-    return parser.parse_args()
+    return parser
 
 
 # Losses by their names
@@ -390,7 +389,7 @@ def file_name(label: str) -> str:
 
 def main() -> int:
     """Check the losses on synthetic pairs, then train with them."""
-    args = arguments()
+    args = make_parser().parse_args()
     if args.steps < 1:
         raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
     mine = losses(args.loss)
@@ -403,7 +402,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli, streams
+    from jaxft.runs import streams
 
     cli.quiet()
     streams.outlive_console()

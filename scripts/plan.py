@@ -1,4 +1,4 @@
-"""Plan a run for a machine that you do not have: compile its programs, and report memory, traffic and time.
+"""Plan a run for a machine that you do not have: memory, traffic and time of its compiled programs.
 
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:1 quant=nf4 batch=1 micro=1
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:4x4x4 full=true batch=64 micro=1
@@ -31,12 +31,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="a recipe such as sft, or a file with config(...) -> Run"
     )
-    parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
     parser.add_argument("--devices", required=True, nargs="+", help="one or several machines, such as h100:1")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line per plan, in bytes and seconds"
@@ -49,21 +51,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--most", type=int, default=12, help="maximum number of choices that --search compiles (default 12)"
     )
-    parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
-    return parser.parse_intermixed_args()
+    parser.add_argument("overrides", nargs="*", help="the recipe, then knob=value or section.field=value")
+    return parser
 
 
 def main() -> int:
     """Compile the programs and print the plans."""
-    args = arguments()
+    args = make_parser().parse_intermixed_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
     from jaxft.plan import machines, plan, programs, search
     from jaxft.plan import text as plan_text
-    from jaxft.runs import config
+    from jaxft.runs import cli, config
 
     plan.set_quick(args.quick)
     names = [name for name in args.devices if "=" not in name]  # overrides may follow --devices
-    overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
+    recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
+    overrides = [*(name for name in args.devices if "=" in name), *overrides]
     if not names:
         raise ValueError(f"--devices has no machine, got {' '.join(args.devices)}; add one such as h100:8")
     found: list[plan.Plan] = []
@@ -72,8 +75,8 @@ def main() -> int:
         machine = machines.machine(name)
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
         if args.search:
-            load = partial(config.load_config, args.config)
-            command = search.Command(load, given, config.knob_names(args.config))
+            load = partial(config.load_config, recipe)
+            command = search.Command(load, given, config.knob_names(recipe))
             tried = search.search(command, machine, args.most, partial(print, file=sys.stderr, flush=True))
             print(
                 json.dumps([t.json(command) for t in tried])
@@ -85,7 +88,7 @@ def main() -> int:
             continue
         train_only = args.train_only or len(names) > 1
         select = programs.train_programs if train_only else programs.all_programs
-        each = plan.plans(config.load_config(args.config, given), machine, select)
+        each = plan.plans(config.load_config(recipe, given), machine, select)
         found.append(next(one for one in each if one.flops is not None))  # the largest train step
         print(
             json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.plan_report(found[-1]),

@@ -1,4 +1,4 @@
-"""Quantise a model's linear layers and save them, so that later loads read only quantised weights.
+"""Quantise the linear layers of a model and save them.
 
     python scripts/quantize.py --model REF --out base-nf4 [--kind nf4] [--block 64] [--no-double]
     python scripts/quantize.py --model REF --out base-nf4 --calibrate rows.jsonl      # GPTQ: better, slower
@@ -25,11 +25,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 KINDS = ("int8", "int4", "nf4", "fp4", "affine4")
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, help="the model to quantise (REF)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--kind", choices=KINDS, default="nf4", help="the format (default nf4)")
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
         default="all-linear",
         help="a regular expression over parameter paths (default all-linear)",
     )
-    return parser.parse_args()
+    return parser
 
 
 def progress(line: str) -> None:
@@ -107,7 +107,7 @@ def calibrate(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
 
 def main() -> int:
     """Quantise, write, and print a summary."""
-    args = arguments()
+    args = make_parser().parse_args()
     from jaxft.nn.quant import Quant
     from jaxft.train import export
     from jaxft.weights import pretrained

@@ -20,11 +20,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
     parser.add_argument("--run", type=Path, help="a reward run's folder")
     parser.add_argument(
         "--model", help="a sequence classifier's folder or, with --adapter, its base, instead of --run"
@@ -47,6 +47,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quant", choices=KINDS, help="quantise the base (default: as in the run, or none)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per pair")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = make_parser()
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")

@@ -1,4 +1,4 @@
-"""Train one config with several values of its numeric knobs, all together on one base.
+"""Train a recipe with several values of its knobs, all together on one base.
 
     python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
     python scripts/sweep.py --config configs/sft.py --over rank=4,16,64 --name ranks epochs=1
@@ -21,12 +21,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 MAX_RUNS = 64  # more than this is most likely a mistake
 
 
-def arguments() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="a recipe such as sft, or a file with config(...) -> Run"
     )
-    parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
     parser.add_argument(
         "--over", action="append", required=True, metavar="KNOB=A,B,...", help="a knob and its values"
     )
@@ -42,7 +44,9 @@ def arguments() -> argparse.ArgumentParser:
         default=1,
         help="adapters per forward pass, a divisor of their number (default 1)",
     )
-    parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, for all runs")
+    parser.add_argument(
+        "overrides", nargs="*", help="the recipe, then knob=value or section.field=value for all runs"
+    )
     return parser
 
 
@@ -83,27 +87,26 @@ def _number(text: str, value: str) -> None:
 
 def main() -> int:
     """Load the config once for each combination and train them together."""
-    args = arguments().parse_intermixed_args()
+    args = make_parser().parse_intermixed_args()
     from dataclasses import replace
 
     from jaxft.distributed import processes
-    from jaxft.runs import config
+    from jaxft.runs import cli, config
     from jaxft.train import loop
     from jaxft.train.settings import Run
     from jaxft.train.sweep import Sweep
 
     processes.require_single_process("a sweep")
+    recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
     rows = values(args.over, args.together)
-    if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
+    if any(text.startswith(("name=", "run.name=")) for text in overrides):
         raise ValueError(
             "name=... is not possible: runs are named by their knobs, and --name names a sweep's folder"
         )
-    name = args.name or "-".join(
-        [Path(args.config).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])]
-    )
+    name = args.name or "-".join([Path(recipe).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
     runs = {}
     for row in rows:
-        run = config.load_config(args.config, [*args.overrides, *row], expected=Run)
+        run = config.load_config(recipe, [*overrides, *row], expected=Run)
         label = ",".join(row)
         runs[label] = replace(run, name=f"{name}/{label}")
     return loop.run(Sweep(name, runs, args.at_once))

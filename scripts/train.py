@@ -1,6 +1,10 @@
-"""Train: `python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]`.
+"""Train a recipe, or resume it: the same command resumes a stopped run.
 
-The same command resumes a stopped run. SIGTERM, Ctrl-C or SIGHUP finishes the step, saves and exits with code
+    python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]
+    python scripts/train.py sft data=rows.jsonl          # the same recipe, by its name
+    python scripts/train.py sft --help                   # its knobs
+
+SIGTERM, Ctrl-C or SIGHUP finishes the step, saves and exits with code
 143, 130 or 129; a second one exits immediately. JAXFT_TRACEBACK=1 prints the traceback of errors.
 `loop.profile=10:15` profiles steps 10 to 15.
 """
@@ -12,42 +16,45 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def arguments() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__, add_help=False)
     parser.add_argument(
-        "--config", help="a Python file with a function config(...) -> Run, such as configs/sft.py"
+        "--config", metavar="RECIPE", help="a recipe such as sft, or a Python file with config(...) -> Run"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, parameters and planned memory, then exit"
     )
     parser.add_argument(
-        "-h", "--help", action="store_true", help="print this help, and with --config the config's knobs"
+        "-h", "--help", action="store_true", help="print this help, and with a recipe its knobs"
     )
-    parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
+    parser.add_argument("overrides", nargs="*", help="the recipe, then knob=value or section.field=value")
     return parser
 
 
 def main() -> int:
     """Parse the command line, load the config, and train."""
-    parser = arguments()
+    from jaxft.runs import cli
+
+    parser = make_parser()
     args = parser.parse_intermixed_args()
-    if args.help or not args.config:
+    if args.help:
         parser.print_help()
-        if args.config:
+        if args.config or args.overrides:
             from jaxft.runs.config import help_text
 
-            print("\n" + help_text(args.config))
-        return 0 if args.help else 2
+            print("\n" + help_text(cli.recipe_and_overrides(args.config, args.overrides)[0]))
+        return 0
+    recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 
     from jaxft.distributed import processes
-    from jaxft.runs import cli, config
+    from jaxft.runs import config
     from jaxft.train import loop
     from jaxft.train.settings import Run
 
-    settings = config.resolve_config(args.config, args.overrides, expected=Run)
+    settings = config.resolve_config(recipe, overrides, expected=Run)
     run, record = settings.value, settings.describe()
     if args.dry_run:
         from jaxft.plan import text

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TextIO
 
 from jaxft.data.invalid import InvalidRow, InvalidRows, attempt
 from jaxft.data.limits import LINE_BYTES
+from jaxft.data.shipped import ROOT
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-REPOSITORY = Path(__file__).resolve().parents[2]
 MALFORMED_CSV = "malformed CSV"
 
 
@@ -29,12 +29,10 @@ class Row(NamedTuple):
 
 
 def find_data(ref: str) -> Path | None:
-    """Return the file or folder `ref` under the working directory, else under the repository, None if neither
-    has it.
-    """
+    """Return the file or folder `ref` under the working directory, else in ROOT, None if neither has it."""
     candidates = [Path(ref).expanduser()]
     if not candidates[0].is_absolute():
-        candidates.append(REPOSITORY / ref)
+        candidates.append(ROOT / ref)
     return next((path for path in candidates if path.exists()), None)
 
 
@@ -71,7 +69,7 @@ def _read(ref: str) -> Iterator[Row | InvalidRow]:
         yield from _read_hub(ref)
     else:
         raise FileNotFoundError(
-            f"data {ref!r} not found in {Path.cwd()} or {REPOSITORY}; use a file ({', '.join(SUFFIXES)}), a "
+            f"data {ref!r} not found in {Path.cwd()} or {ROOT}; use a file ({', '.join(SUFFIXES)}), a "
             "folder of such files, or a hub dataset org/name[/config][:split]"
         )
 

@@ -1,19 +1,56 @@
-"""Setup of every script: one-line user errors, quiet libraries, the compilation cache."""
+"""Setup of every script: its parser, one-line user errors, quiet libraries, the compilation cache."""
 
+import argparse
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from jaxft.data.shipped import own_commands
 from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
 
+WRONG_USAGE = 2  # exit code of a command line that the parser refuses
 READER_GONE = 141  # exit code of a command whose reader ended, as of one that SIGPIPE ends
 # Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a script, whose docstring is its description. An error is one line on stderr."""
+
+    def __init__(self, doc: str | None, **options: Any) -> None:
+        super().__init__(
+            description=own_commands(doc or ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the command line, and exit."""
+        self.exit(WRONG_USAGE, usage_error(message, self.prog) + "\n")
+
+
+def usage_error(message: str, prog: str) -> str:
+    """Return one line about a command line that is wrong. prog: the command."""
+    return printable_line(f"error: {message}; see {prog} --help")
+
+
+def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, list[str]]:
+    """Return a command line's recipe, --config or the first item that is no override, and its overrides.
+
+    Raises ValueError without a recipe.
+    """
+    if config is not None:
+        return config, items
+    if not items or "=" in items[0]:
+        raise ValueError(
+            "no recipe; begin with the name of one, such as sft, or a file with config(...) -> Run"
+        )
+    return items[0], items[1:]
 
 
 def quiet() -> None:
@@ -87,4 +124,4 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
         name = error.filename if isinstance(error.filename, str) else repr(error.filename)
         return printable_line(f"{name}: {error.strerror}")
-    return text or type(error).__name__
+    return own_commands(text) or type(error).__name__

@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
 from jaxft.runs.parse import (
     UNANNOTATED,
     describe_kind,
-    find_file,
+    find_recipe,
     format_error,
     parse_value,
     run_file,
@@ -158,7 +159,7 @@ def knob_names(path: str) -> list[str]:
 
 
 def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
-    module = run_file(find_file(path))
+    module = run_file(find_recipe(path))
     fn = vars(module).get("config")
     if not inspect.isfunction(fn):
         raise ValueError(
@@ -348,7 +349,9 @@ def help_text(path: str) -> str:
     width = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
     doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
-    return "\n".join([doc, "", "Knobs (knob=value; other settings as section.field=value):", *table])
+    return "\n".join(
+        [own_commands(doc), "", "Knobs (knob=value; other settings as section.field=value):", *table]
+    )
 
 
 def _comments(definition: Any) -> dict[str, str]:

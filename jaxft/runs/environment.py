@@ -6,10 +6,11 @@ import platform
 import subprocess
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from jaxft.data.shipped import ROOT
 
 # Libraries whose version may change numbers, tokens or files. Those that are not installed are left out.
 LIBRARIES = (
@@ -34,21 +35,27 @@ def versions() -> dict[str, Any]:
     return {"python": platform.python_version(), "packages": packages}
 
 
+def commit() -> str | None:
+    """Return the git commit of this clone of jaxft, None for an installed package and without git."""
+    if not (ROOT / ".git").exists():  # else git finds another repository that the package is in
+        return None
+    try:
+        git = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:  # git is not installed
+        return None
+    return git.stdout.strip() or None
+
+
 def environment(step: int = 0) -> dict[str, Any]:
     """Return versions, flags, devices and the git commit of this process, which begins after `step` steps."""
-    root = Path(__file__).resolve().parents[2]
-    commit = None
-    with contextlib.suppress(OSError):  # git is not installed
-        git = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = git.stdout.strip() or None
     return {
         **versions(),
         "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
         "devices": [d.device_kind for d in jax.devices()],
         "processes": jax.process_count(),
-        "commit": commit,
+        "commit": commit(),
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

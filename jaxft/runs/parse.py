@@ -12,10 +12,10 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxft.data.shipped import ROOT
 from jaxft.runs.record import union_members
 from jaxft.tree import nearest
 
-ROOT = Path(__file__).resolve().parents[2]
 UNANNOTATED = inspect.Parameter.empty  # the annotation or the default that a parameter lacks
 CALLABLE = "package.module:name or file.py:name"
 
@@ -24,7 +24,7 @@ CALLABLE = "package.module:name or file.py:name"
 
 
 def find_file(path: str) -> Path:
-    """Resolve a path from the working directory, else from the repository root. Raises FileNotFoundError."""
+    """Resolve a path from the working directory, else from ROOT. Raises FileNotFoundError."""
     for folder in (Path.cwd(), ROOT):
         if (folder / path).is_file():
             return (folder / path).resolve()
@@ -33,10 +33,25 @@ def find_file(path: str) -> Path:
     raise FileNotFoundError(f"{path}: no such file in {Path.cwd()} or {ROOT}{hint}")
 
 
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with jaxft."""
+    return sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
+
+
+def find_recipe(name: str) -> Path:
+    """Resolve the name of a recipe in configs/ or the path of a file. Raises FileNotFoundError."""
+    if Path(name).suffix or len(Path(name).parts) > 1 or Path(name).is_file():
+        return find_file(name)
+    if name in recipe_names():
+        return ROOT / "configs" / f"{name}.py"
+    near = ", ".join(nearest(name, recipe_names(), 5))
+    raise FileNotFoundError(
+        f"{name}: no recipe has this name; near: {near}. Use one of these or a Python file"
+    )
+
+
 def short_path(file: Path) -> str:
-    """A file's path relative to the working directory or the repository that it is in, for messages and
-    records.
-    """
+    """A file's path relative to the working directory or ROOT, for messages and records."""
     for folder in (Path.cwd(), ROOT):
         if file.is_relative_to(folder):
             return file.relative_to(folder).as_posix()

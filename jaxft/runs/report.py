@@ -1,17 +1,16 @@
 """Texts for the user of a run: start-up lines, result lines and the model card."""
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
 from jaxft.runs import compare
 from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.weights.card import NO_CLASSIFIER
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 HEADLINES = {  # metrics that the result lines show, in this order
     "eval_loss": "loss on held-out rows",
     "eval_reward": "reward of held-out prompts",
@@ -141,10 +140,8 @@ def result_lines(
         if name in after["metrics"]:
             was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
             lines.append(f"{label}: {was}{after['metrics'][name]:.4f} after")
-    script, argument = ("generate.py", '--prompt "..."') if generates else ("score.py", "--file PAIRS")
-    command = (
-        f"python {shlex.quote(os.path.relpath(SCRIPTS / script))} --run {shlex.quote(str(folder))} {argument}"
-    )
+    script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
+    command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
     return [*lines, *notes, where, command]
 
@@ -251,19 +248,15 @@ def _usage(card: ModelCard) -> list[str]:
     folder, layout = ("model", "Hugging Face transformers") if card.merged else ("adapter", "PEFT")
     lines = [
         "## Use",
-        f"The weights are in `{folder}/`, in the layout of {layout}. With a clone of jaxft:",
+        f"The weights are in `{folder}/`, in the layout of {layout}. With jaxft:",
         "",
     ]
     if card.model.generates:
-        lines.append('    python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."')
+        lines.append('    jaxft generate --run PATH_OF_THIS_FOLDER --prompt "..."')
     else:
-        lines.append(
-            "    python scripts/score.py --run PATH_OF_THIS_FOLDER --file PAIRS    # rewards of the responses"
-        )
+        lines.append("    jaxft score --run PATH_OF_THIS_FOLDER --file PAIRS    # rewards of the responses")
     if not card.merged:
-        lines.append(
-            "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # for transformers"
-        )
+        lines.append("    jaxft export --run PATH_OF_THIS_FOLDER --out merged    # for transformers")
     if not card.model.generates and not card.model.classifier:
         lines += ["", NO_CLASSIFIER]
     elif not card.model.generates:

@@ -35,7 +35,7 @@ class Card:
 
 NO_CLASSIFIER = (
     "transformers has no sequence classifier of this model type. Rewards with jaxft: "
-    "`python scripts/score.py --run RUN --file PAIRS`."
+    "`jaxft score --run RUN --file PAIRS`."
 )
 
 
@@ -113,8 +113,8 @@ def _usage(card: Card) -> list[str]:
     if card.library == "jaxft":
         return [
             "The quantised weights are in jaxft's own layout, which other libraries do not read:\n",
-            "    python scripts/generate.py --model FOLDER --quant checkpoint --prompt ...",
-            "    python scripts/train.py --config configs/sft.py model=FOLDER quant=checkpoint\n",
+            "    jaxft generate --model FOLDER --quant checkpoint --prompt ...",
+            "    jaxft train sft model=FOLDER quant=checkpoint\n",
         ]
     if not card.loads:
         return [f"{NO_CLASSIFIER}\n"]

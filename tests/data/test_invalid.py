@@ -14,8 +14,9 @@ from jaxft.data.invalid import InvalidRow, InvalidRows, count_by_reason, invalid
 from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
-from jaxft.data.rows import REPOSITORY, read_rows
+from jaxft.data.rows import read_rows
 from jaxft.data.sft import Rows
+from jaxft.data.shipped import ROOT
 
 SFT = [{"instruction": "a", "response": "b"}, {"instruction": "a", "response": ""}]
 PAIR = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
@@ -272,7 +273,7 @@ def test_settings_out_of_range_are_refused(options):
 
 def test_every_error_about_a_row_is_an_invalid_row():
     """Others end a run with data.invalid=drop: only too_long=error and a tokenizer that fits no row may."""
-    folder = REPOSITORY / "jaxft" / "data"
+    folder = ROOT / "jaxft" / "data"
     raised = [
         (file.name, text)
         for file in folder.rglob("*.py")

@@ -10,7 +10,8 @@ import pytest
 from jaxft.data import formats
 from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.invalid import InvalidRow, InvalidRows
-from jaxft.data.rows import REPOSITORY, Row, read_rows
+from jaxft.data.rows import Row, read_rows
+from jaxft.data.shipped import ROOT
 
 ROWS = [
     {"prompt": "a", "completion": "b\nü"},
@@ -55,7 +56,7 @@ def test_json_lines_under_the_name_json_and_a_byte_order_mark(tmp_path):
 
 def test_relative_paths_are_found_in_the_working_directory_then_in_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = sorted((REPOSITORY / "configs" / "data").glob("*.jsonl"))[0].name
+    shipped = sorted((ROOT / "configs" / "data").glob("*.jsonl"))[0].name
     count = len(read_rows(f"configs/data/{shipped}"))
     assert count > 1
     (tmp_path / "configs" / "data").mkdir(parents=True)
@@ -69,7 +70,7 @@ def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
         f"import sys; from jaxft.data.rows import read_rows; read_rows({path!r}); "
         "print(sorted({'datasets', 'pyarrow', 'pandas', 'torch'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
 
 

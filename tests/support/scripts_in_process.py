@@ -9,13 +9,23 @@ from jaxft.runs import cli
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
+def load(name):
+    """A script as a module."""
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return module
+
+
 def call(monkeypatch, capsys, name, *args):
     """(exit code, stdout, stderr) of a script in this process, as its last lines run it."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(name)
     capsys.readouterr()
     try:
         code = cli.one_line_errors(module.main)

@@ -1,0 +1,55 @@
+"""Where recipes, their rows and scripts are, in a clone or an installed wheel, and how a user starts them."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+IS_CLONE = not (PACKAGE / "shipped").is_dir()
+ROOT = PACKAGE.parent if IS_CLONE else PACKAGE / "shipped"  # the folder of configs/ and scripts/
+
+# Command of `jaxft` -> the script that it runs.
+COMMANDS = {
+    "list": "list",
+    "train": "train",
+    "inspect": "inspect_data",
+    "generate": "generate",
+    "score": "score",
+    "export": "export",
+    "quantize": "quantize",
+    "sweep": "sweep",
+    "compare": "compare",
+    "loss-bench": "loss_bench",
+    "plan": "plan",
+    "env": "env",
+    "completion": "completion",
+}
+COMMAND_OF = {script: command for command, script in COMMANDS.items()}
+SCRIPT = re.compile(
+    rf"(?:python )?\bscripts/({'|'.join(COMMAND_OF)})\.py\b(?: --config configs/(\w+)\.py\b)?"
+)
+
+
+def started_as_jaxft() -> bool:
+    """Return whether commands are `jaxft NAME` for this user: without a clone, or if this process is one."""
+    return not IS_CLONE or Path(sys.argv[0]).name.startswith("jaxft ")
+
+
+def script_command(script: str) -> str:
+    """Return how this user starts a script: `jaxft generate`, or `python scripts/generate.py`."""
+    if started_as_jaxft():
+        return f"jaxft {COMMAND_OF[script]}"
+    return f"python {shlex.quote(os.path.relpath(ROOT / 'scripts' / f'{script}.py'))}"
+
+
+def own_commands(text: str) -> str:
+    """Return a text with `python scripts/train.py --config configs/sft.py` as `jaxft train sft`, if this user
+    starts commands so.
+    """
+
+    def command(found: re.Match[str]) -> str:
+        return " ".join(["jaxft", COMMAND_OF[found[1]], *found.groups()[1:][: found[2] is not None]])
+
+    return SCRIPT.sub(command, text) if started_as_jaxft() else text

@@ -1,0 +1,100 @@
+"""What a bug report needs: versions, processor, memory, devices, flags and kernels of this machine."""
+
+import contextlib
+import os
+import platform
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft import __version__
+from jaxft.data.shipped import IS_CLONE
+from jaxft.nn.attention import kernel_for
+from jaxft.runs.environment import FLAGS, commit, versions
+from jaxft.runs.terminal import printable_line
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "bf16")
+
+
+def bug_report() -> dict[str, Any]:
+    """Return facts about jaxft and this machine as JSON. Paths and names of users are not among them.
+
+    A backend of jax that cannot start is reported as the error, not raised.
+    """
+    found = {
+        "jaxft": {"version": __version__, "commit": commit(), "installed": not IS_CLONE},
+        "system": platform.platform(),
+        "cpu": processor(),
+        "memory_gib": memory(),
+        **versions(),
+        "flags": {name: printable_line(os.environ[name]) for name in FLAGS if os.environ.get(name)},
+        "own_settings": sorted(name for name in os.environ if name.startswith("JAXFT_")),
+    }
+    try:
+        return {**found, **devices()}
+    except RuntimeError as error:  # a plugin that doesn't fit the driver, or JAX_PLATFORMS of another machine
+        return {**found, "devices": {}, "device_error": printable_line(str(error))}
+
+
+def processor() -> dict[str, Any]:
+    """Return the processor's name, the cores that this process may use, and its instructions for matmuls."""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    name = re.search(r"model name\s*: (.*)", text)
+    flags = re.search(r"(?:flags|Features)\s*: (.*)", text)
+    features = [feature for feature in CPU_FEATURES if flags and feature in flags[1].split()]
+    return {
+        "name": name[1] if name else platform.machine(),
+        "cores": os.cpu_count(),
+        "features": features,
+    }
+
+
+def memory() -> dict[str, float]:
+    """Return the machine's memory in GiB, in total and available, as far as the system reports it."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        sizes = dict(re.findall(r"(\w+): +(\d+) kB", text))
+        names = {"total": "MemTotal", "available": "MemAvailable"}
+        return {key: round(int(sizes[name]) / 2**20, 1) for key, name in names.items() if name in sizes}
+    return {}
+
+
+def devices() -> dict[str, Any]:
+    """Return jax's devices by kind, their memory, and the attention kernels that they run."""
+    first, kinds = jax.devices()[0], Counter(device.device_kind for device in jax.devices())
+    limit = (first.memory_stats() or {}).get("bytes_limit")
+    kernels = {
+        f"{dtype}{', shared prompts' * branches}": kernel_for(
+            first, 64, jnp.dtype(dtype), True, branches
+        ).__name__
+        for dtype in ("bfloat16", "float32")
+        for branches in (False, True)
+    }
+    return {
+        "backend": jax.default_backend(),
+        "devices": dict(kinds),
+        "device_memory_gib": round(limit / 2**30, 1) if limit else None,
+        "attention": kernels,
+    }
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Return a bug report as lines of text."""
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {shown(item)}" for key, item in value.items())
+        lines.append(f"{name.replace('_', ' ') + ':':20}{shown(value)}")
+    return lines
+
+
+def shown(value: Any) -> str:
+    """Return a value as text: lists with spaces, nothing as none."""
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if text and value is not None else "none"

@@ -1,0 +1,41 @@
+"""Print the shell code that completes commands, recipes and knobs.
+
+    eval "$(jaxft completion bash)"              # in ~/.bashrc
+    eval "$(jaxft completion zsh)"               # in ~/.zshrc
+    jaxft completion fish | source               # in ~/.config/fish/config.fish
+
+It completes the command `jaxft`, which `pip install` provides.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+SHELLS = ("bash", "zsh", "fish", "powershell")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("shell", choices=SHELLS, help="the shell that reads the code")
+    return parser
+
+
+def main() -> int:
+    """Print the code for a shell."""
+    args = make_parser().parse_args()
+    import argcomplete
+
+    print(argcomplete.shellcode(["jaxft"], shell=args.shell))
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,40 @@
+"""Print what a bug report needs: versions, flags, devices, memory and kernels.
+
+    jaxft env
+    jaxft env --json
+
+Include its output in reports of bugs. It has no names of users, paths or tokens.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main() -> int:
+    """Print the facts, one per line."""
+    args = make_parser().parse_args()
+    from jaxft.runs.bug_report import bug_report, report_lines
+
+    found = bug_report()
+    print(json.dumps(found) if args.json else "\n".join(report_lines(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

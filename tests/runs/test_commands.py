@@ -1,0 +1,209 @@
+"""The command `jaxft`: it runs every script with the same arguments, from a clone and from the wheel, and
+completes commands, recipes and knobs.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from scripts_in_process import load
+
+from jaxft.data import shipped
+from jaxft.data.shipped import COMMANDS, ROOT
+from jaxft.runs import commands, completion, config, parse, report, streams
+
+SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def jaxft(monkeypatch, capsys, *argv):
+    """(exit code, stdout, stderr) of `jaxft ARGV` in this process."""
+    monkeypatch.setattr(sys, "argv", ["jaxft", *argv])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(commands.cli, "quiet", lambda: None)
+    monkeypatch.setattr(streams, "outlive_console", lambda: None)
+    capsys.readouterr()
+    try:
+        code = commands.main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_every_script_is_a_command_and_help_shows_it_in_a_line(monkeypatch, capsys):
+    assert sorted(COMMANDS.values()) == sorted(SCRIPTS)
+    code, out, _ = jaxft(monkeypatch, capsys, "--help")
+    lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")]
+    assert code == 0 and [name for name, _ in lines] == list(COMMANDS)
+    assert all(10 < len(text) < 100 and "scripts/" not in text for _, text in lines)
+    assert jaxft(monkeypatch, capsys)[1] == out
+
+
+def test_a_command_runs_its_script_with_its_arguments(monkeypatch, capsys):
+    code, out, _ = jaxft(monkeypatch, capsys, "list", "--json")
+    assert code == 0 and [json.loads(line)["recipe"] for line in out.splitlines()].count("sft") == 1
+    code, out, _ = jaxft(monkeypatch, capsys, "train", "sft", "--help")
+    assert code == 0 and "usage: jaxft train " in out and "jaxft train sft quant=nf4" in out
+    assert "lr=" in out and "scripts/" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["trian"], "near: train"),
+        (["--frob"], "'--frob'"),
+        (["generate"], "--prompt"),
+        (["plan", "sft"], "--devices"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_names_the_help(monkeypatch, capsys, argv, word):
+    code, out, err = jaxft(monkeypatch, capsys, *argv)
+    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("error: ")
+    assert word in err and err.endswith("--help\n")
+
+
+def test_a_recipe_is_named_by_its_name_or_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse.find_recipe("sft") == parse.find_recipe("configs/sft.py") == ROOT / "configs" / "sft.py"
+    (tmp_path / "sft").mkdir()  # a folder is no recipe
+    assert parse.find_recipe("sft") == ROOT / "configs" / "sft.py"
+    (tmp_path / "sft.py").write_text("def config(): pass")
+    assert parse.find_recipe("sft.py") == tmp_path / "sft.py"
+    with pytest.raises(FileNotFoundError, match=r"^sfd: .*near: sft"):
+        parse.find_recipe("sfd")
+
+
+def test_commands_are_named_as_the_user_starts_them(monkeypatch):
+    text = "python scripts/train.py --config configs/sft.py lr=1, scripts/inspect_data.py, scripts/bench/x.py"
+    assert shipped.own_commands(text) == text
+    assert shipped.script_command("generate").startswith("python ")
+    monkeypatch.setattr(sys, "argv", ["jaxft train"])
+    assert shipped.own_commands(text) == "jaxft train sft lr=1, jaxft inspect, scripts/bench/x.py"
+    nothing = report.Evaluation(metrics={}, samples=[])
+    lines = report.result_lines(Path("runs/a"), Path("runs/a/adapter"), nothing, nothing, [])
+    assert lines[-1] == 'jaxft generate --run runs/a --prompt "..."'
+
+
+# Recipes
+
+
+def test_every_recipe_says_what_it_needs_and_the_readme_has_this_table():
+    script = load("list")
+    recipes = [script.read_recipe(ROOT / "configs" / f"{name}.py") for name in RECIPES]
+    recipes.sort(key=lambda recipe: "CPU" not in recipe.hardware)
+    readme = (ROOT / "configs" / "README.md").read_text()
+    assert script.markdown(recipes) in readme, (
+        "put the output of `jaxft list --markdown` into configs/README.md"
+    )
+    assert all("GB" in recipe.hardware for recipe in recipes)
+
+
+# Completion
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_knobs_that_are_completed_are_the_recipe_s(name):
+    assert completion.knobs(ROOT / "configs" / f"{name}.py") == config.knob_names(name)
+
+
+COMPLETIONS = {
+    "jaxft tr": ["train "],
+    "jaxft train sft_": ["sft_full "],
+    "jaxft train sft lr=1 ba": ["batch="],
+    "jaxft train --config dpo be": ["beta="],
+    "jaxft train sft data=ro": ["rows.jsonl "],
+    "jaxft generate --run ": ["runs/a "],
+    "jaxft generate --quant nf": ["nf4 "],
+    "jaxft train min": ["mine.py "],
+}
+
+
+def test_commands_recipes_knobs_runs_and_files_are_completed_without_jax(tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    for name in ("runs/a/config.json", "rows.jsonl", "mine.py"):
+        (tmp_path / name).write_text("")
+    code = "import sys; sys.modules['jax'] = None; from jaxft.runs.commands import main; main()"
+    for line, expected in COMPLETIONS.items():
+        shell = {
+            "_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": "\n",
+            "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:", "COMP_TYPE": "9", "COMP_LINE": line,
+            "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "found"),
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | shell, timeout=60)
+        assert (tmp_path / "found").read_text().split("\n") == expected, line
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    backend = pytest.importorskip("hatchling.build")
+    folder, before = tmp_path_factory.mktemp("wheel"), Path.cwd()
+    os.chdir(ROOT)
+    try:
+        return folder / backend.build_wheel(str(folder))
+    finally:
+        os.chdir(before)
+
+
+def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    used = set()
+    for name in RECIPES:
+        run = config.load_config(name, [])
+        used |= {
+            ref for ref in (run.data.train, run.data.held_out, run.general) if str(ref).startswith("configs/")
+        }
+    expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb)$", file)}
+    expected |= {
+        f"jaxft/shipped/{file}"
+        for file in tracked
+        if re.match(r"(configs|scripts)/(examples/|launch/)?[\w.]+$", file)
+    }
+    expected |= {f"jaxft/shipped/{file}" for file in used}
+    assert {name for name in names if ".dist-info/" not in name} == {
+        n for n in expected if not n.endswith(".md")
+    }
+    assert wheel.stat().st_size < 1.5e6
+
+
+INSTALLED = """
+import sys
+from pathlib import Path
+from jaxft.data.shipped import IS_CLONE, ROOT, own_commands
+from jaxft.runs import bug_report, commands, config, environment
+from jaxft.data.rows import read_rows
+assert not IS_CLONE and ROOT.parent.name == "jaxft" and environment.commit() is None
+run = config.load_config("sft", [])
+assert read_rows(run.data.train) and run.objective.__module__ == "jaxft.objectives.sft"
+loss = config.load_config("dpo", ["loss=configs/examples/my_losses.py:mine"])
+assert own_commands("scripts/train.py") == "jaxft train"
+assert bug_report.bug_report()["jaxft"]["installed"]
+sys.argv = ["jaxft", "train", "sfd"]
+commands.main()
+"""
+
+
+def test_the_wheel_has_all_that_its_commands_need_from_an_empty_folder(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", INSTALLED]
+    done = subprocess.run(
+        command, cwd=tmp_path / "empty", env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: sfd: no recipe has this name; near: sft"
+    ), done.stderr
+    assert done.stderr.count("\n") == 1 and not list((tmp_path / "empty").iterdir())
