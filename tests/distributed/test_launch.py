@@ -159,7 +159,7 @@ def test_contradictory_launch_is_an_error_of_one_line(explicit, environ, text, m
 
 def parse_run(arguments):
     """Return the Run that scripts/train.py builds from these arguments, with a small model."""
-    parser = runpy.run_path(str(ROOT / "scripts" / "train.py"))["arguments"]()
+    parser = runpy.run_path(str(ROOT / "scripts" / "train.py"))["make_parser"]()
     args = parser.parse_intermixed_args(arguments)
     path = ROOT / "configs" / Path(args.config).name
     assert args.config.endswith("configs/llama31_8b_sft.py") and path.is_file()

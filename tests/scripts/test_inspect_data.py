@@ -4,6 +4,7 @@ with invalid rows, or fails with one line.
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -24,12 +25,7 @@ ROWS = {  # one that fits the data of every config
 ASSISTANT = "?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 SHOWN = {
     "rows": [ASSISTANT + "⟦so<|eot_id|>⟧"],
-    "pairs": [
-        "prompt: <|begin_of_text|>",
-        ASSISTANT + "\n",
-        "chosen: ⟦so<|eot_id|>⟧",
-        "rejected: ⟦no<|eot_id|>⟧",
-    ],
+    "pairs": ["prompt: <|begin_of_text|>", ASSISTANT + "\n", " ⟦so<|eot_id|>⟧ ", " ⟦no<|eot_id|>⟧ "],
     "prompts": [ASSISTANT + "\n", "answer='so'"],
 }
 
@@ -55,8 +51,11 @@ def inspect(place, monkeypatch, capsys):
     def run(*args):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args])
         monkeypatch.setattr(sys, "path", list(sys.path))
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert stop.value.code == 0 if not err else stop.value.code == 1 and not out, (out, err)
+        return out or err
 
     return run
 
@@ -124,7 +123,65 @@ def test_single_responses_are_shown_by_their_label(inspect, place):
     rows = [{"prompt": f"why {i}?", "completion": "so", "label": i % 2 > 0} for i in range(8)]
     (place / "unpaired.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shown = inspect("--config", "configs/kto.py", "--model", "model", "--rows", "8", "data=unpaired.jsonl")
-    assert shown.count("chosen: ⟦so") == shown.count("rejected: ⟦so") > 0
+    for label in ("chosen", "rejected"):
+        assert re.search(rf"\n {label} +│ mismatched +\n[^\n]*\n ⟦so<\|eot_id\|>⟧ ", shown), label
+
+
+def test_the_responses_of_a_pair_are_side_by_side(inspect, place):
+    pair = {"prompt": "why?", "chosen": "so " * 9, "rejected": "no " * 9}
+    (place / "long.jsonl").write_text(json.dumps(pair))
+    args = ("--data", "long.jsonl", "--kind", "pairs", "--model", "model", "held_out=none", "batch=1")
+    lines = inspect(*args).splitlines()
+    assert any(re.fullmatch(r" chosen +│ rejected +", line) for line in lines)
+    assert any(re.fullmatch(r" ⟦(so ?)+<\|eot_id\|>⟧ +│ ⟦(no ?)+<\|eot_id\|>⟧ +", line) for line in lines)
+
+
+def test_repeated_rows_and_leaked_held_out_rows_are_counted_and_named(inspect, place):
+    def row(prompt, response):
+        return {"prompt": prompt, "completion": response}
+
+    train = [row("a b", "c"), row("d e", "f"), row("a b", "c"), row("d e", "x"), row("d e", "f")]
+    (place / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
+    held = [row("d e", "f"), row("a b", "y"), row("new", "z")]
+    (place / "held.jsonl").write_text("\n".join(map(json.dumps, held)))
+    args = ("--data", "train.jsonl", "--model", "model", "max_length=32", "batch=1", "format=plain")
+    shown = inspect(*args, "held_out=held.jsonl")
+    found = re.search(r"2 training rows repeat another one: train.jsonl:(\d) is train.jsonl:(\d)\n", shown)
+    assert {found[1], found[2]} in ({"1", "3"}, {"2", "5"})
+    assert "1 training rows have the prompt of another one: train.jsonl:" in shown
+    assert "1 held-out rows are also training rows, so that their loss is too low: held-out row" in shown
+    assert "1 held-out rows have the prompt of a training row: held-out row" in shown
+    (place / "train.jsonl").write_text("\n".join(map(json.dumps, train[:2])))
+    assert "no row repeats another one" in inspect("--data", "train.jsonl", *DATA)
+
+
+def test_leaks_are_found_in_pairs_and_prompts_too(inspect, place):
+    for kind, options in (("pairs", ("batch=1",)), ("prompts", ("batch=1", "max_prompt=64"))):
+        for name, numbers in (("train", (1, 2, 1)), ("held", (2, 3))):
+            rows = [json.dumps(ROWS[kind]).replace("why?", f"why {number}?") for number in numbers]
+            (place / f"{name}_{kind}.jsonl").write_text("\n".join(rows))
+        args = ("--data", f"train_{kind}.jsonl", "--kind", kind, "--model", "model", *options)
+        shown = inspect(*args, f"held_out=held_{kind}.jsonl")
+        assert f"1 training rows repeat another one: train_{kind}.jsonl:3 is train_{kind}.jsonl:1" in shown
+        assert f"loss is too low: held_{kind}.jsonl:1 is train_{kind}.jsonl:2" in shown
+
+
+def test_lengths_are_those_of_each_part(inspect, place):
+    (place / "lengths.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "a" * n, "completion": "b" * 3}) for n in (1, 2, 3, 8))
+    )
+    shown = inspect("--data", "lengths.jsonl", *DATA)
+    # tokens of a byte-level tokenizer: BOS, n bytes, 3 bytes and EOS
+    for label, counts in (("all", (6, 7, 8, 13)), ("prompt", (2, 3, 4, 9)), ("with loss", (4, 4, 4, 4))):
+        numbers = re.search(rf"^{label} +(.*)$", shown, re.MULTILINE)[1].split()
+        assert [int(numbers[i]) for i in (0, 5)] == [min(counts), max(counts)], label
+        assert float(numbers[6]) == pytest.approx(sum(counts) / 4, abs=0.51)
+
+
+def test_a_row_is_shown_by_its_name(inspect):
+    shown = inspect("--data", "r.jsonl", "--row", "r.jsonl:2", *DATA)
+    assert shown.count("⟦") == 1 and "r.jsonl:2: " in shown and "🙂 1" in shown
+    assert "--row r.jsonl:9: no valid row" in inspect("--data", "r.jsonl", "--row", "r.jsonl:9", *DATA)
 
 
 def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect, place):
@@ -159,12 +216,10 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
     ],
 )
 def test_an_error_is_one_line_or_a_traceback_on_request(inspect, monkeypatch, args, error):
-    with pytest.raises(SystemExit) as stop:
-        inspect(*args, "--model", "model")
-    assert error in stop.value.code and "\n" not in stop.value.code
+    printed = inspect(*args, "--model", "model")
+    assert printed.startswith("error: ") and error in printed and printed.count("\n") == 1
     monkeypatch.setenv("JAXFT_TRACEBACK", "1")
-    with pytest.raises((ValueError, OSError)):
-        inspect(*args, "--model", "model")
+    assert inspect(*args, "--model", "model").startswith("Traceback")
 
 
 def test_the_exit_code_reports_a_failure(place):
