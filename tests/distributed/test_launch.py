@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
+import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import yaml
 
 from jaxft.distributed import launch, processes
 from jaxft.distributed.launch import Launch, detect
-from jaxft.runs import config
+from jaxft.runs import cli, config
 from jaxft.train.settings import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,9 +165,9 @@ def parse_run(arguments):
     """Return the Run that scripts/train.py builds from these arguments, with a small model."""
     parser = runpy.run_path(str(ROOT / "scripts" / "train.py"))["make_parser"]()
     args = parser.parse_intermixed_args(arguments)
-    path = ROOT / "configs" / Path(args.config).name
-    assert args.config.endswith("configs/llama31_8b_sft.py") and path.is_file()
-    run = config.load_config(str(path), [*args.overrides, f"model={tiny_folder()}"])
+    recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
+    assert Path(recipe).stem == "llama31_8b_sft"
+    run = config.load_config(Path(recipe).stem, [*overrides, f"model={tiny_folder()}"])
     assert isinstance(run, Run)
     rows, remainder = divmod(run.data.batch, run.data.micro)
     assert remainder == 0 and rows % run.hosts.devices == 0, "some devices would compute only padding"
@@ -353,7 +357,54 @@ def test_jobset_matches_kubernetes_launch_detection_and_the_settings():
     assert host == f"{name}-{job['name']}-0-0.{name}" and spec["network"]["enableDNSHostnames"]
     assert int(port) in [p["containerPort"] for p in container["ports"]]
     assert (launched.processes, launched.process) == (inner["completions"], 1)
-    assert container["command"][-1].endswith("/scripts/train.py")
+    assert container["command"] == ["jaxft", "train"]
     run = parse_run(container["args"])
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]
     assert (run.hosts.processes, run.hosts.devices) == (inner["completions"], inner["completions"] * gpus)
+
+
+def dockerfile():
+    """The instructions of the Dockerfile, without comments, by stage: [(name of the base, [(instruction,
+    arguments), ...])].
+    """
+    text = re.sub(r"^ *#.*\n", "", (FILES / "Dockerfile").read_text(), flags=re.MULTILINE).replace(
+        "\\\n", " "
+    )
+    stages = {}
+    for line in filter(None, text.splitlines()):
+        word, rest = line.split(maxsplit=1)
+        if word == "FROM":
+            base, _, name = rest.split()
+            stages[name] = (base, [])
+        else:
+            stages[name][1].append((word, rest))
+    return stages
+
+
+def test_the_dockerfile_copies_files_that_exist_and_installs_extras_and_a_command_that_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stages = dockerfile()
+    assert {"cuda", "tpu"} <= stages.keys() and stages["cuda"][0] == stages["tpu"][0] == "base"
+    ignored = (FILES / "Dockerfile.dockerignore").read_text().splitlines()
+    copied = [rest.split()[:-1] for _, lines in stages.values() for word, rest in lines if word == "COPY"]
+    for name in [name for names in copied if not names[0].startswith("--from=") for name in names]:
+        assert (ROOT / name).exists() and f"!{name}" in ignored, name
+    assert json.loads(dict(stages["base"][1])["ENTRYPOINT"]) == [*project["scripts"]]
+    installed = [re.findall(r"'jaxft\[(\w+)\]'", dict(stages[name][1])["RUN"]) for name in ("cuda", "tpu")]
+    assert installed == [["cuda12"], ["tpu"]] and all(
+        x in project["optional-dependencies"] for (x,) in installed
+    )
+    for base, _ in stages.values():
+        if base not in stages:
+            version = re.fullmatch(r"python:(3\.\d+)-slim-\w+", base)[1]
+            assert version in project["classifiers"][-1], "a version of Python that is tested"
+    for words in re.findall(r"docker build (.*) \.$", (FILES / "Dockerfile").read_text(), re.MULTILINE):
+        assert words.startswith("-f scripts/launch/Dockerfile --target ") and words.split()[3] in stages
+
+
+def test_the_dockerfile_passes_its_linter():
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("hadolint is not installed: pip install -e '.[test]'")
+    done = subprocess.run([linter, FILES / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
