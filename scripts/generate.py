@@ -114,7 +114,10 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
         path = find_data(args.file)
         if path is None or not path.is_file():
             raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
-        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        try:
+            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--file {args.file}: {error}; convert it to UTF-8") from error
         rows += [Row(f"{path.name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     elif args.file:
         columns = setting_of(args.columns, source, "columns")

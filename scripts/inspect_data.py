@@ -396,7 +396,10 @@ def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[Show
 
 def main() -> int:
     """Print statistics, lengths, repeated and invalid rows, and the examples of a batch."""
-    args = make_parser().parse_intermixed_args()
+    parser = make_parser()
+    args = parser.parse_intermixed_args()
+    if min(args.rows, args.step) < 0:
+        parser.error(f"--rows and --step must be at least 0, got {min(args.rows, args.step)}")
     data, ref = settings(args)
     tokenizer = pretrained.load_tokenizer(ref)
     found = inspect(data, tokenizer)

@@ -66,6 +66,7 @@ def main() -> int:
     plan.set_quick(args.quick)
     names = [name for name in args.devices if "=" not in name]  # overrides may follow --devices
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
+    knobs = config.knob_names(recipe)
     overrides = [*(name for name in args.devices if "=" in name), *overrides]
     if not names:
         raise ValueError(f"--devices has no machine, got {' '.join(args.devices)}; add one such as h100:8")
@@ -76,7 +77,7 @@ def main() -> int:
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
         if args.search:
             load = partial(config.load_config, recipe)
-            command = search.Command(load, given, config.knob_names(recipe))
+            command = search.Command(load, given, knobs)
             tried = search.search(command, machine, args.most, partial(print, file=sys.stderr, flush=True))
             print(
                 json.dumps([t.json(command) for t in tried])

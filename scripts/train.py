@@ -41,11 +41,12 @@ def main() -> int:
     parser = make_parser()
     args = parser.parse_intermixed_args()
     if args.help:
-        parser.print_help()
+        knobs = ""
         if args.config or args.overrides:
             from jaxft.runs.config import help_text
 
-            print("\n" + help_text(cli.recipe_and_overrides(args.config, args.overrides)[0]))
+            knobs = "\n" + help_text(cli.recipe_and_overrides(args.config, args.overrides)[0]) + "\n"
+        print(parser.format_help() + knobs, end="")
         return 0
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 

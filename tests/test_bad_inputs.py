@@ -19,7 +19,7 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_place
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat, limits, rows
+from jaxft.data import chat, limits, rows, shipped
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
@@ -54,6 +54,8 @@ def place(tmp_path_factory):
     write_place(folder)
     (folder / "folder").mkdir()
     (folder / "empty.jsonl").write_text("")
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe")
     os.mkfifo(folder / "pipe.jsonl")
     return folder
 
@@ -203,8 +205,12 @@ def test_commands(model, place, monkeypatch, capsys, command, word):
     monkeypatch.chdir(place)
     name, *argv = command.replace("MODEL", str(model)).split(" ")
     code, out, err = call(monkeypatch, capsys, name, *argv)
-    assert code == 1 and not out, (code, out, err)
+    assert code in (1, cli.WRONG_USAGE) and not out, (code, out, err)
     assert err.startswith("error: ") and err.count("\n") == 1 and word in err, err
+
+
+def test_every_command_has_bad_inputs():
+    assert {command.split()[0] for command, _ in COMMANDS} == {*shipped.COMMANDS.values()}
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "x.safetensors"])
