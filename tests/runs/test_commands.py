@@ -104,6 +104,18 @@ def test_every_recipe_says_what_it_needs_and_the_readme_has_this_table():
     assert all("GB" in recipe.hardware for recipe in recipes)
 
 
+@pytest.mark.parametrize("name", ["README.md", "scripts/README.md", "configs/README.md"])
+def test_the_commands_in_the_readmes_exist_and_so_do_their_recipes(name):
+    text = (ROOT / name).read_text()
+    found = re.findall(r"(?:`|^|\| `)jaxft ([\w-]+) ([\w-]+)", text, re.MULTILINE)
+    found += re.findall(r"^\| `([a-z-]+) ([\w-]+)", text, re.MULTILINE) if name == "scripts/README.md" else []
+    assert found
+    for command, word in found:
+        assert command in COMMANDS, command
+        if command in ("train", "inspect", "sweep", "plan"):
+            assert word in (*RECIPES, "my_recipe"), word
+
+
 # Completion
 
 
