@@ -3,11 +3,12 @@
     jaxft env
     jaxft env --json
 
-Include its output in reports of bugs. It has no names of users, paths or tokens.
+Include its output in reports of bugs. It contains no tokens, and no paths but those in flags of XLA.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Print the facts, one per line."""
     args = make_parser().parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run may need the GPU's memory
     from jaxft.runs.bug_report import bug_report, report_lines
 
     found = bug_report()

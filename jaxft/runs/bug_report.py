@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft import __version__
 from jaxft.data.shipped import IS_CLONE
 from jaxft.nn.attention import kernel_for
 from jaxft.runs.environment import FLAGS, commit, versions
@@ -21,12 +20,12 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "bf16")
 
 
 def bug_report() -> dict[str, Any]:
-    """Return facts about jaxft and this machine as JSON. Paths and names of users are not among them.
+    """Return facts about jaxft and this machine as JSON.
 
     A backend of jax that cannot start is reported as the error, not raised.
     """
     found = {
-        "jaxft": {"version": __version__, "commit": commit(), "installed": not IS_CLONE},
+        "jaxft": {"commit": commit(), "installed": not IS_CLONE},
         "system": platform.platform(),
         "cpu": processor(),
         "memory_gib": memory(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxft import __version__
 from jaxft.data.shipped import ROOT
 
 # Libraries whose version may change numbers, tokens or files. Those that are not installed are left out.
@@ -27,8 +28,8 @@ COMPARED = ("python", "packages", "flags", "devices", "processes", "commit")
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions of Python and of the installed LIBRARIES."""
-    packages = {}
+    """Return the versions of Python, of jaxft and of the installed LIBRARIES."""
+    packages = {"jaxft": __version__}
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)

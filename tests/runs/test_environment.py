@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from jaxft.runs import environment, folder
+from jaxft.runs import bug_report, environment, folder
 
 
 def test_env_json_has_every_start_and_changes_are_reported(tmp_path, monkeypatch):
@@ -49,3 +49,28 @@ def test_devices_are_compared_by_kind_and_number():
     now = {"devices": ["H100"], "processes": 2}
     lines = environment.environment_changes(before, now)
     assert lines == ["devices: 2 x cpu -> 1 x H100", "processes: 1 -> 2"]
+
+
+def test_a_package_inside_another_repository_has_no_commit_of_its_own(monkeypatch):
+    own = environment.commit()
+    assert own is None or len(own) == 40
+    monkeypatch.setattr(environment, "ROOT", environment.ROOT / "configs")  # git finds the repository above
+    assert environment.commit() is None
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_bug_report_has_versions_devices_memory_and_kernels_even_if_no_backend_starts(monkeypatch, broken):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda':\nno driver")
+
+    if broken:
+        monkeypatch.setattr(bug_report.jax, "devices", fail)
+    found = bug_report.bug_report()
+    assert json.loads(json.dumps(found)) == found
+    assert found["packages"]["jaxft"] and found["memory_gib"]["total"] > 0.5 and found["cpu"]["cores"] > 0
+    lines = "\n".join(bug_report.report_lines(found))
+    assert f"jax {metadata.version('jax')}" in lines and "XLA_FLAGS --xla_force" in lines
+    if broken:
+        assert "Unable to initialize backend 'cuda': no driver" in lines
+    else:
+        assert found["devices"] == {"cpu": 8} and found["attention"]["bfloat16"] == "flash"
