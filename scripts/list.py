@@ -1,7 +1,8 @@
 """List the recipes with hardware and time.
 
     jaxft list
-    jaxft list --markdown          # the table of configs/README.md
+    jaxft list --source sft > mine.py      # a recipe to change; jaxft train mine.py
+    jaxft list --markdown                  # the table of configs/README.md
 
 All of it is in the docstrings of configs/*.py. `jaxft train RECIPE --help` shows the rest.
 """
@@ -36,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
+    parser.add_argument("--source", metavar="RECIPE", help="print the file of a recipe")
     parser.add_argument("--json", action="store_true", help="print one JSON object per recipe")
     parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     return parser
@@ -54,6 +56,11 @@ def read_recipe(file: Path) -> Recipe:
 def main() -> int:
     """Print the recipes, those for CPUs first."""
     args = make_parser().parse_args()
+    if args.source:
+        from jaxft.runs.parse import find_recipe
+
+        print(find_recipe(args.source).read_text(encoding="utf-8"), end="")
+        return 0
     recipes = [read_recipe(file) for file in sorted(FOLDER.glob("*.py"))]
     recipes.sort(key=lambda recipe: "CPU" not in recipe.hardware)
     if args.json:

@@ -48,6 +48,8 @@ def test_every_script_is_a_command_and_help_shows_it_in_a_line(monkeypatch, caps
 def test_a_command_runs_its_script_with_its_arguments(monkeypatch, capsys):
     code, out, _ = jaxft(monkeypatch, capsys, "list", "--json")
     assert code == 0 and [json.loads(line)["recipe"] for line in out.splitlines()].count("sft") == 1
+    code, out, _ = jaxft(monkeypatch, capsys, "list", "--source", "sft")
+    assert code == 0 and out == (ROOT / "configs" / "sft.py").read_text()
     code, out, _ = jaxft(monkeypatch, capsys, "train", "sft", "--help")
     assert code == 0 and "usage: jaxft train " in out and "jaxft train sft quant=nf4" in out
     assert "lr=" in out and "scripts/" not in out

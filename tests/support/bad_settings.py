@@ -199,6 +199,7 @@ COMMANDS = [
     ("plan sft --devices h100:1 --most x", "--most"),
     ("list sft", "sft"),
     ("list --frob", "--frob"),
+    ("list --source nothing", "nothing"),
     ("env --frob", "--frob"),
     ("env x", "x"),
     ("completion", "shell"),
