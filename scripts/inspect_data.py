@@ -33,10 +33,11 @@ from rich.text import Text  # noqa: E402
 
 from jaxft.batch import Tokens  # noqa: E402
 from jaxft.data import prompts  # noqa: E402
-from jaxft.data.invalid import InvalidCount, count_by_reason  # noqa: E402
+from jaxft.data.invalid import InvalidCount, add_counts  # noqa: E402
 from jaxft.data.overlaps import Content, find_overlaps, overlap_lines  # noqa: E402
 from jaxft.data.pairs.source import PairRows, PairSource  # noqa: E402
-from jaxft.data.prompts import Prompts, TokenisedPrompts  # noqa: E402
+from jaxft.data.prompt_rows import PromptRows  # noqa: E402
+from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows, RowSource  # noqa: E402
 from jaxft.runs import cli, config  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
@@ -226,8 +227,8 @@ def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
         "fingerprint": prompts.prompts_fingerprint(data, train, held),
     }
 
-    def example(side: TokenisedPrompts, number: int) -> Shown:
-        ids = np.array(side.ids[number])
+    def example(side: PromptRows, number: int) -> Shown:
+        ids = np.array(side.token_ids[number])
         columns = [
             f"{name}={value!r}"[:80]
             for name, value in side.fields[number].items()
@@ -242,10 +243,10 @@ def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
         numbers = prompts.prompts_of_rollout(data, len(train), rollout)
         return (example(train, number) for number in numbers[prompts.prompts_of_step(data, rollout, part)])
 
-    def all_of(side: TokenisedPrompts) -> Iterator[Shown]:
+    def all_of(side: PromptRows) -> Iterator[Shown]:
         return (example(side, number) for number in range(len(side)))
 
-    invalid = count_by_reason((*train.invalid, *held.invalid))
+    invalid = add_counts(train.invalid, held.invalid)
     return Inspected(stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held))
 
 

@@ -1,29 +1,64 @@
-"""Files of arrays on disk, named by a hash of everything that the arrays depend on."""
+"""Tokenised rows on disk: Arrow files of columns, named by a hash of everything that the columns depend on.
+
+A file is an Arrow IPC file with a record batch for each chunk of the dataset, then JSON with further facts,
+the length of the JSON, and a checksum of all before it. It is written under another name and renamed when it
+is complete, and its columns are memory-mapped.
+"""
 
 import contextlib
 import hashlib
+import io
 import json
+import mmap
 import os
 import secrets
 import struct
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import xxhash
 
-from jaxft.data.invalid import InvalidRow
-from jaxft.data.rows import Row
+from jaxft.data.flat import Flat
 
-CORRUPT_FILE = (  # what zipfile and numpy raise for flipped bits
+CORRUPT_FILE = (  # what zipfile, numpy and pyarrow raise for flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError,
     TypeError, zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
+NAMING = ("source", "number")  # the columns of a row's name
+_TAIL = struct.Struct("<Q16s")  # bytes of the JSON, checksum
+_STALE = 24 * 3600  # seconds after which an unfinished file belongs to a killed process
 
-Arrays = dict[str, Any]  # name -> array of the file
-INVALID_DTYPE = {"invalid": np.uint8}  # the array of `pack_invalid`
+
+class ColumnType(NamedTuple):
+    """The type of a column: a value for each example, or `width` of them, or as many as the column `along`
+    says.
+    """
+
+    dtype: Any
+    along: str | None = None
+    width: int | None = None
+
+
+ColumnTypes = Mapping[str, ColumnType]
+ChunkColumns = dict[str, np.ndarray]  # the columns of a chunk's examples; those along another one are flat
+StoredFacts = dict[str, Any]  # JSON
+Make = Callable[[Callable[[ChunkColumns], None]], StoredFacts]
+
+
+class StoredRows(NamedTuple):
+    """The columns of a file, and its facts: those of `make`, and the `digest` of all columns but NAMING."""
+
+    columns: dict[str, Flat]
+    facts: StoredFacts
+
+
+class CannotWrite(Exception):
+    """The cache cannot be written; the message is the system's reason."""
 
 
 def row_cache_folder(cache: Path | None = None) -> Path:
@@ -32,28 +67,16 @@ def row_cache_folder(cache: Path | None = None) -> Path:
     return Path(root).expanduser() / "rows"
 
 
-def content_key(rows: Sequence[Row], tokenizer: Any, version: Any, settings: tuple) -> str:
-    """Hash everything that the tokens depend on: rows, tokenizer, chat template, settings and the version of
-    the tokenising code.
+def content_key(rows: Any, tokenizer: Any, version: Any, settings: tuple) -> str:
+    """Hash everything that the tokens depend on: rows (their hash, and what they are named after), tokenizer,
+    chat template, settings and the version of the tokenising code.
     """
     digest = hashlib.sha256()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
-    for part in (version, settings, special, tokenizer.chat_template, backend):
+    for part in (version, settings, special, tokenizer.chat_template, backend, rows):
         digest.update(json.dumps(part, default=str).encode() + b"\0")
-    for row in rows:
-        digest.update(json.dumps(row, default=str).encode() + b"\n")
     return digest.hexdigest()[:40]
-
-
-def pack_invalid(invalid: Sequence[InvalidRow]) -> np.ndarray:
-    """Return the invalid rows as an array of bytes, in which a cache file stores them."""
-    return np.frombuffer(json.dumps([row.args for row in invalid]).encode(), np.uint8)
-
-
-def unpack_invalid(packed: np.ndarray) -> list[InvalidRow]:
-    """Return the invalid rows that `pack_invalid` has packed."""
-    return [InvalidRow(*args) for args in json.loads(packed.tobytes())]
 
 
 def template_fingerprint(tokenizer: Any) -> str:
@@ -63,50 +86,171 @@ def template_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
-def load_or_make(
-    path: Path, dtypes: Mapping[str, Any], is_sound: Callable[[Arrays], bool], make: Callable[[], Arrays]
-) -> tuple[Arrays, str]:
-    """Return the arrays of a cache file, or make and store them; and how they came about.
+# ---- files
 
-    The second value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". A cache
-    that cannot be written only costs time.
+
+def load_or_make(path: Path, columns: ColumnTypes, make: Make) -> tuple[StoredRows, str]:
+    """Return the rows of a cache file, or make and store them; and how they came about.
+
+    make(add): calls add with the columns of each chunk of the dataset and returns facts about all. The second
+    value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". A cache that cannot
+    be written only costs time, and memory for the rows.
     """
     state = "built"
     if path.exists():
-        arrays = load_arrays(path, dtypes)
-        if arrays is not None and is_sound(arrays):
-            return arrays, "found"
+        found = load_rows(path, columns)
+        if found is not None:
+            return found, "found"
         state = "rebuilt"
-    arrays = make()
-    failure = save_arrays(path, arrays)
-    return arrays, f"not written ({failure})" if failure else state
-
-
-def load_arrays(path: Path, dtypes: Mapping[str, Any]) -> Arrays | None:
-    """Return the named arrays of a file, or None if one of them is missing, corrupt or of another dtype."""
     try:
-        with (
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as stored,
-        ):  # checks the zip's checksums
-            arrays = {name: stored[name] for name in dtypes}
+        _write_file(path, columns, make)
+        found = load_rows(path, columns)
+        if found is None:
+            raise CannotWrite("it cannot be read again")
+    except CannotWrite as error:
+        memory = io.BytesIO()
+        _write(memory, columns, make)
+        return _parse(memory.getbuffer(), columns), f"not written ({error})"
+    return found, state
+
+
+def load_rows(path: Path, columns: ColumnTypes) -> StoredRows | None:
+    """Return the rows of a file, memory-mapped, or None if it is corrupt or has other columns."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END) - _TAIL.size
+            checksum = _checksum(file, size + 8)  # before the file is mapped, so that it takes no memory
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if _TAIL.unpack_from(mapped, size)[1] != checksum:
+            return None
+        return _parse(mapped, columns)
     except CORRUPT_FILE:
         return None
-    return arrays if all(arrays[name].dtype == dtype for name, dtype in dtypes.items()) else None
 
 
-def save_arrays(path: Path, arrays: Arrays) -> str | None:
-    """Write to a temporary file and rename it, so that no reader sees a partial file. Return the reason of a
-    failure.
-    """
-    temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")  # hosts may share the folder
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    digest = xxhash.xxh3_128()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, 1 << 20))):
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()
+
+
+def _parse(data: Any, columns: ColumnTypes) -> StoredRows:
+    """Return what the bytes of a file contain, without copying the columns."""
+    import pyarrow
+
+    end = len(data) - _TAIL.size
+    begin = end - _TAIL.unpack_from(data, end)[0]
+    facts = json.loads(bytes(data[begin:end]))
+    reader = pyarrow.ipc.open_file(pyarrow.py_buffer(data).slice(0, begin))
+    if not reader.schema.equals(_schema(columns)):
+        raise ValueError("the file has other columns")
+    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    found = {}
+    for name, column in columns.items():
+        parts = [_values(batch.column(name), column) for batch in batches]
+        shape = (0,) if column.width is None else (0, column.width)
+        found[name] = Flat(parts or [np.empty(shape, column.dtype)])
+    return StoredRows(found, facts)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        return error.strerror
-    return None
+        raise CannotWrite(error.strerror or error) from error
+
+
+def _write_file(path: Path, columns: ColumnTypes, make: Make) -> None:
+    """Write to a temporary file and rename it, so that no reader sees a partial file."""
+    temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")  # hosts may share the folder
+    with contextlib.ExitStack() as stack:
+        with _writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path.parent)
+            file = stack.enter_context(temporary.open("w+b"))
+        stack.callback(temporary.unlink, missing_ok=True)
+        _write(file, columns, make)
+        with _writing():
+            file.close()
+            temporary.replace(path)
+
+
+def _write(file: BinaryIO, columns: ColumnTypes, make: Make) -> None:
+    import pyarrow
+
+    digests = {name: hashlib.sha256() for name in columns if name not in NAMING}
+    with _writing():
+        writer = pyarrow.ipc.new_file(file, _schema(columns))
+
+    def add(part: ChunkColumns) -> None:
+        arrays = {name: np.ascontiguousarray(part[name], c.dtype) for name, c in columns.items()}
+        for name, digest in digests.items():
+            digest.update(arrays[name].data)
+        with _writing():
+            writer.write_batch(_batch(arrays, columns))
+
+    facts = make(add)
+    whole = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in digests.items())
+    facts = facts | {"digest": hashlib.sha256(whole.encode()).hexdigest()}
+    text = json.dumps(facts, default=str).encode()
+    with _writing():
+        writer.close()
+        file.write(text + len(text).to_bytes(8, "little"))
+        file.flush()
+        checksum = _checksum(file, file.tell())
+        file.write(checksum)
+
+
+def _remove_stale(folder: Path) -> None:
+    for path in folder.glob("*.tmp"):
+        if path.stat().st_mtime < time.time() - _STALE:
+            path.unlink(missing_ok=True)
+
+
+# ---- Arrow
+
+
+def _schema(columns: ColumnTypes) -> Any:
+    import pyarrow
+
+    def kind(column: ColumnType) -> Any:
+        value = pyarrow.from_numpy_dtype(_stored_dtype(column))
+        if column.along is not None:
+            return pyarrow.list_(value)
+        return value if column.width is None else pyarrow.list_(value, column.width)
+
+    return pyarrow.schema([(name, kind(column)) for name, column in columns.items()])
+
+
+def _stored_dtype(column: ColumnType) -> Any:
+    """Return the dtype in the file: Arrow has 8 booleans in a byte, which cannot be mapped as an array."""
+    return np.dtype(np.uint8) if column.dtype is np.bool_ else np.dtype(column.dtype)
+
+
+def _batch(part: ChunkColumns, columns: ColumnTypes) -> Any:
+    import pyarrow
+
+    arrays = []
+    for name, column in columns.items():
+        values = pyarrow.array(part[name].view(_stored_dtype(column)).ravel())
+        if column.along is not None:
+            counts = part[column.along]
+            ends = np.cumsum(counts.reshape(len(counts), -1).sum(1))
+            offsets = pyarrow.array(np.concatenate([[0], ends]).astype(np.int32))
+            values = pyarrow.ListArray.from_arrays(offsets, values)
+        elif column.width is not None:
+            values = pyarrow.FixedSizeListArray.from_arrays(values, column.width)
+        arrays.append(values)
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=_schema(columns))
+
+
+def _values(array: Any, column: ColumnType) -> np.ndarray:
+    """Return the values of a stored column without copying them."""
+    if column.along is None and column.width is None:
+        return array.to_numpy(zero_copy_only=True).view(column.dtype)
+    values = array.values.to_numpy(zero_copy_only=True).view(column.dtype)
+    return values if column.width is None else values.reshape(len(array), column.width)

@@ -14,15 +14,15 @@ the columns "tools" (JSON schemas) and "chat_template_kwargs".
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxft.data.columns import text_of
 from jaxft.data.conversation import PLAIN, chat_of, chats_of, plain_texts, response_index, split_row
 from jaxft.data.example import Example, Text
-from jaxft.data.invalid import InvalidRow, attempt, valid
+from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
 from jaxft.data.rows import Row
-from jaxft.tree import nearest
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
 
@@ -32,12 +32,21 @@ class Schemas:
     """The formats of one kind of rows.
 
     required: the columns of each format; a tuple lists the accepted names of one column. optional: further
-    columns that a format may have. example: a value of data.columns for error messages.
+    columns that a format may have. strings: the formats that may be plain text. example: a value of
+    data.columns for error messages.
     """
 
     required: dict[str, tuple[tuple[str, ...], ...]]
     optional: dict[str, tuple[str, ...]]
+    strings: tuple[str, ...]
     example: str
+
+
+class RowFormat(NamedTuple):
+    """The format of a dataset. plain: its strings are plain text, without a chat template."""
+
+    name: str
+    plain: bool = False
 
 
 SFT_SCHEMAS = Schemas(
@@ -55,6 +64,7 @@ SFT_SCHEMAS = Schemas(
         "instruction": ("input", "history", "system", *TEMPLATE_COLUMNS),
         "conversations": ("system", *TEMPLATE_COLUMNS),
     },
+    strings=("text", "prompt-completion"),
     example="prompt=...,completion=...",
 )
 
@@ -76,46 +86,102 @@ def normalise_each(
     rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()
 ) -> Iterator[Example | InvalidRow]:
     """Yield every row as an Example, or what is wrong with it; see normalise_rows."""
-    plain = format == PLAIN
-    chosen, renamed = detect_format(rows, "auto" if plain else format, columns, SFT_SCHEMAS)
-    require_strings(plain, chosen, ("text", "prompt-completion"))
+    found = choose_format(count_columns(rows, columns, SFT_SCHEMAS), format, columns, SFT_SCHEMAS)
+    return normalise_as(found, rows, columns)
+
+
+def normalise_as(
+    format: RowFormat, rows: Iterable[Row], columns: Sequence[str] = ()
+) -> Iterator[Example | InvalidRow]:
+    """Yield every row as an Example of this format, or what is wrong with it."""
 
     def convert(row: Row | InvalidRow) -> Example:
-        return _example(valid(row), PLAIN if plain and chosen == "prompt-completion" else chosen)
+        return _example(valid(row), format)
 
-    return (attempt(convert, row) for row in renamed)
+    return (attempt(convert, row) for row in rename_rows(format, rows, columns, SFT_SCHEMAS))
 
 
-def detect_format(
-    rows: Sequence[Row], format: str, columns: Sequence[str], schemas: Schemas
-) -> tuple[str, Iterator[Row | InvalidRow]]:
-    """Return the name of the format, and the rows with renamed columns and all columns that the format
-    requires. "auto" chooses the format that most rows fit, of equally many the first.
+# ---- which format
+
+
+@dataclass
+class ColumnCounts:
+    """The columns of the rows of a dataset, from which its format follows.
+
+    rows: how many rows have the same columns that are not null, and the columns of the first of them, null
+    ones too (None, the others True). first: the first row as one of `rows`, or why it cannot be one.
     """
-    mapping = _column_mapping(columns, schemas)
-    renamed = [attempt(_rename, row, mapping, schemas) for row in rows]
-    chosen = _most_common_format(renamed, set(mapping), schemas) if format == "auto" else format
+
+    rows: dict[tuple[str, ...], tuple[int, Row]] = field(default_factory=dict)
+    first: Row | InvalidRow | None = None
+
+    def merge(self, later: "ColumnCounts") -> None:
+        """Add the counts of later rows."""
+        for names, (count, row) in later.rows.items():
+            known, first = self.rows.get(names, (0, row))
+            self.rows[names] = (known + count, first)
+        self.first = self.first or later.first
+
+
+def count_columns(rows: Iterable[Row], columns: Sequence[str], schemas: Schemas) -> ColumnCounts:
+    """Count the columns of rows after they are renamed by `columns` (see data.columns)."""
+    counts, mapping = ColumnCounts(), _column_mapping(columns, schemas)
+    for row in rows:
+        renamed = attempt(_rename, row, mapping, schemas)
+        if isinstance(renamed, Row):
+            present = {column: None if x is None else True for column, x in renamed.fields.items()}
+            renamed = Row(renamed.name, present)
+            names = tuple(_present(present))
+            known, first = counts.rows.get(names, (0, renamed))
+            counts.rows[names] = (known + 1, first)
+        counts.first = counts.first or renamed
+    return counts
+
+
+def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], schemas: Schemas) -> RowFormat:
+    """Return the format of a dataset. "auto" is the one that most rows fit, of equally many the first.
+
+    format: of the settings. Raises the first row's InvalidRow if no row fits any.
+    """
+    mapping, plain = _column_mapping(columns, schemas), format == PLAIN
+    chosen = format
+    if format in ("auto", PLAIN):
+        chosen = _most_common_format(counts, set(mapping), schemas)
     if chosen not in schemas.required:
         known = ", ".join(schemas.required)
         raise ValueError(f"data.format={format!r}; use auto, {PLAIN} or one of {known}")
+    if plain and chosen not in schemas.strings:
+        raise ValueError(
+            f"data.format={PLAIN} is for {' and '.join(schemas.strings)} rows, and these rows have format "
+            f"{chosen}; set data.format=auto"
+        )
+    return RowFormat(chosen, plain)
 
-    def require(row: Row | InvalidRow) -> Row:
-        return _require_columns(valid(row), chosen, schemas)
 
-    return chosen, (attempt(require, row) for row in renamed)
+def rename_rows(
+    format: RowFormat, rows: Iterable[Row], columns: Sequence[str], schemas: Schemas
+) -> Iterator[Row | InvalidRow]:
+    """Yield the rows with renamed columns and all columns that the format requires."""
+    mapping = _column_mapping(columns, schemas)
+
+    def rename(row: Row) -> Row:
+        return _require_columns(_rename(row, mapping, schemas), format.name, schemas)
+
+    return (attempt(rename, row) for row in rows)
 
 
-def _most_common_format(rows: Sequence[Row | InvalidRow], mapped: set[str], schemas: Schemas) -> str:
+def _most_common_format(counts: ColumnCounts, mapped: set[str], schemas: Schemas) -> str:
     """Return the format that most rows fit. Raises the first row's InvalidRow if none fits one."""
-    readable = [row for row in rows if isinstance(row, Row)]
-    columns = Counter(tuple(_present(row.fields)) for row in readable)
-    examples = {tuple(_present(row.fields)): row for row in reversed(readable)}
     votes: Counter[str] = Counter()
-    for names, count in columns.items():
-        format = attempt(_detect, examples[names], mapped, schemas)
+    for count, row in counts.rows.values():
+        format = attempt(_detect, row, mapped, schemas)
         if not isinstance(format, InvalidRow):
             votes[format] += count
-    return votes.most_common(1)[0][0] if votes else _detect(valid(rows[0]), mapped, schemas)
+    if votes:
+        return votes.most_common(1)[0][0]
+    if counts.first is None:
+        raise ValueError("no rows to read the format from")
+    return _detect(valid(counts.first), mapped, schemas)
 
 
 def describe_schemas(schemas: Schemas) -> str:
@@ -135,7 +201,7 @@ def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
         if ours not in known:
             raise ValueError(
                 f"data.columns: {item!r} maps to unknown column {ours!r}; use one of "
-                f"{', '.join(nearest(ours, known))}"
+                f"{', '.join(similar_names(ours, known))}"
             )
         if ours in mapping:
             raise ValueError(
@@ -229,19 +295,11 @@ def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:
     return row
 
 
-def require_strings(plain: bool, format: str, formats: Sequence[str]) -> None:
-    """Raise ValueError if data.format=plain is set for rows of a format without a prompt as a string."""
-    if plain and format not in formats:
-        raise ValueError(
-            f"data.format={PLAIN} is for {' and '.join(formats)} rows, and these rows have format {format}; "
-            "set data.format=auto"
-        )
-
-
-def _example(row: Row, format: str) -> Example:
+def _example(row: Row, chosen: RowFormat) -> Example:
+    format = chosen.name
     if format == "text":
         return Text(row.name, text_of(row, "text"))
-    if format == PLAIN:
+    if chosen.plain:
         return plain_texts(row, {"completion": "completion"})["completion"]
     if format in ("prompt-completion", "instruction"):
         prompt = "prompt" if format == "prompt-completion" else format

@@ -4,9 +4,9 @@ Code that reads, normalises, renders or tokenises a row raises InvalidRow. A loo
 errors on as values (`attempt`) and ends in `InvalidRows.skip`, which raises or collects them.
 """
 
+import difflib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -39,21 +39,43 @@ class InvalidCount(NamedTuple):
     first: str
 
 
+class Tally(NamedTuple):
+    """How many rows are invalid for one reason, and the first of them."""
+
+    rows: int
+    first: InvalidRow
+
+
 class InvalidRows:
-    """The invalid rows of a dataset: the first is raised, or all are collected in `found`.
+    """The invalid rows of a dataset: the first is raised, or all are counted in `tallies` by reason.
 
     limit: the largest fraction of the rows that may be left out (data.invalid=drop); None to raise the first.
     """
 
     def __init__(self, limit: float | None):
         self.limit = limit
-        self.found: list[InvalidRow] = []
+        self.tallies: dict[str, Tally] = {}
+
+    @property
+    def total(self) -> int:
+        """Number of invalid rows."""
+        return sum(tally.rows for tally in self.tallies.values())
+
+    def counts(self) -> tuple[InvalidCount, ...]:
+        """Return the number of rows and the first of each reason, the most frequent reason first."""
+        return counts_of_tallies(self.tallies)
 
     def add(self, error: InvalidRow) -> None:
-        """Collect the error, or raise it with the setting that would leave the row out."""
-        if self.limit is None:
-            raise InvalidRow(error.name, error.reason, f"{error.problem}; {HINT}") from error
-        self.found.append(error)
+        """Count the row, or raise the error with the setting that would leave it out."""
+        self.merge({error.reason: Tally(1, error)})
+
+    def merge(self, tallies: Mapping[str, Tally]) -> None:
+        """Add the counts of later rows of the dataset, or raise the first of their errors."""
+        for reason, (rows, first) in tallies.items():
+            if self.limit is None:
+                raise InvalidRow(first.name, first.reason, f"{first.problem}; {HINT}") from first
+            known = self.tallies.get(reason, Tally(0, first))
+            self.tallies[reason] = Tally(known.rows + rows, known.first)
 
     @contextmanager
     def skip(self) -> Iterator[None]:
@@ -67,14 +89,14 @@ class InvalidRows:
         """Raise ValueError if all of the `total` rows of dataset `ref` are invalid, or more than `limit`
         allows.
         """
-        if self.limit is None or not self.found:
+        if self.limit is None or not self.tallies:
             return
-        count, allowed = len(self.found), math.floor(self.limit * total + 1e-9)  # 0.29 * 100 is just below 29
+        count, allowed = self.total, math.floor(self.limit * total + 1e-9)  # 0.29 * 100 is just below 29
         if count <= allowed and count < total:
             return
         allows = f"data.invalid_limit={self.limit:g} allows {allowed}" if count < total else "none is left"
         remedy = "fix the rows, correct data.format or data.columns, or raise data.invalid_limit"
-        reasons = count_by_reason(self.found)
+        reasons = self.counts()
         listed = [f"{rows} x {reason} (first {first[:300]})" for reason, rows, first in reasons[:5]]
         listed += [f"and {len(reasons) - 5} further reasons"] if len(reasons) > 5 else []
         raise ValueError(
@@ -97,11 +119,19 @@ def valid(value: Value | InvalidRow) -> Value:
     return value
 
 
-def count_by_reason(invalid: Sequence[InvalidRow]) -> tuple[InvalidCount, ...]:
-    """Count invalid rows by reason, the most frequent first."""
-    counts = Counter(error.reason for error in invalid)
-    first = {error.reason: str(error) for error in reversed(invalid)}
-    return tuple(InvalidCount(reason, count, first[reason]) for reason, count in counts.most_common())
+def counts_of_tallies(tallies: Mapping[str, Tally]) -> tuple[InvalidCount, ...]:
+    """Return tallies by reason as counts, the most frequent reason first."""
+    ordered = sorted(tallies.items(), key=lambda item: -item[1].rows)
+    return tuple(InvalidCount(reason, rows, str(first)) for reason, (rows, first) in ordered)
+
+
+def add_counts(*counts: Sequence[InvalidCount]) -> tuple[InvalidCount, ...]:
+    """Return the counts of several datasets together, the most frequent reason first."""
+    total: dict[str, InvalidCount] = {}
+    for count in (count for part in counts for count in part):
+        known = total.get(count.reason, count._replace(rows=0))
+        total[count.reason] = known._replace(rows=known.rows + count.rows)
+    return tuple(sorted(total.values(), key=lambda count: -count.rows))
 
 
 def invalid_lines(counts: Sequence[InvalidCount]) -> list[str]:
@@ -111,3 +141,8 @@ def invalid_lines(counts: Sequence[InvalidCount]) -> list[str]:
     total = sum(count for _, count, _ in counts)
     header = f"{total} invalid rows left out (data.invalid=drop):"
     return ["\n".join([header, *(f"{count:7,d}  {reason}: {first}" for reason, count, first in counts)])]
+
+
+def similar_names(name: str, known: list[str]) -> list[str]:
+    """Return the known names most similar to `name`, as jaxft.tree.nearest does without importing JAX."""
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]

@@ -6,10 +6,11 @@ read positions, so every epoch has the same number of rows and the same largest 
 serves all of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 WINDOW = 2**16
 
@@ -40,7 +41,7 @@ class RowPlan:
         offsets = self.offsets[start : min(stop, self.rows) + 1]
         return RowPlan(self.members[offsets[0] : offsets[-1]], offsets - offsets[0])
 
-    def names(self, names: tuple[str, ...]) -> list[str]:
+    def names(self, names: Sequence[str]) -> list[str]:
         """Return the names of each row's examples, separated by commas."""
         bounds = zip(self.offsets[:-1], self.offsets[1:], strict=True)
         return [", ".join(names[i] for i in self.members[start:stop]) for start, stop in bounds]
@@ -130,6 +131,16 @@ def ranges(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int[
     """Return the ranges start, start + 1, ..., start + count - 1 one after the other."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def number_groups(values: Shaped[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
+    """Return the number of each row's group of equal rows; groups are numbered in order of their first."""
+    if values.shape[1] == 1:  # much faster
+        values = values[:, 0]
+    _, first, group = np.unique(values, axis=0, return_index=True, return_inverse=True)
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[group.ravel()]
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -12,15 +12,10 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Rollout
-from jaxft.data import chat
-from jaxft.data.conversation import PROMPT_FORMATS, prompt_of
-from jaxft.data.example import Chat, Completion, Message, as_given
-from jaxft.data.formats import split_column
-from jaxft.data.invalid import InvalidRow, InvalidRows, attempt, valid
-from jaxft.data.pack import RowShape, permutation, round_up
-from jaxft.data.rows import Row, read_rows
+from jaxft.data.conversation import PROMPT_FORMATS
+from jaxft.data.pack import RowShape, number_groups, permutation, round_up
+from jaxft.data.prompt_rows import PromptRows, PromptTokenSettings, tokenise_prompts
 from jaxft.data.settings import DataSettings
-from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 
 TOO_LONG = ("drop", "error")
 LENGTH_STEP = 64  # lengths of prompts and rows are multiples of this, so that similar data share a program
@@ -82,6 +77,13 @@ class Prompts(DataSettings):
             raise ValueError(f"data.top_p={self.top_p}; use a number above 0 and at most 1, or none")
 
     @property
+    def token_settings(self) -> PromptTokenSettings:
+        """The settings that the tokens of a prompt depend on."""
+        return PromptTokenSettings(
+            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings
+        )
+
+    @property
     def max_length(self) -> int:
         """Positions of a prompt with a completion."""
         return self.max_prompt + self.max_new
@@ -131,131 +133,29 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TokenisedPrompts:
-    """Prompts as token ids, with the names and columns of their rows.
-
-    prompts: what the ids were made from. dropped: number of prompts that were left out because they are too
-    long. invalid: the invalid rows that were left out. template: how they are rendered.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    names: tuple[str, ...]
-    prompts: tuple[Chat | Completion, ...]
-    fields: tuple[dict[str, Any], ...]
-    dropped: int = 0
-    invalid: tuple[InvalidRow, ...] = ()
-    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def as_given(self, number: int) -> str | list[Message]:
-        """Return a prompt as reward functions read it: a string or the messages."""
-        return as_given(self.prompts[number])
-
-    def select(self, chosen: Sequence[int] | Int[np.ndarray, " n"]) -> "TokenisedPrompts":
-        """Return the prompts with these indices."""
-        numbers = [int(i) for i in chosen]
-        return TokenisedPrompts(
-            ids=tuple(self.ids[i] for i in numbers),
-            names=tuple(self.names[i] for i in numbers),
-            prompts=tuple(self.prompts[i] for i in numbers),
-            fields=tuple(self.fields[i] for i in numbers),
-            template=self.template,
-        )
-
-
-def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
+def read_prompts(ref: str, data: Prompts, tokenizer: Any, cache: Path | None = None) -> PromptRows:
     """Read the prompts of `ref` and tokenise them as training does. Raises ValueError that names the row."""
-    ids, names, prompts, fields, dropped = [], [], [], [], 0
-    invalid = InvalidRows(data.allowed_invalid)
-    rows = read_rows(ref, invalid)
-    total = len(rows) + len(invalid.found)
-
-    def read(row: Row | InvalidRow) -> Chat | Completion:
-        return prompt_of(valid(row), data.format)
-
-    renamed = [attempt(rename_columns, row, data.columns) for row in rows]
-    examples = [attempt(read, row) for row in renamed]
-    found = [prompt for prompt in examples if not isinstance(prompt, InvalidRow)]
-    tokenised = chat.example_prompt_ids(found, tokenizer, data.template_settings)
-    for outcome, example in zip(renamed, examples, strict=True):
-        with invalid.skip():
-            row = valid(outcome)
-            if isinstance(example, InvalidRow):
-                raise example
-            tokens = valid(next(tokenised))
-            if not tokens:
-                raise InvalidRow(
-                    row.name, "empty prompt", "the prompt has no tokens; fill it or remove the row"
-                )
-            if len(tokens) > data.max_prompt:
-                if data.too_long == "error":
-                    raise ValueError(
-                        f"{row.name}: the prompt has {len(tokens)} tokens, more than "
-                        f"data.max_prompt={data.max_prompt}; raise it or set data.too_long=drop"
-                    )
-                dropped += 1
-                continue
-            ids.append(tuple(tokens))
-            names.append(row.name)
-            prompts.append(example)
-            fields.append(row.fields)
-    invalid.check(ref, total)
-    if not ids:
-        raise ValueError(
-            f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it"
-        )
-    return TokenisedPrompts(
-        tuple(ids),
-        tuple(names),
-        tuple(prompts),
-        tuple(fields),
-        dropped,
-        tuple(invalid.found),
-        data.template_settings,
-    )
+    return tokenise_prompts(ref, data.token_settings, tokenizer, data.tokenising(cache))
 
 
-def rename_columns(row: Row, columns: Sequence[str]) -> Row:
-    """Return the row with the columns that items of data.columns, "ours=theirs", name, and all others.
-
-    Raises InvalidRow if the row lacks one of them.
-    """
-    fields = dict(row.fields)
-    for item in columns:
-        ours, theirs = split_column(item)
-        if theirs not in row.fields:
-            raise InvalidRow(
-                row.name,
-                f"missing column {theirs!r}",
-                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
-                f"{', '.join(map(str, row.fields))}",
-            )
-        fields[ours] = row.fields[theirs]
-    return Row(row.name, fields)
-
-
-def split_prompts(data: Prompts, tokenizer: Any) -> tuple[TokenisedPrompts, TokenisedPrompts]:
+def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> tuple[PromptRows, PromptRows]:
     """Return the training and the held-out prompts. All rows with the same prompt are on one side."""
-    prompts = read_prompts(data.train, data, tokenizer)
+    prompts = read_prompts(data.train, data, tokenizer, cache)
     if not data.holds_out:
-        return prompts, prompts.select(())
+        return prompts, prompts.subset(np.arange(0))
     if isinstance(data.held_out, str):
-        return prompts, read_prompts(data.held_out, data, tokenizer)
-    distinct = list(dict.fromkeys(prompts.ids))
-    if len(distinct) < 2:
+        return prompts, read_prompts(data.held_out, data, tokenizer, cache)
+    groups = number_groups(prompts.hashes[:, :1])
+    distinct = int(groups.max()) + 1
+    if distinct < 2:
         raise ValueError(
             f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set "
             "data.held_out=none"
         )
-    count = data.held_out_count(len(distinct))
-    held = {distinct[i] for i in permutation(len(distinct), data.seed, 0)[:count]}
-    mask = np.array([ids in held for ids in prompts.ids])
-    train = prompts.select(np.flatnonzero(~mask))
+    held = np.isin(groups, permutation(distinct, data.seed, 0)[: data.held_out_count(distinct)])
+    train = prompts.subset(np.flatnonzero(~held))
     train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
-    return train, prompts.select(np.flatnonzero(mask))
+    return train, prompts.subset(np.flatnonzero(held))
 
 
 def prompts_of_rollout(data: Prompts, count: int, rollout: int) -> Int[np.ndarray, " batch"]:
@@ -277,10 +177,13 @@ def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, "
     return order[minibatch * size : (minibatch + 1) * size]
 
 
-def prompts_fingerprint(data: Prompts, train: TokenisedPrompts, held: TokenisedPrompts) -> str:
+def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> str:
     """Hash the prompts and all settings that their order and the sampling depend on."""
     settings = (
         data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature,
     )  # fmt: skip
-    content = [settings, data.top_k, data.top_p, train.ids, train.fields, held.ids, held.fields]
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps([settings, data.top_k, data.top_p]).encode())
+    for side in (train, held):
+        digest.update(len(side).to_bytes(8, "little"))
+        digest.update(side.hashes[side.chosen, 1].tobytes())
+    return digest.hexdigest()[:32]

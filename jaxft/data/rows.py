@@ -1,31 +1,54 @@
-"""Read rows from JSONL, JSON, CSV, Parquet, a folder of those, or a dataset of the Hugging Face hub.
+"""The rows of JSONL, JSON, CSV or Parquet, a folder of those, or a dataset of the Hugging Face hub.
 
-Local text files need nothing but the standard library; pyarrow and datasets are imported where they are used.
-Every row has a name such as `file.jsonl:17`, which errors, the inspector and the report of a non-finite step
-print.
+pyarrow and datasets are imported where they are used: local text files need neither.
 """
 
-import csv
 import json
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
-from jaxft.data.invalid import InvalidRow, InvalidRows, attempt
-from jaxft.data.limits import LINE_BYTES
+import xxhash
+
+from jaxft.data.invalid import InvalidRows, attempt
+from jaxft.data.row_csv import read_csv
 from jaxft.data.shipped import ROOT
+from jaxft.data.row_files import (
+    CHUNK_ROWS,
+    Chunk,
+    Outcome,
+    Row,
+    TableRows,
+    has_json_lines,
+    in_windows,
+    named_errors,
+    read_json,
+    row_of,
+    scan_groups,
+    scan_lines,
+    without_added_nulls,
+)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-MALFORMED_CSV = "malformed CSV"
 
 
-class Row(NamedTuple):
-    """A row of a dataset: its name, FILE:LINE, and its columns."""
+@dataclass(frozen=True)
+class Listing:
+    """A dataset in chunks, each of which one process can read.
 
-    name: str
-    fields: dict[str, Any]
+    labels: what the names of its rows begin with, such as file names. folder: of the files, "" without any.
+    digest: a hash of the contents. size: bytes of the files. chunks: lists the chunks, in order.
+    """
+
+    labels: tuple[str, ...]
+    folder: str
+    digest: str
+    size: int
+    chunks: Callable[[], Iterator[Chunk]]
 
 
 def find_data(ref: str) -> Path | None:
@@ -44,34 +67,38 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
     cannot be read or too many rows cannot.
     """
     rows: list[Row] = []
-    for row in _read(ref):
+    for row in chain.from_iterable(chunk.rows() for chunk in list_chunks(ref).chunks()):
         if isinstance(row, Row):
             rows.append(row)
         elif invalid is None:
             raise row
         else:
             invalid.add(row)
-    if invalid is not None:
-        invalid.check(ref, len(rows) + len(invalid.found))
-    if not rows:
-        raise ValueError(f"{ref}: the dataset has no rows; add at least one")
+    unreadable = invalid.total if invalid else 0
+    check_rows(ref, len(rows), unreadable, invalid or InvalidRows(None))
     return rows
 
 
-def _read(ref: str) -> Iterator[Row | InvalidRow]:
+def check_rows(ref: str, readable: int, unreadable: int, invalid: InvalidRows) -> None:
+    """Raise ValueError if a dataset has no rows that can be read, or too many invalid ones."""
+    invalid.check(ref, readable + unreadable)
+    if not readable:
+        raise ValueError(f"{ref}: the dataset has no rows; add at least one")
+
+
+def list_chunks(ref: str) -> Listing:
+    """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once."""
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")
     path = find_data(ref)
     if path is not None:
-        for file in _files(path):
-            yield from _read_file(file)
-    elif Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
-        yield from _read_hub(ref)
-    else:
-        raise FileNotFoundError(
-            f"data {ref!r} not found in {Path.cwd()} or {ROOT}; use a file ({', '.join(SUFFIXES)}), a "
-            "folder of such files, or a hub dataset org/name[/config][:split]"
-        )
+        return _list_files(_files(path))
+    if Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
+        return _list_hub(ref)
+    raise FileNotFoundError(
+        f"data {ref!r} not found in {Path.cwd()} or {ROOT}; use a file ({', '.join(SUFFIXES)}), a "
+        "folder of such files, or a hub dataset org/name[/config][:split]"
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -94,198 +121,43 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _read_file(path: Path) -> Iterator[Row | InvalidRow]:
-    try:
-        match path.suffix:
-            case ".jsonl":
-                yield from _read_lines(path)
-            case ".json":
-                yield from _read_json(path)
-            case ".csv":
-                yield from _read_csv(path)
-            case ".parquet":
-                yield from _read_parquet(path)
-            case suffix:
-                raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
-    except PermissionError as error:
-        raise PermissionError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
-    except OSError as error:
-        if error.filename or not error.strerror:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def _list_files(files: list[Path]) -> Listing:
+    digest, readers = xxhash.xxh3_128(), []
+    for path in files:
+        with named_errors(path):
+            readers.append(_scan_file(path, digest.update))
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
+
+    def chunks() -> Iterator[Chunk]:
+        return chain.from_iterable(reader() for reader in readers)
+
+    size = sum(path.stat().st_size for path in files)
+    return Listing(tuple(path.name for path in files), str(files[0].parent), digest.hexdigest(), size, chunks)
 
 
-def _parse(text: bytes, name: str, line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
-        near = text[max(0, error.pos - 20) : error.pos + 20].decode(errors="replace").strip()
-        raise InvalidRow(
-            where,
-            "malformed JSON",
-            f"malformed JSON, {error.msg} at column {error.colno}, near {near!r}; fix or remove it",
-        ) from error
-    except RecursionError as error:
-        raise InvalidRow(
-            name, "malformed JSON", "malformed JSON, nested too deeply; fix or remove it"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InvalidRow(
-            name,
-            "not UTF-8",
-            f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8",
-        ) from error
-    except ValueError as error:  # a number of thousands of digits
-        raise InvalidRow(name, "malformed JSON", f"malformed JSON, {error}; fix or remove it") from error
+def _scan_file(path: Path, report: Callable[[bytes], object]) -> Callable[[], Iterable[Chunk]]:
+    """Read a file once and return a function that lists its chunks. report: receives its bytes."""
+    if path.suffix == ".jsonl" or (path.suffix == ".json" and has_json_lines(path)):
+        lines = scan_lines(path, report)
+        return lambda: lines
+    _scan_bytes(path, report)
+    match path.suffix:
+        case ".json":
+            return lambda: _windows(path, read_json)
+        case ".csv":
+            return lambda: _windows(path, read_csv)
+        case ".parquet":
+            return lambda: scan_groups(path)
+        case suffix:
+            raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
 
-def _row(value: Any, where: str, name: str) -> Row:
-    if not isinstance(value, dict):
-        raise InvalidRow(
-            where, "not an object", f"the row is a {type(value).__name__}; use an object with named columns"
-        )
-    if not any(v not in (None, "", [], {}) for v in value.values()):
-        raise InvalidRow(where, "empty row", "the row is empty; fill or remove it")
-    return Row(name, value)
+def _windows(path: Path, read: Callable[[Path], Iterator[Outcome]]) -> Iterator[Chunk]:
+    with named_errors(path):
+        yield from in_windows(read(path), path.name)
 
 
-def _line(path: Path, number: int, text: bytes) -> Row:
-    where = f"{path}:{number}"
-    return _row(_parse(text, where), where, f"{path.name}:{number}")
-
-
-def _read_lines(path: Path) -> Iterator[Row | InvalidRow]:
-    blank: list[int] = []  # editors leave blank lines at the end; elsewhere they are errors
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
-            if len(line) > LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(LINE_BYTES)
-                problem = f"the line has more than {LINE_BYTES >> 20} MiB; split or remove the row"
-                yield InvalidRow(f"{path}:{number}", "too large", problem)
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                blank.append(number)
-                continue
-            for at in blank:
-                problem = "the row is empty (a blank line between rows); remove it"
-                yield InvalidRow(f"{path}:{at}", "empty row", problem)
-            blank = []
-            yield attempt(_line, path, number, line.rstrip())
-
-
-def _read_json(path: Path) -> Iterator[Row | InvalidRow]:
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if text.lstrip()[:1] == b"{":  # JSON lines in a .json file, as in many hub datasets
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            yield from _read_lines(path)
-            return
-    else:
-        value = _parse(text, f"{path}:1")
-    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
-        yield attempt(_row, item, f"{path}:{number}", f"{path.name}:{number}")
-
-
-def _read_csv(path: Path) -> Iterator[Row | InvalidRow]:
-    csv.field_size_limit(LINE_BYTES)
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        records = _csv_records(path, file)
-        _, header = next(records, (1, []))
-        if isinstance(header, InvalidRow):
-            raise ValueError(str(header)) from header
-        if not header or len(set(header)) < len(header):
-            raise ValueError(f"{path}:1: the header {header} repeats or lacks a column name; rename them")
-        for line, values in records:
-            where = f"{path}:{line}"
-            if isinstance(values, InvalidRow):
-                if len(header) == 1 and values.reason == MALFORMED_CSV:
-                    # any line would pass for a row of one column, so that none can be trusted from here on
-                    raise ValueError(f"{values}; in a file of one column the next row cannot be found")
-                yield values
-            elif values and len(values) != len(header):
-                problem = f"{len(values)} fields do not fit the {len(header)} columns ({', '.join(header)})"
-                yield InvalidRow(where, "wrong number of fields", f"{problem}; fix the row")
-            else:
-                fields = dict(zip(header, values, strict=False))
-                yield attempt(_row, fields, where, f"{path.name}:{line}")
-
-
-def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, list[str] | InvalidRow]]:
-    """Yield (first line, fields) of each record of a CSV file, or what is wrong with it.
-
-    After a record with a wrong quote, which may have swallowed others, reading continues at its second line.
-    """
-    again: deque[str] = deque()
-    taken: list[str] = []
-
-    def lines() -> Iterator[str]:
-        while text := again.popleft() if again else file.readline(LINE_BYTES + 1):
-            taken.append(text)
-            if len(text) > LINE_BYTES:
-                while text and not text.endswith(("\n", "\r")):
-                    text = file.readline(LINE_BYTES)
-                raise csv.Error(f"the line has more than {LINE_BYTES >> 20} MiB")
-            yield text
-
-    line = 1
-    while True:
-        taken.clear()
-        try:
-            values: list[str] | InvalidRow = next(csv.reader(lines(), strict=True))
-            "".join(taken).encode("utf-8", "surrogateescape").decode()
-            yield line, values
-            line += len(taken)
-        except StopIteration:
-            return
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8 text ({error.reason} at byte {error.start} of the row)"
-            yield line, InvalidRow(f"{path}:{line}", "not UTF-8", f"{problem}; convert the file to UTF-8")
-            line += len(taken)
-        except csv.Error as error:
-            text = "a quote is never closed" if "end of data" in str(error) else str(error)
-            problem = f"malformed CSV, {text}; fix the quoting or remove the row"
-            yield line, InvalidRow(f"{path}:{line}", MALFORMED_CSV, problem)
-            again.extendleft(reversed(taken[1:]))
-            line += 1
-
-
-def _read_parquet(path: Path) -> Iterator[Row | InvalidRow]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: reading Parquet needs pyarrow; run `pip install datasets`") from error
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are both
-        raise ValueError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); download it again"
-        ) from error
-    try:
-        items: Iterable[Any] = table.to_pylist()
-    except (ValueError, OverflowError):  # a time beyond the year 9999, or text that is not UTF-8
-        items = (attempt(_table_row, table, i, f"{path}:{i + 1}") for i in range(table.num_rows))
-    for number, item in enumerate(items, 1):
-        if isinstance(item, InvalidRow):
-            yield item
-        else:
-            item = without_added_nulls(item)
-            yield attempt(_row, item, f"{path}:{number}", f"{path.name}:{number}")
-
-
-def _table_row(table: Any, index: int, where: str) -> Any:
-    try:
-        return table.slice(index, 1).to_pylist()[0]
-    except (ValueError, OverflowError) as error:
-        problem = f"a value cannot be read ({str(error).splitlines()[0]}); fix or remove it"
-        raise InvalidRow(where, "unreadable value", problem) from error
-
-
-def _read_hub(ref: str) -> Iterator[Row | InvalidRow]:
+def _list_hub(ref: str) -> Listing:
     try:
         import datasets
     except ImportError as error:
@@ -304,25 +176,43 @@ def _read_hub(ref: str) -> Iterator[Row | InvalidRow]:
             f"data {ref!r} is not a local file and cannot be loaded from the hub ({reason}); use "
             "org/name[/config][:split]"
         ) from error
-    for number, item in enumerate(map(without_added_nulls, data), 1):
-        yield attempt(_row, item, f"{dataset}:{split}:{number}", f"{name}:{split}:{number}")
+    label, where = f"{name}:{split}", f"{dataset}:{split}"
+    digest = xxhash.xxh3_128(where.encode())
+    stored = data.cache_files if isinstance(data, datasets.Dataset) else []
+    if not stored:
+        return _list_items(list(data), where, label)
+    for file in stored:
+        _scan_bytes(Path(file["filename"]), digest.update)
+    digest.update(str(len(data)).encode())
+
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(data), CHUNK_ROWS):
+            yield TableRows(data, start, min(start + CHUNK_ROWS, len(data)), where, label)
+
+    return Listing((label,), "", digest.hexdigest(), data.data.nbytes, chunks)
+
+
+def _list_items(items: list[dict[str, Any]], where: str, label: str) -> Listing:
+    """Return the chunks of rows in memory. where: their name in errors."""
+    texts = [json.dumps(item, default=str) for item in items]
+    digest = xxhash.xxh3_128("\n".join([where, *texts]).encode())
+    rows = [
+        attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")
+        for number, item in enumerate(map(without_added_nulls, items), 1)
+    ]
+    folder = where.removesuffix(f"/{label}")
+    return Listing(
+        (label,), folder, digest.hexdigest(), sum(map(len, texts)), partial(in_windows, rows, label)
+    )
+
+
+def _scan_bytes(path: Path, report: Callable[[bytes], object]) -> None:
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            report(block)
 
 
 def hub_dataset(ref: str) -> str | None:
     """Return the `org/name` of rows that are a dataset on the hub, None for files."""
     named = re.match(r"[\w-][\w.-]*/[\w.-]+(?=[/:]|$)", ref)
     return named[0] if named and find_data(ref) is None and Path(ref).suffix not in SUFFIXES else None
-
-
-def without_added_nulls(item: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a table without the nulls that Arrow gives nested objects for keys of other rows.
-
-    Columns keep their nulls.
-    """
-    return {column: _without_nulls(value) for column, value in item.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
-    return [_without_nulls(x) for x in value] if isinstance(value, list) else value

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxft.data.conversation import PLAIN
 from jaxft.data.invalid import INVALID
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
+from jaxft.data.tokenise import Tokenising
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -29,7 +31,8 @@ class DataSettings:
     enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
     its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: an
     invalid row ends the run ("error"), or is left out, counted and reported ("drop"). invalid_limit: the
-    largest fraction of a dataset's rows that "drop" leaves out.
+    largest fraction of a dataset's rows that "drop" leaves out. workers: processes that tokenise the rows;
+    none: one for each CPU, or no further one for a dataset of less than 16 MiB.
     """
 
     train: str
@@ -45,11 +48,14 @@ class DataSettings:
     system: str = TURN
     invalid: str = "error"
     invalid_limit: float = 0.05
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "batch", "micro")
         check_seed(self.seed, "data.seed")
         self.require_choice("invalid", INVALID)
+        if self.workers is not None:
+            self.require_at_least(1, "workers")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
             raise ValueError(
                 f"data.format={PLAIN} renders no chat template, which data.chat_template_kwargs and "
@@ -92,6 +98,10 @@ class DataSettings:
     def allowed_invalid(self) -> float | None:
         """The largest fraction of a dataset's rows that may be left out as invalid, None for none at all."""
         return self.invalid_limit if self.invalid == "drop" else None
+
+    def tokenising(self, cache: Path | None) -> Tokenising:
+        """How this computer tokenises the rows. cache: see Dataset.open."""
+        return Tokenising(cache, self.allowed_invalid, self.workers)
 
     @property
     def units_per_step(self) -> int:

@@ -14,14 +14,13 @@ import numpy as np
 
 from jaxft.batch import Tokens, TrainState
 from jaxft.data import chat, pack
-from jaxft.data.invalid import count_by_reason
 from jaxft.data.pack import RowPlan
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, learned_line, length_percentiles
 from jaxft.data.tokens import (
     TokenisedRows,
     TokenSettings,
-    count_learned_ends,
+    count_ids,
     split_rows,
     tokenise_rows,
 )
@@ -73,7 +72,7 @@ class Rows(DataSettings):
         row_count = _rows_per_microbatch(self, shards)
 
         def tokenise(ref: str) -> TokenisedRows:
-            return tokenise_rows(ref, self.token_settings, tokenizer, cache, self.allowed_invalid)
+            return tokenise_rows(ref, self.token_settings, tokenizer, self.tokenising(cache))
 
         examples, train, held = split_rows(self, tokenise, self._held_out_mask)
         longest = max(examples.lengths[train].max(), examples.lengths[held].max(initial=0))
@@ -94,7 +93,7 @@ class Rows(DataSettings):
             preview=tokenizer.decode(first, skip_special_tokens=False),
             stats=_stats(self, examples, (train, held), plan(0), (size, reads)),
             warnings=examples.warnings,
-            learned_ends=count_learned_ends(examples, examples.offsets[1:][~examples.truncated], tokenizer),
+            learned_ends=count_ids(examples.ends[~examples.truncated]),
         )
         shapes = _shapes(self, (row_count, size, reads))
         held_out = _held_out_batches(examples, held_plan, (row_count, size, reads))
@@ -269,12 +268,9 @@ def _held_out_batches(
 def _fingerprint(
     rows: Rows, examples: TokenisedRows, plans: tuple[RowPlan, ...], shape: tuple[int, int, int]
 ) -> str:
-    digest = hashlib.sha256(repr((shape, rows.seed, rows.weighting)).encode())
-    arrays = [examples.ids, examples.learned, examples.offsets] + [
-        a for plan in plans for a in (plan.members, plan.offsets)
-    ]
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
+    digest = hashlib.sha256(repr((shape, rows.seed, rows.weighting, examples.digest)).encode())
+    for array in (array for plan in plans for array in (plan.members, plan.offsets)):
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:32]
 
 
@@ -295,8 +291,8 @@ def _stats(
         examples=len(train),
         held_out=len(held),
         dropped=examples.dropped,
-        invalid=count_by_reason(examples.invalid),
-        largest_id=int(examples.ids.max()),
+        invalid=examples.invalid,
+        largest_id=examples.largest_id,
         summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
         f"{len(held)} held out, {examples.dropped} dropped as too long, {truncated} truncated",
         learned=_learned_line(rows, examples, train),

@@ -13,8 +13,8 @@ import jinja2
 
 from jaxft.data import limits
 from jaxft.data.example import Chat, Message
+from jaxft.data.invalid import similar_names
 from jaxft.data.template_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, MERGE, TemplateSettings
-from jaxft.tree import nearest
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -94,7 +94,7 @@ def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SE
     unread = _unread_arguments(tokenizer, settings)
     if unread:
         words = sorted(set(re.findall(r"[A-Za-z_]\w+", _source(tokenizer))))
-        near = f"near: {', '.join(nearest(unread[0], words))}" if words else "the tokenizer has none"
+        near = f"near: {', '.join(similar_names(unread[0], words))}" if words else "the tokenizer has none"
         raise ValueError(
             f"data.chat_template_kwargs: {name_of_template(tokenizer)} does not read {unread[0]!r} ({near}); "
             "correct or remove it"

@@ -1,24 +1,26 @@
 """SFT rows as token ids with a loss mask, and the split into training and held-out rows."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from dataclasses import astuple, dataclass, field, fields, replace
+from functools import cached_property, partial
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxft.data import cache as files
 from jaxft.data import chat, formats
-from jaxft.data.cache import Arrays
+from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
 from jaxft.data.example import Chat, Completion, Example
-from jaxft.data.invalid import InvalidRow, InvalidRows, valid
-from jaxft.data.rows import Row, read_rows
+from jaxft.data.flat import Flat, RowNames
+from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, add_counts, valid
+from jaxft.data.row_files import Row
 from jaxft.data.settings import DataSettings
 from jaxft.data.template_settings import TemplateSettings
+from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, TokenisedDataset, Tokenising, tokenise_dataset
 
-VERSION = 6  # increase it when the same rows become other tokens
+VERSION = 7  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)
@@ -33,33 +35,46 @@ class TokenSettings:
     template: TemplateSettings
 
 
+SFT_COLUMNS: ColumnTypes = {
+    "ids": ColumnType(np.int32, "counts"),
+    "learned": ColumnType(np.bool_, "counts"),
+    "counts": ColumnType(np.int32),
+    "reads": ColumnType(np.int64),
+    "truncated": ColumnType(np.bool_),
+    "responses": ColumnType(np.int32),
+    "learned_responses": ColumnType(np.int32),
+    "ends": ColumnType(np.int32),
+    "source": ColumnType(np.int32),
+    "number": ColumnType(np.int64),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenisedRows:
     """Examples one after the other: example i is ids[offsets[i]:offsets[i + 1]].
 
-    learned: marks the tokens that are targets; the first token of an example never is. row_numbers: the
-    dataset row of each example. truncated: marks truncated examples. responses, learned_responses: tokens of
-    each example's responses before it is truncated, and how many of them are targets. names: of the dataset
-    rows. dropped: number of rows that were left out because they are too long. invalid: the invalid rows that
-    were left out. warnings: lines for the start of a run. cache: how the arrays came about, see
-    cache.load_or_make.
+    learned: marks the tokens that are targets; the first token of an example never is. reads: target tokens
+    of each example. truncated: marks truncated examples. responses, learned_responses: tokens of each
+    example's responses before it is truncated, and how many of them are targets. ends: the last target of
+    each example, apart from whitespace after it. names: of the dataset rows. digest: a hash of all columns.
+    largest_id: the largest token id. dropped: number of rows that were left out because they are too long.
+    invalid: the invalid rows that were left out. warnings: lines for the start of a run. cache: how the
+    columns came about, see cache.load_or_make.
     """
 
-    DTYPES: ClassVar[dict[str, Any]] = {
-        "ids": np.int32, "learned": np.bool_, "offsets": np.int64, "row_numbers": np.int64,
-        "truncated": np.bool_, "responses": np.int64, "learned_responses": np.int64,
-    }  # fmt: skip
-
-    ids: Int[np.ndarray, " tokens"]
-    learned: Bool[np.ndarray, " tokens"]
+    ids: Flat
+    learned: Flat
     offsets: Int[np.ndarray, " examples_plus_1"]
-    row_numbers: Int[np.ndarray, " examples"]
+    reads: Int[np.ndarray, " examples"]
     truncated: Bool[np.ndarray, " examples"]
     responses: Int[np.ndarray, " examples"]
     learned_responses: Int[np.ndarray, " examples"]
-    names: tuple[str, ...]
+    ends: Int[np.ndarray, " examples"]
+    names: RowNames
+    digest: str
+    largest_id: int
     dropped: int = 0
-    invalid: tuple[InvalidRow, ...] = ()
+    invalid: tuple[InvalidCount, ...] = ()
     warnings: tuple[str, ...] = ()
     cache: str = field(default="off", compare=False)
 
@@ -71,24 +86,24 @@ class TokenisedRows:
         """Tokens of each example."""
         return np.diff(self.offsets)
 
-    @cached_property
-    def reads(self) -> Int[np.ndarray, " examples"]:
-        """Target tokens of each example."""
-        return np.diff(np.concatenate([[0], np.cumsum(self.learned)])[self.offsets])
-
     def concatenate(self, other: Self) -> Self:
         """Return the examples of both, the other's last."""
-        arrays: dict[str, Any] = {
-            name: np.concatenate([getattr(self, name), getattr(other, name)])
-            for name in self.DTYPES
-            if name != "offsets"
-        }
-        offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
-        names, dropped = self.names + other.names, self.dropped + other.dropped
-        invalid = self.invalid + other.invalid
-        warnings = tuple(dict.fromkeys(self.warnings + other.warnings))
+        columns: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            mine, others = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Flat | RowNames):
+                columns[name] = mine.concatenate(others)
+            elif isinstance(mine, np.ndarray) and name != "offsets":
+                columns[name] = np.concatenate([mine, others])
         return replace(
-            self, **arrays, offsets=offsets, names=names, dropped=dropped, invalid=invalid, warnings=warnings
+            self,
+            **columns,
+            offsets=np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+            digest=hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest(),
+            largest_id=max(self.largest_id, other.largest_id),
+            dropped=self.dropped + other.dropped,
+            invalid=add_counts(self.invalid, other.invalid),
+            warnings=tuple(dict.fromkeys(self.warnings + other.warnings)),
         )
 
 
@@ -96,100 +111,73 @@ SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
 
 
 def tokenise_rows(
-    ref: str,
-    settings: TokenSettings,
-    tokenizer: Any,
-    cache: Path | None = None,
-    invalid_limit: float | None = None,
+    ref: str, settings: TokenSettings, tokenizer: Any, how: Tokenising = DEFAULT_TOKENISING
 ) -> TokenisedRows:
-    """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
-
-    invalid_limit: see InvalidRows.
-    """
-    invalid = InvalidRows(invalid_limit)
-    rows = read_rows(ref, invalid)
-    key = files.content_key(rows, tokenizer, VERSION, astuple(settings))
-    arrays, state = files.load_or_make(
-        files.row_cache_folder(cache) / f"{key}.npz",
-        TokenisedRows.DTYPES | files.INVALID_DTYPE,
-        lambda arrays: _is_sound(arrays, len(rows)),
-        lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
+    """Read the rows of `ref` and tokenise them, or load the tokens from the cache."""
+    kind = RowKind(
+        version=VERSION,
+        key=astuple(settings),
+        settings=settings,
+        stored=SFT_COLUMNS,
+        schemas=formats.SFT_SCHEMAS,
+        tokenise=partial(_tokenise, settings=settings),
     )
-    some = first_rows([rows[i] for i in arrays["row_numbers"]], settings.columns)
+    found = tokenise_dataset(ref, kind, tokenizer, how)
+    some = found.examples
     examples = list(formats.normalise_each(some, settings.format, settings.columns)) if some else []
     checks = (chat.tools_warnings, chat.content_warnings, chat.prompt_warnings)
     warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
-    return TokenisedRows(
-        **arrays_and_rows(ref, rows, arrays, invalid, settings.max_length),
-        warnings=tuple(warnings),
-        cache=state,
-    )
+    return TokenisedRows(**row_fields(ref, found, settings.max_length), warnings=tuple(warnings))
 
 
-def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Return the first row, the first with a system message and the first with tools, on which warnings look.
-
-    rows: the valid ones. columns: see data.columns.
-    """
-    return [*rows[:1], *_first_row_with_system(rows), *_first_row_with_tools(rows, columns)]
-
-
-def _first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Return the first row that has tools, [] without any. columns: see data.columns."""
-    renamed = (item.partition("=") for item in columns)
-    name = next((theirs.strip() for ours, _, theirs in renamed if ours.strip() == "tools"), "tools")
-    return [row for row in rows if row.fields.get(name)][:1]
-
-
-def _first_row_with_system(rows: Sequence[Row]) -> list[Row]:
-    """Return the first row with a column of messages that begins with a system message, [] without any."""
-
-    def begins(value: Any) -> bool:
-        first = value[0] if isinstance(value, list | tuple) and value else None
-        return isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
-
-    return [row for row in rows if row.fields.get("system") or any(map(begins, row.fields.values()))][:1]
-
-
-def arrays_and_rows(
-    ref: str, rows: Sequence[Row], arrays: Arrays, invalid: InvalidRows, max_length: int
-) -> dict[str, Any]:
-    """Return the fields of TokenisedRows but `cache`: the arrays, names and what was left out.
-
-    rows: those that can be read. arrays: as load_or_make returns them. invalid: the rows that cannot be read.
-    Raises ValueError if too many rows are invalid or none is left.
-    """
-    total = len(rows) + len(invalid.found)
-    arrays = dict(arrays)
-    packed = files.unpack_invalid(arrays.pop("invalid"))
-    for error in packed:
-        invalid.add(error)
-    invalid.check(ref, total)
-    if not len(arrays["row_numbers"]):
+def row_fields(ref: str, found: TokenisedDataset, max_length: int) -> dict[str, Any]:
+    """Return the fields of TokenisedRows but `warnings`. Raises ValueError if all rows are too long."""
+    columns = dict(found.stored.columns)
+    if not len(found.names):
         raise ValueError(
-            f"{ref}: all {len(rows) - len(packed)} rows were dropped because they are longer than "
+            f"{ref}: all {found.dropped} rows were dropped because they are longer than "
             f"data.max_length={max_length}; raise it"
         )
-    names = tuple(rows[i].name for i in arrays["row_numbers"])
-    dropped = len(rows) - len(packed) - len(names)
-    return {**arrays, "names": names, "dropped": dropped, "invalid": tuple(invalid.found)}
+    long = {name: columns.pop(name) for name in ("ids", "learned")}
+    counts = np.asarray(columns.pop("counts")).ravel()
+    return {
+        **long,
+        **{name: np.asarray(column) for name, column in columns.items() if name not in files.NAMING},
+        "offsets": np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        "names": found.names,
+        "digest": found.stored.facts["digest"],
+        "largest_id": found.largest_id,
+        "dropped": found.dropped,
+        "invalid": found.invalid,
+        "cache": found.state,
+    }
 
 
-def count_learned_ends(
-    rows: TokenisedRows, ends: Int[np.ndarray, " sequences"], tokenizer: Any
-) -> dict[int, int]:
-    """Count the token ids that are the last target of a sequence, apart from whitespace after it.
+def last_targets(
+    ids: Int[np.ndarray, " tokens"],
+    learned: Bool[np.ndarray, " tokens"],
+    ends: Int[np.ndarray, " sequences"],
+    tokenizer: Any,
+) -> Int[np.ndarray, " sequences"]:
+    """Return the last target of each sequence, apart from whitespace after it.
 
     ends: index after the last token of each sequence.
     """
-    targets = np.flatnonzero(rows.learned)
+    if not len(ends):
+        return np.zeros(0, np.int32)
+    targets = np.flatnonzero(learned)
     last = np.searchsorted(targets, ends) - 1
     for _ in range(2):  # a template that ends turns with a line break learns it
-        found = rows.ids[targets[last]]
+        found = ids[targets[last]]
         blank = [int(i) for i in np.unique(found) if not tokenizer.decode([int(i)]).strip()]
         last = np.maximum(last - np.isin(found, blank), 0)
-    ids, counts = np.unique(rows.ids[targets[last]], return_counts=True)
-    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    return ids[targets[last]]
+
+
+def count_ids(ids: Int[np.ndarray, " n"]) -> dict[int, int]:
+    """Return how often each token id occurs."""
+    found, counts = np.unique(ids, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def split_rows(
@@ -216,10 +204,16 @@ def split_rows(
     return examples, everything[~mask], everything[mask]
 
 
-def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any, invalid: InvalidRows) -> Arrays:
-    examples = list(formats.normalise_each(rows, settings.format, settings.columns)) if rows else []
-    pieces, masks, row_numbers, truncated = [], [], [], []
-    counts: list[tuple[int, int]] = []
+def _tokenise(
+    rows: Sequence[Row],
+    format: formats.RowFormat,
+    tokenizer: Any,
+    invalid: InvalidRows,
+    settings: TokenSettings,
+) -> ChunkColumns:
+    """Return the columns of a chunk's rows; see RowKind."""
+    examples = list(formats.normalise_as(format, rows, settings.columns))
+    columns: dict[str, Any] = {name: [] for name in (*SFT_COLUMNS, "index") if name not in files.NAMING}
     tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.template)
     responses = _response_masks(examples, settings, tokenizer)
     for number, (outcome, response) in enumerate(zip(tokenised, responses, strict=True)):
@@ -230,23 +224,22 @@ def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any, inva
                 continue
             learned[0] = False
             _check_mask(rows[number].name, learned, settings)
-            pieces.append(ids[: settings.max_length])
-            masks.append(learned[: settings.max_length])
-            row_numbers.append(number)
-            truncated.append(long)
             mask = learned if response is None else response
-            counts.append((int(mask[1:].sum()), int((mask & learned)[1 : settings.max_length].sum())))
-    values = {
-        "ids": np.concatenate(pieces) if pieces else [],
-        "learned": np.concatenate(masks) if masks else [],
-        "offsets": np.cumsum([0, *map(len, pieces)]),
-        "row_numbers": row_numbers,
-        "truncated": truncated,
-        "responses": [total for total, _ in counts],
-        "learned_responses": [targets for _, targets in counts],
+            ids, kept = ids[: settings.max_length], learned[: settings.max_length]
+            columns["ids"].append(ids)
+            columns["learned"].append(kept)
+            columns["counts"].append(len(ids))
+            columns["reads"].append(int(kept.sum()))
+            columns["index"].append(number)
+            columns["truncated"].append(long)
+            columns["responses"].append(int(mask[1:].sum()))
+            columns["learned_responses"].append(int((mask & learned)[1 : settings.max_length].sum()))
+    columns |= {name: np.concatenate(columns[name]) for name in ("ids", "learned") if columns[name]}
+    part = {
+        name: np.asarray(x, SFT_COLUMNS[name].dtype) for name, x in columns.items() if name in SFT_COLUMNS
     }
-    arrays = {name: np.asarray(values[name], dtype) for name, dtype in TokenisedRows.DTYPES.items()}
-    return {**arrays, "invalid": files.pack_invalid(invalid.found)}
+    part["ends"] = last_targets(part["ids"], part["learned"], np.cumsum(part["counts"]), tokenizer)
+    return part | {"index": np.asarray(columns["index"], np.int64)}
 
 
 def _response_masks(
@@ -291,12 +284,3 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
         raise ValueError(
             f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy} or truncate"
         )
-
-
-def _is_sound(arrays: Arrays, row_count: int) -> bool:
-    """Whether the sizes of loaded arrays agree with one another and with the number of rows."""
-    tokens, examples = len(arrays["ids"]), len(arrays["row_numbers"])
-    sizes = {"learned": tokens, "offsets": examples + 1}
-    sizes |= dict.fromkeys(("truncated", "responses", "learned_responses"), examples)
-    fits = all(len(arrays[name]) == size for name, size in sizes.items()) and arrays["offsets"][-1] == tokens
-    return bool(fits and (arrays["row_numbers"] < row_count).all())

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxft.batch import Pairs, Rollout
 from jaxft.data.pack import RowShape
-from jaxft.data.prompts import TokenisedPrompts
+from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.tree import Metrics
 
 TABLE_ROWS, PER_PROMPT = 8, 2  # of completions.jsonl, for each rollout

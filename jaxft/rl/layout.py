@@ -12,7 +12,8 @@ from jaxtyping import Float, Int, Shaped
 
 from jaxft.batch import Rollout
 from jaxft.data.pack import RowShape
-from jaxft.data.prompts import Prompts, TokenisedPrompts, padded_length, rollout_batch_shapes
+from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
 from jaxft.rl.advantages import GroupLengths, PerToken, token_mask
 from jaxft.tree import Batch
 

@@ -19,7 +19,14 @@ from jaxft.rl.completions import ScoredCompletions, TrainingRollout
 from jaxft.rl.layout import pack_rollout, to_microbatches
 from jaxft.rl.metrics import rollout_metrics
 from jaxft.rl.programs import BoundRun
-from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource, saved_moments, without_logps
+from jaxft.rl.rollout import (
+    BoundRollouts,
+    Rollouts,
+    RolloutSource,
+    longest_prompt,
+    saved_moments,
+    without_logps,
+)
 from jaxft.rl.rules import Rules
 from jaxft.rl.sampler import compile_rollout_sampler, compile_rollout_scorer
 
@@ -57,7 +64,7 @@ class OnlinePairs(Rollouts):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "OnlinePairSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
-        return OnlinePairSource(self, tokenizer, *prompts.split_prompts(self, tokenizer), shards)
+        return OnlinePairSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
     def abstract(self, shards: int = 1) -> Pairs:
         """Return the shapes of the largest batch that the settings allow, without reading any row."""
@@ -96,7 +103,7 @@ class OnlinePairSource(RolloutSource):
     @property
     def pair_shape(self) -> RowShape:
         """The shape of a row."""
-        return self.data.pair_shape(max(map(len, (*self.train.ids, *self.eval_prompts.ids))))
+        return self.data.pair_shape(longest_prompt(self.train, self.eval_prompts))
 
     @property
     def shapes(self) -> tuple[Pairs, ...]:

@@ -16,8 +16,9 @@ from jaxtyping import Int
 
 from jaxft.batch import Rollout, TrainState
 from jaxft.data import chat, prompts
-from jaxft.data.invalid import count_by_reason
-from jaxft.data.prompts import Prompts, TokenisedPrompts
+from jaxft.data.invalid import add_counts
+from jaxft.data.prompt_rows import PromptRows
+from jaxft.data.prompts import Prompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats
 from jaxft.distributed import processes
 from jaxft.objectives.objective import Objective
@@ -46,7 +47,7 @@ class Rollouts(Prompts):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RolloutSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
-        return RolloutSource(self, tokenizer, *prompts.split_prompts(self, tokenizer), shards)
+        return RolloutSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
     def abstract(self, shards: int = 1) -> Batch:
         """Return the shapes of the largest batch that the settings allow, without reading any row."""
@@ -59,8 +60,8 @@ class RolloutSource:
 
     data: Rollouts
     tokenizer: Any
-    train: TokenisedPrompts
-    eval_prompts: TokenisedPrompts
+    train: PromptRows
+    eval_prompts: PromptRows
     shards: int
     held_out: tuple[()] = ()
 
@@ -72,8 +73,7 @@ class RolloutSource:
     @cached_property
     def rollout_shapes(self) -> RolloutShapes:
         """Shapes of the rows of a rollout."""
-        longest = max(map(len, (*self.train.ids, *self.eval_prompts.ids)))
-        return rollout_shapes(self.data, longest, self.shards)
+        return rollout_shapes(self.data, longest_prompt(self.train, self.eval_prompts), self.shards)
 
     @property
     def shapes(self) -> tuple[Batch, ...]:
@@ -127,7 +127,7 @@ class RolloutSource:
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts."""
-        return [Prompt(list(ids), []) for ids in self.eval_prompts.ids[:count]]
+        return [Prompt(list(ids), []) for ids in self.eval_prompts.token_ids[:count]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing is sampled yet."""
@@ -288,11 +288,14 @@ class BoundRollouts:
         return to_microbatches(replace(rows, **weights), self.shapes[-1], data.group)
 
 
-def rollout_info(
-    data: Rollouts, tokenizer: Any, train: TokenisedPrompts, eval_prompts: TokenisedPrompts
-) -> SourceInfo:
+def longest_prompt(train: PromptRows, eval_prompts: PromptRows) -> int:
+    """Return the tokens of the longest prompt."""
+    return int(max(train.lengths.max(), eval_prompts.lengths.max(initial=0)))
+
+
+def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts: PromptRows) -> SourceInfo:
     """Return steps, counts and fingerprints of a source of rollouts."""
-    longest = max(map(len, (*train.ids, *eval_prompts.ids)))
+    longest = longest_prompt(train, eval_prompts)
     rollouts = max(1, -(-int(1e9 * data.epochs * len(train)) // int(1e9 * data.batch)))
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
@@ -309,8 +312,8 @@ def rollout_info(
         examples=len(train),
         held_out=len(eval_prompts),
         dropped=train.dropped,
-        invalid=count_by_reason((*train.invalid, *eval_prompts.invalid)),
-        largest_id=max(max(ids) for ids in (*train.ids, *eval_prompts.ids)),
+        invalid=add_counts(train.invalid, eval_prompts.invalid),
+        largest_id=max(train.largest_id, eval_prompts.largest_id),
         summary=summary,
         learned=learned_completions(data.rules),
     )
@@ -320,10 +323,10 @@ def rollout_info(
         steps_per_rollout=data.steps_per_rollout,
         samples=True,
         fingerprint=prompts.prompts_fingerprint(data, train, eval_prompts),
-        preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
+        preview=tokenizer.decode(train.token_ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
-        warnings=chat.tools_warnings(train.prompts, tokenizer, data.template_settings),
+        warnings=chat.tools_warnings(train.examples, tokenizer, data.template_settings),
     )
 
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxft.batch import Rollout, TrainState
-from jaxft.data.prompts import Prompts, TokenisedPrompts
+from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompts import Prompts
 from jaxft.inference.generate import Sampling, left_pad, make_sampler, nonfinite_logits
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "weights_revision",
     "loop",
     "data.epochs",
+    "data.workers",
     "trackers",
     "samples",
     "sampling",

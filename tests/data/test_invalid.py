@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
-from jaxft.data.invalid import InvalidRow, InvalidRows, count_by_reason, invalid_lines
+from jaxft.data.invalid import InvalidRow, InvalidRows, add_counts, invalid_lines
 from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
@@ -30,7 +30,7 @@ def stats_of(data, rows, tmp_path, **options):
     path.write_text("\n".join(map(json.dumps, [rows[0], rows[1], rows[0], rows[0]])))
     options = {"held_out": "none", "batch": 1} | options
     if data is Prompts:
-        return read_prompts(str(path), Prompts(str(path), **options), tiny("chatml"))
+        return read_prompts(str(path), Prompts(str(path), **options), tiny("chatml"), tmp_path)
     return data(str(path), **options).open(tiny("chatml"), cache=tmp_path).info.stats
 
 
@@ -55,7 +55,8 @@ def test_an_invalid_row_is_an_error_that_names_the_setting_or_is_left_out(
         stats = stats_of(data, rows, tmp_path, **options, invalid="drop", invalid_limit=0.25)
         assert stats.dropped == 0
         if data is Prompts:
-            assert [(row.reason, row.name) for row in stats.invalid] == [(reason, "r.jsonl:2")]
+            (count,) = stats.invalid
+            assert count[:2] == (reason, 1) and count.first.startswith("r.jsonl:2: ")
         else:
             assert stats.examples == 3 and [row[:2] for row in stats.invalid] == [(reason, 1)]
     with pytest.raises(ValueError, match=r"r.jsonl:2: .*data.invalid=drop"):  # the cache hides nothing
@@ -142,7 +143,7 @@ def opened(kind, path, cache, **options):
     """A source of the file's rows, or what a rollout source has in its place, with its invalid rows."""
     options = {"batch": 16, "held_out": 0.1} | options
     if kind == "prompts":
-        return split_prompts(Prompts(str(path), **options), tiny("chatml"))
+        return split_prompts(Prompts(str(path), **options), tiny("chatml"), cache)
     make = Rows if kind == "sft" else PairRows
     options |= {"unpaired": True} if kind == "unpaired" else {}
     return make(str(path), max_length=128, **options).open(tiny("chatml"), cache=cache)
@@ -151,8 +152,8 @@ def opened(kind, path, cache, **options):
 def batches_of(kind, source):
     """All that training and evaluation read from a source, as a list of arrays."""
     if kind == "prompts":
-        return [np.array(ids) for side in source for ids in side.ids] + [
-            json.dumps([side.fields for side in source])
+        return [np.array(ids) for side in source for ids in side.token_ids] + [
+            json.dumps([list(side.fields) for side in source])
         ]
     steps = [source.batch(step)[0] for step in range(source.info.steps)]
     return jax.tree.leaves((steps, source.held_out)) + [source.info.fingerprint]
@@ -160,7 +161,7 @@ def batches_of(kind, source):
 
 def counts_of(kind, source):
     if kind == "prompts":
-        return {x.reason: x.rows for x in count_by_reason((*source[0].invalid, *source[1].invalid))}
+        return {x.reason: x.rows for x in add_counts(source[0].invalid, source[1].invalid)}
     return {x.reason: x.rows for x in source.info.stats.invalid}
 
 
@@ -242,8 +243,10 @@ def test_the_limit_is_a_fraction_of_all_rows_of_a_dataset(count, tmp_path):
 
 
 def test_the_first_of_each_reason_is_named_the_most_frequent_first():
-    rows = [InvalidRow(f"r:{i}", reason, "x") for i, reason in enumerate(("b", "a", "a"), 1)]
-    assert invalid_lines(count_by_reason(rows)) == [
+    invalid = InvalidRows(1.0)
+    for i, reason in enumerate(("b", "a", "a"), 1):
+        invalid.add(InvalidRow(f"r:{i}", reason, "x"))
+    assert invalid_lines(invalid.counts()) == [
         "3 invalid rows left out (data.invalid=drop):\n      2  a: r:2: x\n      1  b: r:1: x"
     ]
     assert invalid_lines(()) == []
@@ -259,7 +262,7 @@ def test_cells_and_elements_of_tables_are_rows_too(tmp_path):
         invalid = InvalidRows(1.0)
         rows = read_rows(str(tmp_path / name), invalid)
         assert [row.fields["text"] for row in rows] == (["a", "d"] if name == "r.csv" else ["a"])
-        assert [row.reason for row in invalid.found] == reasons
+        assert [count.reason for count in invalid.counts()] == reasons
 
 
 @pytest.mark.parametrize(

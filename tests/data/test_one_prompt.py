@@ -9,6 +9,7 @@ from argparse import Namespace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
 from jaxft.data.template_settings import DATE
+from jaxft.data.tokenise import Tokenising
 from jaxft.data.tokens import tokenise_rows
 from jaxft.rl.reward_models import with_response
 
@@ -143,9 +145,11 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     long = {"max_length": 4096, **options}
-    sft = tokenise_rows(str(path), Rows("x", loss_on="completion", **long).token_settings, tokenizer, folder)
-    dpo = tokenise_pairs(str(path), PairRows("x", **long).token_settings, tokenizer, folder)
-    rollout = read_prompts(str(path), Prompts(str(path), max_prompt=4096, **options), tokenizer)
+    how = Tokenising(folder)
+    sft = tokenise_rows(str(path), Rows("x", loss_on="completion", **long).token_settings, tokenizer, how)
+    dpo = tokenise_pairs(str(path), PairRows("x", **long).token_settings, tokenizer, how)
+    rollouts = Prompts(str(path), max_prompt=4096, **options)
+    rollout = read_prompts(str(path), rollouts, tokenizer, folder).select([0])
     generate = script("generate")
     record = {"data": {"format": "auto", "date": DATE, **options}}
     source = generate.Source("", None, "", "float32", None, record)
@@ -158,7 +162,7 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     (ids,) = rollout.ids
     return {
         "rollout": list(ids),
-        "SFT": sft.ids[: sft.learned.argmax()].tolist(),
+        "SFT": sft.ids[: np.asarray(sft.learned).argmax()].tolist(),
         "DPO": dpo.piece(0, 0).tolist(),
         "generation": generated[0],
         "reward model": whole[: len(ids)].tolist(),
@@ -326,4 +330,4 @@ def test_a_conversation_without_a_template_is_refused_by_rollouts_as_by_sft(tmp_
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"prompt": LONG}))
     with pytest.raises(ValueError, match="r.jsonl:1: a conversation needs a chat template"):
-        read_prompts(str(path), Prompts(str(path)), tiny("none"))
+        read_prompts(str(path), Prompts(str(path)), tiny("none"), tmp_path)

@@ -19,6 +19,7 @@ from jaxft.data.example import Chat
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.pairs.tokens import tokenise_pairs
 from jaxft.data.rows import Row
+from jaxft.data.tokenise import Tokenising
 from jaxft.models.llama import llama
 from jaxft.nn import param
 from jaxft.objectives.preference import preference
@@ -96,7 +97,8 @@ def test_user_turns_within_a_response_are_no_targets(folder):
         folder / "r.jsonl",
         [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}],
     )
-    pool = tokenise_pairs(str(folder / "r.jsonl"), PairRows("r").token_settings, tiny("chatml"), folder)
+    settings = PairRows("r").token_settings
+    pool = tokenise_pairs(str(folder / "r.jsonl"), settings, tiny("chatml"), Tokenising(folder))
     body = pool.piece(0, 1)
     learned = pool.learned[pool.starts[0, 1] :][: len(body)]
     assert tiny("chatml").decode(body[learned]) == "a rank<|im_end|>of<|im_end|>" and "why?" in tiny(

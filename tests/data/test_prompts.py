@@ -1,16 +1,22 @@
 """Prompts of rollouts: the prompt of a row, the held-out split, and the order of prompts in rollouts."""
 
+import datetime
 import json
 import re
+from decimal import Decimal
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tiny_llama import tiny_tokenizer
 
 from jaxft.data import prompts
+from jaxft.data.chat import example_prompt_ids
 from jaxft.data.conversation import prompt_of
-from jaxft.data.example import Completion, as_given
-from jaxft.data.prompts import Prompts, TokenisedPrompts
+from jaxft.data.example import as_given
+from jaxft.data.pack import permutation
+from jaxft.data.prompts import Prompts
 from jaxft.data.rows import Row
 
 
@@ -44,7 +50,7 @@ def test_a_row_without_a_prompt_is_an_error_that_names_it(tmp_path, row, message
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=re.escape(message)):
-        prompts.read_prompts(str(path), Prompts(str(path), max_prompt=64), tiny_tokenizer())
+        prompts.read_prompts(str(path), Prompts(str(path), max_prompt=64), tiny_tokenizer(), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[1, 2, 3] sort this list", "[INST] hi [/INST]", "[1, 2]"])
@@ -54,16 +60,37 @@ def test_a_prompt_that_starts_with_a_bracket_is_text(text):
     assert as_given(prompt_of(Row("rows:1", {"prompt": json.dumps(turns)}))) == turns
 
 
-def test_rows_with_the_same_prompt_are_on_one_side_of_the_split(monkeypatch):
-    rows = TokenisedPrompts(
-        tuple((i % 5, 1) for i in range(20)),
-        tuple(map(str, range(20))),
-        (Completion("r", "p", ""),) * 20,
-        ({},) * 20,
-    )
-    monkeypatch.setattr(prompts, "read_prompts", lambda ref, data, tokenizer: rows)
-    train, held = prompts.split_prompts(Prompts("rows", held_out=0.4, seed=3), None)
-    assert len(train) + len(held) == 20 and len(held) == 8 and not set(train.ids) & set(held.ids)
+def test_rows_with_the_same_prompt_are_on_one_side_of_the_split(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "why" * (1 + i % 5), "n": i}) + "\n" for i in range(20)))
+    data = Prompts(str(path), held_out=0.4, seed=3)
+    train, held = prompts.split_prompts(data, tiny_tokenizer(), tmp_path)
+    assert len(train) + len(held) == 20 and len(held) == 8
+    assert not set(train.token_ids) & set(held.token_ids)
+    distinct = permutation(5, 3, 0)[:2]  # of the prompts in order of their first row
+    assert [row["n"] for row in held.fields] == [i for i in range(20) if i % 5 in distinct]
+
+
+def test_prompts_come_from_the_file_with_the_columns_that_rewards_read(tmp_path):
+    """Also columns of types that JSON lacks, as Parquet files have them."""
+    when = datetime.datetime(2024, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    rows = [
+        {"prompt": f"why {i}?", "answer": i / 7, "blob": b"\x00\xff", "when": when, "day": when.date()}
+        | {"price": Decimal("1.50"), "at": when.time(), "tags": [{"a": "\u00e9"}], "none": None}
+        for i in range(3)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    data = Prompts(str(tmp_path / "r.parquet"), held_out=None, columns=("prompt=prompt",))
+    for _ in range(2):  # the second time from the cache
+        train, held = prompts.split_prompts(data, tiny_tokenizer(), tmp_path)
+        assert list(train.fields) == rows and len(held) == 0
+        two = train.select([2, 0])
+        assert two.names == ("r.parquet:3", "r.parquet:1") and two.fields == (rows[2], rows[0])
+        assert [two.as_given(i) for i in (0, 1)] == ["why 2?", "why 0?"]
+        assert [list(ids) for ids in two.ids] == [
+            next(example_prompt_ids([prompt_of(Row("r", row))], tiny_tokenizer()))
+            for row in (rows[2], rows[0])
+        ]
 
 
 def test_rollouts_use_all_prompts_in_an_order_of_seed_and_number():

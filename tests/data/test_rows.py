@@ -426,7 +426,7 @@ def csv_rows(path, data, limit=0.5):
     invalid = InvalidRows(limit)
     rows = read_rows(str(path), invalid)
     texts = {row.name.partition(":")[2]: list(row.fields.values()) for row in rows}
-    return texts, list(map(str, invalid.found))
+    return texts, [count.first for count in invalid.counts()]
 
 
 GOOD_CSV = b'q,a\nhi,yo\n"two\nlines","a ""b"", c"\nno,yes\n'

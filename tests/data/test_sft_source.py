@@ -17,7 +17,7 @@ from tiny_tokenizers import tiny
 from jaxft.data import cache, chat
 from jaxft.data.formats import normalise_rows
 from jaxft.data.pack import permutation
-from jaxft.data.rows import read_rows
+from jaxft.data.rows import list_chunks, read_rows
 from jaxft.data.sft import Rows
 from jaxft.data.tokens import VERSION
 
@@ -308,7 +308,7 @@ def test_the_cache_returns_the_same_tokens_and_a_corrupt_one_is_rebuilt(folder):
         file.write_bytes(broken)
         again = source(folder)
         assert again.info.stats.cache == "rebuilt" and again.info.fingerprint == first.info.fingerprint
-        assert file.read_bytes()[:2] == b"PK" and source(folder).info.stats.cache == "found"
+        assert file.read_bytes()[:6] == b"ARROW1" and source(folder).info.stats.cache == "found"
 
 
 @settings(max_examples=25, deadline=None)
@@ -331,11 +331,14 @@ def sound_cache(tmp_path_factory):
 
 
 def test_whatever_changes_the_tokens_changes_the_key(folder):
-    settings, rows = Rows("r"), read_rows(str(folder / "r.jsonl"))
+    settings, rows = Rows("r"), make_rows(37)
 
-    def key(rows=rows, kind="llama3", **change):
+    def key(rows=rows, kind="llama3", name="r.jsonl", **change):
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
         tokens = dataclasses.replace(settings, **change).token_settings
-        return cache.content_key(rows, tiny(kind), VERSION, dataclasses.astuple(tokens))
+        listing = list_chunks(str(folder / name))
+        content = (listing.digest, listing.labels)
+        return cache.content_key(content, tiny(kind), VERSION, dataclasses.astuple(tokens))
 
     changes = (
         {"loss_on": "all"},
@@ -348,9 +351,10 @@ def test_whatever_changes_the_tokens_changes_the_key(folder):
     keys |= {key(kind=kind) for kind in ("chatml", "none", "gemma")}
     keys |= {
         key(rows[1:]),
-        key([rows[0]._replace(fields={"prompt": "x", "completion": "y"}), *rows[1:]]),
+        key([{"prompt": "x", "completion": "y"}, *rows[1:]]),
+        key(name="other.jsonl"),  # rows are named after it
     }
-    assert len(keys) == 1 + len(changes) + 3 + 2
+    assert len(keys) == 1 + len(changes) + 3 + 3
     assert {
         key(**change) for change in ({"batch": 2}, {"seed": 3}, {"packing": False}, {"epochs": 2.0})
     } <= keys

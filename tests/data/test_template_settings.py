@@ -232,7 +232,7 @@ def test_a_system_message_that_gemma_has_no_role_for_is_merged_at_every_stage(tm
 def open_rows(data, tokenizer, cache):
     """The first row as text, as the start of a run prints it."""
     if isinstance(data, Prompts):
-        return tokenizer.decode(read_prompts(data.train, data, tokenizer).ids[0])
+        return tokenizer.decode(read_prompts(data.train, data, tokenizer, cache).token_ids[0])
     return data.open(tokenizer, cache=cache).info.preview
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rl_workdir
 from prepared import load_and_compile, prepare
-from rl_completions import TOKENIZER, random_prompts
+from rl_completions import TOKENIZER, random_prompts, stored_prompts
 from safetensors.numpy import load_file
 from tiny_llama import tiny_tokenizer
 from tiny_run import Place
@@ -88,8 +88,8 @@ def bound_source(folder, rules=None, moments=None, **settings):
     """Rollouts of 8 prompts, sampled by FakeSampler and scored by the length of each completion."""
     rules, facts = rules or Rules((word_length,)), settings.pop("facts", {})
     data = Rollouts("x", rules=rules, **{"batch": 4, "group": 2, "max_new": 6, "passes": 2, **settings})
-    batch_prompts = random_prompts(8)
-    source = RolloutSource(data, TOKENIZER, batch_prompts, batch_prompts.select(()), 1)
+    batch_prompts = stored_prompts(8)
+    source = RolloutSource(data, TOKENIZER, batch_prompts, batch_prompts.subset(np.arange(0)), 1)
     scorer = RolloutScorer(rules, tuple(reward.prepare(None) for reward in rules.rewards), None, False)
     moments = np.zeros(3) if moments is None else moments
     return BoundRollouts(
@@ -139,7 +139,7 @@ def test_moments_of_scores_are_in_the_state_dict_and_come_back(tmp_path):
 
 def test_an_unbound_source_has_no_batches():
     source = RolloutSource(
-        Rollouts("x", rules=Rules((number,))), TOKENIZER, random_prompts(2), random_prompts(2), 1
+        Rollouts("x", rules=Rules((number,))), TOKENIZER, stored_prompts(2), stored_prompts(2), 1
     )
     for call in (partial(source.batch, 0), source.evaluate):
         with pytest.raises(ValueError, match="no run to sample completions with"):
@@ -330,9 +330,9 @@ def test_the_fingerprint_of_a_reward_model_is_a_dependency():
     reward = SimpleNamespace(name="judge", fingerprint=lambda: "abc")
     rules = SimpleNamespace(rewards=(reward,), train_on_truncated=True, filter=None)
     data = replace(Rollouts("x", rules=Rules((number,))), rules=rules)
-    info = rollouts.rollout_info(data, TOKENIZER, random_prompts(2), random_prompts(2))
+    info = rollouts.rollout_info(data, TOKENIZER, stored_prompts(2), stored_prompts(2))
     assert info.dependencies == {"reward_judge_fingerprint": "abc"}
-    plain = rollouts.rollout_info(Rollouts("x", rules=Rules((number,))), TOKENIZER, *[random_prompts(2)] * 2)
+    plain = rollouts.rollout_info(Rollouts("x", rules=Rules((number,))), TOKENIZER, *[stored_prompts(2)] * 2)
     assert plain.dependencies == {}
 
 

@@ -17,7 +17,7 @@ response, "gold" (data.third), is read from the column "reference".
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from jaxft.data.conversation import (
     split_row,
 )
 from jaxft.data.example import Chat, Completion
-from jaxft.data.formats import TEMPLATE_COLUMNS, Schemas
+from jaxft.data.formats import TEMPLATE_COLUMNS, RowFormat, Schemas
 from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
@@ -73,6 +73,7 @@ PAIR_SCHEMAS = Schemas(
         )
         for name in _PROMPT_COLUMNS
     },
+    strings=("preference", "unpaired"),
     example="prompt=...,chosen=...,rejected=...",
 )
 
@@ -116,22 +117,29 @@ def normalise_each_pair(
     rows: Sequence[Row], settings: PairTokenSettings
 ) -> Iterator[PairExample | InvalidRow]:
     """Yield every row as a PairExample, or what is wrong with it; see normalise_pairs."""
-    plain = settings.format == PLAIN
-    if settings.format not in ("auto", PLAIN, *PAIR_SCHEMAS.required):
-        raise ValueError(
-            f"data.format={settings.format!r}; use auto, {PLAIN} or one of {', '.join(PAIR_SCHEMAS.required)}"
-        )
+    schemas = pair_schemas(settings)
+    counts = formats.count_columns(rows, settings.columns, schemas)
+    return normalise_pairs_as(
+        formats.choose_format(counts, settings.format, settings.columns, schemas), rows, settings
+    )
+
+
+def pair_schemas(settings: PairTokenSettings) -> Schemas:
+    """Return the formats of preference rows, with the columns of numbers that the settings name."""
     numbers = (*settings.extras, *([settings.weight_column] if settings.weight_column else []))
     optional = {name: (*names, *numbers) for name, names in PAIR_SCHEMAS.optional.items()}
-    schemas = replace(PAIR_SCHEMAS, optional=optional)
-    format, renamed = formats.detect_format(
-        rows, "auto" if plain else settings.format, settings.columns, schemas
-    )
-    formats.require_strings(plain, format, ("preference", "unpaired"))
+    return replace(PAIR_SCHEMAS, optional=optional)
+
+
+def normalise_pairs_as(
+    format: RowFormat, rows: Iterable[Row], settings: PairTokenSettings
+) -> Iterator[PairExample | InvalidRow]:
+    """Yield every row as a PairExample of this format, or what is wrong with it."""
 
     def convert(row: Row | InvalidRow) -> PairExample:
-        return _pair(valid(row), format, settings)
+        return _pair(valid(row), format.name, settings)
 
+    renamed = formats.rename_rows(format, rows, settings.columns, pair_schemas(settings))
     return (attempt(convert, row) for row in renamed)
 
 

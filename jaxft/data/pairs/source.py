@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
-from jaxft.data.invalid import count_by_reason
 from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pairs import batches as planning
 from jaxft.data.pairs.formats import PairTokenSettings
@@ -30,7 +29,7 @@ from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import RowStats
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, learned_line, length_percentiles
-from jaxft.data.tokens import count_learned_ends, split_rows
+from jaxft.data.tokens import count_ids, split_rows
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -122,7 +121,7 @@ class PairRows(DataSettings):
             preview=_preview(tokenised, int(train.min()), tokenizer),
             stats=_stats(pairs, saved),
             warnings=tokenised.warnings,
-            learned_ends=count_learned_ends(tokenised, _response_ends(tokenised), tokenizer),
+            learned_ends=count_ids(_whole_ends(tokenised)),
         )
         return _source(info, pairs)
 
@@ -130,7 +129,7 @@ class PairRows(DataSettings):
         """Return all pairs, and the indices of the training and of the held-out ones."""
 
         def tokenise(ref: str) -> TokenisedPairs:
-            return tokenise_pairs(ref, self.token_settings, tokenizer, cache, self.allowed_invalid)
+            return tokenise_pairs(ref, self.token_settings, tokenizer, self.tokenising(cache))
 
         def held_out(pairs: TokenisedPairs) -> np.ndarray:
             least = 2 if self.third == "mismatched" else 1
@@ -196,10 +195,14 @@ class PlannedPairs:
 
 @dataclass(frozen=True)
 class PairSource(FixedSource[Pairs]):
-    """Batches of Pairs; see Source. keys: a hash of each pair's tokens, of training and held-out pairs."""
+    """Batches of Pairs; see Source."""
 
     pairs: PlannedPairs
-    keys: tuple[str, ...]
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """A hash of each pair's tokens, of training and held-out pairs."""
+        return self.pairs.tokenised.keys()
 
     def batch(self, step: int, state: TrainState | None = None) -> tuple[Pairs, Metrics]:
         """Return the batch of a step and no metrics."""
@@ -260,7 +263,7 @@ def _source(info: SourceInfo, pairs: PlannedPairs) -> PairSource:
     shapes = pair_batch_shapes(
         pairs.layout, tokenised.kinds, pairs.settings.micro, tokenised.reference is not None
     )
-    return PairSource(info, (shapes,), _evaluation_batches(pairs, pairs.held), pairs, tokenised.keys())
+    return PairSource(info, (shapes,), _evaluation_batches(pairs, pairs.held), pairs)
 
 
 def _prompts_of_row(batch: Pairs, row: int, count: int) -> list[Prompt]:
@@ -278,10 +281,10 @@ def _prompts_of_row(batch: Pairs, row: int, count: int) -> list[Prompt]:
     return prompts
 
 
-def _response_ends(pairs: TokenisedPairs) -> Int[np.ndarray, " responses"]:
-    """Return the index after the last token of each response that is not truncated."""
-    kept = (pairs.counts[:, 1:] > 0) & ~pairs.truncated[:, None]
-    return (pairs.starts + pairs.counts)[:, 1:][kept]
+def _whole_ends(pairs: TokenisedPairs) -> Int[np.ndarray, " responses"]:
+    """Return the last target of each response that is not truncated."""
+    ends = pairs.ends[~pairs.truncated]
+    return ends[ends >= 0]
 
 
 def _require_both_responses(pairs: TokenisedPairs) -> None:
@@ -330,11 +333,10 @@ def _fingerprint(pairs: PlannedPairs) -> str:
     segments.
     """
     rows, tokenised = pairs.settings, pairs.tokenised
-    settings = (rows.batch, rows.seed, rows.weighting, tokenised.kinds, rows.extras)
+    settings = (rows.batch, rows.seed, rows.weighting, tokenised.kinds, rows.extras, tokenised.digest)
     digest = hashlib.sha256(repr(settings).encode())
-    tokens = (tokenised.ids, tokenised.learned, tokenised.offsets, tokenised.extras, tokenised.weights)
-    for array in (*tokens, pairs.train, pairs.held, pairs.order(0)):
-        digest.update(np.ascontiguousarray(array).tobytes())
+    for array in (pairs.train, pairs.held, pairs.order(0)):
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:32]
 
 
@@ -366,8 +368,8 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         examples=len(pairs.train),
         held_out=len(pairs.held),
         dropped=tokenised.dropped,
-        invalid=count_by_reason(tokenised.invalid),
-        largest_id=int(tokenised.ids.max()),
+        invalid=tokenised.invalid,
+        largest_id=tokenised.largest_id,
         summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens "
         f"({100 * fill:.0f} % full), "
         f"{len(pairs.held)} held out, {tokenised.dropped} dropped as too long, {truncated} truncated",

@@ -1,11 +1,15 @@
 """Choose the held-out pairs, and the pairs that mismatched responses come from."""
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxft.data.pack import permutation
+from jaxft.data.flat import Flat
+from jaxft.data.pack import permutation, ranges
 from jaxft.data.pairs.batches import derangement
-from jaxft.data.pairs.tokens import TokenisedPairs, with_mismatched
+from jaxft.data.pairs.tokens import TokenisedPairs
 
 
 def held_out_pairs(pairs: TokenisedPairs, seed: int, count: int) -> Bool[np.ndarray, " pairs"]:
@@ -43,3 +47,39 @@ def mismatch_responses(
             )
         donors[members] = members[partner]
     return with_mismatched(pairs, donors, limit)
+
+
+def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedPairs:
+    """Add a response "mismatched" to each pair: one of pair donors[i], truncated to `limit` tokens with the
+    prompt.
+
+    Of donors with both responses, every other one lends its chosen response and the rest their rejected one:
+    KTO's reference point is a mean over both kinds (arXiv:2402.01306, section 4.1), as in TRL, which makes
+    two rows of a pair.
+    """
+    has_response = pairs.counts[donors, 1:3] > 0
+    column = 1 + has_response.argmax(1)
+    both = np.flatnonzero(has_response.all(1))
+    column[both] = 1 + np.arange(len(both)) % 2
+    counts = np.minimum(pairs.counts[donors, column], limit - pairs.counts[:, 0])
+    ends = np.where(counts < pairs.counts[donors, column], -1, pairs.ends[donors, column - 1])
+    starts = np.column_stack([pairs.starts, pairs.starts[donors, column]])
+    counts = np.column_stack([pairs.counts, counts])
+    where = ranges(starts.ravel(), counts.ravel())
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    learned = pairs.learned[where]
+    without_prompt = counts[:, 0] == 0
+    learned[offsets[:-1].reshape(counts.shape)[without_prompt, -1]] = False
+    bounds = np.concatenate([[0], np.cumsum(learned)])[offsets]
+    digest = hashlib.sha256(pairs.digest.encode() + learned.tobytes() + donors.tobytes())
+    return replace(
+        pairs,
+        kinds=(*pairs.kinds, "mismatched"),
+        ids=Flat([pairs.ids[where]]),
+        learned=Flat([learned]),
+        offsets=offsets,
+        reads=np.diff(bounds).reshape(counts.shape)[:, 1:],
+        ends=np.column_stack([pairs.ends, ends]),
+        hashes=np.column_stack([pairs.hashes, pairs.hashes[donors, column]]),
+        digest=digest.hexdigest(),
+    )

@@ -10,25 +10,33 @@ are counted. A row whose prompt differs in more than its last token is an error.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+import xxhash
+from jaxtyping import Bool, Float, Int, UInt64
 
 from jaxft.data import cache as files
 from jaxft.data import chat
-from jaxft.data.cache import Arrays
+from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
 from jaxft.data.chat import MaskedTokens
 from jaxft.data.example import Chat, Completion
+from jaxft.data.formats import RowFormat
 from jaxft.data.invalid import InvalidRow, InvalidRows, valid
-from jaxft.data.pack import ranges
-from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_each_pair
-from jaxft.data.rows import Row, read_rows
-from jaxft.data.tokens import TokenisedRows, arrays_and_rows, first_rows
+from jaxft.data.pack import number_groups
+from jaxft.data.pairs.formats import (
+    PairExample,
+    PairTokenSettings,
+    normalise_each_pair,
+    normalise_pairs_as,
+    pair_schemas,
+)
+from jaxft.data.row_files import Row
+from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, Tokenising, tokenise_dataset
+from jaxft.data.tokens import TokenisedRows, last_targets, row_fields
 
-VERSION = ("pairs", 5)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 6)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +45,17 @@ class TokenisedPairs(TokenisedRows):
     (empty if missing).
 
     Piece k of pair i is ids[offsets[i * K + k] : offsets[i * K + k + 1]], K = 1 + len(kinds). learned: marks
-    the tokens of responses that are targets; the first token of a sequence never is. truncated: marks
-    truncated pairs. prompt_end_moved: marks pairs where a token spans the end of the prompt. extras: the
-    extra columns. reference: the reference's log-prob of each token, 0 where it is no target; None before
-    they are computed.
+    the tokens of responses that are targets; the first token of a sequence never is. reads, ends: of each
+    response, see TokenisedRows; the end of a missing one is -1. hashes: of the tokens of each piece.
+    truncated: marks truncated pairs. prompt_end_moved: marks pairs where a token spans the end of the prompt.
+    extras: the extra columns. reference: the reference's log-prob of each token, 0 where it is no target;
+    None before they are computed.
     """
 
-    DTYPES: ClassVar[dict[str, Any]] = {
-        **TokenisedRows.DTYPES, "prompt_end_moved": np.bool_, "extras": np.float64, "weights": np.float64,
-    }  # fmt: skip
-
     kinds: tuple[str, ...]
+    reads: Int[np.ndarray, "pairs A"]
+    ends: Int[np.ndarray, "pairs A"]
+    hashes: UInt64[np.ndarray, "pairs K"]
     prompt_end_moved: Bool[np.ndarray, " pairs"]
     extras: Float[np.ndarray, "pairs columns"]
     weights: Float[np.ndarray, " pairs"]
@@ -68,12 +76,6 @@ class TokenisedPairs(TokenisedRows):
         """Tokens of all pieces of each pair."""
         return self.counts.sum(1)
 
-    @cached_property
-    def reads(self) -> Int[np.ndarray, "pairs A"]:
-        """Target tokens of each response."""
-        before = np.concatenate([[0], np.cumsum(self.learned)])[self.offsets]
-        return np.diff(before).reshape(len(self), 1 + len(self.kinds))[:, 1:]
-
     def piece(self, pair: int, number: int) -> Int[np.ndarray, " n"]:
         """Return the token ids of the prompt (0) or a response (1, 2, ...)."""
         start = self.starts[pair, number]
@@ -81,9 +83,7 @@ class TokenisedPairs(TokenisedRows):
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " pairs"]:
         """Return a number for each pair, equal for pairs whose given pieces have the same tokens."""
-        groups: dict[tuple, int] = {}
-        texts = (tuple(self.piece(i, k).tobytes() for k in pieces) for i in range(len(self)))
-        return np.array([groups.setdefault(text, len(groups)) for text in texts], np.int64)
+        return number_groups(self.hashes[:, list(pieces)])
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "TokenisedPairs":
         """Add the reference's log-probs of every pair, in order of kind and position in the response."""
@@ -100,7 +100,7 @@ class TokenisedPairs(TokenisedRows):
                     "ones; compute them again"
                 )
         reference = np.zeros(len(self.ids), np.float32)
-        reference[self.learned] = np.concatenate([logps[i] for i in range(len(self))])
+        reference[np.asarray(self.learned)] = np.concatenate([logps[i] for i in range(len(self))])
         return replace(self, reference=reference)
 
     def keys(self) -> tuple[str, ...]:
@@ -118,32 +118,45 @@ class TokenisedPairs(TokenisedRows):
         return digest.hexdigest()[:40]
 
 
-def tokenise_pairs(
-    ref: str,
-    settings: PairTokenSettings,
-    tokenizer: Any,
-    cache: Path | None = None,
-    invalid_limit: float | None = None,
-) -> TokenisedPairs:
-    """Read the rows of `ref` and tokenise them as pairs, or load the tokens from the cache.
+def pair_columns(settings: PairTokenSettings) -> ColumnTypes:
+    """Return the columns of tokenised pairs in a cache file."""
+    kinds, extras = len(settings.kinds), len(settings.extras)
+    columns = {
+        "ids": ColumnType(np.int32, "counts"),
+        "learned": ColumnType(np.bool_, "counts"),
+        "counts": ColumnType(np.int32, width=1 + kinds),
+        "reads": ColumnType(np.int64, width=kinds),
+        "ends": ColumnType(np.int32, width=kinds),
+        "hashes": ColumnType(np.uint64, width=1 + kinds),
+        "truncated": ColumnType(np.bool_),
+        "responses": ColumnType(np.int32),
+        "learned_responses": ColumnType(np.int32),
+        "prompt_end_moved": ColumnType(np.bool_),
+        "weights": ColumnType(np.float64),
+        "source": ColumnType(np.int32),
+        "number": ColumnType(np.int64),
+    }
+    return columns | ({"extras": ColumnType(np.float64, width=extras)} if extras else {})
 
-    invalid_limit: see InvalidRows.
-    """
-    invalid = InvalidRows(invalid_limit)
-    rows = read_rows(ref, invalid)
-    key = files.content_key(rows, tokenizer, VERSION, astuple(settings))
-    arrays, state = files.load_or_make(
-        files.row_cache_folder(cache) / f"{key}.npz",
-        TokenisedPairs.DTYPES | files.INVALID_DTYPE,
-        lambda arrays: _is_sound(arrays, len(rows), settings),
-        lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
+
+def tokenise_pairs(
+    ref: str, settings: PairTokenSettings, tokenizer: Any, how: Tokenising = DEFAULT_TOKENISING
+) -> TokenisedPairs:
+    """Read the rows of `ref` and tokenise them as pairs, or load the tokens from the cache."""
+    kind = RowKind(
+        version=VERSION,
+        key=astuple(settings),
+        settings=settings,
+        stored=pair_columns(settings),
+        schemas=pair_schemas(settings),
+        tokenise=partial(_tokenise, settings=settings),
     )
-    fields = arrays_and_rows(ref, rows, arrays, invalid, settings.max_length)
-    some = first_rows([rows[i] for i in arrays["row_numbers"]], settings.columns)
-    examples = _responses(some, settings)
+    found = tokenise_dataset(ref, kind, tokenizer, how)
+    columns = {"extras": np.empty((len(found.names), 0)), **row_fields(ref, found, settings.max_length)}
+    examples = _responses(found.examples, settings)
     checks = (chat.tools_warnings, chat.content_warnings)
     warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
-    return TokenisedPairs(**fields, kinds=settings.kinds, warnings=tuple(warnings), cache=state)
+    return TokenisedPairs(**columns, kinds=settings.kinds, warnings=tuple(warnings))
 
 
 def _responses(rows: Sequence[Row], settings: PairTokenSettings) -> list[Chat | Completion]:
@@ -153,37 +166,18 @@ def _responses(rows: Sequence[Row], settings: PairTokenSettings) -> list[Chat | 
     return [response for responses in found for response in responses if response is not None]
 
 
-def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedPairs:
-    """Add a response "mismatched" to each pair: one of pair donors[i], truncated to `limit` tokens with the
-    prompt.
-
-    Of donors with both responses, every other one lends its chosen response and the rest their rejected one:
-    KTO's reference point is a mean over both kinds (arXiv:2402.01306, section 4.1), as in TRL, which makes
-    two rows of a pair.
-    """
-    has_response = pairs.counts[donors, 1:3] > 0
-    column = 1 + has_response.argmax(1)
-    both = np.flatnonzero(has_response.all(1))
-    column[both] = 1 + np.arange(len(both)) % 2
-    counts = np.minimum(pairs.counts[donors, column], limit - pairs.counts[:, 0])
-    starts = np.column_stack([pairs.starts, pairs.starts[donors, column]])
-    counts = np.column_stack([pairs.counts, counts])
-    where = ranges(starts.ravel(), counts.ravel())
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    learned = pairs.learned[where]
-    without_prompt = counts[:, 0] == 0
-    learned[offsets[:-1].reshape(counts.shape)[without_prompt, -1]] = False
-    kinds = (*pairs.kinds, "mismatched")
-    return replace(pairs, kinds=kinds, ids=pairs.ids[where], learned=learned, offsets=offsets)
-
-
 # ---- rows to tokens
 
 
 def _tokenise(
-    rows: Sequence[Row], settings: PairTokenSettings, tokenizer: Any, invalid: InvalidRows
-) -> Arrays:
-    pairs = list(normalise_each_pair(rows, settings)) if rows else []
+    rows: Sequence[Row],
+    format: RowFormat,
+    tokenizer: Any,
+    invalid: InvalidRows,
+    settings: PairTokenSettings,
+) -> ChunkColumns:
+    """Return the columns of a chunk's pairs; see RowKind."""
+    pairs = list(normalise_pairs_as(format, rows, settings))
     present = [
         [response for response in pair.responses.values() if response is not None]
         for pair in pairs
@@ -196,7 +190,8 @@ def _tokenise(
         settings.template,
     )
     prompts = chat.example_prompt_ids([responses[0] for responses in present], tokenizer, settings.template)
-    columns: dict[str, Any] = {name: [] for name in TokenisedPairs.DTYPES}
+    stored = pair_columns(settings)
+    columns: dict[str, Any] = {name: [] for name in (*stored, "extras", "index")}
     for number, outcome in enumerate(pairs):
         with invalid.skip():
             pair = valid(outcome)
@@ -208,18 +203,29 @@ def _tokenise(
             border, responses, flags = tokens
             _append_pieces(columns, pair, border, responses)
             for name, value in {
-                "row_numbers": number,
+                "index": number,
                 "extras": pair.extras,
                 "weights": pair.weight,
                 **flags,
             }.items():
                 columns[name].append(value)
-    columns["offsets"] = [0, *np.cumsum(columns["offsets"])]
-    for name in ("ids", "learned"):
-        columns[name] = np.concatenate(columns[name]) if columns[name] else []
-    arrays = {name: np.asarray(columns[name], dtype) for name, dtype in TokenisedPairs.DTYPES.items()}
-    arrays["extras"] = arrays["extras"].reshape(len(arrays["row_numbers"]), len(settings.extras))
-    return {**arrays, "invalid": files.pack_invalid(invalid.found)}
+    columns |= {name: np.concatenate(columns[name]) for name in ("ids", "learned") if columns[name]}
+    index = np.asarray(columns["index"], np.int64)
+    part: ChunkColumns = {}
+    for name, (dtype, _, width) in stored.items():
+        if name not in (*files.NAMING, "ends"):
+            values = np.asarray(columns[name], dtype)
+            part[name] = values if width is None else values.reshape(-1, width)
+    return {**part, "ends": _ends(part, tokenizer), "index": index}
+
+
+def _ends(part: ChunkColumns, tokenizer: Any) -> Int[np.ndarray, "pairs A"]:
+    """Return the last target of each response, -1 of a missing one."""
+    after = np.cumsum(part["counts"]).reshape(part["counts"].shape)[:, 1:]
+    present = part["counts"][:, 1:] > 0
+    ends = np.full(present.shape, -1, np.int32)
+    ends[present] = last_targets(part["ids"], part["learned"], after[present], tokenizer)
+    return ends
 
 
 def _pair_tokens(
@@ -253,15 +259,16 @@ def _pair_tokens(
 def _append_pieces(
     columns: dict[str, list], pair: PairExample, border: int, responses: dict[str, MaskedTokens]
 ) -> None:
-    """Append the pieces of a pair; the column `offsets` collects their lengths."""
+    """Append the pieces of a pair with their counts and hashes, and the reads of its responses."""
     ids, learned = next(iter(responses.values()))
     empty = (ids[:0], learned[:0])
     bodies = [responses.get(kind, empty) for kind in pair.responses]
     pieces = [(ids[:border], learned[:border]), *((i[border:], m[border:]) for i, m in bodies)]
-    for i, m in pieces:
-        columns["ids"].append(i)
-        columns["learned"].append(m)
-        columns["offsets"].append(len(i))
+    columns["ids"] += [i for i, _ in pieces]
+    columns["learned"] += [m for _, m in pieces]
+    columns["counts"].append([len(i) for i, _ in pieces])
+    columns["hashes"].append([xxhash.xxh3_64_intdigest(i.tobytes()) for i, _ in pieces])
+    columns["reads"].append([int(m.sum()) for _, m in pieces[1:]])
 
 
 def _border(
@@ -349,16 +356,3 @@ def _require_different_tokens(
             f"chosen and rejected are the same tokens when truncated to "
             f"data.max_length={truncated_to}; raise data.max_length or set data.too_long=drop",
         )
-
-
-def _is_sound(arrays: Arrays, row_count: int, settings: PairTokenSettings) -> bool:
-    """Whether the shapes of loaded arrays agree with one another, the settings and the number of rows."""
-    pairs, tokens, kinds = len(arrays["row_numbers"]), len(arrays["ids"]), len(settings.kinds)
-    fits = all(
-        arrays[name].shape == (pairs,)
-        for name in ("truncated", "prompt_end_moved", "weights", "responses", "learned_responses")
-    )
-    fits = fits and arrays["extras"].shape == (pairs, len(settings.extras))
-    fits = fits and arrays["learned"].shape == (tokens,)
-    fits = fits and arrays["offsets"].shape == (pairs * (1 + kinds) + 1,) and arrays["offsets"][-1] == tokens
-    return bool(fits and (arrays["row_numbers"] < row_count).all())

@@ -1,0 +1,282 @@
+"""Tokenise the prompts of rollouts, and keep them with the columns of their rows in a memory-mapped file."""
+
+import base64
+import datetime
+import decimal
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import xxhash
+from jaxtyping import Int, UInt64
+
+from jaxft.data import chat
+from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
+from jaxft.data.conversation import prompt_of
+from jaxft.data.example import Chat, Completion, Message, as_given
+from jaxft.data.flat import Flat, Made, RowNames
+from jaxft.data.formats import RowFormat, split_column
+from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, attempt, valid
+from jaxft.data.row_files import Row
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.tokenise import RowKind, Tokenising, tokenise_dataset
+
+VERSION = ("prompts", 1)  # increase it when the same rows become other tokens
+PROMPT_COLUMN_TYPES: ColumnTypes = {
+    "ids": ColumnType(np.int32, "counts"),
+    "counts": ColumnType(np.int32),
+    "fields": ColumnType(np.uint8, "field_bytes"),
+    "field_bytes": ColumnType(np.int32),
+    "hashes": ColumnType(np.uint64, width=2),
+    "source": ColumnType(np.int32),
+    "number": ColumnType(np.int64),
+}
+
+
+@dataclass(frozen=True)
+class PromptTokenSettings:
+    """The settings that the tokens of a prompt depend on; they are part of the cache key."""
+
+    columns: tuple[str, ...]
+    format: str
+    max_prompt: int
+    too_long: str
+    template: TemplateSettings
+
+
+@dataclass(frozen=True)
+class TokenisedPrompts:
+    """Prompts as token ids, with the names and columns of their rows.
+
+    prompts: what the ids were made from. template: how they are rendered.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+    prompts: tuple[Chat | Completion, ...]
+    fields: tuple[dict[str, Any], ...]
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def as_given(self, number: int) -> str | list[Message]:
+        """Return a prompt as reward functions read it: a string or the messages."""
+        return as_given(self.prompts[number])
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompts that are read from a file when they are used.
+
+    chosen: indices of the prompts in the columns. ids, offsets: the tokens of prompt i are
+    ids[offsets[i]:offsets[i + 1]]. texts, text_offsets: the columns of its row as JSON. hashes: of the
+    tokens, and of tokens and columns together. largest_id: the largest token id. dropped: number of prompts
+    that were left out because they are too long. invalid: the invalid rows that were left out. examples:
+    prompts on which warnings look.
+    """
+
+    settings: PromptTokenSettings
+    chosen: Int[np.ndarray, " prompts"]
+    ids: Flat
+    offsets: Int[np.ndarray, " all_plus_1"]
+    texts: Flat
+    text_offsets: Int[np.ndarray, " all_plus_1"]
+    hashes: UInt64[np.ndarray, "all 2"]
+    row_names: RowNames
+    largest_id: int
+    dropped: int
+    invalid: tuple[InvalidCount, ...]
+    examples: tuple[Chat | Completion, ...]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " prompts"]:
+        """Tokens of each prompt."""
+        return np.diff(self.offsets)[self.chosen]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the rows."""
+        return Made(len(self), self._name)
+
+    @property
+    def fields(self) -> Sequence[dict[str, Any]]:
+        """The columns of the rows."""
+        return Made(len(self), self._fields)
+
+    @property
+    def token_ids(self) -> Sequence[tuple[int, ...]]:
+        """The token ids of the prompts."""
+        return Made(len(self), self._ids)
+
+    def select(self, numbers: Sequence[int] | Int[np.ndarray, " n"]) -> TokenisedPrompts:
+        """Read the prompts with these indices."""
+        names = tuple(self._name(i) for i in numbers)
+        fields = tuple(self._fields(i) for i in numbers)
+        prompts = (
+            prompt_of(Row(name, columns), self.settings.format)
+            for name, columns in zip(names, fields, strict=True)
+        )
+        ids = tuple(self._ids(i) for i in numbers)
+        return TokenisedPrompts(ids, names, tuple(prompts), fields, self.settings.template)
+
+    def subset(self, numbers: Int[np.ndarray, " n"]) -> "PromptRows":
+        """Return the prompts with these indices, without the counts of what was left out."""
+        return replace(self, chosen=self.chosen[numbers], dropped=0, invalid=())
+
+    def _name(self, number: int) -> str:
+        return str(self.row_names[self.chosen[number]])
+
+    def _ids(self, number: int) -> tuple[int, ...]:
+        start, stop = self.offsets[self.chosen[number] :][:2]
+        return tuple(self.ids[start:stop].tolist())
+
+    def _fields(self, number: int) -> dict[str, Any]:
+        start, stop = self.text_offsets[self.chosen[number] :][:2]
+        return json.loads(self.texts[start:stop].tobytes(), object_hook=_value_of)
+
+
+def tokenise_prompts(ref: str, settings: PromptTokenSettings, tokenizer: Any, how: Tokenising) -> PromptRows:
+    """Read the prompts of `ref` and tokenise them as training does, or load the tokens from the cache.
+
+    Raises ValueError that names the row.
+    """
+    kind = RowKind(
+        version=VERSION,
+        key=astuple(settings),
+        settings=settings,
+        stored=PROMPT_COLUMN_TYPES,
+        schemas=None,
+        tokenise=partial(_tokenise, settings=settings),
+    )
+    found = tokenise_dataset(ref, kind, tokenizer, how)
+    if not len(found.names):
+        raise ValueError(
+            f"{ref}: all {found.dropped} prompts have more tokens than data.max_prompt="
+            f"{settings.max_prompt}; raise it"
+        )
+    columns = found.stored.columns
+    examples = [prompt_of(rename_columns(row, settings.columns), settings.format) for row in found.examples]
+
+    def offsets(counts: str) -> Int[np.ndarray, " all_plus_1"]:
+        return np.concatenate([[0], np.cumsum(np.asarray(columns[counts]), dtype=np.int64)])
+
+    return PromptRows(
+        settings=settings,
+        chosen=np.arange(len(found.names)),
+        ids=columns["ids"],
+        offsets=offsets("counts"),
+        texts=columns["fields"],
+        text_offsets=offsets("field_bytes"),
+        hashes=np.asarray(columns["hashes"]),
+        row_names=found.names,
+        largest_id=found.largest_id,
+        dropped=found.dropped,
+        invalid=found.invalid,
+        examples=tuple(examples),
+    )
+
+
+def rename_columns(row: Row, columns: Sequence[str]) -> Row:
+    """Return the row with the columns that items of data.columns, "ours=theirs", name, and all others.
+
+    Raises InvalidRow if the row lacks one of them.
+    """
+    fields = dict(row.fields)
+    for item in columns:
+        ours, theirs = split_column(item)
+        if theirs not in row.fields:
+            raise InvalidRow(
+                row.name,
+                f"missing column {theirs!r}",
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"{', '.join(map(str, row.fields))}",
+            )
+        fields[ours] = row.fields[theirs]
+    return Row(row.name, fields)
+
+
+def _tokenise(
+    rows: Sequence[Row],
+    format: RowFormat,
+    tokenizer: Any,
+    invalid: InvalidRows,
+    settings: PromptTokenSettings,
+) -> ChunkColumns:
+    """Return the columns of a chunk's prompts; see RowKind."""
+
+    def read(row: Row | InvalidRow) -> Chat | Completion:
+        return prompt_of(valid(row), settings.format)
+
+    renamed = [attempt(rename_columns, row, settings.columns) for row in rows]
+    examples = [attempt(read, row) for row in renamed]
+    found = [prompt for prompt in examples if not isinstance(prompt, InvalidRow)]
+    tokenised = chat.example_prompt_ids(found, tokenizer, settings.template)
+    index, ids, texts, hashes = list[int](), list[np.ndarray](), list[np.ndarray](), list[list[int]]()
+    for number, (outcome, example) in enumerate(zip(renamed, examples, strict=True)):
+        with invalid.skip():
+            row = valid(outcome)
+            if isinstance(example, InvalidRow):
+                raise example
+            tokens = valid(next(tokenised))
+            if not tokens:
+                raise InvalidRow(
+                    row.name, "empty prompt", "the prompt has no tokens; fill it or remove the row"
+                )
+            if len(tokens) > settings.max_prompt:
+                if settings.too_long == "error":
+                    raise ValueError(
+                        f"{row.name}: the prompt has {len(tokens)} tokens, more than "
+                        f"data.max_prompt={settings.max_prompt}; raise it or set data.too_long=drop"
+                    )
+                continue
+            index.append(number)
+            ids.append(np.asarray(tokens, np.int32))
+            texts.append(np.frombuffer(json.dumps(row.fields, default=_json_of).encode(), np.uint8))
+            of_ids = xxhash.xxh3_64(ids[-1].tobytes())
+            first = of_ids.intdigest()
+            of_ids.update(texts[-1].tobytes())
+            hashes.append([first, of_ids.intdigest()])
+    return {
+        "ids": np.concatenate([*ids, np.zeros(0, np.int32)]),
+        "counts": np.array([len(x) for x in ids], np.int32),
+        "fields": np.concatenate([*texts, np.zeros(0, np.uint8)]),
+        "field_bytes": np.array([len(x) for x in texts], np.int32),
+        "hashes": np.array(hashes, np.uint64).reshape(-1, 2),
+        "index": np.array(index, np.int64),
+    }
+
+
+# ---- values that JSON lacks, of columns that rewards read
+
+_TYPE = "__type__"
+_READERS: dict[str, Callable[[str], Any]] = {
+    "bytes": base64.b64decode,
+    "datetime": datetime.datetime.fromisoformat,
+    "date": datetime.date.fromisoformat,
+    "time": datetime.time.fromisoformat,
+    "Decimal": decimal.Decimal,
+}
+
+
+def _json_of(value: Any) -> Any:
+    """Return JSON for a value of a table: of other types than _READERS its text."""
+    name = type(value).__name__
+    if isinstance(value, bytes):
+        return {_TYPE: name, "value": base64.b64encode(value).decode()}
+    if isinstance(value, datetime.date | datetime.time):
+        return {_TYPE: name, "value": value.isoformat()}
+    return {_TYPE: name, "value": str(value)} if isinstance(value, decimal.Decimal) else str(value)
+
+
+def _value_of(found: dict[str, Any]) -> Any:
+    """Return the value that `_json_of` has stored."""
+    if found.keys() == {_TYPE, "value"} and found[_TYPE] in _READERS:
+        return _READERS[found[_TYPE]](found["value"])
+    return found

@@ -1,0 +1,331 @@
+"""Read the rows of a file in chunks, which processes can read independently of one another.
+
+A chunk is a range of lines, of the rows of a Parquet file or of a table, or rows that are already in memory.
+Every row has a name such as `file.jsonl:17`, which errors, the inspector and the report of a non-finite step
+print.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft.data.invalid import InvalidRow, attempt
+from jaxft.data.limits import LINE_BYTES
+
+ROW_CHUNK_BYTES = 2 << 20  # of lines of text
+CHUNK_ROWS = 1 << 13
+_BOM = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """A row of a dataset: its name, FILE:LINE, and its columns."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+Outcome = Row | InvalidRow
+
+
+# ---- chunks
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a JSONL file from byte `start` to before byte `stop`. line: number of the first."""
+
+    path: Path
+    start: int
+    stop: int
+    line: int
+
+    @property
+    def label(self) -> str:
+        """What the names of the rows begin with."""
+        return self.path.name
+
+    def rows(self) -> Iterator[Outcome]:
+        """Read the rows."""
+        with named_errors(self.path):
+            yield from _read_lines(self)
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """Rows `start` to `stop` of a row group of a Parquet file. before: rows of the groups before it."""
+
+    path: Path
+    group: int
+    start: int
+    stop: int
+    before: int
+
+    @property
+    def label(self) -> str:
+        """What the names of the rows begin with."""
+        return self.path.name
+
+    def rows(self) -> Iterator[Outcome]:
+        """Read the rows."""
+        with named_errors(self.path):
+            yield from _read_group_rows(self)
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Rows `start` to `stop` of a table of the package datasets.
+
+    where: the name of the table in errors. label: what the names of the rows begin with.
+    """
+
+    table: Any
+    start: int
+    stop: int
+    where: str
+    label: str
+
+    def rows(self) -> Iterator[Outcome]:
+        """Read the rows."""
+        items = self.table.select(range(self.start, self.stop))
+        for number, item in enumerate(map(without_added_nulls, items), self.start + 1):
+            yield attempt(row_of, item, f"{self.where}:{number}", f"{self.label}:{number}")
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """Rows in memory. label: what their names begin with."""
+
+    loaded: tuple[Outcome, ...]
+    label: str
+
+    def rows(self) -> Iterator[Outcome]:
+        """Return the rows."""
+        return iter(self.loaded)
+
+
+Chunk = Lines | GroupRows | TableRows | LoadedRows
+Blocks = Callable[[bytes], object]  # receives the file's bytes, block by block
+
+
+def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[LoadedRows]:
+    """Yield rows in windows of limited number and length."""
+    window: list[Outcome] = []
+    size = 0
+    for row in rows:
+        window.append(row)
+        size += sum(len(x) for x in row.fields.values() if isinstance(x, str)) if isinstance(row, Row) else 0
+        if len(window) == CHUNK_ROWS or size > ROW_CHUNK_BYTES:
+            yield LoadedRows(tuple(window), label)
+            window, size = [], 0
+    if window:
+        yield LoadedRows(tuple(window), label)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Name the file in errors of the system."""
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+    except OSError as error:
+        if error.filename or not error.strerror:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# ---- JSON
+
+
+def _parse(text: bytes, name: str, line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
+        near = text[max(0, error.pos - 20) : error.pos + 20].decode(errors="replace").strip()
+        raise InvalidRow(
+            where,
+            "malformed JSON",
+            f"malformed JSON, {error.msg} at column {error.colno}, near {near!r}; fix or remove it",
+        ) from error
+    except RecursionError as error:
+        raise InvalidRow(
+            name, "malformed JSON", "malformed JSON, nested too deeply; fix or remove it"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRow(
+            name,
+            "not UTF-8",
+            f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8",
+        ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InvalidRow(name, "malformed JSON", f"malformed JSON, {error}; fix or remove it") from error
+
+
+def row_of(value: Any, where: str, name: str) -> Row:
+    """Return a row of these columns. where: its name in errors."""
+    if not isinstance(value, dict):
+        raise InvalidRow(
+            where, "not an object", f"the row is a {type(value).__name__}; use an object with named columns"
+        )
+    if not any(v not in (None, "", [], {}) for v in value.values()):
+        raise InvalidRow(where, "empty row", "the row is empty; fill or remove it")
+    return Row(name, value)
+
+
+def scan_lines(path: Path, report: Blocks) -> tuple[Lines, ...]:
+    """Read a JSONL file once and divide it into chunks of about ROW_CHUNK_BYTES.
+
+    Blank lines at its end are in no chunk.
+    """
+    starts = [(0, 1)]  # byte and number of the first line of each chunk
+    at = lines = end = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            report(block)
+            text = block if at else block.removeprefix(_BOM)
+            if text.strip():
+                end = at + len(block.rstrip())
+            while (found := block.find(b"\n", max(0, starts[-1][0] + ROW_CHUNK_BYTES - at))) >= 0:
+                starts.append((at + found + 1, 1 + lines + block.count(b"\n", 0, found + 1)))
+            at, lines = at + len(block), lines + block.count(b"\n")
+    bounds = zip(starts, [*(start for start, _ in starts[1:]), at], strict=True)
+    return tuple(Lines(path, start, min(stop, end), line) for (start, line), stop in bounds if start < end)
+
+
+def _read_lines(chunk: Lines) -> Iterator[Outcome]:
+    path, number = chunk.path, chunk.line - 1
+    with path.open("rb") as file:
+        file.seek(chunk.start)
+        at = chunk.start
+        while at < chunk.stop:
+            line = file.readline(LINE_BYTES + 1)
+            number, at = number + 1, at + len(line)
+            if len(line) > LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LINE_BYTES)
+                at = file.tell()
+                problem = f"the line has more than {LINE_BYTES >> 20} MiB; split or remove the row"
+                yield InvalidRow(f"{path}:{number}", "too large", problem)
+                continue
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                yield attempt(_line, path, number, line.rstrip())
+            else:  # editors leave blank lines at the end; elsewhere they are errors
+                problem = "the row is empty (a blank line between rows); remove it"
+                yield InvalidRow(f"{path}:{number}", "empty row", problem)
+
+
+def _line(path: Path, number: int, text: bytes) -> Row:
+    where = f"{path}:{number}"
+    return row_of(_parse(text, where), where, f"{path.name}:{number}")
+
+
+def has_json_lines(path: Path) -> bool:
+    """Whether a .json file begins with an object on a line and has further lines, as in many hub datasets."""
+    with path.open("rb") as file:
+        first = file.readline(LINE_BYTES).removeprefix(_BOM)
+        if first.lstrip()[:1] != b"{" or not file.read(1 << 20).strip():
+            return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_json(path: Path) -> Iterator[Outcome]:
+    """Read the rows of a JSON file: a list of objects, one object, or lines of objects."""
+    text = path.read_bytes().removeprefix(_BOM)
+    if text.lstrip()[:1] == b"{":
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            yield from chain.from_iterable(chunk.rows() for chunk in scan_lines(path, len))
+            return
+    else:
+        value = _parse(text, f"{path}:1")
+    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+        yield attempt(row_of, item, f"{path}:{number}", f"{path.name}:{number}")
+
+
+# ---- Parquet
+
+
+def scan_groups(path: Path) -> Iterator[GroupRows]:
+    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows."""
+    before = 0
+    with named_errors(path), _open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            for start in range(0, count, CHUNK_ROWS):
+                yield GroupRows(path, group, start, min(start + CHUNK_ROWS, count), before)
+            before += count
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow; run `pip install datasets`") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except InvalidRow:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are both
+        raise ValueError(
+            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); download it again"
+        ) from error
+
+
+def _read_group_rows(chunk: GroupRows) -> Iterator[Outcome]:
+    path, at = chunk.path, 0
+    number = chunk.before + chunk.start  # of rows before the next
+    with _open_parquet(path) as file:
+        for batch in file.iter_batches(CHUNK_ROWS, row_groups=[chunk.group]):
+            if at >= chunk.stop:
+                return
+            part = batch.slice(max(0, chunk.start - at), chunk.stop - max(at, chunk.start))
+            at += batch.num_rows
+            for item in _items(part, path, number):
+                number += 1
+                if not isinstance(item, InvalidRow):
+                    item = without_added_nulls(item)
+                    item = attempt(row_of, item, f"{path}:{number}", f"{path.name}:{number}")
+                yield item
+
+
+def _items(batch: Any, path: Path, before: int) -> Iterable[Any]:
+    """Return the rows of a record batch. before: rows of the file before it."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # a time beyond the year 9999, or text that is not UTF-8
+        return (attempt(_table_row, batch, i, f"{path}:{before + i + 1}") for i in range(batch.num_rows))
+
+
+def _table_row(table: Any, index: int, where: str) -> Any:
+    try:
+        return table.slice(index, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        problem = f"a value cannot be read ({str(error).splitlines()[0]}); fix or remove it"
+        raise InvalidRow(where, "unreadable value", problem) from error
+
+
+def without_added_nulls(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a table without the nulls that Arrow gives nested objects for keys of other rows.
+
+    Columns keep their nulls.
+    """
+    return {column: _without_nulls(value) for column, value in item.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value

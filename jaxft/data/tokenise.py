@@ -1,0 +1,355 @@
+"""Tokenise a dataset chunk by chunk, in this process or in several, into a cache file.
+
+Worker processes are started by `spawn`: a process that has started JAX has threads, whose locks a fork would
+copy in any state. Workers import neither JAX nor the caller's weights. Each reads its chunks from the files
+and returns their columns, which this process writes in the order of the rows, so the file is the same for
+any number of workers.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxft.data import cache as files
+from jaxft.data import formats
+from jaxft.data.cache import ChunkColumns, ColumnTypes, StoredFacts, StoredRows
+from jaxft.data.flat import RowNames
+from jaxft.data.formats import ColumnCounts, RowFormat, Schemas
+from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, Tally
+from jaxft.data.row_files import ROW_CHUNK_BYTES, Chunk, LoadedRows, Row
+from jaxft.data.rows import Listing, check_rows, list_chunks
+
+MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
+SMALL_DATASET = 8  # chunks: fewer are tokenised sooner than further processes have started
+
+
+class RowSettings(Protocol):
+    """What the settings of tokenised rows have in common."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See data.columns."""
+
+    @property
+    def format(self) -> str:
+        """See data.format."""
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """How rows of one kind are tokenised; worker processes get a copy.
+
+    version: of the code. key: the settings that the tokens depend on, for the cache key. stored: the columns
+    that `tokenise` returns, and those of files.NAMING. schemas: the accepted formats, None if rows need no
+    common one.
+    tokenise(rows, format, tokenizer, invalid): the columns of the rows that are left, with the index of each
+    in `rows` as "index".
+    """
+
+    version: Any
+    key: tuple
+    settings: RowSettings
+    stored: ColumnTypes
+    schemas: Schemas | None
+    tokenise: Callable[[Sequence[Row], RowFormat, Any, InvalidRows], ChunkColumns]
+
+
+class Tokenising(NamedTuple):
+    """Settings of this computer and of invalid rows, on which the tokens do not depend.
+
+    cache: the folder of the cache, None for its usual place. invalid_limit: see InvalidRows. workers:
+    processes; None for one per CPU, or this one alone for a small dataset.
+    """
+
+    cache: Path | None = None
+    invalid_limit: float | None = None
+    workers: int | None = None
+
+
+DEFAULT_TOKENISING = Tokenising()
+
+
+@dataclass(frozen=True)
+class TokenisedDataset:
+    """A tokenised dataset.
+
+    names: of the rows that are left. largest_id: the largest token id. dropped: number of rows that are too
+    long. invalid: what was left out. examples: the first row, and the first with a system message and with
+    tools. state: how the columns came about, see cache.load_or_make.
+    """
+
+    stored: StoredRows
+    names: RowNames
+    largest_id: int
+    dropped: int
+    invalid: tuple[InvalidCount, ...]
+    examples: tuple[Row, ...]
+    state: str
+
+
+def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -> TokenisedDataset:
+    """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
+
+    Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, and if none is left.
+    """
+    listing = list_chunks(ref)
+    content = (listing.digest, listing.labels)
+    key = files.content_key(content, tokenizer, kind.version, kind.key)
+    stored, state = files.load_or_make(
+        files.row_cache_folder(how.cache) / f"{key}.arrow",
+        kind.stored,
+        partial(_tokenise, ref, listing, kind, tokenizer, how),
+    )
+    facts, invalid = stored.facts, InvalidRows(how.invalid_limit)
+    invalid.merge(_tallies(facts["invalid"], listing.folder))
+    names = RowNames(listing.labels, stored.columns["source"], stored.columns["number"])
+    invalid.check(ref, facts["total"] + facts["unreadable"])
+    dropped = facts["total"] + facts["unreadable"] - invalid.total - len(names)
+    examples = tuple(Row(name, fields) for name, fields in facts["examples"])
+    return TokenisedDataset(stored, names, facts["largest_id"], dropped, invalid.counts(), examples, state)
+
+
+def _tokenise(
+    ref: str,
+    listing: Listing,
+    kind: RowKind,
+    tokenizer: Any,
+    how: Tokenising,
+    add: Callable[[ChunkColumns], None],
+) -> StoredFacts:
+    """Tokenise all chunks; see cache.load_or_make."""
+    invalid, sources = InvalidRows(how.invalid_limit), {x: i for i, x in enumerate(listing.labels)}
+    total, unreadable, largest, some = 0, 0, 0, list[Row]()
+    with start_workers(worker_count(how.workers, listing.size), (kind, tokenizer, how.invalid_limit)) as run:
+        format, chunks = _format_of(ref, listing, kind, run, how.invalid_limit)
+        for done in run(partial(tokenise_chunk, format=format), chunks):
+            invalid.merge(done.invalid)
+            total, unreadable = total + done.rows, unreadable + done.unreadable
+            some = first_rows([*some, *done.examples], kind.settings.columns)
+            count = len(done.part["number"])
+            if count:
+                largest = max(largest, int(done.part["ids"].max(initial=0)))
+                add({**done.part, "source": np.full(count, sources[done.label])})
+    check_rows(ref, total, unreadable, invalid)
+    return {
+        "total": total,
+        "unreadable": unreadable,
+        "largest_id": largest,
+        "examples": some,
+        "invalid": _portable(invalid.tallies, listing.folder),
+    }
+
+
+def _format_of(
+    ref: str, listing: Listing, kind: RowKind, run: MapChunks, limit: float | None
+) -> tuple[RowFormat, Iterable[Chunk]]:
+    """Return the format of all rows, and the chunks to tokenise: a single one with its rows."""
+    fixed = kind.settings.format not in ("auto", formats.PLAIN)
+    if kind.schemas is None or (fixed and listing.size > ROW_CHUNK_BYTES):
+        counts = ColumnCounts()
+        return _choose(counts, kind), listing.chunks()
+    invalid, counts, total = InvalidRows(limit), ColumnCounts(), 0
+    chunks = list[Chunk]()
+    if listing.size <= ROW_CHUNK_BYTES:
+        chunks = [LoadedRows(tuple(chunk.rows()), chunk.label) for chunk in listing.chunks()]
+    for found in run(count_chunk, chunks or listing.chunks()):
+        invalid.merge(found.invalid)
+        counts.merge(found.columns)
+        total += found.rows
+    check_rows(ref, total, invalid.total, invalid)
+    return _choose(counts, kind), chunks or listing.chunks()
+
+
+def _choose(counts: ColumnCounts, kind: RowKind) -> RowFormat:
+    if kind.schemas is None:
+        return RowFormat(kind.settings.format)
+    return formats.choose_format(counts, kind.settings.format, kind.settings.columns, kind.schemas)
+
+
+# ---- invalid rows in the cache file
+
+
+def _portable(tallies: dict[str, Tally], folder: str) -> list[list]:
+    """Return tallies as JSON, without the folder of the files: they may be moved."""
+
+    def where(name: str) -> list[str]:
+        inside = bool(folder) and name.startswith(f"{folder}/")
+        return ["file", name[len(folder) + 1 :]] if inside else ["row", name]
+
+    return [[reason, rows, *where(first.name), first.problem] for reason, (rows, first) in tallies.items()]
+
+
+def _tallies(stored: list[list], folder: str) -> dict[str, Tally]:
+    def name_of(kind: str, name: str) -> str:
+        return f"{folder}/{name}" if kind == "file" else name
+
+    return {
+        reason: Tally(rows, InvalidRow(name_of(kind, name), reason, problem))
+        for reason, rows, kind, name, problem in stored
+    }
+
+
+# ---- a chunk, in any process
+
+
+class CountedChunk(NamedTuple):
+    """The number of rows of a chunk that can be read, their columns, and the other rows."""
+
+    rows: int
+    columns: ColumnCounts
+    invalid: dict[str, Tally]
+
+
+class TokenisedChunk(NamedTuple):
+    """The columns of a chunk's examples. rows, unreadable: numbers of rows that can and cannot be read.
+    examples: see TokenisedDataset.
+    """
+
+    label: str
+    part: ChunkColumns
+    rows: int
+    unreadable: int
+    invalid: dict[str, Tally]
+    examples: list[Row]
+
+
+class _Job(NamedTuple):
+    """What a process needs to tokenise chunks."""
+
+    kind: RowKind
+    tokenizer: Any
+    invalid_limit: float | None
+
+
+def _read(chunk: Chunk, invalid: InvalidRows) -> list[Row]:
+    rows = []
+    for row in chunk.rows():
+        if isinstance(row, InvalidRow):
+            invalid.add(row)
+        else:
+            rows.append(row)
+    return rows
+
+
+def count_chunk(chunk: Chunk, job: _Job) -> CountedChunk:
+    """Count the columns of a chunk's rows."""
+    invalid = InvalidRows(job.invalid_limit)
+    rows = _read(chunk, invalid)
+    kind = job.kind
+    assert kind.schemas is not None
+    counts = formats.count_columns(rows, kind.settings.columns, kind.schemas)
+    return CountedChunk(len(rows), counts, invalid.tallies)
+
+
+def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk:
+    """Read and tokenise a chunk."""
+    invalid = InvalidRows(job.invalid_limit)
+    rows = _read(chunk, invalid)
+    unreadable = invalid.total
+    part = job.kind.tokenise(rows, format, job.tokenizer, invalid)
+    left = [rows[i] for i in part.pop("index")]
+    part["number"] = np.array([int(row.name.rpartition(":")[2]) for row in left], np.int64)
+    some = first_rows(left, job.kind.settings.columns)
+    return TokenisedChunk(chunk.label, part, len(rows), unreadable, invalid.tallies, some)
+
+
+def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """Return the first row, the first with a system message and the first with tools, on which warnings look.
+
+    rows: the valid ones. columns: see data.columns.
+    """
+    return [*rows[:1], *_first_row_with_system(rows), *_first_row_with_tools(rows, columns)]
+
+
+def _first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """Return the first row that has tools, [] without any. columns: see data.columns."""
+    renamed = (item.partition("=") for item in columns)
+    name = next((theirs.strip() for ours, _, theirs in renamed if ours.strip() == "tools"), "tools")
+    return next(([row] for row in rows if row.fields.get(name)), [])
+
+
+def _first_row_with_system(rows: Sequence[Row]) -> list[Row]:
+    """Return the first row with a column of messages that begins with a system message, [] without any."""
+
+    def begins(value: Any) -> bool:
+        first = value[0] if isinstance(value, list | tuple) and value else None
+        return isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
+
+    return next(
+        ([row] for row in rows if row.fields.get("system") or any(map(begins, row.fields.values()))), []
+    )
+
+
+# ---- processes
+
+
+_job: list[_Job] = []  # of a worker process
+
+
+def worker_count(setting: int | None, size: int) -> int:
+    """Return how many processes tokenise a dataset of `size` bytes. setting: data.workers."""
+    if setting is not None:
+        return setting
+    return len(os.sched_getaffinity(0)) if size > SMALL_DATASET * ROW_CHUNK_BYTES else 1
+
+
+@contextmanager
+def start_workers(count: int, job: tuple) -> Iterator[MapChunks]:
+    """Yield a function that maps a function over chunks, in order, in `count` processes."""
+    if count == 1:
+        here = _Job(*job)
+        yield lambda function, chunks: (function(chunk, job=here) for chunk in chunks)
+        return
+    pool = ProcessPoolExecutor(
+        count, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=job
+    )
+
+    def run(function: Callable[..., Any], chunks: Iterable[Chunk]) -> Iterator[Any]:
+        pending: deque[Future] = deque()
+        for chunk in chunks:
+            pending.append(pool.submit(_in_worker, function, chunk))
+            if len(pending) > 2 * count:  # results that wait take memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield run
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of {count} processes that tokenise the rows has ended, for lack of memory or because the "
+            'script that started it is not under `if __name__ == "__main__":`; set data.workers to fewer, '
+            "1 for none"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(*job: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first ends the others
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _job[:] = [_Job(*job)]
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _in_worker(function: Callable[..., Any], chunk: Chunk) -> Any:
+    return function(chunk, job=_job[0])
