@@ -16,7 +16,6 @@ import xxhash
 
 from jaxft.data.invalid import InvalidRows, attempt
 from jaxft.data.row_csv import read_csv
-from jaxft.data.shipped import ROOT
 from jaxft.data.row_files import (
     CHUNK_ROWS,
     Chunk,
@@ -32,6 +31,7 @@ from jaxft.data.row_files import (
     scan_lines,
     without_added_nulls,
 )
+from jaxft.data.shipped import ROOT
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
