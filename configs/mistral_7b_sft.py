@@ -1,14 +1,15 @@
-r"""Mistral-7B-Instruct-v0.3, LoRA or in full, on conversations of your own.
+r"""SFT of Mistral-7B-Instruct-v0.3 on your own conversations, with LoRA or full fine-tuning.
 
-    python scripts/train.py --config configs/mistral_7b_sft.py data=rows.jsonl   # 22 GB
+    python scripts/train.py --config configs/mistral_7b_sft.py data=rows.jsonl   # 22 GB of GPU memory
     python scripts/train.py --config configs/mistral_7b_sft.py data=rows.jsonl data.system=merge
 
-Plan for one H100: 21.8 GiB, 4.0 s for a step of 16 rows of 4096 tokens, so a million tokens in a minute.
-For a TPU v5e slice of eight chips (--devices v5e:2x4, micro=2 remat=full): 5.8 GiB per chip, 2.8 s. Times
-are those of the roofline (scripts/plan.py), not measured.
+Plan for one H100: 21.8 GiB, 4.0 s per step of 16 rows of 4096 tokens, so a million tokens in a minute. For
+a TPU v5e slice of eight chips (--devices v5e:2x4, micro=2 remat=full): 5.8 GiB per chip, 2.8 s. Times are
+estimates by scripts/plan.py, not measured.
 
-Rows with a system message need data.system=merge: the template shows it in the last turn alone. Turns
-alternate between user and assistant. Needs access to the model on the hub (HF_TOKEN).
+Rows with a system message need data.system=merge, because the template shows the message only if the last
+turn is the user's. Turns must alternate between user and assistant. Access must be granted on the hub
+(HF_TOKEN).
 
 Hardware: a GPU of 24 GB; 60 s for a million tokens on an H100 (planned).
 """

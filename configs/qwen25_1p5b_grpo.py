@@ -1,21 +1,21 @@
-"""Qwen2.5-1.5B-Instruct, GRPO on GSM8K with a reward for the right number; every weight is trained.
+"""GRPO of Qwen2.5-1.5B-Instruct on GSM8K, rewarding the right number, with full fine-tuning.
 
-    python scripts/train.py --config configs/qwen25_1p5b_grpo.py   # 32 GB
+    python scripts/train.py --config configs/qwen25_1p5b_grpo.py   # 32 GB of GPU memory
     python scripts/train.py --config configs/qwen25_1p5b_grpo.py rank=16 full=false lr=1e-5   # with LoRA
     python scripts/train.py --config configs/qwen25_1p5b_grpo.py model=Qwen/Qwen2.5-1.5B   # the base model
 
-DAPO's settings: no KL penalty and so no reference, eps_high=0.28, the same weight for every token, groups
-whose completions all have the same score are left out, and a penalty for completions that run into the
-limit. For Dr. GRPO add advantage=jaxft.rl.advantages:centred
+The settings are DAPO's: no KL penalty and so no reference, eps_high=0.28, the same weight for every token,
+no training on groups whose completions all have the same score, and a penalty for completions that almost
+reach max_new tokens. For Dr. GRPO add advantage=jaxft.rl.advantages:centred
 token_weights=jaxft.rl.token_weights:constant_length eps_high=0.2 overlong=none. Other rewards and methods:
 configs/grpo.py.
 
 Plan for one H100: 31.1 GiB, 4.4 s for each of the four optimizer steps of a rollout of 64 x 8 completions;
-the 460 steps of an epoch take 35 minutes, and sampling is added to that. For a TPU v5e slice of eight
-chips (--devices v5e:2x4, micro=2 remat=full): 9.2 GiB per chip, 2.2 s. Times are those of the roofline
-(scripts/plan.py), not measured.
+the 460 steps of an epoch take 35 minutes, plus the time of sampling. For a TPU v5e slice of eight chips
+(--devices v5e:2x4, micro=2 remat=full): 9.2 GiB per chip, 2.2 s. Times are estimates by scripts/plan.py, not
+measured.
 
-Hardware: a GPU of 40 GB; 35 minutes and the sampling on an H100 (planned).
+Hardware: a GPU of 40 GB; 35 minutes plus sampling on an H100 (planned).
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def config(
     advantage: Callable = grpo,
     token_weights: Callable = token_mean,
     eps_high: float = 0.28,
-    overlong: int | None = 128,  # from 0 to -1 over so many tokens before max_new; none for no penalty
-    beta: float = 0.0,  # of a KL penalty in the loss; 0 runs no reference
+    overlong: int | None = 128,  # the penalty falls to -1 over this many tokens before max_new, or none
+    beta: float = 0.0,  # coefficient of a KL penalty in the loss; with 0 there is no reference
 ) -> Run:
     """GRPO of Qwen2.5-1.5B on GSM8K."""
     taper = None if overlong is None else (prompts.max_new, overlong)

@@ -1,13 +1,13 @@
-"""Qwen3-8B, DPO with LoRA, without thinking.
+"""DPO of Qwen3-8B with LoRA on your own preference pairs without reasoning.
 
-    python scripts/train.py --config configs/qwen3_8b_dpo.py data=pairs.jsonl   # 29 GB
+    python scripts/train.py --config configs/qwen3_8b_dpo.py data=pairs.jsonl   # 29 GB of GPU memory
     python scripts/train.py --config configs/qwen3_8b_dpo.py data=pairs.jsonl start=runs/my_sft
 
-Plan for one H100: 28.4 GiB, 14.3 s for a step of 32 pairs in rows of 2 x 2048 tokens with a shared prompt.
+Plan for one H100: 28.4 GiB, 14.3 s per step of 32 pairs in rows of 2 x 2048 tokens with a shared prompt.
 For a TPU v5e slice of eight chips (--devices v5e:2x4, micro=4 remat=full): 7.1 GiB per chip, 8.4 s. Times
-are those of the roofline (scripts/plan.py), not measured. The reference costs a forward pass and no
-memory. Expect the first loss to be 0.6931 and rewards/accuracies on held-out pairs to rise above 0.5 in
-the first tenth of the run.
+are estimates by scripts/plan.py, not measured. The reference is the base without the adapter; it costs a
+forward pass but no memory. Expect a first loss of 0.6931, and rewards/accuracies on held-out pairs above
+0.5 after 10 % of the run.
 
 Hardware: a GPU of 40 GB, or of 24 GB with quant=nf4; 14 s for 32 pairs on an H100 (planned).
 """
@@ -26,7 +26,7 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "qwen3_8b_dpo",
     beta: float = 0.1,
-    thinking: bool = False,  # whether prompts let the model think; false for pairs of plain responses
+    thinking: bool = False,  # enable_thinking of the chat template; false for responses without reasoning
 ) -> Run:
     """DPO of Qwen3-8B."""
     objective = partial(preference, loss=partial(dpo, beta=beta), beta=beta)

@@ -1,8 +1,7 @@
 """Columns of a row as text, messages and tools.
 
-What public files have in place of a list of messages or tools is accepted: a JSON string, ShareGPT's "from"
-and "value", LLaMA-Factory's "function_call" and "observation" turns, arguments of a tool call as a JSON
-string. Errors name the row.
+Formats of public datasets are accepted: messages, tools or arguments of a tool call as a JSON string,
+ShareGPT's "from" and "value", LLaMA-Factory's "function_call" and "observation" turns. Errors name the row.
 """
 
 import json
@@ -14,7 +13,7 @@ from jaxft.data.invalid import InvalidRow
 from jaxft.data.rows import Row
 
 KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool")
-ROLES = {  # other names of these, in any case
+ROLES = {  # other accepted names; upper and lower case are the same
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(
         ("gpt", "model", "bot", "chatbot", "chatgpt", "bing", "bard", "function_call"), "assistant"
@@ -33,14 +32,14 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def is_set_by_jaxft(argument: str) -> bool:
-    """Whether jaxft, the tokenizer or Jinja defines this name of a chat template, such as bos_token."""
+    """Whether jaxft, the tokenizer or Jinja sets this variable of a chat template, such as bos_token."""
     return argument in SET_BY_JAXFT or argument.endswith(("_token", "_tokens"))
 
 
 def text_of(row: Row, column: str, empty: bool = False) -> str:
-    """Return the column's text.
+    """Return the column's text. empty: whether blank text is accepted.
 
-    Raises InvalidRow if it is no string, or blank and not `empty`.
+    Raises InvalidRow if it is not a string, or blank.
     """
     value = row.fields[column]
     if value is None:
@@ -51,7 +50,7 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
         raise InvalidRow(
             row.name,
             f"column {column!r} of a wrong type",
-            f"column {column!r} has type {type(value).__name__}; use a string",
+            f"column {column!r} must be a string, got {type(value).__name__}",
         )
     _encodable(row, column, value)
     if not empty and not value.strip():
@@ -68,14 +67,14 @@ def _encodable(row: Row, column: str, text: str) -> None:
         raise InvalidRow(
             row.name,
             "unpaired surrogate",
-            f"column {column!r} has an unpaired surrogate ({error.reason}); fix the text",
+            f"column {column!r} is not valid Unicode: it has an unpaired surrogate; fix the text",
         ) from error
 
 
 def json_of(row: Row, column: str) -> Any:
-    """Return the column, parsed if a table format has stored a list of messages as a JSON string.
+    """Return the column, parsed if it is a list of messages as a JSON string.
 
-    Other JSON, such as a list of function calls, is a text.
+    Other JSON, such as a list of function calls, is returned as text.
     """
     value = row.fields[column]
     if not (isinstance(value, str) and value.lstrip()[:1] == "["):
@@ -85,7 +84,7 @@ def json_of(row: Row, column: str) -> Any:
 
 
 def _is_message(item: Any) -> bool:
-    """Whether an object is a message: it has a role, and content or tool calls."""
+    """Whether an object is a message, with a known role and with content or tool calls."""
     if not isinstance(item, dict):
         return False
     others: tuple[str, ...] = ("content", "tool_calls", "function_call") if "role" in item else ("value",)
@@ -94,14 +93,14 @@ def _is_message(item: Any) -> bool:
 
 
 def _role(name: str) -> str | None:
-    """Return which role a name stands for, None for another word."""
+    """Return the role for one of its names; None for an unknown name."""
     name = name.strip().lower()
     name = ROLES.get(name, name)
     return name if name in KNOWN_ROLES else None
 
 
 def _parsed(text: str) -> Any:
-    """Return the value of a JSON string, or the string itself if it is no JSON."""
+    """Return the value of a JSON string, or the string itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -112,9 +111,10 @@ def _parsed(text: str) -> Any:
 
 
 def messages_of(row: Row, column: str) -> list[Message]:
-    """Return the column's messages with the roles user, assistant, system and tool.
+    """Return the column's messages with roles in KNOWN_ROLES.
 
-    A message has "role" and "content" or ShareGPT's "from" and "value". Errors name the row and the message.
+    A message in the row has "role" and "content", or ShareGPT's "from" and "value". Errors name the row and
+    the message.
     """
     value = row.fields[column]
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
@@ -135,7 +135,7 @@ def messages_of(row: Row, column: str) -> list[Message]:
 
 
 def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
-    """Return a message with the role's usual name and parsed tool calls. where: for errors."""
+    """Return a message with a role in KNOWN_ROLES and parsed tool calls. where: its place, for errors."""
     role, content = keys
     calls = isinstance(item, dict) and (item.get("tool_calls") or item.get("function_call"))
     if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or calls):
@@ -143,7 +143,7 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
         raise InvalidRow(
             row.name,
             "message without role or content",
-            f"{where} has {found}; it needs {role!r} and {content!r}",
+            f"{where} has {found}; a message needs {role!r} and {content!r}",
         )
     unlearned = next(
         (k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None
@@ -152,16 +152,16 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
         raise InvalidRow(
             row.name,
             "message with a training weight",
-            f"{where} has {unlearned}={item[unlearned]!r}, which is not supported; remove the key or the "
-            "row, and set data.loss_on",
+            f"{where} has {unlearned}={item[unlearned]!r}, and turns cannot be excluded from the loss one by "
+            "one; remove the key or the row, and choose the turns with data.loss_on",
         )
     name = _role(item[role])
     if name is None:
         raise InvalidRow(
             row.name,
             "message of an unknown role",
-            f"{where} has {role} {item[role][:40]!r}; use one of "
-            f"{', '.join(KNOWN_ROLES)}, or a usual name such as human and gpt",
+            f"{where} has {role} {item[role][:40]!r}; use {', '.join(KNOWN_ROLES)} or one of their "
+            "other names (configs/README.md#rows-for-sft)",
         )
     rest = {k: v for k, v in item.items() if k not in (role, content, "function_call") and v is not None}
     text = _content(row, where, item.get(content))
@@ -172,7 +172,11 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
     else:
         rest.pop("tool_calls", None)
     if text is None and "tool_calls" not in rest:
-        raise InvalidRow(row.name, "message without role or content", f"{where} has no content; use a string")
+        raise InvalidRow(
+            row.name,
+            "message without role or content",
+            f"{where} has neither content nor tool calls; add one",
+        )
     if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
         raise InvalidRow(
             row.name,
@@ -189,13 +193,13 @@ def _content(row: Row, where: str, content: Any) -> str | None:
             raise InvalidRow(
                 row.name,
                 "content that is no text",
-                f"{where} has a part of type {str(other)[:40]!r}; only text parts are supported",
+                f"{where} has a content part of type {str(other)[:40]!r}; only text is supported",
             )
         if any(p.get("type") != "text" for p in content):
             raise InvalidRow(
                 row.name,
                 "content that is no text",
-                f'{where} has a part without a type; use {{"type": "text", "text": ...}}',
+                f'{where} has a content part without a type; use {{"type": "text", "text": ...}}',
             )
         content = "".join(str(p.get("text", "")) for p in content)
     if content is not None and not isinstance(content, str):
@@ -210,21 +214,23 @@ def _content(row: Row, where: str, content: Any) -> str | None:
 
 
 def _calls_of_text(row: Row, where: str, text: str | None) -> list[dict[str, Any]]:
-    """Return the tool calls of a "function_call" turn: {"name", "arguments"} as JSON, or a list of these."""
+    """Return the tool calls of a "function_call" turn, whose text is JSON: {"name", "arguments"} or a list of
+    these.
+    """
     calls = _parsed(text or "")
     calls = [calls] if isinstance(calls, dict) else calls
     if not (isinstance(calls, list) and calls and all(isinstance(c, dict) and "name" in c for c in calls)):
         raise InvalidRow(
             row.name,
             "function call that is no JSON",
-            f"{where} is a function_call without JSON; use "
+            f"{where} is a function_call whose text is not the JSON of a call; use "
             '{"name": ..., "arguments": {...}} or a list of these',
         )
     return _tool_calls(row, where, [{"type": "function", "function": call} for call in calls])
 
 
 def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
-    """Return tool calls as templates read them: arguments are an object, not its JSON string."""
+    """Return tool calls as chat templates expect them, with arguments as an object and not as its JSON."""
     calls = _parsed(calls) if isinstance(calls, str) else calls
     if isinstance(calls, dict):  # OpenAI's older key function_call
         calls = [{"type": "function", "function": calls}]
@@ -232,7 +238,7 @@ def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
         raise InvalidRow(
             row.name,
             "tool calls of a wrong type",
-            f"{where} has tool_calls that are no list of objects; use "
+            f"{where} has tool_calls that are not a list of objects; use "
             '[{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
         )
     return [_tool_call(row, where, call) for call in calls]
@@ -255,8 +261,8 @@ def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
         raise InvalidRow(
             row.name,
             "arguments that are no JSON object",
-            f"{where} calls a tool with arguments {arguments[:40]!r}, which is no JSON object; fix or remove "
-            "the row",
+            f"{where} calls a tool with arguments {arguments[:40]!r}, which is not a JSON object; fix or "
+            "remove the row",
         )
     return {**call, "arguments": parsed}
 
@@ -283,15 +289,15 @@ def is_dialogue(text: str) -> bool:
 
 
 def is_open_dialogue(text: str) -> bool:
-    """Whether a string is a dialogue of hh-rlhf that an answer of the assistant continues."""
+    """Whether a string is a dialogue of hh-rlhf that ends where an assistant turn begins."""
     return is_dialogue(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
-# ---- columns that go with messages
+# ---- further columns of conversations
 
 
 def with_system(row: Row, turns: list[Message]) -> list[Message]:
-    """Return the turns after the column `system`, if the row has one and the turns do not begin with it."""
+    """Return the turns with the column `system` in front, unless the row has none or they begin with it."""
     if not row.fields.get("system"):
         return turns
     system = {"role": "system", "content": text_of(row, "system")}
@@ -301,7 +307,7 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
         raise InvalidRow(
             row.name,
             "two system messages",
-            "column 'system' and the first message are different system messages; remove one of them",
+            "column 'system' differs from the first message, a system message too; remove one of them",
         )
     return turns
 
@@ -322,7 +328,7 @@ def instruction_of(row: Row) -> list[Message]:
             raise InvalidRow(
                 row.name,
                 "column 'history' of a wrong type",
-                "column 'history' is no list of [question, answer] strings; fix or remove it",
+                "column 'history' must be a list of [question, answer] pairs of strings; fix or remove it",
             )
         earlier += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return with_system(row, [*earlier, {"role": "user", "content": user}])
@@ -341,8 +347,8 @@ def tools_of(row: Row) -> list | None:
         raise InvalidRow(
             row.name,
             "tools of a wrong type",
-            f"column 'tools' has type {type(row.fields['tools']).__name__} and is no list of JSON schemas; "
-            "use such a list, or its JSON string",
+            "column 'tools' must be a list of JSON schemas or its JSON string, got "
+            f"{row.fields['tools']!r:.60}",
         )
     return tools
 
@@ -355,7 +361,7 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
         raise InvalidRow(
             row.name,
             "column 'chat_template_kwargs' of a wrong type",
-            "column 'chat_template_kwargs' is no object; use names and values of the template's arguments",
+            "column 'chat_template_kwargs' must be an object with names and values of template arguments",
         )
     taken = sorted(filter(is_set_by_jaxft, found))
     if taken:

@@ -1,11 +1,10 @@
-"""Split a row into its prompt and its responses: one way for SFT, preferences, reward models, rollouts and
+"""Split a row into its prompt and its responses, the same for SFT, preferences, reward models, rollouts and
 generation.
 
-A string as a prompt is the user's turn and a string as a response is the assistant's, except with
-`data.format=plain`, which takes strings as plain text. A prompt may also be an open dialogue of hh-rlhf,
-"\\n\\nHuman: ...\\n\\nAssistant:". A response is a string, a message or a list of messages: the turns after
-the prompt, or the whole conversation. The columns `system`, `tools` and `chat_template_kwargs` go with every
-prompt.
+A string as a prompt is a user turn, and a string as a response an assistant turn; with `data.format=plain`
+both are plain text. A prompt may also be an hh-rlhf dialogue that ends with "\\n\\nAssistant:". A response is
+a string, a message or a list of messages: either the turns after the prompt or the full conversation. The
+columns `system`, `tools` and `chat_template_kwargs` apply to every prompt.
 """
 
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from jaxft.data.example import Chat, Completion, Message
 from jaxft.data.invalid import InvalidRow
 from jaxft.data.rows import Row
 
-PLAIN = "plain"  # the value of data.format that takes strings as plain text
+PLAIN = "plain"  # the value of data.format for which strings are plain text
 PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations")
 PROMPT_FORMATS = ("auto", PLAIN, *PROMPT_COLUMNS, "implicit")
 
@@ -51,9 +50,9 @@ class SplitRow:
 def split_row(row: Row, column: str | None, responses: Columns) -> SplitRow:
     """Split a row into messages.
 
-    column: where the prompt is: prompt, instruction, messages or conversations; None: in the common beginning
-    of the responses, which are whole conversations. Without responses the prompt is the whole conversation.
-    Raises InvalidRow.
+    column: the column of the prompt, which is prompt, instruction, messages or conversations. With None, the
+    responses are full conversations and the prompt is their common beginning. Without responses the prompt is
+    the full conversation. Raises InvalidRow.
     """
     if column is None:
         return _split_conversations(row, responses)
@@ -68,7 +67,9 @@ def split_row(row: Row, column: str | None, responses: Columns) -> SplitRow:
 
 
 def response_index(turns: Sequence[Message]) -> int:
-    """Return the index of the assistant turn that ends a conversation, its length if another turn does."""
+    """Return the index of the assistant turn at the end of a conversation, or its length if it ends with
+    another turn.
+    """
     return len(turns) - 1 if turns and turns[-1]["role"] == "assistant" else len(turns)
 
 
@@ -86,7 +87,7 @@ def chat_of(
 ) -> Chat:
     """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row.
 
-    given: see Chat. Raises InvalidRow if the response follows a user's turn that is empty.
+    given: see Chat. Raises InvalidRow if the response follows an empty user turn.
     """
     asked = turns[response - 1] if response else None
     if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
@@ -109,7 +110,7 @@ def _plain_prompt(row: Row, empty: bool = False) -> str:
             raise InvalidRow(
                 row.name,
                 f"column {column!r} with plain text",
-                f"column {column!r} cannot be part of plain text; remove it, or set data.format=auto",
+                f"column {column!r} has no meaning in plain text; remove it, or set data.format=auto",
             )
     return text_of(row, "prompt", empty)
 
@@ -122,22 +123,23 @@ def require_difference(row: Row, responses: dict) -> None:
         )
 
 
-# ---- the prompt alone, of a row of any kind
+# ---- prompts without responses, of any kind of row
 
 
 class _Reading(NamedTuple):
-    """A column that holds the prompt, and the columns of responses that it is completed from."""
+    """A column with the prompt, and the response columns that may contain more of it. column None: the prompt
+    is the common beginning of the responses.
+    """
 
     column: str | None
     responses: tuple[str, ...] = ()
 
 
 def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
-    """Return a row's prompt, without a response: the one that SFT and preferences have for the same row.
+    """Return a row's prompt without a response, the same as in SFT and preferences.
 
-    format: one of PROMPT_FORMATS; other than "auto" and "plain" it names the column that holds the prompt, or
-    "implicit", the common beginning of chosen and rejected. Raises InvalidRow, also if several columns hold
-    different prompts.
+    format: one of PROMPT_FORMATS: "auto", "plain", the column of the prompt, or "implicit" for the common
+    beginning of chosen and rejected. Raises InvalidRow, for example if columns have different prompts.
     """
     if format == PLAIN:
         _require_column(row, "prompt" in row.fields)
@@ -149,7 +151,7 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
             raise InvalidRow(
                 row.name,
                 "columns with different prompts",
-                f"{names} hold different prompts; choose one with data.format=prompt, instruction, messages, "
+                f"{names} have different prompts; choose one with data.format=prompt, instruction, messages, "
                 "conversations or implicit, or remove a column",
             )
     if not split.prompt:
@@ -160,7 +162,7 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
 
 
 def _readings(row: Row, format: str) -> list[_Reading]:
-    """Return all ways in which SFT and preferences find the row's prompt."""
+    """Return every way in which SFT or preferences would read the row's prompt."""
 
     def has(*columns: str) -> bool:
         return all(row.fields.get(column) is not None for column in columns)
@@ -169,7 +171,7 @@ def _readings(row: Row, format: str) -> list[_Reading]:
     if format == "implicit" or (format == "auto" and not any(map(has, PROMPT_COLUMNS)) and has(*compared)):
         texts = all(isinstance(row.fields.get(c), str) and not is_dialogue(row.fields[c]) for c in compared)
         if format == "auto" and "prompt" in row.fields and texts:
-            text_of(row, "prompt")  # null: these are responses to it
+            text_of(row, "prompt")  # raises: the prompt is null, and these texts are responses to it
         _require_column(row, has(*compared))
         return [_Reading(None, compared)]
     known: tuple[tuple[str, ...], ...] = (("completion",), compared)
@@ -213,7 +215,7 @@ def _require_column(row: Row, present: bool) -> None:
         raise InvalidRow(
             row.name,
             "no prompt",
-            f"the columns {', '.join(map(str, row.fields))} have no prompt; add prompt, messages or "
+            f"the columns {', '.join(map(str, row.fields))} include no prompt; add prompt, messages or "
             "instruction, or rename columns with data.columns=prompt=...",
         )
 
@@ -222,9 +224,10 @@ def _require_column(row: Row, present: bool) -> None:
 
 
 def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
-    """Return the column `prompt` as messages, and whether it is one instruction.
+    """Return the column `prompt` as messages, and whether it is a single instruction.
 
-    A string is the user's last turn: if the responses are whole conversations, the prompt is their beginning.
+    A string is a user turn. If the responses are full conversations, it is the last turn of their common
+    beginning, which is the prompt.
     """
     if not isinstance(json_of(row, "prompt"), str):
         return with_system(row, messages_of(row, "prompt")), False
@@ -240,14 +243,14 @@ def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
         raise InvalidRow(
             row.name,
             "conversation that differs from the prompt",
-            f"the common beginning of the conversations in {names} does not end with the prompt; use the "
-            "responses alone, or conversations that contain the prompt",
+            f"the common beginning of the conversations in {names} does not end with the prompt; use "
+            "responses without earlier turns, or conversations that contain the prompt",
         )
     return with_system(row, prompt), False
 
 
 def _whole_conversation(row: Row, column: str) -> Turns | None:
-    """Return a response that begins before the assistant's turn, None for another."""
+    """Return the column's turns if they begin before the assistant's response; None otherwise."""
     value = json_of(row, column)
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list | tuple) or not items or not all(isinstance(i, dict) for i in items):
@@ -283,14 +286,13 @@ def _turns(row: Row, column: str) -> Turns:
         raise InvalidRow(
             row.name,
             "response with further turns",
-            f"column {column!r} continues the dialogue with further turns; use the assistant's next turn "
-            "alone",
+            f"column {column!r} has further turns after the response; use the assistant's next turn only",
         )
     return turns[1:]
 
 
 def _after(row: Row, column: str, prompt: Turns) -> Turns:
-    """Return the turns after the prompt from a column with these turns or with the whole conversation."""
+    """Return the turns after the prompt. The column has only these or the full conversation."""
     turns = _turns(row, column)
     if turns[0]["role"] != "system" and prompt and prompt[0]["role"] == "system":
         prompt = prompt[1:]  # the column `system` is not repeated in the responses
@@ -302,8 +304,8 @@ def _after(row: Row, column: str, prompt: Turns) -> Turns:
     raise InvalidRow(
         row.name,
         "conversation that differs from the prompt",
-        f"column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs from the "
-        "prompt's; put the prompt's messages in front, or the response alone",
+        f"column {column!r} begins with a {turns[0]['role']} turn like a full conversation, but its message "
+        f"{at} differs from the prompt; repeat the prompt's messages there, or use the response only",
     )
 
 
@@ -352,7 +354,7 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
 
 
 def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
-    """Split dialogues that differ in their last turn alone."""
+    """Split dialogues that differ only in their last turn."""
     require_difference(row, whole)
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):
@@ -367,6 +369,6 @@ def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
         raise InvalidRow(
             row.name,
             "dialogue without a prompt",
-            "a dialogue of one turn has no prompt; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
+            "a dialogue needs a prompt and a response; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
         )
     return SplitRow(prompt, {kind: turns[-1:] for kind, turns in whole.items()})

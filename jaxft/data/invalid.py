@@ -1,7 +1,7 @@
-"""Invalid rows: the error of one row, and whether it ends the run or leaves the row out (`data.invalid`).
+"""Invalid rows: the error of a row, and whether it ends the run or only excludes the row (`data.invalid`).
 
-Code that reads, normalises, renders or tokenises a row raises InvalidRow. A loop over rows passes these
-errors on as values (`attempt`) and ends in `InvalidRows.skip`, which raises or collects them.
+Code that reads, normalises, renders or tokenises a row raises InvalidRow. Loops over rows pass these errors
+on as values (`attempt`, `valid`) up to `InvalidRows.skip`, which raises or collects them.
 """
 
 import difflib
@@ -17,10 +17,10 @@ Value = TypeVar("Value")
 
 
 class InvalidRow(ValueError):
-    """A row that cannot be used; as a string "NAME: PROBLEM".
+    """A row that cannot be used. Its message is "NAME: PROBLEM".
 
-    name: of the row, FILE:LINE. reason: a short phrase without details of the row, such as "empty response";
-    rows that are left out are counted by it. problem: what is wrong with this row and what to do.
+    name: the row's FILE:LINE. reason: a short phrase without details of the row, such as "empty response", by
+    which excluded rows are counted. problem: what is wrong with this row and what to do.
     """
 
     def __init__(self, name: str, reason: str, problem: str):
@@ -47,9 +47,9 @@ class Tally(NamedTuple):
 
 
 class InvalidRows:
-    """The invalid rows of a dataset: the first is raised, or all are counted in `tallies` by reason.
+    """Counts a dataset's invalid rows in `tallies` by reason, or raises the first.
 
-    limit: the largest fraction of the rows that may be left out (data.invalid=drop); None to raise the first.
+    limit: the largest fraction of rows that may be left out (data.invalid=drop); None raises the first.
     """
 
     def __init__(self, limit: float | None):
@@ -66,7 +66,7 @@ class InvalidRows:
         return counts_of_tallies(self.tallies)
 
     def add(self, error: InvalidRow) -> None:
-        """Count the row, or raise the error with the setting that would leave it out."""
+        """Count the row, or raise its error with a hint at data.invalid=drop."""
         self.merge({error.reason: Tally(1, error)})
 
     def merge(self, tallies: Mapping[str, Tally]) -> None:
@@ -79,16 +79,14 @@ class InvalidRows:
 
     @contextmanager
     def skip(self) -> Iterator[None]:
-        """Run the statements of one row up to its InvalidRow, which is added."""
+        """Run the body for one row. If it raises InvalidRow, `add` that."""
         try:
             yield
         except InvalidRow as error:
             self.add(error)
 
     def check(self, ref: str, total: int) -> None:
-        """Raise ValueError if all of the `total` rows of dataset `ref` are invalid, or more than `limit`
-        allows.
-        """
+        """Raise ValueError if all `total` rows of dataset `ref` are invalid, or a fraction above `limit`."""
         if self.limit is None or not self.tallies:
             return
         count, allowed = self.total, math.floor(self.limit * total + 1e-9)  # 0.29 * 100 is just below 29
@@ -135,7 +133,7 @@ def add_counts(*counts: Sequence[InvalidCount]) -> tuple[InvalidCount, ...]:
 
 
 def invalid_lines(counts: Sequence[InvalidCount]) -> list[str]:
-    """Return lines about the rows that were left out: how many for each reason, and the first of them."""
+    """Return log lines about the rows left out: the number for each reason, and the first of them."""
     if not counts:
         return []
     total = sum(count for _, count, _ in counts)

@@ -1,4 +1,4 @@
-"""Limits on what files of others may cost: the time and memory of chat templates, the size of rows."""
+"""Limits that protect a run from other people's files: time and memory of chat templates, size of rows."""
 
 import contextlib
 import ctypes
@@ -11,21 +11,24 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-LINE_BYTES = 64 << 20  # of a row in a text file
+LINE_BYTES = 64 << 20  # of one line in a text file
 RENDER_SECONDS = 20.0
 RENDER_BYTES = 1 << 30
 RENDER_CHARACTERS = 16 << 20
-_AGAIN = 0.5  # seconds after which TooSlow is raised again: a template engine may catch it
+_AGAIN = 0.5  # seconds after which TooSlow is raised again, since a template may catch it
 
 
 class TooSlow(Exception):
-    """Raised in the thread that is out of time."""
+    """Raised in a thread that exceeds its time limit."""
 
 
 @contextlib.contextmanager
 def render_limits() -> Iterator[None]:
     """Run the body within RENDER_SECONDS and RENDER_BYTES; see time_limit and memory_limit."""
-    with memory_limit(RENDER_BYTES), time_limit(RENDER_SECONDS):  # TooSlow never keeps memory limited
+    with (
+        memory_limit(RENDER_BYTES),
+        time_limit(RENDER_SECONDS),
+    ):  # in this order TooSlow lifts the memory limit
         yield
 
 
@@ -33,19 +36,19 @@ def render_limits() -> Iterator[None]:
 
 
 class _Alarm:
-    """Raises TooSlow in the main thread by a signal, which interrupts arithmetic on huge integers too."""
+    """Raises TooSlow in the main thread by a signal, which also interrupts arithmetic on huge integers."""
 
     def __init__(self) -> None:
         self.armed = False
 
     def ring(self, signum: int, frame: Any) -> None:
-        """Raise TooSlow if the time of a body has run out."""
+        """Raise TooSlow if a limited body is running."""
         if self.armed:
             raise TooSlow
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """Raise TooSlow in the body after `seconds`. Another timer of the process goes on afterwards."""
+        """Raise TooSlow in the body after `seconds`. A timer that was already set is restored afterwards."""
         other = signal.getsignal(signal.SIGALRM)
         if other != self.ring:
             signal.signal(signal.SIGALRM, self.ring)
@@ -58,14 +61,14 @@ class _Alarm:
             self.armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             if other not in (self.ring, signal.SIG_DFL, None):
-                signal.signal(signal.SIGALRM, other)  # without another one, `ring` stays: it does nothing
+                signal.signal(signal.SIGALRM, other)  # otherwise `ring` remains installed, and does nothing
             if left:
                 left = max(left + begin - time.monotonic(), 1e-6)
                 signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 class _Watch:
-    """A thread that raises TooSlow in another one, whose time has run out."""
+    """A background thread that raises TooSlow in threads that exceed their time limit."""
 
     def __init__(self) -> None:
         self.lock, self.changed = threading.Lock(), threading.Event()
@@ -85,7 +88,7 @@ class _Watch:
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """Raise TooSlow in the body after `seconds`, between two of its Python instructions."""
+        """Raise TooSlow in the body after `seconds`, between two Python instructions."""
         thread = threading.get_ident()
         with self.lock:
             wake = not self.deadlines
@@ -97,7 +100,7 @@ class _Watch:
         finally:
             with self.lock:
                 del self.deadlines[thread]
-                _raise_in(thread, None)  # instead of a TooSlow that has not arrived yet
+                _raise_in(thread, None)  # cancels a TooSlow that has not been raised yet
 
 
 def _raise_in(thread: int, kind: Any) -> None:
@@ -113,9 +116,9 @@ def _watch_of(process: int) -> _Watch:
 
 
 def time_limit(seconds: float) -> contextlib.AbstractContextManager[None]:
-    """Return a context that raises TooSlow in its body if that is not done in `seconds`; not to be nested.
+    """Return a context that raises TooSlow in its body after `seconds`. Such contexts must not be nested.
 
-    In other threads than the main one a single long operation in C is not interrupted.
+    Outside of the main thread, a single long operation in C is not interrupted.
     """
     if threading.current_thread() is threading.main_thread():
         return _ALARM.limit(seconds)
@@ -126,14 +129,14 @@ def time_limit(seconds: float) -> contextlib.AbstractContextManager[None]:
 
 
 class _Memory:
-    """The limit on the process's memory, which threads share: it ends with the last body."""
+    """The memory limit of the process. Threads share it, so it is lifted when the last limited body ends."""
 
     def __init__(self) -> None:
         self.lock, self.bodies = threading.Lock(), 0
         self.before = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
     def enter(self, count: int) -> None:
-        """Limit the memory, unless another thread's body has done so."""
+        """Set the limit, unless another thread's body has set it."""
         with self.lock:
             if not self.bodies:
                 soft, hard = self.before = resource.getrlimit(resource.RLIMIT_AS)
@@ -142,7 +145,7 @@ class _Memory:
             self.bodies += 1
 
     def leave(self) -> None:
-        """Undo `enter`."""
+        """Lift the limit when the last body ends."""
         with self.lock:
             self.bodies -= 1
             if not self.bodies:
@@ -154,7 +157,7 @@ _MEMORY = _Memory()
 
 @functools.cache
 def _sizes_of(process: int) -> int | None:
-    """Return a file descriptor of the process's sizes; None where there is no such file."""
+    """Return a file descriptor of /proc/self/statm; None on systems without it."""
     try:
         return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -162,16 +165,16 @@ def _sizes_of(process: int) -> int | None:
 
 
 def _size() -> int:
-    """Return the bytes of the process's address space."""
+    """Return the size of the process's address space in bytes."""
     file = _sizes_of(os.getpid())
     return 0 if file is None else int(os.pread(file, 64, 0).split()[0]) * resource.getpagesize()
 
 
 @contextlib.contextmanager
 def memory_limit(count: int) -> Iterator[None]:
-    """Raise MemoryError in the body if the process needs `count` bytes more than now; Linux only.
+    """Raise MemoryError in the body if the process allocates `count` bytes more than it has now. Linux only.
 
-    The limit holds for all threads, so the body must be short.
+    The limit applies to all threads, so the body must be short.
     """
     if _sizes_of(os.getpid()) is None:
         yield

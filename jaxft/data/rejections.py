@@ -1,4 +1,4 @@
-"""What to do about a row that a chat template rejects: remedies that are found by trying them."""
+"""The error for a row that a chat template rejects, with a remedy that has been tried out on the row."""
 
 import re
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ import jinja2
 from jaxft.data.example import Message
 from jaxft.data.template import REJECTIONS, Template, UnusableTemplate, render_messages
 
-NINE = re.compile(r"[A-Za-z0-9]{9}")  # an id of a tool call, as Mistral's templates require it
+NINE = re.compile(r"[A-Za-z0-9]{9}")  # the format of tool call ids that Mistral's templates require
 
 
 def rejection(
     template: Template, messages: Sequence[Message], tools: list | None, error: Exception, what: str
 ) -> str:
-    """Return a line on why a template rejects messages, and what to do. what: the messages, such as "row".
+    """Return the error message for messages that a template rejects. what: a name for them, such as "row".
 
-    Raises UnusableTemplate if the template fails in the same way for a mere question and a response.
+    Raises UnusableTemplate if the template has the same error for a simple question and response.
     """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     always = bool(str(error)) and str(error) == template.failure
@@ -34,7 +34,7 @@ def rejection(
     ]
     other = "fix or remove the row"
     if always:
-        other = "it rejects a mere question with a response too: use another tokenizer"
+        other = "it rejects even a simple question and response, so use another tokenizer"
     remedy = next((found for found in remedies if found), other)
     return f"{template.name} rejects the {what}: {reason.rstrip('.')}; {remedy}"
 
@@ -52,11 +52,11 @@ def _remedy_for_system(template: Template, messages: Sequence[Message], tools: l
         return None
     if not _renders(replace(template, merges=True), messages, tools):
         return None
-    return "set data.system=merge, which puts the system message in front of the first user turn"
+    return "set data.system=merge, which prepends the system message to the first user turn"
 
 
 def _remedy_for_ids(template: Template, messages: Sequence[Message], tools: list | None) -> str | None:
-    """Return the remedy for tool calls without ids, or with ids of another form than Mistral's."""
+    """Return the remedy for tool calls without ids, or with ids that are not in Mistral's format."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     results = [message for message in messages if message["role"] == "tool"]
     ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in results]
@@ -64,7 +64,7 @@ def _remedy_for_ids(template: Template, messages: Sequence[Message], tools: list
         return None
     if not _renders(template, list(map(_with_ids, messages)), tools):
         return None
-    return "give every tool call an id of 9 letters and digits, and its result that id as tool_call_id"
+    return "give every tool call an id of 9 letters and digits, and its result the same id as tool_call_id"
 
 
 def _with_ids(message: Message) -> Message:

@@ -1,7 +1,7 @@
-"""Check that a rendered assistant turn shows all that the model is to learn from it.
+"""Check that a rendered assistant turn shows all content, reasoning and tool calls of its message.
 
-Chat templates drop what they don't know: tool calls, thinking blocks, empty content. A model that is trained
-on such a text learns to say nothing where the row has a tool call.
+Chat templates silently drop what they don't support, such as tool calls or thinking blocks. A model trained
+on such text would learn to end its turn where it should call a tool.
 """
 
 import html
@@ -23,7 +23,7 @@ _THOUGHT = re.compile(r"\s*(?:<think>)?(?P<thought>.*?)</think>(?P<content>.*)",
 
 
 class Part(NamedTuple):
-    """A part of an assistant turn and the spellings that a template may give it."""
+    """A part of an assistant turn, and the ways in which a template may write it."""
 
     name: str
     spellings: tuple[str, ...]
@@ -34,9 +34,9 @@ class HiddenPart(ValueError):
 
 
 def parts_of(message: Message) -> list[Part]:
-    """Return all that a rendering of an assistant turn must show: reasoning, content and tool calls.
+    """Return the parts that a rendered assistant turn must show: reasoning, content and tool calls.
 
-    A thinking block that content begins with, up to </think>, is a part of its own.
+    A thinking block at the start of the content, up to </think>, is a part of its own.
     """
     parts = [Part(f"the {key}", (message[key],)) for key in REASONING if _is_text(message.get(key))]
     if _is_text(message["content"]):
@@ -53,10 +53,9 @@ def parts_of(message: Message) -> list[Part]:
 
 
 def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[Part | None, int]:
-    """Search the parts in text[start:end]: return the first missing one (None if there is none), and where
-    the last of them ends.
+    """Search text[start:end] for parts. Return the first missing one or None, and where the last one ends.
 
-    Whitespace may differ: templates strip it, and add some around thinking blocks.
+    Whitespace may differ, since templates strip it, or add it around thinking blocks.
     """
     last = _last_end(parts, text[start:end])
     if isinstance(last, int):
@@ -70,7 +69,9 @@ def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[
 
 
 def _last_end(parts: Sequence[Part], text: str) -> Part | int:
-    """Return where the last part ends, each if possible after the one before it, or the first missing one."""
+    """Return where the last part ends, or the first missing part. Each is searched after the previous one
+    first.
+    """
     at = last = 0
     for part in parts:
         found = _first(part, text, at) or _first(part, text, 0)
@@ -82,14 +83,14 @@ def _last_end(parts: Sequence[Part], text: str) -> Part | int:
 
 
 def _first(part: Part, text: str, at: int) -> Span | None:
-    """Return where one of the spellings first occurs in the text, the longest of several there."""
+    """Return the first occurrence of one of the spellings, the longest if several begin there."""
     found = [(text.find(spelling, at), -len(spelling)) for spelling in part.spellings]
     start, length = min((pair for pair in found if pair[0] >= 0), default=(-1, 0))
     return None if start < 0 else (start, start - length)
 
 
 def shows_null(message: Message, text: str) -> bool:
-    """Whether the rendered turn has the word None in place of a content that is null."""
+    """Whether content that is null is rendered as the word None."""
     if message["content"] is not None:
         return False
     known = sum(max(s.count("None") for s in part.spellings) for part in parts_of(message))
@@ -97,9 +98,9 @@ def shows_null(message: Message, text: str) -> bool:
 
 
 def with_markers(message: Message) -> tuple[Message, dict[str, str]]:
-    """Return the turn with another word in the place of each text in it, and the part that each word is of.
+    """Return the turn with each text replaced by a unique word, and the name of the part for each word.
 
-    A rendering that lacks a word hides that part, even if the part's own text occurs there by chance.
+    A rendering without a word hides that part, even if the part's own text occurs elsewhere by chance.
     """
     words: dict[str, str] = {}
 
@@ -147,13 +148,13 @@ def _function(call: Any) -> dict[str, Any]:
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict):
         raise HiddenPart(
-            f"a tool call is {json.dumps(call, default=str)[:60]}; use an object with a function"
+            f"a tool call is {json.dumps(call, default=str)[:60]}; use an object with name and arguments"
         )
     return inner
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield path and value of each key and each scalar in the arguments of a call."""
+    """Yield the path and value of each key and each scalar in a call's arguments."""
     match value:
         case dict():
             for key, item in value.items():
@@ -170,7 +171,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _spellings(value: Any) -> tuple[str, ...]:
-    """Return a value as JSON, Python and HTML write it, strings without quotes."""
+    """Return a value as written in JSON, Python and HTML, strings without quotes."""
     if value is None or isinstance(value, bool):
         return str(value), json.dumps(value), str(value).lower()
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""How chat templates are rendered: the settings that every stage of a run shares."""
+"""Settings of chat templates, which every stage of a run shares."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ SYSTEM = (TURN, MERGE)  # the choices of data.system
 
 @dataclass(frozen=True)
 class TemplateSettings:
-    """The settings of DataSettings that decide how a chat template renders a row; see there.
+    """The settings in DataSettings that affect how a chat template renders a row. Meanings: see there.
 
-    Raises ValueError for an argument that is no name=value pair, or that jaxft sets itself.
+    Raises ValueError for an argument that is not name=value, or that jaxft sets itself.
     """
 
     date: str = DATE
@@ -30,7 +30,7 @@ class TemplateSettings:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the template by name; values are parsed as JSON, other text is a string."""
+        """The template's arguments by name. Values are parsed as JSON; text that is not JSON is a string."""
         found: dict[str, Any] = {}
         for item in self.chat_template_kwargs:
             name, equals, text = (part.strip() for part in item.partition("="))
@@ -48,7 +48,7 @@ class TemplateSettings:
 
 
 def _parsed(text: str) -> Any:
-    """Return true, false, none and JSON as values, other text as it is."""
+    """Parse true, false, none (in any case) and JSON. Return other text unchanged."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]

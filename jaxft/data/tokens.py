@@ -278,7 +278,7 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
             name,
             "prompt longer than data.max_length",
             f"the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no "
-            f"room for a response; {remedy}",
+            "room for a response; raise data.max_length",
         )
     if settings.too_long == "error":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Find the assistant turns in a rendered conversation, as ranges of characters that show all of the turn."""
+"""Find the assistant turns in a rendered conversation, as character ranges that show each turn in full."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from jaxft.data.template_check import THINKING, HiddenPart, find_parts, parts_of
 
 
 def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[str, list[Span]]:
-    """Return the rendered conversation and the ranges of the `learned` assistant turns in it, in order, each
-    with its end-of-turn token.
+    """Return the rendered conversation and the range of each assistant turn with its end-of-turn token.
 
-    A turn is what the template's {% generation %} markers enclose or, without markers, what follows the
-    prompt that generation would start from. Raises HiddenPart if a turn's range lacks a part or the end of
-    the turn, or goes beyond it, and what render_messages raises.
+    learned: indices of the messages to find, in ascending order. A turn's range is what the template's
+    {% generation %} markers enclose. Without markers, it follows the prompt from which the turn would be
+    generated. Raises HiddenPart if a range lacks a part or the end of the turn, or includes text after it.
+    Also raises what render_messages raises.
     """
     if not template.marked:
         text = render_messages(template, chat.messages, chat.tools)
@@ -37,9 +37,9 @@ def is_closed(template: Template, text: str) -> bool:
 
 
 def _one_of_each(template: Template, chat: Chat, text: str, marked: list[Span]) -> dict[int, list[Span]]:
-    """Return the marked range of each assistant turn; {} if it takes further renderings to tell.
+    """Return the marked range of each assistant turn, or {} if only further renderings can assign them.
 
-    It takes none if there are as many ranges as turns and each begins where generation does.
+    No further rendering is needed if there is one range per turn and each begins after a generation prompt.
     """
     turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
     opening = template.opening
@@ -51,9 +51,9 @@ def _one_of_each(template: Template, chat: Chat, text: str, marked: list[Span]) 
 
 
 def _inside(template: Template, chat: Chat, text: str, marked: list[Span], index: int) -> list[Span]:
-    """Return the marked ranges inside of turn `index`, without the turn's header if they enclose that too.
+    """Return the marked ranges inside turn `index`, without the turn's header if it is marked too.
 
-    Templates may mark several ranges of a turn, and other turns.
+    Templates may mark several ranges in a turn, and turns of other roles.
     """
     start, limit = _start(template, chat, text, index), _limit(template, chat, text, index)
     if start is None or limit is None:
@@ -69,15 +69,13 @@ def _inside(template: Template, chat: Chat, text: str, marked: list[Span], index
 
 
 def _marked_turn(template: Template, chat: Chat, text: str, index: int, spans: list[Span]) -> list[Span]:
-    """Return the marked ranges of a turn, extended by its end-of-turn token: without it the model would not
-    learn to stop.
-    """
+    """Return the marked ranges of a turn and its end-of-turn token, from which the model learns to stop."""
     start, end = spans[0][0], spans[-1][1]
     closing = template.closing.match(text, end) if template.closing else None
     if closing and not is_closed(template, text[start:end]):
         end = closing.end()
     shown = text
-    for (_, left), (right, _) in itertools.pairwise(spans):  # what lies between them is not learned
+    for (_, left), (right, _) in itertools.pairwise(spans):  # text between them is not trained on
         shown = shown[:left] + "\n" * (right - left) + shown[right:]
     last = _checked_end(template, chat, shown, index, (start, end))
     after = text[last:end].strip()
@@ -99,12 +97,11 @@ def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
 
 
 def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
-    """Return where generation would start: after the previous messages and the generation prompt or header.
+    """Return where turn `index` starts: after the previous messages and the generation prompt.
 
-    With enable_thinking=false, Qwen 3's generation prompt ends with an empty thinking block that earlier
-    turns lack; they start after the header that the template gives them.
-
-    None if the template renders the previous messages in another way when a response follows.
+    With enable_thinking=false, Qwen 3's generation prompt ends with an empty thinking block. Earlier turns
+    lack it, so they start after their header. None if the template renders the previous messages otherwise
+    when a response follows.
     """
     if index == 0:
         return None
@@ -119,7 +116,9 @@ def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
 
 
 def _turn_of_text(template: Template, chat: Chat, text: str, index: int, start: int) -> Span | None:
-    """Return the range of a turn of text alone, if its content and an end-of-turn token follow the start."""
+    """Return the range of a text-only turn whose content and end-of-turn token follow `start`; None for other
+    turns.
+    """
     message = chat.messages[index]
     alone = all(part.name in (THINKING, "the content") for part in parts_of(message))
     if not (alone and message["content"]) or template.closing is None:
@@ -134,9 +133,9 @@ def _turn_of_text(template: Template, chat: Chat, text: str, index: int, start: 
 
 
 def _limit(template: Template, chat: Chat, text: str, index: int) -> int | None:
-    """Return a place after the turn that is not after the beginning of the next message's content.
+    """Return a position after the turn and before the content of the next message.
 
-    None if there is none because the template renders the turn in another way when fewer messages follow.
+    None if the template renders the turn otherwise when fewer messages follow.
     """
     through = chat.messages[: index + 1]
     if len(through) == len(chat.messages):
@@ -144,11 +143,11 @@ def _limit(template: Template, chat: Chat, text: str, index: int) -> int | None:
     alone = render_messages(template, through, chat.tools)
     if text.startswith(alone):
         return len(alone)
-    if template.closing is None:  # the end of the turn could not be told from the next one's header
+    if template.closing is None:  # the end of the turn is not distinguishable from the next header
         return None
     marker = "Jv5uQx7w"
     following = {**chat.messages[index + 1], "content": marker}
-    for after in ((), chat.messages[index + 2 :]):  # where tools are shown may depend on the last question
+    for after in ((), chat.messages[index + 2 :]):  # the last question may determine where tools are shown
         try:
             marked = render_messages(template, [*through, following, *after], chat.tools)
         except REJECTIONS:
@@ -160,7 +159,10 @@ def _limit(template: Template, chat: Chat, text: str, index: int) -> int | None:
 
 
 def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
-    """Return the range that changes with the response: two others have no common first or last character."""
+    """Return the range in which the text differs when turn `index` has other content.
+
+    Two other contents are tried, which have no first or last character in common.
+    """
     before, after = chat.messages[:index], chat.messages[index + 1 :]
     turns = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
 
@@ -170,7 +172,7 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
 
     try:
         first, last = common(after, 1), len(text) - common(after, -1)
-    except REJECTIONS:  # for results of tools that the other turn has not called
+    except REJECTIONS:  # tool results without the tool calls of this turn
         following = next((i for i, m in enumerate(after) if m["role"] == "user"), len(after))
         first, last = common(after[following:], 1), len(text)
     first = next((t.start() for t in template.special.finditer(text) if t.start() < first < t.end()), first)
@@ -182,7 +184,7 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
 
 
 def _checked_end(template: Template, chat: Chat, text: str, index: int, within: Span) -> int:
-    """Return where turn `index` ends. Raises HiddenPart if text[within] lacks a part or the end of it."""
+    """Return where turn `index` ends. Raises HiddenPart if text[within] lacks a part or the turn's end."""
     message, (start, limit) = chat.messages[index], within
     parts = parts_of(message)
     if not parts:
@@ -192,7 +194,7 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
     if hidden:
         raise HiddenPart(f"it does not show {hidden} of message {index}, an assistant turn")
     if shows_null(message, text[start:limit]):
-        raise HiddenPart(f"it shows the content of message {index}, which is null, as the word None")
+        raise HiddenPart(f"it renders the content of message {index}, which is null, as the word None")
     if template.closing is None:
         return limit
     closing = template.closing.search(text, shown, limit)
@@ -202,11 +204,11 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
 
 
 def _hidden_marker(template: Template, chat: Chat, index: int) -> str | None:
-    """Return which part of turn `index` is missing when each is a word that occurs nowhere else."""
+    """Return the part of turn `index` that is missing if each part is replaced by a unique word."""
     marked, parts = with_markers(chat.messages[index])
     messages = [*chat.messages[:index], marked, *chat.messages[index + 1 :]]
     try:
         text = render_messages(template, messages, chat.tools)
-    except REJECTIONS:  # for what the words stand in place of
+    except REJECTIONS:  # the template needs the replaced value
         return None
     return next((part for word, part in parts.items() if word not in text), None)

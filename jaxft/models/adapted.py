@@ -11,10 +11,10 @@ from jaxft.nn.lora import Adapter, adapter_specs, attach
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
-    """Return the model over {"base", "adapter", **heads}. Where the tree has no "adapter" it is the base
+    """Return the model over {"base", "adapter", **heads}. Without "adapter" in the parameters it is the base
     model.
 
-    Raises ValueError where the adapter targets the head of a model that has none.
+    Raises ValueError if the adapter targets the language model head of a model with a scalar head.
     """
     dropout = settings.dropout if settings else 0.0
 
@@ -29,8 +29,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
         specs["adapter"] = adapter_specs(model.specs, settings)
         if not model.generates and "head" in specs["adapter"]:
             raise ValueError(
-                "adapter.targets names the language model head, but this model has a scalar head instead; "
-                "leave it out"
+                "adapter.targets includes the language model head, but this model has a scalar head instead; "
+                "remove it from adapter.targets"
             )
     specs |= model.heads
     return replace(

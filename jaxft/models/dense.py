@@ -1,12 +1,13 @@
-"""What all dense decoder families share: embedding, stacked layers, final norm, and the parts of a layer.
+"""The model around the layers of every dense decoder family, and functions that compute parts of layers.
 
-A family (llama.py, qwen.py, ...) declares a `DenseArchitecture`: parameters, their names in Hugging Face's
-files, how its layers attend, and one function for a layer. `dense_model` makes the Model of it.
+A family (llama.py, qwen.py, ...) declares a `DenseArchitecture`: its parameters, their names in Hugging Face
+files, the attention settings of each layer, and one function that computes a layer. `dense_model` builds the
+Model from it.
 
-A layer's MLP is one function, called by the family's layer function. A family with experts calls its own
-there and declares kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"); it also needs its own
-forward_flops (dense_flops counts matrices) and a name per expert in WeightNames. LoRA and quantisation select
-kernels of two axes, so they leave experts alone.
+To add mixture-of-experts layers, a family calls an MLP function of its own in its layer function and declares
+kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"). It also needs its own forward_flops
+(dense_flops counts every matrix as used) and a tensor name per expert in WeightNames. LoRA and quantisation
+apply to kernels with two axes per layer only, so they skip experts.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
 from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, scan_layers
 from jaxft.tree import Batch, Params
 
-# (options, params, h [B, T, D], attend, dropout key) -> (h, what attend returned); see nn/scan.py.
+# (options, params, h [B, T, D], attend, dropout key) -> (h, second result of attend); see nn/scan.py.
 LayerFunction = Callable[[ForwardOptions, Params, Array, Attend, Array | None], tuple[Array, Any]]
 Norm = Callable[[Array, Array, float, DTypeLike], Array]
 ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -42,11 +43,11 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class DenseArchitecture:
-    """What a family's builder declares.
+    """A family's parameters and functions, from which dense_model builds its Model.
 
-    specs, names: the parameters and their tensors in Hugging Face's files. layer: one layer on the residual
-    stream. attention: rope, windows and soft cap of each layer. norm: the final one. embed_scale: factor of
-    the embeddings. logits: (head parameters, h) -> logits.
+    specs: the parameters. names: their tensor names in Hugging Face files. layer: computes one layer.
+    attention: rope, window and soft cap of each layer. norm: the final norm. embed_scale: factor on the
+    embeddings, None for 1. logits: (head parameters, h) -> logits.
     """
 
     specs: Specs
@@ -60,7 +61,7 @@ class DenseArchitecture:
 
 @dataclass(frozen=True)
 class Decoder:
-    """An architecture and the options that it is computed with."""
+    """An architecture with its compute options."""
 
     options: ForwardOptions
     architecture: DenseArchitecture
@@ -102,8 +103,8 @@ def _embed(d: Decoder, params: Params, ids: Int[Array, "B T"]) -> Array:
 
 
 def _one_layer(d: Decoder) -> Layer:
-    """Return the layer function of nn/scan.py: gathers the layer's parameters, sums in float32 or wider, and
-    rounds the residual stream once to its own dtype.
+    """Return the layer function for nn/scan.py. It gathers the layer's parameters, adds to the residual
+    stream in float32 or wider, and rounds that once, to its own dtype.
     """
     f, arch = d.options, d.architecture
 
@@ -130,7 +131,7 @@ def hidden(d: Decoder, params: Params, tokens: Batch, key: Array | None = None) 
 
 
 def prefill(d: Decoder, params: Params, tokens: Batch, size: int) -> tuple[Float[Array, "B T D"], Cache]:
-    """Return hidden states [B, T, D] of left-padded prompts and a cache with `size` slots a row."""
+    """Return hidden states [B, T, D] of left-padded prompts, and a cache with `size` slots per row."""
     h, layers = _embed(d, params, tokens.ids), params["layers"]
     h, cache = prefill_layers(_one_layer(d), h, layers, tokens, size, d.architecture.attention)
     return _final_norm(d, params, h), cache
@@ -144,17 +145,17 @@ def decode(
     positions: Int[Array, "B"],
     slot: Int[Array, ""],
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Decode one token a row into `slot`; return hidden states [B, D] and the cache."""
+    """Process one token per row, which is cached in `slot`. Return hidden states [B, D] and the cache."""
     h, at = _embed(d, params, ids[:, None]), NextToken(positions, slot)
     h, cache = decode_layers(_one_layer(d), h, params["layers"], cache, at, d.architecture.attention)
     return _final_norm(d, params, h)[:, 0], cache
 
 
-# Parts of layers. Sums of the residual stream are in float32 or wider; matmuls in the compute dtype.
+# Parts of layers. The residual stream is summed in float32 or wider; matmuls use the compute dtype.
 
 
 def no_norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
-    """Return queries and keys unchanged: a family without norms on them."""
+    """Return queries and keys unchanged, for families that don't normalise them."""
     return q, k
 
 
@@ -166,9 +167,10 @@ def self_attention(
     keys: Any,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Project to heads, attend, project back; keys: four dropout keys, or None for each.
+    """Compute attention with its four projections. Return it and the second result of `attend`.
 
-    norms(p, q [B, T, H, E], k [B, T, K, E]): applied before rope.
+    keys: the dropout keys of q, k, v and o; None disables dropout. norms(p, q [B, T, H, E], k [B, T, K, E]):
+    applied to queries and keys before rope.
     """
     B, T, _ = x_BTD.shape
     q = biased_linear(p, "q", x_BTD, keys[0]).reshape(B, T, c.heads, c.head_dim)
@@ -179,14 +181,14 @@ def self_attention(
 
 
 def attention_output(p: Params, o_BTHE: Float[Array, "B T H E"], key: Any) -> Float[Array, "B T D"]:
-    """Project the heads back to the width."""
+    """Apply the output projection to the attended heads."""
     B, T, H, E = o_BTHE.shape
     o = biased_linear(p, "o", o_BTHE.reshape(B, T, H * E), key)
     return saveable(constrain(o, "rows", "time", "act_width"), "o")
 
 
 def dense_mlp(c: DenseConfig, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> Float[Array, "B T D"]:
-    """The gated MLP with the configuration's activation; keys: three dropout keys, or None for each."""
+    """Compute the gated MLP with the config's activation. keys: the dropout keys of gate, up and down."""
     down = gated_mlp(p, x_BTD, keys, ACTIVATION_FUNCTIONS[c.activation])
     return constrain(down, "rows", "time", "act_width")
 
@@ -195,7 +197,7 @@ def prenorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
 ) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
-    """Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
+    """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
     c, keys = f.config, split_keys(key, 7)
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
     o, extra = self_attention(c, p["attn"], x, attend, keys[:4], norms)
@@ -205,7 +207,7 @@ def prenorm_layer(
 
 
 def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Callable:
-    """Return the `norms` of families that normalise each head of queries and keys (q_norm, k_norm [E])."""
+    """Return a `norms` function for self_attention that normalises each head (q_norm and k_norm [E])."""
 
     def norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
         return norm(q, p["q_norm"], c.norm_eps, dtype), norm(k, p["k_norm"], c.norm_eps, dtype)
@@ -213,11 +215,11 @@ def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Calla
     return norms
 
 
-# Declarations of parameters that many families share.
+# Parameter declarations that many families share.
 
 
 def llama_specs(c: DenseConfig) -> dict[str, Any]:
-    """Declare Llama's parameters, one line each."""
+    """Declare Llama's parameters."""
     L, D, F, V = c.layers, c.width, c.mlp, c.vocab
     Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
     specs = {
@@ -245,7 +247,7 @@ def llama_specs(c: DenseConfig) -> dict[str, Any]:
 
 
 def qkv_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Declare biases of the projections to queries, keys and values."""
+    """Declare the biases of the q, k and v projections."""
     Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return {
         "q_bias": ParamSpec((c.layers, Q), ("layers", "heads"), full(0.0), c.heads),
@@ -255,12 +257,12 @@ def qkv_biases(c: DenseConfig) -> dict[str, ParamSpec]:
 
 
 def attention_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Declare biases of all four projections of attention."""
+    """Declare the biases of the q, k, v and o projections."""
     return qkv_biases(c) | {"o_bias": ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))}
 
 
 def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Declare biases of the three projections of a gated MLP."""
+    """Declare the biases of the gate, up and down projections."""
     L, D, F = c.layers, c.width, c.mlp
     return {
         "gate_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
@@ -270,7 +272,7 @@ def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
 
 
 def with_biases(specs: dict[str, Any], c: DenseConfig, attention: bool, mlp: bool) -> dict[str, Any]:
-    """Return Llama's parameters with the biases that a config asks for, on attention, the MLP, or both."""
+    """Return `specs` with biases added to attention, to the MLP, or to both."""
     layers = dict(specs["layers"])
     if attention:
         layers["attn"] = layers["attn"] | attention_biases(c)
@@ -292,7 +294,7 @@ LLAMA_NAMES: WeightNames = {
     "layers/mlp/down": ("model.layers.{i}.mlp.down_proj.weight", True),
     "final_norm": ("model.norm.weight", False),
     "head": ("lm_head.weight", True),
-    # those that only some families have
+    # parameters of some families only
     "layers/attn/q_bias": ("model.layers.{i}.self_attn.q_proj.bias", False),
     "layers/attn/k_bias": ("model.layers.{i}.self_attn.k_proj.bias", False),
     "layers/attn/v_bias": ("model.layers.{i}.self_attn.v_proj.bias", False),
@@ -306,6 +308,8 @@ LLAMA_NAMES: WeightNames = {
 
 
 def names_of(specs: Specs, others: WeightNames | None = None) -> WeightNames:
-    """Return the Hugging Face name of every declared parameter; others: the family's own, before Llama's."""
+    """Return the Hugging Face name of every parameter in `specs`. others: names that the family adds to
+    Llama's, or has in place of them.
+    """
     known = LLAMA_NAMES | (others or {})
     return {path: known[path] for path in spec_paths(specs)}

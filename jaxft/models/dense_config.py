@@ -1,4 +1,4 @@
-"""The configuration that all dense decoder families share: its fields, and config.json in and out."""
+"""The config that all dense decoder families share: its fields, and how config.json is read and written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from jaxft.models.rope_config import (
 from jaxft.nn.rope import Rope, check_rope
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
-# Names of activations in config.json; the first of each is written.
+# Names of activations in config.json. Exports write the first name of each.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -24,11 +24,12 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Sizes and settings of a dense decoder; families add their own fields in subclasses.
+    """Sizes and settings of a dense decoder. Families add their own fields in subclasses.
 
     heads * head_dim may differ from width. tied: the embedding is also the head. rope: of all layers, or of
-    those with full attention. max_positions: the longest row. activation: of the gated MLP's gate; gelu is
-    exact, gelu_tanh its tanh approximation. Raises ValueError for a value out of range.
+    those with full attention in families with a second one. max_positions: tokens of the longest row.
+    activation: of the gated MLP; gelu is exact, gelu_tanh its tanh approximation. Raises ValueError for a
+    value out of range.
     """
 
     vocab: int
@@ -55,10 +56,12 @@ class DenseConfig:
             if type(token) is not int:
                 raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"config: {self.heads} heads do not divide into {self.kv_heads} kv heads")
+            raise ValueError(
+                f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads"
+            )
         if self.activation not in get_args(Activation):
             raise ValueError(
-                f"config: activation {self.activation!r} is not implemented; use "
+                f"config: activation {self.activation!r} is not supported; use "
                 f"{', '.join(get_args(Activation))}"
             )
         if not 1e-37 < self.norm_eps < 3.4e38:
@@ -68,7 +71,7 @@ class DenseConfig:
         check_rope(self.rope, self.head_dim, self.max_positions)
 
 
-# What transformers takes for a setting that config.json doesn't have.
+# transformers' default of each setting, for a config.json that lacks it.
 DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048, "bos_token_id": 1,
     "eos_token_id": 2, "rope_theta": 10000.0, "hidden_act": "silu", "head_dim": None,
@@ -78,14 +81,13 @@ SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 @dataclass(frozen=True)
 class FileFormat:
-    """What a family's config.json has of its own.
+    """How one family's config.json differs from that of other dense families.
 
-    fixed: settings that would change the arithmetic, and the only value that the family implements; they are
-    written too. defaults: the family's values for settings that config.json doesn't have, where they are not
-    those of DEFAULTS; rope_theta may have one value per type of layer. activation: the setting that names
-    the MLP's activation. partial_rope: the family's layers can rotate a part of each head. local_theta: for a
-    family with one rope per type of layer, where transformers 4 has the theta of sliding attention (see
-    rope_config.ropes_from_hf).
+    fixed: settings that would change the arithmetic, each with the only supported value; exports write them.
+    defaults: the family's defaults where they differ from DEFAULTS; rope_theta may have one value per layer
+    type. activation: the name of the setting for the MLP's activation. partial_rope: whether rope may rotate
+    only a part of each head. local_theta: for families with one rope per layer type, the setting in which
+    transformers 4 has the theta of sliding attention (see rope_config.ropes_from_hf).
     """
 
     model_type: str
@@ -98,10 +100,10 @@ class FileFormat:
 
 
 def fields_from_hf(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
-    """Read the fields of a DenseConfig from a config.json (transformers 4 or 5 style).
+    """Return the fields of a DenseConfig from the dict of a config.json, as transformers 4 or 5 writes it.
 
-    With form.local_theta there is also local_rope, the Rope of sliding attention. Raises ValueError that
-    names a missing or unsupported value.
+    With form.local_theta the result also has local_rope, the Rope of sliding attention. Raises ValueError
+    that names a missing or unsupported setting.
     """
     if hf.get("model_type", form.model_type) != form.model_type:
         raise ValueError(f"config: model_type {hf['model_type']!r} is not {form.model_type!r}")
@@ -148,7 +150,7 @@ def _ropes(hf: dict[str, Any], form: FileFormat, max_positions: Any) -> dict[str
     for rope in ropes.values():
         if rope.rotated != 1 and not form.partial_rope:
             raise ValueError(
-                f"config: rope's partial_rotary_factor={rope.rotated} is not supported for model_type "
+                f"config: partial_rotary_factor={rope.rotated} is not supported for model_type "
                 f"{form.model_type!r}; use 1.0"
             )
     return ropes
@@ -167,12 +169,12 @@ def _activation(name: Any, key: str) -> Activation:
 
 
 def fields_to_hf(c: DenseConfig, form: FileFormat, local_rope: Rope | None = None) -> dict[str, Any]:
-    """Return the config.json of a dense family, with rope in the form that transformers 4 and 5 both read.
+    """Return the dict of a config.json, with rope settings that transformers 4 and 5 both read.
 
     local_rope: the Rope of sliding attention, for a family with form.local_theta.
     """
     length = c.max_positions
-    if c.rope.kind == "dynamic":  # transformers has the original length there
+    if c.rope.kind == "dynamic":  # for which max_position_embeddings is the original length
         length = c.rope.original_max_positions or length
     if local_rope is None:
         rope = rope_to_hf(c.rope, length, form.model_type)

@@ -1,5 +1,5 @@
-"""EXAONE 4: OLMo's layer with norms of each head of queries and keys; where some layers have a sliding
-window, only these have rope.
+"""EXAONE 4: OLMo 2's layer, but with q and k norms per head. In models with sliding windows, only the layers
+with a window have rope.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from jaxft.tree import Params
 
 @dataclass(frozen=True)
 class Exaone4Config(DenseConfig):
-    """Sizes of an EXAONE 4. window: of the layers whose type is "sliding_attention"; with None, layers with
-    full attention have rope.
+    """Sizes of an EXAONE 4. window: keys that layers of type "sliding_attention" attend to. Layers with full
+    attention have rope only if window is None. layer_types: () for full attention in all layers.
     """
 
     window: int | None = None
@@ -62,8 +62,8 @@ def exaone4_from_hf(hf: dict[str, Any]) -> Exaone4Config:
         default = [SLIDING if (i + 1) % pattern else FULL for i in range(L)]
     elif "layer_types" not in hf:
         raise ValueError(
-            f"config: sliding_window_pattern={pattern!r:.60} is not supported; write layer_types, a list of "
-            f"{FULL} and {SLIDING}"
+            f"config: sliding_window_pattern={pattern!r:.60} is not supported; set layer_types, a list of "
+            f"{FULL} or {SLIDING} for each layer"
         )
     else:
         default = []

@@ -1,4 +1,4 @@
-"""Model families: the model_type of a config.json to its config, builder and presets.
+"""Model families: a table from model_type in config.json to the family's config, builder and presets.
 
 To add a family, write its file next to llama.py and add a row to FAMILIES.
 """
@@ -31,7 +31,7 @@ from jaxft.models.unsupported import refusal
 class Family:
     """A family's functions and data.
 
-    config: the class of its configs. from_hf, to_hf: between the dict of a config.json and a config; from_hf
+    config: the class of its configs. from_hf, to_hf: parse the dict of a config.json and return one; from_hf
     raises ValueError for unsupported settings. build(config, dtype=, remat=, residual=) -> Model. presets:
     configs by checkpoint name.
     """
@@ -146,8 +146,8 @@ def preset(ref: str, **options: Any) -> Model | None:
 
 
 def family_of(hf_config: dict[str, Any]) -> Family:
-    """Return the family of a config.json. Raises ValueError, with what the model has that jaxft lacks, for a
-    model_type that is not implemented.
+    """Return the family of a config.json. Raises ValueError for an unsupported model_type, with the parts of
+    such models that jaxft lacks.
     """
     kind = hf_config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -160,12 +160,12 @@ def is_tied(config: ModelConfig) -> bool:
     return isinstance(config, DenseConfig) and config.tied
 
 
-# Model types of which transformers 5 has no sequence classifier.
+# Model types without a sequence classifier in transformers 5.
 WITHOUT_CLASSIFIER = ("granite", "cwm", "internlm3", "iquestcoder", "vaultgemma")
 
 
 def has_classifier(config: ModelConfig) -> bool:
-    """Whether transformers can load a reward model of this family: its sequence classifier with one label."""
+    """Whether transformers has a sequence classifier for this family, to load its reward models."""
     known = any(type(config) is family.config for family in FAMILIES.values())
     return not known or config_to_hf(config)["model_type"] not in WITHOUT_CLASSIFIER
 

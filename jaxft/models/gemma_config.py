@@ -1,4 +1,4 @@
-"""The configurations of Gemma 1, Gemma 2 and VaultGemma: config.json in and out, and the presets."""
+"""The configs of Gemma 1, Gemma 2 and VaultGemma: config.json read and written, and the presets."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +16,9 @@ class GemmaConfig(DenseConfig):
 class Gemma2Config(DenseConfig):
     """Sizes of a Gemma 2.
 
-    query_pre_attn_scalar: scores are q k^T divided by its square root. window: of the layers whose type is
-    "sliding_attention". attn_softcap, final_softcap: scores and logits x become c * tanh(x / c); None leaves
-    them. Raises ValueError for a value out of range.
+    query_pre_attn_scalar: attention scores are q k^T divided by its square root. window: keys that layers of
+    type "sliding_attention" attend to. attn_softcap, final_softcap: c in c * tanh(x / c), which is applied to
+    attention scores and to logits; None for no soft cap. Raises ValueError for a value out of range.
     """
 
     query_pre_attn_scalar: float = 256.0
@@ -34,10 +34,15 @@ class Gemma2Config(DenseConfig):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (value is None and name in caps) and not (is_number and 0 < value < 1e30):
                 raise ValueError(f"config: {name} must be a number above 0, got {value!r:.60}")
-        if len(self.layer_types) != self.layers or (self.window is None) == (SLIDING in self.layer_types):
+        if len(self.layer_types) != self.layers:
             raise ValueError(
-                f"config: {self.layers} layers need as many layer_types, and those of type {SLIDING} need "
-                f"sliding_window; got {len(self.layer_types)} types and sliding_window={self.window}"
+                f"config: layer_types must have a type for each of the {self.layers} layers, got "
+                f"{len(self.layer_types)} types"
+            )
+        if (self.window is None) == (SLIDING in self.layer_types):
+            raise ValueError(
+                f"config: sliding_window must be set if and only if layer_types has {SLIDING}, got "
+                f"sliding_window={self.window}"
             )
 
 
@@ -65,8 +70,8 @@ def check_causal(hf: dict[str, Any]) -> None:
     """Raise ValueError for an encoder, such as EmbeddingGemma."""
     if hf.get("use_bidirectional_attention"):
         raise ValueError(
-            "config: use_bidirectional_attention=true, an encoder, is not supported; jaxft has causal "
-            "language models"
+            "config: use_bidirectional_attention=true is not supported: this model is an encoder, and jaxft "
+            "has causal language models"
         )
 
 
@@ -74,11 +79,11 @@ def gemma_from_hf(hf: dict[str, Any]) -> GemmaConfig:
     """Parse a Gemma 1's config.json. Raises ValueError that names a missing or unsupported value."""
     check_causal(hf)
     act = hf.get("hidden_act", TANH)
-    act = TANH if act == "gelu" else act  # the first files say gelu and mean the approximation
+    act = TANH if act == "gelu" else act  # the first files call the approximation gelu
     if hf.get("hidden_activation") not in (None, act):
         raise ValueError(
-            f"config: hidden_activation={hf['hidden_activation']!r:.60} and hidden_act="
-            f"{hf.get('hidden_act', TANH)!r:.60} differ; use the same {TANH!r} for both"
+            f"config: hidden_activation={hf['hidden_activation']!r:.60}, which transformers 4 uses, is not "
+            f"hidden_act, which transformers 5 reads as {act!r:.60}; set both to {TANH!r}, Google's value"
         )
     defaults = COMMON | {"num_key_value_heads": 16}
     return GemmaConfig(**fields_from_hf({**defaults, **hf, "hidden_act": act}, _GEMMA))
@@ -91,7 +96,7 @@ def gemma_to_hf(c: GemmaConfig) -> dict[str, Any]:
 
 
 def capped_fields(hf: dict[str, Any], form: FileFormat, period: int) -> dict[str, Any]:
-    """Read the fields of a Gemma2Config; without layer_types, every period-th layer has full attention."""
+    """Return the fields of a Gemma2Config. Without layer_types, every period-th layer has full attention."""
     check_causal(hf)
     fields = fields_from_hf(hf, form)
     types = read_layer_types(hf, alternating(fields["layers"], period))
@@ -105,11 +110,11 @@ def capped_fields(hf: dict[str, Any], form: FileFormat, period: int) -> dict[str
 
 
 def capped_settings(c: Gemma2Config) -> dict[str, Any]:
-    """Return what config.json has for the fields of a Gemma2Config."""
+    """Return the settings of config.json for the fields that Gemma2Config adds to DenseConfig."""
     scalar = c.query_pre_attn_scalar
     return {
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
-        "sliding_window": c.window or c.max_positions,  # transformers needs one, whatever the types
+        "sliding_window": c.window or c.max_positions,  # transformers needs a number even if no layer uses it
         "layer_types": list(c.layer_types),
         "attn_logit_softcapping": c.attn_softcap,
         "final_logit_softcapping": c.final_softcap,
@@ -154,12 +159,12 @@ GEMMA_PRESETS: dict[str, GemmaConfig] = {
 
 
 def alternating(layers: int, period: int) -> tuple[str, ...]:
-    """Return layer types of which every period-th has full attention."""
+    """Return the layer types of a model in which every period-th layer has full attention."""
     return tuple(SLIDING if (i + 1) % period else FULL for i in range(layers))
 
 
 def _gemma2(size: str, **sizes: Any) -> dict[str, Gemma2Config]:
-    """Presets of a Gemma 2 and its instruction-tuned form, which differ in their end tokens."""
+    """Return presets of a base model and its instruction-tuned version, which differ in their end tokens."""
     settings: dict[str, Any] = dict(window=4096, attn_softcap=50.0, final_softcap=30.0)
     types = alternating(sizes["layers"], 2)
     config = Gemma2Config(**(_G | settings | sizes), layer_types=types)

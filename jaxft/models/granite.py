@@ -30,9 +30,9 @@ MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multipl
 
 @dataclass(frozen=True)
 class GraniteConfig(DenseConfig):
-    """Sizes of a Granite. Embeddings, attention scores and what a layer adds to the residual stream are
-    multiplied, logits are divided by logits_scaling. attention_bias, mlp_bias: whether the projections have
-    biases.
+    """Sizes of a Granite 3. embedding_multiplier, attention_multiplier: factors on embeddings and attention
+    scores. residual_multiplier: factor on the outputs of attention and MLP. logits_scaling: divisor of the
+    logits. attention_bias, mlp_bias: whether the projections have biases.
     """
 
     embedding_multiplier: float = 1.0
@@ -68,7 +68,7 @@ def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: A
 def _layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`h += m attention(norm(h)); h += m mlp(norm(h))`, m the residual multiplier."""
+    """Compute `h += m attention(norm(h)); h += m mlp(norm(h))` with m = residual_multiplier."""
     c, keys = f.config, split_keys(key, 7)
     multiplier = jnp.asarray(c.residual_multiplier, h_BTD.dtype)
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
@@ -111,7 +111,7 @@ _8B: dict[str, Any] = dict(
 
 
 def _base_and_instruct(version: str, vocab: int, theta: float) -> dict[str, GraniteConfig]:
-    """Presets of a release's base models and their instruction-tuned forms, whose files have the same
+    """Return presets of a release's base models and their instruction-tuned versions, which have the same
     settings.
     """
     common: dict[str, Any] = dict(

@@ -1,10 +1,9 @@
-"""Scalar heads: one number per text, `hidden @ score` at its last token, as in a reward model or a critic.
+"""Scalar heads of reward models and critics: `hidden @ score`, one number per token.
 
-A head is a leaf "score" [D, 1] without a bias, the score.weight [1, D] of Hugging Face's classifiers with one
-label. A reward model that is trained has the whole tree {"base", "adapter", "score"}. Further models share
-the base of a policy; each has a name, under which its adapter and its head are stored: {"base", "adapter",
-"critic": {"adapter", "score"}}. Then `{"base": params["base"], **params["critic"]}` are the parameters of
-that model (see `view`).
+A head is a leaf "score" [D, 1] without bias, which is score.weight [1, D] in Hugging Face classifiers with
+one label. The parameters of a reward model in training are {"base", "adapter", "score"}. A policy's run can
+have further models on the same base, each with its adapter and head under its name: {"base", "adapter",
+"critic": {"adapter", "score"}}. `view` returns the parameters of one of them.
 """
 
 from collections.abc import Mapping
@@ -27,12 +26,12 @@ INIT = normal(0.02)  # transformers' initialisation of a new head
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """A model with a scalar head on the base of a run: a critic, or a reward model.
+    """Settings of a critic or reward model that shares the base of a run.
 
-    adapter: its own LoRA settings, None for a head without an adapter. start: a PEFT folder, or a run's, that
-    adapter and head are loaded from; None initialises both. trained: False freezes both. weights: a
-    checkpoint for a separate base, which is trained in full; then it has no adapter, and its head is loaded
-    from the checkpoint if that has one.
+    adapter: its LoRA settings, None for a head without an adapter. start: a PEFT folder or a run's folder
+    from which adapter and head are loaded; None initialises both. trained: False freezes both. weights: a
+    checkpoint that replaces the shared base and is trained in full, without an adapter; the head is loaded
+    from it if it has one.
     """
 
     adapter: Adapter | None = None
@@ -50,8 +49,8 @@ class HeadSettings:
 def scores(params: Params, h: Float[Array, "... D"]) -> Float[Array, "..."]:
     """Return `h @ params["score"]`, computed in float32 or wider for any dtype of h.
 
-    A head [D, K, 1] is K heads; the rows of h are K equal groups, one for each, as nn.matmul.linear takes
-    several adapters.
+    For K models in one batch, the head is [D, K, 1], and the rows of h are K groups of equal size, as for K
+    adapters in nn.matmul.linear.
     """
     wide, highest = accumulation_dtype(h.dtype), jax.lax.Precision.HIGHEST
     w, h = params["score"][..., 0].astype(wide), h.astype(wide)
@@ -90,7 +89,8 @@ def with_scalar_head(model: Model) -> Model:
 
 def _no_text(*_: Any, **__: Any) -> Any:
     raise ValueError(
-        "this model has a scalar head and generates no text; use the language model that it was made from"
+        "this model has a scalar head in place of the language model head and cannot generate text; use the "
+        "language model that it was made from"
     )
 
 
@@ -100,16 +100,17 @@ def head_spec(model: Model) -> ParamSpec:
 
 
 def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
-    """Return the model with further models on the same base, each under its name in the tree of parameters.
+    """Return the model with critics or reward models on the same base, each under its name in the parameters.
 
-    Raises ValueError for a name that the tree already has.
+    Raises ValueError if the parameters already have that name.
     """
     if not heads:
         return model
     taken = {"base", "adapter", *model.heads} & heads.keys()
     if taken:
         raise ValueError(
-            f"a head cannot be named {min(taken)}, a name of the run's own parameters; choose another name"
+            f"a head cannot be named {min(taken)!r}, because the run's parameters have that name; choose "
+            "another one"
         )
     specs = {name: _specs(model, settings) for name, settings in heads.items()}
     return replace(model, heads={**model.heads, **specs}, scores=scores)
@@ -123,19 +124,20 @@ def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
         specs["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
     if "head" in specs.get("adapter", ()):
         raise ValueError(
-            "the adapter of a model with a scalar head targets the language model head; leave 'head' out"
+            "the adapter of a model with a scalar head cannot target the language model head; remove 'head' "
+            "from its targets"
         )
     return {**specs, "score": head_spec(model)}
 
 
 def view(params: Params, name: str) -> Params:
-    """Return the parameters of one of the further models: its own, plus the shared base unless it has its own
-    base.
+    """Return the parameters of the critic or reward model `name`: its own, and the shared base unless it has
+    a base of its own.
     """
     return {"base": params["base"], **params[name]}
 
 
 def as_checkpoint(model: Model) -> Model:
-    """Return a model with a scalar head as a checkpoint stores it: base and head in one tree of specs."""
+    """Return a model with a scalar head whose specs are those of a checkpoint, base and head in one tree."""
     specs = {**model.specs.get("base", model.specs), "score": model.heads["score"]}
     return replace(model, specs=specs, heads={})

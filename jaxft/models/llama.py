@@ -1,4 +1,4 @@
-"""The Llama family: Llama 1 to 3.3, SmolLM2 and everything else with model_type "llama"."""
+"""Llama 1 to 3.3, SmolLM2 and all other models with model_type "llama"."""
 
 from typing import Any
 

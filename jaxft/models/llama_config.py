@@ -1,4 +1,4 @@
-"""Llama's configuration: from and to Hugging Face's config.json, and the presets."""
+"""Llama's config: config.json read and written, and the presets."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +49,7 @@ _SMOLLM2_135M = LlamaConfig(
 
 
 def _base_and_instruct(name: str, config: LlamaConfig) -> dict[str, LlamaConfig]:
-    """Presets of a base model and its instruction-tuned form, which differ in their end tokens."""
+    """Return presets of a base model and its instruction-tuned version, which differ in their end tokens."""
     chat = replace(config, eos=_CHAT)
     return {f"meta-llama/{name}": config, f"meta-llama/{name}-Instruct": chat}
 

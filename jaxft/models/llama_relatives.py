@@ -1,4 +1,4 @@
-"""Models with Llama's layer under a model_type of their own: Seed-OSS, CWM, InternLM 3 and IQuest-Coder."""
+"""Models that have Llama's layer but another model_type: Seed-OSS, CWM, InternLM 3 and IQuest-Coder."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,9 @@ _SILU = {"hidden_act": "silu"}
 
 @dataclass(frozen=True)
 class SeedOssConfig(LlamaConfig):
-    """Sizes of a Seed-OSS. attention_bias: of queries, keys and values; attention_out_bias: of the output."""
+    """Sizes of a Seed-OSS. attention_bias: whether q, k and v have biases; attention_out_bias: whether o has
+    one.
+    """
 
     attention_out_bias: bool = False
 
@@ -67,7 +69,7 @@ def seed_oss_to_hf(c: SeedOssConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CwmConfig(MistralConfig):
-    """Sizes of a CWM, whose builder is Mistral's."""
+    """Sizes of a CWM, which Mistral's builder builds."""
 
 
 _CWM = FileFormat(
@@ -102,7 +104,7 @@ def cwm_to_hf(c: CwmConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class InternLM3Config(LlamaConfig):
-    """Sizes of an InternLM 3, whose builder is Llama's."""
+    """Sizes of an InternLM 3, which Llama's builder builds."""
 
 
 _INTERNLM3 = FileFormat(
@@ -116,7 +118,7 @@ def internlm3_from_hf(hf: dict[str, Any]) -> InternLM3Config:
     qkv = bool(hf.get("qkv_bias", hf.get("attention_bias", False)))
     bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
     if qkv != bias:
-        raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; they must be equal")
+        raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; both must be equal")
     return InternLM3Config(**fields_from_hf(hf, _INTERNLM3), attention_bias=bias, mlp_bias=bias)
 
 
@@ -127,7 +129,7 @@ def internlm3_to_hf(c: InternLM3Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class IQuestCoderConfig(LlamaConfig):
-    """Sizes of an IQuest-Coder, whose builder is Llama's."""
+    """Sizes of an IQuest-Coder, which Llama's builder builds."""
 
 
 _IQUEST = FileFormat(

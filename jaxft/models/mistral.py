@@ -16,7 +16,9 @@ from jaxft.nn.rope import Rope
 
 @dataclass(frozen=True)
 class MistralConfig(DenseConfig):
-    """Sizes of a Mistral. window: of the layers whose type is "sliding_attention"; () for no such layer."""
+    """Sizes of a Mistral. window: keys that layers of type "sliding_attention" attend to. layer_types: () for
+    full attention in all layers.
+    """
 
     window: int | None = None
     layer_types: tuple[str, ...] = ()
@@ -39,7 +41,7 @@ _MINISTRAL = FileFormat("ministral", "MinistralForCausalLM", defaults=_DEFAULTS)
 
 def _from_hf(hf: dict[str, Any], form: FileFormat) -> MistralConfig:
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
-    # transformers reads a mistral that has layer_types as a ministral.
+    # transformers reads a config.json of model_type mistral that has layer_types as a ministral's.
     types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])
     if SLIDING not in types:
         return MistralConfig(**fields)
@@ -59,7 +61,7 @@ def ministral_from_hf(hf: dict[str, Any]) -> MistralConfig:
 
 
 def mistral_to_hf(c: MistralConfig) -> dict[str, Any]:
-    """Return the dict of a config.json: model_type "ministral" where only some layers have a window."""
+    """Return the dict of a config.json, of model_type "ministral" if only some layers have a window."""
     if len(set(c.layer_types)) == 2:
         return fields_to_hf(c, _MINISTRAL) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
     return fields_to_hf(c, _MISTRAL) | {"sliding_window": c.window}

@@ -72,7 +72,7 @@ class Model:
 
     config: sizes.
     specs: ParamSpec tree of all parameters.
-    weight_names: path -> (tensor name in Hugging Face's layout with {i} for the layer, transposed?).
+    weight_names: path -> (tensor name in Hugging Face files, with {i} for the layer; whether transposed).
     attention: rope, window and soft cap of each layer.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or Rollout.
@@ -81,7 +81,7 @@ class Model:
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, size) -> (h [B, T, D], cache with slots for `size` tokens per row).
     decode(params, cache, ids [B], positions [B], slot) -> (h [B, D], cache); all rows have the same `slot`.
-    repeat_cache(cache, count) -> the cache with each row `count` times in succession.
+    repeat_cache(cache, count) -> the cache with each row repeated `count` times in succession.
     forward_flops(tokens, context) -> floating point operations of a forward pass, with attention over
         `context` keys.
     heads: ParamSpecs in addition to base and adapter: scalar heads, and models that share the base.
@@ -147,8 +147,8 @@ def layer_axes(specs: Specs) -> Any:
 def dense_flops(
     config: ModelConfig, specs: Specs, attention: AttentionLayers, tokens: int, context: int
 ) -> float:
-    """Count a forward pass of a dense decoder, a multiply-add as two: its layers' matrices, causal attention
-    within the layers' windows, the head.
+    """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens: matrices of the layers, causal
+    attention within each layer's window, and the head. A multiply-add counts as two.
     """
     matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
     per_layer = sum(prod(shape[1:]) for shape in matrices)
@@ -158,7 +158,9 @@ def dense_flops(
 
 
 def mean_keys(window: int | None, context: int) -> float:
-    """Return how many keys a query of a text of `context` tokens sees on average, causally in a window."""
+    """Return the mean number of keys that a query attends to, causally and within the window, in a text of
+    `context` tokens.
+    """
     if window is None or window >= context:
         return context / 2
     return window * (1 - window / (2 * context))

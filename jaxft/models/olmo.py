@@ -1,5 +1,5 @@
-"""OLMo 2 and OLMo 3: norms after attention and MLP instead of before, and norms over all heads of queries and
-keys; OLMo 3 has sliding windows in three of four layers, which have their own rope.
+"""OLMo 2 and OLMo 3: norms after attention and MLP instead of before, q and k norms over all heads at once.
+In OLMo 3, three of four layers have a sliding window and another rope.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tu
     return postnorm_layer(f, p, h, attend, key, norms)
 
 
-# A layer whose norms are after attention and MLP.
+# A layer with norms after attention and MLP, which EXAONE 4 uses too.
 
 POST_NORM_NAMES: WeightNames = {
     "layers/post_attn_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
@@ -91,7 +91,7 @@ POST_NORM_NAMES: WeightNames = {
 
 
 def postnorm_specs(c: DenseConfig) -> dict[str, Any]:
-    """Declare Llama's parameters, with the norms of a layer after attention and MLP."""
+    """Declare Llama's parameters, but with norms after attention and MLP instead of before."""
     specs = llama_specs(c)
     for norm in ("attn_norm", "mlp_norm"):
         specs["layers"][f"post_{norm}"] = specs["layers"].pop(norm)
@@ -102,7 +102,7 @@ def postnorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]],
 ) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
-    """`h += norm(attention(h)); h += norm(mlp(h))`; norms: of queries and keys."""
+    """Compute `h += norm(attention(h)); h += norm(mlp(h))`. norms: see self_attention."""
     c, keys = f.config, split_keys(key, 7)
     o, extra = self_attention(c, p["attn"], h_BTD.astype(f.dtype), attend, keys[:4], norms)
     h_BTD = h_BTD + rms_norm(o, p["post_attn_norm"], c.norm_eps, h_BTD.dtype)
@@ -141,7 +141,7 @@ def olmo2_to_hf(c: Olmo2Config) -> dict[str, Any]:
 def olmo3_to_hf(c: Olmo3Config) -> dict[str, Any]:
     """Return the dict of an OLMo 3's config.json."""
     out = fields_to_hf(c, _OLMO3, c.local_rope)
-    if c.rope.theta != c.local_rope.theta:  # transformers 4 has one for both; 5 reads rope_parameters
+    if c.rope.theta != c.local_rope.theta:  # transformers 4 cannot express that; 5 reads rope_parameters
         del out["rope_theta"]
     own = {"sliding_window": c.window, "layer_types": list(c.layer_types)}
     return out | {"attention_bias": c.attention_bias} | own
@@ -161,7 +161,7 @@ _YARN = Rope(
 
 
 def _olmo2(name: str, **sizes: Any) -> dict[str, Olmo2Config]:
-    """Presets of a base model and its instruction-tuned form, whose files have the same settings."""
+    """Return presets of a base model and its instruction-tuned version, which have the same settings."""
     config = Olmo2Config(vocab=100352, max_positions=4096, **_OLMO, **sizes)
     return {f"allenai/{name}": config, f"allenai/{name}-Instruct": config}
 

@@ -22,7 +22,7 @@ from jaxft.tree import Params
 
 @dataclass(frozen=True)
 class Phi3Config(DenseConfig):
-    """Sizes of a Phi-3 or Phi-4. window: sliding window of all layers, in keys; None for none."""
+    """Sizes of a Phi-3 or Phi-4. window: keys that every layer attends to; None for full attention."""
 
     window: int | None = None
 
@@ -35,7 +35,9 @@ def phi3(config: Phi3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) ->
 
 
 def _specs(c: Phi3Config) -> dict[str, Any]:
-    """Declare the parameters: attn/qkv [D, (H + 2K) E] and mlp/gate_up [D, 2F], with parts in this order."""
+    """Declare the parameters: attn/qkv [D, (H + 2K) E] has columns for q, k, v in this order, and mlp/gate_up
+    [D, 2F] for gate, up.
+    """
     specs, L, D, F = llama_specs(c), c.layers, c.width, c.mlp
     axes, columns = ("layers", "fused_width"), (c.heads + 2 * c.kv_heads) * c.head_dim
     qkv = ParamSpec((L, D, columns), (*axes, "fused_kv_heads"), fan_in(D), c.kv_heads)
@@ -55,7 +57,7 @@ _NAMES: WeightNames = {
 def _layer(
     f: ForwardOptions[Phi3Config], p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`h += attention(norm(h)); h += mlp(norm(h))`."""
+    """Compute `h += attention(norm(h)); h += mlp(norm(h))` with fused projections."""
     c, keys = f.config, split_keys(key, 4)
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
     o, extra = _attention(c, p["attn"], x, attend, keys[:2])
@@ -85,7 +87,6 @@ def _mlp(c: Phi3Config, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> F
     return biased_linear(p, "down", gated(gate, up), keys[1])
 
 
-# Rates of dropout are fixed to 0: it is a setting of adapters here.
 _FORMAT = FileFormat(
     "phi3",
     "Phi3ForCausalLM",
@@ -93,7 +94,7 @@ _FORMAT = FileFormat(
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000},
     partial_rope=True,
 )
-_OLD_LONGROPE = ("su", "yarn")  # what transformers reads as longrope in a Phi-3's config.json
+_OLD_LONGROPE = ("su", "yarn")  # in a Phi-3's config.json, transformers reads both as longrope
 
 
 def phi3_from_hf(hf: dict[str, Any]) -> Phi3Config:
@@ -113,11 +114,11 @@ def phi3_from_hf(hf: dict[str, Any]) -> Phi3Config:
 
 
 def phi3_to_hf(c: Phi3Config) -> dict[str, Any]:
-    """Return the dict of a Phi-3's config.json, without the padding token 32000 that transformers assumes."""
+    """Return the dict of a Phi-3's config.json, with pad_token_id null; transformers' default is 32000."""
     return fields_to_hf(c, _FORMAT) | {"sliding_window": c.window, "pad_token_id": None}
 
 
-# Factors of longrope, as the checkpoints' config.json has them.
+# Factors of longrope from the checkpoints' config.json files.
 _PHI35_SHORT = (
     1.0, 1.0199999809265137, 1.0299999713897705, 1.0299999713897705, *(1.0499999523162842,) * 5,
     1.0699999332427979, 1.0999999046325684, 1.1099998950958252, 1.1599998474121094, 1.1599998474121094,
@@ -149,7 +150,7 @@ _PHI4_MINI_LONG = (
 
 
 def _longrope(short: tuple[float, ...], long: tuple[float, ...], rotated: float = 1.0) -> dict[str, Any]:
-    """Rope and length of a model of 4096 positions that longrope extends to 131072."""
+    """Return rope, length and window of a model whose 4096 positions longrope extends to 131072."""
     rope = Rope(
         kind="longrope", factor=32.0, original_max_positions=4096, rotated=rotated, short_factor=short,
         long_factor=long,

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 (biases on queries, keys and values) and Qwen3 (norms on queries and keys)."""
+"""Qwen2 and Qwen2.5 (Llama's layer with q, k and v biases), and Qwen3 (with q and k norms per head)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,9 @@ from jaxft.tree import Params
 
 @dataclass(frozen=True)
 class QwenConfig(DenseConfig):
-    """Sizes of a Qwen. window: of the layers whose type is "sliding_attention"; () for no such layer."""
+    """Sizes of a Qwen2. window: keys that layers of type "sliding_attention" attend to. layer_types: () for
+    full attention in all layers.
+    """
 
     window: int | None = None
     layer_types: tuple[str, ...] = ()
@@ -129,7 +131,7 @@ _IM_END, _ENDOFTEXT = 151645, 151643
 
 
 def _qwen25(size: str, **sizes: Any) -> dict[str, QwenConfig]:
-    """Presets of a Qwen2.5 base model and its instruction-tuned form, which differ in their end tokens."""
+    """Return presets of a Qwen2.5 base model and its instruction-tuned version."""
     common: dict[str, Any] = dict(
         vocab=152064, head_dim=128, rope=Rope(1e6), norm_eps=1e-6, max_positions=32768, bos=_ENDOFTEXT
     )

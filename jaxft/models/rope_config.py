@@ -1,15 +1,17 @@
-"""Rope's settings in config.json, in all forms of transformers 4 and 5: read, and written for both.
+"""Rope settings of config.json: read in every format of transformers 4 and 5, and written for both.
 
 transformers 4 has rope_theta, partial_rotary_factor, original_max_position_embeddings and an object
-rope_scaling; transformers 5 has one object rope_parameters, or one for each type of layer.
+rope_scaling at the top level. transformers 5 has one object rope_parameters, which some families split into
+one object per layer type.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from jaxft.nn.rope import USED, Rope
+from jaxft.tree import nearest
 
-# Names of settings: in config.json and in Rope, where they differ or not.
+# Names of settings in config.json, and of the fields of Rope.
 NUMBERS = {
     "rope_theta": "theta",
     "factor": "factor",
@@ -27,16 +29,16 @@ LISTS = {"short_factor": "short_factor", "long_factor": "long_factor"}
 SWITCHES = {"truncate": "truncate"}
 FIELDS = {**NUMBERS, **LISTS, **SWITCHES}
 ROPE_KEYS = ("rope_type", "type", *FIELDS)
-# Of models that were trained with the scaled rope, and of text decoders of multimodal models: for text all
-# sections have the same positions.
+# Settings that change nothing here. finetuned: the model was trained with the scaled rope. mrope_section: of
+# multimodal models; for text, all sections have the same positions.
 WITHOUT_EFFECT = ("finetuned", "mrope_section")
 TOP_LEVEL = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
-ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # the first that is not empty counts, as in transformers
+ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # the first non-empty one is used, as in transformers
 LAYER_TYPES = ("full_attention", "sliding_attention")
-LOCAL_THETA = ("gemma3", "gemma3_text")  # have rope_local_base_freq in transformers 4
-EXACT_SCALING = ("phi3",)  # refuse a rope_scaling of transformers 4 with more than type and the two factors
-OTHER_NAMES = {"su": "longrope"}  # of Phi-3's first files
-NEEDED = {
+LOCAL_THETA = ("gemma3", "gemma3_text")  # model types with rope_local_base_freq in transformers 4
+EXACT_SCALING = ("phi3",)  # transformers 4 allows only type, short_factor and long_factor in rope_scaling
+OTHER_NAMES = {"su": "longrope"}  # as Phi-3's first files call it
+NEEDED = {  # required settings of each kind
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -48,12 +50,12 @@ Settings = dict[str, Any]
 
 
 def rope_from_hf(hf: Settings, max_positions: int, theta: float = 10000.0) -> Rope:
-    """Return the Rope that transformers uses with a config.json.
+    """Return the Rope that transformers uses for a config.json.
 
-    max_positions: its max_position_embeddings, which is the original length of the kinds whose settings state
-    none. theta: the family's rope_theta where config.json has none. Of several places the first counts:
-    rope_scaling, rope_parameters, the top level, the defaults. Raises ValueError for settings that contradict
-    each other (which one the weights were trained with is not known), are missing or not supported.
+    max_positions: its max_position_embeddings, which is also the original length if no setting states that.
+    theta: the family's default of rope_theta. Precedence: rope_scaling, rope_parameters, the top level, the
+    defaults. Raises ValueError for missing or unsupported settings, and for contradictory ones, since it is
+    unknown which of them the model was trained with.
     """
     groups = {name: _group(hf.get(name), name) for name in ROPE_GROUPS}
     groups["config.json"] = {name: hf[name] for name in TOP_LEVEL if hf.get(name) is not None}
@@ -63,12 +65,11 @@ def rope_from_hf(hf: Settings, max_positions: int, theta: float = 10000.0) -> Ro
 def ropes_from_hf(
     hf: Settings, max_positions: int, thetas: Mapping[str, float], local_theta: str
 ) -> dict[str, Rope]:
-    """Return the Rope of each type of layer, full_attention and sliding_attention.
+    """Return the Rope of each layer type, full_attention and sliding_attention.
 
     transformers 5 has an object for each in rope_parameters. In transformers 4, rope_scaling and rope_theta
-    are those of full attention, and sliding attention has the default kind with the theta that config.json
-    calls `local_theta`: rope_local_base_freq (Gemma 3) or rope_theta (OLMo 3). thetas: the family's, where
-    config.json has none.
+    apply to full attention only; sliding attention has an unscaled rope whose theta is in the setting
+    `local_theta`: rope_local_base_freq (Gemma 3) or rope_theta (OLMo 3). thetas: the family's defaults.
     """
     nested = _nested(hf)
     full, sliding = (nested.get(name, {}) for name in LAYER_TYPES)
@@ -87,34 +88,39 @@ def ropes_from_hf(
 
 
 def _nested(hf: Settings) -> dict[str, Settings]:
-    """Return the objects of rope_parameters by type of layer; none in a config.json of transformers 4."""
+    """Return the objects in rope_parameters by layer type; {} for a config.json of transformers 4."""
     parameters = hf.get("rope_parameters") or {}
     if not isinstance(parameters, dict) or parameters.keys() - set(LAYER_TYPES):
         raise ValueError(
-            f"config: rope_parameters must have an object for each of {' and '.join(LAYER_TYPES)}, got "
+            f"config: rope_parameters must have one object for {' and one for '.join(LAYER_TYPES)}, got "
             f"{parameters!r:.80}"
         )
     return {name: _group(value, f"rope_parameters.{name}") for name, value in parameters.items()}
 
 
 def _group(group: Any, where: str) -> Settings:
-    """Return the settings of one object of config.json, the type as rope_type."""
+    """Return the settings in one object of config.json, with the rope type under the name rope_type."""
     if not group:
         return {}
     if not isinstance(group, dict):
         raise ValueError(f"config: {where} must be an object with a rope_type, got {group!r}")
+    if group.keys() & set(LAYER_TYPES):
+        raise ValueError(
+            f"config: {where} has one object per layer type, which this model_type does not support; use one "
+            "object for all layers"
+        )
     if unknown := group.keys() - {*ROPE_KEYS, *WITHOUT_EFFECT}:
         names = ", ".join(sorted(map(repr, unknown)))
-        raise ValueError(
-            f"config: rope setting {names} in {where} is not supported; jaxft reads {', '.join(ROPE_KEYS)}"
-        )
+        near = ", ".join(nearest(str(min(unknown, key=str)), list(ROPE_KEYS)))
+        raise ValueError(f"config: rope setting {names:.60} in {where} is not supported; near: {near}")
     group = {name: value for name, value in group.items() if value is not None and name not in WITHOUT_EFFECT}
     kinds = [group.pop(name) for name in ("rope_type", "type") if name in group]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise ValueError(f"config: {where} has rope_type={kinds[0]!r} and type={kinds[1]!r}; remove one")
     if "factor" in group and not kinds:
         raise ValueError(
-            f"config: {where} has a factor ({group['factor']}) but no rope_type; use {', '.join(USED)}"
+            f"config: {where} has factor={group['factor']!r:.60} but no rope_type; add the type that the "
+            "model was trained with, such as linear or yarn"
         )
     kind = [OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds[:1]]
     return group | ({"rope_type": kind[0]} if kind else {})
@@ -151,9 +157,10 @@ def _rope(groups: dict[str, Settings], max_positions: int, theta: float) -> Rope
 
 
 def _merged(groups: dict[str, Settings], theta: float) -> Settings:
-    """Return the settings that count, of the first group that is not empty, the last one and the defaults.
+    """Return the settings in effect: those of the first non-empty group, then those at the top level of
+    config.json (the last group), then the defaults.
 
-    Raises ValueError if a group states a setting with another value, or with one of the wrong type.
+    Raises ValueError if another group contradicts them, or if a value has a wrong type.
     """
     for where, group in groups.items():
         for name, value in group.items():
@@ -165,8 +172,8 @@ def _merged(groups: dict[str, Settings], theta: float) -> Settings:
         for name, value in group.items():
             if rope.get(name) != value:
                 raise ValueError(
-                    f"config: {where} has {name}={value!r}, but {used}, which counts before it, means "
-                    f"{name}={rope.get(name)!r}; remove the one that the model was not trained with"
+                    f"config: {where} has {name}={value!r}, but {used} takes precedence and results in "
+                    f"{name}={rope.get(name)!r}; set both to the value that the model was trained with"
                 )
     return rope
 
@@ -184,9 +191,9 @@ def _check_value(name: str, value: Any, where: str) -> None:
 
 
 def extended_positions(rope: Rope, max_positions: int) -> int:
-    """Return the longest row of a model whose config.json has max_position_embeddings=max_positions.
+    """Return the tokens of the longest row of a model with max_position_embeddings=max_positions.
 
-    yarn and dynamic extend the original length by `factor`, whatever config.json states next to them.
+    yarn and dynamic extend the original length by `factor` if that is more than max_positions.
     """
     if rope.kind not in ("yarn", "dynamic") or rope.original_max_positions is None:
         return max_positions
@@ -194,39 +201,39 @@ def extended_positions(rope: Rope, max_positions: int) -> int:
 
 
 def rope_to_hf(rope: Rope, max_positions: int, model_type: str) -> Settings:
-    """Return the settings of config.json for a Rope, which transformers 4 and 5 both read."""
+    """Return a Rope as settings of config.json that transformers 4 and 5 both read."""
     return for_transformers_4(_parameters(rope, max_positions), model_type)
 
 
 def ropes_to_hf(ropes: Mapping[str, Rope], max_positions: int, model_type: str) -> Settings:
-    """Return the settings of config.json for the Rope of each type of layer (see ropes_from_hf)."""
+    """Return the Rope of each layer type as settings of config.json (see ropes_from_hf)."""
     nested = {name: _parameters(rope, max_positions) for name, rope in ropes.items()}
     return for_transformers_4(nested, model_type) | {"rope_parameters": nested}
 
 
 def _parameters(rope: Rope, max_positions: int) -> Settings:
-    """Return the object rope_parameters of transformers 5, without what is its default."""
+    """Return the object rope_parameters of transformers 5, without settings that have their default."""
     if rope.kind == "none":
-        raise ValueError("layers without rope have no rope_parameters in config.json")
+        raise ValueError("config.json has no rope_parameters for layers without rope")
     plain, out = Rope(kind="none"), Settings(rope_type=rope.kind, rope_theta=rope.theta)
     needed = NEEDED.get(rope.kind, ())
     for name, ours in FIELDS.items():
         value = getattr(rope, ours)
         if ours in USED[rope.kind] and (name in needed or value != getattr(plain, ours)):
             out[name] = list(value) if ours in LISTS else value
-    if rope.kind == "dynamic":  # transformers takes max_position_embeddings
+    if rope.kind == "dynamic":  # transformers uses max_position_embeddings as the original length
         del out["original_max_position_embeddings"]
     if rope.kind == "longrope" and rope.factor == max_positions / out["original_max_position_embeddings"]:
-        out.pop("factor", None)  # which Phi-3 in transformers 4 refuses
+        out.pop("factor", None)  # Phi-3 in transformers 4 refuses it
     if rope.rotated != 1:
         out["partial_rotary_factor"] = rope.rotated
     return out
 
 
 def for_transformers_4(parameters: Settings, model_type: str) -> Settings:
-    """Return rope_parameters as the settings that transformers 4 and llama.cpp's converter read.
+    """Return rope_parameters as settings that transformers 4 and llama.cpp's converter read.
 
-    parameters: one object, or one for each type of layer. Unknown settings are copied as they are.
+    parameters: one object, or one per layer type. Unknown settings are copied unchanged.
     """
     if "full_attention" in parameters:
         out = for_transformers_4(parameters["full_attention"], model_type)

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama's layer, with rope in three of four layers."""
+"""SmolLM3: Llama's layer, where every fourth layer has no rope."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ from jaxft.nn.rope import Rope
 class SmolLM3Config(DenseConfig):
     """Sizes of a SmolLM3.
 
-    has_rope: of each layer, whether rope rotates queries and keys; () for all. window: in keys, of the layers
-    whose type is "sliding_attention"; layer_types is () for no such layer. attention_bias, mlp_bias: whether
-    the projections have biases.
+    has_rope: whether each layer has rope; () for rope in all layers. window: keys that layers of type
+    "sliding_attention" attend to. layer_types: () for full attention in all layers. attention_bias, mlp_bias:
+    whether the projections have biases.
     """
 
     has_rope: tuple[bool, ...] = ()
@@ -67,7 +67,9 @@ _FORMAT = FileFormat(
 
 
 def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
-    """Return no_rope_layers of config.json, where 1 is a layer with rope, or what the interval means."""
+    """Return whether each layer has rope, from no_rope_layers (where 1 means with rope) or
+    no_rope_layer_interval in config.json.
+    """
     flags = hf.get("no_rope_layers")
     if flags is not None:
         if not isinstance(flags, list | tuple) or len(flags) < count or any(x not in (0, 1) for x in flags):
@@ -85,7 +87,7 @@ def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
 
 
 def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
-    """Return the fields `window` and `layer_types`; by default the layers without rope are those with one."""
+    """Return the fields `window` and `layer_types`. By default, layers without rope have the window."""
     window, used = window_from_hf(hf), bool(hf.get("use_sliding_window", False))
     default = [SLIDING if used and window and not rotated else FULL for rotated in has_rope]
     types = read_layer_types(hf, default)
@@ -93,8 +95,8 @@ def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
         return {}
     if window is None or not used:
         raise ValueError(
-            "config: layer_types has sliding_attention, but use_sliding_window is "
-            f"{used} and sliding_window {window}; set both, or make every layer full_attention"
+            f"config: layer_types has sliding_attention, but use_sliding_window={used} and "
+            f"sliding_window={window}; set both, or make every layer full_attention"
         )
     return {"window": window, "layer_types": types}
 
@@ -108,9 +110,7 @@ def smollm3_from_hf(hf: dict[str, Any]) -> SmolLM3Config:
 
 
 def smollm3_to_hf(c: SmolLM3Config) -> dict[str, Any]:
-    """Return the dict of a SmolLM3's config.json, without the padding token 128004 that transformers
-    assumes.
-    """
+    """Return the dict of a SmolLM3's config.json, with pad_token_id null; transformers' default is 128004."""
     return fields_to_hf(c, _FORMAT) | {
         "no_rope_layers": [int(rotated) for rotated in c.has_rope or (True,) * c.layers],
         "use_sliding_window": SLIDING in c.layer_types,

@@ -1,4 +1,4 @@
-"""The text decoder of checkpoints that have other parts too: its config.json and the names of its tensors."""
+"""The text decoder of multimodal checkpoints: its config.json, and the names of its tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from jaxft.models.gemma3 import GEMMA3_DEFAULTS
 class TextPart:
     """The text decoder of one multimodal model_type.
 
-    model_type, architecture: of the decoder as a model of its own. defaults: what transformers takes for the
-    settings that text_config doesn't have. ignored: settings that transformers doesn't apply in the
-    multimodal model.
+    model_type, architecture: of the decoder as a text-only model. defaults: transformers' defaults of
+    settings that text_config lacks. ignored: settings that transformers applies in the text-only model but
+    not in the multimodal one.
     """
 
     model_type: str
@@ -31,12 +31,12 @@ TEXT_PARTS = {
         "gemma3_text", "Gemma3ForCausalLM", _GEMMA3_SIZES | GEMMA3_DEFAULTS, ("final_logit_softcapping",)
     )
 }
-# Of the multimodal config.json, where the decoder's may have others.
+# Settings taken from the top level of the multimodal config.json, where text_config may have other values.
 SHARED = (
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype",
     "quantization_config", "transformers_version", "num_labels", "id2label", "label2id",
 )  # fmt: skip
-# Beginnings of the decoder's tensors in transformers 4 and 5, and in the decoder as a model of its own.
+# Prefixes of the decoder's tensor names: in multimodal files of transformers 4 and 5, and in text-only ones.
 PREFIXES = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",
@@ -51,9 +51,10 @@ OTHER_PARTS = (
 
 
 def text_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json of a checkpoint's text decoder; that of a text model is returned as it is.
+    """Return the config.json of a multimodal checkpoint's text decoder. One of a text model is returned
+    unchanged.
 
-    Raises ValueError if it has no text_config, or another than is implemented.
+    Raises ValueError if text_config is missing or not supported.
     """
     kind = hf.get("model_type")
     part = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
@@ -63,13 +64,14 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(text, dict) or text.get("model_type", part.model_type) != part.model_type:
         raise ValueError(
             f"config: model_type {kind!r} needs an object text_config of model_type {part.model_type!r}, got "
-            f"{text!r:.80}"
+            f"text_config={text!r:.80}"
         )
     for name in part.ignored:
         if text.get(name) is not None:
             raise ValueError(
-                f"config: {name}={text[name]!r:.60} of text_config is not supported: transformers ignores it "
-                f"in {kind!r} and applies it in {part.model_type!r}; use null"
+                f"config: {name}={text[name]!r:.60} of text_config is not supported, because transformers "
+                f"ignores it in model_type {kind!r} but applies it in {part.model_type!r}, which jaxft "
+                "exports; set it to null"
             )
     shared = {name: hf[name] for name in SHARED if hf.get(name) is not None}
     own = {"model_type": part.model_type, "architectures": [part.architecture]}
@@ -77,7 +79,7 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_tensor(name: str) -> str | None:
-    """Return a tensor's name in the text decoder as a model of its own; None for other parts' tensors."""
+    """Return a tensor's name in the text-only model; None for a tensor that is not part of the decoder."""
     if name.startswith(OTHER_PARTS):
         return None
     return next((new + name.removeprefix(old) for old, new in PREFIXES.items() if name.startswith(old)), name)

@@ -1,14 +1,15 @@
-"""Why a model_type is not supported: which parts of such a model jaxft lacks."""
+"""The error for an unsupported model_type, which names the parts of such models that jaxft lacks."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxft.models.dense_config import ACTIVATIONS
+from jaxft.tree import nearest
 
 RECURRENT = "state-space, recurrent, convolution or linear-attention layers"
-# What a model has that jaxft lacks, the settings of config.json that show it (a full match of the name, and a
-# value other than null, false, 0 and empty), and the model types of files that may lack these settings.
+# Parts that jaxft lacks. Each has two patterns: settings of config.json that show it (their value is not
+# null, false, 0 or empty), and model types that have it, for a config.json that lacks these settings.
 PARTS = {
     "an encoder next to its decoder": (
         r"is_encoder_decoder|(num_)?(encoder|decoder)_layers",
@@ -32,7 +33,7 @@ PARTS = {
     "multi-head latent attention": (r"kv_lora_rank", r"deepseek_v[23]|minicpm3"),
     "an encoder with attention in both directions": (r"type_vocab_size", r".*bert.*"),
 }
-# Said only of a model that has none of PARTS.
+# Named only for a model that has none of PARTS.
 LAYER_NORM = "layer norms with a mean"
 LAYER_NORMS = re.compile(r"layer_?norm_eps(ilon)?|norm_epsilon|layernorm_epsilon")
 OTHER_TYPES = {
@@ -48,8 +49,8 @@ LAYER_KINDS = re.compile(r"linear_attention|.*conv|mamba.*|recurrent|gated_delta
 
 
 def missing_parts(hf: Mapping[str, Any]) -> list[str]:
-    """Return what the model of a config.json has that no family of jaxft implements, as noun phrases; [] if
-    its settings don't show it.
+    """Return the parts of a config.json's model that jaxft lacks, as noun phrases; [] if its settings show
+    none.
     """
     kind = str(hf.get("model_type"))
     shown = [name for name, value in _flat(hf) if value not in (None, False, 0, "", [], {})]
@@ -79,21 +80,26 @@ def _other(hf: Mapping[str, Any], kind: str, shown: list[str]) -> list[str]:
 
 
 def _flat(hf: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the settings, and those of the objects of attention and MLP."""
+    """Return the settings at the top level and those in attn_config and ffn_config."""
     inner = [hf.get(name) for name in ("attn_config", "ffn_config")]
     return [*hf.items(), *(item for group in inner if isinstance(group, Mapping) for item in group.items())]
 
 
 def refusal(hf: Mapping[str, Any], implemented: list[str]) -> str:
-    """Return the line that says why a model_type is not supported; implemented: those that are."""
+    """Return the error for a config.json whose model_type is not one of those `implemented`."""
     kind, parts = hf.get("model_type"), missing_parts(hf)
-    line = f"model_type {kind!r:.60} is not implemented"
+    line = f"model_type {kind!r:.60} is not supported"
     if kind is None:
         line = "config: model_type is missing"
     elif parts:
         line += f": it has {' and '.join(parts)}"
+    elif isinstance(kind, str):
+        line += f" (near: {', '.join(nearest(kind, implemented))})"
     text = hf.get("text_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None
     if inner in implemented:
-        return f"{line}; jaxft has its text decoder ({inner}): save that alone with transformers and load it"
-    return f"{line}; jaxft has {', '.join(implemented)}"
+        return (
+            f"{line}; its text decoder ({inner}) is supported: save it as a model of its own with "
+            "transformers, and load that"
+        )
+    return f"{line}; supported types: configs/README.md#models"

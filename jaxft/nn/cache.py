@@ -1,6 +1,7 @@
-"""Prefill and decoding: the stacked layers of a model with a cache of keys and values.
+"""Prefill and decoding: a model's stacked layers with a cache of keys and values.
 
-A layer with a sliding window stores its window only: slot s of a row is in place s % W of its cache.
+Layers with full attention cache all tokens of a row. Layers with a sliding window of W tokens cache only the
+last W: the token in slot s is at index s % W.
 """
 
 from typing import Any
@@ -25,16 +26,14 @@ from jaxft.nn.matmul import from_bits, to_bits
 from jaxft.nn.scan import Layer
 from jaxft.tree import Batch, Params, static, struct
 
-# k [L, B, K, E, S] and v [L, B, K, S, E] of the layers that see every key, as raw bits; window_k and window_v
-# of the layers with a window, where S is that window; visible [B, S]: whether a slot has a token.
+# k [L, B, K, E, S] and v [L, B, K, S, E]: layers with full attention, stored as raw bits. window_k, window_v:
+# layers with a window, where S is the longest window. visible [B, S]: whether a slot has a token.
 Cache = dict[str, Array]
 
 
 @struct
 class NextToken:
-    """Where the next token of each row goes: its position [B] in the text, and its slot, the same in all
-    rows.
-    """
+    """The position [B] of each row's next token in its text, and its cache slot, which all rows share."""
 
     positions: Any
     slot: Any
@@ -48,9 +47,9 @@ def prefill_layers(
     size: int,
     a: AttentionLayers,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Return the residual stream of prompts after all layers, and a cache with `size` slots a row.
+    """Return the residual stream of prompts after all layers, and a cache with `size` slots per row.
 
-    Prompts are left-padded (segment 0), so that every row writes its next token to the same slot.
+    Prompts are left-padded (segment 0), so that every row stores its next token in the same slot.
     """
     slots = jnp.arange(tokens.ids.shape[1], dtype=tokens.positions.dtype)
     angles = cache_angles(a, tokens.positions, slots, size, h_BTD.dtype)
@@ -89,7 +88,7 @@ def _pad_axis(x: Array, axis: int, count: int) -> Array:
 
 
 def _last_slots(x: Array, axis: int, count: int) -> Array:
-    """Keep the last `count` slots, slot s in place s % count."""
+    """Return the last `count` slots, with slot s at index s % count."""
     used = x.shape[axis]
     if used <= count:
         return _pad_axis(x, axis, count - used)
@@ -104,16 +103,15 @@ def decode_layers(
     at: NextToken,
     a: AttentionLayers,
 ) -> tuple[Float[Array, "B 1 D"], Cache]:
-    """Return the residual stream of one token a row after all layers, and the cache with its keys and values.
+    """Return the residual stream of one token per row after all layers, and the cache with that token.
 
-    The cache is carried through the scan and updated in place: through xs and ys all of it would be copied
-    for each token.
+    The scan carries the cache and updates it in place: as xs and ys it would be copied for each token.
     """
     slot, size = at.slot, cache["visible"].shape[1]
     visible = cache["visible"] | (jnp.arange(size, dtype=slot.dtype) == slot)[None]
     angles = cache_angles(a, at.positions[:, None], slot[None].astype(at.positions.dtype), size, h_B1D.dtype)
     windowed = a.windowed
-    place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # in the cache of its kind
+    place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # index in k or in window_k
 
     def body(carry: tuple[Array, Cache], x: Any) -> tuple[Any, None]:
         h, stored = carry
@@ -146,7 +144,7 @@ def decode_layers(
 
 @struct
 class _Step:
-    """One layer of a decoding step: the slot, the layer's place in its cache, its window, its soft cap."""
+    """A decoding step of one layer: the token's slot, the layer's index in its cache, window, soft cap."""
 
     slot: Any
     place: Any
@@ -155,14 +153,14 @@ class _Step:
 
 
 def _store(stored: Cache, prefix: str, new: tuple[Array, Array], s: _Step, used: Any = None) -> Cache:
-    """Write keys [B, K, E, 1] and values [B, K, 1, E] of a layer to its slot; if `used` is false, nothing."""
-    out, zero = dict(stored), jnp.zeros_like(s.slot)  # of one integer type, whatever literals would have
+    """Store a layer's keys [B, K, E, 1] and values [B, K, 1, E] in the token's slot, except if not `used`."""
+    out, zero = dict(stored), jnp.zeros_like(s.slot)  # all start indices have one integer type
     for name, axis, x in ((f"{prefix}k", 4, new[0]), (f"{prefix}v", 3, new[1])):
         start = [s.place, zero, zero, zero, zero]
         start[axis] = s.slot % stored[name].shape[axis] if prefix else s.slot
         x = x[None]
         if used is not None:
-            place = jnp.minimum(s.place, stored[name].shape[0] - 1)  # that of another kind may be beyond
+            place = jnp.minimum(s.place, stored[name].shape[0] - 1)  # the other cache may have more layers
             start[0] = place
             x = jnp.where(used, x, jax.lax.dynamic_slice(stored[name], start, x.shape))
         out[name] = jax.lax.dynamic_update_slice(stored[name], x, start)
@@ -175,7 +173,7 @@ def _attend_all(q: Array, stored: Cache, visible: Bool[Array, "B S"], s: _Step) 
 
 def _attend_window(q: Array, stored: Cache, visible: Bool[Array, "B S"], s: _Step) -> Array:
     count = stored["window_k"].shape[4]
-    back = (s.slot - jnp.arange(count, dtype=s.slot.dtype)) % count  # place j has slot `slot - back[j]`
+    back = (s.slot - jnp.arange(count, dtype=s.slot.dtype)) % count  # index j stores slot `slot - back[j]`
     seen = back <= s.slot if s.window is None else (back <= s.slot) & (back < s.window)
     slots = jnp.maximum(s.slot - back, 0)
     return _attend(q, (stored["window_k"], stored["window_v"]), seen[None] & visible[:, slots], s)
@@ -187,7 +185,7 @@ def _attend(q: Array, stored: tuple[Array, Array], visible: Array, s: _Step) -> 
 
 
 def repeat_cache(cache: Cache, count: int) -> Cache:
-    """Return the cache with each row `count` times in succession, for as many completions of each prompt."""
+    """Return the cache with each row repeated `count` times in succession, for that many completions each."""
     if count == 1:
         return cache
     return {name: jnp.repeat(x, count, axis=0 if name == "visible" else 1) for name, x in cache.items()}

@@ -1,9 +1,9 @@
 """Linear layers that compute several projections by one matmul: Phi's qkv_proj and gate_up_proj.
 
-Tensor parallelism needs on each device the heads' columns of every projection, but a contiguous part of a
-fused weight's columns is a part of one projection. So the weight [I, O] is stored sharded over its inputs
-(axis "fused_width"). Before a matmul each device receives its columns of every projection by one all-to-all
-of the weight (a quantised one: of its codes), a fraction 1/tensor of its bytes; activations don't move.
+With tensor parallelism each device needs some columns of every projection. Sharding the columns of a fused
+weight [I, O] would give it columns of one projection only, so the weight is sharded over its inputs (axis
+"fused_width"). Before a matmul, one all-to-all of the weight (of the codes if it is quantised) gives each
+device its columns of every projection. It moves 1/tensor of the weight's bytes per device and no activations.
 """
 
 from dataclasses import replace
@@ -23,10 +23,10 @@ from jaxft.nn.quant_formats import decode_scales
 def fused_linear(
     x_BTI: Float[Array, "B T I"], w: Weight, widths: tuple[int, ...], key: Array | None = None
 ) -> list[Float[Array, "B T _"]]:
-    """Return the projections x @ w[:, part] for parts of these widths, in the order of the columns.
+    """Return x @ w split into projections of these widths, in the order of w's columns.
 
     w: plain, quantised or adapted [I, sum of widths]. key: for dropout of an adapter's input. With tensor
-    parallelism each projection is sharded over its columns, so every width must divide.
+    parallelism each projection is sharded over its columns, so mesh.tensor must divide every width.
     """
     ways = sharding.mesh_size("tensor")
     if ways == 1:
@@ -40,7 +40,7 @@ def fused_linear(
 
 
 def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
-    """Return the weight with its columns ordered by device, and each device's columns on it."""
+    """Return the weight with its columns grouped and sharded by device."""
     order = partial(_by_device, widths=widths, ways=ways)
     if isinstance(w, Adapted):
         return replace(w, weight=_spread(w.weight, widths, ways), b=order(w.b))
@@ -62,7 +62,7 @@ def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
 def _by_device(
     x: Shaped[Array, "*L I O"], widths: tuple[int, ...], ways: int, inputs: str = "act_width"
 ) -> Shaped[Array, "*L I O"]:
-    """Order columns by device. inputs: logical axis that shards the input axis afterwards."""
+    """Group and shard columns by device. inputs: the logical axis of the input axis in the result."""
     *lead, ins, _ = x.shape
     parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1)
     x = jnp.concatenate([part.reshape(*lead, ins, ways, part.shape[-1] // ways) for part in parts], -1)

@@ -1,4 +1,4 @@
-"""How the layers of a model attend: rope, sliding windows and soft caps, which may differ between layers."""
+"""Attention settings of a model's layers, which may differ between layers: rope, sliding window, soft cap."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +16,7 @@ from jaxft.nn.flash_attention import AttentionRule
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, cache_lengths, example_lengths, needs_lengths, rope_angles, rotate
 
-EVERY_KEY = np.int32(
-    2**30
-)  # a window that hides nothing, in a model that has layers with a window and without
+EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
 
 Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -26,7 +24,9 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer. window: how many keys a query sees, itself included; None for all."""
+    """Rope and sliding window of some layers. window: keys that a query attends to, including its own
+    position; None for all keys before it.
+    """
 
     rope: Rope
     window: int | None = None
@@ -38,10 +38,10 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """How each layer of a model attends.
+    """Attention settings of every layer of a model.
 
-    kinds: the different kinds of layers. layout: for every layer the index of its kind. scale: of the scores
-    q k^T; None: 1 / sqrt(head_dim). softcap: scores s become softcap * tanh(s / softcap); None leaves them.
+    kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer. scale: factor on the scores
+    q k^T; None for 1 / sqrt(head_dim). softcap: c in c * tanh(scores / c); None for no soft cap.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -62,18 +62,18 @@ class AttentionLayers:
 
     @property
     def kind_numbers(self) -> np.ndarray | None:
-        """The kind of each layer as int32 [L], for the scan; None if all are of one kind."""
+        """`layout` as int32 [L], for the scan over layers; None if there is only one kind."""
         return None if len(self.kinds) == 1 else np.array(self.layout, np.int32)
 
 
 def uniform(count: int, head_dim: int, rope: Rope, window: int | None = None) -> AttentionLayers:
-    """Return the AttentionLayers of `count` equal layers."""
+    """Return the AttentionLayers of `count` layers with the same settings."""
     return AttentionLayers((LayerKind(rope, window),), (0,) * count, head_dim)
 
 
 def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
-    """Return the window of a layer in rows of `length` tokens: None if no layer needs one, an int if all
-    layers are alike, else an int32 scalar array.
+    """Return the window of a layer for rows of `length` tokens: None if no layer's window is shorter than the
+    row, an int if all layers have the same window, an int32 scalar array otherwise.
     """
     windows = [needed_window(k.window, length) for k in a.kinds]
     if kind is None or not any(windows):
@@ -83,14 +83,14 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
 
 
 def rule_of(a: AttentionLayers, kind: Array | None, length: int) -> AttentionRule:
-    """Return window and soft cap of a layer in rows of `length` tokens."""
+    """Return window and soft cap of a layer for rows of `length` tokens."""
     return AttentionRule(window_of(a, kind, length), a.softcap)
 
 
 def example_angles(
     a: AttentionLayers, positions: Int[Array, "B T"], segments: Int[Array, "B T"], dtype: DTypeLike
 ) -> list[Angles]:
-    """Return cos and sin [B, T, E/2] of packed rows for each kind of layer."""
+    """Return cos and sin [B, T, E/2] of packed rows for each LayerKind."""
     lengths = None
     if any(needs_lengths(kind.rope) for kind in a.kinds):
         lengths = example_lengths(positions, segments)
@@ -100,15 +100,13 @@ def example_angles(
 def cache_angles(
     a: AttentionLayers, positions: Int[Array, "B T"], slots: Int[Array, " T"], size: int, dtype: DTypeLike
 ) -> list[Angles]:
-    """Return cos and sin [B, T, E/2] of tokens in these slots of a cache of `size` slots, for each kind of
-    layer.
-    """
+    """Return cos and sin [B, T, E/2] of tokens in the `slots` of a cache of `size`, for each LayerKind."""
     lengths = cache_lengths(positions, slots, size)
     return [rope_angles(kind.rope, a.head_dim, positions, lengths, dtype) for kind in a.kinds]
 
 
 def angles_of(angles: list[Angles], kind: Array | None) -> Angles:
-    """Select the angles of a layer's kind."""
+    """Return the angles of a layer's LayerKind. kind: its index; None if there is only one."""
     if kind is None:
         return angles[0]
     cos, sin = (jnp.stack(parts) for parts in zip(*angles, strict=True))
@@ -118,9 +116,10 @@ def angles_of(angles: list[Angles], kind: Array | None) -> Angles:
 def rotated(
     a: AttentionLayers, q: Float[Array, "B T H E"], k: Float[Array, "B T K E"], angles: Angles
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"]]:
-    """Apply rope to queries and keys, saveable by a remat policy.
+    """Return queries and keys with rope, under names that remat policies can save.
 
-    Attention divides scores by sqrt(E); queries are multiplied so that the scale becomes the model's.
+    Attention kernels divide scores by sqrt(E), so queries are multiplied by the factor that makes the total
+    scale the model's.
     """
     factor = 1.0 if a.scale is None else a.scale * a.head_dim**0.5
     q = constrain(rotate(q, *angles, factor), "rows", "time", "heads", "head_dim")
@@ -129,5 +128,5 @@ def rotated(
 
 
 def checked_values(v: Float[Array, "B T K E"]) -> Float[Array, "B T K E"]:
-    """Return values, sharded over their heads and saveable by a remat policy."""
+    """Return values sharded over their heads, under a name that remat policies can save."""
     return saveable(constrain(v, "rows", "time", "kv_heads", "head_dim"), "v")

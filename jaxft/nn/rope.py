@@ -1,13 +1,13 @@
-"""Rotary position embeddings: the frequencies of every kind that transformers has, and the rotation.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): the rotation, and the frequencies of every
+rope type of transformers. Pairs are (i, i + half) of a head's rotated dimensions, as in Hugging Face.
 
-Su et al. 2021 (arXiv:2104.09864). Pairs are (i, i + half) of a head's rotated dimensions, as in Hugging Face.
-
-Two kinds depend on the number of tokens: `dynamic` and `longrope` use other frequencies beyond the original
-length. That number is the length of the *example* a token belongs to (`example_lengths`), not of the row: a
-packed row has the angles that transformers computes for each of its examples alone. Responses that share a
-prompt are one example, as long as its longest response. A sampler doesn't know yet how long a completion will
-be, so generation uses the capacity of a row's cache, the prompt and the most new tokens (`cache_lengths`), as
-vLLM decides by max_model_len; transformers switches in the middle of a text instead.
+The types `dynamic` and `longrope` use other frequencies for texts longer than the original length:
+- In training, the length is that of each example (`example_lengths`), not of its row, so a packed example has
+  the angles that transformers computes for it alone. A prompt with several responses is one example, as long
+  as with its longest response.
+- In generation, the final length is unknown, so the length is the capacity of a row's cache, prompt plus
+  most new tokens (`cache_lengths`), just as vLLM decides by max_model_len. transformers decides anew for
+  each token, so it changes frequencies in the middle of a text.
 """
 
 import math
@@ -24,7 +24,7 @@ from jaxft.nn.matmul import accumulation_dtype
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"]
 
-# The settings that a kind uses, in addition to theta and rotated.
+# The fields of Rope that each kind uses, in addition to theta and rotated.
 USED: dict[RopeKind, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -42,24 +42,24 @@ USED: dict[RopeKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary position embedding of a model, or of one kind of its layers.
+    """The rotary position embedding of a model, or of some of its layers.
 
     theta: base of the frequencies theta^(-2i/d).
     kind:
-      default;
-      linear: frequencies divided by `factor`;
+      default: these frequencies;
+      linear: all frequencies divided by `factor`;
       dynamic: a larger theta for examples longer than original_max_positions (NTK-aware);
-      llama3: long wavelengths divided by `factor`, by low_freq_factor and high_freq_factor;
-      yarn: arXiv:2309.00071, by beta_fast, beta_slow and truncate;
-      longrope: arXiv:2402.13753, divided by short_factor or, for examples longer than
-        original_max_positions, by long_factor; both have a number per frequency;
-      proportional: the frequencies of the whole head, of which all after the first `rotated` are 0;
+      llama3: low frequencies divided by `factor`; low_freq_factor and high_freq_factor bound the transition;
+      yarn: the same by arXiv:2309.00071; beta_fast, beta_slow and truncate bound the transition;
+      longrope: arXiv:2402.13753; each frequency divided by its number in short_factor or, for examples longer
+        than original_max_positions, in long_factor;
+      proportional: frequencies of the full head; those after the fraction `rotated` are 0;
       none: no rotation.
-    rotated: fraction of a head's dimensions, from the first on, that are rotated.
-    attention_factor: what cos and sin are multiplied by (yarn, longrope); None: computed from factor, mscale
-      and mscale_all_dim as in transformers.
+    rotated: fraction of a head's dimensions that are rotated, starting with the first.
+    attention_factor: factor on cos and sin (yarn, longrope); None computes it from factor, mscale and
+      mscale_all_dim as transformers does.
 
-    Raises ValueError for a value out of range, or for a setting that `kind` doesn't use.
+    Raises ValueError for a value out of range, or for a field that `kind` doesn't use.
     """
 
     theta: float = 10000.0
@@ -98,10 +98,12 @@ class Rope:
             )
         original = self.original_max_positions
         needs_original = "original_max_positions" in used
-        if not 0 < self.factor < math.inf or (needs_original and (original is None or original < 1)):
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"config: rope's factor must be above 0 and finite, got {self.factor}")
+        if needs_original and (original is None or original < 1):
             raise ValueError(
-                "config: rope's factor and original length must be above 0, got "
-                f"factor={self.factor}, original_max_position_embeddings={original}"
+                f"config: rope type {self.kind!r} needs original_max_position_embeddings above 0, got "
+                f"{original}"
             )
         self._check_kind()
 
@@ -131,23 +133,26 @@ class Rope:
 
 
 def rotated_dims(rope: Rope, head_dim: int) -> int:
-    """Return how many of a head's dimensions have an angle, two for each frequency."""
+    """Return the number of a head's dimensions that are rotated, two for each frequency."""
     return head_dim if rope.kind in ("proportional", "none") else int(head_dim * rope.rotated)
 
 
 def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
-    """Raise ValueError if a rope doesn't fit the head, or if its angles up to max_positions overflow."""
+    """Raise ValueError if a rope doesn't fit the head size, or if its angles overflow up to max_positions."""
     dims = rotated_dims(rope, head_dim)
     if dims % 2 or not dims:
-        part = "" if dims == head_dim else f" (partial_rotary_factor={rope.rotated} of {head_dim})"
-        raise ValueError(f"config: rope rotates pairs, so head_dim must be even; got {dims}{part}")
+        part = f"head_dim={head_dim}"
+        part += "" if dims == head_dim else f" and partial_rotary_factor={rope.rotated}"
+        raise ValueError(
+            f"config: rope needs an even number of rotated dimensions above 0, got {dims} from {part}"
+        )
     if rope.kind == "dynamic" and dims == 2:
-        raise ValueError("config: rope type 'dynamic' needs more than 2 rotated dimensions of a head")
+        raise ValueError("config: rope type 'dynamic' needs more than 2 rotated dimensions per head")
     for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
         if rope.kind == "longrope" and len(factors) != dims // 2:
             raise ValueError(
-                f"config: rope's {name} must have {dims // 2} numbers, one for each frequency of "
-                f"{dims} rotated dimensions, got {len(factors)}"
+                f"config: rope's {name} must have {dims // 2} numbers, one per pair of the {dims} rotated "
+                f"dimensions, got {len(factors)}"
             )
     with np.errstate(over="ignore"):
         angles = [max_positions * np.abs(f) for f in (frequencies(rope, head_dim), _long(rope, head_dim))]
@@ -156,9 +161,9 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the angles per position, [d/2] in float64, of examples up to the original length.
+    """Return the frequencies, angles per position, as [d/2] in float64.
 
-    For every kind but dynamic and longrope they are those of all examples. kind none: zeros.
+    For dynamic and longrope they are those of examples up to the original length. kind none: zeros.
     """
     dims = rotated_dims(rope, head_dim)
     freqs = rope.theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
@@ -176,7 +181,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _long(rope: Rope, head_dim: int) -> np.ndarray:
-    """The frequencies of longrope beyond the original length; those of other kinds."""
+    """Return longrope's frequencies beyond the original length; for other kinds the same as `frequencies`."""
     freqs = frequencies(rope, head_dim)
     if rope.kind != "longrope":
         return freqs
@@ -193,12 +198,12 @@ def _llama3(rope: Rope, freqs: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, freqs: np.ndarray) -> np.ndarray:
-    """Divide by the factor the frequencies that turn fewer than beta_slow times in the original length, keep
-    those that turn more than beta_fast times, and blend linearly in between.
+    """Divide by the factor the frequencies with fewer than beta_slow turns in the original length, keep those
+    with more than beta_fast turns, and interpolate linearly in between.
     """
     dims = 2 * len(freqs)
 
-    def index(turns: float) -> float:  # of the frequency that turns so often
+    def index(turns: float) -> float:  # of the frequency with this number of turns
         return dims * math.log(_original(rope) / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = index(rope.beta_fast), index(rope.beta_slow)
@@ -216,7 +221,7 @@ def _original(rope: Rope) -> int:
 
 
 def attention_scaling(rope: Rope) -> float:
-    """Return what cos and sin are multiplied by: 1 but for yarn and longrope."""
+    """Return the factor on cos and sin: 1 except for yarn and longrope."""
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
@@ -235,9 +240,9 @@ def needs_lengths(rope: Rope) -> bool:
 
 
 def example_lengths(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Return for each token the length of its example: the largest position of its segment, plus 1.
+    """Return the length of each token's example: the largest position in its segment, plus 1.
 
-    segments: 0 (padding) to T. The responses to a shared prompt are in its segment.
+    segments: 0 for padding, else from 1 to T. A shared prompt and its responses are one segment.
     """
     rows = jnp.arange(segments.shape[0], dtype=segments.dtype)[:, None]
     largest = jnp.zeros((segments.shape[0], segments.shape[1] + 1), positions.dtype)
@@ -245,10 +250,10 @@ def example_lengths(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -
 
 
 def cache_lengths(positions: Int[Array, "B T"], slots: Int[Array, " T"], size: int) -> Int[Array, "B T"]:
-    """Return for each token of a generation how many tokens its row can hold in a cache of `size` slots.
+    """Return for each token in generation how many tokens its row can have in a cache of `size` slots.
 
-    slots: the slots of the tokens. A left-padded row has the same length at prefill and at each decoding
-    step, whatever other prompts are in the batch.
+    slots: the cache slots of the tokens. Padding on the left is not counted, so the result depends neither on
+    the decoding step nor on the other prompts of the batch.
     """
     return positions + (size - slots)[None]
 
@@ -260,10 +265,10 @@ def rope_angles(
     lengths: Int[Array, "B T"] | None,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "B T E2"], Float[Array, "B T E2"]]:
-    """Return cos and sin of every position's angles, [B, T, rotated/2] in float32 or wider.
+    """Return cos and sin of the angles at each position, [B, T, d/2] in float32 or wider for d rotated
+    dimensions, times the attention factor (yarn, longrope).
 
-    lengths: tokens of the example of each position; needed only if `needs_lengths(rope)`. The attention
-    factor of yarn and longrope is multiplied in. kind none: 1 and 0.
+    lengths: tokens of each position's example; needed only if `needs_lengths(rope)`. kind none: 1 and 0.
     """
     wide = accumulation_dtype(dtype)
     if rope.kind == "none":
@@ -272,7 +277,7 @@ def rope_angles(
     freqs = jnp.asarray(frequencies(rope, head_dim), wide)
     if needs_lengths(rope):
         if lengths is None:
-            raise ValueError(f"rope type {rope.kind!r} needs the lengths of the examples")
+            raise ValueError(f"rope type {rope.kind!r} needs the lengths of the examples; pass `lengths`")
         freqs = _by_length(rope, head_dim, lengths, freqs)
     angles = positions[..., None].astype(wide) * to_rank(freqs, positions.ndim + 1)
     cos, sin, scaling = jnp.cos(angles), jnp.sin(angles), attention_scaling(rope)
@@ -284,14 +289,14 @@ def rope_angles(
 def _by_length(
     rope: Rope, head_dim: int, lengths: Int[Array, "B T"], freqs: Float[Array, " E2"]
 ) -> Float[Array, "B T E2"]:
-    """The frequencies of examples of these lengths; freqs: those up to the original length."""
+    """Return the frequencies for examples of these lengths. freqs: those up to the original length."""
     original, wide = _original(rope), freqs.dtype
     freqs = to_rank(freqs, 3)
     if rope.kind == "longrope":
         long = to_rank(jnp.asarray(_long(rope, head_dim), wide), 3)
         return jnp.where(lengths[..., None] > original, long, freqs)
-    # theta * g^(d/(d-2)) with g = factor * length / original - (factor - 1), as powers of g alone; log1p is
-    # exactly 0 up to the original length.
+    # theta becomes theta * g^(d/(d-2)) with g = factor * length / original - (factor - 1). As a factor on the
+    # frequencies this is a power of g alone, and log1p makes it exactly 1 up to the original length.
     dims = 2 * freqs.shape[-1]
     beyond = jnp.maximum(lengths - original, 0).astype(wide) * jnp.asarray(rope.factor / original, wide)
     powers = jnp.asarray(np.arange(0, dims, 2) / (dims - 2), wide)
@@ -304,9 +309,9 @@ def rotate(
     sin: Float[Array, "B T E2"],
     scale: float = 1.0,
 ) -> Float[Array, "B T N E"]:
-    """Rotate each head and multiply it by `scale`, in cos's dtype; the result is rounded to x's dtype once.
+    """Rotate each head and multiply it by `scale`, computed in cos's dtype and rounded to x's dtype once.
 
-    Dimensions beyond 2 * cos.shape[-1] are not rotated, but scaled.
+    Dimensions from 2 * cos.shape[-1] on are scaled but not rotated.
     """
     half = cos.shape[-1]
     x1, x2, rest = jnp.split(x.astype(cos.dtype), (half, 2 * half), -1)

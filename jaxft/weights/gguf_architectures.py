@@ -1,7 +1,7 @@
-"""The architectures of GGUF files that are read: names of their tensors, and how llama.cpp stores them.
+"""The supported architectures of GGUF files: names of their tensors, and how llama.cpp stores these.
 
-Facts are those of llama.cpp's converter (convert_hf_to_gguf.py and its folder conversion/) and of its
-src/llama-model.cpp and src/models/.
+Sources are llama.cpp's converter (convert_hf_to_gguf.py and its folder conversion/), its src/llama-model.cpp
+and src/models/.
 """
 
 import re
@@ -40,13 +40,13 @@ FUSED = {  # Phi-3's q, k, v and gate, up are one tensor each, in this order, as
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the tensors of an architecture are stored.
+    """How GGUF files store the tensors of one architecture.
 
-    model_type, model_class: of its config.json. modules: a layer's modules by GGUF name under their Hugging
-    Face name. interleaved: whether the rows of q and k are in the order of rope over neighbouring dimensions
-    (LlamaModel.permute of the converter, also in its subclasses). norms_plus_one: whether 1 was added to the
-    weights of all norms, since llama.cpp multiplies by the weight and Gemma by 1 + weight. biases: modules
-    that have a bias.
+    model_type, model_class: the model's in Hugging Face files. modules: a layer's modules, GGUF name to
+    Hugging Face name. interleaved: whether the rows of q and k are permuted for rope over neighbouring
+    dimensions (LlamaModel.permute of the converter). norms_plus_one: whether 1 is added to the weights of all
+    norms, as for Gemma, which multiplies by 1 + weight where llama.cpp multiplies by the weight. biases:
+    modules that have a bias.
     """
 
     model_type: str
@@ -82,21 +82,21 @@ ARCHITECTURES = {
 
 
 def architecture_of(header: GgufHeader) -> Architecture:
-    """Return the architecture of a file. Raises ValueError for one that is not read, and for experts."""
+    """Return the architecture of a file. Raises ValueError if it is not supported or has experts."""
     name = header.architecture
     experts = header.optional(f"{name}.expert_count", 0)
     if name not in ARCHITECTURES or experts:
-        what = name + (f" with {experts} experts" if experts else "")
+        what = f"{name[:60]!r}" + (f" with {experts} experts" if experts else "")
         raise ValueError(
-            f"{header.path}: its architecture is {what[:60]!r}, but jaxft reads only GGUF files of "
-            f"architecture {', '.join(ARCHITECTURES)}, without experts"
+            f"{header.path}: GGUF architecture {what} is not supported; supported ones: "
+            "configs/README.md#models"
         )
     return ARCHITECTURES[name]
 
 
 def hf_name(architecture: Architecture, name: str) -> str:
-    """Return the Hugging Face name of a tensor; the name itself of one that the architecture does not have,
-    which loading refuses.
+    """Return the Hugging Face name of a tensor. A tensor that the architecture does not have keeps its name,
+    and loading reports it.
     """
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if match is None:
@@ -119,7 +119,7 @@ def kv_head_count(header: GgufHeader) -> int:
 
 
 def _count_in_all_layers(header: GgufHeader, name: str) -> int:
-    """Return a number of heads, which some files repeat for every layer."""
+    """Return a number of heads. Some files repeat it for every layer."""
     key = header.key(name)
     if isinstance(header.metadata.get(key), list):
         counts = header.array(key, int) or []

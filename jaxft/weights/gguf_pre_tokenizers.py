@@ -1,8 +1,8 @@
 """How the byte-level BPE tokenizers of GGUF files split text before merging, by tokenizer.ggml.pre.
 
-The names are llama.cpp's (src/llama-vocab.cpp). What they mean here is what the published tokenizer.json of
-the models does, which differs where llama.cpp's regular expressions cannot express it, and in Unicode
-normalisation, which llama.cpp leaves out.
+The names are llama.cpp's (src/llama-vocab.cpp). The splits are those of the models' published tokenizer.json.
+llama.cpp's differ from these where its regular expressions cannot express them, and it does not normalise
+Unicode.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from typing import Any
 from jaxft.weights.gguf_header import GgufHeader
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# What most patterns end with: punctuation (`{also}`: other characters that may follow it), line ends, spaces.
+# The end of most patterns: punctuation (followed by characters of `{also}`), line ends, spaces.
 REST = r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n{also}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 LLAMA3_PATTERN = WORDS + r"|\p{N}{1,3}" + REST.format(also="")  # also OpenAI's cl100k
 QWEN2_PATTERN = WORDS + r"|\p{N}" + REST.format(also="")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# Words that begin with capital letters or consist of them, so that HelloWorld is two.
+# Words split at capital letters: HelloWorld is two words.
 CASED = r"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{end}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{end}"
 TEKKEN_PATTERN = CASED.format(upper=UPPER, lower=LOWER, end="") + r"|\p{N}" + REST.format(also="/")
 GPT4O_PATTERN = (
@@ -27,11 +27,12 @@ GPT4O_PATTERN = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is split before merging.
+    """How text is split into pieces before merging.
 
-    pattern: the regular expression of a piece; None for GPT-2's. single_digits: every digit is a piece.
-    whole_words: a piece that is in the vocabulary is that token, whatever the merges make of it. bos: whether
-    texts begin with the BOS token where the metadata does not say. nfc: whether text is NFC-normalised first.
+    pattern: the regular expression of a piece; None for GPT-2's. single_digits: every digit is a piece of its
+    own. whole_words: a piece that is in the vocabulary becomes that token without merging. bos: whether texts
+    begin with the BOS token by default, if the metadata lacks add_bos_token. nfc: whether text is
+    NFC-normalised first.
     """
 
     pattern: str | None = None
@@ -62,22 +63,22 @@ PRE_TOKENIZERS = {
     "qwen2": QWEN2,  # Qwen 2, 2.5 and 3
     "deepseek-r1-qwen": QWEN2,  # DeepSeek-R1's distilled Qwens
 }
-UNSTATED = "default"  # what llama.cpp assumes, with a warning, where tokenizer.ggml.pre is missing
+UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.ggml.pre is missing
 
 
 def pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
-    """Return how the file's tokenizer splits text. Raises ValueError for a name that is not known, and where
-    none is stated in a file of another architecture than llama, whose first files had none.
+    """Return how the file's tokenizer splits text. Raises ValueError for an unknown name, and for a missing
+    one unless the architecture is llama, whose first files had none.
     """
     name = header.optional("tokenizer.ggml.pre", UNSTATED)
     if name == UNSTATED and header.architecture != "llama":
         raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.pre does not state how its tokenizer splits text; "
-            "convert the model again with a newer llama.cpp, or use its Hugging Face folder"
+            f"{header.path}: metadata tokenizer.ggml.pre is missing, so it is unknown how to split "
+            "text; convert the model again with a newer llama.cpp, or use its Hugging Face folder"
         )
     if name not in PRE_TOKENIZERS:
         raise ValueError(
-            f"{header.path}: pre-tokenizer {name[:60]!r} is not known ({', '.join(PRE_TOKENIZERS)}); use the "
+            f"{header.path}: pre-tokenizer {name[:60]!r} (tokenizer.ggml.pre) is not supported; use the "
             "model's Hugging Face folder"
         )
     return PRE_TOKENIZERS[name]

@@ -1,4 +1,4 @@
-"""Rope in a GGUF file's metadata and tables, as the rope_scaling of a config.json.
+"""Rope settings in a GGUF file's metadata and tensors, read as the rope_scaling of a config.json.
 
 Keys and defaults are those of llama.cpp (src/llama-model.cpp, src/llama-context.cpp).
 """
@@ -22,7 +22,7 @@ ROPE_METADATA = {
 
 
 def shortest(value: float) -> float:
-    """Return a float32 as the shortest decimal that rounds to it: 1e-5, not 9.999999747378752e-06."""
+    """Return the shortest decimal that rounds to this float32: 1e-5, not 9.999999747378752e-06."""
     with np.errstate(over="ignore"):
         return float(str(np.float32(value)))
 
@@ -33,21 +33,21 @@ def rope_theta(header: GgufHeader, name: str = "rope.freq_base", default: float 
 
 
 def rope_parameters(header: GgufHeader, rotated: int) -> dict[str, Any]:
-    """Return theta and scaling as one value of the rope_parameters of a config.json in transformers 5."""
+    """Return theta and scaling as an object rope_parameters of transformers 5."""
     scaling = rope_scaling(header, rotated) or {"rope_type": "default"}
     return {**scaling, "rope_theta": rope_theta(header)}
 
 
 def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
-    """Return the rope_scaling of a config.json, None without one. rotated: the head dimensions that rope
-    turns.
+    """Return the rope_scaling of a config.json; None without scaling. rotated: the rotated dimensions of a
+    head.
 
-    Raises ValueError for metadata and tables that contradict each other, or that no rope_scaling represents.
+    Raises ValueError if metadata and tables contradict each other, or if no rope_scaling can express them.
     """
     kind_key = header.key("rope.scaling.type")
     kind = header.optional(kind_key, "linear")  # llama.cpp's default
     if LONG in header.tensors or SHORT in header.tensors:
-        kind = "longrope" if kind_key not in header.metadata else kind  # Phi-3's files do not state it
+        kind = "longrope" if kind_key not in header.metadata else kind  # Phi-3's files lack that key
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise ValueError(
             f"{header.path}: rope scaling {kind[:60]!r} is not supported; jaxft reads none, linear, yarn, "
@@ -61,14 +61,17 @@ def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
     factor, has_table = _linear_factor(header), FREQUENCIES in header.tensors
     if factor != 1.0 and (kind == "none" or has_table):
         other = FREQUENCIES if has_table else f"{kind_key}=none"
-        raise ValueError(f"{header.path}: rope has the linear factor {factor} and {other}; remove one")
+        raise ValueError(
+            f"{header.path}: rope has the linear factor {factor} and {other}, which contradict each other; "
+            "use the model's Hugging Face folder"
+        )
     if has_table:
         return _llama3_scaling(header, rotated)
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
 
 def _check_keys(header: GgufHeader, kind: str) -> None:
-    """Raise ValueError for a table or metadata of another kind of scaling than the file's."""
+    """Raise ValueError if a table or metadata belongs to another type of scaling than the file's."""
     tables = {FREQUENCIES: {"none", "linear"}, LONG: {"longrope"}, SHORT: {"longrope"}}
     numbers = {f"rope.scaling.{name}": {"yarn"} for name in YARN_KEYS}
     numbers["rope.scaling.attn_factor"] = {"yarn", "longrope"}
@@ -85,27 +88,29 @@ def _check_keys(header: GgufHeader, kind: str) -> None:
 
 
 def _linear_factor(header: GgufHeader) -> float:
-    """Return by how much positions are divided. rope.scale_linear is the key of files before September 2023;
-    0 means 1, as in llama.cpp.
+    """Return the divisor of positions. Files from before September 2023 have it as rope.scale_linear. 0 means
+    1, as in llama.cpp.
     """
     keys = (header.key("rope.scaling.factor"), header.key("rope.scale_linear"))
     given = {key: header.required(key, float) or 1.0 for key in keys if key in header.metadata}
     if len(set(given.values())) > 1:
         stated = " and ".join(f"{key}={value}" for key, value in given.items())
-        raise ValueError(f"{header.path}: metadata {stated} contradict each other; remove the wrong one")
+        raise ValueError(
+            f"{header.path}: metadata {stated} contradict each other; use the model's Hugging Face folder"
+        )
     return shortest(next(iter(given.values()), 1.0))
 
 
 def _original_length(header: GgufHeader) -> int:
-    """Return the context length before scaling: the one that is stated, else the model's."""
+    """Return the context length before scaling; by default the model's."""
     length = header.required(header.key("context_length"), int)
     return header.optional(header.key("rope.scaling.original_context_length"), length)
 
 
 def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
-    """Return YaRN's scaling. yarn_attn_factor is config.json's attention_factor, yarn_log_multiplier its
-    mscale_all_dim (the converter, conversion/base.py and mistral3.py); rope.scaling.attn_factor multiplies
-    the default factor of attention, 0.1 log(factor) + 1.
+    """Return YaRN's scaling. yarn_attn_factor is config.json's attention_factor and yarn_log_multiplier its
+    mscale_all_dim (see the converter's conversion/base.py and mistral3.py). rope.scaling.attn_factor is a
+    factor on the default of attention_factor, 0.1 log(factor) + 1.
     """
     factor = _linear_factor(header)
     extrapolation = header.optional(header.key("rope.scaling.yarn_ext_factor"), 1.0)
@@ -130,7 +135,10 @@ def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
     attention, extra = stated("yarn_attn_factor"), stated("attn_factor") or 1.0
     if multiplier := stated("yarn_log_multiplier"):
         if attention is not None or extra != 1.0:
-            raise ValueError(f"{header.path}: yarn rope scaling states its factor of attention twice")
+            raise ValueError(
+                f"{header.path}: yarn rope scaling has two attention factors, yarn_log_multiplier and "
+                "(yarn_)attn_factor; use the model's Hugging Face folder"
+            )
         return scaling | {"mscale": 1.0, "mscale_all_dim": multiplier}
     if attention is None and extra != 1.0:
         attention = extra * (0.1 * math.log(factor) + 1.0)
@@ -138,8 +146,8 @@ def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
 
 
 def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
-    """Return LongRoPE's scaling from its two tables of divisors, and rope.scaling.attn_factor as its
-    attention_factor where that is not config.json's default, sqrt(1 + log(s) / log(original length)) with
+    """Return LongRoPE's scaling from its two tables of divisors. rope.scaling.attn_factor becomes
+    attention_factor unless it is config.json's default, sqrt(1 + log(s) / log(original length)) with
     s = context length / original length.
     """
     missing = [name for name in (LONG, SHORT) if name not in header.tensors]
@@ -149,7 +157,7 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
     for name, table in ((LONG, long), (SHORT, short)):
         if len(table) != rotated // 2:
             raise ValueError(
-                f"{header.path}: {name} has {len(table)} numbers, but rope turns {rotated // 2} pairs of "
+                f"{header.path}: {name} has {len(table)} numbers, but rope rotates {rotated // 2} pairs of "
                 "dimensions"
             )
     scaling = {
@@ -161,7 +169,8 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
     length, original = header.required(header.key("context_length"), int), _original_length(header)
     if original < 2 or length < original:
         raise ValueError(
-            f"{header.path}: rope scaling 'longrope' from {original} to {length} tokens is not supported"
+            f"{header.path}: rope scaling 'longrope' from {original} to {length} tokens is not supported; "
+            "the original length must be above 1 and at most the context length"
         )
     default = math.sqrt(1 + math.log(length / original) / math.log(original))
     attention = shortest(header.optional(header.key("rope.scaling.attn_factor"), 1.0))
@@ -171,10 +180,10 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def _table(header: GgufHeader, name: str) -> np.ndarray:
-    """Return a table of divisors in float64. Raises ValueError for one that is not of positive numbers."""
+    """Return a table of divisors in float64. Raises ValueError if they are not all positive and finite."""
     table = header.tensors[name]
     if table.kind not in PLAIN_TYPES or not math.prod(table.shape):
-        raise ValueError(f"{header.path}: {name} must be numbers of type {', '.join(PLAIN_TYPES)}")
+        raise ValueError(f"{header.path}: {name} must have numbers of type {', '.join(PLAIN_TYPES)}")
     divisors = read_dequantised(table).astype(np.float64).ravel()
     if not (np.isfinite(divisors) & (divisors > 0)).all():
         raise ValueError(f"{header.path}: {name} must contain finite numbers above 0")
@@ -182,7 +191,7 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
 
 
 def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
-    """Return Llama 3's scaling by the factor of the largest divisor. Raises ValueError for another table."""
+    """Return Llama 3's scaling; its factor is the largest divisor. Raises ValueError for another table."""
     divisors = _table(header, FREQUENCIES)
     factor = shortest(divisors.max())
     wavelengths = 2 * math.pi * rope_theta(header) ** (np.arange(0, rotated, 2) / rotated)
@@ -190,8 +199,9 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise ValueError(
-            f"{header.path}: {FREQUENCIES} is not Llama 3's scaling (1, 4, 8192), the only table that is "
-            "supported"
+            f"{header.path}: {FREQUENCIES} is not Llama 3's rope scaling (low_freq_factor 1, "
+            "high_freq_factor 4, original length 8192), the only supported table; use the model's "
+            "Hugging Face folder"
         )
     return {
         "rope_type": "llama3",

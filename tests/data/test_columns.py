@@ -73,7 +73,7 @@ def test_another_role_is_an_invalid_row_that_names_it(name):
     known = {n.lower() for names in NAMES.values() for n in names}
     if name.strip().lower() in known | {"gpt", "model", "bot", "tool", "developer"}:
         return
-    with pytest.raises(InvalidRow, match=r"messages\[0\] has role .*; use one of user, assistant") as raised:
+    with pytest.raises(InvalidRow, match=r"messages\[0\] has role .*; use user, assistant") as raised:
         sft({"messages": [{"role": name, "content": "x"}, *MESSAGES]})
     assert repr(name) in str(raised.value)
 
@@ -124,7 +124,7 @@ def test_an_empty_last_question_is_invalid_at_every_stage_and_an_earlier_one_at_
         ({"instruction": None, "response": "a"}, "column 'instruction' is null; fill it or remove the row"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, MESSAGES[1]]},
-            r"messages\[0\] has a part of type 'image_url'; only text parts are supported",
+            r"messages\[0\] has a content part of type 'image_url'; only text is supported",
         ),
         (
             {"messages": [{"role": "user", "content": [{"text": "q"}]}, MESSAGES[1]]},

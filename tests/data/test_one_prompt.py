@@ -299,7 +299,7 @@ def test_prompts_of_a_chosen_column_and_of_plain_text():
         (
             {"prompt": "x", "messages": [Q, A], "chosen": "b", "rejected": "c"},
             "auto",
-            "r: 'messages' and 'prompt' with 'chosen', 'rejected' hold different prompts; choose one with",
+            "r: 'messages' and 'prompt' with 'chosen', 'rejected' have different prompts; choose one with",
         ),
         (
             {"prompt": "q", "completion": [*LONG, A], "chosen": "a", "rejected": "b"},
@@ -308,16 +308,16 @@ def test_prompts_of_a_chosen_column_and_of_plain_text():
         ),
         ({"prompt": [Q, A]}, "auto", "r: the prompt ends with an assistant turn"),
         ({"prompt": LONG, "system": "t"}, "auto", "column 'system' and the first message are different"),
-        ({"prompt": "q", "system": "s"}, "plain", "column 'system' cannot be part of plain text"),
-        ({"prompt": "q", "tools": TOOLS}, "plain", "column 'tools' cannot be part of plain text"),
-        ({"prompt": [Q]}, "plain", "column 'prompt' has type list; use a string"),
-        ({"messages": [Q]}, "prompt", "r: the columns messages have no prompt; add prompt, messages or"),
+        ({"prompt": "q", "system": "s"}, "plain", "column 'system' has no meaning in plain text"),
+        ({"prompt": "q", "tools": TOOLS}, "plain", "column 'tools' has no meaning in plain text"),
+        ({"prompt": [Q]}, "plain", "column 'prompt' must be a string, got list"),
+        ({"messages": [Q]}, "prompt", "r: the columns messages include no prompt; add prompt, messages or"),
         (
             {"prompt": "q", "chat_template_kwargs": {"tokenize": True}},
             "auto",
             "column 'chat_template_kwargs' has tokenize, which jaxft or the tokenizer sets",
         ),
-        ({"instruction": "q", "history": [["p"]]}, "auto", "column 'history' is no list of"),
+        ({"instruction": "q", "history": [["p"]]}, "auto", "column 'history' must be a list of"),
     ],
 )
 def test_a_row_without_one_prompt_is_one_line(fields, format, error):

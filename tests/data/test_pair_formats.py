@@ -181,7 +181,7 @@ SAD = [
     (
         {"prompt": [Q], "chosen": [user("x"), A], "rejected": [Q, B]},
         {},
-        r"column 'chosen' begins with a user turn, and its message 0 differs",
+        r"column 'chosen' begins with a user turn like a full conversation, but its message 0 differs",
     ),
     (
         {"prompt": list(LONG), "chosen": [*LONG[:3], user("x"), A], "rejected": [B]},
@@ -229,7 +229,7 @@ SAD = [
         {},
         r"differ in turn 2, before their last turn",
     ),
-    ({"chosen": "Human: a", "rejected": "Human: b"}, {}, "a dialogue of one turn has no prompt"),
+    ({"chosen": "Human: a", "rejected": "Human: b"}, {}, "a dialogue needs a prompt and a response"),
     (
         {"chosen": HUMAN + " a\n\nHuman: x", "rejected": HUMAN + " a\n\nHuman: y"},
         {},
@@ -272,7 +272,7 @@ SAD = [
     (
         {"prompt": [Q], "chosen": [A], "rejected": [B]},
         {"format": "plain"},
-        "column 'prompt' has type list; use a string",
+        "column 'prompt' must be a string, got list",
     ),
     (GOOD, {"columns": ("prompt=question",)}, "no column 'question'"),
     (GOOD, {"columns": ("ask=prompt",)}, "maps to unknown column 'ask'"),

@@ -222,7 +222,8 @@ def test_truncation_keeps_the_start_and_never_removes_a_whole_response(folder):
     make = long_rows(folder)
     with pytest.raises(
         ValueError,
-        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=20 leaves no room for",
+        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=20 leaves no room for a "
+        "response; raise data.max_length; data.invalid=drop leaves invalid rows out$",
     ):
         make(20, "truncate")
     with pytest.raises(

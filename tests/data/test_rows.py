@@ -238,7 +238,7 @@ def test_columns_rename_and_say_which_format_is_meant():
         ({"text": "t"}, {"columns": ("promt=text",)}, "unknown column 'promt'; use one of prompt"),
         ({"text": "t"}, {"columns": ("text",)}, "'text' is not of the form ours=theirs"),
         ({"text": "t"}, {"columns": ("text=a", "text=b")}, "'text' is mapped twice"),
-        ({"text": 3}, {}, "r:1: column 'text' has type int; use a string"),
+        ({"text": 3}, {}, "r:1: column 'text' must be a string, got int"),
         ({"text": " \n"}, {}, "r:1: column 'text' is empty"),
         ({"prompt": "q", "completion": ""}, {}, "r:1: column 'completion' is empty"),
         (
@@ -252,7 +252,11 @@ def test_columns_rename_and_say_which_format_is_meant():
             "the conversations in completion does not end with the prompt",
         ),
         ({"messages": list(TURNS)}, {"format": "plain"}, "data.format=plain is for text and prompt-compl"),
-        ({"prompt": [TURNS[0]], "completion": "a"}, {"format": "plain"}, "column 'prompt' has type list"),
+        (
+            {"prompt": [TURNS[0]], "completion": "a"},
+            {"format": "plain"},
+            "column 'prompt' must be a string, got list",
+        ),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
         ({"messages": "[{]"}, {}, "r:1: column 'messages' is of type str; use a list of"),
         (
@@ -392,10 +396,10 @@ def test_tools_may_be_a_json_string(tools, expected):
     [
         (
             calling([call('{"a": ')]),
-            r"r:1: messages\[1\] calls a tool with arguments '.*', which is no JSON object",
+            r"r:1: messages\[1\] calls a tool with arguments '.*', which is not a JSON object",
         ),
         (calling([call("[1]")]), r"r:1: messages\[1\] calls a tool with arguments"),
-        (calling("add"), r"r:1: messages\[1\] has tool_calls that are no list of objects"),
+        (calling("add"), r"r:1: messages\[1\] has tool_calls that are not a list of objects"),
         (
             {
                 "conversations": [
@@ -403,15 +407,21 @@ def test_tools_may_be_a_json_string(tools, expected):
                     {"from": "function_call", "value": "add(1)"},
                 ]
             },
-            r"r:1: conversations\[1\] is a function_call without JSON",
+            r"r:1: conversations\[1\] is a function_call whose text is not the JSON of a call",
         ),
         (
             {"messages": list(TURNS), "tools": "add"},
-            "r:1: column 'tools' has type str and is no list of JSON",
+            "r:1: column 'tools' must be a list of JSON schemas or its JSON string, got 'add'",
         ),
-        ({"messages": list(TURNS), "tools": {"name": "add"}}, "r:1: column 'tools' has type dict"),
-        ({"messages": list(TURNS), "tools": [1]}, "r:1: column 'tools' has type list and is no list of JSON"),
-        ({"messages": list(TURNS), "tools": "[" * 100000}, "r:1: column 'tools' has type str"),
+        (
+            {"messages": list(TURNS), "tools": {"name": "add"}},
+            "r:1: column 'tools' must be a list of JSON schemas .*, got {'name",
+        ),
+        ({"messages": list(TURNS), "tools": [1]}, r"r:1: column 'tools' must be a list .*, got \[1\]"),
+        (
+            {"messages": list(TURNS), "tools": "[" * 100000},
+            r"r:1: column 'tools' must be a list .*, got '\[\[",
+        ),
     ],
 )
 def test_tools_that_cannot_be_read_are_one_line(fields, error):

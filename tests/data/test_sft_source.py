@@ -239,7 +239,8 @@ def test_too_long_drop_counts_what_it_drops(folder):
 def test_truncation_keeps_the_start_and_rejects_a_prompt_that_leaves_no_response(folder):
     with pytest.raises(
         ValueError,
-        match=r"r.jsonl:2: the prompt has \d+ tokens, and data.max_length=20 leaves no room",
+        match=r"r.jsonl:2: the prompt has \d+ tokens, and data.max_length=20 leaves no room for a response; "
+        "raise data.max_length; data.invalid=drop leaves invalid rows out$",
     ):
         limits(folder, "truncate")
     (folder / "r.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 30}))

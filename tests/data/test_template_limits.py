@@ -125,7 +125,7 @@ def test_a_template_that_fails_on_every_row_is_not_a_fault_of_the_row(tmp_path, 
 def test_a_template_that_rejects_even_a_question_says_so():
     tokenizer = tokenizer_with("{{ raise_exception('no chats') }}")
     (row,) = chat.tokenise_examples([asked("r:1", "q")], tokenizer)
-    assert "rejects the row: no chats; it rejects a mere question with a response too" in str(row)
+    assert "rejects the row: no chats; it rejects even a simple question and response" in str(row)
 
 
 def test_a_template_that_changes_the_order_of_the_turns_is_refused():

@@ -1,4 +1,4 @@
-"""Every family against transformers: logits, hidden states, gradients, folders, decoding, greedy text."""
+"""Every family against transformers: logits, hidden states, gradients, exported folders, generated text."""
 
 import functools
 
@@ -25,13 +25,13 @@ QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def jit(fn):
-    """Compile with little optimisation, which takes longer than these tiny programs run."""
+    """Compile without optimisation, which would take longer than these tiny programs run."""
     return jax.jit(fn, compiler_options=QUICK_TO_COMPILE)
 
 
 @functools.cache
 def forward_and_backward(name):
-    """(hidden states, logits, loss, gradients) of our model, and its loss's ids and targets."""
+    """(hidden states, logits, loss, gradients) of our model, and the ids and targets of the loss."""
     _, ours, params = both(name)
     ids, targets = random_ids(2, LENGTH), random_ids(2, LENGTH, seed=1)
 
@@ -71,7 +71,7 @@ def test_gradients_equal_transformers(name):
 
 
 @every_family
-def test_a_config_written_is_read_alike_by_transformers_and_by_us(name):
+def test_a_written_config_json_is_read_with_the_same_settings_by_transformers_and_by_us(name):
     from transformers import AutoConfig
 
     _, ours, _ = both(name)
@@ -84,7 +84,9 @@ def test_a_config_written_is_read_alike_by_transformers_and_by_us(name):
 
 
 @every_family
-def test_an_exported_folder_has_the_same_logits_in_transformers_and_the_same_parameters_here(name, tmp_path):
+def test_an_exported_folder_has_the_same_logits_in_transformers_and_loads_with_the_same_parameters(
+    name, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
     _, ours, params = both(name)
@@ -108,7 +110,7 @@ def test_an_exported_folder_has_the_same_logits_in_transformers_and_the_same_par
 
 
 def padded_left(ids, count):
-    """The same rows with `count` positions of padding before the second."""
+    """Two rows, of which the second begins with `count` padding tokens."""
     ids, segments = ids.copy(), np.ones_like(ids)
     ids[1, :count], segments[1, :count] = 0, 0
     return rows(ids, segments, np.maximum(np.cumsum(segments, 1) - 1, 0))
@@ -129,7 +131,7 @@ def test_prefill_and_decoding_equal_one_forward_pass(name):
 
 
 @one_row_per_type
-def test_greedy_text_is_that_of_transformers(name):
+def test_greedy_generation_equals_transformers(name):
     theirs, ours, params = both(name)
     ids = random_ids(2, 20, seed=3)
     with torch.no_grad():
@@ -142,7 +144,7 @@ def test_greedy_text_is_that_of_transformers(name):
 
 
 def row(*examples, length=40):
-    """(ids, segments, positions, branches) of a row. An example is its prompt and the responses to it."""
+    """(ids, segments, positions, branches) of a row. An example is a prompt and the responses to it."""
     parts = [np.zeros((0, 4), np.int32)]
     for segment, (prompt, *responses) in enumerate(examples, 1):
         for branch, tokens in enumerate((prompt, *responses)):

@@ -1,6 +1,4 @@
-"""Adapters of every family in PEFT's layout, both ways, and merged; QUICK rows in the default run, the
-others in the slow one.
-"""
+"""Adapters of every family: ours in PEFT, PEFT's here, merged. Rows that are not QUICK are slow."""
 
 import copy
 
@@ -64,7 +62,7 @@ def linear_modules(model):
 @every_family
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("with_head", [False, True], ids=["all-linear", "head"])
-def test_our_adapter_has_the_same_logits_in_peft_merged_and_read_again(name, with_head, tmp_path):
+def test_our_adapter_has_the_same_logits_in_peft_and_the_same_merged_weights(name, with_head, tmp_path):
     _, model, params = both(name)
     targets = tuple(p.rsplit("/", 1)[-1] for p in target_paths(model.specs, "all-linear"))
     settings = Adapter(rank=3, alpha=6.0, targets=(*targets, "head") if with_head else "all-linear")
@@ -87,7 +85,7 @@ def test_our_adapter_has_the_same_logits_in_peft_merged_and_read_again(name, wit
 
 
 @every_family
-def test_peft_s_all_linear_adapter_has_the_same_logits_here_and_written_again(name, tmp_path):
+def test_pefts_all_linear_adapter_has_the_same_logits_here_and_written_by_us(name, tmp_path):
     _, model, params = both(name)
     torch.manual_seed(3)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear")

@@ -31,7 +31,7 @@ QUICK = ("qwen2 with windows",)  # rows that are tested in the default run, the 
 
 
 def quick_first(names):
-    """Rows as parameters, those that are not QUICK marked as slow."""
+    """Rows as test parameters. Those that are not QUICK are marked as slow."""
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
@@ -84,14 +84,14 @@ def test_packing_changes_no_gradient(name):
 
 
 @every_family
-def test_sharing_prompts_changes_no_gradient(name):
+def test_pairs_that_share_a_prompt_have_the_gradient_of_separate_sequences(name):
     pairs, parts = random_pairs(8), full_training(name)
     shared, alone = (micro(laid(pairs, rows=8, room=(72, 48, 4), branches=s), 1) for s in (True, False))
     assert_close(gradient_of("dpo", parts, shared)[0], gradient_of("dpo", parts, alone)[0])
 
 
 @every_family
-def test_a_coupled_loss_of_microbatches_is_that_of_the_whole_batch(name):
+def test_a_coupled_loss_in_microbatches_equals_that_of_the_whole_batch(name):
     model, params, pattern = lora(name)
     mask = tree.map_with_path(lambda path, _: bool(re.fullmatch(pattern, path)), params)
     objective, pairs = preference(model, P.aot), laid(random_pairs(16), rows=8, room=(72, 48, 4))
@@ -103,7 +103,7 @@ def test_a_coupled_loss_of_microbatches_is_that_of_the_whole_batch(name):
 
 
 @every_family
-def test_updates_inside_the_backward_pass_equal_those_after_it(name):
+def test_updates_inside_the_backward_pass_equal_updates_after_it(name):
     def two_steps(fused):
         model = our_model(name, jnp.float64, remat="full")
         t = partition_params(model, None, None)
@@ -120,9 +120,7 @@ def test_updates_inside_the_backward_pass_equal_those_after_it(name):
 
 
 def mesh_cases():
-    """Every family on every mesh, for SFT in full and DPO with LoRA; one mesh of QUICK rows in the default
-    run.
-    """
+    """Every family on every mesh, full SFT and DPO with LoRA. All but one mesh of QUICK rows are slow."""
     cases = []
     for name in FAMILIES:
         for mesh in MESHES:

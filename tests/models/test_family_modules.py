@@ -1,5 +1,5 @@
-"""The flax.linen and the flax.nnx module of every family: parameters, logits and a train step; QUICK rows in
-the default run, the others in the slow one.
+"""The flax.linen and flax.nnx modules of every family: parameters, loss and a train step. Rows that are not
+QUICK are slow.
 """
 
 import jax
@@ -38,7 +38,7 @@ def torch_loss(name, ids):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
-def test_both_modules_have_the_loss_of_transformers_and_take_the_same_step(name):
+def test_both_modules_have_the_loss_of_transformers_and_the_same_train_step(name):
     _, model, params = both(name)
     ids = random_ids(2, TIME)
     batch, tx = rows(ids), optax.sgd(0.1)

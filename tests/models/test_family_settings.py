@@ -1,4 +1,4 @@
-"""Settings that the tests of all families do not reach: Mistral, Qwen, CWM, and which have a classifier."""
+"""Settings of config.json that only Mistral, Qwen or CWM have, and which families have a classifier."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def config_of(kind, **settings):
     return family_of(config).from_hf(config)
 
 
-def test_a_mistral_with_layer_types_is_read_as_the_ministral_that_transformers_makes_of_it(tmp_path):
+def test_a_mistral_with_layer_types_is_a_ministral_as_in_transformers(tmp_path):
     types = [FULL, SLIDING, FULL, SLIDING]
     settings = dict(sliding_window=5, layer_types=types)
     ours = config_of("mistral", **settings)
@@ -30,7 +30,7 @@ def test_a_mistral_with_layer_types_is_read_as_the_ministral_that_transformers_m
     assert config_of("ministral", **settings) == ours
 
 
-def test_a_theta_alone_leaves_the_scaling_of_cwm():
+def test_a_cwm_that_states_only_rope_theta_keeps_its_default_rope_scaling():
     alone, stated = config_of("cwm", rope_theta=5e5), config_of("cwm")
     assert (alone.rope.kind, alone.rope.factor, alone.rope.theta) == ("llama3", stated.rope.factor, 5e5)
 
@@ -44,12 +44,12 @@ def test_a_theta_alone_leaves_the_scaling_of_cwm():
         ("mistral", dict(sliding_window=None, layer_types=[SLIDING] * 4), "but sliding_window is null"),
     ],
 )
-def test_settings_that_contradict_are_one_line(kind, settings, line):
+def test_contradictory_settings_are_refused_in_one_line(kind, settings, line):
     with pytest.raises(ValueError, match=line):
         config_of(kind, **settings)
 
 
-def test_rope_settings_without_effect_are_read_and_yarns_factor_follows_from_the_lengths():
+def test_rope_settings_without_effect_are_ignored_and_yarns_factor_defaults_to_the_ratio_of_lengths():
     yarn = {"type": "yarn", "original_max_position_embeddings": 32, "finetuned": True}
     rope = config_of("mistral", rope_scaling=yarn).rope
     assert np.isclose(rope.factor, SIZES["max_position_embeddings"] / 32)
@@ -57,7 +57,7 @@ def test_rope_settings_without_effect_are_read_and_yarns_factor_follows_from_the
     assert config_of("qwen2", rope_scaling=sections).rope.kind == "default"
 
 
-def test_reward_models_that_transformers_cannot_load_are_known():
+def test_has_classifier_agrees_with_transformers():
     names = pytest.importorskip("transformers.models.auto.modeling_auto")
     classifiers = names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     for kind in sorted({kind for kind, _ in FAMILIES.values()}):

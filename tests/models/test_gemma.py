@@ -90,7 +90,9 @@ def test_gelu_in_a_gemma_1_means_the_tanh_approximation(acts):
 GEMMA3 = {**GEMMA1, "model_type": "gemma3_text", "sliding_window": 7}
 REFUSED = {
     "an exact gelu next to another": (
-        GEMMA1 | {"hidden_act": "gelu", "hidden_activation": "gelu"}, "hidden_activation='gelu'"
+        GEMMA1 | {"hidden_act": "gelu", "hidden_activation": "gelu"},
+        "hidden_activation='gelu', which transformers 4 uses, is not hidden_act, which transformers 5 reads "
+        "as 'gelu_pytorch_tanh'; set both to 'gelu_pytorch_tanh'",
     ),
     "an encoder": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "biases": (GEMMA1 | {"attention_bias": True}, "attention_bias"),
@@ -99,7 +101,10 @@ REFUSED = {
     "a scale of text": (GEMMA3 | {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar must be"),
     "no scale": (GEMMA3 | {"query_pre_attn_scalar": None}, "query_pre_attn_scalar must be"),
     "a period of 0": (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern must be"),
-    "no window": (GEMMA3 | {"sliding_window": None}, "need sliding_window"),
+    "no window": (
+        GEMMA3 | {"sliding_window": None},
+        "sliding_window must be set if and only if layer_types has sliding_attention, got",
+    ),
 }  # fmt: skip
 
 

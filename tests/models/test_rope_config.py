@@ -88,7 +88,7 @@ def test_rope_settings_are_read_as_transformers_reads_them(name):
 REFUSED = {
     "another type": (
         dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rope_scaling=LINEAR),
-        "rope_parameters has rope_type='default', but rope_scaling, which counts before it, means "
+        "rope_parameters has rope_type='default', but rope_scaling takes precedence and results in "
         "rope_type='linear'",
     ),
     "another factor": (
@@ -97,7 +97,7 @@ REFUSED = {
     ),
     "theta that is not used": (  # transformers 5 takes 10000 here
         dict(rope_parameters={**LINEAR, "rope_theta": 5e5}, rope_scaling=LINEAR),
-        "rope_parameters has rope_theta=500000.0, but rope_scaling, which counts before it, means "
+        "rope_parameters has rope_theta=500000.0, but rope_scaling takes precedence and results in "
         "rope_theta=10000.0",
     ),
     "theta beside another": (
@@ -121,7 +121,7 @@ REFUSED = {
     "part of a head": (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5"),
     "unknown": (
         dict(rope_parameters={"base_scale": 2}),
-        "rope setting 'base_scale' in rope_parameters",
+        "rope setting 'base_scale' in rope_parameters is not supported; near: ",
     ),
     "unknown type": (
         dict(rope_scaling={"type": "mrope"}),
@@ -133,7 +133,7 @@ REFUSED = {
     ),
     "too few factors": (
         dict(rope_scaling={**LONG, "short_factor": [1.0]}),
-        "short_factor must have 8 numbers, one for each frequency of 16 rotated dimensions, got 1",
+        "short_factor must have 8 numbers, one per pair of the 16 rotated dimensions, got 1",
     ),
     "a switch as text": (
         dict(rope_scaling={**YARN, "truncate": "no"}),
@@ -145,7 +145,7 @@ REFUSED = {
     ),
     "one rope per layer type": (
         dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
-        "rope setting 'full_attention' in rope_parameters is not supported",
+        "rope_parameters has one object per layer type, which this model_type does not support",
     ),
 }
 
@@ -175,7 +175,7 @@ def test_any_accepted_rope_setting_gives_transformers_frequencies(scaling, param
     try:
         ours = frequencies(**rope)
     except ValueError as e:
-        assert "counts before it" in str(e)
+        assert "takes precedence" in str(e)
         return
     np.testing.assert_allclose(ours, transformers_frequencies(**rope), rtol=1e-6)
 
@@ -301,7 +301,7 @@ def test_gemma_3_of_transformers_4_has_scaled_global_and_plain_local_layers():
             {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}},
             "rope_parameters.full_attention has factor=4.0, but rope_scaling",
         ),
-        ({"rope_parameters": {"rope_type": "default"}}, "must have an object for each of full_attention and"),
+        ({"rope_parameters": {"rope_type": "default"}}, "must have one object for full_attention and one"),
         ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention must be an object"),
         ({"rope_local_base_freq": "wide"}, "rope_theta of rope_local_base_freq of config.json must be a fin"),
     ],

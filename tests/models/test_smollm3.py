@@ -41,7 +41,7 @@ def test_layers_without_rope_have_the_window_by_default():
         ({"no_rope_layer_interval": 0}, "no_rope_layer_interval must be a whole number above 0, got 0"),
         (
             {"layer_types": ["sliding_attention"] * 4, "sliding_window": 7},
-            "layer_types has sliding_attention, but use_sliding_window is False and sliding_window 7",
+            "layer_types has sliding_attention, but use_sliding_window=False and sliding_window=7",
         ),
         (
             {"rope_scaling": {"rope_type": "default"}, "partial_rotary_factor": 0.5},

@@ -1,11 +1,12 @@
-"""What is said of a model that no family implements: one line with the part that is missing."""
+"""The error for a model that no family implements: one line that names the parts that jaxft lacks."""
 
 import re
 
 import pytest
 
-from jaxft.models.families import FAMILIES, family_of
+from jaxft.models.families import family_of
 
+LIST = "supported types: configs/README.md#models"
 EXPERTS, TOWERS = "mixture-of-experts layers", "parts for images, audio or video"
 STATES = "state-space, recurrent, convolution or linear-attention layers"
 ENCODER, LATENT = "an encoder next to its decoder", "multi-head latent attention"
@@ -61,27 +62,26 @@ def line_of(config):
 
 
 @pytest.mark.parametrize("kind", MISSING)
-def test_a_model_type_of_transformers_is_refused_with_what_is_missing(kind):
+def test_a_model_type_of_transformers_is_refused_with_the_parts_that_jaxft_lacks(kind):
     auto = pytest.importorskip("transformers").AutoConfig
     line = line_of(auto.for_model(kind).to_dict())
-    expected = f"model_type {kind!r} is not implemented: it has {' and '.join(MISSING[kind])}; jaxft has "
+    expected = f"model_type {kind!r} is not supported: it has {' and '.join(MISSING[kind])}; "
     assert line.startswith(expected)
-    whole = ", ".join(FAMILIES)
     rest = line.removeprefix(expected)
-    assert rest == whole or re.fullmatch(r"its text decoder \(\w+\): save that alone .*", rest)
+    assert rest == LIST or re.fullmatch(r"its text decoder \(\w+\) is supported: save it .*", rest)
 
 
 @pytest.mark.parametrize(
     "kind", [kind for kind, parts in MISSING.items() if parts != ["the activation relu2"]]
 )
-def test_the_type_alone_is_enough(kind):
-    """A config.json that lacks the settings by which a type is known."""
+def test_the_missing_parts_are_named_by_model_type_alone(kind):
+    """For a config.json that lacks the settings that show the parts."""
     line = line_of({"model_type": kind, "hidden_size": 64, "hidden_act": "silu"})
-    assert line.startswith(f"model_type {kind!r} is not implemented: it has ")
+    assert line.startswith(f"model_type {kind!r} is not supported: it has ")
     assert any(part in line for part in MISSING[kind])
 
 
-def test_settings_tell_of_an_unknown_type():
+def test_the_missing_parts_of_an_unknown_type_follow_from_its_settings():
     config = {"model_type": "my_model", "hidden_size": 64}
     cases = {
         EXPERTS: {"n_routed_experts": 8},
@@ -91,21 +91,27 @@ def test_settings_tell_of_an_unknown_type():
         LATENT: {"kv_lora_rank": 512},
     }
     for part, settings in cases.items():
-        assert line_of(config | settings).startswith(
-            f"model_type 'my_model' is not implemented: it has {part};"
-        )
+        assert line_of(config | settings) == f"model_type 'my_model' is not supported: it has {part}; {LIST}"
     off = {"num_experts": 0, "kv_lora_rank": None, "is_encoder_decoder": False, "vision_config": {}}
-    assert line_of(config | off).startswith("model_type 'my_model' is not implemented; jaxft has llama")
+    assert re.fullmatch(
+        rf"model_type 'my_model' is not supported \(near: .*\); {LIST}", line_of(config | off)
+    )
+
+
+def test_a_misspelt_type_is_answered_with_the_nearest_ones_on_a_line_or_two():
+    for kind, near in {"qwen2_5": "qwen2", "gemma3text": "gemma3_text", "phi-3": "phi3"}.items():
+        line = line_of({"model_type": kind})
+        assert re.search(r"near: ([\w-]+)", line)[1] == near and len(line) < 160
 
 
 def test_a_text_decoder_that_jaxft_has_is_named():
     line = line_of(
         {"model_type": "llava", "vision_config": {"depth": 2}, "text_config": {"model_type": "qwen2"}}
     )
-    assert re.search(r"jaxft has its text decoder \(qwen2\): save that alone", line)
+    assert re.search(r"its text decoder \(qwen2\) is supported: save it", line)
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["llama"]])
-def test_a_model_type_that_is_no_name_is_refused(kind):
-    start = "config: model_type is missing" if kind is None else f"model_type {kind!r} is not implemented"
+def test_a_model_type_that_is_not_a_string_is_refused(kind):
+    start = "config: model_type is missing" if kind is None else f"model_type {kind!r} is not supported"
     assert line_of({"model_type": kind}).startswith(start)

@@ -221,9 +221,9 @@ def test_layers_without_rope_are_not_rotated_and_bfloat16_is_rounded_once():
         (dict(kind="ntk"), "rope type 'ntk' is not supported; jaxft has default, linear"),
         (dict(factor=2.0), "rope type 'default' does not use factor=2.0"),
         (dict(kind="linear", factor=2.0, beta_fast=9.0), "'linear' does not use beta_fast=9.0"),
-        (dict(kind="linear", factor=0.0), "factor and original length must be above 0"),
-        (dict(kind="yarn", factor=2.0), "original_max_position_embeddings=None"),
-        (dict(kind="dynamic", factor=2.0, original_max_positions=0), "original_max_position_embeddings=0"),
+        (dict(kind="linear", factor=0.0), "rope's factor must be above 0 and finite, got 0.0"),
+        (dict(kind="yarn", factor=2.0), "'yarn' needs original_max_position_embeddings above 0, got None"),
+        (dict(kind="dynamic", factor=2.0, original_max_positions=0), "above 0, got 0"),
         (dict(theta=float("nan")), "rope_theta must be finite"),
         (dict(rotated=1.5), "partial_rotary_factor must be above 0 and at most 1, got 1.5"),
         (

@@ -190,7 +190,7 @@ MODELS = {
     "shape": r"down_proj.*\(64, 95\).*\(64, 96\)",
     "tensor": r"model\.layers\.1\.mlp\.down_proj\.weight",
     "config": r"config\.json.*JSON",
-    "unknown": r"model_type 'mamba' is not implemented",
+    "unknown": r"model_type 'mamba' is not supported",
     "tokenizer": r"tokenizer",
     "pickle": r"pytorch_model\.bin.*pickle",
     "vocabulary": r"the tokenizer produces token id 257, but the model has embeddings for 0 to 249",

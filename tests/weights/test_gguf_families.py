@@ -202,7 +202,9 @@ REFUSED = {
     "a soft cap": ("qwen2", [("add_final_logit_softcapping", 30.0)], (), "qwen2.final_logit_softcapping"),
     "another local rope": ("gemma2", [("add_rope_freq_base_swa", 5e4)], (), "gemma2.rope.freq_base_swa"),
     "Ministral 3": ("mistral small", [("add_attn_temperature_scale", 0.1)], (), "temperature_scale"),
-    "experts": ("qwen2", [("add_expert_count", 8)], (), "architecture is 'qwen2 with 8 experts'"),
+    "experts": (
+        "qwen2", [("add_expert_count", 8)], (), "GGUF architecture 'qwen2' with 8 experts is not supported",
+    ),
     "Granite without rope": ("granite", [("add_rope_scaling_finetuned", False)], (), "finetuned is false"),
     "partial rope": ("olmo2", [("add_rope_dimension_count", 8)], (), "rope rotates 8 of 16"),
     "rope wider than a head": ("phi3", [("add_rope_dimension_count", 32)], (), "rope rotates 32 of 16"),
@@ -227,7 +229,7 @@ REFUSED = {
         "phi3",
         (),
         [(f"rope_factors_{kind}.weight", np.ones(4, np.float32)) for kind in ("long", "short")],
-        "rope_factors_long.weight has 4 numbers, but rope turns 8 pairs",
+        "rope_factors_long.weight has 4 numbers, but rope rotates 8 pairs",
     ),
     "a table with zeros": (
         "phi3",

@@ -192,7 +192,7 @@ def test_a_calibrated_base_is_closer_to_the_model_than_an_uncalibrated_one(place
     (place / "dirty.jsonl").write_text((place / "rows.jsonl").read_text() + '{"text": 7}\n')
     rows = ("--calibrate", "dirty.jsonl", "--tokens", "512", "--max-length", "64")
     code, reported = quantized(*form, "--out", "looked", *rows)
-    assert code == 1 and "dirty.jsonl:61: column 'text' has type int" in reported
+    assert code == 1 and "dirty.jsonl:61: column 'text' must be a string, got int" in reported
     code, reported = quantized(*form, "--out", "looked", *rows, "--invalid", "drop")
     assert code == 0 and "calibrating on batch 2 of 2" in reported, reported
     assert "1 invalid rows left out" in reported

@@ -329,7 +329,7 @@ def _truncated(name: str, border: int, response: MaskedTokens, settings: PairTok
             name,
             "prompt longer than data.max_length",
             f"the prompt has {border} tokens, and data.max_length={limit} leaves no room for a "
-            f"response; {remedy}",
+            "response; raise data.max_length",
         )
     if settings.too_long == "error":
         raise ValueError(
