@@ -157,7 +157,10 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
     with np.errstate(over="ignore"):
         angles = [max_positions * np.abs(f) for f in (frequencies(rope, head_dim), _long(rope, head_dim))]
     if not all((x < 3.4e38).all() for x in angles):
-        raise ValueError(f"config: rope's angles are not finite with {rope}")
+        raise ValueError(
+            f"config: rope's angles are not finite with rope_theta={rope.theta}, factor={rope.factor} and "
+            f"{max_positions} positions"
+        )
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:

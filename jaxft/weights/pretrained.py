@@ -143,16 +143,33 @@ def check_preset(ref: str, config: ModelConfig) -> None:
     located = hub.locate(ref)
     hf_config = read_config(located)
     found = families.family_of(hf_config).from_hf(hf_config)
-    differing = [
-        f"{name} {getattr(config, name)!r} and {getattr(found, name)!r}"
-        for name in (field.name for field in dataclasses.fields(found))  # type: ignore[arg-type]
-        if name not in ("bos", "eos", "max_positions") and getattr(config, name) != getattr(found, name)
-    ]
-    if type(found) is not type(config) or differing:
+    same_family = type(found) is type(config)
+    differing = (
+        _differences(config, found)
+        if same_family
+        else [f"{type(config).__name__} and {type(found).__name__}"]
+    )
+    if differing:
         raise ValueError(
-            f"{ref}: the settings that jaxft has for this name differ from those of the files: "
-            f"{'; '.join(differing) or 'another family'}. Use the files' folder as the model: {located.path}"
+            f"{ref}: jaxft's settings for this name and those of the files differ: {'; '.join(differing)}. "
+            f"Use the files' folder as the model: {located.path}"
         )
+
+
+def _differences(preset: Any, files: Any, prefix: str = "") -> list[str]:
+    """Return the fields in which two configs of one class differ, with both values. Fields of rope are named
+    one by one.
+    """
+    found: list[str] = []
+    for name in (field.name for field in dataclasses.fields(preset)):
+        values = getattr(preset, name), getattr(files, name)
+        if not prefix and name in ("bos", "eos", "max_positions") or values[0] == values[1]:
+            continue
+        if all(map(dataclasses.is_dataclass, values)):
+            found += _differences(*values, f"{name}.")
+        else:
+            found.append(f"{prefix}{name} {values[0]!r:.60} and {values[1]!r:.60}")
+    return found
 
 
 def open_params(ref: str, model: Model) -> dict[str, ParamReader]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
-from tiny_llama import tiny_torch, write_folder
+from tiny_llama import edit_config, tiny_torch, write_folder
 
 from jaxft.models import families, llama_config
 from jaxft.nn.rope import Rope
@@ -34,13 +34,26 @@ def test_a_preset_with_the_settings_of_the_files_is_loaded(folder, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "changes, named", [({"norm_eps": 1e-3}, "norm_eps 0.001"), ({"rope": Rope(500.0)}, "rope Rope")]
+    "changes, named",
+    [
+        ({"norm_eps": 1e-3}, "norm_eps 0.001"),
+        ({"rope": Rope(500.0)}, "differ: rope.theta 500.0 and 10000.0. "),
+    ],
 )
 def test_a_preset_with_other_settings_than_the_files_is_refused(folder, monkeypatch, changes, named):
     model = preset_of(folder, monkeypatch, **changes)
-    with pytest.raises(ValueError, match="differ from those of the files") as error:
+    with pytest.raises(ValueError, match="settings for this name and those of the files differ") as error:
         pretrained.open_params(NAME, model)
     assert named in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_preset_of_another_family_than_the_files_is_refused(folder, monkeypatch):
+    edit_config(folder, model_type="mistral", sliding_window=None)
+    monkeypatch.setitem(llama_config.PRESETS, NAME, llama_config.PRESETS["meta-llama/Llama-3.2-1B"])
+    with pytest.raises(
+        ValueError, match="differ: .*LlamaConfig.* and .*MistralConfig.* Use the files' folder"
+    ):
+        pretrained.open_params(NAME, families.preset(NAME, dtype=jnp.float32))
 
 
 def test_every_preset_name_has_one_family():
