@@ -164,7 +164,8 @@ class ModelCard:
 
     metadata: for the hub, see weights.card.front_matter. base: the base model as a reader knows it. merged:
     the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
-    id that a reward model is loaded with. completions: a section with sampled completions, or "".
+    id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
+    base. completions: a section with sampled completions, or "".
     """
 
     name: str
@@ -185,6 +186,7 @@ class ModelCard:
     notes: list[str]
     completions: str = ""
     pad: int | None = None
+    text_decoder: bool = False
 
 
 def model_card(card: ModelCard) -> str:
@@ -262,10 +264,12 @@ def _usage(card: ModelCard) -> list[str]:
     elif not card.model.generates:
         whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
         peft = "peft.AutoPeftModelForSequenceClassification.from_pretrained"
-        load = whole if card.merged else f"{peft}(FOLDER, num_labels=1, pad_token_id={card.pad})"
+        load = f"`{whole if card.merged else f'{peft}(FOLDER, num_labels=1, pad_token_id={card.pad})'}`"
+        if card.text_decoder:
+            load = f"a model that is loaded as in `{folder}/README.md`"
         lines += [
             "",
-            f"In Python: `{load}`, whose `logits[:, 0]` are rewards. They are read at the last token, which "
+            f"In Python: {load}, whose `logits[:, 0]` are rewards. They are read at the last token, which "
             "has to be the response's end token: leave out what a chat template adds after it.",
         ]
     return [*lines, ""]

@@ -19,7 +19,7 @@ from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
 from jaxft.train.sweep import write_table
 from jaxft.tree import Params
-from jaxft.weights import hf_write, hub
+from jaxft.weights import hf, hf_write, hub
 from jaxft.weights.card import Card, base_name, front_matter, write_card
 
 
@@ -157,6 +157,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
         scores=scores,
         pad=hf_write.with_distinct_pad_token(tokenizer).pad_token_id if scores else None,
         loads=not scores or families.has_classifier(run.model.config),
+        text_decoder=not merged and hf.is_multimodal(run.model, run.weights),
     )
 
 
@@ -165,9 +166,10 @@ def _card(
 ) -> report.ModelCard:
     member = job.members[number]
     run, model = member.run, programs.model_summary(member.programs)
+    card = _weights_card(member, job.tokenizer, weights)
     return report.ModelCard(
         name=run.name,
-        metadata=front_matter(_weights_card(member, job.tokenizer, weights)),
+        metadata=front_matter(card),
         base=run.weights if hub.hub_name(run.weights) else Path(run.weights).name,
         data=Path(run.data.train).name,
         examples=job.source_of(number).info.stats.examples,
@@ -183,5 +185,6 @@ def _card(
         after=ends[1],
         notes=notes,
         completions=report.completions_section(member.folder),
-        pad=None if model.generates else hf_write.with_distinct_pad_token(job.tokenizer).pad_token_id,
+        pad=card.pad,
+        text_decoder=card.text_decoder,
     )

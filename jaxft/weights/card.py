@@ -14,12 +14,13 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class Card:
-    """What the card of a folder of weights states.
+    """The contents of the card of a folder of weights.
 
     base: where the base comes from, see weights.hub. library: which loads the weights. data: where the
-    training rows came from, None for untrained weights. scores: the model is a classifier that returns
-    rewards. pad: the padding token id that such an adapter is loaded with. loads: whether transformers has a
-    class for the model.
+    training rows came from, None for untrained weights. scores: whether the model is a classifier that
+    returns rewards. pad: the padding token id that such an adapter is loaded with. loads: whether
+    transformers has a class for the model. text_decoder: whether an adapter is for the text decoder of a
+    multimodal base.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Card:
     scores: bool = False
     pad: int | None = None
     loads: bool = True
+    text_decoder: bool = False
 
 
 NO_CLASSIFIER = (
@@ -118,17 +120,10 @@ def _usage(card: Card) -> list[str]:
         ]
     if not card.loads:
         return [f"{NO_CLASSIFIER}\n"]
-    kind = "SequenceClassification" if card.scores else "CausalLM"
-    maker = f"AutoPeftModelFor{kind}" if card.library == "peft" else f"AutoModelFor{kind}"
-    options = f", num_labels=1, pad_token_id={card.pad}" if card.scores and card.library == "peft" else ""
     lines = [
+        *(_text_base(card) if card.text_decoder else []),
         "```python",
-        *(
-            [f"from transformers import {maker}, AutoTokenizer\n"]
-            if card.library == "transformers"
-            else [f"from {card.library} import {maker}", "from transformers import AutoTokenizer\n"]
-        ),
-        f"model = {maker}.from_pretrained(FOLDER{options})",
+        *_python(card),
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
         "```\n",
     ]
@@ -138,3 +133,37 @@ def _usage(card: Card) -> list[str]:
             "leave out what a chat template adds after it.\n"
         )
     return lines
+
+
+def _text_base(card: Card) -> list[str]:
+    """How to get the model that an adapter of a multimodal base's text decoder applies to."""
+    _, revision = hub.hub_name(card.base) or (None, None)
+    ref = base_name(card.base) + (f"@{revision}" if revision else "")
+    return [
+        "The base is multimodal. The adapter is for its text decoder, which jaxft writes as a text model:\n",
+        f"    python scripts/export.py --model {ref} --out BASE\n",
+    ]
+
+
+def _python(card: Card) -> list[str]:
+    """The lines that import the classes and load the model."""
+    kind = "SequenceClassification" if card.scores else "CausalLM"
+    options = f", num_labels=1, pad_token_id={card.pad}" if card.scores and card.library == "peft" else ""
+    auto, adapted = f"AutoModelFor{kind}", f"AutoPeftModelFor{kind}"
+    if card.library == "transformers":
+        return [
+            f"from transformers import {auto}, AutoTokenizer\n",
+            f"model = {auto}.from_pretrained(FOLDER)",
+        ]
+    if card.text_decoder:
+        return [
+            "from peft import PeftModel",
+            f"from transformers import {auto}, AutoTokenizer\n",
+            f"base = {auto}.from_pretrained(BASE{options})",
+            "model = PeftModel.from_pretrained(base, FOLDER)",
+        ]
+    return [
+        f"from peft import {adapted}",
+        "from transformers import AutoTokenizer\n",
+        f"model = {adapted}.from_pretrained(FOLDER{options})",
+    ]

@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reward_folders import begun, saved, torch_score
 from tiny_families import VOCAB, logits_of, random_ids, rows
+from tiny_llama import some_tokens
 
 from jaxft import tree
 from jaxft.models import families
@@ -17,8 +20,10 @@ from jaxft.models.text_part import text_config, text_tensor
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params, spec_paths
 from jaxft.nn.rope import Rope
+from jaxft.rl import reward_models
 from jaxft.weights import hf, hf_write, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
+from jaxft.weights.card import Card, write_card
 from jaxft.weights.param_reader import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
@@ -217,8 +222,6 @@ def test_an_adapter_of_the_decoder_is_for_the_text_model_and_refused_by_peft_on_
     import copy
 
     peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
     theirs, folder = multimodal
     model, params = loaded(folder)
     hf_write.save_folder(tmp_path / "base", model, params, None, str(folder))
@@ -229,14 +232,38 @@ def test_an_adapter_of_the_decoder_is_for_the_text_model_and_refused_by_peft_on_
     peft_write.save_adapter(tmp_path / "adapter", adapter, settings, model, str(folder))
     ids = random_ids(1, 20)
     expected = logits_of(adapted(model, settings), {"base": params, "adapter": adapter}, rows(ids))
-    text = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
-    found = peft.PeftModel.from_pretrained(text, str(tmp_path / "adapter")).eval()
+    found = loaded_as_on_the_card(tmp_path / "base", tmp_path / "adapter", model, folder).float().eval()
     np.testing.assert_allclose(text_logits(found, ids), expected, atol=1e-4)
     with pytest.raises(ValueError, match="not found in the base model"):
         peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path / "adapter"))
     jax.tree.map(
         np.testing.assert_array_equal, peft_layout.read_adapter(tmp_path / "adapter", model)[0], adapter
     )
+
+
+def test_a_reward_adapter_of_the_decoder_has_its_scores_as_loaded_on_its_card(multimodal, tmp_path):
+    _, folder = multimodal
+    hf_write.save_folder(tmp_path / "base", *loaded(folder), None, str(folder))
+    t, whole = begun(folder)
+    adapter, tokens = saved(t, whole, folder, tmp_path), some_tokens(vocab=VOCAB)
+    model = pretrained.model_for(str(folder))
+    theirs = loaded_as_on_the_card(tmp_path / "base", adapter, model, folder, scores=True, pad=0)
+    found = [torch_score(theirs.float().eval(), ids) for ids in tokens.ids]
+    expected = reward_models.score_rows(t.model, whole, tokens)
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5, atol=1e-4)
+
+
+def loaded_as_on_the_card(base, adapter, model, multimodal_base, **options):
+    """The model that the Python code on the adapter's card loads."""
+    decoder = hf.is_multimodal(model, str(multimodal_base))
+    card = Card("a", str(multimodal_base), "adapter", "peft", "A text.", text_decoder=decoder, **options)
+    write_card(adapter, card)
+    text = (adapter / "README.md").read_text()
+    assert f"export.py --model {multimodal_base.name} --out BASE" in text
+    (code,) = re.findall(r"```python\n(.*?)tokenizer = [^\n]*\n```", text, re.DOTALL)
+    names = {"BASE": str(base), "FOLDER": str(adapter)}
+    exec(code, names)
+    return names["model"]
 
 
 def fresh_leaf(path, moved, fresh):
