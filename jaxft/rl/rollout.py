@@ -317,6 +317,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         summary=summary,
         learned=learned_completions(data.rules),
     )
+    examples, how = (*train.examples, *eval_prompts.examples), (tokenizer, data.template_settings)
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
@@ -326,7 +327,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         preview=tokenizer.decode(train.token_ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
-        warnings=chat.tools_warnings(train.examples, tokenizer, data.template_settings),
+        warnings=chat.tools_warnings(examples, *how) + chat.content_warnings(examples, *how),
     )
 
 

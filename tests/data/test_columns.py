@@ -1,13 +1,15 @@
 """Columns as public files have them: JSON that is a text, other names of roles, nulls, empty turns."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat
+from jaxft.data import chat, columns
 from jaxft.data.conversation import prompt_of
 from jaxft.data.formats import normalise_rows
 from jaxft.data.invalid import InvalidRow
@@ -76,6 +78,15 @@ def test_another_role_is_an_invalid_row_that_names_it(name):
     with pytest.raises(InvalidRow, match=r"messages\[0\] has role .*; use user, assistant") as raised:
         sft({"messages": [{"role": name, "content": "x"}, *MESSAGES]})
     assert repr(name) in str(raised.value)
+
+
+def test_the_readme_lists_every_name_of_a_role():
+    text = (Path(__file__).parents[2] / "configs/README.md").read_text(encoding="utf-8")
+    table = [line.split("|") for line in text.partition("| role | other names |")[2].splitlines()[2:7]]
+    names = {line[1].strip(): re.findall(r"`(\w+)`", line[2]) for line in table if len(line) == 4}
+    assert [role for cell in names for role in re.findall(r"`(\w+)`", cell)] == list(columns.KNOWN_ROLES)
+    for role in ("user", "assistant", "tool"):
+        assert names[f"`{role}`"] == [name for name, known in columns.ROLES.items() if known == role]
 
 
 def test_without_an_assistant_turn_the_roles_are_named():

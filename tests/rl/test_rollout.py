@@ -484,6 +484,25 @@ def test_tools_that_the_template_leaves_out_of_a_prompt_are_a_warning(tmp_path):
     assert warning.startswith("warning: r.jsonl:1: ") and "without the row's tools" in warning
 
 
+@pytest.mark.parametrize("held_out", [None, "h.jsonl"])
+def test_a_message_that_the_template_drops_from_a_prompt_is_a_warning(tmp_path, held_out):
+    rows = [{"prompt": f"what is {i} plus 1?"} for i in range(3)]
+    with_system = {**rows[2], "system": "answer in French"}
+    files = {"r.jsonl": rows} | ({"h.jsonl": [with_system]} if held_out else {})
+    files["r.jsonl"] = rows if held_out else [*rows[:2], with_system]
+    for name, some in files.items():
+        (tmp_path / name).write_text("\n".join(map(json.dumps, some)))
+    tokenizer = tiny_tokenizer()
+    held = None if held_out is None else str(tmp_path / held_out)
+    data = Rollouts(str(tmp_path / "r.jsonl"), held_out=held, rules=Rules((word_length,)))
+    assert not data.open(tokenizer).info.warnings
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    (warning,) = data.open(tokenizer).info.warnings
+    first = "h.jsonl:1" if held_out else "r.jsonl:3"
+    assert warning.startswith(f"warning: {first}: ") and warning.endswith("set data.system=merge")
+    assert "does not show the content of message 0, a system message" in warning
+
+
 def test_a_run_whose_completions_would_end_elsewhere_is_not_resumed(workdir):
     path = workdir.folder / "base" / "generation_config.json"
     before, record = path.read_text(), prepare(workdir.folder).lead.record
