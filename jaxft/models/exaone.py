@@ -81,3 +81,19 @@ def exaone4_to_hf(c: Exaone4Config) -> dict[str, Any]:
         "sliding_window_pattern": None if c.window is None else 4,
         "layer_types": types,
     }
+
+
+_EXAONE4_COMMON: dict[str, Any] = dict(
+    vocab=102400, kv_heads=8, rope=Rope(1e6, "llama3", factor=16.0, original_max_positions=8192), bos=1,
+    eos=(361,),
+)  # fmt: skip
+EXAONE4_PRESETS: dict[str, Exaone4Config] = {
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": Exaone4Config(
+        **_EXAONE4_COMMON, width=2048, layers=30, heads=32, head_dim=64, mlp=4096, tied=True,
+        max_positions=65536, layer_types=(FULL,) * 30,
+    ),
+    "LGAI-EXAONE/EXAONE-4.0-32B": Exaone4Config(
+        **_EXAONE4_COMMON, width=5120, layers=64, heads=40, head_dim=128, mlp=27392, max_positions=131072,
+        window=4096, layer_types=(SLIDING, SLIDING, SLIDING, FULL) * 16,
+    ),
+}  # fmt: skip

@@ -72,13 +72,19 @@ FAMILIES: dict[str, Family] = {
         granite.granite,
         granite.GRANITE_PRESETS,
     ),
-    "exaone4": Family(exaone.Exaone4Config, exaone.exaone4_from_hf, exaone.exaone4_to_hf, exaone.exaone4, {}),
+    "exaone4": Family(
+        exaone.Exaone4Config,
+        exaone.exaone4_from_hf,
+        exaone.exaone4_to_hf,
+        exaone.exaone4,
+        exaone.EXAONE4_PRESETS,
+    ),
     "seed_oss": Family(
         llama_relatives.SeedOssConfig,
         llama_relatives.seed_oss_from_hf,
         llama_relatives.seed_oss_to_hf,
         llama_relatives.seed_oss,
-        {},
+        llama_relatives.SEED_OSS_PRESETS,
     ),
     "cwm": Family(
         llama_relatives.CwmConfig, llama_relatives.cwm_from_hf, llama_relatives.cwm_to_hf, mistral.mistral, {}

@@ -22,6 +22,7 @@ from jaxft.models.llama_config import LlamaConfig
 from jaxft.models.mistral import MistralConfig
 from jaxft.models.model import Model
 from jaxft.nn.layer_attention import uniform
+from jaxft.nn.rope import Rope
 
 _SILU = {"hidden_act": "silu"}
 
@@ -65,6 +66,15 @@ def seed_oss_from_hf(hf: dict[str, Any]) -> SeedOssConfig:
 def seed_oss_to_hf(c: SeedOssConfig) -> dict[str, Any]:
     """Return the dict of a Seed-OSS's config.json."""
     return fields_to_hf(c, _SEED_OSS) | {name: getattr(c, name) for name in _SEED_OSS_BIASES}
+
+
+_SEED_OSS_36B = SeedOssConfig(
+    vocab=155136, width=5120, layers=64, heads=80, kv_heads=8, head_dim=128, mlp=27648, rope=Rope(1e7),
+    norm_eps=1e-6, max_positions=524288, bos=0, eos=(2,), attention_bias=True,
+)  # fmt: skip
+SEED_OSS_PRESETS: dict[str, SeedOssConfig] = {
+    f"ByteDance-Seed/Seed-OSS-36B-{kind}": _SEED_OSS_36B for kind in ("Base", "Instruct")
+}
 
 
 @dataclass(frozen=True)

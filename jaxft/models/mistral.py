@@ -84,6 +84,10 @@ MISTRAL_PRESETS: dict[str, MistralConfig] = {
     "mistralai/Mistral-7B-Instruct-v0.3": _V3,
     "mistralai/Mistral-Nemo-Base-2407": replace(_NEMO, max_positions=128000),
     "mistralai/Mistral-Nemo-Instruct-2407": _NEMO,
+    "mistralai/Mistral-Small-Instruct-2409": MistralConfig(
+        vocab=32768, width=6144, layers=56, heads=48, kv_heads=8, head_dim=128, mlp=16384, rope=Rope(1e6),
+        max_positions=32768,
+    ),
     "mistralai/Mistral-Small-24B-Base-2501": _SMALL,
     "mistralai/Mistral-Small-24B-Instruct-2501": _SMALL,
-}
+}  # fmt: skip

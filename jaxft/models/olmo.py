@@ -166,14 +166,12 @@ def _olmo2(name: str, **sizes: Any) -> dict[str, Olmo2Config]:
     return {f"allenai/{name}": config, f"allenai/{name}-Instruct": config}
 
 
-def _olmo3(name: str, layers: int, **sizes: Any) -> dict[str, Olmo3Config]:
+def _olmo3(*names: str, layers: int, **sizes: Any) -> dict[str, Olmo3Config]:
+    """Return presets of a base model and the models trained from it, which have the same settings."""
     settings = _OLMO | {"rope": _YARN, "local_rope": _OLMO["rope"], "layers": layers}
     types = _every_fourth_full(layers)
-    return {
-        f"allenai/{name}": Olmo3Config(
-            vocab=100278, max_positions=65536, layer_types=types, **settings, **sizes
-        )
-    }
+    config = Olmo3Config(vocab=100278, max_positions=65536, layer_types=types, **settings, **sizes)
+    return {f"allenai/{name}": config for name in names}
 
 
 OLMO2_PRESETS: dict[str, Olmo2Config] = {
@@ -183,6 +181,11 @@ OLMO2_PRESETS: dict[str, Olmo2Config] = {
     **_olmo2("OLMo-2-0325-32B", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648),
 }
 OLMO3_PRESETS: dict[str, Olmo3Config] = {
-    **_olmo3("Olmo-3-1025-7B", width=4096, layers=32, heads=32, kv_heads=32, mlp=11008),
-    **_olmo3("Olmo-3-1125-32B", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648),
-}
+    **_olmo3(
+        "Olmo-3-1025-7B", "Olmo-3-7B-Instruct", "Olmo-3-7B-Think",
+        width=4096, layers=32, heads=32, kv_heads=32, mlp=11008,
+    ),
+    **_olmo3(
+        "Olmo-3-1125-32B", "Olmo-3-32B-Think", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648,
+    ),
+}  # fmt: skip

@@ -41,6 +41,20 @@ QWEN, CHAT = {"bos_token_id": 151643, "eos_token_id": 151643}, {"bos_token_id": 
 GRANITE = {
     "bos_token_id": 0, "eos_token_id": 0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
 }  # fmt: skip
+OLMO3 = {
+    "eos_token_id": 100257, "sliding_window": 4096,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32.0,
+        "beta_slow": 1.0, "attention_factor": 1.2079441541679836,
+    },
+}  # fmt: skip
+EXAONE4 = {
+    "bos_token_id": 1, "eos_token_id": 361,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
 FILES = {
     "mistralai/Mistral-7B-Instruct-v0.1": (
         ("mistral", 4096, 14336, 32, 32, 8, None, 32000, 1e4, 1e-5, False, 32768), {"sliding_window": 4096}
@@ -70,6 +84,40 @@ FILES = {
     ),
     "allenai/OLMo-2-1124-13B": (
         ("olmo2", 5120, 13824, 40, 40, 40, None, 100352, 5e5, 1e-6, False, 4096), {"eos_token_id": 100257}
+    ),
+    # Olmo 3: as DinoML's notes on olmo3 list the settings of these files.
+    **{
+        f"allenai/{name}": (sizes, OLMO3)
+        for sizes, names in (
+            (
+                ("olmo3", 4096, 11008, 32, 32, 32, None, 100278, 5e5, 1e-6, False, 65536),
+                ("Olmo-3-7B-Instruct", "Olmo-3-7B-Think"),
+            ),
+            (
+                ("olmo3", 5120, 27648, 64, 40, 8, None, 100278, 5e5, 1e-6, False, 65536),
+                ("Olmo-3-32B-Think",),
+            ),
+        )
+        for name in names
+    },
+    # EXAONE 4: sizes, head and windows in the table of transformers' docs (exaone4.md); rope and epsilon in
+    # ollama's (1.2B) and TensorRT-LLM's (32B) tests of the architecture.
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": (
+        ("exaone4", 2048, 4096, 30, 32, 8, 64, 102400, 1e6, 1e-5, True, 65536),
+        EXAONE4 | {"sliding_window": None, "sliding_window_pattern": None},
+    ),
+    "LGAI-EXAONE/EXAONE-4.0-32B": (
+        ("exaone4", 5120, 27392, 64, 40, 8, 128, 102400, 1e6, 1e-5, False, 131072),
+        EXAONE4 | {"sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    # Seed-OSS: as in tests of seed_oss by Lablup, from the file of the Instruct model.
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": (
+        ("seed_oss", 5120, 27648, 64, 80, 8, 128, 155136, 1e7, 1e-6, False, 524288),
+        {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+    ),
+    # Mistral Small 22B: sizes in GenZ-LLM-Analyzer, from the hub's file; the rest in tests of a Rust port.
+    "mistralai/Mistral-Small-Instruct-2409": (
+        ("mistral", 6144, 16384, 56, 48, 8, 128, 32768, 1e6, 1e-5, False, 32768), {"sliding_window": None}
     ),
     "ibm-granite/granite-3.3-2b-instruct": (
         ("granite", 2048, 8192, 40, 32, 8, None, 49159, 1e7, 1e-5, True, 131072),
