@@ -587,6 +587,20 @@ def test_the_default_table_has_all_cells_and_no_program_depends_on_the_planner()
             ), path
 
 
+def test_the_script_plans_a_gemma_preset(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(machines, "machine", lambda name: made_up(1))
+    script = runpy.run_path(str(ROOT / "scripts/plan.py"))
+    config = ["--config", str(ROOT / "configs/gemma3_4b_sft.py"), "--devices", "made-up:1", "--train-only"]
+    small = ["model=google/gemma-3-270m-it", "batch=2", "micro=1", "max_length=1024"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *config, "--json", *small])
+    assert script["main"]() == 0
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    published = 268_098_176  # parameters of google/gemma-3-270m, with a tied head
+    assert found["parts"]["weights"] == 2 * published and found["fits"], found
+
+
 @pytest.mark.skipif(HAS_CUDA, reason="the CUDA plugin is installed")
 def test_without_the_cuda_plugin_the_error_names_the_extra():
     with pytest.raises(ValueError, match=r"needs jax's CUDA plugin: pip install 'jaxft\[cuda12\]'"):

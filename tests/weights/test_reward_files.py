@@ -11,7 +11,8 @@ import pytest
 from loading_process import one_device
 from reward_folders import SETTINGS, begun, saved, torch_score
 from safetensors.numpy import load_file, save_file
-from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
+from tiny_families import random_torch
+from tiny_llama import VOCAB, some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings
@@ -41,10 +42,10 @@ def by_torch(model, tokens):
     return [torch_score(model, ids) for ids in np.asarray(tokens.ids)]
 
 
-def in_full(folder):
+def in_full(folder, **options):
     from transformers import AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_pretrained(str(folder)).eval()
+    return AutoModelForSequenceClassification.from_pretrained(str(folder), **options).eval()
 
 
 def test_our_adapter_with_a_head_has_the_same_scores_in_peft_and_round_trips(base, tmp_path):
@@ -112,6 +113,26 @@ def test_a_full_reward_model_is_a_classifier_in_transformers_and_starts_the_next
     with torch.no_grad():
         found = theirs(padded, attention_mask=mask).logits[:, 0].numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [("gemma2", "Gemma2ForSequenceClassification"), ("gemma3", "Gemma3TextForSequenceClassification")],
+)
+def test_a_full_gemma_reward_model_is_a_classifier_in_transformers_and_starts_the_next_run(
+    name, kind, tmp_path
+):
+    base = write_folder(tmp_path / "base", random_torch(name, vocab_size=VOCAB))
+    t, whole = begun(base, None)
+    folder, tokens = saved(t, whole, base, tmp_path / "out", None), some_tokens(time=20)
+    theirs = in_full(folder, attn_implementation="eager")  # others leave out Gemma 2's soft cap of scores
+    assert type(theirs).__name__ == kind and theirs.config.num_labels == 1
+    expected = scored(t, whole, tokens)
+    assert np.abs(expected).max() > 0.05
+    np.testing.assert_allclose(by_torch(theirs, tokens), expected, rtol=1e-5, atol=1e-4)
+    _, again = begun(folder, None)
+    np.testing.assert_array_equal(again["score"], whole["score"])
+    np.testing.assert_allclose(scored(t, again, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_the_reward_model(
