@@ -2,6 +2,7 @@
 only full batches.
 """
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -225,6 +226,19 @@ def config(batch: int = 2):
     c = LlamaConfig(vocab=2048, width=256, layers=2, heads=4, kv_heads=2, head_dim=64, mlp=512)
     return replace(run, model=llama(c, jnp.float32))
 """
+
+
+def test_windows_shrink_the_cache_to_the_window(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = runpy.run_path(str(Path(SCRIPT).with_name("bench_window.py")))
+    sizes = dict(layers=4, full=1, window=8, slots=64, batch=2, width=64, tokens=2, rounds=1)
+    found = script["measure"](argparse.Namespace(**sizes))
+    layer = 2 * 2 * 4 * 8 * 2  # keys and values, rows, kv heads, head dim, bytes
+    expected = {"full_attention": 4 * 64 * layer, "windows": (64 + 3 * 8) * layer}
+    assert {name: one["cache_mb"] * 1e6 for name, one in found.items()} == pytest.approx(expected)
+    assert all(one["ms_per_token"] > 0 for one in found.values())
+    with pytest.raises(ValueError, match="--tokens must be from 1 to 48 with --slots 64"):
+        script["measure"](argparse.Namespace(**{**sizes, "tokens": 49}))
 
 
 def test_the_guards_cost_is_measured_against_a_step_that_takes_any_update(tmp_path, monkeypatch):
