@@ -139,7 +139,7 @@ def test_an_empty_last_question_is_invalid_at_every_stage_and_an_earlier_one_at_
         ),
         (
             {"messages": [{"role": "user", "content": [{"text": "q"}]}, MESSAGES[1]]},
-            r"messages\[0\] has a part without a type",
+            r"messages\[0\] has a content part without a type",
         ),
     ],
 )

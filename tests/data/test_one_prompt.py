@@ -307,7 +307,7 @@ def test_prompts_of_a_chosen_column_and_of_plain_text():
             "different prompts",
         ),
         ({"prompt": [Q, A]}, "auto", "r: the prompt ends with an assistant turn"),
-        ({"prompt": LONG, "system": "t"}, "auto", "column 'system' and the first message are different"),
+        ({"prompt": LONG, "system": "t"}, "auto", "column 'system' differs from the first message"),
         ({"prompt": "q", "system": "s"}, "plain", "column 'system' has no meaning in plain text"),
         ({"prompt": "q", "tools": TOOLS}, "plain", "column 'tools' has no meaning in plain text"),
         ({"prompt": [Q]}, "plain", "column 'prompt' must be a string, got list"),

@@ -163,7 +163,7 @@ def test_markers_that_enclose_the_header_of_a_turn_do_not_make_it_a_target():
 @pytest.mark.parametrize(
     ("name", "messages", "message"),
     [
-        ("gemma", (S, Q, A), "System role not supported; set data.system=merge, which puts"),
+        ("gemma", (S, Q, A), "System role not supported; set data.system=merge, which prepends"),
         ("mistral", (S, Q, A), "only user, assistant and tool roles; set data.system=merge"),
         ("gemma3", (S, Q, Q, A), "must alternate .*; messages 1 and 2 are both user turns; join them"),
         ("mistral-nemo", (Q, A, A), "must alternate; messages 1 and 2 are both assistant turns; join them"),
@@ -173,7 +173,7 @@ def test_markers_that_enclose_the_header_of_a_turn_do_not_make_it_a_target():
         (
             "mistral-7b-v0.3",
             (Q, call(id="a" * 9), turn("tool", "3"), A),
-            "length 9!; give every tool call an id of 9 letters and digits, and its result that id",
+            "length 9!; give every tool call an id of 9 letters and digits, and its result the same id",
         ),
         ("granite3", (Q, call(), A), "the content of a turn of tool calls is null.*; fix or remove the row"),
     ],
