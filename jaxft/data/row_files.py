@@ -293,20 +293,24 @@ def _read_group_rows(chunk: GroupRows) -> Iterator[Outcome]:
                 return
             part = batch.slice(max(0, chunk.start - at), chunk.stop - max(at, chunk.start))
             at += batch.num_rows
-            for item in _items(part, path, number):
-                number += 1
-                if not isinstance(item, InvalidRow):
-                    item = without_added_nulls(item)
-                    item = attempt(row_of, item, f"{path}:{number}", f"{path.name}:{number}")
-                yield item
+            yield from rows_of_batch(part, str(path), path.name, number)
+            number += part.num_rows
 
 
-def _items(batch: Any, path: Path, before: int) -> Iterable[Any]:
-    """Return the rows of a record batch. before: rows of the file before it."""
+def rows_of_batch(batch: Any, where: str, label: str, before: int) -> Iterator[Outcome]:
+    """Yield the rows of an Arrow record batch.
+
+    where, label: what their names in errors and their names begin with. before: rows of the file before it.
+    """
     try:
-        return batch.to_pylist()
+        items: Iterable[Any] = batch.to_pylist()
     except (ValueError, OverflowError):  # a time beyond the year 9999, or text that is not UTF-8
-        return (attempt(_table_row, batch, i, f"{path}:{before + i + 1}") for i in range(batch.num_rows))
+        items = (attempt(_table_row, batch, i, f"{where}:{before + i + 1}") for i in range(batch.num_rows))
+    for number, item in enumerate(items, before + 1):
+        if not isinstance(item, InvalidRow):
+            item = without_added_nulls(item)
+            item = attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")
+        yield item
 
 
 def _table_row(table: Any, index: int, where: str) -> Any:

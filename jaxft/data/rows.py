@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from jaxft.data.invalid import InvalidRows, attempt
+from jaxft.data.remote import RemoteFile, is_remote, remote_batches, remote_files
 from jaxft.data.row_csv import read_csv
 from jaxft.data.row_files import (
     CHUNK_ROWS,
@@ -27,6 +28,7 @@ from jaxft.data.row_files import (
     named_errors,
     read_json,
     row_of,
+    rows_of_batch,
     scan_groups,
     scan_lines,
     without_added_nulls,
@@ -90,6 +92,8 @@ def list_chunks(ref: str) -> Listing:
     """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once."""
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")
+    if is_remote(ref):
+        return _list_remote(remote_files(ref))
     path = find_data(ref)
     if path is not None:
         return _list_files(_files(path))
@@ -97,8 +101,26 @@ def list_chunks(ref: str) -> Listing:
         return _list_hub(ref)
     raise FileNotFoundError(
         f"data {ref!r} not found in {Path.cwd()} or {ROOT}; use a file ({', '.join(SUFFIXES)}), a "
-        "folder of such files, or a hub dataset org/name[/config][:split]"
+        "folder of such files, a hub dataset org/name[/config][:split], or https:// or hf:// (Parquet)"
     )
+
+
+def _list_remote(files: list[RemoteFile]) -> Listing:
+    names = [file.name for file in files]  # of several folders
+    labels = tuple(names if len({*names}) == len(names) else [file.url for file in files])
+    digest = xxhash.xxh3_128(repr([(file.url, file.size, file.version) for file in files]).encode())
+
+    def rows(file: RemoteFile, label: str) -> Iterator[Outcome]:
+        before = 0
+        for batch in remote_batches(file, CHUNK_ROWS):
+            yield from rows_of_batch(batch, file.url, label, before)
+            before += batch.num_rows
+
+    def chunks() -> Iterator[Chunk]:
+        for file, label in zip(files, labels, strict=True):
+            yield from in_windows(rows(file, label), label)
+
+    return Listing(labels, "", digest.hexdigest(), sum(file.size for file in files), chunks)
 
 
 def _files(path: Path) -> list[Path]:
@@ -214,5 +236,6 @@ def _scan_bytes(path: Path, report: Callable[[bytes], object]) -> None:
 
 def hub_dataset(ref: str) -> str | None:
     """Return the `org/name` of rows that are a dataset on the hub, None for files."""
+    ref = ref.removeprefix("hf://datasets/").replace("@", ":")
     named = re.match(r"[\w-][\w.-]*/[\w.-]+(?=[/:]|$)", ref)
     return named[0] if named and find_data(ref) is None and Path(ref).suffix not in SUFFIXES else None

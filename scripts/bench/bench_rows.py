@@ -71,7 +71,9 @@ def tokenise(path: str, workers: int) -> None:
     begin = time.perf_counter()
     info = Rows(path, held_out=None, workers=workers).open(tokenizer).info
     seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "fingerprint": info.fingerprint, "cache": info.stats.cache}))
+    print(
+        json.dumps({"seconds": seconds, "fingerprint": info.fingerprint, "cache": vars(info.stats)["cache"]})
+    )
 
 
 # ---- memory of a process and its children

@@ -2,6 +2,9 @@
 
 `with serve(folder, repo) as (endpoint, requests):` serves the folder's files as revision "main" and as the
 tag "v1"; requests is the list of paths that were asked for.
+
+`with serve_dataset(folder, repo) as (endpoint, sent):` serves a dataset whose files are redirected to another
+path, as to a content network, and sent in ranges; sent is the list of (path, authorization, bytes).
 """
 
 import hashlib
@@ -79,6 +82,54 @@ def serve(folder: Path, repo: str):
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def serve_dataset(folder: Path, repo: str):
+    """Serve until the block ends."""
+    sent: list[tuple[str, str | None, int]] = []
+    sha = REVISIONS["main"]
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    info = {"id": repo, "sha": sha, "siblings": [{"rfilename": name} for name in files]}
+    info |= {"private": False, "disabled": False, "gated": False, "downloads": 0, "likes": 0, "tags": []}
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self, status, headers, body=b""):
+            sent.append((self.path, self.headers["Authorization"], len(body)))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            resolve = f"/datasets/{repo}/resolve/{sha}/"
+            file = folder / self.path.removeprefix("/content/")
+            if self.path.split("?")[0] == f"/api/datasets/{repo}":
+                self.answer(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+            elif self.path.startswith(resolve):
+                self.answer(302, {"Location": f"/content/{self.path.removeprefix(resolve)}"})
+            elif self.path.startswith("/content/") and file.is_file():
+                body = file.read_bytes()
+                start, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
+                part = body[int(start) : int(end) + 1]
+                span = f"bytes {start}-{int(start) + len(part) - 1}/{len(body)}"
+                self.answer(206, {"Content-Range": span, "ETag": '"x"'}, part)
+            else:
+                self.answer(404, {"X-Error-Code": "RepoNotFound"})
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", sent
     finally:
         server.shutdown()
         thread.join()
