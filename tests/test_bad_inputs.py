@@ -19,7 +19,7 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_place
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat, limits, rows, shipped
+from jaxft.data import chat, limits, row_csv, row_files, shipped
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
@@ -179,7 +179,8 @@ def test_run_folders(adapter, capsys, number):
 
 
 def test_lines_and_cells_that_are_too_large_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rows, "LINE_BYTES", 1000)
+    for module in (row_files, row_csv):
+        monkeypatch.setattr(module, "LINE_BYTES", 1000)
     long = {"prompt": "a" * 2000, "completion": "b"}
     (tmp_path / "rows.jsonl").write_text(after_good_rows("sft", json.dumps(long)))
     refused(capsys, lambda: open_rows("sft", tmp_path / "rows.jsonl"), LINE)
