@@ -34,6 +34,8 @@ class Tokens:
     targets: Int[Any, "B M"]
     token_weights: Float[Any, "B M"]
     branches: Int[Any, "B T"] | None = None  # 0: a shared prompt; 1, 2, ...: its responses, mutually masked
+    sources: Int[Any, "B M"] | None = None  # where each target's row is from, an index of source_names
+    source_names: tuple[str, ...] = static(default=())
     packed: bool = static(default=True)  # a row may have several segments, or padding before its first token
 
 
@@ -63,6 +65,8 @@ class Pairs:
     columns: dict[str, Float[Any, "B P"]]  # further numbers of the rows, such as margin
     reference: Float[Any, "B M"] | None = None  # precomputed log-probs of the reference
     branches: Int[Any, "B T"] | None = None
+    sources: Int[Any, "B P"] | None = None  # where each pair is from, an index of source_names
+    source_names: tuple[str, ...] = static(default=())
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
     packed: ClassVar[bool] = True  # as in Tokens
 

@@ -240,7 +240,7 @@ def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
 
     def of_step(step: int) -> Iterator[Shown]:
         rollout, part = divmod(step, data.steps_per_rollout)
-        numbers = prompts.prompts_of_rollout(data, len(train), rollout)
+        numbers = prompts.prompts_of_rollout(data, train, rollout)
         return (example(train, number) for number in numbers[prompts.prompts_of_step(data, rollout, part)])
 
     def all_of(side: PromptRows) -> Iterator[Shown]:

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft.data.example import Chat, Completion, Example, Message, Text
 from jaxft.data.invalid import InvalidRow, attempt
+from jaxft.data.loss_weights import target_weights
 from jaxft.data.rejections import rejection
 from jaxft.data.template import (
     REJECTIONS,
@@ -40,11 +41,20 @@ LOSS_ON = ("completion", "assistant", "all")
 NOTHING = "nothing"  # a text that is only read, such as by a reward model: a template may hide parts of it
 
 
+class WeightedTokens(NamedTuple):
+    """Token ids, the loss mask, and the weight of each token as a target; None if all weights are 1."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+    weights: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A rendered example.
 
-    learned: the character ranges that are targets. begin, end: whether to add BOS and EOS.
+    learned: the character ranges that are targets. begin, end: whether to add BOS and EOS. learns_end:
+    whether that EOS is a target. weights: of ranges whose targets have another weight than 1.
     """
 
     name: str
@@ -52,6 +62,8 @@ class Rendered:
     learned: tuple[Span, ...]
     begin: bool
     end: bool
+    learns_end: bool = True
+    weights: tuple[tuple[Span, float], ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -76,7 +88,13 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
                 return _render_chat(example, template.with_arguments(example.arguments), loss_on)
         case Chat(name, messages, response, plain=True):
             prompt = fallback_prompt(messages[:response])
-            return render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
+            rendered = render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
+            weight = 1.0 if loss_on == NOTHING else target_weights(example, loss_on).get(response, 0.0)
+            if weight == 1:
+                return rendered
+            if not weight:  # with loss_on=all
+                return replace(rendered, learned=((0, len(prompt)),), learns_end=False)
+            return replace(rendered, weights=(((len(prompt), len(rendered.text)), weight),))
         case _:
             raise _no_template(example)
 
@@ -105,6 +123,17 @@ def tokenise_examples(
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[MaskedTokens | InvalidRow]:
     """Yield (token ids, loss mask) of each example in order, untruncated, or what is wrong with it."""
+    for outcome in tokenise_weighted(examples, tokenizer, loss_on, settings):
+        yield outcome if isinstance(outcome, InvalidRow) else (outcome.ids, outcome.learned)
+
+
+def tokenise_weighted(
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    loss_on: str = "completion",
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+) -> Iterator[WeightedTokens | InvalidRow]:
+    """Yield the tokens, the loss mask and the weights of each example in order, as `tokenise_examples`."""
     if not tokenizer.is_fast:
         raise ValueError(
             "loss masks need character offsets, which a slow tokenizer does not have; use a fast one "
@@ -295,7 +324,7 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
     return zip(out["input_ids"], out["offset_mapping"], strict=True)
 
 
-def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> WeightedTokens:
     first, last = np.asarray(offsets, np.int64).reshape(len(ids), 2).T
     # Byte-level tokenizers exclude a leading space from a token's offsets: it starts where the previous one
     # ends. Pieces of one character share its offsets, so the earlier of the two is used.
@@ -303,6 +332,10 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
     learned = np.zeros(len(ids), bool)
     for start, end in r.learned:
         learned |= (last > start) & (first < end)
+    weights = np.ones(len(ids), np.float32) if r.weights else None
+    if weights is not None:
+        for (start, end), weight in r.weights:
+            weights[(last > start) & (first < end)] = weight
     if r.learned == ((0, len(r.text)),):
         learned[:] = True
     if r.end:
@@ -314,28 +347,28 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
             r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0
         ):  # some tokenizers add EOS themselves
             ids, learned = [*ids, eos], np.append(learned, True)
-        learned[-1] = True
-    return np.asarray(ids, np.int32), learned
+            weights = weights if weights is None else np.append(weights, weights[-1])
+        learned[-1] = r.learns_end
+    return WeightedTokens(np.asarray(ids, np.int32), learned, weights)
 
 
 def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
-    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
-    first = chat.response if loss_on == "completion" else chat.given
-    targets = [i for i in turns if (i >= first or loss_on == "all") and loss_on != NOTHING]
-    if not targets and loss_on not in ("all", NOTHING):
-        roles = ", ".join(dict.fromkeys(m["role"] for m in chat.messages))
-        problem = "the loss mask is empty because there is no assistant turn, only turns of the roles "
-        problem += f"{roles}; add one or set data.loss_on=all"
-        raise InvalidRow(chat.name, "no assistant turn", problem)
+    targets = {} if loss_on == NOTHING else target_weights(chat, loss_on)
+    weighted: tuple[tuple[Span, float], ...] = ()
     try:
         text, learned = (
             (render_messages(template, chat.messages, chat.tools), [])
             if loss_on == NOTHING
-            else render_turns(template, chat, targets)
+            else render_turns(template, chat, list(targets))
         )
+        for weight in sorted({weight for weight in targets.values() if weight != 1}):
+            spans = render_turns(template, chat, [i for i in targets if targets[i] == weight])[1]
+            weighted += tuple((span, weight) for span in spans)
+        unlearned = [i for i, weight in chat.weights.items() if loss_on == "all" and not weight]
+        hidden = render_turns(template, chat, unlearned)[1] if unlearned else []
     except HiddenPart as error:
         remedy = "use a tokenizer whose template does, fix or remove the row"
-        if targets[0] < chat.response:
+        if targets and min(targets) < chat.response:
             remedy += ", or set data.loss_on=completion if that turn is not part of the last response"
         problem = f"{template.name} hides what is learned: {error}; {remedy}"
         raise InvalidRow(chat.name, "turn that the chat template hides", problem) from error
@@ -343,7 +376,15 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
         problem = rejection(template, chat.messages, chat.tools, error, "row")
         raise InvalidRow(chat.name, "row that the chat template rejects", problem) from error
     ended = is_closed(template, text[: learned[-1][1]] if learned else text) or is_closed(template, text)
-    unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not ended
+    last = len(chat.messages) - 1
+    unfinished = chat.messages[last]["role"] == "assistant" and not ended
     if loss_on == "all":
-        learned = [(0, len(text))]
-    return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)
+        learned = _outside(hidden, len(text))
+    learns_end = loss_on == NOTHING or last in targets
+    return Rendered(chat.name, text, tuple(learned), False, unfinished, learns_end, weighted)
+
+
+def _outside(spans: Sequence[Span], length: int) -> list[Span]:
+    """Return the ranges of a text of this length that are in none of the spans, which are in order."""
+    starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), length]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxft.data.example import Message
 from jaxft.data.invalid import InvalidRow
+from jaxft.data.loss_weights import message_weight
 from jaxft.data.rows import Row
 
 KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool")
@@ -135,7 +136,10 @@ def messages_of(row: Row, column: str) -> list[Message]:
 
 
 def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
-    """Return a message with a role in KNOWN_ROLES and parsed tool calls. where: its place, for errors."""
+    """Return a message with a role in KNOWN_ROLES, parsed tool calls, and its weight if it has one.
+
+    where: its place, for errors.
+    """
     role, content = keys
     calls = isinstance(item, dict) and (item.get("tool_calls") or item.get("function_call"))
     if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or calls):
@@ -145,16 +149,7 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
             "message without role or content",
             f"{where} has {found}; a message needs {role!r} and {content!r}",
         )
-    unlearned = next(
-        (k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None
-    )
-    if unlearned:
-        raise InvalidRow(
-            row.name,
-            "message with a training weight",
-            f"{where} has {unlearned}={item[unlearned]!r}, and turns cannot be excluded from the loss one by "
-            "one; remove the key or the row, and choose the turns with data.loss_on",
-        )
+    weight = message_weight(row, where, item)
     name = _role(item[role])
     if name is None:
         raise InvalidRow(
@@ -163,7 +158,9 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
             f"{where} has {role} {item[role][:40]!r}; use {', '.join(KNOWN_ROLES)} or one of their "
             "other names (configs/README.md#rows-for-sft)",
         )
-    rest = {k: v for k, v in item.items() if k not in (role, content, "function_call") and v is not None}
+    read = (role, content, "function_call", "weight", "train")
+    rest = {k: v for k, v in item.items() if k not in read and v is not None}
+    rest |= {} if weight is None else {"weight": weight}
     text = _content(row, where, item.get(content))
     if item[role].strip().lower() == "function_call":
         rest["tool_calls"], text = _calls_of_text(row, where, text), None

@@ -25,6 +25,7 @@ from jaxft.data.columns import (
 )
 from jaxft.data.example import Chat, Completion, Message
 from jaxft.data.invalid import InvalidRow
+from jaxft.data.loss_weights import split_weights
 from jaxft.data.rows import Row
 
 PLAIN = "plain"  # the value of data.format for which strings are plain text
@@ -95,7 +96,8 @@ def chat_of(
             row.name, "empty prompt", "the prompt ends with an empty user turn; fill it or remove the row"
         )
     tools, arguments = tools_of(row), template_arguments_of(row)
-    return Chat(row.name, tuple(turns), response, instruction, tools, arguments, given)
+    messages, weights = split_weights(turns)
+    return Chat(row.name, messages, response, instruction, tools, arguments, given, weights)
 
 
 def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:

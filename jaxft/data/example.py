@@ -8,19 +8,21 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document; every token is a target."""
+    """A document; every token is a target. weight: a factor of the weights of all its targets."""
 
     name: str
     text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A plain-text prompt and its completion."""
+    """A plain-text prompt and its completion. weight: as in Text."""
 
     name: str
     prompt: str
     completion: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Chat:
     plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
     further arguments of the chat template. given: earlier assistant turns than this message are never learned
     with data.loss_on=assistant; 0 in a conversation, `response` where the row has a prompt of its own.
+    weights: of those messages that have one in the row, by index; 0 is not learned. weight: as in Text.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Chat:
     tools: list | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     given: int = field(default=0, compare=False)
+    weights: dict[int, float] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 Example = Text | Completion | Chat

@@ -10,21 +10,24 @@ Accepted formats (`format="auto"` uses the one whose columns are present):
 
 `format="plain"` takes the strings of prompt and completion as plain text. `columns=("prompt=question",
 "completion=answer")` renames columns: left jaxft's name, right the dataset's. All formats but text may have
-the columns "tools" (JSON schemas) and "chat_template_kwargs".
+the columns "tools" (JSON schemas) and "chat_template_kwargs", and all of them "weight" (see loss_weights.py).
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from jaxft.data.columns import text_of
 from jaxft.data.conversation import PLAIN, chat_of, chats_of, plain_texts, response_index, split_row
 from jaxft.data.example import Example, Text
 from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
+from jaxft.data.loss_weights import row_weight
 from jaxft.data.rows import Row
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
+CHAT_COLUMNS = ("system", *TEMPLATE_COLUMNS, "weight")
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,11 @@ SFT_SCHEMAS = Schemas(
         "conversations": (("conversations",),),
     },
     optional={
-        "text": (),
-        "messages": ("system", *TEMPLATE_COLUMNS),
-        "prompt-completion": ("system", *TEMPLATE_COLUMNS),
-        "instruction": ("input", "history", "system", *TEMPLATE_COLUMNS),
-        "conversations": ("system", *TEMPLATE_COLUMNS),
+        "text": ("weight",),
+        "messages": CHAT_COLUMNS,
+        "prompt-completion": CHAT_COLUMNS,
+        "instruction": ("input", "history", *CHAT_COLUMNS),
+        "conversations": CHAT_COLUMNS,
     },
     strings=("text", "prompt-completion"),
     example="prompt=...,completion=...",
@@ -96,7 +99,7 @@ def normalise_as(
     """Yield every row as an Example of this format, or what is wrong with it."""
 
     def convert(row: Row | InvalidRow) -> Example:
-        return _example(valid(row), format)
+        return replace(_example(valid(row), format), weight=row_weight(valid(row)))
 
     return (attempt(convert, row) for row in rename_rows(format, rows, columns, SFT_SCHEMAS))
 
@@ -320,3 +323,26 @@ def response_column(row: Row) -> str:
             "the row has both 'response' and 'output'; choose one with data.columns=response=...",
         )
     return names[0]
+
+
+def number_of(row: Row, column: str, setting: str) -> float:
+    """Return the finite number in a column that a setting names. Raises InvalidRow for anything else."""
+    value: Any = row.fields.get(column)
+    if value is None:
+        columns = ", ".join(map(str, row.fields))
+        raise InvalidRow(
+            row.name,
+            "missing number",
+            f"no number in column {column!r}, which {setting} names; the row has {columns}",
+        )
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidRow(
+            row.name,
+            "missing number",
+            f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number",
+        )
+    return number

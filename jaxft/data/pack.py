@@ -1,18 +1,21 @@
 """Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch).
 
-First-fit decreasing within windows of WINDOW examples. Which window an example is in depends on the seed
-alone. From epoch to epoch examples are exchanged only with examples of the same length and the same number of
-read positions, so every epoch has the same number of rows and the same largest row, and one compiled program
-serves all of them.
+`pack_examples` keeps examples whole, and `wrap_examples` concatenates documents and cuts them anywhere.
+
+pack_examples is first-fit decreasing within windows of WINDOW examples. Which window an example is in depends
+on the seed alone. From epoch to epoch examples are exchanged only with examples of the same length and the
+same number of read positions, so every epoch has the same number of rows and the same largest row, and one
+compiled program serves all of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 WINDOW = 2**16
+ORDER_WINDOW = 4  # optimizer steps whose rows are packed together if they are ordered by a column
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,15 @@ class RowShape:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The examples of each row: row r holds members[offsets[r]:offsets[r + 1]], in that order."""
+    """The examples of each row: row r holds members[offsets[r]:offsets[r + 1]], in that order.
+
+    starts, counts: the first token and the number of tokens of each member that are in the row; None for all.
+    """
 
     members: Int[np.ndarray, " examples"]
     offsets: Int[np.ndarray, " rows_plus_1"]
+    starts: Int[np.ndarray, " examples"] | None = None
+    counts: Int[np.ndarray, " examples"] | None = None
 
     @property
     def rows(self) -> int:
@@ -39,7 +47,16 @@ class RowPlan:
     def slice(self, start: int, stop: int) -> "RowPlan":
         """Return rows `start` to `stop`, fewer at the end of the epoch."""
         offsets = self.offsets[start : min(stop, self.rows) + 1]
-        return RowPlan(self.members[offsets[0] : offsets[-1]], offsets - offsets[0])
+        chosen = slice(offsets[0], offsets[-1])
+        parts = [None if x is None else x[chosen] for x in (self.starts, self.counts)]
+        return RowPlan(self.members[chosen], offsets - offsets[0], *parts)
+
+    @property
+    def is_first(self) -> Bool[np.ndarray, " examples"]:
+        """Marks the first member of each row."""
+        mask = np.zeros(len(self.members), bool)
+        mask[self.offsets[:-1]] = True
+        return mask
 
     def names(self, names: Sequence[str]) -> list[str]:
         """Return the names of each row's examples, separated by commas."""
@@ -115,9 +132,72 @@ def pack_examples(
     return _shuffle_rows(np.concatenate(members), np.concatenate(sizes), seed, epoch)
 
 
+def ascending(keys: Float[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
+    """Return the order from the smallest to the largest key. Equal ones are shuffled, alike in all epochs."""
+    rank = np.empty(len(keys), np.int64)
+    rank[permutation(len(keys), seed, 1)] = np.arange(len(keys))
+    return np.lexsort((rank, keys))
+
+
+def pack_in_order(
+    lengths: Int[np.ndarray, " n"], keys: Float[np.ndarray, " n"], size: int, rows: int, seed: int
+) -> RowPlan:
+    """Pack the examples from small to large keys into rows of at most `size` tokens.
+
+    Examples that fill ORDER_WINDOW steps of `rows` rows are packed first-fit decreasing; the rows of such a
+    window go from small to large mean keys.
+    """
+    order = ascending(keys, seed)
+    window = (np.cumsum(lengths[order]) - 1) // (size * rows * ORDER_WINDOW)
+    members, sizes = [], []
+    for part in np.split(order, np.flatnonzero(np.diff(window)) + 1):
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        row = first_fit(lengths[part], size)
+        mean = np.bincount(row, keys[part]) / np.bincount(row)
+        place = np.empty(len(mean), np.int64)
+        place[np.argsort(mean, kind="stable")] = np.arange(len(mean))
+        members.append(part[np.argsort(place[row], kind="stable")])
+        sizes.append(np.bincount(place[row]))
+    return RowPlan(np.concatenate(members), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
+
+
 def one_per_row(count: int, seed: int, epoch: int) -> RowPlan:
     """Put each example into a separate row and shuffle the rows."""
     return RowPlan(permutation(count, seed, 1, epoch), np.arange(count + 1))
+
+
+def wrap_examples(
+    lengths: Int[np.ndarray, " n"],
+    documents: Int[np.ndarray, " n"],
+    size: int,
+    key: tuple[int, int],
+    order_by: Float[np.ndarray, " n"] | None = None,
+) -> RowPlan:
+    """Concatenate documents in random order, cut them into rows of `size` tokens, and shuffle the rows.
+
+    documents: the number of the document that each example is a part of; a document's parts follow one
+    another. key: seed and epoch. order_by: documents and rows go from small to large numbers instead. Every
+    token is in one row; only the last row may be shorter, and has at least 2 tokens.
+    """
+    seed, epoch = key
+    first = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
+    parts = np.diff(np.append(first, len(documents)))
+    order = permutation(len(first), seed, 1, epoch) if order_by is None else ascending(order_by[first], seed)
+    members = ranges(first[order], parts[order])
+    ends = np.cumsum(lengths[members])
+    begins = ends - lengths[members]
+    cuts = np.append(np.arange(0, ends[-1], size), ends[-1])
+    if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a row of one token would have no target
+        cuts[-2] -= 1
+    low = np.searchsorted(ends, cuts[:-1], side="right")
+    per_row = np.searchsorted(begins, cuts[1:], side="left") - low
+    index, row = ranges(low, per_row), np.repeat(np.arange(len(per_row)), per_row)
+    starts = np.maximum(cuts[row] - begins[index], 0)
+    counts = np.minimum(cuts[row + 1] - begins[index], lengths[members[index]]) - starts
+    plan = RowPlan(np.arange(len(index)), np.concatenate([[0], np.cumsum(per_row)]))
+    if order_by is None:
+        plan = _shuffle_rows(plan.members, per_row, seed, epoch)
+    return RowPlan(members[index[plan.members]], plan.offsets, starts[plan.members], counts[plan.members])
 
 
 def _shuffle_rows(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int) -> RowPlan:
@@ -125,6 +205,32 @@ def _shuffle_rows(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int)
     starts = (np.cumsum(sizes) - sizes)[order]
     offsets = np.concatenate([[0], np.cumsum(sizes[order])])
     return RowPlan(members[ranges(starts, sizes[order])], offsets)
+
+
+def limit_reads(plan: RowPlan, reads: Int[np.ndarray, " members"], most: int) -> RowPlan:
+    """Divide the rows that have more than `most` read positions; no member alone may have more."""
+    total = np.add.reduceat(reads, plan.offsets[:-1]) if plan.rows else reads
+    cuts = []
+    for row in np.flatnonzero(total > most):
+        used = 0
+        for member in range(plan.offsets[row], plan.offsets[row + 1]):
+            used += int(reads[member])
+            if used > most:
+                cuts.append(member)
+                used = int(reads[member])
+    return replace(plan, offsets=np.sort(np.append(plan.offsets, cuts).astype(np.int64))) if cuts else plan
+
+
+def split_lengths(length: int, size: int) -> Int[np.ndarray, " pieces"]:
+    """Return the lengths of the pieces that a document is split into: `size` tokens each but for the last.
+
+    No piece has a single token, which would have no target. size: at least 3.
+    """
+    pieces = np.full(-(-length // size), size)
+    pieces[-1] = length - size * (len(pieces) - 1)
+    if pieces[-1] == 1 and len(pieces) > 1:
+        pieces[-2:] += (-1, 1)
+    return pieces
 
 
 def ranges(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:

@@ -11,26 +11,28 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from jaxtyping import Int, UInt64
+from jaxtyping import Float, Int, UInt64
 
 from jaxft.data import chat
 from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
 from jaxft.data.conversation import prompt_of
 from jaxft.data.example import Chat, Completion, Message, as_given
 from jaxft.data.flat import Flat, Made, RowNames
-from jaxft.data.formats import RowFormat, split_column
-from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, attempt, valid
+from jaxft.data.formats import RowFormat, number_of, split_column
+from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, add_counts, attempt, valid
+from jaxft.data.mixture import Mixture
 from jaxft.data.row_files import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.tokenise import RowKind, Tokenising, tokenise_dataset
 
-VERSION = ("prompts", 1)  # increase it when the same rows become other tokens
+VERSION = ("prompts", 2)  # increase it when the same rows become other tokens
 PROMPT_COLUMN_TYPES: ColumnTypes = {
     "ids": ColumnType(np.int32, "counts"),
     "counts": ColumnType(np.int32),
     "fields": ColumnType(np.uint8, "field_bytes"),
     "field_bytes": ColumnType(np.int32),
     "hashes": ColumnType(np.uint64, width=2),
+    "order": ColumnType(np.float64),
     "source": ColumnType(np.int32),
     "number": ColumnType(np.int64),
 }
@@ -45,13 +47,15 @@ class PromptTokenSettings:
     max_prompt: int
     too_long: str
     template: TemplateSettings
+    order_by: str | None = None
 
 
 @dataclass(frozen=True)
 class TokenisedPrompts:
     """Prompts as token ids, with the names and columns of their rows.
 
-    prompts: what the ids were made from. template: how they are rendered.
+    prompts: what the ids were made from. template: how they are rendered. sources: of each prompt, an index
+    of source_names, the names of several sources; () for one.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -59,6 +63,8 @@ class TokenisedPrompts:
     prompts: tuple[Chat | Completion, ...]
     fields: tuple[dict[str, Any], ...]
     template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
+    sources: tuple[int, ...] = ()
+    source_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,7 +82,9 @@ class PromptRows:
     ids[offsets[i]:offsets[i + 1]]. texts, text_offsets: the columns of its row as JSON. hashes: of the
     tokens, and of tokens and columns together. largest_id: the largest token id. dropped: number of prompts
     that were left out because they are too long. invalid: the invalid rows that were left out. examples:
-    prompts on which warnings look.
+    prompts on which warnings look. order: the numbers of data.order_by, 0 without it. sources: of each prompt
+    in the columns, an index of source_names, the names of several sources; () for one. mixture: if they have
+    weights; it numbers the chosen prompts.
     """
 
     settings: PromptTokenSettings
@@ -91,6 +99,10 @@ class PromptRows:
     dropped: int
     invalid: tuple[InvalidCount, ...]
     examples: tuple[Chat | Completion, ...]
+    order: Float[np.ndarray, " all"]
+    sources: Int[np.ndarray, " all"]
+    source_names: tuple[str, ...] = ()
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -124,11 +136,35 @@ class PromptRows:
             for name, columns in zip(names, fields, strict=True)
         )
         ids = tuple(self._ids(i) for i in numbers)
-        return TokenisedPrompts(ids, names, tuple(prompts), fields, self.settings.template)
+        sources = self.sources[self.chosen[np.asarray(numbers, np.int64)]] if self.source_names else ()
+        return TokenisedPrompts(
+            ids, names, tuple(prompts), fields, self.settings.template, tuple(map(int, sources)),
+            self.source_names,
+        )  # fmt: skip
 
     def subset(self, numbers: Int[np.ndarray, " n"]) -> "PromptRows":
         """Return the prompts with these indices, without the counts of what was left out."""
         return replace(self, chosen=self.chosen[numbers], dropped=0, invalid=())
+
+    def concatenate(self, other: "PromptRows") -> "PromptRows":
+        """Return all prompts of both, the other's last, which have the next source number."""
+        sources = np.full(len(other.sources), self.sources.max() + 1)
+        return replace(
+            self,
+            chosen=np.arange(len(self.order) + len(other.order)),
+            ids=self.ids.concatenate(other.ids),
+            offsets=np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+            texts=self.texts.concatenate(other.texts),
+            text_offsets=np.concatenate([self.text_offsets, other.text_offsets[1:] + self.text_offsets[-1]]),
+            hashes=np.concatenate([self.hashes, other.hashes]),
+            row_names=self.row_names.concatenate(other.row_names),
+            largest_id=max(self.largest_id, other.largest_id),
+            dropped=self.dropped + other.dropped,
+            invalid=add_counts(self.invalid, other.invalid),
+            examples=self.examples + other.examples,
+            order=np.concatenate([self.order, other.order]),
+            sources=np.concatenate([self.sources, sources]),
+        )
 
     def _name(self, number: int) -> str:
         return str(self.row_names[self.chosen[number]])
@@ -180,6 +216,8 @@ def tokenise_prompts(ref: str, settings: PromptTokenSettings, tokenizer: Any, ho
         dropped=found.dropped,
         invalid=found.invalid,
         examples=tuple(examples),
+        order=np.asarray(columns["order"]),
+        sources=np.zeros(len(found.names), np.int64),
     )
 
 
@@ -219,6 +257,7 @@ def _tokenise(
     found = [prompt for prompt in examples if not isinstance(prompt, InvalidRow)]
     tokenised = chat.example_prompt_ids(found, tokenizer, settings.template)
     index, ids, texts, hashes = list[int](), list[np.ndarray](), list[np.ndarray](), list[list[int]]()
+    order, column = list[float](), settings.order_by
     for number, (outcome, example) in enumerate(zip(renamed, examples, strict=True)):
         with invalid.skip():
             row = valid(outcome)
@@ -236,6 +275,7 @@ def _tokenise(
                         f"data.max_prompt={settings.max_prompt}; raise it or set data.too_long=drop"
                     )
                 continue
+            order.append(0.0 if column is None else number_of(row, column, "data.order_by"))
             index.append(number)
             ids.append(np.asarray(tokens, np.int32))
             texts.append(np.frombuffer(json.dumps(row.fields, default=_json_of).encode(), np.uint8))
@@ -249,6 +289,7 @@ def _tokenise(
         "fields": np.concatenate([*texts, np.zeros(0, np.uint8)]),
         "field_bytes": np.array([len(x) for x in texts], np.int32),
         "hashes": np.array(hashes, np.uint64).reshape(-1, 2),
+        "order": np.array(order, np.float64),
         "index": np.array(index, np.int64),
     }
 

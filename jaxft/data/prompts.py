@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +15,8 @@ from jaxtyping import Int
 
 from jaxft.batch import Rollout
 from jaxft.data.conversation import PROMPT_FORMATS
-from jaxft.data.pack import RowShape, number_groups, permutation, round_up
+from jaxft.data.mixture import held_out_refs, make_mixture, parse_sources, sources_with_metrics
+from jaxft.data.pack import RowShape, ascending, number_groups, permutation, round_up
 from jaxft.data.prompt_rows import PromptRows, PromptTokenSettings, tokenise_prompts
 from jaxft.data.settings import DataSettings
 
@@ -53,6 +56,11 @@ class Prompts(DataSettings):
         super().__post_init__()
         self.require_choice("format", PROMPT_FORMATS)
         self.require_choice("too_long", TOO_LONG)
+        if self.tokens is not None:
+            raise ValueError(
+                f"data.tokens={self.tokens}: the lengths of completions are not known before "
+                "they are sampled; use data.epochs or loop.steps"
+            )
         self.require_at_least(1, "max_prompt", "max_new", "group", "eval_group", "passes", "minibatches")
         if self.batch % (self.minibatches * self.micro):
             raise ValueError(
@@ -80,7 +88,7 @@ class Prompts(DataSettings):
     def token_settings(self) -> PromptTokenSettings:
         """The settings that the tokens of a prompt depend on."""
         return PromptTokenSettings(
-            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings
+            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings, self.order_by
         )
 
     @property
@@ -138,13 +146,23 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any, cache: Path | None = N
     return tokenise_prompts(ref, data.token_settings, tokenizer, data.tokenising(cache))
 
 
+def _read_all(
+    refs: Sequence[str], names: tuple[str, ...], data: Prompts, tokenizer: Any, cache: Path | None
+) -> PromptRows:
+    """Read the prompts of one or several datasets. names: of several."""
+    parts = [read_prompts(ref, data, tokenizer, cache) for ref in refs]
+    return replace(reduce(PromptRows.concatenate, parts), source_names=names)
+
+
 def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> tuple[PromptRows, PromptRows]:
     """Return the training and the held-out prompts. All rows with the same prompt are on one side."""
-    prompts = read_prompts(data.train, data, tokenizer, cache)
+    refs = [source.ref for source in parse_sources(data.train)]
+    prompts = _read_all(refs, sources_with_metrics(data.train), data, tokenizer, cache)
     if not data.holds_out:
-        return prompts, prompts.subset(np.arange(0))
+        return _mixed(data, prompts), prompts.subset(np.arange(0))
     if isinstance(data.held_out, str):
-        return prompts, read_prompts(data.held_out, data, tokenizer, cache)
+        refs, names = held_out_refs(data.held_out), sources_with_metrics(data.held_out)
+        return _mixed(data, prompts), _read_all(refs, names, data, tokenizer, cache)
     groups = number_groups(prompts.hashes[:, :1])
     distinct = int(groups.max()) + 1
     if distinct < 2:
@@ -155,17 +173,30 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
     held = np.isin(groups, permutation(distinct, data.seed, 0)[: data.held_out_count(distinct)])
     train = prompts.subset(np.flatnonzero(~held))
     train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
-    return train, prompts.subset(np.flatnonzero(held))
+    return _mixed(data, train), prompts.subset(np.flatnonzero(held))
 
 
-def prompts_of_rollout(data: Prompts, count: int, rollout: int) -> Int[np.ndarray, " batch"]:
-    """Return which of `count` prompts a rollout uses: a part of an endless sequence that is reshuffled every
-    epoch.
+def _mixed(data: Prompts, train: PromptRows) -> PromptRows:
+    """Return the training prompts with the mixture of their sources."""
+    sources, numbers = parse_sources(data.train), train.sources[train.chosen]
+    rows = [np.flatnonzero(numbers == number) for number in range(len(sources))]
+    return replace(train, mixture=make_mixture(rows, sources, data.seed))
+
+
+def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np.ndarray, " batch"]:
+    """Return which training prompts a rollout uses: a part of an endless sequence that is reshuffled every
+    epoch, or begins again with the smallest number of data.order_by.
     """
+    count = len(train)
     numbers = rollout * data.batch + np.arange(data.batch)
-    orders = {
-        epoch: permutation(count, data.seed, 4, epoch) for epoch in np.unique(numbers // count).tolist()
-    }
+
+    def order(epoch: int) -> np.ndarray:
+        chosen = np.arange(count) if train.mixture is None else train.mixture.of_epoch(epoch)
+        if data.order_by is not None:
+            return chosen[ascending(train.order[train.chosen][chosen], data.seed)]
+        return chosen[permutation(count, data.seed, 4, epoch)]
+
+    orders = {epoch: order(epoch) for epoch in np.unique(numbers // count).tolist()}
     return np.array([orders[number // count][number % count] for number in numbers.tolist()])
 
 
@@ -186,4 +217,8 @@ def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> s
     for side in (train, held):
         digest.update(len(side).to_bytes(8, "little"))
         digest.update(side.hashes[side.chosen, 1].tobytes())
+    if train.mixture is not None:
+        digest.update(repr((train.mixture.counts, train.source_names)).encode())
+    if data.order_by is not None:
+        digest.update(train.order[train.chosen].tobytes())
     return digest.hexdigest()[:32]

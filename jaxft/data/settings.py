@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.conversation import PLAIN
+from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import INVALID
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
@@ -26,13 +27,15 @@ class DataSettings:
     "none". format: how rows are read; each kind of data lists its own. columns: renames columns,
     "ours=theirs". batch: rows of one optimizer step, over all devices.
     micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
-    over the rows, fractions allowed. date: what a chat template that prints today's date prints.
+    over the rows, fractions allowed. tokens: the length of the run in tokens, in place of epochs (none).
+    date: what a chat template that prints today's date prints.
     chat_template_kwargs: further arguments of the chat template, "name=value", such as
     enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
     its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: an
     invalid row ends the run ("error"), or is left out, counted and reported ("drop"). invalid_limit: the
     largest fraction of a dataset's rows that "drop" leaves out. workers: processes that tokenise the rows;
-    none: one for each CPU, or no further one for a dataset of less than 16 MiB.
+    none: one for each CPU, or no further one for a dataset of less than 16 MiB. order_by: a column of
+    numbers; every epoch reads the rows from its smallest to its largest (a curriculum), none in random order.
     """
 
     train: str
@@ -42,13 +45,15 @@ class DataSettings:
     batch: int = 8
     micro: int = 1
     seed: int = 0
-    epochs: float = 1.0
+    epochs: float | None = 1.0
+    tokens: int | None = None
     date: str = DATE
     chat_template_kwargs: tuple[str, ...] = ()
     system: str = TURN
     invalid: str = "error"
     invalid_limit: float = 0.05
     workers: int | None = None
+    order_by: str | None = None
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "batch", "micro")
@@ -65,8 +70,15 @@ class DataSettings:
             raise ValueError(
                 f"data.invalid_limit={self.invalid_limit}; use a fraction of the rows, from 0 to 1"
             )
-        if not 0 < self.epochs < math.inf:
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"data.epochs={self.epochs}; use a number above 0")
+        if self.tokens is not None:
+            self.require_at_least(1, "tokens")
+        if (self.epochs is None) == (self.tokens is None):
+            raise ValueError(
+                f"data.epochs={self.epochs} and data.tokens={self.tokens}: the length of a run is one of "
+                "them; set data.epochs=none to use data.tokens"
+            )
         if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
             raise ValueError(
                 f"data.held_out={self.held_out}; use a fraction of at least 0 and less than 1, a file or none"
@@ -117,6 +129,8 @@ class DataSettings:
         """Return how many of `count` rows a fractional held_out is: at least `least`, and never all."""
         return min(max(least, round(float(self.held_out or 0) * count)), count - 1)
 
-    def total_steps(self, per_epoch: int) -> int:
-        """Optimizer steps of all epochs."""
-        return max(1, math.ceil(self.epochs * per_epoch - 1e-9))
+    def total_steps(self, epochs: Epochs) -> int:
+        """Optimizer steps of all epochs, or of all tokens."""
+        if self.tokens is not None:
+            return epochs.steps_of_tokens(self.tokens)
+        return epochs.steps_of_epochs(self.epochs or 1.0)

@@ -7,27 +7,37 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
 
 from jaxft.batch import Tokens, TrainState
 from jaxft.data import chat, pack
+from jaxft.data.epochs import Epochs, epochs_of
+from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan
+from jaxft.data.row_batches import (
+    fill_rows,
+    held_out_batches,
+    member_targets,
+    read_length,
+    tokens_per_row,
+    weights_of_members,
+)
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, learned_line, length_percentiles
 from jaxft.data.tokens import (
-    TokenisedRows,
+    TokenisedExamples,
     TokenSettings,
     count_ids,
-    split_rows,
     tokenise_rows,
 )
 from jaxft.tree import Metrics
 
-TOO_LONG = ("truncate", "drop", "error")
+TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
+Packing = bool | Literal["wrapped"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +48,18 @@ class Rows(DataSettings):
     format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
     conversation), "completion" (the response that ends it) or "all"; of a row with a prompt of its own only
     the response is a target, and every token of a text row is one. max_length: tokens of a row. too_long:
-    "truncate" keeps the start, "drop" leaves the example out, "error" stops. packing: several examples share
-    a row of max_length tokens and do not attend to one another. weighting: "token" gives every target token
-    of the optimizer batch the same weight, "sequence" every example. Other fields: see DataSettings; batch
-    counts packed rows, or examples without packing.
+    "truncate" keeps the start, "split" makes several examples of a document, "drop" leaves the example out,
+    "error" stops. packing: several examples share a row of max_length tokens and do not attend to one
+    another; "wrapped" concatenates documents, cuts them into rows of max_length tokens, and a row attends
+    over the documents in it (it needs too_long=split). weighting: "token" gives every target token
+    of the optimizer batch the same weight, "sequence" every example; a column `weight` multiplies them.
+    Other fields: see DataSettings; batch counts packed rows, or examples without packing.
     """
 
     loss_on: str = "assistant"
     max_length: int = 1024
     too_long: str = "truncate"
-    packing: bool = True
+    packing: Packing = True
     weighting: str = "token"
     unit: ClassVar[str] = "rows"
 
@@ -55,14 +67,22 @@ class Rows(DataSettings):
         super().__post_init__()
         for name, choices in (("loss_on", chat.LOSS_ON), ("too_long", TOO_LONG), ("weighting", WEIGHTING)):
             self.require_choice(name, choices)
-        self.require_at_least(2, "max_length")
+        self.require_at_least(3 if self.too_long == "split" else 2, "max_length")
+        if self.packing not in (True, False, "wrapped"):
+            raise ValueError(f"data.packing={self.packing!r}; use true, false or wrapped")
+        if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
+            raise ValueError(
+                "data.packing=wrapped cuts concatenated documents into rows, which loses no token and has no "
+                "examples to weight: set data.too_long=split data.weighting=token"
+            )
 
     @property
     def token_settings(self) -> TokenSettings:
         """The settings that the tokens of a row depend on."""
         return TokenSettings(
-            self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.template_settings
-        )
+            self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.template_settings,
+            self.order_by,
+        )  # fmt: skip
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RowSource":
         """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
@@ -70,40 +90,55 @@ class Rows(DataSettings):
         Where `shards` does not divide the rows of a microbatch, empty rows are added; they change no result.
         """
         row_count = _rows_per_microbatch(self, shards)
+        wrapped = self.packing == "wrapped"
 
-        def tokenise(ref: str) -> TokenisedRows:
+        def tokenise(ref: str) -> TokenisedExamples:
             return tokenise_rows(ref, self.token_settings, tokenizer, self.tokenising(cache))
 
-        examples, train, held = split_rows(self, tokenise, self._held_out_mask)
+        split = split_sources(self, tokenise, self._held_out_mask)
+        examples, train, held = split.rows, split.train, split.held
+        if wrapped:
+            _require_texts(examples)
         longest = max(examples.lengths[train].max(), examples.lengths[held].max(initial=0))
         size = self.max_length if self.packing else min(self.max_length, pack.round_up(int(longest), 64))
 
+        held_plan = _plan(replace(self, order_by=None), examples, held, size, 0)
+        first_plan = _plan(self, examples, split.of_epoch(0), size, 0)
+        reads = size if wrapped else read_length(examples, (first_plan, held_plan), size, split.train)
+
         @lru_cache(maxsize=2)
         def plan(epoch: int) -> RowPlan:
-            return _plan(self, examples, train, size, epoch)
+            found = first_plan if epoch == 0 else _plan(self, examples, split.of_epoch(epoch), size, epoch)
+            return pack.limit_reads(found, member_targets(examples, found), reads)
 
-        held_plan = _plan(self, examples, held, size, 0)
-        reads = _read_length(examples, (plan(0), held_plan), size)
-        per_epoch = -(-plan(0).rows // self.batch)
+        def batch_tokens(epoch: int) -> np.ndarray:
+            starts = np.arange(0, plan(epoch).rows, self.batch)
+            return np.add.reduceat(tokens_per_row(examples, plan(epoch)), starts)
+
+        epochs = epochs_of(batch_tokens, alike=split.mixture is None)
         first = examples.ids[slice(*examples.offsets[train.min() :][:2])]
         info = SourceInfo(
-            steps=self.total_steps(per_epoch),
-            steps_per_epoch=per_epoch,
+            steps=self.total_steps(epochs),
+            steps_per_epoch=epochs.steps_in(0),
             fingerprint=_fingerprint(self, examples, (plan(0), held_plan), (self.batch, size, reads)),
             preview=tokenizer.decode(first, skip_special_tokens=False),
-            stats=_stats(self, examples, (train, held), plan(0), (size, reads)),
+            stats=_stats(self, split, plan(0), (size, reads)),
             warnings=examples.warnings,
-            learned_ends=count_ids(examples.ends[~examples.truncated]),
+            learned_ends=count_ids(examples.ends[examples.is_whole]),
         )
-        shapes = _shapes(self, (row_count, size, reads))
-        held_out = _held_out_batches(examples, held_plan, (row_count, size, reads))
-        held_out = tuple(replace(batch, packed=self.packing) for batch in held_out)
-        return RowSource(info, (shapes,), held_out, self, examples, plan)
+        shapes, names = _shapes(self, (row_count, size, reads)), split.held_names
+        held_out = held_out_batches(
+            examples, held_plan, (row_count, size, reads), split.sources if names else None
+        )
+        held_out = tuple(replace(b, packed=self.packing is True, source_names=names) for b in held_out)
+        return RowSource(info, (shapes,), held_out, self, split, plan, epochs)
 
-    def _held_out_mask(self, examples: TokenisedRows) -> np.ndarray:
-        mask = np.zeros(len(examples), bool)
-        mask[pack.permutation(len(examples), self.seed, 0)[: self.held_out_count(len(examples))]] = True
-        return mask
+    def _held_out_mask(self, examples: TokenisedExamples) -> np.ndarray:
+        """Return the mask of the held-out examples; all pieces of a split document are on one side."""
+        rows = int(examples.documents[-1]) + 1
+        mask = np.zeros(rows, bool)
+        mask[pack.permutation(rows, self.seed, 0)[: self.held_out_count(rows)]] = True
+        return mask[examples.documents]
 
     def abstract(self, shards: int = 1) -> Tokens:
         """Return the shapes of the largest batch that the settings allow: T = M = max_length."""
@@ -132,16 +167,19 @@ class RowSource(FixedSource[Tokens]):
     """Batches of Tokens; see Source. plan: which examples share a row, by epoch."""
 
     settings: Rows
-    examples: TokenisedRows
+    split: SplitRows[TokenisedExamples]
     plan: Callable[[int], RowPlan]
+    epochs: Epochs
 
     def batch(self, step: int, state: TrainState | None = None) -> tuple[Tokens, Metrics]:
         """Return the batch of a step and no metrics."""
         rows, part = self.settings, self._rows_of(step)
         _, row_count, size = self.shapes[0].ids.shape
         shape = (rows.batch, size, self.shapes[0].read.shape[-1])
-        flat = _fill(self.examples, part, shape, _weights(self.examples, part.members, rows.weighting))
-        flat = replace(flat, packed=rows.packing)
+        examples, names = self.split.rows, self.split.train_names
+        weights = weights_of_members(examples, part, rows.weighting)
+        flat = fill_rows(examples, part, shape, weights, self.split.sources if names else None)
+        flat = replace(flat, packed=rows.packing is True, source_names=names)
 
         def split(x: np.ndarray) -> np.ndarray:
             grid = x.reshape(rows.micro, rows.batch // rows.micro, x.shape[-1])
@@ -151,7 +189,7 @@ class RowSource(FixedSource[Tokens]):
 
     def row_names(self, step: int) -> list[str]:
         """Return the names of the examples in each row of a batch."""
-        return self._rows_of(step).names(self.examples.names)
+        return self._rows_of(step).names(self.split.rows.names)
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts; the response is the last run of tokens with a loss."""
@@ -163,6 +201,8 @@ class RowSource(FixedSource[Tokens]):
                 for segment in range(1, int(segments.max(initial=0)) + 1):
                     inside = np.flatnonzero(segments == segment)
                     targets = np.sort(reads[segments[reads] == segment]) + 1
+                    if not len(targets):  # a row of weight 0
+                        continue
                     first = int(targets[np.diff(targets, prepend=-1) > 1][-1])
                     end = int(targets[-1]) + 1
                     if len(found) < count and first > inside[0]:
@@ -171,7 +211,7 @@ class RowSource(FixedSource[Tokens]):
 
     def _rows_of(self, step: int) -> RowPlan:
         """Return the plan of the rows of one step."""
-        epoch, k = divmod(step, int(self.info.steps_per_epoch))
+        epoch, k = self.epochs.locate(step)
         return self.plan(epoch).slice(k * self.settings.batch, (k + 1) * self.settings.batch)
 
 
@@ -182,8 +222,11 @@ def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
     def array(last: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((rows.micro, row_count, last), dtype)
 
-    ids, read = array(length, np.int32), array(reads, np.int32)
-    return Tokens(ids, ids, ids, read, read, array(reads, np.float32), packed=rows.packing)
+    ids, read, names = array(length, np.int32), array(reads, np.int32), sources_with_metrics(rows.train)
+    return Tokens(
+        ids, ids, ids, read, read, array(reads, np.float32), packed=rows.packing is True,
+        sources=read if names else None, source_names=names,
+    )  # fmt: skip
 
 
 def _rows_per_microbatch(rows: Rows, shards: int) -> int:
@@ -197,95 +240,55 @@ def _rows_per_microbatch(rows: Rows, shards: int) -> int:
     return pack.round_up(rows.batch // rows.micro, shards)
 
 
-def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, epoch: int) -> RowPlan:
+def _require_texts(examples: TokenisedExamples) -> None:
+    """Raise ValueError if wrapped rows would cut an example with a prompt, or lose weights of turns."""
+    others = np.flatnonzero(examples.reads < examples.lengths - 1)
+    if len(others) or len(examples.token_weights):
+        name = examples.names[others[0] if len(others) else 0]
+        raise ValueError(
+            "data.packing=wrapped is for text of which every token is learned with the same weight, and "
+            f"{name} has a prompt or turns with weights; use data.packing=true"
+        )
+
+
+def _plan(rows: Rows, examples: TokenisedExamples, chosen: np.ndarray, size: int, epoch: int) -> RowPlan:
     if not len(chosen):
         return RowPlan(chosen, np.zeros(1, np.int64))
-    if rows.packing:
-        plan = pack.pack_examples(examples.lengths[chosen], examples.reads[chosen], size, rows.seed, epoch)
+    lengths, keys = examples.lengths[chosen], None if rows.order_by is None else examples.order[chosen]
+    if rows.packing == "wrapped":
+        plan = pack.wrap_examples(lengths, examples.documents[chosen], size, (rows.seed, epoch), keys)
+    elif keys is not None:
+        if rows.packing:
+            plan = pack.pack_in_order(lengths, keys, size, rows.batch, rows.seed)
+        else:
+            plan = RowPlan(pack.ascending(keys, rows.seed), np.arange(len(chosen) + 1))
+    elif rows.packing:
+        plan = pack.pack_examples(lengths, examples.reads[chosen], size, rows.seed, epoch)
     else:
         plan = pack.one_per_row(len(chosen), rows.seed, epoch)
-    return RowPlan(chosen[plan.members], plan.offsets)
-
-
-def _read_length(examples: TokenisedRows, plans: tuple[RowPlan, ...], size: int) -> int:
-    """Return the most read positions of a row, rounded up to 1/8 of the row so that similar data share a
-    program.
-    """
-    most = max(int(np.add.reduceat(examples.reads[p.members], p.offsets[:-1]).max()) for p in plans if p.rows)
-    step = max(1, size // 8)
-    return min(pack.round_up(most, step), size)
-
-
-def _weights(examples: TokenisedRows, members: np.ndarray, weighting: str) -> np.ndarray:
-    """Return the weight of one target token of each example."""
-    reads = examples.reads[members]
-    if weighting == "token":
-        return np.full(len(members), 1 / reads.sum())
-    return 1 / (len(members) * reads)
-
-
-def _fill(examples: TokenisedRows, plan: RowPlan, shape: tuple[int, int, int], weights: np.ndarray) -> Tokens:
-    """Return the plan's rows as arrays of `shape` (rows, T, M); further rows stay empty."""
-    rows, length, reads = shape
-    counts = examples.lengths[plan.members]
-    per_row = np.diff(plan.offsets)
-    row = np.repeat(np.arange(plan.rows), per_row)  # of each example
-    before = np.cumsum(counts) - counts
-    column = before - np.repeat(before[plan.offsets[:-1]], per_row)
-    number = np.arange(len(row)) - np.repeat(plan.offsets[:-1], per_row) + 1
-
-    where = pack.ranges(examples.offsets[plan.members], counts)  # index of each token in examples.ids
-    at = (np.repeat(row, counts), pack.ranges(column, counts))
-    ids, segments, positions = (np.zeros((rows, length), np.int32) for _ in range(3))
-    ids[at] = examples.ids[where]
-    segments[at] = np.repeat(number, counts)
-    positions[at] = pack.ranges(np.zeros_like(counts), counts)
-
-    learned = examples.learned[where].nonzero()[0]
-    target_row = at[0][learned]
-    slot = (target_row, np.arange(len(learned)) - np.searchsorted(target_row, target_row))
-    read, targets = (np.zeros((rows, reads), np.int32) for _ in range(2))
-    token_weights = np.zeros((rows, reads), np.float32)
-    read[slot] = at[1][learned] - 1
-    targets[slot] = examples.ids[where[learned]]
-    token_weights[slot] = np.repeat(weights, counts)[learned]
-    return Tokens(ids, segments, positions, read, targets, token_weights)
-
-
-def _held_out_batches(
-    examples: TokenisedRows, plan: RowPlan, shape: tuple[int, int, int]
-) -> tuple[Tokens, ...]:
-    count = shape[0]
-    weight = 1 / max(1, examples.reads[plan.members].sum())
-    batches = []
-    for start in range(0, plan.rows, count):
-        part = plan.slice(start, start + count)
-        flat = _fill(examples, part, shape, np.full(len(part.members), weight))
-        batches.append(jax.tree.map(lambda x: x[None], flat))
-    return tuple(batches)
+    return replace(plan, members=chosen[plan.members])
 
 
 def _fingerprint(
-    rows: Rows, examples: TokenisedRows, plans: tuple[RowPlan, ...], shape: tuple[int, int, int]
+    rows: Rows, examples: TokenisedExamples, plans: tuple[RowPlan, ...], shape: tuple[int, int, int]
 ) -> str:
     digest = hashlib.sha256(repr((shape, rows.seed, rows.weighting, examples.digest)).encode())
-    for array in (array for plan in plans for array in (plan.members, plan.offsets)):
+    arrays = [array for plan in plans for array in (plan.members, plan.offsets, plan.starts)]
+    for array in (array for array in arrays if array is not None):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:32]
 
 
 def _stats(
-    rows: Rows,
-    examples: TokenisedRows,
-    split: tuple[np.ndarray, np.ndarray],
-    plan: RowPlan,
-    shape: tuple[int, int],
+    rows: Rows, split: SplitRows[TokenisedExamples], plan: RowPlan, shape: tuple[int, int]
 ) -> RowStats:
-    """Count rows and tokens. split: indices of the training and the held-out examples. shape: T, M."""
-    train, held = split
+    """Count rows and tokens. plan: of the first epoch. shape: T, M."""
+    examples, train, held = split.rows, split.train, split.held
     size, reads = shape
     lengths = examples.lengths[train]
-    tokens, truncated = int(lengths.sum()), int(examples.truncated.sum())
+    tokens, truncated = int(tokens_per_row(examples, plan).sum()), int(examples.truncated.sum())
+    further = int((examples.pieces > 0).sum())
+    pieces = f", {further} further pieces of split documents" if further else ""
     fill = tokens / (plan.rows * size)
     return RowStats(
         examples=len(train),
@@ -294,11 +297,12 @@ def _stats(
         invalid=examples.invalid,
         largest_id=examples.largest_id,
         summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
-        f"{len(held)} held out, {examples.dropped} dropped as too long, {truncated} truncated",
-        learned=_learned_line(rows, examples, train),
+        f"{len(held)} held out, {examples.dropped} dropped as too long, {truncated} truncated{pieces}"
+        f"{split.summary}",
+        learned=_learned_line(rows, examples, split.of_epoch(0), plan),
         truncated=truncated,
         tokens=tokens,
-        learned_tokens=int(examples.reads[train].sum()),
+        learned_tokens=int(member_targets(examples, plan).sum()),
         lengths=length_percentiles(lengths),
         rows=plan.rows,
         fill=fill,
@@ -308,12 +312,22 @@ def _stats(
     )
 
 
-def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray) -> str:
-    """Return the line about the learned fraction of the response tokens of the training examples."""
+def _learned_line(rows: Rows, examples: TokenisedExamples, train: np.ndarray, plan: RowPlan) -> str:
+    """Return the line about the learned fraction of the response tokens of an epoch's examples."""
+    if rows.packing == "wrapped":
+        tokens = int(examples.lengths[train].sum())
+        detail = "data.packing=wrapped: all but the first of a row of concatenated documents"
+        return learned_line(tokens, tokens - plan.rows, detail)
     targets = int(examples.learned_responses[train].sum())
-    others = int(examples.reads[train].sum()) - targets
+    weights = examples.weights[train]
+    others = int(examples.reads[train][weights > 0].sum()) - targets
     detail = f"data.loss_on={rows.loss_on}"
     detail += f", and {others:,} tokens of prompts" if others else ""
+    if (weights != 1).any():
+        detail += f", rows weigh {weights.min():g} to {weights.max():g} (column weight)"
+    if len(examples.token_weights):
+        own = np.append(examples.token_weights, 1)
+        detail += f", turns weigh {own.min():g} to {own.max():g}"
     cut = int(examples.truncated[train].sum())
     if cut:
         detail += f", {cut:,} of {len(train):,} rows are truncated to data.max_length={rows.max_length}"

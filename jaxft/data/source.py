@@ -5,7 +5,7 @@ step.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -152,12 +152,16 @@ class Dataset(Protocol):
         """Names of the settings whose sum is max_length."""
 
     @property
-    def packing(self) -> bool:
-        """Whether a row may hold several sequences, which attention has to keep apart."""
+    def packing(self) -> bool | Literal["wrapped"]:
+        """Whether a row may hold several sequences: attention keeps them apart, unless they are "wrapped"."""
 
     @property
     def seed(self) -> int:
         """Seed of the split and the order."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Length of the run in tokens; None for epochs."""
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Source[Any]:
         """Read and tokenise the rows and plan the batches.

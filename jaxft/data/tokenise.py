@@ -85,7 +85,7 @@ DEFAULT_TOKENISING = Tokenising()
 class TokenisedDataset:
     """A tokenised dataset.
 
-    names: of the rows that are left. largest_id: the largest token id. dropped: number of rows that are too
+    names: of the row of each example. largest_id: the largest token id. dropped: number of rows that are too
     long. invalid: what was left out. examples: the first row, and the first with a system message and with
     tools. state: how the columns came about, see cache.load_or_make.
     """
@@ -116,7 +116,7 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     invalid.merge(_tallies(facts["invalid"], listing.folder))
     names = RowNames(listing.labels, stored.columns["source"], stored.columns["number"])
     invalid.check(ref, facts["total"] + facts["unreadable"])
-    dropped = facts["total"] + facts["unreadable"] - invalid.total - len(names)
+    dropped = facts["total"] + facts["unreadable"] - invalid.total - facts["left"]
     examples = tuple(Row(name, fields) for name, fields in facts["examples"])
     return TokenisedDataset(stored, names, facts["largest_id"], dropped, invalid.counts(), examples, state)
 
@@ -131,12 +131,13 @@ def _tokenise(
 ) -> StoredFacts:
     """Tokenise all chunks; see cache.load_or_make."""
     invalid, sources = InvalidRows(how.invalid_limit), {x: i for i, x in enumerate(listing.labels)}
-    total, unreadable, largest, some = 0, 0, 0, list[Row]()
+    total, unreadable, left, largest, some = 0, 0, 0, 0, list[Row]()
     with start_workers(worker_count(how.workers, listing.size), (kind, tokenizer, how.invalid_limit)) as run:
         format, chunks = _format_of(ref, listing, kind, run, how.invalid_limit)
         for done in run(partial(tokenise_chunk, format=format), chunks):
             invalid.merge(done.invalid)
             total, unreadable = total + done.rows, unreadable + done.unreadable
+            left += done.left
             some = first_rows([*some, *done.examples], kind.settings.columns)
             count = len(done.part["number"])
             if count:
@@ -146,6 +147,7 @@ def _tokenise(
     return {
         "total": total,
         "unreadable": unreadable,
+        "left": left,
         "largest_id": largest,
         "examples": some,
         "invalid": _portable(invalid.tallies, listing.folder),
@@ -213,14 +215,15 @@ class CountedChunk(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """The columns of a chunk's examples. rows, unreadable: numbers of rows that can and cannot be read.
-    examples: see TokenisedDataset.
+    """The columns of a chunk's examples. rows, unreadable: numbers of rows that can and cannot be read. left:
+    rows that examples are made of. examples: see TokenisedDataset.
     """
 
     label: str
     part: ChunkColumns
     rows: int
     unreadable: int
+    left: int
     invalid: dict[str, Tally]
     examples: list[Row]
 
@@ -259,10 +262,13 @@ def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk
     rows = _read(chunk, invalid)
     unreadable = invalid.total
     part = job.kind.tokenise(rows, format, job.tokenizer, invalid)
-    left = [rows[i] for i in part.pop("index")]
+    index = part.pop("index")
+    left = [rows[i] for i in index]
     part["number"] = np.array([int(row.name.rpartition(":")[2]) for row in left], np.int64)
     some = first_rows(left, job.kind.settings.columns)
-    return TokenisedChunk(chunk.label, part, len(rows), unreadable, invalid.tallies, some)
+    return TokenisedChunk(
+        chunk.label, part, len(rows), unreadable, len(np.unique(index)), invalid.tallies, some
+    )
 
 
 def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:

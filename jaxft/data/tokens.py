@@ -1,13 +1,14 @@
-"""SFT rows as token ids with a loss mask, and the split into training and held-out rows."""
+"""SFT rows as token ids with a loss mask."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxft.data import cache as files
 from jaxft.data import chat, formats
@@ -15,12 +16,12 @@ from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
 from jaxft.data.example import Chat, Completion, Example
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, add_counts, valid
+from jaxft.data.pack import split_lengths
 from jaxft.data.row_files import Row
-from jaxft.data.settings import DataSettings
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, TokenisedDataset, Tokenising, tokenise_dataset
 
-VERSION = 7  # increase it when the same rows become other tokens
+VERSION = 8  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class TokenSettings:
     max_length: int
     too_long: str
     template: TemplateSettings
+    order_by: str | None = None
 
 
 SFT_COLUMNS: ColumnTypes = {
@@ -44,6 +46,12 @@ SFT_COLUMNS: ColumnTypes = {
     "responses": ColumnType(np.int32),
     "learned_responses": ColumnType(np.int32),
     "ends": ColumnType(np.int32),
+    "weights": ColumnType(np.float64),
+    "order": ColumnType(np.float64),
+    "pieces": ColumnType(np.int32),
+    "mass": ColumnType(np.float64),
+    "token_weights": ColumnType(np.float32, "weight_counts"),
+    "weight_counts": ColumnType(np.int32),
     "source": ColumnType(np.int32),
     "number": ColumnType(np.int64),
 }
@@ -55,11 +63,12 @@ class TokenisedRows:
 
     learned: marks the tokens that are targets; the first token of an example never is. reads: target tokens
     of each example. truncated: marks truncated examples. responses, learned_responses: tokens of each
-    example's responses before it is truncated, and how many of them are targets. ends: the last target of
-    each example, apart from whitespace after it. names: of the dataset rows. digest: a hash of all columns.
-    largest_id: the largest token id. dropped: number of rows that were left out because they are too long.
-    invalid: the invalid rows that were left out. warnings: lines for the start of a run. cache: how the
-    columns came about, see cache.load_or_make.
+    example's responses before it is truncated, and how many of them are targets with a weight. ends: the last
+    target of each example, apart from whitespace after it. weights: a factor of the weights of an example's
+    targets. order: the numbers of data.order_by, 0 without it. names: of the dataset rows. digest: a hash of
+    all columns. largest_id: the largest token id. dropped: number of rows that were left out because they are
+    too long. invalid: the invalid rows that were left out. warnings: lines for the start of a run. cache: how
+    the columns came about, see cache.load_or_make.
     """
 
     ids: Flat
@@ -70,6 +79,8 @@ class TokenisedRows:
     responses: Int[np.ndarray, " examples"]
     learned_responses: Int[np.ndarray, " examples"]
     ends: Int[np.ndarray, " examples"]
+    weights: Float[np.ndarray, " examples"]
+    order: Float[np.ndarray, " examples"]
     names: RowNames
     digest: str
     largest_id: int
@@ -85,6 +96,11 @@ class TokenisedRows:
     def lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each example."""
         return np.diff(self.offsets)
+
+    @property
+    def begins_row(self) -> Bool[np.ndarray, " examples"]:
+        """Marks the examples that are not a further piece of a row."""
+        return np.ones(len(self), bool)
 
     def concatenate(self, other: Self) -> Self:
         """Return the examples of both, the other's last."""
@@ -107,12 +123,45 @@ class TokenisedRows:
         )
 
 
-SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
+@dataclass(frozen=True, kw_only=True)
+class TokenisedExamples(TokenisedRows):
+    """Examples of an SFT run, which may be pieces of a row (data.too_long=split).
+
+    pieces: number of each example within its row, 0 for the first; a row's pieces follow one another. mass:
+    the sum of the weights of an example's targets before the factor `weights`. token_weights: weights of the
+    tokens of the examples that have some other than 1, one after the other; weight_counts: how many of them
+    are an example's, all or 0.
+    """
+
+    pieces: Int[np.ndarray, " examples"]
+    mass: Float[np.ndarray, " examples"]
+    token_weights: Flat
+    weight_counts: Int[np.ndarray, " examples"]
+
+    @property
+    def begins_row(self) -> Bool[np.ndarray, " examples"]:
+        """Marks the examples that are not a further piece of a row."""
+        return self.pieces == 0
+
+    @cached_property
+    def documents(self) -> Int[np.ndarray, " examples"]:
+        """The number of the row that each example is a piece of, over all concatenated datasets."""
+        return np.cumsum(self.begins_row) - 1
+
+    @property
+    def is_whole(self) -> Bool[np.ndarray, " examples"]:
+        """Marks the examples that end where their row does: not truncated, and the row's last piece."""
+        return ~self.truncated & np.append(self.pieces[1:] == 0, True)
+
+    @cached_property
+    def weight_offsets(self) -> Int[np.ndarray, " examples"]:
+        """Where in `token_weights` each example's begin."""
+        return np.cumsum(self.weight_counts, dtype=np.int64) - self.weight_counts
 
 
 def tokenise_rows(
     ref: str, settings: TokenSettings, tokenizer: Any, how: Tokenising = DEFAULT_TOKENISING
-) -> TokenisedRows:
+) -> TokenisedExamples:
     """Read the rows of `ref` and tokenise them, or load the tokens from the cache."""
     kind = RowKind(
         version=VERSION,
@@ -127,7 +176,7 @@ def tokenise_rows(
     examples = list(formats.normalise_each(some, settings.format, settings.columns)) if some else []
     checks = (chat.tools_warnings, chat.content_warnings, chat.prompt_warnings)
     warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
-    return TokenisedRows(**row_fields(ref, found, settings.max_length), warnings=tuple(warnings))
+    return TokenisedExamples(**row_fields(ref, found, settings.max_length), warnings=tuple(warnings))
 
 
 def row_fields(ref: str, found: TokenisedDataset, max_length: int) -> dict[str, Any]:
@@ -138,7 +187,9 @@ def row_fields(ref: str, found: TokenisedDataset, max_length: int) -> dict[str, 
             f"{ref}: all {found.dropped} rows were dropped because they are longer than "
             f"data.max_length={max_length}; raise it"
         )
-    long = {name: columns.pop(name) for name in ("ids", "learned")}
+    long: dict[str, Any] = {
+        name: columns.pop(name) for name in ("ids", "learned", "token_weights") if name in columns
+    }
     counts = np.asarray(columns.pop("counts")).ravel()
     return {
         **long,
@@ -180,30 +231,6 @@ def count_ids(ids: Int[np.ndarray, " n"]) -> dict[int, int]:
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def split_rows(
-    settings: DataSettings, tokenise: Callable[[str], SomeRows], held_out: Callable[[SomeRows], np.ndarray]
-) -> tuple[SomeRows, Int[np.ndarray, " train"], Int[np.ndarray, " held"]]:
-    """Return all examples, and the indices of the training and of the held-out ones.
-
-    tokenise(ref): reads a dataset. held_out(examples): a mask of those to hold out if data.held_out is a
-    fraction.
-    """
-    examples = tokenise(settings.train)
-    everything = np.arange(len(examples))
-    if not settings.holds_out:
-        return examples, everything, everything[:0]
-    if isinstance(settings.held_out, str):
-        held = tokenise(settings.held_out)
-        return examples.concatenate(held), everything, len(examples) + np.arange(len(held))
-    if len(examples) < 2:
-        raise ValueError(
-            f"{settings.train}: data.held_out={settings.held_out} cannot split a single row; set "
-            "data.held_out=none"
-        )
-    mask = held_out(examples)
-    return examples, everything[~mask], everything[mask]
-
-
 def _tokenise(
     rows: Sequence[Row],
     format: formats.RowFormat,
@@ -214,32 +241,61 @@ def _tokenise(
     """Return the columns of a chunk's rows; see RowKind."""
     examples = list(formats.normalise_as(format, rows, settings.columns))
     columns: dict[str, Any] = {name: [] for name in (*SFT_COLUMNS, "index") if name not in files.NAMING}
-    tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.template)
+    tokenised = chat.tokenise_weighted(examples, tokenizer, settings.loss_on, settings.template)
     responses = _response_masks(examples, settings, tokenizer)
     for number, (outcome, response) in enumerate(zip(tokenised, responses, strict=True)):
         with invalid.skip():
-            ids, learned = valid(outcome)
-            long = len(ids) > settings.max_length
+            tokens = valid(outcome)
+            long, name = len(tokens.ids) > settings.max_length, settings.order_by
             if long and settings.too_long == "drop":
                 continue
-            learned[0] = False
-            _check_mask(rows[number].name, learned, settings)
-            mask = learned if response is None else response
-            ids, kept = ids[: settings.max_length], learned[: settings.max_length]
-            columns["ids"].append(ids)
-            columns["learned"].append(kept)
-            columns["counts"].append(len(ids))
-            columns["reads"].append(int(kept.sum()))
-            columns["index"].append(number)
-            columns["truncated"].append(long)
-            columns["responses"].append(int(mask[1:].sum()))
-            columns["learned_responses"].append(int((mask & learned)[1 : settings.max_length].sum()))
-    columns |= {name: np.concatenate(columns[name]) for name in ("ids", "learned") if columns[name]}
+            tokens.learned[0] = False
+            _check_mask(rows[number].name, tokens.learned, settings)
+            order = 0.0 if name is None else formats.number_of(rows[number], name, "data.order_by")
+            example: Example = valid(examples[number])
+            for found in _examples_of(tokens, response, example, settings):
+                for column, value in {**found, "order": order, "index": number}.items():
+                    columns[column].append(value)
+    for column in ("ids", "learned", "token_weights"):
+        columns[column] = np.concatenate(columns[column]) if columns[column] else []
     part = {
         name: np.asarray(x, SFT_COLUMNS[name].dtype) for name, x in columns.items() if name in SFT_COLUMNS
     }
     part["ends"] = last_targets(part["ids"], part["learned"], np.cumsum(part["counts"]), tokenizer)
     return part | {"index": np.asarray(columns["index"], np.int64)}
+
+
+def _examples_of(
+    tokens: chat.WeightedTokens, response: np.ndarray | None, example: Example, settings: TokenSettings
+) -> Iterator[dict[str, Any]]:
+    """Yield the columns of a row's examples: one, or the pieces of a document that is split.
+
+    response: the mask of the response tokens, None for the loss mask.
+    """
+    ids, mask = tokens.ids, tokens.learned.copy() if response is None else response
+    mask[0] = False
+    cut = settings.too_long == "truncate" and len(ids) > settings.max_length
+    ends = [min(len(ids), settings.max_length)]
+    if settings.too_long == "split":
+        ends = np.cumsum(split_lengths(len(ids), settings.max_length)).tolist()
+    for number, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        learned = tokens.learned[start:end]
+        learned[0] = False
+        own = np.ones(0, np.float32) if tokens.weights is None else tokens.weights[start:end]
+        yield {
+            "ids": ids[start:end],
+            "learned": learned,
+            "counts": end - start,
+            "reads": int(learned.sum()),
+            "truncated": cut,
+            "responses": int((mask if cut else mask[start:end]).sum()),
+            "learned_responses": int((mask[start:end] & learned).sum()) if example.weight else 0,
+            "weights": example.weight,
+            "pieces": number,
+            "mass": float(own[learned].sum(dtype=np.float64) if len(own) else learned.sum()),
+            "token_weights": own,
+            "weight_counts": len(own),
+        }
 
 
 def _response_masks(
@@ -248,13 +304,19 @@ def _response_masks(
     """Yield a mask of the response tokens of each example, None where it is the loss mask or is not known."""
 
     def differs(example: Example | InvalidRow) -> bool:
+        if isinstance(example, Chat) and example.weights:
+            return True
         if settings.loss_on == "completion":
             return isinstance(example, Chat) and any(
                 m["role"] == "assistant" for m in example.messages[example.given : example.response]
             )
         return settings.loss_on == "all" and isinstance(example, Chat | Completion)
 
-    others = [example for example in examples if differs(example)]
+    others = [
+        replace(example, weights={}) if isinstance(example, Chat) else example
+        for example in examples
+        if differs(example)
+    ]
     tokenised = chat.tokenise_examples(others, tokenizer, "assistant", settings.template)
     for example in examples:
         found = next(tokenised) if differs(example) else None
@@ -273,6 +335,13 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
     if len(learned) <= limit:
         return
     remedy = "raise data.max_length or set data.too_long=drop"
+    if settings.too_long == "split":
+        if learned[1:].all():
+            return
+        raise ValueError(
+            f"{name}: {len(learned)} tokens are more than data.max_length={limit}, and data.too_long=split "
+            f"is for text, all of which is learned, not for responses to a prompt; {remedy} or truncate"
+        )
     if not learned[:limit].any():
         raise InvalidRow(
             name,

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxft.tree import Metrics, struct
 
@@ -115,6 +115,35 @@ class LabelNoise:
         total = self.counts.sum(0)
         rank = (total.cumsum() - total / 2) / max(total.sum(), 1)
         return self.counts[1] / np.maximum(total, 1), total * np.maximum(rank - IGNORED_FRACTION, 0)
+
+
+def mean_losses(
+    values: Float[Array, "*n"],
+    weights: Float[Array, "*n"],
+    sources: Int[Any, "*n"] | None,
+    names: tuple[str, ...],
+) -> Metrics:
+    """Return the weighted mean of loss values, and that over each source; see losses_by_source."""
+    total = jnp.sum(jnp.where(weights > 0, weights * values, 0))
+    return {LOSS: Sum(total, jnp.sum(weights)), **losses_by_source(values, weights, sources, names)}
+
+
+def losses_by_source(
+    values: Float[Array, "*n"],
+    weights: Float[Array, "*n"],
+    sources: Int[Any, "*n"] | None,
+    names: tuple[str, ...],
+) -> Metrics:
+    """Return the weighted mean of loss values over each source of rows, `loss/NAME`; nothing for one source.
+
+    sources: an index of `names` for each value.
+    """
+    if sources is None:
+        return {}
+    own = {name: jnp.where(sources == number, weights, 0) for number, name in enumerate(names)}
+    return {
+        f"{LOSS}/{name}": Sum(jnp.sum(jnp.where(w > 0, w * values, 0)), jnp.sum(w)) for name, w in own.items()
+    }
 
 
 SUMS = (Sum, Correlation, LabelNoise)  # added element by element

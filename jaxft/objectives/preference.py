@@ -21,7 +21,7 @@ from jaxft.nn import fused_update
 from jaxft.nn.lora_blend import blend, widened_pairs
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import LanguageModel, LogProbs
-from jaxft.objectives.metrics import LOSS, Sum
+from jaxft.objectives.metrics import Sum, mean_losses
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.pair import (
     LossState,
@@ -164,7 +164,7 @@ def preference(
         used = pair.weight > 0
         value = jnp.sum(jnp.where(used, pair.weight * values, 0))
         metrics = {
-            LOSS: Sum(value, jnp.sum(pair.weight)),
+            **mean_losses(values, pair.weight, outputs.batch.sources, outputs.batch.source_names),
             **pair_metrics(pair, lambda response: beta * reward(response)),
             **pair_token_metrics(pair, outputs.mean_logit, outputs.entropy, outputs.top1),
         }

@@ -22,7 +22,7 @@ from jaxft.objectives.alarms import (
     run_alarms,
 )
 from jaxft.objectives.logprobs import LanguageModel
-from jaxft.objectives.metrics import HELD_OUT, LOSS, Correlation, Max, Min, Sum
+from jaxft.objectives.metrics import HELD_OUT, Correlation, Max, Min, Sum, mean_losses
 from jaxft.objectives.objective import Objective, Report
 from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins
 from jaxft.objectives.read_positions import read_scores
@@ -90,7 +90,8 @@ def reward(
         ahead = jnp.zeros((), dtype) if margin is None else _column(outputs.batch, margin).astype(dtype)
         values = loss(chosen, rejected, ahead) + center * jnp.square(chosen + rejected)
         value = jnp.sum(jnp.where(weight > 0, weight * values, 0))
-        return value, jax.lax.stop_gradient({LOSS: Sum(value, jnp.sum(weight)), **_metrics(outputs)})
+        losses = mean_losses(values, weight, outputs.batch.sources, outputs.batch.source_names)
+        return value, jax.lax.stop_gradient({**losses, **_metrics(outputs)})
 
     return Objective(forward, reward_loss, report=Report(reward_alarms, reward_summary))
 

@@ -1,15 +1,17 @@
 """Supervised fine-tuning: weighted cross-entropy of the target tokens."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
 from jaxft.objectives.logprobs import LanguageModel, LogProbs
-from jaxft.objectives.metrics import ENTROPY, LOSS, TOKEN_ACCURACY, Sum
+from jaxft.objectives.metrics import ENTROPY, LOSS, TOKEN_ACCURACY, Sum, losses_by_source
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_logp
-from jaxft.tree import Aux, Metrics, Params, struct
+from jaxft.tree import Aux, Metrics, Params, static, struct
 
 
 @struct
@@ -20,13 +22,16 @@ class Outputs:
     entropy: Float[Array, "B M"]
     top1: Float[Array, "B M"]
     weight: Float[Array, "B M"]
+    sources: Int[Any, "B M"] | None = None
+    source_names: tuple[str, ...] = static(default=())
 
 
 def sft(model: LanguageModel) -> Objective:
     """`loss = -sum_t w_t log p(target_t | tokens before)`, with the batch's token weights, which sum to 1
     over a step.
 
-    Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens with a weight.
+    Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens with a weight, and
+    loss/NAME for each of several sources.
     """
 
     def logprobs(params: Params, batch: Tokens, key: Array | None) -> LogProbs:
@@ -55,7 +60,7 @@ def sft(model: LanguageModel) -> Objective:
 
 def _outputs(lp: LogProbs, batch: Tokens) -> Outputs:
     without_gradient = jax.lax.stop_gradient((lp.entropy, lp.top1, batch.token_weights.astype(lp.logp.dtype)))
-    return Outputs(lp.logp, *without_gradient)
+    return Outputs(lp.logp, *without_gradient, batch.sources, batch.source_names)
 
 
 def _metrics(loss: Array, outputs: Outputs) -> Metrics:
@@ -65,5 +70,6 @@ def _metrics(loss: Array, outputs: Outputs) -> Metrics:
         LOSS: Sum(loss, jnp.sum(outputs.weight)),
         ENTROPY: Sum(jnp.sum(trained * outputs.entropy), count),
         TOKEN_ACCURACY: Sum(jnp.sum(trained * outputs.top1), count),
+        **losses_by_source(-outputs.logp, outputs.weight, outputs.sources, outputs.source_names),
     }
     return jax.lax.stop_gradient(metrics)

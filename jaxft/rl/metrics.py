@@ -54,6 +54,21 @@ def score_metrics(scores: GroupScores) -> dict[str, float]:
     return metrics
 
 
+def source_rewards(parts: Sequence[ScoredCompletions]) -> dict[str, Sum]:
+    """Return the mean score of the completions of each source of prompts; {} for one source."""
+    prompts = [part.completions.prompts for part in parts]
+    sources = np.array([number for own in prompts for number in own.sources], np.int64)
+    if not len(sources):
+        return {}
+    scores = np.concatenate([part.scores for part in parts])
+    valid = has_score(scores)
+    found = {}
+    for number, name in enumerate(prompts[0].source_names):
+        own = scores[sources == number][valid[sources == number]]
+        found[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
+    return found
+
+
 def reward_metrics(names: Sequence[str], reward_scores: Float[np.ndarray, "G N K"]) -> MaybeMeans:
     """Return mean and standard deviation of each reward, None if too few completions have a score."""
     metrics: MaybeMeans = {}
@@ -108,7 +123,7 @@ def rollout_metrics(
     means |= reward_metrics(names, scored.reward_scores)
     if rollout.reference is not None:
         means[KL] = float((rollout.logps - rollout.reference).sum() / count)
-    metrics = as_sums(means, count)
+    metrics = as_sums(means, count) | source_rewards([scored])
     if recomputed:
         mask = token_mask(lengths, rollout.logps.shape[1])
         difference = np.abs(completions.sampler_logps - rollout.logps)[mask]  # two programs, one model
@@ -129,6 +144,8 @@ def evaluation_metrics(
     metrics |= {name: x for name, x in score_metrics(scores).items() if name != ZERO_STD}
     metrics |= {name: x for name, x in reward_metrics(names, reward_scores).items() if x is not None}
     metrics |= fault_metrics(sum((part.faults for part in parts), Faults()), reward_scores.size)
+    by_source = source_rewards(parts).items()
+    metrics |= {name: float(x.total / x.weight) for name, x in by_source if x.weight}
     if rollouts:
         kl = sum((rollout.logps - rollout.reference).sum() for rollout in rollouts)
         metrics[KL] = float(kl / scores.size)

@@ -117,7 +117,7 @@ class RolloutSource:
 
     def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
         """Return the indices of the prompts that a rollout uses."""
-        return prompts.prompts_of_rollout(self.data, len(self.train), number)
+        return prompts.prompts_of_rollout(self.data, self.train, number)
 
     def row_names(self, step: int) -> list[str]:
         """Return the names of the dataset rows whose prompts an optimizer step uses."""
@@ -296,7 +296,7 @@ def longest_prompt(train: PromptRows, eval_prompts: PromptRows) -> int:
 def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts: PromptRows) -> SourceInfo:
     """Return steps, counts and fingerprints of a source of rollouts."""
     longest = longest_prompt(train, eval_prompts)
-    rollouts = max(1, -(-int(1e9 * data.epochs * len(train)) // int(1e9 * data.batch)))
+    rollouts = max(1, -(-int(1e9 * (data.epochs or 1) * len(train)) // int(1e9 * data.batch)))
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
         f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "

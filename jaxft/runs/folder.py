@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "loop",
     "data.epochs",
     "data.workers",
+    "data.tokens",
     "trackers",
     "samples",
     "sampling",

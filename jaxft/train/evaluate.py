@@ -64,7 +64,7 @@ def general_rows(data: Dataset, general: str) -> Rows:
         max_length=data.max_length,
         batch=data.batch,
         micro=data.micro,
-        packing=data.packing,
+        packing=bool(data.packing),
     )
 
 

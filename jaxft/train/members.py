@@ -144,7 +144,9 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         _check_token_ids(source, lead)
     steps = lead.loop.steps or min(source.info.steps for source in sources)
     if steps > LONGEST:
-        raise ValueError(f"the run would have {steps} steps, more than 2^31 - 1; lower data.epochs")
+        raise ValueError(
+            f"the run would have {steps} steps, more than 2^31 - 1; lower data.epochs or data.tokens"
+        )
     _check_whole_rollouts(steps, sources[0].info.steps_per_rollout)
     if sweep and sources[0].info.samples:
         raise ValueError(

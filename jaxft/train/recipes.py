@@ -196,7 +196,8 @@ class SourceKnobs:
     )
     batch: int = 8
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
-    epochs: float = 1.0
+    epochs: float | None = 1.0
+    tokens: int | None = None  # the length of the run in tokens, with epochs=none
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.data.mixture import source_names
 from jaxft.distributed import processes, sync
 from jaxft.models import families
 from jaxft.runs import folder as runfolder
@@ -33,7 +34,9 @@ def report_finished(job: Job, steps: int) -> int:
         print(card.read_text(encoding="utf-8"))
     kind = "run" if job.sweep is None else "sweep"
     print(f"{job.folder}: this {kind} is finished ({steps} steps); its results are in {card}")
-    print(f"to continue it, raise loop.steps or data.epochs; to start again, choose another {name}")
+    print(
+        f"to continue it, raise loop.steps, data.epochs or data.tokens; to start again, choose another {name}"
+    )
     if failed:
         print(f"{', '.join(failed)}: not finished, the steps or the held-out loss are not finite")
     return int(bool(failed))
@@ -145,7 +148,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
     scores = not run.model.generates
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
-        f"`{Path(run.data.train).name}`. The run's README.md has settings and results."
+        f"`{source_names(run.data.train)}`. The run's README.md has settings and results."
     )
     return Card(
         title=run.name,
@@ -171,7 +174,7 @@ def _card(
         name=run.name,
         metadata=front_matter(card),
         base=run.weights if hub.hub_name(run.weights) else Path(run.weights).name,
-        data=Path(run.data.train).name,
+        data=source_names(run.data.train),
         examples=job.source_of(number).info.stats.examples,
         steps=job.steps,
         batch=run.data.batch,

@@ -95,6 +95,11 @@ class Run:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "seed")
+        if self.loop.steps is not None and self.data.tokens is not None:
+            raise ValueError(
+                f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "
+                "run; set one of them"
+            )
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}; expected 0 or more")
         if self.start and self.adapter is None and self.quant is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxft.data.mixture import parse_sources
 from jaxft.data.rows import hub_dataset
 from jaxft.weights import gguf_header, hub
 
@@ -59,7 +60,8 @@ def front_matter(card: Card) -> str:
     source = _source_metadata(card.base)
     named = hub.hub_name(card.base)
     base = named[0] if named else source.get("base_model")
-    dataset = hub_dataset(card.data) if card.data else None
+    sources = parse_sources(card.data) if card.data else ()
+    datasets = [name for source in sources if (name := hub_dataset(source.ref))]
     licence = {key: source[key] for key in LICENSE_KEYS if key in source}
     fields: dict[str, Any] = {
         "base_model": base,
@@ -69,7 +71,7 @@ def front_matter(card: Card) -> str:
         **licence,
         "pipeline_tag": "text-classification" if card.scores else "text-generation",
         "tags": ["jaxft", *(["lora"] if card.relation == "adapter" else [])],
-        "datasets": [dataset] if dataset else None,
+        "datasets": datasets or None,
     }
     known = {name: value for name, value in fields.items() if value is not None}
     return f"---\n{huggingface_hub.ModelCardData(**known).to_yaml()}\n---"

@@ -56,6 +56,17 @@ def test_rows_hold_no_more_than_the_row_shape():
         batches.fit_rows(np.arange(1), np.array([129]), np.array([1]), room)
 
 
+def test_a_batch_that_does_not_fit_the_planned_rows_is_one_line():
+    tokens, reads, shape = np.array([60, 60, 20]), np.array([50, 5, 5]), RowShape(128, 64, 2)
+    plan = batches.plan_rows(np.array([0, 1, 2]), np.array([0, 0, 1]), 2)
+    batches.check_fit(plan, tokens, reads, shape)
+    with pytest.raises(ValueError, match="rows of 80 tokens, 55 read .* raise data.epochs so that it covers"):
+        batches.check_fit(
+            batches.plan_rows(np.array([0, 1, 2]), np.array([0, 1, 0]), 2),
+            tokens, reads, RowShape(79, 64, 2),
+        )  # fmt: skip
+
+
 @settings(max_examples=50, deadline=None)
 @given(groups=st.lists(st.integers(0, 6), min_size=1, max_size=40), seed=st.integers(0, 5))
 def test_a_derangement_leads_out_of_every_group(groups, seed):

@@ -93,9 +93,12 @@ def test_prompts_come_from_the_file_with_the_columns_that_rewards_read(tmp_path)
         ]
 
 
-def test_rollouts_use_all_prompts_in_an_order_of_seed_and_number():
-    data = Prompts("x", batch=6, minibatches=3, passes=2)
-    used = np.concatenate([prompts.prompts_of_rollout(data, 10, k) for k in range(5)])
+def test_rollouts_use_all_prompts_in_an_order_of_seed_and_number(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"why {i}"}) + "\n" for i in range(10)))
+    data = Prompts(str(path), batch=6, minibatches=3, passes=2, held_out=None)
+    train, _ = prompts.split_prompts(data, tiny_tokenizer(), tmp_path)
+    used = np.concatenate([prompts.prompts_of_rollout(data, train, k) for k in range(5)])
     assert [sorted(used[i : i + 10].tolist()) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert used[:10].tolist() != used[10:20].tolist()
     for first in (0, 3):

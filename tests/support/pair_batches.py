@@ -9,6 +9,7 @@ import optax
 from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
 from tiny_model import CONFIG, assert_close
 
+from jaxft.data.flat import Flat, RowNames
 from jaxft.data.pack import RowShape
 from jaxft.data.pairs import batches
 from jaxft.data.pairs.layout import BatchMeans, PairLayout, fill_pairs, tokens_per_pair
@@ -40,11 +41,15 @@ def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
     offsets, none = np.cumsum([0, *lengths]), np.zeros(count, bool)
     numbers = rng.normal(0, 1, (count, 1))
     responses = np.array(lengths).reshape(count, 1 + len(kinds))[:, 1:].sum(1)
+    counts = np.array(lengths).reshape(count, 1 + len(kinds))
     return TokenisedPairs(
-        kinds=kinds, ids=np.concatenate(pieces), learned=np.concatenate(learned), offsets=offsets,
-        row_numbers=np.arange(count), truncated=none, prompt_end_moved=none, extras=numbers,
-        responses=responses, learned_responses=responses,
-        weights=rng.integers(1, 4, count).astype(float), names=tuple(f"pair {i}" for i in range(count)),
+        kinds=kinds, ids=Flat([np.concatenate(pieces)]), learned=Flat([np.concatenate(learned)]),
+        offsets=offsets, reads=counts[:, 1:], ends=np.zeros_like(counts[:, 1:]),
+        hashes=np.arange(counts.size, dtype=np.uint64).reshape(counts.shape), truncated=none,
+        prompt_end_moved=none, extras=numbers, responses=responses, learned_responses=responses,
+        weights=rng.integers(1, 4, count).astype(float), order=np.zeros(count),
+        names=RowNames(["pair"], Flat([np.zeros(count, np.int32)]), Flat([np.arange(count)])), digest="",
+        largest_id=CONFIG.vocab - 1,
     )  # fmt: skip
 
 
@@ -56,7 +61,9 @@ def swapped(pool):
         return np.concatenate([np.split(x, pool.offsets[1:-1])[i] for i in order])
 
     offsets = np.cumsum([0, *np.diff(pool.offsets)[order]])
-    return replace(pool, ids=reordered(pool.ids), learned=reordered(pool.learned), offsets=offsets)
+    reads = pool.reads[:, ::-1].copy()
+    ids, learned = (Flat([reordered(np.asarray(x))]) for x in (pool.ids, pool.learned))
+    return replace(pool, ids=ids, learned=learned, offsets=offsets, reads=reads)
 
 
 def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):

@@ -47,4 +47,6 @@ def stored_prompts(count):
         dropped=0,
         invalid=(),
         examples=(),
+        order=np.zeros(count),
+        sources=np.zeros(count, int),
     )

@@ -71,9 +71,10 @@ def write_rows(path, rows):
 
 
 def write_place(folder, model=None):
-    """A working directory with base/ (a tiny Llama, or `model`), rows.jsonl and config.py."""
+    """A working directory with base/ (a tiny Llama, or `model`), rows.jsonl, more.jsonl and config.py."""
     write_folder(folder / "base", tiny_torch() if model is None else model)
     write_rows(folder / "rows.jsonl", rows())
+    write_rows(folder / "more.jsonl", rows(12)[::-1])
     (folder / "general.jsonl").write_text('{"text": "a general text that has nothing to do with sums"}\n')
     (folder / "config.py").write_text(CONFIG)
 

@@ -16,12 +16,13 @@ from tiny_run import Place, kill_hook, write_place
 ADAFACTOR = "optim.optimizer=jaxft.optim.optimizer:adafactor"
 BCO = "loss=jaxft.objectives.reference_free_losses:bco"
 ROLLOUTS = ["passes=2", "save=2", "rewards=config.py:ascii"]
+MIXED = "data=rows.jsonl,more.jsonl:0.4"
 PPO = ["ppo=true", "group=1", "batch=8", "full_critic=true", "scale=true", "target_kl=1e-6", "lr=2e-2"]
 KINDS = {
     # name: (folder, arguments, what aux holds)
     "lora_dropout": (
         "sft",
-        ["dropout=0.3", "quant=nf4", "micro=2", "loop.log_every=3", "loop.eval_every=1"],
+        ["dropout=0.3", "quant=nf4", "micro=2", "loop.log_every=3", "loop.eval_every=1", MIXED],
         set(),
     ),
     "full_adafactor": ("sft", ["full=true", "lr=0.001", ADAFACTOR, "general=general.jsonl"], set()),
@@ -99,6 +100,9 @@ def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
     found, expected = place.results(resumed, 4), place.results(alone, 4)
     for part in expected:
         assert found[part] == expected[part], part
+    if MIXED in argv:
+        logged = {name for entry in expected["metrics"] for name in entry}
+        assert {f"{prefix}loss/{source}" for prefix in ("", "eval_") for source in ("rows", "more")} <= logged
     assert {path.split(".")[2] for path in expected["leaves"] if path.split(".")[1] == "aux"} == aux
 
 

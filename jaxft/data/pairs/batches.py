@@ -7,9 +7,9 @@ to the batches with the fewest tokens from the other strata.
 """
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from jaxft.data.pack import WINDOW, RowPlan, RowShape, permutation, round_up
+from jaxft.data.pack import ORDER_WINDOW, WINDOW, RowPlan, RowShape, ascending, permutation, round_up
 
 Assigned = tuple[
     Int[np.ndarray, "batches size"], Int[np.ndarray, "batches size"]
@@ -17,20 +17,24 @@ Assigned = tuple[
 
 
 def order_batches(
-    tokens: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
+    tokens: Int[np.ndarray, " n"],
+    size: int,
+    seed: int,
+    epoch: int,
+    keys: Float[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, "batches size"]:
     """Return the pairs of each batch of an epoch: every pair once, `size` per batch, the last batch padded
-    with -1.
+    with -1. With keys, batches go from small to large ones, except among ORDER_WINDOW batches.
     """
-    order = permutation(len(tokens), seed, 1, epoch)
+    order = permutation(len(tokens), seed, 1, epoch) if keys is None else ascending(keys, seed)
     whole = len(tokens) // size * size
-    window = max(1, WINDOW // size) * size
+    window = (max(1, WINDOW // size) if keys is None else ORDER_WINDOW) * size
     parts = [
         _stratified(order[i : i + window][: whole - i], tokens, size, (seed, 2, epoch, i))
         for i in range(0, whole, window)
     ]
     full = np.concatenate(parts) if parts else np.empty((0, size), np.int64)
-    full = full[permutation(len(full), seed, 3, epoch)]
+    full = full if keys is not None else full[permutation(len(full), seed, 3, epoch)]
     rest = order[whole:]
     last = np.append(rest, np.full(size - len(rest), -1))[None]
     return np.concatenate([full, last]) if len(rest) else full
@@ -78,6 +82,20 @@ def plan_rows(members: Int[np.ndarray, " size"], row: Int[np.ndarray, " size"], 
     members, row = members[present], row[present]
     order = np.argsort(row, kind="stable")
     return RowPlan(members[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]))
+
+
+def check_fit(
+    plan: RowPlan, tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], shape: RowShape
+) -> None:
+    """Raise ValueError if a batch doesn't fit the shape, which is planned for the epochs of the settings."""
+    row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
+    most = [int(np.bincount(row, x[plan.members], 1).max()) for x in (tokens, reads, np.ones_like(reads))]
+    if most[0] > shape.length or most[1] > shape.reads or most[2] > shape.slots:
+        raise ValueError(
+            f"a batch after the planned epochs needs rows of {most[0]} tokens, {most[1]} read positions and "
+            f"{most[2]} pairs, and they have {shape.length}, {shape.reads} and {shape.slots}: raise "
+            "data.epochs so that it covers loop.steps, and the same command resumes"
+        )
 
 
 def max_row_total(

@@ -16,10 +16,8 @@ conversation.py; `format="plain"` takes the strings of preference and unpaired r
 response, "gold" (data.third), is read from the column "reference".
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jaxft.data import formats
 from jaxft.data.conversation import (
@@ -36,6 +34,7 @@ from jaxft.data.conversation import (
 from jaxft.data.example import Chat, Completion
 from jaxft.data.formats import TEMPLATE_COLUMNS, RowFormat, Schemas
 from jaxft.data.invalid import InvalidRow, attempt, valid
+from jaxft.data.loss_weights import without_weights
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 
@@ -93,16 +92,21 @@ class PairTokenSettings:
     extras: tuple[str, ...] = ()
     weight_column: str | None = None
     kinds: tuple[str, ...] = ("chosen", "rejected")
+    order_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PairExample:
-    """Responses to one prompt by kind, None for a missing one. extras: the numbers of the extra columns."""
+    """Responses to one prompt by kind, None for a missing one.
+
+    extras: the numbers of the extra columns. order: that of data.order_by.
+    """
 
     name: str
     responses: dict[str, Chat | Completion | None]
     extras: tuple[float, ...]
     weight: float
+    order: float = 0.0
 
 
 def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[PairExample]:
@@ -126,7 +130,7 @@ def normalise_each_pair(
 
 def pair_schemas(settings: PairTokenSettings) -> Schemas:
     """Return the formats of preference rows, with the columns of numbers that the settings name."""
-    numbers = (*settings.extras, *([settings.weight_column] if settings.weight_column else []))
+    numbers = (*settings.extras, *filter(None, (settings.weight_column, settings.order_by)))
     optional = {name: (*names, *numbers) for name, names in PAIR_SCHEMAS.optional.items()}
     return replace(PAIR_SCHEMAS, optional=optional)
 
@@ -150,9 +154,12 @@ def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:
         responses = dict(plain_texts(row, columns))
         require_difference(row, responses)
     else:
-        responses = dict(chats_of(row, _split(row, format, columns)))
+        chats = chats_of(row, _split(row, format, columns))
+        responses = {kind: without_weights(chat) for kind, chat in chats.items()}
     weight = (
-        1.0 if settings.weight_column is None else _number(row, settings.weight_column, "data.weight_column")
+        1.0
+        if settings.weight_column is None
+        else formats.number_of(row, settings.weight_column, "data.weight_column")
     )
     if weight < 0:
         raise InvalidRow(
@@ -160,8 +167,12 @@ def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:
             "negative weight",
             f"the weight in column {settings.weight_column!r} is {weight:g}; use 0 or more",
         )
-    extras = tuple(_number(row, column, "data.extras") for column in settings.extras)
-    return PairExample(row.name, {kind: responses.get(kind) for kind in settings.kinds}, extras, weight)
+    extras = tuple(formats.number_of(row, column, "data.extras") for column in settings.extras)
+    column = settings.order_by
+    order = 0.0 if column is None else formats.number_of(row, column, "data.order_by")
+    return PairExample(
+        row.name, {kind: responses.get(kind) for kind in settings.kinds}, extras, weight, order
+    )
 
 
 def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
@@ -188,28 +199,6 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
     if format == "unpaired-instruction":
         response = formats.response_column(row)
     return {"chosen" if label else "rejected": str(response), **gold}
-
-
-def _number(row: Row, column: str, setting: str) -> float:
-    value: Any = row.fields.get(column)
-    if value is None:
-        columns = ", ".join(map(str, row.fields))
-        raise InvalidRow(
-            row.name,
-            "missing number",
-            f"no number in column {column!r}, which {setting} names; the row has {columns}",
-        )
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InvalidRow(
-            row.name,
-            "missing number",
-            f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number",
-        )
-    return number
 
 
 def _split(row: Row, format: str, columns: Columns) -> SplitRow:

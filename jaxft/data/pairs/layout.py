@@ -5,7 +5,7 @@ the position after the prompt. Without branches every response is a separate seg
 prompt. Everything but ids, segments, positions, branches and read is the same either way, in the same order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -236,3 +236,16 @@ def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Flo
             if pair >= 0:
                 values[int(pair)] = value[order][bounds[slot] : bounds[slot + 1]]
     return values
+
+
+def with_sources(batch: Pairs, names: tuple[str, ...], numbers: np.ndarray | None = None) -> Pairs:
+    """Return a batch (or its shapes, without numbers) with the source of each pair, if there are several.
+
+    numbers: of the sources of all pairs.
+    """
+    if not names:
+        return batch
+    sources = batch.index
+    if numbers is not None:
+        sources = np.where(batch.index < 0, 0, numbers[batch.index]).astype(np.int32)
+    return replace(batch, sources=sources, source_names=names)

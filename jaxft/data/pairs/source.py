@@ -1,7 +1,6 @@
 """Pairs as batches: batch k is a pure function of (rows, tokenizer, settings, k), as it is for SFT rows."""
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -13,6 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
+from jaxft.data.epochs import epochs_of
+from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pairs import batches as planning
 from jaxft.data.pairs.formats import PairTokenSettings
@@ -23,13 +24,15 @@ from jaxft.data.pairs.layout import (
     pair_batch_shapes,
     tokens_per_pair,
     values_by_pair,
+    with_sources,
 )
+from jaxft.data.pairs.shown import preview_pair, prompts_of_row, whole_ends
 from jaxft.data.pairs.split import held_out_pairs, mismatch_responses
 from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import RowStats
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, learned_line, length_percentiles
-from jaxft.data.tokens import count_ids, split_rows
+from jaxft.data.tokens import count_ids
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -82,7 +85,7 @@ class PairRows(DataSettings):
         kinds = ("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected")
         return PairTokenSettings(
             self.columns, self.format, self.max_length, self.too_long, self.template_settings,
-            self.extras, self.weight_column, kinds,
+            self.extras, self.weight_column, kinds, self.order_by,
         )  # fmt: skip
 
     @property
@@ -98,35 +101,44 @@ class PairRows(DataSettings):
         sees nor the fingerprint.
         """
         row_count = _row_count(self, shards)
-        tokenised, train, held = self._read(tokenizer, cache)
+        split = self._read(tokenizer, cache)
+        tokenised, train = split.rows, split.train
         branched, plain = (tokens_per_pair(tokenised, branches) for branches in (True, False))
 
         @lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:  # the same for both layouts
-            batches = planning.order_batches(branched[train], self.batch, self.seed, epoch)
-            return np.where(batches < 0, -1, train[batches])
+            chosen = split.of_epoch(epoch)
+            keys = None if self.order_by is None else tokenised.order[chosen]
+            batches = planning.order_batches(branched[chosen], self.batch, self.seed, epoch, keys)
+            return np.where(batches < 0, -1, chosen[batches])
 
         saved = float(1 - branched[train].sum() / plain[train].sum())
         branches = self.layout == "branches" or (self.layout == "auto" and saved >= MIN_SAVING)
         tokens = branched if branches else plain
-        epochs = [order(epoch) for epoch in range(math.ceil(self.epochs))]
-        assigned = [planning.assign_rows(batches, tokens, row_count) for batches in epochs]
+
+        def batch_tokens(epoch: int) -> np.ndarray:
+            return np.where(order(epoch) < 0, 0, tokens[order(epoch)]).sum(1)
+
+        epochs = epochs_of(batch_tokens, alike=split.mixture is None)
+        steps = self.total_steps(epochs)
+        orders = [order(epoch) for epoch in range(epochs.locate(steps - 1)[0] + 1)]
+        assigned = [planning.assign_rows(batches, tokens, row_count) for batches in orders]
         shape = planning.row_shape(tokens, tokenised.reads.sum(1), assigned, row_count)
         layout = PairLayout(shards, shape, branches, self.extras)
-        pairs = PlannedPairs(self, tokenised, train, held, row_count, layout, order)
+        pairs = PlannedPairs(self, split, row_count, layout, order)
         info = SourceInfo(
-            steps=self.total_steps(len(order(0))),
+            steps=steps,
             steps_per_epoch=len(order(0)),
             fingerprint=_fingerprint(pairs),
-            preview=_preview(tokenised, int(train.min()), tokenizer),
+            preview=preview_pair(tokenised, int(train.min()), tokenizer),
             stats=_stats(pairs, saved),
             warnings=tokenised.warnings,
-            learned_ends=count_ids(_whole_ends(tokenised)),
+            learned_ends=count_ids(whole_ends(tokenised)),
         )
         return _source(info, pairs)
 
-    def _read(self, tokenizer: Any, cache: Path | None) -> tuple[TokenisedPairs, np.ndarray, np.ndarray]:
-        """Return all pairs, and the indices of the training and of the held-out ones."""
+    def _read(self, tokenizer: Any, cache: Path | None) -> SplitRows[TokenisedPairs]:
+        """Return all pairs, and which are for training and which are held out."""
 
         def tokenise(ref: str) -> TokenisedPairs:
             return tokenise_pairs(ref, self.token_settings, tokenizer, self.tokenising(cache))
@@ -135,12 +147,13 @@ class PairRows(DataSettings):
             least = 2 if self.third == "mismatched" else 1
             return held_out_pairs(pairs, self.seed, self.held_out_count(len(pairs), least))
 
-        pairs, train, held = split_rows(self, tokenise, held_out)
+        split = split_sources(self, tokenise, held_out)
         if not self.unpaired:
-            _require_both_responses(pairs)
+            _require_both_responses(split.rows)
         if self.third == "mismatched":
-            pairs = mismatch_responses(pairs, (train, held), self.seed, self.max_length)
-        return pairs, train, held
+            sides = split.train, split.held
+            split = replace(split, rows=mismatch_responses(split.rows, sides, self.seed, self.max_length))
+        return split
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
         """Return the shapes of the largest batch that the settings allow: responses of max_length in equally
@@ -152,7 +165,8 @@ class PairRows(DataSettings):
         length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
         shape = RowShape(length, length, self.batch - row_count + 1)
         layout = PairLayout(shards, shape, self.layout != "plain", self.extras)
-        return pair_batch_shapes(layout, self.kinds, self.micro, reference)
+        shapes = pair_batch_shapes(layout, self.kinds, self.micro, reference)
+        return with_sources(shapes, sources_with_metrics(self.train))
 
 
 @dataclass(frozen=True)
@@ -173,19 +187,31 @@ class PairStats(RowStats):
 
 @dataclass(frozen=True)
 class PlannedPairs:
-    """All pairs, which are for training and which are held out, the layout of their rows, and the order of
-    the batches.
+    """All pairs, the layout of their rows, and the order of the batches.
 
     row_count: rows of all microbatches together. order: the pairs of each batch of an epoch.
     """
 
     settings: PairRows
-    tokenised: TokenisedPairs
-    train: Int[np.ndarray, " train"]
-    held: Int[np.ndarray, " held"]
+    split: SplitRows[TokenisedPairs]
     row_count: int
     layout: PairLayout
     order: Callable[[int], Int[np.ndarray, "batches size"]]
+
+    @property
+    def tokenised(self) -> TokenisedPairs:
+        """All pairs."""
+        return self.split.rows
+
+    @property
+    def train(self) -> Int[np.ndarray, " train"]:
+        """Indices of the training pairs."""
+        return self.split.train
+
+    @property
+    def held(self) -> Int[np.ndarray, " held"]:
+        """Indices of the held-out pairs."""
+        return self.split.held
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, " pairs"]:
@@ -209,6 +235,7 @@ class PairSource(FixedSource[Pairs]):
         pairs, layout, plan = self.pairs, self.pairs.layout, self._rows_of(step)
         means = batch_means(pairs.tokenised, plan.members, pairs.settings.weighting)
         flat = fill_pairs(pairs.tokenised, plan, replace(layout, rows=pairs.row_count), means)
+        flat = with_sources(flat, pairs.split.train_names, pairs.split.sources)
         micro = pairs.settings.micro
         return jax.tree.map(lambda x: x.reshape(micro, layout.rows, *x.shape[1:]), flat), {}
 
@@ -226,7 +253,7 @@ class PairSource(FixedSource[Pairs]):
         prompts: list[Prompt] = []
         for batch in self.held_out:
             for row in range(batch.ids.shape[1]):
-                prompts += _prompts_of_row(batch, row, count - len(prompts))
+                prompts += prompts_of_row(batch, row, count - len(prompts))
         return prompts
 
     def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
@@ -247,7 +274,8 @@ class PairSource(FixedSource[Pairs]):
 
         logps: of every pair, as `values` has them.
         """
-        return _source(self.info, replace(self.pairs, tokenised=self.pairs.tokenised.with_reference(logps)))
+        split = replace(self.pairs.split, rows=self.pairs.tokenised.with_reference(logps))
+        return _source(self.info, replace(self.pairs, split=split))
 
     def _rows_of(self, step: int) -> RowPlan:
         """Return the plan of the rows of one step."""
@@ -255,7 +283,9 @@ class PairSource(FixedSource[Pairs]):
         epoch, k = divmod(step, int(self.info.steps_per_epoch))
         batch = pairs.order(epoch)[k : k + 1]
         (members,), (row,) = planning.assign_rows(batch, pairs.tokens, pairs.row_count)
-        return planning.plan_rows(members, row, pairs.row_count)
+        plan = planning.plan_rows(members, row, pairs.row_count)
+        planning.check_fit(plan, pairs.tokens, pairs.tokenised.reads.sum(1), pairs.layout.shape)
+        return plan
 
 
 def _source(info: SourceInfo, pairs: PlannedPairs) -> PairSource:
@@ -263,28 +293,8 @@ def _source(info: SourceInfo, pairs: PlannedPairs) -> PairSource:
     shapes = pair_batch_shapes(
         pairs.layout, tokenised.kinds, pairs.settings.micro, tokenised.reference is not None
     )
+    shapes = with_sources(shapes, pairs.split.train_names)
     return PairSource(info, (shapes,), _evaluation_batches(pairs, pairs.held), pairs)
-
-
-def _prompts_of_row(batch: Pairs, row: int, count: int) -> list[Prompt]:
-    """Return up to `count` prompts of a row with their chosen response."""
-    prompts = []
-    kinds = len(batch.kinds)
-    for slot in np.flatnonzero(batch.pair_weights[0, row] > 0)[:count]:
-        where = np.flatnonzero(batch.responses[0, row] == slot * kinds + batch.kinds.index("chosen"))
-        if not len(where):
-            continue
-        last = batch.read[0, row, where[0]]
-        inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
-        ids = batch.ids[0, row, inside[0] : last + 1].tolist()
-        prompts.append(Prompt(ids, batch.targets[0, row, where].tolist()))
-    return prompts
-
-
-def _whole_ends(pairs: TokenisedPairs) -> Int[np.ndarray, " responses"]:
-    """Return the last target of each response that is not truncated."""
-    ends = pairs.ends[~pairs.truncated]
-    return ends[ends >= 0]
 
 
 def _require_both_responses(pairs: TokenisedPairs) -> None:
@@ -321,7 +331,10 @@ def _evaluation_batches(pairs: PlannedPairs, members: Int[np.ndarray, " n"]) -> 
     plan = planning.fit_rows(members, pairs.tokens, tokenised.reads.sum(1), layout.shape)
     means = batch_means(tokenised, members, pairs.settings.weighting)
     parts = [plan.slice(start, start + layout.rows) for start in range(0, plan.rows, layout.rows)]
-    batches = (fill_pairs(tokenised, part, layout, means) for part in parts)
+    batches = (
+        with_sources(fill_pairs(tokenised, part, layout, means), pairs.split.held_names, pairs.split.sources)
+        for part in parts
+    )
     return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
 
 
@@ -340,27 +353,12 @@ def _fingerprint(pairs: PlannedPairs) -> str:
     return digest.hexdigest()[:32]
 
 
-def _preview(pairs: TokenisedPairs, pair: int, tokenizer: Any) -> str:
-    names = ("prompt", *pairs.kinds)
-    lines = [
-        f"{name}: {tokenizer.decode(pairs.piece(pair, number), skip_special_tokens=False)}"
-        for number, name in enumerate(names)
-        if name == "prompt" or pairs.counts[pair, number]
-    ]
-    moved = int(pairs.prompt_end_moved.sum())
-    if moved:
-        lines.append(
-            f"in {moved} of {len(pairs.prompt_end_moved)} pairs the response does not begin where the prompt "
-            "ends, because a token spans both"
-        )
-    return "\n".join(lines)
-
-
 def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
     """Count pairs, rows and tokens. saved: the fraction of the tokens that branches save."""
     tokenised, shape = pairs.tokenised, pairs.layout.shape
     lengths, reads = pairs.tokens[pairs.train], tokenised.reads[pairs.train]
-    total, rows = int(lengths.sum()), len(pairs.order(0)) * pairs.row_count
+    chosen = pairs.split.of_epoch(0)
+    total, rows = int(pairs.tokens[chosen].sum()), len(pairs.order(0)) * pairs.row_count
     truncated = int(tokenised.truncated.sum())
     fill = total / (rows * shape.length)
     paired = reads[(reads[:, :2] > 0).all(1)]
@@ -372,10 +370,11 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         largest_id=tokenised.largest_id,
         summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens "
         f"({100 * fill:.0f} % full), "
-        f"{len(pairs.held)} held out, {tokenised.dropped} dropped as too long, {truncated} truncated",
+        f"{len(pairs.held)} held out, {tokenised.dropped} dropped as too long, {truncated} truncated"
+        f"{pairs.split.summary}",
         learned=learned_line(
-            int(tokenised.responses[pairs.train].sum()),
-            int(tokenised.learned_responses[pairs.train].sum()),
+            int(tokenised.responses[chosen].sum()),
+            int(tokenised.learned_responses[chosen].sum()),
             f"{truncated:,} pairs are truncated to data.max_length={pairs.settings.max_length}"
             if truncated
             else "all responses are whole",

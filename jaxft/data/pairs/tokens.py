@@ -36,7 +36,7 @@ from jaxft.data.row_files import Row
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, Tokenising, tokenise_dataset
 from jaxft.data.tokens import TokenisedRows, last_targets, row_fields
 
-VERSION = ("pairs", 6)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 7)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,6 @@ class TokenisedPairs(TokenisedRows):
     hashes: UInt64[np.ndarray, "pairs K"]
     prompt_end_moved: Bool[np.ndarray, " pairs"]
     extras: Float[np.ndarray, "pairs columns"]
-    weights: Float[np.ndarray, " pairs"]
     reference: Float[np.ndarray, " tokens"] | None = None
 
     @cached_property
@@ -133,6 +132,7 @@ def pair_columns(settings: PairTokenSettings) -> ColumnTypes:
         "learned_responses": ColumnType(np.int32),
         "prompt_end_moved": ColumnType(np.bool_),
         "weights": ColumnType(np.float64),
+        "order": ColumnType(np.float64),
         "source": ColumnType(np.int32),
         "number": ColumnType(np.int64),
     }
@@ -201,11 +201,13 @@ def _tokenise(
             if tokens is None:
                 continue
             border, responses, flags = tokens
+            flags |= {} if pair.weight else {"learned_responses": 0}
             _append_pieces(columns, pair, border, responses)
             for name, value in {
                 "index": number,
                 "extras": pair.extras,
                 "weights": pair.weight,
+                "order": pair.order,
                 **flags,
             }.items():
                 columns[name].append(value)

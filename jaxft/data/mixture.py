@@ -1,0 +1,272 @@
+"""Several sources of rows, as in data=a.jsonl,b.parquet:0.3,org/name:train:0.2: their names and weights, and
+which rows of each an epoch takes, a pure function of (numbers of rows, weights, seed, epoch).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxft.data.pack import permutation, ranges
+from jaxft.data.rows import SUFFIXES, find_data
+from jaxft.data.settings import DataSettings
+from jaxft.data.tokens import TokenisedRows
+
+SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
+
+
+# ---- names and weights
+
+
+@dataclass(frozen=True)
+class SourceRef:
+    """A dataset, see rows.read_rows, and its share of an epoch's rows; None: every row once.
+
+    name: of its metrics.
+    """
+
+    ref: str
+    share: float | None
+    name: str
+
+
+def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ...]:
+    """Return the sources that a setting names, separated by commas, with their shares.
+
+    A weight follows a colon: a number behind a file, a folder or a hub dataset with or without a split.
+    Weights are divided by their sum. If only some sources have weights, these are fractions, and the others
+    divide the rest evenly. Raises ValueError for other weights.
+    """
+    if "," not in text or _find(text) is not None:
+        head, weight = _split_weight(text, setting)
+        if weight is not None and _find(head) is not None:
+            raise ValueError(
+                f"{setting}={text}: a weight needs several sources, as in a.jsonl:0.7,b.jsonl:0.3; remove it"
+            )
+        return (SourceRef(text, None, _name(text)),)
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise ValueError(f"{setting}={text}: nothing between two commas; name a file or a dataset")
+    found = [_split_weight(item, setting) for item in items]
+    refs = [ref for ref, _ in found]
+    twice = next((ref for ref in refs if refs.count(ref) > 1), None)
+    if twice:
+        raise ValueError(f"{setting}={text}: {twice} is named twice; name it once, with a larger weight")
+    names = [_name(ref) for ref in refs]
+    names = [name if names.count(name) == 1 else ref for name, ref in zip(names, refs, strict=True)]
+    shares = _shares(text, setting, refs, [weight for _, weight in found])
+    return tuple(map(SourceRef, refs, shares, names))
+
+
+def _find(ref: str) -> Path | None:
+    """Return a file or folder, None also for a list of sources that is too long for the name of a file."""
+    try:
+        return find_data(ref)
+    except OSError:
+        return None
+
+
+def held_out_refs(text: str) -> list[str]:
+    """Return the datasets that data.held_out names. Raises ValueError for weights, which it has none of."""
+    sources = parse_sources(text, "data.held_out")
+    if any(source.share is not None for source in sources):
+        raise ValueError(f"data.held_out={text}: held-out rows have no weights; remove them")
+    return [source.ref for source in sources]
+
+
+def _split_weight(item: str, setting: str) -> tuple[str, float | None]:
+    """Return a dataset and its weight, None without one."""
+    head, colon, tail = item.rpartition(":")
+    if not colon or _find(item) is not None:
+        return item, None
+    try:
+        weight = float(tail)
+    except ValueError:
+        file = _find(head)
+        if file is None or file.is_dir():  # a split of a hub dataset, or a file that does not exist
+            return item, None
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ValueError(
+            f"{setting}: {item} has the weight {tail!r}; use a number above 0, such as {head}:0.3"
+        )
+    return head, weight
+
+
+def _shares(
+    text: str, setting: str, refs: Sequence[str], weights: Sequence[float | None]
+) -> list[float | None]:
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return [None] * len(weights)
+    total, missing = sum(given), len(weights) - len(given)
+    if not missing:
+        return [weight / total for weight in given]
+    if total >= 1:
+        bare = next(ref for ref, weight in zip(refs, weights, strict=True) if weight is None)
+        raise ValueError(
+            f"{setting}={text}: the weights add up to {total:g}, which leaves nothing for {bare}; give every "
+            "source a weight, or weights below 1 in all"
+        )
+    return [(1 - total) / missing if weight is None else weight for weight in weights]
+
+
+def _name(ref: str) -> str:
+    """Return what metrics of a dataset are named: a file without its suffix, a folder, a hub dataset."""
+    path, parts = Path(ref), ref.partition(":")[0].split("/")
+    if _find(ref) is None and path.suffix not in SUFFIXES:
+        return parts[min(1, len(parts) - 1)]
+    return path.stem if path.suffix in SUFFIXES else path.name
+
+
+def sources_with_metrics(text: str) -> tuple[str, ...]:
+    """Return the names of several sources, () for one, which has no metrics of its own."""
+    sources = parse_sources(text)
+    return tuple(source.name for source in sources) if len(sources) > 1 else ()
+
+
+def source_names(text: str) -> str:
+    """Return the names of the files and datasets that a setting names, for model cards."""
+    return ", ".join(Path(source.ref).name for source in parse_sources(text))
+
+
+# ---- the rows of an epoch
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources with weights. An epoch has as many rows as all sources together, `counts` of them of each.
+
+    A source is read in a random order, on and on: what one epoch leaves the next one takes, and after its
+    last row it starts again in another order. rows: the numbers of each source's rows.
+    """
+
+    rows: tuple[Int[np.ndarray, " _"], ...]
+    counts: tuple[int, ...]
+    seed: int
+
+    def of_epoch(self, epoch: int) -> Int[np.ndarray, " rows"]:
+        """Return the rows of an epoch, those of each source one after the other."""
+        return np.concatenate([self._of_source(number, epoch) for number in range(len(self.rows))])
+
+    def _of_source(self, number: int, epoch: int) -> Int[np.ndarray, " count"]:
+        rows, count = self.rows[number], self.counts[number]
+        first, skipped = divmod(epoch * count, len(rows))
+        passes = range(first, first + -(-(skipped + count) // len(rows)))
+        orders = [permutation(len(rows), self.seed, 6, number, turn) for turn in passes]
+        return rows[np.concatenate(orders)[skipped : skipped + count]]
+
+
+def make_mixture(
+    rows: Sequence[Int[np.ndarray, " _"]], sources: Sequence[SourceRef], seed: int
+) -> Mixture | None:
+    """Return the mixture of sources with weights, None for sources without any.
+
+    The counts are the shares of all rows, rounded so that they add up (largest remainders). Raises ValueError
+    for a source that would get no row.
+    """
+    shares = [source.share for source in sources if source.share is not None]
+    if not shares:
+        return None
+    empty = next((source.ref for source, own in zip(sources, rows, strict=True) if not len(own)), None)
+    if empty is not None:
+        raise ValueError(f"{empty}: all of its rows are held out; lower data.held_out, or add rows")
+    total = sum(map(len, rows))
+    exact = np.array(shares) * total
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    most = np.argsort(counts - exact, kind="stable")[: total - counts.sum()]
+    counts[most] += 1
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise ValueError(
+                f"{source.ref}: its weight, {source.share:g} of the sum of weights, is less than one of "
+                f"the {total} rows of an epoch; raise it, or leave the source out"
+            )
+    return Mixture(tuple(rows), tuple(counts.tolist()), seed)
+
+
+# ---- training and held-out rows of all sources
+
+
+@dataclass(frozen=True)
+class SplitRows(Generic[SomeRows]):
+    """The tokenised rows of all sources, and which are for training and which are held out.
+
+    sources: the number of each example's source, of the training or of the held-out ones. train_names,
+    held_names: of sources that have metrics of their own; () for one alone.
+    """
+
+    rows: SomeRows
+    train: Int[np.ndarray, " train"]
+    held: Int[np.ndarray, " held"]
+    sources: Int[np.ndarray, " examples"]
+    train_names: tuple[str, ...]
+    held_names: tuple[str, ...]
+    mixture: Mixture | None
+
+    def of_epoch(self, epoch: int) -> Int[np.ndarray, " n"]:
+        """Return the training examples of an epoch; a row of a mixture may be among them more than once."""
+        if self.mixture is None:
+            return self.train
+        first = self.mixture.of_epoch(epoch)
+        starts = np.flatnonzero(self.rows.begins_row)
+        pieces = np.diff(np.append(starts, len(self.rows)))[np.searchsorted(starts, first)]
+        return ranges(first, pieces)
+
+    @property
+    def summary(self) -> str:
+        """The rows of an epoch by source, for the start of a run; "" for sources without weights."""
+        if self.mixture is None:
+            return ""
+        each = zip(self.mixture.counts, self.mixture.rows, self.train_names, strict=True)
+        parts = [f"{count} of {len(rows)} rows of {name}" for count, rows, name in each]
+        return f"; an epoch takes {', '.join(parts)}"
+
+
+def split_sources(
+    settings: DataSettings, tokenise: Callable[[str], SomeRows], held_out: Callable[[SomeRows], np.ndarray]
+) -> SplitRows[SomeRows]:
+    """Read all sources and split them into training and held-out rows.
+
+    tokenise(ref): reads a dataset. held_out(examples): a mask of those of one source to hold out if
+    data.held_out is a fraction.
+    """
+    sources = parse_sources(settings.train)
+    parts = [tokenise(source.ref) for source in sources]
+    masks = [
+        _held_out_mask(settings, source.ref, part, held_out)
+        for source, part in zip(sources, parts, strict=True)
+    ]
+    numbers = [np.full(len(part), number, np.int16) for number, part in enumerate(parts)]
+    names = held_names = sources_with_metrics(settings.train)
+    if isinstance(settings.held_out, str) and settings.holds_out:
+        held_parts = [tokenise(ref) for ref in held_out_refs(settings.held_out)]
+        held_names = sources_with_metrics(settings.held_out)
+        parts += held_parts
+        masks += [np.ones(len(part), bool) for part in held_parts]
+        numbers += [np.full(len(part), number, np.int16) for number, part in enumerate(held_parts)]
+    rows = parts[0]
+    for part in parts[1:]:
+        rows = rows.concatenate(part)
+    mask, starts = np.concatenate(masks), np.cumsum([0, *map(len, parts)])
+    own = [starts[i] + np.flatnonzero(~masks[i] & parts[i].begins_row) for i in range(len(sources))]
+    return SplitRows(
+        rows, np.flatnonzero(~mask), np.flatnonzero(mask), np.concatenate(numbers), names, held_names,
+        make_mixture(own, sources, settings.seed),
+    )  # fmt: skip
+
+
+def _held_out_mask(
+    settings: DataSettings, ref: str, part: SomeRows, held_out: Callable[[SomeRows], np.ndarray]
+) -> np.ndarray:
+    if not settings.holds_out or isinstance(settings.held_out, str):
+        return np.zeros(len(part), bool)
+    if part.begins_row.sum() < 2:
+        raise ValueError(
+            f"{ref}: data.held_out={settings.held_out} cannot split a single row; set data.held_out=none"
+        )
+    return held_out(part)
