@@ -13,21 +13,19 @@ A step has 16 packed rows of 4096 tokens in `micro` microbatches. Needs access t
 Hardware: a GPU of 80 GB, or of 10 GB with quant=nf4 micro=16 remat=full; not measured.
 """
 
-from collections.abc import Callable
-
 from jaxft.data.sft import Rows
-from jaxft.objectives.sft import sft
-from jaxft.optim.optimizer import Optim, adafactor, adamw
-from jaxft.train.recipes import FINETUNING, LLAMA_8B, DType, GpuKnobs, RowKnobs
+from jaxft.optim.optimizer import MakeRule, Optim
+from jaxft.optim.rules import adafactor, adamw
+from jaxft.train.recipes import FINETUNING, LLAMA_8B, DType, GpuKnobs, RowKnobs, SftKnobs
 from jaxft.train.settings import Run
 
 
 def config(
     base: GpuKnobs = GpuKnobs(LLAMA_8B),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=2, epochs=2.0, max_length=4096),
+    loss: SftKnobs = SftKnobs(),
     name: str = "llama31_8b_sft",
-    optimizer: Callable
-    | None = None,  # adamw for LoRA, adafactor in full; others are in jaxft.optim.low_precision
+    optimizer: MakeRule | None = None,  # adamw for LoRA, adafactor in full
     params: DType = "float32",  # in full: how the weights are stored
     fused_backward: bool = False,  # in full: updates layers in the backward pass, with micro=1 remat=full
 ) -> Run:
@@ -39,4 +37,10 @@ def config(
         layerwise=base.full,
         fused_backward=fused_backward,
     )
-    return Run(name=name, objective=sft, params=params, **base.sharded_run(optim=optim), **rows.source(Rows))
+    return Run(
+        name=name,
+        objective=loss.objective(),
+        params=params,
+        **base.sharded_run(optim=optim),
+        **rows.source(Rows),
+    )

@@ -12,15 +12,15 @@ Hardware: a GPU of 16 GB; not measured.
 """
 
 from jaxft.data.sft import Rows
-from jaxft.objectives.sft import sft
-from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs, SftKnobs
 from jaxft.train.settings import Run
 
 
 def config(
     base: GpuKnobs = GpuKnobs("meta-llama/Llama-3.2-1B-Instruct"),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=4, epochs=2.0, max_length=2048),
+    loss: SftKnobs = SftKnobs(),
     name: str = "llama32_sft",
 ) -> Run:
     """SFT of a 1B or 3B model."""
-    return Run(name=name, objective=sft, **base.sharded_run(), **rows.source(Rows))
+    return Run(name=name, objective=loss.objective(), **base.sharded_run(), **rows.source(Rows))

@@ -15,15 +15,15 @@ Hardware: a GPU of 24 GB; 60 s for a million tokens on an H100 (planned).
 """
 
 from jaxft.data.sft import Rows
-from jaxft.objectives.sft import sft
-from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs, SftKnobs
 from jaxft.train.settings import Run
 
 
 def config(
     base: GpuKnobs = GpuKnobs("mistralai/Mistral-7B-Instruct-v0.3"),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=4, epochs=2.0, max_length=4096),
+    loss: SftKnobs = SftKnobs(),
     name: str = "mistral_7b_sft",
 ) -> Run:
     """SFT of Mistral 7B."""
-    return Run(name=name, objective=sft, **base.sharded_run(), **rows.source(Rows))
+    return Run(name=name, objective=loss.objective(), **base.sharded_run(), **rows.source(Rows))

@@ -15,15 +15,15 @@ Hardware: a GPU of 24 GB; 40 s for a million tokens on an H100 (planned).
 """
 
 from jaxft.data.sft import Rows
-from jaxft.objectives.sft import sft
-from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs, SftKnobs
 from jaxft.train.settings import Run
 
 
 def config(
     base: GpuKnobs = GpuKnobs("Qwen/Qwen3-4B"),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=2, epochs=2.0, max_length=4096),
+    loss: SftKnobs = SftKnobs(),
     name: str = "qwen3_4b_sft",
 ) -> Run:
     """SFT of Qwen3-4B."""
-    return Run(name=name, objective=sft, **base.sharded_run(), **rows.source(Rows))
+    return Run(name=name, objective=loss.objective(), **base.sharded_run(), **rows.source(Rows))

@@ -11,15 +11,15 @@ Hardware: 2 CPU cores, 2 GB; 6 minutes.
 """
 
 from jaxft.data.sft import Rows
-from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, LoraKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, LoraKnobs, RowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
     base: LoraKnobs = LoraKnobs(),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=1, epochs=3.0),
+    loss: SftKnobs = SftKnobs(),
     name: str = "sft",
     lr: float = 2e-3,
 ) -> Run:
@@ -27,7 +27,7 @@ def config(
     return Run(
         name=name,
         **base.sections(),
-        objective=sft,
+        objective=loss.objective(),
         data=Rows(**rows.settings()),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=40, save_every=40),

@@ -10,15 +10,15 @@ Hardware: 2 CPU cores, 4 GB; 7 minutes.
 """
 
 from jaxft.data.sft import Rows
-from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, GENERAL, FullKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, GENERAL, FullKnobs, RowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
     base: FullKnobs = FullKnobs(),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=4, epochs=3.0),
+    loss: SftKnobs = SftKnobs(),
     name: str = "sft_full",
     lr: float = 5e-5,
     train: str = "base/.*",  # a path pattern; base/layers/.* freezes the embedding table and the last norm
@@ -27,7 +27,7 @@ def config(
     return Run(
         name=name,
         **base.sections(),
-        objective=sft,
+        objective=loss.objective(),
         data=Rows(**rows.settings()),
         train=train,
         optim=Optim(lr=lr, weight_decay=0.01),

@@ -25,7 +25,15 @@ from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.cache import Cache, NextToken, decode_layers, prefill_layers, repeat_cache
 from jaxft.nn.layer_attention import Attend, AttentionLayers
-from jaxft.nn.layers import biased_linear, embed_tokens, gated_mlp, rms_norm, saveable, split_keys
+from jaxft.nn.layers import (
+    biased_linear,
+    embed_tokens,
+    gated_mlp,
+    neftune_noise,
+    rms_norm,
+    saveable,
+    split_keys,
+)
 from jaxft.nn.matmul import accumulation_dtype, gather_layer, head_params, lm_head
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
 from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, scan_layers
@@ -120,11 +128,20 @@ def _final_norm(d: Decoder, params: Params, h: Array) -> Array:
     return d.architecture.norm(h, params["final_norm"], d.options.config.norm_eps, d.options.dtype)
 
 
-def hidden(d: Decoder, params: Params, tokens: Batch, key: Array | None = None) -> Float[Array, "B T D"]:
-    """Return the hidden states after the final norm, in the compute dtype."""
+def hidden(
+    d: Decoder, params: Params, tokens: Batch, key: Array | None = None, neftune: float = 0.0
+) -> Float[Array, "B T D"]:
+    """Return the hidden states after the final norm, in the compute dtype. neftune: alpha of the noise that
+    is added to the (scaled) embeddings if there is a key.
+    """
     check_context_divides(tokens.ids.shape[1])
-    keys = None if key is None else jax.random.split(key, d.options.config.layers)
+    layers = d.options.config.layers
+    keys = None if key is None else jax.random.split(key, layers)
     h = _embed(d, params, tokens.ids)
+    if key is not None and neftune:
+        noise = neftune_noise(jax.random.fold_in(key, layers), tokens.segments, h.shape[-1], neftune)
+        wide = accumulation_dtype(h.dtype)
+        h = (h.astype(wide) + noise.astype(wide)).astype(h.dtype)
     options = LayerOptions(d.architecture.attention, d.options.remat)
     h = scan_layers(_one_layer(d), h, params["layers"], tokens, keys, options)
     return _final_norm(d, params, h)

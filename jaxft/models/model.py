@@ -75,8 +75,8 @@ class Model:
     weight_names: path -> (tensor name in Hugging Face files, with {i} for the layer; whether transposed).
     attention: rope, window and soft cap of each layer.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
-    hidden(params, tokens, key=None) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or Rollout.
-        key: for dropout; None disables it.
+    hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or
+        Rollout. key: for dropout and for the embeddings' noise of NEFTune's alpha; None disables both.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, size) -> (h [B, T, D], cache with slots for `size` tokens per row).

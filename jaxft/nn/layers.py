@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
 from jaxft.nn.matmul import Weight, accumulation_dtype, from_bits, gather_weight, linear, to_bits
@@ -29,6 +29,19 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Arra
     if isinstance(table, QTensor):
         return take_rows(gather_weight(table, TABLE), ids).astype(dtype)
     return _embed_spread(table, ids, jnp.dtype(dtype))
+
+
+def neftune_noise(
+    key: Key[Array, ""], segments: Int[Array, "B T"], width: int, alpha: float
+) -> Float[Array, "B T D"]:
+    """Return NEFTune's noise (Jain et al. 2024, arXiv:2310.05914): uniform in [-1, 1] times
+    `alpha / sqrt(L D)`, with L the number of tokens of the example that a token belongs to; 0 at padding.
+    """
+    B, T = segments.shape
+    counts = jax.vmap(lambda row: jnp.zeros(T + 1, jnp.int32).at[row].add(1))(segments)
+    lengths = jnp.take_along_axis(counts, segments, axis=1).astype(jnp.float32)
+    scale = jnp.where(segments > 0, alpha / jnp.sqrt(lengths * width), 0.0)
+    return jax.random.uniform(key, (B, T, width), jnp.float32, -1.0, 1.0) * scale[..., None]
 
 
 TABLE = ("vocab", "table_width")

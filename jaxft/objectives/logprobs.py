@@ -1,7 +1,7 @@
 """Log-probs of target tokens, computed in chunks so that the logits of all tokens never exist at once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
 from jaxft.nn.param import Specs, is_spec
+from jaxft.objectives.target_loss import CROSS_ENTROPY, TargetLoss
 from jaxft.tree import Params, struct
 
-Graded = tuple[Literal["logp", "entropy"], ...]  # fields of LogProbs with a gradient
+Graded = tuple[Literal["logp", "entropy", "lse", "mean_logit"], ...]  # fields of LogProbs with a gradient
 Axes = tuple[tuple[str, ...], ...]  # logical axes of each leaf
 
 CHUNK_LOGITS = 2**23  # elements of a chunk's logits per device: 32 MiB in float32
@@ -31,7 +32,7 @@ class LanguageModel(Protocol):
 
     @property
     def hidden(self) -> Callable[..., Array]:
-        """`hidden(params, tokens, key=None) -> [B, T, D]`, after the final norm."""
+        """`hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D]`, after the final norm."""
 
     @property
     def head(self) -> Callable[[Any], Any]:
@@ -50,8 +51,8 @@ class LanguageModel(Protocol):
 class LogProbs:
     """Log-prob and related values of each target token, in float32 or wider.
 
-    logp has a gradient, and entropy if it is in token_logps' `graded`. lse (log-sum-exp of the logits), top1
-    (is the target the most likely token), log_sum_p2 (log sum_v p_v^2) and mean_logit (over the vocabulary)
+    logp has a gradient; entropy, lse (log-sum-exp of the logits) and mean_logit (over the vocabulary) if they
+    are in token_logps' `graded`. top1 (is the target the most likely token) and log_sum_p2 (log sum_v p_v^2)
     have none.
     """
 
@@ -84,19 +85,21 @@ def token_logps(
     return jax.tree.map(lambda x: x[:, : targets.shape[1]], out)
 
 
-def weighted_logp(
+def weighted_loss(
     model: LanguageModel,
     params: Params,
     h_BMD: Float[Array, "B M D"],
     targets: Int[Array, "B M"],
     weights: Float[Array, "B M"],
+    loss: TargetLoss = CROSS_ENTROPY,
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """(sum of weights * log-prob, LogProbs without gradient): token_logps for weights that are known
-    beforehand.
+    """(sum of weights * loss of a token, LogProbs without gradient): token_logps for a loss of each token
+    that is known beforehand.
 
     The head's gradient too is then computed while a chunk's logits exist, and nothing runs twice.
     """
     head, plan, pad = _plan(model, params, h_BMD, ("logp",))
+    plan = replace(plan, loss=loss)
     total, out = _weighted(plan, head, *(_padded(x, pad) for x in (h_BMD, targets, weights)))
     return total, jax.lax.stop_gradient(jax.tree.map(lambda x: x[:, : targets.shape[1]], out))
 
@@ -104,13 +107,14 @@ def weighted_logp(
 @dataclass(frozen=True)
 class ChunkPlan:
     """The static arguments of a pass over the head: its logits function, the number of chunks, its leaves'
-    logical axes.
+    logical axes, the graded fields, the loss of weighted_loss.
     """
 
     logits: Callable[[Params, Array], Array]
     count: int
     axes: Axes
     graded: Graded
+    loss: TargetLoss = CROSS_ENTROPY
 
 
 def _plan(
@@ -198,7 +202,17 @@ def _entropy_slope(p: Array, targets: Array) -> Array:
     return -p * (log_p - jnp.sum(p * log_p, -1, keepdims=True))
 
 
-_SLOPES = {"logp": _slope, "entropy": _entropy_slope}
+def _lse_slope(p: Array, targets: Array) -> Array:
+    """d lse / d logits = p."""
+    return p
+
+
+def _mean_slope(p: Array, targets: Array) -> Array:
+    """d mean_logit / d logits = 1 / V."""
+    return jnp.full_like(p, 1 / p.shape[-1])
+
+
+_SLOPES = {"logp": _slope, "entropy": _entropy_slope, "lse": _lse_slope, "mean_logit": _mean_slope}
 
 
 def _chunked_fwd(plan: ChunkPlan, head: Params, h: Array, targets: Array):
@@ -275,7 +289,7 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted(plan: ChunkPlan, head: Params, h: Array, targets: Array, weights: Array):
     out = _chunked(plan, head, h, targets)
-    return jnp.sum(weights.astype(out.logp.dtype) * out.logp), out
+    return jnp.sum(weights.astype(out.logp.dtype) * plan.loss.value(out)), out
 
 
 def _weighted_fwd(plan: ChunkPlan, head, h, targets, weights):
@@ -294,7 +308,7 @@ def _weighted_fwd(plan: ChunkPlan, head, h, targets, weights):
         def block(x, t, weight):
             logits, pull = jax.vjp(lambda f, x: plan.logits(_filled(structure, leaves, f), x), floats, x)
             out, p = _read(logits, t)
-            return out, pull(_slope(p, t) * weight[..., None])
+            return out, pull(plan.loss.slope(p, t, out) * weight[..., None])
 
         out, (dw, dx) = _by_block(block, *chunk)
         rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), (out, dx))
@@ -303,17 +317,18 @@ def _weighted_fwd(plan: ChunkPlan, head, h, targets, weights):
     chunks = tuple(_chunks(x, plan.count) for x in (h, targets, weights))
     total, (out, dh) = jax.lax.scan(body, start, chunks)
     out = jax.tree.map(_rows, out)
-    return (jnp.sum(weights * out.logp), out), (_reduced(structure, plan.axes, total), _rows(dh), out.logp)
+    losses = plan.loss.value(out)
+    return (jnp.sum(weights * losses), out), (_reduced(structure, plan.axes, total), _rows(dh), losses)
 
 
 def _weighted_bwd(plan: ChunkPlan, residuals, g):
-    dhead, dh, logp = residuals
+    dhead, dh, losses = residuals
     scale = g[0]
     return (
         jax.tree.map(lambda x: x * scale.astype(x.dtype), dhead),
         dh * scale.astype(dh.dtype),
         None,
-        scale * logp,
+        scale * losses,
     )
 
 

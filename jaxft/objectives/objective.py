@@ -38,6 +38,7 @@ class Facts:
     reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the
         policy, "precomputed" the policy at step 0 with its log-probs in the batch.
     dropout: whether the policy may be trained with dropout.
+    noise: the training loss is random without dropout too: it needs `forward`'s key.
     temperature: the sampling temperature that its log-probs assume, None for any.
     kl_in_rewards: the KL penalty is subtracted from the rewards, and aux["kl_coef"] is its coefficient.
     critic: `score` returns values, and a batch carries returns and value weights.
@@ -49,6 +50,7 @@ class Facts:
     coupled: bool = False
     reference: Literal["none", "start", "moving", "precomputed"] = "none"
     dropout: bool = True
+    noise: bool = False
     temperature: float | None = None
     kl_in_rewards: bool = False
     critic: bool = False

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxft.distributed.sharding import constrain, num_shards
-from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, token_logps, weighted_logp
+from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, token_logps, weighted_loss
+from jaxft.objectives.target_loss import TargetLoss
 from jaxft.tree import Params, static, struct
 
 
@@ -136,18 +137,19 @@ def read_logps(
     return jax.tree.map(lambda x: _in_order(x, sharding), out)
 
 
-def weighted_read_logp(
+def weighted_read_loss(
     model: LanguageModel,
     params: Params,
     h_BTD: Float[Array, "B T D"],
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]],
+    loss: TargetLoss,
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """weighted_logp at read positions. reads: positions, targets and weights."""
+    """weighted_loss at read positions. reads: positions, targets and weights."""
     read, targets, weights = reads
     sharding = read_sharding(read, h_BTD.shape[1])
     h = gather_read(h_BTD, read, sharding)
     if sharding is None:
-        return weighted_logp(model, params, h, targets, weights)
+        return weighted_loss(model, params, h, targets, weights, loss)
     targets, weights = (_by_shard(_to_slots(x, sharding), sharding) for x in (targets, weights))
-    total, out = weighted_logp(model, params, h, targets, weights)
+    total, out = weighted_loss(model, params, h, targets, weights, loss)
     return total, jax.tree.map(lambda x: _in_order(x, sharding), out)

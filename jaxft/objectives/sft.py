@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: weighted cross-entropy of the target tokens."""
+"""Supervised fine-tuning: weighted cross-entropy of the target tokens, and its variants."""
 
 from typing import Any
 
@@ -7,69 +7,122 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
-from jaxft.objectives.logprobs import LanguageModel, LogProbs
+from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs
 from jaxft.objectives.metrics import ENTROPY, LOSS, TOKEN_ACCURACY, Sum, losses_by_source
-from jaxft.objectives.objective import Objective, Scores
-from jaxft.objectives.read_positions import read_logps, weighted_read_logp
+from jaxft.objectives.objective import Facts, Objective, Scores
+from jaxft.objectives.read_positions import read_logps, weighted_read_loss
+from jaxft.objectives.target_loss import TargetLoss
 from jaxft.tree import Aux, Metrics, Params, static, struct
+
+NLL = "nll_loss"
 
 
 @struct
 class Outputs:
-    """The forward pass of a batch. Only `logp` has a gradient."""
+    """The forward pass of a batch. Only `logp` has a gradient, and with label smoothing or z-loss `lse` and
+    `mean_logit`, which are None without.
+    """
 
     logp: Float[Array, "B M"]
     entropy: Float[Array, "B M"]
     top1: Float[Array, "B M"]
     weight: Float[Array, "B M"]
     sources: Int[Any, "B M"] | None = None
+    lse: Float[Array, "B M"] | None = None
+    mean_logit: Float[Array, "B M"] | None = None
     source_names: tuple[str, ...] = static(default=())
 
 
-def sft(model: LanguageModel) -> Objective:
-    """`loss = -sum_t w_t log p(target_t | tokens before)`, with the batch's token weights, which sum to 1
-    over a step.
+def sft(
+    model: LanguageModel,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    dft: bool = False,
+    neftune: float = 0.0,
+) -> Objective:
+    """`loss = sum_t w_t loss(target_t | tokens before)`, with the batch's token weights, which sum to 1 over
+    a step. The loss of a token is its cross-entropy; label_smoothing, z_loss and dft change it, see
+    TargetLoss.
 
-    Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens with a weight, and
-    loss/NAME for each of several sources.
+    neftune: alpha of the noise that training adds to the embeddings (Jain et al. 2024, arXiv:2310.05914):
+    each element is uniform in [-1, 1] times alpha / sqrt(L D), with L the tokens of the example, in packed
+    rows too.
+
+    Held-out rows have the plain cross-entropy as their loss, and no noise. Metrics, TRL's names: loss,
+    entropy and mean_token_accuracy as means over the tokens with a weight; nll_loss, the cross-entropy, where
+    the loss is another one; loss/NAME, the cross-entropy of each of several sources.
     """
+    token_loss = TargetLoss(label_smoothing, z_loss, dft)
+    if not 0 <= neftune < float("inf"):
+        raise ValueError(f"neftune={neftune} is not finite and at least 0; use an alpha such as 5")
+    graded = _graded(token_loss)
+    noise = {"neftune": neftune} if neftune else {}
 
     def logprobs(params: Params, batch: Tokens, key: Array | None) -> LogProbs:
-        h = model.hidden(params, batch, key)
-        return read_logps(model, params, h, (batch.read, batch.targets))
+        h = model.hidden(params, batch, key, **noise)
+        return read_logps(model, params, h, (batch.read, batch.targets), graded)
 
     def forward(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> Outputs:
-        return _outputs(logprobs(params, batch, key), batch)
+        return _outputs(logprobs(params, batch, key), batch, graded)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        value = jnp.sum(outputs.weight * token_loss.value(outputs))
+        return value, _metrics(value, outputs, token_loss)
+
+    def eval_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         value = -jnp.sum(outputs.weight * outputs.logp)
-        return value, _metrics(value, outputs)
+        return value, _metrics(value, outputs, TargetLoss())
 
     def one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
         # The weights are known beforehand, so the head's gradient is computed while a chunk's logits are in
         # memory.
-        reads = batch.read, batch.targets, batch.token_weights
-        total, lp = weighted_read_logp(model, params, model.hidden(params, batch, key), reads)
-        return -total, _metrics(-total, _outputs(lp, batch))
+        reads, h = (batch.read, batch.targets, batch.token_weights), model.hidden(params, batch, key, **noise)
+        total, lp = weighted_read_loss(model, params, h, reads, token_loss)
+        return total, _metrics(total, _outputs(lp, batch, ()), token_loss)
 
     def score(params: Params, batch: Tokens, aux: Aux) -> Scores:
         return Scores(logprobs(params, batch, None).logp)
 
-    return Objective(forward, loss, score=score, one_pass=one_pass)
+    return Objective(
+        forward,
+        loss,
+        score=score,
+        eval_loss=None if token_loss.is_plain else eval_loss,
+        one_pass=one_pass,
+        facts=Facts(noise=neftune > 0),
+    )
 
 
-def _outputs(lp: LogProbs, batch: Tokens) -> Outputs:
+def _graded(loss: TargetLoss) -> Graded:
+    """Return the fields of LogProbs whose gradient a loss needs."""
+    if loss.label_smoothing:
+        return ("logp", "lse", "mean_logit")
+    return ("logp", "lse") if loss.z_loss else ("logp",)
+
+
+def _outputs(lp: LogProbs, batch: Tokens, graded: Graded) -> Outputs:
     without_gradient = jax.lax.stop_gradient((lp.entropy, lp.top1, batch.token_weights.astype(lp.logp.dtype)))
-    return Outputs(lp.logp, *without_gradient, batch.sources, batch.source_names)
+    return Outputs(
+        lp.logp,
+        *without_gradient,
+        sources=batch.sources,
+        lse=lp.lse if "lse" in graded else None,
+        mean_logit=lp.mean_logit if "mean_logit" in graded else None,
+        source_names=batch.source_names,
+    )
 
 
-def _metrics(loss: Array, outputs: Outputs) -> Metrics:
-    trained = (outputs.weight > 0).astype(outputs.weight.dtype)
+def _metrics(loss: Array, outputs: Outputs, token_loss: TargetLoss) -> Metrics:
+    weight = outputs.weight
+    trained = (weight > 0).astype(weight.dtype)
     count = jnp.sum(trained)
     metrics = {
-        LOSS: Sum(loss, jnp.sum(outputs.weight)),
+        LOSS: Sum(loss, jnp.sum(weight)),
         ENTROPY: Sum(jnp.sum(trained * outputs.entropy), count),
         TOKEN_ACCURACY: Sum(jnp.sum(trained * outputs.top1), count),
         **losses_by_source(-outputs.logp, outputs.weight, outputs.sources, outputs.source_names),
     }
+    if not token_loss.is_plain:
+        metrics[NLL] = Sum(-jnp.sum(weight * outputs.logp), jnp.sum(weight))
     return jax.lax.stop_gradient(metrics)

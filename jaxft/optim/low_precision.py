@@ -1,6 +1,6 @@
 """AdamW with moments in 8-bit blocks, or in bfloat16 with stochastic rounding.
 
-`optim.optimizer=jaxft.optim.low_precision:adamw_8bit` needs a quarter of the memory of Adam's float32
+`optim.optimizer=adamw_8bit` needs a quarter of the memory of Adam's float32
 moments, `adamw_bf16` half of it.
 """
 
@@ -17,7 +17,7 @@ from jaxft import tree
 from jaxft.distributed.sharding import is_multi_device
 from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
-from jaxft.optim.optimizer import UpdateRule, check_adam, with_decay
+from jaxft.optim.rules import UpdateRule, check_adam, with_decay
 from jaxft.optim.update import stochastically_rounded
 from jaxft.tree import OptState, Params, struct
 

@@ -1,20 +1,18 @@
-"""The Optimizer type, its settings and schedules; AdamW, Adafactor, and transformations that read parameter
-axes.
-"""
+"""The Optimizer type, its settings, and how an optimizer is built from them."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.param import ParamSpec, Specs, is_spec
+from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
+from jaxft.optim.averaging import Averaging, ema
 from jaxft.optim.layerwise import (
     LayerParts,
     init_layerwise,
@@ -24,52 +22,12 @@ from jaxft.optim.layerwise import (
     no_layer_parts,
     update_layerwise,
 )
+from jaxft.optim.rules import UpdateRule, adamw, check_adam, mask_of_matrices
+from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
+from jaxft.optim.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
-from jaxft.tree import Grads, Mask, OptState, Params
-
-
-def constant_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up to lr, then constant; `end` is ignored."""
-    return _after_warmup(lr, warmup, optax.constant_schedule(lr))
-
-
-def linear_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up to lr, then linear decay to `end * lr` at the last step."""
-    return _after_warmup(lr, warmup, optax.linear_schedule(lr, end * lr, _steps_after_peak(warmup, steps)))
-
-
-def cosine_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up to lr, then cosine decay to `end * lr` at the last step."""
-    down = optax.cosine_decay_schedule(lr, _steps_after_peak(warmup, steps), alpha=end)
-    return _after_warmup(lr, warmup, down)
-
-
-def _after_warmup(lr: float, warmup: int, then: optax.Schedule) -> optax.Schedule:
-    """`lr * (k + 1) / warmup` at steps k = 0 .. warmup - 1, so that no step has rate 0; `then` starts at the
-    last of them.
-    """
-    if warmup < 2:
-        return then
-    rising = optax.linear_schedule(lr / warmup, lr, warmup - 1)
-    return optax.join_schedules([rising, then], [warmup - 1])
-
-
-def _steps_after_peak(warmup: int, steps: int) -> int:
-    """Steps from the first with the full rate to the last."""
-    return max(1, steps - max(1, warmup))
-
-
-class UpdateRule(NamedTuple):
-    """An optax transformation with facts about its updates and state. rowwise: the update of a row depends on
-    no other row, so that a large matrix may be updated in blocks of rows. replicated: fields of its state
-    that every device stores in full if their shape differs from their parameter's (factored moments, scales);
-    other fields of another shape are an error on a mesh, see state_sharding.
-    """
-
-    transform: optax.GradientTransformation
-    rowwise: bool = False
-    replicated: tuple[str, ...] = ()
+from jaxft.tree import Grads, OptState, Params
 
 
 class Optimizer(NamedTuple):
@@ -79,7 +37,8 @@ class Optimizer(NamedTuple):
     finite. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not `info.finite`, to
     which the caller has added `check`. schedule(step) -> learning rate. name: for messages and the model
     card. layerwise: stacked layers are updated one after the other; fused_backward: inside the backward pass,
-    through `parts`. replicated: see UpdateRule.
+    through `parts`. replicated: see UpdateRule. averaged(opt_state, params) -> the parameters that are
+    evaluated and exported; None for params themselves.
     """
 
     init: Callable[[Params], OptState]
@@ -91,35 +50,12 @@ class Optimizer(NamedTuple):
     layerwise: bool = False
     fused_backward: bool = False
     replicated: tuple[str, ...] = ()
+    averaged: Callable[[OptState, Params], Params] | None = None
 
 
-def adamw(
-    schedule: optax.Schedule,
-    specs: Specs,
-    weight_decay: float,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-) -> UpdateRule:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; decay on matrices only."""
-    check_adam(b1, b2, eps)
-    adam = optax.scale_by_adam(b1, b2, eps)
-    return UpdateRule(with_decay(adam, schedule, specs, weight_decay), rowwise=True)
-
-
-def adafactor(schedule: optax.Schedule, specs: Specs, weight_decay: float) -> UpdateRule:
-    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, clipped updates.
-
-    Updates are clipped at RMS 1 per layer. The learning rate is absolute (no multiplication by the
-    parameter's scale) and there is no first moment.
-    """
-    one_layer = optax.chain(
-        optax.scale_by_factored_rms(factored=True, decay_rate=0.8, min_dim_size_to_factor=128),
-        optax.clip_by_block_rms(1.0),
-    )
-    transform = with_decay(apply_per_layer(one_layer, specs), schedule, specs, weight_decay)
-    return UpdateRule(transform, replicated=("v_row", "v_col", "v"))
+LORA_B = tree.regex("(.*/)?adapter/.*/b", "optim.lora_plus")
+MakeRule = Annotated[Callable[..., UpdateRule | optax.GradientTransformation], ShortNames.of(OPTIMIZERS)]
+MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)]
 
 
 @dataclass(frozen=True)
@@ -127,13 +63,18 @@ class Optim:
     """Optimizer settings.
 
     optimizer: `(schedule, specs, weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation`, with
-    its hyper-parameters as keyword arguments: adamw, adafactor, those of low_precision, your own, or
-    `partial(adamw, b1=0.8)`; or an optimizer of optax, such as `optax:lion`. b1, b2, eps: passed to an
-    optimizer that has them; None for its default.
-    schedule: constant_schedule, linear_schedule, cosine_schedule or your own. warmup: fraction of the steps
-    with a rising learning rate. end: the schedule's last value as a fraction of lr. clip: largest global
-    gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a leaf's updates are
-    multiplied by the factor of the first pattern that matches it (LoRA+: `(("adapter/.*/b", 16.0),)`).
+    its hyper-parameters as keyword arguments: adamw, adafactor, muon, lion, schedule_free_adamw, those of
+    low_precision, your own, or `partial(adamw, b1=0.8)`; or an optimizer of optax, such as `optax:lamb`. b1,
+    b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None for its default.
+    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
+    warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
+    lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
+    leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
+    of the adapters' b as a multiple of that of a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the
+    paper), where no pattern of lr_groups matches it.
+    ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
+    skip_spikes: (standard deviations, steps): a step is skipped if its loss or gradient norm is that far
+    above the mean of so many steps before it, see spikes.py.
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
     results are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
     backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
@@ -142,8 +83,8 @@ class Optim:
     """
 
     lr: float = 2e-4
-    optimizer: Callable[..., UpdateRule | optax.GradientTransformation] = adamw
-    schedule: Callable[..., optax.Schedule] = cosine_schedule
+    optimizer: MakeRule = adamw
+    schedule: MakeSchedule = cosine_schedule
     warmup: float = 0.05
     end: float = 0.1
     b1: float | None = None
@@ -152,63 +93,91 @@ class Optim:
     weight_decay: float = 0.0
     clip: float | None = 1.0
     lr_groups: tuple[tuple[str, float], ...] = ()
+    lora_plus: float | None = None
+    ema: float | None = None
+    skip_spikes: tuple[float, int] | None = None
+    optimizer_kwargs: tuple[tuple[str, float | None], ...] = ()
+    schedule_kwargs: tuple[tuple[str, float], ...] = ()
     layerwise: bool = False
     fused_backward: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lr < 3.4e38 or 0 < self.lr < 1.2e-38:
-            raise ValueError(f"optim.lr={self.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
-        check_adam(**{"b1": 0.0, "b2": 0.0, "eps": 1.0, **self.hyper})
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"optim.weight_decay={self.weight_decay} must be finite and at least 0")
-        if not 0 <= self.end <= 1:
-            raise ValueError(f"optim.end={self.end} is not between 0 and 1")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"optim.warmup={self.warmup} is a fraction of the steps; use 0 to 1")
-        if self.clip is not None and not 0 < self.clip < float("inf"):
-            raise ValueError(
-                f"optim.clip={self.clip} is not finite and above 0; use a positive norm, or none"
-            )
-        for pattern, factor in self.lr_groups:
-            if not 0 <= factor < float("inf"):
-                raise ValueError(
-                    f"optim.lr_groups has factor {factor} for {pattern!r}; it must be finite and at least 0"
-                )
+        check_adam(**{"b1": 0.0, "b2": 0.0, "eps": 1.0, **self._adam})
+        _check_ranges(self)
         if self.fused_backward and self.clip is not None:
             raise ValueError(
                 "optim.fused_backward updates layers before the global gradient norm is known, and "
                 f"optim.clip={self.clip} needs it; set optim.clip=none, or optim.fused_backward=false"
             )
-        try:
-            of_optax = takes_learning_rate(self.optimizer)
-            given_first = (self.schedule,) if of_optax else (self.schedule, None, self.weight_decay)
-            inspect.signature(self.optimizer).bind(*given_first, **self.hyper)
-        except (TypeError, ValueError) as error:  # of bind, or a partial's arguments do not fit
-            given = ", ".join(f"optim.{name}={value}" for name, value in self.hyper.items())
+        if self.fused_backward and self.skip_spikes is not None:
             raise ValueError(
-                f"optim.optimizer={name_of(self.optimizer)} can't be called as (schedule, specs, weight_decay"
-                f"{', **hyper' if given else ''}): {error}{f'; leave out {given}' if given else ''}"
-            ) from error
-        if of_optax and self.weight_decay and not decays_by_mask(self.optimizer):
-            raise ValueError(
-                f"optim.optimizer={name_of(self.optimizer)} has no weight decay that leaves out norms; set "
-                f"optim.weight_decay=0, got {self.weight_decay}"
+                "optim.fused_backward updates layers before the global gradient norm is known, and "
+                "optim.skip_spikes needs it; set one of them to false or none"
             )
+        _check_optimizer(self)
 
     @property
-    def hyper(self) -> dict[str, float]:
-        """Hyper-parameters that override the optimizer's defaults."""
+    def _adam(self) -> dict[str, float]:
         settings = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
         return {name: value for name, value in settings.items() if value is not None}
 
+    @property
+    def hyper(self) -> dict[str, float | None]:
+        """Hyper-parameters that override the optimizer's defaults."""
+        return {**self._adam, **dict(self.optimizer_kwargs)}
 
-def check_adam(b1: float, b2: float, eps: float) -> None:
-    """Raise ValueError for hyper-parameters of Adam that are out of range."""
-    for name, beta in (("b1", b1), ("b2", b2)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"optim.{name}={beta} is out of range; use 0 <= {name} < 1")
-    if not 1e-37 < eps < 3.4e38:  # float32, in which the smallest numbers count as 0
-        raise ValueError(f"optim.eps={eps} is not above 0 and finite in float32; use one such as 1e-8")
+
+def _check_ranges(o: Optim) -> None:
+    """Raise ValueError for a number that is out of range."""
+    if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
+        raise ValueError(f"optim.lr={o.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
+    if not 0 <= o.weight_decay < float("inf"):
+        raise ValueError(f"optim.weight_decay={o.weight_decay} must be finite and at least 0")
+    if not 0 <= o.end <= 1:
+        raise ValueError(f"optim.end={o.end} is not between 0 and 1")
+    if not 0 <= o.warmup <= 1:
+        raise ValueError(f"optim.warmup={o.warmup} is a fraction of the steps; use 0 to 1")
+    if o.clip is not None and not 0 < o.clip < float("inf"):
+        raise ValueError(f"optim.clip={o.clip} is not finite and above 0; use a positive norm, or none")
+    for pattern, factor in o.lr_groups:
+        if not 0 <= factor < float("inf"):
+            raise ValueError(
+                f"optim.lr_groups has factor {factor} for {pattern!r}; it must be finite and at least 0"
+            )
+    if o.lora_plus is not None and not 0 < o.lora_plus < float("inf"):
+        raise ValueError(f"optim.lora_plus={o.lora_plus} is not finite and above 0; use a ratio such as 16")
+    if o.ema is not None and not 0 < o.ema < 1:
+        raise ValueError(f"optim.ema={o.ema} is not between 0 and 1; use a decay such as 0.999, or none")
+    if o.skip_spikes is not None and not (0 < o.skip_spikes[0] < float("inf") and o.skip_spikes[1] >= 4):
+        raise ValueError(
+            f"optim.skip_spikes={o.skip_spikes[0]},{o.skip_spikes[1]}: use a number of standard deviations "
+            "above 0 and at least 4 steps, such as 6,128"
+        )
+
+
+def _check_optimizer(o: Optim) -> None:
+    """Raise ValueError unless the optimizer can be called with the settings."""
+    twice = [name for name, _ in o.optimizer_kwargs if name in o._adam]
+    if twice:
+        raise ValueError(f"optim.{twice[0]} and optim.optimizer_kwargs set the same; remove one of them")
+    try:
+        of_optax = takes_learning_rate(o.optimizer)
+        first = (o.schedule,) if of_optax else (o.schedule, None, o.weight_decay)
+        inspect.signature(o.optimizer).bind(*first, **o.hyper)
+    except (TypeError, ValueError) as error:  # of bind, or a partial's arguments do not fit
+        given = ", ".join(
+            [f"optim.{name}={value}" for name, value in o._adam.items()]
+            + [f"optim.optimizer_kwargs={name}:{value}" for name, value in o.optimizer_kwargs]
+        )
+        raise ValueError(
+            f"optim.optimizer={name_of(o.optimizer)} can't be called as (schedule, specs, weight_decay"
+            f"{', **hyper' if given else ''}): {error}{f'; leave out {given}' if given else ''}"
+        ) from error
+    if of_optax and o.weight_decay and not decays_by_mask(o.optimizer):
+        raise ValueError(
+            f"optim.optimizer={name_of(o.optimizer)} has no weight decay that leaves out norms; set "
+            f"optim.weight_decay=0, got {o.weight_decay}"
+        )
 
 
 def name_of(fn: Callable) -> str:
@@ -225,25 +194,60 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
     """
     layerwise = o.layerwise or o.fused_backward
     rule_specs = jax.tree.map(_one_layer, specs, is_leaf=is_spec) if layerwise else specs
-    try:
-        schedule = promoting(o.schedule(o.lr, o.end, round(o.warmup * steps), steps))
-    except TypeError as error:
-        raise ValueError(
-            f"optim.schedule={name_of(o.schedule)} does not take (lr, end, warmup, steps); "
-            "use constant_schedule, linear_schedule or cosine_schedule"
-        ) from error
-    rule = make_rule(o, schedule, rule_specs)
-    chain: list[optax.GradientTransformation] = [clip_by_global_norm(o.clip)] if o.clip is not None else []
-    chain.append(rule.transform)
-    if o.lr_groups:
-        chain.append(scale_groups(o.lr_groups, rule_specs))
-    transform, name = in_float32(optax.chain(*chain)), name_of(o.optimizer)
+    schedule = make_schedule(o, steps)
+    rule, name = make_rule(o, schedule, rule_specs), name_of(o.optimizer)
+    moves = rule.transform
+    rates = rate_groups(o, rule_specs)
+    if rates:
+        moves = optax.chain(moves, scale_groups(rates, rule_specs))
+    averaging = _averaging(o, rule)
+    if averaging is not None:
+        moves = averaging.wrap(moves)
+    clipping = [] if o.clip is None else [clip_by_global_norm(o.clip)]
+    transform = in_float32(optax.chain(*clipping, moves))
+    averaged = None if averaging is None else averaging.averaged
     if not layerwise:
-        return from_optax(transform, schedule, name, rule.replicated)
+        return from_optax(transform, schedule, name, rule.replicated)._replace(averaged=averaged)
     groups = layer_groups(specs, rule.rowwise)
     init, parts = partial(init_layerwise, transform, groups), layerwise_parts(transform, groups)
     check, update = partial(layers_stay_finite, parts), partial(update_layerwise, parts)
-    return Optimizer(init, check, update, schedule, name, parts, True, o.fused_backward, rule.replicated)
+    made = Optimizer(init, check, update, schedule, name, parts, True, o.fused_backward, rule.replicated)
+    return made._replace(averaged=averaged)
+
+
+def make_schedule(o: Optim, steps: int) -> optax.Schedule:
+    """Build the schedule of a run of `steps` steps. Raises ValueError for arguments that it does not take."""
+    arguments = (o.lr, o.end, round(o.warmup * steps), steps)
+    try:
+        return promoting(o.schedule(*arguments, **dict(o.schedule_kwargs)))
+    except TypeError as error:
+        given = "".join(f", {name}" for name, _ in o.schedule_kwargs)
+        raise ValueError(
+            f"optim.schedule={name_of(o.schedule)} does not take (lr, end, warmup, steps{given}); "
+            f"use {', '.join(SCHEDULES)}{', and change optim.schedule_kwargs' if given else ''}"
+        ) from error
+
+
+def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
+    """Return `o.lr_groups`, and the group of `o.lora_plus` where these specs have a LoRA b."""
+    if o.lora_plus is None or not any(map(LORA_B.fullmatch, spec_paths(specs))):
+        return o.lr_groups
+    return (*o.lr_groups, (LORA_B.pattern, o.lora_plus))
+
+
+def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
+    """Return how weights are averaged, None for not at all. Raises ValueError for what does not combine."""
+    if rule.averaging is None:
+        return None if o.ema is None else ema(o.ema)
+    name = f"optim.optimizer={name_of(o.optimizer)}"
+    if o.ema is not None:
+        raise ValueError(f"{name} averages the weights itself; set optim.ema=none, got {o.ema}")
+    if o.schedule is not constant_schedule:
+        raise ValueError(
+            f"{name} averages instead of lowering the learning rate; set optim.schedule=constant, got "
+            f"{name_of(o.schedule)}"
+        )
+    return rule.averaging
 
 
 def takes_learning_rate(optimizer: Callable) -> bool:
@@ -263,7 +267,7 @@ def make_rule(o: Optim, schedule: optax.Schedule, specs: Specs) -> UpdateRule:
     Raises ValueError for what is not an optimizer or cannot update parameters of these shapes.
     """
     name, of_optax = name_of(o.optimizer), takes_learning_rate(o.optimizer)
-    masked = {"weight_decay": o.weight_decay, "mask": mask_of_matrices(specs)}
+    masked: dict[str, object] = {"weight_decay": o.weight_decay, "mask": mask_of_matrices(specs)}
     arguments = (schedule,) if of_optax else (schedule, specs, o.weight_decay)
     extra = masked if of_optax and decays_by_mask(o.optimizer) else {}
     try:
@@ -309,41 +313,9 @@ def from_optax(
     return Optimizer(transform.init, check, update, schedule, name, parts, replicated=replicated)
 
 
-def promoting(schedule: optax.Schedule) -> optax.Schedule:
-    """Evaluate an optax schedule with standard dtype promotion, even if JAX is set to strict promotion."""
-
-    def learning_rate(step: Array) -> Array:
-        with standard_promotion():
-            return schedule(step)
-
-    return learning_rate
-
-
 def _one_layer(s: ParamSpec) -> ParamSpec:
     """Return the spec of one layer of a stacked parameter."""
     if "layers" not in s.axes:
         return s
     i = s.axes.index("layers")
     return replace(s, shape=(*s.shape[:i], *s.shape[i + 1 :]), axes=(*s.axes[:i], *s.axes[i + 1 :]))
-
-
-def decay_mask(specs: Specs) -> Mask:
-    """Return True for matrices (two axes, not counting stacked layers). Norms and scalars are not decayed."""
-    return jax.tree.map(lambda s: len(s.axes) - ("layers" in s.axes) >= 2, specs, is_leaf=is_spec)
-
-
-def mask_of_matrices(specs: Specs) -> Callable[[Params], Any]:
-    """Return a function from parameters, None at some leaves, to their decay mask."""
-    decayed = tree.paths(decay_mask(specs))
-    return lambda params: tree.map_with_path(lambda path, _: decayed[path], params)
-
-
-def with_decay(
-    direction: optax.GradientTransformation, schedule: optax.Schedule, specs: Specs, weight_decay: float
-) -> optax.GradientTransformation:
-    """Chain a direction, decoupled weight decay of matrices, and the negative learning rate."""
-    return optax.chain(
-        direction,
-        optax.add_decayed_weights(weight_decay, mask_of_matrices(specs)),
-        optax.scale_by_learning_rate(schedule),
-    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxft.data.shipped import ROOT
+from jaxft.optim.short_names import ShortNames
 from jaxft.runs.record import union_members
 from jaxft.tree import nearest
 
@@ -123,10 +124,13 @@ def load_callable(text: str) -> Any:
 
 def describe_kind(kind: Any) -> str:
     """Describe how a value of an annotation is written on the command line, for help and errors."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    members = union_members(kind)
+    members, short = union_members(kind), short_names(kind)
     if len(members) > 1:
         return " or ".join(map(describe_kind, members))
+    if short:
+        return f"one of {', '.join(short)}, or {CALLABLE}"
+    kind = members[0]
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
@@ -141,7 +145,14 @@ def describe_kind(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
+def short_names(kind: Any) -> dict[str, str]:
+    """Return the short names that an annotation declares, {} for none."""
+    marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
+    return {name: full for mark in marks if isinstance(mark, ShortNames) for name, full in mark.pairs}
+
+
 def _is_callable(kind: Any) -> bool:
+    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
     return collections.abc.Callable in (kind, typing.get_origin(kind))
 
 
@@ -152,7 +163,10 @@ def parse_value(text: str, kind: Any) -> Any:
         return None
     if len(members) > 1:
         return _parse_union(text, kind, members)
-    kind = members[0]
+    short = short_names(kind)
+    if short and ":" not in text and text not in short:
+        raise ValueError(f"{text!r} is none of {', '.join(short)}; use one, or {CALLABLE}")
+    kind, text = members[0], short.get(text, text)
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if _is_callable(kind):
         return load_callable(text)

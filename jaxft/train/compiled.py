@@ -14,7 +14,7 @@ from jaxft.objectives.metrics import LOSS, FloatMetrics
 from jaxft.runs.report import Evaluation, Sample
 from jaxft.train import samples
 from jaxft.train.members import Job
-from jaxft.train.programs import compile_eval, compile_metrics, compile_step
+from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
 from jaxft.tree import Batch, Metrics, Params
 
 States = tuple[TrainState, ...]  # of the members of a job
@@ -28,7 +28,9 @@ class Compiled:
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     evaluate and general: metrics of the held-out rows and of the general text, {} without any. sample:
     completions of held-out prompts. last_loss(states, batch): the loss of a training batch, in a forward pass
-    without dropout; {} with held-out rows, whose loss is computed after the last step anyway.
+    without dropout; {} with held-out rows, whose loss is computed after the last step anyway. averaged: the
+    states with the weights that are evaluated and exported, such as their moving average; the functions above
+    take those.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
@@ -36,19 +38,24 @@ class Compiled:
     general: Callable[[States], list[dict[str, float]]]
     sample: Callable[[States], list[list[Sample]]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
+    averaged: Callable[[States], States]
 
     def held_out_metrics(self, states: States) -> list[dict[str, float]]:
-        """Metrics of the held-out rows under their names in the log."""
+        """Metrics of the held-out rows under their names in the log, with averaged weights."""
+        return self._held_out_metrics(self.averaged(states))
+
+    def _held_out_metrics(self, states: States) -> list[dict[str, float]]:
         return [
             {f"eval_{name}": value for name, value in metrics.items()} for metrics in self.evaluate(states)
         ]
 
     def evaluation(self, states: States) -> list[Evaluation]:
         """Evaluate held-out rows, general text and sample completions, before the first and after the last
-        step.
+        step, with averaged weights.
         """
+        states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
-        held_out = self.held_out_metrics(states)
+        held_out = self._held_out_metrics(states)
         metrics = [{**own, **more} for own, more in zip(held_out, general, strict=True)]
         samples = self.sample(states)
         return [Evaluation(metrics=own, samples=texts) for own, texts in zip(metrics, samples, strict=True)]
@@ -81,7 +88,12 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
         last_loss = partial(
             losses_of_batch, lambda states, rows: [of_rows(states[0], rows)], source.shapes[-1]
         )
-    return Compiled(step, evaluate, lambda states: [general(states[0])], sample, last_loss)
+    average = compile_averaged(p)
+
+    def averaged(states: States) -> States:
+        return (average(states[0]),)
+
+    return Compiled(step, evaluate, lambda states: [general(states[0])], sample, last_loss, averaged)
 
 
 def no_losses(states: States, batch: Batch) -> list[FloatMetrics]:

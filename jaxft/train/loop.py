@@ -118,9 +118,9 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
         # ---------- The model after training: evaluation, weights, model card ----------
         after, finished = evaluate_end(job, compiled, states, saved.get("last_faults"), logs)
-        weights = export_members(job, states, frozen, finished)
+        weights = export_members(job, compiled.averaged(states), frozen, finished)
         del states  # make room for the best step's state
-        export_best(job, checkpoints, frozen, after, logs)
+        export_best(job, checkpoints, compiled, frozen, after, logs)
         write_reports(job, logs, weights, saved["before"], after)
         return 0 if all(finished) else 1
 

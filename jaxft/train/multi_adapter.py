@@ -71,8 +71,10 @@ def combine_objectives(
 ) -> MultiAdapter:
     """Return the objectives as one.
 
-    Raises ValueError for a wrong `at_once` and for several kinds of reference.
+    Raises ValueError for a wrong `at_once`, for several kinds of reference and for NEFTune.
     """
+    if any(o.facts.noise for o in objectives):
+        raise ValueError("neftune needs noise of each adapter's own, which a sweep has not; set neftune=0")
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
     kinds = [o.facts.reference for o in objectives]
@@ -169,7 +171,7 @@ def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -
         objective.for_evaluation().loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
         for k, objective in enumerate(adapters.objectives)
     ]
-    return _stack_metrics(found, _union(found))
+    return stack_metrics(found)
 
 
 def own_params(params: Params) -> Params:
@@ -283,7 +285,7 @@ def _loss(
     def block_loss(first: int, parts: list[Outputs]) -> tuple[Array, Metrics]:
         found = [objectives[first + g].loss(parts[g], aux[first + g]) for g in range(G)]
         total = sum((loss for loss, _ in found[1:]), found[0][0])
-        return total, _stack_metrics([metrics for _, metrics in found], names)
+        return total, stack_metrics([metrics for _, metrics in found], names)
 
     branches = [partial(block_loss, first) for first in range(0, len(objectives), G)]
     return branches[0](parts) if len(branches) == 1 else jax.lax.switch(block.number, branches, parts)
@@ -294,8 +296,11 @@ def _union(found: Sequence[Metrics]) -> Metrics:
     return {name: metric for metrics in found for name, metric in metrics.items()}
 
 
-def _stack_metrics(found: Sequence[Metrics], names: Metrics) -> Metrics:
-    """Metrics [K] with these names; one that an objective does not have is neutral."""
+def stack_metrics(found: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
+    """Stack metrics to [K] each. names: a metric of every name, by default of those that any has; one that an
+    adapter does not have is neutral.
+    """
+    names = _union(found) if names is None else names
     whole = [
         {name: metrics.get(name) or neutral({name: like})[name] for name, like in names.items()}
         for metrics in found

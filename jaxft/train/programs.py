@@ -1,7 +1,7 @@
 """The programs of a run as shapes: the jitted steps, and the shardings of everything that they work on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from jaxft.nn.attention import attention_line
 from jaxft.nn.flash_attention import AttentionRule
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
-from jaxft.optim.optimizer import Optimizer, make_optimizer
+from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups
+from jaxft.optim.spikes import skip_spikes
 from jaxft.optim.state_sharding import state_shardings
 from jaxft.runs.report import ModelSummary, StepRows
 from jaxft.train import evaluate, partition
@@ -87,7 +88,10 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         )
     make = partial(make_optimizer, run.optim, steps=steps)
     specs = parts.trainable_specs
+    _check_lora_plus(run, specs)
     optimizer = freezable(make, specs) if objective.facts.freezes_policy else make(specs)
+    if run.optim.skip_spikes is not None:
+        optimizer = skip_spikes(optimizer, *run.optim.skip_spikes)
     trainable, frozen = partition.split_params(parts, storage.sharded_shapes(parts.stored, mesh))
     opt_state = jax.eval_shape(optimizer.init, trainable)
     opt_state = _with_shardings(opt_state, state_shardings(optimizer, opt_state, trainable, mesh))
@@ -120,6 +124,15 @@ def _check_dropout(run: Run, objective: Objective) -> None:
             f"adapter.dropout={run.adapter.dropout}: "
             "this objective compares log-probs with those at sampling, "
             "which has no dropout. Set adapter.dropout=0."
+        )
+
+
+def _check_lora_plus(run: Run, specs: param.Specs) -> None:
+    """Raise ValueError for a learning rate of LoRA's b in a run that trains none."""
+    ratio = run.optim.lora_plus
+    if ratio is not None and not rate_groups(Optim(lora_plus=ratio), specs):
+        raise ValueError(
+            f"optim.lora_plus={ratio} is for the b of LoRA adapters, and this run trains none; set it to none"
         )
 
 
@@ -202,6 +215,16 @@ def compile_step(p: Programs, *batches: Batch) -> TrainStep:
     if len(compiled) == 1:
         return next(iter(compiled.values()))
     return lambda state, frozen, batch: compiled[batch.ids.shape](state, frozen, batch)
+
+
+def compile_averaged(p: Programs) -> Callable[[TrainState], TrainState]:
+    """Return a function from a state to one with the parameters that are evaluated and exported."""
+    average = p.optimizer.averaged
+    if average is None:
+        return lambda state: state
+    shardings = jax.tree.map(lambda s: s.sharding, p.state.trainable)
+    compiled = jax.jit(average, out_shardings=shardings).lower(p.state.opt_state, p.state.trainable).compile()
+    return lambda state: replace(state, trainable=compiled(state.opt_state, state.trainable))
 
 
 def compile_eval(

@@ -5,6 +5,7 @@ A config takes a group as a parameter, and its fields become knobs of the recipe
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,10 @@ from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
+from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
+from jaxft.objectives.sft import sft
+from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.reward_models import find_reward_model
 from jaxft.train.settings import Loop
@@ -181,6 +185,25 @@ def choose_reference(
     if not declaration(loss).reads_reference:
         return None
     return "precomputed" if full else "start"
+
+
+# The loss of SFT
+
+
+@dataclass(frozen=True)
+class SftKnobs:
+    """Variants of the cross-entropy, and noise; see objectives.sft."""
+
+    label_smoothing: float = 0.0  # such as 0.1
+    z_loss: float = 0.0  # such as 1e-4
+    dft: bool = False  # dynamic fine-tuning: each token weighted by its probability
+    neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5
+
+    def objective(self) -> Callable[[Model], Objective]:
+        """The objective of a Run. Raises ValueError for a value out of range."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        TargetLoss(self.label_smoothing, self.z_loss, self.dft)
+        return partial(sft, **changed) if changed else sft
 
 
 # The rows

@@ -15,6 +15,7 @@ from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
 from jaxft.train import export, programs
+from jaxft.train.compiled import Compiled
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
@@ -53,7 +54,12 @@ def export_members(
 
 
 def export_best(
-    job: Job, saved: Checkpoints, frozen: tuple[Params, ...], after: list[Evaluation], logs: Logs
+    job: Job,
+    saved: Checkpoints,
+    compiled: Compiled,
+    frozen: tuple[Params, ...],
+    after: list[Evaluation],
+    logs: Logs,
 ) -> None:
     """Write `best/` for each member that has a checkpoint with a better held-out score than its last step."""
     for number, (member, end) in enumerate(zip(job.members, after, strict=True)):
@@ -61,7 +67,7 @@ def export_best(
         if best is None or last is None or not best[1] < last:
             continue
         restored: Any = saved.restore(job.abstract_states, best[0])
-        states = restored[0]
+        states = compiled.averaged(restored[0])
         params = tree.combine(states[number].trainable, frozen[number])
         folder = _export(member, params, job.tokenizer, member.folder / "best")
         name = f"{member.label}: " if member.label else ""
@@ -79,7 +85,7 @@ def write_reports(
     weights: the folders that `export_members` returned; without one there is no model card.
     """
     notes = [
-        m.programs.objective.report.summary(log.first, log.last) + log.alarms
+        m.programs.objective.report.summary(log.first, log.last) + _averages(m) + log.alarms
         for m, log in zip(job.members, logs.members, strict=True)
     ]
     table = ""
@@ -106,6 +112,14 @@ def write_reports(
     processes.barrier()  # the run is finished for all processes or for none
     for line in _result_lines(job, logs, weights, (before, after), notes, table):
         logs.message(line)
+
+
+def _averages(member: Member) -> list[str]:
+    """A line about weights that are averages over the steps; no line for weights as they were trained."""
+    if member.programs.optimizer.averaged is None:
+        return []
+    how = f"optim.ema={member.run.optim.ema}" if member.run.optim.ema else member.programs.optimizer.name
+    return [f"evaluated and exported weights are averages over the steps ({how})"]
 
 
 def _result_lines(

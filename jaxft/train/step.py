@@ -16,10 +16,12 @@ from jaxft.objectives.objective import Objective
 from jaxft.optim.freezable import FreezableState
 from jaxft.optim.fused_backward import fused_step
 from jaxft.optim.optimizer import Optimizer
+from jaxft.optim.spikes import SpikeState
 from jaxft.optim.update import StepInfo, to_float32
 from jaxft.train.watch import Watch
 from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 
+LOSS_SPIKES = "loss_spikes"
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
@@ -72,7 +74,7 @@ def apply_gradients(
     norm = optax.tree.norm(to_float32(grads))
     frozen = objective.frozen_policy(batch) if objective.facts.freezes_policy else None
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
-    info = StepInfo(norm, finite, rounding_key, frozen)
+    info = StepInfo(norm, finite, rounding_key, frozen, metrics["loss"].total)
     info = info._replace(finite=optimizer.check(grads, state.opt_state, state.trainable, info))
     updated = optimizer.update(grads, state.opt_state, state.trainable, info)
     return next_state(objective, optimizer, state, updated, info, metrics)
@@ -86,13 +88,19 @@ def next_state(
     info: StepInfo,
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
-    """Return the next step's state, and the metrics grad_norm, learning_rate and skipped.
+    """Return the next step's state, and the metrics grad_norm, learning_rate and skipped, and with
+    optim.skip_spikes loss_spikes, the fraction of the steps that were skipped as spikes.
 
     updated: new parameters and optimizer state. info: of the step that made them.
     """
     trainable, opt_state = updated
-    aux = objective.update(state.aux, trainable, metrics)
-    aux = jax.tree.map(lambda new, old: jnp.where(info.finite, new, old), aux, state.aux)
+    aux, moves = objective.update(state.aux, trainable, metrics), info.finite
+    spikes = {}
+    if isinstance(opt_state, SpikeState):
+        is_spike = opt_state.skipped > state.opt_state.skipped
+        moves = moves & ~is_spike
+        spikes = {LOSS_SPIKES: Sum(is_spike.astype(info.norm.dtype), jnp.ones((), info.norm.dtype))}
+    aux = jax.tree.map(lambda new, old: jnp.where(moves, new, old), aux, state.aux)
     bad = jnp.where(info.finite, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
     one = jnp.ones((), info.norm.dtype)
     counts = {
@@ -100,7 +108,7 @@ def next_state(
         "learning_rate": Sum(applied_rate(optimizer, state, info).astype(info.norm.dtype), one),
         "skipped": Sum((~info.finite).astype(info.norm.dtype), one),
     }
-    return TrainState(state.step + 1, trainable, opt_state, aux, bad), counts
+    return TrainState(state.step + 1, trainable, opt_state, aux, bad), {**counts, **spikes}
 
 
 def applied_rate(optimizer: Optimizer, state: TrainState, info: StepInfo) -> Float[Array, ""]:
@@ -108,10 +116,12 @@ def applied_rate(optimizer: Optimizer, state: TrainState, info: StepInfo) -> Flo
 
     The schedule counts updates: a step that was skipped or frozen is not one.
     """
-    if isinstance(state.opt_state, FreezableState):
-        rate = jnp.asarray(optimizer.schedule(state.opt_state.policy_updates))
-    else:
-        rate = jnp.asarray(optimizer.schedule(state.step - state.bad[0]))
+    opt_state, updates = state.opt_state, state.step - state.bad[0]
+    if isinstance(opt_state, SpikeState):
+        opt_state, updates = opt_state.wrapped, updates - opt_state.skipped
+    if isinstance(opt_state, FreezableState):
+        updates = opt_state.policy_updates
+    rate = jnp.asarray(optimizer.schedule(updates))
     return rate if info.frozen is None else jnp.where(info.frozen, jnp.zeros_like(rate), rate)
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
@@ -27,8 +26,9 @@ from jaxft.train.multi_adapter import (
     make_adapters_eval_step,
     make_update,
     own_params,
+    stack_metrics,
 )
-from jaxft.train.programs import sharded_batch
+from jaxft.train.programs import compile_averaged, sharded_batch
 from jaxft.tree import Batch, Metrics, Params
 
 
@@ -58,7 +58,12 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     def joint_step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
         return compiled(states, shared, sharding.shard_batch(p.mesh, batch))
 
-    return Compiled(joint_step, held_out, general, compile_samplers(job, frozen), last_loss)
+    averages = [compile_averaged(member.programs) for member in job.members]
+
+    def averaged(states: States) -> States:
+        return tuple(average(state) for average, state in zip(averages, states, strict=True))
+
+    return Compiled(joint_step, held_out, general, compile_samplers(job, frozen), last_loss, averaged)
 
 
 def make_step(adapters: MultiAdapter, job: Job) -> Callable:
@@ -73,7 +78,7 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
             update(state, k, grads, found, own[k])
             for k, (update, state) in enumerate(zip(updates, states, strict=True))
         ]
-        counts = jax.tree.map(lambda *x: jnp.stack(x), *[more for _, more in done])
+        counts = stack_metrics([more for _, more in done])
         return tuple(state for state, _ in done), {**found, **counts}
 
     return step

@@ -71,7 +71,7 @@ def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[s
             for value in found.values()
             if not math.isfinite(value)
         ]
-        for found in compiled.last_loss(states, batch)
+        for found in compiled.last_loss(compiled.averaged(states), batch)
     ]
 
 

@@ -120,7 +120,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     from jaxft.objectives.preference import preference
     from jaxft.objectives.preference_losses import dpo
     from jaxft.objectives.sft import sft
-    from jaxft.optim import optimizer
+    from jaxft.optim import optimizer, rules, schedules
     from jaxft.train.settings import Run
     from jaxft.weights import pretrained
 
@@ -146,8 +146,8 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
         quant=None if a.quant == "none" else Quant(a.quant),
         optim=optimizer.Optim(
             lr=1e-4,
-            optimizer=getattr(optimizer, a.optimizer),
-            schedule=optimizer.linear_schedule,
+            optimizer=getattr(rules, a.optimizer),
+            schedule=schedules.linear_schedule,
             warmup=0.0,
             end=0.0,
             clip=1.0,

@@ -48,12 +48,12 @@ HARDWARE = {
 }
 SETTINGS = {
     ("full", "sft"): [
-        "full=true", "params=bfloat16", "fused_backward=true", "optimizer=jaxft.optim.optimizer:adafactor",
+        "full=true", "params=bfloat16", "fused_backward=true", "optimizer=adafactor",
         "remat=full",
     ],
     ("full", "dpo"): [
         "adapter=none", "params=bfloat16", "optim.fused_backward=true", "optim.clip=none",
-        "optim.optimizer=jaxft.optim.optimizer:adafactor", "reference=precomputed", "remat=full",
+        "optim.optimizer=adafactor", "reference=precomputed", "remat=full",
     ],
     ("LoRA", "sft"): ["remat=full"],
     ("LoRA", "dpo"): ["remat=full"],

@@ -15,7 +15,7 @@ from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.lora import Adapter, target_paths
 from jaxft.nn.matmul import linear
 from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
-from jaxft.optim.optimizer import decay_mask
+from jaxft.optim.rules import decay_mask
 from jaxft.tree import paths
 from jaxft.weights.storage import is_matrix
 

@@ -17,9 +17,11 @@ from jaxft.nn.fused_update import float_bits, from_float_bits
 from jaxft.objectives import metrics
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.sft import sft
-from jaxft.optim import optimizer as optim
+from jaxft.optim import rules
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
+from jaxft.optim.muon import muon
 from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.schedules import constant_schedule
 from jaxft.train import partition
 from jaxft.train.step import make_train_step
 
@@ -29,13 +31,14 @@ def batch(count=4, parts=1):
 
 
 def case(
-    optimizer=optim.adamw,
+    optimizer=rules.adamw,
     pattern=None,
     dtype=jnp.float32,
     held=None,
     tied=False,
     objective=sft,
     groups=((".*/q", 2.0),),
+    **more,
 ):
     """step(fused) -> (compiled step, initial state, frozen parameters) of a tiny model trained in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
@@ -46,7 +49,7 @@ def case(
     def build(fused):
         o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, layerwise=True,
         fused_backward=fused,
-                  lr_groups=groups)  # fmt: skip
+                  lr_groups=groups, **more)  # fmt: skip
         made = make_optimizer(o, t.trainable_specs, 10)
         step = jax.jit(make_train_step(objective(t.model), made, 0), donate_argnums=())
         return (
@@ -62,7 +65,7 @@ SOME = "base/(layers/attn|layers/mlp/up|embed)(/.*)?"
 QUICK = (("adamw", None, False), ("adamw", SOME, True), ("adafactor", None, True))
 CASES = [
     pytest.param(
-        getattr(optim, name), pattern, tied, marks=() if (name, pattern, tied) in QUICK else pytest.mark.slow,
+        getattr(rules, name), pattern, tied, marks=() if (name, pattern, tied) in QUICK else pytest.mark.slow,
         id=f"{name}-{'some' if pattern else 'all'}-{'tied' if tied else 'head'}",
     )
     for name in ("adamw", "adafactor")
@@ -71,10 +74,22 @@ CASES = [
 ]  # fmt: skip
 
 
+AVERAGED = [
+    pytest.param(muon, {"ema": 0.9}, id="muon-ema", marks=pytest.mark.slow),
+    pytest.param(rules.schedule_free_adamw, {"schedule": constant_schedule}, id="schedule-free",
+                 marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, settings", AVERAGED)
+def test_fused_steps_with_an_average_equal_layerwise_updates(optimizer, settings):
+    test_three_fused_steps_equal_layerwise_updates(optimizer, None, False, **settings)
+
+
 @pytest.mark.parametrize("optimizer, pattern, tied", CASES)
-def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied):
+def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied, **settings):
     with jax.enable_x64(True):
-        build = case(optimizer, pattern, jnp.float64, tied=tied)
+        build = case(optimizer, pattern, jnp.float64, tied=tied, **settings)
         found = []
         for fused in (False, True):
             step, state, frozen = build(fused)
@@ -109,7 +124,7 @@ def test_float_bits_preserve_every_bit():
 
 
 def test_bfloat16_parameters_are_rounded_as_by_layerwise_updates():
-    build, found = case(optim.adafactor, held=jnp.bfloat16), []
+    build, found = case(rules.adafactor, held=jnp.bfloat16), []
     for fused in (False, True):
         step, state, frozen = build(fused)
         found.append(step(state, frozen, batch())[0].trainable)
@@ -157,7 +172,7 @@ def test_gradients_of_all_layers_never_exist_together():
     whole = param.abstract_params(t.specs)
     layers, taken = param.count_params(t.specs["base"]["layers"]) * 4, {}
     for fused in (False, True):
-        o = Optim(optimizer=optim.adafactor, clip=None, layerwise=True, fused_backward=fused)
+        o = Optim(optimizer=rules.adafactor, clip=None, layerwise=True, fused_backward=fused)
         optimizer = make_optimizer(o, t.trainable_specs, 10)
 
         def shape(shape):
@@ -214,7 +229,7 @@ def test_a_fused_run_reduces_the_loss(place, devices):
 
 
 def test_a_killed_run_resumes_to_the_same_result(place):
-    argv = ["full=true", *ARGV, "run.params=bfloat16", "optim.optimizer=jaxft.optim.low_precision:adamw_8bit"]
+    argv = ["full=true", *ARGV, "run.params=bfloat16", "optim.optimizer=adamw_8bit"]
     assert place.run(*argv, "name=alone") == 0, place.err()
     place.run_with_a_kill(*argv, name="killed")
     alone, killed = place.results("alone", 4), place.results("killed", 4)

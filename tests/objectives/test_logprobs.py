@@ -17,7 +17,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import quantize
 from jaxft.objectives import logprobs
-from jaxft.objectives.logprobs import token_logps, weighted_logp
+from jaxft.objectives.logprobs import token_logps, weighted_loss
 from jaxft.objectives.read_positions import gather_read
 
 B, M, D, V = 8, 7, CONFIG.width, CONFIG.vocab
@@ -75,9 +75,9 @@ def plain(whole, h, targets):
 
 
 def loss_of(model, weights, known=False):
-    """The weighted sum of log-probs; known: by weighted_logp, which gets the weights."""
+    """The weighted sum of log-probs; known: by weighted_loss, which gets the weights."""
     if known:
-        return lambda whole, h, targets: weighted_logp(model, whole, h, targets, weights)[0]
+        return lambda whole, h, targets: -weighted_loss(model, whole, h, targets, weights)[0]
     return lambda whole, h, targets: jnp.sum(weights * token_logps(model, whole, h, targets).logp)
 
 
@@ -115,7 +115,7 @@ def test_the_gradient_made_in_the_forward_pass_equals_the_pulled_back_one(monkey
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(whole, h, weights)
 
     assert_close(both(True), both(False))
-    assert_close(weighted_logp(model, whole, h, targets, weights)[1], token_logps(model, whole, h, targets))
+    assert_close(weighted_loss(model, whole, h, targets, weights)[1], token_logps(model, whole, h, targets))
 
 
 @weights_known

@@ -23,7 +23,8 @@ from jaxft.optim.low_precision import (
     encode_blocks,
     encoded_zeros,
 )
-from jaxft.optim.optimizer import Optim, adamw, make_optimizer
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.rules import adamw
 from jaxft.optim.update import StepInfo, stochastically_rounded
 
 SPECS = {
@@ -201,7 +202,7 @@ def place(tmp_path_factory):
     "name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.layerwise=true"]), ("adamw_bf16", [])]
 )
 def test_a_run_lowers_its_loss_and_resumes_bit_for_bit(place, name, more):
-    argv = ["full=true", f"optim.optimizer=jaxft.optim.low_precision:{name}", "lr=0.003", "samples=0", *more]
+    argv = ["full=true", f"optim.optimizer={name}", "lr=0.003", "samples=0", *more]
     assert place.run(*argv, f"name={name}-whole") == 0, place.err()
     place.run_with_a_kill(*argv, name=name)
     whole, parts = place.results(f"{name}-whole", 4), place.results(name, 4)

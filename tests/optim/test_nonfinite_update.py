@@ -13,7 +13,8 @@ from jaxft.nn.param import ParamSpec, full
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
-from jaxft.optim.optimizer import Optim, adafactor, adamw, make_optimizer
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.rules import adafactor, adamw
 from jaxft.optim.update import StepInfo
 from jaxft.train import partition
 from jaxft.train.step import make_train_step

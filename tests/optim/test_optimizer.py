@@ -14,16 +14,9 @@ from jaxft.nn.param import ParamSpec, full
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Objective
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
-from jaxft.optim.optimizer import (
-    Optim,
-    UpdateRule,
-    adafactor,
-    adamw,
-    constant_schedule,
-    cosine_schedule,
-    linear_schedule,
-    make_optimizer,
-)
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.rules import UpdateRule, adafactor, adamw
+from jaxft.optim.schedules import constant_schedule, cosine_schedule, linear_schedule
 from jaxft.optim.update import StepInfo
 from jaxft.train.step import make_train_step
 
@@ -85,6 +78,7 @@ def test_the_neutral_parts_of_an_optimizer_update_everything_as_the_rest():
         ),
         ({"optimizer": partial(adamw, nesterov=True)}, "optim.optimizer=adamw can't be called .*nesterov"),
         ({"optimizer": lambda specs: None}, "can't be called as \\(schedule, specs, weight_decay\\)"),
+        ({"b1": 0.5, "optimizer_kwargs": (("b1", 0.6),)}, "optim.b1 and optim.optimizer_kwargs set the same"),
         ({"b1": 1.0}, "optim.b1=1.0 is out of range; use 0 <= b1 < 1"),
         ({"b2": -0.1}, "optim.b2=-0.1 is out of range"),
         ({"eps": 0.0}, "optim.eps=0.0 is not above 0"),
@@ -124,8 +118,7 @@ def test_a_rule_is_updated_by_rows_only_if_it_declares_rowwise(monkeypatch):
 def test_a_run_with_a_partial_ends_with_its_model_card(tmp_path):
     write_place(tmp_path)
     (tmp_path / "mine.py").write_text(
-        "from functools import partial\nfrom jaxft.optim.optimizer import adamw\n"
-        "slow = partial(adamw, b1=0.8)\n"
+        "from functools import partial\nfrom jaxft.optim.rules import adamw\nslow = partial(adamw, b1=0.8)\n"
     )
     place = Place(tmp_path)
     assert place.run("optim.optimizer=mine.py:slow", "samples=0", "name=partial") == 0, place.err()

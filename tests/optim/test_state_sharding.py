@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from tiny_model import assert_close
 
 from jaxft import tree
 from jaxft.distributed import sharding
@@ -11,8 +12,13 @@ from jaxft.distributed.sharding import MeshShape
 from jaxft.nn import param
 from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
-from jaxft.optim.optimizer import Optim, UpdateRule, adafactor, adamw, make_optimizer
+from jaxft.optim.muon import muon
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.rules import UpdateRule, adafactor, adamw, schedule_free_adamw
+from jaxft.optim.schedules import constant_schedule
+from jaxft.optim.spikes import skip_spikes
 from jaxft.optim.state_sharding import state_shardings
+from jaxft.optim.update import StepInfo
 
 SPECS = {
     "embed": ParamSpec((512, 256), ("vocab", "table_width"), full(0.0)),
@@ -44,7 +50,7 @@ def sharded(optimizer, shape=MESH, **settings):
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
-@pytest.mark.parametrize("optimizer", [adamw, adafactor, adamw_8bit, adamw_bf16])
+@pytest.mark.parametrize("optimizer", [adamw, adafactor, adamw_8bit, adamw_bf16, muon, optax.lion])
 def test_state_of_a_parameters_shape_is_sharded_as_it_is_and_all_else_is_on_every_device(
     optimizer, layerwise, monkeypatch
 ):
@@ -57,6 +63,50 @@ def test_state_of_a_parameters_shape_is_sharded_as_it_is_and_all_else_is_on_ever
         matched.add(owner)
         assert places[path] == (params[owner].sharding if owner else sharding.replicated(mesh)), path
     assert matched >= {None, "layers/norm"} and ("embed" in matched or optimizer is adafactor)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"ema": 0.9}, {"optimizer": schedule_free_adamw, "schedule": constant_schedule}]
+)
+def test_averages_are_sharded_as_their_parameters_and_the_losses_of_spikes_are_on_every_device(
+    settings, layerwise
+):
+    mesh, params = setting(MESH)
+    made = skip_spikes(make_optimizer(Optim(layerwise=layerwise, **settings), SPECS, 10), 6.0, 16)
+    state = jax.eval_shape(made.init, params)
+    places, shapes = tree.paths(state_shardings(made, state, params, mesh)), tree.paths(params)
+    averages = {path: places[path] for path in places if "/average/" in path or "/z/" in path}
+    assert len(averages) == 3
+    for path, place in averages.items():
+        assert place == next(x.sharding for name, x in shapes.items() if path.endswith(f"/{name}"))
+    assert places["losses"] == places["norms"] == sharding.replicated(mesh)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer": muon, "ema": 0.9}, {"optimizer": schedule_free_adamw, "schedule": constant_schedule}],
+)
+def test_updates_on_a_mesh_are_those_of_one_device(settings):
+    """Orthogonalising a sharded matrix sums over devices in another order."""
+    mesh, shapes = setting(MESH)
+    made = skip_spikes(make_optimizer(Optim(lr=0.1, weight_decay=0.1, **settings), SPECS, 10), 6.0, 16)
+
+    def steps(params):
+        state, trained = made.init(params), params
+        for i in range(2):
+            grads = jax.tree.map(lambda x, i=i: jnp.cos((3.0 + i) * x), params)
+            info = StepInfo(optax.tree.norm(grads), jnp.array(True), loss=jnp.float64(1))
+            trained, state = made.update(grads, state, trained, info)
+        return trained, made.averaged(state, trained)
+
+    params = jax.tree.map(lambda s: jnp.sin(jnp.arange(s.size, dtype=jnp.float64)).reshape(s.shape), shapes)
+    places = jax.tree.map(lambda s: s.sharding, shapes)
+    expected = jax.jit(steps)(params)
+    with jax.set_mesh(mesh):
+        found = jax.jit(steps, out_shardings=(places, places))(jax.device_put(params, places))
+    assert_close(found, expected, 1e-9)
 
 
 def factored(schedule, specs, weight_decay):

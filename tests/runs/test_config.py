@@ -10,15 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxft.optim.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.runs import config
 from jaxft.runs.config import (
     RENAMED,
@@ -247,6 +249,18 @@ def test_an_old_name_is_an_error_that_gives_the_new_one(toy, monkeypatch, overri
         monkeypatch.setitem(RENAMED, old, new)
     with pytest.raises(ValueError, match=rf"^{message}$"):
         load_config(toy, [override])
+
+
+def test_a_setting_may_have_short_names_for_functions():
+    kind = Annotated[Callable[..., Any], ShortNames.of({"lion": "optax:lion"})]
+    for one in (kind, kind | None):
+        assert parse_value("lion", one) is parse_value("optax:lion", one) is optax.lion
+        with pytest.raises(ValueError, match="lion"):
+            parse_value("lino", one)
+    with pytest.raises(ValueError, match="'lino' is none of lion; use one, or package.module:name"):
+        parse_value("lino", kind)
+    for names in (OPTIMIZERS, SCHEDULES):
+        assert all(callable(parse_value(full, Callable)) for full in names.values())
 
 
 def write(folder: Path, text: str) -> str:

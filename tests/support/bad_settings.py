@@ -84,9 +84,10 @@ SETTINGS = [
     ("nothing", "nothing"), ("=1", "=1"), ("lr=1 lr=2", "lr"),
     ("lr=1e-3 optim.lr=1e-3 optim.lr=1", "optim.lr"),
     ("model.config=1", "model"), ("loop=none", "loop"), ("adapter=none adapter.rank=4", "adapter"),
-    ("optim.optimizer=adamw", "optim.optimizer"), ("optim.optimizer=missing.py:f", "missing.py"),
+    ("optim.optimizer=missing.py:f", "missing.py"),
     ("optim.optimizer=config.py:nothing", "nothing"), ("optim.optimizer=os:getcwd", "optim"),
-    ("optim.optimizer=jaxft.optim.optimizer:adamv", "adamw"), ("optim.schedule=json:dumps", "schedule"),
+    ("optim.optimizer=jaxft.optim.rules:adamv", "adamw"), ("optim.optimizer=adamv", "adamw_8bit"),
+    ("optim.schedule=poly", "cosine_with_restarts"), ("optim.schedule=json:dumps", "schedule"),
     ("full=maybe", "full"), ("lr=\x1b[31m", "lr"), ("\x1b[2J=1", "x1b"), ("data=\x07\x1b]0;x\x07", "x1b"),
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.optim import optimizer
+from jaxft.optim import optimizer, schedules
 from jaxft.data.pairs.source import PairRows
 from jaxft.inference.generate import Sampling
 from jaxft.nn.lora import Adapter
@@ -41,7 +41,7 @@ def config(
         adapter=None if full else read_adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
         quant=None if quant == "none" else Quant(quant),
-        optim=optimizer.Optim(lr=lr, schedule=optimizer.constant_schedule, warmup=0.0),
+        optim=optimizer.Optim(lr=lr, schedule=schedules.constant_schedule, warmup=0.0),
         loop=Loop(steps=steps, save_every=1),
         samples=0,
         sampling=Sampling(max_new=4),

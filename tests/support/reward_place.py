@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from functools import partial
 
-from jaxft.optim import optimizer
+from jaxft.optim import optimizer, schedules
 from jaxft.data.pairs.source import PairRows
 from jaxft.nn.lora import Adapter
 from jaxft.models.heads import with_scalar_head
@@ -36,7 +36,7 @@ def config(
         adapter=None if full else read_adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
         quant=None if quant == "none" else Quant(quant, 16),
-        optim=optimizer.Optim(lr=lr, schedule=optimizer.constant_schedule, warmup=0.0),
+        optim=optimizer.Optim(lr=lr, schedule=schedules.constant_schedule, warmup=0.0),
         loop=Loop(steps=steps, save_every=1),
         samples=samples,
         seed=seed,

@@ -29,9 +29,9 @@ import jax.numpy as jnp
 from jaxft.data.sft import Rows
 from jaxft.inference.generate import Sampling
 from jaxft.nn.lora import Adapter
-from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
 from jaxft.nn.quant import Quant
+from jaxft.train.recipes import SftKnobs
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
@@ -39,13 +39,13 @@ from jaxft.weights.pretrained import model_for
 def config(
     model: str = "base", data: str = "rows.jsonl", name: str = "tiny", lr: float = 1e-2, steps: int | None = 4,
     full: bool = False, batch: int = 4, micro: int = 1, seed: int = 0, dropout: float = 0.0, epochs: float = 1.0,
-    quant: str = "none", remat: str = "projections",
+    quant: str = "none", remat: str = "projections", loss: SftKnobs = SftKnobs(),
 ) -> Run:
     return Run(
         name=name,
         weights=model,
         model=model_for(model, dtype=jnp.float32, remat=remat),
-        objective=sft,
+        objective=loss.objective(),
         data=Rows(data, format="plain", held_out=0.1, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs),
         adapter=None if full else Adapter(rank=4, dropout=dropout),
         quant=None if quant == "none" else Quant(quant),

@@ -13,7 +13,9 @@ import rl_workdir
 from tiny_families import FAMILIES, random_torch
 from tiny_run import Place, kill_hook, write_place
 
-ADAFACTOR = "optim.optimizer=jaxft.optim.optimizer:adafactor"
+ADAFACTOR = "optim.optimizer=adafactor"
+SCHEDULE_FREE = ["optim.optimizer=schedule_free_adamw", "optim.schedule=constant"]
+EXTRAS = ["optim.ema=0.9", "optim.skip_spikes=1,4", "optim.lora_plus=16", "neftune=5", "label_smoothing=0.1"]
 BCO = "loss=jaxft.objectives.reference_free_losses:bco"
 ROLLOUTS = ["passes=2", "save=2", "rewards=config.py:ascii"]
 MIXED = "data=rows.jsonl,more.jsonl:0.4"
@@ -22,7 +24,15 @@ KINDS = {
     # name: (folder, arguments, what aux holds)
     "lora_dropout": (
         "sft",
-        ["dropout=0.3", "quant=nf4", "micro=2", "loop.log_every=3", "loop.eval_every=1", MIXED],
+        [
+            "dropout=0.3",
+            "quant=nf4",
+            "micro=2",
+            "loop.log_every=3",
+            "loop.eval_every=1",
+            MIXED,
+            *EXTRAS,
+        ],
         set(),
     ),
     "full_adafactor": ("sft", ["full=true", "lr=0.001", ADAFACTOR, "general=general.jsonl"], set()),
@@ -31,8 +41,8 @@ KINDS = {
         ["reference=moving", BCO, "third=mismatched", "micro=2"],
         {"reference", "steps", "rank_error", "loss"},
     ),
-    "dpo_precomputed": ("pairs", ["full=true", "reference=precomputed", "lr=0.001"], set()),
-    "reward": ("reward", ["margin=ahead", "micro=2"], set()),
+    "dpo_precomputed": ("pairs", ["full=true", "reference=precomputed", "lr=0.001", *SCHEDULE_FREE], set()),
+    "reward": ("reward", ["margin=ahead", "micro=2", "optim.optimizer=muon"], set()),
     "grpo": ("rollouts", ROLLOUTS, set()),
     "ppo": ("rollouts", [*ROLLOUTS, *PPO], {"kl_coef", "approx_kl"}),
     "online_dpo": ("rollouts", [*ROLLOUTS, "online=true"], set()),

@@ -23,7 +23,8 @@ from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.preference import EMAReference, mean_logp, preference
 from jaxft.objectives.sft import sft
-from jaxft.optim.optimizer import Optim, linear_schedule, make_optimizer
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.schedules import linear_schedule
 from jaxft.train import partition
 from jaxft.train.multi_adapter import (
     SharedFrozen,

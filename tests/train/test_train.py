@@ -20,8 +20,7 @@ from jaxft.nn.scan import REMAT
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim import layerwise as layer_by_layer
-from jaxft.optim import optimizer as optim
-from jaxft.optim import update
+from jaxft.optim import rules, schedules, update
 from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, from_optax, make_optimizer
 from jaxft.optim.update import StepInfo, standard_promotion
@@ -195,7 +194,7 @@ def test_a_bfloat16_residual_stream_has_a_small_rounding_error():
     assert describe(narrow)["residual"] == "bfloat16" and "residual" not in describe(wide)
 
 
-@pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
+@pytest.mark.parametrize("optimizer", [rules.adamw, rules.adafactor])
 @standard_promotion()  # optax's own arithmetic
 def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
     specs = {
@@ -203,7 +202,7 @@ def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
         "norms": param.ParamSpec((3, 130), ("layers", "norm"), param.full(0.0)),
     }
     settings = Optim(
-        optimizer=optimizer, clip=None, weight_decay=0.01, schedule=optim.constant_schedule, warmup=0.0
+        optimizer=optimizer, clip=None, weight_decay=0.01, schedule=schedules.constant_schedule, warmup=0.0
     )
     random = lambda s: param.ParamSpec(s.shape, s.axes, param.normal(1.0))  # noqa: E731
     stacked = param.init_params(jax.tree.map(random, specs, is_leaf=param.is_spec), jax.random.key(1))
@@ -239,7 +238,7 @@ def update_case(optimizer, clip):
 
 
 @pytest.mark.parametrize(
-    "optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)]
+    "optimizer, clip", [(rules.adamw, 0.3), (rules.adamw, 1e9), (rules.adamw, None), (rules.adafactor, 0.3)]
 )
 @standard_promotion()  # optax's own arithmetic
 def test_an_update_equals_that_of_optax_or_is_skipped_entirely(optimizer, clip):
@@ -259,7 +258,7 @@ def test_an_update_equals_that_of_optax_or_is_skipped_entirely(optimizer, clip):
     jax.tree.map(np.testing.assert_array_equal, skipped, (params, state))
 
 
-@pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor, adamw_8bit])
+@pytest.mark.parametrize("optimizer", [rules.adamw, rules.adafactor, adamw_8bit])
 def test_a_layerwise_update_equals_one_of_all_leaves_at_once(optimizer, monkeypatch):
     monkeypatch.setattr(layer_by_layer, "LARGE", 1000)  # embedding and head: in pieces
     monkeypatch.setattr(layer_by_layer, "PIECE", 300)
@@ -285,7 +284,7 @@ def test_a_layerwise_update_equals_one_of_all_leaves_at_once(optimizer, monkeypa
         found.append(params)
     assert_close(found[1], found[0], 1e-5)
     assert len(jax.eval_shape(made.init, start).large) == (
-        0 if optimizer is optim.adafactor else 1 + ("head" in start)
+        0 if optimizer is rules.adafactor else 1 + ("head" in start)
     )
 
 
@@ -293,7 +292,7 @@ def test_bfloat16_parameters_are_rounded_stochastically():
     """An update of 0.1 % of a parameter is below half its spacing; rounded to nearest it would be lost."""
     specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.full(1.0))}
     start = param.init_params(specs, jax.random.key(0), jnp.bfloat16)
-    settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=optim.constant_schedule)
+    settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=schedules.constant_schedule)
     optimizer = make_optimizer(settings, specs, 10)
     assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(optimizer.init(start)))
     g = {"w": jnp.ones((64, 512), jnp.bfloat16)}
@@ -318,7 +317,7 @@ def test_a_step_copies_neither_parameters_nor_moments():
 
 
 def test_weight_decay_applies_to_matrices_only():
-    mask = tree.paths(optim.decay_mask(plain_model().specs))
+    mask = tree.paths(rules.decay_mask(plain_model().specs))
     assert {p for p, m in mask.items() if not m} == {"layers/attn_norm", "layers/mlp_norm", "final_norm"}
 
 

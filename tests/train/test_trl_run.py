@@ -13,7 +13,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo, ipo
-from jaxft.optim import optimizer
+from jaxft.optim import schedules
 from jaxft.optim.optimizer import Optim
 from jaxft.train import programs
 from jaxft.train.settings import Run
@@ -45,7 +45,7 @@ def ours(folder, rows, loss):
     run = Run(
         "trl", base, pretrained.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
         PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), adapter=None,
-        optim=Optim(lr=LR, schedule=optimizer.constant_schedule, warmup=0.0, eps=EPS),
+        optim=Optim(lr=LR, schedule=schedules.constant_schedule, warmup=0.0, eps=EPS),
     )  # fmt: skip
     source = run.data.open(pretrained.load_tokenizer(base), cache=folder / "cache")
     p = programs.build(run, STEPS, jax.devices()[:1])

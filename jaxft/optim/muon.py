@@ -1,0 +1,91 @@
+"""Muon: momentum, orthogonalised per layer matrix, for the kernels of the layers; AdamW for all others."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxft import tree
+from jaxft.nn.param import Specs, is_spec
+from jaxft.optim.rules import UpdateRule, with_decay
+from jaxft.tree import OptState, Params
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration: c0 x + (c1 A + c2 A^2) x, A = x x'
+ITERATIONS = 5
+TABLE_AXES = {"vocab", "table_width"}  # axes of embeddings, of heads, and of adapters on a head
+
+
+class MuonState(NamedTuple):
+    """The momentum of each matrix."""
+
+    momentum: Params
+
+
+def muon(
+    schedule: optax.Schedule,
+    specs: Specs,
+    weight_decay: float,
+    *,
+    momentum: float = 0.95,
+    rms: float | None = 0.2,
+) -> UpdateRule:
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) with Nesterov momentum.
+
+    The matrices of layers, those of a LoRA adapter included, are moved by their momentum's nearest
+    semi-orthogonal matrix, each layer's by itself; embeddings, heads, norms and biases by AdamW with b1 0.9
+    and b2 0.999. rms: an update's elements have this root mean square (Liu et al. 2025, arXiv:2502.16982),
+    near that of AdamW, whose learning rates and weight decay then suit both; it is `match_rms_adamw` of
+    torch.optim.Muon. None scales by sqrt(max(1, outputs / inputs)) instead, as in the original, with learning
+    rates near 0.02.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"optim.optimizer_kwargs=momentum:{momentum} is out of range; use 0 <= momentum < 1")
+    kinds = tree.paths(jax.tree.map(lambda s: _kind(s.axes), specs, is_leaf=is_spec))
+    direction = optax.partition(
+        {"matrix": scale_by_muon(momentum, rms), "other": optax.scale_by_adam()},
+        lambda params: tree.map_with_path(lambda path, _: kinds[path], params),
+    )
+    return UpdateRule(with_decay(direction, schedule, specs, weight_decay))
+
+
+def _kind(axes: tuple[str, ...]) -> str:
+    """Return "matrix" for a kernel of a layer, stacked or not; "other" for tables, heads and vectors."""
+    is_matrix = len(axes) - ("layers" in axes) >= 2 and TABLE_AXES.isdisjoint(axes)
+    return "matrix" if is_matrix else "other"
+
+
+def scale_by_muon(momentum: float, rms: float | None) -> optax.GradientTransformation:
+    """Replace the gradient of every matrix, the last two axes of a leaf, by Muon's direction; see muon."""
+
+    def init(params: Params) -> OptState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def direction(mean: Array, grad: Array) -> Array:
+        nesterov = momentum * mean + (1 - momentum) * grad
+        inputs, outputs = grad.shape[-2:]
+        scale = math.sqrt(max(1, outputs / inputs)) if rms is None else rms * math.sqrt(max(inputs, outputs))
+        return scale * orthogonalized(nesterov)
+
+    def update(grads: Params, state: MuonState, params: Params | None = None) -> tuple[Params, OptState]:
+        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, grads)
+        return jax.tree.map(direction, mean, grads), MuonState(mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonalized(x: Float[Array, "*batch I O"]) -> Float[Array, "*batch I O"]:
+    """Return about the nearest semi-orthogonal matrix, `u v'` of `x = u s v'`, of each matrix.
+
+    Five quintic Newton-Schulz iterations bring the singular values to between 0.7 and 1.2; a matrix of zeros
+    stays zero.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return jnp.swapaxes(orthogonalized(jnp.swapaxes(x, -1, -2)), -1, -2)
+    x = x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True)), 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = QUINTIC[0] * x + (QUINTIC[1] * gram + QUINTIC[2] * (gram @ gram)) @ x
+    return x

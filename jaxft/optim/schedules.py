@@ -1,0 +1,87 @@
+"""Learning-rate schedules: functions `(lr, end, warmup, steps, **options) -> optax.Schedule`.
+
+lr: the highest rate. end: the last rate as a fraction of lr. warmup: steps with a rising rate. steps: of the
+run. `optim.schedule` names one, `optim.schedule_kwargs` sets its options.
+"""
+
+from typing import Any
+
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from jaxft.optim.update import standard_promotion
+
+
+def constant_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
+    """Linear warm-up to lr, then constant; `end` is ignored."""
+    return _after_warmup(lr, warmup, optax.constant_schedule(lr))
+
+
+def linear_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
+    """Linear warm-up to lr, then linear decay to `end * lr` at the last step."""
+    return _after_warmup(lr, warmup, optax.linear_schedule(lr, end * lr, _steps_after_peak(warmup, steps)))
+
+
+def cosine_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
+    """Linear warm-up to lr, then cosine decay to `end * lr` at the last step."""
+    down = optax.cosine_decay_schedule(lr, _steps_after_peak(warmup, steps), alpha=end)
+    return _after_warmup(lr, warmup, down)
+
+
+def wsd_schedule(lr: float, end: float, warmup: int, steps: int, *, decay: float = 0.2) -> optax.Schedule:
+    """Warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395): linear warm-up to lr, constant, then linear
+    decay to `end * lr` at the last step.
+
+    decay: fraction of the steps with a falling rate, above 0 and at most 1.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"optim.schedule_kwargs=decay:{decay} is a fraction of the steps above 0, up to 1")
+    after_peak = _steps_after_peak(warmup, steps)
+    falling = min(after_peak, max(1, round(decay * steps)))
+    down = optax.linear_schedule(lr, end * lr, falling, transition_begin=after_peak - falling)
+    return _after_warmup(lr, warmup, down)
+
+
+def cosine_with_restarts_schedule(
+    lr: float, end: float, warmup: int, steps: int, *, cycles: float = 4
+) -> optax.Schedule:
+    """Linear warm-up to lr, then `cycles` times a cosine decay from lr to `end * lr`, of equal length (SGDR,
+    Loshchilov & Hutter 2017, arXiv:1608.03983). With cycles=1 it is cosine_schedule.
+    """
+    if cycles < 1 or cycles != int(cycles):
+        raise ValueError(f"optim.schedule_kwargs=cycles:{cycles} is not a whole number of at least 1")
+    starts = np.round(np.linspace(0, _steps_after_peak(warmup, steps) + 1, int(cycles) + 1)).astype(int)
+    lengths = np.diff(starts)
+    if lengths.min() < 1:
+        raise ValueError(
+            f"optim.schedule_kwargs=cycles:{cycles} needs at least one step each, and the run has "
+            f"{steps} with {warmup} of warm-up; use fewer"
+        )
+    each = [optax.cosine_decay_schedule(lr, max(1, int(n) - 1), alpha=end) for n in lengths]
+    return _after_warmup(lr, warmup, optax.join_schedules(each, starts[1:-1].tolist()))
+
+
+def promoting(schedule: optax.Schedule) -> optax.Schedule:
+    """Evaluate an optax schedule with standard dtype promotion, even if JAX is set to strict promotion."""
+
+    def learning_rate(step: Any) -> Array:
+        with standard_promotion():
+            return schedule(step)
+
+    return learning_rate
+
+
+def _after_warmup(lr: float, warmup: int, then: optax.Schedule) -> optax.Schedule:
+    """`lr * (k + 1) / warmup` at steps k = 0 .. warmup - 1, so that no step has rate 0; `then` starts at the
+    last of them.
+    """
+    if warmup < 2:
+        return then
+    rising = optax.linear_schedule(lr / warmup, lr, warmup - 1)
+    return optax.join_schedules([rising, then], [warmup - 1])
+
+
+def _steps_after_peak(warmup: int, steps: int) -> int:
+    """Steps from the first with the full rate to the last."""
+    return max(1, steps - max(1, warmup))
