@@ -13,6 +13,7 @@ from tiny_model import tiny
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.data.flat import Flat
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.objectives import metrics
@@ -77,9 +78,10 @@ def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_skip_non
     rewards, reference, bad = [], np.asarray(table["w"]), []
     for number in range(6):
         pool = random_pairs(7, seed=number)
-        pool.ids[:] = np.where(pool.ids == BAD, 38, pool.ids)
+        ids = np.where(np.asarray(pool.ids) == BAD, 38, pool.ids)
         if number in (2, 5):
-            pool.ids[pool.offsets[1]] = BAD  # the first token of a response
+            ids[pool.offsets[1]] = BAD  # the first token of a response
+        pool = replace(pool, ids=Flat([ids]))
         batch = jax.tree.map(jnp.asarray, micro(laid(pool), 2))
         before = state
         state, found = step(state, frozen, batch)
