@@ -103,6 +103,8 @@ def is_remote(ref: str) -> bool:
 
 def remote_files(ref: str) -> list[RemoteFile]:
     """Return the Parquet files of a URL or of a hub dataset. Raises ValueError if there are none."""
+    if "@" in ref.split("/")[2]:
+        raise ValueError(f"data {ref!r} has a user name or a password, which are never sent; remove them")
     if not ref.startswith("hf://"):
         return [_described(RemoteFile(ref, 0, ""))]
     found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", ref)
