@@ -10,7 +10,7 @@ from jaxft.data.flat import Flat, RowNames
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
 
-TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0)
+TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0, chat_template=None)
 LENGTHS = np.array([[3, 0, 7], [1, 5, 2]])
 
 
