@@ -16,7 +16,8 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -123,7 +124,7 @@ def load_rows(path: Path, columns: ColumnTypes) -> StoredRows | None:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if _TAIL.unpack_from(mapped, size)[1] != checksum:
             return None
-        return _parse(mapped, columns)
+        return _parse(mapped, columns, [partial(mapped.madvise, mmap.MADV_DONTNEED)])
     except CORRUPT_FILE:
         return None
 
@@ -137,8 +138,8 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
     return digest.digest()
 
 
-def _parse(data: Any, columns: ColumnTypes) -> StoredRows:
-    """Return what the bytes of a file contain, without copying the columns."""
+def _parse(data: Any, columns: ColumnTypes, releases: Sequence[Callable[[], object]] = ()) -> StoredRows:
+    """Return what the bytes of a file contain, without copying the columns. releases: see Flat."""
     import pyarrow
 
     end = len(data) - _TAIL.size
@@ -152,7 +153,7 @@ def _parse(data: Any, columns: ColumnTypes) -> StoredRows:
     for name, column in columns.items():
         parts = [_values(batch.column(name), column) for batch in batches]
         shape = (0,) if column.width is None else (0, column.width)
-        found[name] = Flat(parts or [np.empty(shape, column.dtype)])
+        found[name] = Flat(parts or [np.empty(shape, column.dtype)], releases)
     return StoredRows(found, facts)
 
 

@@ -11,10 +11,15 @@ Item = TypeVar("Item")
 
 
 class Flat:
-    """Parts that are read as one array along their first axis; indexing copies the chosen values only."""
+    """Parts that are read as one array along their first axis; indexing copies the chosen values only.
 
-    def __init__(self, parts: Sequence[np.ndarray]):
+    releases: called after a copy was made. Those of a mapped file unmap the pages that it touched, which the
+    system keeps in its cache; otherwise they would count as memory of the process until it ends.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], releases: Sequence[Callable[[], object]] = ()):
         self.parts = tuple(part for part in parts if len(part)) or tuple(parts[:1])
+        self.releases = tuple(dict.fromkeys(releases))
         self.starts = np.cumsum([0, *map(len, self.parts)])
 
     def __len__(self) -> int:
@@ -24,7 +29,15 @@ class Flat:
         """Return the values at a slice, at an array of indices (not below 0), or at one of them."""
         if isinstance(index, slice):
             return self._slice(*index.indices(len(self)))
-        index = np.asarray(index)
+        found = self._gather(np.asarray(index))
+        self._release()
+        return found
+
+    def _release(self) -> None:
+        for release in self.releases:
+            release()
+
+    def _gather(self, index: np.ndarray) -> np.ndarray:
         if len(self.parts) == 1:
             return self.parts[0][index]
         of = np.searchsorted(self.starts, index, "right") - 1
@@ -48,11 +61,12 @@ class Flat:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
+        self._release()
         return whole if dtype is None else whole.astype(dtype)
 
     def concatenate(self, other: "Flat") -> "Flat":
         """Return the values of both, the other's last."""
-        return Flat((*self.parts, *other.parts))
+        return Flat((*self.parts, *other.parts), (*self.releases, *other.releases))
 
 
 class Made(Sequence[Item]):

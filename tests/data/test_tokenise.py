@@ -1,6 +1,7 @@
 """Rows in chunks: the same batches for any chunks and any number of processes, and no half-written cache."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -177,6 +178,14 @@ def test_parts_are_indexed_as_one_array(parts, data):
             and flat[index[:1]].tolist() == whole[index[:1]].tolist()
         )
     assert np.array_equal(np.asarray(flat.concatenate(flat)), np.concatenate([whole, whole]))
+
+
+def test_pages_of_the_file_are_released_after_each_copy():
+    calls = []
+    flat = Flat([np.arange(3), np.arange(4)], [partial(calls.append, 1)])
+    assert flat[np.array([2, 3, 6])].tolist() == [2, 0, 3] and len(calls) == 1
+    assert len(np.asarray(flat)) == 7 and len(calls) == 2
+    assert len(flat.concatenate(flat).releases) == 1  # of one file
 
 
 def test_names_of_rows_are_made_when_they_are_read():
