@@ -41,11 +41,7 @@ def main() -> int:
 
     def curve_metrics(entry: Entry) -> Entry:
         """Return an entry with only the metrics that the curves show."""
-        return {
-            name: value
-            for name, value in entry.items()
-            if name == "step" or name.removeprefix(HELD_OUT) in compare.CURVE_METRICS
-        }
+        return {name: value for name, value in entry.items() if name == "step" or compare.is_drawn(name)}
 
     args = make_parser().parse_args()
     missing = next((run for run in args.runs if not (run / "metrics.jsonl").is_file()), None)

@@ -319,6 +319,7 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     """Train one adapter per loss in a sweep, and compare the results. Returns the exit code."""
     from jaxft.runs import config
     from jaxft.train import loop
+    from jaxft.train.settings import Scoring
     from jaxft.train.sweep import Sweep
 
     run = config.load_config(args.config, args.set)
@@ -326,7 +327,9 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
         _check_setting(
             text, describe(run), describe(config.load_config(args.config, [t for t in args.set if t != text]))
         )
-    run = replace(run, loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2)))
+    run = replace(
+        run, scoring=Scoring(), loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2))
+    )
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
         raise ValueError(

@@ -163,9 +163,12 @@ def complete(
     )  # on every device, so that every process can read them
 
 
-def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
-    """Pad prompts on the left to one batch of `rows` rows; rows without a prompt are empty."""
-    longest = max(map(len, prompts))
+def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = None) -> Tokens:
+    """Pad prompts on the left to one batch of `rows` rows; rows without a prompt are empty.
+
+    longest: tokens of the longest prompt that batches of the same shape hold, by default of these.
+    """
+    longest = longest or max(map(len, prompts))
     size = -(-longest // BUCKET) * BUCKET
     ids, segments = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
     for i, prompt in enumerate(prompts):

@@ -6,10 +6,12 @@ silently worth 0.
 """
 
 import copy
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -196,12 +198,56 @@ def number(
     return float(got is not None and math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance))
 
 
+def json_match(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
+    """Return 1 if the whole completion is JSON with the same value as the row's answer, else 0.
+
+    White space, the order of keys and the notation of numbers (3 and 3.0) make no difference; everything else
+    does: a missing or another key, true in place of 1, text around the JSON, a key that occurs twice. Raises
+    ValueError for a row whose answer, a string or a value, is no JSON.
+    """
+    answer = row[column] if isinstance(row[column], str) else json.dumps(row[column])
+    try:
+        expected = strict_json(answer)
+    except ValueError as error:
+        raise ValueError(f"column {column!r} is no JSON ({error}): {answer[:80]!r}") from None
+    try:
+        return float(strict_json(completion) == expected)
+    except ValueError:
+        return 0.0
+
+
 def matches(prompt: Any, completion: str, row: dict[str, Any], pattern: str) -> float:
     """Return 1 if the whole completion, stripped of white space, matches a regular expression, else 0.
 
     Raises ValueError if that takes more than tree.MATCH_SECONDS.
     """
     return float(tree.regex(pattern, "pattern", dotall=True).fullmatch(completion.strip()))
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON so that equal values compare equal, and only those; raises ValueError for other text.
+
+    Python's True == 1 is not: numbers become pairs of "number" and a Decimal. NaN, Infinity and repeated keys
+    are refused.
+    """
+
+    def number(digits: str) -> tuple[str, Decimal]:
+        return "number", Decimal(digits)
+
+    def unknown(name: str) -> None:
+        raise ValueError(f"{name} is no JSON value")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(
+            text, parse_int=number, parse_float=number, parse_constant=unknown, object_pairs_hook=unique
+        )
+    except (RecursionError, ArithmeticError) as error:  # nested too deeply; an exponent out of range
+        raise ValueError(f"not readable: {error}") from error
 
 
 def last_number(text: Any) -> float | None:

@@ -73,12 +73,23 @@ def _growth(before: Logged, after: Logged, name: str, deviation: str) -> float |
     return (after[name] - before[name]) / before[deviation]
 
 
+def score_names(metrics: Logged) -> list[str]:
+    """The names of the mean scores of held-out completions among metrics."""
+    return [name for name in metrics if name.startswith(held_out(names.SCORES))]
+
+
+def _score(before: Logged, after: Logged) -> float | None:
+    """The mean score of held-out completions by the first function."""
+    return next((after[name] for name in score_names(after)), None)
+
+
 # Title -> column. The held-out rows of all runs of a sweep are the same, so that sums of log-probs compare.
 COLUMNS: dict[str, Column] = {
     "held-out reward": _last(held_out(names.REWARD)),
     "reward gained": _gained(held_out(names.REWARD)),
     "in deviations": _reward_in_deviations,
     "scores alone": _scores_in_deviations,
+    "score": _score,
     "KL per completion": _last(held_out(names.COMPLETION_KL)),
     "tokens per completion": _last(held_out(names.COMPLETION_LENGTH)),
     "held-out loss": _last(held_out(names.LOSS)),
@@ -105,6 +116,7 @@ NOTES = {
     "held-out reward": "held-out reward: of one completion per prompt, sampled with the same keys every time",
     "in deviations": "in deviations: reward gained over the standard deviation of rewards at step 0",
     "scores alone": "scores alone: the same for the scores before penalties such as missing_eos",
+    "score": "score: of greedy completions of held-out prompts, mean, by the first function of scoring.by",
     "KL per completion": "KL per completion: log-prob of sampled completions minus the reference's, in nats",
     "chosen, nats": "chosen: growth of the log-prob of chosen completions since step 0",
     "general loss": "general loss: per token, on text about other subjects; it rises where the model forgets",
@@ -204,10 +216,15 @@ ROLLOUT_CURVES = (  # of runs that sample completions
     CurveKind("length", "tokens per completion", names.COMPLETION_LENGTH),
     CurveKind("entropy", "nats per token", names.ENTROPY),
 )
-CURVE_METRICS = {
+_CURVE_METRICS = {
     name for kind in (*CURVES, *ROLLOUT_CURVES) for name in (kind.metric, kind.minus) if name is not None
 }
 HELD_OUT_ONLY = (names.CHOSEN_LOGP, names.TOKEN_ACCURACY)  # not drawn for training rows, which differ by step
+
+
+def is_drawn(name: str) -> bool:
+    """Whether the curves show a metric."""
+    return name.removeprefix(names.HELD_OUT) in _CURVE_METRICS or bool(score_names({name: 0.0}))
 
 
 def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Points:
@@ -253,13 +270,27 @@ def _rollout_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
     return panels
 
 
+def _score_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    """One panel per function that scored held-out completions."""
+    known = dict.fromkeys(
+        name for entries in curves.values() for entry in entries for name in score_names(entry)
+    )
+    found = []
+    for name in known:
+        points = {label: [e for e in entries if name in e] for label, entries in curves.items()}
+        title = f"{name.removeprefix(held_out(names.SCORES))}, held out"
+        held = {label: ([e["step"] for e in es], [e[name] for e in es]) for label, es in points.items() if es}
+        found.append(Panel(title, "step", "mean score", held))
+    return found
+
+
 def panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
     """One panel per metric that the runs have. curves: entries of metrics.jsonl by label. Dashed: training
     rows.
     """
     if any(names.REWARD in entry for entries in curves.values() for entry in entries):
         return _rollout_panels(curves)
-    found = []
+    found = _score_panels(curves)
     for kind in CURVES:
         held = {label: _held_out_curve(entries, kind) for label, entries in curves.items()}
         training = {label: _training_curve(entries, kind) for label, entries in curves.items()}

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "data.tokens",
     "trackers",
     "samples",
+    "scoring",
     "sampling",
     "general",
     "mesh",

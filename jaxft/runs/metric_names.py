@@ -40,6 +40,7 @@ __all__ = [
     "REWARD_ACCURACY",
     "REWARD_MARGIN",
     "REWARD_STD",
+    "SCORES",
     "SECONDS",
     "SKIPPED",
     "SPEED",
@@ -53,5 +54,6 @@ COMPLETION_KL = "objective/kl"
 COMPLETION_LENGTH = "completions/mean_length"
 
 # Of the train loop (jaxft/train)
+SCORES = "scores/"  # prefix of the mean scores of held-out completions, by the name of the function
 LEARNING_RATE, EPOCH, TOKENS = "learning_rate", "epoch", "num_tokens"
 SECONDS, SPEED, MFU, MEMORY = "seconds", "tokens_per_second", "mfu", "memory_gib"

@@ -8,6 +8,7 @@ from typing import Literal, TypedDict
 from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
 from jaxft.runs import compare
+from jaxft.runs.metric_names import HELD_OUT, SCORES
 from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.weights.card import NO_CLASSIFIER
 
@@ -30,10 +31,17 @@ class Sample(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """The evaluation before the first step or after the last one."""
+    """The evaluation before the first step or after the last one.
+
+    scored: how many completions of held-out prompts were scored. score_faults: lines about those without a
+    score. nonfinite: how many completions of held-out prompts ended with logits that are not finite.
+    """
 
     metrics: dict[str, float]
     samples: list[Sample]
+    scored: int
+    score_faults: list[str]
+    nonfinite: int
 
 
 @dataclass(frozen=True)
@@ -136,14 +144,24 @@ def result_lines(
         lines.append(f"after:    {_short(new['completion'])}")
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
     lines.append("")
-    for name, label in HEADLINES.items():
-        if name in after["metrics"]:
-            was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
-            lines.append(f"{label}: {was}{after['metrics'][name]:.4f} after")
+    for name, label in headlines(after).items():
+        was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
+        lines.append(f"{label}: {was}{after['metrics'][name]:.4f} after")
     script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
     command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
     return [*lines, *notes, where, command]
+
+
+def headlines(evaluation: Evaluation) -> dict[str, str]:
+    """The metrics of an evaluation that result lines show, with what they are; scores first."""
+    prefix, metrics = HELD_OUT + SCORES, evaluation["metrics"]
+    scores = {
+        name: f"{name.removeprefix(prefix)} of the completions of {evaluation['scored']} held-out prompts"
+        for name in metrics
+        if name.startswith(prefix)
+    }
+    return scores | {name: label for name, label in HEADLINES.items() if name in metrics}
 
 
 def _short(text: str) -> str:

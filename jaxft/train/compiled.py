@@ -11,8 +11,8 @@ from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
 from jaxft.inference.generate import Decoding
 from jaxft.objectives.metrics import LOSS, FloatMetrics
-from jaxft.runs.report import Evaluation, Sample
-from jaxft.train import samples
+from jaxft.runs.report import Evaluation
+from jaxft.train import samples, scores
 from jaxft.train.members import Job
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
 from jaxft.tree import Batch, Metrics, Params
@@ -27,16 +27,16 @@ class Compiled:
 
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     evaluate and general: metrics of the held-out rows and of the general text, {} without any. sample:
-    completions of held-out prompts. last_loss(states, batch): the loss of a training batch, in a forward pass
-    without dropout; {} with held-out rows, whose loss is computed after the last step anyway. averaged: the
-    states with the weights that are evaluated and exported, such as their moving average; the functions above
-    take those.
+    completions of held-out prompts and their scores. last_loss(states, batch): the loss of a training batch,
+    in a forward pass without dropout; {} with held-out rows, whose loss is computed after the last step
+    anyway. averaged: the states with the weights that are evaluated and exported, such as their moving
+    average; the functions above take those.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
     evaluate: Callable[[States], list[dict[str, float]]]
     general: Callable[[States], list[dict[str, float]]]
-    sample: Callable[[States], list[list[Sample]]]
+    sample: Callable[[States], list[scores.Scored]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
@@ -56,9 +56,16 @@ class Compiled:
         states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
         held_out = self._held_out_metrics(states)
-        metrics = [{**own, **more} for own, more in zip(held_out, general, strict=True)]
-        samples = self.sample(states)
-        return [Evaluation(metrics=own, samples=texts) for own, texts in zip(metrics, samples, strict=True)]
+        return [
+            Evaluation(
+                metrics={**own, **more, **scored.metrics},
+                samples=scored.samples,
+                scored=scored.scored,
+                score_faults=scored.faults,
+                nonfinite=scored.nonfinite,
+            )
+            for own, more, scored in zip(held_out, general, self.sample(states), strict=True)
+        ]
 
 
 def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
@@ -68,7 +75,9 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     general = compile_eval(p, p.text_step, own, job.general)
     params = tree.combine(p.state.trainable, p.frozen)
     decoding = Decoding(p.partition.model, run.sampling, job.stop)
-    complete = samples.compile_sampler(decoding, source.prompts(run.samples), job.tokenizer, params)
+    prompts = scores.held_out_prompts(run, source)
+    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params)
+    score = scores.make_scorer(run.scoring, run.samples, samples.prompt_texts(prompts, job.tokenizer))
     train_step = compile_step(p, *source.shapes)
 
     def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
@@ -79,8 +88,8 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
         metrics = source.evaluate(states[0])
         return [held_out(states[0]) if metrics is None else metrics]
 
-    def sample(states: States) -> list[list[Sample]]:
-        return [complete(tree.combine(states[0].trainable, own))]
+    def sample(states: States) -> list[scores.Scored]:
+        return [score(complete(tree.combine(states[0].trainable, own)))]
 
     last_loss = no_losses
     if not source.held_out:

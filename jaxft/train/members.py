@@ -19,6 +19,7 @@ from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.record import describe, differences
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, build, sharded_batch, start
+from jaxft.train.scores import check_scoring
 from jaxft.train.settings import LONGEST, Run
 from jaxft.train.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
@@ -142,6 +143,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     general = evaluate.general_source(lead.data, lead.general, tokenizer, shards)
     for source in (*sources, *([general] if general else [])):
         _check_token_ids(source, lead)
+    check_scoring(lead, sources[0])
     steps = lead.loop.steps or min(source.info.steps for source in sources)
     if steps > LONGEST:
         raise ValueError(

@@ -85,8 +85,13 @@ def write_reports(
     weights: the folders that `export_members` returned; without one there is no model card.
     """
     notes = [
-        m.programs.objective.report.summary(log.first, log.last) + _averages(m) + log.alarms
-        for m, log in zip(job.members, logs.members, strict=True)
+        [
+            *m.programs.objective.report.summary(log.first, log.last),
+            *_averages(m),
+            *end["score_faults"],
+            *log.alarms,
+        ]
+        for m, log, end in zip(job.members, logs.members, after, strict=True)
     ]
     table = ""
     if processes.is_first():

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,34 @@ from jaxft.data.source import Prompt
 from jaxft.inference.generate import NONFINITE, Decoding, left_pad, make_generate
 from jaxft.runs.report import Sample
 from jaxft.tree import Params
+
+AT_ONCE = 32  # prompts that are completed together
+
+
+class PromptText(NamedTuple):
+    """The user's last message of a held-out prompt, and the row's own response, "" if it has none."""
+
+    prompt: str
+    reference: str
+
+
+class Completed(NamedTuple):
+    """A held-out prompt with the model's completion and the row's own response, "" if it has none."""
+
+    prompt: str
+    completion: str
+    reference: str
+    finish: Literal["stop", "length", "nonfinite"]
+
+    def shown(self) -> Sample:
+        """As logs and cards show it, where a completion that does not end has a mark."""
+        mark = "" if self.finish == "stop" else " [...]"
+        return Sample(
+            prompt=self.prompt,
+            completion=self.completion + mark,
+            reference=self.reference,
+            finish=self.finish,
+        )
 
 
 def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
@@ -38,40 +66,49 @@ def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
     return last_turn
 
 
+def prompt_texts(prompts: list[Prompt], tokenizer: Any) -> list[PromptText]:
+    """Return held-out prompts as text; of a prompt without a last turn, all of it."""
+    last_turn = make_last_turn(tokenizer)
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    return [
+        PromptText(last_turn(tokenizer.decode(p.ids)) or decode(p.ids), decode(p.response)) for p in prompts
+    ]
+
+
 def compile_sampler(
     decoding: Decoding, prompts: list[Prompt], tokenizer: Any, params: Params
-) -> Callable[[Params], list[Sample]]:
-    """Return `sample(params)`: each prompt with the model's completion and the row's own, as text.
+) -> Callable[[Params], list[Completed]]:
+    """Return `complete(params)`: each prompt with the model's completion and the row's own, as text.
 
-    Compiled for `params`, the shapes of the parameters.
+    Compiled once for `params`, the shapes of the parameters, and batches of at most AT_ONCE prompts.
     """
     if not prompts:
         return lambda params: []
-    ids, key = left_pad([prompt.ids for prompt in prompts], len(prompts)), jax.random.key(0)
-    stop = decoding.stop
+    count = min(AT_ONCE, len(prompts))
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = [
+        left_pad([prompt.ids for prompt in prompts[i : i + count]], count, longest)
+        for i in range(0, len(prompts), count)
+    ]
+    key, stop = jax.random.key(0), decoding.stop
     generate: Any = make_generate(decoding.model, decoding.sampling, stop)
-    compiled = generate.lower(params, ids, key).compile()
-    last_turn = make_last_turn(tokenizer)
+    compiled = generate.lower(params, ids[0], key).compile()
+    texts = prompt_texts(prompts, tokenizer)
 
-    def decode(tokens: Any) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-    def finished_sample(text: str, row: np.ndarray, response: list[int]) -> Sample:
+    def completed(text: PromptText, row: np.ndarray) -> Completed:
         finish: Literal["stop", "length", "nonfinite"] = "length"
         if (row == NONFINITE).any():
             finish = "nonfinite"
         elif row[-1] < 0 or int(row[-1]) in stop:
             finish = "stop"
-        completion = decode(row[row >= 0].tolist()) + ("" if finish == "stop" else " [...]")
-        return Sample(prompt=text, completion=completion, reference=decode(response), finish=finish)
+        completion = tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip()
+        return Completed(text.prompt, completion, text.reference, finish)
 
-    texts = [last_turn(tokenizer.decode(prompt.ids)) or decode(prompt.ids) for prompt in prompts]
+    def complete(params: Params) -> list[Completed]:
+        rows = np.concatenate([np.asarray(compiled(params, batch, key)) for batch in ids])
+        return [completed(text, row) for text, row in zip(texts, rows[: len(texts)], strict=True)]
 
-    def sample(params: Params) -> list[Sample]:
-        rows = np.asarray(compiled(params, ids, key))
-        return [
-            finished_sample(text, row, prompt.response)
-            for text, row, prompt in zip(texts, rows, prompts, strict=True)
-        ]
-
-    return sample
+    return complete

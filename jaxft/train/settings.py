@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
@@ -57,19 +57,35 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Scores of the completions of held-out prompts before and after training; their means are metrics.
+
+    by: functions of (prompt, completion, row), such as jaxft.rl.rewards:json_match or one in a file of your
+    own; row["answer"] is the row's own response. prompts: how many held-out prompts, None for all.
+    """
+
+    by: tuple[Callable[[str, str, dict[str, Any]], float], ...] = ()
+    prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None and self.prompts < 1:
+            raise ValueError(f"scoring.prompts={self.prompts}; expected at least 1, or none for all")
+
+
+@dataclass(frozen=True)
 class Run:
     """The settings of a run. `objective(model)` returns the objective, `data.open(tokenizer)` the source of
     batches.
 
-    weights: where the base comes from (see weights.hub). adapter: LoRA settings; None trains the base. start:
-    a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into the base.
-    train: a regular expression over parameter
-    paths that selects the trainable parameters instead of the default. quant: how the frozen base is stored;
-    None for the compute dtype. params: the dtype of trainable base weights; in bfloat16 their gradients are
-    bfloat16 too, summed over microbatches in float32, and updates are rounded stochastically. general: a text
-    file whose loss before and after training shows forgetting. samples: number of held-out prompts that are
-    completed before and after training. heads: further models with scalar heads on the base, by name (see
-    models/heads.py).
+    weights: where the base comes from (see weights.hub). adapter: LoRA settings; None trains the base.
+    start: a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into
+    the base. train: a regular expression over parameter paths that selects the trainable parameters
+    instead of the default. quant: how the frozen base is stored; None for the compute dtype. params: the
+    dtype of trainable base weights; in bfloat16 their gradients are bfloat16 too, summed over
+    microbatches in float32, and updates are rounded stochastically. general: a text file whose loss
+    before and after training shows forgetting. samples: number of held-out prompts that are completed and
+    shown before and after training. scoring: functions that score such completions. heads: further models
+    with scalar heads on the base, by name (see models/heads.py).
     """
 
     name: str
@@ -89,6 +105,7 @@ class Run:
     seed: int = 0
     general: str | None = None
     samples: int = 3
+    scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
     heads: dict[str, HeadSettings] = field(default_factory=dict)
@@ -107,9 +124,9 @@ class Run:
                 f"start={self.start} is merged into the base in float32, but quant={self.quant.kind} stores "
                 "the base in another form; set quant=none"
             )
-        if not self.model.generates and (self.samples or self.general):
-            got = f"samples={self.samples}, general={self.general}"
+        if not self.model.generates and (self.samples or self.general or self.scoring.by):
+            got = f"samples={self.samples}, general={self.general}, {len(self.scoring.by)} in scoring.by"
             raise ValueError(
                 "this run's model has a scalar head and generates no text: "
-                f"set samples=0 and general=none, got {got}"
+                f"set samples=0, general=none and scoring.by= to nothing, got {got}"
             )

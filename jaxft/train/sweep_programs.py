@@ -13,8 +13,7 @@ from jaxft.distributed import devices, sharding
 from jaxft.inference.generate import Decoding
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
-from jaxft.runs.report import Sample
-from jaxft.train import evaluate, samples
+from jaxft.train import evaluate, samples, scores
 from jaxft.train.compiled import Compiled, States, losses_of_batch, microbatch_shape, no_losses
 from jaxft.train.members import Job
 from jaxft.train.multi_adapter import (
@@ -140,10 +139,13 @@ def _loss_aux(states: tuple[TrainState, ...]) -> list[dict[str, Any]]:
     return [{"loss": s.aux["loss"]} if "loss" in s.aux else {} for s in states]
 
 
-def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States], list[list[Sample]]]:
-    """Return `sample(states)`: completions of held-out prompts by each member, compiled once per rank."""
-    run, prompts = job.lead.run, job.sources[0].prompts(job.lead.run.samples)
-    by_shape: dict[str, Callable[[Params], list[Sample]]] = {}
+def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States], list[scores.Scored]]:
+    """Return `sample(states)`: completions of held-out prompts by each member with their scores, compiled
+    once per rank.
+    """
+    run, prompts = job.lead.run, scores.held_out_prompts(job.lead.run, job.sources[0])
+    score = scores.make_scorer(run.scoring, run.samples, samples.prompt_texts(prompts, job.tokenizer))
+    by_shape: dict[str, Callable[[Params], list[samples.Completed]]] = {}
     complete = []
     for member in job.members:
         p = member.programs
@@ -154,9 +156,9 @@ def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States],
             by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params)
         complete.append(by_shape[key])
 
-    def sample(states: States) -> list[list[Sample]]:
+    def sample(states: States) -> list[scores.Scored]:
         return [
-            one(tree.combine(state.trainable, own))
+            score(one(tree.combine(state.trainable, own)))
             for one, state, own in zip(complete, states, frozen, strict=True)
         ]
 

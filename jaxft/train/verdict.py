@@ -77,7 +77,7 @@ def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[s
 
 def nonfinite_samples(end: Evaluation) -> str:
     """Return a message about an evaluation's completions whose logits were not finite, "" for none."""
-    count, total = sum(sample["finish"] == "nonfinite" for sample in end["samples"]), len(end["samples"])
+    count, total = end["nonfinite"], max(len(end["samples"]), end["scored"])
     return f"the logits of {count} of {total} sampled completions are not finite" if count else ""
 
 

@@ -1,5 +1,6 @@
 """Reward functions: scores, faults, rules, and the functions that check an answer."""
 
+import json
 import math
 import re
 import sys
@@ -112,6 +113,43 @@ def test_exact_ignores_white_space_and_case_only(completion, score):
 )
 def test_matches_requires_the_full_completion(completion, score):
     assert rewards.matches("", completion, {}, pattern="<a>.*</a>") == score
+
+
+ANSWER = '{"type": "order", "count": 3, "paid": true, "note": null, "tags": ["a", "b"]}'
+
+
+@pytest.mark.parametrize(
+    "completion, score",
+    [
+        (ANSWER, 1.0),
+        ('{"tags":["a","b"],"note":null,\n"paid":true,"count":3.0,"type":"order"}', 1.0),
+        (ANSWER.replace("true", "1"), 0.0),
+        (ANSWER.replace("3", "true"), 0.0),
+        (ANSWER.replace("3", '"3"'), 0.0),
+        (ANSWER.replace("3", "4"), 0.0),
+        (ANSWER.replace("null", '""'), 0.0),
+        (ANSWER.replace('"a", "b"', '"b", "a"'), 0.0),
+        (ANSWER.replace(', "note": null', ""), 0.0),
+        (ANSWER.replace("}", ', "note": null}'), 0.0),
+        (ANSWER.replace("}", ', "more": 1}'), 0.0),
+        (f"Sure! {ANSWER}", 0.0),
+        (f"```json\n{ANSWER}\n```", 0.0),
+        (ANSWER[:-1], 0.0),
+        (ANSWER.replace("3", "NaN"), 0.0),
+        (ANSWER.replace("3", "1e99999999999999999999"), 0.0),
+        ("[" * 100_000, 0.0),
+        ("", 0.0),
+    ],
+    ids=range(18),
+)
+def test_json_match_compares_the_values_of_the_whole_completion(completion, score):
+    assert rewards.json_match("p", completion, {"answer": ANSWER}) == score
+    assert rewards.json_match("p", completion, {"gold": json.loads(ANSWER)}, column="gold") == score
+
+
+def test_an_answer_that_is_no_json_is_a_fault_of_the_row():
+    with pytest.raises(ValueError, match="column 'answer' is no JSON .*: 'three'"):
+        rewards.json_match("p", "3", {"answer": "three"})
 
 
 def test_an_answer_without_a_number_is_a_fault_of_the_row():

@@ -25,6 +25,14 @@ def test_log_probs_are_reported_as_gains_since_step_0():
     assert table.as_json()["b"]["margin, nats"] == 0.0
 
 
+def test_scores_of_held_out_completions_have_a_column_and_a_panel():
+    before, after = {"eval_scores/mine": 0.0, "eval_loss": 2.0}, {"eval_scores/mine": 0.9, "eval_loss": 1.0}
+    assert Table.of(("a",), (before,), (after,)).as_json()["a"] == {"score": 0.9, "held-out loss": 1.0}
+    entries = [{"step": 0, **before}, {"step": 1, "loss": 1.5}, {"step": 4, **after}]
+    first = panels({"a": entries, "b": [{"step": 0, "eval_loss": 2.0}]})[0]
+    assert first.title == "mine, held out" and first.curves == {"a": ([0, 4], [0.0, 0.9])}
+
+
 def test_a_column_is_there_if_one_run_has_its_number_and_the_others_show_a_dash():
     table = Table.of(("a", "sft"), (BEFORE, SUPERVISED), (AFTER, SUPERVISED))
     assert "general loss" in table.titles and "token accuracy" not in table.titles

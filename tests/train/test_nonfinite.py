@@ -107,9 +107,11 @@ def test_a_last_update_after_which_the_loss_is_not_finite_is_seen_without_held_o
 
 def test_completions_with_non_finite_logits_are_no_finished_run():
     state = TrainState(jnp.int32(1), {}, (), {}, jnp.zeros(2, jnp.int32))
-    samples = [{"finish": "stop"}, {"finish": "nonfinite"}, {"finish": "length"}]
-    found = verdict.faults(state, 1, {"metrics": {}, "samples": samples})
-    assert found == ["the logits of 1 of 3 sampled completions are not finite"]
+    end = {"metrics": {}, "samples": [{}, {}, {}], "scored": 0, "nonfinite": 1}
+    assert verdict.faults(state, 1, end) == ["the logits of 1 of 3 sampled completions are not finite"]
+    assert verdict.faults(state, 1, {**end, "scored": 9}) == [
+        "the logits of 1 of 9 sampled completions are not finite"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,10 @@ def test_completions_with_non_finite_logits_are_no_finished_run():
 )
 def test_why_a_run_is_not_finished(bad, metrics, expected):
     state = TrainState(jnp.int32(10), {}, (), {}, jnp.array(bad, jnp.int32))
-    assert verdict.faults(state, 10, {"metrics": metrics, "samples": []}) == expected
+    assert (
+        verdict.faults(state, 10, {"metrics": metrics, "samples": [], "scored": 0, "nonfinite": 0})
+        == expected
+    )
 
 
 def test_a_row_with_a_non_finite_weight_is_named(place):

@@ -1,0 +1,103 @@
+"""Scores of held-out completions before and after training, by functions that compare them with the rows'
+own responses.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.data.source import Prompt, Source
+from jaxft.distributed import processes
+from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
+from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
+from jaxft.runs.metric_names import SCORES
+from jaxft.runs.report import Sample
+from jaxft.train.samples import Completed, PromptText
+from jaxft.train.settings import LONGEST, Run, Scoring
+
+
+class Scored(NamedTuple):
+    """Held-out completions of a model.
+
+    samples: those that logs and cards show. metrics: the means of the scores of `scored` completions. faults:
+    a line for each function that returned no score for some of them. nonfinite: how many of all completions
+    ended with logits that are not finite.
+    """
+
+    samples: list[Sample]
+    scored: int
+    metrics: FloatMetrics
+    faults: list[str]
+    nonfinite: int
+
+
+def held_out_prompts(run: Run, source: Source[Any]) -> list[Prompt]:
+    """Return the held-out prompts that are completed before and after training: those that are shown and
+    those that are scored.
+    """
+    scored = (run.scoring.prompts or LONGEST) if run.scoring.by else 0
+    return source.prompts(max(run.samples, scored))
+
+
+def check_scoring(run: Run, source: Source[Any]) -> None:
+    """Raise ValueError if there is nothing that the run's score functions could compare with."""
+    if not run.scoring.by:
+        return
+    first = source.prompts(1)
+    if not first or not first[0].response:
+        rewards = "; the rewards of rollouts are evaluated anyway" if source.info.samples else ""
+        raise ValueError(
+            "scoring.by compares completions with the responses of held-out rows, and there are none"
+            f"{rewards}. Hold out rows with prompts and responses (held_out=), or set scoring.by= to nothing"
+        )
+
+
+def make_scorer(
+    scoring: Scoring, samples: int, texts: Sequence[PromptText]
+) -> Callable[[Sequence[Completed]], Scored]:
+    """Return `score(completions)` of the held-out prompts: the first `samples` of them as text, and the mean
+    scores of the first `scoring.prompts`, or of all.
+
+    texts: those prompts. Every function is called here with the rows' own responses, so that one which
+    doesn't fit the rows ends the run before it trains. Raises ValueError if a function returns no score for
+    one of them.
+    """
+    functions = [FunctionReward(fn) for fn in scoring.by]
+    names = unique_names(functions)
+
+    def call(completions: Sequence[str]) -> list[tuple[list[float], str]]:
+        """Return the scores by each function, NaN for none, and a message about the first fault."""
+        known = texts[: len(completions)]
+        rows = [(f"held-out prompt {i}", {"answer": text.reference}) for i, text in enumerate(known, 1)]
+        prompts = [text.prompt for text in known]
+
+        def on_first() -> list[Any]:
+            found = [call_reward(fn, prompts, completions, rows) for fn in functions]
+            return [[one.scores.tolist(), one.faults.first] for one in found]
+
+        return [(values, fault) for values, fault in processes.from_first_process(on_first)]
+
+    for _, fault in call([text.reference for text in texts[: scoring.prompts]]) if functions else ():
+        if fault:
+            raise ValueError(
+                f"scoring.by: {fault}, called with that row's own response. Choose a function that fits the "
+                "rows, or set scoring.by= to nothing"
+            )
+
+    def score(completions: Sequence[Completed]) -> Scored:
+        shown = [one.shown() for one in completions[:samples]]
+        metrics: FloatMetrics = {}
+        faults = []
+        scored = completions[: scoring.prompts] if functions else []
+        for name, (values, fault) in zip(names, call([x.completion for x in scored]), strict=True):
+            known = np.array(values)[~np.isnan(values)]
+            if len(known):
+                metrics[f"{HELD_OUT}{SCORES}{name}"] = float(known.mean())
+            if fault:
+                missing = f"{len(values) - len(known)} of {len(values)}"
+                faults.append(f"{missing} completions of held-out prompts have no score: {fault}")
+        nonfinite = sum(one.finish == "nonfinite" for one in completions)
+        return Scored(shown, len(scored), metrics, faults, nonfinite)
+
+    return score

@@ -1,0 +1,147 @@
+"""Scores of held-out completions: means, prompts that are scored, faults, and batches of completions."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import CONFIG, tiny
+from tiny_run import ROOT, Place, write_place
+
+from jaxft.data.source import Prompt
+from jaxft.inference.generate import Decoding, Sampling
+from jaxft.train import samples
+from jaxft.train.samples import Completed, PromptText
+from jaxft.train.scores import check_scoring, held_out_prompts, make_scorer
+from jaxft.train.settings import Run, Scoring
+
+TEXTS = [PromptText(f"question {i}", f"reference {i}") for i in range(4)]
+COMPLETIONS = [Completed(t.prompt, t.reference, t.reference, "stop") for t in TEXTS[:3]]
+COMPLETIONS += [Completed("question 3", "something", "reference 3", "length")]
+
+
+def same(prompt, completion, row):
+    return float(completion == row["answer"])
+
+
+def last_digit(prompt, completion, row):
+    return int(completion[-1])
+
+
+def test_scores_are_means_over_the_scored_prompts_and_samples_are_the_first():
+    found = make_scorer(Scoring((same, last_digit), prompts=3), 1, TEXTS)(COMPLETIONS)
+    assert found.metrics == {"eval_scores/same": 1.0, "eval_scores/last_digit": 1.0} and found.scored == 3
+    assert [sample["prompt"] for sample in found.samples] == ["question 0"] and found.faults == []
+    found = make_scorer(Scoring((same,)), 4, TEXTS)(COMPLETIONS)
+    assert found.metrics == {"eval_scores/same": 0.75} and found.scored == 4
+    assert found.samples[3]["completion"] == "something [...]"  # the score is of the text without the mark
+
+
+def test_a_completion_without_a_score_is_reported_and_in_no_mean():
+    found = make_scorer(Scoring((last_digit,)), 0, TEXTS)(COMPLETIONS)
+    assert found.metrics == {"eval_scores/last_digit": 1.0}  # of 0, 1 and 2
+    (fault,) = found.faults
+    assert fault.startswith("1 of 4 completions of held-out prompts have no score: reward last_digit raised")
+    assert "held-out prompt 4" in fault
+
+
+def test_a_function_that_does_not_fit_the_rows_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"last_digit raised .*held-out prompt 1.*row's own response.*rows"):
+        make_scorer(Scoring((last_digit,)), 0, [PromptText("question", "no digit")])
+
+
+def test_without_functions_only_the_samples_are_completed():
+    run = SimpleNamespace(samples=2, scoring=Scoring())
+    source = SimpleNamespace(prompts=lambda count: list(range(min(count, 9))))
+    assert held_out_prompts(run, source) == [0, 1]
+    assert make_scorer(Scoring(), 2, TEXTS)(COMPLETIONS)[1:3] == (0, {})
+    for prompts, expected in ((None, 9), (5, 5), (1, 2)):
+        run = SimpleNamespace(samples=2, scoring=Scoring((same,), prompts))
+        assert len(held_out_prompts(run, source)) == expected
+
+
+@pytest.mark.parametrize(
+    "prompts, rollouts, message",
+    [
+        ([], False, "there are none. Hold out rows with prompts and responses .held_out=.*scoring.by="),
+        ([Prompt([1], [])], True, "there are none; the rewards of rollouts are evaluated anyway"),
+    ],
+)
+def test_rows_without_responses_cannot_be_scored(prompts, rollouts, message):
+    source = SimpleNamespace(prompts=lambda count: prompts, info=SimpleNamespace(samples=rollouts))
+    with pytest.raises(ValueError, match=message):
+        check_scoring(SimpleNamespace(scoring=Scoring((same,))), source)
+    check_scoring(SimpleNamespace(scoring=Scoring()), source)
+
+
+def test_settings_of_scoring_are_checked():
+    with pytest.raises(ValueError, match="scoring.prompts=0; expected at least 1, or none for all"):
+        Scoring(prompts=0)
+    with pytest.raises(ValueError, match="scalar head and generates no text.*1 in scoring.by"):
+        Run("reward", "", SimpleNamespace(generates=False), None, None, samples=0, scoring=Scoring((same,)))
+
+
+def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
+    model, params = tiny(jnp.float32)
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(rng.integers(1, CONFIG.vocab, size).tolist(), [1, 2]) for size in (3, 70, 5, 9, 4)
+    ]  # the second one is longer than a bucket
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
+    decoding = Decoding(model, Sampling(max_new=4), (7,))
+    shapes = jax.eval_shape(lambda: params)
+    whole = samples.compile_sampler(decoding, prompts, tokenizer, shapes)(params)
+    monkeypatch.setattr(samples, "AT_ONCE", 2)
+    assert samples.compile_sampler(decoding, prompts, tokenizer, shapes)(params) == whole
+    assert [one.prompt for one in whole] == [" ".join(map(str, p.ids)) for p in prompts]
+    assert len({one.completion for one in whole}) > 1
+
+
+def test_a_run_logs_scores_and_has_them_in_its_summary_card_and_last_lines(tmp_path):
+    write_place(tmp_path)
+    place = Place(tmp_path)
+    (tmp_path / "scores.py").write_text(
+        "def size(prompt, completion, row):\n    return len(row['answer'])\n"
+        "def odd(prompt, completion, row):\n    return 1.0 if completion == row['answer'] else None\n"
+    )
+    argv = ["name=scored", "steps=1", "samples=4", "scoring.by=scores.py:size,scores.py:odd"]
+    assert place.run(*argv) == 0, place.err()
+    summary = json.loads((place.runs("scored") / "summary.json").read_text())
+    lengths = [len(sample["reference"]) for sample in summary["after"]["samples"]]
+    assert len(lengths) == 4 == summary["after"]["scored"]
+    expected = sum(lengths) / 4
+    evaluated = [line["eval_scores/size"] for line in place.metrics("scored") if "eval_scores/size" in line]
+    assert evaluated == [expected, expected]  # before the first and after the last step
+    shown = f"size of the completions of 4 held-out prompts: {expected:.4f} before, {expected:.4f} after"
+    fault = "4 of 4 completions of held-out prompts have no score: reward odd returned NoneType None"
+    assert shown in place.out() and fault in place.out()
+    card = (place.runs("scored") / "README.md").read_text()
+    assert f"| eval_scores/size | {expected:.4f} | {expected:.4f} |" in card and f"- {fault}" in card
+
+
+def test_a_completion_whose_logits_are_not_finite_is_counted_though_it_is_not_shown():
+    broken = [*COMPLETIONS[:3], Completed("question 3", "", "reference 3", "nonfinite")]
+    found = make_scorer(Scoring((same,)), 1, TEXTS)(broken)
+    assert found.nonfinite == 1 and len(found.samples) == 1
+
+
+@pytest.mark.slow
+def test_the_quick_start_masters_held_out_messages_and_then_invents_no_missing_part(tmp_path):
+    """What README.md reports; minutes."""
+    place = Place(tmp_path)
+    for name, start in (("sft", ()), ("dpo", ("start=runs/sft", "name=sft_dpo"))):
+        (tmp_path / "config.py").write_text((ROOT / "configs" / f"{name}.py").read_text())
+        assert place.run(*start) == 0, place.err()
+    before, after = quick_start_scores(place, "sft")
+    assert before < 0.05 and after >= 0.9
+    before, after = quick_start_scores(place, "sft_dpo")
+    assert after >= before + 0.3 and after >= 0.8
+
+
+def quick_start_scores(place, name):
+    """The fraction of right completions before and after a run."""
+    summary = json.loads((place.runs(name) / "summary.json").read_text())
+    assert summary["after"]["scored"] >= 48
+    return [summary[end]["metrics"]["eval_scores/json_match"] for end in ("before", "after")]
