@@ -12,7 +12,7 @@ from jaxft.inference.generate import NONFINITE, Decoding, left_pad, make_generat
 from jaxft.runs.report import Sample
 from jaxft.tree import Params
 
-AT_ONCE = 32  # prompts that are completed together
+PROMPTS_AT_ONCE = 32  # prompts that are completed together
 
 
 class PromptText(NamedTuple):
@@ -83,11 +83,11 @@ def compile_sampler(
 ) -> Callable[[Params], list[Completed]]:
     """Return `complete(params)`: each prompt with the model's completion and the row's own, as text.
 
-    Compiled once for `params`, the shapes of the parameters, and batches of at most AT_ONCE prompts.
+    Compiled once for `params`, the shapes of the parameters, and batches of at most PROMPTS_AT_ONCE prompts.
     """
     if not prompts:
         return lambda params: []
-    count = min(AT_ONCE, len(prompts))
+    count = min(PROMPTS_AT_ONCE, len(prompts))
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = [
         left_pad([prompt.ids for prompt in prompts[i : i + count]], count, longest)
