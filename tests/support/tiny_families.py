@@ -57,7 +57,10 @@ FAMILIES = {
     )),
     "exaone4": ("exaone4", dict(sliding_window=7, head_dim=16)),
     "exaone4 without windows": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 4)),
-    "seed_oss": ("seed_oss", dict(head_dim=16, attention_out_bias=True)),
+    "seed_oss": (
+        "seed_oss",
+        dict(head_dim=16, attention_out_bias=True, attention_dropout=0.0, residual_dropout=0.0),
+    ),
     "cwm": ("cwm", dict(sliding_window=7, head_dim=16)),
     "internlm3": ("internlm3", dict(attention_bias=True, mlp_bias=True, head_dim=16)),
     "iquestcoder": ("iquestcoder", dict(head_dim=16)),
