@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import CONFIG, tiny
-from tiny_run import ROOT, Place, write_place
+from tiny_run import Place, write_place
 
 from jaxft.data.source import Prompt
 from jaxft.inference.generate import Decoding, Sampling
@@ -125,23 +125,3 @@ def test_a_completion_whose_logits_are_not_finite_is_counted_though_it_is_not_sh
     broken = [*COMPLETIONS[:3], Completed("question 3", "", "reference 3", "nonfinite")]
     found = make_scorer(Scoring((same,)), 1, TEXTS)(broken)
     assert found.nonfinite == 1 and len(found.samples) == 1
-
-
-@pytest.mark.slow
-def test_the_quick_start_masters_held_out_messages_and_then_invents_no_missing_part(tmp_path):
-    """What README.md reports; minutes."""
-    place = Place(tmp_path)
-    for name, start in (("sft", ()), ("dpo", ("start=runs/sft", "name=sft_dpo"))):
-        (tmp_path / "config.py").write_text((ROOT / "configs" / f"{name}.py").read_text())
-        assert place.run(*start) == 0, place.err()
-    before, after = quick_start_scores(place, "sft")
-    assert before < 0.05 and after >= 0.9
-    before, after = quick_start_scores(place, "sft_dpo")
-    assert after >= before + 0.3 and after >= 0.8
-
-
-def quick_start_scores(place, name):
-    """The fraction of right completions before and after a run."""
-    summary = json.loads((place.runs(name) / "summary.json").read_text())
-    assert summary["after"]["scored"] >= 48
-    return [summary[end]["metrics"]["eval_scores/json_match"] for end in ("before", "after")]
