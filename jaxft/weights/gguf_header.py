@@ -124,6 +124,13 @@ class _Cursor:
     def text(self) -> str:
         return self.take(self.number("<Q")).decode("utf-8")
 
+    def name(self) -> str:
+        """Read the name of a metadata entry or a tensor."""
+        name = self.text()
+        if not name.isprintable():
+            raise ValueError(f"the name {name[:60]!r} in its header has a character that is not printable")
+        return name
+
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in SCALARS:
             return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()
@@ -215,11 +222,11 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
     count, pairs = cursor.number("<Q"), cursor.number("<Q")
     metadata = {}
     for _ in range(pairs):
-        key = cursor.text()
+        key = cursor.name()
         metadata[key] = cursor.value(cursor.number("<I"))
     listed = []
     for _ in range(count):
-        name, rank = cursor.text(), cursor.number("<I")
+        name, rank = cursor.name(), cursor.number("<I")
         if rank > 4:
             raise ValueError(f"tensor {name[:100]} has {rank} dimensions")
         listed.append(

@@ -21,7 +21,7 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
-@pytest.mark.parametrize("kind", ["full=false", "full=true"])
+@pytest.mark.parametrize("kind", [pytest.param("full=false", marks=pytest.mark.slow), "full=true"])
 def test_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
     common = [kind, "batch=8", "lr=0.0001"]
     name = kind.replace("=", "")

@@ -29,7 +29,7 @@ LLAMA3 = dict(
     ("rope", "text"),
     [
         ({"factor": 4.0}, "no rope_type"),
-        ({"full_attention": {"rope_theta": 5e5}}, "full_attention"),
+        ({"full_attention": {"rope_theta": 5e5}}, "one object per layer type"),
         ({"rope_type": "linear", "factor": 0.0}, "factor"),
         ({**LLAMA3, "high_freq_factor": 1.0}, "low_freq_factor"),
         ({"rope_type": "mrope", "factor": 2.0}, "'mrope'"),

@@ -101,7 +101,7 @@ def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied, **s
     assert_close(found[1], found[0], 1e-10)
 
 
-@pytest.mark.parametrize("optimizer", [adamw_8bit, adamw_bf16])
+@pytest.mark.parametrize("optimizer", [adamw_8bit, pytest.param(adamw_bf16, marks=pytest.mark.slow)])
 def test_integer_optimizer_state_passes_through_as_floats(optimizer, monkeypatch):
     monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 64)
     build, found = case(optimizer), []

@@ -115,8 +115,8 @@ def changed_row(place, name, **change):
         (
             {},
             ["samples=2"],
-            "this run's model has a scalar head and generates no text: set samples=0 and general=none, "
-            "got samples=2",
+            "this run's model has a scalar head and generates no text: set samples=0, general=none and "
+            "scoring.by= to nothing, got samples=2, general=None, 0 in scoring.by",
         ),
         ({}, ["center=-0.5"], "center=-0.5: expected a finite number of at least 0"),
     ],

@@ -90,7 +90,9 @@ SWEEPS = {
 }
 
 
-@pytest.mark.parametrize("kind", SWEEPS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("seeds", "moving"))) for kind in SWEEPS]
+)
 def test_each_member_equals_its_separate_run(place, kind):
     settings, over = SWEEPS[kind]
     flags = ["--at-once", "2"] if kind == "moving" else []

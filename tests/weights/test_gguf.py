@@ -256,6 +256,12 @@ def test_metadata_of_another_type_is_one_line_that_names_it(tmp_path, key):
     assert len(str(pytest.raises(ValueError, load, path).value)) < 300
 
 
+def test_a_name_with_a_line_break_is_refused_on_one_line(tmp_path):
+    fields = [("add_uint32", "llama.\nlock_count", 1)]
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1), fields=fields)
+    check_refuses(path, "the name 'llama.\\nlock_count' in its header has a character that is not printable")
+
+
 def test_a_truncated_gguf_file_is_an_error_that_names_it(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch())
     whole = path.read_bytes()
