@@ -57,6 +57,20 @@ def _etag(path: Path) -> str:
 
 
 @contextmanager
+def served(handler):
+    """Serve a request handler on a free port of this machine; yields the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
 def serve(folder: Path, repo: str):
     """Serve until the block ends."""
     requests: list[str] = []
@@ -77,15 +91,8 @@ def serve(folder: Path, repo: str):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with served(Hub) as address:
+        yield address, requests
 
 
 @contextmanager
@@ -125,12 +132,5 @@ def serve_dataset(folder: Path, repo: str):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", sent
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with served(Hub) as address:
+        yield address, sent
