@@ -20,6 +20,7 @@ PEER_LOST = re.compile(
     # NCCL's ncclRemoteError; the coordination service
     r"|(?i:remote process exited|heartbeat|tasks have crashed)"
 )
+COMMUNICATION = re.compile(r"(?i:gloo|nccl|connect|socket)")  # an error of communication, whatever its cause
 
 
 def shorten_error(error: object) -> str:
@@ -28,13 +29,14 @@ def shorten_error(error: object) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def means_peer_lost(text: str) -> bool:
+def means_peer_lost(text: str, connected: bool = False) -> bool:
     """Whether an error message of JAX means that another process has exited or stopped responding.
 
-    Such a run can be restarted. Messages that only name a library or a connection do not match: a wrong
-    network interface or NCCL version would otherwise be restarted forever.
+    Such a run can be restarted. Messages that only name a library or a connection match only if the processes
+    were `connected` before, that is, finished a step together: until then, the cause may be a wrong network
+    interface or NCCL version, and the run would be restarted forever.
     """
-    return PEER_LOST.search(text) is not None
+    return PEER_LOST.search(text) is not None or (connected and COMMUNICATION.search(text) is not None)
 
 
 def exit_for_restart(text: str) -> NoReturn:

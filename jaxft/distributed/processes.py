@@ -218,11 +218,14 @@ def one_line_of(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def is_peer_lost(error: BaseException) -> bool:
-    """Whether an error means that a computation failed because another process is gone."""
+def is_peer_lost(error: BaseException, connected: bool = False) -> bool:
+    """Whether an error means that a computation failed because another process is gone.
+
+    connected: all processes finished a step of this run together, as in exit.means_peer_lost.
+    """
     return (
         isinstance(error, jax.errors.JaxRuntimeError)
-        and exit.means_peer_lost(str(error))
+        and exit.means_peer_lost(str(error), connected)
         and is_multi_process()
     )
 

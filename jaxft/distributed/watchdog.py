@@ -33,6 +33,7 @@ class Watchdog:
         self._phase, self._limit, self._setting = "starting", hosts.phase_seconds, "hosts.phase_seconds"
         self._waited, self._step_start = 0.0, 0.0  # _step_start is 0 outside steps
         self._steps: deque[float] = deque(maxlen=64)
+        self._started_steps = 0
         self._end = threading.Event()
         shortest = min(hosts.phase_seconds, hosts.step_seconds or MIN_SECONDS)
         self._tick = min(1.0, shortest / 10)
@@ -57,6 +58,7 @@ class Watchdog:
         if self._step_start:
             self._steps.append(now - self._step_start)
         self._step_start = now
+        self._started_steps += 1
         self._feed(f"step {number}", self._step_limit(), "hosts.step_seconds")
 
     def _step_limit(self) -> float:
@@ -82,7 +84,7 @@ class Watchdog:
         except processes.AgreedError:
             raise
         except BaseException as error:
-            if processes.is_peer_lost(error):
+            if processes.is_peer_lost(error, connected=self._started_steps > 1):
                 exit.exit_for_restart(processes.peer_lost_message(error, self._phase))
             if processes.is_multi_process():
                 self._feed(

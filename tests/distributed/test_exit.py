@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from jaxft.distributed import exit, processes
+from jaxft.distributed.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +54,33 @@ def test_error_from_a_lost_peer_calls_for_a_restart(text, monkeypatch):
 def test_error_that_a_restart_would_repeat_is_not_a_lost_peer(text, monkeypatch):
     monkeypatch.setattr(processes, "is_multi_process", lambda: True)
     assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(text))
+
+
+CONNECTION_ERRORS = [
+    "UNKNOWN: Gloo context initialization failed: connect [127.0.0.1]:41833: Connection refused",
+    "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details)",
+]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("text", [*CONNECTION_ERRORS, "RESOURCE_EXHAUSTED: Out of memory"])
+def test_connection_error_calls_for_a_restart_only_after_a_step(text, steps, monkeypatch):
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    monkeypatch.setattr(processes, "process_name", lambda: "process 0 of 2")
+    monkeypatch.setattr(exit, "exit_for_restart", lambda message: sys.exit(message))
+    lost = steps > 1 and text in CONNECTION_ERRORS  # the second step begins when the first has finished
+    with (
+        pytest.raises(
+            SystemExit if lost else jax.errors.JaxRuntimeError, match="process is gone" if lost else text[:8]
+        ),
+        Watchdog(processes.Hosts()) as watchdog,
+        watchdog.guard(),
+    ):
+        for number in range(1, steps + 1):
+            watchdog.step(number)
+        watchdog.at("evaluation")
+        raise jax.errors.JaxRuntimeError(text)
 
 
 ABORT = "import ctypes; ctypes.CDLL(None).abort()"
