@@ -5,13 +5,13 @@
     python scripts/inspect_data.py sft --row rows.jsonl:17               # one row, such as a log names
     python scripts/inspect_data.py --data rows.jsonl --model REF [--kind pairs] [loss_on=all ...]
 
-It shows the examples, pairs, single responses or prompts of one batch; the responses of a pair are side by
-side. Tokens with a loss are green, brighter with more weight; the others are dim. Without colours, tokens
-with a loss are inside ⟦ ⟧.
+First come statistics: lengths in tokens, training rows that repeat one another, and held-out rows that are
+also training rows (all three of the first 200,000 rows; rows are compared by their token ids). Invalid rows
+are counted by reason, with the first of each, whatever data.invalid is.
 
-Before them come the lengths of all rows, rows that repeat one another, held-out rows that are also training
-rows (both compare token ids, of the first 200,000 rows), and invalid rows, counted by reason and shown by
-their first, whatever data.invalid is: what `drop` would leave out.
+Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
+responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
+are dim. In a file or a pipe, which has no colours, tokens with a loss are inside ⟦ ⟧.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import dataclasses
 import itertools
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -31,80 +31,58 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.batch import Tokens  # noqa: E402
 from jaxft.data import prompts  # noqa: E402
-from jaxft.data.invalid import InvalidCount, add_counts  # noqa: E402
-from jaxft.data.overlaps import Content, find_overlaps, overlap_lines  # noqa: E402
-from jaxft.data.pairs.source import PairRows, PairSource  # noqa: E402
-from jaxft.data.prompt_rows import PromptRows  # noqa: E402
+from jaxft.data.inspection import (  # noqa: E402
+    Inspected,
+    ShownExample,
+    ShownPart,
+    content,
+    inspect,
+    part_lengths,
+)
+from jaxft.data.invalid import InvalidCount  # noqa: E402
+from jaxft.data.overlaps import find_overlaps, overlap_lines  # noqa: E402
+from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
-from jaxft.data.sft import Rows, RowSource  # noqa: E402
+from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.runs import cli, config  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.train.settings import Run  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 
-PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
-COMPARED = 200_000  # training rows, and as many held-out ones, whose lengths and tokens are compared
+COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
-KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # what --data is read as
-
-
-class Part(NamedTuple):
-    """The prompt, a response or all of an example: its token ids, and the weight of each as a target."""
-
-    label: str
-    ids: np.ndarray
-    weights: np.ndarray
-
-
-class Shown(NamedTuple):
-    """An example: the name of its row, what there is to say about it, and its parts."""
-
-    name: str
-    facts: str
-    parts: list[Part]
-
-
-class Inspected(NamedTuple):
-    """A dataset: statistics of its valid rows by name, its invalid rows, and its examples.
-
-    of_step(step): those of a batch. train, held_out: all of them, each time that they are called.
-    """
-
-    statistics: dict[str, Any]
-    invalid: tuple[InvalidCount, ...]
-    of_step: Callable[[int], Iterator[Shown]]
-    train: Callable[[], Iterator[Shown]]
-    held_out: Callable[[], Iterator[Shown]]
+KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # choices of --kind
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.CommandParser(__doc__)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--config", metavar="RECIPE", help="a recipe, whose rows and tokenizer are used")
-    where.add_argument("--data", help="a file, folder or hub dataset, instead of a config")
-    parser.add_argument("--kind", choices=list(KINDS), default="sft", help="what --data is read as")
-    parser.add_argument("--model", help="a model or tokenizer, instead of the config's or with --data")
-    parser.add_argument("--rows", type=int, default=3, help="how many examples to show")
-    parser.add_argument("--step", type=int, default=0, help="the batch whose examples are shown")
+    where.add_argument("--config", metavar="RECIPE", help="a recipe, whose rows and tokenizer are shown")
+    where.add_argument("--data", help="a file, folder or hub dataset, instead of a recipe")
     parser.add_argument(
-        "--row", action="append", default=[], help="show this row, FILE:LINE; can be repeated"
+        "--kind", choices=list(KINDS), default="sft", help="the kind of rows in --data (default: sft)"
+    )
+    parser.add_argument("--model", help="the model or tokenizer; needed with --data")
+    parser.add_argument("--rows", type=int, default=3, help="number of examples to show (default: 3)")
+    parser.add_argument("--step", type=int, default=0, help="the step whose batch is shown (default: 0)")
+    parser.add_argument(
+        "--row", action="append", default=[], help="show this row, named FILE:LINE; may be repeated"
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="name=value",
-        help="the recipe, then knob=value as for training; with --data fields of data.*",
+        help="a recipe and knob=value, as for training; with --data, fields of data.*",
     )
     return parser
 
 
 def settings(args: argparse.Namespace) -> tuple[Data, str]:
-    """Return the settings of the rows and the reference of the tokenizer."""
+    """Return the settings of the dataset, and the model or folder that has the tokenizer."""
     if not args.data:
         run = config.load_config(*cli.recipe_and_overrides(args.config, args.overrides), expected=Run)
         return run.data, args.model or run.weights
@@ -116,7 +94,7 @@ def settings(args: argparse.Namespace) -> tuple[Data, str]:
 
 
 def with_fields(data: Data, overrides: list[str]) -> Data:
-    """Return `data` with fields replaced by name=value overrides, each parsed as the type of its field."""
+    """Return `data` with the fields that name=value overrides set; a value is parsed as its field's type."""
     known = {field.name for field in dataclasses.fields(data)}
     kinds = {name: kind for name, kind in typing.get_type_hints(type(data)).items() if name in known}
     values = {}
@@ -135,143 +113,7 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
     return dataclasses.replace(data, **values)
 
 
-def inspect(data: Data, tokenizer: Any) -> Inspected:
-    """Read and tokenise the rows but the invalid ones."""
-    data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
-    if isinstance(data, Prompts):
-        return inspect_prompts(data, tokenizer)
-    source = data.open(tokenizer)
-    stats = dict(vars(source.info.stats))
-    invalid = stats.pop("invalid")
-    del stats["lengths"]  # shown for each part
-    stats["tokens_with_a_loss"] = stats["learned_tokens"] / stats["tokens"]
-    stats |= {"steps": source.info.steps, "fingerprint": source.info.fingerprint}
-    if isinstance(source, PairSource):
-        return inspect_pairs(source, stats, invalid)
-    return inspect_rows(source, stats, invalid)
-
-
-def inspect_rows(source: RowSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
-    """Return the examples of SFT batches."""
-
-    def of_step(step: int) -> Iterator[Shown]:
-        return examples_of(source.batch(step)[0], source.row_names(step))
-
-    def train() -> Iterator[Shown]:
-        return itertools.chain.from_iterable(map(of_step, range(int(np.ceil(source.info.steps_per_epoch)))))
-
-    def held_out() -> Iterator[Shown]:
-        number = itertools.count(1)
-        for batch in source.held_out:
-            for example in examples_of(batch, [""] * batch.ids.shape[1]):
-                yield example._replace(name=f"held-out row {next(number)}")
-
-    return Inspected(stats, invalid, of_step, train, held_out)
-
-
-def examples_of(batch: Tokens, names: list[str]) -> Iterator[Shown]:
-    """Yield the examples of a batch. names: of the examples in each row, with ", " between them."""
-    flat = [
-        np.asarray(x).reshape(-1, x.shape[-1])
-        for x in (batch.ids, batch.segments, batch.read, batch.token_weights)
-    ]
-    for ids, segments, read, token_weights, row in zip(*flat, names, strict=False):
-        weight = np.zeros(len(ids) + 1)
-        np.add.at(weight, read + 1, token_weights)
-        labels = row.split(", ")
-        for number in range(1, int(segments.max(initial=0)) + 1):
-            here = segments == number
-            weights = weight[:-1][here]
-            facts = f"{here.sum()} tokens, {(weights > 0).sum()} with loss"
-            name = labels[min(number, len(labels)) - 1]
-            yield Shown(
-                name, f"{facts}, weight {weights.sum():.4f} of the batch", [Part("", ids[here], weights)]
-            )
-
-
-def inspect_pairs(source: PairSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
-    """Return pairs, or single responses."""
-    pairs = source.pairs.tokenised
-
-    def example(index: int, weight: float) -> Shown:
-        parts = []
-        for number, label in enumerate(("prompt", *pairs.kinds)):
-            ids = pairs.piece(index, number)
-            start = pairs.starts[index, number]
-            if len(ids):
-                parts.append(Part(label, ids, weight * pairs.learned[start : start + len(ids)]))
-        lengths = ", ".join(f"{part.label} {len(part.ids)} tokens" for part in parts)
-        facts = f"{lengths}, {pairs.reads[index].sum()} with loss, weight {weight:.4f} of the batch"
-        return Shown(pairs.names[index], facts, parts)
-
-    def of_step(step: int) -> Iterator[Shown]:
-        batch = source.batch(step)[0]
-        found = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
-        return (example(index, weight) for index, weight in found if index >= 0)  # -1: an empty slot
-
-    def all_of(members: np.ndarray) -> Iterator[Shown]:
-        return (example(int(index), 1 / source.pairs.settings.batch) for index in members)
-
-    return Inspected(
-        stats, invalid, of_step, lambda: all_of(source.pairs.train), lambda: all_of(source.pairs.held)
-    )
-
-
-def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
-    """Return the prompts of rollouts."""
-    train, held = prompts.split_prompts(data, tokenizer)
-    stats = {
-        "prompts": len(train),
-        "held_out": len(held),
-        "dropped": train.dropped,
-        "fingerprint": prompts.prompts_fingerprint(data, train, held),
-    }
-
-    def example(side: PromptRows, number: int) -> Shown:
-        ids = np.array(side.token_ids[number])
-        columns = [
-            f"{name}={value!r}"[:80]
-            for name, value in side.fields[number].items()
-            if name not in PROMPT_COLUMNS
-        ]
-        room = f"{data.group} completions of at most {data.max_new}"
-        facts = f"{len(ids)} tokens, {'; '.join([room, *columns])}"
-        return Shown(side.names[number], facts, [Part("", ids, np.zeros(len(ids)))])
-
-    def of_step(step: int) -> Iterator[Shown]:
-        rollout, part = divmod(step, data.steps_per_rollout)
-        numbers = prompts.prompts_of_rollout(data, train, rollout)
-        return (example(train, number) for number in numbers[prompts.prompts_of_step(data, rollout, part)])
-
-    def all_of(side: PromptRows) -> Iterator[Shown]:
-        return (example(side, number) for number in range(len(side)))
-
-    invalid = add_counts(train.invalid, held.invalid)
-    return Inspected(stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held))
-
-
-# What is said about all rows
-
-
-def content(example: Shown) -> Content:
-    """Return an example's prompt, the tokens before the first with a loss, and the rest."""
-    ids = np.concatenate([part.ids for part in example.parts])
-    learned = np.flatnonzero(np.concatenate([part.weights for part in example.parts]))
-    first = int(learned[0]) if len(learned) else 0
-    first = first if first > 1 else 0  # a text begins with one token without a loss
-    return Content(example.name, ids[:first], ids[first:])
-
-
-def part_lengths(examples: Iterator[Shown]) -> dict[str, list[int]]:
-    """Return the tokens of each part of the examples; of SFT rows also of the prompt and of the targets."""
-    found: dict[str, list[int]] = {}
-    for example in examples:
-        for part in example.parts:
-            found.setdefault(part.label or "all", []).append(len(part.ids))
-        if len(example.parts) == 1 and example.parts[0].weights.any():
-            found.setdefault("prompt", []).append(len(content(example).prompt))
-            found.setdefault("with loss", []).append(int((example.parts[0].weights > 0).sum()))
-    return found
+# Statistics of all rows
 
 
 def lengths_table(lengths: dict[str, list[int]]) -> Table:
@@ -287,14 +129,14 @@ def lengths_table(lengths: dict[str, list[int]]) -> Table:
 
 
 def histogram(counts: list[int], bins: int = 20) -> str:
-    """Return a bar for each of `bins` equal ranges of the counts; an empty range is a space."""
+    """Return a line of bars, one for each of `bins` equal ranges of the counts; an empty range is a space."""
     heights, _ = np.histogram(counts, bins)
     top = heights.max()
     return "".join(BARS[int((len(BARS) - 1) * height / top)] if height else " " for height in heights)
 
 
 def table(statistics: dict[str, Any]) -> Table:
-    """Return the statistics, one per line."""
+    """Return a table of the statistics, one per line."""
     result = Table(show_header=False, box=None, pad_edge=False)
     for name, value in statistics.items():
         match value:
@@ -311,7 +153,7 @@ def table(statistics: dict[str, Any]) -> Table:
 
 
 def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) -> str:
-    """Return what is wrong with how many rows, and what a run would do about it."""
+    """Return the invalid rows by reason, most frequent first, and what a run does about them."""
     if not invalid:
         return "no invalid rows"
     data = dataclasses.replace(data, invalid="drop")
@@ -329,7 +171,7 @@ def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) 
 
 
 def pieces(tokenizer, ids: np.ndarray, weight: np.ndarray):
-    """Yield (text, weight) of each token; tokens that form one character together are joined."""
+    """Yield (text, weight) of each token. Tokens that form one character together are yielded as one."""
     shown, at = "", 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False)
@@ -339,11 +181,11 @@ def pieces(tokenizer, ids: np.ndarray, weight: np.ndarray):
 
 
 def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> Text:
-    """Return the text of one part with its targets highlighted."""
+    """Return the text of one part with the tokens that have a loss highlighted."""
     text, top, inside = Text(), weight.max() or 1.0, False
     for number, (piece, w) in enumerate(pieces(tokenizer, ids, weight)):
         if colours:
-            # neighbours differ a little, so that token boundaries are visible
+            # two shades take turns, so that token boundaries are visible
             fraction = w / top - 0.15 * (number % 2)
             style = (
                 f"black on rgb({int(150 - 90 * fraction)},{int(130 + 125 * fraction)},120)"
@@ -359,30 +201,30 @@ def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> T
     return text.append("⟧") if inside else text
 
 
-def show(console: Console, tokenizer: Any, example: Shown) -> None:
-    """Print an example: the prompt, and side by side the responses of a pair."""
+def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
+    """Print an example: its prompt, then its responses, side by side if there are several."""
 
-    def text(part: Part) -> Text:
+    def text(part: ShownPart) -> Text:
         return coloured(tokenizer, part.ids, part.weights, console.is_terminal)
 
     console.rule(Text(f"{example.name}: {example.facts}"), align="left")
     responses = [part for part in example.parts if part.label not in ("", "prompt")]
-    beside = responses if len(responses) > 1 else []
-    for part in example.parts[: len(example.parts) - len(beside)]:
+    compared = responses if len(responses) > 1 else []
+    for part in example.parts[: len(example.parts) - len(compared)]:
         label = [(f"{part.label}: ", "bold")] if part.label else []
         console.print(Text.assemble(*label, text(part)), soft_wrap=not console.is_terminal)
-    if beside:
+    if compared:
         columns = Table(box=MINIMAL, expand=True, pad_edge=False)
-        for part in beside:
+        for part in compared:
             columns.add_column(part.label, ratio=1, overflow="fold")
-        columns.add_row(*map(text, beside))
+        columns.add_row(*map(text, compared))
         console.print(columns)
 
 
-def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[Shown]:
-    """Yield the examples to show: those of --row, or the first of a batch.
+def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[ShownExample]:
+    """Yield the examples to show: those named by --row, or the first --rows of a batch.
 
-    Raises ValueError for a --row that does not exist.
+    Raises ValueError if no valid row has a name given with --row.
     """
     if not args.row:
         yield from itertools.islice(found.of_step(args.step), args.rows)
@@ -396,7 +238,7 @@ def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[Show
 
 
 def main() -> int:
-    """Print statistics, lengths, repeated and invalid rows, and the examples of a batch."""
+    """Print statistics of a dataset and the examples of a batch."""
     parser = make_parser()
     args = parser.parse_intermixed_args()
     if min(args.rows, args.step) < 0:

@@ -1,0 +1,196 @@
+"""A dataset as `jaxft inspect` shows it: statistics, invalid rows, and examples with the weights of tokens.
+
+The examples are those of SFT rows, preference rows or prompts for rollouts, as training batches have them.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.batch import Tokens
+from jaxft.data import prompts
+from jaxft.data.invalid import InvalidCount, add_counts
+from jaxft.data.overlaps import Content
+from jaxft.data.pairs.source import PairRows, PairSource
+from jaxft.data.prompt_rows import PromptRows
+from jaxft.data.prompts import Prompts
+from jaxft.data.sft import Rows, RowSource
+
+PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
+
+
+class ShownPart(NamedTuple):
+    """The prompt, a response or the whole of an example: its token ids and the loss weight of each.
+
+    label: "prompt", the kind of a response such as "chosen", or "" for a whole example.
+    """
+
+    label: str
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+class ShownExample(NamedTuple):
+    """An example: the name of its row, a line of facts such as its lengths, and its parts."""
+
+    name: str
+    facts: str
+    parts: list[ShownPart]
+
+
+class Inspected(NamedTuple):
+    """A dataset: statistics of its valid rows by name, counts of its invalid rows, and its examples.
+
+    of_step(step) yields the examples of that step's batch; train() and held_out() yield all of them.
+    """
+
+    statistics: dict[str, Any]
+    invalid: tuple[InvalidCount, ...]
+    of_step: Callable[[int], Iterator[ShownExample]]
+    train: Callable[[], Iterator[ShownExample]]
+    held_out: Callable[[], Iterator[ShownExample]]
+
+
+def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
+    """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
+    data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
+    if isinstance(data, Prompts):
+        return inspect_prompts(data, tokenizer)
+    source = data.open(tokenizer)
+    stats = dict(vars(source.info.stats))
+    invalid = stats.pop("invalid")
+    del stats["lengths"]  # shown for each part
+    stats["tokens_with_a_loss"] = stats["learned_tokens"] / stats["tokens"]
+    stats |= {"steps": source.info.steps, "fingerprint": source.info.fingerprint}
+    if isinstance(source, PairSource):
+        return inspect_pairs(source, stats, invalid)
+    return inspect_rows(source, stats, invalid)
+
+
+def inspect_rows(source: RowSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
+    """Return an SFT dataset; each example is one part."""
+
+    def of_step(step: int) -> Iterator[ShownExample]:
+        return examples_of(source.batch(step)[0], source.row_names(step))
+
+    def train() -> Iterator[ShownExample]:
+        return itertools.chain.from_iterable(map(of_step, range(int(np.ceil(source.info.steps_per_epoch)))))
+
+    def held_out() -> Iterator[ShownExample]:
+        number = itertools.count(1)
+        for batch in source.held_out:
+            for example in examples_of(batch, [""] * batch.ids.shape[1]):
+                yield example._replace(name=f"held-out row {next(number)}")
+
+    return Inspected(stats, invalid, of_step, train, held_out)
+
+
+def examples_of(batch: Tokens, names: list[str]) -> Iterator[ShownExample]:
+    """Yield the examples of an SFT batch.
+
+    names: the names of the examples packed into each row of the batch, joined with ", ".
+    """
+    flat = [
+        np.asarray(x).reshape(-1, x.shape[-1])
+        for x in (batch.ids, batch.segments, batch.read, batch.token_weights)
+    ]
+    for ids, segments, read, token_weights, row in zip(*flat, names, strict=False):
+        weight = np.zeros(len(ids) + 1)
+        np.add.at(weight, read + 1, token_weights)
+        labels = row.split(", ")
+        for number in range(1, int(segments.max(initial=0)) + 1):
+            here = segments == number
+            weights = weight[:-1][here]
+            facts = f"{here.sum()} tokens, {(weights > 0).sum()} with loss"
+            name = labels[min(number, len(labels)) - 1]
+            yield ShownExample(
+                name, f"{facts}, weight {weights.sum():.4f} of the batch", [ShownPart("", ids[here], weights)]
+            )
+
+
+def inspect_pairs(source: PairSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
+    """Return a preference dataset; the parts of an example are its prompt and its responses."""
+    pairs = source.pairs.tokenised
+
+    def example(index: int, weight: float) -> ShownExample:
+        parts = []
+        for number, label in enumerate(("prompt", *pairs.kinds)):
+            ids = pairs.piece(index, number)
+            start = pairs.starts[index, number]
+            if len(ids):
+                parts.append(ShownPart(label, ids, weight * pairs.learned[start : start + len(ids)]))
+        lengths = ", ".join(f"{part.label} {len(part.ids)} tokens" for part in parts)
+        facts = f"{lengths}, {pairs.reads[index].sum()} with loss, weight {weight:.4f} of the batch"
+        return ShownExample(pairs.names[index], facts, parts)
+
+    def of_step(step: int) -> Iterator[ShownExample]:
+        batch = source.batch(step)[0]
+        found = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
+        return (example(index, weight) for index, weight in found if index >= 0)  # -1: an empty slot
+
+    def all_of(members: np.ndarray) -> Iterator[ShownExample]:
+        return (example(int(index), 1 / source.pairs.settings.batch) for index in members)
+
+    return Inspected(
+        stats, invalid, of_step, lambda: all_of(source.pairs.train), lambda: all_of(source.pairs.held)
+    )
+
+
+def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
+    """Return a dataset of prompts for rollouts; each example is one part without a loss."""
+    train, held = prompts.split_prompts(data, tokenizer)
+    stats = {
+        "prompts": len(train),
+        "held_out": len(held),
+        "dropped": train.dropped,
+        "fingerprint": prompts.prompts_fingerprint(data, train, held),
+    }
+
+    def example(side: PromptRows, number: int) -> ShownExample:
+        ids = np.array(side.token_ids[number])
+        columns = [
+            f"{name}={value!r}"[:80]
+            for name, value in side.fields[number].items()
+            if name not in PROMPT_COLUMNS
+        ]
+        sampled = f"{data.group} completions of at most {data.max_new} tokens"
+        facts = f"{len(ids)} tokens, {'; '.join([sampled, *columns])}"
+        return ShownExample(side.names[number], facts, [ShownPart("", ids, np.zeros(len(ids)))])
+
+    def of_step(step: int) -> Iterator[ShownExample]:
+        rollout, part = divmod(step, data.steps_per_rollout)
+        numbers = prompts.prompts_of_rollout(data, train, rollout)
+        return (example(train, number) for number in numbers[prompts.prompts_of_step(data, rollout, part)])
+
+    def all_of(side: PromptRows) -> Iterator[ShownExample]:
+        return (example(side, number) for number in range(len(side)))
+
+    invalid = add_counts(train.invalid, held.invalid)
+    return Inspected(stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held))
+
+
+def content(example: ShownExample) -> Content:
+    """Return an example as its prompt, the tokens before the first one with a loss, and the rest."""
+    ids = np.concatenate([part.ids for part in example.parts])
+    learned = np.flatnonzero(np.concatenate([part.weights for part in example.parts]))
+    first = int(learned[0]) if len(learned) else 0
+    first = first if first > 1 else 0  # the first token of a text never has a loss, and is no prompt
+    return Content(example.name, ids[:first], ids[first:])
+
+
+def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
+    """Return the token counts of each part of the examples, by its label.
+
+    An SFT example is one part, "all"; the counts of its prompt and of its tokens with a loss are added.
+    """
+    found: dict[str, list[int]] = {}
+    for example in examples:
+        for part in example.parts:
+            found.setdefault(part.label or "all", []).append(len(part.ids))
+        if len(example.parts) == 1 and example.parts[0].weights.any():
+            found.setdefault("prompt", []).append(len(content(example).prompt))
+            found.setdefault("with loss", []).append(int((example.parts[0].weights > 0).sum()))
+    return found
