@@ -13,13 +13,11 @@ on one base, on the config's pairs (by default those in configs/data). Its table
 
 import argparse
 import hashlib
-import inspect
 import json
 import re
 import sys
-import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,28 +29,17 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.objectives import preference_losses, reference_free_losses  # noqa: E402
 from jaxft.objectives.check.laws import CLAIMS, check_loss  # noqa: E402
 from jaxft.objectives.check.probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
-from jaxft.objectives.pair import declaration, loss_signature  # noqa: E402
 from jaxft.runs import cli  # noqa: E402
-from jaxft.runs.parse import UNANNOTATED, find_file, format_error, load_callable, parse_value  # noqa: E402
+from jaxft.runs.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
+from jaxft.runs.parse import find_file, format_error  # noqa: E402
 from jaxft.runs.plots import Panel, draw  # noqa: E402
 from jaxft.runs.record import describe, differences  # noqa: E402
-from jaxft.tree import nearest  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
 WIDTH = 120  # columns of a table in a file
 SHORT, LONG = 16, 64  # tokens of the responses in the panel of lengths
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss of the command line: its label in tables, its function, and its file."""
-
-    label: str
-    fn: Callable
-    file: Path
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,92 +75,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Losses by their names
-
-
-def function(name: str) -> tuple[Callable, Path]:
-    """Return the loss `file.py:name`, `package.module:name` or a bare name, and its file."""
-    if ":" in name:
-        fn = load_callable(name)
-        where = name.rpartition(":")[0]
-        if where.endswith(".py"):
-            return fn, find_file(where)
-        return fn, Path(inspect.getfile(sys.modules[where]))
-    modules = (preference_losses, reference_free_losses)
-    available = {n: (m, fn) for m in modules for n, fn in vars(m).items() if takes_pairs(fn, m.__name__)}
-    if name not in available:
-        near = ", ".join(nearest(name, list(available), 5))
-        raise ValueError(f"no loss is called {name!r}; near: {near}. Use file.py:name for a loss in a file")
-    return available[name][1], Path(inspect.getfile(available[name][0]))
-
-
-def takes_pairs(fn: Any, module: str) -> bool:
-    """Return whether `fn` is a loss defined in `module`."""
-    fn = declaration(fn).fn if callable(fn) else fn
-    if not inspect.isfunction(fn) or fn.__module__ != module or fn.__name__.startswith("_"):
-        return False
-    return next(iter(inspect.signature(fn).parameters), "") == "pair"
-
-
-def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
-    """Return knob -> (annotation, default) of a loss."""
-    named = list(loss_signature(loss).parameters.values())[1:]
-    try:
-        hints = typing.get_type_hints(inspect.unwrap(declaration(loss).fn))
-    except (NameError, TypeError):  # an unreadable annotation counts as none
-        hints = {}
-    return {
-        p.name: (hints.get(p.name, UNANNOTATED), p.default)
-        for p in named
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-
-
-def value(item: str, text: str, kind: Any, default: Any) -> Any:
-    """Parse a knob's value with the type of its annotation, or else of its default."""
-    if kind in (UNANNOTATED, Any):
-        if default is UNANNOTATED or default is None:
-            raise ValueError(
-                f"{item}: the knob has neither an annotation nor a default. Annotate it in the loss"
-            )
-        kind = Callable if callable(default) else type(default)
-        kind = int | float if kind is int else kind  # a default of 1 does not exclude 0.5
-    try:
-        return parse_value(text, kind)
-    except ValueError as error:
-        raise ValueError(f"{item}: {error}") from error
-
-
-def loss_of(text: str) -> Loss:
-    """Parse a loss and its knobs."""
-    name, *items = re.split(r",(?=\s*[^\W\d]\w*\s*=)", text)
-    fn, file = function(name.strip())
-    available, values = knobs(fn), dict[str, Any]()
-    for item in items:
-        knob, _, given = (x.strip() for x in item.partition("="))
-        if knob not in available:
-            near = ", ".join(nearest(knob, list(available), 5)) or "none, it has no knobs"
-            raise ValueError(f"{name} has no knob {knob!r}; near: {near}")
-        values[knob] = value(item.strip(), given, *available[knob])
-    label = ",".join([name.rpartition(":")[2], *(item.replace(" ", "") for item in items)])
-    return Loss(label, partial(fn, **values) if values else fn, file)
-
-
-def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
-    """Parse losses without duplicates and without those in `taken`, and make their labels unique."""
-    found = {loss.label: loss for loss in taken}
-    listed = {(loss.file, loss.label) for loss in taken}
-    for text in texts:
-        loss = loss_of(text)
-        if (loss.file, loss.label) in listed:
-            continue
-        listed.add((loss.file, loss.label))
-        labels = (loss.label, f"{loss.file.stem}:{loss.label}", f"{loss.file}:{loss.label}")
-        label = next(label for label in labels if label not in found)
-        found[label] = replace(loss, label=label)
-    return list(found.values())[len(taken) :]
-
-
 # Output
 
 
@@ -187,7 +88,9 @@ def line_of(error: ValueError, file: Path) -> str:
     return f"{error}{found[0] if found else ''}"
 
 
-def analyse(loss: Loss, claims: Sequence[str], columns: Sequence[str]) -> tuple[Probe, tuple[Check, ...]]:
+def analyse(
+    loss: NamedLoss, claims: Sequence[str], columns: Sequence[str]
+) -> tuple[Probe, tuple[Check, ...]]:
     """Probe a loss and run its checks. Raises ValueError with the line that fails."""
     try:
         found = probe(loss.label, loss.fn, columns)
@@ -282,7 +185,7 @@ def picture(path: Path, probes: Sequence[Probe]) -> None:
 
 
 def look(
-    mine: Sequence[Loss], others: Sequence[Loss], args: argparse.Namespace
+    mine: Sequence[NamedLoss], others: Sequence[NamedLoss], args: argparse.Namespace
 ) -> tuple[bool, dict[str, Probe]]:
     """Print the checks of all losses and plot each of `mine` with the others.
 
@@ -309,13 +212,7 @@ def look(
 # The run
 
 
-def beta_of(loss: Loss) -> float:
-    """Return the loss's beta, which scales the logged rewards; 0.1 if it has none."""
-    found = knobs(loss.fn).get("beta", (None, None))[1]
-    return float(found) if isinstance(found, int | float) else 0.1
-
-
-def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
+def race(chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
     """Train one adapter per loss in a sweep, and compare the results. Returns the exit code."""
     from jaxft.runs import config
     from jaxft.train import loop
@@ -374,14 +271,14 @@ def content_of(place: Any) -> str | None:
         return None
 
 
-def objective_of(run: Any, loss: Loss) -> Any:
+def objective_of(run: Any, loss: NamedLoss) -> Any:
     """Return the config's objective with another loss; the default reference is the initial policy."""
     from jaxft.objectives.preference import implicit_reward, no_extra_metrics, preference
 
     if run.objective(run.model).facts.reference == "none":
-        return partial(preference, loss=loss.fn, beta=beta_of(loss))
+        return partial(preference, loss=loss.fn, beta=loss_beta(loss))
     return partial(
-        run.objective, loss=loss.fn, beta=beta_of(loss), reward=implicit_reward, extra=no_extra_metrics
+        run.objective, loss=loss.fn, beta=loss_beta(loss), reward=implicit_reward, extra=no_extra_metrics
     )
 
 
@@ -395,8 +292,8 @@ def main() -> int:
     args = make_parser().parse_args()
     if args.steps < 1:
         raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
-    mine = losses(args.loss)
-    others = losses(args.against, mine)
+    mine = parse_losses(args.loss)
+    others = parse_losses(args.against, mine)
     well, probes = look(mine, others, args)
     if not well:
         print("\nnothing is trained: fix the failing checks first, or use --only-look")

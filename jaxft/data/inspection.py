@@ -19,7 +19,15 @@ from jaxft.data.prompt_rows import PromptRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows, RowSource
 
-PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
+SHOWN_AS_PROMPT = (
+    "prompt",
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "system",
+    "tools",
+)  # which the prompt itself shows
 
 
 class ShownPart(NamedTuple):
@@ -154,7 +162,7 @@ def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
         columns = [
             f"{name}={value!r}"[:80]
             for name, value in side.fields[number].items()
-            if name not in PROMPT_COLUMNS
+            if name not in SHOWN_AS_PROMPT
         ]
         sampled = f"{data.group} completions of at most {data.max_new} tokens"
         facts = f"{len(ids)} tokens, {'; '.join([sampled, *columns])}"
