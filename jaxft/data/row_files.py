@@ -36,12 +36,15 @@ Outcome = Row | InvalidRow
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a JSONL file from byte `start` to before byte `stop`. line: number of the first."""
+    """The lines of a JSONL file from byte `start` to before byte `stop`. line: number of the first. count: of
+    lines.
+    """
 
     path: Path
     start: int
     stop: int
     line: int
+    count: int
 
     @property
     def label(self) -> str:
@@ -183,18 +186,23 @@ def scan_lines(path: Path, report: Blocks) -> tuple[Lines, ...]:
     Blank lines at its end are in no chunk.
     """
     starts = [(0, 1)]  # byte and number of the first line of each chunk
-    at = lines = end = 0
+    at = lines = end = rows = 0  # rows: lines up to byte `end`
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
             report(block)
             text = block if at else block.removeprefix(_BOM)
             if text.strip():
                 end = at + len(block.rstrip())
+                rows = 1 + lines + block.count(b"\n", 0, end - at)
             while (found := block.find(b"\n", max(0, starts[-1][0] + ROW_CHUNK_BYTES - at))) >= 0:
                 starts.append((at + found + 1, 1 + lines + block.count(b"\n", 0, found + 1)))
             at, lines = at + len(block), lines + block.count(b"\n")
-    bounds = zip(starts, [*(start for start, _ in starts[1:]), at], strict=True)
-    return tuple(Lines(path, start, min(stop, end), line) for (start, line), stop in bounds if start < end)
+    bounds = zip(starts, [*starts[1:], (at, rows + 1)], strict=True)
+    return tuple(
+        Lines(path, start, min(stop, end), line, min(following, rows + 1) - line)
+        for (start, line), (stop, following) in bounds
+        if start < end
+    )
 
 
 def _read_lines(chunk: Lines) -> Iterator[Outcome]:

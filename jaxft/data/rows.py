@@ -43,7 +43,8 @@ class Listing:
     """A dataset in chunks, each of which one process can read.
 
     labels: what the names of its rows begin with, such as file names. folder: of the files, "" without any.
-    digest: a hash of the contents. size: bytes of the files. chunks: lists the chunks, in order.
+    digest: a hash of the contents. size: bytes of the files. chunks: lists the chunks, in order. rows: their
+    number, None if the rows must be read for it.
     """
 
     labels: tuple[str, ...]
@@ -51,6 +52,7 @@ class Listing:
     digest: str
     size: int
     chunks: Callable[[], Iterator[Chunk]]
+    rows: int | None = None
 
 
 def find_data(ref: str) -> Path | None:
@@ -144,32 +146,40 @@ def _regular(path: Path) -> Path:
 
 
 def _list_files(files: list[Path]) -> Listing:
-    digest, readers = xxhash.xxh3_128(), []
+    digest, readers, counts = xxhash.xxh3_128(), [], list[int | None]()
     for path in files:
         with named_errors(path):
-            readers.append(_scan_file(path, digest.update))
+            reader, count = _scan_file(path, digest.update)
+            readers.append(reader)
+            counts.append(count)
         digest.update(path.stat().st_size.to_bytes(8, "little"))
 
     def chunks() -> Iterator[Chunk]:
         return chain.from_iterable(reader() for reader in readers)
 
-    size = sum(path.stat().st_size for path in files)
-    return Listing(tuple(path.name for path in files), str(files[0].parent), digest.hexdigest(), size, chunks)
+    size, known = sum(path.stat().st_size for path in files), [count for count in counts if count is not None]
+    labels, rows = tuple(path.name for path in files), sum(known) if len(known) == len(counts) else None
+    return Listing(labels, str(files[0].parent), digest.hexdigest(), size, chunks, rows)
 
 
-def _scan_file(path: Path, report: Callable[[bytes], object]) -> Callable[[], Iterable[Chunk]]:
-    """Read a file once and return a function that lists its chunks. report: receives its bytes."""
+def _scan_file(
+    path: Path, report: Callable[[bytes], object]
+) -> tuple[Callable[[], Iterable[Chunk]], int | None]:
+    """Read a file once; return a function that lists its chunks, and the number of rows (see Listing).
+
+    report: receives the file's bytes.
+    """
     if path.suffix == ".jsonl" or (path.suffix == ".json" and has_json_lines(path)):
         lines = scan_lines(path, report)
-        return lambda: lines
+        return lambda: lines, sum(chunk.count for chunk in lines)
     _scan_bytes(path, report)
     match path.suffix:
         case ".json":
-            return lambda: _windows(path, read_json)
+            return lambda: _windows(path, read_json), None
         case ".csv":
-            return lambda: _windows(path, read_csv)
+            return lambda: _windows(path, read_csv), None
         case ".parquet":
-            return lambda: scan_groups(path)
+            return lambda: scan_groups(path), None
         case suffix:
             raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
@@ -211,7 +221,7 @@ def _list_hub(ref: str) -> Listing:
         for start in range(0, len(data), CHUNK_ROWS):
             yield TableRows(data, start, min(start + CHUNK_ROWS, len(data)), where, label)
 
-    return Listing((label,), "", digest.hexdigest(), data.data.nbytes, chunks)
+    return Listing((label,), "", digest.hexdigest(), data.data.nbytes, chunks, len(data))
 
 
 def _list_items(items: list[dict[str, Any]], where: str, label: str) -> Listing:

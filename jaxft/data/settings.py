@@ -11,6 +11,7 @@ from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import INVALID
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
+from jaxft.distributed.sync import is_first
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -113,7 +114,7 @@ class DataSettings:
 
     def tokenising(self, cache: Path | None) -> Tokenising:
         """How this computer tokenises the rows. cache: see Dataset.open."""
-        return Tokenising(cache, self.allowed_invalid, self.workers)
+        return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first())
 
     @property
     def units_per_step(self) -> int:

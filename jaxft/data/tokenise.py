@@ -28,6 +28,7 @@ from jaxft.data.cache import ChunkColumns, ColumnTypes, StoredFacts, StoredRows
 from jaxft.data.flat import RowNames
 from jaxft.data.formats import ColumnCounts, RowFormat, Schemas
 from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, Tally
+from jaxft.data.progress import RowProgress
 from jaxft.data.row_files import ROW_CHUNK_BYTES, Chunk, LoadedRows, Row
 from jaxft.data.rows import Listing, check_rows, list_chunks
 
@@ -70,12 +71,14 @@ class Tokenising(NamedTuple):
     """Settings of this computer and of invalid rows, on which the tokens do not depend.
 
     cache: the folder of the cache, None for its usual place. invalid_limit: see InvalidRows. workers:
-    processes; None for one per CPU, or this one alone for a small dataset.
+    processes; None for one per CPU, or this one alone for a small dataset. progress: print how far a long
+    tokenisation is.
     """
 
     cache: Path | None = None
     invalid_limit: float | None = None
     workers: int | None = None
+    progress: bool = False
 
 
 DEFAULT_TOKENISING = Tokenising()
@@ -133,16 +136,18 @@ def _tokenise(
     invalid, sources = InvalidRows(how.invalid_limit), {x: i for i, x in enumerate(listing.labels)}
     total, unreadable, left, largest, some = 0, 0, 0, 0, list[Row]()
     with start_workers(worker_count(how.workers, listing.size), (kind, tokenizer, how.invalid_limit)) as run:
-        format, chunks = _format_of(ref, listing, kind, run, how.invalid_limit)
-        for done in run(partial(tokenise_chunk, format=format), chunks):
-            invalid.merge(done.invalid)
-            total, unreadable = total + done.rows, unreadable + done.unreadable
-            left += done.left
-            some = first_rows([*some, *done.examples], kind.settings.columns)
-            count = len(done.part["number"])
-            if count:
-                largest = max(largest, int(done.part["ids"].max(initial=0)))
-                add({**done.part, "source": np.full(count, sources[done.label])})
+        format, chunks, rows = _format_of(ref, listing, kind, run, how)
+        with RowProgress(f"tokenising {_name(listing)}", rows, how.progress) as progress:
+            for done in run(partial(tokenise_chunk, format=format), chunks):
+                progress.add(done.rows + done.unreadable)
+                invalid.merge(done.invalid)
+                total, unreadable = total + done.rows, unreadable + done.unreadable
+                left += done.left
+                some = first_rows([*some, *done.examples], kind.settings.columns)
+                count = len(done.part["number"])
+                if count:
+                    largest = max(largest, int(done.part["ids"].max(initial=0)))
+                    add({**done.part, "source": np.full(count, sources[done.label])})
     check_rows(ref, total, unreadable, invalid)
     return {
         "total": total,
@@ -155,23 +160,32 @@ def _tokenise(
 
 
 def _format_of(
-    ref: str, listing: Listing, kind: RowKind, run: MapChunks, limit: float | None
-) -> tuple[RowFormat, Iterable[Chunk]]:
-    """Return the format of all rows, and the chunks to tokenise: a single one with its rows."""
+    ref: str, listing: Listing, kind: RowKind, run: MapChunks, how: Tokenising
+) -> tuple[RowFormat, Iterable[Chunk], int | None]:
+    """Return the format of all rows, the chunks to tokenise (a single one with its rows), and the number of
+    rows if it is known.
+    """
     fixed = kind.settings.format not in ("auto", formats.PLAIN)
     if kind.schemas is None or (fixed and listing.size > ROW_CHUNK_BYTES):
         counts = ColumnCounts()
-        return _choose(counts, kind), listing.chunks()
-    invalid, counts, total = InvalidRows(limit), ColumnCounts(), 0
+        return _choose(counts, kind), listing.chunks(), listing.rows
+    invalid, counts, total = InvalidRows(how.invalid_limit), ColumnCounts(), 0
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
         chunks = [LoadedRows(tuple(chunk.rows()), chunk.label) for chunk in listing.chunks()]
-    for found in run(count_chunk, chunks or listing.chunks()):
-        invalid.merge(found.invalid)
-        counts.merge(found.columns)
-        total += found.rows
+    with RowProgress(f"reading {_name(listing)}", listing.rows, how.progress) as progress:
+        for found in run(count_chunk, chunks or listing.chunks()):
+            before = invalid.total
+            invalid.merge(found.invalid)
+            counts.merge(found.columns)
+            total += found.rows
+            progress.add(found.rows + invalid.total - before)
     check_rows(ref, total, invalid.total, invalid)
-    return _choose(counts, kind), chunks or listing.chunks()
+    return _choose(counts, kind), chunks or listing.chunks(), total + invalid.total
+
+
+def _name(listing: Listing) -> str:
+    return listing.labels[0] if len(listing.labels) == 1 else f"{len(listing.labels)} files"
 
 
 def _choose(counts: ColumnCounts, kind: RowKind) -> RowFormat:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_invalid import all_dirt, clean_rows, with_dirt
 from tiny_tokenizers import tiny
 
-from jaxft.data import row_files, rows, tokenise
+from jaxft.data import progress, row_files, rows, tokenise
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.pack import number_groups
 from jaxft.data.pairs.source import PairRows
@@ -99,7 +99,9 @@ def test_lines_are_read_alike_in_chunks_of_any_size(tmp_path_factory, lines, siz
     last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)  # blank ones may follow
     with pytest.MonkeyPatch.context() as patch:
         in_chunks(patch, size)
-        outcomes = [row for chunk in rows.list_chunks(str(path)).chunks() for row in chunk.rows()]
+        listing = rows.list_chunks(str(path))
+        outcomes = [row for chunk in listing.chunks() for row in chunk.rows()]
+    assert listing.rows == len(outcomes)
     assert [int(row.name.rpartition(":")[2]) for row in outcomes] == list(range(1, last + 2))
     for row, line in zip(outcomes, lines, strict=False):
         expected = line in ('{"a": 1}', '{"a": "é"}')
@@ -202,6 +204,48 @@ def test_names_of_rows_are_made_when_they_are_read():
 def test_groups_are_numbered_in_order_of_their_first(pairs):
     order = list(dict.fromkeys(pairs))
     assert number_groups(np.array(pairs, np.uint64)).tolist() == [order.index(pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("terminal", (False, True))
+def test_progress_has_rows_done_rate_and_eta_in_few_lines(capsys, monkeypatch, terminal):
+    """600 rows in 15 s are 40 per second, so the other 400 take 10 s; nothing is printed in the first 3 s."""
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal)
+    clock = iter([0, 1, 4, 4.2, 15, 20])
+    with progress.RowProgress("tokenising \x1ba.jsonl", 1000, True, partial(next, clock)) as rows_done:
+        for count in (100, 100, 100, 300, 400):
+            rows_done.add(count)
+    with progress.RowProgress("reading b.csv", None, True, partial(next, iter([0, 4]))) as rows_done:
+        rows_done.add(6000)
+    with progress.RowProgress("reading c.csv", 9, True, partial(next, iter([0, 4]))) as rows_done:
+        rows_done.add(9)  # all of them: no line is needed
+    begin, end = ("\r", "\x1b[K") if terminal else ("", "\n")
+    first, *others = [
+        "tokenising ?a.jsonl: 200 of 1,000 rows, 50 rows/s, eta 0:16",
+        "tokenising ?a.jsonl: 600 of 1,000 rows, 40 rows/s, eta 0:10",
+        "tokenising ?a.jsonl: 1,000 of 1,000 rows, 50 rows/s, eta 0:00",
+        "reading b.csv: 6,000 rows, 1,500 rows/s",
+    ]
+    lines = [f"{begin}{line}{end}" for line in (first, *others)]
+    last = "\n" * terminal
+    assert capsys.readouterr().err == "".join([*lines[:3], last, lines[3], last])
+
+
+@pytest.mark.parametrize("settings", ({}, {"format": "messages"}))
+def test_a_run_reports_the_progress_of_reading_and_tokenising(tmp_path, monkeypatch, capsys, settings):
+    path = dirty_file(tmp_path, "sft")
+    in_chunks(monkeypatch, 2500)
+    monkeypatch.setattr(progress, "FIRST", -1)
+    monkeypatch.setattr(progress, "EVERY", 0)
+    opened("sft", path, tmp_path / "new", workers=1, **settings)
+    lines = capsys.readouterr().err.splitlines()
+    count = len(path.read_bytes().rstrip().splitlines())
+    chunks = len(list(rows.list_chunks(str(path)).chunks()))
+    phases = [line.partition(":")[0] for line in lines]
+    assert phases == ["reading r.jsonl"] * chunks * (not settings) + ["tokenising r.jsonl"] * chunks
+    assert chunks > 3 and all(f" of {count} rows, " in line for line in lines)
+    assert f"tokenising r.jsonl: {count} of {count} rows" in lines[-1]
+    opened("sft", path, tmp_path / "new", workers=1, **settings)  # from the cache
+    assert capsys.readouterr().err == ""
 
 
 def test_the_number_of_processes_follows_from_the_size(monkeypatch):

@@ -1,0 +1,54 @@
+"""Progress of a long pass over rows, on standard error."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+FIRST, EVERY, EVERY_ON_TERMINAL = 3.0, 10.0, 0.5  # seconds before the first line, and between two lines
+
+
+class RowProgress:
+    """Print how many rows are done, how many per second, and how long the rest takes.
+
+    Nothing is printed in the first FIRST seconds. On a terminal each line replaces the one before.
+    phase: what is done with the rows of which dataset. total: rows of the dataset, None if unknown. enabled:
+    False prints nothing at all. clock: returns the time in seconds.
+    """
+
+    def __init__(
+        self, phase: str, total: int | None, enabled: bool, clock: Callable[[], float] = time.monotonic
+    ):
+        self._phase = "".join(c if c.isprintable() else "?" for c in phase)
+        self._total, self._clock, self._rows, self._printed = total, clock, 0, False
+        self._terminal = sys.stderr.isatty()
+        self._begin = clock()
+        self._next = self._begin + FIRST if enabled else float("inf")
+
+    def __enter__(self) -> "RowProgress":
+        return self
+
+    def add(self, rows: int) -> None:
+        """Count further rows as done, and print a line if it is time; the last line if there was one."""
+        self._rows += rows
+        now = self._clock()
+        if not (self._printed if self._rows == self._total else now >= self._next):
+            return
+        self._next = now + (EVERY_ON_TERMINAL if self._terminal else EVERY)
+        self._printed = True
+        begin, end = ("\r", "\x1b[K") if self._terminal else ("", "\n")
+        print(f"{begin}{self._line(now - self._begin)}", end=end, file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._printed and self._terminal:
+            print(file=sys.stderr)
+
+    def _line(self, seconds: float) -> str:
+        rate = max(self._rows, 1) / max(seconds, 1e-9)
+        speed = f"{rate:,.0f} rows/s"
+        if self._total is None:
+            return f"{self._phase}: {self._rows:,} rows, {speed}"
+        minutes, left = divmod(round((self._total - self._rows) / rate), 60)
+        hours, minutes = divmod(minutes, 60)
+        eta = f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+        return f"{self._phase}: {self._rows:,} of {self._total:,} rows, {speed}, eta {eta}"
