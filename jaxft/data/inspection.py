@@ -19,15 +19,8 @@ from jaxft.data.prompt_rows import PromptRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows, RowSource
 
-SHOWN_AS_PROMPT = (
-    "prompt",
-    "messages",
-    "conversations",
-    "instruction",
-    "input",
-    "system",
-    "tools",
-)  # which the prompt itself shows
+# columns that the prompt's text shows, so that they are not listed
+SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
 
 
 class ShownPart(NamedTuple):
