@@ -16,7 +16,7 @@ from prepared import load_and_compile, prepare
 from rl_completions import TOKENIZER, random_prompts, stored_prompts
 from safetensors.numpy import load_file
 from tiny_llama import tiny_tokenizer
-from tiny_run import Place
+from tiny_run import Place, write_rows
 
 from jaxft.batch import TrainState
 from jaxft.data import prompts
@@ -546,13 +546,17 @@ def test_a_reward_that_fails_at_times_is_named_and_raises_an_alarm(workdir):
 
 def test_held_out_prompts_are_sampled_eval_group_times(workdir):
     calls = workdir.folder / "calls.txt"
-    text = f"    open({str(calls)!r}, 'a').write(prompt + '\\n')\n    return len(completion)\n"
+    text = f"    open({str(calls)!r}, 'a').write(prompt + '\\n')\n"
+    text += "    return len(completion) + (1e5 if 'why' in prompt else 0)\n"
     (workdir.folder / "logged.py").write_text(f"def logged(prompt, completion, row):\n{text}")
+    write_rows(workdir.folder / "other.jsonl", [{"prompt": f"why is it {i}?"} for i in range(20)])
     argv = ["rewards=logged.py:logged", "steps=1", "passes=1", "beta=0.1", "save=100", "data.eval_group=3"]
+    argv += ["data=prompts.jsonl,other.jsonl"]
     assert workdir.run("name=thrice", *argv) == 0, workdir.err()
     evaluated = [line for line in workdir.metrics("thrice") if "eval_reward" in line]
     counts = sorted(Counter(calls.read_text().splitlines()).values())
-    assert counts == [4] * 4 + [3 * len(evaluated)] * 4  # a group of each training prompt, then the held-out
+    assert counts == [4] * 4 + [3 * len(evaluated)] * 8  # a group of each training prompt, then the held-out
+    assert all(line["eval_reward/prompts"] < 1e4 < line["eval_reward/other"] for line in evaluated)
     assert all(line["eval_reward_std"] > 0 and np.isfinite(line["eval_objective/kl"]) for line in evaluated)
     assert evaluated[0]["eval_objective/kl"] == 0
 
