@@ -112,7 +112,8 @@ class Optim:
         if self.fused_backward and self.skip_spikes is not None:
             raise ValueError(
                 "optim.fused_backward updates layers before the global gradient norm is known, and "
-                "optim.skip_spikes needs it; set one of them to false or none"
+                f"optim.skip_spikes={self.skip_spikes[0]},{self.skip_spikes[1]} needs it; set "
+                "optim.skip_spikes=none, or optim.fused_backward=false"
             )
         _check_optimizer(self)
 

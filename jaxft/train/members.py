@@ -165,6 +165,11 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         own["chat_template"] = template_fingerprint(tokenizer)
         settings_ = {**(record or describe(run)), **weights, **sampled, **own}
         members.append(Member(label, run, folder / label, settings_, programs))
+    if sweep and any(member.programs.objective.facts.noise for member in members):
+        raise ValueError(
+            "neftune is not possible in a sweep, whose members share one forward pass; set neftune=0, or "
+            "train one run after the other with scripts/train.py"
+        )
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
     return Job(folder, tuple(members), sources, steps, tokenizer, stop, held_out, sweep)

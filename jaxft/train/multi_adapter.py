@@ -71,10 +71,8 @@ def combine_objectives(
 ) -> MultiAdapter:
     """Return the objectives as one.
 
-    Raises ValueError for a wrong `at_once`, for several kinds of reference and for NEFTune.
+    Raises ValueError for a wrong `at_once` and for several kinds of reference.
     """
-    if any(o.facts.noise for o in objectives):
-        raise ValueError("neftune needs noise of each adapter's own, which a sweep has not; set neftune=0")
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
     kinds = [o.facts.reference for o in objectives]

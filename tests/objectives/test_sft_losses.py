@@ -18,7 +18,6 @@ from jaxft.objectives.logprobs import weighted_loss
 from jaxft.objectives.sft import sft
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.train.evaluate import make_eval_step
-from jaxft.train.multi_adapter import combine_objectives
 
 pytestmark = pytest.mark.usefixtures("x64")
 B, M, D, V = 2, 5, CONFIG.width, CONFIG.vocab
@@ -192,9 +191,3 @@ def test_losses_and_noise_on_a_mesh_are_those_of_one_device():
             own = jax.tree.map(lambda x: x[0], sharding.shard_batch(mesh, micro(batch, 1)))
             found = jax.jit(loss)(jax.device_put(whole, sharding.replicated(mesh)), own)
         assert_close(found, expected)
-
-
-def test_a_sweep_with_neftune_is_refused():
-    model, _ = tiny()
-    with pytest.raises(ValueError, match="set neftune=0"):
-        combine_objectives([sft(model), sft(model, neftune=5.0)])

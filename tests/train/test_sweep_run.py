@@ -269,6 +269,10 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
         (["--over", "lr=1,2", "full=true"], "leave out full=true"),
         (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
         (
+            ["--config", "sft.py", "--over", "lr=1,2", "neftune=5"],
+            "neftune is not possible in a sweep, whose members share one forward pass; set neftune=0, or",
+        ),
+        (
             ["--over", "seed=1,2"],
             "data.held_out=0.2 depends on the seed, and the seeds differ. Name a file, or set held_out=none",
         ),
