@@ -36,7 +36,7 @@ from jaxft.data.inspection import (  # noqa: E402
     Inspected,
     ShownExample,
     ShownPart,
-    content,
+    contents,
     inspect,
     part_lengths,
 )
@@ -47,6 +47,7 @@ from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.runs import cli, config  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
+from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train.settings import Run  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
@@ -176,7 +177,7 @@ def pieces(tokenizer, ids: np.ndarray, weight: np.ndarray):
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False)
         if not text.endswith("\ufffd") or end == len(ids):
-            yield text[len(shown) :], float(weight[at:end].max())
+            yield printable_text(text[len(shown) :]), float(weight[at:end].max())
             shown, at = text, end
 
 
@@ -207,7 +208,7 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
     def text(part: ShownPart) -> Text:
         return coloured(tokenizer, part.ids, part.weights, console.is_terminal)
 
-    console.rule(Text(f"{example.name}: {example.facts}"), align="left")
+    console.rule(Text(printable_line(f"{example.name}: {example.facts}")), align="left")
     responses = [part for part in example.parts if part.label not in ("", "prompt")]
     compared = responses if len(responses) > 1 else []
     for part in example.parts[: len(example.parts) - len(compared)]:
@@ -222,19 +223,20 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
 
 
 def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[ShownExample]:
-    """Yield the examples to show: those named by --row, or the first --rows of a batch.
+    """Yield the examples to show: all of the rows named by --row, or the first --rows of a batch.
 
     Raises ValueError if no valid row has a name given with --row.
     """
     if not args.row:
         yield from itertools.islice(found.of_step(args.step), args.rows)
-    missing = list(dict.fromkeys(args.row))
-    for example in itertools.chain(found.train(), found.held_out()) if args.row else ():
-        if example.name in missing:
+        return
+    missing = dict.fromkeys(args.row)
+    for example in itertools.chain(found.train(), found.held_out()):
+        if example.name in args.row:
             yield example
-            missing.remove(example.name)
-    if missing:
-        raise ValueError(f"--row {missing[0]}: no valid row has this name; rows are named FILE:LINE")
+            missing.pop(example.name, None)
+    for name in missing:
+        raise ValueError(f"--row {name}: no valid row has this name; rows are named FILE:LINE")
 
 
 def main() -> int:
@@ -250,7 +252,7 @@ def main() -> int:
     console = Console(highlight=False)
     console.print(table(found.statistics))
     console.print(lengths_table(part_lengths(itertools.islice(found.train(), COMPARED))))
-    sides = [map(content, itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
+    sides = [contents(itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
     for line in [*overlap_lines(find_overlaps(*sides)), invalid_text(found.invalid, data, tokenizer)]:
         console.print(line, soft_wrap=True, markup=False)
     for example in examples:

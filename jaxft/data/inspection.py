@@ -4,8 +4,7 @@ The examples are those of SFT rows, preference rows or prompts for rollouts, as 
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +34,15 @@ class ShownPart(NamedTuple):
 
 
 class ShownExample(NamedTuple):
-    """An example: the name of its row, a line of facts such as its lengths, and its parts."""
+    """An example: the name of its row, a line of facts such as its lengths, and its parts.
+
+    piece: its number within a row that is split into several examples (data.too_long=split), from 0.
+    """
 
     name: str
     facts: str
     parts: list[ShownPart]
+    piece: int = 0
 
 
 class Inspected(NamedTuple):
@@ -73,43 +76,53 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
 
 def inspect_rows(source: RowSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
     """Return an SFT dataset; each example is one part."""
+    rows = source.split.rows
+
+    def example(index: int) -> ShownExample:
+        here = slice(*rows.offsets[index : index + 2])
+        ids, own = rows.ids[here], rows.weight_counts[index]
+        weights = rows.weights[index] * rows.learned[here]
+        if own:
+            first = rows.weight_offsets[index]
+            weights = weights * rows.token_weights[first : first + own]
+        piece, factor = int(rows.pieces[index]), rows.weights[index]
+        facts = f"{len(ids)} tokens, {(weights > 0).sum()} with loss"
+        facts += f", weight {factor:g}" if factor != 1 else ""
+        facts += f", piece {piece + 1} of the row" if piece else ""
+        return ShownExample(rows.names[index], facts, [ShownPart("", ids, weights)], piece)
 
     def of_step(step: int) -> Iterator[ShownExample]:
-        return examples_of(source.batch(step)[0], source.row_names(step))
+        return examples_of(source.batch(step)[0], source.member_names(step))
 
-    def train() -> Iterator[ShownExample]:
-        return itertools.chain.from_iterable(map(of_step, range(int(np.ceil(source.info.steps_per_epoch)))))
+    def all_of(members: np.ndarray) -> Iterator[ShownExample]:
+        return (example(int(index)) for index in members)
 
-    def held_out() -> Iterator[ShownExample]:
-        number = itertools.count(1)
-        for batch in source.held_out:
-            for example in examples_of(batch, [""] * batch.ids.shape[1]):
-                yield example._replace(name=f"held-out row {next(number)}")
-
-    return Inspected(stats, invalid, of_step, train, held_out)
+    return Inspected(
+        stats, invalid, of_step, lambda: all_of(source.split.train), lambda: all_of(source.split.held)
+    )
 
 
-def examples_of(batch: Tokens, names: list[str]) -> Iterator[ShownExample]:
-    """Yield the examples of an SFT batch.
+def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]:
+    """Yield the examples of an SFT batch; a row of concatenated documents is one.
 
-    names: the names of the examples packed into each row of the batch, joined with ", ".
+    names: the names of the examples packed into each row of the batch.
     """
     flat = [
         np.asarray(x).reshape(-1, x.shape[-1])
         for x in (batch.ids, batch.segments, batch.read, batch.token_weights)
     ]
-    for ids, segments, read, token_weights, row in zip(*flat, names, strict=False):
+    for ids, segments, read, token_weights, labels in zip(*flat, names, strict=False):
         weight = np.zeros(len(ids) + 1)
         np.add.at(weight, read + 1, token_weights)
-        labels = row.split(", ")
-        for number in range(1, int(segments.max(initial=0)) + 1):
+        count = int(segments.max(initial=0))
+        if count < len(labels):
+            labels = [f"{labels[0]} and {len(labels) - 1} after it"]
+        for number in range(1, count + 1):
             here = segments == number
             weights = weight[:-1][here]
             facts = f"{here.sum()} tokens, {(weights > 0).sum()} with loss"
-            name = labels[min(number, len(labels)) - 1]
-            yield ShownExample(
-                name, f"{facts}, weight {weights.sum():.4f} of the batch", [ShownPart("", ids[here], weights)]
-            )
+            facts += f", weight {weights.sum():.4f} of the batch"
+            yield ShownExample(labels[number - 1], facts, [ShownPart("", ids[here], weights)])
 
 
 def inspect_pairs(source: PairSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
@@ -173,13 +186,26 @@ def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
     return Inspected(stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held))
 
 
-def content(example: ShownExample) -> Content:
-    """Return an example as its prompt, the tokens before the first one with a loss, and the rest."""
-    ids = np.concatenate([part.ids for part in example.parts])
-    learned = np.flatnonzero(np.concatenate([part.weights for part in example.parts]))
+def contents(examples: Iterable[ShownExample]) -> Iterator[Content]:
+    """Yield each row as its prompt and the rest, of a split row all of its pieces together."""
+    pieces: list[ShownExample] = []
+    for example in examples:
+        if pieces and not example.piece:
+            yield content(pieces)
+            pieces = []
+        pieces.append(example)
+    if pieces:
+        yield content(pieces)
+
+
+def content(pieces: Sequence[ShownExample]) -> Content:
+    """Return a row as its prompt, the tokens before the first one with a loss, and the rest."""
+    parts = [part for piece in pieces for part in piece.parts]
+    ids = np.concatenate([part.ids for part in parts])
+    learned = np.flatnonzero(np.concatenate([part.weights for part in parts]))
     first = int(learned[0]) if len(learned) else 0
     first = first if first > 1 else 0  # the first token of a text never has a loss, and is no prompt
-    return Content(example.name, ids[:first], ids[first:])
+    return Content(pieces[0].name, ids[:first], ids[first:])
 
 
 def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
@@ -192,6 +218,6 @@ def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
         for part in example.parts:
             found.setdefault(part.label or "all", []).append(len(part.ids))
         if len(example.parts) == 1 and example.parts[0].weights.any():
-            found.setdefault("prompt", []).append(len(content(example).prompt))
+            found.setdefault("prompt", []).append(len(content([example]).prompt))
             found.setdefault("with loss", []).append(int((example.parts[0].weights > 0).sum()))
     return found

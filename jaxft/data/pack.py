@@ -58,10 +58,10 @@ class RowPlan:
         mask[self.offsets[:-1]] = True
         return mask
 
-    def names(self, names: Sequence[str]) -> list[str]:
-        """Return the names of each row's examples, separated by commas."""
+    def names(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the names of each row's examples."""
         bounds = zip(self.offsets[:-1], self.offsets[1:], strict=True)
-        return [", ".join(names[i] for i in self.members[start:stop]) for start, stop in bounds]
+        return [[names[i] for i in self.members[start:stop]] for start, stop in bounds]
 
 
 def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:

@@ -189,6 +189,10 @@ class RowSource(FixedSource[Tokens]):
 
     def row_names(self, step: int) -> list[str]:
         """Return the names of the examples in each row of a batch."""
+        return list(map(", ".join, self.member_names(step)))
+
+    def member_names(self, step: int) -> list[list[str]]:
+        """Return the names of the examples in each row of a batch, one by one."""
         return self._rows_of(step).names(self.split.rows.names)
 
     def prompts(self, count: int) -> list[Prompt]:

@@ -149,10 +149,48 @@ def test_repeated_rows_and_leaked_held_out_rows_are_counted_and_named(inspect, p
     found = re.search(r"2 training rows repeat another one: train.jsonl:(\d) is train.jsonl:(\d)\n", shown)
     assert {found[1], found[2]} in ({"1", "3"}, {"2", "5"})
     assert "1 training rows have the prompt of another one: train.jsonl:" in shown
-    assert "1 held-out rows are also training rows, so that their loss is too low: held-out row" in shown
-    assert "1 held-out rows have the prompt of a training row: held-out row" in shown
+    assert "1 held-out rows are also training rows, so that their loss is too low: held.jsonl:1 is" in shown
+    assert "1 held-out rows have the prompt of a training row: held.jsonl:2, train.jsonl:1" in shown
     (place / "train.jsonl").write_text("\n".join(map(json.dumps, train[:2])))
     assert "no row repeats another one" in inspect("--data", "train.jsonl", *DATA)
+
+
+def test_every_row_of_a_mixture_is_compared_once_however_often_an_epoch_has_it(inspect, place):
+    for name, count in (("often", 3), ("rare", 9)):
+        rows = [json.dumps({"prompt": f"{name} {i}", "completion": f"so {i}"}) for i in range(count)]
+        (place / f"{name}.jsonl").write_text("\n".join(rows))
+    shown = inspect("--data", "often.jsonl:0.9,rare.jsonl:0.1", *DATA, "batch=2")
+    assert "an epoch takes 11 of 3 rows of often, 1 of 9 rows of rare" in " ".join(shown.split())
+    assert "no row repeats another one" in shown
+    every = [arg for number in range(1, 10) for arg in ("--row", f"rare.jsonl:{number}")]
+    assert inspect("--data", "often.jsonl:0.9,rare.jsonl:0.1", *every, *DATA).count("⟦") == 9
+
+
+def test_a_split_row_is_one_row_and_its_name_shows_all_of_its_pieces(inspect, place):
+    (place / "texts.jsonl").write_text("\n".join(json.dumps({"text": "ab" * n}) for n in (40, 41)))
+    args = ("--data", "texts.jsonl", "too_long=split", *DATA)
+    shown = inspect(*args, "--row", "texts.jsonl:1")
+    assert "no row repeats another one" in shown  # though its pieces do
+    assert shown.count("⟦") == 3 and "texts.jsonl:1: 32 tokens, 31 with loss, piece 2 of the row" in shown
+    (place / "texts.jsonl").write_text("\n".join(json.dumps({"text": "ab" * 40}) for _ in range(2)))
+    assert "1 training rows repeat another one: texts.jsonl:2 is texts.jsonl:1" in inspect(*args)
+
+
+def test_concatenated_documents_are_named_after_the_first(inspect, place):
+    (place / "a, b.jsonl").write_text("\n".join(json.dumps({"text": "ab" * n}) for n in (2, 3, 4)))
+    wrapped = ("too_long=split", "packing=wrapped", "batch=1")
+    shown = inspect("--data", "a, b.jsonl", *DATA, *wrapped)
+    assert re.search(r"\na, b.jsonl:\d and 2 after it: 24 tokens, 23 with loss, weight 1.0000 of", shown)
+    assert re.search(r"\na, b.jsonl:\d: \d+ tokens", inspect("--data", "a, b.jsonl", *DATA))
+
+
+@pytest.mark.parametrize("kind", ["rows", "pairs", "prompts"])
+def test_control_characters_of_rows_do_not_reach_the_terminal(inspect, place, kind):
+    evil = json.dumps(ROWS[kind]).replace("so", "\\u001b[31m\\u009b2Jred\\u202e")
+    (place / "evil.jsonl").write_text("\n".join(evil.replace("why?", f"why {i}\\u001b?") for i in range(2)))
+    kinds = ("--kind", {"rows": "sft"}.get(kind, kind))
+    shown = inspect("--data", "evil.jsonl", *kinds, "--model", "model", "held_out=none", "batch=1")
+    assert "red" in shown and "why" in shown and not set("\x1b\x9b\u202e") & set(shown)
 
 
 def test_leaks_are_found_in_pairs_and_prompts_too(inspect, place):
@@ -181,6 +219,10 @@ def test_lengths_are_those_of_each_part(inspect, place):
 def test_a_row_is_shown_by_its_name(inspect):
     shown = inspect("--data", "r.jsonl", "--row", "r.jsonl:2", *DATA)
     assert shown.count("⟦") == 1 and "r.jsonl:2: " in shown and "🙂 1" in shown
+    for number in range(1, 4):  # held out or not
+        assert f"🙂 {number - 1}" in inspect(
+            "--data", "r.jsonl", "--row", f"r.jsonl:{number}", *DATA, "held_out=0.4"
+        )
     assert "--row r.jsonl:9: no valid row" in inspect("--data", "r.jsonl", "--row", "r.jsonl:9", *DATA)
 
 

@@ -243,7 +243,7 @@ class PairSource(FixedSource[Pairs]):
         """Return the names of the pairs in each row of a batch, the rows of all microbatches one after the
         other.
         """
-        names = self._rows_of(step).names(self.pairs.tokenised.names)
+        names = list(map(", ".join, self._rows_of(step).names(self.pairs.tokenised.names)))
         while not names[-1]:  # the last rows of a batch with fewer pairs
             names.pop()
         return names
