@@ -1,8 +1,8 @@
 """Tokenised rows on disk: Arrow files of columns, named by a hash of everything that the columns depend on.
 
-A file is an Arrow IPC file with a record batch for each chunk of the dataset, then JSON with further facts,
-the length of the JSON, and a checksum of all before it. It is written under another name and renamed when it
-is complete, and its columns are memory-mapped.
+A file is an Arrow IPC file with a record batch for each chunk of the dataset, then JSON with facts about the
+dataset, the length of the JSON, and a checksum of all of these. It is written under a temporary name and
+renamed when it is complete. Its columns are memory-mapped.
 """
 
 import contextlib
@@ -36,9 +36,7 @@ _STALE = 24 * 3600  # seconds after which an unfinished file belongs to a killed
 
 
 class ColumnType(NamedTuple):
-    """The type of a column: a value for each example, or `width` of them, or as many as the column `along`
-    says.
-    """
+    """The type of a column. Each example has one value, `width` values, or as many as column `along` gives."""
 
     dtype: Any
     along: str | None = None
@@ -46,13 +44,15 @@ class ColumnType(NamedTuple):
 
 
 ColumnTypes = Mapping[str, ColumnType]
-ChunkColumns = dict[str, np.ndarray]  # the columns of a chunk's examples; those along another one are flat
+ChunkColumns = dict[str, np.ndarray]  # the columns of a chunk's examples; those with `along` are flat
 StoredFacts = dict[str, Any]  # JSON
 Make = Callable[[Callable[[ChunkColumns], None]], StoredFacts]
 
 
 class StoredRows(NamedTuple):
-    """The columns of a file, and its facts: those of `make`, and the `digest` of all columns but NAMING."""
+    """The columns of a file and its facts: those that `make` returned, and `digest`, a hash of all columns
+    but NAMING.
+    """
 
     columns: dict[str, Flat]
     facts: StoredFacts
@@ -69,7 +69,7 @@ def row_cache_folder(cache: Path | None = None) -> Path:
 
 
 def content_key(rows: Any, tokenizer: Any, version: Any, settings: tuple) -> str:
-    """Hash everything that the tokens depend on: rows (their hash, and what they are named after), tokenizer,
+    """Hash everything that the tokens depend on: rows (their hash and the names of their files), tokenizer,
     chat template, settings and the version of the tokenising code.
     """
     digest = hashlib.sha256()
@@ -91,11 +91,11 @@ def template_fingerprint(tokenizer: Any) -> str:
 
 
 def load_or_make(path: Path, columns: ColumnTypes, make: Make) -> tuple[StoredRows, str]:
-    """Return the rows of a cache file, or make and store them; and how they came about.
+    """Load the rows of a cache file, or make and store them. Return them, and which of these was done.
 
-    make(add): calls add with the columns of each chunk of the dataset and returns facts about all. The second
-    value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". A cache that cannot
-    be written only costs time, and memory for the rows.
+    make(add): calls add with the columns of each chunk of the dataset, and returns facts about the dataset.
+    The second value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". If the
+    cache cannot be written, the rows stay in memory, and the next run makes them again.
     """
     state = "built"
     if path.exists():

@@ -1,5 +1,5 @@
-"""Long arrays in several parts, such as the memory-mapped record batches of a cache file, and sequences whose
-items are made when they are read.
+"""Long arrays in several parts, such as the memory-mapped record batches of a cache file, and sequences that
+compute an item when it is read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 
 
 class Flat:
-    """Parts that are read as one array along their first axis; indexing copies the chosen values only.
+    """Arrays that are read as if concatenated along their first axis; indexing copies only the chosen values.
 
-    releases: called after a copy was made. Those of a mapped file unmap the pages that it touched, which the
-    system keeps in its cache; otherwise they would count as memory of the process until it ends.
+    releases: functions that are called after each copy. That of a mapped file unmaps the pages that were
+    read, which would otherwise count as memory of the process until it ends; the system still caches them.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], releases: Sequence[Callable[[], object]] = ()):
@@ -26,7 +26,7 @@ class Flat:
         return int(self.starts[-1])
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Return the values at a slice, at an array of indices (not below 0), or at one of them."""
+        """Return the values at a slice, an index or an array of indices, all at least 0."""
         if isinstance(index, slice):
             return self._slice(*index.indices(len(self)))
         found = self._gather(np.asarray(index))
@@ -70,7 +70,7 @@ class Flat:
 
 
 class Made(Sequence[Item]):
-    """A sequence of `size` items, each made by make(index) when it is read."""
+    """A sequence of `size` items; reading item i calls make(i)."""
 
     def __init__(self, size: int, make: Callable[[int], Item]):
         self.size, self.make = size, make

@@ -13,9 +13,9 @@ from jaxft.data.rows import Row
 
 
 def row_weight(row: Row) -> float:
-    """Return the factor of all of a row's weights, from its column `weight`: 1 where that is missing or null.
+    """Return the factor of a row's loss weights: its column `weight`, or 1 where that is missing or null.
 
-    Raises InvalidRow for another value than a finite number of at least 0.
+    Raises InvalidRow for anything but a finite number of at least 0.
     """
     value = row.fields.get("weight")
     if value is None or value == "":
@@ -26,14 +26,14 @@ def row_weight(row: Row) -> float:
             row.name,
             "weight that is no number",
             f"column 'weight' is {repr(value)[:40]}; use a finite number of at least 0, or rename the "
-            "column if it is no weight of the loss",
+            "column if it is not a loss weight",
         )
     return weight
 
 
 def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | None:
-    """Return the weight of a message's tokens, None if it has neither `train` (Axolotl's true or false) nor
-    `weight` (OpenAI's 0 or 1, or another number). where: for errors.
+    """Return the loss weight of a message's tokens, None if it has neither `train` (Axolotl: true or false)
+    nor `weight` (OpenAI: 0 or 1; here any number from 0 on). where: the message as errors name it.
     """
     train, value = message.get("train"), message.get("weight")
     if train not in (None, True, False):
@@ -59,7 +59,7 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number of at least 0, also from a string as CSV files have them; None for others."""
+    """Return a value, or its text as in CSV files, as a finite number of at least 0; None if it is none."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -68,7 +68,7 @@ def _number(value: Any) -> float | None:
 
 
 def split_weights(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, float]]:
-    """Return the messages as a chat template gets them, and the weights of those that have one, by index."""
+    """Return the messages without their weights, as chat templates get them, and the weights by index."""
     weights = {i: message["weight"] for i, message in enumerate(messages) if "weight" in message}
     if not weights:
         return tuple(messages), weights
@@ -76,11 +76,11 @@ def split_weights(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dic
 
 
 def target_weights(chat: Chat, loss_on: str) -> dict[int, float]:
-    """Return the weights of the assistant turns that are targets, by index: a message's own, else 1 for those
-    that loss_on selects (see chat.LOSS_ON).
+    """Return the loss weights of the learned assistant turns, by index: the message's own weight, else 1 if
+    loss_on selects the turn (see chat.LOSS_ON).
 
-    Raises InvalidRow if there are none (except with "all"), or if a message of another role has a weight that
-    loss_on contradicts.
+    Raises InvalidRow if no turn is learned (except with "all"), or if a message of another role has a weight
+    that contradicts loss_on.
     """
     first = {"completion": chat.response, "assistant": chat.given, "all": 0}[loss_on]
     turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -116,7 +116,7 @@ def _check_other_role(chat: Chat, index: int, loss_on: str) -> None:
 
 
 def without_weights(chat: Chat) -> Chat:
-    """Return a prompt and a response of a pair without weights, which mean nothing in a prompt.
+    """Return a prompt and a response of a pair without weights of messages; in a prompt they have no effect.
 
     Raises InvalidRow if a message of the response has another weight than 1.
     """

@@ -1,5 +1,6 @@
-"""Several sources of rows, as in data=a.jsonl,b.parquet:0.3,org/name:train:0.2: their names and weights, and
-which rows of each an epoch takes, a pure function of (numbers of rows, weights, seed, epoch).
+"""Mix several sources of rows by weights, as in data=a.jsonl,b.parquet:0.3,org/name:train:0.2.
+
+Which rows of each source an epoch contains is a pure function of (numbers of rows, weights, seed, epoch).
 """
 
 import math
@@ -24,9 +25,9 @@ SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
 
 @dataclass(frozen=True)
 class SourceRef:
-    """A dataset, see rows.read_rows, and its share of an epoch's rows; None: every row once.
+    """A dataset, see rows.read_rows.
 
-    name: of its metrics.
+    share: its fraction of an epoch's rows; None: every row once. name: the last part of its metrics' names.
     """
 
     ref: str
@@ -35,11 +36,11 @@ class SourceRef:
 
 
 def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ...]:
-    """Return the sources that a setting names, separated by commas, with their shares.
+    """Return the sources that a setting names, separated by commas, with their fractions of an epoch.
 
-    A weight follows a colon: a number behind a file, a folder or a hub dataset with or without a split.
-    Weights are divided by their sum. If only some sources have weights, these are fractions, and the others
-    divide the rest evenly. Raises ValueError for other weights.
+    A source's weight is a number after a colon. If all sources have weights, these are divided by their sum;
+    if only some have, their weights are fractions, and the others divide the rest evenly. Raises ValueError
+    for other weights, and for a source that is named twice.
     """
     if "," not in text or _find(text) is not None:
         head, weight = _split_weight(text, setting)
@@ -50,7 +51,7 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
         return (SourceRef(text, None, _name(text)),)
     items = [item.strip() for item in text.split(",")]
     if not all(items):
-        raise ValueError(f"{setting}={text}: nothing between two commas; name a file or a dataset")
+        raise ValueError(f"{setting}={text}: no source before or after a comma; name one, or remove it")
     found = [_split_weight(item, setting) for item in items]
     refs = [ref for ref, _ in found]
     twice = next((ref for ref in refs if refs.count(ref) > 1), None)
@@ -63,7 +64,7 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
 
 
 def _find(ref: str) -> Path | None:
-    """Return a file or folder, None also for a list of sources that is too long for the name of a file."""
+    """Return a file or folder, None if there is none, and for text that is too long for a file name."""
     try:
         return find_data(ref)
     except OSError:
@@ -71,7 +72,7 @@ def _find(ref: str) -> Path | None:
 
 
 def held_out_refs(text: str) -> list[str]:
-    """Return the datasets that data.held_out names. Raises ValueError for weights, which it has none of."""
+    """Return the datasets that data.held_out names. Raises ValueError if it gives one a weight."""
     sources = parse_sources(text, "data.held_out")
     if any(source.share is not None for source in sources):
         raise ValueError(f"data.held_out={text}: held-out rows have no weights; remove them")
@@ -110,13 +111,13 @@ def _shares(
         bare = next(ref for ref, weight in zip(refs, weights, strict=True) if weight is None)
         raise ValueError(
             f"{setting}={text}: the weights add up to {total:g}, which leaves nothing for {bare}; give every "
-            "source a weight, or weights below 1 in all"
+            "source a weight, or lower these to less than 1 in total"
         )
     return [(1 - total) / missing if weight is None else weight for weight in weights]
 
 
 def _name(ref: str) -> str:
-    """Return what metrics of a dataset are named: a file without its suffix, a folder, a hub dataset."""
+    """Return a dataset's name in metrics: that of a file without suffix, of a folder, or of a hub dataset."""
     path, parts = Path(ref), ref.partition(":")[0].split("/")
     if _find(ref) is None and path.suffix not in SUFFIXES:
         return parts[min(1, len(parts) - 1)]
@@ -124,7 +125,7 @@ def _name(ref: str) -> str:
 
 
 def sources_with_metrics(text: str) -> tuple[str, ...]:
-    """Return the names of several sources, () for one, which has no metrics of its own."""
+    """Return the names of several sources, each of which has metrics; () for a single one."""
     sources = parse_sources(text)
     return tuple(source.name for source in sources) if len(sources) > 1 else ()
 
@@ -139,10 +140,10 @@ def source_names(text: str) -> str:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources with weights. An epoch has as many rows as all sources together, `counts` of them of each.
+    """Sources with weights: an epoch has as many rows as all sources together, `counts[i]` of source i.
 
-    A source is read in a random order, on and on: what one epoch leaves the next one takes, and after its
-    last row it starts again in another order. rows: the numbers of each source's rows.
+    A source whose rows are not all used in one epoch continues in the next; after its last row it starts
+    again in a new random order. rows: the indices of each source's rows.
     """
 
     rows: tuple[Int[np.ndarray, " _"], ...]
@@ -194,10 +195,10 @@ def make_mixture(
 
 @dataclass(frozen=True)
 class SplitRows(Generic[SomeRows]):
-    """The tokenised rows of all sources, and which are for training and which are held out.
+    """The tokenised rows of all sources, and the indices of those for training and of the held-out ones.
 
-    sources: the number of each example's source, of the training or of the held-out ones. train_names,
-    held_names: of sources that have metrics of their own; () for one alone.
+    sources: for each example, the index of its source in data.train or, if data.held_out names files, in
+    data.held_out. train_names, held_names: the names of several sources, for their metrics; () for one.
     """
 
     rows: SomeRows

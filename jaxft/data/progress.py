@@ -9,11 +9,11 @@ FIRST, EVERY, EVERY_ON_TERMINAL = 3.0, 10.0, 0.5  # seconds before the first lin
 
 
 class RowProgress:
-    """Print how many rows are done, how many per second, and how long the rest takes.
+    """Print the number of rows done, rows per second and the time left, after the first FIRST seconds.
 
-    Nothing is printed in the first FIRST seconds. On a terminal each line replaces the one before.
-    phase: what is done with the rows of which dataset. total: rows of the dataset, None if unknown. enabled:
-    False prints nothing at all. clock: returns the time in seconds.
+    On a terminal each line replaces the one before. phase: the first words of a line, such as "tokenising
+    rows.jsonl". total: rows of the dataset, None if unknown. enabled: False prints nothing. clock: returns
+    the time in seconds.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class RowProgress:
         return self
 
     def add(self, rows: int) -> None:
-        """Count further rows as done, and print a line if it is time; the last line if there was one."""
+        """Count further rows as done. Print a line if it is due; at the last row, if any was printed."""
         self._rows += rows
         now = self._clock()
         if not (self._printed if self._rows == self._total else now >= self._next):

@@ -1,8 +1,8 @@
-"""Parquet files behind a URL, or of a dataset on the hub, read in windows: nothing is stored but the tokens.
+"""Read Parquet files behind a URL, or of a dataset on the hub, over the network, without a copy on disk.
 
-`https://host/rows.parquet` is one file, `hf://datasets/org/name[@revision][/pattern]` all Parquet files of a
-dataset whose path matches the pattern, such as data/train-*. Only the bytes of a row group are fetched at
-once, by HTTP ranges.
+`https://host/rows.parquet` is one file. `hf://datasets/org/name[@revision][/pattern]` is all Parquet files of
+a dataset whose paths match the pattern, such as data/train-*. The bytes of one row group are fetched at a
+time, by HTTP range requests.
 """
 
 import fnmatch
@@ -23,7 +23,11 @@ _TIMEOUT = 60  # seconds
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file behind a URL. version: changes with its content. private: headers for its host alone."""
+    """A file behind a URL.
+
+    size: bytes. version: its ETag, date or commit, which changes with its content. private: headers that are
+    sent to the URL's own host alone, such as the hub's token.
+    """
 
     url: str
     size: int
@@ -84,11 +88,13 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
                 if response.status != 206:
-                    raise ValueError(f"{file}: the server sends no ranges of a file; download it")
+                    raise ValueError(f"{file}: the server does not support range requests; download the file")
                 return response.headers, response.read()
         except urllib.error.HTTPError as error:
             if error.code < 500 or attempt == ATTEMPTS - 1:
-                raise ValueError(f"{file}: the server refuses it ({error}); check the URL") from error
+                raise ValueError(
+                    f"{file}: the server refuses it ({error}); check the URL and your access"
+                ) from error
         except (OSError, HTTPException) as error:
             if attempt == ATTEMPTS - 1:
                 raise ValueError(f"{file}: cannot be fetched ({error}); try again") from error
@@ -97,14 +103,14 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
 
 
 def is_remote(ref: str) -> bool:
-    """Whether rows are behind a URL."""
+    """Whether `ref` is a URL of rows."""
     return ref.startswith(("https://", "http://", "hf://"))
 
 
 def remote_files(ref: str) -> list[RemoteFile]:
     """Return the Parquet files of a URL or of a hub dataset. Raises ValueError if there are none."""
     if "@" in ref.split("/")[2]:
-        raise ValueError(f"data {ref!r} has a user name or a password, which are never sent; remove them")
+        raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
         return [_described(RemoteFile(ref, 0, ""))]
     found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", ref)
@@ -141,7 +147,7 @@ def _described(file: RemoteFile) -> RemoteFile:
     version = file.version or headers.get("ETag") or headers.get("Last-Modified")
     size = headers.get("Content-Range", "").rpartition("/")[2]
     if not size.isdigit() or not version:
-        raise ValueError(f"{file}: the server states no size, or neither ETag nor date; download the file")
+        raise ValueError(f"{file}: the server sends no size, or neither ETag nor date; download the file")
     return RemoteFile(file.url, int(size), version, file.private)
 
 
@@ -151,7 +157,9 @@ def remote_batches(file: RemoteFile, window: int) -> Iterator[Any]:
 
     try:
         with file.open() as source, pyarrow.parquet.ParquetFile(source) as parquet:
-            for group in range(parquet.num_row_groups):  # one by one: a reader of several fetches all
+            for group in range(
+                parquet.num_row_groups
+            ):  # one by one, because a reader of several groups fetches all of them
                 yield from parquet.iter_batches(window, row_groups=[group])
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]

@@ -1,8 +1,8 @@
 """Read the rows of a file in chunks, which processes can read independently of one another.
 
-A chunk is a range of lines, of the rows of a Parquet file or of a table, or rows that are already in memory.
-Every row has a name such as `file.jsonl:17`, which errors, the inspector and the report of a non-finite step
-print.
+A chunk is a range of lines of a text file, a range of rows of a Parquet file or a table, or a list of rows in
+memory. Every row has a name such as `file.jsonl:17`, which errors, `jaxft inspect` and the record of a
+non-finite step show.
 """
 
 import json
@@ -170,7 +170,10 @@ def _parse(text: bytes, name: str, line: int = 1) -> Any:
 
 
 def row_of(value: Any, where: str, name: str) -> Row:
-    """Return a row of these columns. where: its name in errors."""
+    """Return the columns `value` as a row. Raises InvalidRow if it is no object or all columns are empty.
+
+    where: the row's name in errors, with the folder of its file.
+    """
     if not isinstance(value, dict):
         raise InvalidRow(
             where, "not an object", f"the row is a {type(value).__name__}; use an object with named columns"
@@ -308,7 +311,8 @@ def _read_group_rows(chunk: GroupRows) -> Iterator[Outcome]:
 def rows_of_batch(batch: Any, where: str, label: str, before: int) -> Iterator[Outcome]:
     """Yield the rows of an Arrow record batch.
 
-    where, label: what their names in errors and their names begin with. before: rows of the file before it.
+    where: the file as errors name it. label: the file as the rows' names begin. before: rows of the file
+    before this batch.
     """
     try:
         items: Iterable[Any] = batch.to_pylist()
@@ -330,9 +334,9 @@ def _table_row(table: Any, index: int, where: str) -> Any:
 
 
 def without_added_nulls(item: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a table without the nulls that Arrow gives nested objects for keys of other rows.
+    """Return a row of a table without nulls in nested objects: Arrow adds them for keys that other rows have.
 
-    Columns keep their nulls.
+    Nulls of whole columns stay.
     """
     return {column: _without_nulls(value) for column, value in item.items()}
 

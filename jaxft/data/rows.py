@@ -1,4 +1,4 @@
-"""The rows of JSONL, JSON, CSV or Parquet, a folder of those, or a dataset of the Hugging Face hub.
+"""Read the rows of JSONL, JSON, CSV or Parquet files, of a folder of those, or of a dataset on the hub.
 
 pyarrow and datasets are imported where they are used: local text files need neither.
 """
@@ -56,7 +56,7 @@ class Listing:
 
 
 def find_data(ref: str) -> Path | None:
-    """Return the file or folder `ref` under the working directory, else in ROOT, None if neither has it."""
+    """Return the file or folder `ref` in the working directory, else in ROOT, or None if it is in neither."""
     candidates = [Path(ref).expanduser()]
     if not candidates[0].is_absolute():
         candidates.append(ROOT / ref)
@@ -68,7 +68,7 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
 
     invalid: receives the rows that cannot be read; without it the first of them is raised as InvalidRow,
     which names file and line. Raises FileNotFoundError if `ref` is none of these, and ValueError if a file
-    cannot be read or too many rows cannot.
+    cannot be read, too many rows are invalid, or there are none.
     """
     rows: list[Row] = []
     for row in chain.from_iterable(chunk.rows() for chunk in list_chunks(ref).chunks()):
@@ -84,7 +84,7 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
 
 
 def check_rows(ref: str, readable: int, unreadable: int, invalid: InvalidRows) -> None:
-    """Raise ValueError if a dataset has no rows that can be read, or too many invalid ones."""
+    """Raise ValueError if too many rows of a dataset are invalid, or none can be read."""
     invalid.check(ref, readable + unreadable)
     if not readable:
         raise ValueError(f"{ref}: the dataset has no rows; add at least one")
@@ -245,7 +245,7 @@ def _scan_bytes(path: Path, report: Callable[[bytes], object]) -> None:
 
 
 def hub_dataset(ref: str) -> str | None:
-    """Return the `org/name` of rows that are a dataset on the hub, None for files."""
+    """Return `org/name` if `ref` names a dataset on the hub, None if it names files."""
     ref = ref.removeprefix("hf://datasets/").replace("@", ":")
     named = re.match(r"[\w-][\w.-]*/[\w.-]+(?=[/:]|$)", ref)
     return named[0] if named and find_data(ref) is None and Path(ref).suffix not in SUFFIXES else None

@@ -15,7 +15,7 @@ from jaxft.distributed.sync import is_first
 
 
 def check_seed(seed: int, setting: str) -> None:
-    """Raise ValueError for a seed that random keys cannot be made of. setting: its name."""
+    """Raise ValueError for a seed that JAX cannot make a random key of. setting: the name of the setting."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"{setting}={seed}; use a whole number from 0 to 2^63 - 1")
 
@@ -29,14 +29,14 @@ class DataSettings:
     "ours=theirs". batch: rows of one optimizer step, over all devices.
     micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
     over the rows, fractions allowed. tokens: the length of the run in tokens, in place of epochs (none).
-    date: what a chat template that prints today's date prints.
+    date: the date that chat templates print as today's.
     chat_template_kwargs: further arguments of the chat template, "name=value", such as
     enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
     its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: an
     invalid row ends the run ("error"), or is left out, counted and reported ("drop"). invalid_limit: the
     largest fraction of a dataset's rows that "drop" leaves out. workers: processes that tokenise the rows;
-    none: one for each CPU, or no further one for a dataset of less than 16 MiB. order_by: a column of
-    numbers; every epoch reads the rows from its smallest to its largest (a curriculum), none in random order.
+    none: one per CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers;
+    every epoch goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
     """
 
     train: str
@@ -64,8 +64,8 @@ class DataSettings:
             self.require_at_least(1, "workers")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
             raise ValueError(
-                f"data.format={PLAIN} renders no chat template, which data.chat_template_kwargs and "
-                "data.system are for; remove them, or set data.format=auto"
+                f"data.format={PLAIN} renders no chat template, so data.chat_template_kwargs and data.system "
+                "have no effect; remove them, or set data.format=auto"
             )
         if not 0 <= self.invalid_limit <= 1:
             raise ValueError(
@@ -77,8 +77,8 @@ class DataSettings:
             self.require_at_least(1, "tokens")
         if (self.epochs is None) == (self.tokens is None):
             raise ValueError(
-                f"data.epochs={self.epochs} and data.tokens={self.tokens}: the length of a run is one of "
-                "them; set data.epochs=none to use data.tokens"
+                f"data.epochs={self.epochs} and data.tokens={self.tokens}: set exactly one of them, and the "
+                "other to none"
             )
         if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
             raise ValueError(
@@ -113,7 +113,7 @@ class DataSettings:
         return self.invalid_limit if self.invalid == "drop" else None
 
     def tokenising(self, cache: Path | None) -> Tokenising:
-        """How this computer tokenises the rows. cache: see Dataset.open."""
+        """How this machine tokenises the rows. cache: see Dataset.open."""
         return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first())
 
     @property
@@ -131,7 +131,7 @@ class DataSettings:
         return min(max(least, round(float(self.held_out or 0) * count)), count - 1)
 
     def total_steps(self, epochs: Epochs) -> int:
-        """Optimizer steps of all epochs, or of all tokens."""
+        """Optimizer steps of a run of data.epochs or data.tokens."""
         if self.tokens is not None:
             return epochs.steps_of_tokens(self.tokens)
         return epochs.steps_of_epochs(self.epochs or 1.0)

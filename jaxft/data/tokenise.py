@@ -1,9 +1,9 @@
 """Tokenise a dataset chunk by chunk, in this process or in several, into a cache file.
 
-Worker processes are started by `spawn`: a process that has started JAX has threads, whose locks a fork would
-copy in any state. Workers import neither JAX nor the caller's weights. Each reads its chunks from the files
-and returns their columns, which this process writes in the order of the rows, so the file is the same for
-any number of workers.
+Worker processes are started by `spawn`, because a process that has started JAX has threads, and a fork may
+copy their locks while they are locked. Workers do not import JAX. Each reads its chunks from the files and
+returns their columns, which this process writes in the order of the rows, so the file is the same for any
+number of workers.
 """
 
 import multiprocessing
@@ -33,11 +33,11 @@ from jaxft.data.row_files import ROW_CHUNK_BYTES, Chunk, LoadedRows, Row
 from jaxft.data.rows import Listing, check_rows, list_chunks
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
-SMALL_DATASET = 8  # chunks: fewer are tokenised sooner than further processes have started
+SMALL_DATASET = 8  # chunks; up to here one process is faster, because further ones take time to start
 
 
 class RowSettings(Protocol):
-    """What the settings of tokenised rows have in common."""
+    """The settings that rows of every kind have."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -52,11 +52,11 @@ class RowSettings(Protocol):
 class RowKind:
     """How rows of one kind are tokenised; worker processes get a copy.
 
-    version: of the code. key: the settings that the tokens depend on, for the cache key. stored: the columns
-    that `tokenise` returns, and those of files.NAMING. schemas: the accepted formats, None if rows need no
-    common one.
-    tokenise(rows, format, tokenizer, invalid): the columns of the rows that are left, with the index of each
-    in `rows` as "index".
+    version: of the code, and key: the settings that the tokens depend on; both are part of the cache key.
+    stored: the columns that `tokenise` returns, and those of files.NAMING. schemas: the accepted formats,
+    None if rows need no common one.
+    tokenise(rows, format, tokenizer, invalid): the columns of the examples; "index" is the index in `rows` of
+    each example's row. Rows that are too long or invalid have no example.
     """
 
     version: Any
@@ -68,11 +68,11 @@ class RowKind:
 
 
 class Tokenising(NamedTuple):
-    """Settings of this computer and of invalid rows, on which the tokens do not depend.
+    """Settings that the tokens do not depend on.
 
-    cache: the folder of the cache, None for its usual place. invalid_limit: see InvalidRows. workers:
-    processes; None for one per CPU, or this one alone for a small dataset. progress: print how far a long
-    tokenisation is.
+    cache: the folder of the cache, None for the default. invalid_limit: see InvalidRows. workers: processes;
+    None for one per CPU, or this one alone for a small dataset. progress: whether to print the progress of a
+    long tokenisation.
     """
 
     cache: Path | None = None
@@ -88,9 +88,9 @@ DEFAULT_TOKENISING = Tokenising()
 class TokenisedDataset:
     """A tokenised dataset.
 
-    names: of the row of each example. largest_id: the largest token id. dropped: number of rows that are too
-    long. invalid: what was left out. examples: the first row, and the first with a system message and with
-    tools. state: how the columns came about, see cache.load_or_make.
+    names: the row of each example. largest_id: the largest token id. dropped: number of rows that were left
+    out as too long. invalid: the invalid rows that were left out. examples: see first_rows. state: whether
+    the columns were in the cache, see cache.load_or_make.
     """
 
     stored: StoredRows
@@ -105,7 +105,8 @@ class TokenisedDataset:
 def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -> TokenisedDataset:
     """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
 
-    Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, and if none is left.
+    Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, and if the dataset
+    has no rows.
     """
     listing = list_chunks(ref)
     content = (listing.digest, listing.labels)
@@ -162,8 +163,9 @@ def _tokenise(
 def _format_of(
     ref: str, listing: Listing, kind: RowKind, run: MapChunks, how: Tokenising
 ) -> tuple[RowFormat, Iterable[Chunk], int | None]:
-    """Return the format of all rows, the chunks to tokenise (a single one with its rows), and the number of
-    rows if it is known.
+    """Return the format of all rows, the chunks to tokenise, and the number of rows if it is known.
+
+    The chunks of a small dataset contain its rows, so that the files are read once.
     """
     fixed = kind.settings.format not in ("auto", formats.PLAIN)
     if kind.schemas is None or (fixed and listing.size > ROW_CHUNK_BYTES):
@@ -230,7 +232,7 @@ class CountedChunk(NamedTuple):
 
 class TokenisedChunk(NamedTuple):
     """The columns of a chunk's examples. rows, unreadable: numbers of rows that can and cannot be read. left:
-    rows that examples are made of. examples: see TokenisedDataset.
+    number of rows that have examples. examples: see first_rows.
     """
 
     label: str
@@ -286,7 +288,8 @@ def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk
 
 
 def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Return the first row, the first with a system message and the first with tools, on which warnings look.
+    """Return the rows that warnings are derived from: the first, and the first with a system message and with
+    tools.
 
     rows: the valid ones. columns: see data.columns.
     """
@@ -354,17 +357,16 @@ def start_workers(count: int, job: tuple) -> Iterator[MapChunks]:
         yield run
     except BrokenProcessPool as error:
         raise ValueError(
-            f"one of {count} processes that tokenise the rows has ended, for lack of memory or because the "
-            'script that started it is not under `if __name__ == "__main__":`; set data.workers to fewer, '
-            "1 for none"
+            f"one of {count} processes that tokenise the rows has died: out of memory, or started by a script "
+            'that does not train under `if __name__ == "__main__":`; set a smaller data.workers, or 1'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(*job: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first ends the others
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _job[:] = [_Job(*job)]
 

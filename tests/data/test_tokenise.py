@@ -79,7 +79,7 @@ def test_several_processes_write_the_same_file_without_jax(tmp_path, monkeypatch
     assert one.name == two.name and one.read_bytes() == two.read_bytes()
     chunks = [LoadedRows((), str(i)) for i in range(9)]
     with (
-        pytest.raises(ValueError, match="of 2 processes that tokenise .* set data.workers to fewer"),
+        pytest.raises(ValueError, match="of 2 processes that tokenise .* set a smaller data.workers"),
         tokenise.start_workers(2, (None, tiny("chatml"), None)) as run,
     ):
         assert list(run(worker_probe.modules, chunks)) == [(str(i), []) for i in range(9)]
