@@ -36,7 +36,7 @@ _STALE = 24 * 3600  # seconds after which an unfinished file belongs to a killed
 
 
 class ColumnType(NamedTuple):
-    """The type of a column. Each example has one value, `width` values, or as many as column `along` gives."""
+    """The type of a column. An example has one value, `width` values, or as many as column `along` gives."""
 
     dtype: Any
     along: str | None = None

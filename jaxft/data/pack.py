@@ -1,10 +1,10 @@
 """Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch).
 
-`pack_examples` keeps examples whole, and `wrap_examples` concatenates documents and cuts them anywhere.
+`pack_examples` keeps examples whole; `wrap_examples` concatenates documents and cuts them anywhere.
 
-pack_examples is first-fit decreasing within windows of WINDOW examples. Which window an example is in depends
-on the seed alone. From epoch to epoch examples are exchanged only with examples of the same length and the
-same number of read positions, so every epoch has the same number of rows and the same largest row, and one
+pack_examples is first-fit decreasing within windows of WINDOW examples. An example's window depends on the
+seed alone. From epoch to epoch, examples change places only with examples of the same length and the same
+number of read positions, so every epoch has the same number of rows and the same largest row, and one
 compiled program serves all of them.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 WINDOW = 2**16
-ORDER_WINDOW = 4  # optimizer steps whose rows are packed together if they are ordered by a column
+ORDER_WINDOW = 4  # optimizer steps whose examples are packed together if data.order_by sorts them
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class RowShape:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The examples of each row: row r holds members[offsets[r]:offsets[r + 1]], in that order.
+    """The examples of each row: row r consists of members[offsets[r]:offsets[r + 1]], in that order.
 
-    starts, counts: the first token and the number of tokens of each member that are in the row; None for all.
+    starts, counts: the part of each member that is in the row: its first token, and the number of tokens.
+    None: members are whole.
     """
 
     members: Int[np.ndarray, " examples"]
@@ -133,7 +134,7 @@ def pack_examples(
 
 
 def ascending(keys: Float[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
-    """Return the order from the smallest to the largest key. Equal ones are shuffled, alike in all epochs."""
+    """Return the order from the smallest to the largest key. Equal keys are shuffled once, for all epochs."""
     rank = np.empty(len(keys), np.int64)
     rank[permutation(len(keys), seed, 1)] = np.arange(len(keys))
     return np.lexsort((rank, keys))
@@ -175,9 +176,9 @@ def wrap_examples(
 ) -> RowPlan:
     """Concatenate documents in random order, cut them into rows of `size` tokens, and shuffle the rows.
 
-    documents: the number of the document that each example is a part of; a document's parts follow one
-    another. key: seed and epoch. order_by: documents and rows go from small to large numbers instead. Every
-    token is in one row; only the last row may be shorter, and has at least 2 tokens.
+    documents: the index of the document that each example is a part of; a document's parts follow one
+    another. key: seed and epoch. order_by: sort documents by these numbers, and leave the rows in that order.
+    Every token is in one row; only the last row may be shorter, and has at least 2 tokens.
     """
     seed, epoch = key
     first = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
@@ -208,7 +209,7 @@ def _shuffle_rows(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int)
 
 
 def limit_reads(plan: RowPlan, reads: Int[np.ndarray, " members"], most: int) -> RowPlan:
-    """Divide the rows that have more than `most` read positions; no member alone may have more."""
+    """Divide rows with more than `most` read positions into several; no member alone may have more."""
     total = np.add.reduceat(reads, plan.offsets[:-1]) if plan.rows else reads
     cuts = []
     for row in np.flatnonzero(total > most):

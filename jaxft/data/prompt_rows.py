@@ -1,4 +1,4 @@
-"""Tokenise the prompts of rollouts, and keep them with the columns of their rows in a memory-mapped file."""
+"""Tokenise the prompts of rollouts, and store them with the columns of their rows in a memory-mapped file."""
 
 import base64
 import datetime
@@ -54,8 +54,8 @@ class PromptTokenSettings:
 class TokenisedPrompts:
     """Prompts as token ids, with the names and columns of their rows.
 
-    prompts: what the ids were made from. template: how they are rendered. sources: of each prompt, an index
-    of source_names, the names of several sources; () for one.
+    prompts: the messages or texts before tokenising. template: how they were rendered. sources: for each
+    prompt, the index of its source in source_names; both are () for a single source.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -76,15 +76,15 @@ class TokenisedPrompts:
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Prompts that are read from a file when they are used.
+    """Prompts in a memory-mapped file, read when they are used.
 
-    chosen: indices of the prompts in the columns. ids, offsets: the tokens of prompt i are
-    ids[offsets[i]:offsets[i + 1]]. texts, text_offsets: the columns of its row as JSON. hashes: of the
-    tokens, and of tokens and columns together. largest_id: the largest token id. dropped: number of prompts
-    that were left out because they are too long. invalid: the invalid rows that were left out. examples:
-    prompts on which warnings look. order: the numbers of data.order_by, 0 without it. sources: of each prompt
-    in the columns, an index of source_names, the names of several sources; () for one. mixture: if they have
-    weights; it numbers the chosen prompts.
+    chosen: the indices in the file of the prompts that this object contains; all other arrays are indexed as
+    the file is. ids, offsets: the tokens of prompt i are ids[offsets[i]:offsets[i + 1]]. texts, text_offsets:
+    the columns of its row as JSON. hashes: of the tokens, and of tokens and columns together. largest_id: the
+    largest token id. dropped: number of prompts that were left out as too long. invalid: the invalid rows
+    that were left out. examples: prompts that warnings are derived from. order: the numbers of data.order_by,
+    0 without it. sources: the index of each prompt's source in source_names, which is () for a single source.
+    mixture: the weights of the sources, if they have any; its indices are positions in `chosen`.
     """
 
     settings: PromptTokenSettings

@@ -26,15 +26,15 @@ LENGTH_STEP = 64  # lengths of prompts and rows are multiples of this, so that s
 
 @dataclass(frozen=True)
 class Prompts(DataSettings):
-    """Prompts of a run that trains on its own completions, with the settings of sampling and of the optimizer
+    """Prompts of a run that trains on its own completions, and the settings of sampling and of the optimizer
     steps.
 
     format: "auto" uses a string as the user's turn, "plain" as text to continue; the others of
-    conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: tokens of a prompt and of
-    a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch: prompts
-    of a rollout. group: completions of each. eval_group: completions of each held-out prompt. temperature,
-    top_k, top_p: of the sampler. passes: how often the policy is trained on a rollout (PPO's epochs, GRPO's
-    iterations), each time in `minibatches` optimizer steps, each of these in `micro` microbatches. Other
+    conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
+    of a prompt, and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch:
+    prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
+    temperature, top_k, top_p: of sampling. passes: how often the policy is trained on a rollout (PPO's
+    epochs, GRPO's iterations), each time in `minibatches` optimizer steps of `micro` microbatches. Other
     fields: see DataSettings.
     """
 
@@ -118,9 +118,7 @@ def padded_length(size: int) -> int:
 
 
 def group_row_shape(data: Prompts, longest: int) -> RowShape:
-    """Return the shape of a row that holds a prompt of `longest` tokens and a group of the longest
-    completions.
-    """
+    """Return the shape of a row with a prompt of `longest` tokens and a group of the longest completions."""
     completions = data.group * data.max_new
     return RowShape(padded_length(longest + completions), padded_length(completions))
 
@@ -149,7 +147,7 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any, cache: Path | None = N
 def _read_all(
     refs: Sequence[str], names: tuple[str, ...], data: Prompts, tokenizer: Any, cache: Path | None
 ) -> PromptRows:
-    """Read the prompts of one or several datasets. names: of several."""
+    """Read the prompts of all datasets. names: their names in metrics, () for a single one."""
     parts = [read_prompts(ref, data, tokenizer, cache) for ref in refs]
     return replace(reduce(PromptRows.concatenate, parts), source_names=names)
 
@@ -184,8 +182,10 @@ def _mixed(data: Prompts, train: PromptRows) -> PromptRows:
 
 
 def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np.ndarray, " batch"]:
-    """Return which training prompts a rollout uses: a part of an endless sequence that is reshuffled every
-    epoch, or begins again with the smallest number of data.order_by.
+    """Return the indices of the training prompts of a rollout.
+
+    Rollouts take the prompts of one epoch after the other. An epoch is in random order, or in that of
+    data.order_by.
     """
     count = len(train)
     numbers = rollout * data.batch + np.arange(data.batch)
@@ -201,7 +201,7 @@ def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np
 
 
 def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, " minibatch"]:
-    """Return which of a rollout's prompts its optimizer step number `part` uses: every pass is reshuffled."""
+    """Return which of a rollout's prompts its optimizer step `part` uses. Every pass is reshuffled."""
     turn, minibatch = divmod(part, data.minibatches)
     order = permutation(data.batch, data.seed, 5, rollout, turn)
     size = data.units_per_step

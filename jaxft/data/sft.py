@@ -1,6 +1,4 @@
-"""SFT rows as batches: batch k is a pure function of (rows, tokenizer, settings, k), so one integer resumes
-it.
-"""
+"""SFT rows as batches. Batch k is a pure function of (rows, tokenizer, settings, k)."""
 
 import hashlib
 from collections.abc import Callable
@@ -46,14 +44,15 @@ class Rows(DataSettings):
     run.
 
     format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
-    conversation), "completion" (the response that ends it) or "all"; of a row with a prompt of its own only
-    the response is a target, and every token of a text row is one. max_length: tokens of a row. too_long:
-    "truncate" keeps the start, "split" makes several examples of a document, "drop" leaves the example out,
-    "error" stops. packing: several examples share a row of max_length tokens and do not attend to one
-    another; "wrapped" concatenates documents, cuts them into rows of max_length tokens, and a row attends
-    over the documents in it (it needs too_long=split). weighting: "token" gives every target token
-    of the optimizer batch the same weight, "sequence" every example; a column `weight` multiplies them.
-    Other fields: see DataSettings; batch counts packed rows, or examples without packing.
+    conversation), "completion" (only its last turn) or "all" (every token). Of a row with a prompt and a
+    response, the first two train on the response; of a text row, all three train on every token.
+    max_length: tokens of a row. too_long: "truncate" keeps the start, "split" makes several examples of a
+    document, "drop" leaves the example out, "error" stops. packing: True packs several examples into a row
+    of max_length tokens, and they do not attend to one another; "wrapped" concatenates documents and cuts
+    them into rows of max_length tokens, which attend over all of their documents (needs too_long=split).
+    weighting: "token" gives every target token of the optimizer batch the same weight, "sequence" every
+    example; a column `weight` multiplies them. Other fields: see DataSettings; batch counts packed rows, or
+    examples without packing.
     """
 
     loss_on: str = "assistant"
@@ -72,8 +71,8 @@ class Rows(DataSettings):
             raise ValueError(f"data.packing={self.packing!r}; use true, false or wrapped")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
             raise ValueError(
-                "data.packing=wrapped cuts concatenated documents into rows, which loses no token and has no "
-                "examples to weight: set data.too_long=split data.weighting=token"
+                "data.packing=wrapped cuts documents anywhere, so none is too long or weighted as a whole: set "
+                "data.too_long=split data.weighting=token"
             )
 
     @property
@@ -147,8 +146,12 @@ class Rows(DataSettings):
 
 @dataclass(frozen=True)
 class RowStats(SourceStats):
-    """Counts of tokenised rows: rows of an epoch's batches, their size, and the lengths of the training
-    examples.
+    """Statistics of tokenised rows.
+
+    truncated: number of truncated examples. tokens, learned_tokens: of the first epoch, and those of them
+    with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
+    batches, or its pairs. fill: fraction of the slots for tokens that are used. row_length, read_length:
+    slots of a row for tokens, and for tokens with a loss. cache: see cache.load_or_make.
     """
 
     truncated: int
@@ -250,8 +253,8 @@ def _require_texts(examples: TokenisedExamples) -> None:
     if len(others) or len(examples.token_weights):
         name = examples.names[others[0] if len(others) else 0]
         raise ValueError(
-            "data.packing=wrapped is for text of which every token is learned with the same weight, and "
-            f"{name} has a prompt or turns with weights; use data.packing=true"
+            f"{name}: the row has a prompt or turns with weights, and data.packing=wrapped is for text of "
+            "which every token is learned with the same weight; use data.packing=true"
         )
 
 
@@ -320,7 +323,7 @@ def _learned_line(rows: Rows, examples: TokenisedExamples, train: np.ndarray, pl
     """Return the line about the learned fraction of the response tokens of an epoch's examples."""
     if rows.packing == "wrapped":
         tokens = int(examples.lengths[train].sum())
-        detail = "data.packing=wrapped: all but the first of a row of concatenated documents"
+        detail = "data.packing=wrapped: every token but the first of each row"
         return learned_line(tokens, tokens - plan.rows, detail)
     targets = int(examples.learned_responses[train].sum())
     weights = examples.weights[train]

@@ -357,8 +357,8 @@ def start_workers(count: int, job: tuple) -> Iterator[MapChunks]:
         yield run
     except BrokenProcessPool as error:
         raise ValueError(
-            f"one of {count} processes that tokenise the rows has died: out of memory, or started by a script "
-            'that does not train under `if __name__ == "__main__":`; set a smaller data.workers, or 1'
+            f"one of {count} processes that tokenise the rows has died: out of memory, or started by a "
+            'script without `if __name__ == "__main__":`; set a smaller data.workers, or 1'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

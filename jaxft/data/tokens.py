@@ -59,16 +59,16 @@ SFT_COLUMNS: ColumnTypes = {
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedRows:
-    """Examples one after the other: example i is ids[offsets[i]:offsets[i + 1]].
+    """Tokenised examples, concatenated: example i is ids[offsets[i]:offsets[i + 1]].
 
-    learned: marks the tokens that are targets; the first token of an example never is. reads: target tokens
-    of each example. truncated: marks truncated examples. responses, learned_responses: tokens of each
-    example's responses before it is truncated, and how many of them are targets with a weight. ends: the last
-    target of each example, apart from whitespace after it. weights: a factor of the weights of an example's
-    targets. order: the numbers of data.order_by, 0 without it. names: of the dataset rows. digest: a hash of
-    all columns. largest_id: the largest token id. dropped: number of rows that were left out because they are
-    too long. invalid: the invalid rows that were left out. warnings: lines for the start of a run. cache: how
-    the columns came about, see cache.load_or_make.
+    learned: mask of the tokens that are targets; the first token of an example never is. reads: number of
+    targets of each example. truncated: mask of truncated examples. responses: number of tokens of each
+    example's responses before truncation; learned_responses: how many of them are targets with a weight above
+    0. ends: the last target of each example that is not whitespace. weights: a factor of the weights of an
+    example's targets. order: the numbers of data.order_by, 0 without it. names: the row of each example.
+    digest: a hash of all columns. largest_id: the largest token id. dropped: number of rows that were left
+    out as too long. invalid: the invalid rows that were left out. warnings: lines for the start of a run.
+    cache: whether the cache had the columns, see cache.load_or_make.
     """
 
     ids: Flat
@@ -99,7 +99,7 @@ class TokenisedRows:
 
     @property
     def begins_row(self) -> Bool[np.ndarray, " examples"]:
-        """Marks the examples that are not a further piece of a row."""
+        """Mask of the examples that begin a row: all but the later pieces of split rows."""
         return np.ones(len(self), bool)
 
     def concatenate(self, other: Self) -> Self:
@@ -127,10 +127,10 @@ class TokenisedRows:
 class TokenisedExamples(TokenisedRows):
     """Examples of an SFT run, which may be pieces of a row (data.too_long=split).
 
-    pieces: number of each example within its row, 0 for the first; a row's pieces follow one another. mass:
-    the sum of the weights of an example's targets before the factor `weights`. token_weights: weights of the
-    tokens of the examples that have some other than 1, one after the other; weight_counts: how many of them
-    are an example's, all or 0.
+    pieces: index of each example within its row, 0 for the first; a row's pieces follow one another. mass:
+    the sum of the weights of an example's targets before the factor `weights`. token_weights: the weights of
+    all tokens of those examples that have weights other than 1, concatenated. weight_counts: the number of
+    each example's weights in it: its tokens, or 0.
     """
 
     pieces: Int[np.ndarray, " examples"]
@@ -140,22 +140,22 @@ class TokenisedExamples(TokenisedRows):
 
     @property
     def begins_row(self) -> Bool[np.ndarray, " examples"]:
-        """Marks the examples that are not a further piece of a row."""
+        """Mask of the examples that begin a row: all but the later pieces of split rows."""
         return self.pieces == 0
 
     @cached_property
     def documents(self) -> Int[np.ndarray, " examples"]:
-        """The number of the row that each example is a piece of, over all concatenated datasets."""
+        """Index of the row that each example is a piece of, over all concatenated datasets."""
         return np.cumsum(self.begins_row) - 1
 
     @property
     def is_whole(self) -> Bool[np.ndarray, " examples"]:
-        """Marks the examples that end where their row does: not truncated, and the row's last piece."""
+        """Mask of the examples that contain the end of their row: not truncated, and the row's last piece."""
         return ~self.truncated & np.append(self.pieces[1:] == 0, True)
 
     @cached_property
     def weight_offsets(self) -> Int[np.ndarray, " examples"]:
-        """Where in `token_weights` each example's begin."""
+        """Index in `token_weights` of each example's first weight."""
         return np.cumsum(self.weight_counts, dtype=np.int64) - self.weight_counts
 
 
@@ -210,7 +210,7 @@ def last_targets(
     ends: Int[np.ndarray, " sequences"],
     tokenizer: Any,
 ) -> Int[np.ndarray, " sequences"]:
-    """Return the last target of each sequence, apart from whitespace after it.
+    """Return the last target of each sequence that is not whitespace.
 
     ends: index after the last token of each sequence.
     """
@@ -269,9 +269,9 @@ def _tokenise(
 def _examples_of(
     tokens: chat.WeightedTokens, response: np.ndarray | None, example: Example, settings: TokenSettings
 ) -> Iterator[dict[str, Any]]:
-    """Yield the columns of a row's examples: one, or the pieces of a document that is split.
+    """Yield the columns of a row's examples: of one, or of each piece of a document that is split.
 
-    response: the mask of the response tokens, None for the loss mask.
+    response: the mask of the response tokens; None if it equals the loss mask.
     """
     ids, mask = tokens.ids, tokens.learned.copy() if response is None else response
     mask[0] = False
@@ -302,7 +302,7 @@ def _examples_of(
 def _response_masks(
     examples: Sequence[Example | InvalidRow], settings: TokenSettings, tokenizer: Any
 ) -> Iterator[np.ndarray | None]:
-    """Yield a mask of the response tokens of each example, None where it is the loss mask or is not known."""
+    """Yield each example's mask of response tokens, None where it equals the loss mask or is unknown."""
 
     def differs(example: Example | InvalidRow) -> bool:
         if isinstance(example, Chat) and example.weights:
@@ -341,7 +341,7 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
             return
         raise ValueError(
             f"{name}: {len(learned)} tokens are more than data.max_length={limit}, and data.too_long=split "
-            f"is for text, all of which is learned, not for responses to a prompt; {remedy} or truncate"
+            f"only splits text rows, not responses to a prompt; {remedy} or truncate"
         )
     if not learned[:limit].any():
         raise InvalidRow(

@@ -176,9 +176,11 @@ def test_settings_that_contradict_one_another_are_refused(texts, options, error)
 def test_responses_are_neither_split_nor_wrapped(tmp_path):
     row = {"prompt": "a b c", "completion": " d" * 20}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=r"t.jsonl:1: \d+ tokens .*data.too_long=split is for text"):
+    with pytest.raises(ValueError, match=r"t.jsonl:1: \d+ tokens .*data.too_long=split only splits text"):
         source(tmp_path, format="plain")
-    with pytest.raises(ValueError, match=r"data.packing=wrapped is for text .* t.jsonl:1 has a prompt"):
+    with pytest.raises(
+        ValueError, match=r"t.jsonl:1: the row has a prompt .* data.packing=wrapped is for text"
+    ):
         source(tmp_path, format="plain", max_length=99, packing="wrapped")
 
 
