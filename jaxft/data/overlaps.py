@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 
 class Content(NamedTuple):
-    """A row's name, and the token ids of its prompt and of the rest; either may be empty."""
+    """A row's name, and the token ids of its prompt and of the rest, which may be empty."""
 
     name: str
     prompt: Int[np.ndarray, " prompt"]
@@ -74,7 +74,7 @@ def _hashes(content: Content) -> tuple[bytes, bytes | None]:
 
 
 def overlap_lines(found: Overlaps) -> list[str]:
-    """Return a line for each kind of overlap, or one that there are none."""
+    """Return a line for each kind of overlap, or a single line that there is none."""
     texts = {
         "duplicates": "{n} training rows repeat another one: {a} is {b}",
         "repeated_prompts": "{n} training rows have the prompt of another one: {a}, {b}",

@@ -31,8 +31,9 @@ def tokens_per_row(examples: TokenisedExamples, plan: RowPlan) -> Int[np.ndarray
 def read_length(
     examples: TokenisedExamples, plans: tuple[RowPlan, ...], size: int, chosen: Int[np.ndarray, " n"]
 ) -> int:
-    """Return the most read positions of a row, rounded up to 1/8 of the row so that similar data share a
-    program. Each of the chosen examples alone has at most as many.
+    """Return the largest number of read positions in a row, or in one of the chosen examples alone.
+
+    It is rounded up to a multiple of 1/8 of the row, so that similar data share a compiled program.
     """
     alone = int(examples.reads[chosen].max(initial=1))
     targets = ((p, member_targets(examples, p)) for p in plans if p.rows)
@@ -43,9 +44,9 @@ def read_length(
 def weights_of_members(
     examples: TokenisedExamples, plan: RowPlan, weighting: str
 ) -> Float[np.ndarray, " members"]:
-    """Return the weight of a target of each member of a plan, of which the target's own is a factor.
+    """Return the weight of a target of each member, which a turn's own weight then multiplies.
 
-    They sum to 1 over all targets, or are all 0 if the weights of all examples are.
+    The products sum to 1 over all targets of the plan, or are all 0 if all examples have weight 0.
     """
     factors = examples.weights[plan.members]
     mass = examples.mass[plan.members] if plan.counts is None else member_targets(examples, plan)
@@ -63,8 +64,8 @@ def fill_rows(
 ) -> Tokens:
     """Return the plan's rows as arrays of `shape` (rows, T, M); further rows stay empty.
 
-    Members are segments of their own. A wrapped row, whose plan has starts, is a single segment. sources: the
-    number of each example's source; None for one source.
+    Each member is a segment. A wrapped row, whose plan has starts, is a single segment. sources: the index of
+    each example's source; None for a single source.
     """
     rows, length, reads = shape
     counts = member_counts(examples, plan)
@@ -104,7 +105,7 @@ def fill_rows(
 def _own_weights(
     examples: TokenisedExamples, members: Int[np.ndarray, " members"]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the own weight of each token of the members, 1 for those of examples without any."""
+    """Return the weight of each token of the members within its example, 1 in examples without weights."""
     own = examples.weight_counts[members]
     weights = np.ones(examples.lengths[members].sum(), np.float32)
     where = ranges(examples.weight_offsets[members], own)

@@ -71,8 +71,8 @@ class Rows(DataSettings):
             raise ValueError(f"data.packing={self.packing!r}; use true, false or wrapped")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
             raise ValueError(
-                "data.packing=wrapped cuts documents anywhere, so none is too long or weighted as a whole: set "
-                "data.too_long=split data.weighting=token"
+                "data.packing=wrapped cuts documents anywhere, so none is too long or weighted as a whole: "
+                "set data.too_long=split data.weighting=token"
             )
 
     @property

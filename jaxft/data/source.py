@@ -20,7 +20,7 @@ SomeBatch = TypeVar("SomeBatch")
 
 
 class Prompt(NamedTuple):
-    """Token ids of a held-out prompt and of the row's own response to it, [] if the row has none."""
+    """Token ids of a held-out prompt, and of the response in its row, [] if the row has none."""
 
     ids: list[int]
     response: list[int]
@@ -30,7 +30,7 @@ class Prompt(NamedTuple):
 class SourceStats:
     """Counts of a source's rows.
 
-    dropped: rows that were left out because they are too long. invalid: the invalid rows that were left out,
+    dropped: rows that were left out as too long. invalid: the invalid rows that were left out,
     by reason. largest_id: the largest token id. summary: one line for the start of a run. learned: one line
     about the fraction of the response tokens that is learned.
     """
@@ -48,7 +48,7 @@ class SourceStats:
 class SourceInfo:
     """Facts about a source that are known before its first batch.
 
-    steps: optimizer steps of all epochs. fingerprint: a hash of everything that the batches depend on.
+    steps: optimizer steps of the run's epochs or tokens. fingerprint: a hash of everything that the batches depend on.
     preview: the first training row as text. steps_per_rollout: optimizer steps between two points where the
     run may be saved. samples: whether batches are sampled from the model, which takes as long as an
     evaluation. dependencies: fingerprints of other models that the batches depend on, by their name in the
@@ -153,7 +153,7 @@ class Dataset(Protocol):
 
     @property
     def packing(self) -> bool | Literal["wrapped"]:
-        """Whether a row may hold several sequences: attention keeps them apart, unless they are "wrapped"."""
+        """Whether a row may contain several sequences. Only those of "wrapped" rows attend to one another."""
 
     @property
     def seed(self) -> int:
@@ -196,9 +196,9 @@ class FixedSource(Generic[SomeBatch]):
 
 
 def learned_line(tokens: int, targets: int, detail: str) -> str:
-    """Return the line about the fraction of the response tokens that are targets, which is never rounded up.
+    """Return the line about the fraction of the response tokens that are targets, in percent, rounded down.
 
-    detail: which responses, and what else is learned.
+    detail: the settings and rows that explain it.
     """
     percent = math.floor(1000 * targets / max(1, tokens)) / 10
     return f"{percent:.1f} % of the {tokens:,} response tokens are learned ({detail})"
