@@ -76,10 +76,11 @@ def _hashes(content: Content) -> tuple[bytes, bytes | None]:
 def overlap_lines(found: Overlaps) -> list[str]:
     """Return a line for each kind of overlap, or a single line that there is none."""
     texts = {
-        "duplicates": "{n} training rows repeat another one: {a} is {b}",
-        "repeated_prompts": "{n} training rows have the prompt of another one: {a}, {b}",
-        "leaked": "{n} held-out rows are also training rows, so that their loss is too low: {a} is {b}",
-        "leaked_prompts": "{n} held-out rows have the prompt of a training row: {a}, {b}",
+        "duplicates": "training rows that repeat another one: {n}; the first is {a}, equal to {b}",
+        "repeated_prompts": "training rows with the prompt of another one: {n}; the first is {a}, as in {b}",
+        "leaked": "held-out rows that are also training rows, so that their loss is too low: {n}; the first "
+        "is {a}, equal to {b}",
+        "leaked_prompts": "held-out rows with the prompt of a training row: {n}; the first is {a}, as in {b}",
     }
     overlaps = [(vars(found)[name], text) for name, text in texts.items()]
     lines = [text.format(n=o.count, a=o.first[0], b=o.first[1]) for o, text in overlaps if o.first]

@@ -48,12 +48,12 @@ class SourceStats:
 class SourceInfo:
     """Facts about a source that are known before its first batch.
 
-    steps: optimizer steps of the run's epochs or tokens. fingerprint: a hash of everything that the batches depend on.
-    preview: the first training row as text. steps_per_rollout: optimizer steps between two points where the
-    run may be saved. samples: whether batches are sampled from the model, which takes as long as an
+    steps: optimizer steps of the run's epochs or tokens. fingerprint: a hash of everything that the batches
+    depend on. preview: the first training row as text. steps_per_rollout: optimizer steps between two points
+    where the run may be saved. samples: whether batches are sampled from the model, which takes as long as an
     evaluation. dependencies: fingerprints of other models that the batches depend on, by their name in the
-    run's record. learned_ends: how many training and held-out sequences teach the model to end with each
-    token id; without truncated ones. warnings: lines for the start of a run.
+    run's record. learned_ends: token id -> number of training and held-out sequences whose last target it is,
+    without truncated ones. warnings: lines for the start of a run.
     """
 
     steps: int

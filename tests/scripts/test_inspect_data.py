@@ -146,11 +146,13 @@ def test_repeated_rows_and_leaked_held_out_rows_are_counted_and_named(inspect, p
     (place / "held.jsonl").write_text("\n".join(map(json.dumps, held)))
     args = ("--data", "train.jsonl", "--model", "model", "max_length=32", "batch=1", "format=plain")
     shown = inspect(*args, "held_out=held.jsonl")
-    found = re.search(r"2 training rows repeat another one: train.jsonl:(\d) is train.jsonl:(\d)\n", shown)
+    found = re.search(
+        r"repeat another one: 2; the first is train.jsonl:(\d), equal to train.jsonl:(\d)\n", shown
+    )
     assert {found[1], found[2]} in ({"1", "3"}, {"2", "5"})
-    assert "1 training rows have the prompt of another one: train.jsonl:" in shown
-    assert "1 held-out rows are also training rows, so that their loss is too low: held.jsonl:1 is" in shown
-    assert "1 held-out rows have the prompt of a training row: held.jsonl:2, train.jsonl:1" in shown
+    assert "training rows with the prompt of another one: 1; the first is train.jsonl:" in shown
+    assert "training rows, so that their loss is too low: 1; the first is held.jsonl:1, equal" in shown
+    assert "prompt of a training row: 1; the first is held.jsonl:2, as in train.jsonl:1" in shown
     (place / "train.jsonl").write_text("\n".join(map(json.dumps, train[:2])))
     assert "no row repeats another one" in inspect("--data", "train.jsonl", *DATA)
 
@@ -173,7 +175,7 @@ def test_a_split_row_is_one_row_and_its_name_shows_all_of_its_pieces(inspect, pl
     assert "no row repeats another one" in shown  # though its pieces do
     assert shown.count("⟦") == 3 and "texts.jsonl:1: 32 tokens, 31 with loss, piece 2 of the row" in shown
     (place / "texts.jsonl").write_text("\n".join(json.dumps({"text": "ab" * 40}) for _ in range(2)))
-    assert "1 training rows repeat another one: texts.jsonl:2 is texts.jsonl:1" in inspect(*args)
+    assert "repeat another one: 1; the first is texts.jsonl:2, equal to texts.jsonl:1" in inspect(*args)
 
 
 def test_concatenated_documents_are_named_after_the_first(inspect, place):
@@ -200,8 +202,8 @@ def test_leaks_are_found_in_pairs_and_prompts_too(inspect, place):
             (place / f"{name}_{kind}.jsonl").write_text("\n".join(rows))
         args = ("--data", f"train_{kind}.jsonl", "--kind", kind, "--model", "model", *options)
         shown = inspect(*args, f"held_out=held_{kind}.jsonl")
-        assert f"1 training rows repeat another one: train_{kind}.jsonl:3 is train_{kind}.jsonl:1" in shown
-        assert f"loss is too low: held_{kind}.jsonl:1 is train_{kind}.jsonl:2" in shown
+        assert f"1; the first is train_{kind}.jsonl:3, equal to train_{kind}.jsonl:1\n" in shown
+        assert f"too low: 1; the first is held_{kind}.jsonl:1, equal to train_{kind}.jsonl:2" in shown
 
 
 def test_lengths_are_those_of_each_part(inspect, place):
