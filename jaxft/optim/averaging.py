@@ -1,5 +1,6 @@
-"""Averages of the weights over the steps, which are evaluated and exported in place of the weights: an
-exponential moving average, and the average of schedule-free optimizers.
+"""Averages of the weights over steps: an exponential moving average, and that of schedule-free optimizers.
+
+They are evaluated and exported in place of the weights.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,15 @@ from jaxtyping import Array, Float, Int
 from jaxft import tree
 from jaxft.tree import OptState, Params
 
-EARLY = 9  # after t steps the average is at most about as long as t / 9 steps
+EARLY = 9  # after t steps the average spans at most about t / 9 steps
 
 
 class Averaging(NamedTuple):
     """How an optimizer averages the weights.
 
-    wrap(transform): the transformation with the state that the average needs. averaged(opt_state, params):
-    the average, of the structure and dtypes of params.
+    wrap(transform) -> a transformation with the same updates that also maintains the average (schedule-free
+    averaging changes the updates too). averaged(opt_state, params) -> the average, with the structure and
+    dtypes of params.
     """
 
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -37,8 +39,8 @@ class EmaState(NamedTuple):
 
 
 class ScheduleFreeState(NamedTuple):
-    """The number of updates, the sum of their weights in the average, the weights of the base optimizer (z in
-    the paper), and its state.
+    """The number of updates, the sum of their weights in the average, the base optimizer's weights (z in the
+    paper) and its state.
     """
 
     updates: Int[Array, ""]
@@ -48,10 +50,10 @@ class ScheduleFreeState(NamedTuple):
 
 
 def ema(decay: float) -> Averaging:
-    """Return the exponential moving average of the weights, in float32 or wider, from the weights at step 0.
+    """Return the averaging `average_t = d average_(t-1) + (1 - d) weights_t`, in float32 or wider.
 
-    `average_t = d average_(t-1) + (1 - d) weights_t` with `d = min(decay, t / (t + 9))`, so that the start
-    does not dominate the average of a short run.
+    It starts from the weights at step 0, with `d = min(decay, t / (t + 9))`, so that they do not dominate the
+    average of a short run.
     """
 
     def wrap(transform: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -82,11 +84,11 @@ def ema(decay: float) -> Averaging:
 
 
 def schedule_free(b1: float, schedule: optax.Schedule) -> Averaging:
-    """Return the averaging of Schedule-Free learning (Defazio et al. 2024, arXiv:2405.15682, algorithm 1)
-    with the base optimizer that `wrap` gets, which has no momentum.
+    """Return the averaging of schedule-free learning (Defazio et al. 2024, arXiv:2405.15682, algorithm 1).
 
-    The base optimizer moves z by the gradient at y, the trained weights; x is the average of z, weighted by
-    the squared learning rates so far, and `y = (1 - b1) z + b1 x`.
+    `wrap` gets the base optimizer, which has no momentum. It updates z with the gradient at the trained
+    weights `y = (1 - b1) z + b1 x`, where x is the average of z over the steps, weighted by their squared
+    learning rates.
     """
 
     def wrap(transform: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -130,8 +132,10 @@ def schedule_free(b1: float, schedule: optax.Schedule) -> Averaging:
 
 
 def _states_of(kind: type, opt_state: OptState) -> list[Any]:
-    """Return the states of a type in an optimizer state: one, or those of the groups of a layerwise or
-    freezable optimizer, each with None in place of the others' parameters.
+    """Return the states of a type in an optimizer state.
+
+    There is one, or one for each group of a layerwise or freezable optimizer, with None in place of the other
+    groups' parameters.
     """
     is_kind = partial(_is_instance, kind)
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised per layer matrix, for the kernels of the layers; AdamW for all others."""
+"""Muon: orthogonalised momentum for the kernels of layers, AdamW for all other parameters."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jaxft.nn.param import Specs, is_spec
 from jaxft.optim.rules import UpdateRule, with_decay
 from jaxft.tree import OptState, Params
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration: c0 x + (c1 A + c2 A^2) x, A = x x'
+QUINTIC = (3.4445, -4.7750, 2.0315)  # c of the Newton-Schulz iteration c0 x + (c1 A + c2 A^2) x, A = x x'
 ITERATIONS = 5
 TABLE_AXES = {"vocab", "table_width"}  # axes of embeddings, of heads, and of adapters on a head
 
@@ -34,12 +34,12 @@ def muon(
 ) -> UpdateRule:
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) with Nesterov momentum.
 
-    The matrices of layers, those of a LoRA adapter included, are moved by their momentum's nearest
-    semi-orthogonal matrix, each layer's by itself; embeddings, heads, norms and biases by AdamW with b1 0.9
-    and b2 0.999. rms: an update's elements have this root mean square (Liu et al. 2025, arXiv:2502.16982),
-    near that of AdamW, whose learning rates and weight decay then suit both; it is `match_rms_adamw` of
-    torch.optim.Muon. None scales by sqrt(max(1, outputs / inputs)) instead, as in the original, with learning
-    rates near 0.02.
+    Each layer's kernels, and the LoRA matrices on them, are updated by the semi-orthogonal matrix nearest to
+    their momentum. Embeddings, heads, norms and biases are updated by AdamW with b1=0.9 and b2=0.999.
+
+    rms: root mean square of an update's elements (Liu et al. 2025, arXiv:2502.16982). 0.2 is near AdamW's, so
+    that AdamW's learning rates and weight decay suit both; it is `match_rms_adamw` of torch.optim.Muon. None
+    scales by sqrt(max(1, outputs / inputs)) as the original does, for learning rates near 0.02.
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"optim.optimizer_kwargs=momentum:{momentum} is out of range; use 0 <= momentum < 1")
@@ -58,7 +58,7 @@ def _kind(axes: tuple[str, ...]) -> str:
 
 
 def scale_by_muon(momentum: float, rms: float | None) -> optax.GradientTransformation:
-    """Replace the gradient of every matrix, the last two axes of a leaf, by Muon's direction; see muon."""
+    """Replace every gradient by Muon's update, a matrix for the last two axes of a leaf; see muon."""
 
     def init(params: Params) -> OptState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
@@ -77,7 +77,7 @@ def scale_by_muon(momentum: float, rms: float | None) -> optax.GradientTransform
 
 
 def orthogonalized(x: Float[Array, "*batch I O"]) -> Float[Array, "*batch I O"]:
-    """Return about the nearest semi-orthogonal matrix, `u v'` of `x = u s v'`, of each matrix.
+    """Return approximately the nearest semi-orthogonal matrix of each matrix: `u v'` of its SVD `x = u s v'`.
 
     Five quintic Newton-Schulz iterations bring the singular values to between 0.7 and 1.2; a matrix of zeros
     stays zero.

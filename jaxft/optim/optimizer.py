@@ -34,11 +34,11 @@ class Optimizer(NamedTuple):
     """Pure functions that turn gradients into new parameters.
 
     init(params) -> opt_state. check(grads, opt_state, params, info) -> whether the step and its update are
-    finite. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not `info.finite`, to
-    which the caller has added `check`. schedule(step) -> learning rate. name: for messages and the model
+    finite. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not `info.finite`,
+    which includes the result of `check`. schedule(step) -> learning rate. name: for messages and the model
     card. layerwise: stacked layers are updated one after the other; fused_backward: inside the backward pass,
-    through `parts`. replicated: see UpdateRule. averaged(opt_state, params) -> the parameters that are
-    evaluated and exported; None for params themselves.
+    through `parts`. replicated: see UpdateRule. averaged(opt_state, params) -> the averaged parameters, which
+    are evaluated and exported; None: params themselves are.
     """
 
     init: Callable[[Params], OptState]
@@ -62,19 +62,20 @@ MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)
 class Optim:
     """Optimizer settings.
 
-    optimizer: `(schedule, specs, weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation`, with
-    its hyper-parameters as keyword arguments: adamw, adafactor, muon, lion, schedule_free_adamw, those of
-    low_precision, your own, or `partial(adamw, b1=0.8)`; or an optimizer of optax, such as `optax:lamb`. b1,
-    b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None for its default.
+    optimizer: a function `(schedule, specs, weight_decay, **hyper) -> UpdateRule |
+    optax.GradientTransformation` with its hyper-parameters as keyword arguments: adamw, adafactor, muon,
+    schedule_free_adamw, those of low_precision, your own, or `partial(adamw, b1=0.8)`; or one of optax, such
+    as `lion` or `optax:lamb`. b1, b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None
+    for its default.
     schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
     warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
     lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
     leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
-    of the adapters' b as a multiple of that of a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the
-    paper), where no pattern of lr_groups matches it.
+    of the LoRA matrices b as a multiple of that of the matrices a (LoRA+, Hayou et al. 2024,
+    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches.
     ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
-    skip_spikes: (standard deviations, steps): a step is skipped if its loss or gradient norm is that far
-    above the mean of so many steps before it, see spikes.py.
+    skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations above the
+    mean of the N steps before it, see spikes.py.
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
     results are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
     backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
@@ -135,7 +136,7 @@ def _check_ranges(o: Optim) -> None:
     if not 0 <= o.weight_decay < float("inf"):
         raise ValueError(f"optim.weight_decay={o.weight_decay} must be finite and at least 0")
     if not 0 <= o.end <= 1:
-        raise ValueError(f"optim.end={o.end} is not between 0 and 1")
+        raise ValueError(f"optim.end={o.end} is a fraction of optim.lr; use 0 to 1")
     if not 0 <= o.warmup <= 1:
         raise ValueError(f"optim.warmup={o.warmup} is a fraction of the steps; use 0 to 1")
     if o.clip is not None and not 0 < o.clip < float("inf"):
@@ -160,7 +161,9 @@ def _check_optimizer(o: Optim) -> None:
     """Raise ValueError unless the optimizer can be called with the settings."""
     twice = [name for name, _ in o.optimizer_kwargs if name in o._adam]
     if twice:
-        raise ValueError(f"optim.{twice[0]} and optim.optimizer_kwargs set the same; remove one of them")
+        raise ValueError(
+            f"optim.{twice[0]} and optim.optimizer_kwargs both set {twice[0]}; remove one of them"
+        )
     try:
         of_optax = takes_learning_rate(o.optimizer)
         first = (o.schedule,) if of_optax else (o.schedule, None, o.weight_decay)
@@ -176,7 +179,7 @@ def _check_optimizer(o: Optim) -> None:
         ) from error
     if of_optax and o.weight_decay and not decays_by_mask(o.optimizer):
         raise ValueError(
-            f"optim.optimizer={name_of(o.optimizer)} has no weight decay that leaves out norms; set "
+            f"optim.optimizer={name_of(o.optimizer)} takes no mask that exempts norms from weight decay; set "
             f"optim.weight_decay=0, got {o.weight_decay}"
         )
 
@@ -230,14 +233,14 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
 
 
 def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
-    """Return `o.lr_groups`, and the group of `o.lora_plus` where these specs have a LoRA b."""
+    """Return `o.lr_groups`, with a last group for `o.lora_plus` if these parameters have LoRA matrices b."""
     if o.lora_plus is None or not any(map(LORA_B.fullmatch, spec_paths(specs))):
         return o.lr_groups
     return (*o.lr_groups, (LORA_B.pattern, o.lora_plus))
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return how weights are averaged, None for not at all. Raises ValueError for what does not combine."""
+    """Return how weights are averaged, None if they are not. Raises ValueError for settings that conflict."""
     if rule.averaging is None:
         return None if o.ema is None else ema(o.ema)
     name = f"optim.optimizer={name_of(o.optimizer)}"
@@ -252,18 +255,18 @@ def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
 
 
 def takes_learning_rate(optimizer: Callable) -> bool:
-    """Whether a function makes an optimizer as those of optax do, `(learning_rate, ...)`."""
+    """Whether a function has the signature of optax's optimizers, `(learning_rate, ...)`."""
     return next(iter(inspect.signature(optimizer).parameters), "") == "learning_rate"
 
 
 def decays_by_mask(optimizer: Callable) -> bool:
-    """Whether a function of optax takes a weight decay, and a mask of the parameters that are decayed."""
+    """Whether an optimizer of optax takes a weight decay and a mask of the parameters that it applies to."""
     return {"weight_decay", "mask"} <= inspect.signature(optimizer).parameters.keys()
 
 
 def make_rule(o: Optim, schedule: optax.Schedule, specs: Specs) -> UpdateRule:
-    """Call `o.optimizer`. A function of optax gets the schedule as its learning rate, decays matrices only,
-    and updates each layer as a parameter of its own.
+    """Call `o.optimizer`. One of optax gets the schedule as its learning rate, decays matrices only, and
+    updates each layer as a separate parameter.
 
     Raises ValueError for what is not an optimizer or cannot update parameters of these shapes.
     """

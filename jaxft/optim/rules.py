@@ -14,11 +14,12 @@ from jaxft.tree import Mask, Params
 
 
 class UpdateRule(NamedTuple):
-    """An optax transformation with facts about its updates and state. rowwise: the update of a row depends on
-    no other row, so that a large matrix may be updated in blocks of rows. replicated: fields of its state
-    that every device stores in full if their shape differs from their parameter's (factored moments, scales);
-    other fields of another shape are an error on a mesh, see state_sharding. averaging: makes it
-    schedule-free; None for an optimizer of the weights themselves.
+    """An optax transformation with facts about its updates and state.
+
+    rowwise: the update of a row depends on no other row, so that a large matrix may be updated in blocks of
+    rows. replicated: fields of its state that every device stores in full if their shape differs from their
+    parameter's (factored moments, scales); other fields of another shape are an error on a mesh, see
+    state_sharding. averaging: the average of a schedule-free optimizer; None for other optimizers.
     """
 
     transform: optax.GradientTransformation
@@ -36,7 +37,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> UpdateRule:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; only matrices are decayed."""
     check_adam(b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps)
     return UpdateRule(with_decay(adam, schedule, specs, weight_decay), rowwise=True)
@@ -51,14 +52,15 @@ def schedule_free_adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> UpdateRule:
-    """AdamW with Schedule-Free averaging (Defazio et al. 2024, arXiv:2405.15682) instead of momentum and of a
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682): averaging in place of momentum and of a
     falling learning rate. The averaged weights are evaluated and exported.
 
-    Needs optim.schedule=constant, with warm-up. b1: the average's part in the weights that are trained, > 0.
+    It needs optim.schedule=constant, which has a warm-up. b1: interpolation between the base optimizer's
+    weights (0) and their average (1), at which gradients are taken; above 0.
     """
     check_adam(b1, b2, eps)
     if b1 == 0:
-        raise ValueError("optim.b1=0 leaves nothing to average in schedule_free_adamw; use one such as 0.9")
+        raise ValueError("optim.b1=0 is out of range for schedule_free_adamw; use a number such as 0.9")
     rms = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
     transform = with_decay(rms, schedule, specs, weight_decay)
     return UpdateRule(transform, rowwise=True, averaging=schedule_free(b1, schedule))

@@ -1,7 +1,8 @@
 """Learning-rate schedules: functions `(lr, end, warmup, steps, **options) -> optax.Schedule`.
 
-lr: the highest rate. end: the last rate as a fraction of lr. warmup: steps with a rising rate. steps: of the
-run. `optim.schedule` names one, `optim.schedule_kwargs` sets its options.
+lr: the peak learning rate. end: the last learning rate as a fraction of lr. warmup: number of steps with a
+rising rate. steps: number of steps of the run. `optim.schedule` names a schedule, and `optim.schedule_kwargs`
+sets its options.
 """
 
 from typing import Any
@@ -36,7 +37,9 @@ def wsd_schedule(lr: float, end: float, warmup: int, steps: int, *, decay: float
     decay: fraction of the steps with a falling rate, above 0 and at most 1.
     """
     if not 0 < decay <= 1:
-        raise ValueError(f"optim.schedule_kwargs=decay:{decay} is a fraction of the steps above 0, up to 1")
+        raise ValueError(
+            f"optim.schedule_kwargs=decay:{decay} is a fraction of the steps; use one above 0 and at most 1"
+        )
     after_peak = _steps_after_peak(warmup, steps)
     falling = min(after_peak, max(1, round(decay * steps)))
     down = optax.linear_schedule(lr, end * lr, falling, transition_begin=after_peak - falling)
@@ -46,8 +49,8 @@ def wsd_schedule(lr: float, end: float, warmup: int, steps: int, *, decay: float
 def cosine_with_restarts_schedule(
     lr: float, end: float, warmup: int, steps: int, *, cycles: float = 4
 ) -> optax.Schedule:
-    """Linear warm-up to lr, then `cycles` times a cosine decay from lr to `end * lr`, of equal length (SGDR,
-    Loshchilov & Hutter 2017, arXiv:1608.03983). With cycles=1 it is cosine_schedule.
+    """Linear warm-up to lr, then `cycles` cosine decays of equal length, each from lr to `end * lr` (SGDR,
+    Loshchilov & Hutter 2017, arXiv:1608.03983). With cycles=1 it equals cosine_schedule.
     """
     if cycles < 1 or cycles != int(cycles):
         raise ValueError(f"optim.schedule_kwargs=cycles:{cycles} is not a whole number of at least 1")
@@ -55,8 +58,8 @@ def cosine_with_restarts_schedule(
     lengths = np.diff(starts)
     if lengths.min() < 1:
         raise ValueError(
-            f"optim.schedule_kwargs=cycles:{cycles} needs at least one step each, and the run has "
-            f"{steps} with {warmup} of warm-up; use fewer"
+            f"optim.schedule_kwargs=cycles:{cycles}: every cycle needs a step, and the run has {steps} steps "
+            f"with {warmup} of warm-up; use fewer cycles"
         )
     each = [optax.cosine_decay_schedule(lr, max(1, int(n) - 1), alpha=end) for n in lengths]
     return _after_warmup(lr, warmup, optax.join_schedules(each, starts[1:-1].tolist()))
@@ -73,8 +76,9 @@ def promoting(schedule: optax.Schedule) -> optax.Schedule:
 
 
 def _after_warmup(lr: float, warmup: int, then: optax.Schedule) -> optax.Schedule:
-    """`lr * (k + 1) / warmup` at steps k = 0 .. warmup - 1, so that no step has rate 0; `then` starts at the
-    last of them.
+    """Return a schedule of `lr * (k + 1) / warmup` at steps k = 0 .. warmup - 1, so that no step has rate 0.
+
+    `then` starts at the last of these steps.
     """
     if warmup < 2:
         return then
@@ -83,5 +87,5 @@ def _after_warmup(lr: float, warmup: int, then: optax.Schedule) -> optax.Schedul
 
 
 def _steps_after_peak(warmup: int, steps: int) -> int:
-    """Steps from the first with the full rate to the last."""
+    """Return the number of steps from the first at the full rate to the last of the run."""
     return max(1, steps - max(1, warmup))

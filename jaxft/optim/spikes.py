@@ -1,4 +1,4 @@
-"""Leave out steps whose loss or gradient norm jumps, such as those of a few broken rows."""
+"""Skip steps whose loss or gradient norm is a spike, such as those with broken rows."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ BUFFERS = ("losses", "norms")  # fields that every device stores in full
 
 
 class SpikeState(NamedTuple):
-    """The wrapped optimizer's state, the losses and gradient norms of the last N finite steps, the number of
-    finite steps and of skipped ones so far.
+    """The wrapped optimizer's state, the losses and gradient norms of the last N finite steps, and the number
+    of finite steps and of skipped ones.
     """
 
     wrapped: OptState
@@ -29,9 +29,9 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
     """Return the optimizer with an update that changes nothing at a spike.
 
     A step is a spike if its loss or its gradient norm is more than `deviations` standard deviations above the
-    mean of the `steps` finite steps before it, spikes included, so that a lasting change is no spike for
-    long. The first steps // 2 steps are none (as in OLMo-core's SkipStepOptimizer). Its learning rate and its
-    count of updates wait, as at a non-finite step.
+    mean of the `steps` finite steps before it. These include spikes, so that after a lasting change steps are
+    soon taken again. The first steps // 2 steps are never spikes (as in OLMo-core's SkipStepOptimizer). Like
+    a non-finite step, a spike advances neither the learning rate nor the optimizer's count of updates.
     """
 
     def init(params: Params) -> SpikeState:
@@ -69,7 +69,7 @@ def _of_step(info: StepInfo) -> tuple[Float[Array, ""], Float[Array, ""]]:
 def _is_above(
     x: Float[Array, ""], past: Float[Array, " N"], count: Int[Array, ""], deviations: float
 ) -> Bool[Array, ""]:
-    """Whether x is `deviations` sample standard deviations above the mean of the values known so far."""
+    """Whether x is more than `deviations` sample standard deviations above the mean of the past values."""
     size = past.shape[0]
     known = jnp.minimum(count, size)
     is_known = jnp.arange(size, dtype=known.dtype) < known

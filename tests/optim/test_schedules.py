@@ -73,7 +73,7 @@ def test_the_ends_are_those_of_the_other_schedules(schedule, warmup, steps):
         (wsd_schedule, (("decay", 0.0),), "decay:0.0 is a fraction of the steps"),
         (wsd_schedule, (("cycles", 2.0),), "optim.schedule=wsd_schedule does not take .*cycles"),
         (cosine_with_restarts_schedule, (("cycles", 1.5),), "cycles:1.5 is not a whole number"),
-        (cosine_with_restarts_schedule, (("cycles", 20.0),), "cycles:20.0 needs at least one step each"),
+        (cosine_with_restarts_schedule, (("cycles", 20.0),), "cycles:20.0: every cycle needs a step"),
         (cosine_schedule, (("decay", 0.5),), "use constant, linear, cosine, wsd, cosine_with_restarts"),
     ],
 )
