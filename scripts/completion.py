@@ -1,10 +1,10 @@
-"""Print the shell code that completes commands, recipes and knobs.
+"""Print the code that makes a shell complete commands, recipes and knobs.
 
     eval "$(jaxft completion bash)"              # in ~/.bashrc
     eval "$(jaxft completion zsh)"               # in ~/.zshrc
     jaxft completion fish | source               # in ~/.config/fish/config.fish
 
-It completes the command `jaxft`, which `pip install` provides.
+The code completes the command `jaxft`, which `pip install jaxft` provides.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("shell", choices=SHELLS, help="the shell that reads the code")
+    parser.add_argument("shell", choices=SHELLS, help="your shell")
     return parser
 
 

@@ -3,7 +3,7 @@
     jaxft env
     jaxft env --json
 
-Include its output in reports of bugs. It contains no tokens, and no paths but those in flags of XLA.
+Include the output in bug reports. It contains no access tokens, and no paths except those in XLA's flags.
 """
 
 import argparse

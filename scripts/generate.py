@@ -28,7 +28,7 @@ SYSTEM = ("turn", "merge")
 
 
 class Source(NamedTuple):
-    """Weights, adapter and tokenizer to load, compute dtype, storage of the base, and the record of a run."""
+    """Base, adapter and tokenizer to load, compute dtype, quantisation of the base, and run settings."""
 
     ref: str
     adapter: Path | None
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
     parser.add_argument("--file", help="a file of prompts")
-    parser.add_argument("--columns", help="names of columns in --file, such as prompt=question")
+    parser.add_argument("--columns", help="renames columns of --file, as data.columns: prompt=question")
     parser.add_argument(
         "--chat-template-kwargs", help="arguments of the chat template, such as enable_thinking=false"
     )
@@ -127,18 +127,20 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     try:
         return [prompt_of(row, PLAIN if is_plain else "auto") for row in rows]
     except ValueError as error:
-        raise ValueError(f"{error}; --raw takes strings alone" if args.raw else str(error)) from error
+        raise ValueError(
+            f"{error}; --raw takes prompts that are strings" if args.raw else str(error)
+        ) from error
 
 
 def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]:
-    """Return a setting that is a list: the option's a,b or the run's data.NAME."""
+    """Return a setting that is a list: the option's items or, without the option, the run's data.NAME."""
     if option is not None:
         return tuple(item.strip() for item in option.split(",") if item.strip())
     return tuple(source.record["data"].get(name, ())) if source.record else ()
 
 
 def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
-    """Return token ids as in training."""
+    """Return the token ids of each prompt, as in training."""
     from jaxft.data.chat import example_prompt_ids
     from jaxft.data.example import Chat
     from jaxft.data.invalid import valid
@@ -208,7 +210,7 @@ def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) ->
 
 
 def main() -> int:
-    """Complete and print."""
+    """Complete the prompts and print the completions."""
     from jaxft.runs.terminal import printable_text
 
     args = arguments()

@@ -4,7 +4,7 @@
     jaxft list --source sft > mine.py      # a recipe to change; jaxft train mine.py
     jaxft list --markdown                  # the table of configs/README.md
 
-All of it is in the docstrings of configs/*.py. `jaxft train RECIPE --help` shows the rest.
+The list is read from the docstrings of the recipes; `jaxft train RECIPE --help` shows all of a docstring.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HARDWARE = re.compile(r"^Hardware: ([^;]+); ([^;]+)\.$")
 
 
 class Recipe(NamedTuple):
-    """The first sentence of a recipe's docstring, and its line `Hardware: WHAT; TIME.`"""
+    """A recipe's name, its docstring's first sentence, and the parts of its line `Hardware: WHAT; TIME.`"""
 
     recipe: str
     trains: str
@@ -37,14 +37,14 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("--source", metavar="RECIPE", help="print the file of a recipe")
+    parser.add_argument("--source", metavar="RECIPE", help="print the source of this recipe")
     parser.add_argument("--json", action="store_true", help="print one JSON object per recipe")
     parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     return parser
 
 
 def read_recipe(file: Path) -> Recipe:
-    """Return what a recipe's docstring says about it. Raises ValueError if it lacks something."""
+    """Read a recipe's docstring. Raises ValueError if it has no first sentence or no line of hardware."""
     paragraphs = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
     found = next((match for text in paragraphs if (match := HARDWARE.match(" ".join(text.split())))), None)
     first = " ".join(paragraphs[0].split())
@@ -73,13 +73,13 @@ def main() -> int:
 
 
 def markdown(recipes: list[Recipe]) -> str:
-    """Return a table."""
+    """Return the recipes as a table in Markdown."""
     rows = [Recipe._fields, ["---"] * 4, *([f"`{r.recipe}`", *r[1:]] for r in recipes)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def text(recipes: list[Recipe], width: int) -> str:
-    """Return two lines or more per recipe."""
+    """Return the recipes as text of at most `width` columns, two lines or more per recipe."""
     names = 2 + max(len(recipe.recipe) for recipe in recipes)
     lines = []
     for recipe in recipes:

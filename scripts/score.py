@@ -3,10 +3,9 @@
     python scripts/score.py --run runs/reward --file pairs.jsonl
     python scripts/score.py --model FOLDER [--adapter FOLDER] --file pairs.jsonl --json
 
-FOLDER of --model is a Hugging Face sequence classifier with one label, or with --adapter a base model (by
-default the one that the adapter was trained on). The
-file has the rows that configs/reward.py trains on: prompt, chosen and rejected. Prints the reward of the
-chosen and of the rejected completion, then the accuracy.
+--model is the folder of a Hugging Face sequence classifier with one label or, with --adapter, a base model
+(by default the one that the adapter was trained on). The rows are those of the recipe `reward`: prompt,
+chosen and rejected. It prints the rewards of the two completions of each row, then the accuracy.
 """
 
 import argparse
@@ -32,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with a head")
     parser.add_argument("--file", required=True, help="preference rows")
     parser.add_argument(
-        "--max-length", type=int, default=1024, help="tokens of prompt plus completion (default 1024)"
+        "--max-length", type=int, default=1024, help="longest prompt plus completion in tokens (default 1024)"
     )
     parser.add_argument(
         "--invalid", choices=("error", "drop"), default="error", help="as data.invalid (default error)"

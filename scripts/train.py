@@ -4,9 +4,8 @@
     python scripts/train.py sft data=rows.jsonl          # the same recipe, by its name
     python scripts/train.py sft --help                   # its knobs
 
-SIGTERM, Ctrl-C or SIGHUP finishes the step, saves and exits with code
-143, 130 or 129; a second one exits immediately. JAXFT_TRACEBACK=1 prints the traceback of errors.
-`loop.profile=10:15` profiles steps 10 to 15.
+SIGTERM, Ctrl-C or SIGHUP finishes the step, saves and exits with code 143, 130 or 129; a second one exits
+immediately. JAXFT_TRACEBACK=1 prints the traceback of errors. `loop.profile=10:15` profiles steps 10 to 15.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Where recipes, their rows and scripts are, in a clone or an installed wheel, and how a user starts them."""
+"""Where recipes, their rows and the scripts are, in a clone or an installed wheel, and how to start them."""
 
 import os
 import re
@@ -33,20 +33,20 @@ SCRIPT = re.compile(
 
 
 def started_as_jaxft() -> bool:
-    """Return whether commands are `jaxft NAME` for this user: without a clone, or if this process is one."""
+    """Return whether to show `jaxft NAME`: jaxft is installed, or this process is that command."""
     return not IS_CLONE or Path(sys.argv[0]).name.startswith("jaxft ")
 
 
 def script_command(script: str) -> str:
-    """Return how this user starts a script: `jaxft generate`, or `python scripts/generate.py`."""
+    """Return the command that starts a script: `jaxft generate`, or `python scripts/generate.py`."""
     if started_as_jaxft():
         return f"jaxft {COMMAND_OF[script]}"
     return f"python {shlex.quote(os.path.relpath(ROOT / 'scripts' / f'{script}.py'))}"
 
 
 def own_commands(text: str) -> str:
-    """Return a text with `python scripts/train.py --config configs/sft.py` as `jaxft train sft`, if this user
-    starts commands so.
+    """Return a text with `python scripts/train.py --config configs/sft.py` replaced by `jaxft train sft`, if
+    started_as_jaxft().
     """
 
     def command(found: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, processor, memory, devices, flags and kernels of this machine."""
+"""Facts for a bug report: versions, processor, memory, devices, flags and attention kernels."""
 
 import contextlib
 import os
@@ -20,9 +20,9 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "bf16")
 
 
 def bug_report() -> dict[str, Any]:
-    """Return facts about jaxft and this machine as JSON.
+    """Return facts about jaxft and this machine, as JSON values.
 
-    A backend of jax that cannot start is reported as the error, not raised.
+    If JAX cannot start its backend, the error is one of the facts ("device_error").
     """
     found = {
         "jaxft": {"commit": commit(), "installed": not IS_CLONE},
@@ -31,7 +31,7 @@ def bug_report() -> dict[str, Any]:
         "memory_gib": memory(),
         **versions(),
         "flags": {name: printable_line(os.environ[name]) for name in FLAGS if os.environ.get(name)},
-        "own_settings": sorted(name for name in os.environ if name.startswith("JAXFT_")),
+        "variables_of_jaxft": sorted(name for name in os.environ if name.startswith("JAXFT_")),
     }
     try:
         return {**found, **devices()}
@@ -40,7 +40,7 @@ def bug_report() -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """Return the processor's name, the cores that this process may use, and its instructions for matmuls."""
+    """Return the processor's name, its number of logical CPUs, and its instruction sets for matmuls."""
     text = ""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -55,7 +55,7 @@ def processor() -> dict[str, Any]:
 
 
 def memory() -> dict[str, float]:
-    """Return the machine's memory in GiB, in total and available, as far as the system reports it."""
+    """Return the total and the available memory in GiB; {} where /proc/meminfo does not exist."""
     with contextlib.suppress(OSError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         sizes = dict(re.findall(r"(\w+): +(\d+) kB", text))
@@ -65,11 +65,11 @@ def memory() -> dict[str, float]:
 
 
 def devices() -> dict[str, Any]:
-    """Return jax's devices by kind, their memory, and the attention kernels that they run."""
+    """Return JAX's backend, the number of devices of each kind, their memory, and their attention kernels."""
     first, kinds = jax.devices()[0], Counter(device.device_kind for device in jax.devices())
     limit = (first.memory_stats() or {}).get("bytes_limit")
     kernels = {
-        f"{dtype}{', shared prompts' * branches}": kernel_for(
+        f"{dtype}{' with shared prompts' * branches}": kernel_for(
             first, 64, jnp.dtype(dtype), True, branches
         ).__name__
         for dtype in ("bfloat16", "float32")
@@ -94,6 +94,6 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as text: lists with spaces, nothing as none."""
+    """Return a value as text: items of a list with spaces between them, an empty value as "none"."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if text and value is not None else "none"

@@ -1,4 +1,4 @@
-"""Setup of every script: its parser, one-line user errors, quiet libraries, the compilation cache."""
+"""What every script sets up: its parser, errors of one line, quiet libraries, the compilation cache."""
 
 import argparse
 import os
@@ -13,14 +13,14 @@ from jaxft.data.shipped import own_commands
 from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
 
-WRONG_USAGE = 2  # exit code of a command line that the parser refuses
-READER_GONE = 141  # exit code of a command whose reader ended, as of one that SIGPIPE ends
+WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
+READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), that of SIGPIPE
 # Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a script, whose docstring is its description. An error is one line on stderr."""
+    """The parser of a script. The script's docstring is the description; an error is one line on stderr."""
 
     def __init__(self, doc: str | None, **options: Any) -> None:
         super().__init__(
@@ -35,14 +35,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def usage_error(message: str, prog: str) -> str:
-    """Return one line about a command line that is wrong. prog: the command."""
+    """Return the line that reports an error of the command line. prog: the command."""
     return printable_line(f"error: {message}; see {prog} --help")
 
 
 def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, list[str]]:
-    """Return a command line's recipe, --config or the first item that is no override, and its overrides.
+    """Return a command line's recipe and its overrides. The recipe is --config, or else the first item.
 
-    Raises ValueError without a recipe.
+    Raises ValueError if there is no recipe.
     """
     if config is not None:
         return config, items

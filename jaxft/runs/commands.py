@@ -51,10 +51,10 @@ def summary(command: str) -> str:
 
 
 def run_script(command: str, argv: list[str]) -> None:
-    """Run a command's script in this process as its main module, as Python itself does."""
+    """Run a command's script in this process as the module __main__, as `python SCRIPT` does."""
     path = ROOT / "scripts" / f"{COMMANDS[command]}.py"
     module = types.ModuleType("__main__")
-    module.__file__ = str(path)  # processes that are spawned run it again
+    module.__file__ = str(path)  # spawned processes import it
     sys.modules["__main__"] = module
     sys.argv = [f"jaxft {command}", *argv]
     exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)

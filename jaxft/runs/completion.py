@@ -22,14 +22,14 @@ def complete_command_line() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
     for name in COMMANDS:
-        chosen = name == next(iter(words[1:]), None)  # only this script is run, for its parser
+        chosen = name == next(iter(words[1:]), None)  # only this command's script is loaded
         own = [command_parser(name)] if chosen else []
         commands.add_parser(name, parents=own, add_help=not own, conflict_handler="resolve")
     argcomplete.autocomplete(parser, always_complete_options=False)
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
-    """Return the parser of a command's script, whose arguments have their completions."""
+    """Return the parser of a command's script, with completions for recipes, knobs and runs."""
     path = ROOT / "scripts" / f"{COMMANDS[command]}.py"
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
@@ -54,7 +54,7 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 
 def recipes_and_knobs(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the recipes and Python files, or behind a recipe its knobs, that begin with `prefix`."""
+    """Return the recipes and Python files that begin with `prefix`; after a recipe, its knobs."""
     knob, equals, value = prefix.partition("=")
     if equals:
         return [f"{knob}={path}" for path in files(value)]
@@ -74,7 +74,9 @@ def files(prefix: str) -> list[str]:
 
 
 def knobs(recipe: Path) -> list[str]:
-    """Return the knobs of a recipe, read from its source: parameters of config(...), and fields of groups."""
+    """Return the knobs of a recipe, read from its source: the parameters of config(...), and the fields of
+    those that are groups of knobs.
+    """
     try:
         tree = ast.parse(recipe.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
