@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxft.data.shipped import IS_CLONE
 from jaxft.nn.attention import kernel_for
+from jaxft.runs.cli import backend_error
 from jaxft.runs.environment import FLAGS, commit, versions
 from jaxft.runs.terminal import printable_line
 
@@ -35,8 +36,9 @@ def bug_report() -> dict[str, Any]:
     }
     try:
         return {**found, **devices()}
-    except RuntimeError as error:  # a plugin that doesn't fit the driver, or JAX_PLATFORMS of another machine
-        return {**found, "devices": {}, "device_error": printable_line(str(error))}
+    except (RuntimeError, AssertionError) as error:  # a plugin that doesn't fit the driver, no such device
+        reason = backend_error(error) or printable_line(str(error))
+        return {**found, "devices": {}, "device_error": reason}
 
 
 def processor() -> dict[str, Any]:

@@ -113,15 +113,34 @@ def error_line(error: BaseException) -> str | None:
     """A user's error in one line of printable characters; None for a bug."""
     if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
         return printable_line(f"the tokenizer's files cannot be used: {error}")
+    if (backend := backend_error(error)) is not None:
+        return backend
     if not isinstance(error, USER_ERRORS):
         return None
     text = printable_line(str(error))
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
         remedy = "use a smaller data.batch, a larger data.micro or a smaller data.max_length"
         return f"out of memory ({text[:200]}); {remedy}"
-    if isinstance(error, RuntimeError):  # jax has no device of the kind that JAX_PLATFORMS asks for
-        return text[:400] if text.startswith("Unable to initialize backend") else None
+    if isinstance(error, RuntimeError):
+        return None
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
         name = error.filename if isinstance(error.filename, str) else repr(error.filename)
         return printable_line(f"{name}: {error.strerror}")
     return own_commands(text) or type(error).__name__
+
+
+def backend_error(error: BaseException) -> str | None:
+    """Return what jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None for
+    other errors.
+    """
+    text = printable_line(str(error))
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return text[:400]
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py"):
+        chosen = printable_line(os.environ.get("JAX_PLATFORMS", ""))  # jax skips "cuda" silently
+        return (
+            f"JAX_PLATFORMS={chosen}: no NVIDIA GPU is visible; check that nvidia-smi lists one (a container "
+            "needs --gpus all), or unset JAX_PLATFORMS"
+        )
+    return None

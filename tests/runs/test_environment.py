@@ -1,7 +1,11 @@
 """env.json keeps every start of a run, and a later start reports what has changed."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +78,18 @@ def test_a_bug_report_has_versions_devices_memory_and_kernels_even_if_no_backend
         assert "Unable to initialize backend 'cuda': no driver" in lines
     else:
         assert found["devices"] == {"cpu": 8} and found["attention"]["bfloat16"] == "flash"
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="needs a machine without an NVIDIA GPU")
+def test_a_gpu_that_jax_does_not_see_is_one_line():
+    code = """
+import jax
+from jaxft.runs import bug_report, cli
+print(bug_report.bug_report()["device_error"])
+raise SystemExit(cli.one_line_errors(jax.devices))
+"""
+    environ = os.environ | {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    line = "JAX_PLATFORMS=cuda: no NVIDIA GPU is visible; check that nvidia-smi lists one"
+    assert done.stdout.startswith(line) and done.returncode == 1
+    assert done.stderr.startswith(f"error: {line}") and done.stderr.count("\n") == 1
