@@ -19,8 +19,8 @@ NLL = "nll_loss"
 
 @struct
 class Outputs:
-    """The forward pass of a batch. Only `logp` has a gradient, and with label smoothing or z-loss `lse` and
-    `mean_logit`, which are None without.
+    """The forward pass of a batch. `logp` has a gradient, and so have `lse` (with z-loss or label smoothing)
+    and `mean_logit` (with label smoothing), which are None otherwise.
     """
 
     logp: Float[Array, "B M"]
@@ -41,17 +41,18 @@ def sft(
     dft: bool = False,
     neftune: float = 0.0,
 ) -> Objective:
-    """`loss = sum_t w_t loss(target_t | tokens before)`, with the batch's token weights, which sum to 1 over
-    a step. The loss of a token is its cross-entropy; label_smoothing, z_loss and dft change it, see
-    TargetLoss.
+    """Supervised fine-tuning: `loss = sum_t w_t loss(target_t | tokens before)`.
+
+    The token weights w of a step's batch sum to 1. The loss of a token is its cross-entropy, unless
+    label_smoothing, z_loss or dft change it, see TargetLoss.
 
     neftune: alpha of the noise that training adds to the embeddings (Jain et al. 2024, arXiv:2310.05914):
-    each element is uniform in [-1, 1] times alpha / sqrt(L D), with L the tokens of the example, in packed
-    rows too.
+    each element is uniform in [-1, 1] times alpha / sqrt(L D), where L is the number of tokens of the
+    example, in packed rows too.
 
-    Held-out rows have the plain cross-entropy as their loss, and no noise. Metrics, TRL's names: loss,
-    entropy and mean_token_accuracy as means over the tokens with a weight; nll_loss, the cross-entropy, where
-    the loss is another one; loss/NAME, the cross-entropy of each of several sources.
+    Held-out rows are evaluated by their cross-entropy, without noise. Metrics, by TRL's names: loss, entropy
+    and mean_token_accuracy, as means over the tokens with a weight; nll_loss, the cross-entropy, if the loss
+    differs from it; loss/NAME, the cross-entropy of each source, if there are several.
     """
     token_loss = TargetLoss(label_smoothing, z_loss, dft)
     if not 0 <= neftune < float("inf"):

@@ -26,13 +26,13 @@ class TokenValues(Protocol):
 
 @dataclass(frozen=True)
 class TargetLoss:
-    """`-(1 - s) log p(target) - s mean_v log p_v + z lse^2`, p over the vocabulary and lse the log-sum-exp of
-    its logits.
+    """The loss of a token: `-(1 - s) log p(target) - s mean_v log p_v + z lse^2`.
 
-    label_smoothing: s, as label_smoothing_factor in transformers and in torch's cross_entropy (Szegedy et al.
-    2016, arXiv:1512.00567). z_loss: z, which keeps lse near 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311,
-    with 1e-4). dft: dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629), the cross-entropy of a token
-    weighted by its probability without gradient, `-sg(p) log p`.
+    p is the softmax over the vocabulary, lse the log-sum-exp of the logits. label_smoothing: s, as
+    label_smoothing_factor in transformers (Szegedy et al. 2016, arXiv:1512.00567). z_loss: z, which keeps lse
+    near 0 (1e-4 in PaLM, Chowdhery et al. 2022, arXiv:2204.02311). dft: dynamic fine-tuning (Wu et al. 2025,
+    arXiv:2508.05629), which weights a token's cross-entropy by its probability: `-sg(p) log p`, where sg
+    stops the gradient.
     """
 
     label_smoothing: float = 0.0
@@ -41,7 +41,7 @@ class TargetLoss:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing} is out of range; use 0 <= it < 1")
+            raise ValueError(f"label_smoothing={self.label_smoothing} is out of range; use 0 <= s < 1")
         if not 0 <= self.z_loss < float("inf"):
             raise ValueError(f"z_loss={self.z_loss} is not finite and at least 0; use one such as 1e-4")
         if self.dft and self.label_smoothing:
@@ -51,7 +51,7 @@ class TargetLoss:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the cross-entropy."""
+        """Whether the loss is the cross-entropy."""
         return self == CROSS_ENTROPY
 
     def value(self, lp: TokenValues) -> Float[Array, "..."]:

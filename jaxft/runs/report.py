@@ -33,8 +33,9 @@ class Sample(TypedDict):
 class Evaluation(TypedDict):
     """The evaluation before the first step or after the last one.
 
-    scored: how many completions of held-out prompts were scored. score_faults: lines about those without a
-    score. nonfinite: how many completions of held-out prompts ended with logits that are not finite.
+    samples: completions of held-out prompts that are shown. scored: number of those that were scored.
+    score_faults: lines about completions without a score. nonfinite: number of completions that ended because
+    of non-finite logits.
     """
 
     metrics: dict[str, float]
@@ -154,7 +155,7 @@ def result_lines(
 
 
 def headlines(evaluation: Evaluation) -> dict[str, str]:
-    """The metrics of an evaluation that result lines show, with what they are; scores first."""
+    """Return the metrics of an evaluation that result lines show, with their labels; scores first."""
     prefix, metrics = HELD_OUT + SCORES, evaluation["metrics"]
     scores = {
         name: f"{name.removeprefix(prefix)} of the completions of {evaluation['scored']} held-out prompts"
@@ -295,7 +296,7 @@ def _usage(card: ModelCard) -> list[str]:
 
 def _held_out_samples(card: ModelCard) -> list[str]:
     pairs = _same_prompts(card.before, card.after)
-    lines = ["## Held-out prompts, greedy"] if pairs else []
+    lines = ["## Held-out prompts"] if pairs else []
     for old, new in pairs:
         lines += [f"**{' '.join(old['prompt'].split())}**\n", _quoted("Before:", old["completion"])]
         lines += [_quoted("After:", new["completion"])]

@@ -16,14 +16,14 @@ PROMPTS_AT_ONCE = 32  # prompts that are completed together
 
 
 class PromptText(NamedTuple):
-    """The user's last message of a held-out prompt, and the row's own response, "" if it has none."""
+    """The user's last message of a held-out prompt, and the response in its row, "" if it has none."""
 
     prompt: str
     reference: str
 
 
 class Completed(NamedTuple):
-    """A held-out prompt with the model's completion and the row's own response, "" if it has none."""
+    """A held-out prompt with the model's completion, and the response in its row, "" if it has none."""
 
     prompt: str
     completion: str
@@ -31,7 +31,7 @@ class Completed(NamedTuple):
     finish: Literal["stop", "length", "nonfinite"]
 
     def shown(self) -> Sample:
-        """As logs and cards show it, where a completion that does not end has a mark."""
+        """Return it as logs and cards show it: a completion without an end token is followed by [...]."""
         mark = "" if self.finish == "stop" else " [...]"
         return Sample(
             prompt=self.prompt,
@@ -67,7 +67,7 @@ def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
 
 
 def prompt_texts(prompts: list[Prompt], tokenizer: Any) -> list[PromptText]:
-    """Return held-out prompts as text; of a prompt without a last turn, all of it."""
+    """Return held-out prompts as text: the user's last message or, where none is found, the whole prompt."""
     last_turn = make_last_turn(tokenizer)
 
     def decode(tokens: list[int]) -> str:
@@ -81,7 +81,7 @@ def prompt_texts(prompts: list[Prompt], tokenizer: Any) -> list[PromptText]:
 def compile_sampler(
     decoding: Decoding, prompts: list[Prompt], tokenizer: Any, params: Params
 ) -> Callable[[Params], list[Completed]]:
-    """Return `complete(params)`: each prompt with the model's completion and the row's own, as text.
+    """Return `complete(params)`: each prompt with the model's completion and the row's response, as text.
 
     Compiled once for `params`, the shapes of the parameters, and batches of at most PROMPTS_AT_ONCE prompts.
     """

@@ -1,6 +1,4 @@
-"""Scores of held-out completions before and after training, by functions that compare them with the rows'
-own responses.
-"""
+"""Score completions of held-out prompts, before and after training, against the responses in their rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,9 +18,9 @@ from jaxft.train.settings import LONGEST, Run, Scoring
 class Scored(NamedTuple):
     """Held-out completions of a model.
 
-    samples: those that logs and cards show. metrics: the means of the scores of `scored` completions. faults:
-    a line for each function that returned no score for some of them. nonfinite: how many of all completions
-    ended with logits that are not finite.
+    samples: those that logs and cards show. scored: number of completions that were scored. metrics: mean
+    score by each function. faults: a line for each function that returned no score for some completions.
+    nonfinite: number of completions that ended because of non-finite logits.
     """
 
     samples: list[Sample]
@@ -33,15 +31,13 @@ class Scored(NamedTuple):
 
 
 def held_out_prompts(run: Run, source: Source[Any]) -> list[Prompt]:
-    """Return the held-out prompts that are completed before and after training: those that are shown and
-    those that are scored.
-    """
+    """Return the held-out prompts that are completed before and after training, to be shown or scored."""
     scored = (run.scoring.prompts or LONGEST) if run.scoring.by else 0
     return source.prompts(max(run.samples, scored))
 
 
 def check_scoring(run: Run, source: Source[Any]) -> None:
-    """Raise ValueError if there is nothing that the run's score functions could compare with."""
+    """Raise ValueError if the run has score functions, but no held-out response to compare with."""
     if not run.scoring.by:
         return
     first = source.prompts(1)
@@ -56,12 +52,12 @@ def check_scoring(run: Run, source: Source[Any]) -> None:
 def make_scorer(
     scoring: Scoring, samples: int, texts: Sequence[PromptText]
 ) -> Callable[[Sequence[Completed]], Scored]:
-    """Return `score(completions)` of the held-out prompts: the first `samples` of them as text, and the mean
-    scores of the first `scoring.prompts`, or of all.
+    """Return `score(completions)`, which keeps the first `samples` completions as text and scores the first
+    `scoring.prompts`, or all.
 
-    texts: those prompts. Every function is called here with the rows' own responses, so that one which
-    doesn't fit the rows ends the run before it trains. Raises ValueError if a function returns no score for
-    one of them.
+    texts: the held-out prompts, with their rows' responses. Every function is called with these responses
+    first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows
+    ends the run before it trains.
     """
     functions = [FunctionReward(fn) for fn in scoring.by]
     names = unique_names(functions)
