@@ -234,7 +234,7 @@ def split_sources(
     """Read all sources and split them into training and held-out rows.
 
     tokenise(ref): reads a dataset. held_out(examples): a mask of those of one source to hold out if
-    data.held_out is a fraction.
+    data.held_out is a fraction. Raises ValueError if no training row has a weight.
     """
     sources = parse_sources(settings.train)
     parts = [tokenise(source.ref) for source in sources]
@@ -254,6 +254,11 @@ def split_sources(
     for part in parts[1:]:
         rows = rows.concatenate(part)
     mask, starts = np.concatenate(masks), np.cumsum([0, *map(len, parts)])
+    if not rows.weights[~mask].any():
+        raise ValueError(
+            f"data.train={settings.train}: every training row has weight 0, so that nothing would be "
+            "learned; give some rows a weight above 0, or rename the column if it is no weight of the loss"
+        )
     own = [starts[i] + np.flatnonzero(~masks[i] & parts[i].begins_row) for i in range(len(sources))]
     return SplitRows(
         rows, np.flatnonzero(~mask), np.flatnonzero(mask), np.concatenate(numbers), names, held_names,

@@ -309,7 +309,7 @@ def _stats(
         learned=_learned_line(rows, examples, split.of_epoch(0), plan),
         truncated=truncated,
         tokens=tokens,
-        learned_tokens=int(member_targets(examples, plan).sum()),
+        learned_tokens=int(member_targets(examples, plan)[examples.weights[plan.members] > 0].sum()),
         lengths=length_percentiles(lengths),
         rows=plan.rows,
         fill=fill,

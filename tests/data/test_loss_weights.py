@@ -103,14 +103,32 @@ def test_the_learned_line_counts_weights(tmp_path):
 
 
 def test_a_batch_of_weight_0_has_no_nan_and_held_out_rows_have_weights(tmp_path):
-    rows = [{"instruction": "q", "response": "a", "weight": 0}] * 4
-    s = source(tmp_path, rows, held_out=0.5)
+    row = {"instruction": "q", "response": "a"}
+    rows = [{**row, "weight": 0, "n": 0}] * 4 + [{**row, "n": 1}]
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
+    options = {"packing": False, "order_by": "n", "held_out": str(tmp_path / "h.jsonl")}
+    s = source(tmp_path, rows, **options)
     assert (s.batch(0)[0].token_weights == 0).all() and all((b.token_weights == 0).all() for b in s.held_out)
-    assert s.prompts(3) == []
-    held = {"instruction": "q", "response": "a", "weight": 3}
-    (tmp_path / "h.jsonl").write_text(json.dumps(held) + "\n" + json.dumps({**held, "weight": 1}))
-    (batch,) = source(tmp_path, rows, held_out=str(tmp_path / "h.jsonl")).held_out
+    assert s.batch(1)[0].token_weights.sum() == pytest.approx(1) and s.prompts(3) == []
+    assert s.info.stats.learned_tokens == 2
+    held = [{**row, "weight": weight, "n": 0} for weight in (3, 1)]
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, held)))
+    (batch,) = source(tmp_path, rows, **options).held_out
     assert sorted(set(batch.token_weights[batch.token_weights > 0].tolist())) == [0.125, 0.375]
+
+
+@pytest.mark.parametrize("kind", ["rows", "pairs"])
+def test_rows_that_all_have_weight_0_end_the_run_before_it_learns_nothing(tmp_path, kind):
+    pair = {"prompt": "q", "completion": "a", "chosen": "a", "rejected": "b", "weight": 0}
+    columns = (
+        ("prompt", "completion", "weight") if kind == "rows" else ("prompt", "chosen", "rejected", "weight")
+    )
+    data = tmp_path / "r.jsonl"
+    data.write_text("\n".join(json.dumps({c: pair[c] for c in columns}) for _ in range(4)))
+    options = {} if kind == "rows" else {"weight_column": "weight"}
+    settings = (Rows if kind == "rows" else PairRows)(str(data), held_out=0.5, batch=1, **options)
+    with pytest.raises(ValueError, match="r.jsonl: every training row has weight 0, so that nothing would"):
+        settings.open(tiny("chatml"), cache=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,7 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         ),
         truncated=truncated,
         tokens=total,
-        learned_tokens=int(reads.sum()),
+        learned_tokens=int(reads[tokenised.weights[pairs.train] > 0].sum()),
         lengths=length_percentiles(lengths),
         rows=rows,
         fill=fill,
