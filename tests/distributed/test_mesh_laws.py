@@ -95,7 +95,7 @@ def gradient_of(task, parts, batch, mesh=None):
 QUICK = {
     ("sft", "full"): ("1x8", "context 2"),
     ("sft", "lora"): ("2x2x2",),
-    ("sft", "qlora"): ("context 2",),
+    ("sft", "qlora"): (),
     ("dpo", "full"): ("context 2",),
     ("dpo", "lora"): ("1x8", "context 4 in slices"),
     ("dpo", "qlora"): ("2x2x2",),

@@ -199,7 +199,11 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.layerwise=true"]), ("adamw_bf16", [])]
+    "name, more",
+    [
+        ("adamw_8bit", ["run.params=bfloat16", "optim.layerwise=true"]),
+        pytest.param("adamw_bf16", [], marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_lowers_its_loss_and_resumes_bit_for_bit(place, name, more):
     argv = ["full=true", f"optim.optimizer={name}", "lr=0.003", "samples=0", *more]

@@ -20,6 +20,7 @@ from tiny_run import Place, write_rows
 
 from jaxft.batch import TrainState
 from jaxft.data import prompts
+from jaxft.data.shipped import ROOT
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Facts, Objective
 from jaxft.objectives.policy import with_target_kl
@@ -33,7 +34,7 @@ from jaxft.rl.rewards import number
 from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
 from jaxft.rl.rules import Rules, shape_scores
 from jaxft.rl.sampler import RolloutScorer
-from jaxft.runs.config import help_text
+from jaxft.runs.config import help_text, load_config
 from jaxft.runs.parse import find_file, run_file
 from jaxft.runs.record import differences
 
@@ -361,7 +362,23 @@ def test_the_help_of_grpo_lists_every_method_with_its_settings():
     )
 
 
-@pytest.mark.parametrize("name, settings", METHODS.items(), ids=METHODS.keys())
+def test_every_named_method_is_a_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for settings in METHODS.values():
+        run = load_config("configs/grpo.py", settings.split())
+        assert run.data.rules.rewards and run.objective is not None
+
+
+QUICK = ("DAPO", "RLOO", "REINFORCE++")  # a filter, the KL in the rewards, an estimator
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        pytest.param(*item, id=item[0], marks=[pytest.mark.slow] * (item[0] not in QUICK))
+        for item in METHODS.items()
+    ],
+)
 def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
     argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
@@ -434,7 +451,7 @@ def test_target_kl_ends_the_passes_over_a_rollout_and_trains_the_critic_on(workd
 
 
 def test_sigterm_inside_a_rollout_saves_at_its_end(workdir):
-    hook = rl_workdir.kill_at(5, "asked_to_stop", checkpoint="", signal=15)
+    hook = rl_workdir.kill_at(5, "asked_to_stop", checkpoint=0, signal=15)
     argv = ["steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop"]
     process = workdir.start(*argv, hook=hook)
     process.join()

@@ -129,9 +129,11 @@ def test_too_few_rows_for_a_batch_are_one_line(bench):
     assert code == 1 and out == "" and "do not fill a batch of 8" in err and err.count("\n") == 1
 
 
-def test_the_accelerators_cases_run_in_a_tiny_shape():
+@pytest.mark.parametrize(
+    "cases", [("8b qlora", "8b generate"), pytest.param(("1b full", "1b dpo"), marks=pytest.mark.slow)]
+)
+def test_the_accelerators_cases_run_in_a_tiny_shape(cases):
     """The programs of `bench.py gpu`, whose numbers mean something on an accelerator only."""
-    cases = ("8b qlora", "1b full", "1b dpo", "8b generate")
     command = [
         sys.executable,
         SCRIPT.replace("bench.py", "bench_gpu.py"),
@@ -146,7 +148,8 @@ def test_the_accelerators_cases_run_in_a_tiny_shape():
     assert [line["case"] for line in lines] == list(cases) and all(
         line["tokens_per_second"] > 0 for line in lines
     )
-    assert all(line["mfu"] > 0 and line["compiled_gib"] > 0 and line["kernels"] == [] for line in lines[:3])
+    training = [line for line in lines if line["case"] != "8b generate"]
+    assert all(line["mfu"] > 0 and line["compiled_gib"] > 0 and line["kernels"] == [] for line in training)
 
 
 PLANS = runpy.run_path(SCRIPT.replace("bench.py", "bench_plan.py"))

@@ -126,7 +126,8 @@ def killed(self, step, batch, found):
     add(self, step, batch, found)
     if step + 1 == {step}:
         until = time.monotonic() + 60  # the checkpoint before is written in the background
-        while not glob.glob("runs/{name}/checkpoints/{checkpoint}") and time.monotonic() < until:
+        while {checkpoint} and not glob.glob("runs/{name}/checkpoints/{checkpoint}"):
+            assert time.monotonic() < until
             time.sleep(0.01)
         os.kill(os.getpid(), {signal})
 meter.Meter.add = killed
@@ -139,7 +140,8 @@ def killed(path, step, *rest):
     append_table(path, step, *rest)  # its completions are in the table, and nothing is trained on them yet
     if step > 1:
         until = time.monotonic() + 60  # the checkpoint before is written in the background
-        while not glob.glob("runs/{name}/checkpoints/{checkpoint}") and time.monotonic() < until:
+        while not glob.glob("runs/{name}/checkpoints/{checkpoint}"):
+            assert time.monotonic() < until
             time.sleep(0.01)
         os.kill(os.getpid(), 9)
 rollout.append_table = killed
@@ -147,7 +149,7 @@ rollout.append_table = killed
 
 
 def kill_at(step, name, checkpoint, signal=9):
-    """A hook that kills the run after an optimizer step, once the checkpoint is there."""
+    """A hook that kills the run after an optimizer step, once the checkpoint is there; 0 for none."""
     return KILL.format(step=step, name=name, checkpoint=checkpoint, signal=signal)
 
 

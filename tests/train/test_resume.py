@@ -51,9 +51,8 @@ QUANTISED = {
     kind: ("sft", [f"quant={kind}", "dropout=0.2", "micro=2"], set())
     for kind in ("int8", "int4", "fp4", "affine4")
 }  # nf4: with dropout above
-# Rows of tiny_families: a windowed one in the default run, the others in the slow one.
+# Rows of tiny_families.
 OF_FAMILIES = {name: (name, ["dropout=0.2", "micro=2"], set()) for name in FAMILIES}
-WINDOWED = "qwen2 with windows"
 SWEEP = ["loop.eval_every=1", "reference=moving", "--over", "beta=0.1,0.4"]
 
 
@@ -88,11 +87,12 @@ def run_killed(place, hook, *argv, **options):
     assert process.exitcode == -9, place.err()
 
 
-SLOW = [*QUANTISED, *(name for name in OF_FAMILIES if name != WINDOWED)]
+SLOW = ("online_dpo", *QUANTISED, *OF_FAMILIES)  # online pairs have the state of grpo's rollouts
 
 
 @pytest.mark.parametrize(
-    "kind", [*KINDS, WINDOWED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in (KINDS | QUANTISED | OF_FAMILIES)],
 )
 def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
     folder, argv, aux = (KINDS | QUANTISED | OF_FAMILIES)[kind]

@@ -91,7 +91,11 @@ SWEEPS = {
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("seeds", "moving"))) for kind in SWEEPS]
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("seeds", "coupled", "moving")))
+        for kind in SWEEPS
+    ],
 )
 def test_each_member_equals_its_separate_run(place, kind):
     settings, over = SWEEPS[kind]
