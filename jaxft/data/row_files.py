@@ -144,12 +144,13 @@ def named_errors(path: Path) -> Iterator[None]:
 # ---- JSON
 
 
-def _parse(text: bytes, name: str, line: int = 1) -> Any:
+def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -> Any:
+    """Parse JSON. encoding: None to detect UTF-16 and UTF-32, whose lines cannot be parsed one by one."""
     try:
-        return json.loads(text)
+        return json.loads(text if encoding is None else text.decode(encoding))
     except json.JSONDecodeError as error:
         where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
-        near = text[max(0, error.pos - 20) : error.pos + 20].decode(errors="replace").strip()
+        near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
         raise InvalidRow(
             where,
             "malformed JSON",
@@ -234,7 +235,7 @@ def _read_lines(chunk: Lines) -> Iterator[Outcome]:
 
 def _line(path: Path, number: int, text: bytes) -> Row:
     where = f"{path}:{number}"
-    return row_of(_parse(text, where), where, f"{path.name}:{number}")
+    return row_of(_parse(text, where, encoding="utf-8"), where, f"{path.name}:{number}")
 
 
 def has_json_lines(path: Path) -> bool:

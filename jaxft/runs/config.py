@@ -251,7 +251,9 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
             raise ValueError(f"{key}={text} was renamed; use {new}") from error
         if isinstance(error, OSError):
             raise
-        shown = f" (now {now!r})" if isinstance(now, bool | int | float | str | None | tuple) else ""
+        parts = now if isinstance(now, tuple) else (now,)
+        plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
+        shown = f" (now {now!r})" if plain else ""
         raise ValueError(f"{key}={text}: {error}{shown}") from error
 
 

@@ -513,3 +513,8 @@ def test_differences_name_the_place_and_both_values():
 
 def test_the_config_module_names_what_the_contract_promises():
     assert set(config.__all__) >= {"load_config", "resolve_config", "help_text", "knob_names", "RENAMED"}
+
+
+def test_an_error_does_not_show_functions_as_the_present_value():
+    with pytest.raises(ValueError, match="rewards=nothing:f: .*file.py:name$"):
+        load_config("configs/grpo.py", ["rewards=nothing:f"])
