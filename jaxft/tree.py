@@ -96,18 +96,19 @@ def regex(pattern: str, name: str, dotall: bool = False) -> BoundedPattern:
     return BoundedPattern(pattern, name, dotall)
 
 
-def mask_by_path(tree: Any, pattern: str) -> Mask:
+def mask_by_path(tree: Any, pattern: str, setting: str = "pattern") -> Mask:
     """Return True for each leaf whose path, or that of one of its parent nodes, matches the whole regular
     expression.
 
-    Raises ValueError if nothing matches, with the nearest paths: a mask is never silently empty.
+    setting: what errors call the pattern. Raises ValueError if nothing matches, with the nearest paths: a
+    mask is never silently empty.
     """
-    compiled = regex(pattern, "pattern")
+    compiled = regex(pattern, setting)
     mask = map_with_path(lambda path, _: any(compiled.fullmatch(p) for p in _prefixes(path)), tree)
     if not any(jax.tree.leaves(mask)):
         available = list(paths(tree))
         near = ", ".join(nearest(pattern, available))
-        raise ValueError(f"pattern {pattern!r} matches none of {len(available)} parameters; near: {near}")
+        raise ValueError(f"{setting}: {pattern!r} matches none of {len(available)} parameters; near: {near}")
     return mask
 
 

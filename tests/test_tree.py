@@ -68,7 +68,7 @@ def test_a_mask_that_matches_nothing_is_an_error_that_shows_near_paths(pattern):
     with pytest.raises(ValueError) as error:
         mask_by_path(TREE, pattern)
     text = str(error.value)
-    assert text.startswith(f"pattern {pattern!r} matches none of 6 parameters; near: ") and "\n" not in text
+    assert text.startswith(f"pattern: {pattern!r} matches none of 6 parameters; near: ") and "\n" not in text
 
 
 def test_near_paths_are_the_most_similar():

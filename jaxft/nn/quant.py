@@ -77,7 +77,7 @@ def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[in
         return None, False
     if kind not in FORMATS:
         kinds = ", ".join((*KINDS, CHECKPOINT))
-        raise ValueError(f"quantisation {kind!r} is not implemented; use one of {kinds}")
+        raise ValueError(f"quant={kind}: this quantisation is not implemented; use one of {kinds}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
         raise ValueError(f"{kind} has one scale per channel, got block={block}; set it to none")

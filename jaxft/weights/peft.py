@@ -226,8 +226,8 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     numbers = all(map(_is_finite, (alpha, dropout)))
     if type(rank) is not int or not 0 < rank < 2**16 or not numbers:
         raise ValueError(
-            f"{where}: expected finite numbers r, lora_alpha and lora_dropout, got {rank!r}, {alpha!r} and "
-            f"{dropout!r}"
+            f"{where}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r}; expected a whole number r "
+            "from 1 to 65535 and finite numbers"
         )
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}

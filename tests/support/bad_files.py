@@ -16,7 +16,7 @@ SCALINGS = (
 )  # fmt: skip
 CONFIGS = [
     *(({name: value}, "config.json") for name in SIZES for value in (-1, 2**40, "64", [64], 1.5, True, HUGE)),
-    *(({name: 7}, "model") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
+    *(({name: 7}, "its config.json") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
     *(({"rms_norm_eps": value}, "config.json") for value in ("small", [1], None, HUGE, {})),
     *(({"rope_theta": value, "rope_parameters": None}, "config.json") for value in ("wide", [], HUGE, {})),
     *(({"rope_scaling": value, "rope_parameters": None}, "config.json") for value in SCALINGS),
@@ -63,7 +63,7 @@ TEMPLATES = [
 PEFT = [
     *(({"r": value}, "adapter_config.json") for value in (0, -1, 2**20, "2", None, 1.5, [2], HUGE)),
     *(({"lora_alpha": value}, "adapter_config.json") for value in ("4", None, [], HUGE, True)),
-    *(({"lora_dropout": value}, "adapter") for value in ("0.1", [], HUGE, 1.5, -0.1)),
+    *(({"lora_dropout": value}, "dropout") for value in ("0.1", [], HUGE, 1.5, -0.1)),
     *(({"peft_type": value}, "peft_type") for value in ("IA3", None, 3, ["LORA"], {})),
     *(({"bias": value}, "bias") for value in ("all", 3, None)),
     *(({name: True}, name) for name in ("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias")),

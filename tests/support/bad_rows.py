@@ -90,6 +90,7 @@ FILES = [
     ("sft", "rows.parquet", "", "rows.parquet"), ("sft", "rows.parquet", "PAR1", "rows.parquet"),
     ("sft", "rows.parquet", b"PAR1" + bytes(64) + b"PAR1", "rows.parquet"),
     ("sft", "rows.txt", "a", "rows.txt"),
-    ("sft", "rows.jsonl.gz", b"\x1f\x8b\x08\x00", "rows.jsonl.gz"), ("sft", "rows", GOOD_LINES, "rows"),
+    ("sft", "rows.jsonl.gz", b"\x1f\x8b\x08\x00", "rows.jsonl.gz"),
+    ("sft", "rows", GOOD_LINES, "unknown file type"),
     ("sft", "rows.arrow", "ARROW1", "rows.arrow"), ("sft", "rows.pkl", b"\x80\x04.", "rows.pkl"),
 ]  # fmt: skip
