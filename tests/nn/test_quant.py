@@ -480,7 +480,7 @@ def test_a_qtensor_has_no_gradient():
     [
         (
             partial(quantize, np.ones((2, 2)), "int3"),
-            "quantisation 'int3' is not implemented; use one of int8, int4, nf4, ",
+            "quant=int3: this quantisation is not implemented; use one of int8, int4, nf4, ",
         ),
         (
             partial(quantize, np.ones((2, 2), np.float32), "bits"),
@@ -503,7 +503,7 @@ def test_a_qtensor_has_no_gradient():
             partial(quantize, np.ones((3, 2)), "nf4"),
             "two codes of nf4 share a byte along the input axis, whose size 3 is odd",
         ),
-        (partial(Quant, "nf3"), "quantisation 'nf3' is not implemented; use one of int8"),
+        (partial(Quant, "nf3"), "quant=nf3: this quantisation is not implemented; use one of int8"),
         (
             partial(Quant, "int8", 64),
             "int8 has one scale per channel, got block=64; set it to none",
