@@ -208,7 +208,8 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
     def text(part: ShownPart) -> Text:
         return coloured(tokenizer, part.ids, part.weights, console.is_terminal)
 
-    console.rule(Text(printable_line(f"{example.name}: {example.facts}")), align="left")
+    console.rule()
+    console.print(Text(printable_line(f"{example.name}: {example.facts}"), "bold"), soft_wrap=True)
     responses = [part for part in example.parts if part.label not in ("", "prompt")]
     compared = responses if len(responses) > 1 else []
     for part in example.parts[: len(example.parts) - len(compared)]:

@@ -218,6 +218,12 @@ def test_lengths_are_those_of_each_part(inspect, place):
         assert float(numbers[6]) == pytest.approx(sum(counts) / 4, abs=0.51)
 
 
+def test_facts_of_an_example_are_whole_on_a_narrow_terminal(inspect, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = inspect("--data", "r.jsonl", *DATA)
+    assert re.search(r"\nr.jsonl:\d: \d+ tokens, \d+ with loss, weight 0\.3333 of the batch\n", shown)
+
+
 def test_a_row_is_shown_by_its_name(inspect):
     shown = inspect("--data", "r.jsonl", "--row", "r.jsonl:2", *DATA)
     assert shown.count("⟦") == 1 and "r.jsonl:2: " in shown and "🙂 1" in shown
