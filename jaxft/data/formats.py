@@ -88,7 +88,7 @@ def normalise_rows(rows: Sequence[Row], format: str = "auto", columns: Sequence[
 def normalise_each(
     rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()
 ) -> Iterator[Example | InvalidRow]:
-    """Yield every row as an Example, or what is wrong with it; see normalise_rows."""
+    """Yield every row as an Example or an InvalidRow; see normalise_rows."""
     found = choose_format(count_columns(rows, columns, SFT_SCHEMAS), format, columns, SFT_SCHEMAS)
     return normalise_as(found, rows, columns)
 
@@ -96,7 +96,7 @@ def normalise_each(
 def normalise_as(
     format: RowFormat, rows: Iterable[Row], columns: Sequence[str] = ()
 ) -> Iterator[Example | InvalidRow]:
-    """Yield every row as an Example of this format, or what is wrong with it."""
+    """Yield every row as an Example of this format or an InvalidRow."""
 
     def convert(row: Row | InvalidRow) -> Example:
         return replace(_example(valid(row), format), weight=row_weight(valid(row)))
@@ -109,10 +109,10 @@ def normalise_as(
 
 @dataclass
 class ColumnCounts:
-    """The columns of the rows of a dataset, from which its format follows.
+    """Which columns the rows of a dataset have; its format is chosen from them.
 
-    rows: how many rows have the same columns that are not null, and the columns of the first of them, null
-    ones too (None, the others True). first: the first row as one of `rows`, or why it cannot be one.
+    rows: non-null columns -> the number of rows with exactly these, and the first such row, whose fields are
+    None for a null column and True for others. first: the dataset's first row in that form, or its error.
     """
 
     rows: dict[tuple[str, ...], tuple[int, Row]] = field(default_factory=dict)
@@ -142,9 +142,9 @@ def count_columns(rows: Iterable[Row], columns: Sequence[str], schemas: Schemas)
 
 
 def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], schemas: Schemas) -> RowFormat:
-    """Return the format of a dataset. "auto" is the one that most rows fit, of equally many the first.
+    """Return the format of a dataset. format: data.format; "auto" chooses the format that most rows fit.
 
-    format: of the settings. Raises the first row's InvalidRow if no row fits any.
+    Raises the first row's InvalidRow if no row fits any format.
     """
     mapping, plain = _column_mapping(columns, schemas), format == PLAIN
     chosen = format
@@ -164,7 +164,7 @@ def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], sch
 def rename_rows(
     format: RowFormat, rows: Iterable[Row], columns: Sequence[str], schemas: Schemas
 ) -> Iterator[Row | InvalidRow]:
-    """Yield the rows with renamed columns and all columns that the format requires."""
+    """Yield the rows with renamed columns, or an InvalidRow for one without a column that format requires."""
     mapping = _column_mapping(columns, schemas)
 
     def rename(row: Row) -> Row:
@@ -247,7 +247,7 @@ def _rename(row: Row, mapping: dict[str, str], schemas: Schemas) -> Row:
 
 
 def _present(fields: dict) -> dict:
-    """Return the columns without those that are null, as tables have them for rows of another format."""
+    """Return the columns that are not null; a table has null where a row of another format has no column."""
     return {column: value for column, value in fields.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Read the rows of a CSV file; a broken record costs one row."""
+"""Read the rows of a CSV file; a malformed record makes one row invalid."""
 
 import csv
 from collections import deque
@@ -39,9 +39,9 @@ def read_csv(path: Path) -> Iterator[Outcome]:
 
 
 def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, list[str] | InvalidRow]]:
-    """Yield (first line, fields) of each record of a CSV file, or what is wrong with it.
+    """Yield (first line, fields or InvalidRow) of each record of a CSV file.
 
-    After a record with a wrong quote, which may have swallowed others, reading continues at its second line.
+    A record with a wrong quote may have swallowed others, so reading continues at its second line.
     """
     again: deque[str] = deque()
     taken: list[str] = []

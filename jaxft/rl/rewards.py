@@ -201,15 +201,15 @@ def number(
 def json_match(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
     """Return 1 if the whole completion is JSON with the same value as the row's answer, else 0.
 
-    White space, the order of keys and the notation of numbers (3 and 3.0) make no difference; everything else
-    does: a missing or another key, true in place of 1, text around the JSON, a key that occurs twice. Raises
-    ValueError for a row whose answer, a string or a value, is no JSON.
+    White space, the order of keys and the notation of numbers (3 and 3.0) make no difference. Everything else
+    does: a missing or an additional key, true in place of 1, text around the JSON, a repeated key. The answer
+    is JSON text or a JSON value; ValueError is raised for any other.
     """
     answer = row[column] if isinstance(row[column], str) else json.dumps(row[column])
     try:
         expected = strict_json(answer)
     except ValueError as error:
-        raise ValueError(f"column {column!r} is no JSON ({error}): {answer[:80]!r}") from None
+        raise ValueError(f"column {column!r} is not JSON ({error}): {answer[:80]!r}; fix it") from None
     try:
         return float(strict_json(completion) == expected)
     except ValueError:
@@ -225,17 +225,17 @@ def matches(prompt: Any, completion: str, row: dict[str, Any], pattern: str) -> 
 
 
 def strict_json(text: str) -> Any:
-    """Parse JSON so that equal values compare equal, and only those; raises ValueError for other text.
+    """Parse JSON into Python values that are equal exactly if the JSON values are.
 
-    Python's True == 1 is not: numbers become pairs of "number" and a Decimal. NaN, Infinity and repeated keys
-    are refused.
+    Numbers become pairs of "number" and a Decimal, because True == 1 in Python. Raises ValueError for text
+    that is not JSON, for NaN and Infinity, and for repeated keys.
     """
 
     def number(digits: str) -> tuple[str, Decimal]:
         return "number", Decimal(digits)
 
     def unknown(name: str) -> None:
-        raise ValueError(f"{name} is no JSON value")
+        raise ValueError(f"{name} is not a JSON value")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):

@@ -128,11 +128,12 @@ def _check_dropout(run: Run, objective: Objective) -> None:
 
 
 def _check_lora_plus(run: Run, specs: param.Specs) -> None:
-    """Raise ValueError for a learning rate of LoRA's b in a run that trains none."""
+    """Raise ValueError for optim.lora_plus in a run that trains no LoRA matrix b."""
     ratio = run.optim.lora_plus
     if ratio is not None and not rate_groups(Optim(lora_plus=ratio), specs):
         raise ValueError(
-            f"optim.lora_plus={ratio} is for the b of LoRA adapters, and this run trains none; set it to none"
+            f"optim.lora_plus={ratio} applies to LoRA matrices b, and this run trains none; set "
+            "optim.lora_plus=none"
         )
 
 

@@ -120,7 +120,7 @@ def write_reports(
 
 
 def _averages(member: Member) -> list[str]:
-    """A line about weights that are averages over the steps; no line for weights as they were trained."""
+    """Return a line about averaged weights (optim.ema, schedule-free), [] for weights as trained."""
     if member.programs.optimizer.averaged is None:
         return []
     how = f"optim.ema={member.run.optim.ema}" if member.run.optim.ema else member.programs.optimizer.name

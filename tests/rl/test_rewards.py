@@ -148,7 +148,7 @@ def test_json_match_compares_the_values_of_the_whole_completion(completion, scor
 
 
 def test_an_answer_that_is_no_json_is_a_fault_of_the_row():
-    with pytest.raises(ValueError, match="column 'answer' is no JSON .*: 'three'"):
+    with pytest.raises(ValueError, match="column 'answer' is not JSON .*: 'three'"):
         rewards.json_match("p", "3", {"answer": "three"})
 
 

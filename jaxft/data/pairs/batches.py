@@ -87,14 +87,14 @@ def plan_rows(members: Int[np.ndarray, " size"], row: Int[np.ndarray, " size"], 
 def check_fit(
     plan: RowPlan, tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], shape: RowShape
 ) -> None:
-    """Raise ValueError if a batch doesn't fit the shape, which is planned for the epochs of the settings."""
+    """Raise ValueError if a batch does not fit the row shape, which was planned for the run's epochs."""
     row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
     most = [int(np.bincount(row, x[plan.members], 1).max()) for x in (tokens, reads, np.ones_like(reads))]
     if most[0] > shape.length or most[1] > shape.reads or most[2] > shape.slots:
         raise ValueError(
-            f"a batch after the planned epochs needs rows of {most[0]} tokens, {most[1]} read positions and "
-            f"{most[2]} pairs, and they have {shape.length}, {shape.reads} and {shape.slots}: raise "
-            "data.epochs so that it covers loop.steps, and the same command resumes"
+            f"a batch after the last planned epoch needs rows of {most[0]} tokens, {most[1]} read positions "
+            f"and {most[2]} pairs, but rows have {shape.length}, {shape.reads} and {shape.slots}; raise "
+            "data.epochs to cover loop.steps and start the same command again"
         )
 
 

@@ -99,7 +99,7 @@ class PairTokenSettings:
 class PairExample:
     """Responses to one prompt by kind, None for a missing one.
 
-    extras: the numbers of the extra columns. order: that of data.order_by.
+    extras: the numbers of the columns data.extras. order: the number of the column data.order_by.
     """
 
     name: str
@@ -120,7 +120,7 @@ def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[Pa
 def normalise_each_pair(
     rows: Sequence[Row], settings: PairTokenSettings
 ) -> Iterator[PairExample | InvalidRow]:
-    """Yield every row as a PairExample, or what is wrong with it; see normalise_pairs."""
+    """Yield every row as a PairExample or an InvalidRow; see normalise_pairs."""
     schemas = pair_schemas(settings)
     counts = formats.count_columns(rows, settings.columns, schemas)
     return normalise_pairs_as(
@@ -138,7 +138,7 @@ def pair_schemas(settings: PairTokenSettings) -> Schemas:
 def normalise_pairs_as(
     format: RowFormat, rows: Iterable[Row], settings: PairTokenSettings
 ) -> Iterator[PairExample | InvalidRow]:
-    """Yield every row as a PairExample of this format, or what is wrong with it."""
+    """Yield every row as a PairExample of this format or an InvalidRow."""
 
     def convert(row: Row | InvalidRow) -> PairExample:
         return _pair(valid(row), format.name, settings)

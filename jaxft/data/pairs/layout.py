@@ -239,7 +239,7 @@ def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Flo
 
 
 def with_sources(batch: Pairs, names: tuple[str, ...], numbers: np.ndarray | None = None) -> Pairs:
-    """Return a batch (or its shapes, without numbers) with the source of each pair, if there are several.
+    """Add the source of each pair to a batch (or, without numbers, to its shapes) if there are several.
 
     numbers: of the sources of all pairs.
     """

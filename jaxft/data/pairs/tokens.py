@@ -1,5 +1,4 @@
-"""Tokenise pairs: one prompt and its responses, split where TRL splits them, and cached on disk like SFT
-rows.
+"""Tokenise pairs as one prompt and its responses, split where TRL splits them, and cache them on disk.
 
 The prompt ends at the first difference between the tokens of the prompt alone (with the generation prompt)
 and those of prompt and response; all responses of a pair share the shortest of these prompts (TRL 1.16,
@@ -41,15 +40,15 @@ VERSION = ("pairs", 7)  # increase it when the same rows become other tokens
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedPairs(TokenisedRows):
-    """Pairs one after the other, each in 1 + len(kinds) pieces: the prompt, and a response of each kind
-    (empty if missing).
+    """Concatenated pairs of K = 1 + len(kinds) pieces each: the prompt, and a response of each kind (empty if
+    missing).
 
-    Piece k of pair i is ids[offsets[i * K + k] : offsets[i * K + k + 1]], K = 1 + len(kinds). learned: marks
-    the tokens of responses that are targets; the first token of a sequence never is. reads, ends: of each
-    response, see TokenisedRows; the end of a missing one is -1. hashes: of the tokens of each piece.
-    truncated: marks truncated pairs. prompt_end_moved: marks pairs where a token spans the end of the prompt.
-    extras: the extra columns. reference: the reference's log-prob of each token, 0 where it is no target;
-    None before they are computed.
+    Piece k of pair i is ids[offsets[i * K + k] : offsets[i * K + k + 1]]. learned: mask of the response
+    tokens that are targets; the first token of a sequence never is. reads, ends: of each response, see
+    TokenisedRows; the end of a missing response is -1. hashes: of the tokens of each piece. truncated: mask
+    of truncated pairs. prompt_end_moved: mask of pairs in which a token spans the end of the prompt. extras:
+    the columns of data.extras. reference: the reference's log-prob of each target, 0 for other tokens; None
+    before they are computed.
     """
 
     kinds: tuple[str, ...]
