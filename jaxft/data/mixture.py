@@ -220,11 +220,11 @@ class SplitRows(Generic[SomeRows]):
 
     @property
     def summary(self) -> str:
-        """The rows of an epoch by source, for the start of a run; "" for sources without weights."""
+        """How many rows an epoch takes from each source, as text; "" for sources without weights."""
         if self.mixture is None:
             return ""
         each = zip(self.mixture.counts, self.mixture.rows, self.train_names, strict=True)
-        parts = [f"{count} of {len(rows)} rows of {name}" for count, rows, name in each]
+        parts = [f"{count} rows from the {len(rows)} of {name}" for count, rows, name in each]
         return f"; an epoch takes {', '.join(parts)}"
 
 

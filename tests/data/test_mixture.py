@@ -155,7 +155,7 @@ def test_an_epoch_has_each_sources_share_within_a_thousandth_and_resumes_exactly
         ):
             assert np.array_equal(x, y)
     assert (
-        "an epoch takes 875 of 700 rows of a, 525 of 900 rows of b, 350 of 150 rows of c"
+        "an epoch takes 875 rows from the 700 of a, 525 rows from the 900 of b, 350 rows from the 150 of c"
         in s.info.stats.summary
     )
 

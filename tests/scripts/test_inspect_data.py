@@ -162,7 +162,7 @@ def test_every_row_of_a_mixture_is_compared_once_however_often_an_epoch_has_it(i
         rows = [json.dumps({"prompt": f"{name} {i}", "completion": f"so {i}"}) for i in range(count)]
         (place / f"{name}.jsonl").write_text("\n".join(rows))
     shown = inspect("--data", "often.jsonl:0.9,rare.jsonl:0.1", *DATA, "batch=2")
-    assert "an epoch takes 11 of 3 rows of often, 1 of 9 rows of rare" in " ".join(shown.split())
+    assert "an epoch takes 11 rows from the 3 of often, 1 rows from the 9 of rare" in " ".join(shown.split())
     assert "no row repeats another one" in shown
     every = [arg for number in range(1, 10) for arg in ("--row", f"rare.jsonl:{number}")]
     assert inspect("--data", "often.jsonl:0.9,rare.jsonl:0.1", *every, *DATA).count("⟦") == 9
