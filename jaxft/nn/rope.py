@@ -6,8 +6,8 @@ The types `dynamic` and `longrope` use other frequencies for texts longer than t
   the angles that transformers computes for it alone. A prompt with several responses is one example, as long
   as with its longest response.
 - In generation, the final length is unknown, so the length is the capacity of a row's cache, prompt plus
-  most new tokens (`cache_lengths`), just as vLLM decides by max_model_len. transformers decides anew for
-  each token, so it changes frequencies in the middle of a text.
+  most new tokens (`cache_lengths`), just as vLLM decides by max_model_len. transformers decides again
+  for each token, so it changes frequencies in the middle of a text.
 """
 
 import math

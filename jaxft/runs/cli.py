@@ -81,7 +81,7 @@ def _without_late_writes(raised: Any) -> None:
 
 def one_line_errors(main: Callable[[], int]) -> int:
     """Run `main`. A user's error becomes one line on stderr and exit code 1; JAXFT_TRACEBACK=1 adds its
-    traceback. A command whose results nobody reads any more (`| head`) ends silently with READER_GONE.
+    traceback. If the reader of the output has ended (`| head`), the command ends silently with READER_GONE.
     """
     try:
         code = main()

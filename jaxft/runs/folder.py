@@ -134,7 +134,7 @@ def finished_steps(folder: Path) -> int:
     steps = read_saved_json(path).get("steps") if path.exists() else 0
     if type(steps) is not int or steps < 0:
         raise ValueError(
-            f"{path}: steps is {steps!r}, not a number of steps; remove the file, and the run goes on from "
+            f"{path}: steps is {steps!r}, not a number of steps; remove the file, and the run resumes from "
             "its last checkpoint"
         )
     return steps

