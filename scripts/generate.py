@@ -217,7 +217,7 @@ def main() -> int:
     source = source_of(args)
     prompts = prompts_of(args, source)
     if not prompts:
-        raise ValueError(f"{args.file}: has no prompts")
+        raise ValueError(f"--file {args.file}: no prompts in it; add one per line or row")
     for result in completions(args, source, prompts):
         if args.json:
             print(json.dumps(result, ensure_ascii=False))

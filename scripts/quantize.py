@@ -112,6 +112,7 @@ def main() -> int:
     from jaxft.train import export
     from jaxft.weights import pretrained
 
+    export.check_output(args.out, args.model)  # before minutes of calibration
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = pretrained.model_for(args.model), pretrained.load_tokenizer(args.model)
     moments = calibrate(args, model, tokenizer, quant) if args.calibrate else {}

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from jaxft.data.example import Message
-from jaxft.data.invalid import InvalidRow
+from jaxft.data.invalid import InvalidRow, json_type
 from jaxft.data.loss_weights import message_weight
 from jaxft.data.rows import Row
 
@@ -143,11 +143,13 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
     role, content = keys
     calls = isinstance(item, dict) and (item.get("tool_calls") or item.get("function_call"))
     if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or calls):
-        found = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
+        found = f"is {json_type(item)}"
+        if isinstance(item, dict):
+            found = f"has the keys {', '.join(map(str, item))}" if item else "is empty"
         raise InvalidRow(
             row.name,
             "message without role or content",
-            f"{where} has {found}; a message needs {role!r} and {content!r}",
+            f"{where} {found}; a message needs {role!r}, a string, and {content!r}",
         )
     weight = message_weight(row, where, item)
     name = _role(item[role])

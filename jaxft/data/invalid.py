@@ -117,6 +117,12 @@ def valid(value: Value | InvalidRow) -> Value:
     return value
 
 
+def json_type(value: object) -> str:
+    """Return the type of a JSON value in words, such as "a list"."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
+
+
 def counts_of_tallies(tallies: Mapping[str, Tally]) -> tuple[InvalidCount, ...]:
     """Return tallies by reason as counts, the most frequent reason first."""
     ordered = sorted(tallies.items(), key=lambda item: -item[1].rows)

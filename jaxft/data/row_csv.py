@@ -21,8 +21,10 @@ def read_csv(path: Path) -> Iterator[Outcome]:
         _, header = next(records, (1, []))
         if isinstance(header, InvalidRow):
             raise ValueError(str(header)) from header
-        if not header or len(set(header)) < len(header):
-            raise ValueError(f"{path}:1: the header {header} repeats or lacks a column name; rename them")
+        if not header:
+            raise ValueError(f"{path}:1: the file has no header; begin it with a line of column names")
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}:1: the header {header} repeats a column name; rename one of them")
         for line, values in records:
             where = f"{path}:{line}"
             if isinstance(values, InvalidRow):

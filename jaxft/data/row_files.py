@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.data.invalid import InvalidRow, attempt
+from jaxft.data.invalid import InvalidRow, attempt, json_type
 from jaxft.data.limits import LINE_BYTES
 
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
@@ -154,7 +154,8 @@ def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -
         raise InvalidRow(
             where,
             "malformed JSON",
-            f"malformed JSON, {error.msg} at column {error.colno}, near {near!r}; fix or remove it",
+            f"malformed JSON, {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}; "
+            "fix or remove it",
         ) from error
     except RecursionError as error:
         raise InvalidRow(
@@ -166,8 +167,9 @@ def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -
             "not UTF-8",
             f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8",
         ) from error
-    except ValueError as error:  # a number of thousands of digits
-        raise InvalidRow(name, "malformed JSON", f"malformed JSON, {error}; fix or remove it") from error
+    except ValueError as error:
+        problem = "malformed JSON, a number has thousands of digits; fix or remove it"
+        raise InvalidRow(name, "malformed JSON", problem) from error
 
 
 def row_of(value: Any, where: str, name: str) -> Row:
@@ -177,7 +179,7 @@ def row_of(value: Any, where: str, name: str) -> Row:
     """
     if not isinstance(value, dict):
         raise InvalidRow(
-            where, "not an object", f"the row is a {type(value).__name__}; use an object with named columns"
+            where, "not an object", f"the row is {json_type(value)}; use an object with named columns"
         )
     if not any(v not in (None, "", [], {}) for v in value.values()):
         raise InvalidRow(where, "empty row", "the row is empty; fill or remove it")

@@ -132,7 +132,7 @@ def describe_kind(kind: Any) -> str:
     kind = members[0]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
     if origin is tuple:
         items = dict.fromkeys(describe_kind(a) for a in args if a is not ...)
         return "a list a,b of " + " and ".join(items)

@@ -68,15 +68,22 @@ class ExportQuant:
     progress: Callable[[str], None] = no_progress
 
 
+def check_output(out: Path, ref: str) -> None:
+    """Raise ValueError if a model cannot be written to `out`: a file, or the folder of the model `ref`."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose a folder")
+    if out.resolve() == hub.locate(ref).path.resolve():
+        raise ValueError(f"--out {out} is the folder that is read; choose another folder")
+
+
 def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQuant | None = None) -> str:
     """Write a model to the folder `out`, tensor by tensor; return a summary of the rounding error.
 
-    dtype: of the weights that are not quantised. Raises ValueError if `out` is the folder that is read.
+    dtype: of the weights that are not quantised. Raises ValueError for an `out` that check_output refuses.
     """
     ref, model = source.ref, source.model
+    check_output(out, ref)
     located = hub.locate(ref)
-    if out.resolve() == located.path.resolve():
-        raise ValueError(f"--out {out} is the folder that is read; choose another folder")
     files, cast, quantisation = pretrained.open_files(ref), RoundingError(), RoundingError()
     if source.quant:
         files = pretrained.with_storage_rounding(files, model, source.quant, ref)

@@ -53,6 +53,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
                 f"{path}: no such file; {folder} has a whole model and no adapter, so use "
                 f"model={folder / 'model'}"
             )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file; expected a PEFT adapter's folder, or a run's with one"
+        )
     return read_model_json(path)
 
 

@@ -268,7 +268,7 @@ def test_columns_rename_and_say_which_format_is_meant():
         (
             {"messages": [{"content": "x"}]},
             {},
-            r"r:1: messages\[0\] has content; a message needs 'role' and 'content'",
+            r"r:1: messages\[0\] has the keys content; a message needs 'role', a string, and 'content'",
         ),
         (
             {"messages": [TURNS[0], turn("assistant", "")]},
@@ -279,7 +279,7 @@ def test_columns_rename_and_say_which_format_is_meant():
         (
             {"conversations": [{"speaker": "user", "text": "x"}]},
             {},
-            r"conversations\[0\] has speaker, text; a message needs 'from' and 'value'",
+            r"conversations\[0\] has the keys speaker, text; a message needs 'from', a string, and 'value'",
         ),
     ],
 )
