@@ -160,6 +160,24 @@ def test_an_epoch_has_each_sources_share_within_a_thousandth_and_resumes_exactly
     )
 
 
+@pytest.mark.parametrize("kind", ["rows", "pairs", "prompts"])
+def test_held_out_rows_are_in_no_epoch_of_a_mixture(sources, kind):
+    """In enough epochs for every training row of every source."""
+    options, tokenizer = {"format": "plain", "held_out": 0.2}, tiny("llama3")
+    if kind == "prompts":
+        train, held = prompts.split_prompts(Prompts(MIXED, max_prompt=64, **options), tokenizer)
+        names, held_names = [train.names[i] for e in range(4) for i in train.mixture.of_epoch(e)], held.names
+    else:
+        text, make = (MIXED, Rows) if kind == "rows" else (MIXED.replace(".jsonl", "_pairs.jsonl"), PairRows)
+        found = make(text, max_length=64, **options).open(tokenizer, cache=sources / "cache")
+        split = found.split if kind == "rows" else found.pairs.split
+        names = [split.rows.names[i] for e in range(4) for i in split.of_epoch(e)]
+        held_names = [split.rows.names[i] for i in split.held]
+    total = sum(SIZES.values()) // (10 if kind == "pairs" else 1)
+    assert len(held_names) == pytest.approx(0.2 * total, abs=2) and not {*held_names} & {*names}
+    assert len({*names}) + len(held_names) == total
+
+
 def test_sources_without_weights_are_read_once_per_epoch(sources):
     s = sft(sources, "a.jsonl,c.jsonl")
     (rows,) = rows_of_epochs(s, 1)

@@ -1,6 +1,7 @@
 """Rows in chunks: the same batches for any chunks and any number of processes, and no half-written cache."""
 
 import json
+import tracemalloc
 from functools import partial
 
 import jax
@@ -122,6 +123,28 @@ def test_parquet_and_csv_are_read_in_windows(tmp_path, monkeypatch):
         assert [(row.fields["text"], int(row.fields["n"])) for row in found] == [
             (item["text"], item["n"]) for item in items
         ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_rows_are_in_memory_a_chunk_at_a_time(tmp_path, monkeypatch, suffix):
+    """200 rows of 20 kB are 4 MB as Python objects, of which a chunk has 7 rows."""
+    path = tmp_path / f"r.{suffix}"
+    items = [{"text": f"text {i}", "other": str(i) * (20_000 // len(str(i)))} for i in range(200)]
+    if suffix == "jsonl":
+        path.write_text("\n".join(map(json.dumps, items)))
+    elif suffix == "csv":
+        path.write_text("\n".join(["text,other", *(",".join(item.values()) for item in items)]))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items), path, row_group_size=50)
+    in_chunks(monkeypatch, 140_000)
+    opened("sft", path, tmp_path / "first", workers=1)  # imports, caches
+    tracemalloc.start()
+    try:
+        opened("sft", path, tmp_path / "second", workers=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3e6, peak
 
 
 def test_the_format_is_that_of_most_rows_of_all_chunks(tmp_path, monkeypatch):

@@ -130,8 +130,24 @@ def test_averages_that_do_not_go_together_are_refused(settings, words):
         make_optimizer(replace(PLAIN, **settings), SPECS, STEPS)
 
 
+def test_a_pattern_of_lr_groups_comes_before_lora_plus(x64):
+    pair = {x: ParamSpec((4, 2), ("width", "rank"), full(0.0)) for x in "ab"}
+    specs = {"adapter": {"k": pair, "q": pair}}
+    params = jax.tree.map(lambda s: jnp.ones(s.shape), specs, is_leaf=lambda s: isinstance(s, ParamSpec))
+
+    def moved(**settings):
+        optimizer = make_optimizer(replace(PLAIN, warmup=0.0, **settings), specs, STEPS)
+        new, _ = optimizer.update(
+            params, optimizer.init(params), params, StepInfo(jnp.float64(1), jnp.array(True))
+        )
+        return jax.tree.map(lambda a, b: (a - b)[0, 0], new, params)
+
+    found = jax.tree.map(lambda a, b: a / b, moved(lr_groups=((".*/k/.*", 3.0),), lora_plus=16.0), moved())
+    assert_close(found, {"adapter": {"k": {"a": 3.0, "b": 3.0}, "q": {"a": 1.0, "b": 16.0}}})
+
+
 def test_lora_plus_is_pefts_optimizer(x64):
-    """PEFT's groups for torch's AdamW: b moves at 16 times the rate of a, also with lr_groups and decay."""
+    """PEFT's groups for torch's AdamW: b moves at 16 times the rate of a, also its decay."""
     torch.manual_seed(0)
     model = get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(4, 6)).double(), LoraConfig(r=2, target_modules=["0"])

@@ -259,8 +259,9 @@ def test_a_setting_may_have_short_names_for_functions():
             parse_value("lino", one)
     with pytest.raises(ValueError, match="'lino' is none of lion; use one, or package.module:name"):
         parse_value("lino", kind)
-    for names in (OPTIMIZERS, SCHEDULES):
-        assert all(callable(parse_value(full, Callable)) for full in names.values())
+    for names, ending in ((OPTIMIZERS, ""), (SCHEDULES, "_schedule")):
+        for short, long in names.items():
+            assert parse_value(long, Callable).__name__ == short + ending
 
 
 def write(folder: Path, text: str) -> str:
