@@ -53,6 +53,7 @@ from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
+CONTEXT = 16  # pieces of text that are decoded before a token's own
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
 KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # choices of --kind
@@ -171,14 +172,20 @@ def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) 
     return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in invalid)])
 
 
-def pieces(tokenizer, ids: np.ndarray, weight: np.ndarray):
+def pieces(tokenizer: Any, ids: np.ndarray, weight: np.ndarray) -> Iterator[tuple[str, float]]:
     """Yield (text, weight) of each token. Tokens that form one character together are yielded as one."""
-    shown, at = "", 0
+    shown, begin, ends = "", 0, [0]  # tokens are decoded behind some before them, as a tokenizer may need
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False)
-        if not text.endswith("\ufffd") or end == len(ids):
-            yield printable_text(text[len(shown) :]), float(weight[at:end].max())
-            shown, at = text, end
+        text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            continue
+        yield printable_text(text[len(shown) :]), float(weight[ends[-1] : end].max())
+        ends.append(end)
+        if len(ends) > 2 * CONTEXT:
+            ends = ends[-CONTEXT:]
+            begin = ends[0]
+            text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
+        shown = text
 
 
 def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> Text:

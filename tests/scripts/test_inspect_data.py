@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_tokenizers import tiny
 
@@ -287,3 +288,21 @@ def test_the_exit_code_reports_a_failure(place):
         and "bad.jsonl:1: malformed JSON" in done.stderr
         and done.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize("kind", ["llama3", "chatml", "gemma"])
+def test_tokens_are_shown_as_in_the_whole_text_at_a_cost_that_is_linear(kind):
+    tokenizer, script = tiny(kind), runpy.run_path(str(SCRIPT))
+    text = "héllo wörld, 🙂🙃 naïve  café 你好 " * 40
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+    decoded = []
+
+    class Counting:
+        def decode(self, some, **options):
+            decoded.append(len(some))
+            return tokenizer.decode(some, **options)
+
+    found = list(script["pieces"](Counting(), ids, np.arange(len(ids))))
+    assert "".join(piece for piece, _ in found) == tokenizer.decode(ids.tolist())
+    assert found[-1][1] == len(ids) - 1 and len(found) > 500
+    assert sum(decoded) < 200 * len(ids)
