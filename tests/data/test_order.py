@@ -83,10 +83,12 @@ def test_rows_without_the_number_are_invalid(folder):
         opened(folder, Rows, "r.jsonl", format="plain")
 
 
-def test_packing_in_order_fills_rows_and_holds_every_example_once():
+def test_packing_in_order_fills_rows_from_small_to_large_means_and_holds_every_example_once():
     rng = np.random.default_rng(0)
     lengths, keys = rng.integers(1, 20, 500), rng.normal(size=500)
     plan = pack_in_order(lengths, keys, 64, 4, seed=0)
     assert sorted(plan.members.tolist()) == list(range(500))
     used = np.add.reduceat(lengths[plan.members], plan.offsets[:-1])
     assert used.max() <= 64 and lengths.sum() / (64 * plan.rows) > 0.9
+    means = [keys[plan.slice(row, row + 1).members].mean() for row in range(plan.rows)]
+    assert means == sorted(means)  # across windows, too: the keys of one are at most those of the next
