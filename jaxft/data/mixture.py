@@ -54,7 +54,8 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
         raise ValueError(f"{setting}={text}: no source before or after a comma; name one, or remove it")
     found = [_split_weight(item, setting) for item in items]
     refs = [ref for ref, _ in found]
-    twice = next((ref for ref in refs if refs.count(ref) > 1), None)
+    files = [path.resolve() if (path := _find(ref)) else ref for ref in refs]
+    twice = next((ref for ref, file in zip(refs, files, strict=True) if files.count(file) > 1), None)
     if twice:
         raise ValueError(f"{setting}={text}: {twice} is named twice; name it once, with a larger weight")
     names = [_name(ref) for ref in refs]

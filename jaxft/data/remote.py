@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 ATTEMPTS = 4
+OTHER_FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|arrow|gz|zst|zip)$")
 _TIMEOUT = 60  # seconds
 
 
@@ -112,6 +113,8 @@ def remote_files(ref: str) -> list[RemoteFile]:
     if "@" in ref.split("/")[2]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
+        if OTHER_FILES.search(ref.partition("?")[0]):
+            raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")
         return [_described(RemoteFile(ref, 0, ""))]
     found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", ref)
     if found is None:

@@ -100,6 +100,7 @@ def test_sources_and_their_shares(sources, text, expected):
         ("a.jsonl:0.6,b.jsonl:0.4,c.jsonl", "the weights add up to 1, which leaves nothing for c.jsonl"),
         ("a.jsonl,,b.jsonl", "no source before or after a comma"),
         ("a.jsonl,a.jsonl:0.5", "a.jsonl is named twice"),
+        ("a.jsonl,./a.jsonl:0.5", "a.jsonl is named twice"),
         ("a.jsonl:0.3", "a weight needs several sources"),
         (
             "a.jsonl:0.0001,b.jsonl:0.9999",
