@@ -3,13 +3,14 @@ base.
 
     python scripts/train.py --config configs/reward.py
     python scripts/train.py --config configs/ppo.py reward=runs/reward
-    python scripts/train.py --config configs/ppo.py reward=runs/reward start=runs/sft critic=reward quant=nf4
+    python scripts/train.py --config configs/ppo.py reward=runs/reward critic=reward quant=nf4
     python scripts/train.py --config configs/ppo.py reward=my_rewards.py:mine
 
 SmolLM2-135M-Instruct on the prompts of the pairs in configs/data: 21 rollouts of 8 x 4 completions with two
 passes over each. On a CPU without AVX512-BF16 dtype=float32 is faster, and takes about three times as long.
-After configs/sft.py epochs=1 expect the held-out reward to rise by 1.6 to 1.9 of its standard deviations, at
-6 to 10 nats per completion. The reference is the policy at step 0.
+From an adapter that answers such questions (configs/sft.py data=configs/data/finetuning.jsonl lr=2e-3
+name=chat, then start=runs/chat) expect the held-out reward to rise by 1.6 to 1.9 of its standard deviations,
+at 6 to 10 nats per completion. The reference is the policy at step 0.
 
 `reward` is a run's folder (configs/reward.py) or a PEFT folder with a head, which share the base; a
 classifier with one label in a folder or as org/name@revision, which is a separate model, stored in bfloat16

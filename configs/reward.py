@@ -2,7 +2,6 @@
 configs/data.
 
     python scripts/train.py --config configs/reward.py
-    python scripts/train.py --config configs/reward.py start=runs/sft name=sft_reward   # after configs/sft.py
     python scripts/train.py --config configs/reward.py quant=nf4 name=reward_nf4
 
 SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the last token of each

@@ -1,27 +1,29 @@
-"""SFT with LoRA: fine-tune a small pretrained model on the instruction rows in configs/data.
+"""SFT with LoRA: teach a small pretrained model to turn messages into JSON, on the rows in configs/data.
 
     python scripts/train.py --config configs/sft.py
     python scripts/train.py --config configs/sft.py quant=nf4   # QLoRA: a base of 4.1 bits per parameter
 
-SmolLM2-135M-Instruct, LoRA on every linear layer, one packed row of 512 tokens per step: 165 steps, 5 to 6
-minutes and 2 GB on a 2-core CPU. Expect the loss on held-out questions to fall from 4.49 to about 3.1, the
-training loss to about 2.2.
+SmolLM2-135M-Instruct, LoRA on every linear layer, one packed row of 512 tokens per step: 177 steps, about 4
+minutes and 2 GB on a 2-core CPU. Before and after training the model completes 96 held-out messages, whose
+wording and values are in no training row: expect json_match, the share of completions that are exactly the
+right JSON, to rise from 0 to more than 0.9.
 
-Hardware: 2 CPU cores, 2 GB; 6 minutes.
+Hardware: 2 CPU cores, 2 GB; 4 minutes.
 """
 
 from jaxft.data.sft import Rows
+from jaxft.inference.generate import Sampling
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, LoraKnobs, RowKnobs, SftKnobs
+from jaxft.train.recipes import EXTRACTION, LoraKnobs, ScoredRowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
     base: LoraKnobs = LoraKnobs(),
-    rows: RowKnobs = RowKnobs(FINETUNING, batch=1, epochs=3.0),
+    rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION, batch=1, epochs=1.0),
     loss: SftKnobs = SftKnobs(),
     name: str = "sft",
-    lr: float = 2e-3,
+    lr: float = 1.5e-3,
 ) -> Run:
     """LoRA supervised fine-tuning."""
     return Run(
@@ -30,6 +32,8 @@ def config(
         objective=loss.objective(),
         data=Rows(**rows.settings()),
         optim=Optim(lr=lr),
-        loop=Loop(eval_every=40, save_every=40),
+        loop=Loop(eval_every=60, save_every=60),
+        scoring=rows.scoring(),
+        sampling=Sampling(max_new=64),
         seed=rows.seed,
     )

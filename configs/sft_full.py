@@ -11,13 +11,13 @@ Hardware: 2 CPU cores, 4 GB; 7 minutes.
 
 from jaxft.data.sft import Rows
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, GENERAL, FullKnobs, RowKnobs, SftKnobs
+from jaxft.train.recipes import EXTRACTION, GENERAL, FullKnobs, ScoredRowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
     base: FullKnobs = FullKnobs(),
-    rows: RowKnobs = RowKnobs(FINETUNING, batch=4, epochs=3.0),
+    rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION, batch=2, epochs=1.0),
     loss: SftKnobs = SftKnobs(),
     name: str = "sft_full",
     lr: float = 5e-5,
@@ -33,5 +33,6 @@ def config(
         optim=Optim(lr=lr, weight_decay=0.01),
         loop=Loop(eval_every=20, save_every=40, keep_last=1),
         general=GENERAL,
+        scoring=rows.scoring(),
         seed=rows.seed,
     )

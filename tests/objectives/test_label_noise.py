@@ -71,7 +71,14 @@ def test_the_shipped_recipe_estimates_20_percent_flipped_labels_within_5_points(
     held_out, general = (
         ROOT / "configs" / "data" / name for name in ("pairs_held_out.jsonl", "general.jsonl")
     )
-    argv = ["data=flipped.jsonl", f"held_out={held_out}", f"general={general}", "name=flipped", "samples=0"]
+    argv = [
+        "data=flipped.jsonl",
+        f"held_out={held_out}",
+        f"general={general}",
+        "name=flipped",
+        "samples=0",
+        "lr=1e-4",
+    ]
     assert place.run(*argv) == 0, place.err()
     last = [line for line in place.metrics("flipped") if "loss" in line][-1]
     assert last["step"] == 27 and abs(last["label_noise"] - 0.2) <= 0.05

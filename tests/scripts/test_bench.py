@@ -220,12 +220,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig
-from jaxft.train.recipes import FINETUNING, RowKnobs
+from jaxft.train.recipes import FINETUNING, ScoredRowKnobs
 
 
 def config(batch: int = 2):
     \"\"\"Wide enough that its weights are what it holds.\"\"\"
-    run = sft(rows=RowKnobs(FINETUNING, batch=batch, epochs=3.0, max_length=64))
+    run = sft(rows=ScoredRowKnobs(FINETUNING, batch=batch, epochs=3.0, max_length=64))
     c = LlamaConfig(vocab=2048, width=256, layers=2, heads=4, kv_heads=2, head_dim=64, mlp=512)
     return replace(run, model=llama(c, jnp.float32))
 """
