@@ -9,7 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxft.objectives.metrics import GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, FloatMetrics
+from jaxft.objectives.metrics import GRAD_NORM, HELD_OUT, KL, LOSS, LOSS_SPIKES, SKIPPED, FloatMetrics
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
     ACCURACY_BY_LENGTH,
@@ -92,7 +92,9 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
 
 
 def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Run several checks, each with a separate memory, and report held-out losses that are not finite."""
+    """Run several checks, each with a separate memory, and report held-out losses that are not finite and
+    loss spikes.
+    """
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
     memory, messages, alarms = {**memory}, [], []
     alarms += [
@@ -100,7 +102,7 @@ def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, l
         for name in (HELD_OUT + LOSS, GENERAL_LOSS)
         if name in entry and entry[name] is None
     ]
-    for name, check in checks.items():
+    for name, check in {**checks, "spikes": check_loss_spikes}.items():
         found = check(memory.get(name, {}), numbers, last)
         memory[name] = found.memory
         messages += found.messages
@@ -233,6 +235,22 @@ def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
         "or set loop.debug_nonfinite=true to record the first such step"
     )
     return Alarms({"total": total, "reported": total}, [], [alarm])
+
+
+def check_loss_spikes(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
+    """Report steps that optim.skip_spikes skipped: the first, and each time they have doubled."""
+    if LOSS_SPIKES not in n:
+        return Alarms(memory, [], [])
+    steps = n["step"] - memory.get("step", 0)  # of this entry, which has their mean
+    total = round(memory.get("total", 0) + steps * n[LOSS_SPIKES])
+    memory = {**memory, "total": total, "step": n["step"]}
+    if total < max(1, REPEAT * memory.get("reported", 0)):
+        return Alarms(memory, [], [])
+    alarm = (
+        f"{total} of {n['step']:g} steps so far were skipped as loss spikes (optim.skip_spikes). If there "
+        "are many, lower optim.lr"
+    )
+    return Alarms({**memory, "reported": total}, [], [alarm])
 
 
 def check_reward_faults(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:

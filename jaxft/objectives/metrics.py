@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxft.tree import Metrics, struct
 
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
-GRAD_NORM, SKIPPED = "grad_norm", "skipped"
+GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
 HELD_OUT = "eval_"  # prefix of metrics of held-out rows
 FloatMetrics: TypeAlias = dict[str, float]  # by name, after division
 IGNORED_FRACTION = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores

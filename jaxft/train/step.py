@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.objectives.metrics import Sum, add, neutral
+from jaxft.objectives.metrics import LOSS_SPIKES, Sum, add, neutral
 from jaxft.objectives.objective import Objective
 from jaxft.optim.freezable import FreezableState
 from jaxft.optim.fused_backward import fused_step
@@ -21,7 +21,6 @@ from jaxft.optim.update import StepInfo, to_float32
 from jaxft.train.watch import Watch
 from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 
-LOSS_SPIKES = "loss_spikes"
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 

@@ -332,3 +332,12 @@ def test_a_gradient_of_exactly_zero_for_many_steps_raises_an_alarm_for_every_obj
 def test_a_held_out_loss_that_is_not_finite_raises_an_alarm():
     found = Objective(None, None).report.alarms({}, {"step": 4, "eval_loss": None, "eval_x": None}, False)
     assert len(found.alarms) == 1 and found.alarms[0].startswith("eval_loss is not finite. ")
+
+
+def test_skipped_loss_spikes_raise_an_alarm_at_once_and_when_they_have_doubled():
+    memory, found = {}, []
+    for step, share in ((1, 0.0), (2, 1.0), (3, 0.0), (7, 0.25), (8, 1.0), (9, 0.0), (13, 0.25)):
+        entry = {"step": step, "loss": 1.0, "grad_norm": 1.0, "loss_spikes": share}
+        memory, _, new = Objective(None, None).report.alarms(memory, entry, False)
+        found += [(step, alarm.split(" steps so far")[0]) for alarm in new]
+    assert found == [(2, "1 of 2"), (7, "2 of 7"), (13, "4 of 13")]
