@@ -58,7 +58,9 @@ def main() -> int:
     run, record = settings.value, settings.describe()
     if args.dry_run:
         from jaxft.plan import text
+        from jaxft.runs import folder
 
+        folder.folder_of(Path("runs"), run.name)  # raises ValueError for a name that leads out of runs/
         print(text.dry_run(run, record))
         return 0
     with processes.started(run.hosts, cli.print_error):

@@ -137,6 +137,7 @@ COMMANDS = [
     ("train sft dpo", "'dpo'"),
     ("train sft lrr=1", "near: lr"),
     ("train sft lr=1 lr=2", "lr is given twice"),
+    ("train sft --dry-run name=../out", "name='../out'"),
     ("train nothing --help", "nothing"),
     ("inspect_data", "no recipe"),
     ("inspect_data nothing", "nothing"),
