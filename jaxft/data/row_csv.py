@@ -23,6 +23,10 @@ def read_csv(path: Path) -> Iterator[Outcome]:
             raise ValueError(str(header)) from header
         if not header:
             raise ValueError(f"{path}:1: the file has no header; begin it with a line of column names")
+        if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
+            raise ValueError(
+                f"{path}:1: the header is a single column, {header[0]!r}; separate the columns with commas"
+            )
         if len(set(header)) < len(header):
             raise ValueError(f"{path}:1: the header {header} repeats a column name; rename one of them")
         for line, values in records:

@@ -151,11 +151,16 @@ def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -
     except json.JSONDecodeError as error:
         where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
         near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
+        remedy = "fix or remove it"
+        if error.doc.strip() in ("{", "["):  # the first line of indented JSON
+            remedy = (
+                "a .jsonl file has one object per line; if this is one JSON document, name the file .json"
+            )
         raise InvalidRow(
             where,
             "malformed JSON",
             f"malformed JSON, {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}; "
-            "fix or remove it",
+            f"{remedy}",
         ) from error
     except RecursionError as error:
         raise InvalidRow(

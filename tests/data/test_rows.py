@@ -95,6 +95,12 @@ def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
         ("r.jsonl", '{"text": "' + "ä" * 99 + '" x}', r"r\.jsonl:1: .* near '.*ä\" x}'"),
         ("r.jsonl", "", r"the dataset has no rows"),
         ("r.json", '[{"text": "a"},\n {"text": }]', r"r\.json:2: malformed JSON"),
+        ("r.jsonl", '{\n  "text": "a"\n}\n', r"r\.jsonl:1: malformed JSON, .* name the file \.json"),
+        (
+            "r.csv",
+            "prompt;completion\na;b\n",
+            r"r\.csv:1: the header is a single column, 'prompt;completion'",
+        ),
         ("r.json", '{"text": "a"}\n{"text": }', r"r\.json:2: malformed JSON"),
         ("r.csv", "text,label\na,b\nc\n", r"r\.csv:3: 1 fields do not fit the 2 columns \(text, label\)"),
         ("r.csv", "text,text\na,b\n", r"r\.csv:1: the header"),
