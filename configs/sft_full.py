@@ -3,10 +3,12 @@
     python scripts/train.py --config configs/sft_full.py
     python scripts/train.py --config configs/sft_full.py start=runs/sft name=more   # after configs/sft.py
 
-SmolLM2-135M-Instruct in full: float32 weights and AdamW moments, bfloat16 compute. The learning rate is 1/40
-of LoRA's; `general_loss` before and after shows what the model forgets.
+SmolLM2-135M-Instruct in full: float32 weights and AdamW moments, bfloat16 compute, two packed rows of 512
+tokens per step: 89 steps. Expect json_match of the 96 held-out messages to rise from 0 to more than 0.9. The
+learning rate is 1/30 of LoRA's; `general_loss` before and after shows what the model forgets. Training takes
+3.4 GB, and writing a checkpoint of weights and moments takes more for a while.
 
-Hardware: 2 CPU cores, 4 GB; 7 minutes.
+Hardware: 2 CPU cores, 8 GB; 5 minutes.
 """
 
 from jaxft.data.sft import Rows
