@@ -233,8 +233,8 @@ def _description(card: ModelCard) -> list[str]:
         kind = f"reward model: a {'language model' if kind == 'model' else kind} with a scalar head"
     text = (
         f"A {kind}, fine-tuned from `{card.base}` with jaxft on `{card.data}` ({card.examples} examples): "
-        f"{card.steps} steps of {card.batch} rows, {model.trainable:,} of {model.total:,} parameters "
-        f"trained, {card.optimizer} with lr {card.lr:g}, seed {card.seed}."
+        f"{card.steps} steps of {card.batch} row{'' if card.batch == 1 else 's'}, {model.trainable:,} of "
+        f"{model.total:,} parameters trained, {card.optimizer} with lr {card.lr:g}, seed {card.seed}."
     )
     if card.merged and adapter is not None:
         text += f" A LoRA adapter (rank {adapter.rank}) that was trained along with it is merged."
