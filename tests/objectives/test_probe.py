@@ -31,6 +31,7 @@ from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, pack_rows, synth
 from jaxft.objectives.check.traits import check_antisymmetry, check_difference
 from jaxft.objectives.pair import coupled
 from jaxft.runs import streams
+from jaxft.runs.named_losses import parse_losses
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
 
@@ -484,12 +485,11 @@ def test_a_failed_check_sets_the_exit_code_and_without_a_value_per_pair_there_is
 def test_labels_are_unique_and_each_loss_is_listed_once(tmp_path, monkeypatch):
     (tmp_path / "my.py").write_text(LOSSES + "def ipo(pair): return pair.chosen.logp")
     monkeypatch.chdir(tmp_path)
-    losses = runpy.run_path(SCRIPT)["losses"]
-    mine = losses(["dpo", "my.py:bound,beta=0.2", "dpo", "my.py:ipo"])
+    mine = parse_losses(["dpo", "my.py:bound,beta=0.2", "dpo", "my.py:ipo"])
     assert [x.label for x in mine] == ["dpo", "bound,beta=0.2", "ipo"] and mine[1].fn.keywords == {
         "beta": 0.2
     }
-    assert [x.label for x in losses(["dpo", "my.py:ipo", "ipo", "dpo,beta=0.2"], mine)] == [
+    assert [x.label for x in parse_losses(["dpo", "my.py:ipo", "ipo", "dpo,beta=0.2"], mine)] == [
         "preference_losses:ipo",
         "dpo,beta=0.2",
     ]
