@@ -5,6 +5,7 @@ see jaxft.optim.update.standard_promotion), and the arrays of every function of 
 jaxtyping annotations.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +24,18 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Traces and compiled programs are millions of objects that stay. Python's collector would scan them again and
+# again, which takes an eighth of the time of the tests; so it runs rarely, and not on what a module leaves.
+gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_garbage():
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -72,7 +72,10 @@ def test_value_and_gradients_of_a_loss_are_those_of_torch(name, monkeypatch):
     assert_close((loss, dh, grads["base"]["head"]), (total.item(), h_torch.grad.numpy(), head.grad.numpy()))
 
 
-@pytest.mark.parametrize("settings", [s for s, _ in LOSSES.values()] + [dict(dft=True, z_loss=0.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [*(pytest.param(s, marks=pytest.mark.slow) for s, _ in LOSSES.values()), dict(dft=True, z_loss=0.1)],
+)
 def test_both_ways_to_the_loss_agree_and_its_parts_add_up_in_packed_rows(settings):
     model, whole = tiny()
     objective, some = sft(model, **settings), examples(6)

@@ -93,7 +93,7 @@ SWEEPS = {
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("seeds", "coupled", "moving")))
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("seeds", "coupled", "precomputed", "moving")))
         for kind in SWEEPS
     ],
 )
