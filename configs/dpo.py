@@ -1,20 +1,22 @@
-"""DPO with LoRA: prefer the better of two completions, on the pairs in configs/data.
+"""DPO with LoRA: prefer the better of two completions, on pairs of right and wrong JSON.
 
     python scripts/train.py --config configs/dpo.py start=runs/sft name=sft_dpo   # after configs/sft.py
     python scripts/train.py --config configs/dpo.py data=pairs.jsonl lr=1e-4
 
-SmolLM2-135M-Instruct, LoRA on every linear layer. The reference is the model at step 0, which needs no second
-copy. 26 steps, about 3 minutes and 2 GB on a 2-core CPU. In the pairs that ship, the better completion has
-null where a message leaves something out. The completions differ in a few tokens, so that DPO soon lowers the
-probability of the better one as well; its learning rate is low, and 2e-4 needs DPO-Positive,
-loss=jaxft.objectives.preference_losses:dpop. The first loss is log 2 = 0.6931. After configs/sft.py expect
-json_match of 60 held-out messages to rise from 0.63 to about 0.7, and with DPO-Positive to 0.85.
+SmolLM2-135M-Instruct, LoRA on every linear layer. The reference is the model at step 0, which needs no
+second copy. 26 steps, about 2 minutes and 2 GB on a 2-core CPU. In half of the pairs in
+configs/data/extraction_pairs.jsonl the message lacks a part, and the better completion has null there; in
+the others the worse one has null for a value that is given. The completions differ in a few tokens, so that
+DPO soon lowers the probability of the better one as well: its learning rate is low, and 2e-4 needs
+DPO-Positive, loss=jaxft.objectives.preference_losses:dpop. The first loss is log 2 = 0.6931. After
+configs/sft.py expect json_match of 60 held-out messages to rise from 0.63 to about 0.7, and with
+DPO-Positive to about 0.87.
 
 `loss` is any loss of jaxft.objectives.preference_losses that has a beta, such as
 loss=jaxft.objectives.preference_losses:ipo, or your own, such as loss=configs/examples/my_losses.py:mine. A
 loss that is declared reference-free runs no reference.
 
-Hardware: 2 CPU cores, 2 GB; 3 minutes.
+Hardware: 2 CPU cores, 2 GB; 2 minutes.
 """
 
 from collections.abc import Callable
