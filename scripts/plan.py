@@ -58,7 +58,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Compile the programs and print the plans."""
     args = make_parser().parse_intermixed_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
     from jaxft.plan import machines, plan, programs, search
     from jaxft.plan import text as plan_text
     from jaxft.runs import cli, config
@@ -103,6 +102,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
     from jaxft.runs import cli
 
     cli.quiet()

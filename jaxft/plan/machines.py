@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from jaxft.distributed import xla_flags
+
 TARGETS = Path(__file__).parent / "targets"
 GIB = 2**30
 
@@ -74,6 +76,12 @@ class Machine:
     devices: list[Any]
 
     @property
+    def platform(self) -> str:
+        """The platform of its devices, as in distributed/xla_flags.py."""
+        name: str = self.devices[0].platform
+        return xla_flags.CUDA if name == "gpu" else name
+
+    @property
     def tpu(self) -> bool:
         """Whether its devices are TPUs."""
         return self.devices[0].platform == "tpu"
@@ -120,11 +128,7 @@ def local() -> Machine:
     found = jax.devices()
     kind = found[0].device_kind
     candidates = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-    fraction = (
-        float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
-        if found[0].platform in ("gpu", "cuda")
-        else 1.0
-    )
+    fraction = xla_flags.memory_fraction(os.environ) if found[0].platform in ("gpu", "cuda") else 1.0
     # bytes_limit is only the fraction of a GPU's memory that jax may allocate
     memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
     nearest = min(candidates, key=lambda chip: abs(chip.memory - memory), default=None)

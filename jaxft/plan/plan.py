@@ -1,6 +1,7 @@
 """Compile a run's programs for a machine and return their memory, FLOPs, traffic and estimated time."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft.distributed import devices, sharding
+from jaxft.distributed import devices, sharding, xla_flags
 from jaxft.plan import hlo, memory, traffic
 from jaxft.plan.flops import Flops, flops
 from jaxft.plan.machines import Machine
@@ -107,12 +108,12 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
             *memory.replicated_weights(p),
             *quick_notes(machine),
         ),
-        "gpu": machine.devices[0].platform in ("gpu", "cuda"),
+        "gpu": machine.platform == xla_flags.CUDA,
     }
     with _cache_hits() as hits:
         begin = time.perf_counter()
         try:
-            compiled = traced.lower().compile()
+            compiled = _compile(traced, machine.platform)
         except RuntimeError as error:  # libtpu's compiler refuses programs that do not fit
             needed = memory.parse_out_of_memory(str(error))
             if needed is None:
@@ -122,6 +123,19 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
         seconds = time.perf_counter() - begin
     devices.trim_heap()
     return _compiled_plan(common, memory.resident(p, run), compiled, machine, (seconds, bool(hits)))
+
+
+def _compile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
+    """Compile a program with the settings that a run's process on this platform has."""
+    flags, config = xla_flags.compiler_settings(platform, os.environ)
+    before = {name: getattr(jax.config, name) for name in config}
+    for name, value in config.items():
+        jax.config.update(name, value)
+    try:
+        return traced.lower().compile(compiler_options=dict(flags) or None)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def quick_notes(machine: Machine) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from jaxft.distributed import sharding
+from jaxft.distributed import sharding, xla_flags
 from jaxft.plan import machines
 from jaxft.plan.flops import Flops
 from jaxft.plan.machines import GIB
@@ -15,10 +16,6 @@ from jaxft.plan.plan import PROGRAM_PARTS, Plan, plan
 from jaxft.plan.roofline import ASSUMED, Estimate
 from jaxft.train import partition, programs
 from jaxft.train.settings import Run
-
-PREALLOCATED = (
-    0.75  # fraction of a GPU's memory that jax takes by default, see XLA_PYTHON_CLIENT_MEM_FRACTION
-)
 
 
 def plan_report(p: Plan) -> str:
@@ -123,8 +120,9 @@ def _verdict(p: Plan) -> str:
         return f"does not fit: exceeds{limit} by {(p.missing or 0) / GIB:.2f} GiB{error}"
     assert p.limit is not None and p.total is not None
     text = f"fits, {(p.limit - p.total) / GIB:.2f} of {p.limit / GIB:.2f} GiB are free"
-    if p.total > PREALLOCATED * p.limit and p.gpu:
-        text += "; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, jax takes 0.75 of a GPU by default"
+    fraction = xla_flags.planned_memory_fraction(os.environ)
+    if p.gpu and p.total > fraction * p.limit:
+        text += f"; set {xla_flags.FRACTION}=0.99, a run allocates {fraction:g} of a GPU's memory"
     return text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxft.data.shipped import own_commands
+from jaxft.distributed import xla_flags
 from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
 
@@ -54,8 +55,8 @@ def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, lis
 
 
 def quiet() -> None:
-    """Switch off libraries' log lines and on the persistent compilation cache. Call it before jax is
-    imported.
+    """Switch off libraries' log lines, and on the persistent compilation cache and the platform's defaults
+    for XLA (see distributed/xla_flags.py). Call it before jax is imported.
 
     What the user has set in the environment takes precedence.
     """
@@ -64,6 +65,7 @@ def quiet() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     # A cache that cannot be read or written only costs time.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    xla_flags.apply_settings()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from absl import logging  # Orbax's log, which prints an error with its traceback before it is raised

@@ -12,6 +12,7 @@ import jax
 
 from jaxft import __version__
 from jaxft.data.shipped import ROOT
+from jaxft.distributed import xla_flags
 
 # Libraries whose version may change numbers, tokens or files. Those that are not installed are left out.
 LIBRARIES = (
@@ -23,6 +24,8 @@ LIBRARIES = (
 FLAGS = (
     "XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "JAX_PLATFORMS", "JAX_ENABLE_X64",
     "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE",
+    "JAX_OPTIMIZATION_LEVEL", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT",
+    xla_flags.FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION", xla_flags.SWITCH,
 )  # fmt: skip
 COMPARED = ("python", "packages", "flags", "devices", "processes", "commit")
 
@@ -54,6 +57,7 @@ def environment(step: int = 0) -> dict[str, Any]:
     return {
         **versions(),
         "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
+        "platform_defaults": xla_flags.settings_in_effect(os.environ),  # those among the flags
         "devices": [d.device_kind for d in jax.devices()],
         "processes": jax.process_count(),
         "commit": commit(),

@@ -1,13 +1,14 @@
 """The logs of a job: of a run alone, or of each of a sweep's members with an overview for the console."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxft.data.invalid import invalid_lines
-from jaxft.distributed import processes, sharding
+from jaxft.distributed import processes, sharding, xla_flags
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs import folder as runfolder
@@ -126,6 +127,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         programs.model_summary(lead.programs),
         [
             programs.attention_summary(lead.programs, job.abstract_batch),
+            *xla_flags.settings_lines(os.environ),
             f"{info.stats.summary}; {job.steps} steps",
             info.stats.learned,
             *invalid_lines(info.stats.invalid),

@@ -290,6 +290,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.distributed import xla_flags
     from jaxft.runs.cli import one_line_errors
 
+    xla_flags.apply_settings()  # as a run does
     sys.exit(one_line_errors(main))

@@ -287,6 +287,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.distributed import xla_flags
     from jaxft.runs import cli
 
+    xla_flags.apply_settings()  # as a run does
     sys.exit(cli.one_line_errors(main))

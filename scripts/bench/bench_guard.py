@@ -96,4 +96,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.distributed import xla_flags
+
+    xla_flags.apply_settings()  # as a run does
     sys.exit(main())

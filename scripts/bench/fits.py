@@ -218,7 +218,6 @@ def write(path: Path, cells: dict[str, Any]) -> None:
 def main() -> int:
     """Compile the missing cells, and print the table."""
     a = arguments()
-    os.environ["JAX_PLATFORMS"] = "cpu"
     version = source_hash()
 
     def stored() -> dict[str, Any]:
@@ -249,6 +248,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
     from jaxft.runs import cli
 
     cli.quiet()

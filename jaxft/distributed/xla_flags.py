@@ -1,0 +1,208 @@
+"""Settings of XLA and jax that jaxft applies before jax starts: one table, by platform, with sources.
+
+What the user has set takes precedence, flag by flag. JAXFT_XLA_FLAGS=off applies none of them. This file does
+not import jax, because some of the settings are read when jax is imported.
+
+Not in the table: command buffers and asynchronous collectives, which XLA switches on by itself on GPUs, and
+xla_gpu_triton_gemm_any and CUDA_DEVICE_MAX_CONNECTIONS, which help one generation of GPUs and slow another.
+"""
+
+import importlib.util
+import mmap
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SWITCH = "JAXFT_XLA_FLAGS"
+SWITCHED_OFF = ("off", "0", "false", "no", "none")
+CUDA, TPU, CPU = "cuda", "tpu", "cpu"
+PLATFORM_NAMES = {CUDA: "NVIDIA GPUs", TPU: "TPUs"}
+PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+FLAG_LISTS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # the variables that contain flags; others contain one value
+FRACTION = "XLA_CLIENT_MEM_FRACTION"
+JAX_FRACTION = 0.75  # jax's default
+
+
+@dataclass(frozen=True)
+class PlatformSetting:
+    """A row of the table. variable: the environment variable. flag: its name in a variable that contains
+    flags, "" for a variable with one value. same_as: other variables that set the same.
+    """
+
+    platform: str
+    variable: str
+    flag: str
+    value: str
+    why: str
+    source: str
+    same_as: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"--{self.flag}={self.value}" if self.flag else f"{self.variable}={self.value}"
+
+
+TABLE_OF_SETTINGS = (
+    PlatformSetting(
+        CUDA, "JAX_OPTIMIZATION_LEVEL", "", "O1",
+        "latency-hiding scheduler, pipelined collectives, loops with collectives unrolled twice",
+        "https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance",
+    ),
+    PlatformSetting(
+        CUDA, FRACTION, "", "0.95",
+        "jax takes 0.75 of a GPU's memory by default; CUDA, cuBLAS, cuDNN and NCCL need the rest",
+        "https://docs.jax.dev/en/latest/gpu_memory_allocation.html",
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION",),
+    ),
+)  # fmt: skip
+
+
+def accelerator(environ: Mapping[str, str], dev: Path = Path("/dev")) -> str:
+    """Return the platform that jax will start, "cuda", "tpu" or "cpu", without starting it.
+
+    environ: environment variables. dev: the folder of device files.
+    """
+    chosen = [name.strip() for name in environ.get("JAX_PLATFORMS", "").lower().split(",") if name.strip()]
+    if chosen:
+        aliases = {"gpu": CUDA, "cuda": CUDA, "tpu": TPU}
+        return aliases.get(chosen[0], CPU)
+    tpus = any(dev.glob("accel[0-9]*")) or any((dev / "vfio").glob("[0-9]*"))
+    if tpus and is_installed("libtpu"):
+        return TPU
+    hidden = environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+    gpus = any(dev.glob("nvidia[0-9]*")) or (dev / "dxg").exists()  # dxg: Windows Subsystem for Linux
+    return CUDA if gpus and not hidden and any(map(is_installed, PLUGINS)) else CPU
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False
+
+
+def is_off(environ: Mapping[str, str]) -> bool:
+    """Whether JAXFT_XLA_FLAGS switches the table off."""
+    return environ.get(SWITCH, "").strip().lower() in SWITCHED_OFF
+
+
+def unset_settings(platform: str, environ: Mapping[str, str]) -> list[PlatformSetting]:
+    """Return the rows for a platform that are neither set by the user nor switched off."""
+    if is_off(environ):
+        return []
+    return [row for row in TABLE_OF_SETTINGS if row.platform == platform and not is_set(row, environ)]
+
+
+def is_set(row: PlatformSetting, environ: Mapping[str, str]) -> bool:
+    """Whether the environment has a value for a row's flag or variable, the row's or another one."""
+    if not row.flag:
+        return any(environ.get(name) for name in (row.variable, *row.same_as))
+    text = environ.get(row.variable, "")
+    if row.variable == "XLA_FLAGS" and text.strip() and not text.lstrip().startswith("-"):
+        return True  # the name of a file of flags, to which none can be added
+    return any(given.lstrip("-").partition("=")[0] == row.flag for given in text.split())
+
+
+def with_settings(
+    platform: str, environ: Mapping[str, str], knows: Callable[[str, str], bool]
+) -> dict[str, str]:
+    """Return the environment variables to set for a platform; they contain what the user has set.
+
+    knows(variable, flag): whether the libraries that read the variable know a flag. They end the process at
+    one that they don't know.
+    """
+    changed: dict[str, str] = {}
+    for row in unset_settings(platform, environ):
+        if not row.flag:
+            changed[row.variable] = row.value
+        elif knows(row.variable, row.flag):
+            before = changed.get(row.variable, environ.get(row.variable, ""))
+            changed[row.variable] = f"{before} {row}".strip()
+    return changed
+
+
+def is_known(variable: str, flag: str) -> bool:
+    """Whether all installed libraries that read a variable contain a flag of this name."""
+    files = flag_libraries(variable)
+    return bool(files) and all(contains_name(file, flag) for file in files)
+
+
+def flag_libraries(variable: str) -> list[Path]:
+    """Return the installed libraries that parse XLA_FLAGS or LIBTPU_INIT_ARGS."""
+    if variable == "LIBTPU_INIT_ARGS":
+        own = os.environ.get("TPU_LIBRARY_PATH")
+        return [Path(own)] if own else libraries("libtpu", "libtpu.so")
+    found = libraries("jaxlib", "libjax_common.so")
+    return found and found + [file for name in PLUGINS for file in libraries(name, "xla_cuda_plugin.so")]
+
+
+def libraries(module: str, name: str) -> list[Path]:
+    """Return the file of this name in the folder of a module that can be imported, or []."""
+    spec = importlib.util.find_spec(module) if is_installed(module) else None
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return [file for folder in folders if (file := Path(folder) / name).is_file()]
+
+
+def contains_name(file: Path, name: str) -> bool:
+    """Whether a library contains a name as a C string."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"\0" + name.encode() + b"\0") >= 0
+
+
+def apply_settings() -> None:
+    """Set the environment variables of the table for the platform that jax will start.
+
+    Call it before jax's devices are used; what the user has set stays. On a CPU nothing changes.
+    """
+    changed = with_settings(accelerator(os.environ), os.environ, is_known)
+    os.environ.update(changed)
+    if "jax" in sys.modules:  # it has read its own variables already
+        for name, value in changed.items():
+            if name.startswith("JAX_"):
+                sys.modules["jax"].config.update(name.lower(), value)
+
+
+def settings_in_effect(environ: Mapping[str, str]) -> list[str]:
+    """Return the table's rows for this process's platform that have the table's value, as text."""
+    if is_off(environ):
+        return []
+    rows = [row for row in TABLE_OF_SETTINGS if row.platform == accelerator(environ)]
+    return [
+        str(row)
+        for row in rows
+        if (str(row) in environ.get(row.variable, "").split() if row.flag else
+            environ.get(row.variable) == row.value)
+    ]  # fmt: skip
+
+
+def settings_lines(environ: Mapping[str, str]) -> list[str]:
+    """Return the start-up line about the settings in effect; none on a CPU."""
+    rows = settings_in_effect(environ)
+    platform = PLATFORM_NAMES.get(accelerator(environ))
+    return [f"defaults for {platform}: {', '.join(rows)} ({SWITCH}=off omits them)"] if rows else []
+
+
+def compiler_settings(
+    platform: str, environ: Mapping[str, str]
+) -> tuple[dict[str, str | bool], dict[str, str]]:
+    """Return (compiler options, jax.config options) with which a process that compiles for another platform
+    gets the program of a run there.
+    """
+    rows = unset_settings(platform, environ)
+    known = [row for row in rows if row.flag and is_known(row.variable, row.flag)]
+    as_bool = {"true": True, "false": False}
+    flags = {row.flag: as_bool.get(row.value, row.value) for row in known}
+    return flags, {row.variable.lower(): row.value for row in rows if row.variable.startswith("JAX_")}
+
+
+def memory_fraction(environ: Mapping[str, str]) -> float:
+    """Return the fraction of a GPU's memory that jax may allocate in a process with this environment."""
+    given = environ.get(FRACTION) or environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    return float(given) if given else JAX_FRACTION
+
+
+def planned_memory_fraction(environ: Mapping[str, str]) -> float:
+    """Return the fraction of a GPU's memory that a run started with this environment may allocate."""
+    return memory_fraction({**environ, **with_settings(CUDA, environ, lambda variable, flag: False)})

@@ -1,0 +1,129 @@
+"""Measure the start of a run: seconds from its launch to its first step, by phase.
+
+    python scripts/bench/bench_start.py [--rounds 3] [--root CLONE ...] [recipe] [knob=value ...]
+    python scripts/bench/bench_start.py --imports
+
+The recipe is sft by default. A cold start has no compiled programs and no tokenised rows in its cache, only
+the model's file; a warm one has both. `evaluation` is that of the model before the first step, which
+completes the held-out prompts of the recipe: it is computation, and not part of `start`. Each --root, a clone
+of jaxft, is measured in turn, so that two commits are compared on the same machine; the default is this one.
+--imports lists what `import jaxft.train.loop` imports, by seconds.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILED = re.compile(r"compiled in ([\d.]+) s")
+STEP = re.compile(r"step +(\d+)")
+PHASES = ("imports, settings and rows", "weights", "compilation", "evaluation", "first step", "start")
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="warm starts of each clone (default 3)")
+    parser.add_argument("--root", type=Path, nargs="+", default=[ROOT], help="clones to compare")
+    parser.add_argument("--imports", action="store_true", help="list the imports of the train loop")
+    parser.add_argument("overrides", nargs="*", default=["sft"], help="the recipe, then knob=value")
+    return parser.parse_args()
+
+
+def phases(root: Path, overrides: list[str], cache: Path) -> dict[str, float]:
+    """Start a run, stop it after its first step, and return the seconds of each phase."""
+    command = [sys.executable, str(root / "scripts" / "train.py"), *overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "JAXFT_CACHE": str(cache)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        times: dict[str, float] = {}
+        compiled = 0.0
+        assert process.stdout is not None
+        for line in process.stdout:
+            now = time.perf_counter() - begin
+            times.setdefault("header", now)
+            if found := COMPILED.search(line):
+                compiled, times["compiled"] = float(found[1]), now
+            elif found := STEP.match(line.strip()):
+                times[found[1]] = now
+                if found[1] == "1":
+                    break
+        process.kill()
+        process.wait()
+    if "1" not in times:
+        raise SystemExit(f"error: {' '.join(command)} ended before its first step")
+    evaluated = times.get("0", times["compiled"])
+    seconds = (
+        times["header"],
+        times["compiled"] - compiled - times["header"],
+        compiled,
+        evaluated - times["compiled"],
+        times["1"] - evaluated,
+        times["1"] - (evaluated - times["compiled"]),
+    )
+    return dict(zip(PHASES, seconds, strict=True))
+
+
+def report(kind: str, root: Path, found: list[dict[str, float]]) -> None:
+    """Print the medians of some starts as a line of JSON."""
+    median = {name: round(statistics.median(one[name] for one in found), 2) for name in PHASES}
+    print(json.dumps({"clone": str(root), kind: len(found), **median}), flush=True)
+
+
+def list_imports() -> None:
+    """Print the packages that the train loop imports, by seconds."""
+    code = "import jaxft.train.loop"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    own: dict[str, int] = {}
+    for line in done.stderr.splitlines():
+        parts = [part.strip() for part in line.removeprefix("import time:").split("|")]
+        if len(parts) == 3 and parts[0].isdigit():
+            package = parts[2].split(".")[0]
+            own[package] = own.get(package, 0) + int(parts[0])
+    for package, micros in sorted(own.items(), key=lambda item: -item[1])[:25]:
+        print(f"{micros / 1e6:7.3f} s  {package}")
+    print(f"{sum(own.values()) / 1e6:7.3f} s  in all")
+
+
+def main() -> int:
+    """Measure, and print a line for each kind of start of each clone."""
+    args = arguments()
+    if args.imports:
+        list_imports()
+        return 0
+    models = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "pypi"
+    with tempfile.TemporaryDirectory() as folder:
+        caches = [Path(folder, str(number)) for number in range(len(args.root))]
+        for root, cache in zip(args.root, caches, strict=True):
+            cache.mkdir()
+            if models.is_dir():
+                (cache / "pypi").symlink_to(models)
+            report("cold", root, [phases(root, args.overrides, cache)])
+        warm: list[list[dict[str, float]]] = [[] for _ in args.root]
+        for _ in range(args.rounds):
+            for root, cache, own in zip(args.root, caches, warm, strict=True):
+                own.append(phases(root, args.overrides, cache))
+        for root, own in zip(args.root, warm, strict=True):
+            report("warm", root, own)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The platform's defaults for XLA: what the user sets stays, unknown flags are never set, CPUs get none."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxft.distributed import xla_flags
+from jaxft.distributed.xla_flags import CPU, CUDA, TPU, PlatformSetting
+from jaxft.plan import plan
+
+GPU_FLAG = "xla_gpu_enable_latency_hiding_scheduler"
+ROWS = (
+    PlatformSetting(CUDA, "XLA_FLAGS", GPU_FLAG, "true", "why", "source"),
+    PlatformSetting(CUDA, "XLA_FLAGS", "xla_second", "3", "why", "source"),
+    PlatformSetting(CUDA, "FRACTION", "", "0.95", "why", "source", ("OLD_FRACTION",)),
+    PlatformSetting(TPU, "LIBTPU_INIT_ARGS", "xla_tpu_third", "true", "why", "source"),
+)
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    monkeypatch.setattr(xla_flags, "TABLE_OF_SETTINGS", ROWS)
+
+
+def settings(platform=CUDA, knows=lambda variable, flag: True, **environ):
+    return xla_flags.with_settings(platform, environ, knows)
+
+
+def test_every_row_has_a_reason_and_a_source():
+    for row in xla_flags.TABLE_OF_SETTINGS:
+        assert row.platform in (CUDA, TPU, CPU) and row.value and row.why
+        assert row.source.startswith("https://")
+        assert bool(row.flag) == (row.variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+
+
+def test_a_platform_gets_its_rows(rows):
+    assert settings() == {"XLA_FLAGS": f"--{GPU_FLAG}=true --xla_second=3", "FRACTION": "0.95"}
+    assert settings(TPU) == {"LIBTPU_INIT_ARGS": "--xla_tpu_third=true"}
+    assert settings(CPU) == {}
+
+
+@pytest.mark.parametrize(
+    "given", ["--xla_second=5", "--xla_second", "-xla_second=5", "--a=b  --xla_second=5"]
+)
+def test_the_users_value_of_a_flag_and_other_flags_stay(rows, given):
+    assert settings(XLA_FLAGS=given)["XLA_FLAGS"] == f"{given} --{GPU_FLAG}=true"
+
+
+def test_a_flag_whose_name_begins_with_that_of_another_is_another(rows):
+    assert "--xla_second=3" in settings(XLA_FLAGS="--xla_second_try=1")["XLA_FLAGS"]
+
+
+@pytest.mark.parametrize("name", ["FRACTION", "OLD_FRACTION"])
+def test_the_users_value_of_a_variable_stays_under_any_of_its_names(rows, name):
+    assert "FRACTION" not in settings(**{name: "0.5"})
+
+
+def test_a_file_of_flags_stays(rows):
+    assert "XLA_FLAGS" not in settings(XLA_FLAGS="/home/me/flags.txt")
+
+
+def test_an_unknown_flag_is_not_set(rows):
+    assert settings(knows=lambda variable, flag: flag != "xla_second")["XLA_FLAGS"] == f"--{GPU_FLAG}=true"
+
+
+@pytest.mark.parametrize("off", ["off", "OFF", "0", "none"])
+def test_one_variable_switches_all_off(rows, off):
+    assert settings(JAXFT_XLA_FLAGS=off) == {}
+    assert (
+        xla_flags.settings_lines({"JAXFT_XLA_FLAGS": off, "JAX_PLATFORMS": "cuda", "FRACTION": "0.95"}) == []
+    )
+
+
+def test_the_start_up_line_lists_what_is_in_effect(rows):
+    environ = {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": "--xla_second=5 --mine=1"}
+    environ |= settings(**environ)
+    (line,) = xla_flags.settings_lines(environ)
+    assert line.startswith(f"defaults for NVIDIA GPUs: --{GPU_FLAG}=true, FRACTION=0.95 (JAXFT_XLA_FLAGS=off")
+    assert settings(**environ) == {}  # processes that this one starts have them already
+    assert xla_flags.settings_lines({"JAX_PLATFORMS": "cpu", "FRACTION": "0.95"}) == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "files", "installed", "found"),
+    [
+        ({}, ["nvidia0", "nvidiactl"], "jax_plugins.xla_cuda12", CUDA),
+        ({}, ["nvidia0"], "jax_plugins.xla_cuda13", CUDA),
+        ({}, ["dxg"], "jax_plugins.xla_cuda12", CUDA),
+        ({}, ["nvidia0"], "", CPU),  # a GPU that jax cannot use
+        ({}, [], "jax_plugins.xla_cuda12", CPU),  # a plugin without a GPU
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["nvidia0"], "jax_plugins.xla_cuda12", CPU),
+        ({"JAX_PLATFORMS": "cpu"}, ["nvidia0"], "jax_plugins.xla_cuda12", CPU),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, [], "", CUDA),
+        ({"JAX_PLATFORMS": "GPU"}, [], "", CUDA),
+        ({}, ["accel0"], "libtpu", TPU),
+        ({}, ["vfio/0"], "libtpu", TPU),
+        ({}, ["accel0"], "", CPU),
+        ({}, [], "libtpu", CPU),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, [], "", TPU),
+    ],
+)
+def test_the_platform_is_known_without_starting_jax(monkeypatch, tmp_path, environ, files, installed, found):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(xla_flags, "is_installed", lambda module: module == installed)
+    assert xla_flags.accelerator(environ, tmp_path) == found
+
+
+def test_on_a_cpu_nothing_changes(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    before = dict(os.environ)
+    xla_flags.apply_settings()
+    assert dict(os.environ) == before and jax.config.jax_optimization_level == "UNKNOWN"
+
+
+def start(code, **environ):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environ, capture_output=True, text=True
+    )
+
+
+def test_a_process_on_a_gpu_starts_jax_with_the_defaults_and_all_flags_that_are_known():
+    names = [row.flag for row in xla_flags.TABLE_OF_SETTINGS if row.variable == "XLA_FLAGS"]
+    flags = [f"--{name}" for name in (GPU_FLAG, *names) if xla_flags.is_known("XLA_FLAGS", name)]
+    assert flags
+    code = (
+        "import os; from jaxft.runs import cli; cli.quiet(); import jax;"
+        "print(jax.config.jax_optimization_level, os.environ['XLA_CLIENT_MEM_FRACTION']);"
+        "jax.config.update('jax_platforms', 'cpu'); jax.devices()"  # no GPU is here
+    )
+    done = start(code, JAX_PLATFORMS="cuda", XLA_FLAGS=" ".join(flags))
+    assert done.returncode == 0 and done.stdout.split() == ["O1", "0.95"], done.stderr
+
+
+def test_jaxlib_ends_the_process_at_a_flag_that_is_unknown():
+    for flag in ("xla_gpu_no_such_flag", GPU_FLAG.removesuffix("er")):
+        assert not xla_flags.is_known("XLA_FLAGS", flag)
+    done = start("import jax; jax.devices()", XLA_FLAGS="--xla_gpu_no_such_flag")
+    assert done.returncode != 0 and "xla_gpu_no_such_flag" in done.stderr
+
+
+def test_a_plan_is_compiled_with_the_settings_of_a_run(monkeypatch):
+    option = PlatformSetting(CPU, "XLA_FLAGS", "xla_cpu_enable_fast_math", "true", "why", "source")
+    level = PlatformSetting(CPU, "JAX_OPTIMIZATION_LEVEL", "", "O1", "why", "source")
+    monkeypatch.setattr(xla_flags, "TABLE_OF_SETTINGS", (option, level))
+    seen = {}
+
+    class Lowered:
+        def compile(self, compiler_options):
+            seen.update(compiler_options, level=jax.config.jax_optimization_level)
+
+    class Traced:
+        def lower(self):
+            return Lowered()
+
+    plan._compile(Traced(), CPU)
+    assert seen == {"xla_cpu_enable_fast_math": True, "level": "O1"}
+    assert jax.config.jax_optimization_level == "UNKNOWN"
+    plan._compile(jax.jit(jnp.sin).trace(1.0), CPU)  # XLA accepts the option by this name
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert xla_flags.compiler_settings(CPU, os.environ) == ({}, {})  # the user's stay
+
+
+def test_the_fraction_of_a_gpus_memory_is_the_users_or_the_tables():
+    assert xla_flags.memory_fraction({}) == 0.75  # what jax takes without any setting
+    assert xla_flags.planned_memory_fraction({}) == 0.95
+    assert xla_flags.planned_memory_fraction({"JAXFT_XLA_FLAGS": "off"}) == 0.75
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        assert xla_flags.planned_memory_fraction({name: "0.5"}) == 0.5
