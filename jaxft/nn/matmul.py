@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
+from jaxft.nn import fp8
 from jaxft.nn.lora import Adapted
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import struct
@@ -45,6 +46,20 @@ def expand_after(w: Weight, x: Array) -> Array:
     if isinstance(w, QTensor) and w.kind != "bits":
         w, _ = jax.lax.optimization_barrier((w, x))
     return expand(w, x.dtype)
+
+
+def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "... O"]:
+    """Return `x @ w` as `out`, in FP8 where w is multiplied so."""
+    if fp8.multiplies_in_fp8(w):
+        return fp8.forward(x, w).astype(out)
+    return dot(x, expand_after(w, x), (-1, 0), out)
+
+
+def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
+    """Return `g @ w^T` as `out`, the gradient by the input of `times`, in FP8 where w is multiplied so."""
+    if fp8.multiplies_in_fp8(w):
+        return fp8.input_gradient(g, w).astype(out)
+    return dot(g, expand_after(w, g), (-1, 1), out)
 
 
 def gather_layer(layer: Any, axes: Any) -> Any:
@@ -128,9 +143,12 @@ def matmul(
     dtype.
 
     w is [I, O], or [O, I] if `transposed`. A QTensor is dequantised here and again in the backward pass, so
-    that no dequantised copy is a residual. The cotangent is cast to x's dtype before both matmuls (the fast
-    path of every backend), and the gradient of a weight has the precision of the accumulator.
+    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/fp8.py), but not for a `wide`
+    result: logits keep their precision. The cotangent is cast to x's dtype before both matmuls (the fast path
+    of every backend), and the gradient of a weight has the precision of the accumulator.
     """
+    if not (transposed or wide):
+        return times(x, w, x.dtype)
     out = accumulation_dtype(x.dtype) if wide else x.dtype
     return dot(x, expand_after(w, x), (-1, 1 if transposed else 0), out)
 
@@ -142,7 +160,10 @@ def _matmul_fwd(x, w, transposed, wide):
 def _matmul_bwd(transposed, wide, residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)
-    dx = dot(g, expand_after(w, g), (-1, 0 if transposed else 1), x.dtype)
+    if transposed or wide:
+        dx = dot(g, expand_after(w, g), (-1, 0 if transposed else 1), x.dtype)
+    else:
+        dx = times_transposed(g, w, x.dtype)
     if isinstance(w, QTensor):
         return dx, None
     return dx, outer(*((g, x) if transposed else (x, g)), w.dtype)
@@ -173,7 +194,8 @@ def lora_matmul(
     """`x @ w + scale * (dropped @ a) @ b` as one matmul `[x, s dropped a] @ [w; b]` (Hu et al. 2021,
     2106.09685).
 
-    dropped: x after dropout. w: [I, O] or a QTensor. scale is frozen: it has no gradient.
+    dropped: x after dropout. w: [I, O] or a QTensor. scale is frozen: it has no gradient. If w is multiplied
+    in FP8, the adapter's matmuls are separate ones in the dtype of x.
     """
     return _lora_fwd(x, dropped, w, a, b, scale)[0]
 
@@ -182,7 +204,10 @@ def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
     if sharding.mesh_has("tensor"):  # concatenating sharded arrays would move them
-        y = dot(x, expand_after(w, x), (-1, 0), x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
+        y = times(x, w, x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
+    elif fp8.multiplies_in_fp8(w):
+        wide = accumulation_dtype(x.dtype)
+        y = (times(x, w, wide) + dot(xa, b.astype(x.dtype), (-1, 0), wide)).astype(x.dtype)
     else:
         y = dot(
             concat_bits(x, xa, -1), concat_bits(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype
@@ -193,7 +218,8 @@ def _lora_fwd(x, dropped, w, a, b, scale):
 def _lora_bwd(residuals, g):
     x, dropped, w, a, b, s = residuals
     g = g.astype(x.dtype)
-    joined = _input_gradients if sharding.mesh_has("tensor") else _input_gradients_joined
+    separate = sharding.mesh_has("tensor") or fp8.multiplies_in_fp8(w)
+    joined = _input_gradients if separate else _input_gradients_joined
     dx, dxa = jax.lax.platform_dependent(g, w, b, cpu=joined, default=_input_gradients)
     dxa = _low(dxa * s)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
@@ -218,7 +244,7 @@ def _input_gradients(g, w, b):
     """The same by two matmuls: where these run at full rate, concatenating and splitting cost time and
     memory.
     """
-    return dot(g, expand_after(w, g), (-1, 1), g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
+    return times_transposed(g, w, g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
 
 
 lora_matmul.defvjp(_lora_fwd, _lora_bwd)
@@ -252,7 +278,7 @@ def _loras_fwd(x, dropped, w, a, b, scale):
     wide, s = accumulation_dtype(x.dtype), scale.astype(x.dtype)
     xa = batched_dot(_grouped(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
     low = batched_dot(xa, b.astype(x.dtype), (1, 0), wide)
-    y = dot(x, expand_after(w, x), (-1, 0), wide)
+    y = times(x, w, wide)
     return (y + low.reshape(y.shape)).astype(x.dtype), (x, dropped, w, a, b, s)
 
 
@@ -266,7 +292,7 @@ def _loras_bwd(residuals, g):
     da = batched_dot(each_x, dxa, (0, 0), a.dtype)
     dw = None if isinstance(w, QTensor) else outer(x, g, w.dtype)  # dead code where w is frozen
     ddropped = batched_dot(dxa, a.astype(x.dtype), (1, 1), x.dtype).reshape(x.shape)
-    return dot(g, expand_after(w, g), (-1, 1), x.dtype), ddropped, dw, da, db, None
+    return times_transposed(g, w, x.dtype), ddropped, dw, da, db, None
 
 
 multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)

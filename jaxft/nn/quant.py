@@ -25,25 +25,30 @@ HOST_CHUNK = 1 << 18  # elements
 class Quant:
     """How the frozen base is stored: the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
-    kind: int8 (a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and for affine4 an offset,
-    per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ, GGUF or
-    scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits too.
-    block and double default to the usual values of the kind. targets: "all-linear" (every linear layer of the
-    blocks) or a regular expression over parameter paths, which may match embed and head too; norms are never
-    quantised.
+    kind: int8 or fp8 (E4M3; both with a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and
+    for affine4 an offset, per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ,
+    GGUF or scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits
+    too. block and double default to the usual values of the kind. targets: "all-linear" (every linear layer
+    of the blocks) or a regular expression over parameter paths, which may match embed and head too; norms are
+    never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8 (see nn.fp8); by default where the
+    device has such matmuls, true emulates them on other devices, false dequantises the weights on all.
     """
 
     kind: str = "nf4"
     block: int | None = None
     double: bool | None = None
     targets: str = "all-linear"
+    fp8_matmul: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in (("kind", str), ("block", int | None), ("double", bool | None), ("targets", str)):
+        kinds = {"kind": str, "block": int | None, "double": bool | None, "targets": str}
+        for name, kind in (kinds | {"fp8_matmul": bool | None}).items():
             value = getattr(self, name)
-            if not isinstance(value, kinds) or (name == "block" and isinstance(value, bool)):
+            if not isinstance(value, kind) or (name == "block" and isinstance(value, bool)):
                 raise ValueError(f"quant.{name}={value!r} has type {type(value).__name__}")
         with_defaults(self.kind, self.block, self.double)
+        if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):
+            raise ValueError(f"quant.fp8_matmul is a setting of quant=fp8; omit it with quant={self.kind}")
 
     @classmethod
     def parse(cls, kind: QuantKind) -> "Quant | None":
@@ -97,10 +102,12 @@ class QTensor:
     kinds are FORMATS: the I inputs form N blocks of `block` (the last may be shorter; None: one block), and
     the weight is `decode(code) * scale + offset`, computed in float32 and rounded to `dtype`.
 
-    codes: uint8 [..., I/2, O], two per byte with the first in the high bits, or int8 [..., I, O].
+    codes: uint8 [..., I/2, O], two per byte with the first in the high bits; of int8 and fp8 [..., I, O],
+    int8 or the bits of E4M3 numbers as uint8.
     scale: [..., N, O], float, or uint8 if outer and mean are given (see quant_formats.encode_scales).
     offset: [..., N, O], for affine4. outer: [..., S] and mean: [...], of quantised scales. index: int32
-    [..., I], the block of each input if blocks are not runs of inputs (GPTQ's act-order).
+    [..., I], the block of each input if blocks are not runs of inputs (GPTQ's act-order). fp8_matmul: see
+    Quant.
     """
 
     codes: Any
@@ -112,6 +119,7 @@ class QTensor:
     outer: Any = None
     mean: Any = None
     index: Any = None
+    fp8_matmul: bool | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -60,6 +60,9 @@ def dynamic_code(signed: bool = True) -> Float[np.ndarray, "256"]:
     return np.sort(np.array(values, np.float32))
 
 
+E4M3 = jnp.float8_e4m3fn  # of fp8: a sign, four exponent bits, three fraction bits; no infinity
+E4M3_LARGEST = np.float32(jnp.finfo(E4M3).max)  # 448
+
 DYNAMIC = dynamic_code()
 DYNAMIC_BOUNDS = (DYNAMIC[:-1] + DYNAMIC[1:]) * np.float32(0.5)
 
@@ -111,6 +114,18 @@ def nearest_int8(x: Array, scale: Array, offset: None) -> Array:
     """Code of int8: `x / scale` rounded to -127 .. 127."""
     xp = x.__array_namespace__()
     return xp.clip(xp.rint(x * _inverse(scale)), -127, 127).astype(np.int8)
+
+
+def scale_fp8(x: Float[Array, "*L N block O"]) -> Scales:
+    """Scale of fp8: the largest magnitude / 448, which becomes the largest number of E4M3."""
+    return _largest(x) * (np.float32(1) / E4M3_LARGEST), None
+
+
+def nearest_fp8(x: Array, scale: Array, offset: None) -> Array:
+    """Code of fp8: the bits of `x / scale` rounded to E4M3, half to even."""
+    xp = x.__array_namespace__()
+    scaled = xp.clip(x * _inverse(scale), -E4M3_LARGEST, E4M3_LARGEST)
+    return scaled.astype(E4M3).view(np.uint8)
 
 
 def scale_int4(x: Float[Array, "*L N block O"]) -> Scales:
@@ -246,6 +261,7 @@ class Format:
     for all of a channel. double: whether scales are quantised too by default, None if they cannot be.
     scale_dtype: stores scales and offsets exactly. scale: blocks of finite float32 -> (scales, offsets).
     nearest: (float32 values, scales, offsets) -> codes. decode: codes -> float32 multiples of the scale.
+    code_dtype: of codes.
     """
 
     bits: int
@@ -255,15 +271,25 @@ class Format:
     scale: Callable[[Any], Scales]
     nearest: Callable[[Any, Any, Any], Any]
     decode: Callable[[Array], Array]
+    code_dtype: Any = np.uint8
 
 
 def _as_float(codes: Array) -> Array:
     return codes.astype(jnp.float32)
 
 
-FormatName = Literal["int8", "int4", "nf4", "fp4", "affine4"]
+def e4m3(codes: UInt8[Array, "..."]) -> Array:
+    """Return the E4M3 numbers whose bits are `codes`.
+
+    Stored as E4M3, XLA's CPU compiler would convert the stacked layers to a wider float at once.
+    """
+    return jax.lax.bitcast_convert_type(codes, E4M3)
+
+
+FormatName = Literal["int8", "fp8", "int4", "nf4", "fp4", "affine4"]
 FORMATS: dict[str, Format] = {
-    "int8": Format(8, None, None, np.float32, scale_int8, nearest_int8, _as_float),
+    "int8": Format(8, None, None, np.float32, scale_int8, nearest_int8, _as_float, np.int8),
+    "fp8": Format(8, None, None, np.float32, scale_fp8, nearest_fp8, lambda codes: _as_float(e4m3(codes))),
     "int4": Format(
         4, 64, None, jnp.bfloat16, scale_int4, nearest_int4, lambda codes: _as_float(codes) - jnp.float32(8)
     ),

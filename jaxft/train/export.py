@@ -139,7 +139,8 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     quant, moments = how.quant, how.moments
     if quant.kind == CHECKPOINT:
         raise ValueError(
-            f"quant={CHECKPOINT} is not a format that can be written; use int8, int4, nf4, fp4 or affine4"
+            f"quant={CHECKPOINT} is not a format that can be written; use int8, fp8, int4, nf4, fp4 or "
+            "affine4"
         )
     block, double = with_defaults(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)

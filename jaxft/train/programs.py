@@ -288,7 +288,7 @@ def step_rows(data: Dataset, shards: int) -> StepRows:
 def model_summary(p: Programs) -> ModelSummary:
     """Return parameter counts and quantisation, for reports."""
     counts = param.count_params(p.partition.trainable_specs), param.count_params(p.partition.specs)
-    quantised = storage.quantisation_summary(p.partition.stored)
+    quantised = storage.quantisation_summary(p.partition.stored, p.mesh)
     model = p.partition.model
     return ModelSummary(*counts, quantised, model.generates, families.has_classifier(model.config))
 

@@ -106,8 +106,8 @@ def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
         _, errors, codes = jax.lax.fori_loop(0, size, partial(one, at=at, factor=factor), start)
         return weight - jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST), codes
 
-    dtype = jnp.int8 if not is_paired(kind) else jnp.uint8
-    codes = jax.lax.fori_loop(0, ins // size, block, (weight[order], jnp.zeros((ins, outs), dtype)))[1]
+    zeros = jnp.zeros((ins, outs), format.code_dtype)
+    codes = jax.lax.fori_loop(0, ins // size, block, (weight[order], zeros))[1]
     return codes[jnp.argsort(order)]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft.nn.quant import QTensor, Quant, is_paired, quantize
+from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
 from jaxft.weights.model_files import Index
 
 
@@ -43,7 +43,7 @@ def block_layout(
     """
     ins, outs = shape
     blocks = -(-ins // block) if block else 1
-    rows, code_dtype = (ins // 2, np.uint8) if is_paired(kind) else (ins, np.int8)
+    rows, code_dtype = ins // 2 if is_paired(kind) else ins, FORMATS[kind].code_dtype
     return QTensor(
         codes=jax.ShapeDtypeStruct((rows, outs), code_dtype),
         kind=kind,

@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.distributed.devices import has_fp8_matmuls
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import fp8, param
 from jaxft.nn.lora import target_paths
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize
@@ -26,12 +27,13 @@ class Storage:
 
     quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
     array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes
-    and scales are stored unchanged.
+    and scales are stored unchanged. fp8_matmul: see nn.quant.Quant.
     """
 
     dtype: DTypeLike
     quantize: tuple[str, int | None, bool | None] | None = None
     layout: QTensor | None = None
+    fp8_matmul: bool | None = None
 
     @property
     def quantised(self) -> bool:
@@ -79,6 +81,12 @@ def choose_storage(
             f"quant={quant.kind} freezes base/{clash}, which is trainable; train an adapter, or set "
             "quant=none"
         )
+    by_channel = any(map(fp8.is_scaled_by_channel, layouts.values()))
+    if quant and quant.kind == CHECKPOINT and quant.fp8_matmul and not by_channel:
+        raise ValueError(
+            "quant.fp8_matmul=true, but the files have no FP8 weights with a scale per output channel; omit "
+            "it, or use quant=fp8"
+        )
     storage = {}
     wide = max(model.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
     for path, spec in param.spec_paths(model.specs).items():
@@ -88,7 +96,7 @@ def choose_storage(
         elif quant and path.removeprefix("base/") in selected:
             layout = layouts.get(path.removeprefix("base/"))
             arguments = None if layout else (quant.kind, quant.block, quant.double)
-            storage[path] = Storage(model.dtype, arguments, layout)
+            storage[path] = Storage(model.dtype, arguments, layout, quant.fp8_matmul)
         else:
             as_bits = is_matrix(spec) and jnp.dtype(model.dtype).itemsize == 2
             storage[path] = Storage(model.dtype, ("bits", None, None) if as_bits else None)
@@ -140,8 +148,10 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
         stacked = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((*spec.shape[:-2], *x.shape), x.dtype), storage.layout
         )
-        return replace(stacked, dtype=jnp.dtype(storage.dtype))
-    return x if arguments is None else jax.eval_shape(lambda x: quantize(x, *arguments), x)
+        return replace(stacked, dtype=jnp.dtype(storage.dtype), fp8_matmul=storage.fp8_matmul)
+    if arguments is None:
+        return x
+    return replace(jax.eval_shape(lambda x: quantize(x, *arguments), x), fp8_matmul=storage.fp8_matmul)
 
 
 def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
@@ -175,9 +185,9 @@ def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:
     return tree.map_with_path(leaf, stored.specs, is_leaf=param.is_spec)
 
 
-def quantisation_summary(stored: StoredModel) -> str:
-    """Summarise the quantised fraction of the base, its format and its bits per parameter; "" if nothing is
-    quantised.
+def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
+    """Summarise the quantised fraction of the base, its format and its bits per parameter, and of FP8 weights
+    how they are multiplied on the mesh; "" if nothing is quantised.
     """
     all_specs = param.spec_paths(stored.specs)
     leaves = [
@@ -190,6 +200,22 @@ def quantisation_summary(stored: StoredModel) -> str:
     sizes = [math.prod(q.shape) for q in leaves]
     mean_bits = sum(bits_per_param(q) * size for q, size in zip(leaves, sizes, strict=True)) / sum(sizes)
     base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if in_base(path))
-    return (
+    text = (
         f"{100 * sum(sizes) / base:.0f} % of the base in {leaves[0].kind}, {mean_bits:.3f} bits a parameter"
     )
+    return text if mesh is None or leaves[0].kind != "fp8" else f"{text}, {fp8_matmuls(leaves[0], mesh)}"
+
+
+def fp8_matmuls(q: QTensor, mesh: Mesh) -> str:
+    """State how an FP8 weight is multiplied on the devices of a mesh, and why."""
+    device = mesh.devices.flat[0]
+    here, kind = has_fp8_matmuls(device), device.device_kind
+    with jax.set_mesh(mesh):
+        multiplied = fp8.multiplies_in_fp8(q)
+    if multiplied:
+        return "multiplied in FP8" if here else f"multiplied in FP8, which is emulated on {kind}"
+    if q.block is not None:
+        reason = "its scales are per block of inputs"
+    else:
+        reason = "quant.fp8_matmul=false" if q.fp8_matmul is False else f"{kind} has no FP8 matmuls"
+    return f"dequantised before matmuls ({reason})"

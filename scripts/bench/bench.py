@@ -31,7 +31,7 @@ import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
+KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 WARM, LEAST = 2, 6  # untimed steps, and the minimum number of timed steps
 
 

@@ -29,7 +29,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gb", type=float, default=4.0, help="size of the random model's files (default 4)")
     parser.add_argument("--processes", type=int, default=2, help="number of processes (default 2)")
     parser.add_argument("--devices", type=int, default=4, help="devices per process (default 4)")
-    parser.add_argument("--quant", default="none", help="none (default), int8, int4, nf4, fp4 or affine4")
+    parser.add_argument(
+        "--quant", default="none", help="none (default), int8, fp8, int4, nf4, fp4 or affine4"
+    )
     parser.add_argument("--full", action="store_true", help="load trainable float32 weights")
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")

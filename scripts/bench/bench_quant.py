@@ -3,9 +3,10 @@
     python scripts/bench/bench_quant.py --model REF --data gsm8k.jsonl [--kinds none int8 nf4 int4:128]
 
 Rows have the formats of scripts/bench/bench.py sft. Perplexity is over all tokens, prompt and completion, and
-compared with that of the first kind. KIND:BLOCK sets the block size. `error` is the relative root mean square
-error of a quantised weight. A model whose weights come from 4-bit files is on a grid already, so a second
-format changes it more than other models.
+compared with that of the first kind. KIND:BLOCK sets the block size. fp8 dequantises weights where the device
+has no FP8 matmuls; fp8-matmul emulates these, with activations rounded to FP8. `error` is the relative root
+mean square error of a quantised weight. A model whose weights come from 4-bit files is on a grid already, so
+a second format changes it more than other models.
 """
 
 import argparse
@@ -18,7 +19,20 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-KINDS = ("none", "int8", "int4", "int4:128", "nf4", "fp4", "affine4:32", "affine4", "affine4:128")
+FP8_MATMUL = "fp8-matmul"  # fp8 with matmuls in FP8, emulated where the device has none
+KINDS = (
+    "none",
+    "int8",
+    "fp8",
+    FP8_MATMUL,
+    "int4",
+    "int4:128",
+    "nf4",
+    "fp4",
+    "affine4:32",
+    "affine4",
+    "affine4:128",
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -46,6 +60,8 @@ def quant_of(kind: str) -> Any:
     from jaxft.nn.quant import Quant
 
     name, _, block = kind.partition(":")
+    if name == FP8_MATMUL:
+        return Quant("fp8", fp8_matmul=True)
     return None if name == "none" else Quant(name, int(block) if block else None)
 
 

@@ -5,7 +5,14 @@ import types
 import jax
 import pytest
 
-from jaxft.distributed.devices import PEAK_BF16, memory_gib, peak_flops
+from jaxft.distributed.devices import (
+    PEAK_BF16,
+    PEAK_FP8,
+    has_fp8_matmuls,
+    memory_gib,
+    peak_flops,
+    peak_fp8_flops,
+)
 
 KINDS = {  # values of jax's device_kind
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -33,9 +40,27 @@ def test_every_device_kind_has_its_data_sheet_peak(kind):
 
 
 def test_table_lists_longer_prefixes_first():
-    names = list(PEAK_BF16)
-    for i, long in enumerate(names):
-        assert not [short for short in names[:i] if long.startswith(short)], long
+    for names in map(list, (PEAK_BF16, PEAK_FP8)):
+        for i, long in enumerate(names):
+            assert not [short for short in names[:i] if long.startswith(short)], long
+
+
+def test_devices_with_fp8_matmuls():
+    yes = """NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe, NVIDIA H200, NVIDIA GH200 480GB, NVIDIA H20,
+        NVIDIA B200, NVIDIA B300 SXM6 AC, NVIDIA GB200, NVIDIA L4, NVIDIA L40S, NVIDIA GB10, TPU7x, TPU v7x,
+        NVIDIA RTX 6000 Ada Generation, NVIDIA RTX PRO 6000 Blackwell Workstation Edition,
+        NVIDIA GeForce RTX 4090, NVIDIA GeForce RTX 4070 Ti SUPER, NVIDIA GeForce RTX 5090"""
+    no = """NVIDIA A100-SXM4-80GB, NVIDIA A10G, NVIDIA RTX A6000, NVIDIA GeForce RTX 3090, Tesla T4,
+        NVIDIA GeForce GTX 1080, NVIDIA A40, Tesla V100-SXM2-16GB, TPU v5 lite, TPU v5, TPU v6 lite, TPU v4,
+        Quadro RTX 5000, AMD Instinct MI250"""
+    for kinds, expected in ((yes, True), (no, False)):
+        for kind in kinds.split(","):
+            kind = " ".join(kind.split())
+            one = types.SimpleNamespace(platform="tpu" if "TPU" in kind else "gpu", device_kind=kind)
+            assert has_fp8_matmuls(one) == expected, kind
+            if kind.startswith(tuple(PEAK_FP8)):  # others are benchmarked
+                assert peak_fp8_flops(one) / peak_flops(one) == pytest.approx(2, rel=0.02)
+    assert not has_fp8_matmuls(jax.devices()[0])
 
 
 def test_unlisted_device_is_benchmarked():

@@ -57,13 +57,14 @@ def leaf_specs(config, path, quant, **sizes):
         # with a short last block the inputs are never sharded
         (SMOL, "attn/q", Quant("int4", 128), {"fsdp": 3}, P(None, None, "fsdp")),
         (SMOL, "attn/q", Quant("int8"), {"fsdp": 4}, P(None, "fsdp", None)),
+        (SMOL, "attn/q", Quant("fp8"), {"fsdp": 4}, P(None, "fsdp", None)),
         (SMOL, "attn/q", Quant("affine4"), {"data": 4}, P(None, None, None)),
     ],
 )
 def test_codes_are_sharded_between_blocks_and_scales_with_them(config, path, quant, sizes, expected):
     specs = leaf_specs(config, path, quant, **sizes)
     assert specs.pop("codes") == expected
-    if quant.kind == "int8":
+    if quant.kind in ("int8", "fp8"):
         expected = P(expected[0], None, expected[2])  # one scale for all inputs
     for name in ("outer", "mean"):
         assert specs.pop(name, P()) == P()
@@ -138,7 +139,7 @@ def shard_tree(mesh, specs, params):
 def test_quantised_matmul_on_a_mesh_equals_one_device(x64, kind, axes):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
     spec = param.ParamSpec((2, 64, 64), axes, param.full(0.0))
-    q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind == "int8" else 16)
+    q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind in ("int8", "fp8") else 16)
     x = jnp.asarray(rng.normal(size=(8, 3, 64)))
 
     def loss(x, q):

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from jaxft.nn.quant import (
 EVERY = np.arange(2**16, dtype=np.uint16).reshape(4, 128, 128)
 OTHERS = [("int4", 128, None), ("affine4", 32, None), ("nf4", 64, False), ("fp4", 16, False)]
 FORMS = [*((kind, None, None) for kind in KINDS), *OTHERS]
+PER_CHANNEL = ("int8", "fp8")  # one scale for all inputs of a channel
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f)))
 
 
@@ -61,6 +63,7 @@ def expanded(q):
         return np.repeat(x, q.block or ins, -2)[..., :ins, :].astype(np.float32)
 
     codes, table = unpacked(q), {"nf4": quant_formats.NF4, "fp4": quant_formats.FP4}.get(q.kind)
+    codes = codes.view(ml_dtypes.float8_e4m3fn) if q.kind == "fp8" else codes
     value = codes.astype(np.float32) - (8 if q.kind == "int4" else 0) if table is None else table[codes]
     return value * each(scales(q)) + (0 if q.offset is None else each(np.asarray(q.offset)))
 
@@ -90,7 +93,7 @@ def weights(draw, kinds=KINDS):
     last blocks.
     """
     kind = draw(st.sampled_from(kinds))
-    block = None if kind == "int8" else draw(st.sampled_from([None, 2, 16, 32, 128]))
+    block = None if kind in PER_CHANNEL else draw(st.sampled_from([None, 2, 16, 32, 128]))
     double = draw(st.sampled_from([None, False])) if kind in ("nf4", "fp4") else None
     lead = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
     ins, outs = 2 * draw(st.integers(1, 90)), draw(st.integers(1, 9))
@@ -114,6 +117,8 @@ def half_a_step(kind, part):
     absmax = np.abs(part).max(-2, keepdims=True)
     if kind == "int8":
         return absmax / 127 / 2
+    if kind == "fp8":  # three bits of fraction; numbers below 2^-6 are 2^-9 apart
+        return np.maximum(np.abs(part) * 2.0**-4, absmax / 448 * 2.0**-10)
     if kind == "int4":
         return absmax / 7 / 2 * (1 + 2**-7)  # the scale is rounded up to bfloat16
     if kind == "affine4":
@@ -177,14 +182,14 @@ def test_blocks_of_zeros_stay_zero_and_change_no_other_block(form):
     w = random(2, 256, 6)
     w[:, 128:, :3] = 0
     back = np.asarray(dequantize(quantize(w, *form)))
-    assert not back[:, 128:, :3].any() or form[0] == "int8"
+    assert not back[:, 128:, :3].any() or form[0] in PER_CHANNEL
     assert not np.asarray(dequantize(quantize(0 * w, *form))).any()
     assert np.abs(back - w).max() < 0.2 * np.abs(w).max()
 
 
 @every_form
 def test_an_outlier_affects_its_own_block_only(form):
-    if form[0] == "int8" or form[2] is None and form[0] in ("nf4", "fp4"):
+    if form[0] in PER_CHANNEL or form[2] is None and form[0] in ("nf4", "fp4"):
         return  # all inputs of a channel are a block; scales in 8 bits share a mean
     w = random(256, 4)
     plain = np.asarray(dequantize(quantize(w, *form)))
@@ -265,6 +270,7 @@ def test_full_blocks_do_not_depend_on_a_short_last_one():
     "form, expected",
     [
         (("int8", None, None), 8 + 32 / 2048),
+        (("fp8", None, None), 8 + 32 / 2048),
         (("int4", 64, None), 4 + 16 / 64),
         (("int4", 128, None), 4 + 16 / 128),
         (("nf4", 64, False), 4 + 32 / 64),
@@ -448,7 +454,11 @@ def test_is_qtensor_stops_at_a_qtensor_whose_kind_is_structure():
     assert is_qtensor(q) and not is_qtensor(q.codes) and len(jax.tree.leaves(q)) == 1
     assert jax.tree.leaves({"w": q}, is_leaf=is_qtensor) == [q]
     weight = np.ones((4, 2), np.float16)
-    forms = [("bits", None, None), ("int8", None, None), *itertools.product(("int4",), (2, 4), (None,))]
+    forms = [
+        ("bits", None, None),
+        *((kind, None, None) for kind in PER_CHANNEL),
+        *itertools.product(("int4",), (2, 4), (None,)),
+    ]
     forms += [*itertools.product(("nf4", "fp4"), (2, 4), (False, True))]
     for one, other in itertools.combinations(forms, 2):
         assert jax.tree.structure(quantize(weight, *one)) != jax.tree.structure(quantize(weight, *other))
@@ -480,7 +490,7 @@ def test_a_qtensor_has_no_gradient():
     [
         (
             partial(quantize, np.ones((2, 2)), "int3"),
-            "quant=int3: this quantisation is not implemented; use one of int8, int4, nf4, ",
+            "quant=int3: this quantisation is not implemented; use one of int8, fp8, int4, ",
         ),
         (
             partial(quantize, np.ones((2, 2), np.float32), "bits"),
@@ -508,6 +518,15 @@ def test_a_qtensor_has_no_gradient():
             partial(Quant, "int8", 64),
             "int8 has one scale per channel, got block=64; set it to none",
         ),
+        (
+            partial(Quant, "fp8", 128),
+            "fp8 has one scale per channel, got block=128; set it to none",
+        ),
+        (
+            partial(Quant, "int8", fp8_matmul=True),
+            "quant.fp8_matmul is a setting of quant=fp8; omit it with quant=int8",
+        ),
+        (partial(Quant, "fp8", fp8_matmul="yes"), "quant.fp8_matmul='yes' has type str"),
         (partial(Quant, "nf4", 63), "a block must be even and at least 2; got block=63"),
         (partial(Quant, "int4", 0), "a block must be even and at least 2; got block=0"),
         (

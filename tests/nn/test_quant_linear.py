@@ -22,7 +22,11 @@ from jaxft.objectives.sft import sft
 from jaxft.train import partition
 from jaxft.weights import storage
 
-FORMS = [("int8", None, None), *((kind, 16, None) for kind in KINDS if kind != "int8"), ("nf4", 16, False)]
+FORMS = [
+    *((kind, None, None) for kind in ("int8", "fp8")),  # formats with a scale per channel
+    *((kind, 16, None) for kind in KINDS if kind not in ("int8", "fp8")),
+    ("nf4", 16, False),
+]
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f)))
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 
@@ -143,7 +147,7 @@ def quantised(whole, form, pattern=r"layers/(attn|mlp)/.*"):
     return {**whole, "base": tree.map_with_path(pack, whole["base"])}
 
 
-@pytest.mark.parametrize("form, remat", [(FORMS[0], "none"), (FORMS[1], "full"), (FORMS[2], "projections")])
+@pytest.mark.parametrize("form, remat", [(FORMS[0], "none"), (FORMS[2], "full"), (FORMS[3], "projections")])
 def test_loss_and_gradients_equal_those_of_the_dequantised_base(x64, form, remat):
     model, whole = tiny(adapter=Adapter(rank=3, alpha=5.0, dropout=0.2), remat=remat)
     whole, batch, key = quantised(whole, form), one_by_one(examples(4)), jax.random.key(1)
@@ -157,7 +161,7 @@ def test_loss_and_gradients_equal_those_of_the_dequantised_base(x64, form, remat
     assert_close(both(whole), both(plain(whole)))
 
 
-@pytest.mark.parametrize("form, tied", [(FORMS[0], False), (FORMS[2], True)])
+@pytest.mark.parametrize("form, tied", [(FORMS[0], False), (FORMS[3], True)])
 def test_a_quantised_head_and_table_work_in_the_chunked_loss(x64, form, tied):
     model, whole = tiny(adapter=Adapter(rank=3, targets=("q", "head")), tied=tied)
     whole, batch = quantised(whole, form, "head|embed"), one_by_one(examples(4))
@@ -206,7 +210,8 @@ def program(kind, config, remat="projections"):
 
 
 @pytest.mark.parametrize(
-    "kind, remat", [("nf4", "full"), ("nf4", "projections"), ("nf4", "none"), ("int8", "none")]
+    "kind, remat",
+    [("nf4", "full"), ("nf4", "projections"), ("nf4", "none"), ("int8", "none"), ("fp8", "none")],
 )
 def test_no_float_copy_of_the_base_exists_in_a_step(kind, remat):
     text = program(kind, DEEP, remat).as_text()
@@ -216,8 +221,8 @@ def test_no_float_copy_of_the_base_exists_in_a_step(kind, remat):
     }
     for size in ((32, 40), (32, 20), (40, 32), (32, 48), (48, 32)):
         floats = {dtype for dtype, dims in found if dims == size}
-        assert floats <= {"s8"}, (size, floats)
-        held = ("s8", size) if kind == "int8" else ("u8", (size[0] // 2, size[1]))
+        assert floats <= {"s8", "u8"}, (size, floats)
+        held = {"int8": ("s8", size), "fp8": ("u8", size)}.get(kind, ("u8", (size[0] // 2, size[1])))
         assert held in found, size
 
 

@@ -47,7 +47,7 @@ SETTINGS = [
     ("train=(", "train: '('"),
     ("train=([a-z/]+)+!", "train: "), ("quant=nf5", "quant=nf5"), ("quant=checkpoint", "checkpoint"),
     ("quant=nf4 quant.block=3", "block"), ("quant=nf4 quant.block=-64", "block"),
-    ("quant=int8 quant.double=true", "double"),
+    ("quant=int8 quant.double=true", "double"), ("quant=nf4 quant.fp8_matmul=true", "quant.fp8_matmul"),
     ("quant=nf4 quant.targets=nothing", "targets"), ("quant=nf4 quant.targets=([a-z/]+)+!", "targets"),
     ("quant=nf4 quant.targets=[", "targets"), ("remat=none_of_these", "remat"), ("params=float8", "params"),
     ("data.max_length=0", "max_length"), ("data.max_length=-64", "max_length"),

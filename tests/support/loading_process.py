@@ -17,6 +17,7 @@ from jaxft.weights import adapters, gguf, init, pretrained, safetensors
 
 FORMS = {
     "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16),
+    "fp8": Quant("fp8"),
     "nf4": Quant("nf4", 16), "nf4, plain scales": Quant("nf4", 16, False), "fp4": Quant("fp4", 32),
     "affine4": Quant("affine4", 16),
     "a short block": Quant("nf4", 48, targets="layers/(attn/(q|v)|mlp/gate)"),

@@ -49,7 +49,8 @@ def test_the_log_the_record_and_the_card_name_the_format_and_checkpoints_omit_th
     assert place.run(*SHORT, f"quant={kind}", f"name={kind}") == 0, place.err()
     assert f"frozen: 69 % of the base in {kind}, " in place.out()
     record = json.loads((place.runs(kind) / "config.json").read_text())
-    assert record["quant"] == {"kind": kind, "block": None, "double": None, "targets": "all-linear"}
+    settings = {"kind": kind, "block": None, "double": None, "targets": "all-linear", "fp8_matmul": None}
+    assert record["quant"] == settings
     assert (
         f"The frozen weights were quantised: 69 % of the base in {kind}, "
         in (place.runs(kind) / "README.md").read_text()

@@ -49,7 +49,7 @@ KINDS = {
 }
 QUANTISED = {
     kind: ("sft", [f"quant={kind}", "dropout=0.2", "micro=2"], set())
-    for kind in ("int8", "int4", "fp4", "affine4")
+    for kind in ("int8", "fp8", "int4", "fp4", "affine4")
 }  # nf4: with dropout above
 # Rows of tiny_families.
 OF_FAMILIES = {name: (name, ["dropout=0.2", "micro=2"], set()) for name in FAMILIES}

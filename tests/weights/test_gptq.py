@@ -24,7 +24,7 @@ from jaxft.weights import gptq, pretrained, storage
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),
-         ("int8", None, None)]  # fmt: skip
+         ("int8", None, None), ("fp8", None, None)]  # fmt: skip
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f[0]}-{f[2]}")
 
 
