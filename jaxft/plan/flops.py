@@ -1,17 +1,20 @@
 """Floating-point operations of a train step: of the model, and of the traced program."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.train import programs
 from jaxft.train.settings import Run
 from jaxft.tree import Batch
+
+FP8 = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Flops:
     model: FLOPs that the algorithm needs, which MFU counts: forward passes times 2 (frozen base) or 3
     (trained base), plus the forward pass of a live reference, for filled rows only.
     program: FLOPs of all matmuls that run, including recomputation and empty rows, which HFU counts.
+    fp8: those of `program` in FP8.
     Attention kernels skip masked blocks and are not in the jaxpr. Both counts use the model's formula for
     them: causal attention over the full row.
     """
@@ -31,6 +35,7 @@ class Flops:
     slots: int
     model: float
     program: float
+    fp8: float = 0.0
 
     @property
     def empty_fraction(self) -> float:
@@ -61,11 +66,21 @@ def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Trace
     done = max(useful, matmul_flops(traced.jaxpr.jaxpr))
     model_flops = useful + passes * attention
     program_flops = done + passes * attention * done / useful
-    return Flops(round(slots * filled), slots, model_flops * filled, program_flops)
+    fp8 = matmul_flops(traced.jaxpr.jaxpr, is_fp8)
+    return Flops(round(slots * filled), slots, model_flops * filled, program_flops, fp8)
 
 
-def matmul_flops(jaxpr: Any) -> float:
-    """Return the FLOPs of all matmuls in a jaxpr, summed over devices.
+def is_fp8(eqn: Any) -> bool:
+    """Whether all operands of an equation are in FP8."""
+    return all(jnp.dtype(x.aval.dtype) in FP8 for x in eqn.invars)
+
+
+def _is_any(eqn: Any) -> bool:
+    return True
+
+
+def matmul_flops(jaxpr: Any, counts: Callable[[Any], bool] = _is_any) -> float:
+    """Return the FLOPs of the matmuls in a jaxpr that `counts` selects, by their equation, on all devices.
 
     Scans count once per iteration, and a conditional as its most expensive branch. Kernels and while loops
     are skipped; in jaxft they contain only attention.
@@ -73,16 +88,16 @@ def matmul_flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if name == "dot_general":
+        if name == "dot_general" and counts(eqn):
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
         elif name == "cond":
-            total += max(matmul_flops(branch.jaxpr) for branch in eqn.params["branches"])
+            total += max(matmul_flops(branch.jaxpr, counts) for branch in eqn.params["branches"])
         elif name not in ("while", "pallas_call"):
             times = eqn.params["length"] if name == "scan" else 1
             times *= eqn.params["mesh"].size if name == "shard_map" else 1
-            total += times * sum(matmul_flops(inner) for inner in _inner_jaxprs(eqn.params))
+            total += times * sum(matmul_flops(inner, counts) for inner in _inner_jaxprs(eqn.params))
     return total
 
 

@@ -187,8 +187,9 @@ def _compiled_plan(
     moved = traffic.memory_bytes(module)
     time_estimate = None
     if machine.chip is not None and counts is not None:
-        peak = devices.peak_flops(machine.devices[0])
-        time_estimate = estimate(machine, (counts.model, counts.program), moved, moves, peak)
+        peak, fp8 = devices.peak_flops(machine.devices[0]), devices.peak_fp8_flops(machine.devices[0])
+        pair = counts.model, counts.program
+        time_estimate = estimate(machine, pair, moved, moves, peak, (counts.fp8, fp8))
     return Plan(
         **common, parts={name: size for name, size in parts.items() if size}, total=total,
         missing=total - limit if limit is not None and total > limit else None,

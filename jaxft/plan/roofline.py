@@ -23,7 +23,8 @@ class Estimate:
     weights: seconds of the collectives that gather weights and scatter gradients, overlapped or exposed.
     serial: seconds of a step in which nothing overlaps.
     bottleneck: the largest part of the step, as text.
-    mfu, hfu: fractions of peak FLOP/s, see flops.Flops.
+    mfu, hfu: fractions of the peak FLOP/s of bfloat16, see flops.Flops.
+    without_fp8: seconds of the matmuls if those in FP8 ran in bfloat16.
     """
 
     compute: float
@@ -36,20 +37,28 @@ class Estimate:
     bottleneck: str
     mfu: float
     hfu: float
+    without_fp8: float
 
 
 def estimate(
-    machine: Machine, flops: tuple[float, float], moved: float, found: Sequence[Collective], peak: float
+    machine: Machine,
+    flops: tuple[float, float],
+    moved: float,
+    found: Sequence[Collective],
+    peak: float,
+    fp8: tuple[float, float] = (0.0, 1.0),
 ) -> Estimate:
     """Estimate the time of a step.
 
     flops: of the model and of the program, on all devices; moved: bytes of main memory traffic per device;
-    peak: FLOP/s per device. Raises ValueError for a machine whose chip is not in machines.CHIPS.
+    peak: FLOP/s per device. fp8: those of the program's FLOPs that are in FP8, and their peak FLOP/s. Raises
+    ValueError for a machine whose chip is not in machines.CHIPS.
     """
     if machine.chip is None:
         raise ValueError(f"{machine.name}: unknown chip; add it to jaxft.plan.machines.CHIPS")
     count = len(machine.devices)
-    compute = flops[1] / (count * peak * MATMULS)
+    without_fp8 = flops[1] / (count * peak * MATMULS)
+    compute = without_fp8 - fp8[0] * (1 / peak - 1 / fp8[1]) / (count * MATMULS) if fp8[0] else without_fp8
     memory = moved / (machine.chip.memory_rate * MEMORY)
     took = [(c, seconds(machine, c)) for c in found]
     overlapped = sum(s for c, s in took if c.overlapped)
@@ -63,7 +72,9 @@ def estimate(
         bottleneck = "exposed weight gathers" if mostly_weights else "activation collectives"
     mfu, hfu = (n / (step * count * peak) for n in flops)
     serial = compute + memory + overlapped + exposed
-    return Estimate(compute, memory, overlapped, exposed, weights, step, serial, bottleneck, mfu, hfu)
+    return Estimate(
+        compute, memory, overlapped, exposed, weights, step, serial, bottleneck, mfu, hfu, without_fp8
+    )
 
 
 def seconds(machine: Machine, c: Collective) -> float:

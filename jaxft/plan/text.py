@@ -100,7 +100,13 @@ def _time_lines(f: Flops, e: Estimate) -> list[str]:
         f"{e.overlapped:.3f}, exposed collectives {e.exposed:.3f}; without overlap {e.serial:.3f}"
     )
     rate = f"MFU {100 * e.mfu:.0f} %, HFU {100 * e.hfu:.0f} %, {f.tokens / e.step:,.0f} tokens/s"
-    return [f"step: {e.step:.3f} s, {rate}; limited by {e.bottleneck} ({parts})", f"assumed: {ASSUMED}"]
+    lines = [f"step: {e.step:.3f} s, {rate}; limited by {e.bottleneck} ({parts})"]
+    if f.fp8:
+        lines.append(
+            f"FP8: {100 * f.fp8 / f.program:.0f} % of the program's FLOPs; in bfloat16 its matmuls would "
+            f"take {e.without_fp8:.3f} s instead of {e.compute:.3f}"
+        )
+    return [*lines, f"assumed: {ASSUMED}"]
 
 
 def dry_run(run: Run, record: dict[str, Any]) -> str:

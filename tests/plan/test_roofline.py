@@ -8,9 +8,10 @@ import pytest
 from tiny_plan import TINY, made_up, tiny
 
 from jaxft.distributed import sharding
+from jaxft.nn.quant import Quant
 from jaxft.plan import plan, roofline, traffic
 from jaxft.plan import text as plan_text
-from jaxft.plan.flops import Flops, flops, matmul_flops
+from jaxft.plan.flops import Flops, flops, is_fp8, matmul_flops
 from jaxft.train import programs
 
 
@@ -59,6 +60,28 @@ def test_matmul_flops_multiply_scans_and_take_the_largest_branch():
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     assert matmul_flops(jax.make_jaxpr(one)(x).jaxpr) == 5 * 2 * 8**3
     assert matmul_flops(jax.make_jaxpr(jax.grad(lambda x: one(x).sum()))(x).jaxpr) == 3 * 5 * 2 * 8**3
+
+
+def test_fp8_matmuls_are_counted_and_take_less_time():
+    run = tiny(quant=Quant("fp8", fp8_matmul=True))
+    assert counted(run).fp8 == 0  # emulated in other dtypes
+
+    def one(x):
+        small = x.astype(jnp.float8_e4m3fn)
+        both = jax.lax.dot_general(
+            small, x.astype(jnp.float8_e5m2), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return both + x @ x
+
+    jaxpr = jax.make_jaxpr(one)(jax.ShapeDtypeStruct((8, 8), jnp.float32)).jaxpr
+    assert matmul_flops(jaxpr) == 2 * matmul_flops(jaxpr, is_fp8) == 2 * 2 * 8**3
+    e = roofline.estimate(made_up(2), (1e9, 2e9), 0, [], 1e12, (0.5e9, 4e12))
+    assert e.compute == pytest.approx((1.5e9 / 1e12 + 0.5e9 / 4e12) / 2 / 0.7)
+    assert e.step == e.compute and e.without_fp8 == pytest.approx(2e9 / (2 * 1e12 * 0.7))
+    text = plan_text.plan_report(
+        replace(plan.plan(tiny(), made_up()), flops=Flops(100, 100, 1e7, 1e7, 2.5e6), estimate=e)
+    )
+    assert "FP8: 25 % of the program's FLOPs; in bfloat16 its matmuls would take 0.001 s instead of" in text
 
 
 def collective(kind, overlapped, groups=((0, 1),), span=1, size=1000):
