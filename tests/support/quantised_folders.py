@@ -92,6 +92,80 @@ def write_grouped(
     return folder, reference
 
 
+def write_fp8(folder, block=(32, 32), make=tiny_torch, **settings):
+    """(folder, dequantised weights by name) of a tiny model in the layout of transformers' FineGrainedFP8.
+
+    block: outputs and inputs that share a scale.
+    """
+    write_folder(folder, make(**SIZES))
+    state, expected = load_file(folder / "model.safetensors"), {}
+    for name in [n for n in state if is_linear(n)]:
+        rows, columns = (torch.arange(n) // b for n, b in zip(state[name].shape, block, strict=True))
+        grid = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1)
+        for i, j in np.ndindex(*grid.shape):
+            grid[i, j] = state[name][rows == i][:, columns == j].abs().max() / 448
+        scale = grid[rows][:, columns]
+        state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = grid
+        expected[name] = (state[name].float() * scale).numpy()
+    save_file(state, folder / "model.safetensors")
+    known = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    edit_config(folder, quantization_config=known | settings)
+    return folder, expected
+
+
+COMPRESSED = {  # format, bits, shape of a weight [out, in] to shape of its scales
+    "tensor": ("float-quantized", 8, lambda outs, ins: (1,)),
+    "channel": ("float-quantized", 8, lambda outs, ins: (outs, 1)),
+    "group": ("float-quantized", 8, lambda outs, ins: (outs, ins // 32)),
+    "block": ("float-quantized", 8, lambda outs, ins: (outs // 16, ins // 32)),
+    "int8": ("int-quantized", 8, lambda outs, ins: (outs, 1)),
+    "int4": ("pack-quantized", 4, lambda outs, ins: (outs, ins // 32)),
+}
+
+
+def write_compressed(folder, case, make=tiny_torch, weights=(), **settings):
+    """(folder, dequantised weights by name) of random weights in compressed-tensors' layouts.
+
+    case: of COMPRESSED. weights, settings: changes of the settings of the weights and of the others.
+    """
+    write_folder(folder, make(**SIZES))
+    state, expected, rng = load_file(folder / "model.safetensors"), {}, np.random.default_rng(0)
+    format, bits, grid = COMPRESSED[case]
+    for name in [n for n in state if is_linear(n)]:
+        outs, ins = state[name].shape
+        scale = torch.tensor(rng.uniform(0.01, 0.05, grid(outs, ins))).to(torch.bfloat16)
+        if format == "float-quantized":
+            numbers = torch.tensor(rng.normal(size=(outs, ins))).to(torch.float8_e4m3fn)
+            state[name] = numbers
+        else:
+            numbers = torch.tensor(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (outs, ins)))
+            state[name] = numbers.to(torch.int8)
+        if format == "pack-quantized":
+            del state[name]
+            state[f"{name}_packed"] = pack_int32(numbers + 8, 1)
+            state[f"{name}_shape"] = torch.tensor([outs, ins])
+        state[f"{name}_scale"] = scale
+        wide = scale.float().reshape(scale.shape if scale.ndim == 2 else (1, 1)).numpy()
+        wide = np.repeat(np.repeat(wide, outs // wide.shape[0], 0), ins // wide.shape[1], 1)
+        expected[name] = numbers.float().numpy() * wide
+    save_file(state, folder / "model.safetensors")
+    group = {
+        "num_bits": bits, "type": "float" if format == "float-quantized" else "int", "symmetric": True,
+        "strategy": {"int8": "channel", "int4": "group"}.get(case, case), "dynamic": False,
+        "group_size": 32 if case in ("group", "int4") else None,
+        "block_structure": [16, 32] if case == "block" else None, "observer": "minmax",
+    }  # fmt: skip
+    token = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+    scheme = {"targets": ["Linear"], "weights": group | dict(weights), "input_activations": token}
+    known = {
+        "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme}, "ignore": ["lm_head"], "kv_cache_scheme": None,
+    }  # fmt: skip
+    edit_config(folder, quantization_config=known | settings)
+    return folder, expected
+
+
 def by_llm_int8(folder, make=tiny_torch):
     """(folder, torch model with the same numbers) of weights in bitsandbytes' 8-bit layout. make: returns the
     model.

@@ -234,11 +234,11 @@ def test_an_inconsistent_checkpoint_is_one_line(tmp_path, case):
 
 
 def test_other_methods_and_invalid_quant_states_are_refused(tmp_path):
-    folder = write_folder(tmp_path / "fp8", tiny_torch())
-    edit_config(folder, quantization_config={"quant_method": "fp8"})
+    folder = write_folder(tmp_path / "hqq", tiny_torch())
+    edit_config(folder, quantization_config={"quant_method": "hqq"})
     with pytest.raises(
         ValueError,
-        match="quant_method='fp8', but jaxft reads bitsandbytes, gptq, awq, jaxft; use the model's",
+        match="quant_method='hqq', but jaxft reads bitsandbytes, gptq, awq, fp8, compressed-tensors, jaxft; ",
     ):
         pretrained.open_files(str(folder))
     plain = write_folder(tmp_path / "plain", tiny_torch())
@@ -299,7 +299,7 @@ def place(tmp_path_factory):
 
 SAVED = [  # an input of 96 has no whole blocks of 64
     ("nf4", ["--block", "32"]), ("nf4", []), ("fp4", ["--no-double"]), ("int4", ["--block", "32"]),
-    ("affine4", []), ("int8", []),
+    ("affine4", []), ("int8", []), ("fp8", []),
 ]  # fmt: skip
 
 
@@ -324,7 +324,8 @@ def test_a_base_quantised_by_the_script_equals_one_quantised_on_load(
         assert jax.tree.structure(ours) == jax.tree.structure(leaf)
         jax.tree.map(same, ours, leaf)
     method = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"]
-    assert method == ("bitsandbytes" if "--block" in more and kind == "nf4" else "jaxft")
+    packed = {"nf4": "bitsandbytes" if "--block" in more else "jaxft", "fp8": "compressed-tensors"}
+    assert method == packed.get(kind, "jaxft")
 
 
 def test_transformers_loads_an_nf4_base_and_has_the_same_values(monkeypatch, capsys, tmp_path):
