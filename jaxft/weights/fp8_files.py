@@ -21,14 +21,14 @@ from jaxft.weights.quant_layout import array_index, block_layout
 from jaxft.weights.quantised_tensors import Found, read_part, require_tensor
 from jaxft.weights.safetensors import FLOATS, SafetensorsFiles, TensorToWrite
 
-FORMATS = {
+COMPRESSED_FORMATS = {
     "float-quantized": "fp8",
     "int-quantized": "int8",
     "pack-quantized": "int4",
 }  # of compressed-tensors
 STATIC_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
 PACKED, NUMBERS = ".weight_packed", ".weight"
-DTYPES = {"fp8": np.dtype(E4M3), "int8": np.dtype(np.int8), "int4": np.dtype(np.int32)}
+NUMBER_DTYPES = {"fp8": np.dtype(E4M3), "int8": np.dtype(np.int8), "int4": np.dtype(np.int32)}
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def find_compressed_tensors(files: SafetensorsFiles, settings: dict[str, Any]) -
     """
     where = files.where
     format, weights = settings.get("format"), _common_weights(where, settings)
-    kind = FORMATS.get(format) if isinstance(format, str) else None
+    kind = COMPRESSED_FORMATS.get(format) if isinstance(format, str) else None
     if kind is None:
         raise ValueError(
             f"{where}: compressed-tensors weights with format={format!r}, but jaxft reads "
-            f"{', '.join(FORMATS)}; use the model's unquantised weights"
+            f"{', '.join(COMPRESSED_FORMATS)}; use the model's unquantised weights"
         )
     if settings.get("kv_cache_scheme") is not None:
         raise ValueError(
@@ -185,7 +185,7 @@ def _find(
             method, (ins, weight.shape[0]), layout, partial(_read, weight, layout)
         )
         consumed |= {name, weight.numbers, f"{stem}.weight_shape"}
-    bare = next((n for n, d in files.dtypes.items() if d == DTYPES["fp8"] and n not in consumed), None)
+    bare = next((n for n, d in files.dtypes.items() if d == NUMBER_DTYPES["fp8"] and n not in consumed), None)
     if bare:
         raise ValueError(
             f"{files.where}: {bare} is FP8 without {suffix.removeprefix('.')}; is the download complete?"
@@ -202,7 +202,7 @@ def _weight(
 ) -> _Weight:
     numbers = stem + (PACKED if kind == "int4" else NUMBERS)
     require_tensor(files, numbers, None)
-    dtype = DTYPES[kind]
+    dtype = NUMBER_DTYPES[kind]
     if files.dtypes[numbers] != dtype or len(files.shapes[numbers]) != 2:
         raise ValueError(
             f"{files.where}: {numbers} is {files.dtypes[numbers]}{list(files.shapes[numbers])}, expected a "
@@ -246,7 +246,7 @@ def tensors_of_fp8(name: str, layout: QTensor, make: Callable[[], QTensor]) -> l
         return np.ascontiguousarray(np.asarray(make().codes).T).view(E4M3)
 
     return [
-        TensorToWrite(name, DTYPES["fp8"], (outs, ins), numbers),
+        TensorToWrite(name, NUMBER_DTYPES["fp8"], (outs, ins), numbers),
         TensorToWrite(f"{name}_scale", np.dtype(np.float32), (outs, 1), lambda: np.asarray(make().scale).T),
     ]
 
