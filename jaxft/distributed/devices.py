@@ -36,20 +36,18 @@ PEAK_FP8 = {
     "NVIDIA H100 NVL": 1671e12,
     "NVIDIA H100": 1979e12,
     "NVIDIA B200": 4500e12,
-    "NVIDIA L40S": 733e12,
-    "NVIDIA GeForce RTX 4090": 330e12,
 }
-# Device kinds with FP8 matmuls: NVIDIA GPUs of compute capability 8.9 (Ada), 9.0 (Hopper) and above
-# (Blackwell), which the devices of an abstract mesh do not state, and TPU v7. Up to TPU v6e, FP8 has the rate
-# of bfloat16 (docs.cloud.google.com/tpu/docs/tpu7x).
+# Device kinds whose FP8 matmuls XLA uses: NVIDIA GPUs of compute capability 9.0 (Hopper) and above
+# (Blackwell), which the devices of an abstract mesh do not state, and TPU v7. Ada GPUs (8.9) have FP8 matmuls
+# too, but XLA of jax 0.10 converts to bfloat16 there (compiled for an RTX 4090). Up to TPU v6e, FP8 has the
+# rate of bfloat16 (docs.cloud.google.com/tpu/docs/tpu7x).
 FP8_DEVICES = re.compile(
-    r"NVIDIA (L2|L4|L20|L40S?|H20|H100|H200|H800|GH200|B\d00|GB\d+|Thor|RTX PRO|RTX \d000 .*Ada|"
-    r"GeForce RTX [45]0\d0)\b|TPU ?v?7"
+    r"NVIDIA (H20|H100|H200|H800|GH200|B\d00|GB\d+|Thor|RTX PRO|GeForce RTX 50\d0)\b|TPU ?v?7"
 )
 
 
 def has_fp8_matmuls(device: Any) -> bool:
-    """Whether a device, present or a jax.sharding.AbstractDevice, has FP8 matmuls."""
+    """Whether XLA multiplies in FP8 on a device, present or a jax.sharding.AbstractDevice."""
     return device.platform in ("gpu", "cuda", "tpu") and FP8_DEVICES.match(device.device_kind) is not None
 
 

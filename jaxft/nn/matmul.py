@@ -203,11 +203,12 @@ def lora_matmul(
 def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
-    if sharding.mesh_has("tensor"):  # concatenating sharded arrays would move them
-        y = times(x, w, x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
-    elif fp8.multiplies_in_fp8(w):
+    if fp8.multiplies_in_fp8(w):
+        low = dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
         wide = accumulation_dtype(x.dtype)
-        y = (times(x, w, wide) + dot(xa, b.astype(x.dtype), (-1, 0), wide)).astype(x.dtype)
+        y = (times(x, w, wide) + low.astype(wide)).astype(x.dtype)
+    elif sharding.mesh_has("tensor"):  # concatenating sharded arrays would move them
+        y = times(x, w, x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
     else:
         y = dot(
             concat_bits(x, xa, -1), concat_bits(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype

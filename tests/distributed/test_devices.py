@@ -47,12 +47,12 @@ def test_table_lists_longer_prefixes_first():
 
 def test_devices_with_fp8_matmuls():
     yes = """NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe, NVIDIA H200, NVIDIA GH200 480GB, NVIDIA H20,
-        NVIDIA B200, NVIDIA B300 SXM6 AC, NVIDIA GB200, NVIDIA L4, NVIDIA L40S, NVIDIA GB10, TPU7x, TPU v7x,
-        NVIDIA RTX 6000 Ada Generation, NVIDIA RTX PRO 6000 Blackwell Workstation Edition,
-        NVIDIA GeForce RTX 4090, NVIDIA GeForce RTX 4070 Ti SUPER, NVIDIA GeForce RTX 5090"""
+        NVIDIA B200, NVIDIA B300 SXM6 AC, NVIDIA GB200, NVIDIA GB10, TPU7x, TPU v7x,
+        NVIDIA RTX PRO 6000 Blackwell Workstation Edition, NVIDIA GeForce RTX 5090"""
     no = """NVIDIA A100-SXM4-80GB, NVIDIA A10G, NVIDIA RTX A6000, NVIDIA GeForce RTX 3090, Tesla T4,
         NVIDIA GeForce GTX 1080, NVIDIA A40, Tesla V100-SXM2-16GB, TPU v5 lite, TPU v5, TPU v6 lite, TPU v4,
-        Quadro RTX 5000, AMD Instinct MI250"""
+        Quadro RTX 5000, AMD Instinct MI250, NVIDIA L4, NVIDIA L40S, NVIDIA RTX 6000 Ada Generation,
+        NVIDIA GeForce RTX 4090"""
     for kinds, expected in ((yes, True), (no, False)):
         for kind in kinds.split(","):
             kind = " ".join(kind.split())
