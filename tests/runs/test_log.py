@@ -142,10 +142,13 @@ def events(folder: Path) -> list[tuple[int, str, float]]:
 
 
 def test_the_tensorboard_file_is_what_tensorboardx_would_write(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import scalar
 
-    writer = Log(tmp_path, 4, quiet=True)
-    writer.step(1, {"loss": 0.5, "rewards/margins": 2.0}, {})
+    writer = Log(tmp_path, 4, start_step=300, quiet=True)
+    logged = {"loss": 0.5, "rewards/margins": -2.0, "zero": 0.0, "/a b+\u00fc": 1e-40, "long" * 50: 1e30}
+    writer.step(2**40 + 1, logged, {})
     writer.close()
     (ours,) = (tmp_path / "tensorboard").iterdir()
     assert ours.name.startswith("events.out.tfevents.")
@@ -155,6 +158,12 @@ def test_the_tensorboard_file_is_what_tensorboardx_would_write(tmp_path):
     theirs.close()
     assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
     assert records(ours)[0].endswith(b"brain.Event:2")
+    version, start, *scalars = map(Event.FromString, records(ours))
+    assert [event.SerializeToString() for event in (version, start, *scalars)] == records(ours)
+    assert (version.step, start.step, start.session_log.status) == (0, 301, 1)
+    expected = [scalar(tag, value) for tag, value in logged.items()]
+    assert [event.summary for event in scalars] == expected
+    assert {event.step for event in scalars} == {2**40 + 1}
 
 
 def test_a_tensorboard_folder_on_a_full_disk_ends_the_run_and_never_hangs_it(tmp_path, monkeypatch):
