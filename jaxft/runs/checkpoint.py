@@ -25,7 +25,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
+IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself
 TIMEOUT_S = 1200.0  # for processes that wait for one another while they save; Orbax has the same
 EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
 
@@ -124,7 +125,9 @@ class Checkpoints:
         entries: dict[str, Any] = {}
         try:
             entries = {name: manifest.leaf_entry(leaf, sync.is_first()) for name, leaf in leaves.items()}
-            self._orbax = self._orbax or ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
+            self._orbax = self._orbax or ocp.PyTreeCheckpointHandler(
+                use_ocdbt=True, use_zarr3=False, save_concurrent_gb=in_flight_gb(leaves.values())
+            )
             wait_written = self._start_writing(self.folder / f"{step}.tmp" / "state", leaves)
         except Exception as error:
             wait_written = _raises(error)  # in the thread, where the other processes learn of it
@@ -320,6 +323,13 @@ class Checkpoints:
         except OSError as error:
             moved = f"it cannot be renamed ({error.strerror})"
         self.report(f"checkpoint of step {folder.name} is corrupt ({reason}); {moved}, {then}")
+
+
+def in_flight_gb(leaves: Iterable[Any]) -> float:
+    """Return how many GB of leaves Orbax may encode and write at a time. By default it is 96, which is a copy
+    of the whole state. Orbax refuses a leaf that is not smaller than the limit.
+    """
+    return max(IN_FLIGHT_BYTES, 2 * max((leaf.nbytes for leaf in leaves), default=0) + 1) / 1e9
 
 
 def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:

@@ -7,24 +7,26 @@ The recipe is sft by default. A cold start has no compiled programs and no token
 the model's file; a warm one has both. `evaluation` is that of the model before the first step, which
 completes the held-out prompts of the recipe: it is computation, and not part of `start`. Each --root, a clone
 of jaxft, is measured in turn, so that two commits are compared on the same machine; the default is this one.
+Each phase has two numbers: seconds, and seconds of CPU time of all threads, which other programs on the
+machine change little.
 --imports lists what `import jaxft.train.loop` imports, by seconds.
 """
 
 import argparse
-import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILED = re.compile(r"compiled in ([\d.]+) s")
 STEP = re.compile(r"step +(\d+)")
-PHASES = ("imports, settings and rows", "weights", "compilation", "evaluation", "first step", "start")
+Phases = dict[str, np.ndarray]  # seconds and CPU seconds by phase
 
 
 def arguments() -> argparse.Namespace:
@@ -39,9 +41,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def phases(root: Path, overrides: list[str], cache: Path) -> dict[str, float]:
-    """Start a run, stop it after its first step, and return the seconds of each phase."""
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process, its ended children and all their threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def phases(root: Path, overrides: list[str], cache: Path) -> Phases:
+    """Start a run, stop it after its first step, and return seconds and CPU seconds of each phase."""
     command = [sys.executable, str(root / "scripts" / "train.py"), *overrides]
+    at: dict[str, np.ndarray] = {}  # wall and CPU time at which a line was printed
+    compilation = 0.0
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -51,38 +61,37 @@ def phases(root: Path, overrides: list[str], cache: Path) -> dict[str, float]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        times: dict[str, float] = {}
-        compiled = 0.0
         assert process.stdout is not None
         for line in process.stdout:
-            now = time.perf_counter() - begin
-            times.setdefault("header", now)
+            now = np.array([time.perf_counter() - begin, cpu_seconds(process.pid)])
+            at.setdefault("header", now)
             if found := COMPILED.search(line):
-                compiled, times["compiled"] = float(found[1]), now
+                compilation, at["compiled"] = float(found[1]), now
             elif found := STEP.match(line.strip()):
-                times[found[1]] = now
+                at[found[1]] = now
                 if found[1] == "1":
                     break
         process.kill()
         process.wait()
-    if "1" not in times:
+    if "1" not in at:
         raise SystemExit(f"error: {' '.join(command)} ended before its first step")
-    evaluated = times.get("0", times["compiled"])
-    seconds = (
-        times["header"],
-        times["compiled"] - compiled - times["header"],
-        compiled,
-        evaluated - times["compiled"],
-        times["1"] - evaluated,
-        times["1"] - (evaluated - times["compiled"]),
-    )
-    return dict(zip(PHASES, seconds, strict=True))
+    evaluation = at.get("0", at["compiled"]) - at["compiled"]
+    return {
+        "imports, settings, rows": at["header"],
+        "weights, compilation": at["compiled"] - at["header"],
+        "of which compilation": np.array([compilation, np.nan]),
+        "evaluation": evaluation,
+        "first step": at["1"] - at["compiled"] - evaluation,
+        "start": at["1"] - evaluation,
+    }
 
 
-def report(kind: str, root: Path, found: list[dict[str, float]]) -> None:
-    """Print the medians of some starts as a line of JSON."""
-    median = {name: round(statistics.median(one[name] for one in found), 2) for name in PHASES}
-    print(json.dumps({"clone": str(root), kind: len(found), **median}), flush=True)
+def report(kind: str, root: Path, found: list[Phases]) -> None:
+    """Print the medians of some starts: a line for each phase with its seconds and CPU seconds."""
+    print(f"{kind} start of {root}, median of {len(found)}:")
+    for name in found[0]:
+        wall, cpu = np.median([one[name] for one in found], axis=0)
+        print(f"  {name:24s} {wall:7.2f} s" + ("" if np.isnan(cpu) else f"  CPU {cpu:7.2f} s"), flush=True)
 
 
 def list_imports() -> None:
@@ -116,7 +125,7 @@ def main() -> int:
             if models.is_dir():
                 (cache / "pypi").symlink_to(models)
             report("cold", root, [phases(root, args.overrides, cache)])
-        warm: list[list[dict[str, float]]] = [[] for _ in args.root]
+        warm: list[list[Phases]] = [[] for _ in args.root]
         for _ in range(args.rounds):
             for root, cache, own in zip(args.root, caches, warm, strict=True):
                 own.append(phases(root, args.overrides, cache))

@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -237,6 +238,27 @@ def test_shardings_may_change_between_save_and_restore(tmp_path):
             assert found[key].sharding == like[key].sharding
             np.testing.assert_array_equal(np.asarray(found[key]), values[key])
     saved.close()
+
+
+def test_a_save_writes_a_few_leaves_at_a_time_and_the_largest_too(tmp_path, monkeypatch):
+    """Orbax copies all leaves that it may write at a time, and refuses one that is larger than its limit."""
+    gib = SimpleNamespace(nbytes=2**30)
+    assert 1.0737 < checkpoint.in_flight_gb([gib] * 100) < 2.2
+    assert checkpoint.in_flight_gb([jnp.float32(1)] * 3) == checkpoint.in_flight_gb([]) == 0.256
+    monkeypatch.setattr(checkpoint, "IN_FLIGHT_BYTES", 1)
+    limits, handler = [], checkpoint.ocp.PyTreeCheckpointHandler
+
+    def spy(**options):
+        limits.extend(value for name, value in options.items() if name == "save_concurrent_gb")
+        return handler(**options)
+
+    monkeypatch.setattr(checkpoint.ocp, "PyTreeCheckpointHandler", spy)
+    state = {"large": jnp.arange(1000.0), "small": jnp.ones(3), "half": jnp.ones(999)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state, {})
+    found, _, _ = checkpoints.restore(abstract(state))
+    assert is_exactly(found, state) and limits == [8001 / 1e9]
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
