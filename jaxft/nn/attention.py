@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain, num_shards, per_device, shard_start
 from jaxft.nn.flash_attention import (
@@ -60,30 +60,6 @@ def dense(
     p_BKGTS = jnp.where(seen, jax.nn.softmax(s_BKGTS, axis=-1), 0)
     o = wide_einsum("bkgts,bske->btkge", p_BKGTS, v_BSKE.astype(p_BKGTS.dtype))
     return o.reshape(B, T, H, E).astype(q_BTHE.dtype)
-
-
-def cached_attention(
-    q_BHE: Float[Array, "B H E"],
-    k_BKES: Float[Array, "B K E S"],
-    v_BKSE: Float[Array, "B K S E"],
-    visible_BS: Bool[Array, "B S"],
-    softcap: float | None = None,
-) -> Float[Array, "B H E"]:
-    """Attention of one query per row to a cache of S keys, stored in the layouts of the two matmuls.
-
-    visible_BS: the keys that the row's query sees, its layer's window included. softcap: see AttentionRule.
-    """
-    B, H, E = q_BHE.shape
-    K = k_BKES.shape[1]
-    s_BKGS = wide_einsum("bkge,bkes->bkgs", q_BHE.reshape(B, K, H // K, E), k_BKES) * E**-0.5
-    s_BKGS = soft_capped(s_BKGS, softcap)
-    seen = visible_BS[:, None, None, :]
-    p_BKGS = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s_BKGS, MASKED), axis=-1), 0)
-    return (
-        wide_einsum("bkgs,bkse->bkge", p_BKGS.astype(v_BKSE.dtype), v_BKSE)
-        .reshape(B, H, E)
-        .astype(q_BHE.dtype)
-    )
 
 
 def _only_segments(kernel: str, rows: Visibility, rule: AttentionRule, softcap: bool = False) -> jax.Array:

@@ -1,191 +1,255 @@
-"""Prefill and decoding: a model's stacked layers with a cache of keys and values.
+"""Caches of keys and values for generation: prompts once, and the tokens that each completion adds.
 
-Layers with full attention cache all tokens of a row. Layers with a sliding window of W tokens cache only the
-last W: the token in slot s is at index s % W.
+A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
+completions of the prompt share, and to the keys of its own tokens. Layers with a sliding window of W tokens
+cache only the last W of both.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jaxft.nn.attention import attention, cached_attention
-from jaxft.nn.flash_attention import Visibility
-from jaxft.nn.layer_attention import (
-    AttentionLayers,
-    angles_of,
-    cache_angles,
-    checked_values,
-    rotated,
-    rule_of,
-    window_of,
-)
+from jaxft.distributed.sharding import constrain
+from jaxft.nn.cached_attention import Keys, KeysOfLayer, RowGroups, cached_attention
+from jaxft.nn.flash_attention import AttentionRule
+from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.matmul import from_bits, to_bits
-from jaxft.nn.scan import Layer
-from jaxft.tree import Batch, Params, static, struct
+from jaxft.tree import static, struct
 
-# k [L, B, K, E, S] and v [L, B, K, S, E]: layers with full attention, stored as raw bits. window_k, window_v:
-# layers with a window, where S is the longest window. visible [B, S]: whether a slot has a token.
-Cache = dict[str, Array]
+CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
+K_AXES = ("layers", "rows", "kv_heads", "head_dim", "whole_time")
+V_AXES = ("layers", "rows", "kv_heads", "whole_time", "head_dim")
+SCALE_AXES = ("layers", "rows", "kv_heads", "whole_time")
+
+
+@struct
+class LayerKeys:
+    """Keys of all layers: full, of those that attend to all tokens, and window, of those with a window.
+
+    Either is None if the model has no such layers.
+    """
+
+    full: Keys | None
+    window: Keys | None
+
+
+@struct
+class PromptKeys:
+    """The keys of prompts, and which of their slots [P, S] have a token. Prompts end in the last slot."""
+
+    layers: LayerKeys
+    visible: Any
+
+
+@struct
+class Cache:
+    """The keys of P prompts and those of R completions of at most `new` tokens.
+
+    rows: with N slots for each row, a token that is processed at step t is in slot t % N.
+    """
+
+    prompts: PromptKeys
+    rows: LayerKeys
+    new: int = static()
 
 
 @struct
 class NextToken:
-    """The position [B] of each row's next token in its text, and its cache slot, which all rows share."""
+    """The token of each row that a decoding step processes.
+
+    positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R]. step:
+    int32, the same for all rows. groups: which rows complete which prompt. read: only the first slots of rows
+    are read; None for all.
+    """
 
     positions: Any
-    slot: Any
+    counts: Any
+    step: Any
+    groups: RowGroups
+    read: int | None = static(default=None)
 
 
-def prefill_layers(
-    layer: Layer,
-    h_BTD: Float[Array, "B T D"],
-    layers: Params,
-    tokens: Batch,
-    size: int,
-    a: AttentionLayers,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Return the residual stream of prompts after all layers, and a cache with `size` slots per row.
+def empty_keys(
+    a: AttentionLayers, heads: int, rows: int, slots: int, dtype: Any, stored: CacheFormat = "compute"
+) -> LayerKeys:
+    """Return zeros for the keys of all layers. dtype: of the computation."""
 
-    Prompts are left-padded (segment 0), so that every row stores its next token in the same slot.
+    def of(layers: int, size: int) -> Keys | None:
+        if not layers:
+            return None
+        shape = layers, rows, heads, a.head_dim, size
+        if stored == "compute":
+            bits = to_bits(jnp.zeros((), dtype)).dtype
+            return Keys(jnp.zeros(shape, bits), jnp.zeros((*shape[:3], size, a.head_dim), bits))
+        kind, scales = STORED_DTYPES[stored], jnp.zeros((*shape[:3], size), jnp.float32)
+        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:3], size, a.head_dim), kind), scales, scales)
+
+    windows = int(a.windowed.sum())
+    return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, a.longest_window)))
+
+
+STORED_DTYPES: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+
+
+def store(k: Array, v: Array, like: Keys) -> Keys:
+    """Return keys [..., E, S] and values [..., S, E] as `like` stores them: as raw bits or, with a scale per
+    token and head, as int8 or E4M3.
     """
-    slots = jnp.arange(tokens.ids.shape[1], dtype=tokens.positions.dtype)
-    angles = cache_angles(a, tokens.positions, slots, size, h_BTD.dtype)
-    rows = Visibility(tokens.segments, tokens.branches, tokens.positions if a.longest_window else None)
+    if like.k_scale is None:
+        return Keys(to_bits(k), to_bits(v))
+    (k, k_scale), (v, v_scale) = _scaled(k, -2, like.k.dtype), _scaled(v, -1, like.v.dtype)
+    return Keys(k, v, k_scale, v_scale)
 
-    def body(h: Array, x: Any) -> tuple[Array, Any]:
-        p, kind = x
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            o = attention(q, k, v, rows, tokens.packed, rule_of(a, kind, len(slots)))
-            return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
+def _scaled(x: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
+    x = x.astype(jnp.float32)
+    largest = jnp.asarray(LARGEST[jnp.dtype(dtype).name], jnp.float32)
+    scale = jnp.abs(x).max(axis) / largest
+    x = x / jnp.expand_dims(jnp.where(scale == 0, jnp.ones_like(scale), scale), axis)
+    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
 
-        return layer(p, h, attend, None)
 
-    h_BTD, (k, v) = jax.lax.scan(body, h_BTD, (layers, a.kind_numbers))
-    used = tokens.ids.shape[1]
-    cache = {"visible": jnp.pad(tokens.segments > 0, ((0, 0), (0, size - used)))}
+def prompt_keys(k: Array, v: Array, visible: Array, a: AttentionLayers) -> PromptKeys:
+    """Return the keys of left-padded prompts, from k [L, P, K, E, S] and v [L, P, K, S, E] as raw bits."""
     windowed = a.windowed
-    if not windowed.all():
-        if windowed.any():
-            of_layers = np.flatnonzero(~windowed)
-            full_k, full_v = k[of_layers], v[of_layers]
-        else:
-            full_k, full_v = k, v
-        cache["k"], cache["v"] = _pad_axis(full_k, 4, size - used), _pad_axis(full_v, 3, size - used)
-    if windowed.any():
-        of_layers, kept = np.flatnonzero(windowed), min(a.longest_window, size)
-        cache["window_k"] = _last_slots(k[of_layers], 4, kept)
-        cache["window_v"] = _last_slots(v[of_layers], 3, kept)
-    return h_BTD, cache
+
+    def of(layers: np.ndarray, keep: int | None) -> Keys | None:
+        if not layers.any():
+            return None
+        own_k, own_v = (k, v) if layers.all() else (k[np.flatnonzero(layers)], v[np.flatnonzero(layers)])
+        start = 0 if keep is None else max(0, k.shape[4] - keep)
+        return Keys(own_k[..., start:], own_v[:, :, :, start:])
+
+    return PromptKeys(LayerKeys(of(~windowed, None), of(windowed, a.longest_window)), visible)
 
 
-def _pad_axis(x: Array, axis: int, count: int) -> Array:
-    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> Cache:
+    """Return the cache with new prompts in these prompt slots [p]; slots beyond the last are ignored.
 
-
-def _last_slots(x: Array, axis: int, count: int) -> Array:
-    """Return the last `count` slots, with slot s at index s % count."""
-    used = x.shape[axis]
-    if used <= count:
-        return _pad_axis(x, axis, count - used)
-    return jnp.roll(jax.lax.slice_in_dim(x, used - count, used, axis=axis), used % count, axis)
-
-
-def decode_layers(
-    layer: Layer,
-    h_B1D: Float[Array, "B 1 D"],
-    layers: Params,
-    cache: Cache,
-    at: NextToken,
-    a: AttentionLayers,
-) -> tuple[Float[Array, "B 1 D"], Cache]:
-    """Return the residual stream of one token per row after all layers, and the cache with that token.
-
-    The scan carries the cache and updates it in place: as xs and ys it would be copied for each token.
+    new: in the compute dtype.
     """
-    slot, size = at.slot, cache["visible"].shape[1]
-    visible = cache["visible"] | (jnp.arange(size, dtype=slot.dtype) == slot)[None]
-    angles = cache_angles(a, at.positions[:, None], slot[None].astype(at.positions.dtype), size, h_B1D.dtype)
-    windowed = a.windowed
-    place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # index in k or in window_k
 
-    def body(carry: tuple[Array, Cache], x: Any) -> tuple[Any, None]:
-        h, stored = carry
-        p, i, has_window, kind = x
-        step = _Step(slot, i, window_of(a, kind, size), a.softcap)
+    def put(old: Keys | None, fresh: Keys | None) -> Keys | None:
+        if old is None or fresh is None:
+            return None
+        fresh = store(from_bits(fresh.k, dtype), from_bits(fresh.v, dtype), old)
+        return jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), old, fresh)
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            new = to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2))
-            if windowed.all():
-                now = _store(stored, "window_", new, step)
-                return _attend_window(q, now, visible, step), now
-            if not windowed.any():
-                now = _store(stored, "", new, step)
-                return _attend_all(q, now, visible, step), now
-            now = _store(stored, "window_", new, step, has_window)
-            now = _store(now, "", new, step, ~has_window)
-            choices = (_attend_all, _attend_window)
-            return jax.lax.cond(
-                has_window, *(lambda f=f: f(q, now, visible, step) for f in choices[::-1])
-            ), now
+    layers = LayerKeys(
+        put(cache.prompts.layers.full, new.layers.full), put(cache.prompts.layers.window, new.layers.window)
+    )
+    visible = cache.prompts.visible.at[slots].set(new.visible, mode="drop")
+    return cache.replace(prompts=PromptKeys(sharded(layers), visible))
 
-        return layer(p, h, attend, None), None
 
-    xs = layers, place.astype(slot.dtype), windowed, a.kind_numbers
-    stored = {name: x for name, x in cache.items() if name != "visible"}
-    (h_B1D, stored), _ = jax.lax.scan(body, (h_B1D, stored), xs)
-    return h_B1D, {**stored, "visible": visible}
+def key_axes(layers: LayerKeys) -> LayerKeys:
+    """Return the logical axes of every array of the keys."""
+
+    def of(keys: Keys | None) -> Keys | None:
+        if keys is None:
+            return None
+        scale = None if keys.k_scale is None else SCALE_AXES
+        return Keys(K_AXES, V_AXES, scale, scale)
+
+    return LayerKeys(of(layers.full), of(layers.window))
+
+
+def sharded(layers: LayerKeys) -> LayerKeys:
+    """Shard keys over rows and heads."""
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), layers, key_axes(layers))
+
+
+def select_rows(layers: LayerKeys, rows: Array) -> LayerKeys:
+    """Return the keys of these rows (or prompts)."""
+    return jax.tree.map(lambda x: x[:, rows], layers)
+
+
+def clear_values(layers: LayerKeys, rows: Array) -> LayerKeys:
+    """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
+
+    def of(keys: Keys | None) -> Keys | None:
+        if keys is None:
+            return None
+        v, scale = (
+            None if x is None else x.at[:, rows].set(jnp.zeros((), x.dtype), mode="drop")
+            for x in (keys.v, keys.v_scale)
+        )
+        return Keys(keys.k, v, keys.k_scale, scale)
+
+    return LayerKeys(of(layers.full), of(layers.window))
+
+
+def append(keys: Keys, k: Array, v: Array, layer: Array, step: Array, used: Any = None) -> Keys:
+    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of a step; `used` false leaves all unchanged.
+
+    layer: its index in `keys`.
+    """
+    new, zero = store(k, v, keys), jnp.zeros_like(step)  # all start indices have one integer type
+    slot = step % jnp.asarray(keys.k.shape[4], step.dtype)
+    if used is not None:
+        layer = jnp.minimum(layer, keys.k.shape[0] - 1)  # the other kind of layers may be more
+
+    def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
+        if old is None or x is None:
+            return None
+        start = [layer, *[zero] * (old.ndim - 1)]
+        start[axis] = slot
+        x = x[None]
+        if used is not None:
+            x = jnp.where(used, x, jax.lax.dynamic_slice(old, start, x.shape))
+        return jax.lax.dynamic_update_slice(old, x, start)
+
+    return Keys(
+        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
+        put(keys.v_scale, new.v_scale, 3),
+    )  # fmt: skip
 
 
 @struct
-class _Step:
-    """A decoding step of one layer: the token's slot, the layer's index in its cache, window, soft cap."""
+class Step:
+    """What the layers of a decoding step share: the prompts' visible slots, and the rows' tokens.
 
-    slot: Any
-    place: Any
-    window: Any
-    softcap: float | None = static(default=None)
+    group_counts [P, G]: counts of the rows of each prompt.
+    """
 
-
-def _store(stored: Cache, prefix: str, new: tuple[Array, Array], s: _Step, used: Any = None) -> Cache:
-    """Store a layer's keys [B, K, E, 1] and values [B, K, 1, E] in the token's slot, except if not `used`."""
-    out, zero = dict(stored), jnp.zeros_like(s.slot)  # all start indices have one integer type
-    for name, axis, x in ((f"{prefix}k", 4, new[0]), (f"{prefix}v", 3, new[1])):
-        start = [s.place, zero, zero, zero, zero]
-        start[axis] = s.slot % stored[name].shape[axis] if prefix else s.slot
-        x = x[None]
-        if used is not None:
-            place = jnp.minimum(s.place, stored[name].shape[0] - 1)  # the other cache may have more layers
-            start[0] = place
-            x = jnp.where(used, x, jax.lax.dynamic_slice(stored[name], start, x.shape))
-        out[name] = jax.lax.dynamic_update_slice(stored[name], x, start)
-    return out
+    at: NextToken
+    visible: Any
+    group_counts: Any
 
 
-def _attend_all(q: Array, stored: Cache, visible: Bool[Array, "B S"], s: _Step) -> Array:
-    return _attend(q, (stored["k"], stored["v"]), visible, s)
+def attend(
+    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], index: Array, step: Step, rule: AttentionRule
+) -> Float[Array, "R 1 H E"]:
+    """Return the attention of each row's token in one layer.
+
+    keys: of prompts and of rows, where the layer is at `index`. rule: window and soft cap.
+    """
+    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
+    size, at = rows.k.shape[3], step.at
+    rows = rows if at.read is None else rows.first(min(at.read, size))
+    slots = jnp.arange(rows.k.shape[3], dtype=at.step.dtype)
+    back = (at.step - slots) % jnp.asarray(size, at.step.dtype)  # tokens between the key and the query
+    seen_rows = back[None] < at.counts[:, None]
+    used = prompts.k.shape[3]
+    from_end = jnp.arange(used - 1, -1, -1, dtype=at.counts.dtype)
+    seen_prompts = step.visible[:, None, step.visible.shape[1] - used :]
+    if rule.window is not None:
+        seen_rows &= (back < rule.window)[None]
+        seen_prompts = seen_prompts & (step.group_counts[:, :, None] + from_end[None, None] < rule.window)
+    return cached_attention(q[:, 0], (prompts, seen_prompts), (rows, seen_rows), at.groups, rule.softcap)[
+        :, None
+    ]
 
 
-def _attend_window(q: Array, stored: Cache, visible: Bool[Array, "B S"], s: _Step) -> Array:
-    count = stored["window_k"].shape[4]
-    back = (s.slot - jnp.arange(count, dtype=s.slot.dtype)) % count  # index j stores slot `slot - back[j]`
-    seen = back <= s.slot if s.window is None else (back <= s.slot) & (back < s.window)
-    slots = jnp.maximum(s.slot - back, 0)
-    return _attend(q, (stored["window_k"], stored["window_v"]), seen[None] & visible[:, slots], s)
-
-
-def _attend(q: Array, stored: tuple[Array, Array], visible: Array, s: _Step) -> Array:
-    k_BKES, v_BKSE = (from_bits(jax.lax.dynamic_index_in_dim(x, s.place, 0, False), q.dtype) for x in stored)
-    return cached_attention(q[:, 0], k_BKES, v_BKSE, visible, s.softcap)[:, None]
-
-
-def repeat_cache(cache: Cache, count: int) -> Cache:
-    """Return the cache with each row repeated `count` times in succession, for that many completions each."""
-    if count == 1:
-        return cache
-    return {name: jnp.repeat(x, count, axis=0 if name == "visible" else 1) for name, x in cache.items()}
+def _layer_of(keys: Keys, index: Array, dtype: Any) -> KeysOfLayer:
+    k, v, *scales = (
+        None if x is None else jax.lax.dynamic_index_in_dim(x, index, 0, False)
+        for x in (keys.k, keys.v, keys.k_scale, keys.v_scale)
+    )
+    if keys.k_scale is None:
+        return KeysOfLayer(from_bits(k, dtype), from_bits(v, dtype))
+    return KeysOfLayer(k.astype(dtype), v.astype(dtype), *scales)

@@ -14,7 +14,7 @@ from jaxft.distributed.sharding import constrain
 from jaxft.nn.attention import needed_window
 from jaxft.nn.flash_attention import AttentionRule
 from jaxft.nn.layers import saveable
-from jaxft.nn.rope import Rope, cache_lengths, example_lengths, needs_lengths, rope_angles, rotate
+from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
 
@@ -97,11 +97,14 @@ def example_angles(
     return [rope_angles(kind.rope, a.head_dim, positions, lengths, dtype) for kind in a.kinds]
 
 
-def cache_angles(
-    a: AttentionLayers, positions: Int[Array, "B T"], slots: Int[Array, " T"], size: int, dtype: DTypeLike
+def generation_angles(
+    a: AttentionLayers, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], dtype: DTypeLike
 ) -> list[Angles]:
-    """Return cos and sin [B, T, E/2] of tokens in the `slots` of a cache of `size`, for each LayerKind."""
-    lengths = cache_lengths(positions, slots, size)
+    """Return cos and sin [B, T, E/2] of tokens in generation for each LayerKind.
+
+    lengths: the most tokens that each token's text may have, prompt and completion, so that the angles depend
+    neither on the decoding step nor on the other prompts of the batch.
+    """
     return [rope_angles(kind.rope, a.head_dim, positions, lengths, dtype) for kind in a.kinds]
 
 

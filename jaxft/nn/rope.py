@@ -6,7 +6,7 @@ The types `dynamic` and `longrope` use other frequencies for texts longer than t
   the angles that transformers computes for it alone. A prompt with several responses is one example, as long
   as with its longest response.
 - In generation, the final length is unknown, so the length is the capacity of a row's cache, prompt plus
-  most new tokens (`cache_lengths`), just as vLLM decides by max_model_len. transformers decides again
+  most new tokens, just as vLLM decides by max_model_len. transformers decides again
   for each token, so it changes frequencies in the middle of a text.
 """
 
@@ -250,15 +250,6 @@ def example_lengths(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -
     rows = jnp.arange(segments.shape[0], dtype=segments.dtype)[:, None]
     largest = jnp.zeros((segments.shape[0], segments.shape[1] + 1), positions.dtype)
     return largest.at[rows, segments].max(positions)[rows, segments] + 1
-
-
-def cache_lengths(positions: Int[Array, "B T"], slots: Int[Array, " T"], size: int) -> Int[Array, "B T"]:
-    """Return for each token in generation how many tokens its row can have in a cache of `size` slots.
-
-    slots: the cache slots of the tokens. Padding on the left is not counted, so the result depends neither on
-    the decoding step nor on the other prompts of the batch.
-    """
-    return positions + (size - slots)[None]
 
 
 def rope_angles(

@@ -22,7 +22,7 @@ from jaxft.train.settings import Run
 
 EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1
 PROGRAM_PARTS = (  # in addition to memory.resident
-    "batch and counters",
+    "batch, key/value caches and counters",
     "activations and temporaries",
     "outputs without donated arguments",
     "program code",

@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxft import tree
-from jaxft.batch import Tokens
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import group_row_shape, padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
-from jaxft.inference import generate
+from jaxft.inference.decode import Decoding
+from jaxft.inference.engine import Slots, program_tracers, slots_for
+from jaxft.inference.sampling import Sampling
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
@@ -59,7 +59,10 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
             Program("evaluation", lambda: p.eval_step.trace(*args, sharded_batch(p, held_out), p.state.aux))
         )
         if run.samples:
-            found.append(Program("sample completions", lambda: _sample_completions(run, p, params)))
+            stop = tuple(run.model.config.eos)
+            decoding = Decoding(p.partition.model, run.sampling, stop)
+            slots = slots_for(run.samples, 1, run.data.max_length)
+            found += _sampling("sample completions", p, params, decoding, slots)
     if run.general is not None and p.objective.text is not None:  # otherwise it is the evaluation program
         text = evaluate.general_rows(run.data, run.general).abstract(shards)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
@@ -79,10 +82,10 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
 def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
     """Return the programs of rollouts: sampling, log-probs with the training program, and reward heads."""
     data: Any = run.data
-    rows = _prompts(p, data.batch, padded_length(data.max_prompt))
-    s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
-    sampler: Any = generate.make_sampler(p.partition.model, s, tuple(run.model.config.eos), data.group)
-    found = [Program("rollout sampling", lambda: sampler.trace(params, rows, _key(p)))]
+    s = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
+    d = Decoding(p.partition.model, s, tuple(run.model.config.eos), data.group, data.kv_cache)
+    slots = slots_for(data.batch, d.group, padded_length(data.max_prompt), data.decode_rows)
+    found = _sampling("rollout sampling", p, params, d, slots)
     if not isinstance(data, OnlinePairs):
         logps: Any = jax.jit(partial(score_tokens, p.objective))
         found.append(Program("rollout log-probs", lambda: logps.trace(params, p.state.aux, batch)))
@@ -98,26 +101,12 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
     return found
 
 
-def _prompts(p: Programs, rows: int, size: int) -> Tokens:
-    replicated = sharding.replicated(p.mesh)
-
-    def array(columns: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=replicated)
-
-    return Tokens(array(size), array(size), array(size), array(1), array(1), array(1, np.float32))
-
-
-def _key(p: Programs) -> Any:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(p.mesh))
+def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots) -> list[Program]:
+    """Return the programs of sampling with the largest state: prefill, and decoding that reads all keys."""
+    tracers = program_tracers(d, params, slots, p.mesh)
+    decode = max(key for key in tracers if key[0] == "decode")
+    return [Program(f"{name}: prefill", tracers[("start",)]), Program(name, tracers[decode])]
 
 
 def _precomputed(run: Run, p: Programs) -> bool:
     return p.objective.facts.reference == "precomputed" and isinstance(run.data, PairRows)
-
-
-def _sample_completions(run: Run, p: Programs, params: Any) -> Any:
-    """Trace the sampler for held-out prompts of the maximum length, with its cache."""
-    size = -(-run.data.max_length // generate.BUCKET) * generate.BUCKET
-    sampler: Any = generate.make_generate(p.partition.model, run.sampling, tuple(run.model.config.eos))
-    return sampler.trace(params, _prompts(p, run.samples, size), _key(p))

@@ -377,7 +377,9 @@ def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
 
     That is not necessary for a single on-policy update without reference or critic: the ratio is 1.
     """
-    return data.steps_per_rollout > 1 or objective.facts.reference != "none" or objective.facts.critic
+    quantised = data.kv_cache != "compute"  # the sampler's log-probs have an error, which is to be logged
+    several = data.steps_per_rollout > 1
+    return several or quantised or objective.facts.reference != "none" or objective.facts.critic
 
 
 def without_logps(batch: Rollout) -> Rollout:

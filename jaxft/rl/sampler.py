@@ -1,7 +1,7 @@
 """Sample completions with the policy of a run and score them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 from jaxft.batch import Rollout, TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.inference.generate import Sampling, left_pad, make_sampler, nonfinite_logits
+from jaxft.inference.decode import Decoding
+from jaxft.inference.engine import Engine, compile_engine, slots_for
+from jaxft.inference.sampling import Sampling, nonfinite_logits
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores
@@ -24,13 +26,13 @@ from jaxft.tree import Aux, Params
 
 @dataclass(frozen=True)
 class Sampler:
-    """The compiled sampling programs of a run, by the number of completions of a prompt."""
+    """The compiled sampling programs of a run. engines: by the number of completions of a prompt."""
 
     run: BoundRun
     data: Prompts
     tokenizer: Any
     shapes: RolloutShapes
-    programs: Mapping[int, Callable[..., Any]]
+    engines: Mapping[int, Engine]
 
     def sample(self, prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Completions:
         """Sample `group` completions of up to data.batch prompts. number: of the rollout, for the key.
@@ -39,13 +41,8 @@ class Sampler:
         """
         data, count = self.data, len(prompts)
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
-        # an additional prompt of the largest size sets the width
-        padded = left_pad([*prompts.ids, [0] * self.shapes.prompt_size], data.batch + 1)
-        padded = jax.tree.map(lambda x: x[: data.batch], padded)
-        is_prompt = np.arange(data.batch)[:, None] < count
-        padded = replace(padded, segments=np.where(is_prompt, padded.segments, 0))
-        sampled = self.programs[group](self.run.params(state), padded, key)
-        tokens, logps = (np.asarray(x)[: count * group] for x in sampled)
+        sampled = self.engines[group].complete(self.run.params(state), prompts.ids, key)
+        tokens, logps = (x.reshape(count * group, data.max_new) for x in sampled)
         where = nonfinite_logits(tokens)
         if where:
             raise ValueError(
@@ -67,12 +64,12 @@ class Sampler:
 def compile_rollout_sampler(run: BoundRun, data: Prompts, tokenizer: Any, shapes: RolloutShapes) -> Sampler:
     """Compile the sampling programs of training and of evaluation."""
     sampling = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
-    key, empty = jax.random.key(0), left_pad([[0] * shapes.prompt_size], data.batch)
-    programs = {}
+    engines = {}
     for group in {data.eval_group, data.group}:
-        sampler: Any = make_sampler(run.model, sampling, run.stop, group)
-        programs[group] = sampler.lower(run.param_shapes, empty, key).compile()
-    return Sampler(run, data, tokenizer, shapes, programs)
+        d = Decoding(run.model, sampling, run.stop, group, data.kv_cache)
+        slots = slots_for(data.batch, group, shapes.prompt_size, data.decode_rows)
+        engines[group] = compile_engine(d, run.param_shapes, slots, run.mesh)
+    return Sampler(run, data, tokenizer, shapes, engines)
 
 
 def score_tokens(objective: Objective, params: Params, aux: Aux, batch: Rollout) -> Scores:

@@ -9,7 +9,7 @@ import jax
 from jaxft import tree
 from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
-from jaxft.inference.generate import Decoding
+from jaxft.inference.decode import Decoding
 from jaxft.objectives.metrics import LOSS, FloatMetrics
 from jaxft.runs.report import Evaluation
 from jaxft.train import samples, scores
@@ -76,7 +76,7 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     params = tree.combine(p.state.trainable, p.frozen)
     decoding = Decoding(p.partition.model, run.sampling, job.stop)
     prompts = scores.held_out_prompts(run, source)
-    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params)
+    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
     score = scores.make_scorer(run.scoring, run.samples, samples.prompt_texts(prompts, job.tokenizer))
     train_step = compile_step(p, *source.shapes)
 

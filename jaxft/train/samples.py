@@ -6,9 +6,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft.data.source import Prompt
-from jaxft.inference.generate import NONFINITE, Decoding, left_pad, make_generate
+from jaxft.inference.decode import Decoding
+from jaxft.inference.engine import compile_engine, slots_for
+from jaxft.inference.sampling import NONFINITE
 from jaxft.runs.report import Sample
 from jaxft.tree import Params
 
@@ -79,23 +82,18 @@ def prompt_texts(prompts: list[Prompt], tokenizer: Any) -> list[PromptText]:
 
 
 def compile_sampler(
-    decoding: Decoding, prompts: list[Prompt], tokenizer: Any, params: Params
+    decoding: Decoding, prompts: list[Prompt], tokenizer: Any, params: Params, mesh: Mesh | None = None
 ) -> Callable[[Params], list[Completed]]:
     """Return `complete(params)`: each prompt with the model's completion and the row's response, as text.
 
-    Compiled once for `params`, the shapes of the parameters, and batches of at most PROMPTS_AT_ONCE prompts.
+    Compiled once for `params`, the shapes of the parameters. At most PROMPTS_AT_ONCE prompts are completed at
+    the same time. mesh: None for a single device.
     """
     if not prompts:
         return lambda params: []
-    count = min(PROMPTS_AT_ONCE, len(prompts))
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = [
-        left_pad([prompt.ids for prompt in prompts[i : i + count]], count, longest)
-        for i in range(0, len(prompts), count)
-    ]
-    key, stop = jax.random.key(0), decoding.stop
-    generate: Any = make_generate(decoding.model, decoding.sampling, stop)
-    compiled = generate.lower(params, ids[0], key).compile()
+    ids, stop = [prompt.ids for prompt in prompts], decoding.stop
+    slots = slots_for(len(prompts), 1, max(map(len, ids)), PROMPTS_AT_ONCE)
+    engine = compile_engine(decoding, params, slots, mesh)
     texts = prompt_texts(prompts, tokenizer)
 
     def completed(text: PromptText, row: np.ndarray) -> Completed:
@@ -108,7 +106,7 @@ def compile_sampler(
         return Completed(text.prompt, completion, text.reference, finish)
 
     def complete(params: Params) -> list[Completed]:
-        rows = np.concatenate([np.asarray(compiled(params, batch, key)) for batch in ids])
-        return [completed(text, row) for text, row in zip(texts, rows[: len(texts)], strict=True)]
+        rows = engine.complete(params, ids, jax.random.key(0)).tokens[:, 0]
+        return [completed(text, row) for text, row in zip(texts, rows, strict=True)]
 
     return complete

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
-from jaxft.inference.generate import Sampling
+from jaxft.inference.sampling import Sampling
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter

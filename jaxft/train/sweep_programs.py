@@ -10,7 +10,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import devices, sharding
-from jaxft.inference.generate import Decoding
+from jaxft.inference.decode import Decoding
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.train import evaluate, samples, scores
@@ -153,7 +153,7 @@ def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States],
         key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
         if key not in by_shape:
             decoding = Decoding(p.partition.model, run.sampling, job.stop)
-            by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params)
+            by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
         complete.append(by_shape[key])
 
     def sample(states: States) -> list[scores.Scored]:

@@ -241,7 +241,9 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     import jax
 
     from jaxft.distributed import devices, sharding
-    from jaxft.inference import generate
+    from jaxft.inference.decode import Decoding
+    from jaxft.inference.engine import compile_engine, slots_for
+    from jaxft.inference.sampling import Sampling
     from jaxft.train import programs
 
     (folder / "rows.jsonl").write_text("")
@@ -251,14 +253,13 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         p = programs.build(run, 1)
         base = random_base(p)
-        program = generate.make_generate(run.model, generate.Sampling(max_new=fresh), ())
-        prompts = generate.left_pad(
-            np.random.default_rng(0).integers(3, 300, (case.rows, prompt)).tolist(), case.rows
-        )
+        slots = slots_for(case.rows, 1, prompt)
+        engine = compile_engine(Decoding(run.model, Sampling(fresh), ()), base, slots, mesh)
+        prompts = np.random.default_rng(0).integers(3, 300, (case.rows, prompt)).tolist()
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
-            jax.block_until_ready(program(base, prompts, jax.random.key(0)))
+            engine.complete(base, prompts, jax.random.key(0))
             seconds.append(time.perf_counter() - begin)
     rate = case.rows * fresh / min(seconds[1:])
     return {"tokens_per_second": round(rate, 1), "peak_gib": round(devices.memory_gib(jax.devices()[0]), 3)}

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 PROMPT = 16
@@ -46,9 +44,10 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
     import jax
     import jax.numpy as jnp
 
-    from jaxft.batch import Tokens
     from jaxft.models.layer_types import FULL, SLIDING
     from jaxft.models.mistral import MistralConfig, mistral
+    from jaxft.nn.cache import NextToken
+    from jaxft.nn.cached_attention import equal_groups
     from jaxft.nn.param import init_params
 
     types = tuple(
@@ -62,24 +61,24 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
         ),
     )  # fmt: skip
     params = init_params(model.specs, jax.random.key(0), jnp.bfloat16)
-    prompt = np.broadcast_to(np.arange(PROMPT, dtype=np.int32), (a.batch, PROMPT))
-    ones, none = np.ones_like(prompt), np.zeros((a.batch, 1), np.int32)
-    rows = Tokens(prompt, ones, prompt, none, none, none.astype(np.float32))
-    prefill = jax.jit(lambda params, rows: model.prefill(params, rows, a.slots)[1])
+    new, groups = a.slots - PROMPT, equal_groups(a.batch, 1)
     decode = jax.jit(model.decode, donate_argnums=1)
     ids = jnp.full(a.batch, 5, jnp.int32)
 
+    def empty() -> Any:
+        return model.empty_cache((a.batch, PROMPT), a.batch, new)
+
     def decode_round() -> float:
-        cache = jax.block_until_ready(prefill(params, rows))
+        cache = jax.block_until_ready(jax.jit(empty)())
         begin = time.perf_counter()
         for n in range(a.tokens):
-            positions, slot = jnp.full(a.batch, PROMPT + n, jnp.int32), jnp.int32(PROMPT + n)
-            h, cache = decode(params, cache, ids, positions, slot)
+            count = jnp.full(a.batch, n + 1, jnp.int32)
+            h, cache = decode(params, cache, ids, NextToken(count + PROMPT - 1, count, jnp.int32(n), groups))
         jax.block_until_ready(h)
         return (time.perf_counter() - begin) / a.tokens
 
-    cache = jax.eval_shape(prefill, params, rows)
-    size = sum(x.size * x.dtype.itemsize for name, x in cache.items() if name != "visible")
+    cache = jax.eval_shape(empty)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.prompts.layers, cache.rows)))
     decode_round()  # compiles
     return size, decode_round
 

@@ -9,7 +9,7 @@ from tiny_model import CONFIG
 
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
-from jaxft.inference.generate import Sampling
+from jaxft.inference.sampling import Sampling
 from jaxft.models.llama import from_hf, llama
 from jaxft.nn.lora import Adapter, adapter_specs
 from jaxft.optim.optimizer import Optim

@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import engine_of
 from tiny_model import CONFIG, tiny
 
 from jaxft.distributed import sharding
-from jaxft.inference.generate import (
+from jaxft.inference.decode import Decoding
+from jaxft.inference.engine import Completed, program_tracers, slots_for
+from jaxft.inference.generate import generate
+from jaxft.inference.sampling import (
     NONFINITE,
     Sampling,
     fast_argmax,
-    generate,
     left_pad,
-    make_generate,
     sample,
     top_mask,
     truncate_logits,
@@ -24,7 +26,6 @@ from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
-from jaxft.nn.param import init_params
 from jaxft.nn.quant import Quant
 from jaxft.weights import pretrained, storage
 
@@ -33,7 +34,6 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [27], [8] * 30, [30, 31, 32], list(range(40)) 
 
 
 GREEDY = Sampling(max_new=12)
-PROGRAMS = {}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,8 @@ def greedy(world):
     return answers(world)
 
 
-def program(model, sampling, stop=()):
-    """make_generate, once for all tests."""
-    return PROGRAMS.setdefault((model.decode, sampling, stop), make_generate(model, sampling, stop))
-
-
-def answers(world, sampling=GREEDY, stop=(), prompts=PROMPTS, key=KEY, batch=5):
-    return generate(program(world[0], sampling, stop), world[1], prompts, key, batch)
+def answers(world, sampling=GREEDY, stop=(), prompts=PROMPTS, key=KEY, rows=5):
+    return generate(engine_of(world, sampling, stop, rows, 80), world[1], prompts, key)
 
 
 def logits_of(model, whole, tokens):
@@ -107,7 +102,8 @@ def test_the_top_mask_equals_a_sort():
 def test_samples_follow_the_truncated_distribution():
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 1.5, 12), jnp.float32)
     sampling, count = Sampling(temperature=0.8, top_k=8, top_p=0.95), 40_000
-    counts = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, KEY), minlength=12)
+    keys = jax.random.split(KEY, count)
+    counts = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, keys), minlength=12)
     expected = count * np.asarray(jax.nn.softmax(truncate_logits(logits[None], sampling)[0]))
     assert (counts[expected == 0] == 0).all() and (expected == 0).any()
     kept = expected > 0
@@ -118,7 +114,8 @@ def test_samples_follow_the_truncated_distribution():
 def test_temperature_zero_is_the_argmax_and_so_is_top_k_one(world, greedy):
     logits = jax.random.normal(KEY, (9, 97))
     np.testing.assert_array_equal(
-        sample(logits, Sampling(temperature=0.0, top_k=3, top_p=0.5), KEY), logits.argmax(-1)
+        sample(logits, Sampling(temperature=0.0, top_k=3, top_p=0.5), jax.random.split(KEY, 9)),
+        logits.argmax(-1),
     )
     assert answers(world, Sampling(max_new=12, temperature=2.0, top_k=1)) == greedy
     assert answers(world, key=jax.random.key(6)) == greedy
@@ -141,13 +138,12 @@ def test_sampling_depends_on_the_key_alone(world):
     assert answers(world, sampling, key=jax.random.key(6)) != first
     twice = answers(world, sampling, prompts=[PROMPTS[0]] * 2)
     assert twice[0] != twice[1]
-    halves = answers(world, sampling, prompts=[PROMPTS[0]] * 2, batch=1)
-    assert halves[0] != halves[1]
+    assert answers(world, sampling, prompts=[PROMPTS[0]] * 2, rows=1) == twice
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_a_prompt_alone_is_completed_as_in_a_batch(world, greedy, batch):
-    assert answers(world, batch=batch) == greedy
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_prompt_alone_is_completed_as_in_a_batch(world, greedy, rows):
+    assert answers(world, rows=rows) == greedy
 
 
 def test_a_stop_token_ends_its_row_only(world, greedy):
@@ -157,19 +153,9 @@ def test_a_stop_token_ends_its_row_only(world, greedy):
         ends = [i + 1 for i, token in enumerate(before) if token in stop]
         assert after == before[: min(ends, default=12)]
     assert len(stopped[0]) <= 5 and len({len(a) for a in stopped}) > 1
-    raw = np.asarray(program(world[0], GREEDY, stop)(world[1], left_pad(PROMPTS, 8), KEY))
-    assert (raw[len(PROMPTS) :, 1:] == -1).all()  # rows without a prompt stop at once
-    for row, after in zip(raw, stopped):
+    raw = engine_of(world, GREEDY, stop, 5, 80).complete(world[1], PROMPTS, KEY).tokens[:, 0]
+    for row, after in zip(raw, stopped, strict=True):
         assert row.tolist() == after + [-1] * (12 - len(after))
-
-
-def test_a_bucket_is_compiled_once(world):
-    run = make_generate(world[0], Sampling(max_new=3), ())
-    for prompts in (PROMPTS[:2], PROMPTS[1:4], PROMPTS[:1], PROMPTS[2:4]):
-        generate(run, world[1], [*prompts, [1], [2]][:2], KEY, batch=2)
-    assert run._cache_size() == 1
-    generate(run, world[1], PROMPTS[3:], KEY, batch=2)
-    assert run._cache_size() == 2
 
 
 def test_an_empty_prompt_and_invalid_settings_are_refused(world):
@@ -178,30 +164,6 @@ def test_an_empty_prompt_and_invalid_settings_are_refused(world):
     for bad in (dict(max_new=0), dict(temperature=-0.1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_the_cache_is_updated_in_place(dtype):
-    model = llama(LlamaConfig(**{**CONFIG.__dict__, "max_positions": 4096}), dtype)
-    abstract = jax.eval_shape(lambda: init_params(model.specs, KEY, dtype))
-    rows, prompt, new = 4, 64, 2048
-    tokens = left_pad([[1]], rows)
-    memory = (
-        make_generate(model, Sampling(max_new=new), ())
-        .lower(abstract, tokens, KEY)
-        .compile()
-        .memory_analysis()
-    )
-    cache = (
-        2
-        * CONFIG.layers
-        * rows
-        * (prompt + new)
-        * CONFIG.kv_heads
-        * CONFIG.head_dim
-        * jnp.dtype(dtype).itemsize
-    )
-    assert memory.temp_size_in_bytes < 1.5 * cache  # the cache itself is one of the temporaries
 
 
 SMOL = LlamaConfig(
@@ -213,30 +175,20 @@ SMOL = LlamaConfig(
     ("dtype", "quant"),
     [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, Quant("nf4")), (jnp.bfloat16, Quant("int8"))],
 )
-def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant):
+def test_decoding_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant):
     """At the size of a rollout, with weights stored as in a run: neither the cache nor the weights are
-    expanded.
+    expanded, and the cache is updated in place.
     """
-    model, mesh, rows, size = (
-        llama(SMOL, dtype),
-        sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]),
-        16,
-        1024,
-    )
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    model, slots = llama(SMOL, dtype), slots_for(2, 8, 1024)
     with jax.set_mesh(mesh):
         base = storage.sharded_shapes(pretrained.frozen_model(model, quant, "none"), mesh)["base"]
-        cache = jax.eval_shape(
-            lambda base, tokens: model.prefill(base, tokens, size)[1], base, left_pad([[1]], rows)
-        )
-        ids, at = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-        memory = (
-            jax.jit(model.decode, donate_argnums=1)
-            .lower(base, cache, ids, ids, at)
-            .compile()
-            .memory_analysis()
-        )
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    assert memory.temp_size_in_bytes < 0.1 * held and memory.alias_size_in_bytes == held
+        tracers = program_tracers(Decoding(model, Sampling(1024), (), 8), base, slots, mesh)
+        memory = tracers["decode", 16, 1024]().lower().compile().memory_analysis()
+    one_token = 2 * SMOL.layers * SMOL.kv_heads * SMOL.head_dim * jnp.dtype(dtype).itemsize
+    cache = (2 + 16) * 1024 * one_token  # two prompts once, sixteen completions
+    assert cache <= memory.alias_size_in_bytes < 1.01 * cache
+    assert memory.temp_size_in_bytes < 0.1 * (16 * 2048 * one_token)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("head",)], ids=str)
@@ -267,14 +219,15 @@ def test_merged_equals_unmerged(tied):
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new=12, temperature=1.0, top_k=3)], ids=str)
 def test_a_completion_ends_where_its_logits_are_nan_and_the_other_rows_do_not_change(world, sampling):
     model, whole = world
-    prompts = left_pad([PROMPTS[0], [39, 3], PROMPTS[1]], 3)  # no other row has token 39
+    prompts = [PROMPTS[0], [39, 3], PROMPTS[1]]  # no other row has token 39
     broken = dict(whole, base=dict(whole["base"], embed=whole["base"]["embed"].at[39].set(jnp.nan)))
-    good, bad = (np.asarray(program(model, sampling)(params, prompts, KEY)) for params in (whole, broken))
+    engine = engine_of(world, sampling, (), 5, 80)
+    good, bad = (engine.complete(params, prompts, KEY).tokens[:, 0] for params in (whole, broken))
     assert (good >= 0).all() and not (good[[0, 2], :-1] == 39).any()
     np.testing.assert_array_equal(bad[[0, 2]], good[[0, 2]])
     assert bad[1, 0] == NONFINITE and (bad[1, 1:] == -1).all()
     with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite; compute in"):
-        generate(program(model, sampling), broken, [[39, 3]], KEY)
+        generate(engine, broken, [[39, 3]], KEY)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -290,11 +243,12 @@ def test_a_single_infinite_logit_ends_a_completion(world, sign):
         answers((model, broken), prompts=[PROMPTS[0]])
 
 
-def test_the_token_of_a_prompt_in_a_later_batch_is_named(world):
-    def run(params, prompts, key):
-        out = np.full((2, 4), 7)
-        out[1, 2:] = (NONFINITE, -1) if prompts.ids.max() == 30 else 7
-        return out
+def test_the_token_of_a_later_prompt_is_named(world):
+    class Fake:
+        def complete(self, params, prompts, key):
+            tokens = np.full((4, 1, 4), 7)
+            tokens[3, 0, 2:] = NONFINITE, -1
+            return Completed(tokens, np.zeros((4, 1, 4)))
 
     with pytest.raises(ValueError, match="the logits of token 3 after prompt 4 are not finite"):
-        generate(run, None, [[1], [2], [3], [30]], KEY, batch=2)
+        generate(Fake(), None, [[1], [2], [3], [30]], KEY)

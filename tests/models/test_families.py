@@ -1,14 +1,16 @@
 """Every family against transformers: logits, hidden states, gradients, exported folders, generated text."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import decoded, engine_of, prefilled
 from tiny_families import FAMILIES, SAME_PROGRAMS, both, params_of, random_ids, rows, torch_model
 
-from jaxft.inference.generate import Sampling, make_generate
+from jaxft.inference.sampling import Sampling
 from jaxft.models.families import config_to_hf, family_of
 from jaxft.tree import paths
 from jaxft.weights import hf, hf_write, param_reader, pretrained
@@ -122,11 +124,12 @@ def test_prefill_and_decoding_equal_one_forward_pass(name):
     batch, start = padded_left(random_ids(2, 26), 3), 13
     whole = np.asarray(jit(ours.hidden)(params, batch))
     prompt = jax.tree.map(lambda x: x[:, :start] if x.shape[1] == 26 else x, batch)
-    h, cache = jit(lambda params, prompt: ours.prefill(params, prompt, 26))(params, prompt)
+    h, cache = jit(partial(prefilled, ours), static_argnums=2)(params, prompt, 26 - start)
     np.testing.assert_allclose(np.asarray(h)[0], whole[0, :start], atol=2e-5, rtol=1e-4)
-    decode = jit(ours.decode)
+    decode = jit(partial(decoded, ours))
     for at in range(start, 26):
-        h, cache = decode(params, cache, batch.ids[:, at], batch.positions[:, at], jnp.int32(at))
+        token = batch.ids[:, at], batch.positions[:, at]
+        h, cache = decode(params, cache, token, at - start)
         np.testing.assert_allclose(np.asarray(h), whole[:, at], atol=2e-5, rtol=1e-4)
 
 
@@ -139,8 +142,9 @@ def test_greedy_generation_equals_transformers(name):
             torch.tensor(ids).long(), attention_mask=torch.ones(ids.shape, dtype=torch.long),
             max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0,
         )[:, 20:]  # fmt: skip
-    found = make_generate(ours, Sampling(32), ())(params, rows(ids), jax.random.key(0))
-    np.testing.assert_array_equal(np.asarray(found), expected.numpy())
+    engine = engine_of((ours, params), Sampling(32), (), 2)
+    found = engine.complete(params, ids.tolist(), jax.random.key(0)).tokens[:, 0]
+    np.testing.assert_array_equal(found, expected.numpy())
 
 
 def row(*examples, length=40):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import decoded, prefilled
 
 from jaxft.batch import Tokens
 from jaxft.models.llama import from_hf, llama
@@ -103,8 +104,9 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass():
     batch = batch.replace(segments=jnp.asarray(segments), positions=jnp.asarray(positions))
     whole = np.asarray(model.hidden(params, batch))
     start = jax.tree.map(lambda x: x[:, :8] if x.shape[1] == 12 else x, batch)
-    h, cache = model.prefill(params, start, 12)
+    h, cache = prefilled(model, params, start, 4)
     np.testing.assert_allclose(np.asarray(h)[0], whole[0, :8], atol=1e-5)
     for at in range(8, 12):
-        h, cache = model.decode(params, cache, batch.ids[:, at], batch.positions[:, at], jnp.int32(at))
+        token = batch.ids[:, at], batch.positions[:, at]
+        h, cache = decoded(model, params, cache, token, at - 8)
         np.testing.assert_allclose(np.asarray(h), whole[:, at], atol=1e-5)

@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from engines import decoded, prefilled
 from host_weights import load_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -331,11 +333,11 @@ def test_logits_beyond_the_original_length_equal_transformers_and_decoding(kind,
     ours = our_logits(model, params, tokens)
     np.testing.assert_allclose(ours, torch_logits(reference, tokens), atol=1e-4)
     prompts = jax.tree.map(lambda x: x[:, :20], tokens)
-    h, cache = model.prefill(params, prompts, 24)
-    found, decode = [np.asarray(model.logits(model.head(params), h))], jax.jit(model.decode)
+    h, cache = prefilled(model, params, prompts, 4)
+    found, decode = [np.asarray(model.logits(model.head(params), h))], jax.jit(partial(decoded, model))
     for t in range(20, 24):
         at = jnp.full(2, t, jnp.int32)
-        h, cache = decode(params, cache, tokens.ids[:, t], at, jnp.int32(t))
+        h, cache = decode(params, cache, (tokens.ids[:, t], at), t - 20)
         found.append(np.asarray(model.logits(model.head(params), h))[:, None])
     np.testing.assert_allclose(np.concatenate(found, 1), ours, atol=1e-4)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import engine_of
 from smollm2 import REF, reference
 from test_llama import tokens_of
 
@@ -11,7 +12,8 @@ from jaxft.data.chat import example_prompt_ids
 from jaxft.data.conversation import prompt_of
 from jaxft.data.rows import Row
 from jaxft.distributed import sharding
-from jaxft.inference import generate
+from jaxft.inference.generate import generate
+from jaxft.inference.sampling import Sampling
 from jaxft.models.adapted import adapted
 from jaxft.weights import pretrained
 
@@ -68,8 +70,10 @@ def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
     prompts = list(example_prompt_ids([prompt_of(Row("r", {"prompt": text})) for text in PROMPTS], tokenizer))
     sizes = [len(prompt) for prompt in prompts]
     assert len(set(sizes)) == len(sizes) and max(sizes) > 64 > min(sizes)
-    run = generate.make_generate(model, generate.Sampling(max_new=64), (tokenizer.eos_token_id,))
-    found = generate.generate(run, whole, prompts, jax.random.key(0), batch=len(prompts))
+    engine = engine_of(
+        (model, whole), Sampling(max_new=64), (tokenizer.eos_token_id,), len(prompts), max(sizes)
+    )
+    found = generate(engine, whole, prompts, jax.random.key(0))
 
     ids, mask = np.zeros((2, len(prompts), max(sizes)), np.int64)
     for row, prompt in enumerate(prompts):

@@ -220,20 +220,6 @@ def test_visits_skip_later_blocks_other_segments_padding_and_other_branches():
     assert places[9, :3].tolist() == [5, 8, 9]
 
 
-def test_cached_attention_is_the_last_row_of_dense():
-    rng = np.random.default_rng(7)
-    with jax.enable_x64(True):
-        q, k, v, _ = arrays(rng, 3, 20, 4, 2, 8, jnp.float64)
-        segments = jnp.ones((3, 20), jnp.int32)
-        expected = attention.dense(q, k, v, Visibility(segments))[:, -1]
-        room = ((0, 0), (2, 7), (0, 0), (0, 0))  # the cache has free slots
-        visible = (jnp.arange(29) >= 2) & (jnp.arange(29) < 22)
-        k_BSKE, v_BSKE = (jnp.pad(x, room, constant_values=9.0) for x in (k, v))
-        cache = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.swapaxes(1, 2)
-        found = attention.cached_attention(q[:, -1], *cache, jnp.broadcast_to(visible, (3, 29)))
-        np.testing.assert_allclose(found, expected, atol=1e-13)
-
-
 @pytest.mark.parametrize("branched", [False, True])
 @pytest.mark.parametrize("shape", [MeshShape(data=8), MeshShape(data=2, fsdp=2, tensor=2)])
 def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import decoded, prefilled
 from jax.ad_checkpoint import print_saved_residuals
 from tiny_model import assert_close, examples, one_by_one, tiny
 
@@ -248,9 +249,9 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
         h = jax.eval_shape(lambda p: t.model.hidden(p, batch), some)
         logits = jax.eval_shape(lambda p: t.model.logits(t.model.head(p), t.model.hidden(p, batch)), some)
         (loss, found), grads = jax.eval_shape(gradient, trainable, frozen, key)
-        prefill = jax.eval_shape(lambda p: t.model.prefill(p, batch, T + 4), some)
-        ids, at = batch.ids[:, 0], jnp.int32(T)
-        step = jax.eval_shape(lambda p, cache: t.model.decode(p, cache, ids, ids, at), some, prefill[1])
+        prefill = jax.eval_shape(lambda p: prefilled(t.model, p, batch, 4), some)
+        token = batch.ids[:, 0], batch.ids[:, 0]
+        step = jax.eval_shape(lambda p, cache: decoded(t.model, p, cache, token, 0), some, prefill[1])
     assert h.dtype == prefill[0].dtype == step[0].dtype == dtype and logits.dtype == loss.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves((grads, found))} == {jnp.dtype(jnp.float32)}
     assert jax.tree.structure(grads) == jax.tree.structure(trainable)

@@ -11,7 +11,6 @@ from jaxft.models.rope_config import rope_from_hf
 from jaxft.nn.rope import (
     Rope,
     attention_scaling,
-    cache_lengths,
     example_lengths,
     frequencies,
     needs_lengths,
@@ -155,16 +154,6 @@ def test_responses_to_a_shared_prompt_are_one_example_as_long_as_the_longest():
     segments = np.r_[np.full(14, 1), np.full(5, 2), [0, 0]][None]
     lengths = example_lengths(jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
     np.testing.assert_array_equal(lengths[0, :19], np.r_[np.full(14, 11), np.full(5, 5)])
-
-
-def test_a_generated_row_has_one_length_whatever_else_is_in_the_batch():
-    # prompts of 5 and 3, left-padded to 5, in a cache of 12 slots: 12 and 10 tokens
-    positions = jnp.asarray([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]], jnp.int32)
-    prompts = cache_lengths(positions, jnp.arange(5, dtype=jnp.int32), 12)
-    assert (prompts[0] == 12).all() and (prompts[1, 2:] == 10).all()
-    for step in range(7):
-        new = cache_lengths(positions[:, -1:] + 1 + step, jnp.asarray([5 + step], jnp.int32), 12)
-        np.testing.assert_array_equal(new[:, 0], [12, 10])
 
 
 def random(*shape, dtype=jnp.float32):

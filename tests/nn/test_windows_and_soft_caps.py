@@ -180,18 +180,6 @@ def test_completions_after_a_shared_prompt_equal_prompt_and_completion_alone():
             np.testing.assert_allclose(together[:, at], expected, atol=1e-12)
 
 
-def test_cached_attention_is_the_last_row_of_dense():
-    rng, (T, window) = np.random.default_rng(7), (20, 6)
-    with jax.enable_x64(True):
-        q, k, v, _ = arrays(rng, 3, T, 4, 2, 8, jnp.float64)
-        rows = with_positions(jnp.ones((3, T), jnp.int32), None)
-        expected = jax.jit(attention.dense)(q, k, v, rows, AttentionRule(window, 0.7))[:, -1]
-        visible = jnp.broadcast_to(jnp.arange(T) >= T - window, (3, T))
-        cache = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        found = jax.jit(partial(attention.cached_attention, softcap=0.7))(q[:, -1], *cache, visible)
-        np.testing.assert_allclose(found, expected, atol=1e-13)
-
-
 @pytest.mark.parametrize(("window", "cap"), [(5, 3.0), (1, None), (40, 0.5)])
 def test_values_and_gradients_are_those_of_transformers(window, cap):
     """Gemma 2's eager attention, with the mask that transformers makes for a sliding window."""

@@ -17,7 +17,7 @@ import pytest
 from tiny_plan import CHIP, HAS_CUDA, HAS_TPU, TINY, made_up, tiny, tiny_pairs, tiny_ppo
 
 from jaxft.distributed import sharding
-from jaxft.inference.generate import Sampling
+from jaxft.inference.sampling import Sampling
 from jaxft.nn.quant import Quant
 from jaxft.plan import machines, plan
 from jaxft.plan import programs as plan_programs
@@ -32,7 +32,9 @@ def test_parts_sum_to_the_total_and_cover_all_arguments():
     found = plan.plan(run, made_up())
     assert found.total == sum(found.parts.values())
     rows = 6 * 2 * 8 * 64 * 4 // 8  # arrays of a batch, microbatches, rows, tokens, bytes, over eight devices
-    assert rows <= found.parts["batch and counters"] < rows + 256  # all other arguments are accounted for
+    assert (
+        rows <= found.parts["batch, key/value caches and counters"] < rows + 256
+    )  # all other arguments are accounted for
     assert found.parts["adapters"] < found.parts["optimizer"] < 2.1 * found.parts["adapters"]  # two moments
     assert found.parts["quantised base"] > 0 and found.fits and found.limit == CHIP.memory - CHIP.reserved
     assert json.loads(json.dumps(found.json()))["flops_per_token"] > 0
@@ -48,12 +50,18 @@ def test_a_run_has_a_program_for_each_of_its_phases():
             return [one.name for one in plan_programs.all_programs(run, p) if one.trace().jaxpr.jaxpr.eqns]
 
     # for SFT, general text is the evaluation program
-    assert names(tiny(general="text")) == ["train step", "evaluation", "sample completions"]
+    assert names(tiny(general="text")) == [
+        "train step",
+        "evaluation",
+        "sample completions: prefill",
+        "sample completions",
+    ]
     bare = tiny(samples=0)
     assert names(replace(bare, data=replace(bare.data, held_out=None))) == ["train step"]
     assert names(tiny_pairs(general="text")) == [
         "train step",
         "evaluation",
+        "sample completions: prefill",
         "sample completions",
         "general text",
         "reference log-probs",
@@ -63,13 +71,14 @@ def test_a_run_has_a_program_for_each_of_its_phases():
 def test_resident_bytes_are_equal_in_all_programs():
     found = plan.plans(tiny(samples=64, sampling=Sampling(max_new=400)), made_up(2))
     sizes = {p.program: p for p in found}
-    assert [p.total for p in found] == sorted((p.total for p in found), reverse=True) and len(found) == 3
+    assert [p.total for p in found] == sorted((p.total for p in found), reverse=True) and len(found) == 4
     resident = {p.total - sum(p.parts.get(name, 0) for name in plan.PROGRAM_PARTS) for p in found}
     assert len(resident) == 1  # weights, adapters and optimizer state
     # keys and values, rows over two devices
     cache = TINY.layers * 64 * (64 + 400) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2
     step, sampling = sizes["train step"], sizes["sample completions"]
-    assert cache < sampling.parts["activations and temporaries"] and found[0] is sampling
+    assert cache < sampling.parts["batch, key/value caches and counters"] < 1.1 * cache
+    assert found[0].program == "sample completions: prefill"
     assert step.flops and step.estimate and sampling.flops is sampling.estimate is None
     text = plan_text.programs_report(found)
     assert "the largest is sample completions: fits," in text and all(name in text for name in sizes)
@@ -81,13 +90,19 @@ def test_resident_bytes_are_equal_in_all_programs():
 
 def test_a_rollout_plan_has_all_programs():
     found = {p.program: p for p in plan.plans(tiny_ppo(), made_up(2))}
-    assert found.keys() == {"train step", "rollout sampling", "rollout log-probs", "reward head reward"}
+    assert found.keys() == {
+        "train step",
+        "rollout sampling: prefill",
+        "rollout sampling",
+        "rollout log-probs",
+        "reward head reward",
+    }
     assert (
         len({p.total - sum(p.parts.get(name, 0) for name in plan.PROGRAM_PARTS) for p in found.values()}) == 1
     )
-    # 4 prompts x 2, over two devices
-    cache = TINY.layers * 8 * (64 + 16) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2
-    assert cache < found["rollout sampling"].parts["activations and temporaries"]
+    # 4 prompts and 8 completions, over two devices
+    cache = TINY.layers * (4 * 64 + 8 * 16) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2
+    assert cache < found["rollout sampling"].parts["batch, key/value caches and counters"] < 1.1 * cache
     assert found["train step"].flops and not found["rollout log-probs"].flops
 
 

@@ -320,6 +320,7 @@ def test_a_run_that_does_not_fit_its_rollouts_is_refused():
         ({"minibatches": 2}, {}, True),
         ({}, {"reference": "start"}, True),
         ({}, {"critic": True}, True),
+        ({"kv_cache": "int8"}, {}, True),
     ],
 )
 def test_log_probs_are_recomputed_unless_the_ratio_is_1(settings, facts, recompute):

@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from engines import engine_of
 from rl_completions import random_prompts
 
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts
-from jaxft.inference.generate import NONFINITE, Sampling, left_pad, make_generate, make_sampler
+from jaxft.inference.engine import Completed
+from jaxft.inference.sampling import NONFINITE, Sampling
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
+from jaxft.rl import sampler as sampler_module
 from jaxft.rl.completions import table_indices
 from jaxft.rl.layout import fits, pack_rollout, rollout_shapes, to_completions
-from jaxft.rl.sampler import Sampler
+from jaxft.rl.sampler import Sampler, compile_rollout_sampler
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -26,8 +29,9 @@ from jaxft.rl.sampler import Sampler
 def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k):
     model, params = tiny_model.tiny(jnp.float32, adapter=Adapter(rank=2))
     prompts, stop = random_prompts(3), (7, 11)
-    sampler = make_sampler(model, Sampling(12, temperature, top_k), stop, group)
-    tokens, sampled = map(np.asarray, sampler(params, left_pad(prompts.ids, 3), jax.random.key(3)))
+    engine = engine_of((model, params), Sampling(12, temperature, top_k), stop, 3 * group, group=group)
+    found = engine.complete(params, prompts.ids, jax.random.key(3))
+    tokens, sampled = (x.reshape(3 * group, 12) for x in found)
     lengths = (tokens >= 0).sum(1).reshape(3, group)
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
@@ -47,8 +51,9 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
     data, prompts = Prompts("x", max_new=48, group=4, batch=3), random_prompts(3)
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
     assert len(shapes.rows) == len(shapes.batches) == 3
-    sampler = make_sampler(model, Sampling(48, 1.0), (), 4)
-    all_tokens, sampled = map(np.asarray, sampler(params, left_pad(prompts.ids, 3), jax.random.key(3)))
+    engine = engine_of((model, params), Sampling(48, 1.0), (), 12, group=4)
+    found = engine.complete(params, prompts.ids, jax.random.key(3))
+    all_tokens, sampled = (x.reshape(12, 48) for x in found)
     score = jax.jit(policy(model, clipped).score)
     for shape, longest in zip(shapes.rows, (12, 24, 48), strict=True):
         lengths = np.minimum(np.random.default_rng(longest).integers(1, longest + 1, (3, 4)), longest)
@@ -64,13 +69,13 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
 
 def test_greedy_completions_of_a_group_are_those_of_the_prompt_alone_and_others_differ():
     model, params = tiny_model.tiny(jnp.float32)
-    prompts, key = left_pad(random_prompts(2).ids, 2), jax.random.key(0)
+    prompts, key, world = random_prompts(2).ids, jax.random.key(0), (model, params)
     greedy = Sampling(6, 0.0)
-    group = np.asarray(make_sampler(model, greedy, (), 2)(params, prompts, key)[0])
-    alone = np.asarray(make_generate(model, greedy, ())(params, prompts, key))
-    np.testing.assert_array_equal(group, np.repeat(alone, 2, 0))
-    sampled = np.asarray(make_sampler(model, Sampling(6, 1.0), (), 2)(params, prompts, key)[0])
-    assert (sampled[0] != sampled[1]).any() and (sampled[2] != sampled[3]).any()
+    group = engine_of(world, greedy, (), 4, group=2).complete(params, prompts, key).tokens
+    alone = engine_of(world, greedy, (), 2).complete(params, prompts, key).tokens
+    np.testing.assert_array_equal(group, np.repeat(alone, 2, 1))
+    sampled = engine_of(world, Sampling(6, 1.0), (), 4, group=2).complete(params, prompts, key).tokens
+    assert (sampled[:, 0] != sampled[:, 1]).any(1).all()
 
 
 def test_the_table_has_two_completions_of_each_prompt():
@@ -81,12 +86,26 @@ def test_the_table_has_two_completions_of_each_prompt():
 def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_row():
     """The sampler of two prompts with a group of two: the last completion has no third token."""
     data, prompts = Prompts("x", max_new=4, group=2, batch=2), random_prompts(2)
-    tokens = np.full((4, 4), 7)
-    tokens[3, 2:] = NONFINITE, -1
+    tokens = np.full((2, 2, 4), 7)
+    tokens[1, 1, 2:] = NONFINITE, -1
     bound = SimpleNamespace(params=lambda state: {}, stop=(1,))
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
-    programs = {2: lambda params, padded, key: (tokens, np.zeros((4, 4)))}
-    sampler = Sampler(bound, data, None, shapes, programs)
+    completed = Completed(tokens, np.zeros(tokens.shape))
+    engine = SimpleNamespace(complete=lambda params, prompts, key: completed)
+    sampler = Sampler(bound, data, None, shapes, {2: engine})
     named = f"{prompts.names[1]}: the policy's logits of token 3 of a completion are not finite"
     with pytest.raises(ValueError, match=re.escape(named)):
         sampler.sample(prompts, 2, 0, None)
+
+
+def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_settings(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(sampler_module, "compile_engine", lambda d, *rest: compiled.append((d, rest[1])))
+    data = Prompts("x", max_new=4, group=4, batch=6, eval_group=1, decode_rows=12, kv_cache="int8")
+    shapes = rollout_shapes(data, 40, shards=1)
+    bound = SimpleNamespace(model=None, stop=(1,), param_shapes={}, mesh=None)
+    compile_rollout_sampler(bound, data, None, shapes)
+    assert {(d.group, d.cache, slots.rows, slots.prompts) for d, slots in compiled} == {
+        (4, "int8", 12, 6),
+        (1, "int8", 6, 6),
+    }

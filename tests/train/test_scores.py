@@ -11,7 +11,8 @@ from tiny_model import CONFIG, tiny
 from tiny_run import Place, write_place
 
 from jaxft.data.source import Prompt
-from jaxft.inference.generate import Decoding, Sampling
+from jaxft.inference.decode import Decoding
+from jaxft.inference.sampling import Sampling
 from jaxft.train import samples
 from jaxft.train.samples import Completed, PromptText
 from jaxft.train.scores import check_scoring, held_out_prompts, make_scorer

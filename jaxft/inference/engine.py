@@ -1,0 +1,292 @@
+"""Complete any number of prompts with a fixed number of rows: rows that ended take the next prompts."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jaxft.distributed import sharding
+from jaxft.inference import decode as programs
+from jaxft.inference.decode import DecodeState, Decoding, Limits, NewPrompts
+from jaxft.inference.sampling import BUCKET, left_pad
+from jaxft.nn.cache import LayerKeys, key_axes
+from jaxft.tree import Params
+
+SMALLEST_READ = 64  # slots of rows' keys; programs that read fewer than all are compiled from this size on
+FEWEST_ROWS = 8  # a program for fewer rows than this would not be faster
+PREFILLED_TOGETHER = 8  # prompts
+
+
+class Slots(NamedTuple):
+    """Sizes of an engine.
+
+    rows: completions in progress. prompts: prompts whose keys are cached. size: tokens of the longest prompt,
+    padded. together: prompts that are prefilled together.
+    """
+
+    rows: int
+    prompts: int
+    size: int
+    together: int
+
+
+def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
+    """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
+
+    rows: the most completions in progress; None for all. If that is fewer than all, prompts whose last
+    completions are not done keep their slot, so there are slots for twice as many prompts as begin together.
+    """
+    most = prompts * group if rows is None else min(max(rows, group), prompts * group)
+    most -= most % group
+    at_once = most // group
+    kept = at_once if group == 1 else min(prompts, 2 * at_once)
+    calls = -(-at_once // PREFILLED_TOGETHER)
+    return Slots(most, kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls))
+
+
+class Completed(NamedTuple):
+    """Completions of n prompts, G each. tokens: -1 beyond the end. logps: 0 there, see decode.next_tokens."""
+
+    tokens: Int[np.ndarray, "n G N"]
+    logps: Float[np.ndarray, "n G N"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Compiled programs for one Decoding and one size.
+
+    start, decode, keep: see inference/decode.py. decode has one program for each number of rows, and for each
+    number of slots that are read. smaller: numbers of rows, descending, to which the state shrinks once no
+    prompts wait; reads: ascending.
+    """
+
+    decoding: Decoding
+    slots: Slots
+    empty: Any
+    start: Any
+    decode: dict[tuple[int, int], Any]
+    keep: dict[tuple[int, int], Any]
+
+    def complete(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        key: Array,
+        numbers: Sequence[int] | None = None,
+    ) -> Completed:
+        """Complete every prompt `decoding.group` times.
+
+        The random key of completion i of a prompt is derived from `key`, the prompt's number (by default its
+        index) and i, so its tokens do not depend on the other prompts.
+        """
+        job = _Job(self, params, key, prompts, range(len(prompts)) if numbers is None else numbers)
+        while job.waiting or job.live.any():
+            job.start_prompts()
+            job.decode()
+        return Completed(job.tokens, job.logps)
+
+
+def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None) -> Engine:
+    """Compile the programs of an engine. params: arrays or their shapes. mesh: None for a single device."""
+    tracers = program_tracers(d, params, slots, mesh)
+    found = {name: trace().lower().compile() for name, trace in tracers.items()}
+    decode = {key: found.pop(key) for key in list(found) if key[0] == "decode"}
+    keep = {key: found.pop(key) for key in list(found) if key[0] == "keep"}
+    return Engine(
+        d, slots, found[("empty",)], found[("start",)], {key[1:]: x for key, x in decode.items()},
+        {key[1:]: x for key, x in keep.items()},
+    )  # fmt: skip
+
+
+def program_tracers(
+    d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None
+) -> dict[tuple[Any, ...], Callable[[], jax.stages.Traced]]:
+    """Return a function that traces each program of an engine.
+
+    The programs are ("empty",), ("start",), ("decode", rows, read) and ("keep", from, to), with numbers of
+    rows.
+    """
+    sizes = row_levels(slots.rows, mesh)
+    states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
+    first, key = states[slots.rows], _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    integer = _everywhere(np.int32(0), mesh)
+    limits = Limits(integer, integer)
+
+    def jitted(fn: Any, rows: int, donate: tuple[int, ...] = ()) -> Any:
+        where = None if mesh is None else jax.tree.map(lambda x: x.sharding, states[rows])
+        return jax.jit(fn, donate_argnums=donate, out_shardings=where)
+
+    empty = partial(programs.empty_state, d, (slots.prompts, slots.size), slots.rows)
+    new = _everywhere(no_prompts(slots, d.group), mesh)
+    begin = jitted(partial(programs.start, d), slots.rows, (1,))
+    out: dict[tuple[Any, ...], Any] = {
+        ("empty",): jitted(empty, slots.rows).trace,
+        ("start",): partial(begin.trace, params, first, new, key),
+    }
+    for rows, read in decode_levels(slots, d.sampling.max_new, mesh):
+        run = jitted(partial(programs.decode, d, read), rows, (1,))
+        out["decode", rows, read] = partial(run.trace, params, states[rows], limits)
+    for larger, smaller in zip(sizes, sizes[1:], strict=False):
+        left = np.zeros(smaller, np.int32), np.zeros(min(slots.prompts, smaller), np.int32)
+        shrink = jitted(programs.keep_rows, smaller)
+        out["keep", larger, smaller] = partial(shrink.trace, states[larger], *_everywhere(left, mesh))
+    return out
+
+
+def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
+    """Return the numbers of rows that have programs, descending.
+
+    On CPUs a step takes half the time with half the rows; accelerators are as fast with 100 rows as with
+    one, because reading the weights takes longer than computing, so they have one program.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    levels = [rows]
+    while device.platform == "cpu" and (mesh is None or mesh.size == 1):
+        half = -(-levels[-1] // 2)
+        if half < FEWEST_ROWS or len(levels) == 3:
+            break
+        levels.append(half)
+    return levels
+
+
+def read_levels(new: int) -> list[int]:
+    """Return the numbers of slots of rows' keys that have programs, ascending: at most three, all at last."""
+    levels = [new]
+    while len(levels) < 3 and levels[0] > SMALLEST_READ:
+        levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
+    return levels
+
+
+def decode_levels(slots: Slots, new: int, mesh: Mesh | None) -> list[tuple[int, int]]:
+    """Return (rows, read) of every decode program. Fewer rows than all read all slots."""
+    sizes = row_levels(slots.rows, mesh)
+    return [(slots.rows, read) for read in read_levels(new)] + [(rows, new) for rows in sizes[1:]]
+
+
+def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> DecodeState:
+    """Return the shapes of a state of `rows` rows. Keys are sharded over rows and heads, the rest is on every
+    device.
+    """
+    prompts = min(slots.prompts, rows)
+    shapes = jax.eval_shape(partial(programs.empty_state, d, (prompts, slots.size), rows))
+    if mesh is None:
+        return shapes
+    cache = shapes.cache
+
+    def place(x: Any, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        where = sharding.array_sharding(mesh, axes, x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def of(layers: LayerKeys) -> LayerKeys:
+        return jax.tree.map(place, layers, key_axes(layers))
+
+    state = _everywhere(shapes, mesh)
+    prompt_keys = state.cache.prompts.replace(layers=of(cache.prompts.layers))
+    return state.replace(cache=state.cache.replace(prompts=prompt_keys, rows=of(cache.rows)))
+
+
+def _everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Return the shapes of a tree of arrays that are on every device."""
+    where = None if mesh is None else sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)
+
+
+def no_prompts(slots: Slots, group: int) -> NewPrompts:
+    """Return a NewPrompts of empty prompts, which start nothing."""
+    count = slots.together
+    tokens = left_pad([[0] * slots.size], count)
+    none = np.zeros_like(tokens.segments)
+    tokens = tokens.replace(segments=none, positions=none.copy())
+    return NewPrompts(
+        tokens, np.full(count, slots.prompts, np.int32), np.full((count, group), slots.rows, np.int32),
+        np.zeros(count, np.int32),
+    )  # fmt: skip
+
+
+class _Job:
+    """Prompts on their way through an engine, on the host.
+
+    waiting: indices of prompts. owners: (prompt, completion) in each row. live: rows in progress.
+    """
+
+    def __init__(
+        self, engine: Engine, params: Params, key: Array, prompts: Sequence[Sequence[int]], numbers: Any
+    ):
+        d, slots = engine.decoding, engine.slots
+        self.engine, self.params, self.key = engine, params, key
+        self.prompts, self.numbers, self.waiting = prompts, list(numbers), deque(range(len(prompts)))
+        shape = len(prompts), d.group, d.sampling.max_new
+        self.tokens, self.logps = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+        self.state, self.steps = engine.empty(), 0
+        self.live = np.zeros(slots.rows, bool)
+        self.owners = np.full((slots.rows, 2), -1)
+        self.slot_of = np.full(slots.rows, -1)  # prompt slot of each row
+
+    def start_prompts(self) -> None:
+        """Start waiting prompts while there are a prompt slot and rows for all of their completions."""
+        slots, group = self.engine.slots, self.engine.decoding.group
+        while self.waiting:
+            free_rows = np.flatnonzero(~self.live)
+            used = set(self.slot_of[self.live].tolist())
+            free_slots = [slot for slot in range(slots.prompts) if slot not in used]
+            count = min(slots.together, len(self.waiting), len(free_slots), len(free_rows) // group)
+            if not count or (count < min(slots.together, len(self.waiting)) and self.live.any()):
+                return
+            chosen = [self.waiting.popleft() for _ in range(count)]
+            new = no_prompts(slots, group)
+            padded = left_pad([*(self.prompts[i] for i in chosen), [0] * slots.size], slots.together + 1)
+            new = new.replace(tokens=jax.tree.map(lambda x: x[: slots.together], padded))
+            new.tokens.segments[count:], new.tokens.positions[count:] = 0, 0
+            rows = free_rows[: count * group].reshape(count, group)
+            new.slots[:count], new.rows[:count] = free_slots[:count], rows
+            new.numbers[:count] = [self.numbers[i] for i in chosen]
+            self.state = self.engine.start(self.params, self.state, new, self.key)
+            for i, slot, own in zip(chosen, free_slots, rows, strict=False):
+                self.owners[own] = [(i, completion) for completion in range(group)]
+                self.slot_of[own] = slot
+            self.live[rows] = True
+
+    def decode(self) -> None:
+        """Decode until rows can be given to waiting prompts, or dropped, then collect what has ended."""
+        engine, (rows,) = self.engine, self.live.shape
+        slots, group, new = engine.slots, engine.decoding.group, engine.decoding.sampling.max_new
+        read = min(read for size, read in engine.decode if size == rows and read >= min(self.steps + 1, new))
+        limit = new if read == new else read - self.steps
+        smaller = max((to for size, to in engine.keep if size == rows), default=0)
+        stop = smaller
+        if self.waiting:
+            wanted = min(slots.together, len(self.waiting)) * group
+            stop = min(rows - wanted, int(self.live.sum()) - 1)
+        self.state = engine.decode[rows, read](
+            self.params, self.state, Limits(np.int32(limit), np.int32(max(stop, 0)))
+        )
+        self._collect()
+        if not self.waiting and smaller and self.live.any() and self.live.sum() <= smaller:
+            self._shrink(smaller)
+
+    def _collect(self) -> None:
+        """Read the rows that have ended."""
+        state = self.state
+        live, tokens, logps, steps = jax.device_get((state.live, state.tokens, state.logps, state.step))
+        self.steps = int(steps)
+        for row in np.flatnonzero(self.live & ~live):
+            prompt, completion = self.owners[row]
+            self.tokens[prompt, completion], self.logps[prompt, completion] = tokens[row], logps[row]
+        self.live = np.array(live)
+
+    def _shrink(self, rows: int) -> None:
+        """Continue with a state of fewer rows, which has all live ones."""
+        order = np.argsort(~self.live, kind="stable")[:rows].astype(np.int32)
+        count = min(self.engine.slots.prompts, rows)
+        used = np.unique(self.slot_of[self.live])
+        rest = np.setdiff1d(np.arange(self.state.cache.prompts.visible.shape[0]), used)
+        kept = np.sort(np.concatenate([used, rest])[:count]).astype(np.int32)
+        self.state = self.engine.keep[len(self.live), rows](self.state, order, kept)
+        slots = np.searchsorted(kept, self.slot_of[order])
+        self.live, self.owners, self.slot_of = self.live[order], self.owners[order], slots

@@ -1,0 +1,101 @@
+"""How the next token is sampled, and prompts as padded batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxft.batch import Tokens
+
+BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+NONFINITE = -2  # in place of a token whose logits are not finite; the completion ends there
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is sampled. temperature 0 is greedy; top_k, top_p None do not truncate the
+    distribution.
+    """
+
+    max_new: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if self.max_new < 1:
+            raise ValueError(f"max_new must be at least 1, got {self.max_new}")
+        if self.max_new >= 2**31:
+            raise ValueError(f"max_new must be below 2^31, got {self.max_new}")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or none, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, or none; got {self.top_p}")
+
+
+def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
+    """Return logits over the temperature, with -inf outside top-k, then top-p (as in transformers)."""
+    logits = logits / s.temperature
+    if s.top_k is not None and s.top_k < logits.shape[-1]:
+        logits = jnp.where(top_mask(logits, jnp.ones((), jnp.float32), s.top_k), logits, -jnp.inf)
+    if s.top_p is not None and s.top_p < 1.0:
+        logits = jnp.where(top_mask(logits, jax.nn.softmax(logits, -1), s.top_p), logits, -jnp.inf)
+    return logits
+
+
+def top_mask(x: Float[Array, "B V"], weights: Float[Array, "..."], target: float) -> Bool[Array, "B V"]:
+    """Mark the fewest largest values of each row whose weights sum to at least `target`; ties go together.
+
+    The smallest of them is found bit by bit, with 32 sums over the row: for 16 x 49152 on a CPU this takes 10
+    ms, a sort 230.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the floats
+
+    def refine(i, least_B):
+        tried_B = least_B | jnp.uint32(1 << 31) >> i.astype(jnp.uint32)
+        enough_B = jnp.where(keys >= tried_B[:, None], weights, 0).sum(-1) >= target
+        return jnp.where(enough_B, tried_B, least_B)
+
+    return keys >= jax.lax.fori_loop(0, 32, refine, jnp.zeros(x.shape[0], jnp.uint32))[:, None]
+
+
+def fast_argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """argmax by two reductions that vectorise: 0.7 ms for 16 x 49152 on a CPU; jnp.argmax takes 4.7."""
+    last = x.shape[-1] - 1
+    return jnp.where(x == x.max(-1, keepdims=True), jnp.arange(last + 1, dtype=jnp.int32), last).min(-1)
+
+
+def sample(logits: Float[Array, "B V"], s: Sampling, keys: Array) -> Int[Array, "B"]:
+    """Sample one token per row. keys: a random key per row, so that its token does not depend on others."""
+    if s.temperature == 0:
+        return fast_argmax(logits)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    return fast_argmax(truncate_logits(logits, s) + noise)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = None) -> Tokens:
+    """Pad prompts on the left to one batch of `rows` rows; rows without a prompt are empty.
+
+    longest: tokens of the longest prompt that batches of the same shape hold, by default of these.
+    """
+    longest = longest or max(map(len, prompts))
+    size = -(-longest // BUCKET) * BUCKET
+    ids, segments = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
+    for i, prompt in enumerate(prompts):
+        ids[i, size - len(prompt) :] = prompt
+        segments[i, size - len(prompt) :] = 1
+    positions = np.maximum(np.cumsum(segments, 1) - 1, 0).astype(np.int32)
+    zero = np.zeros((rows, 1), np.int32)
+    return Tokens(ids, segments, positions, zero, zero, zero.astype(np.float32))
+
+
+def nonfinite_logits(tokens: np.ndarray) -> tuple[int, int] | None:
+    """Return (row, index) of the first token [B, N] whose logits were not finite, None without any."""
+    found = np.argwhere(tokens == NONFINITE)
+    return (int(found[0, 0]), int(found[0, 1])) if len(found) else None

@@ -1,0 +1,119 @@
+"""Attention of one token per completion to the cached keys of its prompt and of its own earlier tokens.
+
+Completions of a prompt share the prompt's keys, which are read once for all of them (Hydragen, Juravsky et
+al. 2024, arXiv:2402.05099). One softmax over both parts of the keys normalises them.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxft.nn.flash_attention import MASKED, soft_capped, wide_einsum
+from jaxft.tree import struct
+
+
+@struct
+class Keys:
+    """Cached keys [L, B, K, E, S] and values [L, B, K, S, E] of L layers, in the layouts of the two matmuls.
+
+    As raw bits of the compute dtype, or quantised with a scale for each token and head, [L, B, K, S].
+    """
+
+    k: Any
+    v: Any
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+@struct
+class KeysOfLayer:
+    """Keys [B, K, E, S] and values [B, K, S, E] of a layer in the compute dtype, to be multiplied by their
+    scales [B, K, S], if they have any.
+    """
+
+    k: Any
+    v: Any
+    k_scale: Any = None
+    v_scale: Any = None
+
+    def first(self, slots: int) -> "KeysOfLayer":
+        """Return the first slots."""
+        scales = (None if x is None else x[:, :, :slots] for x in (self.k_scale, self.v_scale))
+        return KeysOfLayer(self.k[..., :slots], self.v[:, :, :slots], *scales)
+
+
+@struct
+class RowGroups:
+    """Which rows complete which prompt.
+
+    rows: the row of each completion of each prompt, int32 [P, G]. places: the index of each row in
+    `rows.ravel()`, int32 [R]. A place without a row may name any row; its result is not used.
+    """
+
+    rows: Any
+    places: Any
+
+    def to_groups(self, x: Array) -> Array:
+        """Return an array [R, ...] as [P, G, ...]."""
+        return x[self.rows]
+
+    def to_rows(self, x: Array) -> Array:
+        """Return an array [P, G, ...] as [R, ...]."""
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[self.places]
+
+
+def equal_groups(prompts: int, group: int) -> RowGroups:
+    """Return the RowGroups of `group` successive rows for each prompt."""
+    rows = jnp.arange(prompts * group, dtype=jnp.int32)
+    return RowGroups(rows.reshape(prompts, group), rows)
+
+
+def cached_attention(
+    q_RHE: Float[Array, "R H E"],
+    prompts: tuple[KeysOfLayer, Bool[Array, "P g S"]],
+    rows: tuple[KeysOfLayer, Bool[Array, "R N"]],
+    groups: RowGroups,
+    softcap: float | None = None,
+) -> Float[Array, "R H E"]:
+    """Return softmax(q k^T / sqrt(E)) v over a row's visible keys: those of its prompt and its own.
+
+    prompts, rows: keys, and which of them the query of each completion (of each row) attends to. softcap: see
+    AttentionRule. A row without visible keys is 0.
+    """
+    (R, H, E), (of_prompts, seen_PGS), (own, seen_RN) = q_RHE.shape, prompts, rows
+    P, K, _, S = of_prompts.k.shape
+    G = groups.rows.shape[1]
+    q_RKQE = q_RHE.reshape(R, K, H // K, E)
+    q_PKGQE = groups.to_groups(q_RKQE).swapaxes(1, 2)
+    s_PKGQS = wide_einsum("pkme,pkes->pkms", q_PKGQE.reshape(P, K, G * (H // K), E), of_prompts.k)
+    s_PKGQS = _scores(s_PKGQS, of_prompts, E, softcap).reshape(P, K, G, H // K, S)
+    s_RKQN = _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, own.k), own, E, softcap)
+    seen_PKGQS, seen_RKQN = seen_PGS[:, None, :, None], seen_RN[:, None, None]
+    s_PKGQS, s_RKQN = jnp.where(seen_PKGQS, s_PKGQS, MASKED), jnp.where(seen_RKQN, s_RKQN, MASKED)
+    top_RKQ = jnp.maximum(groups.to_rows(s_PKGQS.max(-1).swapaxes(1, 2)), s_RKQN.max(-1))
+    top_PKGQ = groups.to_groups(top_RKQ).swapaxes(1, 2)
+    p_PKGQS = jnp.where(seen_PKGQS, jnp.exp(s_PKGQS - top_PKGQ[..., None]), 0)
+    p_RKQN = jnp.where(seen_RKQN, jnp.exp(s_RKQN - top_RKQ[..., None]), 0)
+    sum_RKQ = groups.to_rows(p_PKGQS.sum(-1).swapaxes(1, 2)) + p_RKQN.sum(-1)
+    sum_RKQ = jnp.where(sum_RKQ == 0, 1, sum_RKQ)
+    sum_PKGQ = groups.to_groups(sum_RKQ).swapaxes(1, 2)
+    p_PKMS = _weights(p_PKGQS / sum_PKGQ[..., None], of_prompts).reshape(P, K, G * (H // K), S)
+    o_PKGQE = wide_einsum("pkms,pkse->pkme", p_PKMS, of_prompts.v).reshape(P, K, G, H // K, E)
+    o_RKQE = wide_einsum("rkqn,rkne->rkqe", _weights(p_RKQN / sum_RKQ[..., None], own), own.v)
+    o_RKQE = o_RKQE + groups.to_rows(o_PKGQE.swapaxes(1, 2))
+    return o_RKQE.reshape(R, H, E).astype(q_RHE.dtype)
+
+
+def _scores(s: Array, keys: KeysOfLayer, head_dim: int, softcap: float | None) -> Array:
+    """Return scores [B, K, M, S] scaled, and capped."""
+    s = s * head_dim**-0.5
+    return soft_capped(s if keys.k_scale is None else s * keys.k_scale[:, :, None].astype(s.dtype), softcap)
+
+
+def _weights(p: Array, keys: KeysOfLayer) -> Array:
+    """Return probabilities [B, K, ..., S] times the scales of the values, in the values' dtype."""
+    if keys.v_scale is not None:
+        scale = keys.v_scale.astype(p.dtype)
+        p = p * scale.reshape(*scale.shape[:2], *(1,) * (p.ndim - 3), scale.shape[-1])
+    return p.astype(keys.v.dtype)

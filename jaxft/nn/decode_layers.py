@@ -1,0 +1,109 @@
+"""A model's stacked layers in generation: prefill of prompts, and decoding with a cache (cache.py)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft.nn.attention import attention
+from jaxft.nn.cache import Cache, LayerKeys, NextToken, PromptKeys, Step, append, attend, prompt_keys
+from jaxft.nn.flash_attention import Visibility
+from jaxft.nn.layer_attention import (
+    AttentionLayers,
+    angles_of,
+    checked_values,
+    generation_angles,
+    rotated,
+    rule_of,
+)
+from jaxft.nn.matmul import to_bits
+from jaxft.nn.scan import Layer
+from jaxft.tree import Batch, Params
+
+
+def prefill_layers(
+    layer: Layer,
+    h_PTD: Float[Array, "P T D"],
+    layers: Params,
+    tokens: Batch,
+    new: int,
+    a: AttentionLayers,
+) -> tuple[Float[Array, "P T D"], PromptKeys]:
+    """Return the residual stream of prompts after all layers, and their keys.
+
+    Prompts are left-padded (segment 0). new: the most tokens that a completion has, for ropes that depend on
+    the length of the text.
+    """
+    T = tokens.ids.shape[1]
+    lengths = tokens.positions[:, -1:] + 1 + new
+    angles = generation_angles(a, tokens.positions, jnp.broadcast_to(lengths, (len(lengths), T)), h_PTD.dtype)
+    rows = Visibility(tokens.segments, tokens.branches, tokens.positions if a.longest_window else None)
+
+    def body(h: Array, x: Any) -> tuple[Array, Any]:
+        p, kind = x
+
+        def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
+            o = attention(q, k, v, rows, tokens.packed, rule_of(a, kind, T))
+            return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
+
+        return layer(p, h, attend_prompts, None)
+
+    h_PTD, (k, v) = jax.lax.scan(body, h_PTD, (layers, a.kind_numbers))
+    return h_PTD, prompt_keys(k, v, tokens.segments > 0, a)
+
+
+def decode_layers(
+    layer: Layer,
+    h_R1D: Float[Array, "R 1 D"],
+    layers: Params,
+    cache: Cache,
+    at: NextToken,
+    a: AttentionLayers,
+) -> tuple[Float[Array, "R 1 D"], Cache]:
+    """Return the residual stream of one token per row after all layers, and the cache with that token.
+
+    The scan carries the rows' keys and updates them in place: as xs and ys they would be copied for each
+    token.
+    """
+    prompts, size = cache.prompts.layers, cache.prompts.visible.shape[1] + cache.new
+    lengths = at.positions - at.counts + 1 + cache.new
+    angles = generation_angles(a, at.positions[:, None], lengths[:, None], h_R1D.dtype)
+    step = Step(at, cache.prompts.visible, at.groups.to_groups(at.counts))
+    windowed = a.windowed
+    place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # index in full or in window
+
+    def body(carry: tuple[Array, LayerKeys], x: Any) -> tuple[Any, None]:
+        h, stored = carry
+        p, i, has_window, kind = x
+        rule = rule_of(a, kind, size)
+
+        def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+            full, window = stored.full, stored.window
+            if window is None:
+                assert full is not None and prompts.full is not None
+                full = append(full, k, v, i, at.step)
+                return attend(q, (prompts.full, full), i, step, rule), LayerKeys(full, None)
+            assert prompts.window is not None
+            if full is None:
+                window = append(window, k, v, i, at.step)
+                return attend(q, (prompts.window, window), i, step, rule), LayerKeys(None, window)
+            assert prompts.full is not None
+            full = append(full, k, v, i, at.step, ~has_window)
+            window = append(window, k, v, i, at.step, has_window)
+            o = jax.lax.cond(
+                has_window,
+                lambda: attend(q, (prompts.window, window), i, step, rule),
+                lambda: attend(q, (prompts.full, full), i, step, rule),
+            )
+            return o, LayerKeys(full, window)
+
+        return layer(p, h, attend_cached, None), None
+
+    xs = layers, place.astype(np.int32), windowed, a.kind_numbers
+    (h_R1D, rows), _ = jax.lax.scan(body, (h_R1D, cache.rows), xs)
+    return h_R1D, cache.replace(rows=rows)

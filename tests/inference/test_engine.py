@@ -1,0 +1,124 @@
+"""Completions do not depend on how an engine schedules them: rows, refills, dropped rows, order, group."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engines import engine_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import CONFIG, tiny
+
+from jaxft.inference import engine as engines
+from jaxft.inference.sampling import NONFINITE, Sampling
+
+KEY, STOP = jax.random.key(5), (7, 11, 23)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, CONFIG.vocab, size).tolist() for size in (3, 40, 1, 9, 17, 5, 30, 2, 11)]
+SAMPLED = Sampling(max_new=20, temperature=1.2, top_k=9)
+
+
+@pytest.fixture(scope="module")
+def world():
+    model, whole = tiny(jnp.float32)
+    return model, jax.tree.map(lambda x: 2 * x, whole)
+
+
+@pytest.fixture(scope="module")
+def expected(world):
+    """Three completions of each prompt, all in progress at the same time."""
+    return completed(world, 27, 3)
+
+
+def completed(world, rows, group, sampling=SAMPLED, **options):
+    engine = engine_of(world, sampling, STOP, rows, 64, group, len(PROMPTS), **options)
+    return engine.complete(world[1], PROMPTS, KEY)
+
+
+def test_completions_end_at_a_stop_token_or_the_limit(expected):
+    lengths = (expected.tokens >= 0).sum(2)
+    assert lengths.min() < 5 and lengths.max() == 20 and len(np.unique(lengths)) > 5
+    for tokens, logps, length in zip(
+        expected.tokens.reshape(27, 20), expected.logps.reshape(27, 20), lengths.ravel(), strict=True
+    ):
+        assert length == 20 or tokens[length - 1] in STOP
+        assert not np.isin(tokens[: length - 1], STOP).any() and (tokens[length:] == -1).all()
+        assert (logps[:length] < 0).all() and not logps[length:].any()
+
+
+@pytest.mark.parametrize("rows", [3, 6, 12])
+def test_tokens_are_the_same_with_any_number_of_rows(world, expected, rows):
+    found = completed(world, rows, 3)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logps, expected.logps, atol=1e-5)
+
+
+def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, expected):
+    engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
+    order = [4, 0, 8, 2]
+    found = engine.complete(world[1], [PROMPTS[i] for i in order], KEY, order)
+    np.testing.assert_array_equal(found.tokens, expected.tokens[order])
+    one = completed(world, 9, 1)
+    np.testing.assert_array_equal(one.tokens[:, 0], expected.tokens[:, 0])
+    twice = engine.complete(world[1], [PROMPTS[0]] * 2, KEY).tokens
+    assert len({tuple(row) for row in twice.reshape(6, 20).tolist()}) == 6
+
+
+def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, monkeypatch):
+    """With programs for 27, 14 and 7 rows that read 5, 10 and 20 slots, all of which run."""
+    monkeypatch.setattr(engines, "FEWEST_ROWS", 4)
+    monkeypatch.setattr(engines, "SMALLEST_READ", 5)
+    sampling = Sampling(max_new=20, temperature=1.25, top_k=9)
+    engine = engine_of(world, sampling, STOP, 27, 64, 3, len(PROMPTS))
+    assert sorted(engine.decode) == [(7, 20), (14, 20), (27, 5), (27, 10), (27, 20)]
+    ran = []
+
+    def recorded(name, run):
+        return lambda *args: (ran.append(name), run(*args))[1]
+
+    spied = engines.Engine(
+        engine.decoding, engine.slots, engine.empty, engine.start,
+        {name: recorded(name, run) for name, run in engine.decode.items()}, engine.keep,
+    )  # fmt: skip
+    found = spied.complete(world[1], PROMPTS, KEY)
+    assert {rows for rows, _ in ran} == {27, 14, 7} and len(ran) > 3
+    monkeypatch.setattr(engines, "FEWEST_ROWS", 99)
+    plain = engine_of(world, sampling, STOP, 26, 64, 2, 13)
+    np.testing.assert_array_equal(plain.complete(world[1], PROMPTS, KEY).tokens, found.tokens[:, :2])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=14))
+def test_any_prompts_in_any_order_have_their_own_completions(world, expected, numbers):
+    engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
+    found = engine.complete(world[1], [PROMPTS[i] for i in numbers], KEY, numbers)
+    np.testing.assert_array_equal(found.tokens, expected.tokens[numbers])
+
+
+def test_a_row_is_usable_after_a_completion_that_was_not_finite(world):
+    model, whole = world
+    broken = dict(whole, base=dict(whole["base"], embed=whole["base"]["embed"].at[39].set(jnp.nan)))
+    prompts = [[39, 3], [1, 2], [4, 39], [5, 6], [8]]
+    engine = engine_of(world, SAMPLED, STOP, 1, 64, 1, len(PROMPTS))
+    good, bad = (engine.complete(params, prompts, KEY).tokens[:, 0] for params in (whole, broken))
+    assert (bad[[0, 2], 0] == NONFINITE).all() and not (good[[1, 3, 4], :-1] == 39).any()
+    np.testing.assert_array_equal(bad[[1, 3, 4]], good[[1, 3, 4]])
+
+
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+def test_a_quantised_cache_changes_log_probs_a_little(world, cache):
+    greedy = Sampling(max_new=20)
+    exact, found = (completed(world, 9, 1, greedy, cache=kind) for kind in ("compute", cache))
+    same = np.cumprod(exact.tokens == found.tokens, -1).astype(bool) & (exact.tokens >= 0)
+    difference = np.abs(exact.logps - found.logps)[same]
+    assert same.mean() > 0.3 and 1e-6 < difference.mean() < (0.02 if cache == "int8" else 0.06)
+
+
+def test_sizes():
+    assert engines.slots_for(8, 8, 1000) == engines.Slots(64, 8, 1024, 8)
+    assert engines.slots_for(96, 1, 70, 32) == engines.Slots(32, 32, 128, 8)
+    assert engines.slots_for(10, 4, 64, 18) == engines.Slots(16, 8, 64, 4)
+    assert engines.slots_for(2, 8, 1, 3) == engines.Slots(8, 2, 64, 1)
+    assert engines.slots_for(10, 1, 64) == engines.Slots(10, 10, 64, 5)
+    assert engines.read_levels(16) == [16] and engines.read_levels(128) == [64, 128]
+    assert engines.read_levels(1000) == [256, 512, 1000]

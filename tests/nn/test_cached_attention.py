@@ -1,0 +1,95 @@
+"""Attention to a prompt that several completions share, and to each completion's own tokens."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.nn.attention import dense
+from jaxft.nn.cache import Keys, NextToken, Step, append, attend, store
+from jaxft.nn.cached_attention import RowGroups
+from jaxft.nn.flash_attention import AttentionRule, Visibility
+
+H, K, E, S, N = 4, 2, 8, 7, 5  # heads, key heads, head size, slots of a prompt and of a completion
+
+
+def completions(rng, dtype):
+    """Two prompts of 7 and 4 tokens with rows 3 and 0, and row 1; row 2 is empty. One is a token ahead.
+
+    Returns q, k, v [T, heads, E] of each live row's text, and how many tokens of it are the completion.
+    """
+    texts, prompts = {}, [(7, (3, 0)), (4, (1,))]
+    for size, rows in prompts:
+        shared = [rng.normal(0, 1, (size, heads, E)) for heads in (H, K, K)]
+        for row in rows:
+            new = 3 if row == 3 else 2
+            own = [rng.normal(0, 1, (new, heads, E)) for heads in (H, K, K)]
+            texts[row] = [jnp.asarray(np.concatenate(x), dtype) for x in zip(shared, own, strict=True)], new
+    return texts
+
+
+def cached(texts, steps=6):
+    """Keys of prompts and rows as a cache stores them after the last of `steps` steps, all else 9."""
+    prompt_k, prompt_v = np.full((2, K, E, S), 9.0), np.full((2, K, S, E), 9.0)
+    k, v, visible = np.full((4, K, E, N), 9.0), np.full((4, K, N, E), 9.0), np.zeros((2, S), bool)
+    for row, ((_, keys, values), new) in texts.items():
+        prompt, size = (1 if row == 1 else 0), len(keys) - new
+        prompt_k[prompt, :, :, S - size :] = keys[:size].transpose(1, 2, 0)
+        prompt_v[prompt, :, S - size :] = values[:size].swapaxes(0, 1)
+        visible[prompt, S - size :] = True
+        for i in range(new):
+            slot = (steps - new + 1 + i) % N
+            k[row, :, :, slot], v[row, :, slot] = keys[size + i], values[size + i]
+    return prompt_k, prompt_v, k, v, visible
+
+
+GROUPS = RowGroups(jnp.asarray([[3, 0], [1, 1]], jnp.int32), jnp.asarray([1, 2, 3, 0], jnp.int32))
+COUNTS = jnp.asarray([2, 2, 0, 3], jnp.int32)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (None, 0.7), (4, 0.7), (1, None)])
+def test_cached_attention_is_the_last_row_of_dense(window, cap):
+    rng, rule = np.random.default_rng(7), AttentionRule(window, cap)
+    with jax.enable_x64(True):
+        texts = completions(rng, jnp.float64)
+        prompt_k, prompt_v, k, v, visible = cached(texts)
+        keys = Keys(prompt_k[None], prompt_v[None]), Keys(k[None], v[None])
+        q = jnp.stack([texts[row][0][0][-1] if row in texts else jnp.zeros((H, E)) for row in range(4)])
+        at = NextToken(None, COUNTS, jnp.int32(6), GROUPS)
+        step = Step(at, jnp.asarray(visible), GROUPS.to_groups(COUNTS))
+        found = attend(q[:, None], keys, jnp.int32(0), step, rule)[:, 0]
+        for row, ((q, k, v), _) in texts.items():
+            ones, places = (jnp.asarray(x, jnp.int32)[None] for x in (np.ones(len(q)), np.arange(len(q))))
+            expected = dense(q[None], k[None], v[None], Visibility(ones, positions=places), rule)[0, -1]
+            np.testing.assert_allclose(found[row], expected, atol=1e-13)
+        np.testing.assert_array_equal(found[2], 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_stored_keys_have_the_error_of_their_format(dtype):
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(0, 2, shape), jnp.float32) for shape in ((3, K, E, S), (3, K, S, E)))
+    like = Keys(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros(()), jnp.zeros(()))
+    stored = store(k, v, like)
+    for x, q, scale, axis in ((k, stored.k, stored.k_scale, 2), (v, stored.v, stored.v_scale, 3)):
+        assert q.dtype == dtype and scale.shape == (3, K, S)
+        largest = np.abs(x).max(axis, keepdims=True)
+        bound = largest / 254 if dtype == jnp.int8 else np.maximum(np.abs(x) / 16, largest / 448 / 1024)
+        assert (np.abs(q.astype(jnp.float32) * jnp.expand_dims(scale, axis) - x) <= bound * 1.001).all()
+    zeros = store(jnp.zeros_like(k), jnp.zeros_like(v), like)
+    assert not np.asarray(zeros.k, np.float32).any() and not np.asarray(zeros.v_scale).any()
+
+
+def test_a_step_is_stored_in_the_slots_of_its_layer_only():
+    keys = Keys(jnp.ones((3, 2, K, E, N)), jnp.ones((3, 2, K, N, E)))
+    k, v = jnp.full((2, K, E, 1), 5.0), jnp.full((2, K, 1, E), 6.0)
+    put = jax.jit(partial(append, keys, k, v))
+    found = put(jnp.int32(1), jnp.int32(N + 2))
+    expected_k, expected_v = np.ones(keys.k.shape), np.ones(keys.v.shape)
+    expected_k[1, ..., 2], expected_v[1, :, :, 2] = 5, 6
+    np.testing.assert_array_equal(found.k, expected_k)
+    np.testing.assert_array_equal(found.v, expected_v)
+    unused = put(jnp.int32(7), jnp.int32(2), used=jnp.asarray(False))
+    np.testing.assert_array_equal(unused.k, keys.k)

@@ -1,0 +1,42 @@
+"""Engines for tests, compiled once for the same model, sampling and sizes; decoding without an engine."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.inference.decode import Decoding
+from jaxft.inference.engine import compile_engine, slots_for
+from jaxft.nn.cache import NextToken, insert_prompts
+from jaxft.nn.cached_attention import equal_groups
+
+ENGINES = {}
+
+
+def engine_of(world, sampling, stop=(), rows=None, longest=64, group=1, prompts=None, **options):
+    """The engine of (model, params) for prompts of up to `longest` tokens.
+
+    rows: completions in progress. prompts: their number, by default as many as fill the rows.
+    """
+    model, params = world
+    slots = slots_for(prompts or rows // group, group, longest, rows)
+    shapes = jax.eval_shape(lambda: params)
+    sizes = str(jax.tree.map(lambda x: x.shape, shapes))
+    key = model.decode, sampling, stop, slots, group, *options.items(), sizes
+    if key not in ENGINES:
+        ENGINES[key] = compile_engine(Decoding(model, sampling, stop, group, **options), shapes, slots)
+    return ENGINES[key]
+
+
+def prefilled(model, params, prompts, new):
+    """Hidden states of left-padded prompts, and a cache with a row of `new` tokens for each."""
+    h, keys = model.prefill(params, prompts, new)
+    count = len(prompts.ids)
+    cache = model.empty_cache(keys.visible.shape, count, new)
+    return h, insert_prompts(cache, keys, jnp.arange(count, dtype=jnp.int32), model.dtype)
+
+
+def decoded(model, params, cache, token, index):
+    """Hidden states of token `index` of every row, and the cache with it. token: ids and positions."""
+    ids, positions = token
+    count, index = len(ids), jnp.asarray(index, jnp.int32)
+    at = NextToken(positions, jnp.broadcast_to(index + 1, (count,)), index, equal_groups(count, 1))
+    return model.decode(params, cache, ids, at)
