@@ -28,11 +28,11 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
         for path, leaf in tree.paths(side, is_qtensor).items():
             kind = "quantised base" if p.partition.storage[path].quantised else "weights"
             in_base = storage.in_base(path) or "/base/" in path  # a critic may have a separate base
-            sizes[kind if in_base else "adapters"] += _device_bytes(leaf)
+            sizes[kind if in_base else "adapters"] += device_bytes(leaf)
     rewards = run.data.rules.rewards if run is not None and isinstance(run.data, Rollouts) else ()
-    reward_models = sum(_device_bytes(reward.resident(p.mesh)) for reward in rewards)
+    reward_models = sum(device_bytes(reward.resident(p.mesh)) for reward in rewards)
     sizes |= {"reward models": reward_models} if reward_models else {}
-    return {**sizes, "optimizer": _device_bytes(p.state.opt_state), "references": _device_bytes(p.state.aux)}
+    return {**sizes, "optimizer": device_bytes(p.state.opt_state), "references": device_bytes(p.state.aux)}
 
 
 def replicated_weights(p: Programs) -> list[str]:
@@ -50,7 +50,7 @@ def replicated_weights(p: Programs) -> list[str]:
     return [f"replicated, as no axis is divisible into {ways} shards: {weights}"]
 
 
-def _device_bytes(arrays: Any) -> int:
+def device_bytes(arrays: Any) -> int:
     """Return the bytes per device of arrays with shardings; 4-bit elements take half a byte."""
     leaves = jax.tree.leaves(arrays)
     return sum(

@@ -21,8 +21,10 @@ from jaxft.train.programs import Programs, abstract, step_rows
 from jaxft.train.settings import Run
 
 EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1
+SAMPLER = "key/value cache and tokens"
 PROGRAM_PARTS = (  # in addition to memory.resident
-    "batch, key/value caches and counters",
+    SAMPLER,
+    "batch and counters",
     "activations and temporaries",
     "outputs without donated arguments",
     "program code",
@@ -110,6 +112,9 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
         ),
         "gpu": machine.platform == xla_flags.CUDA,
     }
+    resident = memory.resident(p, run)
+    if program.state is not None:
+        resident[SAMPLER] = memory.device_bytes(program.state)
     with _cache_hits() as hits:
         begin = time.perf_counter()
         try:
@@ -119,10 +124,10 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
             if needed is None:
                 raise
             seconds = time.perf_counter() - begin
-            return _oom_plan(common, memory.resident(p, run), needed, (seconds, str(error)))
+            return _oom_plan(common, resident, needed, (seconds, str(error)))
         seconds = time.perf_counter() - begin
     devices.trim_heap()
-    return _compiled_plan(common, memory.resident(p, run), compiled, machine, (seconds, bool(hits)))
+    return _compiled_plan(common, resident, compiled, machine, (seconds, bool(hits)))
 
 
 def _compile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
@@ -180,7 +185,7 @@ def _compiled_plan(
         max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
         analysis.generated_code_size_in_bytes,
     )
-    parts = {**resident, **dict(zip(PROGRAM_PARTS, sizes, strict=True))}
+    parts = {**resident, **dict(zip(PROGRAM_PARTS[1:], sizes, strict=True))}
     total, limit, counts = sum(parts.values()), common["limit"], common["flops"]
     module = hlo.parse_hlo(compiled.as_text() or "")
     moves = traffic.collectives(module, machine.domains())

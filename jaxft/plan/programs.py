@@ -12,7 +12,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import group_row_shape, padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
 from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Slots, program_tracers, slots_for
+from jaxft.inference.engine import Slots, program_tracers, slots_for, state_shapes
 from jaxft.inference.sampling import Sampling
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
@@ -26,11 +26,16 @@ from jaxft.tree import Batch, Params
 
 @dataclass(frozen=True)
 class Program:
-    """One program of a run. trace() returns jax.stages.Traced; batch: of a train step, otherwise None."""
+    """One program of a run.
+
+    trace() returns jax.stages.Traced. batch: of a train step, otherwise None. state: shapes of a sampler's
+    state, which is not part of the run's, otherwise None.
+    """
 
     name: str
     trace: Callable[[], jax.stages.Traced]
     batch: Batch = None
+    state: Any = None
 
 
 def train_programs(run: Run, p: Programs) -> list[Program]:
@@ -105,7 +110,9 @@ def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots)
     """Return the programs of sampling with the largest state: prefill, and decoding that reads all keys."""
     tracers = program_tracers(d, params, slots, p.mesh)
     decode = max(key for key in tracers if key[0] == "decode")
-    return [Program(f"{name}: prefill", tracers[("start",)]), Program(name, tracers[decode])]
+    state = state_shapes(d, slots, slots.rows, p.mesh)
+    prefill = Program(f"{name}: prefill", tracers[("start",)], state=state)
+    return [prefill, Program(name, tracers[decode], state=state)]
 
 
 def _precomputed(run: Run, p: Programs) -> bool:

@@ -50,7 +50,7 @@ def test_completions_end_at_a_stop_token_or_the_limit(expected):
 def test_tokens_are_the_same_with_any_number_of_rows(world, expected, rows):
     found = completed(world, rows, 3)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.logps, expected.logps, atol=1e-5)
+    np.testing.assert_allclose(found.logps, expected.logps, atol=2e-4)
 
 
 def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, expected):
@@ -65,11 +65,11 @@ def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, e
 
 
 def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, monkeypatch):
-    """With programs for 27, 14 and 7 rows that read 5, 10 and 20 slots, all of which run."""
+    """With programs for 27, 14 and 7 rows that read 5, 10 and 20 slots, three of which run."""
     monkeypatch.setattr(engines, "FEWEST_ROWS", 4)
     monkeypatch.setattr(engines, "SMALLEST_READ", 5)
-    sampling = Sampling(max_new=20, temperature=1.25, top_k=9)
-    engine = engine_of(world, sampling, STOP, 27, 64, 3, len(PROMPTS))
+    sampling, stop = Sampling(max_new=20, temperature=1.25, top_k=9), tuple(range(0, 40, 5))
+    engine = engine_of(world, sampling, stop, 27, 64, 3, len(PROMPTS))
     assert sorted(engine.decode) == [(7, 20), (14, 20), (27, 5), (27, 10), (27, 20)]
     ran = []
 
@@ -81,9 +81,9 @@ def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, mo
         {name: recorded(name, run) for name, run in engine.decode.items()}, engine.keep,
     )  # fmt: skip
     found = spied.complete(world[1], PROMPTS, KEY)
-    assert {rows for rows, _ in ran} == {27, 14, 7} and len(ran) > 3
+    assert ran == [(27, 5), (14, 20), (7, 20)]
     monkeypatch.setattr(engines, "FEWEST_ROWS", 99)
-    plain = engine_of(world, sampling, STOP, 26, 64, 2, 13)
+    plain = engine_of(world, sampling, stop, 26, 64, 2, 13)
     np.testing.assert_array_equal(plain.complete(world[1], PROMPTS, KEY).tokens, found.tokens[:, :2])
 
 
@@ -105,13 +105,15 @@ def test_a_row_is_usable_after_a_completion_that_was_not_finite(world):
     np.testing.assert_array_equal(bad[[1, 3, 4]], good[[1, 3, 4]])
 
 
-@pytest.mark.parametrize("cache", ["int8", "fp8"])
-def test_a_quantised_cache_changes_log_probs_a_little(world, cache):
+def test_a_quantised_cache_changes_log_probs_a_little(world):
     greedy = Sampling(max_new=20)
-    exact, found = (completed(world, 9, 1, greedy, cache=kind) for kind in ("compute", cache))
-    same = np.cumprod(exact.tokens == found.tokens, -1).astype(bool) & (exact.tokens >= 0)
-    difference = np.abs(exact.logps - found.logps)[same]
-    assert same.mean() > 0.3 and 1e-6 < difference.mean() < (0.02 if cache == "int8" else 0.06)
+    exact, difference = completed(world, 9, 1, greedy), {}
+    for cache in ("int8", "fp8"):
+        found = completed(world, 9, 1, greedy, cache=cache)
+        same = np.cumprod(exact.tokens == found.tokens, -1).astype(bool) & (exact.tokens >= 0)
+        difference[cache] = np.abs(exact.logps - found.logps)[same].mean()
+        assert same.mean() > 0.3
+    assert 1e-4 < difference["int8"] < 0.5 * difference["fp8"] < 0.1  # 7 and 3 bits of mantissa
 
 
 def test_sizes():

@@ -188,7 +188,8 @@ def test_decoding_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant
     one_token = 2 * SMOL.layers * SMOL.kv_heads * SMOL.head_dim * jnp.dtype(dtype).itemsize
     cache = (2 + 16) * 1024 * one_token  # two prompts once, sixteen completions
     assert cache <= memory.alias_size_in_bytes < 1.01 * cache
-    assert memory.temp_size_in_bytes < 0.1 * (16 * 2048 * one_token)
+    head = SMOL.vocab * SMOL.width * jnp.dtype(dtype).itemsize  # in the layout of its matmul
+    assert memory.temp_size_in_bytes - head < 0.1 * cache
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("head",)], ids=str)
