@@ -1,11 +1,11 @@
 """The compiled programs of text generation: start completions of prompts, decode, drop rows.
 
-The state has R rows, which are completions in progress, and P prompts (nn/cache.py). `start` prefills
-prompts and samples the first token of each of their completions; `decode` samples further tokens until a
-limit, or until few enough rows are left for the host to replace them (engine.py).
+The state has R rows, which are completions in progress, and P prompts (nn/cache.py). `start_completions`
+prefills prompts and samples the first token of each of their completions. `decode_until` samples further
+tokens until a limit, or until few enough rows are left for the host to replace them (engine.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -121,12 +121,14 @@ def continues(d: Decoding, tokens: Int[Array, " R"], counts: Int[Array, " R"]) -
     return ~jnp.isin(tokens, stops) & (counts < d.sampling.max_new)
 
 
-def start(d: Decoding, params: Params, state: DecodeState, new: NewPrompts, key: Array) -> DecodeState:
+def start_completions(
+    d: Decoding, params: Params, state: DecodeState, new: NewPrompts, key: Array
+) -> DecodeState:
     """Prefill prompts and sample the first token of their completions."""
     h_PTD, prompt_keys = d.model.prefill(params, new.tokens, d.sampling.max_new)
     cache = insert_prompts(state.cache, prompt_keys, new.slots, d.model.dtype)
     count, group = new.rows.shape
-    cache = cache.replace(rows=clear_values(cache.rows, new.rows.reshape(count * group)))
+    cache = replace(cache, rows=clear_values(cache.rows, new.rows.reshape(count * group)))
     of_prompt = jax.vmap(lambda number: jax.random.fold_in(key, number))(new.numbers)
     places = jnp.broadcast_to(jnp.arange(group, dtype=jnp.int32), (count, group))
     keys = jax.vmap(lambda k, numbers: jax.vmap(lambda i: jax.random.fold_in(k, i))(numbers))(
@@ -142,11 +144,13 @@ def start(d: Decoding, params: Params, state: DecodeState, new: NewPrompts, key:
     def put(old: Array, x: Array) -> Array:
         return old.at[rows].set(x, mode="drop")
 
-    cleared = state.replace(
+    cleared = replace(
+        state,
         tokens=put(state.tokens, jnp.full((len(rows), d.sampling.max_new), -1, jnp.int32)),
         logps=put(state.logps, jnp.zeros((len(rows), d.sampling.max_new), jnp.float32)),
     )
-    return cleared.replace(
+    return replace(
+        cleared,
         cache=cache,
         tokens=cleared.tokens.at[rows, 0].set(tokens, mode="drop"),
         logps=cleared.logps.at[rows, 0].set(logps, mode="drop"),
@@ -161,14 +165,16 @@ def start(d: Decoding, params: Params, state: DecodeState, new: NewPrompts, key:
 
 
 @struct
-class Limits:
+class DecodeLimits:
     """When decoding stops: after `steps` steps, or when at most `rows` rows are live."""
 
     steps: Any
     rows: Any
 
 
-def decode(d: Decoding, read: int, params: Params, state: DecodeState, limits: Limits) -> DecodeState:
+def decode_until(
+    d: Decoding, read: int, params: Params, state: DecodeState, limits: DecodeLimits
+) -> DecodeState:
     """Sample further tokens of all live rows. read: the first slots of rows' keys that are read."""
     groups = _groups(d, state)
     columns = jnp.arange(d.sampling.max_new, dtype=jnp.int32)
@@ -184,8 +190,9 @@ def decode(d: Decoding, read: int, params: Params, state: DecodeState, limits: L
         tokens, logps = next_tokens(d, params, h_RD, s.keys, s.counts)
         here = (columns[None] == s.counts[:, None]) & s.live[:, None]
         counts = s.counts + s.live.astype(jnp.int32)
-        return i + 1, s.replace(
-            cache=cache.replace(rows=sharded(cache.rows)),
+        return i + 1, replace(
+            s,
+            cache=replace(cache, rows=sharded(cache.rows)),
             tokens=jnp.where(here, tokens[:, None], s.tokens),
             logps=jnp.where(here, logps[:, None], s.logps),
             last=jnp.where(s.live, tokens, s.last),

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed import sharding
 from jaxft.inference import decode as programs
-from jaxft.inference.decode import DecodeState, Decoding, Limits, NewPrompts
+from jaxft.inference.decode import DecodeLimits, DecodeState, Decoding, NewPrompts
 from jaxft.inference.sampling import BUCKET, left_pad
 from jaxft.nn.cache import LayerKeys, key_axes
 from jaxft.tree import Params
@@ -50,7 +50,7 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
     return Slots(most, kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls))
 
 
-class Completed(NamedTuple):
+class SampledTokens(NamedTuple):
     """Completions of n prompts, G each. tokens: -1 beyond the end. logps: 0 there, see decode.next_tokens."""
 
     tokens: Int[np.ndarray, "n G N"]
@@ -61,9 +61,9 @@ class Completed(NamedTuple):
 class Engine:
     """Compiled programs for one Decoding and one size.
 
-    start, decode, keep: see inference/decode.py. decode has one program for each number of rows, and for each
-    number of slots that are read. smaller: numbers of rows, descending, to which the state shrinks once no
-    prompts wait; reads: ascending.
+    empty, start, decode and keep: functions of inference/decode.py. decode: by the number of rows and the
+    number of slots of rows' keys that are read. keep: by two numbers of rows; once no prompts wait, the state
+    shrinks from one to the other.
     """
 
     decoding: Decoding
@@ -79,7 +79,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         key: Array,
         numbers: Sequence[int] | None = None,
-    ) -> Completed:
+    ) -> SampledTokens:
         """Complete every prompt `decoding.group` times.
 
         The random key of completion i of a prompt is derived from `key`, the prompt's number (by default its
@@ -89,7 +89,7 @@ class Engine:
         while job.waiting or job.live.any():
             job.start_prompts()
             job.decode()
-        return Completed(job.tokens, job.logps)
+        return SampledTokens(job.tokens, job.logps)
 
 
 def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None) -> Engine:
@@ -116,7 +116,7 @@ def program_tracers(
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
     first, key = states[slots.rows], _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     integer = _everywhere(np.int32(0), mesh)
-    limits = Limits(integer, integer)
+    limits = DecodeLimits(integer, integer)
 
     def jitted(fn: Any, rows: int, donate: tuple[int, ...] = ()) -> Any:
         where = None if mesh is None else jax.tree.map(lambda x: x.sharding, states[rows])
@@ -124,13 +124,13 @@ def program_tracers(
 
     empty = partial(programs.empty_state, d, (slots.prompts, slots.size), slots.rows)
     new = _everywhere(no_prompts(slots, d.group), mesh)
-    begin = jitted(partial(programs.start, d), slots.rows, (1,))
+    begin = jitted(partial(programs.start_completions, d), slots.rows, (1,))
     out: dict[tuple[Any, ...], Any] = {
         ("empty",): jitted(empty, slots.rows).trace,
         ("start",): partial(begin.trace, params, first, new, key),
     }
     for rows, read in decode_levels(slots, d.sampling.max_new, mesh):
-        run = jitted(partial(programs.decode, d, read), rows, (1,))
+        run = jitted(partial(programs.decode_until, d, read), rows, (1,))
         out["decode", rows, read] = partial(run.trace, params, states[rows], limits)
     for larger, smaller in zip(sizes, sizes[1:], strict=False):
         left = np.zeros(smaller, np.int32), np.zeros(min(slots.prompts, smaller), np.int32)
@@ -187,8 +187,8 @@ def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> Dec
         return jax.tree.map(place, layers, key_axes(layers))
 
     state = _everywhere(shapes, mesh)
-    prompt_keys = state.cache.prompts.replace(layers=of(cache.prompts.layers))
-    return state.replace(cache=state.cache.replace(prompts=prompt_keys, rows=of(cache.rows)))
+    prompt_keys = replace(state.cache.prompts, layers=of(cache.prompts.layers))
+    return replace(state, cache=replace(state.cache, prompts=prompt_keys, rows=of(cache.rows)))
 
 
 def _everywhere(tree: Any, mesh: Mesh | None) -> Any:
@@ -202,7 +202,7 @@ def no_prompts(slots: Slots, group: int) -> NewPrompts:
     count = slots.together
     tokens = left_pad([[0] * slots.size], count)
     none = np.zeros_like(tokens.segments)
-    tokens = tokens.replace(segments=none, positions=none.copy())
+    tokens = replace(tokens, segments=none, positions=none.copy())
     return NewPrompts(
         tokens, np.full(count, slots.prompts, np.int32), np.full((count, group), slots.rows, np.int32),
         np.zeros(count, np.int32),
@@ -241,7 +241,7 @@ class _Job:
             chosen = [self.waiting.popleft() for _ in range(count)]
             new = no_prompts(slots, group)
             padded = left_pad([*(self.prompts[i] for i in chosen), [0] * slots.size], slots.together + 1)
-            new = new.replace(tokens=jax.tree.map(lambda x: x[: slots.together], padded))
+            new = replace(new, tokens=jax.tree.map(lambda x: x[: slots.together], padded))
             new.tokens.segments[count:], new.tokens.positions[count:] = 0, 0
             rows = free_rows[: count * group].reshape(count, group)
             new.slots[:count], new.rows[:count] = free_slots[:count], rows
@@ -264,7 +264,7 @@ class _Job:
             wanted = min(slots.together, len(self.waiting)) * group
             stop = min(rows - wanted, int(self.live.sum()) - 1)
         self.state = engine.decode[rows, read](
-            self.params, self.state, Limits(np.int32(limit), np.int32(max(stop, 0)))
+            self.params, self.state, DecodeLimits(np.int32(limit), np.int32(max(stop, 0)))
         )
         self._collect()
         if not self.waiting and smaller and self.live.any() and self.live.sum() <= smaller:

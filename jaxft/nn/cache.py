@@ -5,6 +5,7 @@ completions of the prompt share, and to the keys of its own tokens. Layers with 
 cache only the last W of both.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -143,7 +144,7 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
         put(cache.prompts.layers.full, new.layers.full), put(cache.prompts.layers.window, new.layers.window)
     )
     visible = cache.prompts.visible.at[slots].set(new.visible, mode="drop")
-    return cache.replace(prompts=PromptKeys(sharded(layers), visible))
+    return replace(cache, prompts=PromptKeys(sharded(layers), visible))
 
 
 def key_axes(layers: LayerKeys) -> LayerKeys:
@@ -246,10 +247,10 @@ def attend(
 
 
 def _layer_of(keys: Keys, index: Array, dtype: Any) -> KeysOfLayer:
-    k, v, *scales = (
-        None if x is None else jax.lax.dynamic_index_in_dim(x, index, 0, False)
-        for x in (keys.k, keys.v, keys.k_scale, keys.v_scale)
-    )
+    def of(x: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(x, index, 0, False)
+
+    k, v = of(keys.k), of(keys.v)
     if keys.k_scale is None:
         return KeysOfLayer(from_bits(k, dtype), from_bits(v, dtype))
-    return KeysOfLayer(k.astype(dtype), v.astype(dtype), *scales)
+    return KeysOfLayer(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))

@@ -1,5 +1,6 @@
 """A model's stacked layers in generation: prefill of prompts, and decoding with a cache (cache.py)."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -84,26 +85,29 @@ def decode_layers(
             (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             full, window = stored.full, stored.window
+            if full is not None:
+                used = None if window is None else ~has_window
+                full = append(full, k, v, i, at.step, used)
+            if window is not None:
+                used = None if full is None else has_window
+                window = append(window, k, v, i, at.step, used)
+
+            def of_full() -> Array:
+                assert prompts.full is not None and full is not None
+                return attend(q, (prompts.full, full), i, step, rule)
+
+            def of_window() -> Array:
+                assert prompts.window is not None and window is not None
+                return attend(q, (prompts.window, window), i, step, rule)
+
             if window is None:
-                assert full is not None and prompts.full is not None
-                full = append(full, k, v, i, at.step)
-                return attend(q, (prompts.full, full), i, step, rule), LayerKeys(full, None)
-            assert prompts.window is not None
+                return of_full(), LayerKeys(full, None)
             if full is None:
-                window = append(window, k, v, i, at.step)
-                return attend(q, (prompts.window, window), i, step, rule), LayerKeys(None, window)
-            assert prompts.full is not None
-            full = append(full, k, v, i, at.step, ~has_window)
-            window = append(window, k, v, i, at.step, has_window)
-            o = jax.lax.cond(
-                has_window,
-                lambda: attend(q, (prompts.window, window), i, step, rule),
-                lambda: attend(q, (prompts.full, full), i, step, rule),
-            )
-            return o, LayerKeys(full, window)
+                return of_window(), LayerKeys(None, window)
+            return jax.lax.cond(has_window, of_window, of_full), LayerKeys(full, window)
 
         return layer(p, h, attend_cached, None), None
 
     xs = layers, place.astype(np.int32), windowed, a.kind_numbers
     (h_R1D, rows), _ = jax.lax.scan(body, (h_R1D, cache.rows), xs)
-    return h_R1D, cache.replace(rows=rows)
+    return h_R1D, replace(cache, rows=rows)

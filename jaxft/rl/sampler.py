@@ -55,10 +55,10 @@ class Sampler:
             self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
             for row, n in zip(tokens, lengths, strict=True)
         )
-        tokens, lengths = tokens.reshape(count, group, data.max_new), lengths.reshape(count, group)
+        lengths = lengths.reshape(count, group)
         row_shape = next(shape for shape in self.shapes.rows if fits(prompts, lengths, shape))
-        rows = pack_rollout(prompts, tokens, lengths, row_shape, (data.batch, data.group))
-        return Completions(prompts, tokens, logps, lengths, ended, texts, row_shape, rows)
+        rows = pack_rollout(prompts, sampled.tokens, lengths, row_shape, (data.batch, data.group))
+        return Completions(prompts, sampled.tokens, logps, lengths, ended, texts, row_shape, rows)
 
 
 def compile_rollout_sampler(run: BoundRun, data: Prompts, tokenizer: Any, shapes: RolloutShapes) -> Sampler:

@@ -92,7 +92,8 @@ def measure_jaxft(a: argparse.Namespace) -> dict[str, float]:
     with jax.set_mesh(mesh):
         model = pretrained.model_for(a.model, dtype=dtype)
         params = {"base": pretrained.load_frozen(a.model, model, mesh)}
-        rows, key, sampling, stop = prompts(a), jax.random.key(0), Sampling(a.new), ()
+        rows, key, sampling = prompts(a), jax.random.key(0), Sampling(a.new)
+        stop: tuple[int, ...] = ()
         if a.mean_length:
             vocab = model.config.vocab
             sampling = Sampling(a.new, temperature=1e4)

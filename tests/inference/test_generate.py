@@ -11,7 +11,7 @@ from tiny_model import CONFIG, tiny
 
 from jaxft.distributed import sharding
 from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Completed, program_tracers, slots_for
+from jaxft.inference.engine import SampledTokens, program_tracers, slots_for
 from jaxft.inference.generate import generate
 from jaxft.inference.sampling import (
     NONFINITE,
@@ -249,7 +249,7 @@ def test_the_token_of_a_later_prompt_is_named(world):
         def complete(self, params, prompts, key):
             tokens = np.full((4, 1, 4), 7)
             tokens[3, 0, 2:] = NONFINITE, -1
-            return Completed(tokens, np.zeros((4, 1, 4)))
+            return SampledTokens(tokens, np.zeros((4, 1, 4)))
 
     with pytest.raises(ValueError, match="the logits of token 3 after prompt 4 are not finite"):
         generate(Fake(), None, [[1], [2], [3], [30]], KEY)

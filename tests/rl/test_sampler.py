@@ -13,7 +13,7 @@ from rl_completions import random_prompts
 
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts
-from jaxft.inference.engine import Completed
+from jaxft.inference.engine import SampledTokens
 from jaxft.inference.sampling import NONFINITE, Sampling
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
@@ -90,7 +90,7 @@ def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_ro
     tokens[1, 1, 2:] = NONFINITE, -1
     bound = SimpleNamespace(params=lambda state: {}, stop=(1,))
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
-    completed = Completed(tokens, np.zeros(tokens.shape))
+    completed = SampledTokens(tokens, np.zeros(tokens.shape))
     engine = SimpleNamespace(complete=lambda params, prompts, key: completed)
     sampler = Sampler(bound, data, None, shapes, {2: engine})
     named = f"{prompts.names[1]}: the policy's logits of token 3 of a completion are not finite"
