@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -84,7 +85,9 @@ def _product(rounded: Array, w: QTensor, contracted: int, dtype: DTypeLike) -> A
     kept = kept if kept == jnp.bfloat16 else wide
     dims = (((rounded.ndim - 1,), (contracted,)), ((), ()))
     if _on_device():
-        return jax.lax.dot_general(rounded, e4m3(w.codes), dims, preferred_element_type=kept).astype(wide)
+        # FP8 matmuls want the contracted axis last: transpose one layer at a time, not the stack of all
+        codes = with_layout_constraint(w.codes, Layout((0, 1)))
+        return jax.lax.dot_general(rounded, e4m3(codes), dims, preferred_element_type=kept).astype(wide)
     exact = jnp.bfloat16 if kept.itemsize == 2 else wide
     # as in matmul.expand_after: not all weights at once
     codes, _ = jax.lax.optimization_barrier((w.codes, rounded))

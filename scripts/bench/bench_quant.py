@@ -4,7 +4,7 @@
 
 Rows have the formats of scripts/bench/bench.py sft. Perplexity is over all tokens, prompt and completion, and
 compared with that of the first kind. KIND:BLOCK sets the block size. fp8 dequantises weights where the device
-has no FP8 matmuls; fp8-matmul emulates these, with activations rounded to FP8. `error` is the relative root
+has no FP8 matmuls; fp8+matmul emulates these, with activations rounded to FP8. `error` is the relative root
 mean square error of a quantised weight. A model whose weights come from 4-bit files is on a grid already, so
 a second format changes it more than other models.
 """
@@ -19,12 +19,12 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-FP8_MATMUL = "fp8-matmul"  # fp8 with matmuls in FP8, emulated where the device has none
+MATMUL = "+matmul"  # multiply FP8 weights in FP8, emulated where the device has no such matmuls
 KINDS = (
     "none",
     "int8",
     "fp8",
-    FP8_MATMUL,
+    "fp8" + MATMUL,
     "int4",
     "int4:128",
     "nf4",
@@ -56,13 +56,12 @@ def arguments() -> argparse.Namespace:
 
 
 def quant_of(kind: str) -> Any:
-    """Parse KIND or KIND:BLOCK; None for `none`."""
+    """Parse KIND, KIND:BLOCK or KIND+matmul; None for `none`."""
     from jaxft.nn.quant import Quant
 
-    name, _, block = kind.partition(":")
-    if name == FP8_MATMUL:
-        return Quant("fp8", fp8_matmul=True)
-    return None if name == "none" else Quant(name, int(block) if block else None)
+    name, _, block = kind.removesuffix(MATMUL).partition(":")
+    in_fp8 = True if kind.endswith(MATMUL) else None
+    return None if name == "none" else Quant(name, int(block) if block else None, fp8_matmul=in_fp8)
 
 
 def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:

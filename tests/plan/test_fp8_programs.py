@@ -1,5 +1,7 @@
 """Programs with an FP8 base, compiled for NVIDIA GPUs that are not here: they multiply in FP8."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -61,3 +63,5 @@ def test_the_base_is_multiplied_in_fp8_forward_and_for_input_gradients(name):
         return
     assert matmuls(text) == {False: {(E4M3, E4M3)}, True: {(E5M2, E4M3)}}
     assert f"bf16[{WIDTH},{WIDTH}]" not in text and f"f32[{WIDTH},{WIDTH}]" not in text  # no dequantised copy
+    stacks = re.findall(rf"u8\[{LAYERS},{WIDTH},{WIDTH}\]{{([\d,]+)", text)
+    assert set(stacks) == {"2,1,0"}  # nor a transposed copy of all layers
