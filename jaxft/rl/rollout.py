@@ -34,7 +34,7 @@ from jaxft.rl.token_weights import token_mean
 from jaxft.tree import Batch, Metrics
 
 UNBOUND = "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
-EVALUATION = 2**31 - 1  # rollout number from which the sampling keys of held-out prompts are derived
+EVALUATION = 2**31 - 1  # rollout number from which the sampling key of held-out prompts is derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +194,15 @@ class BoundRollouts:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Score data.eval_group completions of each held-out prompt, always sampled with the same keys."""
-        eval_prompts, size, parts = self.source.eval_prompts, self.data.batch, []
-        for start in range(0, len(eval_prompts), size):
-            part = eval_prompts.select(range(start, min(start + size, len(eval_prompts))))
-            completions = self.sampler.sample(part, self.data.eval_group, EVALUATION - start, state)
-            parts.append(self.scorer.score(completions, state))
-        if not parts:
+        eval_prompts, size = self.source.eval_prompts, self.data.batch
+        chosen = [
+            eval_prompts.select(range(start, min(start + size, len(eval_prompts))))
+            for start in range(0, len(eval_prompts), size)
+        ]
+        if not chosen:
             return {}
+        sampled = self.sampler.sample_parts(chosen, self.data.eval_group, EVALUATION, state)
+        parts = [self.scorer.score(completions, state) for completions in sampled]
         has_reference = self.run.objective.facts.reference != "none" and self.scorer.token_scores is not None
         rollouts = [self.scorer.rollout_scores(part, state) for part in parts] if has_reference else []
         return evaluation_metrics(self.data.rules.reward_names, parts, rollouts)

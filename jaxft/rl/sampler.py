@@ -1,6 +1,6 @@
 """Sample completions with the policy of a run and score them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,14 +35,31 @@ class Sampler:
     engines: Mapping[int, Engine]
 
     def sample(self, prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Completions:
-        """Sample `group` completions of up to data.batch prompts. number: of the rollout, for the key.
+        """Sample `group` completions of up to data.batch prompts; see sample_parts."""
+        (completions,) = self.sample_parts([prompts], group, number, state)
+        return completions
 
-        Raises ValueError that names the row of the prompt if the policy's logits are not finite.
+    def sample_parts(
+        self, parts: Sequence[TokenisedPrompts], group: int, number: int, state: TrainState
+    ) -> list[Completions]:
+        """Sample `group` completions of prompts in parts of up to data.batch prompts, all parts together.
+
+        number: of the rollout, for the key. Raises ValueError that names the row of the prompt if the
+        policy's logits are not finite.
         """
-        data, count = self.data, len(prompts)
-        key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
-        sampled = self.engines[group].complete(self.run.params(state), prompts.ids, key)
-        tokens, logps = (x.reshape(count * group, data.max_new) for x in sampled)
+        key = jax.random.fold_in(jax.random.key(self.data.seed + 2), number)
+        ids = [prompt for part in parts for prompt in part.ids]
+        tokens, logps = self.engines[group].complete(self.run.params(state), ids, key)
+        ends = np.cumsum([len(part) for part in parts])
+        return [
+            self._completions(part, tokens[end - len(part) : end], logps[end - len(part) : end])
+            for part, end in zip(parts, ends, strict=True)
+        ]
+
+    def _completions(self, prompts: TokenisedPrompts, sampled: np.ndarray, logps: np.ndarray) -> Completions:
+        """Return the completions of up to data.batch prompts. sampled, logps: [prompts, group, max_new]."""
+        data, (count, group, _) = self.data, sampled.shape
+        tokens = sampled.reshape(count * group, data.max_new)
         where = nonfinite_logits(tokens)
         if where:
             raise ValueError(
@@ -57,8 +74,9 @@ class Sampler:
         )
         lengths = lengths.reshape(count, group)
         row_shape = next(shape for shape in self.shapes.rows if fits(prompts, lengths, shape))
-        rows = pack_rollout(prompts, sampled.tokens, lengths, row_shape, (data.batch, data.group))
-        return Completions(prompts, sampled.tokens, logps, lengths, ended, texts, row_shape, rows)
+        rows = pack_rollout(prompts, sampled, lengths, row_shape, (data.batch, data.group))
+        flat_logps = logps.reshape(count * group, data.max_new)
+        return Completions(prompts, sampled, flat_logps, lengths, ended, texts, row_shape, rows)
 
 
 def compile_rollout_sampler(run: BoundRun, data: Prompts, tokenizer: Any, shapes: RolloutShapes) -> Sampler:

@@ -84,6 +84,9 @@ class FakeSampler:
         logps = np.where(tokens >= 0, -1.0, 0.0).reshape(lengths.size, -1)
         return Completions(batch_prompts, tokens, logps, lengths, lengths < data.max_new, texts, shape, rows)
 
+    def sample_parts(self, parts, group, number, state):
+        return [self.sample(part, group, number - i, state) for i, part in enumerate(parts)]
+
 
 def bound_source(folder, rules=None, moments=None, **settings):
     """Rollouts of 8 prompts, sampled by FakeSampler and scored by the length of each completion."""

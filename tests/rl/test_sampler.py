@@ -1,6 +1,7 @@
 """The sampler and the training program have the same log-probs, in every row shape."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -109,3 +110,20 @@ def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_setting
         (4, "int8", 12, 6),
         (1, "int8", 6, 6),
     }
+
+
+def test_parts_that_are_sampled_together_have_their_own_completions():
+    model, params = tiny_model.tiny(jnp.float32)
+    data, prompts = Prompts("x", max_new=6, group=2, batch=2), random_prompts(5)
+    shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
+    engine = engine_of((model, params), Sampling(6, 1.0), (7, 11), 4, 128, group=2)
+    bound = SimpleNamespace(params=lambda state: params, stop=(7, 11))
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
+    sampler = Sampler(bound, data, tokenizer, shapes, {2: engine})
+    parts = [replace(prompts, ids=prompts.ids[i : i + 2], names=prompts.names[i : i + 2]) for i in (0, 2, 4)]
+    found = sampler.sample_parts(parts, 2, 3, None)
+    key = jax.random.fold_in(jax.random.key(data.seed + 2), 3)
+    expected = engine.complete(params, prompts.ids, key).tokens
+    np.testing.assert_array_equal(np.concatenate([one.tokens for one in found]), expected)
+    assert [len(one.prompts) for one in found] == [2, 2, 1] and len(found[2].texts) == 2
+    np.testing.assert_array_equal(sampler.sample(parts[0], 2, 3, None).tokens, expected[:2])
