@@ -68,8 +68,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.distributed import xla_flags
     from jaxft.runs import cli, streams
 
+    xla_flags.restart()
     cli.quiet()
     streams.outlive_console()
     sys.exit(cli.one_line_errors(main))

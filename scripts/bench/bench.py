@@ -293,5 +293,6 @@ if __name__ == "__main__":
     from jaxft.distributed import xla_flags
     from jaxft.runs.cli import one_line_errors
 
-    xla_flags.apply_settings()  # as a run does
+    xla_flags.restart()  # as a run does
+    xla_flags.apply_settings()
     sys.exit(one_line_errors(main))

@@ -34,7 +34,7 @@ def test_every_row_has_a_reason_and_a_source():
     for row in xla_flags.TABLE_OF_SETTINGS:
         assert row.platform in (CUDA, TPU, CPU) and row.value and row.why
         assert row.source.startswith("https://")
-        assert bool(row.flag) == (row.variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+        assert bool(row.flag) == (row.variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", xla_flags.TUNABLES))
 
 
 def test_a_platform_gets_its_rows(rows):
@@ -116,6 +116,51 @@ def test_on_a_cpu_nothing_changes(monkeypatch):
     before = dict(os.environ)
     xla_flags.apply_settings()
     assert dict(os.environ) == before and jax.config.jax_optimization_level == "UNKNOWN"
+
+
+def test_tunables_are_separated_by_colons_and_the_users_stay():
+    huge, other = "glibc.malloc.hugetlb=1", "glibc.malloc.check=1"
+    assert settings(CPU) == {"GLIBC_TUNABLES": huge}
+    assert settings(CPU, GLIBC_TUNABLES=other) == {"GLIBC_TUNABLES": f"{other}:{huge}"}
+    assert settings(CPU, GLIBC_TUNABLES=f"glibc.malloc.hugetlb=0:{other}") == {}
+    (line,) = xla_flags.settings_lines({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": f"{other}:{huge}"})
+    assert line.startswith(f"defaults for CPUs: {huge} (")
+
+
+@pytest.mark.parametrize(
+    ("argv", "started", "expected"),
+    [
+        (["a/train.py", "sft", "lr=1"], ["python", "-X", "dev", "a/train.py", "sft", "lr=1"], True),
+        (["train.py"], ["python", "-m", "cProfile", "train.py"], True),
+        (["jaxft train", "sft"], ["python", "/bin/jaxft", "train", "sft"], True),
+        (["a/train.py", "sft"], ["python", "-c", "from multiprocessing.forkserver import main"], False),
+        (["a/train.py"], ["python", "-m", "pytest", "tests"], False),
+        (["a/train.py", "sft"], ["python", "other.py", "sft"], False),
+    ],
+)
+def test_only_the_process_of_a_command_is_started_again(argv, started, expected):
+    assert xla_flags.is_command(argv, started) is expected
+
+
+def test_a_command_starts_again_once_as_the_same_process_with_the_same_arguments(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys; from jaxft.distributed import xla_flags; print('begin', flush=True);"
+        "xla_flags.restart(); print(os.getpid(), sys.argv[1:], os.environ.get('GLIBC_TUNABLES'))"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLIBC_TUNABLES": ""}
+    known = xla_flags.is_known(xla_flags.TUNABLES, "glibc.malloc.hugetlb")
+    for off, again in (("", known), ("off", False)):
+        process = subprocess.Popen(
+            [sys.executable, script, "a b", "--c"],
+            env={**environ, "JAXFT_XLA_FLAGS": off},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        lines = process.communicate()[0].splitlines()
+        assert lines[:-1] == ["begin"] * (1 + again)
+        tunables = "glibc.malloc.hugetlb=1" if again else ""
+        assert lines[-1] == f"{process.pid} ['a b', '--c'] {tunables}"
 
 
 def start(code, **environ):
