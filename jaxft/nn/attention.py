@@ -1,16 +1,13 @@
 """Attention over packed rows: a reference implementation, several kernels, and the choice between them.
 
-Key s is visible to query t iff both are in the same segment, s is not after t in storage, and the branch of s
-is 0 (a shared prompt) or that of t; in a layer with a sliding window also the position of s must be above
-that of t minus the window. Windows count positions, not storage: behind a shared prompt, the window of a
-response's token covers its own branch and then the end of the prompt. Segment 0 is padding: its queries have
-no visible keys and return zeros (in the accelerators' kernels any finite number). G = H / K query heads share
-a key head; only the Triton kernel, which has no grouped heads, repeats keys and values.
+Kernels know the keys that each query sees as key ranges (key_ranges.py), and a soft cap. A query without
+keys, such as padding, returns zeros (in splash and cuDNN any finite number). G = H / K query heads share a
+key head; no kernel repeats keys and values.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import chex
@@ -21,91 +18,42 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain, num_shards, per_device, shard_start
-from jaxft.nn.flash_attention import (
-    MASKED,
-    PLAIN_RULE,
-    AttentionRule,
-    KeyMask,
-    Visibility,
-    checked,
-    flash,
-    flash_part,
-    pad_time,
-    soft_capped,
-    visible,
-    wide_einsum,
-)
+from jaxft.nn.flash_attention import MASKED, flash, soft_capped, wide_einsum
+from jaxft.nn.key_ranges import KeyRanges, visible
+from jaxft.nn.pallas_attention import ranged_attention as pallas
+from jaxft.nn.splash_attention import has_shared_prompts, splash
 
 Kernel = Callable[..., jax.Array]
 
 
 def dense(
     q_BTHE: Float[Array, "B T H E"],
-    k_BSKE: Float[Array, "B T K E"],
-    v_BSKE: Float[Array, "B T K E"],
-    rows: Visibility,
-    rule: AttentionRule = PLAIN_RULE,
+    k_BSKE: Float[Array, "B S K E"],
+    v_BSKE: Float[Array, "B S K E"],
+    ranges: KeyRanges,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H E"]:
     """Reference implementation: softmax(q k^T / sqrt(E)) v over visible keys in float32 or wider, with all
     scores in memory.
+
+    softcap: scores s become softcap * tanh(s / softcap) before the mask; None: as they are.
     """
-    rows, rule = checked(rows, rule)
     B, T, H, E = q_BTHE.shape
-    K = k_BSKE.shape[2]
+    S, K = k_BSKE.shape[1:3]
     q_BTKGE = q_BTHE.reshape(B, T, K, H // K, E)
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))[None]
-    seen = visible(rows, rows, causal_TS, rule.window)[:, None, None]
-    s_BKGTS = soft_capped(wide_einsum("btkge,bske->bkgts", q_BTKGE, k_BSKE) * E**-0.5, rule.softcap)
+    seen = visible(ranges, jnp.arange(S, dtype=jnp.int32))[:, None, None]
+    s_BKGTS = soft_capped(wide_einsum("btkge,bske->bkgts", q_BTKGE, k_BSKE) * E**-0.5, softcap)
     s_BKGTS = jnp.where(seen, s_BKGTS, MASKED)
     p_BKGTS = jnp.where(seen, jax.nn.softmax(s_BKGTS, axis=-1), 0)
     o = wide_einsum("bkgts,bske->btkge", p_BKGTS, v_BSKE.astype(p_BKGTS.dtype))
     return o.reshape(B, T, H, E).astype(q_BTHE.dtype)
 
 
-def _only_segments(kernel: str, rows: Visibility, rule: AttentionRule, softcap: bool = False) -> jax.Array:
-    """Return the segments. Raises ValueError for what the kernel lacks: kernel_for does not choose it."""
-    if rows.branches is not None or rule.window is not None or (rule.softcap is not None and not softcap):
-        raise ValueError(f"{kernel} attention has no shared prompts, window or soft cap: use flash")
-    return rows.segments
-
-
-def triton(q_BTHE, k_BTKE, v_BTKE, rows, rule=PLAIN_RULE, interpret: bool = False):
-    """Pallas's Triton kernel for NVIDIA GPUs. It has no grouped heads, so keys and values are repeated."""
-    from jax.experimental.pallas.ops.gpu.attention import mha
-
-    segments_BT = _only_segments("Triton", rows, rule)
-    T, H, E = q_BTHE.shape[1:]
-    q, k, v, segments = (pad_time(x, -T % 128) for x in (q_BTHE, k_BTKE, v_BTKE, segments_BT))
-    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
-    return mha(q, k, v, segments, sm_scale=E**-0.5, causal=True, interpret=interpret)[:, :T]
-
-
-def splash(q_BTHE, k_BTKE, v_BTKE, rows, rule=PLAIN_RULE, interpret: bool = False):
-    """Pallas's splash attention for TPUs. It has soft caps, and windows of static size only."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
-
-    segments_BT = _only_segments("splash", rows, rule, softcap=True)
-    T, H, E = q_BTHE.shape[1:]
-    q, k, v, segments = (pad_time(x, -T % 128) for x in (q_BTHE * E**-0.5, k_BTKE, v_BTKE, segments_BT))
-    size_T = q.shape[1]
-    size = next(n for n in (512, 384, 256, 128) if size_T % n == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes: dict[str, Any] = {f"block_{name}": size for name in names}
-    kernel = kernels.make_splash_mha_single_device(
-        kernels.MultiHeadMask([kernels.CausalMask((size_T, size_T))] * H),
-        block_sizes=kernels.BlockSizes(**sizes),
-        residual_checkpoint_name="attn_out",
-        attn_logits_soft_cap=rule.softcap,
-        interpret=interpret,
-    )
-    heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.vmap(kernel)(*heads_first, kernels.SegmentIds(segments, segments)).swapaxes(1, 2)[:, :T]
-
-
-def cudnn(q_BTHE, k_BTKE, v_BTKE, rows, rule=PLAIN_RULE, implementation: Literal["cudnn", "xla"] = "cudnn"):
+def cudnn(q_BTHE, k_BTKE, v_BTKE, ranges, softcap=None, implementation: Literal["cudnn", "xla"] = "cudnn"):
     """cuDNN's flash attention for NVIDIA GPUs. A row is one example, padded at its end."""
-    segments_BT = _only_segments("cuDNN", rows, rule)
-    lengths_B = jnp.maximum((segments_BT > 0).sum(1, dtype=jnp.int32), 1)
+    if ranges.prompt_start is not None or ranges.windowed or softcap is not None:
+        raise ValueError("cuDNN attention has no shared prompts, window or soft cap: use pallas")
+    lengths_B = jnp.maximum((ranges.own_end > 0).sum(1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q_BTHE, k_BTKE, v_BTKE, is_causal=True, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
         implementation=implementation,
@@ -119,28 +67,34 @@ BEFORE_AMPERE = re.compile(
 )
 
 
-def kernel_for(
-    device: Any,
-    head_dim: int,
-    dtype: DTypeLike,
-    packed: bool = True,
-    branches: bool = False,
-    rule: AttentionRule = PLAIN_RULE,
-) -> Kernel:
-    """Return the fastest kernel that works on a jax.sharding.AbstractDevice; `flash` works on all.
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What rows and layers need from a kernel.
 
-    packed: see attention. branches: the rows have shared prompts.
+    packed: a row may have several segments, or padding before its first token. branches: responses share
+    prompts. windowed: a layer has a sliding window shorter than the row. softcap: scores are capped. part:
+    the queries are a part of the row.
     """
+
+    packed: bool = True
+    branches: bool = False
+    windowed: bool = False
+    softcap: bool = False
+    part: bool = False
+
+
+def kernel_for(
+    device: Any, head_dim: int, dtype: DTypeLike, rows: AttentionNeeds = AttentionNeeds()
+) -> Kernel:
+    """Return the fastest kernel that works on a jax.sharding.AbstractDevice; `flash` works on all."""
     dtype = jnp.dtype(dtype)
-    if branches or rule.window is not None:
-        return flash
-    if device.platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
-        return splash
-    if rule.softcap is not None:
-        return flash
+    if device.platform == "tpu":
+        lacks = rows.windowed or rows.part or (rows.branches and not has_shared_prompts())
+        return splash if dtype in (jnp.bfloat16, jnp.float32) and not lacks else flash
     nvidia = device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind
-    if nvidia and not BEFORE_AMPERE.search(device.device_kind) and dtype.itemsize == 2 and head_dim <= 128:
-        return triton if packed or head_dim % 8 else cudnn
+    if nvidia and not BEFORE_AMPERE.search(device.device_kind) and dtype.itemsize == 2 and head_dim <= 256:
+        ranged = rows.packed or rows.branches or rows.windowed or rows.part or rows.softcap
+        return pallas if ranged or head_dim % 8 or head_dim > 128 else cudnn
     return flash
 
 
@@ -164,35 +118,34 @@ def attention(
     q_BTHE: Float[Array, "B T H E"],
     k_BTKE: Float[Array, "B T K E"],
     v_BTKE: Float[Array, "B T K E"],
-    rows: Visibility,
+    ranges: KeyRanges,
     packed: bool = True,
-    rule: AttentionRule = PLAIN_RULE,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H E"]:
     """Attention by the fastest kernel for the devices of the ambient mesh, present or described; else by
     `flash`.
 
-    packed: a row may have several segments, or padding before its first token. Rows with branches, and layers
-    with a window, use `flash`. Each device computes its own rows and heads (sharding.py). If the mesh shards
-    time, heads are sharded instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509); if they
-    do not divide, each device gathers all keys for its queries.
+    packed: a row may have several segments, or padding before its first token. softcap: see dense. Each
+    device computes its own rows and heads (sharding.py). If the mesh shards time, heads are sharded instead
+    during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509); if they do not divide, each device
+    gathers all keys for its queries.
     """
     chex.assert_equal_shape([k_BTKE, v_BTKE])
-    chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, rows.segments], 2)
-    if isinstance(rule.window, int):
-        rule = replace(rule, window=needed_window(rule.window, q_BTHE.shape[1]))
-    rows, rule = checked(rows, rule)
+    chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, ranges.own_start], 2)
     heads, kv_heads, ways = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards()
-    layout, kernel = _choice(q_BTHE, kv_heads, rows.branches is not None, packed, rule)
-    if layout == "queries":
-        return _sharded_queries(q_BTHE, k_BTKE, v_BTKE, rows, rule)
-    arrays = q_BTHE, k_BTKE, v_BTKE, rows.segments, rows.branches, rows.positions, rule.window
-    fn = _of_arrays(kernel, rule.softcap)
+    rows = AttentionNeeds(packed, ranges.prompt_start is not None, ranges.windowed, softcap is not None)
+    layout, kernel = _choice(q_BTHE, kv_heads, rows)
+    of_queries = ranges.own_start, ranges.own_end, ranges.prompt_start, ranges.prompt_end
+    arrays = q_BTHE, k_BTKE, v_BTKE, *of_queries
+    fn = _of_arrays(kernel, ranges.windowed, softcap)
     if layout == "rows":
-        return per_device(fn, (Q, K, K, ROW, ROW, ROW, None), Q, q_BTHE.shape)(*arrays)
+        return per_device(fn, (Q, K, K, *(ROW,) * 4), Q, q_BTHE.shape)(*arrays)
+    if layout == "queries":
+        return per_device(fn, (Q, KEYS, KEYS, *(ROW,) * 4), Q, q_BTHE.shape)(*arrays)
     keys = SPREAD
     if kv_heads % ways:
         keys, fn = KEYS, _one_key_head(fn, heads // ways, heads // kv_heads)
-    axes = (SPREAD, keys, keys, WHOLE, WHOLE, WHOLE, None)
+    axes = (SPREAD, keys, keys, *(WHOLE,) * 4)
     return constrain(per_device(fn, axes, SPREAD, q_BTHE.shape)(*arrays), *Q)
 
 
@@ -205,22 +158,18 @@ def _head_shards() -> int:
     return sizes.get("context", 1) * sizes.get("tensor", 1)
 
 
-def _choice(
-    q_BTHE: Any, kv_heads: int, branches: bool, packed: bool, rule: AttentionRule
-) -> tuple[Layout, Kernel]:
+def _choice(q_BTHE: Any, kv_heads: int, rows: AttentionNeeds) -> tuple[Layout, Kernel]:
     """Return how attention is divided over the ambient mesh and which kernel runs on each device."""
     mesh, (_, T, heads, head_dim), ways = jax.sharding.get_abstract_mesh(), q_BTHE.shape, _head_shards()
     layout: Layout = "heads"
     if dict(mesh.shape).get("context", 1) == 1 or num_shards(("time",), (T,)) == 1:
         layout = "rows"
     elif heads % ways or (kv_heads % ways and ways % kv_heads):
-        return "queries", flash
-    if mesh.empty:
-        return layout, flash
-    return layout, kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, packed, branches, rule)
+        layout, rows = "queries", replace(rows, part=True)
+    return layout, flash if mesh.empty else kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
 
 
-KERNEL_NAMES = {triton: "Triton", splash: "splash", cudnn: "cuDNN", flash: "blockwise XLA (flash)"}
+KERNEL_NAMES = {pallas: "Pallas", splash: "splash", cudnn: "cuDNN", flash: "blockwise XLA (flash)"}
 
 
 def attention_line(
@@ -228,36 +177,39 @@ def attention_line(
     kv_heads: int,
     branches: bool = False,
     packed: bool = True,
-    rules: Sequence[AttentionRule] = (PLAIN_RULE,),
+    windows: Sequence[int | None] = (None,),
+    softcap: float | None = None,
 ) -> str:
-    """Return which kernels run for rows of this shape on the ambient mesh, and why no faster one does.
+    """Return which kernel runs for rows of this shape on the ambient mesh, and why.
 
-    rules: those of the model's layers, with windows as ints; layers of one scan have one kernel.
+    windows: those of the model's layers; layers of one scan have one kernel.
     """
-    T, reasons = q_BTHE.shape[1], []
-    rules = [replace(rule, window=needed_window(rule.window, T)) for rule in rules]
-    windows = sorted({rule.window for rule in rules if rule.window is not None})
-    caps = sorted({rule.softcap for rule in rules if rule.softcap is not None})
-    rule = AttentionRule(min(windows, default=None), min(caps, default=None))
-    layout, kernel = _choice(q_BTHE, kv_heads, branches, packed, rule)
-    without = _choice(q_BTHE, kv_heads, False, packed, PLAIN_RULE)[1]  # flash too: the device has no other
-    features = [f"sliding windows of {' and '.join(map(str, windows))}"] if windows else []
-    features += [f"scores capped at {' and '.join(f'{cap:g}' for cap in caps)}"] if caps else []
-    if kernel is not without and features:
-        reasons.append(f"this model has {' and '.join(features)}")
-    if kernel is not without and branches:
-        reasons.append("responses share their prompt")
+    shown = sorted({w for w in windows if w is not None and needed_window(w, q_BTHE.shape[1])})
+    features = {
+        "packed": (packed, "rows are packed"),
+        "branches": (branches, "responses share their prompt"),
+        "windowed": (bool(shown), f"sliding windows of {' and '.join(map(str, shown))}"),
+        "softcap": (softcap is not None, f"scores are capped at {softcap or 0:g}"),
+    }
+    bare = {name: False for name in features}
+    has = {name: present for name, (present, _) in features.items()}
+    layout, kernel = _choice(q_BTHE, kv_heads, AttentionNeeds(**has))
+    usual = _choice(q_BTHE, kv_heads, AttentionNeeds(**bare))[1]
+    reasons = [
+        text
+        for name, (present, text) in features.items()
+        if present and _choice(q_BTHE, kv_heads, AttentionNeeds(**{**bare, name: True}))[1] is not usual
+    ]
     if layout == "queries":
         reasons.append(f"{q_BTHE.shape[2]} heads do not divide over mesh.context x mesh.tensor")
     return f"attention: {KERNEL_NAMES[kernel]}" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
-def _of_arrays(kernel: Kernel, softcap: float | None) -> Kernel:
-    """Return a kernel of arrays alone, as per_device shards them: a traced window is an argument."""
+def _of_arrays(kernel: Kernel, windowed: bool, softcap: float | None) -> Kernel:
+    """Return a kernel of arrays alone, as per_device shards them."""
 
-    def fn(q_BTHE, k_BTKE, v_BTKE, *rest):
-        (*of_rows, window) = rest  # segments, branches and positions
-        return kernel(q_BTHE, k_BTKE, v_BTKE, Visibility(*of_rows), AttentionRule(window, softcap))
+    def fn(q_BTHE, k_BTKE, v_BTKE, *of_queries):
+        return kernel(q_BTHE, k_BTKE, v_BTKE, KeyRanges(*of_queries, windowed=windowed), softcap)
 
     return fn
 
@@ -273,18 +225,3 @@ def _one_key_head(kernel: Kernel, queries: int, shared: int) -> Kernel:
         return kernel(q_BTHE, k, v, *rest)
 
     return fn
-
-
-def _sharded_queries(q_BTHE, k_BTKE, v_BTKE, rows: Visibility, rule: AttentionRule):
-    """Attention on a mesh that shards time: each device gathers all keys for its part of the queries."""
-
-    def part(q_BTHE, k_BSKE, v_BSKE, *rest):
-        queries, keys, window = Visibility(*rest[:3]), Visibility(*rest[3:6]), rest[6]
-        start = shard_start("context", q_BTHE.shape[1])
-        mask = KeyMask(queries, keys, start, AttentionRule(window, rule.softcap))
-        return flash_part(q_BTHE, k_BSKE, v_BSKE, mask)
-
-    of_rows = rows.segments, rows.branches, rows.positions
-    axes = (Q, KEYS, KEYS, ROW, ROW, ROW, WHOLE, WHOLE, WHOLE, None)
-    arrays = q_BTHE, k_BTKE, v_BTKE, *of_rows, *of_rows, rule.window
-    return per_device(part, axes, Q, q_BTHE.shape)(*arrays)

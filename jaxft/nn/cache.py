@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.cached_attention import Keys, KeysOfLayer, RowGroups, cached_attention
-from jaxft.nn.flash_attention import AttentionRule
-from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.nn.layer_attention import AttentionLayers, AttentionRule
 from jaxft.nn.matmul import from_bits, to_bits
 from jaxft.tree import static, struct
 

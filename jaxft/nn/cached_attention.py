@@ -79,7 +79,7 @@ def cached_attention(
     """Return softmax(q k^T / sqrt(E)) v over a row's visible keys: those of its prompt and its own.
 
     prompts, rows: keys, and which of them the query of each completion (of each row) attends to. softcap: see
-    AttentionRule. A row without visible keys is 0.
+    attention.dense. A row without visible keys is 0.
     """
     (R, H, E), (of_prompts, seen_PGS), (own, seen_RN) = q_RHE.shape, prompts, rows
     P, K, _, S = of_prompts.k.shape

@@ -10,12 +10,13 @@ from jaxtyping import Array, Float
 
 from jaxft.nn.attention import attention
 from jaxft.nn.cache import Cache, LayerKeys, NextToken, PromptKeys, Step, append, attend, prompt_keys
-from jaxft.nn.flash_attention import Visibility
 from jaxft.nn.layer_attention import (
     AttentionLayers,
     angles_of,
+    batch_ranges,
     checked_values,
     generation_angles,
+    layer_ranges,
     rotated,
     rule_of,
 )
@@ -40,14 +41,14 @@ def prefill_layers(
     T = tokens.ids.shape[1]
     lengths = tokens.positions[:, -1:] + 1 + new
     angles = generation_angles(a, tokens.positions, jnp.broadcast_to(lengths, (len(lengths), T)), h_PTD.dtype)
-    rows = Visibility(tokens.segments, tokens.branches, tokens.positions if a.longest_window else None)
+    ranges = batch_ranges(tokens)
 
     def body(h: Array, x: Any) -> tuple[Array, Any]:
         p, kind = x
 
         def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            o = attention(q, k, v, rows, tokens.packed, rule_of(a, kind, T))
+            o = attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.softcap)
             return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
 
         return layer(p, h, attend_prompts, None)

@@ -12,14 +12,27 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.attention import needed_window
-from jaxft.nn.flash_attention import AttentionRule
+from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
+from jaxft.tree import Batch, static, struct
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
 
 Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+@struct
+class AttentionRule:
+    """Window and soft cap of a layer, for a query on cached keys.
+
+    window: a query at position p sees keys at positions above p - window. An int, or an int32 scalar array,
+    which may differ between the layers of a scan; None: no window. softcap: see attention.dense.
+    """
+
+    window: Any = None
+    softcap: float | None = static(default=None)
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,21 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
 def rule_of(a: AttentionLayers, kind: Array | None, length: int) -> AttentionRule:
     """Return window and soft cap of a layer for rows of `length` tokens."""
     return AttentionRule(window_of(a, kind, length), a.softcap)
+
+
+def batch_ranges(tokens: Batch) -> KeyRanges:
+    """Return the key ranges of a batch's rows, computed once for all layers; tokens: Tokens, Pairs or
+    Rollout.
+    """
+    segments, branches = (
+        None if x is None else constrain(x, "rows", "whole_time") for x in (tokens.segments, tokens.branches)
+    )
+    return key_ranges(segments, branches)
+
+
+def layer_ranges(a: AttentionLayers, kind: Array | None, ranges: KeyRanges) -> KeyRanges:
+    """Return the key ranges of a layer: those of the batch, shortened by the layer's window."""
+    return within_window(ranges, window_of(a, kind, ranges.own_start.shape[1]))
 
 
 def example_angles(

@@ -19,15 +19,15 @@ from jaxtyping import Array, Float
 from jaxft.distributed.sharding import constrain
 from jaxft.nn import fused_update
 from jaxft.nn.attention import attention
-from jaxft.nn.flash_attention import Visibility
 from jaxft.nn.layer_attention import (
     Attend,
     AttentionLayers,
     angles_of,
+    batch_ranges,
     checked_values,
     example_angles,
+    layer_ranges,
     rotated,
-    rule_of,
 )
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.tree import Batch, Params
@@ -111,17 +111,17 @@ def scan_layers(
     layers: the stacked parameters, or FusedLayers, which the backward pass updates. tokens: Tokens, Pairs or
     Rollout. keys: a random key per layer for dropout, or None.
     """
-    remat, a, T = options.remat, options.attention, h_BTD.shape[1]
+    remat, a = options.remat, options.attention
     policy = REMAT[remat]
     angles = example_angles(a, constrain(tokens.positions, "rows", "time"), tokens.segments, h_BTD.dtype)
-    rows = Visibility(tokens.segments, tokens.branches, tokens.positions if a.longest_window else None)
+    ranges = batch_ranges(tokens)
 
     def body(h: Array, x: Any) -> tuple[Array, None]:
         p, (key, kind) = x
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
             (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            return attention(q, k, v, rows, tokens.packed, rule_of(a, kind, T)), None
+            return attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.softcap), None
 
         h = checkpoint_name(h, "layer_in") if policy.offload else h
         return layer(p, h, attend, key)[0], None

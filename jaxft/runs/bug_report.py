@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.data.shipped import IS_CLONE
-from jaxft.nn.attention import kernel_for
+from jaxft.nn.attention import AttentionNeeds, kernel_for
 from jaxft.runs.cli import backend_error
 from jaxft.runs.environment import FLAGS, commit, versions
 from jaxft.runs.terminal import printable_line
@@ -72,7 +72,7 @@ def devices() -> dict[str, Any]:
     limit = (first.memory_stats() or {}).get("bytes_limit")
     kernels = {
         f"{dtype}{' with shared prompts' * branches}": kernel_for(
-            first, 64, jnp.dtype(dtype), True, branches
+            first, 64, jnp.dtype(dtype), AttentionNeeds(branches=branches)
         ).__name__
         for dtype in ("bfloat16", "float32")
         for branches in (False, True)

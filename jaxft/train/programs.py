@@ -15,7 +15,6 @@ from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
 from jaxft.nn.attention import attention_line
-from jaxft.nn.flash_attention import AttentionRule
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups
@@ -298,6 +297,6 @@ def attention_summary(p: Programs, batch: Batch) -> str:
     model, (_, rows, length) = p.partition.model, batch.ids.shape
     shape = rows, length, model.config.heads, model.config.head_dim
     queries, layers = jax.ShapeDtypeStruct(shape, model.dtype), model.attention
-    rules = [AttentionRule(kind.window, layers.softcap) for kind in layers.kinds]
+    kind = batch.branches is not None, batch.packed, [kind.window for kind in layers.kinds], layers.softcap
     with jax.set_mesh(p.mesh):
-        return attention_line(queries, model.config.kv_heads, batch.branches is not None, batch.packed, rules)
+        return attention_line(queries, model.config.kv_heads, *kind)

@@ -18,7 +18,7 @@ from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn import attention
-from jaxft.nn.flash_attention import Visibility
+from jaxft.nn.key_ranges import key_ranges
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor, quantize
@@ -129,7 +129,7 @@ def test_attention_with_sharded_time_equals_one_device(mesh, heads, kv_heads):
     """Heads that divide over tensor x context, replicated kv heads, and heads that do not divide."""
     rng, devices = np.random.default_rng(8), make_mesh(mesh)
     q, k, v, do = arrays(rng, 2, 40, heads, kv_heads, 8, jnp.float64)
-    rows = Visibility(*packed(rng, 2, 40))
+    rows = key_ranges(*packed(rng, 2, 40))
     expected = value_and_gradients(attention.dense, q, k, v, do, rows)
     shard = lambda x, *axes: jax.device_put(x, sharding.array_sharding(devices, axes, x.shape))  # noqa: E731
     axes = ("heads", "kv_heads", "kv_heads", "heads")

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn import attention, flash_attention
-from jaxft.nn.flash_attention import PLAIN_RULE, KeyMask, Visibility
+from jaxft.nn.attention import AttentionNeeds
+from jaxft.nn.key_ranges import key_ranges
 
 QUERIES, KEYS, ROW = (
     ("rows", "time", "heads", "head_dim"),
@@ -80,7 +79,7 @@ def test_dense_is_the_definition(branched):
         q, k, v, _ = arrays(rng, 3, 17, 4, 2, 8, jnp.float64)
         segments, branches = packed(rng, 3, 17)
         branches = branches if branched else None
-        found = attention.dense(q, k, v, Visibility(segments, branches))
+        found = attention.dense(q, k, v, key_ranges(segments, branches))
         np.testing.assert_allclose(found, by_the_definition(q, k, v, segments, branches), atol=1e-13)
 
 
@@ -101,26 +100,9 @@ def test_flash_equals_dense_in_value_and_gradient(B, T, H, K, E, block, branched
     with jax.enable_x64(True):
         x = arrays(rng, B, T, H, K, E, jnp.float64)
         segments, branches = packed(rng, B, T)
-        rest = (Visibility(segments, branches if branched else None),)
+        rest = (key_ranges(segments, branches if branched else None),)
         expected = value_and_gradients(attention.dense, *x, *rest)
         assert_close(value_and_gradients(partial(attention.flash, block=block), *x, *rest), expected, 1e-10)
-
-
-BLOCKS_OF_8 = partial(attention.flash, block=8)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    st.lists(st.integers(0, 3), min_size=30, max_size=30),
-    st.lists(st.integers(0, 2), min_size=30, max_size=30),
-)
-def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, branches):
-    """Unsorted rows, which no packer writes: skipping blocks must not lose a visible key."""
-    with jax.enable_x64(True):
-        x = arrays(np.random.default_rng(0), 1, 30, 2, 1, 4, jnp.float64)
-        rest = (Visibility(jnp.asarray([segments], jnp.int32), jnp.asarray([branches], jnp.int32)),)
-        expected = value_and_gradients(attention.dense, *x, *rest)
-        assert_close(value_and_gradients(BLOCKS_OF_8, *x, *rest), expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +111,7 @@ def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, bra
 def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
     rng = np.random.default_rng(1)
     narrow = arrays(rng, 2, 80, 4, 2, 16, dtype)
-    rest = (Visibility(*packed(rng, 2, 80)),)
+    rest = (key_ranges(*packed(rng, 2, 80)),)
     found = value_and_gradients(partial(attention.flash, block=32), *narrow, *rest)
     assert all(x.dtype == dtype for x in found)
     with jax.enable_x64(True):
@@ -140,7 +122,7 @@ def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
 def test_large_scores_stay_finite():
     rng = np.random.default_rng(2)
     q, k, v, do = arrays(rng, 1, 40, 2, 1, 8, jnp.float32)
-    rows = Visibility(packed(rng, 1, 40)[0])
+    rows = key_ranges(packed(rng, 1, 40)[0])
     with jax.enable_x64(True):
         wide = (x.astype(jnp.float64) for x in (100 * q, 100 * k, v, do))
         expected = value_and_gradients(attention.dense, *wide, rows)
@@ -155,7 +137,7 @@ def test_masked_tokens_change_nothing(kernel):
     q, k, v, do = arrays(rng, 1, 64, 2, 1, 8, jnp.float32)
     segments = jnp.repeat(jnp.asarray([[1, 2, 3, 0]], jnp.int32), 16, axis=1)
     branches = jnp.asarray([[0] * 20 + [1] * 6 + [2] * 6 + [0] * 32], jnp.int32)
-    rows = Visibility(segments, branches)
+    rows = key_ranges(segments, branches)
     mine = jnp.asarray(
         [*range(16, 20), *range(26, 30)]
     )  # the prompt of the second segment, and most of its second branch
@@ -172,7 +154,7 @@ def test_masked_tokens_change_nothing(kernel):
 
 def test_padding_returns_zeros_even_in_rows_of_padding_only():
     x = arrays(np.random.default_rng(4), 2, 40, 2, 1, 8, jnp.float32)
-    rows = Visibility(jnp.zeros((2, 40), jnp.int32))
+    rows = key_ranges(jnp.zeros((2, 40), jnp.int32))
     for found in value_and_gradients(partial(attention.flash, block=16), *x, rows):
         assert not np.any(found)
 
@@ -182,9 +164,9 @@ def test_packed_examples_equal_examples_alone():
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 1, 50, 4, 2, 8, jnp.float64)
         segments = jnp.asarray([[1] * 11 + [2] * 30 + [3] * 9], jnp.int32)
-        together = attention.flash(q, k, v, Visibility(segments), block=16)
+        together = attention.flash(q, k, v, key_ranges(segments), block=16)
         for start, stop in ((0, 11), (11, 41), (41, 50)):
-            rows = Visibility(jnp.ones((1, stop - start), jnp.int32))
+            rows = key_ranges(jnp.ones((1, stop - start), jnp.int32))
             alone = attention.flash(*(x[:, start:stop] for x in (q, k, v)), rows, block=16)
             np.testing.assert_allclose(together[:, start:stop], alone, atol=1e-12)
 
@@ -194,28 +176,28 @@ def test_completions_after_a_shared_prompt_equal_prompt_and_completion_alone():
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 1, 40, 4, 2, 8, jnp.float64)
         branches = jnp.asarray([[0] * 13 + [1] * 12 + [2] * 15], jnp.int32)
-        together = attention.flash(q, k, v, Visibility(jnp.ones((1, 40), jnp.int32), branches), block=16)
+        together = attention.flash(q, k, v, key_ranges(jnp.ones((1, 40), jnp.int32), branches), block=16)
         for start, stop in ((13, 25), (25, 40)):
             at = jnp.asarray([*range(13), *range(start, stop)])
-            rows = Visibility(jnp.ones((1, len(at)), jnp.int32))
+            rows = key_ranges(jnp.ones((1, len(at)), jnp.int32))
             alone = attention.flash(q[:, at], k[:, at], v[:, at], rows, block=16)
             np.testing.assert_allclose(together[:, at], alone, atol=1e-12)
 
 
 @partial(jax.jit, static_argnums=1)
-def visits(rows, block, rule=PLAIN_RULE):
+def visits(ranges, block):
     """Return the key blocks that each query block visits, and how many."""
-    return flash_attention._visits(KeyMask(rows, rows, jnp.int32(0), rule), block)[:2]
+    return flash_attention._visits(ranges, ranges.own_start.shape[1], block)
 
 
 def test_visits_skip_later_blocks_other_segments_padding_and_other_branches():
     segments = jnp.repeat(jnp.asarray([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]], jnp.int32), 4, axis=1)
-    places, counts = visits(Visibility(segments), 4)
+    places, counts = visits(key_ranges(segments), 4)
     assert counts.tolist() == [1, 2, 1, 2, 0, 1, 2, 3, 4, 5]
     assert places[3, :2].tolist() == [2, 3]
     assert places[8, :4].tolist() == [5, 6, 7, 8]
     branches = jnp.repeat(jnp.asarray([[0, 1, 2, 3, 3]] * 2, jnp.int32), 4, axis=1)
-    places, counts = visits(Visibility(segments, branches), 4)
+    places, counts = visits(key_ranges(segments, branches), 4)
     assert counts.tolist()[5:] == [1, 2, 2, 2, 3]
     assert places[9, :3].tolist() == [5, 8, 9]
 
@@ -228,7 +210,7 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
     with jax.enable_x64(True):
         x = arrays(rng, 8, 40, 4, 2, 8, jnp.float64)
         segments, branches = packed(rng, 8, 40)
-        rest = Visibility(segments, branches if branched else None)
+        rest = key_ranges(segments, branches if branched else None)
         expected = value_and_gradients(attention.dense, *x, rest)
         placed = [
             jax.device_put(a, array_sharding(mesh, names, a.shape))
@@ -260,7 +242,7 @@ def products(fn, *args):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_saved_names_avoid_recomputing_the_forward_pass(dtype):
     q, k, v, do = arrays(np.random.default_rng(9), 1, 32, 2, 1, 8, dtype)
-    rows = Visibility(jnp.ones((1, 32), jnp.int32))
+    rows = key_ranges(jnp.ones((1, 32), jnp.int32))
     names = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
     count = {
         policy: products(partial(value_and_gradients, partial(layers, policy=policy)), q, k, v, do, rows)
@@ -273,6 +255,11 @@ def test_saved_names_avoid_recomputing_the_forward_pass(dtype):
     assert list(count.values()) == [2 + 5, 2 + 5, 2 + 2 + 5]
 
 
+def abstract_ranges(*shape, branches=False):
+    row = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return jax.eval_shape(key_ranges, row, row if branches else None)
+
+
 def test_no_program_has_a_t_by_t_matrix():
     """Temporaries of a gradient grow with T (here 2 x), not with T^2 (4 x); one head's float32 scores would
     be 4 MB.
@@ -280,7 +267,7 @@ def test_no_program_has_a_t_by_t_matrix():
 
     def temporaries(T):
         shapes = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.bfloat16) for heads in (4, 2, 2, 4)]
-        rows = Visibility(jax.ShapeDtypeStruct((1, T), jnp.int32))
+        rows = abstract_ranges(1, T)
         compiled = value_and_gradients.lower(attention.flash, *shapes, rows).compile()
         assert not re.search(rf"\[(\d+,)*{T},{T}[,\]]", compiled.as_text())
         return compiled.memory_analysis().temp_size_in_bytes
@@ -301,13 +288,14 @@ H100 = described("gpu", "NVIDIA H100 80GB HBM3")
     ("device", "head_dim", "dtype", "expected"),
     [
         (described("cpu", "cpu"), 64, jnp.bfloat16, attention.flash),
-        (H100, 128, jnp.bfloat16, attention.triton),
-        (H100, 256, jnp.bfloat16, attention.flash),
+        (H100, 128, jnp.bfloat16, attention.pallas),
+        (H100, 256, jnp.bfloat16, attention.pallas),
+        (H100, 512, jnp.bfloat16, attention.flash),
         (H100, 64, jnp.float32, attention.flash),
         (described("gpu", "Tesla V100-SXM2-16GB"), 64, jnp.float16, attention.flash),
         (described("gpu", "NVIDIA GeForce RTX 2080 Ti"), 64, jnp.float16, attention.flash),
-        (described("gpu", "NVIDIA GeForce RTX 4090"), 64, jnp.float16, attention.triton),
-        (described("cuda", "NVIDIA A100-SXM4-40GB"), 64, jnp.bfloat16, attention.triton),
+        (described("gpu", "NVIDIA GeForce RTX 4090"), 64, jnp.float16, attention.pallas),
+        (described("cuda", "NVIDIA A100-SXM4-40GB"), 64, jnp.bfloat16, attention.pallas),
         (described("gpu", "AMD Instinct MI300X"), 64, jnp.bfloat16, attention.flash),
         (described("tpu", "TPU v5 lite"), 64, jnp.bfloat16, attention.splash),
         (described("tpu", "TPU v5 lite"), 64, jnp.float64, attention.flash),
@@ -317,7 +305,7 @@ def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype,
     assert attention.kernel_for(device, head_dim, dtype) is expected
 
 
-@pytest.mark.parametrize(("packed", "expected"), [(True, "triton"), (False, "cudnn")])
+@pytest.mark.parametrize(("packed", "expected"), [(True, "pallas"), (False, "cudnn")])
 def test_the_kernel_follows_from_the_ambient_mesh_at_trace_time(monkeypatch, packed, expected):
     used = []
 
@@ -328,22 +316,23 @@ def test_the_kernel_follows_from_the_ambient_mesh_at_trace_time(monkeypatch, pac
 
         return kernel
 
-    for name in ("triton", "cudnn", "splash", "flash"):
+    for name in ("pallas", "cudnn", "splash", "flash"):
         monkeypatch.setattr(attention, name, spy(name))
     shapes = [jax.ShapeDtypeStruct((2, 40, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
-    row = jax.ShapeDtypeStruct((2, 40), jnp.int32)
     fn = jax.jit(partial(attention.attention, packed=packed))
-    fn.trace(*shapes, Visibility(row))
+    fn.trace(*shapes, abstract_ranges(2, 40))
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=H100)):
-        fn.trace(*shapes, Visibility(row))
-        fn.trace(*shapes, Visibility(row, branches=row))
-    assert used == ["flash", expected, "flash"]
+        fn.trace(*shapes, abstract_ranges(2, 40))
+        fn.trace(*shapes, abstract_ranges(2, 40, branches=True))
+    assert used == ["flash", expected, "pallas"]
 
 
 def test_rows_of_one_example_go_to_cudnn_on_nvidia_and_nowhere_else():
-    assert attention.kernel_for(H100, 128, jnp.bfloat16, packed=False) is attention.cudnn
-    assert attention.kernel_for(H100, 64, jnp.float32, packed=False) is attention.flash
-    assert attention.kernel_for(described("cpu", "cpu"), 64, jnp.bfloat16, packed=False) is attention.flash
+    one = AttentionNeeds(packed=False)
+    assert attention.kernel_for(H100, 128, jnp.bfloat16, one) is attention.cudnn
+    assert attention.kernel_for(H100, 256, jnp.bfloat16, one) is attention.pallas
+    assert attention.kernel_for(H100, 64, jnp.float32, one) is attention.flash
+    assert attention.kernel_for(described("cpu", "cpu"), 64, jnp.bfloat16, one) is attention.flash
 
 
 def test_lengths_equal_segments_for_rows_of_one_example():
@@ -354,32 +343,8 @@ def test_lengths_equal_segments_for_rows_of_one_example():
     do = jnp.where(segments[:, :, None, None] == 0, 0, do)
     with jax.numpy_dtype_promotion("standard"):
         kernel = partial(attention.cudnn, implementation="xla")
-        found = value_and_gradients(kernel, q, k, v, do, Visibility(segments))
-    expected = value_and_gradients(attention.dense, q, k, v, do, Visibility(segments))
+        found = value_and_gradients(kernel, q, k, v, do, key_ranges(segments))
+    expected = value_and_gradients(attention.dense, q, k, v, do, key_ranges(segments))
     real = segments[:, :, None, None] != 0
     assert np.all(np.isfinite(found[0]))
     assert_close([jnp.where(real, x, 0) for x in found], expected, 1e-5)
-
-
-@pytest.mark.parametrize("T", [128, 200])
-@pytest.mark.parametrize("kernel", [attention.triton, attention.splash])
-def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):
-    rng = np.random.default_rng(10)
-    q, k, v, do = arrays(rng, 2, T, 4, 2, 64, jnp.float32)
-    segments, _ = packed(rng, 2, T)
-    do = jnp.where(segments[:, :, None, None] == 0, 0, do)
-    with jax.numpy_dtype_promotion("standard"):
-        found = value_and_gradients(partial(kernel, interpret=True), q, k, v, do, Visibility(segments))
-    expected = value_and_gradients(attention.dense, q, k, v, do, Visibility(segments))
-    real = segments[:, :, None, None] != 0  # padding queries may return any finite number
-    assert np.all(np.isfinite(found[0]))
-    assert_close([jnp.where(real, x, 0) for x in found], expected, 1e-4)
-
-
-@pytest.mark.parametrize(("kernel", "platform"), [(attention.triton, "cuda"), (attention.splash, "tpu")])
-def test_accelerated_kernels_lower_for_their_platform(kernel, platform):
-    shapes = [jax.ShapeDtypeStruct((2, 200, heads, 64), jnp.bfloat16) for heads in (4, 2, 2, 4)]
-    rows = Visibility(jax.ShapeDtypeStruct((2, 200), jnp.int32))
-    with jax.numpy_dtype_promotion("standard"):
-        lowered = value_and_gradients.trace(kernel, *shapes, rows).lower(lowering_platforms=(platform,))
-    assert lowered.as_text().count("custom_call") >= 3

@@ -10,7 +10,8 @@ import pytest
 from jaxft.nn.attention import dense
 from jaxft.nn.cache import Keys, NextToken, Step, append, attend, store
 from jaxft.nn.cached_attention import RowGroups
-from jaxft.nn.flash_attention import AttentionRule, Visibility
+from jaxft.nn.key_ranges import key_ranges, within_window
+from jaxft.nn.layer_attention import AttentionRule
 
 H, K, E, S, N = 4, 2, 8, 7, 5  # heads, key heads, head size, slots of a prompt and of a completion
 
@@ -61,8 +62,8 @@ def test_cached_attention_is_the_last_row_of_dense(window, cap):
         step = Step(at, jnp.asarray(visible), GROUPS.to_groups(COUNTS))
         found = attend(q[:, None], keys, jnp.int32(0), step, rule)[:, 0]
         for row, ((q, k, v), _) in texts.items():
-            ones, places = (jnp.asarray(x, jnp.int32)[None] for x in (np.ones(len(q)), np.arange(len(q))))
-            expected = dense(q[None], k[None], v[None], Visibility(ones, positions=places), rule)[0, -1]
+            ranges = within_window(key_ranges(jnp.ones((1, len(q)), jnp.int32)), window)
+            expected = dense(q[None], k[None], v[None], ranges, cap)[0, -1]
             np.testing.assert_allclose(found[row], expected, atol=1e-13)
 
 
