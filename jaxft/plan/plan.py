@@ -17,7 +17,7 @@ from jaxft.plan.machines import Machine
 from jaxft.plan.programs import Program, all_programs, train_programs
 from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
 from jaxft.runs.report import empty_slot_lines
-from jaxft.train.programs import Programs, abstract, step_rows
+from jaxft.train.programs import Programs, abstract, attention_summary, step_rows
 from jaxft.train.settings import Run
 
 EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1
@@ -106,6 +106,7 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
         "limit": machine.chip.memory - machine.chip.reserved if machine.chip else None,
         "flops": None if program.batch is None else flops(run, p, program.batch, traced),
         "notes": (
+            *([] if program.batch is None else [attention_summary(p, program.batch)]),
             *empty_slot_lines(step_rows(run.data, sharding.row_shards(p.mesh))),
             *memory.replicated_weights(p),
             *quick_notes(machine),

@@ -27,7 +27,7 @@ FLAGS = (
     "JAX_OPTIMIZATION_LEVEL", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT",
     xla_flags.TUNABLES, xla_flags.FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION", xla_flags.SWITCH,
 )  # fmt: skip
-COMPARED = ("python", "packages", "flags", "devices", "processes", "commit")
+COMPARED = ("python", "packages", "flags", "devices", "processes", "attention", "commit")
 
 
 def versions() -> dict[str, Any]:
@@ -52,14 +52,18 @@ def commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def environment(step: int = 0) -> dict[str, Any]:
-    """Return versions, flags, devices and the git commit of this process, which begins after `step` steps."""
+def environment(step: int = 0, attention: str | None = None) -> dict[str, Any]:
+    """Return versions, flags, devices and the git commit of this process, which begins after `step` steps.
+
+    attention: the train step's attention kernel and why it runs.
+    """
     return {
         **versions(),
         "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
         "platform_defaults": xla_flags.settings_in_effect(os.environ),  # those among the flags
         "devices": [d.device_kind for d in jax.devices()],
         "processes": jax.process_count(),
+        "attention": attention,
         "commit": commit(),
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -88,7 +92,7 @@ def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str
             lines += [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys]
         elif name == "devices" and old != new:
             lines.append(f"devices: {_count(old)} -> {_count(new)}")
-        elif old != new:
+        elif old != new and name in before:  # earlier versions of jaxft recorded less
             lines.append(f"{name}: {old} -> {new}")
     return lines
 

@@ -88,14 +88,16 @@ def read_saved_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_record(folder: Path, record: dict[str, Any], step: int = 0) -> list[str]:
+def write_record(
+    folder: Path, record: dict[str, Any], step: int = 0, attention: str | None = None
+) -> list[str]:
     """Write config.json, and add this start to env.json, which keeps those before it.
 
-    step: the steps done before. Return a line for each version, flag or device that has changed since the
-    last start.
+    step: the steps done before. attention: the train step's attention kernel. Return a line for each version,
+    flag, device or kernel that has changed since the last start.
     """
     write_durable_json(folder / "config.json", record)
-    path, now, before, lines = folder / "env.json", environment(step), None, []
+    path, now, before, lines = folder / "env.json", environment(step, attention), None, []
     if path.exists():
         try:
             before = read_saved_json(path)

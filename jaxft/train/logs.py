@@ -96,9 +96,10 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     if not processes.is_first():
         return Logs([NullLog() for _ in job.members])
     trackers, logs, moved = job.lead.run.trackers, [], []
+    kernel = programs.attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
     for member in job.members:
         member.folder.mkdir(exist_ok=True)
-        moved += runfolder.write_record(member.folder, member.record, first)
+        moved += runfolder.write_record(member.folder, member.record, first, kernel)
         truncate(member.folder / "completions.jsonl", first)
         own = {"trackers": trackers} if job.sweep is None else {"quiet": True}
         logs.append(Log(member.folder, job.steps, first, **own))
