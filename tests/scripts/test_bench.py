@@ -244,6 +244,26 @@ def test_windows_shrink_the_cache_to_the_window(monkeypatch):
         script["measure"](argparse.Namespace(**{**sizes, "tokens": 49}))
 
 
+def test_every_attention_kernel_is_measured_by_the_visible_pairs_of_each_case(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = runpy.run_path(str(Path(SCRIPT).with_name("attention.py")))
+    sizes = argparse.Namespace(**script["TINY"], window=None, softcap=None, dtype="float32")
+    found = script["measure"](sizes)
+    names = ["packed 1", "packed 4", "packed 16", "shared prompt"]
+    assert [(one["case"], one["kernel"]) for one in found] == [(name, "flash") for name in names]
+    assert all(value > 0 for one in found for key, value in one.items() if key.endswith(("_ms", "_tflops")))
+    counted = {name: script["pairs"](ranges) for name, ranges in script["cases"](sizes)}
+    row = {  # 128 tokens: causal triangles, and 4 responses of 16 tokens that see a prompt of 64
+        "packed 1": 128 * 129 // 2,
+        "packed 4": 4 * 32 * 33 // 2,
+        "packed 16": 16 * 8 * 9 // 2,
+        "shared prompt": 64 * 65 // 2 + 4 * (16 * 17 // 2 + 16 * 64),
+    }
+    assert counted == {name: 2 * count for name, count in row.items()}
+    with pytest.raises(ValueError, match="--heads a multiple of --kv-heads"):
+        script["measure"](argparse.Namespace(**{**vars(sizes), "kv_heads": 3}))
+
+
 def test_the_guards_cost_is_measured_against_a_step_that_takes_any_update(tmp_path, monkeypatch):
     write_place(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,173 @@
+"""Compare the attention kernels that run on a device: time and TFLOP/s forward and backward, as JSON lines.
+
+    python scripts/bench/attention.py                    # Llama 3 8B's heads, rows of 4096 tokens
+    python scripts/bench/attention.py --rows 1 --tokens 16384 --window 4096
+    python scripts/bench/attention.py --tiny             # the same programs in small shapes, for a CPU
+
+Cases: rows packed with 1, 4 and 16 segments, and rows in which 4 responses share a prompt of half a row.
+FLOPs count the matmuls over visible pairs of query and key only: 4 per pair and dimension forward, 10
+backward. So a kernel that computes masked pairs gets a lower rate. A kernel that lacks a case is left out.
+Kernels take turns for --rounds rounds, of which the fastest counts; compilation is not timed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+TINY = {"rows": 2, "tokens": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "rounds": 1}
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row (default 4096)")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--window", type=int, default=None, help="sliding window (default: none)")
+    parser.add_argument("--softcap", type=float, default=None, help="soft cap of scores (default: none)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    a = parser.parse_args()
+    if a.tiny:
+        vars(a).update(TINY)
+    return a
+
+
+def layouts(tokens: int) -> dict[str, tuple[list[int], list[int] | None]]:
+    """Return segments and branches (or None) of a row of each case."""
+    at = np.arange(tokens)
+    found: dict[str, tuple[list[int], list[int] | None]] = {
+        f"packed {count}": ((at * count // tokens + 1).tolist(), None) for count in (1, 4, 16)
+    }
+    found["shared prompt"] = ([1] * tokens, np.maximum(at * 8 // tokens - 3, 0).tolist())
+    return found
+
+
+def kernels() -> dict[str, Callable]:
+    """Return the kernels that run on the devices of this process."""
+    import jax
+
+    from jaxft.nn import attention
+
+    device = jax.devices()[0]
+    found: dict[str, Callable] = {"flash": attention.flash}
+    if device.platform == "tpu":
+        found["splash"] = attention.splash
+    elif device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind:
+        found |= {"pallas": attention.pallas, "cudnn": attention.cudnn}
+    return found
+
+
+def cases(a: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Yield each case's name and key ranges of its rows."""
+    import jax.numpy as jnp
+
+    from jaxft.nn.key_ranges import key_ranges, within_window
+
+    for name, (segments, branches) in layouts(a.tokens).items():
+        rows = (None if x is None else jnp.asarray([x] * a.rows, jnp.int32) for x in (segments, branches))
+        yield name, within_window(key_ranges(*rows), a.window)
+
+
+def programs(kernel: Callable, ranges: Any, softcap: float | None) -> tuple[Callable, Callable]:
+    """Return compiled functions (q, k, v, do) -> o, and -> the gradients too."""
+    import jax
+
+    attend = partial(kernel, softcap=softcap)
+
+    def forward(q: Any, k: Any, v: Any, do: Any) -> Any:
+        return attend(q, k, v, ranges)
+
+    def both(q: Any, k: Any, v: Any, do: Any) -> Any:
+        o, back = jax.vjp(lambda q, k, v: attend(q, k, v, ranges), q, k, v)
+        return o, back(do)
+
+    return jax.jit(forward), jax.jit(both)
+
+
+def pairs(ranges: Any) -> int:
+    """Return the visible pairs of query and key in all rows."""
+    count = np.maximum(np.asarray(ranges.own_end, np.int64) - np.asarray(ranges.own_start), 0).sum()
+    if ranges.prompt_start is not None:
+        prompt = np.asarray(ranges.prompt_end, np.int64) - np.asarray(ranges.prompt_start)
+        count += np.maximum(prompt, 0).sum()
+    return int(count)
+
+
+def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return milliseconds and TFLOP/s of each kernel in each case."""
+    import jax
+    import jax.numpy as jnp
+
+    if min(a.rows, a.heads, a.kv_heads, a.head_dim, a.rounds) < 1 or a.tokens < 16 or a.heads % a.kv_heads:
+        raise ValueError(
+            "--tokens must be at least 16, every other size at least 1, and --heads a multiple of --kv-heads"
+        )
+    rng, found = np.random.default_rng(0), []
+    heads = (a.heads, a.kv_heads, a.kv_heads, a.heads)
+    arrays = [jnp.asarray(rng.normal(size=(a.rows, a.tokens, n, a.head_dim)), a.dtype) for n in heads]
+    for name, ranges in cases(a):
+        run: dict[str, tuple[Callable, Callable]] = {}
+        for kernel_name, kernel in kernels().items():
+            if kernel_name == "cudnn" and name != "packed 1":
+                continue  # a row is one example there
+            both = programs(kernel, ranges, a.softcap)
+            try:
+                jax.block_until_ready([fn(*arrays) for fn in both])
+            except ValueError:  # the kernel lacks shared prompts, windows or soft caps
+                continue
+            run[kernel_name] = both
+        seconds: dict[str, list[list[float]]] = {kernel_name: [[], []] for kernel_name in run}
+        for _ in range(a.rounds):
+            for kernel_name, both in run.items():
+                for fn, times in zip(both, seconds[kernel_name], strict=True):
+                    begin = time.perf_counter()
+                    jax.block_until_ready(fn(*arrays))
+                    times.append(time.perf_counter() - begin)
+        for kernel_name, (forward, all_) in seconds.items():
+            found.append({"case": name, "kernel": kernel_name, **rates(a, ranges, min(forward), min(all_))})
+    return found
+
+
+def rates(a: argparse.Namespace, ranges: Any, forward: float, both: float) -> dict[str, float]:
+    """Return milliseconds and TFLOP/s from the seconds of the forward pass and of both passes."""
+    backward, work = max(both - forward, 1e-9), pairs(ranges) * a.heads * a.head_dim / 1e12
+    return {
+        "forward_ms": round(1e3 * forward, 3),
+        "backward_ms": round(1e3 * backward, 3),
+        "forward_tflops": round(4 * work / forward, 4),
+        "backward_tflops": round(10 * work / backward, 4),
+    }
+
+
+def main() -> int:
+    """Measure, and print a line for each case and kernel."""
+    import jax
+
+    a = arguments()
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    sizes = {name: value for name, value in vars(a).items() if name not in ("rounds", "tiny")}
+    for line in measure(a):
+        print(json.dumps({**line, **sizes, **about}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))
