@@ -29,11 +29,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Traces and compiled programs are millions of objects that stay. Python's collector would scan them again and
 # again, which takes an eighth of the time of the tests; so it runs rarely, and not on what a module leaves.
 gc.set_threshold(100_000, 20, 20)
+# Each compiled program takes some of the 65,530 memory mappings that Linux allows a process; without one, XLA
+# ends the process. Past this number, programs of earlier modules are dropped.
+MANY_MAPPINGS = 25_000
 
 
 @pytest.fixture(scope="module", autouse=True)
 def collect_garbage():
     yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        gc.unfreeze()
+        jax.clear_caches()
     gc.collect()
     gc.freeze()
 

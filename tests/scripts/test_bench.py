@@ -237,7 +237,8 @@ def test_windows_shrink_the_cache_to_the_window(monkeypatch):
     sizes = dict(layers=4, full=1, window=8, slots=64, batch=2, width=64, tokens=2, rounds=1)
     found = script["measure"](argparse.Namespace(**sizes))
     layer = 2 * 2 * 4 * 8 * 2  # keys and values, rows, kv heads, head dim, bytes
-    expected = {"full_attention": 4 * 64 * layer, "windows": (64 + 3 * 8) * layer}
+    windows = 8 + 8  # of the 16 tokens of the prompt, and of the 48 of the completion
+    expected = {"full_attention": 4 * 64 * layer, "windows": (64 + 3 * windows) * layer}
     assert {name: one["cache_mb"] * 1e6 for name, one in found.items()} == pytest.approx(expected)
     assert all(one["ms_per_token"] > 0 for one in found.values())
     with pytest.raises(ValueError, match="--tokens must be from 1 to 48 with --slots 64"):
