@@ -26,7 +26,7 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
 
     specs = {"base": model.specs}
     if settings:
-        specs["adapter"] = adapter_specs(model.specs, settings)
+        specs["adapter"] = adapter_specs(model.specs, settings, model.weight_names)
         if not model.generates and "head" in specs["adapter"]:
             raise ValueError(
                 "adapter.targets includes the language model head, but this model has a scalar head instead; "

@@ -119,7 +119,7 @@ def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
 def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
     specs: dict[str, Any] = {}
     if settings.adapter:
-        specs["adapter"] = adapter_specs(model.specs, settings.adapter)
+        specs["adapter"] = adapter_specs(model.specs, settings.adapter, model.weight_names)
     if settings.weights is not None:
         specs["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
     if "head" in specs.get("adapter", ()):

@@ -3,12 +3,15 @@ time.
 
 An adapter has the base's paths; each adapted kernel [L, I, O] has `a` [L, I, R], `b` [L, R, O] and the frozen
 `scale` [L] = alpha / rank. Without attaching it, the model is the base model bit for bit.
+
+Where layers have different ranks, R is the largest: the further columns of `a` and rows of `b` are zero. Both
+of their gradients are then zero, so that they stay zero in training; they are not exported.
 """
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.param import ParamSpec, Specs, full, kaiming_uniform, spec_paths
+from jaxft.nn.lora_patterns import WeightNames, is_listed, module_names, values_by_pattern
+from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import Params, static, struct
 
@@ -31,6 +35,11 @@ class Adapter:
     targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate",
     "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), or a regular
     expression over whole parameter paths. rslora scales by alpha / sqrt(rank).
+
+    rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
+    pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
+    one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
+    that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
     """
 
     rank: int = 16
@@ -38,6 +47,10 @@ class Adapter:
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.rank < 1:
@@ -46,11 +59,37 @@ class Adapter:
             raise ValueError(f"adapter.alpha must be a finite number other than 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"adapter.dropout must be in [0, 1), got {self.dropout}")
+        for pattern, rank in self.rank_pattern:
+            if rank < 1:
+                raise ValueError(
+                    f"adapter.rank_pattern: the rank of {pattern!r} must be at least 1, got {rank}"
+                )
+        for pattern, alpha in self.alpha_pattern:
+            if not 0.0 < abs(alpha) < 3.4e38:
+                raise ValueError(f"adapter.alpha_pattern: {pattern!r} must be finite and not 0, got {alpha}")
 
     @property
     def scale(self) -> float:
-        """The factor of (x a) b."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        """The factor of (x a) b, of modules with the default rank and alpha."""
+        return self.scale_of(self.rank, self.alpha)
+
+    @property
+    def highest_rank(self) -> int:
+        """The largest rank of any module."""
+        return max([self.rank, *(rank for _, rank in self.rank_pattern)])
+
+    def scale_of(self, rank: int, alpha: float) -> float:
+        """The factor of (x a) b of a module with this rank and alpha."""
+        return alpha / (rank**0.5 if self.rslora else rank)
+
+
+class PairLayout(NamedTuple):
+    """Rank and alpha of the pair in each layer of a kernel, both 0 for no pair; one of each for a kernel
+    without layers.
+    """
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
 
 
 @struct
@@ -112,21 +151,87 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
             )
 
 
-def same_pairs(specs: Specs, one: Adapter, other: Adapter) -> bool:
+def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairLayout]:
+    """Return the rank and alpha of each adapted kernel's layers by path.
+
+    names: the model's weight_names. Raises ValueError for patterns, exclusions and layers that select
+    nothing, or everything.
+    """
+    base = spec_paths(specs)
+    modules = [
+        (path, layer, name)
+        for path in target_paths(specs, settings.targets)
+        for layer, name in enumerate(module_names(path, _layer_count(base, path), names))
+    ]
+    selected = [
+        (path, layer, name) for path, layer, name in modules if _is_selected(settings, base, path, layer)
+    ]
+    excluded = [m for m in selected if is_listed(settings.exclude_modules, m[2], "adapter.exclude_modules")]
+    if settings.exclude_modules and not excluded:
+        near = ", ".join(dict.fromkeys(name[0].rpartition(".")[2] for _, _, name in selected))
+        raise ValueError(
+            f"adapter.exclude_modules={settings.exclude_modules!r} matches none of the adapted modules "
+            f"({near}); a list of one name ends with a comma"
+        )
+    if len(excluded) == len(selected):
+        raise ValueError(
+            f"adapter.exclude_modules={settings.exclude_modules!r} excludes every module that "
+            "adapter.targets selects; correct one of them"
+        )
+    kept = [m for m in selected if m not in excluded]
+    all_names = [name for _, _, name in kept]
+    ranks = values_by_pattern(settings.rank_pattern, all_names, "adapter.rank_pattern")
+    alphas = values_by_pattern(settings.alpha_pattern, all_names, "adapter.alpha_pattern")
+    pairs = {
+        (path, layer): (
+            int(settings.rank if rank is None else rank),
+            settings.alpha if alpha is None else alpha,
+        )
+        for (path, layer, _), rank, alpha in zip(kept, ranks, alphas, strict=True)
+    }
+    layouts = {}
+    for path in dict.fromkeys(path for path, _, _ in kept):
+        count = _layer_count(base, path) or 1
+        found = [pairs.get((path, layer), (0, 0.0)) for layer in range(count)]
+        layouts[path] = PairLayout(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
+    return layouts
+
+
+def _layer_count(base: dict[str, ParamSpec], path: str) -> int | None:
+    """The size of a kernel's layers axis, None if it has none."""
+    spec = base.get(path)
+    return spec.shape[0] if spec is not None and spec.axes[0] == "layers" else None
+
+
+def _is_selected(settings: Adapter, base: dict[str, ParamSpec], path: str, layer: int) -> bool:
+    """Whether layers_to_transform includes a layer of a kernel. Raises ValueError for numbers of no layer."""
+    numbers, count = settings.layers_to_transform, _layer_count(base, path)
+    if numbers is None or count is None:
+        return True
+    if not numbers or not all(0 <= number < count for number in numbers):
+        raise ValueError(
+            f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers are 0 to {count - 1}; "
+            "name some of them, or none for all"
+        )
+    return layer in numbers
+
+
+def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> bool:
     """Whether two settings declare the same pairs on a base, however they name their targets; dropout may
     differ.
     """
-    targets = [set(target_paths(specs, settings.targets)) for settings in (one, other)]
-    return targets[0] == targets[1] and (one.rank, one.alpha, one.rslora) == (
-        other.rank, other.alpha, other.rslora
-    )  # fmt: skip
+    layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
+    return layouts[0] == layouts[1] and one.rslora == other.rslora
 
 
-def adapter_specs(specs: Specs, settings: Adapter) -> dict[str, Any]:
-    """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero."""
+def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = None) -> dict[str, Any]:
+    """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero.
+
+    names: the model's weight_names; without them patterns match names of paths only.
+    """
     base = spec_paths(specs)
     out: dict[str, Any] = {}
-    for path in target_paths(specs, settings.targets):
+    for path, layout in pair_layouts(specs, settings, names or {}).items():
         if path == "head" and settings.dropout:
             raise ValueError(
                 f"adapter.dropout={settings.dropout} has no effect on an adapter of the head; set it to 0"
@@ -136,20 +241,42 @@ def adapter_specs(specs: Specs, settings: Adapter) -> dict[str, Any]:
         else:  # a tied head is the table [V, D] transposed
             (vocab, width), axes = base["embed"].shape, base["embed"].axes
             spec = ParamSpec((width, vocab), (axes[1], axes[0]), base["embed"].init)
-        *lead, size_in, size_out = spec.shape
-        *lead_axes, axis_in, axis_out = spec.axes
         node = out
         for part in path.split("/"):
             node = node.setdefault(part, {})
-        start = kaiming_uniform(size_in)
-        node["a"] = ParamSpec(
-            (*lead, size_in, settings.rank), (*lead_axes, axis_in, "rank"), start, spec.heads
-        )
-        node["b"] = ParamSpec(
-            (*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), full(0.0), spec.heads
-        )
-        node["scale"] = ParamSpec(tuple(lead), tuple(lead_axes), full(settings.scale))
+        node.update(_pair_specs(spec, layout, settings))
     return out
+
+
+def _pair_specs(spec: ParamSpec, layout: PairLayout, settings: Adapter) -> dict[str, ParamSpec]:
+    """Declare a, b and scale of one kernel."""
+    *lead, size_in, size_out = spec.shape
+    *lead_axes, axis_in, axis_out = spec.axes
+    rank, ranks = max(layout.ranks), layout.ranks
+    scales = [settings.scale_of(r or settings.rank, alpha) for r, alpha in zip(*layout, strict=True)]
+    start = kaiming_uniform(size_in)
+    if min(ranks) < rank:
+        start = _zero_beyond(start, ranks)
+    return {
+        "a": ParamSpec((*lead, size_in, rank), (*lead_axes, axis_in, "rank"), start, spec.heads),
+        "b": ParamSpec((*lead, rank, size_out), (*lead_axes, "rank", axis_out), full(0.0), spec.heads),
+        "scale": ParamSpec(tuple(lead), tuple(lead_axes), _constant(scales)),
+    }
+
+
+def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
+    """Return an initialiser of [L, I, R] whose columns beyond the rank of each layer are zero."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        used = jnp.arange(shape[-1])[None, :] < jnp.asarray(ranks)[:, None]
+        return jnp.where(used[:, None, :], start(key, shape, dtype), jnp.zeros((), dtype))
+
+    return init
+
+
+def _constant(values: Sequence[float]) -> Init:
+    """Return an initialiser that sets each element of a vector, or a scalar, to its value."""
+    return lambda key, shape, dtype: jnp.asarray(values, dtype).reshape(shape)
 
 
 def _is_pair(node: Any) -> bool:

@@ -68,11 +68,12 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
             f"sampling.max_new={run.sampling.max_new} leaves no position for a prompt in the model's "
             f"{longest}. Lower it."
         )
-    if run.adapter and run.adapter.rank > run.model.config.width:
+    if run.adapter and run.adapter.highest_rank > run.model.config.width:
+        setting = "rank" if run.adapter.rank == run.adapter.highest_rank else "rank_pattern"
         raise ValueError(
-            f"adapter.rank={run.adapter.rank} is above the model's width of {run.model.config.width}, which "
-            "is full rank. Lower it, or train all weights: by configs/sft_full.py, or with full=true where "
-            "the recipe has it."
+            f"adapter.{setting}={run.adapter.highest_rank} is above the model's width of "
+            f"{run.model.config.width}, which is full rank. Lower it, or train all weights: by "
+            "configs/sft_full.py, or with full=true where the recipe has it."
         )
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
     model = with_heads(run.model, run.heads)

@@ -25,6 +25,8 @@ MAY_DIFFER = (
     "adapter.rank",
     "adapter.alpha",
     "adapter.rslora",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
 )
 
 

@@ -63,7 +63,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, 
     """
     loaded, settings = peft.read_adapter(folder, model)
     dtype = np.promote_types(model.dtype, np.float32)
-    shardings = param.shardings(adapter_specs(model.specs, settings), mesh)
+    shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
     params = jax.tree.map(
         lambda x, sharding: place.shard_host_array(x.astype(dtype), sharding), loaded, shardings
     )

@@ -110,7 +110,7 @@ def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> 
         )
     loaded, found = peft.read_parts(folder, model)
     base = model.specs.get("base", model.specs)
-    if settings.adapter is None or not same_pairs(base, found, settings.adapter):
+    if settings.adapter is None or not same_pairs(base, found, settings.adapter, model.weight_names):
         raise ValueError(
             f"{start}: its adapter has {found}, but the run's has {settings.adapter}; use the folder's "
             "settings"

@@ -12,12 +12,13 @@ import numpy as np
 from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.models.text_part import text_tensor
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import Adapter, PairLayout
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.peft_refusals import (
     MERGE,
     check_plain_lora,
@@ -34,18 +35,18 @@ BASE_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.embed_token
 
 
 class Pair(NamedTuple):
-    """A LoRA pair of one module: a [in, R], b [R, out], scale."""
+    """A LoRA pair of one module: a [in, R], b [R, out], alpha."""
 
     a: np.ndarray
     b: np.ndarray
-    scale: float
+    alpha: float
 
 
 def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
     """Read an adapter folder; return its tree of NumPy arrays and its settings.
 
-    Modules of different ranks and alphas get one rank, padded with zeros, and a scale for each layer; a layer
-    without an adapter gets a zero pair. The copies of the base's weights that peft adds to an adapter on
+    Modules of different ranks are padded with zeros to the largest rank of any layer; a layer without an
+    adapter gets a zero pair. The copies of the base's weights that peft adds to an adapter on
     lm_head are not read; see check_base_copies. Raises ValueError for anything but plain LoRA on this model's
     linear layers, and for a reward model's adapter.
     """
@@ -68,14 +69,10 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
     files = _open_tensors(folder)
     check_tensor_names(files)
-    rank = max([default.rank, *_ranks(files)])
-    settings = default
-    if rank != default.rank:
-        settings = replace(default, rank=rank, alpha=default.scale * (rank**0.5 if default.rslora else rank))
     specs = spec_paths(model.specs.get("base", model.specs))
     adapter: dict[str, Any] = {}
     used: set[str] = set()
-    targets, adapted = [], list[str]()
+    layouts, formats, adapted = dict[str, PairLayout](), dict[str, str](), list[str]()
     for path, weight_name in linear_weight_names(model).items():
         name = weight_name.removesuffix(".weight")
         shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
@@ -83,9 +80,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         found = [module for module in modules if f"{PREFIX}{module}.lora_A.weight" in files.shapes]
         if not found:
             continue
-        empty = Pair(
-            np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), settings.scale
-        )
+        empty = Pair(np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), 0.0)
         pairs = [
             _read_pair(files, module, shape[-2:], config) if module in found else empty for module in modules
         ]
@@ -95,15 +90,29 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         node = adapter
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = _stack(pairs, settings.rank, stacked="{i}" in name)
-        targets.append(last)
+        node[last] = _stack(pairs, default, stacked="{i}" in name)
+        layouts[path] = PairLayout(tuple(p.a.shape[1] for p in pairs), tuple(p.alpha for p in pairs))
+        formats[path] = name
     parts: dict[str, Params] = {"adapter": adapter}
     if has_head:
         parts["score"] = _read_score(files, model.config.width)
         used.add(SCORE_TENSOR)
-    _check_all_used(files, used, targets)
+    _check_all_used(files, used, [path.rpartition("/")[2] for path in layouts])
     check_targets(folder / "adapter_config.json", config, adapted)
-    return parts, replace(settings, targets=tuple(targets))
+    return parts, _with_patterns(default, layouts, formats)
+
+
+def _with_patterns(default: Adapter, layouts: dict[str, PairLayout], formats: dict[str, str]) -> Adapter:
+    """Return the settings that declare these pairs."""
+    found = find_patterns(layouts, formats, default.rank, default.alpha, full_names=False)
+    return replace(
+        default,
+        targets=tuple(path.rpartition("/")[2] for path in layouts),
+        rank_pattern=found.ranks,
+        alpha_pattern=found.alphas,
+        exclude_modules=found.excluded,
+        layers_to_transform=found.layers,
+    )
 
 
 def check_base_copies(folder: Path, base: ModelFiles) -> None:
@@ -162,10 +171,6 @@ def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
         {new: files.shapes[old] for new, old in names.items()},
         names,
     )
-
-
-def _ranks(files: SafetensorsFiles) -> list[int]:
-    return [shape[0] for name, shape in files.shapes.items() if name.endswith("lora_A.weight") and shape]
 
 
 def _check_all_used(files: SafetensorsFiles, used: set[str], targets: list[str]) -> None:
@@ -265,8 +270,7 @@ def _read_pair(files: SafetensorsFiles, module: str, shape: tuple[int, ...], con
             f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
             f"rank {rank} on this model needs {(rank, shape[0])} and {(shape[1], rank)}"
         )
-    alpha = _matching(config, "alpha_pattern", module, config["lora_alpha"])
-    return Pair(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    return Pair(a, b, float(_matching(config, "alpha_pattern", module, config["lora_alpha"])))
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
@@ -279,14 +283,18 @@ def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> An
     return default
 
 
-def _stack(pairs: list[Pair], rank: int, stacked: bool) -> dict[str, np.ndarray]:
-    """Stack pairs to leaves [L, in, R], [L, R, out], [L], zero-padded to `rank`; without layers the only
-    pair.
+def _stack(pairs: list[Pair], settings: Adapter, stacked: bool) -> dict[str, np.ndarray]:
+    """Stack pairs to leaves [L, in, R], [L, R, out], [L], zero-padded to the largest rank; without layers the
+    only pair.
     """
+    ranks = [p.a.shape[1] for p in pairs]
+    rank = max(ranks)
     dtypes = {pair.a.dtype for pair in pairs}
     dtype = np.result_type(np.float32) if len(dtypes) > 1 else pairs[0].a.dtype
     a = np.stack([np.pad(p.a, ((0, 0), (0, rank - p.a.shape[1]))).astype(dtype) for p in pairs])
     b = np.stack([np.pad(p.b, ((0, rank - p.b.shape[0]), (0, 0))).astype(dtype) for p in pairs])
-    scale = np.array([p.scale for p in pairs], np.float32)
+    scale = np.array(
+        [settings.scale_of(r or 1, p.alpha) for r, p in zip(ranks, pairs, strict=True)], np.float32
+    )
     leaves = {"a": a, "b": b, "scale": scale}
     return leaves if stacked else jax.tree.map(lambda x: x[0], leaves)

@@ -3,17 +3,18 @@ adapter_model.safetensors.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft.distributed import sync
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.lora import Adapter, PairLayout, pair_layouts, pairs_by_path
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import PREFIX, SCORE_TENSOR, SEQ_CLS, linear_weight_names
+from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 
 PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them
@@ -32,14 +33,19 @@ def save_adapter(
     pairs = _pairs(adapter)
     if not pairs:
         raise ValueError(f"{folder}: the adapter has no pairs to write")
-    tensors, modules, only_text = [], set(), hf.is_multimodal(model, base_ref)
+    formats = {path: _module_name(model, path) for path in pairs}
+    layouts = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)
+    tensors = []
     for path, pair in pairs.items():
-        module = _module_name(model, path)
-        count = pair["a"].shape[0] if "{i}" in module else 1
-        # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
-        modules |= {module.format(i=i) for i in range(count)} if only_text else {module.rsplit(".", 1)[-1]}
-        for i in range(count):
-            tensors += _tensors_of_pair(module.format(i=i), pair, i if "{i}" in module else None, settings)
+        _check_pair(formats[path], pair, layouts.get(path))
+        for i, (rank, alpha) in enumerate(zip(*layouts[path], strict=True)):
+            if rank:
+                one = _OnePair(formats[path].format(i=i), pair, i if "{i}" in formats[path] else None, rank)
+                tensors += _tensors_of_pair(one, settings.scale_of(rank, alpha))
+    # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
+    patterns = find_patterns(
+        layouts, formats, settings.rank, settings.alpha, full_names=hf.is_multimodal(model, base_ref)
+    )
     if score is not None:
         tensors.append(
             TensorToWrite(
@@ -58,9 +64,9 @@ def save_adapter(
         "base_model_name_or_path": base,
         "revision": revision,
         "r": settings.rank,
-        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        "lora_alpha": _whole(settings.alpha),
         "lora_dropout": settings.dropout,
-        "target_modules": sorted(modules),
+        "target_modules": list(patterns.targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -68,9 +74,9 @@ def save_adapter(
         "modules_to_save": None if score is None else ["score"],
         "use_rslora": settings.rslora,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "layers_to_transform": None,
+        "rank_pattern": dict(patterns.ranks),
+        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in patterns.alphas},
+        "layers_to_transform": None if patterns.layers is None else list(patterns.layers),
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
     }
@@ -99,33 +105,51 @@ def _module_name(model: Model, path: str) -> str:
     return names[path].removesuffix(".weight")
 
 
-def _tensors_of_pair(
-    module: str, pair: dict[str, Any], layer: int | None, settings: Adapter
-) -> list[TensorToWrite]:
-    """Return lora_A [R, in] and lora_B [out, R] of one module; a scale that differs from the settings' is
-    folded into B.
+class _OnePair(NamedTuple):
+    """The pair of one module, in layer `layer` of stacked leaves; rank: of which the further ones are
+    zero.
     """
+
+    module: str
+    leaves: dict[str, Any]
+    layer: int | None
+    rank: int
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _check_pair(module: str, pair: dict[str, Any], layout: PairLayout | None) -> None:
+    """Raise ValueError for a pair that the settings do not declare."""
     a, b = pair["a"], pair["b"]
-    (size_in, rank), size_out = a.shape[-2:], b.shape[-1]
-    if b.shape[-2] != rank or rank != settings.rank:
+    rank = 0 if layout is None else max(layout.ranks)
+    if b.shape[-2] != a.shape[-1] or a.shape[-1] != rank:
         raise ValueError(
-            f"adapter of {module}: a has shape {a.shape} and b {b.shape}, but the settings have rank "
-            f"{settings.rank}"
+            f"adapter of {module}: a has shape {a.shape} and b {b.shape}, but the settings have rank {rank}"
         )
 
+
+def _tensors_of_pair(one: _OnePair, exact: float) -> list[TensorToWrite]:
+    """Return lora_A [R, in] and lora_B [out, R] of one module.
+
+    exact: the scale that PEFT computes from its settings; another one is folded into B.
+    """
+    a, b, rank = one.leaves["a"], one.leaves["b"], one.rank
+
     def fetch_b() -> np.ndarray:
-        value = layer_on_host(b, layer, True)
-        scale = float(layer_on_host(pair["scale"], layer, False))
-        if np.isclose(scale, settings.scale, rtol=1e-6):
+        value = layer_on_host(b, one.layer, True)[:, :rank]
+        scale = float(layer_on_host(one.leaves["scale"], one.layer, False))
+        if np.isclose(scale, exact, rtol=1e-6):
             return value
-        return (value * (scale / settings.scale)).astype(value.dtype)
+        return (value * (scale / exact)).astype(value.dtype)
 
     return [
         TensorToWrite(
-            f"{PREFIX}{module}.lora_A.weight",
+            f"{PREFIX}{one.module}.lora_A.weight",
             np.dtype(a.dtype),
-            (rank, size_in),
-            lambda: layer_on_host(a, layer, True),
+            (rank, a.shape[-2]),
+            lambda: layer_on_host(a, one.layer, True)[:rank],
         ),
-        TensorToWrite(f"{PREFIX}{module}.lora_B.weight", np.dtype(b.dtype), (size_out, rank), fetch_b),
+        TensorToWrite(f"{PREFIX}{one.module}.lora_B.weight", np.dtype(b.dtype), (b.shape[-1], rank), fetch_b),
     ]

@@ -1,0 +1,75 @@
+"""Names of a model's modules, and the patterns of adapter settings that select some of them, as in PEFT.
+
+A module has two names: that in Hugging Face files (model.layers.3.self_attn.q_proj) and that of its path
+(layers.3.attn.q). A pattern selects a module by either.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from jaxft import tree
+
+ModuleNames = tuple[str, ...]
+WeightNames = Mapping[str, tuple[str, bool]]  # see models.model.Model.weight_names
+HEAD_MODULE = "lm_head"
+
+
+def module_format(path: str, names: WeightNames) -> str:
+    """Return the Hugging Face name of the module that a parameter belongs to, with {i} for the layer."""
+    if path not in names:
+        return HEAD_MODULE if path == "head" else _own_format(path)
+    return names[path][0].rpartition(".")[0]
+
+
+def module_names(path: str, layers: int | None, names: WeightNames) -> list[ModuleNames]:
+    """Return the names of a parameter's module in each layer; of one without layers in a list of one."""
+    formats = dict.fromkeys((module_format(path, names), _own_format(path)))
+    return [tuple(one.format(i=i) for one in formats) for i in range(layers or 1)]
+
+
+def _own_format(path: str) -> str:
+    return path.replace("layers/", "layers.{i}.", 1).replace("/", ".")
+
+
+def matches(pattern: str, names: ModuleNames, setting: str) -> bool:
+    """Whether a regular expression matches a module's name, or the end of it after a dot, as keys of PEFT's
+    rank_pattern do.
+    """
+    compiled = tree.regex(rf"(.*\.)?({pattern})", setting)
+    return any(compiled.fullmatch(name) for name in names)
+
+
+def is_listed(listed: str | Iterable[str], names: ModuleNames, setting: str) -> bool:
+    """Whether a regular expression matches a module's whole name, or a list contains the end of it, as PEFT's
+    exclude_modules does.
+    """
+    if isinstance(listed, str):
+        compiled = tree.regex(listed, setting)
+        return any(compiled.fullmatch(name) for name in names)
+    return any(name == one or name.endswith(f".{one}") for one in listed for name in names)
+
+
+def values_by_pattern(
+    patterns: Sequence[tuple[str, float]], modules: Sequence[ModuleNames], setting: str
+) -> list[float | None]:
+    """Return the value of the first pattern that matches each module, None where none does.
+
+    Raises ValueError for a pattern that matches no module, or only modules that an earlier one matches.
+    """
+    found: list[float | None] = [None] * len(modules)
+    for number, (pattern, value) in enumerate(patterns):
+        hits = [i for i, names in enumerate(modules) if matches(pattern, names, setting)]
+        if not hits:
+            near = tree.nearest(
+                pattern, list(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
+            )
+            raise ValueError(f"{setting}: {pattern!r} matches no adapted module; near: {', '.join(near)}")
+        new = [i for i in hits if found[i] is None]
+        if not new:
+            earlier = next(p for p, _ in patterns[:number] if matches(p, modules[hits[0]], setting))
+            raise ValueError(
+                f"{setting}: {pattern!r} is never used, because {earlier!r} comes first and matches the same "
+                "modules; remove one of them, or write the narrower pattern first"
+            )
+        for i in new:
+            found[i] = value
+    return found
