@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.lora_patterns import WeightNames, is_listed, module_names, values_by_pattern
+from jaxft.nn.lora_patterns import TensorNames, is_listed, module_names, values_by_pattern
 from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import Params, static, struct
@@ -83,7 +83,7 @@ class Adapter:
         return alpha / (rank**0.5 if self.rslora else rank)
 
 
-class PairLayout(NamedTuple):
+class PairRanks(NamedTuple):
     """Rank and alpha of the pair in each layer of a kernel, both 0 for no pair; one of each for a kernel
     without layers.
     """
@@ -151,7 +151,7 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
             )
 
 
-def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairLayout]:
+def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
     """Return the rank and alpha of each adapted kernel's layers by path.
 
     names: the model's weight_names. Raises ValueError for patterns, exclusions and layers that select
@@ -193,7 +193,7 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
     for path in dict.fromkeys(path for path, _, _ in kept):
         count = _layer_count(base, path) or 1
         found = [pairs.get((path, layer), (0, 0.0)) for layer in range(count)]
-        layouts[path] = PairLayout(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
+        layouts[path] = PairRanks(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
     return layouts
 
 
@@ -216,7 +216,7 @@ def _is_selected(settings: Adapter, base: dict[str, ParamSpec], path: str, layer
     return layer in numbers
 
 
-def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> bool:
+def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -> bool:
     """Whether two settings declare the same pairs on a base, however they name their targets; dropout may
     differ.
     """
@@ -224,7 +224,7 @@ def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -
     return layouts[0] == layouts[1] and one.rslora == other.rslora
 
 
-def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = None) -> dict[str, Any]:
+def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = None) -> dict[str, Any]:
     """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero.
 
     names: the model's weight_names; without them patterns match names of paths only.
@@ -248,7 +248,7 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
     return out
 
 
-def _pair_specs(spec: ParamSpec, layout: PairLayout, settings: Adapter) -> dict[str, ParamSpec]:
+def _pair_specs(spec: ParamSpec, layout: PairRanks, settings: Adapter) -> dict[str, ParamSpec]:
     """Declare a, b and scale of one kernel."""
     *lead, size_in, size_out = spec.shape
     *lead_axes, axis_in, axis_out = spec.axes

@@ -9,18 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from jaxft import tree
 
 ModuleNames = tuple[str, ...]
-WeightNames = Mapping[str, tuple[str, bool]]  # see models.model.Model.weight_names
+TensorNames = Mapping[str, tuple[str, bool]]  # see models.model.Model.weight_names
 HEAD_MODULE = "lm_head"
 
 
-def module_format(path: str, names: WeightNames) -> str:
+def module_format(path: str, names: TensorNames) -> str:
     """Return the Hugging Face name of the module that a parameter belongs to, with {i} for the layer."""
     if path not in names:
         return HEAD_MODULE if path == "head" else _own_format(path)
     return names[path][0].rpartition(".")[0]
 
 
-def module_names(path: str, layers: int | None, names: WeightNames) -> list[ModuleNames]:
+def module_names(path: str, layers: int | None, names: TensorNames) -> list[ModuleNames]:
     """Return the names of a parameter's module in each layer; of one without layers in a list of one."""
     formats = dict.fromkeys((module_format(path, names), _own_format(path)))
     return [tuple(one.format(i=i) for one in formats) for i in range(layers or 1)]
@@ -30,7 +30,7 @@ def _own_format(path: str) -> str:
     return path.replace("layers/", "layers.{i}.", 1).replace("/", ".")
 
 
-def matches(pattern: str, names: ModuleNames, setting: str) -> bool:
+def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:
     """Whether a regular expression matches a module's name, or the end of it after a dot, as keys of PEFT's
     rank_pattern do.
     """
@@ -57,7 +57,7 @@ def values_by_pattern(
     """
     found: list[float | None] = [None] * len(modules)
     for number, (pattern, value) in enumerate(patterns):
-        hits = [i for i, names in enumerate(modules) if matches(pattern, names, setting)]
+        hits = [i for i, names in enumerate(modules) if matches_module(pattern, names, setting)]
         if not hits:
             near = tree.nearest(
                 pattern, list(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
@@ -65,7 +65,7 @@ def values_by_pattern(
             raise ValueError(f"{setting}: {pattern!r} matches no adapted module; near: {', '.join(near)}")
         new = [i for i in hits if found[i] is None]
         if not new:
-            earlier = next(p for p, _ in patterns[:number] if matches(p, modules[hits[0]], setting))
+            earlier = next(p for p, _ in patterns[:number] if matches_module(p, modules[hits[0]], setting))
             raise ValueError(
                 f"{setting}: {pattern!r} is never used, because {earlier!r} comes first and matches the same "
                 "modules; remove one of them, or write the narrower pattern first"

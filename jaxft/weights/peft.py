@@ -12,7 +12,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.models.text_part import text_tensor
-from jaxft.nn.lora import Adapter, PairLayout
+from jaxft.nn.lora import Adapter, PairRanks
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
 from jaxft.weights import finite
@@ -72,7 +72,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     specs = spec_paths(model.specs.get("base", model.specs))
     adapter: dict[str, Any] = {}
     used: set[str] = set()
-    layouts, formats, adapted = dict[str, PairLayout](), dict[str, str](), list[str]()
+    layouts, formats, adapted = dict[str, PairRanks](), dict[str, str](), list[str]()
     for path, weight_name in linear_weight_names(model).items():
         name = weight_name.removesuffix(".weight")
         shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
@@ -91,7 +91,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         for key in above:
             node = node.setdefault(key, {})
         node[last] = _stack(pairs, default, stacked="{i}" in name)
-        layouts[path] = PairLayout(tuple(p.a.shape[1] for p in pairs), tuple(p.alpha for p in pairs))
+        layouts[path] = PairRanks(tuple(p.a.shape[1] for p in pairs), tuple(p.alpha for p in pairs))
         formats[path] = name
     parts: dict[str, Params] = {"adapter": adapter}
     if has_head:
@@ -102,7 +102,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     return parts, _with_patterns(default, layouts, formats)
 
 
-def _with_patterns(default: Adapter, layouts: dict[str, PairLayout], formats: dict[str, str]) -> Adapter:
+def _with_patterns(default: Adapter, layouts: dict[str, PairRanks], formats: dict[str, str]) -> Adapter:
     """Return the settings that declare these pairs."""
     found = find_patterns(layouts, formats, default.rank, default.alpha, full_names=False)
     return replace(

@@ -5,7 +5,7 @@ adapter_config.json.
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jaxft.nn.lora import PairLayout
+from jaxft.nn.lora import PairRanks
 
 
 class Patterns(NamedTuple):
@@ -23,7 +23,7 @@ class Patterns(NamedTuple):
 
 
 def find_patterns(
-    layouts: Mapping[str, PairLayout], formats: Mapping[str, str], rank: int, alpha: float, full_names: bool
+    layouts: Mapping[str, PairRanks], formats: Mapping[str, str], rank: int, alpha: float, full_names: bool
 ) -> Patterns:
     """Return settings for pairs of these ranks and alphas on a model.
 
@@ -56,7 +56,7 @@ def find_patterns(
 
 
 def _pattern_of(
-    layouts: Mapping[str, PairLayout], formats: Mapping[str, str], field: int, default: float
+    layouts: Mapping[str, PairRanks], formats: Mapping[str, str], field: int, default: float
 ) -> Iterable[tuple[str, float]]:
     """Yield the pattern and the value of modules that differ from the default: one for all layers where they
     agree, else one for each layer.

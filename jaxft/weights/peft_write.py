@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft.distributed import sync
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, PairLayout, pair_layouts, pairs_by_path
+from jaxft.nn.lora import Adapter, PairRanks, pair_layouts, pairs_by_path
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.gather import layer_on_host
@@ -120,7 +120,7 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _check_pair(module: str, pair: dict[str, Any], layout: PairLayout | None) -> None:
+def _check_pair(module: str, pair: dict[str, Any], layout: PairRanks | None) -> None:
     """Raise ValueError for a pair that the settings do not declare."""
     a, b = pair["a"], pair["b"]
     rank = 0 if layout is None else max(layout.ranks)
