@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxft" / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +18,10 @@ import array_checks  # noqa: E402
 import pytest  # noqa: E402
 
 array_checks.install("jaxft")
+
+import simulated_devices  # noqa: E402
+
+os.environ["XLA_FLAGS"] = simulated_devices.flags(8, os.environ.get("XLA_FLAGS", ""))
 
 import jax  # noqa: E402
 

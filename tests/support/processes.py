@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import simulated_devices
+
 ROOT = Path(__file__).resolve().parents[2]
 
 START = """
@@ -32,7 +34,7 @@ def start(code: str, count: int, devices: int, *args: object) -> list[subprocess
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = simulated_devices.flags(devices)
     command = [sys.executable, "-c", START + textwrap.dedent(code)]
     tail = [str(arg) for arg in args]
     pipe = subprocess.PIPE

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import jax.profiler  # noqa: F401  what a run imports, before the fork
+import simulated_devices
 from tiny_llama import tiny_torch, write_folder
 from transformers import AutoTokenizer  # noqa: F401
 from transformers.models.llama import configuration_llama  # noqa: F401
@@ -159,7 +160,7 @@ def child(folder, streams, argv, environment, devices):
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{streams}.{name}", os.O_WRONLY | os.O_APPEND), number)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = simulated_devices.flags(devices)
     os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

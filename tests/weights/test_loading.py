@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import simulated_devices
 from gguf_files import Kind, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,7 +169,7 @@ def together(folders, tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     cases = json.dumps([[str(folders[folder]), form, on] for folder, form, on in TOGETHER])
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": simulated_devices.flags(4), "PYTHONPATH": str(ROOT)}
     script = str(ROOT / "tests" / "support" / "loading_process.py")
     commands = [[sys.executable, script, port, "2", str(i), cases, str(adapter)] for i in range(2)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
