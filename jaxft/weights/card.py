@@ -77,6 +77,11 @@ def front_matter(card: Card) -> str:
     return f"---\n{huggingface_hub.ModelCardData(**known).to_yaml()}\n---"
 
 
+def license_of(ref: str) -> str:
+    """Return the license that the files of a model state, "" if they state none."""
+    return str(_source_metadata(ref).get("license", ""))
+
+
 def base_name(ref: str) -> str:
     """Return a base model as a reader knows it: its name on the hub, or the last part of a path."""
     named = hub.hub_name(ref)

@@ -65,7 +65,7 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{header.path}: tensor token_embd.weight is missing")
     sizes = _sizes(header, settings)
-    ends = (special_token_id(header, name) for name in ("eos", "eot"))
+    ends = (special_token_id(header, name) for name in ("eos", "eot", "eom"))
     eos = list(dict.fromkeys(end for end in ends if end is not None))
     return {
         "architectures": [architecture.model_class],

@@ -11,7 +11,7 @@ from jaxft.weights.gguf_header import GgufHeader
 from jaxft.weights.gguf_pre_tokenizers import apply_pre_tokenizer, pre_tokenizer_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
-SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the metadata has none, as in llama.cpp
 SPACE = "\u2581"  # SentencePiece's mark of a space
 SPACES_AFTER = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens that do not swallow them

@@ -1,0 +1,137 @@
+"""Write a model as a GGUF file for llama.cpp and what is built on it, one tensor at a time."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.models.model import Model
+from jaxft.tree import Params
+from jaxft.weights import hf_write
+from jaxft.weights.gguf_architectures import ARCHITECTURES, NAMES
+from jaxft.weights.gguf_metadata import architecture_for, check_config, config_fields
+from jaxft.weights.gguf_quantize import tensor_bytes
+from jaxft.weights.gguf_tokenizer_write import tokenizer_fields, tokenizer_notes
+from jaxft.weights.gguf_types import MIXTURES, MixtureModel, tensor_kind
+from jaxft.weights.gguf_write import Field, GgufTensorToWrite, write_gguf_file
+from jaxft.weights.safetensors import TensorToWrite
+
+QUANTISATION_VERSION = 2  # of llama.cpp's block layouts
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """How a GGUF file is written. mixture: a name of gguf_types.MIXTURES. name: of the model, for listings.
+    ends: token ids that end a completion. license: of the model, "" if unknown.
+    """
+
+    mixture: str
+    name: str
+    ends: tuple[int, ...] = ()
+    license: str = ""
+
+
+class Saved(NamedTuple):
+    """What was written: the number of tensors of each type, and lines for the user."""
+
+    counts: Counter[str]
+    notes: list[str]
+
+
+def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: GgufOptions) -> Saved:
+    """Write a merged model.
+
+    base: the tree of base weights, LazyTensors or arrays, which are read as float32. Raises ValueError, and
+    leaves no file, for a model or a tokenizer that GGUF cannot express, and for weights that are not finite.
+    """
+    config = model.config
+    name = architecture_for(config)
+    fields, tables = config_fields(config)
+    fields = [*_general_fields(options), *fields, *tokenizer_fields(tokenizer, config.vocab, options.ends)]
+    tied = "head" not in base
+    mixed = MixtureModel(name, config.layers, config.heads, config.kv_heads, tied)
+    tensors = [
+        GgufTensorToWrite(table, "F32", values.shape, partial(tensor_bytes, values, "F32"))
+        for table, values in tables.items()
+    ]
+    for tensor in hf_write.tensors_to_write(base, model.weight_names):
+        gguf, fetch = gguf_name(name, tensor.name), stored_values(name, tensor, model)
+        kind = tensor_kind(gguf, tensor.shape, options.mixture, mixed)
+        tensors.append(GgufTensorToWrite(gguf, kind, tensor.shape, partial(_encode, fetch, kind)))
+
+    notes: list[str] = []
+
+    def check(part: Path) -> None:
+        check_config(part, config, tied)
+        notes.extend(tokenizer_notes(part, tokenizer))
+
+    write_gguf_file(path, name, fields, tensors, check)
+    return Saved(Counter(tensor.kind for tensor in tensors), notes)
+
+
+def _encode(fetch: Callable[[], np.ndarray], kind: str) -> np.ndarray:
+    return tensor_bytes(fetch(), kind)
+
+
+def _general_fields(options: GgufOptions) -> list[Field]:
+    fields = [
+        Field("general.type", "STRING", "model"),
+        Field("general.name", "STRING", options.name),
+        Field("general.file_type", "UINT32", MIXTURES[options.mixture][0]),
+        Field("general.quantization_version", "UINT32", QUANTISATION_VERSION),
+    ]
+    return [*fields, Field("general.license", "STRING", options.license)] if options.license else fields
+
+
+def gguf_name(architecture: str, name: str) -> str:
+    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
+    architecture does not have.
+    """
+    spec = ARCHITECTURES[architecture]
+    plain = {hf: gguf for gguf, hf in NAMES.items()}
+    if name in plain:
+        return plain[name]
+    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
+    layer, _, module = module.partition(".")
+    modules = {hf: gguf for gguf, hf in spec.modules.items()}
+    if module not in modules or (kind == "bias" and modules[module] not in spec.biases):
+        raise ValueError(
+            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor. "
+            "Write a Hugging Face folder, without --gguf"
+        )
+    return f"blk.{layer}.{modules[module]}.{kind}"
+
+
+def stored_values(architecture: str, tensor: TensorToWrite, model: Model) -> Callable[[], np.ndarray]:
+    """Return a function that fetches a tensor's values in float32 as llama.cpp stores them."""
+    spec, heads = ARCHITECTURES[architecture], rope_heads(architecture, tensor.name, model)
+
+    def fetch() -> np.ndarray:
+        values = np.asarray(tensor.fetch(), np.float32)
+        if spec.norms_plus_one and tensor.name.endswith("norm.weight"):
+            return values + np.float32(1)
+        return permute_heads(values, heads) if heads else values
+
+    return fetch
+
+
+def rope_heads(architecture: str, name: str, model: Model) -> int | None:
+    """Return the number of heads by which the rows of a weight are ordered (see permute_heads), None for
+    another weight than q and k, or in an architecture that does not order them.
+    """
+    module = name.split(".")[-2]
+    heads = {"q_proj": model.config.heads, "k_proj": model.config.kv_heads}.get(module)
+    return heads if ARCHITECTURES[architecture].interleaved else None
+
+
+def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Order the rows of q or k as llama.cpp does: of each head, the two dimensions that rope rotates together
+    are neighbours.
+    """
+    rows = len(weight)
+    halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)

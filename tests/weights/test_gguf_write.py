@@ -1,0 +1,309 @@
+"""GGUF files that jaxft writes, against llama.cpp's converter, the gguf package and transformers."""
+
+import copy
+import json
+import shutil
+
+import gguf as gguf_package
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from gguf_families import CONTEXT, FAMILIES, tiny_family, write_family
+from scripts_in_process import call
+from test_gguf_sentencepiece import CORPUS, write
+from tiny_llama import edit_config, some_tokens, tiny_tokenizer, tiny_torch, torch_logits
+from tiny_tokenizers import tiny as chat_tokenizer
+
+from jaxft.models import families
+from jaxft.weights import gguf_k_quants, gguf_quantize, gguf_save, gguf_types, pretrained
+from jaxft.weights.gguf_header import read_gguf_header
+from jaxft.weights.merge import merge_files
+from jaxft.weights.model_files import ModelFiles
+
+torch = pytest.importorskip("torch")
+ROWS = 416  # of embeddings: the tiny tokenizers have up to 400 tokens
+SIMPLE = (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
+
+
+def plain_tokenizer():
+    return chat_tokenizer("plain")
+
+
+def tiny_llama(**changes):
+    return tiny_torch(**{"vocab_size": ROWS, "num_hidden_layers": 1, **changes})
+
+
+def files_of(reference):
+    """The tensors of a torch model as the reader of its folder offers them."""
+    state = {name: x.detach().numpy() for name, x in reference.state_dict().items()}
+    if reference.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    shapes, dtypes = {k: v.shape for k, v in state.items()}, {k: v.dtype for k, v in state.items()}
+    return ModelFiles("state", shapes, dtypes, lambda name, index=(): state[name][index])
+
+
+def save(path, reference, mixture="F32", tokenizer=None, ends=(), name="tiny"):
+    """Write a torch model as jaxft does; returns jaxft's model."""
+    config = reference.config.to_dict()
+    family = families.family_of(config)
+    model = family.build(family.from_hf(config), dtype=jnp.float32)
+    base = merge_files(files_of(reference), model, None, jnp.float32)
+    options = gguf_save.GgufOptions(mixture, name, ends)
+    gguf_save.save_gguf(path, model, base, tokenizer or plain_tokenizer(), options)
+    return model
+
+
+def raw_tensors(path):
+    """Name -> type, shape and bytes of every tensor, by the gguf package's own reader."""
+    reader = gguf_package.GGUFReader(path)
+    return {t.name: (t.tensor_type, tuple(t.shape), t.data.tobytes()) for t in reader.tensors}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_file_of_every_family_is_that_of_llama_cpps_converter(tmp_path, name):
+    """Tensors byte by byte; metadata of the architecture value by value."""
+    changes = {"vocab_size": ROWS, **({"pad_token_id": None} if "gemma" not in name else {})}
+    if name == "phi3":  # the length before a scaling that it does not have
+        changes["original_max_position_embeddings"] = CONTEXT
+    reference = tiny_family(name, **changes)
+    if name == "mistral small":  # mistral3 has llama's arithmetic; jaxft writes architecture llama
+        reference.config.sliding_window = None
+    save(tmp_path / "ours.gguf", reference)
+    theirs = read_gguf_header(write_family(tmp_path / "theirs.gguf", name, reference))
+    ours = read_gguf_header(tmp_path / "ours.gguf")
+    assert raw_tensors(tmp_path / "ours.gguf") == raw_tensors(tmp_path / "theirs.gguf")
+    for key, value in theirs.metadata.items():
+        short = key.removeprefix(f"{theirs.architecture}.")
+        if short != key and not (short.endswith("pattern") and ours.key(short) not in ours.metadata):
+            got = ours.metadata[ours.key(short)]
+            assert got == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize("kind", SIMPLE, ids=lambda kind: kind.name)
+def test_simple_types_have_the_bytes_of_the_gguf_package(kind, monkeypatch):
+    """Which has those of ggml-quants.c; with zeros, equal values, ties, and both signs of the largest."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 96)).astype(np.float32)
+    x[0], x[1], x[2, :32], x[3] = 0.0, 1.0, np.arange(32) / 2 - 8, -x[4]
+    x[5, 0], x[6] = 1e-30, 1e-8 * x[6]
+    monkeypatch.setattr(gguf_quantize, "QUANTIZED_AT_A_TIME", 500)  # several pieces
+    with np.errstate(all="ignore"):
+        expected = gguf_package.quants.quantize(x, kind)
+    assert gguf_quantize.tensor_bytes(x, kind.name).tobytes() == expected.tobytes()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny Llama's folder with rows of embeddings that have no token, and what it is made of."""
+    folder, reference = tmp_path_factory.mktemp("base"), tiny_llama(num_hidden_layers=3)
+    reference.save_pretrained(str(folder))
+    plain_tokenizer().save_pretrained(str(folder))
+    return folder, reference
+
+
+def test_transformers_reads_the_exported_model_and_tokenizer(exported, tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, reference = exported
+    path = tmp_path / "new" / "tiny.gguf"
+    code, out, err = call(monkeypatch, capsys, "export", "--model", folder, "--out", path, "--gguf", "f32")
+    assert code == 0 and "tensors: 30 F32" in out, err
+    assert [p.name for p in path.parent.iterdir()] == ["tiny.gguf"]
+    theirs = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    tokens = some_tokens(vocab=ROWS)
+    np.testing.assert_allclose(torch_logits(theirs, tokens), torch_logits(reference, tokens), atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    text = "<s>Hello 12\n\u00e9</s>"
+    expected = plain_tokenizer()(text, add_special_tokens=False).input_ids
+    assert tokenizer(text, add_special_tokens=False).input_ids == expected
+    assert tokenizer.chat_template == plain_tokenizer().chat_template
+    metadata = read_gguf_header(path).metadata
+    assert len(metadata["tokenizer.ggml.tokens"]) == ROWS and metadata["general.file_type"] == 0
+
+
+@pytest.mark.parametrize("kind", ["llama3", "chatml", "gemma"])
+def test_added_tokens_template_and_ends_come_back(tmp_path, kind):
+    """Special tokens are CONTROL, plain ones USER_DEFINED; every token that ends a completion is an end."""
+    tokenizer = copy.deepcopy(chat_tokenizer(kind))
+    tokenizer.add_tokens(["<tool>"])
+    reference = tiny_llama(bos_token_id=0, eos_token_id=1)
+    ends = tuple(tokenizer.convert_tokens_to_ids([tokenizer.eos_token, "<end_of_turn>"]))
+    save(tmp_path / "tiny.gguf", reference, tokenizer=tokenizer, ends=ends)
+    again = pretrained.load_tokenizer(str(tmp_path / "tiny.gguf"))
+    chat = [{"role": "user", "content": "Hi 12, it's"}, {"role": "assistant", "content": "Yes<tool>"}]
+    texts = [tok.apply_chat_template(chat, tokenize=False, date_string="x") for tok in (tokenizer, again)]
+    assert texts[0] == texts[1]
+    assert again(texts[0]).input_ids == tokenizer(texts[0]).input_ids
+    metadata = read_gguf_header(tmp_path / "tiny.gguf").metadata
+    types = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
+    assert (types["<|im_start|>"], types["<tool>"], types["[PAD415]"]) == (3, 4, 5)
+    assert set(pretrained.model_for(str(tmp_path / "tiny.gguf")).config.eos) == set(ends)
+    assert metadata["tokenizer.ggml.add_bos_token"] == (kind != "chatml")
+
+
+def test_a_sentencepiece_vocabulary_comes_back(tmp_path):
+    """Scores follow from the order of merges."""
+    tokenizer = pretrained.load_tokenizer(str(write(tmp_path)))
+    save(tmp_path / "again.gguf", tiny_llama(), tokenizer=tokenizer)
+    again = pretrained.load_tokenizer(str(tmp_path / "again.gguf"))
+    for text in [*CORPUS, "hello<|im_end|>world<tool call> x</s>"]:
+        assert again.encode(text) == tokenizer.encode(text), text
+    first, second = (read_gguf_header(tmp_path / f"{name}.gguf").metadata for name in ("tiny", "again"))
+    count = len(first["tokenizer.ggml.tokens"])  # second has rows without tokens
+    for key in ("tokens", "token_type"):
+        assert second[f"tokenizer.ggml.{key}"][:count] == first[f"tokenizer.ggml.{key}"]
+
+
+def refused(path, match, reference, **settings):
+    with pytest.raises(ValueError, match=match) as caught:
+        save(path, reference, **settings)
+    assert "\n" not in str(caught.value) and not list(path.parent.iterdir())
+
+
+def test_what_gguf_cannot_express_is_refused_and_nothing_is_written(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    bad = tiny_llama()
+    bad.model.layers[0].mlp.up_proj.weight.data[3, 4] = torch.nan
+    refused(path, r"tiny.gguf: not written: tensor blk.0.ffn_up.weight: 1 of 6144 values are NaN", bad)
+    large = tiny_llama()
+    large.model.layers[0].mlp.up_proj.weight.data[3, 4] = 1e6
+    refused(path, r"blk.0.ffn_up.weight: some values are too large for F16", large, mixture="F16")
+    refused(path, r"blk.0.ffn_up.weight: some values are too large for Q8_0", large, mixture="Q8_0")
+    biased = tiny_llama(attention_bias=True)
+    refused(path, r"k_proj.bias cannot be written .* llama has no such tensor", biased)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    refused(path, r"rope type 'dynamic' cannot", tiny_llama(rope_parameters=dynamic))
+    few = tiny_llama(vocab_size=257)
+    refused(path, r"token id \d+ .*, but the model has only 257 embeddings", few)
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    qwen = tiny_family("qwen2", vocab_size=ROWS, **windows)
+    refused(path, r"architecture qwen2, which lacks .*use_sliding_window", qwen)
+    smollm = tiny_family("smollm3", vocab_size=ROWS, no_rope_layers=[0, 1, 1, 1])
+    refused(path, r"architecture smollm3, which lacks .*no_rope_layers", smollm)
+
+
+def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
+    from tokenizers import pre_tokenizers
+
+    path, reference = tmp_path / "tiny.gguf", tiny_llama()
+    tokenizer = copy.deepcopy(plain_tokenizer())
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    refused(path, r"splits text as none of llama.cpp's pre-tokenizers", reference, tokenizer=tokenizer)
+    refused(path, r"a byte-level tokenizer without merges cannot", reference, tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (
+            ("--gguf", "Q4_K_X"),
+            "--gguf Q4_K_X: not a type of GGUF files that jaxft writes; near: Q4_K_S",
+        ),
+        (("--gguf", "Q8_0", "--pack", "nf4"), "--gguf names the type of the weights"),
+        (("--gguf", "Q8_0", "--dtype", "float32"), "--gguf names the type of the weights"),
+        (("--gguf", "Q8_0", "--out", "folder"), "is not the name of a GGUF file; choose NAME.gguf"),
+    ],
+)
+def test_bad_command_lines_are_one_line(exported, tmp_path, monkeypatch, capsys, more, match):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(monkeypatch, capsys, "export", "--model", exported[0], "--out", "x.gguf", *more)
+    assert code and match in err.splitlines()[-1], err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unsupported_families_are_refused_with_those_that_are_written(
+    exported, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(exported[0], tmp_path / "other")
+    edit_config(folder, model_type="internlm3", architectures=["InternLM3ForCausalLM"])
+    options = ("--model", folder, "--out", tmp_path / "x.gguf", "--gguf", "Q8_0")
+    code, _, err = call(monkeypatch, capsys, "export", *options)
+    assert code and "internlm3 models cannot be written as GGUF; jaxft writes gemma, gemma2" in err, err
+
+
+def test_the_types_of_a_mixture_are_those_of_llama_quantize():
+    """By the rules of src/llama-quant.cpp, worked out by hand."""
+    model = gguf_types.MixtureModel("llama", 32, 32, 8, tied=False)
+
+    def kinds(mixture, module, model=model, width=4096):
+        return [
+            gguf_types.tensor_kind(f"blk.{i}.{module}.weight", (4096, width), mixture, model)
+            for i in range(model.layers)
+        ]
+
+    # Of 32 layers the first and last eighth, and between them every third: 4 + 4 + 8 are Q6_K, as in the
+    # published Q4_K_M of Llama-3.1-8B.
+    more = [*range(4), 6, 9, 12, 15, 18, 21, 24, 27, *range(28, 32)]
+    for module in ("attn_v", "ffn_down"):
+        assert kinds("Q4_K_M", module) == ["Q6_K" if i in more else "Q4_K" for i in range(32)]
+    assert set(kinds("Q4_K_M", "attn_q")) == {"Q4_K"}
+    assert kinds("Q4_K_S", "ffn_down") == ["Q5_K"] * 4 + ["Q4_K"] * 28
+    assert kinds("Q4_K_M", "ffn_down", width=1536 + 32)[:5] == ["Q8_0"] * 4 + ["Q5_0"]
+    assert gguf_types.tensor_kind("output.weight", (100, 4096), "Q4_0", model) == "Q6_K"
+    assert gguf_types.tensor_kind("token_embd.weight", (100, 4096), "Q4_0", model) == "Q4_0"
+    assert gguf_types.tensor_kind("output.weight", (100, 576), "Q4_K_M", model) == "Q8_0"
+    assert gguf_types.tensor_kind("blk.0.attn_q.weight", (8, 48), "Q4_K_M", model) == "F16"
+
+
+def test_the_output_of_an_earlier_export_survives_one_that_fails(exported, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    save(path, exported[1])
+    before = path.read_bytes()
+    bad = tiny_llama()
+    bad.lm_head.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"tensor output.weight"):
+        save(path, bad)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert json.dumps(sorted(raw_tensors(path))) == json.dumps(sorted(read_gguf_header(path).tensors))
+
+
+FITTED = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
+# Root mean square errors of rounding normal numbers to equal steps between their limits: the range of 32
+# of them is 4.14 standard deviations (of 16: 3.53), so a step is 4.14 / 15 and its error step / sqrt(12).
+# A fit is better, but for Q6_K, whose codes are symmetric around zero.
+UNIFORM = {Kind.Q4_K: 4.14 / 15 / 12**0.5, Kind.Q5_K: 4.14 / 31 / 12**0.5, Kind.Q6_K: 3.53 / 63 / 12**0.5}
+
+
+@pytest.fixture(scope="module")
+def normal():
+    x = np.random.default_rng(0).normal(size=(16, 512)).astype(np.float32)
+    x[0], x[1], x[2] = 0.0, 1.0, np.abs(x[2])
+    return x
+
+
+def dequantised(x, kind, importance=None):
+    raw = gguf_quantize.tensor_bytes(x, kind.name, importance)
+    return gguf_package.quants.dequantize(raw.reshape(len(x), -1), kind)
+
+
+@pytest.mark.parametrize("kind", FITTED, ids=lambda kind: kind.name)
+def test_k_types_are_fitted_better_than_rounding_between_limits(kind, normal, monkeypatch):
+    monkeypatch.setattr(gguf_k_quants, "CHUNKS", (2**20, 2**12))  # several pieces, the last not full
+    error = dequantised(normal, kind) - normal
+    rms = float(np.sqrt(np.square(error[3:]).mean()))
+    assert 0.6 * UNIFORM[kind] < rms < (1.1 if kind is Kind.Q6_K else 0.95) * UNIFORM[kind]
+    assert not error[0].any() and np.abs(error[1]).max() < 1e-3
+    assert np.abs(error[2]).max() < 4 * UNIFORM[kind]
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q6_K], ids=lambda kind: kind.name)
+def test_importances_lower_the_error_of_the_inputs_that_have_them(kind, normal):
+    importance = np.where(np.arange(512) % 4 == 0, 100.0, 1.0).astype(np.float32)
+    plain, weighted = (np.square(dequantised(normal, kind, i) - normal)[3:] for i in (None, importance))
+    assert (weighted * importance).mean() < 0.93 * (plain * importance).mean()
+    assert weighted[:, ::4].mean() < 0.9 * plain[:, ::4].mean()
+
+
+def test_a_mixture_of_k_types_is_read_again(tmp_path):
+    """Q4_K_M of a Llama of width 256 whose ffn_down has 288 inputs, which Q6_K does not divide."""
+    reference = tiny_llama(hidden_size=256, intermediate_size=288)
+    save(tmp_path / "tiny.gguf", reference, "Q4_K_M")
+    files, state = pretrained.open_files(str(tmp_path / "tiny.gguf")), reference.state_dict()
+    tensors = read_gguf_header(tmp_path / "tiny.gguf").tensors
+    kinds = {name: tensor.kind for name, tensor in tensors.items()}
+    assert (kinds["blk.0.attn_q.weight"], kinds["output.weight"]) == ("Q4_K", "Q6_K")
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.attn_norm.weight"]) == ("Q8_0", "F32")
+    for name, value in state.items():
+        error = np.abs(files.read(name) - value.numpy())
+        assert error.mean() < (0.08 if value.ndim == 2 else 1e-9) * value.abs().mean(), name
