@@ -27,7 +27,7 @@ class Trials(NamedTuple):
 
     start: float
     step: float
-    count: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def _fit_offset(
             base = jnp.minimum(base, 0.0)
         error = (w * jnp.square(scale[..., None] * codes + base[..., None] - x)).sum(-1)
         better = (error < best[2]) & (inverse > 0) & (scale > 0)
-        return tuple(jnp.where(better, new, old) for new, old in zip((scale, base, error), best, strict=True))
+        return jax.tree.map(partial(jnp.where, better), (scale, base, error), best)
 
     start = (span / levels, low, jnp.full_like(span, jnp.inf))
-    scale, base, _ = jax.lax.fori_loop(0, trials.count, trial, start)
+    scale, base, _ = jax.lax.fori_loop(0, trials.number, trial, start)
     if nested:
         return _nested_offset(x, scale, base, levels)
     half = (scale.astype(jnp.float16), base.astype(jnp.float16))
@@ -179,16 +179,16 @@ def _fit_symmetric(
         better = gain > best[1]
         return jnp.where(better, scale, best[0]), jnp.where(better, gain, best[1])
 
-    scale, _ = jax.lax.fori_loop(0, trials.count, trial, (-largest / levels, jnp.zeros_like(largest)))
+    scale, _ = jax.lax.fori_loop(0, trials.number, trial, (-largest / levels, jnp.zeros_like(largest)))
     if nested:
         index = jnp.abs(scale).argmax(-1, keepdims=True)
         unit = (jnp.take_along_axis(scale, index, -1)[..., 0] / -128).astype(jnp.float16)
         wide = unit.astype(jnp.float32)[..., None]
         scales = jnp.clip(jnp.rint(scale * _safe(wide)), -128, 127)
-        step, stored = wide * scales, (scales.astype(jnp.int8), unit)
+        step, stored = wide * scales, [scales.astype(jnp.int8), unit]
     else:
         half = scale.astype(jnp.float16)
-        step, stored = half.astype(jnp.float32), (half,)
+        step, stored = half.astype(jnp.float32), [half]
     codes = jnp.clip(jnp.rint(x * _safe(step)[..., None]), -levels, levels - 1)
     return ((codes + levels).astype(jnp.uint8), *stored)
 

@@ -31,7 +31,7 @@ COMPARED_ELSEWHERE = {
     "rope_parameters", "rope_local_base_freq", "original_max_position_embeddings", "partial_rotary_factor",
     "max_position_embeddings", "initializer_range", "use_cache", "tie_word_embeddings",
 }  # fmt: skip
-NEUTRAL = (None, False, 1, 1.0, [], ())  # values of a setting that one of two families lacks
+NEUTRAL: tuple[Any, ...] = (None, False, 1, 1.0, [], ())  # values of a setting that one of two families lacks
 
 
 def architecture_for(config: ModelConfig) -> str:
@@ -74,7 +74,8 @@ def _float(architecture: str, key: str, value: float) -> Field:
 
 
 def _rope_fields(name: str, config: DenseConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
-    rope, tables = config.rope, {}
+    rope = config.rope
+    tables: dict[str, np.ndarray] = {}
     fields = [_float(name, "rope.freq_base", rope.theta)]
     if rope.kind in ("linear", "yarn"):
         fields += [
@@ -96,7 +97,8 @@ def _rope_fields(name: str, config: DenseConfig) -> tuple[list[Field], dict[str,
         default = math.sqrt(1 + math.log(rope.factor) / math.log(original))
         attention = default if rope.attention_factor is None else rope.attention_factor
         fields.append(_float(name, "rope.scaling.attn_factor", attention))
-        tables = {LONG: np.float32(rope.long_factor), SHORT: np.float32(rope.short_factor)}
+        for table, divisors in ((LONG, rope.long_factor), (SHORT, rope.short_factor)):
+            tables[table] = np.array(divisors, np.float32)
     if rope.kind == "llama3":
         tables[FREQUENCIES] = _llama3_divisors(rope, config.head_dim)
     if rope.kind not in ("default", "linear", "yarn", "longrope", "llama3"):
@@ -112,7 +114,7 @@ def _llama3_divisors(rope: Rope, head_dim: int) -> np.ndarray:
     rotations = (rope.original_max_positions or 1) * turns
     mix = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     mix = np.clip(mix, 0, 1)
-    return np.float32(1 / (mix + (1 - mix) / rope.factor))
+    return (1 / (mix + (1 - mix) / rope.factor)).astype(np.float32)
 
 
 def _window(name: str, hf: dict[str, Any]) -> list[Field]:
