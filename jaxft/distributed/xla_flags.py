@@ -3,8 +3,9 @@
 What the user has set takes precedence, flag by flag. JAXFT_XLA_FLAGS=off applies none of them. This file does
 not import jax, because some of the settings are read when jax is imported.
 
-Not in the table: command buffers and asynchronous collectives, which XLA switches on by itself on GPUs, and
-xla_gpu_triton_gemm_any and CUDA_DEVICE_MAX_CONNECTIONS, which help one generation of GPUs and slow another.
+Not in the table: what is the default already (command buffers and asynchronous collectives on GPUs; on TPUs
+the latency-hiding scheduler and all-gathers fused with matmuls), and what helps one generation and slows
+another (xla_gpu_triton_gemm_any, CUDA_DEVICE_MAX_CONNECTIONS, xla_tpu_scoped_vmem_limit_kib).
 """
 
 import importlib.util
@@ -57,6 +58,16 @@ TABLE_OF_SETTINGS = (
         "jax takes 0.75 of a GPU's memory by default; CUDA, cuBLAS, cuDNN and NCCL need the rest",
         "https://docs.jax.dev/en/latest/gpu_memory_allocation.html",
         ("XLA_PYTHON_CLIENT_MEM_FRACTION",),
+    ),
+    *(
+        PlatformSetting(
+            TPU, "LIBTPU_INIT_ARGS", flag, "true",
+            "all-reduces of gradients over mesh.data run beside the backward pass, of different sizes too",
+            "https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py",
+        )
+        for flag in (
+            "xla_tpu_enable_data_parallel_all_reduce_opt", "xla_tpu_data_parallel_opt_different_sized_ops"
+        )
     ),
     PlatformSetting(
         CPU, TUNABLES, "glibc.malloc.hugetlb", "1",
@@ -151,12 +162,14 @@ def is_known(variable: str, flag: str) -> bool:
 
 
 def flag_libraries(variable: str) -> list[Path]:
-    """Return the installed libraries that parse XLA_FLAGS or LIBTPU_INIT_ARGS."""
+    """Return the installed libraries that parse XLA_FLAGS or LIBTPU_INIT_ARGS; libtpu parses both."""
+    own = os.environ.get("TPU_LIBRARY_PATH")
+    tpu = [Path(own)] if own else libraries("libtpu", "libtpu.so")
     if variable == "LIBTPU_INIT_ARGS":
-        own = os.environ.get("TPU_LIBRARY_PATH")
-        return [Path(own)] if own else libraries("libtpu", "libtpu.so")
+        return tpu
     found = libraries("jaxlib", "libjax_common.so")
-    return found and found + [file for name in PLUGINS for file in libraries(name, "xla_cuda_plugin.so")]
+    plugins = [file for name in PLUGINS for file in libraries(name, "xla_cuda_plugin.so")]
+    return found and [*found, *plugins, *tpu]
 
 
 def libraries(module: str, name: str) -> list[Path]:
