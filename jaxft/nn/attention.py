@@ -17,10 +17,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft.distributed.sharding import constrain, num_shards, per_device, shard_start
+from jaxft.distributed.sharding import constrain, mesh_size, num_shards, per_device, shard_start
+from jaxft.nn import flash_attention, pallas_attention
 from jaxft.nn.flash_attention import MASKED, flash, soft_capped, wide_einsum
 from jaxft.nn.key_ranges import KeyRanges, visible
 from jaxft.nn.pallas_attention import ranged_attention as pallas
+from jaxft.nn.ring_attention import BlockKernel, balanced, ring
 from jaxft.nn.splash_attention import has_shared_prompts, splash
 
 Kernel = Callable[..., jax.Array]
@@ -127,8 +129,9 @@ def attention(
 
     packed: a row may have several segments, or padding before its first token. softcap: see dense. Each
     device computes its own rows and heads (sharding.py). If the mesh shards time, heads are sharded instead
-    during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509); if they do not divide, each device
-    gathers all keys for its queries.
+    during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). If they do not divide, each device
+    computes an early and a late part of the queries, for which it gathers all keys or, in long rows, passes
+    them around a ring (ring_attention.py).
     """
     chex.assert_equal_shape([k_BTKE, v_BTKE])
     chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, ranges.own_start], 2)
@@ -140,8 +143,12 @@ def attention(
     fn = _of_arrays(kernel, ranges.windowed, softcap)
     if layout == "rows":
         return per_device(fn, (Q, K, K, *(ROW,) * 4), Q, q_BTHE.shape)(*arrays)
-    if layout == "queries":
-        return per_device(fn, (Q, KEYS, KEYS, *(ROW,) * 4), Q, q_BTHE.shape)(*arrays)
+    if layout == "gathered":
+        fn = balanced(fn, mesh_size("context"))
+        return per_device(fn, (Q, KEYS, KEYS, *(WHOLE,) * 4), Q, q_BTHE.shape)(*arrays)
+    if layout == "ring":
+        fn = ring(BLOCK_KERNELS[kernel], ranges.windowed, softcap, mesh_size("context"))
+        return per_device(fn, (Q, K, K, *(WHOLE,) * 4), Q, q_BTHE.shape)(*arrays)
     keys = SPREAD
     if kv_heads % ways:
         keys, fn = KEYS, _one_key_head(fn, heads // ways, heads // kv_heads)
@@ -149,7 +156,21 @@ def attention(
     return constrain(per_device(fn, axes, SPREAD, q_BTHE.shape)(*arrays), *Q)
 
 
-Layout = Literal["rows", "heads", "queries"]  # of a device: its rows; with time sharded, heads or queries
+# How a device gets the keys of its rows. With time sharded it has all time of some heads, or a part of the
+# queries of all heads, for which keys are gathered or passed around a ring.
+Layout = Literal["rows", "heads", "gathered", "ring"]
+
+# A ring stores a fraction of the keys and hides their transfer behind attention, but starts a kernel per
+# block of keys. Attention of L queries to L keys, of which half are visible, is 2 L^2 H E FLOPs; the block's
+# keys and values are 4 L K E bytes in 16 bits. That is L G / 2 FLOPs per byte, G = H / K. An H100 with NVLink
+# computes 2,200 FLOPs per byte that it receives (989 TFLOP/s, 450 GB/s): L = 1,100 with G = 4. Twice that is
+# needed where links have half that speed.
+RING_LEAST = 2048  # tokens of a row that a device stores
+
+BLOCK_KERNELS: dict[Kernel, BlockKernel] = {
+    flash: BlockKernel(flash_attention.flash_output, flash_attention.flash_gradients),
+    pallas: BlockKernel(pallas_attention.pallas_output, pallas_attention.pallas_gradients),
+}
 
 
 def _head_shards() -> int:
@@ -165,10 +186,17 @@ def _choice(q_BTHE: Any, kv_heads: int, rows: AttentionNeeds) -> tuple[Layout, K
     if dict(mesh.shape).get("context", 1) == 1 or num_shards(("time",), (T,)) == 1:
         layout = "rows"
     elif heads % ways or (kv_heads % ways and ways % kv_heads):
-        layout, rows = "queries", replace(rows, part=True)
+        layout = "ring" if T // mesh_size("context") >= RING_LEAST else "gathered"
+        rows = replace(rows, part=True)
     return layout, flash if mesh.empty else kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
 
 
+LAYOUT_NAMES: dict[Layout, str] = {
+    "rows": "",
+    "heads": ", heads divided over mesh.context",
+    "gathered": ", keys gathered over mesh.context",
+    "ring": ", keys in a ring over mesh.context",
+}
 KERNEL_NAMES = {pallas: "Pallas", splash: "splash", cudnn: "cuDNN", flash: "blockwise XLA (flash)"}
 
 
@@ -200,9 +228,12 @@ def attention_line(
         for name, (present, text) in features.items()
         if present and _choice(q_BTHE, kv_heads, AttentionNeeds(**{**bare, name: True}))[1] is not usual
     ]
-    if layout == "queries":
-        reasons.append(f"{q_BTHE.shape[2]} heads do not divide over mesh.context x mesh.tensor")
-    return f"attention: {KERNEL_NAMES[kernel]}" + (f": {'; '.join(reasons)}" if reasons else "")
+    if layout in ("gathered", "ring"):
+        heads = q_BTHE.shape[2]
+        kind = f"{heads} heads" if heads % _head_shards() else f"{kv_heads} kv heads"
+        reasons.append(f"{kind} do not divide over mesh.context x mesh.tensor")
+    name = KERNEL_NAMES[kernel] + LAYOUT_NAMES[layout]
+    return f"attention: {name}" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
 def _of_arrays(kernel: Kernel, windowed: bool, softcap: float | None) -> Kernel:

@@ -47,15 +47,73 @@ def flash(
     with a window grows with T x window. The backward pass recomputes the probabilities; with a remat policy
     that saves "attn_out" and "attn_lse" it skips the forward pass.
     """
-    B, T, H, E = q_BTHE.shape
-    K = k_BSKE.shape[2]
+    qkv, ranges, block = _in_blocks((q_BTHE, k_BSKE, v_BSKE), ranges, block)
+    return _unblocked(_flash(qkv, ranges, (block, softcap)), q_BTHE)
+
+
+def _in_blocks(
+    qkv: tuple[jax.Array, ...], ranges: KeyRanges, block: int
+) -> tuple[tuple[jax.Array, ...], KeyRanges, int]:
+    """Return q as [B, T, K, G, E], k, v and the ranges, padded to full blocks, and the size of a block."""
+    T, K = qkv[0].shape[1], qkv[1].shape[2]
     count = -(-T // block)
     step = math.gcd(block, 16)
     block = -(-T // (count * step)) * step  # the smallest size that makes `count` blocks: least padding
-    q, ranges = pad_time(q_BTHE.reshape(B, T, K, H // K, E), -T % block), pad_queries(ranges, -T % block)
-    k, v = (pad_time(x, -x.shape[1] % block) for x in (k_BSKE, v_BSKE))
-    o = _flash((q, k, v), ranges, (block, softcap))
-    return o.reshape(B, T + -T % block, H, E)[:, :T]
+    q, ranges = pad_time(_grouped(qkv[0], K), -T % block), pad_queries(ranges, -T % block)
+    k, v = (pad_time(x, -x.shape[1] % block) for x in qkv[1:])
+    return (q, k, v), ranges, block
+
+
+def _grouped(x_BTHE: jax.Array, K: int) -> jax.Array:
+    B, T, H, E = x_BTHE.shape
+    return x_BTHE.reshape(B, T, K, H // K, E)
+
+
+def _unblocked(x_BTKGE: jax.Array, like_BTHE: jax.Array) -> jax.Array:
+    B, T, H, E = like_BTHE.shape
+    return x_BTKGE.reshape(B, x_BTKGE.shape[1], H, E)[:, :T]
+
+
+def flash_output(
+    qkv: tuple[jax.Array, ...], ranges: KeyRanges, softcap: float | None, block: int = 256
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
+    """Return the output of `flash`, in float32 or wider, and the log-sum-exp of each query's scores, 1e30 for
+    a query without keys.
+
+    The outputs of several blocks of keys, weighted by exp(lse) and divided by the sum of weights, add up to
+    the output of all.
+    """
+    (q, *_), (B, T, H, _), wide = qkv, qkv[0].shape, _wide(qkv[0].dtype)
+    blocks, ranges, block = _in_blocks(qkv, ranges, block)
+    o, lse_CKM = _forward(tuple(_bits(x) for x in blocks), ranges, (block, softcap), q.dtype, wide)
+    C, K, M = lse_CKM.shape
+    lse = lse_CKM.reshape(B, C // B, K, M // block, block).transpose(0, 2, 3, 1, 4)
+    return _unblocked(o, q), lse.reshape(B, H, C // B * block)[:, :, :T]
+
+
+def flash_gradients(
+    qkv: tuple[jax.Array, ...],
+    ranges: KeyRanges,
+    results: tuple[jax.Array, jax.Array, jax.Array],
+    softcap: float | None,
+    block: int = 256,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of q, k and v in float32 or wider.
+
+    results: output, log-sum-exp [B, H, T] (1e30 without keys), and the output's cotangent. k and v may be one
+    of several blocks of keys from which the output was computed. Then so is the gradient of q, which is the
+    sum over all blocks.
+    """
+    (q, k, _), (o, lse, do), (B, T, H, _) = qkv, results, qkv[0].shape
+    K, S = k.shape[2:0:-1]
+    blocks, ranges, block = _in_blocks(qkv, ranges, block)
+    extra, C = -T % block, -(-T // block)
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, extra)), constant_values=-MASKED)
+    lse = lse.reshape(B, K, H // K, C, block).transpose(0, 3, 1, 2, 4).reshape(B * C, K, H // K * block)
+    o, do = (_bits(pad_time(_grouped(x, K), extra)) for x in (o, do))
+    blocks, wide = tuple(_bits(x) for x in blocks), _wide(q.dtype)
+    dq, dk, dv = _backward(blocks, ranges, (o, lse, do), (block, softcap), q.dtype, wide)
+    return _unblocked(dq, q), dk[:, :S], dv[:, :S]
 
 
 def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
@@ -131,8 +189,8 @@ def _storage(x_KME: jax.Array, N: int) -> jax.Array:
     return _bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
 
 
-def _forward(qkv, ranges, settings, dtype):
-    """Return o [B, T, K, G, E] as bits and the log-sum-exp of the scores [C, K, M]."""
+def _forward(qkv, ranges, settings, dtype, out):
+    """Return o [B, T, K, G, E] as bits of the dtype `out`, and the log-sum-exp of the scores [C, K, M]."""
     (B, T, K, G, E), S, (block, softcap) = qkv[0].shape, qkv[1].shape[1], settings
     M, wide = G * block, _wide(dtype)
     (key_blocks, counts), ranges = _visits(ranges, S, block), _on_the_list(ranges, S, block)
@@ -159,14 +217,14 @@ def _forward(qkv, ranges, settings, dtype):
         empty_KM = l_KM == 0
         l_KM = jnp.where(empty_KM, 1, l_KM)
         lse_KM = jnp.where(empty_KM, -MASKED, m_KM + jnp.log(l_KM))
-        return _storage((o_KME / l_KM[:, :, None]).astype(dtype), block), lse_KM
+        return _storage((o_KME / l_KM[:, :, None]).astype(out), block), lse_KM
 
     o_CNKGE, lse_CKM = lax.map(query_block, jnp.arange(key_blocks.shape[0], dtype=jnp.int32))
     return o_CNKGE.reshape(B, T, K, G, E), lse_CKM
 
 
-def _backward(qkv, ranges, results, settings, dtype):
-    """Return the gradients of q, k and v; results: o, its log-sum-exp and its cotangent.
+def _backward(qkv, ranges, results, settings, dtype, out):
+    """Return the gradients of q, k and v as `out`; results: o, its log-sum-exp and its cotangent.
 
     Transposed copies of q and do keep all five matmuls on the fast path.
     """
@@ -196,12 +254,12 @@ def _backward(qkv, ranges, results, settings, dtype):
             return dq_KME + wide_einsum("kmn,kne->kme", ds_KMN, k_KNE), dk_DKEN, dv_DKEN
 
         dq_KME, *carry = lax.fori_loop(0, counts[i], visit, (jnp.zeros((K, M, E), wide), *carry))
-        return tuple(carry), _storage(dq_KME.astype(dtype), block)
+        return tuple(carry), _storage(dq_KME.astype(out), block)
 
     zeros = jnp.zeros((B * S // block, K, E, block), wide)
     (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(key_blocks.shape[0], dtype=jnp.int32))
-    dk, dv = (_bits(x.astype(dtype)).transpose(0, 3, 1, 2).reshape(B, S, K, E) for x in (dk, dv))
-    return tuple(_floats(x, dtype) for x in (dq.reshape(B, T, K, G, E), dk, dv))
+    dk, dv = (_bits(x.astype(out)).transpose(0, 3, 1, 2).reshape(B, S, K, E) for x in (dk, dv))
+    return tuple(_floats(x, out) for x in (dq.reshape(B, T, K, G, E), dk, dv))
 
 
 def _add(x: jax.Array, j: jax.Array, y: jax.Array) -> jax.Array:
@@ -215,15 +273,15 @@ def _flash(qkv, ranges, settings):  # settings: block and soft cap
 
 def _flash_forward(qkv, ranges, settings):
     dtype = qkv[0].dtype
-    o, lse = _forward(tuple(_bits(x) for x in qkv), ranges, settings, dtype)
+    o, lse = _forward(tuple(_bits(x) for x in qkv), ranges, settings, dtype, dtype)
     o, lse = checkpoint_name(o, "attn_out"), checkpoint_name(lse, "attn_lse")
     return _floats(o, dtype), (qkv, ranges, o, lse)
 
 
 def _flash_backward(settings, saved, do):
     qkv, ranges, o, lse = saved
-    results = o, lse, _bits(do)
-    return _backward(tuple(_bits(x) for x in qkv), ranges, results, settings, qkv[0].dtype), None
+    results, dtype = (o, lse, _bits(do)), qkv[0].dtype
+    return _backward(tuple(_bits(x) for x in qkv), ranges, results, settings, dtype, dtype), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

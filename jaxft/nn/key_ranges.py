@@ -119,3 +119,21 @@ def pad_queries(ranges: KeyRanges, extra: int) -> KeyRanges:
     starts = pad(ranges.own_start, NEVER), pad(ranges.prompt_start, NEVER)
     ends = pad(ranges.own_end, 0), pad(ranges.prompt_end, 0)
     return KeyRanges(starts[0], ends[0], starts[1], ends[1], ranges.windowed)
+
+
+def in_parts(ranges: KeyRanges, parts: tuple[tuple[Any, Any], tuple[Any, Any]]) -> KeyRanges:
+    """Return the ranges as positions in a block of keys that consists of two parts of the row.
+
+    parts: start and length of each; the first one is before the second one.
+    """
+
+    def before(at: Any) -> Any:  # keys of the block before a position of the row
+        return sum(jnp.clip(at - start, 0, length) for start, length in parts)
+
+    own_start, own_end = before(ranges.own_start), before(ranges.own_end)
+    own_start, own_end = _if(own_start < own_end, own_start, own_end)
+    if ranges.prompt_start is None:
+        return replace(ranges, own_start=own_start, own_end=own_end)
+    start, end = before(ranges.prompt_start), before(ranges.prompt_end)
+    start, end = _if(start < end, start, end)
+    return KeyRanges(own_start, own_end, start, end, ranges.windowed)

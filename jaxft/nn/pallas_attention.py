@@ -10,7 +10,7 @@ Pallas is imported by the functions that use it, since it takes a fifth of a sec
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,28 +22,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxft.nn.flash_attention import MASKED, pad_time
-from jaxft.nn.key_ranges import NEVER, KeyRanges, pad_queries, visible
+from jaxft.nn.key_ranges import KeyRanges, pad_queries, visible
+from jaxft.nn.pallas_tiles import Tile, Tiles, key_visits, query_visits, tiles_for
 
 LOG2_E = math.log2(math.e)  # the kernels' scores are in units of log 2, since exp2 is one instruction
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel is divided: queries and keys of a block, warps of a program, stages of its pipeline."""
-
-    queries: int
-    keys: int
-    warps: int = 4
-    stages: int = 2
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The Tile of each kernel: output, gradient of queries, gradients of keys and values."""
-
-    output: Tile
-    queries: Tile
-    keys: Tile
 
 
 @dataclass(frozen=True)
@@ -61,15 +43,7 @@ class _Settings:
     tiles: Tiles
     softcap: float | None
     interpret: bool
-
-
-def tiles_for(head_dim: int) -> Tiles:
-    """Return tiles that fit the 99 KB of shared memory that a program has on every GPU since Ampere."""
-    if head_dim <= 64:
-        return Tiles(Tile(128, 64), Tile(64, 64), Tile(64, 64))
-    if head_dim <= 128:
-        return Tiles(Tile(128, 64, warps=8), Tile(64, 32), Tile(32, 64))
-    return Tiles(Tile(64, 32, warps=8), Tile(32, 32, warps=8), Tile(32, 32, warps=8))
+    wide: bool = False  # results are float32 instead of the dtype of q
 
 
 def ranged_attention(
@@ -86,13 +60,53 @@ def ranged_attention(
     matmuls. With a remat policy that saves "attn_out" and "attn_lse" the backward pass skips the forward
     kernel. softcap: as in attention.dense.
     """
-    T, S = q_BTHE.shape[1], k_BSKE.shape[1]
-    tiles = options.tiles or tiles_for(q_BTHE.shape[3])
+    qkv, ranges, settings = _in_tiles((q_BTHE, k_BSKE, v_BSKE), ranges, softcap, options)
+    return _attend(qkv, ranges, settings)[:, : q_BTHE.shape[1]]
+
+
+def _in_tiles(
+    qkv: tuple[jax.Array, ...], ranges: KeyRanges, softcap: float | None, options: KernelOptions
+) -> tuple[tuple[jax.Array, ...], KeyRanges, _Settings]:
+    """Return q, k, v and the ranges of q, padded to full tiles, and what the kernels are compiled for."""
+    T, S = qkv[0].shape[1], qkv[1].shape[1]
+    tiles = options.tiles or tiles_for(qkv[0].shape[3])
     all_tiles = tiles.output, tiles.queries, tiles.keys
     of_queries, of_keys = (math.lcm(*sizes) for sizes in zip(*((t.queries, t.keys) for t in all_tiles)))
-    q, ranges = pad_time(q_BTHE, -T % of_queries), pad_queries(ranges, -T % of_queries)
-    k, v = (pad_time(x, -S % of_keys) for x in (k_BSKE, v_BSKE))
-    return _attend((q, k, v), ranges, _Settings(tiles, softcap, options.interpret))[:, :T]
+    q, ranges = pad_time(qkv[0], -T % of_queries), pad_queries(ranges, -T % of_queries)
+    k, v = (pad_time(x, -S % of_keys) for x in qkv[1:])
+    return (q, k, v), ranges, _Settings(tiles, softcap, options.interpret)
+
+
+def pallas_output(
+    qkv: tuple[jax.Array, ...],
+    ranges: KeyRanges,
+    softcap: float | None,
+    options: KernelOptions = KernelOptions(),
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
+    """Return the output in float32 and the log-sum-exp of each query's scores, 1e30 for a query without keys;
+    see flash_attention.flash_output.
+    """
+    T = qkv[0].shape[1]
+    qkv, ranges, settings = _in_tiles(qkv, ranges, softcap, options)
+    o, lse = output(qkv, ranges, replace(settings, wide=True))
+    return o[:, :T], lse[:, :, :T]
+
+
+def pallas_gradients(
+    qkv: tuple[jax.Array, ...],
+    ranges: KeyRanges,
+    results: tuple[jax.Array, jax.Array, jax.Array],
+    softcap: float | None,
+    options: KernelOptions = KernelOptions(),
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of q, k and v in float32; see flash_attention.flash_gradients."""
+    T, S, (o, lse, do) = qkv[0].shape[1], qkv[1].shape[1], results
+    qkv, ranges, settings = _in_tiles(qkv, ranges, softcap, options)
+    extra = qkv[0].shape[1] - T
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, extra)), constant_values=-MASKED)
+    saved = qkv, ranges, pad_time(o, extra), lse
+    (dq, dk, dv), _ = _attend_backward(replace(settings, wide=True), saved, pad_time(do, extra))
+    return dq[:, :T], dk[:, :S], dv[:, :S]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -115,50 +129,6 @@ def _attend_backward(settings, saved, do):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-# Which blocks a program visits, computed outside the kernels.
-
-
-def _hulls(ranges: KeyRanges, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return the key blocks [from, to) of each query block's prompts, and those of its own ranges: [B, C].
-
-    They cover every visible key. No block is in both, and the prompts' come first.
-    """
-
-    def blocks(start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start, end = (x.reshape(x.shape[0], x.shape[1] // tile.queries, tile.queries) for x in (start, end))
-        size = np.int32(tile.keys)
-        return lax.div(start.min(2), size), lax.div(end.max(2) + (size - 1), size)
-
-    own_from, own_to = blocks(ranges.own_start, ranges.own_end)
-    if ranges.prompt_start is None:
-        return own_from, own_from, own_from, own_to
-    prompt_from, prompt_to = blocks(ranges.prompt_start, ranges.prompt_end)
-    return prompt_from, jnp.minimum(prompt_to, own_from), own_from, own_to
-
-
-def key_visits(ranges: KeyRanges, tile: Tile) -> Int[Array, "B C 4"]:
-    """Return for each query block: its first prompt block, how many of them, the first own block, and the
-    number of all key blocks to visit.
-    """
-    prompt_from, prompt_to, own_from, own_to = _hulls(ranges, tile)
-    prompts = jnp.maximum(prompt_to - prompt_from, 0)
-    total = prompts + jnp.maximum(own_to - own_from, 0)
-    return jnp.stack([prompt_from, prompts, own_from, total], axis=2)
-
-
-def query_visits(ranges: KeyRanges, tile: Tile, count: int) -> Int[Array, "B D 2"]:
-    """Return for each of `count` key blocks the first query block that sees it, and how many blocks from
-    there to the last one that does.
-    """
-    hulls = [x[:, :, None] for x in _hulls(ranges, tile)]
-    key = lax.broadcasted_iota(jnp.int32, (1, 1, count), 2)
-    sees = ((hulls[0] <= key) & (key < hulls[1])) | ((hulls[2] <= key) & (key < hulls[3]))
-    query = lax.broadcasted_iota(jnp.int32, (1, sees.shape[1], 1), 1)
-    first = jnp.where(sees, query, NEVER).min(1)
-    total = jnp.maximum(jnp.where(sees, query + 1, 0).max(1) - first, 0)
-    return jnp.stack([jnp.where(total > 0, first, 0), total], axis=2)
 
 
 def _rows_of(ranges: KeyRanges) -> Int[Array, "B R T"]:
@@ -323,6 +293,10 @@ def _call(kernel: Callable, tile: Tile, settings: _Settings, head_dim: int, **ca
     )
 
 
+def _result(x: jax.Array, settings: _Settings) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32) if settings.wide else x.dtype)
+
+
 def _by_query(q: jax.Array, k: jax.Array, rows: jax.Array, tile: Tile) -> tuple[tuple, list, Any, Any]:
     """Return the grid of a kernel over blocks of queries, its specs of visits, q, k, v and rows, and those of
     other arrays [B, T, H, E] and [B, H, T].
@@ -349,7 +323,7 @@ def output(
     (q, k, v), tile, rows = qkv, settings.tiles.output, _rows_of(ranges)
     (B, T, H, E) = q.shape
     grid, in_specs, query, scalars = _by_query(q, k, rows, tile)
-    shapes = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+    shapes = _result(q, settings), jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     call = _call(
         _output_kernel, tile, settings, E, grid=grid, in_specs=in_specs, out_specs=(query, scalars),
         out_shape=shapes,
@@ -368,7 +342,7 @@ def query_gradient(
     grid, in_specs, query, scalars = _by_query(q, k, rows, tile)
     call = _call(
         _query_kernel, tile, settings, q.shape[3], grid=grid, in_specs=[*in_specs, query, scalars, scalars],
-        out_specs=query, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_specs=query, out_shape=_result(q, settings),
     )  # fmt: skip
     return call(key_visits(ranges, tile), q, k, v, rows, *given)
 
@@ -389,7 +363,7 @@ def key_gradients(
     visits = pl.BlockSpec((None, None, 2), lambda c, b, h: (b, c, 0))
     row = pl.BlockSpec((None, rows.shape[1], T), lambda c, b, h: (b, 0, 0))
     scalars = pl.BlockSpec((None, G, T), lambda c, b, h: (b, h, 0))
-    shape = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    shape = _result(k, settings)
     call = _call(
         _key_kernel, tile, settings, E, grid=(count, B, K), out_specs=(key, key), out_shape=(shape, shape),
         in_specs=[visits, query, key, key, row, query, scalars, scalars],

@@ -291,10 +291,13 @@ def test_a_window_that_no_row_reaches_leaves_the_fast_kernel(monkeypatch):
             "blockwise XLA (flash): sliding windows of 512",
         ),
         (TPU, (1, 1), (True, True, [None], None), "splash"),
-        (H100, (4, 1), (False, True, [None], None), "Pallas: rows are packed"),
+        (
+            H100, (4, 1), (False, True, [None], None),
+            "Pallas, heads divided over mesh.context: rows are packed",
+        ),
         (
             H100, (4, 2), (False, False, [None], None),
-            "Pallas: 4 heads do not divide over mesh.context x mesh.tensor",
+            "Pallas, keys gathered over mesh.context: 4 heads do not divide over mesh.context x mesh.tensor",
         ),
         (described("cpu", "cpu"), (1, 1), (True, True, [512], 50.0), "blockwise XLA (flash)"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from test_attention import abstract_ranges, value_and_gradients
 from tiny_plan import HAS_CUDA, HAS_TPU
 
-from jaxft.distributed.sharding import MeshShape, make_mesh, replicated
+from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh, replicated
 from jaxft.nn import attention
 from jaxft.plan import hlo, machines, plan
 from jaxft.runs.config import load_config
@@ -65,6 +65,29 @@ def test_the_kernels_compile_for_gpus_without_repeated_keys_or_a_t_by_t_array(na
 def test_the_kernels_compile_for_tpus_without_repeated_keys_or_a_t_by_t_array(name, branches, count):
     program = compiled_for(name, 128, branches)
     assert kernels(program) == count and largest(program) == B * T * H * 128
+
+
+@NEEDS_CUDA
+def test_a_ring_compiles_for_gpus_with_asynchronous_transfers_and_without_all_keys():
+    """Six heads on eight devices."""
+    T, heads = 8 * attention.RING_LEAST, {"heads": 6, "kv_heads": 2}
+    mesh = make_mesh(MeshShape(1, context=8), machines.machine("h100:8").devices)
+
+    def on_mesh(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=array_sharding(mesh, axes, shape))
+
+    with jax.set_mesh(mesh):
+        shapes = [
+            on_mesh((1, T, heads[axis], 128), jnp.bfloat16, "rows", "time", axis, "head_dim")
+            for axis in ("heads", "kv_heads", "kv_heads", "heads")
+        ]
+        ranges = abstract_ranges(1, T, branches=True)
+        ranges = jax.tree.map(lambda x: on_mesh(x.shape, x.dtype, "rows", "whole_time"), ranges)
+        with jax.numpy_dtype_promotion("standard"):
+            text = value_and_gradients.lower(attention.attention, *shapes, ranges).compile().as_text()
+    program = hlo.parse_hlo(text)
+    assert kernels(program) == 3 and "collective-permute-start" in text
+    assert "all-gather" not in text and largest(program) < T * heads["kv_heads"] * 128
 
 
 @NEEDS_CUDA
