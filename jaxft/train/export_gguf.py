@@ -1,10 +1,18 @@
 """Write a model, with an adapter merged into it or not, as a GGUF file."""
 
+import os
+import shutil
 from pathlib import Path
 
+from jaxft.nn import lora
+from jaxft.nn.quant import CHECKPOINT
 from jaxft.train.export import ExportSource, merged_base
-from jaxft.weights import card, gguf_save, hub, pretrained, stop_tokens
+from jaxft.weights import card, gguf_header, gguf_lora, gguf_save, hub, pretrained, stop_tokens
+from jaxft.weights.gguf_header import part_files
 from jaxft.weights.gguf_types import MIXTURES, mixture_named
+from jaxft.weights.hf import HEAD
+
+KEEP = "keep"
 
 
 def check_gguf_output(out: Path, ref: str) -> None:
@@ -20,31 +28,82 @@ def check_gguf_output(out: Path, ref: str) -> None:
 def export_gguf(out: Path, source: ExportSource, mixture: str) -> str:
     """Write a model to the file `out`, tensor by tensor; return a summary.
 
-    mixture: a name of gguf_types.MIXTURES. Raises ValueError, and leaves no file, for a model that GGUF
-    cannot express and for weights that are not finite.
+    mixture: a name of gguf_types.MIXTURES, or "keep" for the types and metadata of the GGUF file that the
+    model comes from, which is copied bit for bit without an adapter. Raises ValueError, and leaves no file,
+    for a model that GGUF cannot express and for weights that are not finite.
     """
-    mixture = mixture_named(mixture)
+    located = hub.locate(source.ref)
+    header = gguf_header.read_gguf_header(located.path) if located.kind == "gguf" else None
+    keep = mixture.lower() == KEEP
+    if keep and header is None:
+        raise ValueError(f"--gguf {KEEP} is for a GGUF file as the model, which {source.ref} is not")
+    mixture = "F32" if keep else mixture_named(mixture)
     check_gguf_output(out, source.ref)
     if not source.model.generates:
         raise ValueError(
             f"{source.ref}: a reward model cannot be written as GGUF; leave --gguf out for a folder"
         )
     ends = stop_tokens.stop_tokens(source.ref, source.model, source.tokenizer)
-    options = gguf_save.GgufOptions(mixture, out.stem, ends, card.license_of(source.ref))
     out.parent.mkdir(parents=True, exist_ok=True)
+    rounded = source.quant is not None and source.quant.kind != CHECKPOINT  # then every value may differ
+    if header and keep and not source.adapter and not rounded and len(part_files(header.path)) == 1:
+        return _copy(header.path, out)
+    options = gguf_save.GgufOptions(
+        mixture,
+        out.stem,
+        ends,
+        card.license_of(source.ref),
+        None if rounded and not keep else header,
+        _changed(source, rounded),
+        keep,
+    )
     saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
-        _summary(saved.counts, mixture, out),
+        _summary(saved.counts, KEEP if keep else mixture, out),
         *saved.notes,
         *pretrained.file_notes(source.ref, source.model),
     ]
     return "; ".join(lines)
 
 
+def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
+    """Write a source's adapter alone to the file `out`; return a summary. kind: F32, F16 or BF16."""
+    check_gguf_output(out, source.ref)
+    if source.adapter is None or not source.model.generates:
+        what = "a reward model" if source.adapter else "a model without an adapter"
+        raise ValueError(f"--adapter-only: {source.ref} is {what}; leave it out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    count = gguf_lora.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), out.stem)
+    return f"{count} adapted weights as {kind}, for the base {source.ref}"
+
+
+def _copy(path: Path, out: Path) -> str:
+    """Copy a file and rename it into place when it is complete."""
+    part = out.with_name(out.name + ".part")
+    try:
+        shutil.copyfile(path, part)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return f"{out.stat().st_size / 2**30:.2f} GiB, a copy of {path}"
+
+
+def _changed(source: ExportSource, rounded: bool) -> frozenset[str]:
+    """Return the Hugging Face names of tensors whose values are not those of the source's files."""
+    adapted = lora.pairs_by_path(source.adapter).keys()
+    names = {**source.model.weight_names, "head": HEAD}
+    return frozenset(
+        name.format(i=i)
+        for path, (name, _) in names.items()
+        if rounded or path in adapted
+        for i in range(source.model.config.layers)
+    )
+
+
 def _summary(counts: dict[str, int], mixture: str, out: Path) -> str:
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     size = out.stat().st_size / 2**30
-    expected = {MIXTURES[mixture][1], "F32"}
+    expected = {MIXTURES[mixture][1], "F32"} if mixture in MIXTURES else set()
     fallbacks = sum(count for kind, count in counts.items() if kind in ("Q5_0", "Q5_1", "F16"))
     note = ""
     if mixture.endswith(("_K", "_M", "_S")) and fallbacks and not counts.keys() <= expected:

@@ -126,6 +126,11 @@ def _read_blocks(
     )
 
 
+def raw_bytes(tensor: GgufTensor) -> np.ndarray:
+    """Read a tensor's bytes as they are in the file."""
+    return _read_bytes(tensor, slice(None), slice(None))
+
+
 def _read_bytes(tensor: GgufTensor, rows: slice, columns: slice) -> np.ndarray:
     """Read some bytes of some rows of a tensor [rows, bytes per row]."""
     shape = (math.prod(tensor.shape[:-1]), tensor.row_bytes)

@@ -200,6 +200,18 @@ def part_files(path: Path) -> list[Path]:
     return parts
 
 
+def metadata_bytes(path: Path) -> dict[str, bytes]:
+    """Return type and value of each metadata entry of a GGUF file, as its bytes."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor, found = _Cursor(data), {}
+        cursor.take(16)  # GGUF, version, count of tensors
+        for _ in range(cursor.number("<Q")):
+            key, start = cursor.name(), cursor.at
+            cursor.value(cursor.number("<I"))
+            found[key] = bytes(data[start : cursor.at])
+    return found
+
+
 def _read_part(path: Path, number: int, count: int) -> GgufHeader:
     """Read one file, which must be part `number` (counted from 0) of `count`."""
     if not path.is_file():

@@ -8,7 +8,7 @@ gguf_k_quants.
 import numpy as np
 
 from jaxft.weights import finite
-from jaxft.weights.gguf_k_quants import fitted_bytes, half_bytes, high_bits, nibbles
+from jaxft.weights.gguf_k_quants import FITTED, fitted_bytes, half_bytes, high_bits, nibbles
 from jaxft.weights.gguf_types import FLOAT_TYPES
 from jaxft.weights.gguf_write import float_bytes
 from jaxft.weights.safetensors import WRITE_ADVICE
@@ -99,3 +99,4 @@ def _joined(scale: np.ndarray, *parts: np.ndarray) -> np.ndarray:
 
 
 QUANTIZERS = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1}
+WRITTEN_TYPES = {*FLOAT_TYPES, *QUANTIZERS, *FITTED}

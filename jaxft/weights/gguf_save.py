@@ -12,9 +12,11 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.tree import Params
 from jaxft.weights import hf_write
+from jaxft.weights.gguf import raw_bytes
 from jaxft.weights.gguf_architectures import ARCHITECTURES, NAMES
+from jaxft.weights.gguf_header import GgufHeader, metadata_bytes
 from jaxft.weights.gguf_metadata import architecture_for, check_config, config_fields
-from jaxft.weights.gguf_quantize import tensor_bytes
+from jaxft.weights.gguf_quantize import WRITTEN_TYPES, tensor_bytes
 from jaxft.weights.gguf_tokenizer_write import tokenizer_fields, tokenizer_notes
 from jaxft.weights.gguf_types import MIXTURES, MixtureModel, tensor_kind
 from jaxft.weights.gguf_write import Field, GgufTensorToWrite, write_gguf_file
@@ -25,14 +27,22 @@ QUANTISATION_VERSION = 2  # of llama.cpp's block layouts
 
 @dataclass(frozen=True)
 class GgufOptions:
-    """How a GGUF file is written. mixture: a name of gguf_types.MIXTURES. name: of the model, for listings.
-    ends: token ids that end a completion. license: of the model, "" if unknown.
+    """How a GGUF file is written.
+
+    mixture: a name of gguf_types.MIXTURES. name: of the model, for listings. ends: token ids that end a
+    completion. license: of the model, "" if unknown. source: the GGUF file that the model comes from, None
+    for another model. changed: Hugging Face names of tensors whose values differ from it; of the others the
+    bytes are copied where the type is the same. keep: keep the types and the metadata of the source instead
+    of the mixture's types and new metadata.
     """
 
     mixture: str
     name: str
     ends: tuple[int, ...] = ()
     license: str = ""
+    source: GgufHeader | None = None
+    changed: frozenset[str] = frozenset()
+    keep: bool = False
 
 
 class Saved(NamedTuple):
@@ -48,10 +58,13 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
     base: the tree of base weights, LazyTensors or arrays, which are read as float32. Raises ValueError, and
     leaves no file, for a model or a tokenizer that GGUF cannot express, and for weights that are not finite.
     """
-    config = model.config
-    name = architecture_for(config)
-    fields, tables = config_fields(config)
-    fields = [*_general_fields(options), *fields, *tokenizer_fields(tokenizer, config.vocab, options.ends)]
+    config, source = model.config, options.source
+    name = source.architecture if source and options.keep else architecture_for(config)
+    own, tables = config_fields(config)
+    if source and options.keep:
+        fields = _kept_fields(source)
+    else:
+        fields = [*_general_fields(options), *own, *tokenizer_fields(tokenizer, config.vocab, options.ends)]
     tied = "head" not in base
     mixed = MixtureModel(name, config.layers, config.heads, config.kv_heads, tied)
     tensors = [
@@ -60,8 +73,15 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
     ]
     for tensor in hf_write.tensors_to_write(base, model.weight_names):
         gguf, fetch = gguf_name(name, tensor.name), stored_values(name, tensor, model)
-        kind = tensor_kind(gguf, tensor.shape, options.mixture, mixed)
-        tensors.append(GgufTensorToWrite(gguf, kind, tensor.shape, partial(_encode, fetch, kind)))
+        same = source.tensors.get(gguf) if source and tensor.name not in options.changed else None
+        if source and options.keep:
+            kind = _kept_kind(source, gguf, same is None)
+        else:
+            kind = tensor_kind(gguf, tensor.shape, options.mixture, mixed)
+        encode = partial(_encode, fetch, kind)
+        if same is not None and same.kind == kind and same.shape == tensor.shape:
+            encode = partial(raw_bytes, same)
+        tensors.append(GgufTensorToWrite(gguf, kind, tensor.shape, encode))
 
     notes: list[str] = []
 
@@ -75,6 +95,27 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
 
 def _encode(fetch: Callable[[], np.ndarray], kind: str) -> np.ndarray:
     return tensor_bytes(fetch(), kind)
+
+
+def _kept_fields(source: GgufHeader) -> list[Field]:
+    """Return the metadata of a file, without what is about its own layout."""
+    layout = ("general.architecture", "general.alignment")
+    return [
+        Field(key, "RAW", raw)
+        for key, raw in metadata_bytes(source.path).items()
+        if key not in layout and not key.startswith("split.")
+    ]
+
+
+def _kept_kind(source: GgufHeader, name: str, changed: bool) -> str:
+    """Return the type of a tensor in a file; of a head that was tied before, that of the embedding."""
+    tensor = source.tensors.get(name) or source.tensors["token_embd.weight"]
+    if changed and tensor.kind not in WRITTEN_TYPES:
+        raise ValueError(
+            f"{source.path}: tensor {name} has type {tensor.kind}, which jaxft does not write; use a type "
+            "such as --gguf Q4_K_M instead of keep"
+        )
+    return tensor.kind
 
 
 def _general_fields(options: GgufOptions) -> list[Field]:

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import gguf as gguf_package
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from tiny_llama import edit_config, some_tokens, tiny_tokenizer, tiny_torch, tor
 from tiny_tokenizers import tiny as chat_tokenizer
 
 from jaxft.models import families
-from jaxft.weights import gguf_k_quants, gguf_quantize, gguf_save, gguf_types, pretrained
+from jaxft.nn import lora
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import init_params
+from jaxft.weights import gguf_k_quants, gguf_quantize, gguf_save, gguf_types, peft_write, pretrained
 from jaxft.weights.gguf_header import read_gguf_header
 from jaxft.weights.merge import merge_files
 from jaxft.weights.model_files import ModelFiles
@@ -307,3 +311,101 @@ def test_a_mixture_of_k_types_is_read_again(tmp_path):
     for name, value in state.items():
         error = np.abs(files.read(name) - value.numpy())
         assert error.mean() < (0.08 if value.ndim == 2 else 1e-9) * value.abs().mean(), name
+
+
+def adapted_folder(folder, model, base, targets=("q", "o", "down"), **settings):
+    """A random adapter in PEFT's layout, and its tree."""
+    adapter_settings = Adapter(rank=4, alpha=8.0, targets=targets, **settings)
+    specs = lora.adapter_specs(model.specs, adapter_settings)
+    fresh, rng = init_params(specs, jax.random.key(0)), np.random.default_rng(3)
+    adapter = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) if x.ndim > 1 else x, fresh
+    )
+    peft_write.save_adapter(folder, adapter, adapter_settings, model, str(base))
+    return adapter
+
+
+def test_a_file_goes_out_as_it_came_and_with_an_adapter_only_adapted_tensors_change(
+    tmp_path, monkeypatch, capsys
+):
+    """Types, metadata and the bytes of all other tensors stay; adapted ones are rounded to their type."""
+    source, reference = tmp_path / "in.gguf", tiny_llama(hidden_size=256)
+    save(source, reference, "Q4_K_S", name="a name of its own")
+    common = ("--model", source, "--gguf", "keep")
+    code, out, err = call(monkeypatch, capsys, "export", *common, "--out", tmp_path / "copy.gguf")
+    assert code == 0 and "a copy of" in out, err
+    assert (tmp_path / "copy.gguf").read_bytes() == source.read_bytes()
+
+    model = pretrained.model_for(str(source), dtype=jnp.float32)
+    adapter = adapted_folder(tmp_path / "adapter", model, source)
+    options = (*common, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged.gguf")
+    code, _, err = call(monkeypatch, capsys, "export", *options)
+    assert code == 0, err
+    before, after = read_gguf_header(source), read_gguf_header(tmp_path / "merged.gguf")
+    assert after.metadata == before.metadata
+    old, new = raw_tensors(source), raw_tensors(tmp_path / "merged.gguf")
+    adapted = {f"blk.0.{name}.weight" for name in ("attn_q", "attn_output", "ffn_down")}
+    assert {name for name in old if old[name] != new[name]} == adapted
+    assert {name: tensor[:2] for name, tensor in old.items()} == {name: t[:2] for name, t in new.items()}
+    files, merged = (pretrained.open_files(str(header.path)) for header in (before, after))
+    pair = {key: np.asarray(value[0]) for key, value in adapter["layers"]["attn"]["q"].items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = files.read(name) + (pair["a"] @ pair["b"] * pair["scale"]).T
+    step = np.abs(expected).max() / 7
+    assert np.abs(merged.read(name) - expected).max() < step
+
+    options = ("--model", source, "--gguf", "Q4_K_S", "--out", tmp_path / "again.gguf")
+    assert call(monkeypatch, capsys, "export", *options)[0] == 0
+    assert raw_tensors(tmp_path / "again.gguf") == old  # nothing is rounded twice
+
+
+def test_keep_needs_a_gguf_file(exported, tmp_path, monkeypatch, capsys):
+    options = ("--model", exported[0], "--gguf", "keep", "--out", tmp_path / "x.gguf")
+    code, _, err = call(monkeypatch, capsys, "export", *options)
+    assert code and "--gguf keep is for a GGUF file as the model" in err
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_alone_has_llama_cpps_layout(exported, tmp_path, monkeypatch, capsys, rslora):
+    """W + alpha / R * lora_b @ lora_a, in llama.cpp's order of rows, is the merged model's W."""
+    folder, path = exported[0], tmp_path / "adapter.gguf"
+    model = pretrained.model_for(str(folder), dtype=jnp.float32)
+    adapted_folder(tmp_path / "adapter", model, folder, rslora=rslora)
+    common = ("--model", folder, "--adapter", tmp_path / "adapter", "--gguf", "F32")
+    code, out, err = call(monkeypatch, capsys, "export", *common, "--adapter-only", "--out", path)
+    assert code == 0 and "9 adapted weights" in out, err
+    assert call(monkeypatch, capsys, "export", *common, "--out", tmp_path / "merged.gguf")[0] == 0
+    assert call(monkeypatch, capsys, "export", "--model", folder, "--gguf", "F32", "--out",
+                tmp_path / "base.gguf")[0] == 0  # fmt: skip
+    reader = gguf_package.GGUFReader(path)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    assert (metadata["general.type"], metadata["adapter.type"]) == ("adapter", "lora")
+    assert metadata["general.architecture"] == "llama"
+    parts = {tensor.name: tensor.data for tensor in reader.tensors}
+    merged, base = (
+        {t.name: t.data for t in gguf_package.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("merged", "base")
+    )
+    weights = {name.rpartition(".")[0] for name in parts}
+    assert {f"{w}.lora_{x}" for w in weights for x in "ab"} == parts.keys()
+    for name in weights:
+        a, b = parts[f"{name}.lora_a"], parts[f"{name}.lora_b"]
+        delta = metadata["adapter.lora.alpha"] / b.shape[1] * b @ a
+        np.testing.assert_allclose(base[name] + delta, merged[name], atol=1e-5, err_msg=name)
+    assert {name for name in base if (base[name] != merged[name]).any()} == weights
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (("--gguf", "Q4_K_M", "--adapter-only"), "an adapter alone is written as F32, F16, BF16; use F16"),
+        (("--adapter-only",), "--adapter-only is for --gguf with an adapter"),
+    ],
+)
+def test_bad_adapter_exports_are_one_line(exported, tmp_path, monkeypatch, capsys, more, match):
+    model = pretrained.model_for(str(exported[0]), dtype=jnp.float32)
+    adapted_folder(tmp_path / "adapter", model, exported[0])
+    options = ("--model", exported[0], "--adapter", tmp_path / "adapter", "--out", tmp_path / "x.gguf")
+    code, _, err = call(monkeypatch, capsys, "export", *options, *more)
+    assert code and match in err.splitlines()[-1], err
+    assert not (tmp_path / "x.gguf").exists()
