@@ -85,7 +85,7 @@ def main() -> int:
     ref, adapter_folder, record, _ = named
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     base_quant = quant.quant_setting(args.quant, record if adapter_folder else None)
-    parts = peft.read_parts(adapter_folder, model)[0] if adapter_folder else {}
+    parts, settings = peft.read_parts(adapter_folder, model) if adapter_folder else ({}, None)
     if "score" in parts or reward_models.is_classifier(ref):
         model = heads.with_scalar_head(model)
     adapter = parts.get("adapter")
@@ -97,7 +97,8 @@ def main() -> int:
     base = f"{ref} as {base_quant.kind}" if base_quant else ref
     merged = f"{base} with {adapter_folder}" if adapter else base
     data = record["data"].get("train") if record else None
-    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"), data)
+    ids, score = settings.trainable_token_indices if settings else (), parts.get("score")
+    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, score, data, ids)
     if args.adapter_only:
         print(f"{args.out}: {export_gguf.export_gguf_adapter(args.out, source, args.gguf)}")
         return 0

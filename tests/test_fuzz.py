@@ -19,7 +19,8 @@ from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
-from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import quant_setting
 from jaxft.runs import compare

@@ -49,6 +49,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "act_vocab": ("tensor",),
     "table_width": (),  # the embedding table is sharded over vocab only, or the gather would rematerialise it
     "rank": (),
+    "tokens": (),
     "score": (),
 }
 FUSED_OUTPUTS = ("fused_kv_heads", "fused_mlp")

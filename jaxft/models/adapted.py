@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, adapter_specs, attach
+from jaxft.nn.lora import Adapter, attach
+from jaxft.nn.lora_specs import adapter_specs
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
@@ -17,10 +18,11 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     Raises ValueError if the adapter targets the language model head of a model with a scalar head.
     """
     dropout = settings.dropout if settings else 0.0
+    token_ids = settings.trainable_token_indices if settings else ()
 
     def on_whole(fn: Callable) -> Callable:
         def call(params: Any, *rest: Any, **kw: Any) -> Any:
-            return fn(attach(params["base"], params.get("adapter"), dropout), *rest, **kw)
+            return fn(attach(params["base"], params.get("adapter"), dropout, token_ids), *rest, **kw)
 
         return call
 
@@ -29,8 +31,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
         specs["adapter"] = adapter_specs(model.specs, settings, model.weight_names)
         if not model.generates and "head" in specs["adapter"]:
             raise ValueError(
-                "adapter.targets includes the language model head, but this model has a scalar head instead; "
-                "remove it from adapter.targets"
+                "adapter.targets or adapter.modules_to_save includes the language model head, but this model "
+                "has a scalar head instead; remove it from them"
             )
     specs |= model.heads
     return replace(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.tree import Params

@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
-from jaxft.nn.matmul import Weight, accumulation_dtype, from_bits, gather_weight, linear, to_bits
+from jaxft.nn.lora import Adapted
+from jaxft.nn.matmul import Weight, accumulation_dtype, from_bits, gather_weight, linear, matmul, to_bits
 from jaxft.nn.quant import QTensor, take_rows
+from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.tree import Params
 
 
@@ -20,8 +23,17 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Arra
     """Return rows of the table [V, D], rounded to `dtype`; a quantised table is dequantised after the
     look-up.
 
-    On a mesh the table is gathered once along fsdp and context, and its gradient is reduced once.
+    On a mesh the table is gathered once along fsdp and context, and its gradient is reduced once. The table
+    may have an adapter, rows of some tokens, or another table in its place.
     """
+    if isinstance(table, Replaced):
+        return embed(table.weight, ids, dtype)
+    if isinstance(table, TokenRows):
+        return _with_rows(embed(table.weight, ids, dtype), table, ids)
+    if isinstance(table, Adapted):
+        a = sharding.constrain(table.a, None, "rank")
+        low = jnp.take(a, ids, axis=0).astype(dtype) * table.scale.astype(dtype)
+        return embed(table.weight, ids, dtype) + matmul(low, table.b, False, False)
     if not sharding.is_multi_device():
         return (take_rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
             dtype
@@ -29,6 +41,15 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Arra
     if isinstance(table, QTensor):
         return take_rows(gather_weight(table, TABLE), ids).astype(dtype)
     return _embed_spread(table, ids, jnp.dtype(dtype))
+
+
+def _with_rows(h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Return embeddings with the replaced rows of tokens that have some."""
+    order = np.argsort(table.ids)
+    ordered = jnp.asarray(np.asarray(table.ids)[order], ids.dtype)
+    at = jnp.minimum(jnp.searchsorted(ordered, ids), len(order) - 1)
+    rows = jnp.take(table.rows, jnp.asarray(order)[at], axis=0).astype(h.dtype)
+    return jnp.where((ordered[at] == ids)[..., None], rows, h)
 
 
 def neftune_noise(

@@ -11,7 +11,7 @@ of their gradients are then zero, so that they stay zero in training; they are n
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.lora_patterns import TensorNames, is_listed, module_names, values_by_pattern
-from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, spec_paths
+from jaxft.nn import replaced
+from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import Params, static, struct
 
@@ -40,6 +40,11 @@ class Adapter:
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
     that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
+
+    Trained in full in addition, and saved with the adapter: modules_to_save, modules such as "lm_head",
+    "embed_tokens" or "norm"; bias, the biases of all or of the adapted layers; trainable_token_indices, the
+    rows of these tokens in the embedding table, with token_head also in a head of its own (a tied head has
+    the same rows).
     """
 
     rank: int = 16
@@ -51,6 +56,10 @@ class Adapter:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] = ()
+    token_head: bool = True
 
     def __post_init__(self):
         if self.rank < 1:
@@ -74,6 +83,11 @@ class Adapter:
         return self.scale_of(self.rank, self.alpha)
 
     @property
+    def replaces_weights(self) -> bool:
+        """Whether parameters of the base are trained in full, beside the pairs."""
+        return bool(self.modules_to_save or self.trainable_token_indices or self.bias != "none")
+
+    @property
     def highest_rank(self) -> int:
         """The largest rank of any module."""
         return max([self.rank, *(rank for _, rank in self.rank_pattern)])
@@ -81,15 +95,6 @@ class Adapter:
     def scale_of(self, rank: int, alpha: float) -> float:
         """The factor of (x a) b of a module with this rank and alpha."""
         return alpha / (rank**0.5 if self.rslora else rank)
-
-
-class PairRanks(NamedTuple):
-    """Rank and alpha of the pair in each layer of a kernel, both 0 for no pair; one of each for a kernel
-    without layers.
-    """
-
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
 
 
 @struct
@@ -110,7 +115,7 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
     """
     kernels = {p: s for p, s in spec_paths(specs).items() if len(s.axes) - ("layers" in s.axes) == 2}
     blocks = [p for p, s in kernels.items() if "layers" in s.axes]
-    heads = ["head"]  # also for a tied head, which has no leaf of its own in the base
+    heads = ["embed", "head"]  # also for a tied head, which has no leaf of its own in the base
     if targets == "all-linear":
         return blocks
     if not targets:
@@ -127,7 +132,8 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
             )
         return selected
     path_by_name = {p.rsplit("/", 1)[-1]: p for p in [*blocks, *heads]}
-    path_by_name |= {f"{name}_proj": p for name, p in path_by_name.items()} | {"lm_head": "head"}
+    path_by_name |= {f"{name}_proj": p for name, p in path_by_name.items()}
+    path_by_name |= {"lm_head": "head", "embed_tokens": "embed"}
     for name in targets:
         if name not in path_by_name:
             _refuse_part(name, path_by_name.keys())
@@ -151,149 +157,35 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
             )
 
 
-def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
-    """Return the rank and alpha of each adapted kernel's layers by path.
-
-    names: the model's weight_names. Raises ValueError for patterns, exclusions and layers that select
-    nothing, or everything.
-    """
-    base = spec_paths(specs)
-    modules = [
-        (path, layer, name)
-        for path in target_paths(specs, settings.targets)
-        for layer, name in enumerate(module_names(path, _layer_count(base, path), names))
-    ]
-    selected = [
-        (path, layer, name) for path, layer, name in modules if _is_selected(settings, base, path, layer)
-    ]
-    excluded = [m for m in selected if is_listed(settings.exclude_modules, m[2], "adapter.exclude_modules")]
-    if settings.exclude_modules and not excluded:
-        near = ", ".join(dict.fromkeys(name[0].rpartition(".")[2] for _, _, name in selected))
-        raise ValueError(
-            f"adapter.exclude_modules={settings.exclude_modules!r} matches none of the adapted modules "
-            f"({near}); a list of one name ends with a comma"
-        )
-    if len(excluded) == len(selected):
-        raise ValueError(
-            f"adapter.exclude_modules={settings.exclude_modules!r} excludes every module that "
-            "adapter.targets selects; correct one of them"
-        )
-    kept = [m for m in selected if m not in excluded]
-    all_names = [name for _, _, name in kept]
-    ranks = values_by_pattern(settings.rank_pattern, all_names, "adapter.rank_pattern")
-    alphas = values_by_pattern(settings.alpha_pattern, all_names, "adapter.alpha_pattern")
-    pairs = {
-        (path, layer): (
-            int(settings.rank if rank is None else rank),
-            settings.alpha if alpha is None else alpha,
-        )
-        for (path, layer, _), rank, alpha in zip(kept, ranks, alphas, strict=True)
-    }
-    layouts = {}
-    for path in dict.fromkeys(path for path, _, _ in kept):
-        count = _layer_count(base, path) or 1
-        found = [pairs.get((path, layer), (0, 0.0)) for layer in range(count)]
-        layouts[path] = PairRanks(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
-    return layouts
-
-
-def _layer_count(base: dict[str, ParamSpec], path: str) -> int | None:
-    """The size of a kernel's layers axis, None if it has none."""
-    spec = base.get(path)
-    return spec.shape[0] if spec is not None and spec.axes[0] == "layers" else None
-
-
-def _is_selected(settings: Adapter, base: dict[str, ParamSpec], path: str, layer: int) -> bool:
-    """Whether layers_to_transform includes a layer of a kernel. Raises ValueError for numbers of no layer."""
-    numbers, count = settings.layers_to_transform, _layer_count(base, path)
-    if numbers is None or count is None:
-        return True
-    if not numbers or not all(0 <= number < count for number in numbers):
-        raise ValueError(
-            f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers are 0 to {count - 1}; "
-            "name some of them, or none for all"
-        )
-    return layer in numbers
-
-
-def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -> bool:
-    """Whether two settings declare the same pairs on a base, however they name their targets; dropout may
-    differ.
-    """
-    layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
-    return layouts[0] == layouts[1] and one.rslora == other.rslora
-
-
-def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = None) -> dict[str, Any]:
-    """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero.
-
-    names: the model's weight_names; without them patterns match names of paths only.
-    """
-    base = spec_paths(specs)
-    out: dict[str, Any] = {}
-    for path, layout in pair_layouts(specs, settings, names or {}).items():
-        if path == "head" and settings.dropout:
-            raise ValueError(
-                f"adapter.dropout={settings.dropout} has no effect on an adapter of the head; set it to 0"
-            )
-        if path in base:
-            spec = base[path]
-        else:  # a tied head is the table [V, D] transposed
-            (vocab, width), axes = base["embed"].shape, base["embed"].axes
-            spec = ParamSpec((width, vocab), (axes[1], axes[0]), base["embed"].init)
-        node = out
-        for part in path.split("/"):
-            node = node.setdefault(part, {})
-        node.update(_pair_specs(spec, layout, settings))
-    return out
-
-
-def _pair_specs(spec: ParamSpec, layout: PairRanks, settings: Adapter) -> dict[str, ParamSpec]:
-    """Declare a, b and scale of one kernel."""
-    *lead, size_in, size_out = spec.shape
-    *lead_axes, axis_in, axis_out = spec.axes
-    rank, ranks = max(layout.ranks), layout.ranks
-    scales = [settings.scale_of(r or settings.rank, alpha) for r, alpha in zip(*layout, strict=True)]
-    start = kaiming_uniform(size_in)
-    if min(ranks) < rank:
-        start = _zero_beyond(start, ranks)
-    return {
-        "a": ParamSpec((*lead, size_in, rank), (*lead_axes, axis_in, "rank"), start, spec.heads),
-        "b": ParamSpec((*lead, rank, size_out), (*lead_axes, "rank", axis_out), full(0.0), spec.heads),
-        "scale": ParamSpec(tuple(lead), tuple(lead_axes), _constant(scales)),
-    }
-
-
-def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
-    """Return an initialiser of [L, I, R] whose columns beyond the rank of each layer are zero."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        used = jnp.arange(shape[-1])[None, :] < jnp.asarray(ranks)[:, None]
-        return jnp.where(used[:, None, :], start(key, shape, dtype), jnp.zeros((), dtype))
-
-    return init
-
-
-def _constant(values: Sequence[float]) -> Init:
-    """Return an initialiser that sets each element of a vector, or a scalar, to its value."""
-    return lambda key, shape, dtype: jnp.asarray(values, dtype).reshape(shape)
-
-
 def _is_pair(node: Any) -> bool:
     return isinstance(node, dict) and {"a", "b", "scale"} <= node.keys()
 
 
-def attach(base: Any, adapter: Any, dropout: float = 0.0) -> Any:
-    """Return the base tree with each adapted leaf as an Adapted node; nothing is copied or computed."""
+def attach(base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, ...] = ()) -> Any:
+    """Return the base tree with each adapted leaf as an Adapted node, and replaced parameters in their place;
+    nothing is copied or computed.
+
+    token_ids: the tokens of replaced rows.
+    """
     if _is_pair(adapter):
         return Adapted(base, adapter["a"], adapter["b"], adapter["scale"], dropout)
     if not adapter:
         return base
-    return {**base, **{name: attach(base.get(name), node, dropout) for name, node in adapter.items()}}
+    return {
+        **base,
+        **{
+            name: replaced.attach_replacement(name, base.get(name), node, token_ids)
+            if replaced.is_replacement(node)
+            else attach(base.get(name), node, dropout, token_ids)
+            for name, node in adapter.items()
+        },
+    }
 
 
 def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
-    """Return {"a", "b", "scale"} of each adapted weight by its path; {} for None."""
+    """Return {"a", "b", "scale"} of each adapted weight by its path, and {"weight"} or {"rows"} of each
+    replaced one; {} for None.
+    """
     pairs: dict[str, dict[str, Any]] = {}
     for path, leaf in tree.paths(adapter or {}).items():
         above, _, name = path.rpartition("/")
@@ -331,20 +223,31 @@ def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array
     return (w + low).astype(dtype)
 
 
-def merge(base: Any, adapter: Any, dtype: DTypeLike) -> Any:
-    """Return the base tree with the adapter merged into its kernels; an adapted tied head becomes a leaf
-    "head".
+def merge_node(
+    path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
+) -> jax.Array:
+    """Return a base's parameter, or one layer of it, with what an adapter has at its path, in `dtype`."""
+    if replaced.is_replacement(node):
+        return replaced.merge_replacement(path, weight, node, dtype, token_ids)
+    return merge_leaf(weight, node, dtype)
+
+
+def merge(base: Any, adapter: Any, dtype: DTypeLike, token_ids: tuple[int, ...] = ()) -> Any:
+    """Return the base tree with the adapter merged into it. A tied head becomes a leaf "head" where the
+    adapter changes it, or the table alone.
     """
+    nodes = pairs_by_path(adapter)
+    plain = {**base}
+    if "head" not in base and replaced.unties(nodes):
+        table = base["embed"]
+        plain["head"] = jnp.asarray(dequantize(table) if isinstance(table, QTensor) else table).T
 
     def fold(node: Any, pair: Any, path: str) -> Any:
-        if _is_pair(pair):
-            if node is None:  # the tied head
-                table = base["embed"]
-                table = dequantize(table) if isinstance(table, QTensor) else table
-                node = jnp.asarray(table).T
-            return merge_leaf(node, pair, dtype)
+        if _is_pair(pair) or replaced.is_replacement(pair):
+            return merge_node(path, node, pair, dtype, token_ids)
         if not pair:
             return node
-        return {**node, **{name: fold(node.get(name), p, f"{path}/{name}") for name, p in pair.items()}}
+        inner = {name: fold(node[name], p, f"{path}/{name}".strip("/")) for name, p in pair.items()}
+        return {**node, **inner}
 
-    return fold(base, adapter, "")
+    return fold(plain, adapter, "")

@@ -15,6 +15,7 @@ from jaxft.distributed import sharding
 from jaxft.nn import fp8
 from jaxft.nn.lora import Adapted
 from jaxft.nn.quant import QTensor, dequantize
+from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.tree import struct
 
 Weight = Any  # Array | QTensor | Adapted | GramProbe
@@ -354,15 +355,32 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
     """
     head = params.get("head")
     w = head.weight if isinstance(head, Adapted) else head
-    logits = matmul(h, params["embed"], True, True) if w is None else matmul(h, w, False, True)
+    logits = _head_matmul(h, base_table(params["embed"]), True) if w is None else _head_matmul(h, w, False)
     if isinstance(head, Adapted):
         low = matmul(h, head.a, False, False) * head.scale.astype(h.dtype)
         logits = logits + matmul(low, head.b, False, True)
     return logits
 
 
+def _head_matmul(h: Float[Array, "... D"], w: Weight, transposed: bool) -> Float[Array, "... V"]:
+    """Return logits by a table [V, D] (`transposed`) or a head [D, V], of which rows may be replaced."""
+    if not isinstance(w, TokenRows):
+        return matmul(h, w, transposed, True)
+    return matmul(h, w.weight, transposed, True).at[..., np.asarray(w.ids)].set(matmul(h, w.rows, True, True))
+
+
+def base_table(table: Weight) -> Weight:
+    """Return the table that a tied head reads: adapters of the table and its replacement do not change it,
+    replaced rows do.
+    """
+    if isinstance(table, Adapted):
+        return table.weight
+    return table.base if isinstance(table, Replaced) else table
+
+
 def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
     """Return the subtree that lm_head reads: the head, or for a tied one the table and the adapter on it."""
     head = params.get("head")
     tied = head is None or (isinstance(head, Adapted) and head.weight is None)
-    return {name: params[name] for name in ("embed", "head") if name in params and (tied or name == "head")}
+    table = {"embed": base_table(params["embed"])} if tied and "embed" in params else {}
+    return {**table, **({"head": head} if "head" in params else {})}

@@ -39,7 +39,7 @@ class ExportSource:
     ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
     base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
     the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows came
-    from, for the model card.
+    from, for the model card. token_ids: the tokens of rows that the adapter replaces.
     """
 
     ref: str
@@ -49,6 +49,7 @@ class ExportSource:
     quant: Quant | None = None
     score: Params | None = None
     data: str | None = None
+    token_ids: tuple[int, ...] = ()
 
 
 def no_progress(line: str) -> None:
@@ -97,6 +98,8 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     hf_write.save_folder(out, model, base, source.tokenizer, located, options)
     write_card(out, _card(out.name, source, quantizer))
     summary = pretrained.file_notes(ref, model)
+    if "head" in base and "head" not in model.weight_names:
+        summary.append("the head, which was tied to the embeddings, is a matrix of its own")
     if quantizer:
         summary.append(quantizer.layout_name)
     if layouts:
@@ -120,7 +123,7 @@ def merged_base(source: ExportSource) -> Params:
     files = pretrained.open_files(source.ref)
     if source.quant:
         files = pretrained.with_storage_rounding(files, source.model, source.quant, source.ref)
-    base = merge_files(files, source.model, source.adapter, jnp.float32)
+    base = merge_files(files, source.model, source.adapter, jnp.float32, source.token_ids)
     if not source.model.generates:
         score = files.read(SCORE[0]).T if source.score is None else np.asarray(source.score)
         base["score"] = LazyTensor(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
@@ -201,7 +204,8 @@ def export_run(partition: Partition, params: Params, run: Run, tokenizer: Any, f
         tokenizer = tokenizer if score is None else hf_write.with_distinct_pad_token(tokenizer)
         sync.exchange_first(sync.gather_texts, lambda: write_tokenizer(out, tokenizer))
         return out
-    base = merge_params(params["base"], params.get("adapter"), run.model.dtype)
+    token_ids = run.adapter.trainable_token_indices if run.adapter else ()
+    base = merge_params(params["base"], params.get("adapter"), run.model.dtype, token_ids)
     base |= {"score": params["score"]} if "score" in params else {}
     hf_write.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
     return folder / "model"

@@ -18,7 +18,7 @@ from jaxft.runs.trackers.jsonl import truncate
 from jaxft.train import programs
 from jaxft.train.members import Job
 from jaxft.weights import pretrained
-from jaxft.weights.adapters import base_differences
+from jaxft.weights.adapters import base_differences, untying_notes
 from jaxft.weights.stop_tokens import stop_lines
 
 
@@ -140,6 +140,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines += info.warnings
     lines += stop_lines(job.stop, info.learned_ends, job.tokenizer)
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
+    lines += untying_notes(lead.run.model, lead.run.adapter)
     for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):
         if start:
             lines += runfolder.prompt_differences(start, lead.record)

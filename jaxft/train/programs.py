@@ -145,7 +145,12 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
 
 def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) -> Callable[[Params], Aux]:
     """Return `init_aux(trainable)`: the objective's aux at step 0."""
-    at_base = run.adapter is not None and run.start is None and not partition.trains_base(parts)
+    at_base = (
+        run.adapter is not None
+        and run.start is None
+        and not partition.trains_base(parts)
+        and not run.adapter.replaces_weights  # of which the base has roundings
+    )
     return lambda trainable: objective.init(trainable, at_base)
 
 

@@ -64,6 +64,11 @@ class Sweep:
                     "the members of a sweep are adapters on one base: "
                     "leave out full=true, run.train and run.heads"
                 )
+            if run.adapter.replaces_weights and self.at_once > 1:
+                raise ValueError(
+                    "adapter.modules_to_save, bias and trainable_token_indices: the rows of several adapters "
+                    f"at once share these parameters of the base; use --at-once 1, got {self.at_once}"
+                )
             if run.adapter.dropout:
                 raise ValueError(
                     f"adapter.dropout={run.adapter.dropout} is not possible in a sweep. Set it to 0."

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.quant import Quant
+from jaxft.nn.replaced import unties
 from jaxft.tree import Params
 from jaxft.weights import hub, peft, place
 from jaxft.weights.peft_refusals import read_adapter_config
@@ -68,6 +70,20 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, 
         lambda x, sharding: place.shard_host_array(x.astype(dtype), sharding), loaded, shardings
     )
     return params, settings
+
+
+def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
+    """Return a line if merging an adapter gives a tied head a matrix of its own, else nothing."""
+    if settings is None or not model.generates or "head" in model.specs:
+        return []
+    nodes = pairs_by_path(adapter_specs(model.specs, settings, model.weight_names))
+    if not unties(nodes):
+        return []
+    changed = "head" if "head" in nodes else "embedding table"
+    return [
+        f"the adapter changes the {changed} only, and this model's head is tied to its embeddings: merged, "
+        "the head is a matrix of its own (tie_word_embeddings=false)"
+    ]
 
 
 def run_of_adapter(folder: Path) -> Path | None:

@@ -13,11 +13,12 @@ from jaxft import tree
 from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter, same_pairs
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import same_pairs
 from jaxft.tree import Params
 from jaxft.weights import peft, place, pretrained
 from jaxft.weights.adapters import adapter_folder
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
 
 
 def init_adapter(
@@ -52,7 +53,7 @@ def init_all_but_base(
     out = _init_parts(specs, model, mesh, key, policy, ref)
     for name, scorer in scorers.items():
         scorer_key = jax.random.fold_in(key, param.path_hash(name))
-        out[name] = _init_parts(model.specs[name], model, mesh, scorer_key, scorer)
+        out[name] = _init_parts(model.specs[name], model, mesh, scorer_key, scorer, ref)
     return out
 
 
@@ -96,7 +97,44 @@ def _init_parts(
             out[name] = jax.jit(
                 lambda key, part=part: param.init_params(part, key, dtype), out_shardings=shardings
             )(key)
+            if settings.adapter is not None and settings.adapter.replaces_weights:
+                out[name] = _with_base_weights(out[name], part, model, mesh, (settings.adapter, ref))
     return out
+
+
+def _with_base_weights(
+    params: Params, specs: param.Specs, model: Model, mesh: Mesh, source: tuple[Adapter, str | None]
+) -> Params:
+    """Return an adapter whose replaced parameters and rows are those in the files of the base.
+
+    source: the adapter's settings, and where the base comes from.
+    """
+    settings, ref = source
+    if ref is None:
+        raise ValueError("parameters that replace the base's start from its files; give the base's name")
+    readers = pretrained.open_params(ref, model)
+    readers.setdefault("head", _tied_head(readers["embed"]))
+    dtype = np.promote_types(model.dtype, np.float32)
+
+    def start(path: str, spec: param.ParamSpec, fresh: jax.Array) -> jax.Array:
+        above, _, name = path.rpartition("/")
+        if name not in ("weight", "rows"):
+            return fresh
+        to = param.sharding_of(spec, mesh, path)
+        if name == "rows":
+            rows = read_table_rows(
+                readers[above], settings.trainable_token_indices, transposed=above == "head"
+            )
+            return place.shard_host_array(rows.astype(dtype), to)
+        like = jax.ShapeDtypeStruct(spec.shape, dtype)
+        return place.load_param(readers[above], like, to, unchanged=False)
+
+    return tree.map_with_path(start, specs, params, is_leaf=param.is_spec)
+
+
+def _tied_head(table: ParamReader) -> ParamReader:
+    """Return a reader of a tied head [D, V]: the table transposed."""
+    return replace(table, shape=table.shape[::-1], transposed=True, layout=None)
 
 
 def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> dict[str, Params]:

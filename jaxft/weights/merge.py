@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.models.model import Model
-from jaxft.nn import lora
+from jaxft.nn import lora, replaced
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
@@ -67,65 +67,108 @@ class RoundingError:
         return LazyTensor(leaf.shape, np.dtype(dtype), make)
 
 
-def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: DTypeLike) -> Params:
+def merge_files(
+    files: ModelFiles,
+    model: Model,
+    adapter: Params | None,
+    dtype: DTypeLike,
+    token_ids: tuple[int, ...] = (),
+) -> Params:
     """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
 
-    An adapted tied head becomes a head of its own. Raises ValueError if the files do not contain the model's
-    tensors.
+    token_ids: the tokens of replaced rows. A tied head becomes a head of its own where the adapter changes
+    it, or the table alone. Raises ValueError if the files do not contain the model's tensors.
     """
     check_tensors(files, model)
     pairs = lora.pairs_by_path(adapter)
     shapes = {path: spec.shape for path, spec in spec_paths(model.specs).items()}
-    if "head" in pairs and "head" not in shapes:
+    if replaced.unties(pairs) and "head" not in shapes:
         shapes["head"] = shapes["embed"][::-1]
     leaves = {}
     for path, shape in shapes.items():
         name, transposed = model.weight_names.get(path, (model.weight_names["embed"][0], True))
         read = partial(_read_layer, files, name, transposed)
+        fold = partial(lora.merge_node, path, dtype=np.dtype(dtype), token_ids=token_ids)
         leaves[path] = LazyTensor(
-            shape, np.dtype(dtype), partial(_merge_layer, read, pairs.get(path), np.dtype(dtype))
+            shape, np.dtype(dtype), partial(_merge_layer, read, pairs.get(path), fold, np.dtype(dtype))
         )
     return _nested(leaves)
 
 
-def merge_on_read(files: ModelFiles, model: Model, adapter: Params) -> ModelFiles:
+def merge_on_read(
+    files: ModelFiles, model: Model, adapter: Params, token_ids: tuple[int, ...] = ()
+) -> ModelFiles:
     """Return the files with an adapter merged into the weights, in float32, as they are read.
 
-    Raises ValueError for an adapter of a tied head, which the files have no weight of.
+    Raises ValueError for an adapter that gives a tied head a matrix of its own, which the files have not.
     """
-    merged: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # scaled a [in, R] and b [R, out] by weight name
-    for path, pair in lora.pairs_by_path(adapter).items():
-        if path not in model.weight_names:
-            raise ValueError(
-                f"{files.where}: an adapter of the head, which is tied to the embeddings, cannot be merged "
-                "while it is read; write the merged model with scripts/export.py and use it as model="
-            )
-        name = model.weight_names[path][0]
-        for i in range(pair["a"].shape[0]) if "{i}" in name else (None,):
-            one = pair if i is None else {key: x[i] for key, x in pair.items()}
-            a, b, scale = (np.asarray(one[key], np.float32) for key in ("a", "b", "scale"))
-            merged[name.format(i=i)] = (a * scale, b)
+    nodes = lora.pairs_by_path(adapter)
+    if replaced.unties(nodes) and "head" not in model.weight_names and model.generates:
+        raise ValueError(
+            f"{files.where}: an adapter of the head or the embeddings, which are tied, cannot be merged "
+            "while they are read; write the merged model with scripts/export.py and use it as model="
+        )
+    merged: dict[str, _Merged] = {}
+    for path, node in nodes.items():
+        name, transposed = model.weight_names[path]
+        for i in range(next(iter(node.values())).shape[0]) if "{i}" in name else (None,):
+            merged[name.format(i=i)] = _Merged(path, transposed, node, i, token_ids)
 
     def read(name: str, index: Index = ()) -> np.ndarray:
         value = files.read(name, index)
         if name not in merged:
             return value
-        (a, b), (outs, ins) = merged[name], full_index(index, files.shapes[name])
-        return value.astype(np.float32) + (a[ins] @ b[:, outs]).T
+        return merged[name].part(value.astype(np.float32), full_index(index, files.shapes[name]))
 
     dtypes = {**files.dtypes, **dict.fromkeys(merged, np.dtype(np.float32))}
     quantised = {name: x for name, x in files.quantised.items() if name not in merged}
     return replace(files, dtypes=dtypes, read=read, quantised=quantised)
 
 
-def merge_params(base: Params, adapter: Params | None, dtype: DTypeLike) -> Params:
+@dataclass(frozen=True)
+class _Merged:
+    """What an adapter does to one tensor in the files: its node at `path`, in layer `layer` if stacked."""
+
+    path: str
+    transposed: bool
+    node: Params
+    layer: int | None
+    token_ids: tuple[int, ...]
+
+    def leaf(self, name: str) -> np.ndarray:
+        """One layer of a leaf of the node, in float32."""
+        value = self.node[name]
+        return np.asarray(value if self.layer is None else value[self.layer], np.float32)
+
+    def part(self, value: np.ndarray, index: Index) -> np.ndarray:
+        """Return the part of the merged tensor at a full index in the files, whose base is `value`."""
+        if "weight" in self.node:
+            whole = self.leaf("weight")
+            return (whole.T if self.transposed else whole)[index]
+        if "rows" in self.node:
+            value, rows = value.copy(), self.leaf("rows")
+            for number, token in enumerate(self.token_ids):
+                if index[0].start <= token < index[0].stop:
+                    value[token - index[0].start] = rows[number][index[1]]
+            return value
+        outs, ins = index if self.transposed else index[::-1]
+        low = (self.leaf("a")[ins] * self.leaf("scale")) @ self.leaf("b")[:, outs]
+        return value + (low.T if self.transposed else low)
+
+
+def merge_params(
+    base: Params, adapter: Params | None, dtype: DTypeLike, token_ids: tuple[int, ...] = ()
+) -> Params:
     """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
 
-    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched.
-    An adapted tied head becomes a head of its own.
+    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. A
+    tied head becomes a head of its own where the adapter changes it, or the table alone.
     """
-    leaves, pairs = tree.paths(base, is_qtensor), lora.pairs_by_path(adapter)
+    leaves = tree.paths(base, is_qtensor)
+    pairs: dict[str, Any] = dict(lora.pairs_by_path(adapter))
     merged = dict(leaves)
+    if replaced.unties(pairs) and "head" not in leaves and "head" not in pairs:
+        pairs["head"] = None
     for path, pair in pairs.items():
         if path in leaves:
             shape, read = leaves[path].shape, partial(layer_on_host, leaves[path], transpose=False)
@@ -133,7 +176,9 @@ def merge_params(base: Params, adapter: Params | None, dtype: DTypeLike) -> Para
             shape, read = leaves["embed"].shape[::-1], partial(layer_on_host, leaves["embed"], transpose=True)
         else:
             continue
-        merged[path] = LazyTensor(shape, np.dtype(dtype), partial(_merge_stored_layer, read, pair, dtype))
+        fold = partial(lora.merge_node, path, dtype=dtype, token_ids=token_ids)
+        make = partial(_merge_stored_layer, read, pair, fold, np.dtype(dtype))
+        merged[path] = LazyTensor(shape, np.dtype(dtype), make)
     return _nested(merged)
 
 
@@ -143,21 +188,30 @@ def _read_layer(files: ModelFiles, name: str, transposed: bool, layer: int | Non
 
 
 def _merge_layer(
-    read: Callable[[int | None], np.ndarray], pair: Params | None, dtype: np.dtype, layer: int | None
+    read: Callable[[int | None], np.ndarray],
+    pair: Params | None,
+    fold: Callable[..., jax.Array],
+    dtype: np.dtype,
+    layer: int | None,
 ) -> np.ndarray:
     value = read(layer)
     if pair is None:
         return value.astype(dtype)
     one = pair if layer is None else jax.tree.map(lambda x: x[layer], pair)
-    return np.asarray(lora.merge_leaf(value, one, dtype))
+    return np.asarray(fold(value, one))
 
 
 def _merge_stored_layer(
-    read: Callable[[int | None], np.ndarray], pair: dict[str, Any], dtype: DTypeLike, layer: int | None
+    read: Callable[[int | None], np.ndarray],
+    pair: dict[str, Any] | None,
+    fold: Callable[..., jax.Array],
+    dtype: np.dtype,
+    layer: int | None,
 ) -> np.ndarray:
     weight = read(layer)
-    one = {name: layer_on_host(x, layer, False) for name, x in pair.items()}
-    return np.asarray(lora.merge_leaf(weight, one, dtype))
+    if pair is None:
+        return weight.astype(dtype)
+    return np.asarray(fold(weight, {name: layer_on_host(x, layer, False) for name, x in pair.items()}))
 
 
 def _nested(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,17 @@ def read_whole(reader: ParamReader) -> np.ndarray:
                 value = read_values(reader, layer, index)
             copy_into((out[layer] if reader.stacked else out)[index], value)
     return out
+
+
+def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: bool) -> np.ndarray:
+    """Read rows [N, D] of a table [V, D], or columns of a head [D, V] if `transposed`."""
+    rows = []
+    for number in numbers:
+        one = (slice(number, number + 1),)
+        index = full_index((slice(None), *one) if transposed else one, reader.layer_shape)
+        with errors_name_tensor(reader, 0, index):
+            rows.append(read_values(reader, 0, index).reshape(-1))
+    return np.stack(rows)
 
 
 def small_parts(reader: ParamReader, index: Index) -> list[Index]:

@@ -12,12 +12,14 @@ import numpy as np
 from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.models.text_part import text_tensor
-from jaxft.nn.lora import Adapter, PairRanks
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import PairRanks
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.peft_modules import ONLY_TOKENS, PREFIX, SCORE_MODULES, read_modules
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.peft_refusals import (
     MERGE,
@@ -28,10 +30,12 @@ from jaxft.weights.peft_refusals import (
 )
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
-PREFIX = "base_model.model."
 SCORE_TENSOR = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
-BASE_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.embed_tokens.weight")
+# Copies of the base's head and embedding that peft adds to an adapter on one of them.
+HEAD_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}lm_head.weight")
+TABLE_COPIES = (f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}model.embed_tokens.base_layer.weight")
+BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
 
 
 class Pair(NamedTuple):
@@ -73,33 +77,42 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     adapter: dict[str, Any] = {}
     used: set[str] = set()
     layouts, formats, adapted = dict[str, PairRanks](), dict[str, str](), list[str]()
-    for path, weight_name in linear_weight_names(model).items():
+    for path, weight_name in adaptable_weight_names(model).items():
         name = weight_name.removesuffix(".weight")
         shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
         modules = [name.format(i=i) for i in range(shape[0])] if "{i}" in name else [name]
-        found = [module for module in modules if f"{PREFIX}{module}.lora_A.weight" in files.shapes]
+        found = [module for module in modules if pair_names(path, module)[0] in files.shapes]
         if not found:
             continue
         empty = Pair(np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), 0.0)
         pairs = [
-            _read_pair(files, module, shape[-2:], config) if module in found else empty for module in modules
+            _read_pair(files, module, (pair_names(path, module), shape[-2:]), config)
+            if module in found
+            else empty
+            for module in modules
         ]
         adapted += found
-        used |= {f"{PREFIX}{module}.lora_{letter}.weight" for module in found for letter in "AB"}
-        *above, last = path.split("/")
-        node = adapter
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = _stack(pairs, default, stacked="{i}" in name)
+        used |= {one for module in found for one in pair_names(path, module)}
+        _put(adapter, path, _stack(pairs, default, stacked="{i}" in name))
         layouts[path] = PairRanks(tuple(p.a.shape[1] for p in pairs), tuple(p.alpha for p in pairs))
         formats[path] = name
     parts: dict[str, Params] = {"adapter": adapter}
     if has_head:
         parts["score"] = _read_score(files, model.config.width)
         used.add(SCORE_TENSOR)
-    _check_all_used(files, used, [path.rpartition("/")[2] for path in layouts])
+    others = read_modules(folder / "adapter_config.json", config, files, model, list(layouts))
+    for path, node in others.nodes.items():
+        _put(adapter, path, node)
+    _check_all_used(files, used | others.used, {*layouts, *others.nodes})
     check_targets(folder / "adapter_config.json", config, adapted)
-    return parts, _with_patterns(default, layouts, formats)
+    return parts, replace(_with_patterns(default, layouts, formats), **others.settings)
+
+
+def _put(adapter: Params, path: str, node: dict[str, np.ndarray]) -> None:
+    *above, last = path.split("/")
+    for key in above:
+        adapter = adapter.setdefault(key, {})
+    adapter[last] = node
 
 
 def _with_patterns(default: Adapter, layouts: dict[str, PairRanks], formats: dict[str, str]) -> Adapter:
@@ -122,9 +135,13 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     are equal if rounding one to the other's dtype makes them so; those of a quantised base are not compared.
     """
     files = _open_tensors(folder)
+    saved = tuple(read_adapter_config(folder).get("modules_to_save") or ())
     head = HEAD[0] if HEAD[0] in base.shapes else EMBEDDING
-    for copied, name in zip(BASE_COPIES, (head, EMBEDDING), strict=True):
+    for copied in BASE_COPIES:
+        name = head if copied in HEAD_COPIES else EMBEDDING
         if copied not in files.shapes or name in base.quantised or name not in base.shapes:
+            continue
+        if saved and copied.removesuffix(".weight").endswith(saved):  # trained
             continue
         shape = files.shapes[copied]
         rows = max(1, COMPARED_VALUES // max(1, shape[-1])) if shape else 1
@@ -142,10 +159,23 @@ def _equal_rounded(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.astype(b.dtype), b) or np.array_equal(b.astype(a.dtype), a)
 
 
-def linear_weight_names(model: Model) -> dict[str, str]:
-    """Return the Hugging Face names of the weights that an adapter may have, by path; the tied head's too."""
+def adaptable_weight_names(model: Model) -> dict[str, str]:
+    """Return the Hugging Face names of the weights that may have a pair, by path: linear layers, the table,
+    and the head, also a tied one.
+    """
     names = {"head": HEAD, **model.weight_names}
-    return {path: name for path, (name, transposed) in names.items() if transposed and path != "score"}
+    return {
+        path: name
+        for path, (name, transposed) in names.items()
+        if (transposed and path != "score") or path == "embed"
+    }
+
+
+def pair_names(path: str, module: str) -> tuple[str, str]:
+    """Return the names of the tensors A [R, in] and B [out, R] of a module's pair."""
+    form = "lora_embedding_{}" if path == "embed" else "lora_{}.weight"
+    a, b = (f"{PREFIX}{module}.{form.format(letter)}" for letter in "AB")
+    return a, b
 
 
 def _open_tensors(folder: Path) -> SafetensorsFiles:
@@ -173,31 +203,32 @@ def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
     )
 
 
-def _check_all_used(files: SafetensorsFiles, used: set[str], targets: list[str]) -> None:
-    copies = BASE_COPIES if "head" in targets else ()
+def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) -> None:
+    copies = BASE_COPIES if targets & {"head", "embed"} else ()
     extra = [name for name in files.shapes if name not in used and name not in copies]
     if extra:
         raise ValueError(
-            f"{files.where}: tensor {extra[0]} is not part of a LoRA pair of a linear layer of this model; "
-            "is the adapter for another base model?"
+            f"{files.where}: tensor {extra[0]} is not part of a LoRA pair of this model, nor of its "
+            "modules_to_save; is the adapter for another base model?"
         )
     if not targets:
         raise ValueError(f"{files.where}: no LoRA pair of this model; is the adapter for another base model?")
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the adapter has a scalar head. Raises ValueError for another task, or if other modules are
-    saved whole.
-    """
+    """Whether the adapter has a scalar head. Raises ValueError for another task, or a head of another one."""
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
-    # peft names both of these modules by default
-    has_head = task == SEQ_CLS and "score" in saved and set(saved) <= {"score", "classifier"}
-    if has_head or (task in ("CAUSAL_LM", None) and not saved):
+    if not isinstance(saved, list) or not all(isinstance(one, str) and one for one in saved):
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: modules_to_save={saved!r}; expected a list of names"
+        )
+    has_head = task == SEQ_CLS and "score" in saved
+    if has_head or (task in ("CAUSAL_LM", None) and not set(saved) & set(SCORE_MODULES)):
         return has_head
     raise ValueError(
         f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not "
         "supported; jaxft reads "
-        "plain LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and "
+        "LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and "
         f"modules_to_save=['score']; {MERGE}"
     )
 
@@ -225,6 +256,8 @@ def _read_finite(files: SafetensorsFiles, name: str) -> np.ndarray:
 def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     where = folder / "adapter_config.json"
     check_plain_lora(where, config)
+    if config.get("peft_type") == ONLY_TOKENS:
+        return Adapter(targets=())
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout", 0.0)
@@ -254,10 +287,16 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
-def _read_pair(files: SafetensorsFiles, module: str, shape: tuple[int, ...], config: dict[str, Any]) -> Pair:
+def _read_pair(
+    files: SafetensorsFiles,
+    module: str,
+    tensors: tuple[tuple[str, str], tuple[int, ...]],
+    config: dict[str, Any],
+) -> Pair:
+    """Read the pair of a module. tensors: their names, and the shape [in, out] of the module's weight."""
+    names, shape = tensors
     arrays = []
-    for letter in "AB":
-        name = f"{PREFIX}{module}.lora_{letter}.weight"
+    for name in names:
         if name not in files.shapes:
             raise ValueError(f"{files.where}: tensor {name} is missing")
         if len(files.shapes[name]) != 2:

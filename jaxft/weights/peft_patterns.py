@@ -5,7 +5,7 @@ adapter_config.json.
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jaxft.nn.lora import PairRanks
+from jaxft.nn.lora_specs import PairRanks
 
 
 class Patterns(NamedTuple):

@@ -11,22 +11,22 @@ MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merg
 
 # Fields of adapter_config.json that may change the arithmetic, with the values that leave it plain LoRA.
 PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
+    "peft_type": ("LORA", "TRAINABLE_TOKENS"),
+    "bias": ("none", "all", "lora_only"),
     "fan_in_fan_out": (False,),
     "use_dora": (False,),
     "use_qalora": (False,),
     "lora_bias": (False,),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 # Fields that are read elsewhere, or that do not change what a trained adapter computes.
 OTHERS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "task_type",
-    "modules_to_save", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "modules_to_save", "trainable_token_indices", "token_indices", "init_weights",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
 )  # fmt: skip
@@ -146,11 +146,6 @@ def check_tensor_names(files: SafetensorsFiles) -> None:
     otherwise than peft's save_pretrained names them.
     """
     for name in files.shapes:
-        if "lora_embedding_" in name or "embed_tokens.lora_" in name:
-            raise ValueError(
-                f"{files.where}: tensor {name} is a LoRA pair of the embedding table, and jaxft reads pairs "
-                f"of linear layers only; {MERGE}"
-            )
         if "lora_magnitude_vector" in name:
             raise ValueError(f"{files.where}: tensor {name} belongs to DoRA, not to plain LoRA; {MERGE}")
         if ".lora_A." in name or ".lora_B." in name:

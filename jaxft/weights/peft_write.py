@@ -9,11 +9,14 @@ import numpy as np
 
 from jaxft.distributed import sync
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, PairRanks, pair_layouts, pairs_by_path
+from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.lora_specs import PairRanks, pair_layouts
+from jaxft.nn.replaced import is_replacement
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.gather import layer_on_host
-from jaxft.weights.peft import PREFIX, SCORE_TENSOR, SEQ_CLS, linear_weight_names
+from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS, adaptable_weight_names, pair_names
+from jaxft.weights.peft_modules import ONLY_TOKENS, module_fields, module_tensors
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 
@@ -33,6 +36,8 @@ def save_adapter(
     pairs = _pairs(adapter)
     if not pairs:
         raise ValueError(f"{folder}: the adapter has no pairs to write")
+    nodes = {path: node for path, node in pairs.items() if is_replacement(node)}
+    pairs = {path: pair for path, pair in pairs.items() if path not in nodes}
     formats = {path: _module_name(model, path) for path in pairs}
     layouts = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)
     tensors = []
@@ -40,12 +45,14 @@ def save_adapter(
         _check_pair(formats[path], pair, layouts.get(path))
         for i, (rank, alpha) in enumerate(zip(*layouts[path], strict=True)):
             if rank:
-                one = _OnePair(formats[path].format(i=i), pair, i if "{i}" in formats[path] else None, rank)
+                names = pair_names(path, formats[path].format(i=i))
+                one = _OnePair(names, pair, i if "{i}" in formats[path] else None, rank)
                 tensors += _tensors_of_pair(one, settings.scale_of(rank, alpha))
     # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
     patterns = find_patterns(
         layouts, formats, settings.rank, settings.alpha, full_names=hf.is_multimodal(model, base_ref)
     )
+    tensors += module_tensors(nodes, settings, model, formats)
     if score is not None:
         tensors.append(
             TensorToWrite(
@@ -57,6 +64,7 @@ def save_adapter(
         )
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
+    fields = module_fields(nodes, settings, model)
     base, revision = hub.hub_name(base_ref) or (base_ref, None)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -67,11 +75,12 @@ def save_adapter(
         "lora_alpha": _whole(settings.alpha),
         "lora_dropout": settings.dropout,
         "target_modules": list(patterns.targets),
-        "bias": "none",
+        "bias": fields["bias"],
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None if score is None else ["score"],
+        "modules_to_save": [*(fields["modules_to_save"] or []), *([] if score is None else ["score"])]
+        or None,
         "use_rslora": settings.rslora,
         "use_dora": False,
         "rank_pattern": dict(patterns.ranks),
@@ -80,18 +89,35 @@ def save_adapter(
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
     }
+    if "trainable_token_indices" in fields:
+        config["trainable_token_indices"] = fields["trainable_token_indices"]
+        if not pairs:
+            config = _only_tokens(config, with_head="head" in nodes)
     sync.exchange_first(
         sync.gather_texts, lambda: write_model_json(folder / "adapter_config.json", config, sort=True)
     )
+
+
+def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
+    """Return the configuration of an adapter that trains rows of tokens only, for PEFT's own type of it."""
+    ids = config["trainable_token_indices"]
+    common = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
+    return {
+        **{name: config[name] for name in common},
+        "peft_type": ONLY_TOKENS,
+        "target_modules": ["embed_tokens", "lm_head"] if with_head else ["embed_tokens"],
+        "token_indices": ids["embed_tokens"] if with_head else ids,
+        "init_weights": True,
+    }
 
 
 def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
     """Return {"a", "b", "scale"} of each adapted weight by its path. Raises ValueError for other leaves."""
     found = pairs_by_path(adapter)
     for path, pair in found.items():
-        if set(pair) != {"a", "b", "scale"}:
+        if set(pair) != {"a", "b", "scale"} and not is_replacement(pair):
             raise ValueError(
-                f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, got "
+                f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, or weight, got "
                 f"{sorted(pair)}"
             )
     return found
@@ -99,7 +125,7 @@ def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
 
 def _module_name(model: Model, path: str) -> str:
     """Return the Hugging Face name of an adapted module, with {i} for the layer."""
-    names = linear_weight_names(model)
+    names = adaptable_weight_names(model)
     if path not in names:
         raise ValueError(f"adapter at {path}: not a linear layer of this model, which has {', '.join(names)}")
     return names[path].removesuffix(".weight")
@@ -107,10 +133,10 @@ def _module_name(model: Model, path: str) -> str:
 
 class _OnePair(NamedTuple):
     """The pair of one module, in layer `layer` of stacked leaves; rank: of which the further ones are
-    zero.
+    zero. names: of its tensors.
     """
 
-    module: str
+    names: tuple[str, str]
     leaves: dict[str, Any]
     layer: int | None
     rank: int
@@ -146,10 +172,10 @@ def _tensors_of_pair(one: _OnePair, exact: float) -> list[TensorToWrite]:
 
     return [
         TensorToWrite(
-            f"{PREFIX}{one.module}.lora_A.weight",
+            one.names[0],
             np.dtype(a.dtype),
             (rank, a.shape[-2]),
             lambda: layer_on_host(a, one.layer, True)[:rank],
         ),
-        TensorToWrite(f"{PREFIX}{one.module}.lora_B.weight", np.dtype(b.dtype), (b.shape[-1], rank), fetch_b),
+        TensorToWrite(one.names[1], np.dtype(b.dtype), (b.shape[-1], rank), fetch_b),
     ]

@@ -274,7 +274,8 @@ def load_base(
     files = open_files(ref)
     if adapter is not None:
         peft.check_base_copies(adapter, files)
-        files = merge.merge_on_read(files, stored.model, peft.read_adapter(adapter, stored.model)[0])
+        found, settings = peft.read_adapter(adapter, stored.model)
+        files = merge.merge_on_read(files, stored.model, found, settings.trainable_token_indices)
     readers = param_readers(files, stored.model)
 
     def load(path: str, spec: ParamSpec) -> Any:

@@ -49,6 +49,15 @@ def make_model(kind):
     if kind == "full":
         model, params = tiny(tied=True)
         return model, params, ".*"
+    if kind == "lora and others":  # a tied head reads the rows of tokens
+        settings = dict(
+            rank_pattern=(("q", 6),), modules_to_save=("final_norm",), trainable_token_indices=(3, 9)
+        )
+        model, params = tiny(tied=True, adapter=Adapter(rank=4, targets=("q", "o"), **settings))
+        return model, params, "adapter/.*/([ab]|weight|rows)"
+    if kind == "lora on tables":
+        model, params = tiny(adapter=Adapter(rank=4, targets=("q", "embed"), modules_to_save=("head",)))
+        return model, params, "adapter/.*/([ab]|weight)"
     model, params = tiny(adapter=Adapter(rank=4, targets=("q", "o", "down", "head")))
     if kind == "qlora":
         blocks = {"embed": 2, "head": 16}  # a vocabulary of 40, sharded over everything but data
@@ -95,6 +104,8 @@ def gradient_of(task, parts, batch, mesh=None):
 QUICK = {
     ("sft", "full"): ("1x8", "context 2"),
     ("sft", "lora"): ("2x2x2",),
+    ("sft", "lora and others"): ("2x2x2",),
+    ("sft", "lora on tables"): (),
     ("sft", "qlora"): (),
     ("dpo", "full"): ("context 2",),
     ("dpo", "lora"): ("1x8", "context 4 in slices"),

@@ -11,7 +11,8 @@ from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.inference.sampling import Sampling
 from jaxft.models.llama import from_hf, llama
-from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.optim.optimizer import Optim
 from jaxft.train import partition
 

@@ -14,7 +14,8 @@ from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.nn.lora import Adapted, Adapter, adapter_specs, attach, merge, target_paths
+from jaxft.nn.lora import Adapted, Adapter, attach, merge, target_paths
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear, lora_matmul
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
@@ -134,7 +135,7 @@ def test_targets_select_kernels(targets, paths, specs):
     [
         (("q_prj",), "adapter.targets: 'q_prj' is not a linear layer; near: q_proj"),
         (("q", "gat"), "adapter.targets: 'gat' is not a linear layer; near: gate"),
-        (("embed",), "adapter.targets: 'embed' is not a linear layer; near: "),
+        (("final_norm",), "adapter.targets: 'final_norm' is not a linear layer; near: "),
         (("attn_norm",), "adapter.targets: 'attn_norm' is not a linear layer; near: "),
         (
             "layers/mixer/.*",

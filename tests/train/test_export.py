@@ -15,7 +15,7 @@ from scripts_in_process import SCRIPTS, call
 from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.models.adapted import adapted
-from jaxft.nn import lora
+from jaxft.nn import lora_specs
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.runs import folder as runfolder
@@ -29,7 +29,7 @@ SETTINGS = Adapter(rank=4, alpha=8.0, targets=("q", "o", "up", "head"))
 
 def random_adapter(model, settings, size=0.3):
     """A random adapter with b != 0."""
-    fresh = init_params(lora.adapter_specs(model.specs, settings), jax.random.key(0))
+    fresh = init_params(lora_specs.adapter_specs(model.specs, settings), jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 100))
     return jax.tree.map(lambda x: size * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x, fresh)
 

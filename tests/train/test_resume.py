@@ -26,6 +26,11 @@ KINDS = {
         "sft",
         [
             "dropout=0.3",
+            "adapter.rank_pattern=q_proj:6",
+            "adapter.exclude_modules=layers.0.mlp.up_proj,",
+            "adapter.modules_to_save=lm_head,norm",
+            "adapter.trainable_token_indices=10,32",
+            "adapter.token_head=false",
             "quant=nf4",
             "micro=2",
             "loop.log_every=3",

@@ -17,6 +17,7 @@ from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
 from jaxft.nn import lora, matmul, param
 from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.quant import quantize
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
@@ -94,7 +95,9 @@ RANKS = (2, 5, 3)
 def fresh(model, rank, seed):
     """A random adapter of a rank with b != 0."""
     start = param.init_params(
-        lora.adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)), jax.random.key(seed), jnp.float64
+        adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)),
+        jax.random.key(seed),
+        jnp.float64,
     )
     return jax.tree.map(lambda x: x if x.ndim < 3 or jnp.any(x) else 0.3 * random(*x.shape, seed=seed), start)
 

@@ -28,7 +28,10 @@ def place(tmp_path_factory):
         text = text.replace(old, new)
     (folder / "config.py").write_text(text.replace("samples=0,", f'samples=0, general="{GENERAL}",'))
     (folder / "sft.py").write_text(
-        SFT_CONFIG.replace("Adapter(rank=4", "Adapter(rank=rank, alpha=8.0").replace("*, ", "", 1)
+        SFT_CONFIG.replace(
+            "Adapter(rank=4",
+            "Adapter(rank=rank, alpha=8.0, modules_to_save=('norm',), trainable_token_indices=(32, 7)",
+        ).replace("*, ", "", 1)
     )
     (folder / "sft.py").write_text(
         (folder / "sft.py").read_text().replace("seed: int = 0,", "seed: int = 0, rank: int = 4,", 1)

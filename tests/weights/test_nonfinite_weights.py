@@ -18,7 +18,8 @@ from tiny_llama import edit_config, tiny_torch, write_folder
 
 from jaxft.distributed import sharding
 from jaxft.models.llama_config import LlamaConfig
-from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import Quant
 from jaxft.nn.rope import Rope

@@ -16,7 +16,8 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter, adapter_specs, merge
+from jaxft.nn.lora import Adapter, merge
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.weights import hf_write, init, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
@@ -344,7 +345,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "change",
         [
-            {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["score"]},
+            {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "some"}, {"modules_to_save": ["score"]},
             {"init_lora_weights": "pissa"}, {"r": 0}, {"r": "2"}, {"lora_alpha": None},
             {"rank_pattern": {"q_proj": -1}}, {"fan_in_fan_out": True}, {"task_type": "SEQ_CLS"},
             {"target_parameters": ["x"]}, {"layer_replication": [[0, 1]]}, {"lora_bias": True},
@@ -417,7 +418,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "name, words",
         [
-            ("embed_tokens.lora_embedding_A", ("LoRA pair of the embedding table", "merge_and_unload")),
             ("layers.0.self_attn.q_proj.lora_A.default.weight", ("'default'", "save_pretrained")),
             ("layers.0.self_attn.q_proj.lora_B.my_task.weight", ("'my_task'", "save_pretrained")),
             ("layers.0.self_attn.q_proj.lora_magnitude_vector", ("DoRA", "merge_and_unload")),
@@ -428,11 +428,6 @@ class TestRefusals:
         extra = {f"base_model.model.model.{name}": np.zeros((2, 64), np.float32)}
         save_file({**load_file(path), **extra}, path)
         self.check_refuses(world, folder, name, *words)
-
-    def test_new_embeddings_that_are_saved_whole(self, world, folder):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["embed_tokens"]}))
-        self.check_refuses(world, folder, "modules_to_save=['embed_tokens']", "merge_and_unload")
 
     def test_adapters_in_subfolders_and_whole_models_are_found(self, world, folder, tmp_path):
         named = tmp_path / "named"
@@ -449,7 +444,8 @@ class TestRefusals:
         pair = {"a": np.zeros((3, 64, 2)), "b": np.zeros((3, 2, 64)), "scale": np.ones(3)}
         for adapter, word in [
             ({}, "no pairs"),
-            ({"embed": pair}, "not a linear layer"),
+            ({"final_norm": pair}, "not a linear layer"),
+            ({"embed": pair}, "the settings have rank 0"),
             ({"layers": {"attn": {"q": {**pair, "magnitude": np.ones((3, 64))}}}}, "magnitude"),
             ({"layers": {"attn": {"q": pair}}}, "rank 4"),
         ]:

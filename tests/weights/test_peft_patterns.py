@@ -10,7 +10,8 @@ from host_weights import load_on_host
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter, adapter_specs, pair_layouts
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import adapter_specs, pair_layouts
 from jaxft.nn.matmul import lora_matmul
 from jaxft.nn.param import init_params
 from jaxft.weights import peft as peft_layout

@@ -1,0 +1,234 @@
+"""Parameters that an adapter trains in full, in PEFT's layout: modules_to_save, biases, rows of tokens."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.models.model import Model
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_patterns import module_format
+from jaxft.nn.param import spec_paths
+from jaxft.nn.replaced import base_spec
+from jaxft.weights import finite
+from jaxft.weights.gather import layer_on_host
+from jaxft.weights.hf import HEAD
+from jaxft.weights.peft_refusals import MERGE
+from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
+
+PREFIX = "base_model.model."
+SCORE_MODULES = ("score", "classifier")  # heads of a sequence classifier; peft names both by default
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs
+ONLY_TOKEN_ROWS = "trainable_tokens_delta"
+
+
+class Modules(NamedTuple):
+    """What an adapter's files have besides LoRA pairs.
+
+    nodes: {"weight"} or {"rows"} by path. settings: fields of nn.lora.Adapter. used: names of tensors.
+    """
+
+    nodes: dict[str, dict[str, np.ndarray]]
+    settings: dict[str, Any]
+    used: set[str]
+
+
+def read_modules(
+    where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model, adapted: list[str]
+) -> Modules:
+    """Read the parameters that an adapter replaces. where: of adapter_config.json. adapted: paths with pairs.
+
+    Raises ValueError for modules, biases and tokens that the model or the files lack, or have in part.
+    """
+    nodes: dict[str, dict[str, np.ndarray]] = {}
+    used: set[str] = set()
+    base = spec_paths(model.specs.get("base", model.specs))
+    formats = {path: module_format(path, model.weight_names) for path in dict.fromkeys([*base, "head"])}
+    saved = [one for one in config.get("modules_to_save") or [] if one not in SCORE_MODULES]
+    biases = config.get("bias", "none")
+    settings: dict[str, Any] = {}
+    hits, in_modules = set[str](), set[str]()
+    for path, module in formats.items():
+        spec = base_spec(base, path)
+        count = spec.shape[0] if "{i}" in module else 1
+        selected = [one for one in saved if any(module.format(i=i).endswith(one) for i in range(count))]
+        whole = [one for one in selected if all(module.format(i=i).endswith(one) for i in range(count))]
+        if selected and not whole and len(selected) < count:
+            raise ValueError(
+                f"{where}: modules_to_save={saved!r} has {module} in some layers only, which is not "
+                f"supported; {MERGE}"
+            )
+        hits |= set(selected)
+        in_modules |= {path} if selected else set()
+        is_bias = path.endswith("_bias")
+        of_adapted = any(formats[one] == module for one in adapted)
+        if not selected and not (is_bias and (biases == "all" or (biases == "lora_only" and of_adapted))):
+            continue
+        if is_bias and not selected:
+            settings["bias"] = biases
+        layers = []
+        for i in range(count):
+            name = _tensor_name(files, model, path, i)
+            layers.append(
+                _read_like(files, name, spec.shape[1:] if "{i}" in module else spec.shape, path, model)
+            )
+            used.add(name)
+        nodes[path] = {"weight": np.stack(layers) if "{i}" in module else layers[0]}
+    if set(saved) - hits:
+        raise ValueError(
+            f"{where}: modules_to_save={saved!r}: this model has no module {min(set(saved) - hits)!r}; is "
+            "the adapter for another base model?"
+        )
+    settings["modules_to_save"] = tuple(_module_list(in_modules, model))
+    tokens = _read_tokens(where, config, files, model)
+    nodes |= tokens.nodes
+    return Modules(nodes, settings | tokens.settings, used | tokens.used)
+
+
+def _tensor_name(files: SafetensorsFiles, model: Model, path: str, layer: int) -> str:
+    """Return the name of a saved parameter in an adapter's files; the bias of an adapted layer is named after
+    the layer that the adapter wraps.
+    """
+    plain = PREFIX + model.weight_names.get(path, HEAD)[0].format(i=layer)
+    wrapped = plain.removesuffix(".bias") + ".base_layer.bias"
+    return wrapped if path.endswith("_bias") and wrapped in files.shapes else plain
+
+
+def _read_like(
+    files: SafetensorsFiles, name: str, shape: tuple[int, ...], path: str, model: Model
+) -> np.ndarray:
+    transposed = model.weight_names.get(path, HEAD)[1]
+    in_file = shape[::-1] if transposed else shape
+    if files.shapes.get(name) != in_file:
+        found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
+        raise ValueError(f"{files.where}: tensor {name} {found}; this model needs {in_file}")
+    value = _finite(files, name)
+    return value.T if transposed else value
+
+
+def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model) -> Modules:
+    """Read the rows of trainable tokens in the table, and in a head of its own."""
+    only = config.get("peft_type") == ONLY_TOKENS
+    listed = config.get("token_indices" if only else "trainable_token_indices")
+    if not listed:
+        return Modules({}, {}, set())
+    targets = config.get("target_modules") or ["embed_tokens"]
+    targets = [targets] if isinstance(targets, str) else targets
+    by_module = (
+        listed if isinstance(listed, dict) else dict.fromkeys(targets if only else ["embed_tokens"], listed)
+    )
+    ends = {str(name).rpartition(".")[2]: ids for name, ids in by_module.items()}
+    ids: Any = ends.get("embed_tokens")
+    if not _are_ids(ids, model.config.vocab) or any(
+        name not in ("embed_tokens", "lm_head") or other != ids for name, other in ends.items()
+    ):
+        raise ValueError(
+            f"{where}: trainable token indices {repr(listed)[:80]}; expected ids from 0 to "
+            f"{model.config.vocab - 1}, the same of embed_tokens and lm_head"
+        )
+    own_head = "head" in model.weight_names
+    nodes, used = {}, set()
+    for path in ("embed", *(["head"] if own_head and "lm_head" in ends else [])):
+        module = module_format(path, model.weight_names)
+        name = f"{PREFIX}{module}.{ONLY_TOKEN_ROWS if only else TOKEN_ROWS}"
+        if files.shapes.get(name) != (len(ids), model.config.width):
+            found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
+            raise ValueError(
+                f"{files.where}: tensor {name} {found}; expected {(len(ids), model.config.width)}"
+            )
+        nodes[path] = {"rows": _finite(files, name)}
+        used.add(name)
+    settings = {"trainable_token_indices": tuple(ids), "token_head": "head" in nodes or not own_head}
+    return Modules(nodes, settings, used)
+
+
+def _are_ids(ids: Any, vocab: int) -> bool:
+    return (
+        isinstance(ids, list)
+        and all(type(i) is int and 0 <= i < vocab for i in ids)
+        and len(set(ids)) == len(ids)
+    )
+
+
+def _finite(files: SafetensorsFiles, name: str) -> np.ndarray:
+    with finite.errors_name(f"{files.where}: tensor {name}"):
+        value = finite.require_finite(read_tensor(files, name))
+        return finite.cast_finite(value, np.float32) if value.dtype == np.float64 else value
+
+
+def module_tensors(
+    nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model, adapted: Mapping[str, str]
+) -> list[TensorToWrite]:
+    """Return the tensors of replaced parameters and rows. adapted: module formats by path of pairs."""
+    tensors = []
+    for path, node in nodes.items():
+        name, transposed = model.weight_names.get(path, HEAD)
+        if "rows" in node:
+            end = TOKEN_ROWS if adapted else ONLY_TOKEN_ROWS
+            rows = node["rows"]
+            tensors.append(
+                TensorToWrite(
+                    f"{PREFIX}{name.removesuffix('.weight')}.{end}",
+                    np.dtype(rows.dtype),
+                    tuple(rows.shape),
+                    partial(layer_on_host, rows, None, False),
+                )
+            )
+            continue
+        weight, stacked = node["weight"], "{i}" in name
+        if path.endswith("_bias") and name.removesuffix(".bias") in adapted.values():
+            name = name.removesuffix(".bias") + ".base_layer.bias"
+        shape = tuple(weight.shape[1:] if stacked else weight.shape)
+        for i in range(weight.shape[0]) if stacked else (None,):
+            tensors.append(
+                TensorToWrite(
+                    PREFIX + name.format(i=i),
+                    np.dtype(weight.dtype),
+                    shape[::-1] if transposed else shape,
+                    partial(layer_on_host, weight, i, transposed),
+                )
+            )
+    return tensors
+
+
+def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that declare replaced parameters and rows."""
+    fields: dict[str, Any] = {"bias": settings.bias}
+    saved = {path for path, node in nodes.items() if "weight" in node}
+    if settings.bias != "none":
+        kernels = {module_format(p, model.weight_names) for p in saved if not p.endswith("_bias")}
+        saved = {
+            p for p in saved if not p.endswith("_bias") or module_format(p, model.weight_names) in kernels
+        }
+    fields["modules_to_save"] = _module_list(saved, model) or None
+    if settings.trainable_token_indices:
+        ids = list(settings.trainable_token_indices)
+        with_head = "rows" in nodes.get("head", {})
+        fields["trainable_token_indices"] = {"embed_tokens": ids, "lm_head": ids} if with_head else ids
+    return fields
+
+
+def _module_list(saved: set[str], model: Model) -> list[str]:
+    """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: short
+    ones where no other module ends alike.
+    """
+    base = spec_paths(model.specs.get("base", model.specs))
+    modules = {
+        path: [
+            module_format(path, model.weight_names).format(i=i) for i in range(base_spec(base, path).shape[0])
+        ]
+        if "{i}" in module_format(path, model.weight_names)
+        else [module_format(path, model.weight_names)]
+        for path in dict.fromkeys([*base, "head"])
+    }
+    wanted = {name for path in saved for name in modules[path]}
+    everything = {name for names in modules.values() for name in names}
+    listed: set[str] = set()
+    for path in saved:
+        end = modules[path][0].rpartition(".")[2]
+        short = {name for name in everything if name.endswith(end)} <= wanted
+        listed |= {end} if short else set(modules[path])
+    return sorted(listed)
