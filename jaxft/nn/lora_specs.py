@@ -157,7 +157,7 @@ def _pair_specs(
     *lead, size_in, size_out = spec.shape
     *lead_axes, axis_in, axis_out = spec.axes
     rank, ranks = max(layout.ranks), layout.ranks
-    scales = [settings.scale_of(r or settings.rank, alpha) for r, alpha in zip(*layout, strict=True)]
+    scales = [settings.scale_of(r, alpha) if r else settings.scale for r, alpha in zip(*layout, strict=True)]
     start, start_b = (full(0.0), normal(1.0)) if is_table else (kaiming_uniform(size_in), full(0.0))
     if min(ranks) < rank:
         start = _zero_beyond(start, ranks)

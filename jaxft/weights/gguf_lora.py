@@ -34,6 +34,12 @@ def save_gguf_adapter(path: Path, model: Model, adapter: Params, kind: str, name
     architecture, pairs = architecture_for(model.config), pairs_by_path(adapter)
     if not pairs:
         raise ValueError(f"{path}: the adapter has no pairs to write")
+    for weight, pair in pairs.items():
+        if set(pair) != LORA_PAIR or weight not in model.weight_names or not model.weight_names[weight][1]:
+            raise ValueError(
+                f"adapter of {weight}: llama.cpp's adapters have pairs a and b of linear layers, and no head "
+                f"of its own for a tied embedding; this one has {', '.join(sorted(pair))}: {MERGE_INSTEAD}"
+            )
     alpha = _alpha(pairs)
     fields = [
         Field("general.type", "STRING", "adapter"),
@@ -44,11 +50,6 @@ def save_gguf_adapter(path: Path, model: Model, adapter: Params, kind: str, name
     ]
     tensors: list[GgufTensorToWrite] = []
     for weight, pair in pairs.items():
-        if set(pair) != LORA_PAIR or weight not in model.weight_names or not model.weight_names[weight][1]:
-            raise ValueError(
-                f"adapter of {weight}: llama.cpp's adapters have pairs a and b of linear layers, and no head "
-                f"of its own for a tied embedding; this one has {', '.join(sorted(pair))}: {MERGE_INSTEAD}"
-            )
         hf = model.weight_names[weight][0]
         for layer in range(pair["a"].shape[0]) if "{i}" in hf else (None,):
             stored = gguf_name(architecture, hf.format(i=layer))

@@ -332,8 +332,9 @@ def _stack(pairs: list[Pair], settings: Adapter, stacked: bool) -> dict[str, np.
     dtype = np.result_type(np.float32) if len(dtypes) > 1 else pairs[0].a.dtype
     a = np.stack([np.pad(p.a, ((0, 0), (0, rank - p.a.shape[1]))).astype(dtype) for p in pairs])
     b = np.stack([np.pad(p.b, ((0, rank - p.b.shape[0]), (0, 0))).astype(dtype) for p in pairs])
-    scale = np.array(
-        [settings.scale_of(r or 1, p.alpha) for r, p in zip(ranks, pairs, strict=True)], np.float32
-    )
+    scales = [
+        settings.scale_of(r, p.alpha) if r else settings.scale for r, p in zip(ranks, pairs, strict=True)
+    ]
+    scale = np.array(scales, np.float32)
     leaves = {"a": a, "b": b, "scale": scale}
     return leaves if stacked else jax.tree.map(lambda x: x[0], leaves)
