@@ -245,10 +245,10 @@ def _backward(qkv, ranges, results, settings, dtype, out):
             j = key_blocks[i, n]
             k_KNE = _floats(k_DKNE[j], dtype)
             s_KMN, slope_KMN = _scores(q_KME, k_KNE, ranges_N, j, softcap)
-            p_KMN = jnp.exp(s_KMN - lse_KM[:, :, None]).astype(dtype)
-            dv_DKEN = _add(dv_DKEN, j, wide_einsum("kem,kmn->ken", do_KEM, p_KMN))
+            p_KMN = jnp.exp(s_KMN - lse_KM[:, :, None])
+            dv_DKEN = _add(dv_DKEN, j, wide_einsum("kem,kmn->ken", do_KEM, p_KMN.astype(dtype)))
             dp_KMN = wide_einsum("kme,kne->kmn", do_KME, _floats(v_DKNE[j], dtype))
-            ds_KMN = p_KMN.astype(wide) * (dp_KMN - delta_KM[:, :, None]) * E**-0.5
+            ds_KMN = p_KMN * (dp_KMN - delta_KM[:, :, None]) * E**-0.5
             ds_KMN = (ds_KMN if slope_KMN is None else ds_KMN * slope_KMN).astype(dtype)
             dk_DKEN = _add(dk_DKEN, j, wide_einsum("kem,kmn->ken", q_KEM, ds_KMN))
             return dq_KME + wide_einsum("kmn,kne->kme", ds_KMN, k_KNE), dk_DKEN, dv_DKEN

@@ -119,6 +119,16 @@ def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
     assert_close(found, expected, tolerance)
 
 
+def test_the_error_of_bfloat16_is_at_most_twice_the_rounding_of_the_reference():
+    x = arrays(np.random.default_rng(0), 2, 256, 4, 2, 128, jnp.bfloat16)
+    rows = key_ranges(jnp.ones((2, 256), jnp.int32))
+    found, rounded = (value_and_gradients(fn, *x, rows) for fn in (attention.flash, attention.dense))
+    truth = value_and_gradients(attention.dense, *(a.astype(jnp.float32) for a in x), rows)
+    for ours, reference, exact in zip(found, rounded, truth, strict=True):
+        ours, reference = (np.abs(np.asarray(a, np.float32) - exact).max() for a in (ours, reference))
+        assert ours <= 2 * reference
+
+
 def test_large_scores_stay_finite():
     rng = np.random.default_rng(2)
     q, k, v, do = arrays(rng, 1, 40, 2, 1, 8, jnp.float32)
