@@ -18,12 +18,16 @@ written as a sequence classifier with one label.
 --gguf writes one file with tokenizer and chat template, without torch and llama.cpp. TYPE is F32, F16,
 BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1 or Q4_0; the mixtures are llama.cpp's.
 If REF is a .gguf file, TYPE may be keep for its own types and metadata: only adapted weights are rounded.
+--calibrate weights rounding errors by the mean squares of the layers' inputs on rows in the formats of
+training, as llama.cpp's importance matrix does. It runs the model, and memory holds the model and a square
+matrix of each layer's inputs (see quantize.py).
 --adapter-only writes the adapter alone (F32, F16, BF16), for llama.cpp's --lora and Ollama's ADAPTER.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -50,6 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
     parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file of this type, such as Q8_0")
+    parser.add_argument(
+        "--calibrate", metavar="ROWS", help="with --gguf: calibration rows: a file, a folder or a hub dataset"
+    )
     parser.add_argument("--adapter-only", action="store_true", help="with --gguf: write the adapter alone")
     return parser
 
@@ -62,9 +69,32 @@ def arguments() -> argparse.Namespace:
         parser.error("use either --run, or --model or --adapter or both")
     if args.adapter_only and not (args.gguf and (args.run or args.adapter)):
         parser.error("--adapter-only is for --gguf with an adapter; use --gguf F16")
+    if args.calibrate and (not args.gguf or args.adapter_only):
+        parser.error("--calibrate is for the quantised types of --gguf; for --pack use scripts/quantize.py")
     if args.gguf and (args.pack or args.dtype):
         parser.error("--gguf names the type of the weights; leave --pack and --dtype out")
     return args
+
+
+def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, Any]:
+    """Return the importances of the inputs of the blocks' linear layers of the merged model."""
+    from jaxft.nn.quant import Quant
+    from jaxft.train.calibrate import Calibration, input_moments
+    from jaxft.train.export_gguf import importances_of
+    from jaxft.weights import pretrained, storage
+
+    model, ref = source.model, source.ref
+    paths = [p for p in storage.quantised_paths(model.specs, Quant("int8")) if p.startswith("layers/")]
+    stored = pretrained.frozen_model(model, None, ref)
+    moments = input_moments(
+        Calibration(rows),
+        model,
+        source.tokenizer,
+        paths,
+        lambda mesh: pretrained.load_base(ref, stored, mesh, adapter=adapter_folder),
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return importances_of(moments, model)
 
 
 def main() -> int:
@@ -103,7 +133,9 @@ def main() -> int:
         print(f"{args.out}: {export_gguf.export_gguf_adapter(args.out, source, args.gguf)}")
         return 0
     if args.gguf:
-        print(f"{args.out}: {merged} as {args.gguf}, {export_gguf.export_gguf(args.out, source, args.gguf)}")
+        importances = calibrate(args.calibrate, source, adapter_folder) if args.calibrate else {}
+        summary = export_gguf.export_gguf(args.out, source, args.gguf, importances)
+        print(f"{args.out}: {merged} as {args.gguf}, {summary}")
         return 0
     how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
     dtype = args.dtype or "bfloat16"

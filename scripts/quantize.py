@@ -61,48 +61,20 @@ def progress(line: str) -> None:
 
 def calibrate(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) -> dict[str, Any]:
     """Return the second moments of the inputs of the blocks' linear layers on the calibration rows."""
-    import jax
-    import jax.numpy as jnp
+    from jaxft.train.calibrate import Calibration, input_moments
+    from jaxft.weights import pretrained, storage
 
-    from jaxft.data.invalid import invalid_lines
-    from jaxft.data.sft import Rows
-    from jaxft.distributed import sharding
-    from jaxft.objectives.sft import sft
-    from jaxft.weights import gptq, pretrained, storage
-
-    if args.tokens < args.max_length:
-        raise ValueError(
-            f"--tokens {args.tokens} is less than one row of --max-length {args.max_length}; raise it"
-        )
-    mesh = sharding.make_mesh(sharding.MeshShape())
-    with jax.set_mesh(mesh):
-        shards = sharding.row_shards(mesh)
-        columns = tuple(args.columns.split(",")) if args.columns else ()
-        rows = Rows(
-            args.calibrate,
-            held_out=0.0,
-            columns=columns,
-            invalid=args.invalid,
-            loss_on="all",
-            max_length=args.max_length,
-            batch=4,
-        )
-        source = rows.open(tokenizer, shards)
-        for line in invalid_lines(source.info.stats.invalid):
-            progress(line)
-        base = pretrained.load_frozen(args.model, model, mesh)
-        paths = [path for path in storage.quantised_paths(model.specs, quant) if path.startswith("layers/")]
-        steps = min(source.info.steps, -(-args.tokens // (rows.batch * rows.max_length)))
-        objective = sft(model)
-
-        def batches() -> Any:
-            for step in range(steps):
-                progress(f"calibrating on batch {step + 1} of {steps}")
-                yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step)[0])
-
-        return gptq.second_moments(
-            model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0]
-        )
+    columns = tuple(args.columns.split(",")) if args.columns else ()
+    rows = Calibration(args.calibrate, columns, args.invalid, args.tokens, args.max_length)
+    paths = [path for path in storage.quantised_paths(model.specs, quant) if path.startswith("layers/")]
+    return input_moments(
+        rows,
+        model,
+        tokenizer,
+        paths,
+        lambda mesh: pretrained.load_frozen(args.model, model, mesh),
+        progress,
+    )
 
 
 def main() -> int:

@@ -2,8 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from jaxft.models.model import Model
 from jaxft.nn import lora
 from jaxft.nn.quant import CHECKPOINT
 from jaxft.train.export import ExportSource, merged_base
@@ -25,12 +30,15 @@ def check_gguf_output(out: Path, ref: str) -> None:
         raise ValueError(f"--out {out} is the file that is read; choose another name")
 
 
-def export_gguf(out: Path, source: ExportSource, mixture: str) -> str:
+def export_gguf(
+    out: Path, source: ExportSource, mixture: str, importances: Mapping[str, np.ndarray] | None = None
+) -> str:
     """Write a model to the file `out`, tensor by tensor; return a summary.
 
     mixture: a name of gguf_types.MIXTURES, or "keep" for the types and metadata of the GGUF file that the
     model comes from, which is copied bit for bit without an adapter. Raises ValueError, and leaves no file,
     for a model that GGUF cannot express and for weights that are not finite.
+    importances: mean squares of the inputs of weights by Hugging Face name (see importances_of).
     """
     located = hub.locate(source.ref)
     header = gguf_header.read_gguf_header(located.path) if located.kind == "gguf" else None
@@ -56,6 +64,7 @@ def export_gguf(out: Path, source: ExportSource, mixture: str) -> str:
         None if rounded and not keep else header,
         _changed(source, rounded),
         keep,
+        dict(importances or {}),
     )
     saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
@@ -64,6 +73,18 @@ def export_gguf(out: Path, source: ExportSource, mixture: str) -> str:
         *pretrained.file_notes(source.ref, source.model),
     ]
     return "; ".join(lines)
+
+
+def importances_of(moments: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
+    """Return the mean squares of the inputs of weights by Hugging Face name, up to a factor for each weight.
+
+    moments: by parameter path, float32 [L, I, I], see calibrate.input_moments.
+    """
+    return {
+        model.weight_names[path][0].format(i=i): np.diagonal(np.asarray(square))
+        for path, squares in moments.items()
+        for i, square in enumerate(squares)
+    }
 
 
 def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:

@@ -74,7 +74,10 @@ def _chunks(
     """Yield (blocks [count, block], their importances or None, how many of them are values)."""
     blocks = values.reshape(-1, block)
     per_row = values.shape[-1] // block
-    of_row = None if importance is None else np.asarray(importance, np.float32).reshape(per_row, block)
+    of_row = None
+    if importance is not None:  # about 1, so that products of their sums stay normal numbers
+        wide = importance.astype(np.float64)
+        of_row = (wide / (wide.mean() or 1.0)).astype(np.float32).reshape(per_row, block)
     for at in range(0, len(blocks), count):
         x = np.asarray(blocks[at : at + count], np.float32)
         used = len(x)

@@ -1,8 +1,8 @@
 """Write a model as a GGUF file for llama.cpp and what is built on it, one tensor at a time."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ class GgufOptions:
     completion. license: of the model, "" if unknown. source: the GGUF file that the model comes from, None
     for another model. changed: Hugging Face names of tensors whose values differ from it; of the others the
     bytes are copied where the type is the same. keep: keep the types and the metadata of the source instead
-    of the mixture's types and new metadata.
+    of the mixture's types and new metadata. importances: of the inputs of weights by Hugging Face name, by
+    which rounding errors are weighted.
     """
 
     mixture: str
@@ -43,6 +44,7 @@ class GgufOptions:
     source: GgufHeader | None = None
     changed: frozenset[str] = frozenset()
     keep: bool = False
+    importances: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Saved(NamedTuple):
@@ -66,11 +68,14 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
     else:
         fields = [*_general_fields(options), *own, *tokenizer_fields(tokenizer, config.vocab, options.ends)]
     tied = "head" not in base
-    mixed = MixtureModel(name, config.layers, config.heads, config.kv_heads, tied)
-    tensors = [
-        GgufTensorToWrite(table, "F32", values.shape, partial(tensor_bytes, values, "F32"))
-        for table, values in tables.items()
-    ]
+    weighted = bool(options.importances)
+    mixed = MixtureModel(name, config.layers, config.heads, config.kv_heads, tied, weighted)
+    tensors = []
+    for table, values in tables.items():
+        encode, read = partial(tensor_bytes, values, "F32"), source.tensors.get(table) if source else None
+        if read is not None and (read.kind, read.shape) == ("F32", values.shape):
+            encode = partial(raw_bytes, read)
+        tensors.append(GgufTensorToWrite(table, "F32", values.shape, encode))
     for tensor in hf_write.tensors_to_write(base, model.weight_names):
         gguf, fetch = gguf_name(name, tensor.name), stored_values(name, tensor, model)
         same = source.tensors.get(gguf) if source and tensor.name not in options.changed else None
@@ -78,7 +83,7 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
             kind = _kept_kind(source, gguf, same is None)
         else:
             kind = tensor_kind(gguf, tensor.shape, options.mixture, mixed)
-        encode = partial(_encode, fetch, kind)
+        encode = partial(_encode, fetch, kind, options.importances.get(tensor.name))
         if same is not None and same.kind == kind and same.shape == tensor.shape:
             encode = partial(raw_bytes, same)
         tensors.append(GgufTensorToWrite(gguf, kind, tensor.shape, encode))
@@ -93,8 +98,8 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
     return Saved(Counter(tensor.kind for tensor in tensors), notes)
 
 
-def _encode(fetch: Callable[[], np.ndarray], kind: str) -> np.ndarray:
-    return tensor_bytes(fetch(), kind)
+def _encode(fetch: Callable[[], np.ndarray], kind: str, importance: np.ndarray | None) -> np.ndarray:
+    return tensor_bytes(fetch(), kind, importance)
 
 
 def _kept_fields(source: GgufHeader) -> list[Field]:

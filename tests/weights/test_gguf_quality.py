@@ -7,7 +7,6 @@ from pathlib import Path
 
 import gguf as gguf_package
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_families import rows
@@ -48,13 +47,13 @@ def exported(tmp_path_factory):
 def logits():
     """Logits [rows, LENGTH, V] of a file for token ids; one compiled program for all files."""
     model = pretrained.model_for(SMOLLM2)
-    forward = jax.jit(lambda params, ids: model.logits(model.head(params), model.hidden(params, rows(ids))))
+    forward = jax.jit(lambda params, batch: model.logits(model.head(params), model.hidden(params, batch)))
     loaded = {}
 
     def of(path, ids):
         if path not in loaded:
             loaded[path] = pretrained.load_frozen(str(path), model, sharding.make_mesh(sharding.MeshShape()))
-        return np.asarray(forward(loaded[path], jnp.asarray(ids)), np.float32)
+        return np.asarray(forward(loaded[path], rows(ids)), np.float32)
 
     return of
 

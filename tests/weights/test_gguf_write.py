@@ -409,3 +409,27 @@ def test_bad_adapter_exports_are_one_line(exported, tmp_path, monkeypatch, capsy
     code, _, err = call(monkeypatch, capsys, "export", *options, *more)
     assert code and match in err.splitlines()[-1], err
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_calibration_rows_weight_the_errors_of_the_written_types(tmp_path, monkeypatch, capsys):
+    """ffn_up's inputs that the norm before it makes large have smaller errors than without calibration."""
+    reference = tiny_llama()
+    reference.model.layers[0].post_attention_layernorm.weight.data[:] = torch.where(
+        torch.arange(64) % 8 == 0, 8.0, 0.5
+    )
+    folder = tmp_path / "base"
+    reference.save_pretrained(str(folder))
+    plain_tokenizer().save_pretrained(str(folder))
+    texts = [{"text": f"the rank of a matrix is {i}, the user asks {i * i}"} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    errors = {}
+    for name, more in (("plain", ()), ("weighted", ("--calibrate", tmp_path / "rows.jsonl"))):
+        path = tmp_path / f"{name}.gguf"
+        options = ("--model", folder, "--gguf", "Q4_1", "--out", path, *more)
+        code, _, err = call(monkeypatch, capsys, "export", *options)
+        assert code == 0, err
+        weight = "model.layers.0.mlp.up_proj.weight"
+        exact = reference.state_dict()[weight].numpy()
+        errors[name] = np.square(pretrained.open_files(str(path)).read(weight) - exact).mean(0)
+    large = np.arange(64) % 8 == 0
+    assert errors["weighted"][large].mean() < 0.8 * errors["plain"][large].mean()
