@@ -1,5 +1,4 @@
-"""Write a model, with the adapter merged, as a Hugging Face folder for transformers, vLLM and others, or as a
-GGUF file for llama.cpp, Ollama and others.
+"""Write a model, with the adapter merged, as a Hugging Face folder or as a GGUF file.
 
     python scripts/export.py --run runs/sft --out merged
     python scripts/export.py --adapter FOLDER --out merged               # on the base that it was trained on
