@@ -43,7 +43,8 @@ def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
     """Return the weight with its columns grouped and sharded by device."""
     order = partial(_by_device, widths=widths, ways=ways)
     if isinstance(w, Adapted):
-        return replace(w, weight=_spread(w.weight, widths, ways), b=order(w.b))
+        magnitude = None if w.magnitude is None else order(w.magnitude[..., None, :])[..., 0, :]
+        return replace(w, weight=_spread(w.weight, widths, ways), b=order(w.b), magnitude=magnitude)
     if isinstance(w, GramProbe):
         return replace(w, weight=_spread(w.weight, widths, ways))
     if not isinstance(w, QTensor):

@@ -2,7 +2,8 @@
 time.
 
 An adapter has the base's paths; each adapted kernel [L, I, O] has `a` [L, I, R], `b` [L, R, O] and the frozen
-`scale` [L] = alpha / rank. Without attaching it, the model is the base model bit for bit.
+`scale` [L] = alpha / rank; with DoRA also `magnitude` [L, O], see nn/dora.py. Without attaching it, the model
+is the base model bit for bit.
 
 Where layers have different ranks, R is the largest: the further columns of `a` and rows of `b` are zero. Both
 of their gradients are then zero, so that they stay zero in training; they are not exported.
@@ -10,7 +11,7 @@ of their gradients are then zero, so that they stay zero in training; they are n
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -19,13 +20,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn import replaced
+from jaxft.nn import dora, replaced
 from jaxft.nn.param import Specs, spec_paths
-from jaxft.nn.quant import QTensor, dequantize
+from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize
 from jaxft.tree import Params, static, struct
 
 # Layers that compute several projections by one matrix, and the layers that other models have in their place.
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+AdapterInit = Literal["default", "pissa", "olora", "loftq"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,20 @@ class Adapter:
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
     that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
 
+    dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
+    use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
+    quantised base) start from the base's weights and store the base without that part, see
+    weights/lora_start.py.
+
     Trained in full in addition, and saved with the adapter: modules_to_save, modules such as "lm_head",
     "embed_tokens" or "norm"; bias, the biases of all or of the adapted layers; trainable_token_indices, the
     rows of these tokens in the embedding table, with token_head also in a head of its own (a tied head has
     the same rows).
+
+    dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
+    use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
+    quantised base) start from the base's weights and store the base without that part, see
+    weights/lora_start.py.
     """
 
     rank: int = 16
@@ -60,8 +74,15 @@ class Adapter:
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] = ()
     token_head: bool = True
+    dora: bool = False
+    init: AdapterInit = "default"
 
     def __post_init__(self):
+        if self.changes_base and (self.dora or self.replaces_weights):
+            raise ValueError(
+                f"adapter.init={self.init} changes the base; it needs adapter.dora=false, and no "
+                "modules_to_save, bias or trainable_token_indices"
+            )
         if self.rank < 1:
             raise ValueError(f"adapter.rank must be at least 1, got {self.rank}")
         if not 0.0 < abs(self.alpha) < 3.4e38 or not abs(self.scale) > 1e-37:  # of float32
@@ -76,6 +97,24 @@ class Adapter:
         for pattern, alpha in self.alpha_pattern:
             if not 0.0 < abs(alpha) < 3.4e38:
                 raise ValueError(f"adapter.alpha_pattern: {pattern!r} must be finite and not 0, got {alpha}")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base is stored without a part of it, which the adapter has at step 0."""
+        return self.init in RESIDUAL_INITS
+
+    @property
+    def exported(self) -> "Adapter":
+        """The settings of the adapter that a run writes: of twice the rank if the base was changed, for the
+        unchanged one.
+        """
+        if not self.changes_base:
+            return self
+        times = 2**0.5 if self.rslora else 2
+        ranks = tuple((pattern, 2 * rank) for pattern, rank in self.rank_pattern)
+        alphas = tuple((pattern, times * alpha) for pattern, alpha in self.alpha_pattern)
+        wider = replace(self, rank=2 * self.rank, rank_pattern=ranks, init="default")
+        return replace(wider, alpha=times * self.alpha, alpha_pattern=alphas)
 
     @property
     def scale(self) -> float:
@@ -106,6 +145,7 @@ class Adapted:
     b: Any  # [L, R, O]
     scale: Any  # [L]
     dropout: float = static(default=0.0)
+    magnitude: Any = None  # [L, O] with DoRA
 
 
 def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
@@ -168,7 +208,8 @@ def attach(base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, 
     token_ids: the tokens of replaced rows.
     """
     if _is_pair(adapter):
-        return Adapted(base, adapter["a"], adapter["b"], adapter["scale"], dropout)
+        pair = adapter["a"], adapter["b"], adapter["scale"]
+        return Adapted(base, *pair, dropout, adapter.get("magnitude"))
     if not adapter:
         return base
     return {
@@ -215,12 +256,15 @@ def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array:
-    """Return `w + scale a b`, computed in float32 or wider, in `dtype`, of one kernel or a stack."""
+    """Return `w + scale a b`, with DoRA rescaled to its magnitudes, computed in float32 or wider, in `dtype`,
+    of one kernel or a stack.
+    """
     wide = np.promote_types(dtype, np.float32)
     w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
     a, b, scale = (jnp.asarray(pair[name], wide) for name in ("a", "b", "scale"))
     low = jnp.einsum("...ir,...ro->...io", a * scale[..., None, None], b, precision=jax.lax.Precision.HIGHEST)
-    return (w + low).astype(dtype)
+    merged = w + low
+    return (dora.rescaled(merged, pair["magnitude"]) if "magnitude" in pair else merged).astype(dtype)
 
 
 def merge_node(

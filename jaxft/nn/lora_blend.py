@@ -21,8 +21,12 @@ def widened_pairs(params: Params) -> Params:
     """Return the tree with the rank of every (a, b) pair multiplied by RANKS, padded with zeros: room for
     blends.
 
-    A pair of which only one side is there is left as it is.
+    A pair of which only one side is there is left as it is. Raises ValueError for DoRA.
     """
+    if isinstance(params, dict) and params.get("magnitude") is not None:
+        raise ValueError(
+            "a mean of DoRA adapters is no adapter of a low rank; set adapter.dora=false, or moving=none"
+        )
     if _is_pair(params):
         a, b = params["a"], params["b"]
         extra = (RANKS - 1) * a.shape[-1]

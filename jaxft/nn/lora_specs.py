@@ -113,12 +113,13 @@ def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -
         layouts[0] == layouts[1]
         and shapes[0] == shapes[1]
         and tokens[0] == tokens[1]
-        and (one.rslora == other.rslora)
+        and (one.rslora, one.dora) == (other.rslora, other.dora)
     )
 
 
 def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = None) -> dict[str, Any]:
-    """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero.
+    """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero. Magnitudes start at 0
+    and get the norms of the base's weights by weights.lora_start.init_magnitudes.
 
     names: the model's weight_names; without them patterns match names of paths only.
     """
@@ -127,6 +128,11 @@ def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = N
     if "head" in layouts and settings.dropout:
         raise ValueError(
             f"adapter.dropout={settings.dropout} has no effect on an adapter of the head; set it to 0"
+        )
+    if "embed" in layouts and settings.dora:
+        raise ValueError(
+            "adapter.dora is for linear layers; leave embed_tokens out of adapter.targets, or set "
+            "adapter.dora=false"
         )
     nodes: dict[str, dict[str, ParamSpec]] = {
         path: _pair_specs(replaced.base_spec(base, path), layout, settings, is_table=path == "embed")
@@ -161,10 +167,12 @@ def _pair_specs(
     start, start_b = (full(0.0), normal(1.0)) if is_table else (kaiming_uniform(size_in), full(0.0))
     if min(ranks) < rank:
         start = _zero_beyond(start, ranks)
+    magnitude = ParamSpec((*lead, size_out), (*lead_axes, axis_out), full(0.0), spec.heads)
     return {
         "a": ParamSpec((*lead, size_in, rank), (*lead_axes, axis_in, "rank"), start, spec.heads),
         "b": ParamSpec((*lead, rank, size_out), (*lead_axes, "rank", axis_out), start_b, spec.heads),
         "scale": ParamSpec(tuple(lead), tuple(lead_axes), _constant(scales)),
+        **({"magnitude": magnitude} if settings.dora else {}),
     }
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
-from jaxft.nn import fp8
+from jaxft.nn import dora, fp8
 from jaxft.nn.lora import Adapted
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.nn.replaced import Replaced, TokenRows
@@ -345,7 +345,19 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
     fn = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
-    return fn(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
+    dropped = dropout(x, w.dropout, key)
+    if w.magnitude is None:
+        return fn(x, dropped, w.weight, w.a, w.b, w.scale)
+    gains = _gains(w, expand_after(w.weight, x))
+    y = dora.scale_outputs(fn(dropped, dropped, w.weight, w.a, w.b, w.scale), gains)
+    # as in PEFT, dropout is applied to the input of `(gain - 1) w`, too
+    return y if dropped is x else y + matmul(x - dropped, w.weight, False, False)
+
+
+def _gains(w: Adapted, weight: Float[Array, "I O"]) -> Float[Array, "*K O"]:
+    """Return DoRA's factor of each output of an adapted weight, whose dequantised base weight is `weight`."""
+    weight, a, b = jax.lax.stop_gradient((weight, w.a, w.b))
+    return dora.gains(w.magnitude, dora.output_norms(weight, a, b, w.scale))
 
 
 def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -359,6 +371,9 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
     if isinstance(head, Adapted):
         low = matmul(h, head.a, False, False) * head.scale.astype(h.dtype)
         logits = logits + matmul(low, head.b, False, True)
+        if head.magnitude is not None:
+            weight = expand_after(params["embed"], h).T if w is None else expand_after(w, h)
+            logits = dora.scale_outputs(logits, _gains(head, weight))
     return logits
 
 

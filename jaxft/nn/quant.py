@@ -18,6 +18,8 @@ from jaxft.tree import static, struct
 KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"
 QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
+# Initialisations of an adapter (nn.lora.Adapter) that store the base without a part of it.
+RESIDUAL_INITS = ("pissa", "olora", "loftq")
 HOST_CHUNK = 1 << 18  # elements
 
 
@@ -57,10 +59,16 @@ class Quant:
 
 
 def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quant | None:
-    """Return the settings of a kind, or without one those in the record of a run."""
+    """Return the settings of a kind, or without one those in the record of a run.
+
+    A run with one of RESIDUAL_INITS has another quantised base than the files; its exported adapter is for
+    the base in its own precision, so these are None.
+    """
     if kind is not None:
         return Quant.parse(kind)
     settings = (record or {}).get("quant")
+    if ((record or {}).get("adapter") or {}).get("init") in RESIDUAL_INITS:
+        return None
     if not settings:
         return None
     try:

@@ -25,6 +25,7 @@ from jaxft.tree import Params
 from jaxft.weights import gptq, hf_write, hub, peft_write, pretrained, quantised_write
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.hf import HEAD
+from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.quant_layout import quantize_layout
 from jaxft.weights.quantised import dequantised
@@ -193,14 +194,20 @@ def weights_gib(folder: Path) -> float:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 2**30
 
 
-def export_run(partition: Partition, params: Params, run: Run, tokenizer: Any, folder: Path) -> Path:
+def export_run(
+    partition: Partition, params: Params, run: Run, tokenizer: Any, folder: Path, start: Params | None = None
+) -> Path:
     """Write adapter/ (PEFT layout) if no base weight was trained, else model/ (Hugging Face layout, merged).
 
+    start: the adapter at step 0, if it changed the base; the adapter is then written for the unchanged base.
     Every process calls this and gathers a layer at a time; process 0 writes.
     """
     if run.adapter and not trains_base(partition):
         out, score = folder / "adapter", params.get("score")
-        peft_write.save_adapter(out, params["adapter"], run.adapter, run.model, run.weights, score)
+        adapter, settings = params["adapter"], run.adapter
+        if start is not None:
+            adapter, settings = for_unchanged_base(adapter, start, settings)
+        peft_write.save_adapter(out, adapter, settings, run.model, run.weights, score)
         tokenizer = tokenizer if score is None else hf_write.with_distinct_pad_token(tokenizer)
         sync.exchange_first(sync.gather_texts, lambda: write_tokenizer(out, tokenizer))
         return out

@@ -254,7 +254,8 @@ def load_members(
     """Return the members' states and frozen parameters on the mesh; the base is loaded once."""
     states, frozen, base = [], [], None
     for number, member in enumerate(job.members):
-        state, own = start(member.run, member.programs, restored[number] if restored else None, base)
+        saved = restored[number] if restored else None
+        state, own = start(member.run, member.programs, saved, base, member.folder)
         base = own["base"]
         states.append(state)
         frozen.append(own)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
 from jaxft.nn.attention import attention_line
+from jaxft.nn.lora import pairs_by_path
+from jaxft.nn.quant import CHECKPOINT
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups
@@ -29,6 +32,7 @@ from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
 from jaxft.weights.adapters import adapter_folder
 from jaxft.weights.extend import check_new_tokens
+from jaxft.weights.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     check_new_tokens(run.weights, run.model, run.adapter, partition.trainable_paths(parts))
     objective = run.objective(parts.model)
     _check_dropout(run, objective)
+    if run.adapter and run.adapter.dora:
+        _check_dora(run, parts)
+    if run.adapter and run.adapter.changes_base:
+        _check_init(run, parts)
     if run.optim.fused_backward and run.loop.watch:
         raise ValueError(
             "loop.watch needs the gradients after the backward pass; set optim.fused_backward=false"
@@ -129,6 +137,38 @@ def _check_dropout(run: Run, objective: Objective) -> None:
         )
 
 
+def _check_dora(run: Run, parts: partition.Partition) -> None:
+    """Raise ValueError for DoRA on weights that are trained themselves."""
+    adapted = {f"base/{path}" for path in pairs_by_path(parts.specs["adapter"])}
+    both = partition.trainable_paths(parts) & adapted
+    if both:
+        raise ValueError(
+            f"{min(both)} is trained and has a DoRA adapter, which needs a frozen weight; set "
+            "adapter.dora=false, or leave it out of run.train"
+        )
+
+
+def _check_init(run: Run, parts: partition.Partition) -> None:
+    """Raise ValueError for settings that an adapter which changes the base can't be combined with."""
+    assert run.adapter is not None
+    setting = f"adapter.init={run.adapter.init}"
+    if run.start:
+        raise ValueError(
+            f"{setting} is for a fresh adapter, but start={run.start} has its own; set one of them"
+        )
+    if run.heads:
+        raise ValueError(
+            f"{setting} changes the base, which {', '.join(run.heads)} shares; set adapter.init=default"
+        )
+    if run.quant and run.quant.kind == CHECKPOINT:
+        raise ValueError(
+            f"{setting} changes the base, which quant={CHECKPOINT} stores unchanged; use another quant"
+        )
+    if run.adapter.init == "loftq" and not run.quant:
+        raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")
+    check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)
+
+
 def _check_lora_plus(run: Run, specs: param.Specs) -> None:
     """Raise ValueError for optim.lora_plus in a run that trains no LoRA matrix b."""
     ratio = run.optim.lora_plus
@@ -150,6 +190,7 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
     at_base = (
         run.adapter is not None
         and run.start is None
+        and not run.adapter.changes_base
         and not partition.trains_base(parts)
         and not run.adapter.replaces_weights  # of which the base has roundings
     )
@@ -178,19 +219,31 @@ def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Pr
 
 
 def start(
-    run: Run, p: Programs, restored: TrainState | None, base: Params | None = None
+    run: Run,
+    p: Programs,
+    restored: TrainState | None,
+    base: Params | None = None,
+    folder: Path | None = None,
 ) -> tuple[TrainState, Params]:
     """Return (state, frozen parameters); weights are loaded leaf by leaf.
 
     restored: a state to continue from; without one, the adapter and optimizer are fresh. base: the frozen
-    base of another member of a sweep, whose arrays are shared.
+    base of another member of a sweep, whose arrays are shared. folder: of the run, where an adapter that
+    changes the base is stored as it is at step 0.
     """
+    pairs = None
+    if run.adapter and run.adapter.changes_base:
+        pairs = run_pairs(run.weights, p.partition.stored, run.adapter, folder, restored is not None)
     if base is None:
         skip = partition.trainable_paths(p.partition) if restored is not None else ()
         merged = adapter_folder(run.start) if run.start and run.adapter is None else None
-        base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip, merged)
+        without = pairs.without if pairs else None
+        base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip, merged, without)
     own = HeadSettings(run.adapter, run.start if run.adapter else None)
     others = init.init_all_but_base(p.partition.model, p.mesh, run.seed, own, run.weights, run.heads)
+    if pairs:
+        others["adapter"] = place_pairs(pairs.start, others["adapter"])
+    others = with_magnitudes(base, others, {"adapter": own, **run.heads})
     trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
     if restored is not None:
         return restored, frozen

@@ -23,6 +23,7 @@ from jaxft.train.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights import hf, hf_write, hub
 from jaxft.weights.card import Card, base_name, front_matter, write_card
+from jaxft.weights.lora_start import read_start
 
 
 def report_finished(job: Job, steps: int) -> int:
@@ -152,7 +153,8 @@ def _result_lines(
 
 def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Path:
     """Write a member's weights and their model card into `folder`; return where the weights are."""
-    out = export.export_run(member.programs.partition, params, member.run, tokenizer, folder)
+    start = read_start(member.folder, member.run.model, member.run.adapter)
+    out = export.export_run(member.programs.partition, params, member.run, tokenizer, folder, start)
     card = _weights_card(member, tokenizer, out)
     sync.exchange_first(sync.gather_texts, lambda: write_card(out, card))
     return out
@@ -163,7 +165,10 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
     run, merged = member.run, out.name == "model"
     kind = "Weights"
     if run.adapter and not merged:
-        kind = f"A LoRA adapter (rank {run.adapter.rank}, alpha {run.adapter.alpha:g})"
+        written = run.adapter.exported
+        kind = (
+            f"A {'DoRA' if written.dora else 'LoRA'} adapter (rank {written.rank}, alpha {written.alpha:g})"
+        )
     scores = not run.model.generates
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "

@@ -73,6 +73,12 @@ class Sweep:
                 raise ValueError(
                     f"adapter.dropout={run.adapter.dropout} is not possible in a sweep. Set it to 0."
                 )
+        adapters = [run.adapter for run in runs]
+        if runs[0].adapter and runs[0].adapter.changes_base and any(one != adapters[0] for one in adapters):
+            raise ValueError(
+                f"adapter.init={runs[0].adapter.init} changes the base, which the members of a sweep share, "
+                "so they need the same adapter settings. Set adapter.init=default."
+            )
         self._check_differences()
         held_out = runs[0].data.held_out
         if len({run.data.seed for run in runs}) > 1 and isinstance(held_out, float) and held_out:

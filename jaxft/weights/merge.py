@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.models.model import Model
-from jaxft.nn import lora, replaced
+from jaxft.nn import dora, lora, replaced
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
@@ -115,10 +116,13 @@ def merge_on_read(
             merged[name.format(i=i)] = _Merged(path, transposed, node, i, token_ids)
 
     def read(name: str, index: Index = ()) -> np.ndarray:
-        value = files.read(name, index)
         if name not in merged:
-            return value
-        return merged[name].part(value.astype(np.float32), full_index(index, files.shapes[name]))
+            return files.read(name, index)
+        one, shape = merged[name], files.shapes[name]
+        if "magnitude" in one.node:  # norms are over all inputs
+            whole = one.part(files.read(name).astype(np.float32), full_index((), shape))
+            return one.rescaled(whole)[full_index(index, shape)]
+        return one.part(files.read(name, index).astype(np.float32), full_index(index, shape))
 
     dtypes = {**files.dtypes, **dict.fromkeys(merged, np.dtype(np.float32))}
     quantised = {name: x for name, x in files.quantised.items() if name not in merged}
@@ -139,6 +143,10 @@ class _Merged:
         """One layer of a leaf of the node, in float32."""
         value = self.node[name]
         return np.asarray(value if self.layer is None else value[self.layer], np.float32)
+
+    def rescaled(self, value: np.ndarray) -> np.ndarray:
+        """Return a weight [out, in] with DoRA's magnitudes as norms."""
+        return np.asarray(dora.rescaled(jnp.asarray(value.T), jnp.asarray(self.leaf("magnitude")))).T
 
     def part(self, value: np.ndarray, index: Index) -> np.ndarray:
         """Return the part of the merged tensor at a full index in the files, whose base is `value`."""

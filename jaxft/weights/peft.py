@@ -30,6 +30,7 @@ from jaxft.weights.peft_refusals import (
 )
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 SCORE_TENSOR = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
 # Copies of the base's head and embedding that peft adds to an adapter on one of them.
@@ -39,11 +40,12 @@ BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
 
 
 class Pair(NamedTuple):
-    """A LoRA pair of one module: a [in, R], b [R, out], alpha."""
+    """A LoRA pair of one module: a [in, R], b [R, out], alpha; with DoRA magnitude [out]."""
 
     a: np.ndarray
     b: np.ndarray
     alpha: float
+    magnitude: np.ndarray | None = None
 
 
 def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
@@ -72,7 +74,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     config = read_adapter_config(folder)
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
     files = _open_tensors(folder)
-    check_tensor_names(files)
+    check_tensor_names(files, default.dora)
     specs = spec_paths(model.specs.get("base", model.specs))
     adapter: dict[str, Any] = {}
     used: set[str] = set()
@@ -84,7 +86,8 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         found = [module for module in modules if pair_names(path, module)[0] in files.shapes]
         if not found:
             continue
-        empty = Pair(np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), 0.0)
+        no_rank = np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32)
+        empty = Pair(*no_rank, 0.0, np.zeros(shape[-1], np.float32) if default.dora else None)
         pairs = [
             _read_pair(files, module, (pair_names(path, module), shape[-2:]), config)
             if module in found
@@ -93,6 +96,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         ]
         adapted += found
         used |= {one for module in found for one in pair_names(path, module)}
+        used |= {f"{PREFIX}{module}.{MAGNITUDE}" for module in found if default.dora}
         _put(adapter, path, _stack(pairs, default, stacked="{i}" in name))
         layouts[path] = PairRanks(tuple(p.a.shape[1] for p in pairs), tuple(p.alpha for p in pairs))
         formats[path] = name
@@ -278,9 +282,8 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
             ):
                 raise ValueError(f"{where}: {key} has the value {value!r} for {pattern!r}")
     with finite.errors_name(str(where)):
-        return Adapter(
-            rank, float(alpha), float(dropout), "all-linear", bool(config.get("use_rslora", False))
-        )
+        plain = Adapter(rank, float(alpha), float(dropout))
+        return replace(plain, rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))
 
 
 def _is_finite(value: Any) -> bool:
@@ -309,7 +312,17 @@ def _read_pair(
             f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
             f"rank {rank} on this model needs {(rank, shape[0])} and {(shape[1], rank)}"
         )
-    return Pair(a, b, float(_matching(config, "alpha_pattern", module, config["lora_alpha"])))
+    alpha = float(_matching(config, "alpha_pattern", module, config["lora_alpha"]))
+    return Pair(a, b, alpha, _read_magnitude(files, module, shape[1]) if config.get("use_dora") else None)
+
+
+def _read_magnitude(files: SafetensorsFiles, module: str, outs: int) -> np.ndarray:
+    name = f"{PREFIX}{module}.{MAGNITUDE}"
+    if name not in files.shapes:
+        raise ValueError(f"{files.where}: tensor {name} is missing, and the configuration has use_dora=true")
+    if files.shapes[name] != (outs,):
+        raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected {(outs,)}")
+    return _read_finite(files, name)
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
@@ -337,4 +350,6 @@ def _stack(pairs: list[Pair], settings: Adapter, stacked: bool) -> dict[str, np.
     ]
     scale = np.array(scales, np.float32)
     leaves = {"a": a, "b": b, "scale": scale}
+    magnitudes = [p.magnitude for p in pairs if p.magnitude is not None]
+    leaves |= {"magnitude": np.stack(magnitudes).astype(dtype)} if magnitudes else {}
     return leaves if stacked else jax.tree.map(lambda x: x[0], leaves)

@@ -14,7 +14,7 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA", "TRAINABLE_TOKENS"),
     "bias": ("none", "all", "lora_only"),
     "fan_in_fan_out": (False,),
-    "use_dora": (False,),
+    "use_dora": (False, True),
     "use_qalora": (False,),
     "lora_bias": (False,),
     "layer_replication": (None, []),
@@ -141,13 +141,16 @@ def _is_transformed(where: Path, config: dict[str, Any], targets: str | list[str
     return at > 0 and named and int(segments[at]) in numbers
 
 
-def check_tensor_names(files: SafetensorsFiles) -> None:
+def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:
     """Raise ValueError for tensors of adapters that are no LoRA pairs of linear layers, or are named
-    otherwise than peft's save_pretrained names them.
+    otherwise than peft's save_pretrained names them. dora: whether the configuration has use_dora.
     """
     for name in files.shapes:
-        if "lora_magnitude_vector" in name:
-            raise ValueError(f"{files.where}: tensor {name} belongs to DoRA, not to plain LoRA; {MERGE}")
+        if "lora_magnitude_vector" in name and not dora:
+            raise ValueError(
+                f"{files.where}: tensor {name} belongs to DoRA, but adapter_config.json has use_dora=false; "
+                "correct the one that is wrong"
+            )
         if ".lora_A." in name or ".lora_B." in name:
             letter = "A" if ".lora_A." in name else "B"
             adapter = name.partition(f".lora_{letter}.")[2].removesuffix("weight").strip(".")

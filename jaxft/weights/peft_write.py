@@ -2,6 +2,7 @@
 adapter_model.safetensors.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxft.nn.replaced import is_replacement
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.gather import layer_on_host
-from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS, adaptable_weight_names, pair_names
+from jaxft.weights.peft import MAGNITUDE, SCORE_TENSOR, SEQ_CLS, adaptable_weight_names, pair_names
 from jaxft.weights.peft_modules import ONLY_TOKENS, module_fields, module_tensors
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
@@ -82,7 +83,7 @@ def save_adapter(
         "modules_to_save": [*(fields["modules_to_save"] or []), *([] if score is None else ["score"])]
         or None,
         "use_rslora": settings.rslora,
-        "use_dora": False,
+        "use_dora": settings.dora,
         "rank_pattern": dict(patterns.ranks),
         "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in patterns.alphas},
         "layers_to_transform": None if patterns.layers is None else list(patterns.layers),
@@ -115,7 +116,7 @@ def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
     """Return {"a", "b", "scale"} of each adapted weight by its path. Raises ValueError for other leaves."""
     found = pairs_by_path(adapter)
     for path, pair in found.items():
-        if set(pair) != {"a", "b", "scale"} and not is_replacement(pair):
+        if set(pair) - {"magnitude"} != {"a", "b", "scale"} and not is_replacement(pair):
             raise ValueError(
                 f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, or weight, got "
                 f"{sorted(pair)}"
@@ -157,7 +158,7 @@ def _check_pair(module: str, pair: dict[str, Any], layout: PairRanks | None) -> 
 
 
 def _tensors_of_pair(one: _OnePair, exact: float) -> list[TensorToWrite]:
-    """Return lora_A [R, in] and lora_B [out, R] of one module.
+    """Return lora_A [R, in] and lora_B [out, R] of one module, with DoRA lora_magnitude_vector [out].
 
     exact: the scale that PEFT computes from its settings; another one is folded into B.
     """
@@ -170,7 +171,7 @@ def _tensors_of_pair(one: _OnePair, exact: float) -> list[TensorToWrite]:
             return value
         return (value * (scale / exact)).astype(value.dtype)
 
-    return [
+    tensors = [
         TensorToWrite(
             one.names[0],
             np.dtype(a.dtype),
@@ -179,3 +180,8 @@ def _tensors_of_pair(one: _OnePair, exact: float) -> list[TensorToWrite]:
         ),
         TensorToWrite(one.names[1], np.dtype(b.dtype), (b.shape[-1], rank), fetch_b),
     ]
+    if "magnitude" in one.leaves:
+        fetch = partial(layer_on_host, one.leaves["magnitude"], one.layer, False)
+        name, outs = one.names[0].removesuffix("lora_A.weight") + MAGNITUDE, b.shape[-1]
+        tensors.append(TensorToWrite(name, np.dtype(b.dtype), (outs,), fetch))
+    return tensors

@@ -262,13 +262,18 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
 
 
 def load_base(
-    ref: str, stored: StoredModel, mesh: Mesh, skip: Collection[str] = (), adapter: Path | None = None
+    ref: str,
+    stored: StoredModel,
+    mesh: Mesh,
+    skip: Collection[str] = (),
+    adapter: Path | None = None,
+    without: Params | None = None,
 ) -> Params:
     """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only its own
     devices' shards.
 
     skip: paths in the whole tree of parameters that are not read and are None in the result. adapter: a PEFT
-    folder, which is merged into the weights in float32.
+    folder, which is merged into the weights in float32. without: an adapter that is subtracted from them.
     """
     check_preset(ref, stored.model.config)
     files = open_files(ref)
@@ -276,6 +281,9 @@ def load_base(
         peft.check_base_copies(adapter, files)
         found, settings = peft.read_adapter(adapter, stored.model)
         files = merge.merge_on_read(files, stored.model, found, settings.trainable_token_indices)
+    if without is not None:
+        negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)
+        files = merge.merge_on_read(files, stored.model, negated)
     readers = param_readers(files, stored.model)
 
     def load(path: str, spec: ParamSpec) -> Any:

@@ -32,6 +32,7 @@ from jaxft.objectives.sft import sft
 from jaxft.rl.layout import pack_rollout
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import storage
+from jaxft.weights.lora_start import init_magnitudes
 
 MESHES = {
     "1x8": MeshShape(1, 8),
@@ -58,12 +59,14 @@ def make_model(kind):
     if kind == "lora on tables":
         model, params = tiny(adapter=Adapter(rank=4, targets=("q", "embed"), modules_to_save=("head",)))
         return model, params, "adapter/.*/([ab]|weight)"
-    model, params = tiny(adapter=Adapter(rank=4, targets=("q", "o", "down", "head")))
+    targets, dora = ("q", "o", "down", "head"), kind == "qlora"
+    model, params = tiny(adapter=Adapter(rank=4, targets=targets, dora=dora))
     if kind == "qlora":
         blocks = {"embed": 2, "head": 16}  # a vocabulary of 40, sharded over everything but data
         pack = lambda path, x: x if "norm" in path else quantize(x, "nf4", blocks.get(path, 8))  # noqa: E731
-        params = {**params, "base": tree.map_with_path(pack, params["base"])}
-    return model, params, "adapter/.*/[ab]"
+        base = tree.map_with_path(pack, params["base"])
+        params = {**params, "base": base, "adapter": init_magnitudes(base, params["adapter"])}
+    return model, params, "adapter/.*/([ab]|magnitude)"
 
 
 def rows_of(task):

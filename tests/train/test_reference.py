@@ -17,15 +17,16 @@ from jaxft import tree
 from jaxft.data.pairs.source import PairRows
 from jaxft.distributed import sharding
 from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant
 from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train import partition, reference
+from jaxft.train import export, partition, reference
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.step import accumulate_gradients
-from jaxft.weights import adapters, init, peft_write, pretrained
+from jaxft.weights import adapters, init, lora_start, merge, peft, peft_write, pretrained
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -80,6 +81,8 @@ STARTS = {
     "norms and LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
     "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},
     "full": lambda folder, model: {"adapter": None},
+    "DoRA": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"), dora=True)},
+    "PiSSA": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "up"), init="pissa")},
 }
 COPIES = {
     "plain LoRA": False,
@@ -87,6 +90,8 @@ COPIES = {
     "norms and LoRA": True,
     "LoRA on the head": False,
     "full": True,
+    "DoRA": False,
+    "PiSSA": True,
 }
 
 
@@ -237,3 +242,34 @@ def test_the_cache_key_of_a_reference_is_its_weights_adapter_and_settings():
         reference.reference_fingerprint("w", None, dict(reversed(settings.items()))) == same
         and len({same, *others}) == 4
     )
+
+
+@pytest.mark.parametrize("init, quant", [("olora", None), ("loftq", Quant("nf4", block=16))])
+def test_a_run_resumes_with_its_first_pairs_and_exports_for_the_unchanged_base(
+    folder, tmp_path, monkeypatch, init, quant
+):
+    run = run_of(folder, adapter=Adapter(rank=4, targets=("v", "up"), init=init), quant=quant, samples=0)
+    p = build(run, 10, jax.devices()[:1])
+    with jax.set_mesh(p.mesh):
+        state, frozen = start(run, p, None, folder=tmp_path)
+        monkeypatch.setattr(lora_start, "start_pairs", None)  # which takes long, and could differ
+        resumed, again = start(run, p, state, folder=tmp_path)
+        assert resumed is state
+        jax.tree.map(np.testing.assert_array_equal, again, frozen)
+    start_pairs = lora_start.read_start(tmp_path, run.model, run.adapter)
+    trained = tree.map_with_path(
+        lambda path, x: x + 0.1 * np.cos(np.arange(x.size)).reshape(x.shape), state.trainable["adapter"]
+    )
+    adapter = tree.combine(trained, frozen["adapter"])
+    params = {"base": frozen["base"], "adapter": adapter}
+    tokenizer = pretrained.load_tokenizer(run.weights)
+    out = export.export_run(p.partition, params, run, tokenizer, tmp_path, start_pairs)
+    written, settings = peft.read_adapter(out, run.model)
+    assert settings == run.adapter.exported
+    found = merge.merge_files(pretrained.open_files(run.weights), run.model, written, np.float64)
+    expected = merge.merge_params(frozen["base"], adapter, np.float64)
+    for path in ("v", "up"):
+        module = "attn" if path == "v" else "mlp"
+        ours, trained_weight = (x["layers"][module][path][1] for x in (found, expected))
+        error = np.linalg.norm(ours - trained_weight) / np.linalg.norm(trained_weight)
+        assert error < (1e-6 if quant is None else 0.07)

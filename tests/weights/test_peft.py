@@ -420,7 +420,7 @@ class TestRefusals:
         [
             ("layers.0.self_attn.q_proj.lora_A.default.weight", ("'default'", "save_pretrained")),
             ("layers.0.self_attn.q_proj.lora_B.my_task.weight", ("'my_task'", "save_pretrained")),
-            ("layers.0.self_attn.q_proj.lora_magnitude_vector", ("DoRA", "merge_and_unload")),
+            ("layers.0.self_attn.q_proj.lora_magnitude_vector", ("DoRA", "use_dora=false")),
         ],
     )
     def test_tensors_of_other_adapters_are_named_for_what_they_are(self, world, folder, name, words):
@@ -446,7 +446,7 @@ class TestRefusals:
             ({}, "no pairs"),
             ({"final_norm": pair}, "not a linear layer"),
             ({"embed": pair}, "the settings have rank 0"),
-            ({"layers": {"attn": {"q": {**pair, "magnitude": np.ones((3, 64))}}}}, "magnitude"),
+            ({"layers": {"attn": {"q": {**pair, "bias": np.ones((3, 64))}}}}, "bias"),
             ({"layers": {"attn": {"q": pair}}}, "rank 4"),
         ]:
             with pytest.raises(ValueError, match=word):

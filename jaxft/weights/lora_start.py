@@ -1,0 +1,269 @@
+"""Adapters that start from the base's weights: DoRA's magnitudes, and pairs that the base is then stored
+without.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular values of a weight W, OLoRA
+(Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition; the base is stored as `W - s A B`, so that the
+model is unchanged at step 0. If the base is quantised, that residual is (QPiSSA). LoftQ (Li et al. 2023,
+arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest singular values of what is
+missing.
+
+A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. The exported adapter
+is for the unchanged base: `s (A B - A0 B0)`, one pair of twice the rank, as peft's
+path_initial_model_for_weight_conversion makes it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft import tree
+from jaxft.models.heads import HeadSettings
+from jaxft.models.model import Model
+from jaxft.nn import dora
+from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.lora_patterns import TensorNames
+from jaxft.nn.lora_specs import PairRanks, pair_layouts
+from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
+from jaxft.nn.quant import dequantize, is_qtensor
+from jaxft.tree import Params
+from jaxft.weights import peft, peft_write, place, pretrained
+from jaxft.weights.storage import StoredModel, leaf_shapes
+
+INITIAL_FOLDER = "initial_adapter"
+LOFTQ_ITERATIONS = 5  # of LoftQ, as in the paper
+SMALLEST_VALUE = 1e-30  # of a singular value that is divided by
+
+_Weight = Float[np.ndarray, "I O"]
+_Pair = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
+_Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
+
+
+class StartPairs(NamedTuple):
+    """The adapter at step 0, and the adapter that the base is stored without: the same, except for LoftQ."""
+
+    start: Params
+    without: Params
+
+
+def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
+    """Compute the pairs at step 0 from the weights in the files of `ref`, on the host, layer by layer.
+
+    Raises ValueError for settings that check_ranks refuses.
+    """
+    files, names = pretrained.open_files(ref), stored.model.weight_names
+    base, leaves = spec_paths(stored.specs["base"]), (dict[str, np.ndarray](), dict[str, np.ndarray]())
+    for path, layout in check_ranks(stored.specs["base"], settings, names).items():
+        spec, (name, transposed) = base[path], names[path]
+        as_stored = _storing(leaf_shapes(spec, stored.storage[f"base/{path}"]))
+        found, most = list[tuple[_Pair, _Pair]](), max(layout.ranks)
+        for i, (rank, alpha) in enumerate(zip(*layout, strict=True)):
+            if not rank:
+                zeros = np.zeros((spec.shape[-2], most)), np.zeros((most, spec.shape[-1]))
+                found.append((zeros, zeros))
+                continue
+            weight = files.read(name.format(i=i)).astype(np.float32)
+            of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
+            found.append(of_layer.pairs(weight.T if transposed else weight))
+        for number, out in enumerate(leaves):
+            for side, letter in enumerate("ab"):
+                values = np.stack([layer[number][side].astype(np.float32) for layer in found])
+                out[f"{path}/{letter}"] = values if "{i}" in name else values[0]
+
+    def adapter(out: dict[str, np.ndarray]) -> Params:
+        def leaf(path: str, spec: ParamSpec) -> np.ndarray:
+            if path in out:
+                return out[path]
+            return np.asarray(spec.init(jax.random.key(0), spec.shape, jnp.float32))  # the scale
+
+        return tree.map_with_path(leaf, stored.specs["adapter"], is_leaf=is_spec)
+
+    return StartPairs(*map(adapter, leaves))
+
+
+def check_ranks(base: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
+    """Return the ranks and alphas of the adapted layers by path.
+
+    Raises ValueError for a rank above the smaller side of a weight, for several ranks in the layers of a
+    kernel, and for the head if it is tied to the embeddings.
+    """
+    setting, specs = f"adapter.init={settings.init}", spec_paths(base)
+    layouts = pair_layouts(base, settings, names)
+    for path, (ranks, _) in layouts.items():
+        if path not in specs or path == "embed":
+            raise ValueError(
+                f"{setting} changes the weights under an adapter, but never the embeddings; leave "
+                "embed_tokens, and a head that is tied to them, out of adapter.targets"
+            )
+        values = min(specs[path].shape[-2:])
+        if max(ranks) > values:
+            raise ValueError(
+                f"{setting} starts from {max(ranks)} singular values of {path}, which has {values}; lower "
+                "adapter.rank, or leave it out of adapter.targets"
+            )
+        if len(set(ranks) - {0}) > 1:
+            raise ValueError(
+                f"{setting} needs one rank in all layers of {path}, got {sorted(set(ranks) - {0})}; change "
+                "adapter.rank_pattern"
+            )
+    return layouts
+
+
+def run_pairs(
+    ref: str, stored: StoredModel, settings: Adapter, folder: Path | None, resumed: bool
+) -> StartPairs:
+    """Return the pairs at step 0 of a run, whose folder stores them: of a resumed run those that are there.
+
+    folder: None stores nothing. Every process calls it. Raises FileNotFoundError if a resumed run has none.
+    """
+    model = stored.model
+    folders = [] if folder is None else [folder / INITIAL_FOLDER / name for name in ("without", "start")]
+    if folder is None or not resumed:
+        found = start_pairs(ref, stored, settings)
+        plain = replace(settings, dropout=0.0)
+        for out, adapter in zip(folders, reversed(found), strict=False):
+            peft_write.save_adapter(out, adapter, plain, model, ref)
+        return found
+    return StartPairs(*(peft.read_adapter(one, model)[0] for one in reversed(folders)))
+
+
+def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params | None:
+    """Return the adapter at step 0 that a run's folder stores; None if it didn't change the base."""
+    if settings is None or not settings.changes_base:
+        return None
+    return peft.read_adapter(folder / INITIAL_FOLDER / "start", model)[0]
+
+
+def place_pairs(pairs: Params, adapter: Params) -> Params:
+    """Return pairs on the mesh, sharded as the leaves of `adapter` are and in their dtypes."""
+    return jax.tree.map(
+        lambda x, like: place.shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
+        pairs,
+        adapter,
+    )
+
+
+def for_unchanged_base(adapter: Params, start: Params, settings: Adapter) -> tuple[Params, Adapter]:
+    """Return (adapter of twice the rank, its settings) that changes the unchanged base as `adapter` changes
+    the base without `start`: `[a, a0] [b; -b0]`.
+    """
+
+    def joined(path: str, x: jax.Array, first: jax.Array) -> jax.Array:
+        if path.endswith("/scale"):
+            return x
+        return jnp.concatenate([x, first], -1) if path.endswith("/a") else jnp.concatenate([x, -first], -2)
+
+    both = jax.jit(lambda adapter, start: tree.map_with_path(joined, adapter, start))
+    return both(adapter, place_pairs(start, adapter)), settings.exported
+
+
+def init_magnitudes(base: Params, adapter: Params) -> Params:
+    """Return a DoRA adapter with the norms of the adapted weights as magnitudes; 0 in layers without a pair.
+
+    Norms are computed layer by layer.
+    """
+
+    def norms(layer: tuple[Any, Array, Array, Array]) -> Array:
+        weight, a, b, scale = layer
+        plain = dequantize(weight) if is_qtensor(weight) else weight
+        return jnp.where(jnp.any(a != 0), dora.output_norms(plain, a, b, scale), 0)
+
+    def start(path: str, leaf: Array) -> Array:
+        above, _, name = path.rpartition("/")
+        if name != "magnitude":
+            return leaf
+        pair = tuple(pairs[above][side] for side in ("a", "b", "scale"))
+        if above not in weights:  # the tied head
+            table = weights["embed"]
+            return norms(((dequantize(table) if is_qtensor(table) else table).T, *pair)).astype(leaf.dtype)
+        layers = weights[above], *pair
+        return (norms(layers) if leaf.ndim == 1 else jax.lax.map(norms, layers)).astype(leaf.dtype)
+
+    weights, pairs = tree.paths(base, is_qtensor), pairs_by_path(adapter)
+    return tree.map_with_path(start, adapter)
+
+
+def with_magnitudes(
+    base: Params, others: dict[str, Params], settings: Mapping[str, HeadSettings]
+) -> dict[str, Params]:
+    """Return the parameters outside the base, with the norms of the base's weights as the magnitudes of fresh
+    DoRA adapters.
+
+    settings: of the policy's adapter, "adapter", and of the further models on the base.
+    """
+    out = dict(others)
+    for name, one in settings.items():
+        if one.adapter is None or not one.adapter.dora or one.start is not None:
+            continue
+        adapter = others[name] if name == "adapter" else others[name]["adapter"]
+        places = jax.tree.map(lambda x: x.sharding, adapter)
+        started = jax.jit(init_magnitudes, out_shardings=places)(base, adapter)
+        out[name] = started if name == "adapter" else {**others[name], "adapter": started}
+    return out
+
+
+def _storing(like: object) -> _Stored:
+    def as_stored(weight: np.ndarray) -> np.ndarray:
+        value = place.store_as(weight, like)
+        return np.asarray(dequantize(value) if is_qtensor(value) else value).astype(np.float32)
+
+    return as_stored
+
+
+class _LayerStart(NamedTuple):
+    """How the pairs of a layer start. stored: how its weight is stored."""
+
+    init: str
+    rank: int
+    scale: float
+    stored: _Stored
+
+    def pairs(self, weight: _Weight) -> tuple[_Pair, _Pair]:
+        """Return ((a, b) at step 0, (a, b) that the base is stored without) of a weight [in, out]."""
+        rank, scale, stored = self.rank, self.scale, self.stored
+        if self.init == "loftq":
+            pair, without = principal_pair(weight - stored(weight), rank, scale), _zero_pair(weight, rank)
+            for _ in range(LOFTQ_ITERATIONS - 1):
+                without = pair
+                pair = principal_pair(weight - stored(weight - scale * without[0] @ without[1]), rank, scale)
+            return pair, without
+        pair = (principal_pair if self.init == "pissa" else qr_pair)(weight, rank, scale)
+        return pair, pair
+
+
+def _zero_pair(weight: _Weight, rank: int) -> _Pair:
+    return np.zeros((weight.shape[0], rank), np.float32), np.zeros((rank, weight.shape[1]), np.float32)
+
+
+def principal_pair(weight: _Weight, rank: int, scale: float) -> _Pair:
+    """Return a [in, R], b [R, out] so that `scale a b` has the R largest singular values of a weight.
+
+    Their roots are in both. The vectors are eigenvectors of the smaller Gram matrix, computed in float64.
+    """
+    import scipy.linalg  # not at the top: most runs do not need it
+
+    wide = weight.astype(np.float64)
+    if wide.shape[0] > wide.shape[1]:
+        b, a = principal_pair(weight.T, rank, scale)
+        return a.T, b.T
+    size = wide.shape[0]
+    _, vectors = scipy.linalg.eigh(wide @ wide.T, subset_by_index=[size - rank, size - 1])
+    left = vectors[:, ::-1]
+    right = left.T @ wide  # rows have the singular values as norms
+    values = np.sqrt(np.sum(right**2, 1))
+    root = np.sqrt(values / abs(scale))
+    b = right * (np.copysign(root, scale) / np.maximum(values, SMALLEST_VALUE))[:, None]
+    return (left * root).astype(np.float32), b.astype(np.float32)
+
+
+def qr_pair(weight: _Weight, rank: int, scale: float) -> _Pair:
+    """Return a [in, R], b [R, out]: the first R columns and rows of the QR decomposition of `weight.T`, as in
+    peft, whatever the scale.
+    """
+    q, r = np.linalg.qr(weight.T)
+    return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)
