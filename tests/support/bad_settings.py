@@ -42,7 +42,6 @@ SETTINGS = [
     ("adapter.init=pizza", "adapter.init"), ("adapter.init=loftq", "quant=nf4"),
     ("adapter.init=pissa adapter.dora=true", "adapter.dora=false"),
     ("adapter.init=pissa adapter.rank=33", "layers/attn/k, which has 32"),
-    ("adapter.init=olora start=missing", "start=missing"),
     ("adapter.dora=true train=adapter/.*|base/layers/attn/q", "base/layers/attn/q is trained"),
     ("adapter.rank=1000000000", "adapter.rank"), ("adapter.alpha=0", "adapter.alpha"),
     ("adapter.alpha=inf", "adapter.alpha"), ("dropout=1", "dropout"), ("dropout=-0.1", "dropout"),
