@@ -35,6 +35,13 @@ def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float
     return jnp.where(none, jnp.ones((), norms.dtype), magnitude.astype(norms.dtype) / norms)
 
 
+def output_factors(
+    magnitude: Float[Array, "*K O"], w: Float[Array, "I O"], a: Array, b: Array, scale: Array
+) -> Float[Array, "*K O"]:
+    """Return the factor of each output of a base weight w with a pair; only magnitude has a gradient."""
+    return gains(magnitude, output_norms(*jax.lax.stop_gradient((w, a, b)), scale))
+
+
 def scale_outputs(y: Float[Array, "*N O"], gain: Float[Array, "*K O"]) -> Float[Array, "*N O"]:
     """Return `y * gain` in the dtype of y. With a gain [K, O], the rows of y are K groups of equal size."""
     *lead, outs = gain.shape

@@ -348,16 +348,10 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     dropped = dropout(x, w.dropout, key)
     if w.magnitude is None:
         return fn(x, dropped, w.weight, w.a, w.b, w.scale)
-    gains = _gains(w, expand_after(w.weight, x))
-    y = dora.scale_outputs(fn(dropped, dropped, w.weight, w.a, w.b, w.scale), gains)
+    factors = dora.output_factors(w.magnitude, expand_after(w.weight, x), w.a, w.b, w.scale)
+    y = dora.scale_outputs(fn(dropped, dropped, w.weight, w.a, w.b, w.scale), factors)
     # as in PEFT, dropout is applied to the input of `(gain - 1) w`, too
     return y if dropped is x else y + matmul(x - dropped, w.weight, False, False)
-
-
-def _gains(w: Adapted, weight: Float[Array, "I O"]) -> Float[Array, "*K O"]:
-    """Return DoRA's factor of each output of an adapted weight, whose dequantised base weight is `weight`."""
-    weight, a, b = jax.lax.stop_gradient((weight, w.a, w.b))
-    return dora.gains(w.magnitude, dora.output_norms(weight, a, b, w.scale))
 
 
 def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -373,7 +367,8 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
         logits = logits + matmul(low, head.b, False, True)
         if head.magnitude is not None:
             weight = expand_after(params["embed"], h).T if w is None else expand_after(w, h)
-            logits = dora.scale_outputs(logits, _gains(head, weight))
+            factors = dora.output_factors(head.magnitude, weight, head.a, head.b, head.scale)
+            logits = dora.scale_outputs(logits, factors)
     return logits
 
 
