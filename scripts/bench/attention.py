@@ -135,8 +135,9 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
                     begin = time.perf_counter()
                     jax.block_until_ready(fn())
                     times.append(time.perf_counter() - begin)
-        for kernel_name, times in seconds.items():
-            found.append({"case": name, "kernel": kernel_name, **rates(a, ranges, *map(min, times))})
+        for kernel_name, (forward_seconds, backward_seconds) in seconds.items():
+            fastest = rates(a, ranges, min(forward_seconds), min(backward_seconds))
+            found.append({"case": name, "kernel": kernel_name, **fastest})
     return found
 
 
