@@ -132,6 +132,7 @@ def main() -> int:
         print(f"{args.out}: {export_gguf.export_gguf_adapter(args.out, source, args.gguf)}")
         return 0
     if args.gguf:
+        export_gguf.check_gguf(args.out, ref, args.gguf, calibrated=bool(args.calibrate))  # before minutes
         importances = calibrate(args.calibrate, source, adapter_folder) if args.calibrate else {}
         summary = export_gguf.export_gguf(args.out, source, args.gguf, importances)
         print(f"{args.out}: {merged} as {args.gguf}, {summary}")

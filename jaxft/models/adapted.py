@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, attach
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.lora_specs import adapter_specs, pair_layouts
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
@@ -33,6 +33,11 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
             raise ValueError(
                 "adapter.targets or adapter.modules_to_save includes the language model head, but this model "
                 "has a scalar head instead; remove it from them"
+            )
+        if "score" in model.heads and not pair_layouts(model.specs, settings, model.weight_names):
+            raise ValueError(
+                "adapter.targets is empty: PEFT has no adapter of rows of tokens and a score head alone; "
+                "name targets"
             )
     specs |= model.heads
     return replace(

@@ -45,11 +45,6 @@ class Adapter:
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
     that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
 
-    dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
-    use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
-    quantised base) start from the base's weights and store the base without that part, see
-    weights/lora_start.py.
-
     Trained in full in addition, and saved with the adapter: modules_to_save, modules such as "lm_head",
     "embed_tokens" or "norm"; bias, the biases of all or of the adapted layers; trainable_token_indices, the
     rows of these tokens in the embedding table, with token_head also in a head of its own (a tied head has
@@ -285,6 +280,9 @@ def merge(base: Any, adapter: Any, dtype: DTypeLike, token_ids: tuple[int, ...] 
     if "head" not in base and replaced.unties(nodes):
         table = base["embed"]
         plain["head"] = jnp.asarray(dequantize(table) if isinstance(table, QTensor) else table).T
+        if "rows" in nodes.get("embed", {}):
+            rows = nodes["embed"]
+            plain["head"] = replaced.merge_replacement("head", plain["head"], rows, dtype, token_ids)
 
     def fold(node: Any, pair: Any, path: str) -> Any:
         if _is_pair(pair) or replaced.is_replacement(pair):

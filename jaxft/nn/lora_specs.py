@@ -32,6 +32,11 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
     """
     base = spec_paths(specs)
     if not settings.targets and settings.trainable_token_indices and not settings.modules_to_save:
+        if settings.bias != "none":
+            raise ValueError(
+                f"adapter.bias={settings.bias} needs adapter.targets: PEFT has no adapter of rows of tokens "
+                "and biases alone; set adapter.bias=none or name targets"
+            )
         return {}  # trainable tokens only
     saved = replaced.saved_paths(base, settings.modules_to_save, names)
     targets = target_paths(specs, settings.targets)

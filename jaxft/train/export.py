@@ -17,12 +17,12 @@ from jaxft.distributed import sync
 from jaxft.models import families
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import lora, param
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, quantize, with_defaults
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
-from jaxft.weights import gptq, hf_write, hub, peft_write, pretrained, quantised_write
+from jaxft.weights import extend, gptq, hf_write, hub, peft_write, pretrained, quantised_write
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
@@ -98,6 +98,9 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     options = hf_write.WriteOptions(quant=quantizer)
     hf_write.save_folder(out, model, base, source.tokenizer, located, options)
     write_card(out, _card(out.name, source, quantizer))
+    if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
+        untrained = extend.untrained_tokens(ref)
+        extend.mark_untrained(out, {t: i for t, i in untrained.items() if i not in source.token_ids})
     summary = pretrained.file_notes(ref, model)
     if "head" in base and "head" not in model.weight_names:
         summary.append("the head, which was tied to the embeddings, is a matrix of its own")

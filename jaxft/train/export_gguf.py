@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ def check_gguf_output(out: Path, ref: str) -> None:
         raise ValueError(f"--out {out} is not the name of a GGUF file; choose NAME.gguf, or leave --gguf out")
     if out.exists() and out.resolve() == hub.locate(ref).path.resolve():
         raise ValueError(f"--out {out} is the file that is read; choose another name")
+
+
+def check_gguf(out: Path, ref: str, mixture: str, calibrated: bool) -> None:
+    """Raise ValueError for an output or a mixture that export_gguf refuses, or that has no use for
+    calibration rows.
+    """
+    check_gguf_output(out, ref)
+    name = mixture if mixture.lower() == KEEP else mixture_named(mixture)
+    if calibrated and name in ("F32", "F16", "BF16", "Q8_0"):
+        raise ValueError(f"--calibrate has no effect on --gguf {name}; leave it out")
 
 
 def export_gguf(
@@ -69,6 +79,7 @@ def export_gguf(
     saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
         _summary(saved.counts, KEEP if keep else mixture, out),
+        *_ends_left_out(source.tokenizer, ends),
         *saved.notes,
         *pretrained.file_notes(source.ref, source.model),
     ]
@@ -96,6 +107,16 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     count = gguf_lora.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), out.stem)
     return f"{count} adapted weights as {kind}, for the base {source.ref}"
+
+
+def _ends_left_out(tokenizer: Any, ends: Sequence[int]) -> list[str]:
+    """Return a note about end tokens that GGUF's three fields (eos, eot, eom) have no place for."""
+    eos = tokenizer.eos_token_id
+    left = [end for end in ends if end != eos][2 if eos is not None else 3 :]
+    if not left:
+        return []
+    named = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(left)))
+    return [f"warning: completions also end at {named}, for which GGUF has no field; give them as stop texts"]
 
 
 def _copy(path: Path, out: Path) -> str:

@@ -80,6 +80,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
             f"{run.model.config.width}, which is full rank. Lower it, or train all weights: by "
             "configs/sft_full.py, or with full=true where the recipe has it."
         )
+    _check_heads(run)
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
     model = with_heads(run.model, run.heads)
     patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)
@@ -137,9 +138,34 @@ def _check_dropout(run: Run, objective: Objective) -> None:
         )
 
 
+def _check_heads(run: Run) -> None:
+    """Raise ValueError for heads whose adapters replace other rows than the policy's."""
+    ids = run.adapter.trainable_token_indices if run.adapter else ()
+    for name, head in run.heads.items():
+        theirs = head.adapter.trainable_token_indices if head.adapter else ()
+        if theirs and theirs != ids:
+            raise ValueError(
+                f"the adapter of {name} replaces the rows of tokens {theirs}, and the policy's those of "
+                f"{ids}; both need the same adapter.trainable_token_indices"
+            )
+        if head.adapter and head.adapter.changes_base:
+            raise ValueError(
+                f"the adapter of {name} has init={head.adapter.init}, which changes the base that it shares "
+                "with the policy; set init=default"
+            )
+
+
 def _check_dora(run: Run, parts: partition.Partition) -> None:
     """Raise ValueError for DoRA on weights that are trained themselves."""
-    adapted = {f"base/{path}" for path in pairs_by_path(parts.specs["adapter"])}
+    nodes = pairs_by_path(parts.specs["adapter"])
+    adapted = {f"base/{path}" for path in nodes}
+    if "head" in nodes and "head" not in parts.specs["base"]:
+        adapted |= {"base/embed"}
+        if "embed" in nodes:
+            raise ValueError(
+                "adapter.dora on a head that is tied to the embeddings needs a frozen table; leave head out "
+                "of adapter.targets, or set adapter.dora=false"
+            )
     both = partition.trainable_paths(parts) & adapted
     if both:
         raise ValueError(

@@ -48,7 +48,7 @@ def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, An
     record: with the fingerprints of the run's weights.
     """
     settings = describe(run.model) | ({"quant": describe(run.quant)} if run.quant else {})
-    if run.adapter and run.adapter.changes_base:
+    if run.adapter and (run.adapter.changes_base or run.adapter.replaces_weights or run.adapter.dora):
         settings["adapter"] = describe(run.adapter)
     name = reference_fingerprint(record["weights_fingerprint"], record.get("start_fingerprint"), settings)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.runs import compare
 from jaxft.runs import folder as runfolder
 from jaxft.runs.record import describe, differences
@@ -68,6 +69,12 @@ class Sweep:
                 raise ValueError(
                     "adapter.modules_to_save, bias and trainable_token_indices: the rows of several adapters "
                     f"at once share these parameters of the base; use --at-once 1, got {self.at_once}"
+                )
+            layered = adapter_specs(run.model.specs, run.adapter, run.model.weight_names)
+            if self.at_once > 1 and {"embed", "head"} & layered.keys():
+                raise ValueError(
+                    "adapter.targets: pairs of the embeddings and the head have no layers, which several "
+                    f"adapters at once need; use --at-once 1, got {self.at_once}"
                 )
             if run.adapter.dropout:
                 raise ValueError(

@@ -13,7 +13,7 @@ from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.lora_specs import adapter_specs
-from jaxft.nn.quant import Quant
+from jaxft.nn.quant import RESIDUAL_INITS, Quant
 from jaxft.nn.replaced import unties
 from jaxft.tree import Params
 from jaxft.weights import hub, peft, place
@@ -131,7 +131,14 @@ def base_differences(start: str, ref: str, fingerprint: str, quant: Quant | None
         settings.get("kind") if isinstance(settings, dict) else "none"
         for settings in (record.get("quant"), asdict(quant) if quant else None)
     )
-    if before != now:
+    init = (record.get("adapter") or {}).get("init")
+    if init in RESIDUAL_INITS:
+        if now != "none":
+            lines.append(
+                f"the adapter in {start} (adapter.init={init}) is for the base in its own precision, but "
+                f"this run has quant={now}: write the merged model with scripts/export.py and train on that"
+            )
+    elif before != now:
         lines.append(
             f"the adapter in {start} was trained on a base with quant={before}, but this run has quant={now}"
         )

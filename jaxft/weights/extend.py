@@ -5,7 +5,8 @@ untrained_tokens.json of the folder, which recipes read (trainable_token_indices
 run does not start.
 """
 
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,11 +77,16 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     for path in ("embed", "head"):
         if path in base:
             base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
-    hf_write.save_folder(out, larger, base, tokenizer, hub.locate(ref))
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of an earlier call that was killed
+    ids = {tokenizer.convert_ids_to_tokens(number): number for number in sorted(pieces)}
+    hf_write.save_folder(part, larger, base, tokenizer, hub.locate(ref))
+    mark_untrained(part, {**untrained_tokens(ref), **ids})
+    if out.is_dir():
+        out.rmdir()
+    part.rename(out)
     lines = []
     if pieces:
-        ids = {tokenizer.convert_ids_to_tokens(number): number for number in sorted(pieces)}
-        write_model_json(out / UNTRAINED, {"tokens": ids})
         named = ", ".join(f"{token!r} ({number})" for token, number in ids.items())
         grown = f"the table grows from {model.config.vocab} to {vocab} rows"
         room = grown if vocab > model.config.vocab else f"the table had {vocab} rows already"
@@ -159,6 +165,12 @@ def untrained_tokens(ref: str) -> dict[str, int]:
     """Return the ids of new tokens whose rows are still to be trained, by token; {} for most models."""
     path = Path(ref) / UNTRAINED
     return read_model_json(path).get("tokens", {}) if path.is_file() else {}
+
+
+def mark_untrained(folder: Path, ids: Mapping[str, int]) -> None:
+    """Note in a model's folder which tokens have rows that are still to be trained; ids: by token."""
+    if ids:
+        write_model_json(folder / UNTRAINED, {"tokens": dict(ids)})
 
 
 def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:

@@ -89,6 +89,8 @@ def merge_files(
     for path, shape in shapes.items():
         name, transposed = model.weight_names.get(path, (model.weight_names["embed"][0], True))
         read = partial(_read_layer, files, name, transposed)
+        if path not in model.weight_names:
+            read = _with_rows(read, pairs.get("embed"), token_ids)
         fold = partial(lora.merge_node, path, dtype=np.dtype(dtype), token_ids=token_ids)
         leaves[path] = LazyTensor(
             shape, np.dtype(dtype), partial(_merge_layer, read, pairs.get(path), fold, np.dtype(dtype))
@@ -182,6 +184,7 @@ def merge_params(
             shape, read = leaves[path].shape, partial(layer_on_host, leaves[path], transpose=False)
         elif path == "head":
             shape, read = leaves["embed"].shape[::-1], partial(layer_on_host, leaves["embed"], transpose=True)
+            read = _with_rows(read, pairs.get("embed"), token_ids)
         else:
             continue
         fold = partial(lora.merge_node, path, dtype=dtype, token_ids=token_ids)
@@ -193,6 +196,20 @@ def merge_params(
 def _read_layer(files: ModelFiles, name: str, transposed: bool, layer: int | None) -> np.ndarray:
     value = files.read(name.format(i=layer))
     return value.T if transposed else value
+
+
+def _with_rows(
+    read: Callable[[int | None], np.ndarray], table: Params | None, token_ids: tuple[int, ...]
+) -> Callable[[int | None], np.ndarray]:
+    """Return the reader of a head that was tied to a table, with the rows that the adapter replaces there."""
+    if not table or "rows" not in table:
+        return read
+
+    def replacing(layer: int | None) -> np.ndarray:
+        rows = {"rows": layer_on_host(table["rows"], None, False)}
+        return np.asarray(replaced.merge_replacement("head", read(layer), rows, np.float32, token_ids))
+
+    return replacing
 
 
 def _merge_layer(

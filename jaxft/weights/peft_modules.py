@@ -104,7 +104,10 @@ def _read_like(
     in_file = shape[::-1] if transposed else shape
     if files.shapes.get(name) != in_file:
         found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
-        raise ValueError(f"{files.where}: tensor {name} {found}; this model needs {in_file}")
+        raise ValueError(
+            f"{files.where}: tensor {name} {found}; this model needs {in_file}, because bias or "
+            "modules_to_save in adapter_config.json has it"
+        )
     value = _finite(files, name)
     return value.T if transposed else value
 
@@ -137,7 +140,8 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
         if files.shapes.get(name) != (len(ids), model.config.width):
             found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
             raise ValueError(
-                f"{files.where}: tensor {name} {found}; expected {(len(ids), model.config.width)}"
+                f"{files.where}: tensor {name} {found}; expected {(len(ids), model.config.width)} for the "
+                "trainable_token_indices or token_indices of adapter_config.json"
             )
         nodes[path] = {"rows": _finite(files, name)}
         used.add(name)

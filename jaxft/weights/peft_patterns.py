@@ -44,7 +44,11 @@ def find_patterns(
         if partial and layers is None and i not in present[path]
     )
     named = [formats[path].format(i=i) for path in layouts for i in present[path]]
-    ends = [formats[path].rpartition(".")[2] for path in layouts]
+    # with layers_to_transform PEFT looks for a layer's number in every name, except in those written in full
+    ends = [
+        formats[path] if layers is not None and path not in stacked else formats[path].rpartition(".")[2]
+        for path in layouts
+    ]
     by_name = full_names or bool(missing)
     return Patterns(
         tuple(sorted(set(named if by_name else ends))),

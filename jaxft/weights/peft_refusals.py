@@ -20,13 +20,14 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
+    "ensure_weight_tying": (None, False),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 # Fields that are read elsewhere, or that do not change what a trained adapter computes.
 OTHERS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "task_type",
     "modules_to_save", "trainable_token_indices", "token_indices", "init_weights",
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "auto_mapping", "base_model_name_or_path", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
 )  # fmt: skip

@@ -320,7 +320,7 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
         heads.with_heads(model, {"base": HeadSettings()})
     with pytest.raises(ValueError, match="cannot target the language model head"):
         heads.with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})
-    with pytest.raises(ValueError, match="adapter.targets includes the language model head"):
+    with pytest.raises(ValueError, match="adapter.modules_to_save includes the language model head"):
         adapted(heads.with_scalar_head(model), Adapter(targets=("q", "head")))
     with pytest.raises(ValueError, match="a scalar head in place of the language model head"):
         heads.with_scalar_head(model).logits({}, None)

@@ -12,7 +12,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft.data.named_templates import TEMPLATES
 from jaxft.models.adapted import adapted
 from jaxft.nn.lora import Adapter
-from jaxft.train import partition
+from jaxft.train import export, partition
 from jaxft.weights import peft_write, pretrained
 from jaxft.weights.extend import (
     Extension,
@@ -188,3 +188,16 @@ def test_a_template_of_a_file_must_end_turns_with_a_special_token(tmp_path):
     path.write_text("{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}")
     extend_model(tmp_path / "out", str(folder), Extension(template=str(path)))
     assert theirs(tmp_path / "out")[1].chat_template == path.read_text()
+
+
+def test_what_is_made_of_a_model_with_untrained_rows_has_them_marked_too(tmp_path):
+    folder, base, again, out = (tmp_path / name for name in ("in", "base", "again", "out"))
+    write_folder(folder, tiny_torch())
+    extend_model(base, str(folder), Extension(NEW))
+    extend_model(again, str(base), Extension(("<more>",)))
+    assert untrained_tokens(str(again)) == {"<tool>": 258, "</tool>": 259, "<more>": 260}
+    model = pretrained.model_for(str(base), dtype=jnp.float32)
+    source = export.ExportSource(str(base), model, pretrained.load_tokenizer(str(base)))
+    export.export_model(out, source, "float32")
+    assert untrained_tokens(str(out)) == untrained_tokens(str(base)) == {"<tool>": 258, "</tool>": 259}
+    assert not (tmp_path / "base.part").exists()

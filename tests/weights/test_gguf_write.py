@@ -17,8 +17,8 @@ from tiny_llama import edit_config, some_tokens, tiny_tokenizer, tiny_torch, tor
 from tiny_tokenizers import tiny as chat_tokenizer
 
 from jaxft.models import families
-from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.weights import gguf_k_quants, gguf_quantize, gguf_save, gguf_types, peft_write, pretrained
 from jaxft.weights.gguf_header import read_gguf_header
@@ -316,7 +316,7 @@ def test_a_mixture_of_k_types_is_read_again(tmp_path):
 def adapted_folder(folder, model, base, targets=("q", "o", "down"), **settings):
     """A random adapter in PEFT's layout, and its tree."""
     adapter_settings = Adapter(rank=4, alpha=8.0, targets=targets, **settings)
-    specs = lora.adapter_specs(model.specs, adapter_settings)
+    specs = adapter_specs(model.specs, adapter_settings)
     fresh, rng = init_params(specs, jax.random.key(0)), np.random.default_rng(3)
     adapter = jax.tree.map(
         lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) if x.ndim > 1 else x, fresh

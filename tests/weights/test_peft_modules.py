@@ -21,7 +21,7 @@ from jaxft.nn.lora_specs import adapter_specs
 from jaxft.train import export
 from jaxft.weights import init, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
-from jaxft.weights.merge import merge_on_read
+from jaxft.weights.merge import merge_on_read, merge_params
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -130,6 +130,24 @@ def test_ours_has_the_same_logits_in_peft_merged_and_read_again(worlds, tmp_path
             np.testing.assert_allclose(files.read(name), tensor, atol=1e-5, err_msg=name)
             part = tuple(slice(2, max(3, n // 2)) for n in tensor.shape)
             np.testing.assert_allclose(files.read(name, part), tensor[part], atol=1e-5, err_msg=name)
+
+
+def test_a_head_made_of_a_tied_table_has_the_replaced_rows(worlds, tmp_path):
+    world = worlds["tied"]
+    settings = Adapter(rank=4, alpha=12.0, targets=("q", "head"), trainable_token_indices=(5, 300, 7))
+    ids = settings.trainable_token_indices
+    _, adapter = trained(world, settings)
+    expected = ours(world, adapter, settings)
+    merged = lora.merge(world[2], adapter, jnp.float32, ids)
+    np.testing.assert_allclose(our_logits(world[1], merged, some_tokens()), expected, atol=1e-4)
+    stored = merge_params(world[2], adapter, np.float32, ids)["head"]
+    np.testing.assert_allclose(stored, merged["head"], atol=1e-6)
+    source = export.ExportSource(str(world[0]), world[1], tiny_tokenizer(), adapter, token_ids=ids)
+    export.export_model(tmp_path / "m", source, "float32")
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(str(tmp_path / "m")).eval()
+    np.testing.assert_allclose(torch_logits(whole, some_tokens()), expected, atol=1e-4)
 
 
 THEIRS = [

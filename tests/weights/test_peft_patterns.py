@@ -49,6 +49,7 @@ SETTINGS = [
     dict(rank_pattern=(("q_proj", 6), (r"layers\.1\.mlp\.up_proj", 2))),
     dict(alpha_pattern=((r".*\.0\..*o_proj", 3.0), ("up", 20.0))),
     dict(layers_to_transform=(0, 2), rslora=True),
+    dict(layers_to_transform=(0, 2), targets=("q", "embed")),
     dict(exclude_modules=("mlp.down_proj", "k"), targets="all-linear"),
     dict(exclude_modules=r".*layers\.1\.mlp\..*", rank_pattern=(("layers.2.attn.q", 8),)),
 ]
