@@ -88,9 +88,8 @@ def merge_files(
     leaves = {}
     for path, shape in shapes.items():
         name, transposed = model.weight_names.get(path, (model.weight_names["embed"][0], True))
-        read = partial(_read_layer, files, name, transposed)
-        if path not in model.weight_names:
-            read = _with_rows(read, pairs.get("embed"), token_ids)
+        table = None if path in model.weight_names else pairs.get("embed")
+        read = _with_rows(partial(_read_layer, files, name, transposed), table, token_ids)
         fold = partial(lora.merge_node, path, dtype=np.dtype(dtype), token_ids=token_ids)
         leaves[path] = LazyTensor(
             shape, np.dtype(dtype), partial(_merge_layer, read, pairs.get(path), fold, np.dtype(dtype))
@@ -181,14 +180,15 @@ def merge_params(
         pairs["head"] = None
     for path, pair in pairs.items():
         if path in leaves:
-            shape, read = leaves[path].shape, partial(layer_on_host, leaves[path], transpose=False)
+            shape, table = leaves[path].shape, None
+            read = partial(layer_on_host, leaves[path], transpose=False)
         elif path == "head":
-            shape, read = leaves["embed"].shape[::-1], partial(layer_on_host, leaves["embed"], transpose=True)
-            read = _with_rows(read, pairs.get("embed"), token_ids)
+            shape, table = leaves["embed"].shape[::-1], pairs.get("embed")
+            read = partial(layer_on_host, leaves["embed"], transpose=True)
         else:
             continue
         fold = partial(lora.merge_node, path, dtype=dtype, token_ids=token_ids)
-        make = partial(_merge_stored_layer, read, pair, fold, np.dtype(dtype))
+        make = partial(_merge_stored_layer, _with_rows(read, table, token_ids), pair, fold, np.dtype(dtype))
         merged[path] = LazyTensor(shape, np.dtype(dtype), make)
     return _nested(merged)
 

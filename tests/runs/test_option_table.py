@@ -1,6 +1,9 @@
 """Every setting in the table of configs/README.md exists: it is applied to the recipe that its row names."""
 
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ def table():
         if len(cells) == 3 and not cells[0].startswith(("**", "option elsewhere", "---")):
             spans = [span.replace("\\|", "|") for span in re.findall(r"`([^`]+)`", cells[1])]
             recipe = spans.pop(0) if spans and spans[0].endswith(".py") else "sft.py"
-            yield cells[0], [(recipe, span.split(" ")) for span in spans], cells
+            yield cells[0], [(recipe, shlex.split(span)) for span in spans], cells
 
 
 ROWS = list(table())
@@ -38,8 +41,12 @@ def test_the_table_is_read_and_says_why_there_is_no_setting():
 
 def test_every_setting_of_the_table_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for option, alternatives, _ in ROWS:
         for recipe, overrides in alternatives:
+            if overrides[0].startswith("scripts/"):
+                runpy.run_path(overrides[0])["make_parser"]().parse_args(overrides[1:])
+                continue
             try:
                 run = load_config(f"configs/{recipe}", overrides)
                 if any(o.startswith("optim.") for o in overrides):
