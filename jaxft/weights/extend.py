@@ -63,7 +63,7 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists; choose a new folder")
     model, tokenizer = pretrained.model_for(ref), pretrained.load_tokenizer(ref)
-    files = pretrained.open_files(ref)
+    files, known = pretrained.open_files(ref), tokenizer.get_vocab()
     pieces = add_tokens(tokenizer, extension)
     vocab = model.config.vocab
     if pieces and max(pieces) >= vocab:
@@ -91,9 +91,25 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
         grown = f"the table grows from {model.config.vocab} to {vocab} rows"
         room = grown if vocab > model.config.vocab else f"the table had {vocab} rows already"
         lines.append(f"new tokens: {named}; {room}")
+    lines += _known_tokens_note(extension, known)
     ends = stop_tokens(str(out), larger, tokenizer)
     lines.append(f"completions end at {', '.join(tokenizer.convert_ids_to_tokens(list(ends))) or 'nothing'}")
     return lines
+
+
+def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:
+    """Return a line about tokens of a named template that the tokenizer had: a base model may have them
+    untrained.
+    """
+    named = find_template(extension.template).tokens if extension.template else ()
+    found = {token: known[token] for token in named if token in known}
+    if not found:
+        return []
+    return [
+        f"{', '.join(map(repr, found))} of the template were in the tokenizer already; if this model was "
+        "never trained on them, as some base models, train their rows: adapter.trainable_token_indices="
+        f"{','.join(map(str, found.values()))}"
+    ]
 
 
 def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...]]:

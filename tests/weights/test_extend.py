@@ -160,6 +160,13 @@ def test_a_named_template_comes_with_its_tokens_and_stops(tmp_path, name, text, 
     assert tokenizer.convert_tokens_to_ids(end) in generation["eos_token_id"] and end in lines[-1]
 
 
+def test_tokens_of_a_template_that_were_there_before_are_named(tmp_path):
+    folder = base_folder(tmp_path)
+    extend_model(tmp_path / "out", str(folder), Extension(("<|im_start|>",)))
+    note = extend_model(tmp_path / "chat", str(tmp_path / "out"), Extension(template="chatml"))[-2]
+    assert note.startswith("'<|im_start|>' of the template") and note.endswith("token_indices=258")
+
+
 def test_the_qwen_template_shows_tools_and_calls():
     from transformers import PreTrainedTokenizerFast  # noqa: F401
     from transformers.utils.chat_template_utils import render_jinja_template
