@@ -15,7 +15,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     """Return the model over {"base", "adapter", **heads}. Without "adapter" in the parameters it is the base
     model.
 
-    Raises ValueError if the adapter targets the language model head of a model with a scalar head.
+    Raises ValueError if the adapter targets the language model head of a model with a scalar head, or trains
+    only rows of tokens there.
     """
     dropout = settings.dropout if settings else 0.0
     token_ids = settings.trainable_token_indices if settings else ()

@@ -46,7 +46,7 @@ class FittedType:
 def fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) -> np.ndarray:
     """Return a matrix [rows, inputs] as the bytes of a type of FITTED.
 
-    importance: of each input, its mean square in calibration rows or so; None for none.
+    importance: of each input, such as its mean square in calibration rows; None: all inputs alike.
     """
     spec = FITTED[kind]
     block, sub = spec.blocks
@@ -106,7 +106,9 @@ def _fit_offset(
     trials: Trials,
     nested: bool,
 ) -> tuple[Array, ...]:
-    """Fit x by scale * code + low, with low <= 0 if nested. Return codes, scales and minima (see _nested)."""
+    """Fit x by scale * code + low, with low <= 0 if nested. Return codes, scales and minima, and
+    for nested the scales of those (see _nested_offset).
+    """
     w = _weights(x, importance)
     low = x.min(-1)
     low = jnp.minimum(low, 0.0) if nested else low

@@ -1,5 +1,6 @@
 """Reward models: transformers' rewards, Bradley-Terry of torch, laws of the objective, heads on one base."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -322,6 +323,11 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
         heads.with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})
     with pytest.raises(ValueError, match="adapter.modules_to_save includes the language model head"):
         adapted(heads.with_scalar_head(model), Adapter(targets=("q", "head")))
+    tokens = Adapter(targets=(), trainable_token_indices=(1,))
+    with pytest.raises(ValueError, match="rows of tokens and a score head alone; name targets"):
+        adapted(heads.with_scalar_head(model), tokens)
+    with pytest.raises(ValueError, match="adapter.bias=all needs adapter.targets"):
+        adapted(model, replace(tokens, bias="all"))
     with pytest.raises(ValueError, match="a scalar head in place of the language model head"):
         heads.with_scalar_head(model).logits({}, None)
 
