@@ -175,6 +175,12 @@ def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
     assert [line.split(" was trained on ")[1] for line in lines] == [
         "there, whose weights differ from this run's", "a base with quant=nf4, but this run has quant=none",
     ]  # fmt: skip
+    changed = json.dumps({**record, "adapter": {"init": "loftq"}})  # exported for the unquantised base
+    (tmp_path / "first" / "config.json").write_text(changed)
+    assert adapters.base_differences(start, "here", identity, None) == []
+    (line,) = adapters.base_differences(start, "here", identity, Quant())
+    assert "(adapter.init=loftq) is for the base in its own precision, but this run has quant=nf4" in line
+    (tmp_path / "first" / "config.json").write_text(json.dumps(record))
     config = tmp_path / "first" / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}))
     for ref, differs in [

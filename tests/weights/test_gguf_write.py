@@ -206,6 +206,8 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
         ),
         (("--gguf", "Q8_0", "--pack", "nf4"), "--gguf names the type of the weights"),
         (("--gguf", "Q8_0", "--dtype", "float32"), "--gguf names the type of the weights"),
+        (("--gguf", "Q8_0", "--calibrate", "no_rows"), "--calibrate has no effect on --gguf Q8_0; leave"),
+        (("--gguf", "Q4_KK", "--calibrate", "no_rows"), "--gguf Q4_KK: not a type of GGUF files"),
         (("--gguf", "Q8_0", "--out", "folder"), "is not the name of a GGUF file; choose NAME.gguf"),
     ],
 )
