@@ -283,6 +283,14 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
             ["--over", "seed=1,2"],
             "data.held_out=0.2 depends on the seed, and the seeds differ. Name a file, or set held_out=none",
         ),
+        (
+            ["--over", "lr=1,2", "--at-once", "2", "adapter.modules_to_save=norm,"],
+            "share these parameters of the base; use --at-once 1, got 2",
+        ),
+        (
+            ["--over", "lr=1,2", "--at-once", "2", "adapter.targets=q,embed"],
+            "pairs of the embeddings and the head have no layers, which several adapters at once need",
+        ),
         (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
     ],
 )
