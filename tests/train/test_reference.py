@@ -16,6 +16,7 @@ from tiny_tokenizers import tiny as tiny_tokenizer
 from jaxft import tree
 from jaxft.data.pairs.source import PairRows
 from jaxft.distributed import sharding
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize
 from jaxft.objectives import metrics
@@ -242,6 +243,15 @@ def test_the_cache_key_of_a_reference_is_its_weights_adapter_and_settings():
         reference.reference_fingerprint("w", None, dict(reversed(settings.items()))) == same
         and len({same, *others}) == 4
     )
+
+
+def test_heads_that_change_the_base_or_replace_other_rows_than_the_policy_are_refused(folder):
+    for theirs, match in (
+        (Adapter(trainable_token_indices=(5,)), r"the rows of tokens \(5,\), and the policy's those of \(\)"),
+        (Adapter(init="pissa"), "has init=pissa, which changes the base that it shares with the policy"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            build(run_of(folder, heads={"critic": HeadSettings(theirs)}), 10, jax.devices()[:1])
 
 
 def at(params, path):
