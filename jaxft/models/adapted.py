@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, attach
+from jaxft.nn.lora_rows import attach_rows
 from jaxft.nn.lora_specs import adapter_specs, pair_layouts
 
 
@@ -48,4 +49,29 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
         head=on_whole(model.head),
         prefill=on_whole(model.prefill),
         decode=on_whole(model.decode),
+    )
+
+
+def adapted_by_row(model: Model) -> Model:
+    """Return the model over {"base", "stack", "rows"}: in generation, row i has adapter rows[i] of the stack.
+
+    See nn/lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
+    """
+
+    def by_row(fn: Callable) -> Callable:
+        def call(params: Any, *rest: Any, **kw: Any) -> Any:
+            return fn(attach_rows(params["base"], params.get("stack"), params["rows"]), *rest, **kw)
+
+        return call
+
+    def on_base(fn: Callable) -> Callable:
+        return lambda params, *rest, **kw: fn(params["base"], *rest, **kw)
+
+    return replace(
+        model,
+        specs={"base": model.specs},
+        hidden=by_row(model.hidden),
+        head=on_base(model.head),
+        prefill=by_row(model.prefill),
+        decode=by_row(model.decode),
     )

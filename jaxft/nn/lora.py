@@ -141,6 +141,7 @@ class Adapted:
     scale: Any  # [L]
     dropout: float = static(default=0.0)
     magnitude: Any = None  # [L, O] with DoRA
+    rows: Any = None  # [L, B]: the adapter of each row of the input, where a, b and scale are [L, K, ...]
 
 
 def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:

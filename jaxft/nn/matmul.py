@@ -338,12 +338,15 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     """Return `x @ w` for a plain, quantised or LoRA-adapted weight [I, O]; key: for dropout of the adapter's
     input.
 
-    An adapter with `a` [K, I, R] is K adapters; the rows of x are K equal groups, one for each.
+    An adapter with `a` [K, I, R] is K adapters; the rows of x are K equal groups, one for each. With `rows`
+    [B], row i of x has adapter rows[i].
     """
     if isinstance(w, GramProbe):
         return probed_matmul(x, w.weight, w.moment)
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
+    if w.rows is not None:
+        w = replace(w, a=w.a[w.rows], b=w.b[w.rows], scale=w.scale[w.rows])
     fn = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
     dropped = dropout(x, w.dropout, key)
     if w.magnitude is None:
