@@ -114,8 +114,8 @@ def program_tracers(
     """
     sizes = row_levels(slots.rows, mesh)
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
-    first, key = states[slots.rows], _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    integer = _everywhere(np.int32(0), mesh)
+    first, key = states[slots.rows], replicated_shapes(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    integer = replicated_shapes(np.int32(0), mesh)
     limits = DecodeLimits(integer, integer)
 
     def jitted(fn: Any, rows: int, donate: tuple[int, ...] = ()) -> Any:
@@ -123,7 +123,7 @@ def program_tracers(
         return jax.jit(fn, donate_argnums=donate, out_shardings=where)
 
     empty = partial(programs.empty_state, d, (slots.prompts, slots.size), slots.rows)
-    new = _everywhere(no_prompts(slots, d.group), mesh)
+    new = replicated_shapes(no_prompts(slots, d.group), mesh)
     begin = jitted(partial(programs.start_completions, d), slots.rows, (1,))
     out: dict[tuple[Any, ...], Any] = {
         ("empty",): jitted(empty, slots.rows).trace,
@@ -135,7 +135,7 @@ def program_tracers(
     for larger, smaller in zip(sizes, sizes[1:], strict=False):
         left = np.zeros(smaller, np.int32), np.zeros(min(slots.prompts, smaller), np.int32)
         shrink = jitted(programs.keep_rows, smaller)
-        out["keep", larger, smaller] = partial(shrink.trace, states[larger], *_everywhere(left, mesh))
+        out["keep", larger, smaller] = partial(shrink.trace, states[larger], *replicated_shapes(left, mesh))
     return out
 
 
@@ -186,12 +186,12 @@ def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> Dec
     def of(layers: LayerKeys) -> LayerKeys:
         return jax.tree.map(place, layers, key_axes(layers))
 
-    state = _everywhere(shapes, mesh)
+    state = replicated_shapes(shapes, mesh)
     prompt_keys = replace(state.cache.prompts, layers=of(cache.prompts.layers))
     return replace(state, cache=replace(state.cache, prompts=prompt_keys, rows=of(cache.rows)))
 
 
-def _everywhere(tree: Any, mesh: Mesh | None) -> Any:
+def replicated_shapes(tree: Any, mesh: Mesh | None) -> Any:
     """Return the shapes of a tree of arrays that are on every device."""
     where = None if mesh is None else sharding.replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.batch import Tokens
+from jaxft.tree import struct
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 NONFINITE = -2  # in place of a token whose logits are not finite; the completion ends there
@@ -48,8 +50,11 @@ def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B
     return logits
 
 
-def top_mask(x: Float[Array, "B V"], weights: Float[Array, "..."], target: float) -> Bool[Array, "B V"]:
-    """Mark the fewest largest values of each row whose weights sum to at least `target`; ties go together.
+def top_mask(
+    x: Float[Array, "B V"], weights: Float[Array, "..."], target: float | Array
+) -> Bool[Array, "B V"]:
+    """Mark the fewest largest values of each row whose weights sum to at least `target`, a number or one per
+    row; ties go together.
 
     The smallest of them is found bit by bit, with 32 sums over the row: for 16 x 49152 on a CPU this takes 10
     ms, a sort 230.
@@ -77,6 +82,50 @@ def sample(logits: Float[Array, "B V"], s: Sampling, keys: Array) -> Int[Array, 
         return fast_argmax(logits)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
     return fast_argmax(truncate_logits(logits, s) + noise)
+
+
+@struct
+class RowSampling:
+    """How the next token of each row is sampled, as arrays [B], so that one program serves all settings.
+
+    heat: 1 / temperature, 0 for greedy. top_k: at least the vocabulary's size for no truncation. top_p: 1 for
+    none.
+    """
+
+    heat: Any
+    top_k: Any
+    top_p: Any
+
+
+def row_sampling(s: Sampling, vocab: int) -> tuple[float, int, float]:
+    """Return the heat, top_k and top_p of a row that is sampled as `s` says.
+
+    The heat is rounded as XLA rounds the reciprocal with which it replaces a division by a constant.
+    """
+    heat = float(np.float32(1) / np.float32(s.temperature)) if s.temperature else 0.0
+    return heat, min(s.top_k or vocab, vocab), s.top_p or 1.0
+
+
+def sample_rows(logits: Float[Array, "B V"], s: RowSampling, keys: Array) -> Int[Array, "B"]:
+    """`sample` with settings that differ by row. What no row needs is not computed."""
+    greedy, vocab = fast_argmax(logits), logits.shape[1]
+
+    def with_top_k(x: Array) -> Array:
+        kept = top_mask(x, jnp.ones((), jnp.float32), s.top_k.astype(jnp.float32))
+        return jnp.where(kept, x, -jnp.inf)
+
+    def with_top_p(x: Array) -> Array:
+        kept = top_mask(x, jax.nn.softmax(x, -1), s.top_p.astype(x.dtype))
+        return jnp.where(kept | (s.top_p >= 1)[:, None], x, -jnp.inf)
+
+    def sampled() -> Array:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+        x = logits * s.heat[:, None].astype(logits.dtype)
+        x = jax.lax.cond((s.top_k < vocab).any(), with_top_k, lambda x: x, x)
+        x = jax.lax.cond((s.top_p < 1).any(), with_top_p, lambda x: x, x)
+        return fast_argmax(x + noise)
+
+    return jnp.where(s.heat > 0, jax.lax.cond((s.heat > 0).any(), sampled, lambda: greedy), greedy)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = None) -> Tokens:

@@ -149,6 +149,26 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
     return replace(cache, prompts=PromptKeys(sharded(layers), visible))
 
 
+def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
+    """Return the keys of prompts padded on the left to the slots of `like`, as prompt_keys returns them for
+    longer prompts.
+    """
+
+    def pad(x: Array, slots: int, axis: int) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (slots - x.shape[axis], 0)
+        return jnp.pad(x, widths)
+
+    def of(own: Keys | None, other: Keys | None) -> Keys | None:
+        if own is None or other is None:
+            return None
+        slots = other.k.shape[4]
+        return Keys(pad(own.k, slots, 4), pad(own.v, slots, 3))
+
+    layers = LayerKeys(of(keys.layers.full, like.layers.full), of(keys.layers.window, like.layers.window))
+    return PromptKeys(layers, pad(keys.visible, like.visible.shape[1], 1))
+
+
 def key_axes(layers: LayerKeys) -> LayerKeys:
     """Return the logical axes of every array of the keys."""
 

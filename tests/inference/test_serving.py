@@ -1,0 +1,229 @@
+"""The server's programs and scheduler: completions equal the engine's whatever the other rows do; switching
+settings and adapters compiles nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_served as tiny
+from engines import engine_of
+
+from jaxft.inference import serve_programs
+from jaxft.inference.generate import generate
+from jaxft.inference.sampling import RowSampling, Sampling, row_sampling, sample, sample_rows
+from jaxft.inference.scheduler import QueueFull, Scheduler, Stopped
+from jaxft.models.adapted import adapted
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (3, 40, 1, 9, 100, 5, 30, 2, 11)]
+SAMPLED = Sampling(12, 0.8, 20, 0.9)
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    found, lines = tiny.scheduler()
+    yield found
+    found.close()
+    assert not lines
+
+
+def engine_completions(seed, adapter=None):
+    """What generate.py makes of the prompts."""
+    like = adapter or "polite"
+    params = {"base": tiny.base(), "adapter": tiny.adapter(like)}
+    if adapter is None:
+        params["adapter"] = jax.tree.map(jnp.zeros_like, params["adapter"])
+    world = adapted(tiny.MODEL, tiny.ADAPTERS[like]), params
+    engine = engine_of(world, SAMPLED, tiny.STOP, len(PROMPTS), 128)
+    return generate(engine, params, PROMPTS, jax.random.key(seed))
+
+
+def numbered(seed, **options):
+    return [
+        tiny.TokenRequest(tuple(prompt), SAMPLED, seed, number, tiny.STOP, **options)
+        for number, prompt in enumerate(PROMPTS)
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 + 3, 2**40 + 9])
+def test_completions_equal_those_of_generate_for_the_same_seed(scheduler, seed):
+    expected = engine_completions(seed)
+    found = tiny.complete(scheduler, numbered(seed))
+    assert [one.ids for one in found] == expected
+    for one in found:
+        assert one.finish == ("stop" if one.ids[-1] in tiny.STOP else "length")
+    assert len({len(ids) for ids in expected}) > 1 or seed
+
+
+def test_an_adapter_s_completions_equal_those_of_generate_with_it(scheduler):
+    found = tiny.complete(scheduler, numbered(3, adapter=1))
+    assert [one.ids for one in found] == engine_completions(3, "polite") != engine_completions(3)
+
+
+def test_a_completion_does_not_depend_on_the_other_rows_and_nothing_is_compiled(scheduler):
+    requests = [
+        tiny.TokenRequest(
+            tuple(PROMPTS[i % len(PROMPTS)]),
+            Sampling(1 + i % 24, (0.0, 0.7, 1.5)[i % 3], (None, 5, 40)[i % 3], (None, 0.8, 1.0)[i % 2]),
+            seed=i, stop=((), tiny.STOP, (5, 6))[i % 3], adapter=i % 3, top=i % 4 == 0,
+        )
+        for i in range(40)
+    ]  # fmt: skip
+    alone = [tiny.complete(scheduler, [one])[0].ids for one in requests]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "compile" in name else None
+    )
+    try:
+        together = [one.ids for one in tiny.complete(scheduler, requests)]
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert together == alone and not compiled
+    assert {len(ids) for ids in alone} >= {1, 2, 3} and len({tuple(ids[:4]) for ids in alone}) > 20
+
+
+def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(scheduler):
+    request = tiny.TokenRequest(tuple(PROMPTS[1]), Sampling(10), adapter=2, top=True)
+    again = tiny.TokenRequest(tuple(PROMPTS[1]), Sampling(10, 1.5, 1), seed=9, adapter=2)
+    (found, sampled) = tiny.complete(scheduler, [request, again])
+    assert found.ids == sampled.ids and not sampled.tokens[0].top
+    model = adapted(tiny.MODEL, tiny.ADAPTERS["terse"])
+    params = {"base": tiny.base(), "adapter": tiny.adapter("terse")}
+    row = serve_programs.left_pad([PROMPTS[1] + found.ids], 1, 64)
+    logits = model.logits(model.head(params), model.hidden(params, row))[0, -11:-1]
+    logps = np.asarray(jax.nn.log_softmax(logits, -1))
+    for i, token in enumerate(found.tokens):
+        order = np.argsort(-logps[i], kind="stable")
+        assert token.token == order[0] == token.top[0][0] and len(token.top) == 20
+        assert token.logp == pytest.approx(logps[i, token.token], abs=1e-4)
+        np.testing.assert_allclose([logp for _, logp in token.top], logps[i, order[:20]], atol=1e-4)
+
+
+def test_rows_are_sampled_as_each_alone():
+    logits = jax.random.normal(jax.random.key(1), (6, 50)) * 3
+    keys = jax.random.split(jax.random.key(2), 6)
+    settings = [
+        Sampling(), Sampling(temperature=0.5), Sampling(temperature=1.3, top_k=4),
+        Sampling(temperature=2.0, top_p=0.4), Sampling(temperature=0.9, top_k=7, top_p=0.7),
+        Sampling(temperature=1.0, top_k=99, top_p=1.0),
+    ]  # fmt: skip
+    heat, top_k, top_p = zip(*(row_sampling(s, 50) for s in settings), strict=True)
+    rows = RowSampling(
+        jnp.asarray(heat, jnp.float32), jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32)
+    )
+    found = sample_rows(logits, rows, keys)
+    alone = [int(sample(logits[i : i + 1], s, keys[i : i + 1])[0]) for i, s in enumerate(settings)]
+    assert found.tolist() == alone
+
+
+def test_a_row_is_free_after_its_request_is_cancelled(scheduler):
+    found = [tiny.Collected() for _ in range(8)]
+    requests = [tiny.request(PROMPTS[0], max_new=24, temperature=0.0) for _ in found]
+    tickets = scheduler.submit([(request, one) for request, one in zip(requests, found, strict=True)])
+    for ticket in tickets[:7]:
+        ticket.cancel()
+    assert all(one.ended.wait(30) for one in found)
+    assert found[7].finish == "length" or found[7].ids[-1] in tiny.STOP
+    assert sum(one.finish == "cancelled" for one in found) >= 4  # those that waited, at least
+    assert scheduler.load().running == scheduler.load().waiting == 0
+
+
+def test_a_full_queue_refuses_all_of_a_request_and_a_closed_one_everything():
+    found, _ = tiny.scheduler(queue=2)
+    gate = tiny.Gate()
+    try:
+        running = [tiny.Collected() for _ in range(6)]
+        found.submit([(tiny.request(PROMPTS[0], max_new=24), gate(one)) for one in running])
+        with pytest.raises(QueueFull, match="queue of 2 places"):
+            found.submit([(tiny.request(PROMPTS[0]), print)] * 3)
+        with pytest.raises(ValueError, match="7 completions at once"):  # which no waiting helps
+            found.submit([(tiny.request(PROMPTS[0]), print)] * 7)
+        gate.open.set()
+        assert all(one.ended.wait(30) for one in running)
+    finally:
+        gate.open.set()
+        found.close()
+    with pytest.raises(Stopped, match="stopping"):
+        found.submit([(tiny.request(PROMPTS[0]), print)])
+
+
+def test_cancelled_requests_hold_no_place_in_the_queue():
+    found, _ = tiny.scheduler(queue=2)
+    gate = tiny.Gate()
+    try:
+        running, waiting = ([tiny.Collected() for _ in range(n)] for n in (4, 4))
+        found.submit([(tiny.request(PROMPTS[0]), gate(one)) for one in running])
+        first = found.submit([(tiny.request(PROMPTS[0]), one) for one in waiting[:2]])
+        for ticket in first:
+            ticket.cancel()
+        found.submit([(tiny.request(PROMPTS[0]), one) for one in waiting[2:]])
+        assert [one.finish for one in waiting[:2]] == ["cancelled"] * 2
+        with pytest.raises(QueueFull):
+            found.submit([(tiny.request(PROMPTS[0]), print)])
+        gate.open.set()
+        assert all(one.ended.wait(30) for one in running + waiting)
+        assert "cancelled" not in {one.finish for one in running + waiting[2:]}
+    finally:
+        gate.open.set()
+        found.close()
+
+
+WRONG = {
+    "the prompt is empty": dict(prompt=[]),
+    "129 tokens, more than the 128": dict(prompt=[1] * 129),
+    "max_tokens=25 is more than the 24": dict(prompt=[1], max_new=25),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_the_programs_cannot_do_is_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler.submit([(tiny.request(**WRONG[message]), print)])
+
+
+def test_a_failure_of_the_device_ends_its_requests_only():
+    programs, fail = tiny.programs(), [True]
+
+    def broken(*args):
+        if fail.pop() if fail else False:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
+        return programs.decode[4](*args)
+
+    found, lines = tiny.scheduler(
+        programs_=serve_programs.ServePrograms(programs.serving, programs.empty, programs.start, {4: broken})
+    )
+    first, second = (tiny.complete(found, [tiny.request(PROMPTS[0], seed)])[0] for seed in (1, 1))
+    found.close()
+    assert first.finish == "error" and "out of memory" in first.progress[-1].error
+    assert second.finish in ("stop", "length") and second.ids[:1] == first.ids[:1]
+    assert len(lines) == 1 and "\n" not in lines[0] and found.failures == 1
+
+
+def test_requests_end_with_a_device_that_does_not_recover():
+    programs, states = tiny.programs(), [tiny.programs().empty]
+
+    def broken(*args):
+        raise RuntimeError("halted")
+
+    found, lines = tiny.scheduler(
+        programs_=serve_programs.ServePrograms(
+            programs.serving, lambda: states.pop()(), programs.start, {4: broken}
+        )
+    )
+    ended = tiny.complete(found, [tiny.request(PROMPTS[0])] * 6)
+    assert {one.finish for one in ended} == {"error"} and "halted" in ended[-1].progress[-1].error
+    found.thread.join(30)
+    with pytest.raises(Stopped, match="does not recover"):
+        found.submit([(tiny.request(PROMPTS[0]), print)])
+    assert len(lines) == 2
+    found.close(1.0)
+
+
+def test_a_completion_that_is_not_finite_ends_with_an_error():
+    params = {**tiny.params(), "base": {**tiny.base(), "embed": tiny.base()["embed"].at[39].set(jnp.nan)}}
+    found = Scheduler(tiny.programs(), params)
+    found.start()
+    bad, good = tiny.complete(found, [tiny.request([39, 3], temperature=0.0), tiny.request([5], max_new=1)])
+    found.close()
+    assert bad.finish == "error" and "not finite" in bad.progress[-1].error and good.finish != "error"

@@ -1,0 +1,130 @@
+"""A tiny Llama with two adapters behind the scheduler: programs are compiled once in a process."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import tiny_tokenizers
+
+from jaxft.inference.sampling import Sampling
+from jaxft.inference.scheduler import Scheduler, TokenRequest
+from jaxft.inference.serve_programs import ServeSizes, Serving, compile_server
+from jaxft.inference.served_model import ServedModel
+from jaxft.models.adapted import adapted_by_row
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_rows import stack_by_row
+from jaxft.nn.lora_specs import adapter_specs
+
+TOKENIZER = tiny_tokenizers.tiny("chatml")
+STOP = (TOKENIZER.eos_token_id, *range(20, len(TOKENIZER), 60))
+SIZES = ServeSizes(rows=4, prompt=128, new=24, stops=16, block=3)
+ADAPTERS = {
+    "polite": Adapter(rank=4, alpha=8.0, targets=("q", "v")),
+    "terse": Adapter(rank=2, alpha=4.0, targets="all-linear"),
+}
+MODEL = llama(
+    LlamaConfig(
+        vocab=len(TOKENIZER), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=256
+    ),
+    jnp.float32,
+)
+
+
+@functools.cache
+def base():
+    """Random weights that are large enough for completions to differ."""
+    started = jax.jit(lambda: param.init_params(MODEL.specs, jax.random.key(0), jnp.float32))()
+    return jax.tree.map(lambda x: 2 * x, started)
+
+
+@functools.cache
+def adapter(name):
+    """A random adapter whose b is not zero."""
+    specs = adapter_specs(MODEL.specs, ADAPTERS[name], MODEL.weight_names)
+    fresh = param.init_params(specs, jax.random.key(len(name)), jnp.float32)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x, fresh)
+
+
+@functools.cache
+def params():
+    """Base and stack."""
+    return {
+        "base": base(),
+        "stack": jax.tree.map(jnp.asarray, stack_by_row([adapter(name) for name in ADAPTERS])),
+    }
+
+
+@functools.cache
+def programs():
+    """The compiled programs of the server."""
+    return compile_server(Serving(adapted_by_row(MODEL), SIZES), params())
+
+
+def models(tokenizer=TOKENIZER):
+    """The base and its adapters by name."""
+    names = {"base": 0, **{name: number for number, name in enumerate(ADAPTERS, 1)}}
+    return {
+        name: ServedModel(name, tokenizer, STOP, len(TOKENIZER), number) for name, number in names.items()
+    }
+
+
+def scheduler(queue=64, programs_=None):
+    """A running scheduler, and the lines that it logs."""
+    lines = []
+    found = Scheduler(programs_ or programs(), params(), queue, lines.append)
+    found.start()
+    return found, lines
+
+
+def request(prompt, seed=0, **options):
+    """A request for 12 tokens at temperature 0.8, top_k 20 and top_p 0.9, or as `options` say."""
+    sampling = Sampling(**{"max_new": 12, "temperature": 0.8, "top_k": 20, "top_p": 0.9, **options})
+    return TokenRequest(tuple(prompt), sampling, seed, stop=STOP)
+
+
+class Collected:
+    """What the scheduler delivers to one request."""
+
+    def __init__(self):
+        self.tokens, self.progress, self.ended = [], [], threading.Event()
+
+    def __call__(self, progress):
+        self.progress.append(progress)
+        self.tokens += progress.tokens
+        if progress.finish:
+            self.ended.set()
+
+    @property
+    def ids(self):
+        return [token.token for token in self.tokens]
+
+    @property
+    def finish(self):
+        return self.progress[-1].finish
+
+
+def complete(scheduler, requests):
+    """The Collected of each request, after all have ended."""
+    found = [Collected() for _ in requests]
+    scheduler.submit(list(zip(requests, found, strict=True)))
+    for one in found:
+        assert one.ended.wait(60)
+    return found
+
+
+class Gate:
+    """Holds the scheduler's thread in its deliveries until `open` is set."""
+
+    def __init__(self):
+        self.open = threading.Event()
+
+    def __call__(self, deliver):
+        def gated(progress):
+            self.open.wait(30)
+            deliver(progress)
+
+        return gated
