@@ -1,0 +1,109 @@
+"""Responses of OpenAI's API, as JSON objects."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.inference.scheduler import SampledToken
+from jaxft.inference.served_model import ServedModel, token_text
+
+LEAST_LOGP = -9999.0  # in place of -inf, which JSON does not have
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of choice `index`: text, the tokens that it is from, and why the choice ended, if it has."""
+
+    index: int
+    text: str
+    tokens: tuple[SampledToken, ...] = ()
+    finish: str | None = None
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all chunks of a response share. top: as in api_request.ChoiceSettings."""
+
+    id: str
+    created: int
+    model: ServedModel
+    chat: bool
+    top: int | None
+
+    def response(self, choices: list[dict[str, Any]], usage: Any = None, chunk: bool = False) -> dict:
+        """Return the response, or a chunk of it, with these choices."""
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
+        return {**head, "choices": choices, "usage": usage}
+
+
+def usage_of(prompt: int, completion: int) -> dict[str, int]:
+    """Return the numbers of tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def chunk_choice(e: Envelope, piece: Piece, first: bool, offset: int) -> dict[str, Any]:
+    """Return a piece as the choice of a chunk. first: of its choice. offset: characters before it."""
+    choice = {"index": piece.index, "logprobs": _logprobs(e, piece, offset), "finish_reason": piece.finish}
+    if not e.chat:
+        return {**choice, "text": piece.text}
+    delta = {"role": "assistant"} if first else {}
+    return {**choice, "delta": {**delta, **({"content": piece.text} if piece.text or first else {})}}
+
+
+def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
+    """Return all pieces of a choice together as a choice."""
+    choice = {"index": whole.index, "logprobs": _logprobs(e, whole, 0), "finish_reason": whole.finish}
+    if not e.chat:
+        return {**choice, "text": whole.text}
+    return {**choice, "message": {"role": "assistant", "content": whole.text, "refusal": None}}
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Return all pieces of a choice as one."""
+    text, tokens = "".join(piece.text for piece in pieces), [t for piece in pieces for t in piece.tokens]
+    return Piece(pieces[-1].index, text, tuple(tokens), pieces[-1].finish)
+
+
+def _logprobs(e: Envelope, piece: Piece, offset: int) -> dict[str, Any] | None:
+    if e.top is None:
+        return None
+    if e.chat:
+        return {"content": [_chat_token(e, token) for token in piece.tokens], "refusal": None}
+    texts = [token_text(e.model, token.token) for token in piece.tokens]
+    offsets = [offset]
+    for text in texts[:-1]:
+        offsets.append(offsets[-1] + len(text))
+    return {
+        "tokens": texts,
+        "token_logprobs": [_finite(token.logp) for token in piece.tokens],
+        "top_logprobs": [_by_text(e, sampled) for sampled in piece.tokens],
+        "text_offset": offsets[: len(texts)],
+    }
+
+
+def _by_text(e: Envelope, sampled: SampledToken) -> dict[str, float]:
+    """Return the most likely tokens by their texts; of tokens with the same text the most likely one."""
+    found: dict[str, float] = {}
+    for token, logp in sampled.top[: e.top]:
+        found.setdefault(token_text(e.model, token), _finite(logp))
+    return found
+
+
+def _chat_token(e: Envelope, sampled: SampledToken) -> dict[str, Any]:
+    top = [_shown(e, token, logp) for token, logp in sampled.top[: e.top]]
+    return {**_shown(e, sampled.token, sampled.logp), "top_logprobs": top}
+
+
+def _shown(e: Envelope, token: int, logp: float) -> dict[str, Any]:
+    text = token_text(e.model, token)
+    whole = "\ufffd" not in text  # else the token is a part of a character
+    return {"token": text, "logprob": _finite(logp), "bytes": list(text.encode()) if whole else None}
+
+
+def _finite(logp: float) -> float:
+    return max(logp, LEAST_LOGP)

@@ -1,0 +1,98 @@
+"""Models by the names that requests use: prompts as token ids, as in training, and text of tokens."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxft.data.chat import example_prompt_ids
+from jaxft.data.columns import messages_of
+from jaxft.data.conversation import prompt_of
+from jaxft.data.example import Chat, Completion
+from jaxft.data.invalid import InvalidRow, valid
+from jaxft.data.rows import Row
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.nn.lora_rows import BASE
+
+ONE_INSTRUCTION = (["user"], ["system", "user"])
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model by its name.
+
+    adapter: its number in the stack. stop: token ids that end a completion. plain: it continues plain text
+    and has no conversations (data.format=plain). vocab: its embeddings.
+    """
+
+    name: str
+    tokenizer: Any
+    stop: tuple[int, ...]
+    vocab: int
+    adapter: int = BASE
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
+    plain: bool = False
+
+
+def chat_prompt(
+    model: ServedModel, messages: Sequence[Any], tools: Any = None, arguments: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """Return the token ids of a conversation that ends before an assistant turn.
+
+    Raises ValueError for messages that are wrong, or that the model's chat template rejects.
+    """
+    if model.plain:
+        raise ValueError(
+            f"{model.name} was trained on plain text (data.format=plain) and has no chat template; use "
+            "/v1/completions"
+        )
+    fields: dict[str, Any] = {"messages": list(messages)}
+    fields |= {"tools": tools} if tools else {}
+    fields |= {"chat_template_kwargs": dict(arguments)} if arguments else {}
+    row = Row("messages", fields)
+    try:
+        roles = [turn["role"] for turn in messages_of(row, "messages")]
+        if roles[-1] == "assistant":
+            raise ValueError("the last message is an assistant message; end with a user or tool message")
+        chat = prompt_of(row, "messages")
+        assert isinstance(chat, Chat)
+        (ids,) = example_prompt_ids(
+            [replace(chat, plain=roles in ONE_INSTRUCTION)], model.tokenizer, model.template
+        )
+        return _checked(model, valid(ids))
+    except InvalidRow as error:
+        raise ValueError(error.problem) from error
+
+
+def text_prompt(model: ServedModel, text: str) -> tuple[int, ...]:
+    """Return the token ids of plain text that is continued. Raises ValueError if it has none."""
+    (ids,) = example_prompt_ids([Completion("prompt", text, "")], model.tokenizer, model.template)
+    return _checked(model, valid(ids))
+
+
+def token_prompt(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
+    """Return token ids that are continued. Raises ValueError for ids that the model does not have."""
+    return _checked(model, ids)
+
+
+def _checked(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    if not 0 <= min(ids) <= max(ids) < model.vocab:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(
+            f"token id {wrong} is not one of the model's 0 to {model.vocab - 1}; use the tokenizer that "
+            "belongs to the model"
+        )
+    return tuple(ids)
+
+
+def completion_text(model: ServedModel, ids: list[int]) -> str:
+    """Return the text of a completion's tokens without special tokens. More tokens only add to it: nothing is
+    cleaned up, as older transformers do with " ." after the space has been sent.
+    """
+    return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def token_text(model: ServedModel, token: int) -> str:
+    """Return the text of one token, special or not."""
+    return model.tokenizer.decode([token])

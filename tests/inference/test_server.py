@@ -1,0 +1,386 @@
+"""The server on loopback: OpenAI's own client, concurrent streams, fuzzed requests, clients that leave."""
+
+import concurrent.futures
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import tiny_served as tiny
+import tiny_tokenizers
+from scripts_in_process import SCRIPTS, call
+from tiny_llama import tiny_torch, write_folder
+
+from jaxft.inference import server
+from jaxft.inference.sampling import Sampling
+from jaxft.inference.served_model import chat_prompt, text_prompt
+from jaxft.inference.server import ServerLimits
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+
+MESSAGES = [{"role": "user", "content": "what is a rank?"}]
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, queue=64, limits=ServerLimits(), models=None):  # noqa: B008  a frozen dataclass
+        self.scheduler, self.lines = tiny.scheduler(queue)
+        app = server.make_app(self.scheduler, models or tiny.models(), limits)
+        sock = server.bound_socket("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+        self.uvicorn = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5)
+        )
+        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [sock]})
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
+
+    def send(self, method, path, body=None, headers=None):
+        """(status, object or text, headers) of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = json.dumps(body).encode() if isinstance(body, dict) else body
+        connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        is_json = response.headers.get("content-type") == "application/json"
+        return response.status, json.loads(text) if is_json else text, response.headers
+
+    def idle(self):
+        """Wait until no row is in use."""
+        deadline = time.monotonic() + 20
+        while (load := self.scheduler.load()).running or load.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def close(self):
+        self.uvicorn.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive() and not self.scheduler.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def running():
+    found = Running()
+    yield found
+    found.close()
+    assert not found.lines
+
+
+def expected_text(scheduler, seed, adapter=0, prompt=None, **options):
+    """What the scheduler makes of the messages."""
+    ids = prompt or chat_prompt(tiny.models()["base"], MESSAGES)
+    request = tiny.TokenRequest(
+        ids, Sampling(**{"max_new": 12, **options}), seed, stop=tiny.STOP, adapter=adapter
+    )
+    return tiny.TOKENIZER.decode(tiny.complete(scheduler, [request])[0].ids, skip_special_tokens=True)
+
+
+def test_a_chat_completion_streamed_and_whole_is_that_of_the_seed(running):
+    client = running.client()
+    asked = dict(model="polite", messages=MESSAGES, max_tokens=12, temperature=0.9, top_p=0.8, seed=5)
+    whole = client.chat.completions.create(**asked)
+    text = expected_text(running.scheduler, 5, 1, temperature=0.9, top_p=0.8)
+    assert whole.choices[0].message.content == text and text
+    assert whole.choices[0].finish_reason in ("stop", "length") and whole.model == "polite"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    assert whole.usage.prompt_tokens == len(chat_prompt(tiny.models()["base"], MESSAGES))
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == text and chunks[-1].usage == whole.usage
+    assert [c.choices[0].delta.role for c in chunks if c.choices][0] == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert client.chat.completions.create(**{**asked, "model": "base"}).choices[0].message.content != text
+
+
+def test_completions_of_several_prompts_and_choices_with_log_probs(running):
+    found = running.client().completions.create(
+        model="base", prompt=["the rank", [5, 6, 7]], n=2, max_tokens=4, temperature=0.0, logprobs=3, seed=0
+    )
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert found.choices[0].text == found.choices[1].text
+    assert found.choices[2].text == expected_text(running.scheduler, 0, 0, (5, 6, 7), max_new=4)
+    logprobs = found.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) >= 2
+    assert all(max(top.values()) == logp for top, logp in zip(logprobs.top_logprobs, logprobs.token_logprobs))
+    assert found.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in found.choices)
+    assert found.usage.prompt_tokens == 3 + len(text_prompt(tiny.models()["base"], "the rank"))
+    chat = running.client().chat.completions.create(
+        model="base", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2, temperature=0
+    )
+    content = chat.choices[0].logprobs.content
+    assert len(content) == chat.usage.completion_tokens
+    assert all(
+        t.top_logprobs[0].token == t.token and t.logprob <= 0 and len(t.top_logprobs) == 2 for t in content
+    )
+
+
+def test_a_stop_string_ends_the_text_before_it(running):
+    text = expected_text(running.scheduler, 1, temperature=1.0, max_new=24)
+    stop = text[len(text) // 2 :][:3]
+    asked = dict(model="base", messages=MESSAGES, max_tokens=24, temperature=1.0, seed=1, stop=[stop])
+    found = running.client().chat.completions.create(**asked)
+    assert found.choices[0].message.content == text.partition(stop)[0]
+    assert found.choices[0].finish_reason == "stop" and found.usage.completion_tokens <= 24
+    pieces = [
+        c.choices[0].delta.content or ""
+        for c in running.client().chat.completions.create(**asked, stream=True)
+    ]
+    assert "".join(pieces) == text.partition(stop)[0]
+    running.idle()
+
+
+def test_32_concurrent_streams_have_their_own_text(running):
+    def streamed(i):
+        stream = running.client().chat.completions.create(
+            model=("base", "polite", "terse")[i % 3], messages=[{"role": "user", "content": f"question {i}"}],
+            max_tokens=20, temperature=(0.0, 1.0)[i % 2], seed=i, stream=True,
+        )  # fmt: skip
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(streamed, range(32)))
+    assert together == [streamed(i) for i in range(32)] and len(set(together)) > 25
+
+
+def test_models_page_and_health(running):
+    client = running.client()
+    assert [model.id for model in client.models.list()] == ["base", "polite", "terse"]
+    assert client.models.retrieve("terse").id == "terse"
+    status, page, headers = running.send("GET", "/")
+    assert status == 200 and "<title>jaxft chat</title>" in page and "src=" not in page
+    assert "connect-src 'self'" in headers["Content-Security-Policy"]
+    assert running.send("GET", "/health")[1]["status"] == "ok"
+
+
+CHAT = "/v1/chat/completions"
+REFUSED = [  # method, path, body, headers, status, word
+    ("POST", CHAT, {"messages": MESSAGES, "model": "nobody"}, {}, 404, "polite"),
+    ("POST", CHAT, {"messages": [*MESSAGES, {"role": "assistant", "content": "a"}]}, {}, 400, "last message"),
+    ("POST", CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, {}, 400, "wizard"),
+    ("POST", CHAT, {"messages": [{"role": "user", "content": ""}]}, {}, 400, "empty"),
+    ("POST", CHAT, {"messages": [{"role": "user", "content": "a b " * 200}]}, {}, 400, "128"),
+    ("POST", CHAT, {"messages": MESSAGES, "max_tokens": 25}, {}, 400, "24"),
+    ("POST", CHAT, b"{", {}, 400, "JSON"),
+    ("POST", CHAT, {"messages": MESSAGES}, {"Content-Type": "text/plain"}, 415, "application/json"),
+    ("POST", CHAT, b"[" + b"1," * 600_000 + b"1]", {}, 413, "--max-body"),
+    ("POST", "/v1/completions", {"prompt": [9999]}, {}, 400, "9999"),
+    ("POST", "/v1/completions", {"prompt": ""}, {}, 400, "empty"),
+    ("POST", "/v1/embeddings", {"input": "a"}, {}, 404, "/v1/completions"),
+    ("GET", CHAT, None, {}, 405, "/v1/completions"),
+    ("GET", "/v1/models/nobody", None, {}, 404, "polite"),
+    ("GET", "/v1/models", None, {"Host": "evil.example"}, 403, "evil.example"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "word"), REFUSED, ids=lambda x: str(x)[:20]
+)
+def test_a_wrong_request_is_refused_in_one_line(running, method, path, body, headers, status, word):
+    found, answer, _ = running.send(method, path, body, headers)
+    message = answer["error"]["message"]
+    assert found == status and word in message and "\n" not in message and len(message) <= 500
+
+
+def test_fuzzed_requests_get_a_status_and_one_line(running):
+    rng, valid = (
+        random.Random(0),
+        {"model": "base", "messages": MESSAGES, "max_tokens": 1, "temperature": 0.5},
+    )
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3.5,
+        1e300,
+        10**30,
+        "",
+        "a",
+        "\ud800",
+        "\x00",
+        [],
+        [1],
+        ["a"],
+        {},
+        {"a": [{}]},
+        MESSAGES,
+    ]
+    names = [
+        *valid,
+        "stop",
+        "n",
+        "seed",
+        "tools",
+        "stream",
+        "logprobs",
+        "prompt",
+        "role",
+        "top_p",
+        "zzz",
+        "chat_template_kwargs",
+    ]
+    for _ in range(500):
+        body = json.dumps(
+            {**valid, **{rng.choice(names): rng.choice(values) for _ in range(rng.randint(1, 3))}}
+        ).encode()
+        if rng.random() < 0.3:
+            at = rng.randrange(len(body))
+            body = body[:at] + rng.randbytes(rng.randint(0, 3)) + body[at + rng.randint(0, 3) :]
+        status, answer, _ = running.send("POST", rng.choice([CHAT, "/v1/completions"]), body)
+        assert status in (200, 400, 404), (status, body)
+        if status != 200:
+            assert "\n" not in answer["error"]["message"] and len(answer["error"]["message"]) <= 500
+    running.idle()
+    assert running.send("GET", "/health")[1]["failures"] == 0
+
+
+def test_tools_and_arguments_reach_the_template(running):
+    template = (
+        "{% if tools %}{{ tools | length }} tools {{ mood }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + ':' + (m['content'] or '') + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer = tiny_tokenizers.tiny.__wrapped__("chatml")
+    tokenizer.chat_template = template
+    model = tiny.models(tokenizer)["base"]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages.append({"role": "tool", "tool_call_id": "1", "content": "5"})
+    ids = chat_prompt(model, messages, [tool, tool], {"mood": "calm"})
+    assert tokenizer.decode(ids) == "2 tools calmuser:what is a rank?\nassistant:\ntool:5\nassistant:"
+
+
+def test_a_client_that_leaves_frees_its_row(running):
+    gate = tiny.Gate()
+    body = json.dumps(
+        {"messages": MESSAGES, "max_tokens": 24, "temperature": 0, "stream": True, "n": 4}
+    ).encode()
+    plain = body.replace(b"true", b"false")
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    before = running.scheduler.load().finished
+    blocked = tiny.Collected()
+    running.scheduler.submit([(tiny.request([1], max_new=2), gate(blocked))])  # holds the device
+    for data in (body, plain):
+        with socket.create_connection(("127.0.0.1", running.port)) as sock:
+            sock.sendall(f"{head}{len(data)}\r\n\r\n".encode() + data)
+            while running.scheduler.load().waiting < 4:
+                time.sleep(0.01)
+        deadline = time.monotonic() + 10
+        while not all(t.cancelled.is_set() for t in running.scheduler.waiting):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        gate.open.set()
+        running.idle()
+        gate.open.clear()
+        running.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected()))])
+    gate.open.set()
+    running.idle()
+    assert running.scheduler.load().finished - before <= 3  # none of the eight choices began
+
+
+def test_a_full_queue_is_status_429_and_a_key_is_needed_where_there_is_one():
+    found, gate = Running(queue=1, limits=ServerLimits(key="secret")), tiny.Gate()
+    try:
+        found.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected())) for _ in range(5)])
+        with pytest.raises(openai.RateLimitError, match="queue of 1 places"):
+            found.client("secret").chat.completions.create(model="base", messages=MESSAGES)
+        key = {"Authorization": "Bearer secret"}
+        assert found.send("POST", CHAT, {"messages": MESSAGES}, key)[2]["Retry-After"] == "1"
+        for wrong in ("other", "secret "):
+            with pytest.raises(openai.AuthenticationError, match="API key"):
+                found.client(wrong.strip() + "x").models.list()
+        assert found.send("GET", "/health")[0] == found.send("GET", "/")[0] == 200
+    finally:
+        gate.open.set()
+        found.close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", found.port), timeout=2)
+
+
+def test_an_address_in_use_is_one_line():
+    sock = server.bound_socket("127.0.0.1", 0)
+    sock.listen()
+    port = sock.getsockname()[1]
+    with pytest.raises(OSError, match=f"127.0.0.1:{port} .*another --port"):
+        server.bound_socket("127.0.0.1", port)
+    sock.close()
+
+
+# The script
+
+
+BAD_LINES = {
+    "--host 0.0.0.0": (2, "JAXFT_API_KEY"),
+    "--port 70000": (2, "65535"),
+    "--rows 0": (2, "--rows"),
+    "--max-prompt 0 --port 0": (1, "--max-prompt"),
+    "--run nowhere --port 0": (1, "nowhere"),
+    "--model nowhere/at/all --port 0": (1, "nowhere"),
+    "--adapter nowhere --port 0": (1, "nowhere"),
+    "--run a --run a --port 0": (1, "a"),
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_wrong_command_line_is_one_line(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(server.KEY_VARIABLE, raising=False)
+    code, out, err = call(monkeypatch, capsys, "serve", *line.split())
+    expected, word = BAD_LINES[line]
+    *notes, last = err.splitlines()
+    assert code == expected and not out and word in last and last.startswith("error: ")
+    assert all(note.startswith("loading") for note in notes)
+
+
+@pytest.mark.slow
+def test_the_command_serves_stops_on_sigterm_and_starts_again_after_a_kill(tmp_path):
+    write_folder(tmp_path / "base", tiny_torch())
+    port = server.bound_socket("127.0.0.1", 0).getsockname()[1]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "serve.py"),
+        "--model",
+        "base",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+    ]
+    command += ["--max-prompt", "64", "--max-new", "64", "--rows", "2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    texts = []
+    for ending, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0), (signal.SIGINT, 0)):
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        line = ""
+        while "serving base at http://127.0.0.1:" not in line:
+            line = process.stderr.readline()
+            assert line, process.wait()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        asked = dict(model="base", prompt="what is a rank?", seed=3, max_tokens=64, temperature=1.0)
+        texts.append(client.completions.create(**asked).choices[0].text)
+        stream = iter(client.completions.create(**asked, stream=True))
+        pieces = [next(stream).choices[0].text]
+        process.send_signal(ending)
+        if code == 0:  # the running request is finished
+            pieces += [chunk.choices[0].text for chunk in stream]
+            assert "".join(pieces) == texts[0]
+        assert process.wait(60) == code
+    assert len(set(texts)) == 1
