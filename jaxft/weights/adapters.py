@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import DTypeLike
 
+from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
@@ -70,6 +72,12 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, 
         lambda x, sharding: place.shard_host_array(x.astype(dtype), sharding), loaded, shardings
     )
     return params, settings
+
+
+def on_every_device(tree: Params, dtype: DTypeLike, mesh: Mesh) -> Params:
+    """Put host arrays on all devices of the mesh in this dtype."""
+    everywhere = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: place.shard_host_array(x.astype(dtype), everywhere), tree)
 
 
 def untying_notes(model: Model, settings: Adapter | None) -> list[str]:

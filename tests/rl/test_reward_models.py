@@ -205,6 +205,29 @@ def test_our_adapter_scores_as_peft_does_for_rows_padded_or_not(workdir):
     np.testing.assert_allclose(unpadded, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_several_adapters_score_as_each_alone_in_one_program(workdir):
+    base, folders = workdir.folder / "base", {}
+    for name, rank, targets in (("wide", 4, ("q", "v")), ("narrow", 2, ("k", "down"))):
+        model, params = begun(base, Adapter(rank=rank, targets=targets))
+        params["score"] = params["score"] * rank
+        folders[name] = saved(model, params, base, workdir.folder / name, Adapter(rank=rank, targets=targets))
+    rows = left_pad([[5, 6, 7], [8, 9]], 2)
+    together = reward_models.load_reward_adapters(str(base), one_device(), folders, dtype=jnp.float32)
+    traced = []
+
+    @jax.jit
+    def program(params, rows):
+        traced.append(params)
+        return together["wide"].score(params, rows)
+
+    for name, folder in folders.items():
+        alone = reward_models.load_reward_model(str(base), one_device(), folder, dtype=jnp.float32)
+        expected = alone.score(alone.params, rows)
+        np.testing.assert_allclose(program(together[name].params, rows), expected, rtol=1e-5, atol=1e-5)
+    assert len(traced) == 1
+    assert not np.allclose(program(together["wide"].params, rows), expected, rtol=0.1)
+
+
 def test_a_run_is_rewarded_by_a_separate_classifier(workdir):
     text = "from jaxft.rl.reward_models import ModelReward\n\njudge = ModelReward('judge', max_length=60)\n"
     (workdir.folder / "judged.py").write_text(text)

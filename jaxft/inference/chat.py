@@ -1,0 +1,214 @@
+"""A conversation in the terminal: its turns, the models that answer, and the commands that change both."""
+
+import json
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jaxft.data.example import Message
+from jaxft.inference.api_request import ChoiceSettings
+from jaxft.inference.api_response import Piece
+from jaxft.inference.generation import choice_texts, token_requests
+from jaxft.inference.sampling import Sampling
+from jaxft.inference.scheduler import NewTokens, Scheduler
+from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt
+
+HELP = """\
+/use NAME          answer with this model; with two names, both answer side by side
+/models            list the models
+/system [TEXT]     set the system prompt; without a text, remove it
+/set NAME=VALUE    temperature, top_p, top_k, max_new or seed (none for a random one)
+/retry             answer the last message again
+/undo              remove the last message and its answers
+/reset             begin again with the same system prompt
+/history           show the conversation
+/save FILE         append it to a .jsonl file as rows for training, or write a .md file
+/exit              leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+@dataclass
+class Turn:
+    """A user's message and the answers to it by the names of the models."""
+
+    user: str
+    answers: dict[str, str] = field(default_factory=dict)
+
+    def answer(self, name: str) -> str:
+        """Return the answer of a model or, if it gave none, the first answer."""
+        return self.answers.get(name) or next(iter(self.answers.values()), "")
+
+
+@dataclass
+class Conversation:
+    """What a chat has at one moment. active: the names of one or two models."""
+
+    models: dict[str, ServedModel]
+    active: tuple[str, ...]
+    choice: ChoiceSettings
+    most_new: int
+    system: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    done: bool = False
+
+    def messages(self, name: str) -> list[Message]:
+        """Return the conversation as this model sees it: without messages that got no answer, except the last
+        one, because many templates reject two messages of the user in a row.
+        """
+        found: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            if turn.answers or turn is self.turns[-1]:
+                found.append({"role": "user", "content": turn.user})
+            if turn.answers:
+                found.append({"role": "assistant", "content": turn.answer(name)})
+        return found
+
+    def prompt(self, name: str) -> tuple[int, ...]:
+        """Return the token ids that this model continues: of plain text only the last message."""
+        model = self.models[name]
+        if model.plain:
+            return text_prompt(model, self.turns[-1].user)
+        return chat_prompt(model, self.messages(name))
+
+
+class CommandResult:
+    """What a line with a command does: `text` is printed, and with `again` the last message is answered."""
+
+    def __init__(self, text: str = "", again: bool = False):
+        self.text, self.again = text, again
+
+
+def run_command(chat: Conversation, line: str) -> CommandResult:
+    """Run a line that begins with a slash. Raises ValueError, or OSError for a file."""
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name in ("/exit", "/quit"):
+        chat.done = True
+        return CommandResult()
+    if name == "/help":
+        return CommandResult(HELP)
+    if name == "/models":
+        marks = ("*" if model in chat.active else " " for model in chat.models)
+        return CommandResult(
+            "\n".join(f"{mark} {model}" for mark, model in zip(marks, chat.models, strict=True))
+        )
+    if name == "/use":
+        chat.active = chosen_models(chat, rest.replace(",", " ").split())
+        return CommandResult(f"answers: {' and '.join(chat.active)}")
+    if name == "/system":
+        chat.system = rest
+        return CommandResult(f"system prompt: {rest}" if rest else "no system prompt")
+    if name == "/set":
+        chat.choice = changed_choice(chat, rest)
+        return CommandResult(shown_choice(chat.choice))
+    if name == "/reset":
+        chat.turns.clear()
+        return CommandResult("a new conversation")
+    if name in ("/retry", "/undo") and not chat.turns:
+        raise ValueError(f"{name}: there is no message yet")
+    if name == "/undo":
+        return CommandResult(f"removed: {chat.turns.pop().user}")
+    if name == "/retry":
+        chat.turns[-1].answers.clear()
+        return CommandResult(again=True)
+    if name == "/history":
+        return CommandResult(as_markdown(chat))
+    if name == "/save":
+        return CommandResult(f"saved to {save(chat, rest)}")
+    raise ValueError(f"{name[:40]} is no command; /help lists them")
+
+
+def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
+    """Return one or two names of models. Raises ValueError for others."""
+    if not 1 <= len(names) <= 2:
+        raise ValueError(f"/use takes one or two names of {', '.join(chat.models)}")
+    for name in names:
+        if name not in chat.models:
+            raise ValueError(f"no model {name[:80]!r}; use one of {', '.join(chat.models)}")
+    return tuple(dict.fromkeys(names))
+
+
+def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
+    """Return the settings with one of them changed by NAME=VALUE. Raises ValueError for a wrong one."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    old = chat.choice
+    values: dict[str, Any] = {**vars(old.sampling), "seed": old.seed}
+    kinds = {"temperature": float, "top_p": float, "top_k": int, "max_new": int, "seed": int}
+    if not equals or name not in kinds:
+        raise ValueError(f"/set takes NAME=VALUE with a name of {', '.join(kinds)}")
+    is_none = value.lower() == "none" and name in ("top_p", "top_k", "seed")
+    try:
+        values[name] = None if is_none else kinds[name](value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value[:40]} is not a number") from error
+    if values["max_new"] > chat.most_new:
+        raise ValueError(f"max_new may be at most {chat.most_new}; start with a larger --max-new")
+    seed = values.pop("seed")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError("seed must be a whole number from 0 to 2^63 - 1, or none")
+    return old._replace(sampling=Sampling(**values), seed=seed)
+
+
+def shown_choice(choice: ChoiceSettings) -> str:
+    """Return the settings in a line."""
+    s = choice.sampling
+    values = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "max_new": s.max_new}
+    shown = {**values, "seed": choice.seed}
+    return ", ".join(f"{name}={'none' if value is None else value}" for name, value in shown.items())
+
+
+def as_markdown(chat: Conversation) -> str:
+    """Return the conversation as Markdown."""
+    parts = [f"**system**: {chat.system}"] if chat.system else []
+    for turn in chat.turns:
+        parts.append(f"**user**: {turn.user}")
+        parts += [f"**{name}**: {answer}" for name, answer in turn.answers.items()]
+    return "\n\n".join(parts) or "no messages yet"
+
+
+def save(chat: Conversation, name: str) -> Path:
+    """Write the conversation; return the file. Raises ValueError for a name without .jsonl or .md, and
+    FileExistsError for an .md file that exists.
+    """
+    path = Path(name).expanduser()
+    if path.suffix not in (".jsonl", ".md"):
+        raise ValueError("/save takes a file that ends in .jsonl (rows for training) or .md")
+    if not any(turn.answers for turn in chat.turns):
+        raise ValueError("/save: there is no answer yet")
+    if path.suffix == ".md":
+        with path.open("x", encoding="utf-8") as file:
+            file.write(as_markdown(chat) + "\n")
+        return path
+    answered = replace(chat, turns=[turn for turn in chat.turns if turn.answers])
+    rows = [{"messages": answered.messages(name), "model": name} for name in chat.active]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+def answers(scheduler: Scheduler, chat: Conversation) -> Iterator[tuple[str, Piece]]:
+    """Yield (model, piece) while the active models answer the last message together, and store their answers.
+
+    Raises ValueError for a prompt that is too long, and ApiError if the device fails. What an iteration that
+    ends early has of an answer is stored too.
+    """
+    turn, texts, names = chat.turns[-1], [], chat.active
+    found: queue.SimpleQueue[tuple[int, NewTokens]] = queue.SimpleQueue()
+    submitted = []
+    for index, name in enumerate(names):
+        model = chat.models[name]
+        (request,) = token_requests(model, chat.choice, [chat.prompt(name)])
+        texts += choice_texts(model, chat.choice, 1)
+        submitted.append((request, lambda progress, index=index: found.put((index, progress))))
+    tickets = scheduler.submit(submitted)
+    try:
+        while not all(text.ended for text in texts):
+            index, progress = found.get()
+            if not texts[index].ended:
+                yield names[index], texts[index].piece(progress)
+    finally:
+        for ticket, name, text in zip(tickets, names, texts, strict=True):
+            ticket.cancel()
+            if text.stream.text.strip():
+                turn.answers[name] = text.stream.text

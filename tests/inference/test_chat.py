@@ -1,0 +1,202 @@
+"""The chat in the terminal: turns, commands, two models side by side, and its script from end to end."""
+
+import io
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_served as tiny
+from scripts_in_process import call
+from tiny_llama import tiny_torch, write_folder
+
+from jaxft.inference.api_request import ChoiceSettings
+from jaxft.inference.chat import Conversation, Turn, answers, run_command
+from jaxft.inference.sampling import Sampling
+from jaxft.nn import lora_specs
+from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.param import ParamSpec
+from jaxft.runs import served
+from jaxft.runs.terminal import printable_text
+from jaxft.weights import peft_write, pretrained
+
+GREEDY = ChoiceSettings(Sampling(10), 0, (), 1, None)
+
+
+def conversation(**options):
+    return Conversation(tiny.models(), ("base",), GREEDY, 24, **options)
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    found, lines = tiny.scheduler()
+    yield found
+    found.close()
+    assert not lines
+
+
+def test_answers_are_those_of_each_model_and_become_turns(scheduler):
+    chat = conversation(system="be brief", turns=[Turn("what is a rank?")])
+    run_command(chat, "/use base terse")
+    pieces = list(answers(scheduler, chat))
+    texts = dict(chat.turns[0].answers)
+    chat.turns[0].answers.clear()
+    for name, text in texts.items():
+        adapter = chat.models[name].adapter
+        request = tiny.TokenRequest(chat.prompt(name), Sampling(10), stop=tiny.STOP, adapter=adapter)
+        expected = tiny.complete(scheduler, [request])[0].ids
+        assert text == tiny.TOKENIZER.decode(expected, skip_special_tokens=True)
+        assert text == "".join(piece.text for who, piece in pieces if who == name)
+    chat.turns[0].answers.update(texts)
+    assert texts["base"] != texts["terse"]
+    chat.turns.append(Turn("and then?"))
+    assert chat.messages("terse") == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "what is a rank?"},
+        {"role": "assistant", "content": texts["terse"]},
+        {"role": "user", "content": "and then?"},
+    ]
+    assert chat.messages("polite")[2]["content"] == texts["base"]  # which did not answer itself
+
+
+def test_an_answer_that_is_stopped_is_stored_as_far_as_it_got(scheduler):
+    chat = conversation(turns=[Turn("what is a rank?")])
+    found = answers(scheduler, chat)
+    texts = [next(found)[1].text, next(found)[1].text]
+    found.close()
+    assert chat.turns[0].answers.get("base", "") == "".join(texts) and scheduler.load().waiting == 0
+
+
+def test_messages_without_an_answer_are_no_part_of_the_conversation(tmp_path):
+    turns = [Turn("a", {"base": "b"}), Turn("stopped at once"), Turn("c")]
+    chat = conversation(turns=turns)
+    assert [m["content"] for m in chat.messages("base")] == ["a", "b", "c"]
+    run_command(chat, f"/save {tmp_path}/chat.jsonl")
+    (row,) = (json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines())
+    assert [m["content"] for m in row["messages"]] == ["a", "b"]
+
+
+def test_commands_change_the_conversation(tmp_path):
+    chat = conversation()
+    assert "/save" in run_command(chat, "/help").text
+    assert run_command(chat, "/models").text == "* base\n  polite\n  terse"
+    run_command(chat, "/use polite,terse")
+    run_command(chat, "/system  be brief ")
+    assert chat.active == ("polite", "terse") and chat.system == "be brief"
+    assert "temperature=0.5" in run_command(chat, "/set temperature=0.5").text
+    run_command(chat, "/set top_k = 7")
+    run_command(chat, "/set seed=none")
+    assert chat.choice.sampling == Sampling(10, 0.5, 7) and chat.choice.seed is None
+    chat.turns.append(Turn("a", {"polite": "b", "terse": "c"}))
+    assert "**terse**: c" in run_command(chat, "/history").text
+    run_command(chat, f"/save {tmp_path}/chat.jsonl")
+    run_command(chat, f"/save {tmp_path}/chat.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and rows[1]["messages"][-1] == {"role": "assistant", "content": "c"}
+    run_command(chat, f"/save {tmp_path}/chat.md")
+    assert "**user**: a" in (tmp_path / "chat.md").read_text()
+    assert run_command(chat, "/retry").again and not chat.turns[0].answers
+    run_command(chat, "/undo")
+    run_command(chat, "/exit")
+    assert not chat.turns and chat.done
+
+
+WRONG = {
+    "/use": "one or two", "/use nobody": "nobody", "/use base polite terse": "one or two", "/wat": "/help",
+    "/set": "NAME=VALUE", "/set heat=1": "temperature", "/set temperature=warm": "not a number",
+    "/set temperature=-1": "temperature", "/set max_new=25": "24", "/set seed=-1": "seed",
+    "/retry": "no message", "/undo": "no message", "/save": ".jsonl",
+    "/save a.txt": ".jsonl", "/save a.md": "no answer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_is_one_line_and_changes_nothing(line):
+    chat, before = conversation(), conversation()
+    with pytest.raises(ValueError, match=WRONG[line]) as error:
+        run_command(chat, line)
+    assert "\n" not in str(error.value) and chat == before
+
+
+# From folders
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working directory with base/ and the adapters a and runs/b/adapter, of other kernels and ranks."""
+    root = tmp_path_factory.mktemp("place")
+    base = write_folder(root / "base", tiny_torch())
+    model = pretrained.model_for(str(base), dtype=jnp.float32)
+    record = {"weights": str(base), "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
+    (root / "runs" / "b").mkdir(parents=True)
+    (root / "runs" / "b" / "config.json").write_text(json.dumps(record))
+    for folder, rank, targets in (
+        ("a", 4, ("q", "v")),
+        ("runs/b/adapter", 2, "all-linear"),
+        ("dora", 2, ("q",)),
+    ):
+        settings = Adapter(rank=rank, alpha=8.0, targets=targets, dora=folder == "dora")
+        rng, specs = np.random.default_rng(rank), lora_specs.adapter_specs(model.specs, settings)
+        grown = jax.tree.map(
+            lambda spec, rng=rng: rng.normal(0, 0.1, spec.shape).astype(np.float32),
+            specs,
+            is_leaf=lambda spec: isinstance(spec, ParamSpec),
+        )
+        for pair in pairs_by_path(grown).values():
+            pair["scale"] = np.full_like(pair["scale"], 8.0 / rank)
+        peft_write.save_adapter(root / folder, grown, settings, model, str(base))
+    return root
+
+
+def test_models_are_named_by_their_folders_and_share_a_base(place, monkeypatch):
+    monkeypatch.chdir(place)
+    found = served.named_models(["runs/b"], None, ["a", "other=a"], "none")
+    assert list(found) == ["b", "a", "other", "base"] and found["base"].adapter is None
+    assert list(served.named_models([], None, [], "pypi:llm-x==1")) == ["llm-x==1"]
+    assert list(served.named_models([], "base", [], "none")) == ["base"]
+    with pytest.raises(ValueError, match="two models have the name 'a'"):
+        served.named_models([], None, ["a", "./a"], "none")
+    with pytest.raises(FileNotFoundError, match="runs/c"):
+        served.named_models(["runs/c"], None, [], "none")
+
+
+def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):
+    monkeypatch.chdir(place)
+    named = served.named_models([], None, ["a", "dora"], "none")
+    with pytest.raises(ValueError, match="adapter dora cannot be used together with others: it is a DoRA"):
+        served.load_served(named, served.ServeFlags("float32"), 1)
+    with pytest.raises(
+        ValueError, match="--max-prompt 200 plus --max-new 100 exceeds the model's 256 positions"
+    ):
+        served.load_served({"base": named["base"]}, served.ServeFlags("float32", prompt=200, new=100), 1)
+
+
+def test_the_script_chats_with_adapters_by_name_and_answers_as_generate(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    lines = "hello\n/use b\n/reset\nhello\n/use b base\n/wat\n/retry\n/history\n/exit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    options = [
+        "--run",
+        "runs/b",
+        "--adapter",
+        "a",
+        "--dtype",
+        "float32",
+        "--max-prompt",
+        "64",
+        "--max-new",
+        "8",
+    ]
+    code, out, err = call(monkeypatch, capsys, "chat", *options, "--use", "a", "--seed", "0")
+    assert code == 0 and "error: /wat is no command" in err and "never" not in out
+    ask = ["--prompt", "hello", "--max-new", "8", "--dtype", "float32", "--json"]
+    expected = json.loads(call(monkeypatch, capsys, "generate", "--run", "runs/b", *ask)[1])["completion"]
+    assert f"**b**: {printable_text(expected)}" in out and f"[b] {printable_text(expected)}\n[base] " in out
+    assert not out.startswith(printable_text(expected))  # of the adapter a
+    several = ["--adapter", "a", "--adapter", "second=runs/b/adapter"]
+    found = call(monkeypatch, capsys, "generate", *several, *ask)[1].splitlines()
+    one, other = map(json.loads, found)
+    assert (one["adapter"], other["adapter"]) == ("a", "second") and other["completion"] == expected
+    assert out.startswith(printable_text(one["completion"]) + "\n")
