@@ -45,6 +45,7 @@ from jaxft.data.overlaps import find_overlaps, overlap_lines  # noqa: E402
 from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
+from jaxft.data.token_text import token_pieces  # noqa: E402
 from jaxft.runs import cli, config  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
@@ -53,7 +54,6 @@ from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
-CONTEXT = 16  # pieces of text that are decoded before a token's own
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
 KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # choices of --kind
@@ -172,26 +172,11 @@ def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) 
     return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in invalid)])
 
 
-def pieces(tokenizer: Any, ids: np.ndarray, weight: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Yield (text, weight) of each token. Tokens that form one character together are yielded as one."""
-    shown, begin, ends = "", 0, [0]  # tokens are decoded behind some before them, as a tokenizer may need
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
-        if text.endswith("\ufffd") and end < len(ids):
-            continue
-        yield printable_text(text[len(shown) :]), float(weight[ends[-1] : end].max())
-        ends.append(end)
-        if len(ends) > 2 * CONTEXT:
-            ends = ends[-CONTEXT:]
-            begin = ends[0]
-            text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
-        shown = text
-
-
 def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> Text:
     """Return the text of one part with the tokens that have a loss highlighted."""
     text, top, inside = Text(), weight.max() or 1.0, False
-    for number, (piece, w) in enumerate(pieces(tokenizer, ids, weight)):
+    for number, (piece, w) in enumerate(token_pieces(tokenizer, ids, weight)):
+        piece = printable_text(piece)
         if colours:
             # two shades take turns, so that token boundaries are visible
             fraction = w / top - 0.15 * (number % 2)

@@ -63,7 +63,11 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
         return inspect_prompts(data, tokenizer)
-    source = data.open(tokenizer)
+    return inspect_source(data.open(tokenizer))
+
+
+def inspect_source(source: RowSource | PairSource) -> Inspected:
+    """Return the dataset of an open source."""
     stats = dict(vars(source.info.stats))
     invalid = stats.pop("invalid")
     del stats["lengths"]  # shown for each part
@@ -154,8 +158,12 @@ def inspect_pairs(source: PairSource, stats: dict[str, Any], invalid: tuple[Inva
 
 
 def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
-    """Return a dataset of prompts for rollouts; each example is one part without a loss."""
-    train, held = prompts.split_prompts(data, tokenizer)
+    """Return a dataset of prompts for rollouts, without a loss."""
+    return inspect_prompt_rows(data, *prompts.split_prompts(data, tokenizer))
+
+
+def inspect_prompt_rows(data: Prompts, train: PromptRows, held: PromptRows) -> Inspected:
+    """Return tokenised prompts for rollouts, split into training and held-out ones; each is one part."""
     stats = {
         "prompts": len(train),
         "held_out": len(held),

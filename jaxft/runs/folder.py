@@ -34,6 +34,7 @@ MAY_CHANGE = (
 HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
+PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/contents.py
 NOT_COMPARED = (
     "command",  # the overrides; their result is in the other fields
     "chat_template",  # the fingerprint of the rows depends on it

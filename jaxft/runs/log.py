@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from jaxft.objectives.alarms import Alarms, Entry
+from jaxft.runs.folder import write_durable_json
 from jaxft.runs.trackers import tensorboard
 from jaxft.runs.trackers.console import ConsoleView
 from jaxft.runs.trackers.jsonl import Jsonl, format_line, read_entries
 from jaxft.runs.trackers.tracker import Tracker, open_trackers
 
-METRICS = "metrics.jsonl"
+METRICS, ALARMS_JSON = "metrics.jsonl", "alarms.json"
 
 
 class NullLog:
@@ -32,6 +33,10 @@ class NullLog:
 
     def listen(self, alarms: Callable[[dict[str, Any], Entry, bool], Alarms]) -> None:
         """Do nothing."""
+
+    def add_alarms(self, texts: list[str]) -> None:
+        """Append the alarms."""
+        self.alarms += texts
 
     def message(self, text: str) -> None:
         """Do nothing."""
@@ -59,6 +64,7 @@ class Log:
         self._folder, self._total_steps = Path(folder), total_steps
         self._folder.mkdir(parents=True, exist_ok=True)
         optional = open_trackers(trackers, self._folder, start_step)
+        (self._folder / ALARMS_JSON).unlink(missing_ok=True)  # `listen` raises those of earlier entries again
         self._jsonl = Jsonl(self._folder / METRICS, start_step)
         board = tensorboard.open_tracker(self._folder, start_step)
         self._trackers: list[Tracker] = [self._jsonl, *optional, board]
@@ -106,8 +112,14 @@ class Log:
         is_last = entry["step"] == self._total_steps and "loss" not in entry
         self._memory, messages, raised = self._alarms(self._memory, entry, is_last)
         new = [f"alarm after step {entry['step']}: {text}" for text in raised]
-        self.alarms += new
+        self.add_alarms(new)
         return [*messages, *new]
+
+    def add_alarms(self, texts: list[str]) -> None:
+        """Append alarms to those in the folder's alarms.json, which a run that ends early has too."""
+        if texts:
+            self.alarms += texts
+            write_durable_json(self._folder / ALARMS_JSON, {"alarms": self.alarms})
 
     def message(self, text: str) -> None:
         """Print a line, above the live view where there is one."""

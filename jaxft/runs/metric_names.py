@@ -4,7 +4,8 @@ computes it.
 A held-out metric has the prefix HELD_OUT.
 """
 
-from jaxft.objectives.alarms import GENERAL_LOSS, REWARD_STD
+from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD
+from jaxft.objectives.critic import VALUE_LOSS
 from jaxft.objectives.metrics import ENTROPY, GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, TOKEN_ACCURACY
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
@@ -21,6 +22,7 @@ __all__ = [
     "ACCURACY",
     "CHOSEN_LOGP",
     "CHOSEN_REWARD",
+    "CLIPPED_RATIO",
     "COMPLETION_KL",
     "COMPLETION_LENGTH",
     "ENTROPY",
@@ -46,6 +48,7 @@ __all__ = [
     "SPEED",
     "TOKENS",
     "TOKEN_ACCURACY",
+    "VALUE_LOSS",
 ]
 
 # Of rollouts (jaxft/rl)

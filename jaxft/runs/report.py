@@ -1,13 +1,13 @@
 """Texts for the user of a run: start-up lines, result lines and the model card."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
 from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
-from jaxft.runs import compare
 from jaxft.runs.metric_names import HELD_OUT, SCORES
 from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.weights.card import NO_CLASSIFIER
@@ -140,7 +140,7 @@ def result_lines(
     notes: the objective's summary and the alarms.
     """
     lines = []
-    for old, new in _same_prompts(before, after)[:2]:
+    for old, new in same_prompts(before["samples"], after["samples"])[:2]:
         lines.append(f"\nprompt:   {_short(old['prompt'])}\nbefore:   {_short(old['completion'])}")
         lines.append(f"after:    {_short(new['completion'])}")
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
@@ -171,10 +171,12 @@ def _short(text: str) -> str:
     return line if len(line) <= 240 else line[:234] + " [...]"
 
 
-def _same_prompts(before: Evaluation, after: Evaluation) -> list[tuple[Sample, Sample]]:
-    """Samples of the same prompts before and after (`samples` may have changed when the run was resumed)."""
-    known = {old["prompt"]: old for old in before["samples"]}
-    return [(known[new["prompt"]], new) for new in after["samples"] if new["prompt"] in known]
+def same_prompts(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    """Return the samples of the same prompts before and after training; `samples` may have changed when the
+    run was resumed.
+    """
+    known = {old["prompt"]: old for old in before}
+    return [(known[new["prompt"]], new) for new in after if new["prompt"] in known]
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class ModelCard:
     metadata: for the hub, see weights.card.front_matter. base: the base model as a reader knows it. merged:
     the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
     id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
-    base. completions: a section with sampled completions, or "".
+    base. curves, completions: sections with pictures and with sampled completions, or "".
     """
 
     name: str
@@ -203,6 +205,7 @@ class ModelCard:
     before: Evaluation
     after: Evaluation
     notes: list[str]
+    curves: str = ""
     completions: str = ""
     pad: int | None = None
     text_decoder: bool = False
@@ -216,6 +219,7 @@ def model_card(card: ModelCard) -> str:
             f"# {card.name}\n",
             *_description(card),
             *_results(card),
+            *([card.curves] if card.curves else []),
             *_usage(card),
             *([card.completions] if card.completions else []),
             *_held_out_samples(card),
@@ -295,7 +299,7 @@ def _usage(card: ModelCard) -> list[str]:
 
 
 def _held_out_samples(card: ModelCard) -> list[str]:
-    pairs = _same_prompts(card.before, card.after)
+    pairs = same_prompts(card.before["samples"], card.after["samples"])
     lines = ["## Held-out prompts"] if pairs else []
     for old, new in pairs:
         lines += [f"**{' '.join(old['prompt'].split())}**\n", _quoted("Before:", old["completion"])]
@@ -309,19 +313,17 @@ def _quoted(label: str, text: str) -> str:
 
 
 def completions_section(folder: Path, count: int = 5) -> str:
-    """A table of the first and the last sampled completions of a run with their rewards, and its curves; ""
-    without any.
+    """A table of the first and the last sampled completions of a run with their rewards; "" without any.
 
-    Reads completions.jsonl and metrics.jsonl in `folder` and draws curves.png there.
+    Reads completions.jsonl in `folder`.
     """
     entries = read_entries(folder / "completions.jsonl")
     if not entries:
         return ""
-    compare.draw_one(folder / "curves.png", folder.name, read_entries(folder / "metrics.jsonl"))
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
     shown = [entry for step in steps for entry in [e for e in entries if e["step"] == step][:count]]
     names = list(shown[0]["rewards"])
-    lines = ["## Sampled completions", "", "![Curves](curves.png)", ""]
+    lines = ["## Sampled completions", ""]
     lines.append(f"| step | prompt | completion |{''.join(f' {name} |' for name in names)} reward |")
     lines.append("|---" * (4 + len(names)) + "|")
     for entry in shown:

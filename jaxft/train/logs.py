@@ -16,6 +16,7 @@ from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.trackers.jsonl import truncate
 from jaxft.train import programs
+from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
 from jaxft.weights import pretrained
 from jaxft.weights.adapters import base_differences, untying_notes
@@ -53,7 +54,7 @@ class Logs:
     def alarm(self, number: int, step: int, text: str) -> None:
         """Print an alarm about a member after `step` steps, and store it with those of its metrics."""
         text = f"alarm after step {step}: {text}"
-        self.members[number].alarms.append(text)
+        self.members[number].add_alarms([text])
         if self._overview is None:
             self.message(text)  # a sweep prints all alarms at its end
 
@@ -97,10 +98,11 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
         return Logs([NullLog() for _ in job.members])
     trackers, logs, moved = job.lead.run.trackers, [], []
     kernel = programs.attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
-    for member in job.members:
+    for number, member in enumerate(job.members):
         member.folder.mkdir(exist_ok=True)
         moved += runfolder.write_record(member.folder, member.record, first, kernel)
         truncate(member.folder / "completions.jsonl", first)
+        write_contents(job, number, first)
         own = {"trackers": trackers} if job.sweep is None else {"quiet": True}
         logs.append(Log(member.folder, job.steps, first, **own))
     overview = None

@@ -5,7 +5,7 @@ shows it.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,10 +136,21 @@ def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
     )
 
 
-def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
-    """Return one line per parameter: path, shape, axes, storage, on a mesh sharding, trained or frozen; then
-    the counts.
+class ParameterRow(NamedTuple):
+    """A parameter in the table: its path, shape and axes, how it is stored, its sharding (None on one
+    device), and whether it is trained.
     """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    storage: str
+    sharding: str | None
+    trained: bool
+
+
+def parameter_rows(partition: Partition, mesh: Mesh | None = None) -> list[ParameterRow]:
+    """Return the rows of the parameter table."""
     mask, rows = tree.paths(partition.mask), []
     for path, spec in param.spec_paths(partition.specs).items():
         storage = partition.storage[path]
@@ -147,13 +158,23 @@ def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
         form = (
             f"{x.kind} {bits_per_param(x):.3f} bits" if storage.quantised else jnp.dtype(storage.dtype).name
         )
-        cut = ""
+        cut = None
         if mesh is not None and mesh.size > 1:
             found = leaf_sharding(spec, x, mesh, path)
-            cut = f"{sharding.describe_sharding(found.codes if isinstance(x, QTensor) else found):20s} "
-        sizes, axes = "x".join(map(str, spec.shape)), ",".join(spec.axes)
-        rows.append(
-            f"{path:32s} {sizes:>18s}  {axes:28s} {form:16s} {cut}{'trained' if mask[path] else 'frozen'}"
-        )
+            cut = sharding.describe_sharding(found.codes if isinstance(x, QTensor) else found)
+        rows.append(ParameterRow(path, tuple(spec.shape), tuple(spec.axes), form, cut, bool(mask[path])))
+    return rows
+
+
+def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
+    """Return one line per parameter: path, shape, axes, storage, on a mesh sharding, trained or frozen; then
+    the counts.
+    """
+    lines = []
+    for row in parameter_rows(partition, mesh):
+        sizes, axes = "x".join(map(str, row.shape)), ",".join(row.axes)
+        cut = "" if row.sharding is None else f"{row.sharding:20s} "
+        state = "trained" if row.trained else "frozen"
+        lines.append(f"{row.path:32s} {sizes:>18s}  {axes:28s} {row.storage:16s} {cut}{state}")
     total, some = param.count_params(partition.specs), param.count_params(partition.trainable_specs)
-    return "\n".join([*rows, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])
+    return "\n".join([*lines, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])

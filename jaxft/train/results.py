@@ -10,8 +10,8 @@ from jaxft.batch import TrainState
 from jaxft.data.mixture import source_names
 from jaxft.distributed import processes, sync
 from jaxft.models import families
+from jaxft.runs import charts, report
 from jaxft.runs import folder as runfolder
-from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
 from jaxft.train import export, programs
@@ -104,6 +104,7 @@ def write_reports(
             summary = {
                 "before": before[number],
                 "after": after[number],
+                "notes": [line for line in notes[number] if line not in logs.members[number].alarms],
                 "alarms": logs.members[number].alarms,
             }
             summary["files"] = runfolder.result_hashes(member.folder)
@@ -211,6 +212,7 @@ def _card(
         before=ends[0],
         after=ends[1],
         notes=notes,
+        curves=charts.pictures_section(member.folder),
         completions=report.completions_section(member.folder),
         pad=card.pad,
         text_decoder=card.text_decoder,

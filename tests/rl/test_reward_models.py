@@ -351,8 +351,10 @@ def test_scale_divides_scores_by_the_deviation_of_all_so_far_and_metrics_have_th
 
 def test_the_model_card_has_sampled_completions_with_rewards_and_curves(workdir):
     argv = ["steps=3", "passes=1", "batch=4", "group=2", "save=100", "lr=1e-3"]
-    assert workdir.run("name=card", *argv) == 0, workdir.err()
+    assert workdir.run("name=card", *argv, PICTURES="1") == 0, workdir.err()
     card = (workdir.runs("card") / "README.md").read_text()
     assert "| step | prompt | completion | letters | reward |" in card and "![Curves](curves.png)" in card
     assert card.count("\n| 1 | what is") == 5 and card.count("\n| 3 | what is") == 5
     assert (workdir.runs("card") / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    data = json.loads((workdir.runs("card") / "data.json").read_text())
+    assert "what is" in "".join(text for text, _ in data["examples"][0]["parts"][0]["pieces"])

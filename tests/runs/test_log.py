@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from jaxft.objectives.alarms import Alarms
 from jaxft.runs import trackers
 from jaxft.runs.log import Log
 from jaxft.runs.trackers import console as console_view
@@ -323,11 +324,67 @@ def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_an_unknown_or_missing_tracker_is_a_one_line_error_before_anything_starts(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="trackers has 'mlflow'; known are trackio, wandb"):
-        Log(tmp_path, 5, trackers=("mlflow",))
+    with pytest.raises(
+        ValueError, match="trackers has 'neptune'; known are mlflow, tensorboard, trackio, wandb"
+    ):
+        Log(tmp_path, 5, trackers=("neptune",))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"'wandb', which is not installed .*pip install 'jaxft\[track\]'"):
         Log(tmp_path, 5, trackers=("wandb",))
+
+
+def fake_mlflow(calls):
+    """A module with the parts of MLflow that the tracker uses, which records what is sent."""
+
+    class Client:
+        def get_experiment_by_name(self, name):
+            assert name == "jaxft"
+
+        def create_experiment(self, name):
+            return "new"
+
+        def create_run(self, experiment, run_name):
+            calls.append(("mlflow create", experiment, run_name))
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="run 7"))
+
+        def update_run(self, run_id, status):
+            assert (run_id, status) == ("run 7", "RUNNING")
+
+        def log_batch(self, run_id, metrics):
+            calls.append(("mlflow", run_id, metrics))
+
+        def set_terminated(self, run_id):
+            calls.append(("mlflow end", run_id))
+
+    def metric(name, value, milliseconds, step):
+        assert milliseconds > 1.5e12
+        return name, value, step
+
+    return types.SimpleNamespace(
+        MlflowClient=Client,
+        entities=types.SimpleNamespace(Metric=metric),
+        exceptions=types.SimpleNamespace(MlflowException=OSError),
+    )
+
+
+def test_an_mlflow_server_that_fails_ends_a_start_in_one_line_but_no_run(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError("refused:\nMax retries")
+
+    calls: list[tuple] = []
+    module = fake_mlflow(calls)
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    writer = Log(tmp_path / "r", 5, quiet=True, trackers=("mlflow",))
+    monkeypatch.setattr(module.MlflowClient, "log_batch", fail)
+    for step in (1, 2):
+        writer.step(step, {"loss": 1.5}, {})
+    writer.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Max retries; MLflow gets no metrics from step 1 on, metrics.jsonl has all" in line
+    assert [entry["step"] for entry in jsonl.read_entries(tmp_path / "r" / "metrics.jsonl")] == [1, 2]
+    monkeypatch.setattr(module.MlflowClient, "get_experiment_by_name", fail)
+    with pytest.raises(ValueError, match=r"trackers=mlflow: refused: Max retries\. Set MLFLOW_TRACKING_URI"):
+        Log(tmp_path / "q", 5, quiet=True, trackers=("mlflow",))
 
 
 def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
@@ -345,14 +402,26 @@ def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monk
         log=lambda values, step: calls.append(("trackio", step, values)),
         finish=lambda: calls.append(("trackio finish",)),
     )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    for name, module in {"wandb": wandb, "trackio": trackio, "mlflow": fake_mlflow(calls)}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    chosen = ("wandb", "trackio", "mlflow", "tensorboard")
     for first in (0, 1):
-        writer = Log(tmp_path / "r", 5, start_step=first, quiet=True, trackers=("wandb", "trackio"))
-        writer.step(first + 1, {"loss": 1.5}, {"mfu": 0.5})
+        writer = Log(tmp_path / "r", 5, start_step=first, quiet=True, trackers=chosen)
+        writer.step(first + 1, {"loss": 1.5, "kl": math.nan}, {"mfu": 0.5})
         writer.close()
-    assert ("wandb", {"loss": 1.5, "perf/mfu": 0.5, "step": 2}) in calls
-    assert ("trackio", 1, {"loss": 1.5, "perf/mfu": 0.5}) in calls
+    logged = {c[0]: c[-1] for c in calls if c[0] in ("wandb", "trackio")}
+    assert {k: v for k, v in logged["wandb"].items() if k != "kl"} == {
+        "loss": 1.5,
+        "perf/mfu": 0.5,
+        "step": 2,
+    }
+    assert {k: v for k, v in logged["trackio"].items() if k != "kl"} == {"loss": 1.5, "perf/mfu": 0.5}
+    assert [c for c in calls if c[0] == "mlflow create"] == [("mlflow create", "new", "r")]
+    assert [c[1:] for c in calls if c[0] == "mlflow"] == [
+        ("run 7", [("loss", 1.5, step), ("perf/mfu", 0.5, step)]) for step in (1, 2)
+    ]
+    assert [c for c in calls if c[0] == "mlflow end"] == [("mlflow end", "run 7")] * 2
+    assert len(list((tmp_path / "r" / "tensorboard").iterdir())) >= 1
     assert [c[0] for c in calls].count("wandb finish") == [c[0] for c in calls].count("trackio finish") == 2
     identities = {c[1] for c in calls if c[0] == "init"}
     assert len(identities) == 1 and ("trackio init", "r", "allow") in calls
@@ -384,3 +453,30 @@ def test_a_new_tracker_is_one_file(tmp_path, monkeypatch):
     writer.step(1, {"loss": 1.5}, {"mfu": 0.5})
     writer.close()
     assert (tmp_path / "r" / "mine.txt").read_text() == "1 {'loss': 1.5, 'perf/mfu': 0.5}\nclosed"
+
+
+def test_alarms_are_in_a_file_as_soon_as_they_are_raised_and_once(tmp_path):
+    def alarms(memory, entry, last):
+        return Alarms({}, [], ["too high"] if entry.get("loss", 0) > 2 else [])
+
+    def log_from(step):
+        writer = Log(tmp_path, 5, start_step=step, quiet=True)
+        writer.listen(alarms)
+        return writer
+
+    def known():
+        return json.loads((tmp_path / "alarms.json").read_text())["alarms"]
+
+    writer = log_from(0)
+    assert not (tmp_path / "alarms.json").exists()
+    writer.step(1, {"loss": 3.0}, {})
+    assert known() == writer.alarms == ["alarm after step 1: too high"]
+    writer.step(2, {"loss": 4.0}, {})
+    writer.close()
+    writer = log_from(1)  # killed after its checkpoint of step 1
+    assert known() == ["alarm after step 1: too high"]
+    writer.add_alarms(["not finished"])
+    writer.close()
+    assert known() == ["alarm after step 1: too high", "not finished"]
+    log_from(0).close()
+    assert not (tmp_path / "alarms.json").exists()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny
 
+from jaxft.data.token_text import token_pieces
 from jaxft.runs.config import load_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"
@@ -292,7 +293,7 @@ def test_the_exit_code_reports_a_failure(place):
 
 @pytest.mark.parametrize("kind", ["llama3", "chatml", "gemma"])
 def test_tokens_are_shown_as_in_the_whole_text_at_a_cost_that_is_linear(kind):
-    tokenizer, script = tiny(kind), runpy.run_path(str(SCRIPT))
+    tokenizer = tiny(kind)
     text = "héllo wörld, 🙂🙃 naïve  café 你好 " * 40
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
     decoded = []
@@ -302,7 +303,7 @@ def test_tokens_are_shown_as_in_the_whole_text_at_a_cost_that_is_linear(kind):
             decoded.append(len(some))
             return tokenizer.decode(some, **options)
 
-    found = list(script["pieces"](Counting(), ids, np.arange(len(ids))))
+    found = list(token_pieces(Counting(), ids, np.arange(len(ids))))
     assert "".join(piece for piece, _ in found) == tokenizer.decode(ids.tolist())
     assert found[-1][1] == len(ids) - 1 and len(found) > 500
     assert sum(decoded) < 200 * len(ids)

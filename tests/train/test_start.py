@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LATER = {"torch", "transformers", "tokenizers", "datasets", "pandas", "pyarrow", "matplotlib", "gguf"}
-LATER |= {"tensorboardX", "wandb", "trackio", "scipy", "flax.nnx"}
+LATER |= {"tensorboardX", "wandb", "trackio", "mlflow", "plotly", "scipy", "flax.nnx"}
 
 
 def test_the_train_loop_imports_nothing_that_only_some_runs_need():

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from jaxft.runs import trackers
 
-ALWAYS = ("tracker", "jsonl", "tensorboard", "console")  # files of this folder that are not optional trackers
+OPEN = ("tensorboard",)  # trackers that every run has; naming one changes nothing
+ALWAYS = ("tracker", "jsonl", "console", *OPEN)  # files of this folder that are not optional trackers
 
 
 class Tracker(Protocol):
@@ -34,14 +35,15 @@ def with_perf(metrics: dict[str, float], perf: dict[str, float]) -> dict[str, fl
 
 
 def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list[Tracker]:
-    """Open optional trackers. Raises ValueError, before any is open, for one that is unknown or whose package
-    is missing.
+    """Open optional trackers, without those that every run has. Raises ValueError, before any is open, for
+    one that is unknown or whose package is missing.
     """
     known = sorted(m.name for m in pkgutil.iter_modules(trackers.__path__) if m.name not in ALWAYS)
     for name in names:
-        if name not in known:
-            raise ValueError(f"trackers has {name!r}; known are {', '.join(known)}")
-    modules = [importlib.import_module(f"{trackers.__name__}.{name}") for name in names]
+        if name not in (*known, *OPEN):
+            raise ValueError(f"trackers has {name!r}; known are {', '.join(sorted((*known, *OPEN)))}")
+    chosen = [name for name in names if name not in OPEN]
+    modules = [importlib.import_module(f"{trackers.__name__}.{name}") for name in chosen]
     for module in modules:
         for package in module.PACKAGES:
             import_package(package)

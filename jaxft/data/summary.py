@@ -1,0 +1,56 @@
+"""A run's data as JSON for its report: statistics, lengths, invalid rows, and examples token by token."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.inspection import Inspected, ShownPart, part_lengths
+from jaxft.data.source import length_percentiles
+from jaxft.data.token_text import token_pieces
+
+COUNTED_ROWS = 20_000  # training rows whose lengths are counted
+SHOWN_EXAMPLES = 3  # of the first batch
+EXAMPLE_TOKENS = 1000  # of each part of an example
+BINS = 24
+
+
+def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
+    """Return statistics by name, lengths in tokens by part, invalid rows by reason, and the first examples
+    of the first batch as texts of tokens with their loss weights.
+    """
+    lengths = part_lengths(itertools.islice(found.train(), COUNTED_ROWS))
+    plain = {name: x for name, x in found.statistics.items() if isinstance(x, bool | int | float | str)}
+    return {
+        "statistics": plain,
+        "lengths": {label: length_histogram(np.array(counts)) for label, counts in lengths.items()},
+        "invalid": [
+            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in found.invalid
+        ],
+        "examples": [
+            {
+                "name": example.name,
+                "facts": example.facts,
+                "parts": [part_pieces(part, tokenizer) for part in example.parts],
+            }
+            for example in itertools.islice(found.of_step(0), SHOWN_EXAMPLES)
+        ],
+    }
+
+
+def length_histogram(counts: np.ndarray) -> dict[str, Any]:
+    """Return percentiles and mean of token counts, and how many are in each of BINS equal ranges from the
+    minimum to the maximum.
+    """
+    return {
+        "percentiles": {**length_percentiles(counts), "mean": round(float(counts.mean()), 1)},
+        "examples": len(counts),
+        "histogram": np.histogram(counts, BINS)[0].tolist(),
+    }
+
+
+def part_pieces(part: ShownPart, tokenizer: Any) -> dict[str, Any]:
+    """Return the first EXAMPLE_TOKENS tokens of a part as [text, weight], and how many more there are."""
+    pieces = token_pieces(tokenizer, part.ids[:EXAMPLE_TOKENS], part.weights[:EXAMPLE_TOKENS])
+    more = max(0, len(part.ids) - EXAMPLE_TOKENS)
+    return {"label": part.label, "pieces": [list(piece) for piece in pieces], "more": more}

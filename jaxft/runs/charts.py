@@ -1,0 +1,229 @@
+"""The charts of runs: which metrics are drawn together, with titles, units and the curves of metrics.jsonl.
+
+A run's pictures and its report show the same charts.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxft.objectives.alarms import Entry
+from jaxft.runs import metric_names as names
+from jaxft.runs.plots import Panel, draw
+from jaxft.runs.trackers.jsonl import read_entries
+
+X_AXIS = "optimizer step"
+TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
+
+
+@dataclass(frozen=True)
+class ChartLine:
+    """A metric in a chart. label: which of the chart's quantities it is, "" for the only one."""
+
+    metric: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ChartKind:
+    """A chart: the metrics that share its axes. unit: the label of the y axis. about: how to read it."""
+
+    title: str
+    unit: str
+    lines: tuple[ChartLine, ...]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """A metric of a run by step, on training or held-out rows; None for a value that was not finite."""
+
+    label: str
+    held_out: bool
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with the curves of each run, by the run's name."""
+
+    kind: ChartKind
+    curves: Mapping[str, tuple[RunCurve, ...]]
+
+
+def single_chart(title: str, unit: str, metric: str, about: str = "") -> ChartKind:
+    """Return a chart of one metric."""
+    return ChartKind(title, unit, (ChartLine(metric),), about)
+
+
+LOSS_UNITS = {"sft": "nats per token", "pairs": "loss per pair", "rollouts": "policy loss per token"}
+PAIR_CHARTS = (
+    ChartKind(
+        "Accuracy of the rewards",
+        "fraction of pairs",
+        (ChartLine(names.ACCURACY), ChartLine(names.REWARD_ACCURACY)),
+        "Pairs whose chosen response has the higher reward; 0.5 is chance.",
+    ),
+    ChartKind(
+        "Margin of the rewards",
+        "chosen minus rejected reward",
+        (ChartLine(names.MARGIN), ChartLine(names.REWARD_MARGIN)),
+    ),
+    ChartKind(
+        "Log-probability of the responses",
+        "nats per response",
+        (ChartLine(names.CHOSEN_LOGP, "chosen"), ChartLine(names.REJECTED_LOGP, "rejected")),
+        "If chosen falls along with rejected, probability moves to responses in no pair.",
+    ),
+    ChartKind(
+        "Rewards of the responses",
+        "reward per response",
+        (ChartLine(names.CHOSEN_REWARD, "chosen"), ChartLine(names.REJECTED_REWARD, "rejected")),
+    ),
+)
+ROLLOUT_CHARTS = (
+    single_chart("Reward", "reward per completion", names.REWARD),
+    single_chart("Spread of the rewards", "standard deviation", names.REWARD_STD),
+    single_chart("KL to the reference", "nats per completion", names.COMPLETION_KL),
+    single_chart("Length of completions", "tokens per completion", names.COMPLETION_LENGTH),
+    single_chart("Completions cut off at the limit", "fraction of completions", names.CLIPPED_RATIO),
+    single_chart("Loss of the value function", "squared error per token", names.VALUE_LOSS),
+)
+TOKEN_CHARTS = (
+    single_chart("Token accuracy", "fraction of tokens", names.TOKEN_ACCURACY),
+    single_chart("Entropy of the next token", "nats per token", names.ENTROPY),
+    single_chart(
+        "Loss on general text",
+        "nats per token",
+        names.GENERAL_LOSS,
+        "On a text about other subjects; it rises where the model forgets.",
+    ),
+)
+STEP_CHARTS = (
+    single_chart("Learning rate", "learning rate", names.LEARNING_RATE),
+    single_chart("Gradient norm", "norm before clipping", names.GRAD_NORM),
+    single_chart(
+        "Skipped steps",
+        "steps since the last entry",
+        names.SKIPPED,
+        "Steps whose loss, gradient or update was not finite; they changed nothing.",
+    ),
+    single_chart("Speed", "tokens per second", names.SPEED),
+    single_chart("Use of the hardware", "fraction of the peak FLOP/s", names.MFU),
+    single_chart("Memory", "GiB, highest so far", names.MEMORY),
+)
+
+
+def kind_of_run(entries: Iterable[Entry]) -> str:
+    """Return "rollouts", "pairs" or "sft" from the metrics that a run has logged."""
+    known = {name.removeprefix(names.HELD_OUT) for entry in entries for name in entry}
+    if names.REWARD in known:
+        return "rollouts"
+    return "pairs" if known & {names.MARGIN, names.REWARD_MARGIN} else "sft"
+
+
+def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
+    """Return the charts of what the model learns, for the metrics that the runs have."""
+    entries = [entry for own in runs.values() for entry in own]
+    known = dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry)
+    kinds = {kind_of_run(own) for own in runs.values() if own}
+    unit = LOSS_UNITS[min(kinds)] if len(kinds) == 1 else "loss (units differ between the runs)"
+    found = [
+        single_chart(f"Score of held-out completions: {name.removeprefix(names.SCORES)}", "mean score", name)
+        for name in known
+        if name.startswith(names.SCORES)
+    ]
+    found.append(single_chart("Loss", unit, names.LOSS))
+    functions = [name for name in known if name.startswith("rewards/") and name.endswith("/mean")]
+    rewards = tuple(ChartLine(name, name.split("/", 1)[1].removesuffix("/mean")) for name in functions)
+    if "rollouts" in kinds:
+        found += ROLLOUT_CHARTS
+        if len(rewards) > 1:
+            found.insert(2, ChartKind("Reward by function", "score per completion", rewards))
+    found += PAIR_CHARTS
+    if "rollouts" not in kinds:
+        found.append(single_chart("KL to the reference", "nats per token", names.KL))
+    return [*found, *TOKEN_CHARTS]
+
+
+def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind]) -> list[Chart]:
+    """Return the charts that have a value, with the curves of the runs.
+
+    runs: entries of metrics.jsonl by the run's name.
+    """
+    found = []
+    for kind in kinds:
+        curves = {name: run_curves(entries, kind) for name, entries in runs.items()}
+        if any(curves.values()) and not (kind.lines[0].metric == names.SKIPPED and not _any_skipped(runs)):
+            found.append(Chart(kind, curves))
+    return found
+
+
+def _any_skipped(runs: Mapping[str, Sequence[Entry]]) -> bool:
+    return any(entry.get(names.SKIPPED) for entries in runs.values() for entry in entries)
+
+
+def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...]:
+    """Return the curves of a run in a chart, those without any finite value left out."""
+    found = []
+    for line in kind.lines:
+        for metric, held_out in ((line.metric, False), (names.HELD_OUT + line.metric, True)):
+            points = [(entry["step"], value) for entry in entries for value in _values(entry, metric)]
+            if any(value is not None for _, value in points):
+                steps, values = zip(*points, strict=True)
+                is_text = metric == names.GENERAL_LOSS  # no run trains on the general text
+                found.append(RunCurve(line.label, held_out or is_text, steps, values))
+    return tuple(found)
+
+
+def _values(entry: Entry, metric: str) -> list[float | None]:
+    """The value of a metric in an entry or its timings, [] where it has none."""
+    perf = entry.get("perf")
+    source = entry if metric in entry else perf if isinstance(perf, dict) else {}
+    value = source.get(metric, "")
+    if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
+        return []
+    return [value]
+
+
+# Pictures
+
+
+def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str]:
+    """Draw curves.png, what the model learns, and training.png, learning rate, gradient, speed and memory,
+    into `folder`. Return the names of the files; none for a run without a value to draw.
+    """
+    runs = {name: entries}
+    files = {"curves.png": learning_kinds(runs), "training.png": STEP_CHARTS}
+    drawn = []
+    for file, kinds in files.items():
+        charts = make_charts(runs, kinds)
+        if charts:
+            draw(folder / file, [chart_panel(chart, name) for chart in charts], name)
+            drawn.append(file)
+    return drawn
+
+
+def chart_panel(chart: Chart, run: str) -> Panel:
+    """Return a chart of one run as a panel of a picture."""
+    curves = {}
+    for curve in chart.curves[run]:
+        label = ", ".join(part for part in (curve.label, side_label(curve)) if part)
+        points = [(x, y) for x, y in zip(curve.steps, curve.values, strict=True) if y is not None]
+        curves[label] = ([x for x, _ in points], [y for _, y in points])
+    return Panel(chart.kind.title, X_AXIS, chart.kind.unit, curves)
+
+
+def side_label(curve: RunCurve) -> str:
+    """Return which rows a curve is of."""
+    return HELD_OUT_ROWS if curve.held_out else TRAINING
+
+
+def pictures_section(folder: Path) -> str:
+    """Draw a run's pictures and return the section of its model card that shows them; "" without any."""
+    files = draw_pictures(folder, read_entries(folder / "metrics.jsonl"), folder.name)
+    titles = {"curves.png": "Curves", "training.png": "Learning rate, gradient norm, speed and memory"}
+    lines = [f"![{titles[file]}]({file})" for file in files]
+    page = "`jaxft report PATH_OF_THIS_FOLDER` writes a page with these curves, the data and all settings."
+    return "\n".join(["## Curves", "", *lines, "", page, ""]) if lines else ""
