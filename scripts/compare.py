@@ -28,16 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
     from jaxft.runs import compare
-    from jaxft.runs.metric_names import HELD_OUT
     from jaxft.runs.trackers.jsonl import Entry, read_entries
-
-    def evaluations(entries: list[Entry]) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the metrics of the first and the last evaluation, the latter with those of the last step."""
-        held_out = [e for e in entries if any(name.startswith(HELD_OUT) for name in e)]
-        steps = [e for e in entries if "perf" in e and e not in held_out]
-        last = steps[-1] if steps else {}
-        metrics = {k: x for k, x in last.items() if isinstance(x, int | float) and k != "step"}
-        return (held_out[0] if held_out else {}), {**metrics, **(held_out[-1] if held_out else {})}
 
     def curve_metrics(entry: Entry) -> Entry:
         """Return an entry with only the metrics that the curves show."""
@@ -54,7 +45,7 @@ def main() -> int:
     empty = next((name for name, lines in entries.items() if not lines), None)
     if empty:
         raise ValueError(f"{empty}: metrics.jsonl is empty; wait for the first step")
-    sides = [evaluations(lines) for lines in entries.values()]
+    sides = [compare.first_and_last(lines) for lines in entries.values()]
     table = compare.Table.of(tuple(entries), [before for before, _ in sides], [after for _, after in sides])
     print(table.text())
     if args.out:

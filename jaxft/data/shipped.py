@@ -24,6 +24,7 @@ COMMANDS = {
     "extend": "extend",
     "sweep": "sweep",
     "compare": "compare",
+    "report": "report",
     "loss-bench": "loss_bench",
     "plan": "plan",
     "env": "env",

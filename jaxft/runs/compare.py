@@ -25,6 +25,19 @@ def held_out(name: str) -> str:
     return names.HELD_OUT + name
 
 
+def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
+    """Return the metrics of a run's first and last evaluation, the latter with those of the last step."""
+    evaluations: list[Logged] = [{}]
+    step: Logged = {}
+    for entry in entries:
+        numbers = {k: x for k, x in entry.items() if isinstance(x, int | float) and k != "step"}
+        if any(name.startswith(names.HELD_OUT) for name in entry):
+            evaluations.append(numbers)
+        elif "perf" in entry:
+            step = numbers
+    return evaluations[:2][-1], {**step, **evaluations[-1]}
+
+
 # The table
 
 
@@ -156,7 +169,7 @@ class Table:
         file, width = io.StringIO(), 40 + 16 * len(self.titles) + max(map(len, self.labels))
         Console(file=file, width=width, no_color=True).print(table)
         lines = [line.rstrip() for line in file.getvalue().splitlines()]
-        return "\n".join([*(line for line in lines if line), *self._notes()])
+        return "\n".join([*(line for line in lines if line), *self.notes()])
 
     def markdown(self) -> str:
         """The same in Markdown."""
@@ -168,14 +181,15 @@ class Table:
             f"| {label} |" + "".join(f" {_short(x)} |" for x in row)
             for label, row in zip(self.labels, self.rows, strict=True)
         ]
-        return "\n".join([*head, *rows, "", *(f"- {note}" for note in self._notes())])
+        return "\n".join([*head, *rows, "", *(f"- {note}" for note in self.notes())])
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
         """Return the unrounded values, by label and title."""
         pairs = zip(self.labels, self.rows, strict=True)
         return {label: dict(zip(self.titles, row, strict=True)) for label, row in pairs}
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """Return what the columns mean that need it."""
         return [NOTES[title] for title in self.titles if title in NOTES]
 
 
@@ -316,8 +330,3 @@ def write(folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[E
     picture = "![Curves of all runs](curves.png)"
     text = f"# {name}\n\n{table.markdown()}\n\n{picture}\n\nThe runs, each with its adapter:\n{links}\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def draw_one(path: Path, name: str, entries: Sequence[Entry]) -> None:
-    """Draw the curves of one run from the entries of its metrics.jsonl."""
-    draw(path, panels({name: entries}), name, columns=2)

@@ -39,7 +39,7 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     for action in parser._actions:
         if action.dest in RECIPE:
             completer: Any = recipes_and_knobs
-        elif action.dest == "run":
+        elif action.dest in ("run", "runs"):
             completer = run_folders
         else:
             continue

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import html
 import json
 import os
 import random
@@ -13,6 +14,11 @@ import numpy as np
 import pytest
 from prepared import resume
 from tiny_run import COUNT_COMPILES, SLOW_STEPS, Place, rows, write_place, write_rows
+
+from jaxft.runs.page import document
+from jaxft.runs.page.document import report_page
+from jaxft.runs.page.run_files import read_run
+from jaxft.runs.page.sections import parameter_count
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +321,23 @@ def test_the_folders_of_weights_have_cards_and_portable_tokenizers(place, uninte
         assert run_card.split("---\n")[1] == metadata and "license: unknown\n" in metadata
         config = json.loads((weights / "tokenizer_config.json").read_text())
         assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_run_leaves_pictures_and_what_its_report_shows(place, uninterrupted, monkeypatch):
+    uninterrupted("small_lora")
+    folder = place.runs("small_lora")
+    card = (folder / "README.md").read_text()
+    for picture in ("curves.png", "training.png"):
+        assert f"]({picture})" in card and (folder / picture).is_file()
+    record = read_run("small_lora", folder)
+    trained = sum(parameter_count(row) for row in record.parameters if row["trained"])
+    assert f"{trained:,} of " in card
+    (example, *_), statistics = record.data["examples"], record.data["statistics"]
+    texts = ["".join(text for text, _ in part["pieces"]) for part in example["parts"]]
+    assert (
+        "what is " in texts[0] and statistics["examples"] == 36 and example["name"].startswith("rows.jsonl:")
+    )
+    monkeypatch.setattr(document, "packed_plotly", lambda: "")
+    page = report_page([record], "a run")
+    for part in (f"{trained:,} of ", example["name"], record.before[0]["completion"], "float32", "optim.lr"):
+        assert html.escape(part) in page, part

@@ -1,0 +1,1 @@
+"""The report of runs: one HTML page without any other file, see document.py."""

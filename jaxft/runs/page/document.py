@@ -1,0 +1,143 @@
+"""The report of runs as one HTML page, without any other file and without requests to any network.
+
+The curves are drawn by plotly.js, which the package `plotly` has in it. It is stored compressed, because it
+is larger than everything else together.
+"""
+
+import base64
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft import __version__
+from jaxft.runs.page import sections
+from jaxft.runs.page.curves_json import curves_json
+from jaxft.runs.page.markup import escaped
+from jaxft.runs.page.run_files import RunFiles, folders_of_runs, read_run
+
+# Nothing is loaded from anywhere, whatever the text of a run contains.
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+)
+CURVES_HTML = """<section id="curves"><h2>Curves</h2>
+<form id="controls" hidden>
+<fieldset id="runs"><legend>Runs</legend></fieldset>
+<label>Smoothing <input id="smoothing" type="range" min="0" max="0.98" step="0.02" value="0"></label>
+<label><input id="logarithmic" type="checkbox"> Logarithmic y axes</label>
+</form>
+<p class="note" id="curves-note">Drag over a chart to zoom into these steps in all charts; double-click to
+zoom out.</p>
+<noscript><p class="note">The curves need JavaScript. The folders of the runs have them as pictures too,
+curves.png and training.png.</p></noscript>
+<div id="charts"></div>
+</section>"""
+
+
+class PageSection(NamedTuple):
+    """A section of the page: the link to it, the file that it shows, and the function that writes it."""
+
+    link: str
+    file: str
+    write: Callable[[Sequence[RunFiles]], str]
+
+
+def curves_section(runs: Sequence[RunFiles]) -> str:
+    """Return the place of the curves, which page.js draws."""
+    return CURVES_HTML
+
+
+SECTIONS = {
+    "overview": PageSection("Overview", "config.json or parameters.json", sections.overview_section),
+    "alarms": PageSection("Alarms", "summary.json or alarms.json", sections.alarms_section),
+    "curves": PageSection("Curves", "metrics.jsonl", curves_section),
+    "settings": PageSection("Settings", "config.json", sections.settings_section),
+    "samples": PageSection("Samples", "summary.json", sections.samples_section),
+    "completions": PageSection("Completions", "completions.jsonl", sections.rewards_section),
+    "data": PageSection("Data", "data.json", sections.data_section),
+    "parameters": PageSection("Parameters", "parameters.json", sections.parameters_section),
+    "environment": PageSection("Environment", "env.json", sections.environment_section),
+}
+
+
+def shown_section(name: str, runs: Sequence[RunFiles]) -> str:
+    """Return a section of the page. Raises ValueError that names the file if it is not as jaxft writes it."""
+    try:
+        return SECTIONS[name].write(runs)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise ValueError(
+            f"{SECTIONS[name].file} in {folders}: not as jaxft writes it ({error}); restore the file, or "
+            "remove it to leave it out of the report"
+        ) from error
+
+
+def write_report(paths: list[Path], out: Path, title: str = "") -> int:
+    """Write the report of the runs in some folders to `out`; return its size in bytes.
+
+    A sweep's folder stands for all of its members. Raises ValueError for a folder without a run's metrics.
+    """
+    runs = [read_run(name, folder) for name, folder in folders_of_runs(paths).items()]
+    page = report_page(runs, title or ", ".join(path.resolve().name for path in paths)).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_bytes(page)
+    part.replace(out)
+    return len(page)
+
+
+def report_page(runs: Sequence[RunFiles], title: str) -> str:
+    """Return the page with all sections of the runs."""
+    shown = {name: text for name in SECTIONS if (text := shown_section(name, runs))}
+    links = "".join(f'<a href="#{name}">{SECTIONS[name].link}</a>' for name in shown)
+    body = "\n".join(shown.values())
+    count = f"{len(runs)} runs" if len(runs) > 1 else "a run"
+    curves = curves_json({run.name: run.entries for run in runs})
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{escaped(title, 200)} - jaxft report</title>
+<style>{page_file("page.css")}</style>
+</head>
+<body>
+<header>
+<h1>{escaped(title, 200)}</h1>
+<p class="note">Report of {count}, written by jaxft {__version__}</p>
+<nav>{links}<button id="theme" type="button">Light or dark</button></nav>
+</header>
+<main>
+{body}
+</main>
+<script type="application/json" id="curves-data">{script_json(curves)}</script>
+<script type="text/plain" id="plotly-gzip">{packed_plotly()}</script>
+<script>{page_file("page.js")}</script>
+</body>
+</html>
+"""
+
+
+def script_json(value: Any) -> str:
+    """Return JSON that cannot end the script element it is in."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def page_file(name: str) -> str:
+    """Return the text of a file of this folder."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def packed_plotly() -> str:
+    """Return plotly.js as gzip in base64. Raises ValueError where the package plotly is not installed."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ValueError(
+            f"a report's curves need the package plotly ({error}); run pip install plotly"
+        ) from error
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()

@@ -1,0 +1,334 @@
+"""The sections of a report, each a function of the runs that returns HTML, "" for nothing to show."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxft.runs import compare
+from jaxft.runs.page.markup import (
+    MOST_COLUMNS,
+    escaped,
+    folded,
+    histogram_picture,
+    html_table,
+    number_text,
+    record_table,
+    section,
+    token_view,
+    value_text,
+)
+from jaxft.runs.page.run_files import RunFiles
+from jaxft.runs.report import same_prompts
+
+SAMPLES = 24  # prompts in all
+COMPLETION_STEPS, COMPLETIONS = 4, 48  # steps of a run whose completions are shown; completions in all
+KINDS_OF_DATA = 4  # datasets that are shown
+MOST_FOLDED = 3  # runs whose metrics are folded one by one
+
+Runs = Sequence[RunFiles]
+
+
+def overview_section(runs: Runs) -> str:
+    """What was trained, on what, how far; the metrics at the end, and those before."""
+    facts = {run.name: run_facts(run) for run in runs}
+    ends = [compare.first_and_last(run.entries) for run in runs]
+    names = [run.name for run in runs]
+    table = compare.Table.of(names, [before for before, _ in ends], [after for _, after in ends])
+    rows = [
+        [escaped(label), *(number_text(x) if x is not None else "-" for x in row)]
+        for label, row in zip(table.labels, table.rows, strict=True)
+    ]
+    parts = [record_table(facts)]
+    if table.titles:
+        parts += ["<h3>At the end</h3>", html_table(["", *map(escaped, table.titles)], rows, numeric=True)]
+        notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes())
+        parts.append(f'<ul class="note">{notes}</ul>' if notes else "")
+    details = []
+    for run, (before, after) in zip(runs, ends, strict=True):
+        held = [name for name in {**before, **after} if name.startswith("eval_") or name == "general_loss"]
+        cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
+        notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
+        content = (f"<ul>{notes}</ul>" if notes else "") + html_table(
+            ["held-out metric", "first evaluation", "last evaluation"], cells, numeric=True
+        )
+        details += [folded(f"All held-out metrics of {escaped(run.name)}", content)] if held else []
+    every = "\n".join(details)
+    parts.append(folded("All held-out metrics", every) if len(details) > MOST_FOLDED else every)
+    return section("overview", "Overview", "\n".join(parts))
+
+
+def _number(metrics: Mapping[str, float], name: str) -> str:
+    return number_text(metrics[name]) if name in metrics else "-"
+
+
+def run_facts(run: RunFiles) -> dict[str, Any]:
+    """Return the facts about a run that a reader looks for first."""
+    settings, last = run.settings, run.entries[-1]["step"]
+    data, optim = (_part(settings, name) for name in ("data", "optim"))
+    loss = _part(settings, "objective")
+    inner = _part(_part(loss, "args"), "loss") or loss
+    adapter = _part(settings, "adapter")
+    trained = [f"LoRA of rank {adapter['rank']}" if "rank" in adapter else "no adapter"]
+    if run.parameters:
+        total, own = parameter_totals(run.parameters)
+        trained.append(f"{own:,} of {total:,} parameters")
+    return {
+        "base model": settings.get("weights"),
+        "starts from": settings.get("start"),
+        "loss": str(inner.get("callable", "")).rpartition(":")[2] or None,
+        "trained": ": ".join(trained),
+        "training data": data.get("train"),
+        "batch": data.get("batch"),
+        "learning rate": optim.get("lr"),
+        "steps": f"{last:,}" if run.is_finished else f"{last:,} so far; not finished",
+        "alarms": len(run.alarms),
+    }
+
+
+def _part(record: Any, name: str) -> dict[str, Any]:
+    """The dict called `name` in a record, {} where there is none."""
+    found = record.get(name) if isinstance(record, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def alarms_section(runs: Runs) -> str:
+    """The alarms of each run."""
+    lists = []
+    for run in runs:
+        title = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
+        items = "".join(f'<li class="alarm">{escaped(text)}</li>' for text in run.alarms)
+        lists.append(f"{title}<ul>{items}</ul>" if items else "")
+    quiet = [escaped(run.name) for run in runs if not run.alarms]
+    if len(quiet) == len(runs):
+        lists = ["<p>No alarm was raised.</p>"]
+    elif quiet:
+        lists.append(f"<p>No alarm was raised in {', '.join(quiet)}.</p>")
+    return section("alarms", "Alarms", "\n".join(lists))
+
+
+def settings_section(runs: Runs) -> str:
+    """The differences of the runs' settings, and all of them."""
+    records = {run.name: plain_settings(run.settings) for run in runs}
+    known = {name: record for name, record in records.items() if record}
+    if not known:
+        return ""
+    parts = []
+    if len(known) > 1:
+        found = record_table(known, only_differences=True)
+        parts.append("<h3>Differences</h3>" + (found or "<p>The settings of all runs are the same.</p>"))
+    shown = dict(list(known.items())[:MOST_COLUMNS])
+    more = f" of the first {len(shown)} runs" if len(shown) < len(known) else ""
+    parts.append(folded(f"All settings{more}", record_table(shown)))
+    given = {name: _part(_part(run.settings, "command"), "fields") for name, run in zip(records, runs)}
+    if any(given.values()):
+        parts.append(folded("Settings of the command line other than knobs", record_table(given)))
+    return section("settings", "Settings", "\n".join(parts))
+
+
+def plain_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the command, whose result they are; a function by its name and arguments."""
+    return {name: plain_value(value) for name, value in record.items() if name not in ("command", "name")}
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value of a record of settings with functions as names, without the hashes of their source."""
+    if isinstance(value, list):
+        return [plain_value(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    hidden = ("source_sha256",) if value.get("args") else ("source_sha256", "args")
+    return {name: plain_value(item) for name, item in value.items() if name not in hidden}
+
+
+def samples_section(runs: Runs) -> str:
+    """Completions of held-out prompts before and after training, those of one prompt below each other."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for run in runs:
+        of = f" ({run.name})" if len(runs) > 1 else ""
+        for old, new in same_prompts(run.before, run.after):
+            shown = texts.setdefault(new["prompt"], [])
+            lines = [(f"before{of}", old["completion"]), (f"after{of}", new["completion"])]
+            if shown and shown[0][1] == old["completion"]:  # the runs have the same base
+                shown[0] = ("before", old["completion"])
+                lines = lines[1:]
+            expected = ("the row's own completion", new["reference"])
+            shown[:] = [line for line in shown if line != expected] + lines
+            shown += [expected] if new["reference"] else []
+    blocks = []
+    for prompt, lines in list(texts.items())[:SAMPLES]:
+        rows = [[escaped(label), f'<div class="text">{escaped(text)}</div>'] for label, text in lines]
+        blocks.append(f'<h3 class="prompt">{escaped(prompt, 600)}</h3>' + html_table(["", ""], rows))
+    return section("samples", "Held-out prompts, before and after", "\n".join(blocks))
+
+
+def rewards_section(runs: Runs) -> str:
+    """Sampled completions of the first and last rollout and some between, with their rewards."""
+    sampled = [run for run in runs if run.completions]
+    if not sampled:
+        return ""
+    each = max(2, COMPLETIONS // (len(sampled) * COMPLETION_STEPS))
+    parts = []
+    for run in sampled[: COMPLETIONS // (2 * COMPLETION_STEPS)]:
+        title = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
+        parts.append(title + completions_table(run.completions, each))
+    note = '<p class="note">All of them are in completions.jsonl of the run\'s folder.</p>'
+    return section("completions", "Sampled completions with their rewards", "\n".join([*parts, note]))
+
+
+def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
+    """Return a table of the first `each` completions of up to COMPLETION_STEPS steps."""
+    steps = list(dict.fromkeys(entry["step"] for entry in entries))
+    count = min(COMPLETION_STEPS, len(steps))
+    chosen = [steps[round(number * (len(steps) - 1) / max(1, count - 1))] for number in range(count)]
+    shown = [e for step in chosen for e in [e for e in entries if e["step"] == step][:each]]
+    names = list(dict.fromkeys(name for entry in shown for name in _part(entry, "rewards")))
+    rows = [
+        [
+            number_text(entry["step"]),
+            f'<div class="text">{escaped(last_message(entry.get("prompt")), 1000)}</div>',
+            f'<div class="text">{escaped(entry.get("completion", ""), 1500)}</div>',
+            *(number_text(_part(entry, "rewards").get(name)) for name in names),
+            f"<strong>{number_text(entry.get('reward'))}</strong>",
+        ]
+        for entry in shown
+    ]
+    return html_table(["step", "prompt", "completion", *map(escaped, names), "reward in training"], rows)
+
+
+def last_message(prompt: Any) -> str:
+    """Return a prompt's text, of a conversation its last message."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        return str(prompt[-1].get("content", ""))
+    return str(prompt)
+
+
+def data_section(runs: Runs) -> str:
+    """Statistics of the training rows, and examples token by token; runs with the same data together."""
+    parts = []
+    groups = grouped((run.name, run.data) for run in runs)
+    for names, data in groups[:KINDS_OF_DATA]:
+        title = f"<h3>{escaped(', '.join(names), 300)}</h3>" if len(groups) > 1 else ""
+        parts.append(title + data_of_runs(data))
+    more = len(groups) - KINDS_OF_DATA
+    parts += [f'<p class="note">{more} more datasets are not shown.</p>'] if more > 0 else []
+    return section("data", "Training data", "\n".join(parts)) if groups else ""
+
+
+def data_of_runs(data: Mapping[str, Any]) -> str:
+    """Return the statistics, lengths, invalid rows and examples of a dataset."""
+    statistics = [
+        [escaped(k.replace("_", " ")), number_text(v)] for k, v in _part(data, "statistics").items()
+    ]
+    parts = [html_table(["", ""], statistics) if statistics else ""]
+    lengths = []
+    columns = ("min", "p10", "p50", "p90", "p99", "max", "mean")
+    for label, found in _part(data, "lengths").items():
+        cells = [number_text(_part(found, "percentiles").get(name)) for name in columns]
+        counts = [float(x) for x in found.get("histogram", []) if isinstance(x, int | float)]
+        lengths.append([escaped(label), *cells, histogram_picture(counts)])
+    if lengths:
+        head = ["length in tokens", *columns, "rows by length, from min to max"]
+        parts.append(html_table(head, lengths, numeric=True))
+    invalid = [
+        [escaped(row.get("reason")), number_text(row.get("rows")), escaped(row.get("first"), 500)]
+        for row in data.get("invalid") or []
+        if isinstance(row, dict)
+    ]
+    if invalid:
+        parts.append(html_table(["invalid rows that were left out", "rows", "the first one"], invalid))
+    examples = [x for x in data.get("examples") or [] if isinstance(x, dict)]
+    if examples:
+        parts.append(
+            '<p class="note">Examples of the first batch. Tokens with a loss are underlined and coloured, '
+            "deeper for a larger weight; the others are context.</p>"
+        )
+    parts += [example_view(example) for example in examples]
+    return "\n".join(parts)
+
+
+def example_view(example: Mapping[str, Any]) -> str:
+    """Return an example of a batch token by token; the responses of a pair are side by side."""
+    views = []
+    for part in example.get("parts") or []:
+        label = f"<h4>{escaped(part.get('label'))}</h4>" if part.get("label") else ""
+        view = token_view(part.get("pieces") or [], int(part.get("more") or 0))
+        views.append((part.get("label"), f"<div>{label}{view}</div>"))
+    first = [view for label, view in views if label in ("", "prompt")]
+    others = [view for label, view in views if label not in ("", "prompt")]
+    body = "".join(first) + (f'<div class="beside">{"".join(others)}</div>' if others else "")
+    title = f"{escaped(example.get('name'))}: {escaped(example.get('facts'))}"
+    return f'<div class="example"><p class="name">{title}</p>{body}</div>'
+
+
+def parameters_section(runs: Runs) -> str:
+    """The parameter table; runs with the same one together."""
+    parts = []
+    groups = grouped((run.name, run.parameters) for run in runs)
+    for names, rows in groups:
+        title = f"Parameters of {escaped(', '.join(names), 300)}" if len(groups) > 1 else "Parameter table"
+        parts.append(folded(title, parameter_table_of(rows), is_open=len(groups) == 1))
+    return section("parameters", "Parameters", "\n".join(parts[:KINDS_OF_DATA]))
+
+
+def parameter_table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of parameters, and how many of them are trained."""
+    total, own = parameter_totals(rows)
+    sharded = any(row.get("sharding") is not None for row in rows)
+    head = ["parameter", "shape", "axes", "number", "stored as", *(["sharding"] if sharded else []), ""]
+    cells = [
+        [
+            escaped(row.get("path")),
+            escaped(" × ".join(map(str, row.get("shape") or []))) or "1",
+            value_text(row.get("axes")),
+            f'<span class="count">{number_text(parameter_count(row))}</span>',
+            escaped(row.get("storage")),
+            *([value_text(row.get("sharding"))] if sharded else []),
+            '<span class="trained">trained</span>' if row.get("trained") else "frozen",
+        ]
+        for row in rows
+    ]
+    percent = 100 * own / max(1, total)
+    return f"<p>{own:,} of {total:,} parameters are trained ({percent:.2f} %).</p>" + html_table(head, cells)
+
+
+def parameter_totals(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return the number of all parameters and of the trained ones."""
+    counts = [(parameter_count(row), bool(row.get("trained"))) for row in rows]
+    return sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+
+
+def parameter_count(row: Mapping[str, Any]) -> int:
+    """Return the number of elements of a parameter."""
+    count = 1
+    for size in row.get("shape") or []:
+        count *= int(size)
+    return count
+
+
+def environment_section(runs: Runs) -> str:
+    """Versions, flags and devices of the last start, those that differ marked; and all starts."""
+    known = {run.name: run.environment for run in runs if run.environment}
+    if not known:
+        return ""
+    hidden = ("earlier", "time", "step")
+    records = {name: {k: v for k, v in env.items() if k not in hidden} for name, env in known.items()}
+    shown = dict(list(records.items())[:MOST_COLUMNS])
+    rows = [
+        [escaped(name), value_text(start.get("time")), number_text(start.get("step"))]
+        for name, env in known.items()
+        for start in [*(env.get("earlier") or []), env]
+        if isinstance(start, dict) and "time" in start
+    ]
+    parts = [record_table(shown)]
+    if rows:
+        parts.append(folded("Starts", html_table(["run", "time (UTC)", "after step"], rows[:200])))
+    return section("environment", "Environment", "\n".join(parts))
+
+
+def grouped(named: Iterable[tuple[str, Any]]) -> list[tuple[list[str], Any]]:
+    """Return values that are alike once, each with the names that have it; empty values are left out."""
+    groups: dict[str, tuple[list[str], Any]] = {}
+    for name, value in named:
+        if value:
+            groups.setdefault(json.dumps(value, sort_keys=True), ([], value))[0].append(name)
+    return list(groups.values())

@@ -1,0 +1,47 @@
+"""Write runs as one HTML page: curves, comparison, settings, samples, data and parameters.
+
+    python scripts/report.py runs/sft
+    python scripts/report.py runs/dpo runs/ipo --out dpo_or_ipo.html --title "DPO or IPO"
+    python scripts/report.py runs/dpo-beta                               # a sweep, with all of its members
+
+The page is a single file that loads nothing from any network, so it can be mailed or kept. The runs may be
+finished or running. Without --out it is report.html in the folder of the run or sweep, or, for several, in
+the working directory.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs or sweeps")
+    parser.add_argument("--out", type=Path, help="the file to write (default: report.html, see above)")
+    parser.add_argument("--title", default="", help="the title of the page (default: the names of the runs)")
+    return parser
+
+
+def main() -> int:
+    """Write the page and print where it is."""
+    from jaxft.runs.page.document import write_report
+
+    args = make_parser().parse_args()
+    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name the file to write, such as {out / 'report.html'}")
+    size = write_report(args.runs, out, args.title)
+    print(f"{out}: {size / 1e6:.1f} MB; open it in a browser")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))
