@@ -19,7 +19,8 @@ from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft_modules import ONLY_TOKENS, PREFIX, SCORE_MODULES, read_modules
+from jaxft.weights.peft_modules import ONLY_TOKENS, SCORE_MODULES, read_modules
+from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.peft_refusals import (
     MERGE,
@@ -83,7 +84,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         name = weight_name.removesuffix(".weight")
         shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
         modules = [name.format(i=i) for i in range(shape[0])] if "{i}" in name else [name]
-        found = [module for module in modules if pair_names(path, module)[0] in files.shapes]
+        found = [one for one in modules if files.shapes.keys() & pair_names(path, one)]
         if not found:
             continue
         no_rank = np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32)
@@ -97,7 +98,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         adapted += found
         used |= {one for module in found for one in pair_names(path, module)}
         used |= {f"{PREFIX}{module}.{MAGNITUDE}" for module in found if default.dora}
-        _put(adapter, path, _stack(pairs, default, stacked="{i}" in name))
+        put_node(adapter, path, _stack(pairs, default, stacked="{i}" in name))
         layouts[path] = PairRanks(tuple(p.a.shape[1] for p in pairs), tuple(p.alpha for p in pairs))
         formats[path] = name
     parts: dict[str, Params] = {"adapter": adapter}
@@ -106,20 +107,21 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         used.add(SCORE_TENSOR)
     others = read_modules(folder / "adapter_config.json", config, files, model, list(layouts))
     for path, node in others.nodes.items():
-        _put(adapter, path, node)
+        put_node(adapter, path, node)
     _check_all_used(files, used | others.used, {*layouts, *others.nodes})
     check_targets(folder / "adapter_config.json", config, adapted)
-    return parts, replace(_with_patterns(default, layouts, formats), **others.settings)
+    return parts, replace(with_patterns(default, layouts, formats), **others.settings)
 
 
-def _put(adapter: Params, path: str, node: dict[str, np.ndarray]) -> None:
+def put_node(adapter: Params, path: str, node: dict[str, np.ndarray]) -> None:
+    """Put the leaves of a module into an adapter's tree at its path."""
     *above, last = path.split("/")
     for key in above:
         adapter = adapter.setdefault(key, {})
     adapter[last] = node
 
 
-def _with_patterns(default: Adapter, layouts: dict[str, PairRanks], formats: dict[str, str]) -> Adapter:
+def with_patterns(default: Adapter, layouts: dict[str, PairRanks], formats: dict[str, str]) -> Adapter:
     """Return the settings that declare these pairs."""
     found = find_patterns(layouts, formats, default.rank, default.alpha, full_names=False)
     return replace(
@@ -130,6 +132,11 @@ def _with_patterns(default: Adapter, layouts: dict[str, PairRanks], formats: dic
         exclude_modules=found.excluded,
         layers_to_transform=found.layers,
     )
+
+
+def has_base_copies(folder: Path) -> bool:
+    """Whether an adapter's files have copies of the base's head or embedding."""
+    return any(name in _open_tensors(folder).shapes for name in BASE_COPIES)
 
 
 def check_base_copies(folder: Path, base: ModelFiles) -> None:
@@ -153,9 +160,12 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
             _equal_rounded(read_tensor(files, copied, part), base.read(name, part))
             for part in ((slice(at, min(at + rows, shape[0])),) for at in range(0, shape[0], rows))
         ):
+            module = copied.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")[2]
+            replaces = shape == base.shapes[name] and module != "base_layer"
+            listed = f"list {module} in modules_to_save of adapter_config.json to use it, or " * replaces
             raise ValueError(
                 f"{files.where}: tensor {copied} is not {name} of the base in {base.where}: the adapter was "
-                f"trained with other embeddings or a larger vocabulary; {MERGE}"
+                f"trained with other embeddings or a larger vocabulary; {listed}{MERGE}"
             )
 
 
@@ -188,7 +198,7 @@ def _open_tensors(folder: Path) -> SafetensorsFiles:
         pickled = (folder / "adapter_model.bin").is_file()
         advice = "adapter_model.bin is a pickle and is not read; load it with peft and call save_pretrained"
         raise FileNotFoundError(f"{path}: no such file{f'; {advice}' if pickled else ''}")
-    return _of_decoder(open_safetensors(path, [path]))
+    return _of_decoder(with_plain_names(open_safetensors(path, [path])))
 
 
 def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
@@ -197,23 +207,15 @@ def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
     """
     text = {name: text_tensor(name.removeprefix(PREFIX)) for name in files.paths}
     names = {f"{PREFIX}{new}" if old.startswith(PREFIX) else new: old for old, new in text.items() if new}
-    return SafetensorsFiles(
-        files.where,
-        {new: files.paths[old] for new, old in names.items()},
-        {new: files.offsets[old] for new, old in names.items()},
-        {new: files.dtypes[old] for new, old in names.items()},
-        {new: files.shapes[old] for new, old in names.items()},
-        names,
-    )
+    return renamed(files, names)
 
 
 def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) -> None:
-    copies = BASE_COPIES if targets & {"head", "embed"} else ()
-    extra = [name for name in files.shapes if name not in used and name not in copies]
+    extra = [name for name in files.shapes if name not in used and name not in BASE_COPIES]
     if extra:
         raise ValueError(
-            f"{files.where}: tensor {extra[0]} is not part of a LoRA pair of this model, nor of its "
-            "modules_to_save; is the adapter for another base model?"
+            f"{files.where}: tensor {files.stored_names[extra[0]]} is not part of a LoRA pair of this model, "
+            "nor of its modules_to_save; is the adapter for another base model?"
         )
     if not targets:
         raise ValueError(f"{files.where}: no LoRA pair of this model; is the adapter for another base model?")

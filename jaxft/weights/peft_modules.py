@@ -15,10 +15,10 @@ from jaxft.nn.replaced import base_spec
 from jaxft.weights import finite
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import HEAD
+from jaxft.weights.peft_names import PREFIX
 from jaxft.weights.peft_refusals import MERGE
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
 
-PREFIX = "base_model.model."
 SCORE_MODULES = ("score", "classifier")  # heads of a sequence classifier; peft names both by default
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs
@@ -82,7 +82,7 @@ def read_modules(
             f"{where}: modules_to_save={saved!r}: this model has no module {min(set(saved) - hits)!r}; is "
             "the adapter for another base model?"
         )
-    settings["modules_to_save"] = tuple(_module_list(in_modules, model))
+    settings["modules_to_save"] = tuple(module_list(in_modules, model))
     tokens = _read_tokens(where, config, files, model)
     nodes |= tokens.nodes
     return Modules(nodes, settings | tokens.settings, used | tokens.used)
@@ -207,7 +207,7 @@ def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model:
         saved = {
             p for p in saved if not p.endswith("_bias") or module_format(p, model.weight_names) in kernels
         }
-    fields["modules_to_save"] = _module_list(saved, model) or None
+    fields["modules_to_save"] = module_list(saved, model) or None
     if settings.trainable_token_indices:
         ids = list(settings.trainable_token_indices)
         with_head = "rows" in nodes.get("head", {})
@@ -215,7 +215,7 @@ def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model:
     return fields
 
 
-def _module_list(saved: set[str], model: Model) -> list[str]:
+def module_list(saved: set[str], model: Model) -> list[str]:
     """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: short
     ones where no other module ends alike.
     """

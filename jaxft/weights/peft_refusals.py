@@ -143,23 +143,13 @@ def _is_transformed(where: Path, config: dict[str, Any], targets: str | list[str
 
 
 def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:
-    """Raise ValueError for tensors of adapters that are no LoRA pairs of linear layers, or are named
-    otherwise than peft's save_pretrained names them. dora: whether the configuration has use_dora.
-    """
+    """Raise ValueError for tensors of DoRA without dora: whether the configuration has use_dora."""
     for name in files.shapes:
         if "lora_magnitude_vector" in name and not dora:
             raise ValueError(
                 f"{files.where}: tensor {name} belongs to DoRA, but adapter_config.json has use_dora=false; "
                 "correct the one that is wrong"
             )
-        if ".lora_A." in name or ".lora_B." in name:
-            letter = "A" if ".lora_A." in name else "B"
-            adapter = name.partition(f".lora_{letter}.")[2].removesuffix("weight").strip(".")
-            if adapter and adapter != "bias":
-                raise ValueError(
-                    f"{files.where}: tensor {name} has the adapter's name {adapter!r} in it, as in a "
-                    "state_dict; save the adapter with peft's save_pretrained, which leaves it out"
-                )
 
 
 def _short(value: Any) -> str:
