@@ -82,7 +82,7 @@ def critic_head(kind: str, reward_head: HeadSettings | None, base: LoraKnobs) ->
         return replace(reward_head, trained=True)
     if kind == "fresh":
         return HeadSettings(Adapter(rank=base.rank or 16))
-    return HeadSettings(weights=base.model) if kind == "full" else HeadSettings()
+    return HeadSettings(weights=base.weights) if kind == "full" else HeadSettings()
 
 
 def config(

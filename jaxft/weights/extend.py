@@ -5,7 +5,11 @@ untrained_tokens.json of the folder, which recipes read (trainable_token_indices
 run does not start.
 """
 
+import contextlib
+import hashlib
+import json
 import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,12 +25,14 @@ from jaxft.models import families
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.weights import hf_write, hub, pretrained
+from jaxft.weights.file_hash import cache_folder, files_sha256
 from jaxft.weights.merge import LazyTensor, merge_files
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.safetensors import read_model_json, write_model_json
 from jaxft.weights.stop_tokens import stop_tokens
 
 UNTRAINED = "untrained_tokens.json"
+VERSION = 1  # of the models in the cache; another one if a new token starts with another row
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Extension:
             raise ValueError(f"--multiple {self.multiple}; expected at least 1")
         twice = next((x for i, x in enumerate(self.tokens) if x in self.tokens[:i]), None)
         if twice is not None:
-            raise ValueError(f"--tokens has {twice!r} twice; write each once")
+            raise ValueError(f"new tokens: {twice!r} is there twice; write each once")
 
 
 def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
@@ -97,6 +103,33 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     return lines
 
 
+def extended_ref(ref: str, tokens: tuple[str, ...]) -> str:
+    """Return a folder in the cache with the model `ref` and these new plain tokens; without any, `ref`.
+
+    The folder is written once for these files and tokens, also if several processes call this. Raises
+    ValueError as extend_model does.
+    """
+    if not tokens:
+        return ref
+    extension = Extension(tokens)
+    located = hub.locate(ref)
+    files = hub.files_of(located)
+    names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
+    key = json.dumps([VERSION, names, tokens, extension.start, extension.multiple])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
+    out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
+    if not out.is_dir():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-") as own:
+            extend_model(Path(own) / base, ref, extension)
+            with contextlib.suppress(OSError):  # another process was faster
+                (Path(own) / base).rename(out)
+    if not out.is_dir():
+        raise OSError(f"{out} cannot be written; set JAXFT_CACHE to another folder")
+    return str(out)
+
+
 def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:
     """Return a line about tokens of a named template that the tokenizer had: a base model may have them
     untrained.
@@ -122,9 +155,9 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     known = tokenizer.get_vocab()
     for token in extension.tokens:
         if token in known:
-            raise ValueError(f"--tokens: {token!r} is a token already (id {known[token]}); leave it out")
+            raise ValueError(f"new token {token!r} is a token already (id {known[token]}); leave it out")
         if not token.strip():
-            raise ValueError(f"--tokens: {token!r} is empty or white space; a token needs a text of its own")
+            raise ValueError(f"new token {token!r} is empty or white space; a token needs a text of its own")
     of_template = [] if named is None else [token for token in named.tokens if token not in known]
     of_template = [token for token in of_template if token not in extension.tokens]
     pieces = {
@@ -139,7 +172,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     for token, number in ids.items():
         found = tokenizer.encode(f"a{token}b", add_special_tokens=False)
         if found.count(number) != 1:
-            raise ValueError(f"--tokens: the tokenizer splits {token!r} even as a token; choose another text")
+            raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
     if named is not None:
         tokenizer.chat_template = named.source
         template = template_of(tokenizer)

@@ -174,9 +174,11 @@ def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
     """Return a line if a GGUF file's tokenizer has other ids for some text, as SentencePiece has for leading
     spaces if tokenizer.json does not put another one in front.
 
-    Raises ValueError if the ids of most texts differ: the file would be of no use.
+    Raises ValueError if a token of the file has another id, if an added token is split, or if the ids of most
+    texts differ: the file would be of no use.
     """
     read = build_tokenizer(read_gguf_header(path))
+    _check_tokens(read, tokenizer)
     special = [token.content for token in tokenizer.added_tokens_decoder.values()]
     texts = [*SPLIT_PROBES, "".join(special)]
     wrong = [text for text in texts if _ids(read, text) != _ids(tokenizer, text)]
@@ -187,6 +189,24 @@ def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
         )
     shown = f"{wrong[0][:40]!r}" if wrong else ""
     return [f"warning: texts such as {shown} have other token ids in GGUF"] if wrong else []
+
+
+def _check_tokens(read: Any, tokenizer: Any) -> None:
+    """Raise ValueError if a tokenizer read from a file has other ids for its tokens, or splits added ones."""
+    ids = read.get_vocab()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if ids.get(token) != number:
+            raise ValueError(
+                f"this tokenizer cannot be written as GGUF: its token {token[:40]!r} has id {number}, and in "
+                f"the file {ids.get(token)}; write a Hugging Face folder, without --gguf"
+            )
+    for number, token in tokenizer.added_tokens_decoder.items():
+        text = f"a{token.content}b"
+        if _ids(read, text).count(number) != _ids(tokenizer, text).count(number):
+            raise ValueError(
+                f"this tokenizer cannot be written as GGUF: its token {token.content[:40]!r} (id {number}) "
+                "would be split; write a Hugging Face folder, without --gguf"
+            )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

