@@ -22,6 +22,8 @@ COMMANDS = {
     "export": "export",
     "quantize": "quantize",
     "extend": "extend",
+    "combine": "combine",
+    "extract": "extract",
     "sweep": "sweep",
     "compare": "compare",
     "report": "report",

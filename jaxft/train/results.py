@@ -22,6 +22,7 @@ from jaxft.train.members import Job, Member
 from jaxft.train.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights import hf, hf_write, hub
+from jaxft.weights.adapter_limits import loading_notes
 from jaxft.weights.card import Card, base_name, front_matter, write_card
 from jaxft.weights.lora_start import read_start
 
@@ -90,9 +91,10 @@ def write_reports(
             *m.programs.objective.report.summary(log.first, log.last),
             *_averages(m),
             *end["score_faults"],
+            *_loading(m, folder),
             *log.alarms,
         ]
-        for m, log, end in zip(job.members, logs.members, after, strict=True)
+        for m, folder, log, end in zip(job.members, weights, logs.members, after, strict=True)
     ]
     table = ""
     if processes.is_first():
@@ -119,6 +121,13 @@ def write_reports(
     processes.barrier()  # the run is finished for all processes or for none
     for line in _result_lines(job, logs, weights, (before, after), notes, table):
         logs.message(line)
+
+
+def _loading(member: Member, folder: Path | None) -> list[str]:
+    """Return lines about programs that do not load a member's adapter as it is."""
+    if folder is None or folder.name != "adapter" or member.run.adapter is None:
+        return []
+    return loading_notes(member.run.adapter.exported, families.is_tied(member.run.model.config), folder)
 
 
 def _averages(member: Member) -> list[str]:

@@ -1,7 +1,9 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
 import os
-from dataclasses import asdict
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
@@ -18,15 +20,22 @@ from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.quant import RESIDUAL_INITS, Quant
 from jaxft.nn.replaced import unties
 from jaxft.tree import Params
-from jaxft.weights import hub, peft, place
+from jaxft.weights import hub, peft, peft_write, place, pretrained
+from jaxft.weights.card import Card, write_card
 from jaxft.weights.peft_refusals import read_adapter_config
 from jaxft.weights.safetensors import read_model_json
+from jaxft.weights.tokenizer_files import write_tokenizer
 
 
 def adapter_folder(start: str) -> Path:
-    """Return the PEFT folder that `start` names: the folder itself, or `adapter` in a run's folder."""
-    inner = Path(start) / "adapter"
-    return inner if inner.is_dir() else Path(start)
+    """Return the PEFT folder that `start` names: the folder itself, `adapter` in a run's folder, or the only
+    subfolder with an adapter, as peft saves one with a name.
+    """
+    folder, inner = Path(start), Path(start) / "adapter"
+    if inner.is_dir() or not folder.is_dir() or (folder / "adapter_config.json").is_file():
+        return inner if inner.is_dir() else folder
+    named = [path.parent for path in folder.glob("*/adapter_config.json")]
+    return named[0] if len(named) == 1 else folder
 
 
 def read_adapter_settings(start: str, model: Model) -> Adapter:
@@ -92,6 +101,47 @@ def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
         f"the adapter changes the {changed} only, and this model's head is tied to its embeddings: merged, "
         "the head is a matrix of its own (tie_word_embeddings=false)"
     ]
+
+
+@dataclass(frozen=True)
+class NewAdapter:
+    """An adapter to be written: arrays, settings, and the base `ref` that it is for. description: for its
+    card. tokenizer_from: a folder whose tokenizer is written with it, None for none.
+    """
+
+    params: Params
+    settings: Adapter
+    ref: str
+    description: str
+    tokenizer_from: Path | None = None
+
+
+def write_adapter(out: Path, adapter: NewAdapter, model: Model) -> None:
+    """Write an adapter in PEFT's layout with its card, all files or none.
+
+    Raises ValueError if `out` is a file.
+    """
+    check_adapter_output(out, [])
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        peft_write.save_adapter(part, adapter.params, adapter.settings, model, adapter.ref)
+        write_card(part, Card(out.name, adapter.ref, "adapter", "peft", adapter.description))
+        if adapter.tokenizer_from is not None:
+            write_tokenizer(part, pretrained.load_tokenizer(str(adapter.tokenizer_from)))
+        out.mkdir(parents=True, exist_ok=True)
+        for path in sorted(part.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_adapter_output(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise ValueError if an adapter cannot be written to `out`: a file, or a folder that is read."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose a folder")
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"--out {out} is a folder that is read; choose another folder")
 
 
 def run_of_adapter(folder: Path) -> Path | None:

@@ -1,0 +1,242 @@
+"""A LoRA adapter from the difference of two full models, matrix by matrix.
+
+The pair of a matrix is the product of rank R that is nearest to `tuned - base` (Eckart & Young 1936), with
+half of the singular values in each side. Memory holds two matrices and the adapter.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxft.models.model import Model
+from jaxft.nn.lora import Adapter, target_paths
+from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.param import ParamSpec, path_hash, spec_paths
+from jaxft.nn.replaced import base_spec
+from jaxft.tree import Params
+from jaxft.weights import pretrained
+from jaxft.weights.hf import EMBEDDING, HEAD
+from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.peft import put_node
+from jaxft.weights.peft_modules import module_list
+
+FULL_SVD = 1024  # inputs or outputs, up to which all singular values are computed
+OVERSAMPLING = 16  # further directions of the randomised SVD
+POWER_ITERATIONS = 6
+
+_Matrix = Float[np.ndarray, "I O"]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is extracted. rank: of each pair. targets: as adapter.targets. save_others: store parameters that
+    changed and have no pair in the adapter as well, as modules_to_save and biases.
+    """
+
+    rank: int
+    targets: str | tuple[str, ...] = "all-linear"
+    save_others: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"--rank {self.rank}: expected a whole number from 1 on")
+
+
+class KindError(NamedTuple):
+    """The change of a kind of matrix in all layers. change: its norm over that of the base. error: the norm
+    of what the pairs lack over that of the change.
+    """
+
+    path: str
+    change: float
+    error: float
+
+
+class Extracted(NamedTuple):
+    """An adapter; the errors of its kinds of matrices, last the total; lines about other parameters."""
+
+    params: Params
+    settings: Adapter
+    errors: list[KindError]
+    others: list[str]
+
+
+def extract_adapter(
+    base_ref: str, tuned_ref: str, model: Model, what: Extraction, progress: Callable[[str], None]
+) -> Extracted:
+    """Extract an adapter from two models of the same architecture. model: of the base, without a head of
+    another kind.
+
+    Raises ValueError for other architectures or shapes, a rank above that of a matrix, and models without a
+    difference.
+    """
+    specs = spec_paths(model.specs)
+    paths = target_paths(model.specs, what.targets)
+    _check_rank(what.rank, paths, specs)
+    base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
+    check_same_shapes(base, tuned, model)
+    params: Params = {}
+    errors, squares = list[KindError](), np.zeros(3)
+    for path in paths:
+        progress(f"{path}: {what.rank} singular values of each layer")
+        pairs, sums = [], np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
+        for layer, (before, after) in enumerate(_matrices(path, base, tuned, model)):
+            change = after - before
+            a, b = low_rank(change, what.rank, f"{path}/{layer}")
+            sums += [_square(before), _square(change), _square(change - a @ b)]
+            pairs.append((a, b))
+        squares += sums
+        errors.append(_kind_error(path, sums))
+        a, b = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
+        node = {"a": a, "b": b, "scale": np.ones(len(pairs), np.float32)}
+        put_node(params, path, node if _is_stacked(path, model) else {key: x[0] for key, x in node.items()})
+    settings = Adapter(what.rank, float(what.rank), targets=tuple(path.rpartition("/")[2] for path in paths))
+    changed = _changed_others(paths, base, tuned, model)
+    if not squares[1] and not changed:
+        raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
+    if what.save_others and changed:
+        settings = _with_others(params, settings, changed, (tuned, model))
+    errors.append(_kind_error("total", squares))
+    return Extracted(params, settings, errors, _lines(changed, what.save_others))
+
+
+def _check_rank(rank: int, paths: Sequence[str], specs: dict[str, ParamSpec]) -> None:
+    for path in paths:
+        sides = base_spec(specs, path).shape[-2:]
+        if rank > min(sides):
+            raise ValueError(
+                f"--rank {rank}: {path} is a matrix of {sides[0]} x {sides[1]}, which has at most rank "
+                f"{min(sides)}; lower it"
+            )
+
+
+def check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
+    """Raise ValueError, naming the tensor, if the files of two models differ in a shape."""
+    specs = spec_paths(model.specs)
+    for path, (name, _) in model.weight_names.items():
+        for layer in range(specs[path].shape[0]) if "{i}" in name else (0,):
+            one = name.format(i=layer)
+            if one == HEAD[0] and one not in base.shapes | tuned.shapes:
+                continue
+            found = [files.shapes.get(one, files.shapes.get(EMBEDDING)) for files in (base, tuned)]
+            if found[0] == found[1] and (one in tuned.shapes or one == HEAD[0]):
+                continue
+            advice = "is the model tuned from this base?"
+            if one in (EMBEDDING, HEAD[0]) and one in tuned.shapes:
+                advice = (
+                    "their vocabularies differ; add the tokens to the base with scripts/extend.py first, and "
+                    "extract from that"
+                )
+            shape = tuned.shapes.get(one)
+            got = "is missing" if shape is None else f"has shape {shape}"
+            raise ValueError(
+                f"{tuned.where}: tensor {one} {got}, and the base in {base.where} has {found[0]}: {advice}"
+            )
+
+
+def _is_stacked(path: str, model: Model) -> bool:
+    return "{i}" in model.weight_names.get(path, HEAD)[0]
+
+
+def _matrices(
+    path: str, base: ModelFiles, tuned: ModelFiles, model: Model
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a parameter of both models layer by layer, in float32, [in, out] if it is a kernel."""
+    name, transposed = model.weight_names.get(path, HEAD)
+    specs = spec_paths(model.specs)
+    for layer in range(base_spec(specs, path).shape[0]) if "{i}" in name else (0,):
+        one = name.format(i=layer)
+        found = []
+        for files in (base, tuned):
+            stored = one if one in files.shapes else EMBEDDING  # a tied head
+            value = files.read(stored).astype(np.float32)
+            found.append(value.T if transposed else value)
+        yield found[0], found[1]
+
+
+def low_rank(matrix: _Matrix, rank: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a [in, R], b [R, out] with the product nearest to a matrix.
+
+    Above FULL_SVD the SVD is the randomised one of Halko et al. 2011 (arXiv:0909.4061) with power iterations.
+    name: for its random directions.
+    """
+    ins, outs = matrix.shape
+    if min(ins, outs) <= FULL_SVD:
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    else:
+        directions = min(rank + OVERSAMPLING, ins, outs)
+        start = np.random.default_rng(path_hash(name)).normal(size=(outs, directions))
+        basis = np.linalg.qr(matrix @ start.astype(np.float32))[0]
+        for _ in range(POWER_ITERATIONS):
+            basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
+        u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+        u = basis @ u
+    root = np.sqrt(s[:rank])
+    a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
+    return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
+
+
+def _square(x: np.ndarray) -> float:
+    return float(np.square(x, dtype=np.float64).sum())
+
+
+def _kind_error(path: str, squares: np.ndarray) -> KindError:
+    base, change, lost = squares
+    return KindError(
+        path, math.sqrt(change / base) if base else 0.0, math.sqrt(lost / change) if change else 0.0
+    )
+
+
+def _changed_others(
+    paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model
+) -> dict[str, float]:
+    """Return the relative change of the parameters without a pair that changed, by path."""
+    found = {}
+    untied = HEAD[0] in tuned.shapes and HEAD[0] not in base.shapes
+    for path in dict.fromkeys([*model.weight_names, *(["head"] if untied else [])]):
+        if path in paths:
+            continue
+        before = change = 0.0
+        for one, other in _matrices(path, base, tuned, model):
+            before, change = before + _square(one), change + _square(other - one)
+        if change:
+            found[path] = math.sqrt(change / before) if before else math.inf
+    return found
+
+
+def _with_others(
+    params: Params, settings: Adapter, changed: dict[str, float], tuned: tuple[ModelFiles, Model]
+) -> Adapter:
+    """Put the changed parameters into the adapter as they are in the tuned model; return its settings."""
+    files, model = tuned
+    modules = {path for path in changed if not path.endswith("_bias")}
+    if "embed" in modules and "head" not in model.specs:
+        modules.add("head")  # which follows the table in the tuned model
+    biases = any(path.endswith("_bias") for path in changed)
+    settings = replace(
+        settings,
+        modules_to_save=tuple(module_list(modules, model)),
+        bias="all" if biases else "none",
+    )
+    for path, spec in spec_paths(adapter_specs(model.specs, settings, model.weight_names)).items():
+        above, _, name = path.rpartition("/")
+        if name == "weight":
+            layers = [after for _, after in _matrices(above, files, files, model)]
+            value = np.stack(layers) if _is_stacked(above, model) else layers[0]
+            put_node(params, above, {"weight": value.reshape(spec.shape)})
+    return settings
+
+
+def _lines(changed: dict[str, float], saved: bool) -> list[str]:
+    """Return a line about the parameters without a pair that changed."""
+    if not changed:
+        return []
+    named = ", ".join(f"{path} by {100 * change:.2g} %" for path, change in changed.items())
+    end = (
+        "are in the adapter in full" if saved else "are not in the adapter; --save-others stores them in full"
+    )
+    return [f"parameters without a pair changed ({named}) and {end}"]

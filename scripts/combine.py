@@ -1,0 +1,101 @@
+"""Write a weighted combination of LoRA adapters as one adapter.
+
+    python scripts/combine.py runs/a runs/b --weights 0.7,0.3 --out both
+    python scripts/combine.py A B C --weights 1,1,-0.5 --method cat --out all
+    python scripts/combine.py A B --weights 1,1 --method ties --density 0.3 --out merged
+
+A, B are runs or adapter folders in PEFT's layout, on one base. The methods are those of PEFT's
+add_weighted_adapter: cat is the exact sum, with the sum of the ranks; svd (the default) is the sum reduced to
+--rank, by default the largest of the adapters, and its error is printed; linear, ties, dare_linear and
+dare_ties combine the matrices A and B separately and need equal ranks. Weights may be negative.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+METHODS = ("svd", "cat", "linear", "ties", "dare_linear", "dare_ties")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("adapters", nargs="+", type=Path, help="runs, or adapter folders in PEFT's layout")
+    parser.add_argument("--weights", required=True, help="a number for each adapter, separated by commas")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--method", choices=METHODS, default="svd", help="(default svd)")
+    parser.add_argument("--rank", type=int, help="of svd (default the largest rank of the adapters)")
+    parser.add_argument("--density", type=float, help="kept by ties and dare methods (default 0.5)")
+    parser.add_argument("--seed", type=int, help="of the dare methods (default 0)")
+    parser.add_argument("--model", help="the base (default the one that the first adapter names)")
+    return parser
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse numbers that are separated by commas. Raises ValueError."""
+    try:
+        return tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise ValueError(f"--weights {text}: expected numbers separated by commas, such as 0.7,0.3") from None
+
+
+def main() -> int:
+    """Combine, write, and print a summary."""
+    parser = make_parser()
+    args = parser.parse_args(_joined(sys.argv[1:]))
+    from jaxft.models.families import is_tied
+    from jaxft.runs.folder import check_results
+    from jaxft.runs.named_weights import named_weights
+    from jaxft.weights import adapters, combine, peft, pretrained
+    from jaxft.weights.adapter_limits import loading_notes
+
+    how = combine.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
+    folders = [adapters.adapter_folder(str(one)) for one in args.adapters]
+    adapters.check_adapter_output(args.out, folders)
+    named = named_weights(None, args.model, args.adapters[0])
+    notes = list(named.notes)
+    for folder in folders[1:]:
+        check_results(folder)
+        notes += adapters.other_base_name(folder, named.ref)
+    for line in notes:
+        print(line, file=sys.stderr)
+    model = pretrained.model_for(named.ref)
+    read = []
+    for given, folder in zip(args.adapters, folders, strict=True):
+        read.append(combine.NamedAdapter(str(given), *peft.read_adapter(folder, model)))
+        if peft.has_base_copies(folder):
+            pretrained.check_adapter_base(folder, named.ref)
+    made = combine.combine_adapters(read, model, how)
+    parts = ", ".join(f"{w:g} {given}" for w, given in zip(how.weights, args.adapters, strict=True))
+    text = f"A combination of LoRA adapters ({how.method}: {parts}), written by jaxft."
+    tokenizer = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
+    new = adapters.NewAdapter(made.params, made.settings, named.ref, text, tokenizer)
+    adapters.write_adapter(args.out, new, model)
+    lost = f"; the reduction to this rank dropped {100 * made.dropped:.2f} % of the sum"
+    print(
+        f"{args.out}: {how.method} of {parts}, rank {made.settings.rank}{lost if how.method == 'svd' else ''}"
+    )
+    for line in loading_notes(made.settings, is_tied(model.config), args.out):
+        print(line)
+    return 0
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """Join --weights and its value, which argparse takes for an option if it begins with a minus sign."""
+    out = list(argv)
+    for at, one in enumerate(out[:-1]):
+        if one == "--weights":
+            out[at : at + 2] = [f"--weights={out[at + 1]}"]
+            break
+    return out
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,74 @@
+"""Write a LoRA adapter that turns one model into another: the low-rank part of their difference.
+
+    python scripts/extract.py BASE TUNED --rank 32 --out adapter
+    python scripts/extract.py BASE TUNED --rank 16 --targets q_proj,v_proj --out adapter
+    python scripts/extract.py BASE TUNED --rank 32 --save-others --out adapter   # norms and others too
+
+BASE, TUNED are Hugging Face models (org/name), folders or .gguf files of one architecture. Printed are, for
+each kind of matrix, the size of the change relative to the base and the error: the part of the change that
+the adapter lacks. A model that was tuned with LoRA of rank R has an error near 0 at that rank. Memory holds
+two matrices and the adapter.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("base", help="the model that the adapter will be used on")
+    parser.add_argument("tuned", help="the model that it turns it into")
+    parser.add_argument("--rank", type=int, required=True, help="of every pair")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--targets", default="all-linear", help="module names, as adapter.targets")
+    parser.add_argument(
+        "--save-others", action="store_true", help="store other changed parameters in full (modules_to_save)"
+    )
+    return parser
+
+
+def main() -> int:
+    """Extract, write, and print the errors."""
+    args = make_parser().parse_args()
+    from jaxft.models.families import is_tied
+    from jaxft.weights import adapters, extract, pretrained
+    from jaxft.weights.adapter_limits import loading_notes
+    from jaxft.weights.card import base_name
+    from jaxft.weights.hub import locate
+
+    names = tuple(name for name in args.targets.split(",") if name)
+    targets = args.targets if args.targets == "all-linear" or "*" in args.targets else names
+    what = extract.Extraction(args.rank, targets, args.save_others)
+    inputs = [locate(ref).path for ref in (args.base, args.tuned)]
+    adapters.check_adapter_output(args.out, inputs)
+    model = pretrained.model_for(args.base)
+    found = extract.extract_adapter(
+        args.base, args.tuned, model, what, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    text = (
+        f"A LoRA adapter (rank {args.rank}) extracted from the difference between "
+        f"`{base_name(args.tuned)}` and `{base_name(args.base)}`, written by jaxft."
+    )
+    tokenizer = inputs[1] if (inputs[1] / "tokenizer_config.json").is_file() else None
+    new = adapters.NewAdapter(found.params, found.settings, args.base, text, tokenizer)
+    adapters.write_adapter(args.out, new, model)
+    width = max(len(one.path) for one in found.errors)
+    for one in found.errors:
+        print(f"{one.path:{width}}  change {100 * one.change:.3g} %  error {100 * one.error:.3g} %")
+    for line in [*found.others, *loading_notes(found.settings, is_tied(model.config), args.out)]:
+        print(line)
+    print(f"{args.out}: adapter of rank {args.rank} for {args.base}")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))
