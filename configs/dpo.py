@@ -25,7 +25,6 @@ from functools import partial
 from jaxft.data.pairs.source import PairRows
 from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference
 from jaxft.objectives.preference_losses import dpo
-from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import (
     EXTRACTION_PAIRS,
     LoraOrFullKnobs,
@@ -63,7 +62,7 @@ def config(
             reward=mean_logp if source is None else implicit_reward,
         ),
         data=PairRows(**rows.settings()),
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         scoring=rows.scoring(),
         seed=rows.seed,

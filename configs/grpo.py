@@ -23,7 +23,6 @@ from typing import Any, Literal
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped, policy_gradient
-from jaxft.optim.optimizer import Optim
 from jaxft.rl.advantages import grpo, weighted_sum
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import exact
@@ -105,7 +104,7 @@ def config(
         ),
         data=Rollouts(**prompts.settings(), rules=rules),
         heads=heads,
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=6, save_every=6),
         seed=prompts.seed,
     )

@@ -16,7 +16,6 @@ from functools import partial
 from jaxft.data.pairs.source import PairRows
 from jaxft.objectives.preference import preference
 from jaxft.objectives.reference_free_losses import kto, kto_metrics
-from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
@@ -38,7 +37,7 @@ def config(
         **base.sections(),
         objective=partial(preference, loss=loss, beta=beta, extra=kto_metrics),
         data=PairRows(**rows.settings(), third="mismatched", unpaired=True),
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=rows.seed,
     )

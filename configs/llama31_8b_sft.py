@@ -34,6 +34,7 @@ def config(
         lr=base.learning_rate,
         optimizer=optimizer or (adafactor if base.full else adamw),
         clip=None if fused_backward else 1.0,
+        lora_plus=base.lora_plus,
         layerwise=base.full,
         fused_backward=fused_backward,
     )

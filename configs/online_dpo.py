@@ -18,7 +18,6 @@ from functools import partial
 
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
-from jaxft.optim.optimizer import Optim
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rewards import exact
 from jaxft.rl.rules import Rules
@@ -43,7 +42,7 @@ def config(
         objective=partial(preference, loss=partial(loss, beta=beta), beta=beta),
         data=OnlinePairs(**prompts.settings(), rules=Rules(rewards)),
         heads=heads,
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=prompts.seed,
     )

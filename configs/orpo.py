@@ -16,7 +16,6 @@ from functools import partial
 from jaxft.data.pairs.source import PairRows
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import orpo, orpo_metrics
-from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
@@ -37,7 +36,7 @@ def config(
             preference, loss=loss, reference=None, beta=beta, reward=mean_logp, extra=orpo_metrics
         ),
         data=PairRows(**rows.settings()),
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=rows.seed,
     )

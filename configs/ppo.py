@@ -38,7 +38,6 @@ from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.policy import policy, with_target_kl
 from jaxft.objectives.policy_losses import clipped
-from jaxft.optim.optimizer import Optim
 from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.rollout import Rollouts
@@ -141,7 +140,7 @@ def config(
         ),
         data=Rollouts(**prompts.settings(), eval_group=prompts.group, rules=rules),
         heads={"critic": critic_head(kind, heads.get("reward"), base), **heads},
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=14, save_every=14),
         seed=prompts.seed,
     )

@@ -18,7 +18,6 @@ from functools import partial
 from jaxft.data.pairs.source import PairRows
 from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.reward_model import reward
-from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
@@ -38,7 +37,7 @@ def config(
         **base.sections(head=with_scalar_head),
         objective=partial(reward, margin=margin, center=center),
         data=PairRows(**rows.settings(), extras=() if margin is None else (margin,)),
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         samples=0,
         seed=rows.seed,

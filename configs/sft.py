@@ -13,7 +13,6 @@ Hardware: 2 CPU cores, 2 GB; 4 minutes.
 
 from jaxft.data.sft import Rows
 from jaxft.inference.sampling import Sampling
-from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import EXTRACTION, LoraKnobs, ScoredRowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 
@@ -31,7 +30,7 @@ def config(
         **base.sections(),
         objective=loss.objective(),
         data=Rows(**rows.settings()),
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=60, save_every=60),
         scoring=rows.scoring(),
         sampling=Sampling(max_new=64),

@@ -15,7 +15,6 @@ from functools import partial
 from jaxft.data.pairs.source import PairRows
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import simpo
-from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
@@ -35,7 +34,7 @@ def config(
         **base.sections(),
         objective=partial(preference, loss=loss, reference=None, beta=beta, reward=mean_logp),
         data=PairRows(**rows.settings()),
-        optim=Optim(lr=lr),
+        optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=rows.seed,
     )

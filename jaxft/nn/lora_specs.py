@@ -122,6 +122,21 @@ def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -
     )
 
 
+def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -> list[str]:
+    """Return the names of the fields in which two settings differ; of fields that only name the same modules
+    in other words, none.
+    """
+    fields = [name for name in vars(one) if getattr(one, name) != getattr(other, name)]
+    layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
+    present = [{path: tuple(map(bool, x.ranks)) for path, x in layout.items()} for layout in layouts]
+    same = {"dropout", "init"}
+    if present[0] == present[1]:
+        same |= {"targets", "exclude_modules", "layers_to_transform"}
+    if layouts[0] == layouts[1]:
+        same |= {"rank", "alpha", "rank_pattern", "alpha_pattern"}
+    return [name for name in fields if name not in same]
+
+
 def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = None) -> dict[str, Any]:
     """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero. Magnitudes start at 0
     and get the norms of the base's weights by weights.lora_start.init_magnitudes.

@@ -1,6 +1,7 @@
 """The Optimizer type, its settings, and how an optimizer is built from them."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +55,9 @@ class Optimizer(NamedTuple):
 
 
 LORA_B = tree.regex("(.*/)?adapter/.*/b", "optim.lora_plus")
+IN_ADAPTER = tree.regex("(.*/)?adapter/.*", "optim.lora_plus")
+EMBEDDING_PAIR = tree.regex("(.*/)?adapter/embed/[ab]", "optim.lora_plus")
+EMBEDDING_LR = 1e-6  # of pairs on the embedding table with LoRA+, PEFT's loraplus_lr_embedding
 MakeRule = Annotated[Callable[..., UpdateRule | optax.GradientTransformation], ShortNames.of(OPTIMIZERS)]
 MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)]
 
@@ -72,7 +76,9 @@ class Optim:
     lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
     leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
     of the LoRA matrices b as a multiple of that of the matrices a (LoRA+, Hayou et al. 2024,
-    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches.
+    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches. As in PEFT, it is
+    also that of an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table
+    has 1e-6.
     ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
     skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations above the
     mean of the N steps before it, see spikes.py.
@@ -233,10 +239,21 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
 
 
 def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
-    """Return `o.lr_groups`, with a last group for `o.lora_plus` if these parameters have LoRA matrices b."""
-    if o.lora_plus is None or not any(map(LORA_B.fullmatch, spec_paths(specs))):
+    """Return `o.lr_groups`, with last groups for `o.lora_plus` if these parameters have LoRA matrices b."""
+    paths = spec_paths(specs)
+    if o.lora_plus is None or not any(map(LORA_B.fullmatch, paths)):
         return o.lr_groups
-    return (*o.lr_groups, (LORA_B.pattern, o.lora_plus))
+    embedding = [path for path in paths if EMBEDDING_PAIR.fullmatch(path)]
+    faster = [
+        path
+        for path, spec in paths.items()
+        if path not in embedding
+        and IN_ADAPTER.fullmatch(path)
+        and (LORA_B.fullmatch(path) or len(spec.axes) - ("layers" in spec.axes) == 1)
+    ]
+    plain = EMBEDDING_LR / o.lr if o.lr else 1.0
+    groups = ("|".join(map(re.escape, embedding)), plain), ("|".join(map(re.escape, faster)), o.lora_plus)
+    return (*o.lr_groups, *(group for group in groups if group[0]))
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:

@@ -82,7 +82,12 @@ class LoraKnobs(ModelKnobs):
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
     rank: int | None = None  # of a fresh adapter, 16 by default; its alpha is twice that
+    lora_plus: float | None = None  # learning rate of the matrices b over that of a (LoRA+), such as 16
     general: str | None = GENERAL  # a text file whose loss before and after shows what the model forgets
+
+    def optim(self, lr: float) -> Optim:
+        """AdamW with this learning rate."""
+        return Optim(lr=lr, lora_plus=self.lora_plus)
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
         """The fields of a Run that follow. head: adds a head to the model."""
@@ -186,7 +191,7 @@ class GpuKnobs(LoraOrFullKnobs):
         """
         return {
             **self.sections(),
-            "optim": optim or Optim(lr=self.learning_rate),
+            "optim": optim or self.optim(self.learning_rate),
             "mesh": MeshShape(data=1, fsdp=-1),
             "loop": Loop(log_every=max(1, every // 10), eval_every=every, save_every=every),
         }

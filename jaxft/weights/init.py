@@ -14,7 +14,7 @@ from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import same_pairs
+from jaxft.nn.lora_specs import differing_fields, same_pairs
 from jaxft.tree import Params
 from jaxft.weights import peft, place, pretrained
 from jaxft.weights.adapters import adapter_folder
@@ -148,10 +148,14 @@ def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> 
         )
     loaded, found = peft.read_parts(folder, model)
     base = model.specs.get("base", model.specs)
-    if settings.adapter is None or not same_pairs(base, found, settings.adapter, model.weight_names):
+    ours = settings.adapter
+    if ours is None:
+        raise ValueError(f"{start}: an adapter, but the run trains none; leave start out, or set adapter")
+    if not same_pairs(base, found, ours, model.weight_names):
+        fields = differing_fields(base, found, ours, model.weight_names)
+        values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (found, ours)]
         raise ValueError(
-            f"{start}: its adapter has {found}, but the run's has {settings.adapter}; use the folder's "
-            "settings"
+            f"{start}: its adapter has {values[0]}, but the run's has {values[1]}; use the folder's settings"
         )
     if "score" in loaded and "score" not in specs:
         raise ValueError(

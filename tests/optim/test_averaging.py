@@ -5,17 +5,19 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.optimizers import create_loraplus_optimizer
 from tiny_model import assert_close
 
 from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.freezable import freezable
-from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.optimizer import Optim, make_optimizer, rate_groups
 from jaxft.optim.rules import adamw, schedule_free_adamw
 from jaxft.optim.schedules import constant_schedule, cosine_schedule
+from jaxft.optim.transforms import scale_groups
 from jaxft.optim.update import StepInfo
 
 SPECS = {
@@ -176,3 +178,32 @@ def test_lora_plus_is_pefts_optimizer(x64):
         params, state = ours.update({"adapter": {"q": jax.tree.map(jnp.asarray, grads)}}, state, params, info)
     pair = params["adapter"]["q"]
     assert_close((pair["a"], pair["b"]), (a.detach().numpy().T, b.detach().numpy().T), 1e-8)
+
+
+def test_lora_plus_of_embeddings_and_vectors_is_pefts(x64):
+    """PEFT's groups: 1e-6 for both sides of the embeddings' pair, the ratio for magnitudes and norms."""
+    parts = torch.nn.ModuleDict({"embed": torch.nn.Embedding(8, 4), "q": torch.nn.Linear(4, 6)})
+    config = LoraConfig(r=2, target_modules=["embed", "q"], use_dora=True)
+    model = inject_adapter_in_model(config, parts)
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.02, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
+    expected = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    sides = {"a": ((4, 2), ("width", "rank")), "b": ((2, 6), ("rank", "heads"))}
+    pair = {side: ParamSpec(*shape, full(0.0)) for side, shape in sides.items()}
+    vector = {"magnitude": ParamSpec((3, 6), ("layers", "heads"), full(0.0))}
+    norm = {"weight": ParamSpec((3, 4), ("layers", "width"), full(0.0))}
+    head = {"weight": ParamSpec((4, 8), ("width", "vocab"), full(0.0))}
+    specs = {"adapter": {"embed": pair, "q": {**pair, **vector}, "norm": norm, "head": head}}
+    groups = rate_groups(replace(PLAIN, lr=0.02, lora_plus=16.0), specs)
+    ones = jax.tree.map(lambda s: jnp.ones(s.shape), specs, is_leaf=lambda s: isinstance(s, ParamSpec))
+    found, _ = scale_groups(groups, specs).update(ones, optax.EmptyState())
+    found = jax.tree.map(lambda x: 0.02 * float(x.ravel()[0]), found)["adapter"]
+    for path, name in {
+        ("embed", "a"): "embed.lora_embedding_A.default",
+        ("embed", "b"): "embed.lora_embedding_B.default",
+        ("q", "a"): "q.lora_A.default.weight",
+        ("q", "b"): "q.lora_B.default.weight",
+        ("q", "magnitude"): "q.lora_magnitude_vector.default.weight",
+    }.items():
+        assert found[path[0]][path[1]] == pytest.approx(expected[name], rel=1e-12), path
+    assert found["norm"]["weight"] == pytest.approx(0.32) and found["head"]["weight"] == pytest.approx(0.02)

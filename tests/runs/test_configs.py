@@ -38,6 +38,13 @@ def test_builds_abstractly(path):
     assert record.describe(run)["model"]["config"]["layers"] == run.model.config.layers
 
 
+def test_lora_plus_is_a_knob_of_every_recipe_with_lora():
+    paths = [path for path in CONFIGS if "rank" in config.knob_names(str(path))]
+    assert len(paths) >= 12
+    for path in paths:
+        assert config.load_config(str(path), ["lora_plus=16"]).optim.lora_plus == 16, path
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_docstring_says_how_to_run_it_and_what_it_takes(path):
     text = path.read_text().split('"""')[1]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -227,8 +228,13 @@ def test_targets_of_a_start_are_compared_as_the_layers_that_they_name(world, tmp
         same = Adapter(rank=2, alpha=4.0, targets=targets)
         loaded = init.init_adapter(adapted(world[1], same), mesh, 0, same, str(tmp_path))
         assert set(loaded["layers"]["attn"]) == {"q", "k", "v", "o"}
-    for other in (Adapter(rank=2, alpha=4.0, targets=ALL[1:]), Adapter(rank=2, alpha=8.0)):
-        with pytest.raises(ValueError, match="use the folder's settings"):
+    for changes, differing in [
+        (dict(targets=ALL[1:]), r"its adapter has targets=\(.*\), but the run's has targets=\('k_proj', "),
+        (dict(alpha=8.0, targets="layers/.*"), "its adapter has alpha=4.0, but the run's has alpha=8.0"),
+        (dict(rank=4, rslora=True), "has rank=2, rslora=False, but the run's has rank=4, rslora=True"),
+    ]:
+        other = replace(settings, **changes)
+        with pytest.raises(ValueError, match=f"{differing}.*use the folder's settings"):
             init.init_adapter(adapted(world[1], other), mesh, 0, other, str(tmp_path))
 
 
@@ -418,7 +424,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "name, words",
         [
-            ("layers.0.self_attn.q_proj.lora_A.default.weight", ("'default'", "save_pretrained")),
+            ("layers.0.self_attn.q_proj.lora_A.default.weight", ("several adapters", "'default'")),
             ("layers.0.self_attn.q_proj.lora_B.my_task.weight", ("'my_task'", "save_pretrained")),
             ("layers.0.self_attn.q_proj.lora_magnitude_vector", ("DoRA", "use_dora=false")),
         ],
