@@ -74,6 +74,7 @@ def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
     from jaxft.runs import served
+    from jaxft.runs.named_weights import prompt_settings
     from jaxft.weights import pretrained
 
     named = served.named_adapters(args.run, args.model, args.adapter, "")
@@ -81,11 +82,10 @@ def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]
         print(line, file=sys.stderr)
     mesh = sharding.make_mesh(sharding.MeshShape())
     sizes = {"held_out": "none", "batch": args.batch, "max_length": args.max_length}
-    columns = tuple(item.strip() for item in args.columns.split(",") if item.strip())
     sources = {}
     for name, weights in named.items():
-        settings = prompt_settings(weights.record)
-        rows = PairRows(args.file, invalid=args.invalid, columns=columns, **sizes, **settings)
+        settings = prompt_settings(weights.record, args.columns)
+        rows = PairRows(args.file, invalid=args.invalid, **sizes, **settings)
         tokenizer = pretrained.load_tokenizer(weights.tokenizer)
         sources[name] = rows.open(tokenizer, sharding.row_shards(mesh))
     ref = next(iter(named.values())).ref
@@ -131,15 +131,6 @@ def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> l
                     )
     names = source.pairs.tokenised.names
     return [(names[number], *scores) for number, scores in sorted(found.items())]
-
-
-def prompt_settings(record: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the data settings of a run that decide how a row becomes a prompt."""
-    data = record["data"] if record else {}
-    format = {"format": "plain"} if data.get("format") == "plain" else {}
-    names = [name for name in ("date", "chat_template_kwargs", "system") if name in data]
-    found = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
-    return {**format, **found}
 
 
 def print_scores(scores: list[tuple[str, float, float]], as_json: bool, adapter: str) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "chat",
     "serve": "serve",
     "score": "score",
+    "evaluate": "evaluate",
     "export": "export",
     "quantize": "quantize",
     "extend": "extend",

@@ -76,3 +76,16 @@ def _own_base(folder: Path) -> tuple[str, list[str]]:
             ) from error
         return package, [f"warning: {hub.short_message(error)}; using the same model in {package}"]
     return ref, []
+
+
+def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -> dict[str, Any]:
+    """Return the data settings of a run that decide how a row becomes a prompt.
+
+    record: its settings; None for weights without a run. columns: replaces data.columns, as an option has it.
+    """
+    data = record["data"] if record else {}
+    format = {"format": "plain"} if data.get("format") == "plain" else {}
+    names = [name for name in ("date", "chat_template_kwargs", "system") if name in data]
+    found = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
+    items = data.get("columns", ()) if columns is None else columns.split(",")
+    return {**format, **found, "columns": tuple(item.strip() for item in items if item.strip())}

@@ -136,6 +136,8 @@ COMMANDS = [
     ("extract MODEL MODEL --rank 2 --out MODEL", "--out"),
     ("score --run missing --file rows.jsonl", "missing"),
     ("score --model missing --file rows.jsonl", "missing"),
+    ("evaluate --run missing", "missing"),
+    ("evaluate --model MODEL --file missing.jsonl", "missing.jsonl"),
     ("compare missing", "missing"),
     ("compare MODEL", "metrics.jsonl"),
     ("report missing", "missing"),

@@ -1,0 +1,145 @@
+"""How likely a model finds rows: loss and perplexity, and which response of a pair it prefers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxft.batch import Pairs
+from jaxft.data.invalid import invalid_lines
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.sft import Rows
+from jaxft.distributed import sharding
+from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY
+from jaxft.objectives.pair import response_sums
+from jaxft.objectives.read_positions import read_logps
+from jaxft.objectives.sft import sft
+from jaxft.runs.loaded_weights import LoadedWeights
+from jaxft.train.evaluate import evaluate, make_eval_step
+from jaxft.tree import Params
+from jaxft.weights.pretrained import check_token_id
+
+PERPLEXITY = "perplexity"
+
+
+class PairScore(NamedTuple):
+    """Log-probabilities of the responses of a pair, in nats, and their tokens.
+
+    base: log-probabilities of chosen and rejected by the base without the adapter; None for a model alone.
+    """
+
+    row: str
+    chosen: float
+    rejected: float
+    chosen_tokens: int
+    rejected_tokens: int
+    base: tuple[float, float] | None = None
+
+
+class Evaluated(NamedTuple):
+    """Metrics by name, results of single rows as JSON objects, and lines for the user."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    notes: list[str]
+
+
+def row_loss(loaded: LoadedWeights, rows: Rows) -> Evaluated:
+    """Return loss (mean over the tokens with a loss, in nats), perplexity and token accuracy of all rows.
+
+    rows: `train` and `held_out` are the file. Raises ValueError for a loss that is not finite.
+    """
+    mesh = loaded.mesh
+    source = rows.open(loaded.tokenizer, sharding.row_shards(mesh))
+    stats = source.info.stats
+    check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
+    eval_step = jax.jit(make_eval_step(sft(loaded.model)))
+    found = evaluate(
+        lambda batch: eval_step(loaded.params, loaded.params, sharding.shard_batch(mesh, batch), {}),
+        source.held_out,
+    )
+    loss = found.get(LOSS, math.nan)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{rows.train}: the loss is {loss}; use --dtype float32, or check the weights of the model"
+        )
+    metrics = {
+        "examples": stats.held_out,
+        "tokens": sum(int((batch.token_weights > 0).sum()) for batch in source.held_out),
+        LOSS: loss,
+        PERPLEXITY: math.exp(loss) if loss < 700 else math.inf,
+        TOKEN_ACCURACY: found[TOKEN_ACCURACY],
+    }
+    truncated = source.split.rows.truncated[source.split.held].sum()
+    notes = [*invalid_lines(stats.invalid)]
+    if truncated:
+        notes.append(f"{truncated} examples are truncated to --max-length {rows.max_length}")
+    return Evaluated(metrics, [], notes)
+
+
+def pair_preferences(loaded: LoadedWeights, rows: PairRows) -> Evaluated:
+    """Return which response of each pair the model finds more likely, and the fractions of pairs.
+
+    accuracy: log p(chosen) > log p(rejected). accuracy_per_token: the same for the mean over the response's
+    tokens. With an adapter also accuracy_against_base: the adapter raises log p of the chosen response above
+    the base's by more than that of the rejected one, which is DPO's reward accuracy.
+    """
+    source = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
+    check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
+    names, batches = source.pairs.tokenised.names, source.cover(range(len(source.keys)))
+    own, base = response_logps(loaded, loaded.params, batches), None
+    if "adapter" in loaded.params:
+        base = response_logps(loaded, {"base": loaded.params["base"]}, batches)
+    scores = []
+    for number, (logps, lengths) in sorted(own.items()):
+        if not all(map(math.isfinite, logps)):
+            raise ValueError(
+                f"{names[number]}: the log-probabilities of its responses are {logps}; use --dtype float32, "
+                "or check the weights of the model"
+            )
+        scores.append(PairScore(names[number], *logps, *lengths, base[number][0] if base else None))
+    rows_of_file = [score._asdict() for score in scores]
+    return Evaluated(preference_metrics(scores), rows_of_file, list(invalid_lines(source.info.stats.invalid)))
+
+
+def response_logps(
+    loaded: LoadedWeights, params: Params, batches: Sequence[Pairs]
+) -> dict[int, tuple[tuple[float, float], tuple[int, int]]]:
+    """Return the log-probabilities of chosen and rejected, and their tokens, by the index of the pair."""
+
+    model = loaded.model
+
+    def forward(params: Params, batch: Pairs) -> dict[str, Any]:
+        rows = jax.tree.map(lambda x: x[0], batch)
+        h = model.hidden(params, rows, None)
+        logps = read_logps(model, params, h, (rows.read, rows.targets)).logp
+        return response_sums(logps, rows.responses, rows.kinds, rows.pair_weights.shape[1])
+
+    compiled = jax.jit(forward)
+    found = {}
+    for batch in batches:
+        sums = jax.device_get(compiled(params, sharding.shard_batch(loaded.mesh, batch)))
+        for at, pair in np.ndenumerate(batch.index[0]):
+            if pair >= 0:
+                chosen_tokens, rejected_tokens = map(int, batch.lengths[0][at][:2])
+                logps = float(sums["chosen"][at]), float(sums["rejected"][at])
+                found[int(pair)] = logps, (chosen_tokens, rejected_tokens)
+    return found
+
+
+def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
+    """Return the means over pairs; see pair_preferences."""
+    wins = {
+        "accuracy": [x.chosen > x.rejected for x in scores],
+        "accuracy_per_token": [x.chosen / x.chosen_tokens > x.rejected / x.rejected_tokens for x in scores],
+        "accuracy_against_base": [
+            x.chosen - x.base[0] > x.rejected - x.base[1] for x in scores if x.base is not None
+        ],
+    }
+    metrics: dict[str, float] = {"pairs": len(scores)}
+    metrics |= {name: float(np.mean(values)) for name, values in wins.items() if values}
+    metrics["logps/chosen"] = float(np.mean([x.chosen for x in scores]))
+    metrics["logps/rejected"] = float(np.mean([x.rejected for x in scores]))
+    return metrics

@@ -1,0 +1,193 @@
+"""`jaxft evaluate`: losses and preferences equal those of transformers; scores of completions and pass@k."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tiny_llama
+from scripts_in_process import call
+
+from jaxft.train.completion_scores import pass_at
+from jaxft.train.likelihood import PairScore, preference_metrics
+
+torch = pytest.importorskip("torch")
+TEXTS = ["a rank is small", "why? because", "x" * 40, "12 red chairs", "the end of it"]
+PAIRS = [
+    ("one?", "yes it is", "no"),
+    ("two?", "b", "a long answer"),
+    ("three?", "aaaa", "bbbb"),
+    ("four?", "zz", "qq"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model's folder, the same model by transformers, and rows."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = tiny_llama.tiny_torch()
+    tiny_llama.write_folder(folder / "model", model)
+    write(folder / "texts.jsonl", [{"text": text} for text in TEXTS])
+    write(folder / "rows.jsonl", [{"prompt": p, "completion": c} for p, c, _ in PAIRS])
+    write(folder / "pairs.jsonl", [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS])
+    return folder, model
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def evaluate(place, tmp_path, monkeypatch, capsys):
+    """Run the command on the model in float32; return its metrics."""
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(place[0])
+
+    def run(*argv):
+        code, out, err = call(
+            monkeypatch, capsys, "evaluate", "--model", "model", "--dtype", "float32", "--json", *argv
+        )
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+def bytes_of(text):
+    return list(tiny_llama.tiny_tokenizer()(text, add_special_tokens=False).input_ids)
+
+
+def torch_loss(model, ids, first):
+    """(sum of the losses of the tokens from `first` on, their number) by transformers."""
+    tokens = torch.tensor([ids])
+    labels = tokens.clone()
+    labels[0, :first] = -100
+    with torch.no_grad():
+        return float(model(tokens, labels=labels).loss) * (len(ids) - first), len(ids) - first
+
+
+@pytest.mark.parametrize("options", [(), ("--packing", "--max-length", "64")], ids=["rows", "packed"])
+def test_loss_and_perplexity_are_those_of_transformers(place, evaluate, options):
+    eos = 257  # the tokenizer adds no BOS
+    sums = [torch_loss(place[1], [*bytes_of(text), eos], 1) for text in TEXTS]
+    total, count = map(sum, zip(*sums, strict=True))
+    found = evaluate("--file", "texts.jsonl", *options)
+    assert found["tokens"] == count and found["examples"] == len(TEXTS)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-3)
+
+
+def chat(prompt, response):
+    """Token ids of the template of tiny_llama, and the number of those before the response."""
+    before = [256, *bytes_of(prompt), 257]
+    return [*before, 256, *bytes_of(response), 257], len(before)
+
+
+def test_only_responses_count_in_the_loss_of_rows_with_prompts(place, evaluate):
+    whole = [chat(prompt, response) for prompt, response, _ in PAIRS]
+    sums = [torch_loss(place[1], ids, first + 1) for ids, first in whole]  # every turn's <s> is not learned
+    total, count = map(sum, zip(*sums, strict=True))
+    found = evaluate("--file", "rows.jsonl")
+    assert found["tokens"] == count and found["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_preferences_are_those_of_transformers_log_probabilities(place, evaluate, tmp_path):
+    found = evaluate("--file", "pairs.jsonl", "--out", str(tmp_path / "out.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    wins, means = [], []
+    for (prompt, *responses), row in zip(PAIRS, rows, strict=True):
+        expected = [torch_loss(place[1], *chat(prompt, response)) for response in responses]
+        (chosen, m), (rejected, n) = expected
+        assert row["chosen"] == pytest.approx(-chosen, rel=1e-4) and row["chosen_tokens"] == m
+        assert row["rejected"] == pytest.approx(-rejected, rel=1e-4) and row["rejected_tokens"] == n
+        wins.append(chosen < rejected)
+        means.append(chosen / m < rejected / n)
+    assert found["pairs"] == 4 and found["accuracy"] == np.mean(wins)
+    assert found["accuracy_per_token"] == np.mean(means) and "accuracy_against_base" not in found
+    assert 0 < np.mean(wins) < 1  # the law can fail
+
+
+def test_accuracy_against_the_base_compares_what_the_responses_gained():
+    # gains of chosen and rejected: 1 and 2, 3 and 1, 0 and 0
+    scores = [
+        PairScore("a", -4.0, -9.0, 2, 3, (-5.0, -11.0)),
+        PairScore("b", -5.0, -2.0, 5, 1, (-8.0, -3.0)),
+        PairScore("c", -1.0, -1.0, 1, 1, (-1.0, -1.0)),
+    ]
+    found = preference_metrics(scores)
+    assert found["accuracy_against_base"] == pytest.approx(1 / 3)
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert found["accuracy_per_token"] == pytest.approx(2 / 3)  # -2 and -3, -1 and -2, equal
+
+
+def test_completions_are_scored_against_the_answers_of_rows(place, evaluate, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = ("--max-new", "8", "--out", str(out))
+    first = evaluate("--file", "rows.jsonl", "--by", "exact", "--regex", r"(?s).*", *options)
+    assert first["exact"] == 0 and first["matches"] == 1 and first["prompts"] == first["completions"] == 4
+    texts = [json.loads(line)["completion"] for line in out.read_text().splitlines()]
+    answers = [texts[0], texts[1], "another", texts[3]]
+    write(
+        tmp_path / "known.jsonl",
+        [{"prompt": p, "answer": a} for (p, _, _), a in zip(PAIRS, answers, strict=True)],
+    )
+    (tmp_path / "mine.py").write_text(
+        "def short(prompt, completion, row):\n"
+        "    if prompt == 'two?':\n        raise ValueError('not this one')\n"
+        "    return len(prompt)\n"
+    )
+    argv = ("--file", str(tmp_path / "known.jsonl"), "--by", "exact", "--by", f"{tmp_path}/mine.py:short")
+    found = evaluate(*argv, *options)
+    assert found["exact"] == 0.75 and found["short"] == pytest.approx((4 + 6 + 5) / 3)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["scores"]["exact"] for row in rows] == [1, 1, 0, 1] and rows[1]["scores"]["short"] is None
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets_of_k_completions():
+    scores = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, np.nan, np.nan], [0.5, 0, 2, 0, np.nan]])
+    found = pass_at(scores, (1, 2, 4, 5))
+    for k in (1, 2, 4, 5):
+        means = []
+        for own in scores:
+            known = [x >= 1 for x in own if not np.isnan(x)]
+            if len(known) >= k:
+                means.append(np.mean([any(part) for part in itertools.combinations(known, k)]))
+        assert found[k] == pytest.approx(np.mean(means))
+    assert pass_at(scores[2:3], (4,)) == {}
+
+
+SAD = [
+    ("--file texts.jsonl", "nothing to evaluate"),
+    ("--model model", "no rows; use --file"),
+    ("--run r --model model", "--run sets model"),
+    ("--run missing", "missing"),
+    ("--model model --file missing.jsonl", "missing.jsonl"),
+    ("--model model --file texts.jsonl --samples 2", "--samples has a meaning with --by"),
+    ("--model model --file texts.jsonl --seed 0", "--seed has a meaning with --by"),
+    ("--model model --file rows.jsonl --by exact --packing", "--packing has a meaning without --by"),
+    ("--model model --file rows.jsonl --by exakt", "near: exact"),
+    ("--model model --file rows.jsonl --by missing.py:f", "missing.py"),
+    ("--model model --file rows.jsonl --regex (", "--regex: '(' is not a valid regular expression"),
+    ("--model model --file rows.jsonl --by exact --samples 4", "would be equal at temperature 0"),
+    ("--model model --file rows.jsonl --by exact --pass-at 2", "needs --samples of at least 2"),
+    ("--model model --file rows.jsonl --by exact --pass-at x", "expected numbers"),
+    ("--model model --file rows.jsonl --by exact --max-new 300", "rows.jsonl:1: 6 tokens plus --max-new 300"),
+    ("--model model --file texts.jsonl --by exact", "texts.jsonl:1: the columns text include no prompt"),
+    ("--model model --file texts.jsonl --max-length 999", "exceeds the model's 256 positions"),
+    ("--model model --file texts.jsonl --max-length 20", "texts.jsonl:3"),
+    ("--model model --file texts.jsonl --out out.jsonl", "--out writes the results of pairs"),
+    ("--model model --file pairs.jsonl --packing", "are for SFT rows"),
+    ("--model model --file noanswer.jsonl --by exact --max-new 8", "no completion has a score"),
+    ("--model model --file texts.jsonl --batch 0", "--batch must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("argv", "text"), SAD, ids=[argv for argv, _ in SAD])
+def test_what_cannot_be_evaluated_is_one_line(place, tmp_path, monkeypatch, capsys, argv, text):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(place[0])
+    write(place[0] / "noanswer.jsonl", [{"prompt": "one?"}])
+    code, out, err = call(monkeypatch, capsys, "evaluate", *argv.split())
+    assert code in (1, 2) and not out
+    *_, line = err.splitlines()
+    assert line.startswith("error: ") and text in line, err
