@@ -3,11 +3,10 @@
 Needs Debian's package chromium, or another Chromium or Chrome in PATH.
 """
 
-import html
 import json
-import re
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -38,9 +37,28 @@ addEventListener("load", async () => {
   found.overflow = document.body.scrollWidth - innerWidth;
   $("clear").click();
   found.cleared = $("log").children.length;
-  document.documentElement.dataset.checked = JSON.stringify(found);
+  await fetch("/checked", { method: "POST", body: JSON.stringify(found) });
 });
 </script>"""
+
+
+class Checked:
+    """The server's application, which also takes what the page found, at /checked."""
+
+    def __init__(self, app):
+        self.app, self.found, self.arrived = app, "", threading.Event()
+
+    async def __call__(self, scope, receive, send):
+        if scope.get("path") != "/checked":
+            return await self.app(scope, receive, send)
+        more = True
+        while more:
+            message = await receive()
+            self.found += message.get("body", b"").decode()
+            more = message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+        self.arrived.set()
 
 
 @pytest.mark.parametrize("width", [1200, 500])
@@ -48,15 +66,21 @@ def test_the_page_chats_with_the_chosen_model(tmp_path, monkeypatch, width):
     page = tmp_path / "page.html"
     page.write_text(server.PAGE.read_text().replace("</script>", CHECKS))
     monkeypatch.setattr(server, "PAGE", page)
+    make_app, apps = server.make_app, []
+    monkeypatch.setattr(server, "make_app", lambda *args: apps.append(Checked(make_app(*args))) or apps[0])
     running = Running()
     try:
         command = [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            f"--window-size={width},900", "--virtual-time-budget=60000", "--enable-logging=stderr",
-            "--dump-dom", f"http://127.0.0.1:{running.port}/",
+            f"--window-size={width},900", "--remote-debugging-port=0", "--enable-logging=stderr",
+            f"http://127.0.0.1:{running.port}/",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stderr=log) as browser:
+            arrived = apps[0].arrived.wait(120)
+            browser.terminate()
+        messages_shown = [line for line in (tmp_path / "log").read_text().splitlines() if "CONSOLE" in line]
+        assert arrived, (tmp_path / "log").read_text()[-2000:]
         client = running.client()
         messages = [
             {"role": "system", "content": "be <b>brief</b>"},
@@ -66,11 +90,9 @@ def test_the_page_chats_with_the_chosen_model(tmp_path, monkeypatch, width):
         expected = client.chat.completions.create(**asked).choices[0].message.content
     finally:
         running.close()
-    checked = re.search(r'data-checked="([^"]*)"', done.stdout)
-    assert checked, (done.stdout[-2000:], done.stderr[-2000:])
-    found = json.loads(html.unescape(checked[1]))
+    found = json.loads(apps[0].found)
     assert found["models"] == ["base", "polite", "terse"]
     assert found["log"][:2] == [["user", "what is <i>a rank</i>?"], ["answer", expected]]
     assert found["log"][-1][0] == "error" and "9999" in found["log"][-1][1]
     assert found["tags"] == found["cleared"] == 0 and found["overflow"] <= 0
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line and "400" not in line]
+    assert not [line for line in messages_shown if "400" not in line]
