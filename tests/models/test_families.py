@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import decoded, engine_of, prefilled
-from tiny_families import FAMILIES, SAME_PROGRAMS, both, params_of, random_ids, rows, torch_model
+from tiny_families import FAMILIES, both, params_of, random_ids, rows, torch_model
 
 from jaxft.inference.sampling import Sampling
 from jaxft.models.families import config_to_hf, family_of
@@ -17,10 +17,10 @@ from jaxft.weights import hf, hf_write, param_reader, pretrained
 
 torch = pytest.importorskip("torch")
 every_family = pytest.mark.parametrize("name", FAMILIES)
-# the first row of each model_type
-FIRST = {kind: name for name, (kind, _) in reversed(FAMILIES.items()) if name not in SAME_PROGRAMS}
-one_row_per_type = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FIRST.values() else pytest.mark.slow) for n in FAMILIES]
+# A cache of full attention, of windows, of both kinds of layers, with a soft cap, and with scores scaled.
+CACHES = ("llama", "mistral with a window", "olmo3 with yarn in full attention", "gemma2", "granite")
+one_row_per_cache = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in CACHES else pytest.mark.slow) for n in FAMILIES]
 )
 LENGTH = 70  # longer than the windows, and than the original length of rope
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
@@ -133,7 +133,7 @@ def test_prefill_and_decoding_equal_one_forward_pass(name):
         np.testing.assert_allclose(np.asarray(h), whole[:, at], atol=2e-5, rtol=1e-4)
 
 
-@one_row_per_type
+@one_row_per_cache
 def test_greedy_generation_equals_transformers(name):
     theirs, ours, params = both(name)
     ids = random_ids(2, 20, seed=3)

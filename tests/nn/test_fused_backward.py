@@ -236,7 +236,7 @@ def test_a_killed_run_resumes_to_the_same_result(place):
     assert alone["metrics"] == killed["metrics"] and alone["leaves"] == killed["leaves"]
 
 
-@pytest.mark.parametrize("reference", ["start", "precomputed"])
+@pytest.mark.parametrize("reference", ["start", pytest.param("precomputed", marks=pytest.mark.slow)])
 def test_dpo_equals_layerwise_updates(tmp_path, reference):
     write_pair_place(tmp_path)
     place = Place(tmp_path)

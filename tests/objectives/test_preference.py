@@ -46,8 +46,7 @@ def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     batch, aux = laid(pairs_for(name, count=9)), start_aux(objective)
     one = loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 1), aux)
     assert np.abs(one[1]["w"]).max() > 1e-4
-    for count in (2, 4):
-        assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(batch, count), aux), one)
+    assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 4), aux), one)
 
 
 @pytest.mark.parametrize("name", EVERY)

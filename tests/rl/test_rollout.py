@@ -373,7 +373,7 @@ def test_every_named_method_is_a_run(monkeypatch):
         assert run.data.rules.rewards and run.objective is not None
 
 
-QUICK = ("DAPO", "RLOO", "REINFORCE++")  # a filter, the KL in the rewards, an estimator
+QUICK = ("DAPO", "REINFORCE++")  # a filter; an estimator with the KL in the rewards
 
 
 @pytest.mark.parametrize(
@@ -424,9 +424,9 @@ def test_ppo_trains_the_policy_and_its_critic_and_warm_up_the_critic_alone(workd
     assert max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-4
     ratios = [abs(line["val/ratio"] - 1) for line in lines]  # the first of two passes is on-policy
     assert max(ratios[::2]) < 1e-6 < np.median(ratios[1::2])
-    assert workdir.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, workdir.err()
+    assert workdir.run("name=warm", "steps=2", *argv, "warm_up=100") == 0, workdir.err()
     warm = [line for line in workdir.metrics("warm") if "reward" in line]
-    assert len(warm) == 4 and all(line["objective/kl"] == 0 and abs(line["kl"]) < 1e-6 for line in warm)
+    assert len(warm) == 2 and all(line["objective/kl"] == 0 and abs(line["kl"]) < 1e-6 for line in warm)
 
 
 def test_a_mesh_samples_and_trains_as_one_device_does(workdir):

@@ -94,7 +94,6 @@ FAMILIES = {
         layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     )),
 }  # fmt: skip
-SAME_PROGRAMS = ("seed_oss", "cwm", "internlm3", "iquestcoder")  # rows whose programs are those of other rows
 ZERO_CENTRED = ("gemma", "vaultgemma")  # families whose norms multiply by 1 + weight
 
 

@@ -162,7 +162,7 @@ def test_a_non_finite_member_is_frozen_and_reported_and_the_others_continue(plac
 
 def test_nothing_compiles_after_the_loop_begins(place):
     for number, more in enumerate(
-        ([], ["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])
+        (["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])
     ):
         out = sweep(
             place,
