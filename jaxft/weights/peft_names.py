@@ -47,7 +47,7 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
         twice += [(stored[found], old)] if found in stored else []
         stored[found] = old
     if len(names) > 1:
-        shown = ", ".join(repr(name) if name else f"none ({names[name]})" for name in names)
+        shown = ", ".join(f"{repr(name) if name else 'none'} ({one})" for name, one in names.items())
         raise ValueError(
             f"{files.where}: tensors of several adapters, by name: {shown}; save each with peft's "
             "save_pretrained(FOLDER, selected_adapters=[NAME])"
