@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "mesh",
     "hosts",
 )
+MUST_STAY = ("loop.best_metric", "loop.greater_is_better")  # the scores of all checkpoints are compared
 HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
@@ -163,7 +164,8 @@ def permitted_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) ->
     old, new = ({k: v for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     found = differences(old, json.loads(json.dumps(new)))
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
-    refused = [line for line in found if not permitted.match(line)]
+    fixed = [line for line in found if line.startswith(MUST_STAY) and not line.endswith("absent -> None")]
+    refused = [line for line in found if not permitted.match(line) or line in fixed]
     if refused:
         refused = _explained(refused, new)
         raise ValueError(

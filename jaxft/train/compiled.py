@@ -40,9 +40,15 @@ class Compiled:
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
-    def held_out_metrics(self, states: States) -> list[dict[str, float]]:
-        """Metrics of the held-out rows under their names in the log, with averaged weights."""
-        return self._held_out_metrics(self.averaged(states))
+    def held_out_metrics(self, states: States, scores: bool = False) -> list[dict[str, float]]:
+        """Metrics of the held-out rows under their names in the log, with averaged weights. scores: and the
+        scores of completions.
+        """
+        states = self.averaged(states)
+        found = self._held_out_metrics(states)
+        if not scores:
+            return found
+        return [{**own, **more.metrics} for own, more in zip(found, self.sample(states), strict=True)]
 
     def _held_out_metrics(self, states: States) -> list[dict[str, float]]:
         return [

@@ -1,6 +1,7 @@
 """Evaluation of an objective on held-out rows and on general text: the same metrics for any batch size."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,10 @@ from jaxft import tree
 from jaxft.data.sft import Rows, RowSource
 from jaxft.data.source import Dataset
 from jaxft.objectives import metrics as metric
+from jaxft.objectives.metrics import HELD_OUT, LOSS
 from jaxft.objectives.objective import Objective, Outputs
+from jaxft.runs.metric_names import REWARD
+from jaxft.train.settings import Loop
 from jaxft.tree import Aux, Batch, Metrics, Params
 
 
@@ -73,12 +77,25 @@ def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: i
     return None if general is None else general_rows(data, general).open(tokenizer, shards)
 
 
-def selection_score(metrics: dict[str, float]) -> float | None:
-    """Return the score that selects the best checkpoint, the lower the better: held-out loss, or minus
-    held-out reward.
+def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:
+    """Return the score that selects the best checkpoint, the lower the better: loop.best_metric, or minus it
+    if greater is better.
 
     None without held-out rows.
     """
-    if "eval_loss" in metrics:
-        return metrics["eval_loss"]
-    return -metrics["eval_reward"] if "eval_reward" in metrics else None
+    default = LOSS if HELD_OUT + LOSS in metrics else REWARD
+    name = loop.best_metric or HELD_OUT + default
+    if name not in metrics:
+        return None
+    greater = loop.greater_is_better
+    if greater is None:
+        greater = not name.endswith(("loss", "kl"))
+    return -metrics[name] if greater else metrics[name]
+
+
+def is_stalled(scores: Sequence[float | None], patience: int) -> bool:
+    """Whether none of the last `patience` scores, the lower the better, is better than all before them. None
+    is no score.
+    """
+    known = [math.inf if score is None else score for score in scores]
+    return len(known) > patience and min(known[-patience:]) >= min(known[:-patience])

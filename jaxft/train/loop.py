@@ -12,7 +12,6 @@ from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.train.compiled import compile_run
-from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import announce, open_logs
 from jaxft.train.members import (
     Job,
@@ -30,7 +29,7 @@ from jaxft.train.results import export_best, export_members, report_finished, wr
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
-from jaxft.train.verdict import evaluate_end, evaluate_start, last_faults
+from jaxft.train.verdict import ended_early, evaluate_during, evaluate_end, evaluate_start, last_faults
 
 
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
@@ -75,6 +74,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             saved = evaluate_start(job, compiled, states, frozen, logs)
 
         # ---------- Training ----------
+        job = ended_early(job, saved, first, logs)
         meters, nonfinite = Meters(job, saved["counters"]), NonfiniteRecorder(job, logs)
         votes, done, stop = processes.Votes(job.lead.programs.mesh), first, 0
         with Interrupt() as interrupt, closing(Trace(loop.profile, folder / "profile")) as trace:
@@ -101,13 +101,12 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                 if due(loop.eval_every, done, job) and done < job.steps and job.info.stats.held_out:
                     watchdog.at(f"the evaluation after step {done}")
                     with meters.paused():
-                        held_out = compiled.held_out_metrics(states)
-                    logs.step(done, held_out)
-                    scores = [selection_score(metrics) for metrics in held_out]
+                        scores = evaluate_during(job, compiled, states, done, saved, logs)
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
                     checkpoints.save(done, states, job.to_save(meters.counters(), saved), scores)
-                if stop:
+                job = ended_early(job, saved, done, logs)
+                if stop or done == job.steps:
                     break
         checkpoints.wait()
         watchdog.at(f"final evaluation and export (after step {done})")

@@ -122,6 +122,7 @@ class Job:
             "records": {member.label: member.record for member in self.members},
             "counters": counters,
             "before": saved["before"],
+            "scores": saved.get("scores", []),  # of the evaluations so far, see verdict.evaluate_during
             "last_faults": saved.get("last_faults"),  # only of the last step
             "sources": [source.state_dict() for source in self.sources],
         }

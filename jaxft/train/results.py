@@ -65,7 +65,7 @@ def export_best(
 ) -> None:
     """Write `best/` for each member that has a checkpoint with a better held-out score than its last step."""
     for number, (member, end) in enumerate(zip(job.members, after, strict=True)):
-        best, last = saved.best(number), selection_score(end["metrics"])
+        best, last = saved.best(number), selection_score(end["metrics"], member.run.loop)
         if best is None or last is None or not best[1] < last:
             continue
         restored: Any = saved.restore(job.abstract_states, best[0])

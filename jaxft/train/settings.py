@@ -14,6 +14,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
+from jaxft.runs.metric_names import SCORES
 
 LONGEST = 2**31 - 1  # steps; they are counted in int32
 
@@ -24,7 +25,11 @@ class Loop:
 
     steps: None for data.epochs. log_every: a logged metric is the mean over this many steps. keep_last,
     keep_best: how many of the newest checkpoints to retain, and of those with the best held-out score.
-    max_bad: non-finite steps in a row that end the run; one that ends with any is not finished either.
+    eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
+    metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
+    greater_is_better: whether a greater best_metric is better; None decides by its name, which ends with loss
+    or kl if not. patience: the run ends after this many evaluations without a better best_metric. max_bad:
+    non-finite steps in a row that end the run; one that ends with any is not finished either.
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
     run folder and log the first layer that is not finite, see train/nonfinite.py.
@@ -33,6 +38,10 @@ class Loop:
     steps: int | None = None
     log_every: int = 1
     eval_every: int | None = None
+    eval_scores: bool = False
+    best_metric: str | None = None
+    greater_is_better: bool | None = None
+    patience: int | None = None
     save_every: int = 100
     keep_last: int = 2
     keep_best: int = 1
@@ -42,7 +51,7 @@ class Loop:
     debug_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad"):
+        for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"loop.{name}={value}; expected at least 1")
@@ -50,6 +59,19 @@ class Loop:
                 raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
         if self.keep_best < 0:
             raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
+        for name in ("eval_scores", "patience"):
+            if getattr(self, name) and self.eval_every is None:
+                raise ValueError(
+                    f"loop.{name}={str(getattr(self, name)).lower()} needs evaluations during training; set "
+                    "loop.eval_every"
+                )
+        if self.best_metric and SCORES in self.best_metric and self.eval_every and not self.eval_scores:
+            raise ValueError(
+                f"loop.best_metric={self.best_metric} is computed before and after training only; set "
+                "loop.eval_scores=true"
+            )
+        if self.greater_is_better is not None and self.best_metric is None:
+            raise ValueError("loop.greater_is_better is of loop.best_metric; set that too")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
                 f"loop.profile is the first and the last step of a trace, counted from 1; got {self.profile}"

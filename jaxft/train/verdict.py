@@ -8,6 +8,7 @@ finished as usual.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics
 from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
 from jaxft.train.compiled import Compiled, States
+from jaxft.train.evaluate import is_stalled, selection_score
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
 from jaxft.train.nonfinite import first_of_model, first_parameter
@@ -37,6 +39,7 @@ def evaluate_start(
     completion are not finite.
     """
     before = compiled.evaluation(states)
+    check_selection(job, before)
     logs.step(0, [end["metrics"] for end in before])
     for number, (member, end) in enumerate(zip(job.members, before, strict=True)):
         for name in nonfinite_losses(end["metrics"]):
@@ -58,6 +61,52 @@ def evaluate_start(
                 "Check the weights, or compute in float32"
             )
     return {"before": before, "counters": None, "last_faults": None}
+
+
+def check_selection(job: Job, before: list[Evaluation]) -> None:
+    """Raise AgreedError if loop.best_metric is no metric of the evaluation, or loop.patience has none."""
+    for member, end in zip(job.members, before, strict=True):
+        loop, metrics = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
+        if loop.best_metric and loop.best_metric not in metrics:
+            near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics) or "none at all"
+            raise processes.AgreedError(
+                f"loop.best_metric={loop.best_metric} is no metric of the evaluations; near: {near}"
+            )
+        if loop.patience and selection_score(end["metrics"], loop) is None:
+            raise processes.AgreedError(
+                f"loop.patience={loop.patience} needs held-out rows; set data.held_out, or loop.patience=none"
+            )
+
+
+def evaluate_during(
+    job: Job, compiled: Compiled, states: States, done: int, saved: dict[str, Any], logs: Logs
+) -> list[float | None]:
+    """Evaluate and log the members after `done` steps; return the scores that select the best checkpoint, and
+    add them to those of earlier evaluations in saved["scores"].
+    """
+    loop = job.lead.run.loop
+    held_out = compiled.held_out_metrics(states, loop.eval_scores)
+    logs.step(done, held_out)
+    scores = [selection_score(metrics, loop) for metrics in held_out]
+    finite = [None if score is None or not math.isfinite(score) else score for score in scores]
+    saved["scores"] = [*saved.get("scores", []), finite]
+    return scores
+
+
+def ended_early(job: Job, saved: dict[str, Any], done: int, logs: Logs) -> Job:
+    """Return the job, with `done` as its last step if loop.patience evaluations of every member were no
+    better than one before.
+    """
+    patience, history = job.lead.run.loop.patience, saved.get("scores", [])
+    if not patience or done == job.steps or not history:
+        return job
+    if not all(is_stalled(own, patience) for own in zip(*history, strict=True)):
+        return job
+    logs.message(
+        f"ended after step {done} of {job.steps}: {patience} evaluations without a better held-out score "
+        "(loop.patience); to train on, raise it or set it to none"
+    )
+    return replace(job, steps=done)
 
 
 def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:

@@ -296,6 +296,31 @@ def test_the_best_checkpoint_is_also_exported_if_it_is_better_than_the_last(plac
     assert not (place.runs("better") / "best").exists()
 
 
+def test_patience_ends_a_run_after_evaluations_without_a_better_score(place):
+    # called with the row's own response, before training, and after steps 1 (-1), 2 (0), 3 (-1) and 4 (-2)
+    (place.folder / "peak.py").write_text(
+        "calls = 0\n\n\ndef peak(prompt, completion, row):\n"
+        "    global calls\n    calls += 1\n    return -abs(calls - 4)\n"
+    )
+    argv = ["name=patient", "steps=9", "loop.eval_every=1", "loop.eval_scores=true", "loop.patience=2"]
+    argv += ["loop.best_metric=eval_scores/peak", "scoring.by=peak.py:peak", "scoring.prompts=1"]
+    assert place.run(*argv) == 0, place.err()
+    scores = {m["step"]: m["eval_scores/peak"] for m in place.metrics("patient")[:-1] if "eval_loss" in m}
+    assert [scores[step] for step in range(5)] == [-2, -1, 0, -1, -2]
+    assert "ended after step 4 of 9: 2 evaluations without" in place.out()
+    folder = place.runs("patient")
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+    assert "step 2 has a better held-out score" in place.out() and (folder / "best" / "adapter").is_dir()
+    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert place.run(*argv) == 0, place.err()  # it does not train on
+    assert max(m["step"] for m in place.metrics("patient")) == 4
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert place.run(*argv, "loop.greater_is_better=false") == 1 and "loop.greater_is_better" in place.err()
+    argv[4] = "loop.patience=none"
+    assert place.run(*argv) == 0, place.err()
+    assert max(m["step"] for m in place.metrics("patient")) == 9
+
+
 def test_a_full_run_starts_from_an_adapter_with_the_loss_that_it_ended_with(place, uninterrupted):
     uninterrupted("small_lora")
     assert place.run("full=true", "start=runs/small_lora", "steps=1", "lr=0.001", "name=after") == 0, (
