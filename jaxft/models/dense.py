@@ -11,7 +11,7 @@ apply to kernels with two axes per layer only, so they skip experts.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
+from jaxft.nn.attention import AttentionSettings
 from jaxft.nn.cache import Cache, CacheFormat, LayerKeys, NextToken, PromptKeys, empty_keys
 from jaxft.nn.decode_layers import decode_layers, prefill_layers
 from jaxft.nn.layer_attention import Attend, AttentionLayers
@@ -82,14 +83,20 @@ def dense_model(
     dtype: DTypeLike = jnp.bfloat16,
     remat: RematPolicy = "projections",
     residual: DTypeLike | None = None,
+    attention_settings: AttentionSettings = AttentionSettings(),
 ) -> Model:
-    """Build the Model of an architecture. dtype, remat, residual: see ForwardOptions."""
+    """Build the Model of an architecture. dtype, remat, residual: see ForwardOptions. attention_settings:
+    their soft cap is replaced by the architecture's.
+    """
+    settings = replace(attention_settings, softcap=architecture.attention.settings.softcap)
+    layers = replace(architecture.attention, settings=settings)
+    architecture = replace(architecture, attention=layers)
     d = Decoder(forward_options(config, dtype, remat, residual), architecture)
     return Model(
         config=config,
         specs=architecture.specs,
         weight_names=architecture.names,
-        attention=architecture.attention,
+        attention=layers,
         dtype=d.options.dtype,
         residual=d.options.residual,
         hidden=partial(hidden, d),

@@ -32,7 +32,7 @@ class Family:
     """A family's functions and data.
 
     config: the class of its configs. from_hf, to_hf: parse the dict of a config.json and return one; from_hf
-    raises ValueError for unsupported settings. build(config, dtype=, remat=, residual=) -> Model. presets:
+    raises ValueError for unsupported settings. build(config, **options of dense_model) -> Model. presets:
     configs by checkpoint name.
     """
 

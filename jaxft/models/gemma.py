@@ -20,6 +20,7 @@ from jaxft.models.dense_config import DenseConfig
 from jaxft.models.gemma_config import Gemma2Config, GemmaConfig, VaultGemmaConfig
 from jaxft.models.layer_types import FULL, SLIDING, typed_layers
 from jaxft.models.model import ForwardOptions, Model, WeightNames
+from jaxft.nn.attention import AttentionSettings
 from jaxft.nn.layer_attention import Attend, AttentionLayers, LayerKind, uniform
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.matmul import accumulation_dtype, lm_head
@@ -88,7 +89,7 @@ def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionL
     of each layer type.
     """
     layers = typed_layers(c.layer_types, kinds, c.head_dim)
-    return replace(layers, scale=c.query_pre_attn_scalar**-0.5, softcap=c.attn_softcap)
+    return replace(layers, scale=c.query_pre_attn_scalar**-0.5, settings=AttentionSettings(c.attn_softcap))
 
 
 def gemma_layer(

@@ -8,7 +8,7 @@ key head; no kernel repeats keys and values.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import chex
 import jax
@@ -85,6 +85,26 @@ class AttentionNeeds:
     part: bool = False
 
 
+# How a device gets the keys of its part of each row. "auto": by heads, or by the length of rows.
+ContextKeys = Literal["auto", "gathered", "ring"]
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Settings of all layers of a model. softcap: see dense. context_keys: keys of a row that mesh.context
+    shards are gathered, or passed around a ring; "auto": heads are sharded instead where they divide, and
+    keys pass around a ring from RING_LEAST tokens of a row per device.
+    """
+
+    softcap: float | None = None
+    context_keys: ContextKeys = "auto"
+
+    def __post_init__(self) -> None:
+        if self.context_keys not in get_args(ContextKeys):
+            known = ", ".join(get_args(ContextKeys))
+            raise ValueError(f"context_keys={self.context_keys!r} is unknown; use one of {known}")
+
+
 def kernel_for(
     device: Any, head_dim: int, dtype: DTypeLike, rows: AttentionNeeds = AttentionNeeds()
 ) -> Kernel:
@@ -122,22 +142,22 @@ def attention(
     v_BTKE: Float[Array, "B T K E"],
     ranges: KeyRanges,
     packed: bool = True,
-    softcap: float | None = None,
+    settings: AttentionSettings = AttentionSettings(),
 ) -> Float[Array, "B T H E"]:
     """Attention by the fastest kernel for the devices of the ambient mesh, present or described; else by
     `flash`.
 
-    packed: a row may have several segments, or padding before its first token. softcap: see dense. Each
-    device computes its own rows and heads (sharding.py). If the mesh shards time, heads are sharded instead
-    during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). If they do not divide, each device
-    computes an early and a late part of the queries, for which it gathers all keys or, in long rows, passes
-    them around a ring (ring_attention.py).
+    packed: a row may have several segments, or padding before its first token. Each device computes its own
+    rows and heads (sharding.py). If the mesh shards time, heads are sharded instead during attention
+    (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). If they do not divide, each device computes an early and
+    a late part of the queries, for which it gathers all keys or, in long rows, passes them around a ring
+    (ring_attention.py). settings.context_keys overrides this choice.
     """
     chex.assert_equal_shape([k_BTKE, v_BTKE])
     chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, ranges.own_start], 2)
-    heads, kv_heads, ways = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards()
+    heads, kv_heads, ways, softcap = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards(), settings.softcap
     rows = AttentionNeeds(packed, ranges.prompt_start is not None, ranges.windowed, softcap is not None)
-    layout, kernel = _choice(q_BTHE, kv_heads, rows)
+    layout, kernel = _choice(q_BTHE, kv_heads, rows, settings.context_keys)
     of_queries = ranges.own_start, ranges.own_end, ranges.prompt_start, ranges.prompt_end
     arrays = q_BTHE, k_BTKE, v_BTKE, *of_queries
     fn = _of_arrays(kernel, ranges.windowed, softcap)
@@ -179,14 +199,25 @@ def _head_shards() -> int:
     return sizes.get("context", 1) * sizes.get("tensor", 1)
 
 
-def _choice(q_BTHE: Any, kv_heads: int, rows: AttentionNeeds) -> tuple[Layout, Kernel]:
+def _divides(heads: int, kv_heads: int) -> bool:
+    """Whether each device of the ambient mesh can have whole query heads and the keys of one or more of
+    them.
+    """
+    ways = _head_shards()
+    return heads % ways == 0 and (kv_heads % ways == 0 or ways % kv_heads == 0)
+
+
+def _choice(
+    q_BTHE: Any, kv_heads: int, rows: AttentionNeeds, context_keys: ContextKeys = "auto"
+) -> tuple[Layout, Kernel]:
     """Return how attention is divided over the ambient mesh and which kernel runs on each device."""
-    mesh, (_, T, heads, head_dim), ways = jax.sharding.get_abstract_mesh(), q_BTHE.shape, _head_shards()
+    mesh, (_, T, heads, head_dim) = jax.sharding.get_abstract_mesh(), q_BTHE.shape
     layout: Layout = "heads"
     if dict(mesh.shape).get("context", 1) == 1 or num_shards(("time",), (T,)) == 1:
         layout = "rows"
-    elif heads % ways or (kv_heads % ways and ways % kv_heads):
-        layout = "ring" if T // mesh_size("context") >= RING_LEAST else "gathered"
+    elif context_keys != "auto" or not _divides(heads, kv_heads):
+        long: Layout = "ring" if T // mesh_size("context") >= RING_LEAST else "gathered"
+        layout = long if context_keys == "auto" else context_keys
         rows = replace(rows, part=True)
     return layout, flash if mesh.empty else kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
 
@@ -206,7 +237,7 @@ def attention_line(
     branches: bool = False,
     packed: bool = True,
     windows: Sequence[int | None] = (None,),
-    softcap: float | None = None,
+    settings: AttentionSettings = AttentionSettings(),
 ) -> str:
     """Return which kernel runs for rows of this shape on the ambient mesh, and why.
 
@@ -217,18 +248,24 @@ def attention_line(
         "packed": (packed, "rows are packed"),
         "branches": (branches, "responses share their prompt"),
         "windowed": (bool(shown), f"sliding windows of {' and '.join(map(str, shown))}"),
-        "softcap": (softcap is not None, f"scores are capped at {softcap or 0:g}"),
+        "softcap": (settings.softcap is not None, f"scores are capped at {settings.softcap or 0:g}"),
     }
     bare = {name: False for name in features}
     has = {name: present for name, (present, _) in features.items()}
-    layout, kernel = _choice(q_BTHE, kv_heads, AttentionNeeds(**has))
-    usual = _choice(q_BTHE, kv_heads, AttentionNeeds(**bare))[1]
+
+    def choice(needs: dict[str, bool]) -> tuple[Layout, Kernel]:
+        return _choice(q_BTHE, kv_heads, AttentionNeeds(**needs), settings.context_keys)
+
+    layout, kernel = choice(has)
+    usual = choice(bare)[1]
     reasons = [
         text
         for name, (present, text) in features.items()
-        if present and _choice(q_BTHE, kv_heads, AttentionNeeds(**{**bare, name: True}))[1] is not usual
+        if present and choice({**bare, name: True})[1] is not usual
     ]
-    if layout in ("gathered", "ring"):
+    if layout in ("gathered", "ring") and settings.context_keys != "auto":
+        reasons.append(f"context_keys={settings.context_keys}")
+    elif layout in ("gathered", "ring"):
         heads = q_BTHE.shape[2]
         kind = f"{heads} heads" if heads % _head_shards() else f"{kv_heads} kv heads"
         reasons.append(f"{kind} do not divide over mesh.context x mesh.tensor")

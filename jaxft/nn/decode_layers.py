@@ -48,7 +48,7 @@ def prefill_layers(
 
         def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            o = attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.softcap)
+            o = attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.settings)
             return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
 
         return layer(p, h, attend_prompts, None)

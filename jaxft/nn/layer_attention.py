@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain
-from jaxft.nn.attention import needed_window
+from jaxft.nn.attention import AttentionSettings, needed_window
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
@@ -54,14 +54,14 @@ class AttentionLayers:
     """Attention settings of every layer of a model.
 
     kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer. scale: factor on the scores
-    q k^T; None for 1 / sqrt(head_dim). softcap: c in c * tanh(scores / c); None for no soft cap.
+    q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and what overrides the choice of a kernel.
     """
 
     kinds: tuple[LayerKind, ...]
     layout: tuple[int, ...]
     head_dim: int
     scale: float | None = None
-    softcap: float | None = None
+    settings: AttentionSettings = AttentionSettings()
 
     @property
     def windowed(self) -> np.ndarray:
@@ -97,7 +97,7 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
 
 def rule_of(a: AttentionLayers, kind: Array | None, length: int) -> AttentionRule:
     """Return window and soft cap of a layer for rows of `length` tokens."""
-    return AttentionRule(window_of(a, kind, length), a.softcap)
+    return AttentionRule(window_of(a, kind, length), a.settings.softcap)
 
 
 def batch_ranges(tokens: Batch) -> KeyRanges:

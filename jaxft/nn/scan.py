@@ -121,7 +121,7 @@ def scan_layers(
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
             (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            return attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.softcap), None
+            return attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.settings), None
 
         h = checkpoint_name(h, "layer_in") if policy.offload else h
         return layer(p, h, attend, key)[0], None

@@ -82,6 +82,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         )
     _check_heads(run)
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
+    _check_context_keys(run, mesh)
     model = with_heads(run.model, run.heads)
     patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)
     dtype = None if run.params == "float32" else jnp.bfloat16
@@ -135,6 +136,16 @@ def _check_dropout(run: Run, objective: Objective) -> None:
             f"adapter.dropout={run.adapter.dropout}: "
             "this objective compares log-probs with those at sampling, "
             "which has no dropout. Set adapter.dropout=0."
+        )
+
+
+def _check_context_keys(run: Run, mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError if the model asks how devices get the keys of rows that no mesh axis shards."""
+    asked = run.model.attention.settings.context_keys
+    if asked != "auto" and mesh.shape["context"] == 1:
+        raise ValueError(
+            f"context_keys={asked} needs rows that are sharded over devices: set mesh.context to 2 or more, "
+            "or context_keys=auto"
         )
 
 
@@ -384,6 +395,6 @@ def attention_summary(p: Programs, batch: Batch) -> str:
     model, (_, rows, length) = p.partition.model, batch.ids.shape
     shape = rows, length, model.config.heads, model.config.head_dim
     queries, layers = jax.ShapeDtypeStruct(shape, model.dtype), model.attention
-    kind = batch.branches is not None, batch.packed, [kind.window for kind in layers.kinds], layers.softcap
+    kind = batch.branches is not None, batch.packed, [kind.window for kind in layers.kinds], layers.settings
     with jax.set_mesh(p.mesh):
         return attention_line(queries, model.config.kv_heads, *kind)

@@ -62,7 +62,8 @@ def read_config(located: hub.Located) -> dict[str, Any]:
 
 
 def model_for(ref: str, **options: Any) -> Model:
-    """Return the Model that `ref` names. options: of the architecture (dtype, remat, residual).
+    """Return the Model that `ref` names. options: of the architecture (dtype, remat, residual,
+    attention_settings).
 
     A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
     A config that ties the head to the embedding does not count where the weights are here and have another

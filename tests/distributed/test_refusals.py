@@ -159,6 +159,15 @@ def test_rows_longer_than_the_max_positions_of_the_model_are_an_error():
         programs.build(long, 10)
 
 
+def test_a_ring_without_a_mesh_that_shards_rows_is_an_error():
+    from jaxft.runs import config
+    from jaxft.train import programs
+
+    run = config.load_config("configs/sft.py", ["context_keys=ring"])
+    with pytest.raises(ValueError, match="context_keys=ring needs rows that are sharded .* set mesh.context"):
+        programs.build(run, 10)
+
+
 def test_limits_of_the_model_name_settings_that_the_recipe_has():
     from jaxft.runs import config
     from jaxft.train import programs

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import arrays, assert_close, packed, products, value_and_gradients
 from test_key_ranges import SEGMENTS, row_of
+from tiny_model import tiny
 
+from jaxft.batch import Tokens
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn import attention
-from jaxft.nn.attention import RING_LEAST
+from jaxft.nn.attention import RING_LEAST, AttentionSettings
 from jaxft.nn.key_ranges import key_ranges, visible, within_window
 from jaxft.nn.pallas_attention import KernelOptions, pallas_gradients, pallas_output
 from jaxft.nn.pallas_tiles import Tile, Tiles
@@ -31,7 +33,7 @@ def attend(least, softcap):
 
     def fn(q, k, v, ranges):
         with mock.patch.object(attention, "RING_LEAST", least):
-            return attention.attention(q, k, v, ranges, softcap=softcap)
+            return attention.attention(q, k, v, ranges, True, AttentionSettings(softcap))
 
     return fn
 
@@ -211,3 +213,36 @@ def test_long_rows_are_in_a_ring_and_the_start_up_line_says_so(length, heads, ex
     assert line == (
         f"attention: blockwise XLA (flash), {expected} do not divide over mesh.context x mesh.tensor"
     )
+
+
+@pytest.mark.parametrize("asked", ["gathered", "ring"])
+@pytest.mark.parametrize(("length", "heads"), [(64 * RING_LEAST, (6, 2)), (64, (6, 2)), (64, (8, 8))])
+def test_a_setting_asks_for_a_ring_or_gathered_keys_whatever_the_heads_and_the_length(asked, length, heads):
+    """Without it rows of 64 tokens are gathered, long ones are in a ring, and 8 heads are divided."""
+    q = jax.ShapeDtypeStruct((1, length, heads[0], 64), jnp.bfloat16)
+    text = {"gathered": "keys gathered", "ring": "keys in a ring"}[asked]
+    with jax.set_mesh(make_mesh(MeshShape(1, context=8))):
+        line = attention.attention_line(q, heads[1], settings=AttentionSettings(context_keys=asked))
+        automatic = attention.attention_line(q, heads[1])
+    assert line == f"attention: blockwise XLA (flash), {text} over mesh.context: context_keys={asked}"
+    assert "context_keys" not in automatic
+
+
+@pytest.mark.parametrize("asked", ["auto", "gathered", "ring"])
+def test_a_model_attends_as_its_setting_asks(asked):
+    """Its 4 heads divide over 4 devices."""
+    model, params = tiny(jnp.float32, attention_settings=AttentionSettings(context_keys=asked))
+    ids = jnp.ones((2, 16), jnp.int32)
+    batch = Tokens(ids, ids, ids, ids, ids, jnp.ones((2, 16)))
+    with (
+        jax.set_mesh(make_mesh(MeshShape(2, context=4))),
+        mock.patch.object(attention, "ring", side_effect=attention.ring) as ring,
+        mock.patch.object(attention, "balanced", side_effect=attention.balanced) as gathered,
+    ):
+        jax.eval_shape(model.hidden, params, batch)
+    assert (bool(gathered.call_count), bool(ring.call_count)) == (asked == "gathered", asked == "ring")
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(ValueError, match="context_keys='rings' is unknown; use one of auto, gathered, ring"):
+        AttentionSettings(context_keys="rings")

@@ -23,7 +23,7 @@ from test_attention import (
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn import attention
-from jaxft.nn.attention import AttentionNeeds
+from jaxft.nn.attention import AttentionNeeds, AttentionSettings
 from jaxft.nn.key_ranges import key_ranges, within_window
 from jaxft.nn.layer_attention import AttentionLayers, LayerKind, layer_ranges
 from jaxft.nn.rope import Rope
@@ -205,6 +205,10 @@ def through_layers(fn, cap, q, k, v, ranges, windows):
     return jax.lax.scan(layer, q, windows)[0]
 
 
+def sharded_attention(q, k, v, ranges, softcap):
+    return attention.attention(q, k, v, ranges, settings=AttentionSettings(softcap))
+
+
 @pytest.mark.parametrize(
     ("mesh", "heads", "kv_heads"),
     [
@@ -226,7 +230,7 @@ def test_layers_of_one_scan_with_other_windows_equal_one_device_on_every_mesh(me
         placed = [
             jax.device_put(a, array_sharding(devices, of, a.shape)) for a, of in zip(x, axes, strict=True)
         ]
-        run = partial(through_layers, attention.attention, 2.0)
+        run = partial(through_layers, sharded_attention, 2.0)
         with jax.set_mesh(devices):
             assert_close(value_and_gradients(run, *placed, rows, windows), expected, 1e-10)
 
@@ -311,4 +315,5 @@ def test_the_start_up_line_names_the_kernel_that_runs(device, sizes, rows, expec
     )
     q = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert attention.attention_line(q, 2, *rows) == f"attention: {expected}"
+        line = attention.attention_line(q, 2, *rows[:3], settings=AttentionSettings(rows[3]))
+    assert line == f"attention: {expected}"
