@@ -87,19 +87,24 @@ class AttentionNeeds:
 
 # How a device gets the keys of its part of each row. "auto": by heads, or by the length of rows.
 ContextKeys = Literal["auto", "gathered", "ring"]
+# "flash" is blockwise XLA, on any device; "auto": the device's own kernel where there is one.
+AttentionKernel = Literal["auto", "flash"]
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
     """Settings of all layers of a model. softcap: see dense. context_keys: keys of a row that mesh.context
     shards are gathered, or passed around a ring; "auto": heads are sharded instead where they divide, and
-    keys pass around a ring from RING_LEAST tokens of a row per device.
+    keys pass around a ring from RING_LEAST tokens of a row per device. kernel: what runs on each device.
     """
 
     softcap: float | None = None
     context_keys: ContextKeys = "auto"
+    kernel: AttentionKernel = "auto"
 
     def __post_init__(self) -> None:
+        if self.kernel not in get_args(AttentionKernel):
+            raise ValueError(f"attention={self.kernel!r} is unknown; use auto or flash")
         if self.context_keys not in get_args(ContextKeys):
             known = ", ".join(get_args(ContextKeys))
             raise ValueError(f"context_keys={self.context_keys!r} is unknown; use one of {known}")
@@ -157,7 +162,7 @@ def attention(
     chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, ranges.own_start], 2)
     heads, kv_heads, ways, softcap = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards(), settings.softcap
     rows = AttentionNeeds(packed, ranges.prompt_start is not None, ranges.windowed, softcap is not None)
-    layout, kernel = _choice(q_BTHE, kv_heads, rows, settings.context_keys)
+    layout, kernel = _choice(q_BTHE, kv_heads, rows, settings)
     of_queries = ranges.own_start, ranges.own_end, ranges.prompt_start, ranges.prompt_end
     arrays = q_BTHE, k_BTKE, v_BTKE, *of_queries
     fn = _of_arrays(kernel, ranges.windowed, softcap)
@@ -208,10 +213,11 @@ def _divides(heads: int, kv_heads: int) -> bool:
 
 
 def _choice(
-    q_BTHE: Any, kv_heads: int, rows: AttentionNeeds, context_keys: ContextKeys = "auto"
+    q_BTHE: Any, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
 ) -> tuple[Layout, Kernel]:
     """Return how attention is divided over the ambient mesh and which kernel runs on each device."""
     mesh, (_, T, heads, head_dim) = jax.sharding.get_abstract_mesh(), q_BTHE.shape
+    context_keys = settings.context_keys
     layout: Layout = "heads"
     if dict(mesh.shape).get("context", 1) == 1 or num_shards(("time",), (T,)) == 1:
         layout = "rows"
@@ -219,7 +225,16 @@ def _choice(
         long: Layout = "ring" if T // mesh_size("context") >= RING_LEAST else "gathered"
         layout = long if context_keys == "auto" else context_keys
         rows = replace(rows, part=True)
-    return layout, flash if mesh.empty else kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
+    if mesh.empty or settings.kernel == "flash":
+        return layout, flash
+    return layout, kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
+
+
+def chosen_kernel(
+    q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
+) -> Kernel:
+    """Return the kernel that `attention` runs on each device of the ambient mesh."""
+    return _choice(q_BTHE, kv_heads, rows, settings)[1]
 
 
 LAYOUT_NAMES: dict[Layout, str] = {
@@ -254,7 +269,7 @@ def attention_line(
     has = {name: present for name, (present, _) in features.items()}
 
     def choice(needs: dict[str, bool]) -> tuple[Layout, Kernel]:
-        return _choice(q_BTHE, kv_heads, AttentionNeeds(**needs), settings.context_keys)
+        return _choice(q_BTHE, kv_heads, AttentionNeeds(**needs), settings)
 
     layout, kernel = choice(has)
     usual = choice(bare)[1]
@@ -263,6 +278,8 @@ def attention_line(
         for name, (present, text) in features.items()
         if present and choice({**bare, name: True})[1] is not usual
     ]
+    if settings.kernel != "auto":
+        reasons.append(f"attention={settings.kernel}")
     if layout in ("gathered", "ring") and settings.context_keys != "auto":
         reasons.append(f"context_keys={settings.context_keys}")
     elif layout in ("gathered", "ring"):

@@ -17,7 +17,8 @@ from jaxft.plan.machines import Machine
 from jaxft.plan.programs import Program, all_programs, train_programs
 from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
 from jaxft.runs.report import empty_slot_lines
-from jaxft.train.programs import Programs, abstract, attention_summary, step_rows
+from jaxft.train.attention_kernels import attention_summary
+from jaxft.train.programs import Programs, abstract, step_rows
 from jaxft.train.settings import Run
 
 EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1

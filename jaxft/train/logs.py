@@ -16,6 +16,7 @@ from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.trackers.jsonl import truncate
 from jaxft.train import programs
+from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
 from jaxft.weights import pretrained
@@ -94,10 +95,11 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
         changes = [
             line for m, old in records for line in runfolder.permitted_changes(m.folder, old, m.record)
         ]
+    checked = check_attention(job.lead.programs, job.abstract_batch)
     if not processes.is_first():
         return Logs([NullLog() for _ in job.members])
     trackers, logs, moved = job.lead.run.trackers, [], []
-    kernel = programs.attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
+    kernel = attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
     for number, member in enumerate(job.members):
         member.folder.mkdir(exist_ok=True)
         moved += runfolder.write_record(member.folder, member.record, first, kernel)
@@ -111,7 +113,7 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
         runfolder.write_durable_json(job.folder / "config.json", record)
         overview = Log(job.folder, job.steps, first, trackers=trackers)
     found = Logs(logs, overview)
-    for line in startup_lines(job, first, list(dict.fromkeys(changes))):
+    for line in startup_lines(job, first, list(dict.fromkeys(changes))) + checked:
         found.message(line)
     if first:
         for line in dict.fromkeys(moved):
@@ -129,7 +131,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         programs.model_summary(lead.programs),
         [
-            programs.attention_summary(lead.programs, job.abstract_batch),
+            attention_summary(lead.programs, job.abstract_batch),
             *xla_flags.settings_lines(os.environ),
             f"{info.stats.summary}; {job.steps} steps",
             info.stats.learned,

@@ -15,7 +15,6 @@ from jaxft.distributed import devices, sharding
 from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
-from jaxft.nn.attention import attention_line
 from jaxft.nn.lora import pairs_by_path
 from jaxft.nn.quant import CHECKPOINT
 from jaxft.objectives.objective import Objective, Outputs
@@ -388,13 +387,3 @@ def model_summary(p: Programs) -> ModelSummary:
     quantised = storage.quantisation_summary(p.partition.stored, p.mesh)
     model = p.partition.model
     return ModelSummary(*counts, quantised, model.generates, families.has_classifier(model.config))
-
-
-def attention_summary(p: Programs, batch: Batch) -> str:
-    """Return which attention kernel the train step runs for a batch [micro, rows, ...], and why."""
-    model, (_, rows, length) = p.partition.model, batch.ids.shape
-    shape = rows, length, model.config.heads, model.config.head_dim
-    queries, layers = jax.ShapeDtypeStruct(shape, model.dtype), model.attention
-    kind = batch.branches is not None, batch.packed, [kind.window for kind in layers.kinds], layers.settings
-    with jax.set_mesh(p.mesh):
-        return attention_line(queries, model.config.kv_heads, *kind)

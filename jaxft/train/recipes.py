@@ -15,7 +15,7 @@ from jaxft.data.source import Dataset
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
-from jaxft.nn.attention import AttentionSettings, ContextKeys
+from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
 from jaxft.objectives.objective import Objective
@@ -59,6 +59,7 @@ class ModelKnobs:
     dtype: DType = "bfloat16"  # of the forward and the backward pass
     residual: DType | None = "float32"  # of the residual stream between layers; none: as dtype
     remat: RematPolicy = "projections"  # what a layer stores for the backward pass
+    attention: AttentionKernel = "auto"  # flash: blockwise XLA instead of the device's own kernel
     context_keys: ContextKeys = "auto"  # with mesh.context: keys are gathered, or passed around a ring
 
     @property
@@ -69,7 +70,7 @@ class ModelKnobs:
     def build(self) -> Model:
         """The model."""
         residual = jnp.dtype(self.residual or self.dtype)
-        attention = AttentionSettings(context_keys=self.context_keys)
+        attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}
         return model_for(self.weights, dtype=jnp.dtype(self.dtype), **options)
 

@@ -1,11 +1,13 @@
 """User errors: one line that names the file, row or setting; exit code 1; earlier checkpoints stay intact."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from meters import feed, make_meter
@@ -14,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import edit_config
 from tiny_run import Place, rows, write_place
 
+from jaxft.nn import attention
+from jaxft.nn.flash_attention import flash
+from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.logs import startup_lines
-from jaxft.train.programs import attention_summary
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +363,31 @@ def test_the_logged_loss_is_nan_only_if_every_step_of_the_window_is_non_finite()
     assert m.counters()["window"] == {}
     feed(m, 2, 2.0)
     assert m.read()[0]["loss"] == 2.0
+
+
+def noisy(q, k, v, ranges, softcap):
+    return flash(q, k, v, ranges, softcap) * jnp.asarray(1.1, q.dtype)
+
+
+def failing(q, k, v, ranges, softcap):
+    raise NotImplementedError("no such instruction\nand a long story")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        (noisy, r"the test kernel is wrong on this cpu: its relative error is 0\.1, .* Set attention=flash"),
+        (failing, r"the test kernel fails on this cpu \(no such instruction\)\. Set attention=flash"),
+        (lambda *x: flash(*x), None),
+    ],
+)
+def test_a_run_refuses_an_attention_kernel_that_is_wrong_on_its_device(place, kernel, expected, monkeypatch):
+    job = prepare(place.folder)
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: kernel)
+    monkeypatch.setitem(attention.KERNEL_NAMES, kernel, "test")
+    if expected is None:
+        lines = check_attention(job.lead.programs, job.abstract_batch)
+        assert re.fullmatch(r"attention: test agrees with blockwise XLA on this cpu: .*", *lines)
+    else:
+        with pytest.raises(ValueError, match=expected):
+            check_attention(job.lead.programs, job.abstract_batch)

@@ -1,0 +1,100 @@
+"""An attention kernel against blockwise XLA on the device that is to run it, before a run trusts it.
+
+A kernel that is compiled for a device may be wrong there without an error: by a bug of the compiler, of a
+vendor's library or of the kernel. So its outputs and gradients on a few rows are compared once with `flash`
+in float32.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.nn.attention import AttentionNeeds, Kernel
+from jaxft.nn.flash_attention import flash
+from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
+
+SAMPLE_WINDOW = 50  # of the sample rows, if a layer has any
+# Relative error that needs no explanation: the largest of one rounding to bfloat16, which has 8 bits.
+ONE_ROUNDING = 2.0**-8
+
+# Segments of the sample rows of 256 tokens as (length, responses): a shared prompt of half the segment is
+# followed by that many responses. The rest of a row is padding.
+PACKED_SAMPLE = ([(3, 0), (61, 0), (64, 0), (100, 0)], [(256, 0)])
+BRANCHED_SAMPLE = ([(3, 0), (60, 2), (65, 0), (100, 4)], [(256, 3)])
+PLAIN_SAMPLE = ([(200, 0)], [(256, 0)])
+SAMPLE_LENGTH = 256
+
+
+def rows_to_compare(rows: AttentionNeeds) -> tuple[KeyRanges, np.ndarray]:
+    """Return the key ranges of two rows that have what `rows` says, and which tokens are real [2, T]."""
+    layout = BRANCHED_SAMPLE if rows.branches else PACKED_SAMPLE if rows.packed else PLAIN_SAMPLE
+    segments, branches = (np.zeros((2, SAMPLE_LENGTH), np.int32) for _ in range(2))
+    for r, parts in enumerate(layout):
+        at = 0
+        for number, (length, responses) in enumerate(parts, start=1):
+            segments[r, at : at + length] = number
+            prompt = length // 2 if responses else length
+            size = -(-(length - prompt) // responses) if responses else 1
+            branches[r, at + prompt : at + length] = 1 + np.arange(length - prompt) // size
+            at += length
+    ranges = key_ranges(segments, branches if rows.branches else None)
+    return within_window(ranges, SAMPLE_WINDOW if rows.windowed else None), segments != 0
+
+
+def _results(
+    kernel: Callable, softcap: float | None, ranges: KeyRanges, x: Any, real_BT: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Return the output and the gradients of q, k and v, zero in padding."""
+    *qkv, do = x
+    real = real_BT[:, :, None, None]
+    o, backward = jax.vjp(lambda q, k, v: kernel(q, k, v, ranges, softcap), *qkv)
+    found = o, *backward(jnp.where(real, do, 0))
+    return tuple(jnp.where(real, a.astype(jnp.float32), 0) for a in found)
+
+
+def kernel_errors(
+    kernel: Kernel, q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, softcap: float | None
+) -> tuple[float, float]:
+    """Return the largest relative error of a kernel's output and gradients, and the largest that rounding
+    explains: four times that of `flash` in the same dtype, at least 2^-8.
+
+    An error is the root mean square of the difference from `flash` in float32, relative to that of the
+    values; infinite if the kernel returns a NaN. q_BTHE: its heads, head dimension and dtype are those of the
+    sample rows. rows: what they have. Runs on the first device of this process.
+    """
+    with jax.set_mesh(make_mesh(MeshShape(), jax.local_devices()[:1])):
+        return _kernel_errors(kernel, q_BTHE, kv_heads, rows, softcap)
+
+
+def _kernel_errors(
+    kernel: Kernel, q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, softcap: float | None
+) -> tuple[float, float]:
+    ranges, real = rows_to_compare(rows)
+    heads, head_dim = q_BTHE.shape[2:]
+    rng = np.random.default_rng(0)
+    x = [
+        jnp.asarray(rng.standard_normal((2, SAMPLE_LENGTH, n, head_dim), np.float32), q_BTHE.dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
+
+    def results(kernel: Callable, x: Any) -> list[np.ndarray]:
+        fn = jax.jit(partial(_results, kernel, softcap))
+        return [np.asarray(a) for a in fn(ranges, x, jnp.asarray(real))]
+
+    with jax.default_matmul_precision("highest"):
+        exact = results(flash, [a.astype(jnp.float32) for a in x])
+    errors = [
+        max(_relative_error(a, b) for a, b in zip(results(fn, x), exact, strict=True))
+        for fn in (kernel, flash)
+    ]
+    return errors[0], max(4 * errors[1], ONE_ROUNDING)  # vendors' kernels round intermediate values too
+
+
+def _relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+    error = float(np.sqrt(np.square(found - exact).mean() / np.square(exact).mean()))
+    return error if np.isfinite(error) else float("inf")

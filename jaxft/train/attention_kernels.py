@@ -1,0 +1,57 @@
+"""The attention kernel of a run: which one its train step has, why, and whether it is right on its device."""
+
+import jax
+
+from jaxft.nn import attention
+from jaxft.nn.kernel_check import kernel_errors
+from jaxft.train.programs import Programs
+from jaxft.tree import Batch
+
+
+def _queries(p: Programs, batch: Batch) -> jax.ShapeDtypeStruct:
+    model, (_, rows, length) = p.partition.model, batch.ids.shape
+    return jax.ShapeDtypeStruct((rows, length, model.config.heads, model.config.head_dim), model.dtype)
+
+
+def attention_summary(p: Programs, batch: Batch) -> str:
+    """Return which attention kernel the train step runs for a batch [micro, rows, ...], and why."""
+    model, layers = p.partition.model, p.partition.model.attention
+    kind = batch.branches is not None, batch.packed, [kind.window for kind in layers.kinds], layers.settings
+    with jax.set_mesh(p.mesh):
+        return attention.attention_line(_queries(p, batch), model.config.kv_heads, *kind)
+
+
+def check_attention(p: Programs, batch: Batch) -> list[str]:
+    """Compare the train step's attention kernel with blockwise XLA on a few rows; return a line about it, and
+    none if that is the kernel.
+
+    Raises ValueError if outputs or gradients differ by more than rounding
+    explains, or if the kernel fails on this device.
+    """
+    model, layers, queries = p.partition.model, p.partition.model.attention, _queries(p, batch)
+    rows = attention.AttentionNeeds(
+        batch.packed,
+        batch.branches is not None,
+        any(attention.needed_window(kind.window, queries.shape[1]) for kind in layers.kinds),
+        layers.settings.softcap is not None,
+    )
+    with jax.set_mesh(p.mesh):
+        kernel = attention.chosen_kernel(queries, model.config.kv_heads, rows, layers.settings)
+    if kernel is attention.flash:
+        return []
+    name, device = attention.KERNEL_NAMES[kernel], jax.local_devices()[0].device_kind
+    remedy = "Set attention=flash to train with blockwise XLA, and report this with the output of `jaxft env`"
+    try:
+        error, limit = kernel_errors(kernel, queries, model.config.kv_heads, rows, layers.settings.softcap)
+    except (RuntimeError, NotImplementedError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise ValueError(f"attention: the {name} kernel fails on this {device} ({reason}). {remedy}") from e
+    if error > limit:
+        raise ValueError(
+            f"attention: the {name} kernel is wrong on this {device}: its relative error is {error:.2g}, and "
+            f"rounding explains {limit:.2g}. {remedy}"
+        )
+    return [
+        f"attention: {name} agrees with blockwise XLA on this {device}: relative error {error:.2g}, and "
+        f"rounding explains {limit:.2g}"
+    ]

@@ -1,0 +1,99 @@
+"""A kernel that is wrong on its device is found before a run trusts it, and a right one is not refused."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from test_attention import H100
+
+from jaxft.nn import attention
+from jaxft.nn.attention import AttentionNeeds, AttentionSettings
+from jaxft.nn.kernel_check import kernel_errors, rows_to_compare
+from jaxft.nn.pallas_attention import KernelOptions
+
+QUERIES = jax.ShapeDtypeStruct((8, 4096, 4, 16), jnp.bfloat16)
+EVERYTHING = AttentionNeeds(packed=True, branches=True, windowed=True, softcap=True)
+CAP = 2.0
+
+
+def ignoring_prompts(q, k, v, ranges, softcap):
+    return attention.dense(q, k, v, replace(ranges, prompt_start=None, prompt_end=None), softcap)
+
+
+def one_key_less(q, k, v, ranges, softcap):
+    """Every query misses the first key of its own range, except where it is the only one."""
+    start = jnp.minimum(ranges.own_start + 1, jnp.maximum(ranges.own_end - 1, 0))
+    return attention.dense(q, k, v, replace(ranges, own_start=start), softcap)
+
+
+def not_a_number(q, k, v, ranges, softcap):
+    return attention.dense(q, k, v, ranges, softcap).at[1, 100].set(jnp.nan)
+
+
+@jax.custom_vjp
+def smaller_gradient(v):
+    return v
+
+
+smaller_gradient.defvjp(lambda v: (v, None), lambda _, g: (g * jnp.bfloat16(0.9),))
+
+
+def wrong_gradient(q, k, v, ranges, softcap):
+    return attention.dense(q, k, smaller_gradient(v), ranges, softcap)
+
+
+@pytest.mark.parametrize("kernel", [ignoring_prompts, one_key_less, not_a_number, wrong_gradient])
+def test_a_wrong_kernel_has_a_larger_error_than_rounding_explains(kernel):
+    error, limit = kernel_errors(kernel, QUERIES, 2, EVERYTHING, CAP)
+    assert error > 2 * limit and limit < 0.02
+
+
+def test_a_window_that_a_kernel_ignores_is_found():
+    def kernel(q, k, v, ranges, softcap):
+        whole, _ = rows_to_compare(AttentionNeeds())
+        return attention.dense(q, k, v, whole)
+
+    for rows, wrong in ((AttentionNeeds(windowed=True), True), (AttentionNeeds(), False)):
+        error, limit = kernel_errors(kernel, QUERIES, 2, rows, None)
+        assert (error > limit) == wrong
+
+
+@pytest.mark.parametrize("rows", [EVERYTHING, AttentionNeeds(packed=False)])
+def test_the_kernels_of_jaxft_are_right(rows):
+    cap = CAP if rows.softcap else None
+    kernel, queries = partial(attention.pallas, options=KernelOptions(interpret=True)), QUERIES
+    if not rows.packed:  # by the XLA implementation of the same public function
+        kernel, queries = partial(attention.cudnn, implementation="xla"), QUERIES.update(dtype=jnp.float32)
+    error, limit = kernel_errors(kernel, queries, 2, rows, cap)
+    assert error <= limit
+
+
+def test_sample_rows_have_what_kernels_are_asked_for():
+    ranges, real = rows_to_compare(EVERYTHING)
+    seen = np.asarray(ranges.own_end) - np.asarray(ranges.own_start)
+    prompt = np.asarray(ranges.prompt_end) - np.asarray(ranges.prompt_start)
+    assert not real.all() and seen[real].min() == 1 and seen[real].max() == 50 and prompt.max() == 49
+    ranges, real = rows_to_compare(AttentionNeeds(packed=False))
+    assert ranges.prompt_start is None and (real == np.sort(real)[:, ::-1]).all() and not real.all()
+    assert (np.asarray(ranges.own_start)[real] == 0).all()
+
+
+def test_a_setting_forbids_the_kernel_of_the_device_and_the_start_up_line_says_so():
+    mesh = AbstractMesh((1,), ("data",), abstract_device=H100)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lines = [
+            attention.attention_line(QUERIES, 2, settings=AttentionSettings(kernel=kernel))
+            for kernel in ("auto", "flash")
+        ]
+        rows, settings = AttentionNeeds(), AttentionSettings(kernel="flash")
+        assert attention.chosen_kernel(QUERIES, 2, rows, settings) is attention.flash
+    assert lines == [
+        "attention: Pallas: rows are packed",
+        "attention: blockwise XLA (flash): attention=flash",
+    ]
+    with pytest.raises(ValueError, match="attention='cudnn' is unknown; use auto or flash"):
+        AttentionSettings(kernel="cudnn")
