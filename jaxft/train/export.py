@@ -62,12 +62,14 @@ class ExportQuant:
     """How written weights are quantised, each rounded once from float32.
 
     moments: second moments of the inputs by path (see gptq.second_moments); where there are some, GPTQ
-    rounds, which is slow. progress: called with a line for each parameter that GPTQ rounds.
+    rounds, which is slow. progress: called with a line for each parameter that GPTQ rounds. format: the
+    layout of the files, a key of quantised_write.KINDS_OF, by default the usual one of the kind.
     """
 
     quant: Quant
     moments: dict[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] = no_progress
+    format: str | None = None
 
 
 def check_output(out: Path, ref: str) -> None:
@@ -187,9 +189,14 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     plain = {
         name.removesuffix(".weight").rpartition(".")[2] for path, name in names.items() if path not in layouts
     }
-    method, layout_name = quantised_write.method_for(layouts)
+    method, layout_name = quantised_write.method_for(layouts, how.format)
     settings = quantised_write.quantization_config(quant, method, sorted(plain))
     return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name)
+
+
+def check_format(model: Model, quant: Quant, format: str | None) -> None:
+    """Raise ValueError if a model's weights, quantised so, cannot be written in the layout `format`."""
+    layer_quantizer(model, ExportQuant(quant, format=format), RoundingError())
 
 
 def weights_gib(folder: Path) -> float:

@@ -19,7 +19,7 @@ from jaxft.weights.gptq_awq import read_eights
 from jaxft.weights.model_files import Index, QuantisedTensor, full_index
 from jaxft.weights.quant_layout import array_index, block_layout
 from jaxft.weights.quantised_tensors import Found, read_part, require_tensor
-from jaxft.weights.safetensors import FLOATS, SafetensorsFiles, TensorToWrite
+from jaxft.weights.safetensors import FLOATS, SafetensorsFiles
 
 COMPRESSED_FORMATS = {
     "float-quantized": "fp8",
@@ -236,36 +236,3 @@ def _read(weight: _Weight, layout: QTensor, index: Index = ()) -> QTensor:
     rows = np.arange(outs.start, outs.stop) // weight.rows
     of_part = scales[rows].T[array_index(layout, "scale", (ins, slice(None)))[0]]
     return replace(layout, codes=codes, scale=of_part)
-
-
-def tensors_of_fp8(name: str, layout: QTensor, make: Callable[[], QTensor]) -> list[TensorToWrite]:
-    """Return the tensors of a weight `name` with a scale per output channel in compressed-tensors' layout."""
-    ins, outs = layout.shape
-
-    def numbers() -> np.ndarray:
-        return np.ascontiguousarray(np.asarray(make().codes).T).view(E4M3)
-
-    return [
-        TensorToWrite(name, NUMBER_DTYPES["fp8"], (outs, ins), numbers),
-        TensorToWrite(f"{name}_scale", np.dtype(np.float32), (outs, 1), lambda: np.asarray(make().scale).T),
-    ]
-
-
-def fp8_settings(plain: list[str]) -> dict[str, Any]:
-    """Return quantization_config of weights written by `tensors_of_fp8`, for matmuls in FP8 with a scale per
-    token. plain: names of modules that are not quantised.
-    """
-    numbers = {"num_bits": 8, "type": "float", "symmetric": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**numbers, "strategy": "channel", "dynamic": False},
-                "input_activations": {**numbers, "strategy": "token", "dynamic": True},
-            }
-        },
-        "ignore": [name if name == "lm_head" else f"re:.*{name}$" for name in plain],
-    }

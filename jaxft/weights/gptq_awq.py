@@ -1,6 +1,8 @@
-"""GPTQ and AWQ checkpoints: 4-bit codes, eight in an int32, with a scale and a zero per group of inputs."""
+"""GPTQ and AWQ checkpoints, read and written: 4-bit codes, eight in an int32, with a scale and a zero per
+group of inputs.
+"""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,9 +14,10 @@ from jaxft.nn.quant import QTensor
 from jaxft.weights.model_files import Index, QuantisedTensor, full_index
 from jaxft.weights.quant_layout import array_index, block_layout
 from jaxft.weights.quantised_tensors import Found, read_part
-from jaxft.weights.safetensors import SafetensorsFiles
+from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite
 
 IN_ORDER = tuple(range(8))
+SYMMETRIC_ZERO = 8  # the code of 0.0 in int4
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output channel of each 4 bits of an int32, lowest first
 
 
@@ -172,3 +175,97 @@ def _affine(
     offset = None if layout.offset is None else -zeros.astype(np.float32) * scale.astype(np.float32)
     index = None if layout.index is None else groups
     return replace(layout, codes=qf.pack(codes), scale=scale, offset=offset, index=index)
+
+
+def pack_eights(codes: np.ndarray, axis: int, order: Iterable[int] = IN_ORDER) -> np.ndarray:
+    """Pack 4-bit numbers along `axis`, whose size is a multiple of eight, into int32: the inverse of
+    read_eights.
+    """
+    codes = np.moveaxis(codes, axis, -1)
+    eights = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8).astype(np.uint32)
+    words = np.zeros(eights.shape[:-1], np.uint32)
+    for i, position in enumerate(order):
+        words |= eights[..., position] << np.uint32(4 * i)
+    return np.ascontiguousarray(np.moveaxis(words, -1, axis)).view(np.int32)
+
+
+def tensors_of_gptq(name: str, layout: QTensor, make: Callable[[], QTensor]) -> list[TensorToWrite]:
+    """Return the tensors of an int4 weight `name` in GPTQ's layout, all zeros 8. make: called for the codes
+    and for the scales, returns the weight on the host.
+    """
+    (ins, outs), blocks, stem = layout.shape, layout.scale.shape[0], name.removesuffix("weight")
+    zeros = np.full((blocks, outs), SYMMETRIC_ZERO - 1, np.uint8)  # stored less 1
+    i32 = np.dtype(np.int32)
+    groups = np.arange(ins, dtype=np.int32) // np.int32(layout.block or ins)
+    return [
+        TensorToWrite(f"{stem}qweight", i32, (ins // 8, outs), lambda: pack_eights(_codes(make()), 0)),
+        TensorToWrite(f"{stem}qzeros", i32, (blocks, outs // 8), lambda: pack_eights(zeros, 1)),
+        _scales_to_write(f"{stem}scales", layout, make),
+        TensorToWrite(f"{stem}g_idx", i32, (ins,), lambda: groups),
+    ]
+
+
+def tensors_of_awq(name: str, layout: QTensor, make: Callable[[], QTensor]) -> list[TensorToWrite]:
+    """Return the tensors of an int4 weight `name` in AWQ's layout, as tensors_of_gptq does."""
+    (ins, outs), blocks, stem = layout.shape, layout.scale.shape[0], name.removesuffix("weight")
+    zeros = np.full((blocks, outs), SYMMETRIC_ZERO, np.uint8)
+    i32 = np.dtype(np.int32)
+
+    def codes() -> np.ndarray:
+        return pack_eights(_codes(make()), 1, AWQ_ORDER)
+
+    return [
+        TensorToWrite(f"{stem}qweight", i32, (ins, outs // 8), codes),
+        TensorToWrite(f"{stem}qzeros", i32, (blocks, outs // 8), lambda: pack_eights(zeros, 1, AWQ_ORDER)),
+        _scales_to_write(f"{stem}scales", layout, make),
+    ]
+
+
+def _codes(q: QTensor) -> np.ndarray:
+    return np.asarray(qf.unpack(q.codes))
+
+
+def _scales_to_write(name: str, layout: QTensor, make: Callable[[], QTensor]) -> TensorToWrite:
+    """Return the scales in float16, which has more digits than bfloat16 but not its range."""
+
+    def scales() -> np.ndarray:
+        wide = np.asarray(make().scale, np.float32)
+        if wide.max(initial=0) > np.finfo(np.float16).max:
+            raise ValueError(
+                f"{name}: the scale {wide.max():.3g} is too large for float16, which GPTQ and AWQ have; use "
+                "--format compressed-tensors"
+            )
+        return wide.astype(np.float16)
+
+    return TensorToWrite(name, np.dtype(np.float16), layout.scale.shape, scales)
+
+
+def gptq_settings(block: int | None, plain: list[str]) -> dict[str, Any]:
+    """Return quantization_config of weights written by `tensors_of_gptq`. plain: modules that are not
+    quantised.
+    """
+    skipped: dict[str, Any] = {f"-:.*\\.{name}$": {} for name in plain if name != "lm_head"}
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": block or -1,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        **({"dynamic": skipped} if skipped else {}),
+    }
+
+
+def awq_settings(block: int | None, plain: list[str]) -> dict[str, Any]:
+    """Return quantization_config of weights written by `tensors_of_awq`. plain: modules that are not
+    quantised.
+    """
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": block or -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": plain,
+    }

@@ -1,5 +1,5 @@
-"""Write quantised weights: in the layouts of bitsandbytes and compressed-tensors, which transformers and vLLM
-load, or as jaxft's own arrays.
+"""Write quantised weights: in the layouts of bitsandbytes, compressed-tensors, GPTQ and AWQ, which
+transformers and vLLM load, or as jaxft's own arrays.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,30 +8,55 @@ from typing import Any
 import numpy as np
 
 from jaxft.nn.quant import QTensor, Quant
-from jaxft.weights.bitsandbytes import TABLES, tensors_of_4bit
-from jaxft.weights.fp8_files import fp8_settings, tensors_of_fp8
+from jaxft.weights.bitsandbytes import tensors_of_4bit
+from jaxft.weights.compressed_tensors_write import compressed_settings, tensors_of_compressed
+from jaxft.weights.gptq_awq import awq_settings, gptq_settings, tensors_of_awq, tensors_of_gptq
 from jaxft.weights.quant_layout import array_names
 from jaxft.weights.safetensors import TensorToWrite
 
+KINDS_OF: dict[str, tuple[str, ...]] = {
+    "bitsandbytes": ("nf4", "fp4"),
+    "compressed-tensors": ("fp8", "int8", "int4"),
+    "gptq": ("int4",),
+    "awq": ("int4",),
+    "jaxft": ("int8", "fp8", "int4", "nf4", "fp4", "affine4"),
+}
+USUAL_LAYOUTS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "fp8": "compressed-tensors"}
+POSSESSIVES = {"bitsandbytes": "bitsandbytes'", "compressed-tensors": "compressed-tensors'", "gptq": "GPTQ's",
+         "awq": "AWQ's"}  # fmt: skip
+OWN_LAYOUT = "jaxft's own layout (quant=checkpoint reads it; transformers and vLLM do not)"
 
-def method_for(layouts: Mapping[str, QTensor]) -> tuple[str, str]:
+
+def method_for(layouts: Mapping[str, QTensor], requested: str | None = None) -> tuple[str, str]:
     """Return the quantisation method whose layout is written, and one sentence for the user.
 
-    It is "compressed-tensors" for fp8, "bitsandbytes" for nf4 and fp4 if blocks divide the inputs of every
-    weight, as its flat blocks require; else "jaxft". layouts: by parameter path.
+    Without a requested one it is "compressed-tensors" for fp8, "bitsandbytes" for nf4 and fp4 if their flat
+    blocks divide the inputs of every weight; else "jaxft". layouts: by parameter path. Raises ValueError if
+    the requested layout cannot have these weights.
     """
-    if layouts and all(q.kind == "fp8" for q in layouts.values()):
-        return "compressed-tensors", "compressed-tensors' layout, which transformers and vLLM load"
-    own = "jaxft's own layout (quant=checkpoint reads it; transformers and vLLM do not)"
+    kinds = {q.kind for q in layouts.values()}
+    method = requested or (USUAL_LAYOUTS.get(kinds.pop(), "jaxft") if len(kinds) == 1 else "jaxft")
+    if method == "jaxft":
+        return method, OWN_LAYOUT
+    wrong = _misfit(layouts, method)
+    if wrong and requested:
+        raise ValueError(f"--format {method}: {wrong}")
+    if wrong:
+        return "jaxft", f"warning: {OWN_LAYOUT} and not {POSSESSIVES[method]}, because {wrong}"
+    return method, f"{POSSESSIVES[method]} layout, which transformers and vLLM load"
+
+
+def _misfit(layouts: Mapping[str, QTensor], method: str) -> str:
+    """Say why weights do not fit into a layout; "" if they do."""
     for path, q in layouts.items():
-        if q.kind not in TABLES:
-            return "jaxft", own
-        if not q.block or q.shape[-2] % q.block:
-            return "jaxft", (
-                f"warning: {own} and not bitsandbytes', because {path} has {q.shape[-2]} inputs, which are "
-                f"not a multiple of the block size {q.block}"
-            )
-    return "bitsandbytes", "bitsandbytes' layout, which transformers and vLLM load"
+        ins, outs = q.shape[-2:]
+        if q.kind not in KINDS_OF[method]:
+            return f"its weights are {' or '.join(KINDS_OF[method])}, not {q.kind}; choose one of these"
+        if ins % (q.block or ins):
+            return f"{path} has {ins} inputs, which are not a multiple of the block size {q.block}"
+        if q.kind == "int4" and (ins % 8 or (outs % 8 and method != "compressed-tensors")):
+            return f"{path} has {ins} inputs and {outs} outputs, and eight codes share an int32"
+    return ""
 
 
 def tensors_of(name: str, layout: QTensor, make: Callable[[], QTensor], method: str) -> list[TensorToWrite]:
@@ -41,11 +66,17 @@ def tensors_of(name: str, layout: QTensor, make: Callable[[], QTensor], method: 
     written.
     """
     once = _Once(make, len(array_names(layout)))
-    if method == "bitsandbytes":
-        return tensors_of_4bit(name, layout, once)
-    if method == "compressed-tensors":
-        return tensors_of_fp8(name, layout, once)
+    if method in LAYOUT_WRITERS:
+        return LAYOUT_WRITERS[method](name, layout, once)
     return [_array_to_write(name, array, layout, once) for array in array_names(layout)]
+
+
+LAYOUT_WRITERS: dict[str, Callable[[str, QTensor, Callable[[], QTensor]], list[TensorToWrite]]] = {
+    "bitsandbytes": tensors_of_4bit,
+    "compressed-tensors": tensors_of_compressed,
+    "gptq": tensors_of_gptq,
+    "awq": tensors_of_awq,
+}
 
 
 def _array_to_write(name: str, array: str, layout: QTensor, make: Callable[[], QTensor]) -> TensorToWrite:
@@ -74,7 +105,9 @@ def quantization_config(quant: Quant, method: str, plain: list[str]) -> dict[str
     not quantised.
     """
     if method == "compressed-tensors":
-        return fp8_settings(plain)
+        return compressed_settings(quant.kind, quant.block, plain)
+    if method in ("gptq", "awq"):
+        return (gptq_settings if method == "gptq" else awq_settings)(quant.block, plain)
     if method == "jaxft":
         return {"quant_method": method, "kind": quant.kind, "block": quant.block, "double": quant.double}
     return {

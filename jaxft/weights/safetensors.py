@@ -27,7 +27,7 @@ FLOATS = {
     **FLOAT8,
 }
 DTYPES = FLOATS | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()} | {np.dtype(np.int64): "I64"}  # of written tensors
 UNSUPPORTED = np.dtype(np.void)
 WRITE_ADVICE = "find the step that made them, or, if it is only the range of the dtype, choose a wider one"
 
