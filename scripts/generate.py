@@ -27,12 +27,15 @@ SYSTEM = ("turn", "merge")
 
 
 class Source(NamedTuple):
-    """Base, adapter and tokenizer to load, compute dtype, quantisation of the base, and run settings."""
+    """Base, adapter and tokenizer to load, dtypes of the computation and of the residual stream (None for the
+    model's default), quantisation of the base, and run settings.
+    """
 
     ref: str
     adapter: Path | None
     tokenizer: str
     dtype: str
+    residual: str | None
     quant: Any
     record: dict[str, Any] | None
 
@@ -93,9 +96,10 @@ def sources_of(args: argparse.Namespace) -> dict[str, Source]:
     named = served.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
     for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
-    dtype, quant = served.common_dtype(named, args.dtype), served.common_quant(named, args.quant)
+    dtype, residual = served.common_dtype(named, args.dtype), served.common_residual(named, args.dtype)
+    quant = served.common_quant(named, args.quant)
     return {
-        name: Source(weights.ref, weights.adapter, weights.tokenizer, dtype, quant, weights.record)
+        name: Source(weights.ref, weights.adapter, weights.tokenizer, dtype, residual, quant, weights.record)
         for name, weights in named.items()
     }
 
@@ -180,8 +184,7 @@ def completions(
     ids = {name: encode(args, prompts[name], tokenizers[name], sources[name]) for name in sources}
     source, mesh = next(iter(sources.values())), sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        residual = None if args.dtype or not source.record else source.record["model"].get("residual")
-        model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
+        model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=source.residual)
         for line in pretrained.file_notes(source.ref, model):
             print(line, file=sys.stderr)
         longest, limit = max(len(x) for found in ids.values() for x in found), model.config.max_positions

@@ -34,8 +34,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--queue", type=int, default=64, help="requests that wait at most; more get status 429 (default 64)"
     )
-    parser.add_argument("--max-prompt", type=int, help="most tokens of a prompt (default 1024)")
-    parser.add_argument("--max-new", type=int, help="most tokens of a completion (default 512)")
+    parser.add_argument(
+        "--max-prompt",
+        type=int,
+        help="most tokens of a prompt (default 1024, or the model's positions less --max-new if fewer)",
+    )
+    parser.add_argument(
+        "--max-new",
+        type=int,
+        help="most tokens of a completion (default 512, or half of the model's positions if fewer)",
+    )
     parser.add_argument(
         "--max-body", type=int, default=1 << 20, help="most bytes of a request (default 1048576)"
     )
@@ -102,7 +110,7 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
     log(
         f"serving {', '.join(found.models)} at http://{host}:{sock.getsockname()[1]} (API: /v1); Ctrl-C stops"
     )
-    server.serve_forever(app, sock, args.grace)
+    server.serve_forever(app, sock, args.grace, args.rows + args.queue)
     scheduler.close()
 
 

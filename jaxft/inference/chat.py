@@ -1,4 +1,4 @@
-"""A conversation in the terminal: its turns, the models that answer, and the commands that change both."""
+"""A conversation in the terminal: its turns, its models, and the commands that change both."""
 
 import json
 import queue
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.example import Message
-from jaxft.inference.api_request import ChoiceSettings
+from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece
 from jaxft.inference.generation import choice_texts, token_requests
 from jaxft.inference.sampling import Sampling
@@ -16,33 +16,33 @@ from jaxft.inference.scheduler import NewTokens, Scheduler
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt
 
 HELP = """\
-/use NAME          answer with this model; with two names, both answer side by side
+/use NAME          chat with this model; with two names, both respond side by side
 /models            list the models
 /system [TEXT]     set the system prompt; without a text, remove it
 /set NAME=VALUE    temperature, top_p, top_k, max_new or seed (none for a random one)
-/retry             answer the last message again
-/undo              remove the last message and its answers
+/retry             respond to the last message again
+/undo              remove the last message and its responses
 /reset             begin again with the same system prompt
 /history           show the conversation
 /save FILE         append it to a .jsonl file as rows for training, or write a .md file
-/exit              leave (also Ctrl-D); Ctrl-C stops an answer"""
+/exit              leave (also Ctrl-D); Ctrl-C stops a response"""
 
 
 @dataclass
 class Turn:
-    """A user's message and the answers to it by the names of the models."""
+    """A user's message and the responses to it by the names of the models."""
 
     user: str
     answers: dict[str, str] = field(default_factory=dict)
 
     def answer(self, name: str) -> str:
-        """Return the answer of a model or, if it gave none, the first answer."""
+        """Return the response of a model or, without one of it, the first response."""
         return self.answers.get(name) or next(iter(self.answers.values()), "")
 
 
 @dataclass
 class Conversation:
-    """What a chat has at one moment. active: the names of one or two models."""
+    """The state of a chat. active: the names of the one or two models that respond."""
 
     models: dict[str, ServedModel]
     active: tuple[str, ...]
@@ -53,8 +53,8 @@ class Conversation:
     done: bool = False
 
     def messages(self, name: str) -> list[Message]:
-        """Return the conversation as this model sees it: without messages that got no answer, except the last
-        one, because many templates reject two messages of the user in a row.
+        """Return the conversation as this model sees it: without messages that got no response, except the
+        last one, because many templates reject two messages of the user in a row.
         """
         found: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
@@ -65,18 +65,24 @@ class Conversation:
         return found
 
     def prompt(self, name: str) -> tuple[int, ...]:
-        """Return the token ids that this model continues: of plain text only the last message."""
+        """Return the token ids that this model continues: all messages without the responses to the last one,
+        of plain text only the last one.
+        """
         model = self.models[name]
         if model.plain:
             return text_prompt(model, self.turns[-1].user)
-        return chat_prompt(model, self.messages(name))
+        unanswered = replace(self, turns=[*self.turns[:-1], Turn(self.turns[-1].user)])
+        return chat_prompt(model, unanswered.messages(name))
 
 
+@dataclass(frozen=True)
 class CommandResult:
-    """What a line with a command does: `text` is printed, and with `again` the last message is answered."""
+    """What the terminal does after a command. text: what it prints. again: whether the models respond to the
+    last message.
+    """
 
-    def __init__(self, text: str = "", again: bool = False):
-        self.text, self.again = text, again
+    text: str = ""
+    again: bool = False
 
 
 def run_command(chat: Conversation, line: str) -> CommandResult:
@@ -95,7 +101,7 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
         )
     if name == "/use":
         chat.active = chosen_models(chat, rest.replace(",", " ").split())
-        return CommandResult(f"answers: {' and '.join(chat.active)}")
+        return CommandResult(f"responding: {' and '.join(chat.active)}")
     if name == "/system":
         chat.system = rest
         return CommandResult(f"system prompt: {rest}" if rest else "no system prompt")
@@ -110,7 +116,6 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
     if name == "/undo":
         return CommandResult(f"removed: {chat.turns.pop().user}")
     if name == "/retry":
-        chat.turns[-1].answers.clear()
         return CommandResult(again=True)
     if name == "/history":
         return CommandResult(as_markdown(chat))
@@ -175,7 +180,7 @@ def save(chat: Conversation, name: str) -> Path:
     if path.suffix not in (".jsonl", ".md"):
         raise ValueError("/save takes a file that ends in .jsonl (rows for training) or .md")
     if not any(turn.answers for turn in chat.turns):
-        raise ValueError("/save: there is no answer yet")
+        raise ValueError("/save: there is no response yet")
     if path.suffix == ".md":
         with path.open("x", encoding="utf-8") as file:
             file.write(as_markdown(chat) + "\n")
@@ -188,27 +193,46 @@ def save(chat: Conversation, name: str) -> Path:
 
 
 def answers(scheduler: Scheduler, chat: Conversation) -> Iterator[tuple[str, Piece]]:
-    """Yield (model, piece) while the active models answer the last message together, and store their answers.
+    """Yield (model, piece) while the active models respond to the last message together, and store their
+    responses in place of earlier ones.
 
-    Raises ValueError for a prompt that is too long, and ApiError if the device fails. What an iteration that
-    ends early has of an answer is stored too.
+    Raises ValueError for a prompt that is too long, and ApiError if the device fails; earlier responses then
+    stay. An iteration that ends early stores the beginning of a response.
     """
     turn, texts, names = chat.turns[-1], [], chat.active
     found: queue.SimpleQueue[tuple[int, NewTokens]] = queue.SimpleQueue()
     submitted = []
     for index, name in enumerate(names):
         model = chat.models[name]
-        (request,) = token_requests(model, chat.choice, [chat.prompt(name)])
+        (request,) = token_requests(model, chat.choice, [_short_enough(chat.prompt(name), scheduler, model)])
         texts += choice_texts(model, chat.choice, 1)
         submitted.append((request, lambda progress, index=index: found.put((index, progress))))
-    tickets = scheduler.submit(submitted)
+    tickets, failed = scheduler.submit(submitted), False
     try:
         while not all(text.ended for text in texts):
             index, progress = found.get()
             if not texts[index].ended:
                 yield names[index], texts[index].piece(progress)
+    except ApiError:
+        failed = True
+        raise
     finally:
-        for ticket, name, text in zip(tickets, names, texts, strict=True):
+        for ticket in tickets:
             ticket.cancel()
-            if text.stream.text.strip():
-                turn.answers[name] = text.stream.text
+        found_texts = {name: text.stream.text for name, text in zip(names, texts, strict=True)}
+        new = {name: text for name, text in found_texts.items() if text.strip()}
+        if new and not (failed and turn.answers):
+            turn.answers = new
+
+
+def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:
+    """Return the prompt. Raises ValueError if it is too long, with what helps in a chat."""
+    limit = scheduler.programs.serving.sizes.prompt
+    if len(prompt) > limit:
+        what = "message" if model.plain else "conversation"
+        remedy = "shorten it" if model.plain else "begin again with /reset"
+        raise ValueError(
+            f"the {what} has {len(prompt)} tokens, more than the {limit} of this chat; {remedy}, or start "
+            "chat with a larger --max-prompt"
+        )
+    return prompt

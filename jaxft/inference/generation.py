@@ -86,7 +86,7 @@ def token_requests(
 ) -> list[TokenRequest]:
     """Return the request of each choice, those of a prompt together.
 
-    ChoiceSettings i of prompt j has the random key of prompt j * n + i of generate.py: with n=1 a request's
+    Choice i of prompt j has the random key of prompt j * n + i of generate.py: with n=1 a request's
     completions equal those of generate.py with the same prompts and seed.
     """
     seed = secrets.randbits(31) if choice.seed is None else choice.seed

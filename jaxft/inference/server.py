@@ -37,7 +37,7 @@ from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt, 
 PAGE = Path(__file__).with_name("chat_page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_SECONDS = 30.0
-MOST_CONNECTIONS = 512
+SPARE_CONNECTIONS = 512  # in addition to accepted requests: of clients that get status 429, and idle ones
 KEY_VARIABLE = "JAXFT_API_KEY"
 
 
@@ -330,14 +330,28 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve_forever(app: Any, sock: socket.socket, grace: int) -> None:
-    """Serve until SIGINT or SIGTERM, then finish running requests for up to `grace` seconds."""
+def uvicorn_config(app: Any, grace: int, requests: int) -> Any:
+    """Return the settings of uvicorn.
+
+    requests: the most that the scheduler accepts. Uvicorn allows more connections, because the response to
+    one above its limit is a plain status 503 instead of a JSON error.
+    """
     import uvicorn
 
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="on", server_header=False,
-        timeout_graceful_shutdown=grace, timeout_keep_alive=10, limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=grace, timeout_keep_alive=10,
+        limit_concurrency=requests + SPARE_CONNECTIONS,
     )  # fmt: skip
+
+
+def serve_forever(app: Any, sock: socket.socket, grace: int, requests: int) -> None:
+    """Serve until SIGINT or SIGTERM, then finish running requests for up to `grace` seconds. requests: see
+    uvicorn_config.
+    """
+    import uvicorn
+
+    config = uvicorn_config(app, grace, requests)
     before = signal.signal(signal.SIGTERM, lambda signum, frame: None)  # uvicorn raises it again at the end
     try:
         with contextlib.suppress(KeyboardInterrupt):

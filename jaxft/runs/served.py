@@ -126,8 +126,7 @@ def load_served(named: dict[str, NamedWeights], flags: ServeFlags, rows: int) ->
     dtype, quant = common_dtype(named, flags.dtype), common_quant(named, flags.quant)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        record = first.record
-        residual = None if flags.dtype or not record else record["model"].get("residual")
+        residual = common_residual(named, flags.dtype)
         model = pretrained.model_for(first.ref, dtype=jnp.dtype(dtype), residual=residual)
         params: Params = {"base": pretrained.load_frozen(first.ref, model, mesh, quant)}
         whole, own, numbers = _with_adapters(model, named, mesh)
@@ -144,6 +143,19 @@ def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
     if dtype is None and len(found) > 1:
         raise ValueError(f"the runs {' and '.join(found.values())} have different dtypes; set --dtype")
     return dtype or next(iter(found), "bfloat16")
+
+
+def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | None:
+    """Return the dtype of the residual stream of the runs; None is the model's default, also with a `dtype`
+    of the command line. Raises ValueError if the runs differ.
+    """
+    found = {n.record["model"].get("residual"): name for name, n in named.items() if n.record and not dtype}
+    if len(found) > 1:
+        raise ValueError(
+            f"the runs {' and '.join(found.values())} have residual streams of different dtypes; set "
+            "--dtype, which computes all of them alike"
+        )
+    return next(iter(found), None)
 
 
 def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quant | None:

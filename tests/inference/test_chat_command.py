@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,15 @@ import tiny_served as tiny
 from scripts_in_process import call
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft.inference.api_request import ChoiceSettings
+from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.chat import Conversation, Turn, answers, run_command
 from jaxft.inference.sampling import Sampling
+from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.nn import lora_specs
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.param import ParamSpec
 from jaxft.runs import served
+from jaxft.runs.named_weights import NamedWeights
 from jaxft.runs.terminal import printable_text
 from jaxft.weights import peft_write, pretrained
 
@@ -69,6 +73,35 @@ def test_an_answer_that_is_stopped_is_stored_as_far_as_it_got(scheduler):
     assert chat.turns[0].answers.get("base", "") == "".join(texts) and scheduler.load().waiting == 0
 
 
+def test_a_retry_keeps_the_old_responses_until_it_has_new_ones(scheduler, monkeypatch):
+    chat = conversation(turns=[Turn("what is a rank?", {"terse": "old"})])
+    new = chat.prompt("base")
+    assert new == conversation(turns=[Turn("what is a rank?")]).prompt("base")  # none of the old response
+    long = " ".join(["rank"] * 400)
+    chat.turns[0].user += long
+    with pytest.raises(ValueError, match=r"has \d+ tokens, more than the 128 of this chat; begin .* /reset"):
+        list(answers(scheduler, chat))
+    chat.models["base"] = replace(chat.models["base"], plain=True)
+    with pytest.raises(ValueError, match=r"message has .* shorten it, or start chat with"):
+        list(answers(scheduler, chat))
+    chat.models["base"] = replace(chat.models["base"], plain=False)
+    chat.turns[0].user = "what is a rank?"
+
+    def fail_after_a_piece(requests):
+        deliver = requests[0][1]
+        ids = tiny.TOKENIZER.encode("a rank is", add_special_tokens=False)
+        deliver(NewTokens(tuple(SampledToken(token, -1.0) for token in ids)))
+        deliver(NewTokens(finish="error", error="the device failed"))
+        return [Ticket(*requests[0])]
+
+    with monkeypatch.context() as patch, pytest.raises(ApiError, match="the device failed"):
+        patch.setattr(scheduler, "submit", fail_after_a_piece)
+        list(answers(scheduler, chat))
+    assert chat.turns[0].answers == {"terse": "old"}
+    text = "".join(piece.text for _, piece in answers(scheduler, chat))
+    assert chat.turns[0].answers == {"base": text} and text != "old"
+
+
 def test_messages_without_an_answer_are_no_part_of_the_conversation(tmp_path):
     turns = [Turn("a", {"base": "b"}), Turn("stopped at once"), Turn("c")]
     chat = conversation(turns=turns)
@@ -97,7 +130,7 @@ def test_commands_change_the_conversation(tmp_path):
     assert len(rows) == 4 and rows[1]["messages"][-1] == {"role": "assistant", "content": "c"}
     run_command(chat, f"/save {tmp_path}/chat.md")
     assert "**user**: a" in (tmp_path / "chat.md").read_text()
-    assert run_command(chat, "/retry").again and not chat.turns[0].answers
+    assert run_command(chat, "/retry").again
     run_command(chat, "/undo")
     run_command(chat, "/exit")
     assert not chat.turns and chat.done
@@ -108,7 +141,7 @@ WRONG = {
     "/set": "NAME=VALUE", "/set heat=1": "temperature", "/set temperature=warm": "not a number",
     "/set temperature=-1": "temperature", "/set max_new=25": "24", "/set seed=-1": "seed",
     "/retry": "no message", "/undo": "no message", "/save": ".jsonl",
-    "/save a.txt": ".jsonl", "/save a.md": "no answer",
+    "/save a.txt": ".jsonl", "/save a.md": "no response",
 }  # fmt: skip
 
 
@@ -160,6 +193,19 @@ def test_models_are_named_by_their_folders_and_share_a_base(place, monkeypatch):
         served.named_models([], None, ["a", "./a"], "none")
     with pytest.raises(FileNotFoundError, match="runs/c"):
         served.named_models(["runs/c"], None, [], "none")
+
+
+def test_runs_with_different_residual_streams_are_refused_without_dtype():
+    def run(**model):
+        return NamedWeights("base", Path("a"), {"model": {"dtype": "bfloat16", **model}}, [])
+
+    named = {"a": NamedWeights("base", Path("b"), None, []), "b": run(residual="bfloat16")}
+    assert served.common_residual(named, None) == "bfloat16"  # also if the first adapter has no record
+    assert served.common_residual(named, "float32") is None
+    named["c"] = run()  # in float32, which is not recorded
+    with pytest.raises(ValueError, match="b and c have residual streams of different dtypes; set --dtype"):
+        served.common_residual(named, None)
+    assert served.common_residual({"c": named["c"]}, None) is None
 
 
 def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):

@@ -315,6 +315,12 @@ def test_a_full_queue_is_status_429_and_a_key_is_needed_where_there_is_one():
         socket.create_connection(("127.0.0.1", found.port), timeout=2)
 
 
+def test_uvicorn_accepts_more_connections_than_rows_and_queue():
+    """One above its limit gets a plain 503, and a request above rows and queue has to get a 429 in JSON."""
+    for requests in (9, 2048):
+        assert server.uvicorn_config(None, 5, requests).limit_concurrency > requests + 100
+
+
 def test_an_address_in_use_is_one_line():
     sock = server.bound_socket("127.0.0.1", 0)
     sock.listen()
