@@ -19,8 +19,9 @@ from jaxft.nn.flash_attention import flash
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 
 SAMPLE_WINDOW = 50  # of the sample rows, if a layer has any
-# Relative error that needs no explanation: the largest of one rounding to bfloat16, which has 8 bits.
-ONE_ROUNDING = 2.0**-8
+# Relative errors that need no explanation: the largest of one rounding to bfloat16, which has 8 bits, and to
+# float16 or TF32, which have 11. Matmuls of float32 may round their operands to TF32.
+ONE_ROUNDING, ONE_FINE_ROUNDING = 2.0**-8, 2.0**-11
 
 # Segments of the sample rows of 256 tokens as (length, responses): a shared prompt of half the segment is
 # followed by that many responses. The rest of a row is padding.
@@ -61,7 +62,7 @@ def kernel_errors(
     kernel: Kernel, q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, softcap: float | None
 ) -> tuple[float, float]:
     """Return the largest relative error of a kernel's output and gradients, and the largest that rounding
-    explains: four times that of `flash` in the same dtype, at least 2^-8.
+    explains: four times that of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for others.
 
     An error is the root mean square of the difference from `flash` in float32, relative to that of the
     values; infinite if the kernel returns a NaN. q_BTHE: its heads, head dimension and dtype are those of the
@@ -92,7 +93,8 @@ def _kernel_errors(
         max(_relative_error(a, b) for a, b in zip(results(fn, x), exact, strict=True))
         for fn in (kernel, flash)
     ]
-    return errors[0], max(4 * errors[1], ONE_ROUNDING)  # vendors' kernels round intermediate values too
+    least = ONE_ROUNDING if q_BTHE.dtype == jnp.bfloat16 else ONE_FINE_ROUNDING
+    return errors[0], max(4 * errors[1], least)  # vendors' kernels round intermediate values too
 
 
 def _relative_error(found: np.ndarray, exact: np.ndarray) -> float:

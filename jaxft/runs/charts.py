@@ -3,7 +3,7 @@
 A run's pictures and its report show the same charts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def single_chart(title: str, unit: str, metric: str, about: str = "") -> ChartKi
     return ChartKind(title, unit, (ChartLine(metric),), about)
 
 
-LOSS_UNITS = {"sft": "nats per token", "pairs": "loss per pair", "rollouts": "policy loss per token"}
+MARGINS = {names.MARGIN, names.REWARD_MARGIN}
+RESPONSES = {names.CHOSEN_REWARD, names.REJECTED_REWARD}
 PAIR_CHARTS = (
     ChartKind(
         "Accuracy of the rewards",
@@ -87,7 +88,7 @@ ROLLOUT_CHARTS = (
     single_chart("Spread of the rewards", "standard deviation", names.REWARD_STD),
     single_chart("KL to the reference", "nats per completion", names.COMPLETION_KL),
     single_chart("Length of completions", "tokens per completion", names.COMPLETION_LENGTH),
-    single_chart("Completions cut off at the limit", "fraction of completions", names.CLIPPED_RATIO),
+    single_chart("Completions truncated at the limit", "fraction of completions", names.CLIPPED_RATIO),
     single_chart("Loss of the value function", "squared error per token", names.VALUE_LOSS),
 )
 TOKEN_CHARTS = (
@@ -115,20 +116,26 @@ STEP_CHARTS = (
 )
 
 
-def kind_of_run(entries: Iterable[Entry]) -> str:
-    """Return "rollouts", "pairs" or "sft" from the metrics that a run has logged."""
-    known = {name.removeprefix(names.HELD_OUT) for entry in entries for name in entry}
-    if names.REWARD in known:
-        return "rollouts"
-    return "pairs" if known & {names.MARGIN, names.REWARD_MARGIN} else "sft"
+def loss_unit(known: Set[str]) -> str:
+    """Return the unit of a run's loss from the names of its metrics.
+
+    A run with margins compares pairs, also of its own completions (online DPO). Single responses with labels
+    (KTO) have rewards and no margin.
+    """
+    if known & MARGINS:
+        return "loss per pair"
+    if known & RESPONSES:
+        return "loss per response"
+    return "policy loss per token" if names.REWARD in known else "nats per token"
 
 
 def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
     """Return the charts of what the model learns, for the metrics that the runs have."""
     entries = [entry for own in runs.values() for entry in own]
-    known = dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry)
-    kinds = {kind_of_run(own) for own in runs.values() if own}
-    unit = LOSS_UNITS[min(kinds)] if len(kinds) == 1 else "loss (units differ between the runs)"
+    known = _metric_names(entries)
+    units = {loss_unit(_metric_names(own)) for own in runs.values() if own}
+    unit = units.pop() if len(units) == 1 else "loss (units differ between the runs)"
+    has_rollouts = names.REWARD in known
     found = [
         single_chart(f"Score of held-out completions: {name.removeprefix(names.SCORES)}", "mean score", name)
         for name in known
@@ -137,14 +144,19 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
     found.append(single_chart("Loss", unit, names.LOSS))
     functions = [name for name in known if name.startswith("rewards/") and name.endswith("/mean")]
     rewards = tuple(ChartLine(name, name.split("/", 1)[1].removesuffix("/mean")) for name in functions)
-    if "rollouts" in kinds:
+    if has_rollouts:
         found += ROLLOUT_CHARTS
         if len(rewards) > 1:
             found.insert(2, ChartKind("Reward by function", "score per completion", rewards))
     found += PAIR_CHARTS
-    if "rollouts" not in kinds:
+    if not has_rollouts:
         found.append(single_chart("KL to the reference", "nats per token", names.KL))
     return [*found, *TOKEN_CHARTS]
+
+
+def _metric_names(entries: Iterable[Entry]) -> Set[str]:
+    """Return the names in the order of the entries, those of held-out rows without their prefix."""
+    return dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry).keys()
 
 
 def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind]) -> list[Chart]:

@@ -72,6 +72,15 @@ def test_the_kernels_of_jaxft_are_right(rows):
     assert error <= limit
 
 
+def test_an_error_that_rounding_to_bfloat16_would_explain_is_too_large_in_float32():
+    def kernel(q, k, v, ranges, softcap):
+        return attention.dense(q, k, v, ranges, softcap) * jnp.asarray(1.003, q.dtype)
+
+    queries, rows = QUERIES.update(dtype=jnp.float32), AttentionNeeds(packed=False)
+    error, limit = kernel_errors(kernel, queries, 2, rows, None)
+    assert limit < error / 2 < 0.003
+
+
 def test_sample_rows_have_what_kernels_are_asked_for():
     ranges, real = rows_to_compare(EVERYTHING)
     seen = np.asarray(ranges.own_end) - np.asarray(ranges.own_start)

@@ -288,6 +288,16 @@ def test_losses_of_different_kinds_have_no_common_unit():
     assert units == ["loss (units differ between the runs)", "nats per token", "loss per pair"]
 
 
+def test_a_loss_has_the_unit_of_what_the_objective_averages_over():
+    online_dpo = [{"step": 1, "reward": 0.5, "loss": 0.7, "rewards/margins": 0.1, "rewards/chosen": 0.1}]
+    kto = [{"step": 0, "eval_loss": 0.5, "eval_rewards/rejected": 0.1}]  # no margin without pairs
+    runs = {"online": online_dpo, "kto": kto, "grpo": [{"step": 1, "reward": 0.5, "loss": 0.1}]}
+    kinds = {name: charts.learning_kinds({name: run}) for name, run in runs.items()}
+    units = {name: {kind.title: kind.unit for kind in found}["Loss"] for name, found in kinds.items()}
+    assert units == {"online": "loss per pair", "kto": "loss per response", "grpo": "policy loss per token"}
+    assert {"Reward", "Margin of the rewards"} <= {kind.title for kind in kinds["online"]}
+
+
 def test_a_long_curve_keeps_its_extremes_and_its_gaps():
     values = [float(x) for x in np.random.default_rng(0).normal(size=10_001)]
     values[5000], values[7000], values[9000] = 99.0, -99.0, None
