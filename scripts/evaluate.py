@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py --run runs/sft                             # on the run's own held-out file
     python scripts/evaluate.py --model REF [--adapter FOLDER] --file rows.jsonl      # loss and perplexity
-    python scripts/evaluate.py --run runs/dpo --file pairs.jsonl          # which responses it finds likelier
+    python scripts/evaluate.py --run runs/dpo --file pairs.jsonl          # accuracy on preference pairs
     python scripts/evaluate.py --run runs/sft --file rows.jsonl --by json_match --by my.py:score
     python scripts/evaluate.py --run runs/grpo --file problems.jsonl --by number --samples 20 \\
         --temperature 0.8 --pass-at 1,10

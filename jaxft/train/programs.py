@@ -140,11 +140,11 @@ def _check_dropout(run: Run, objective: Objective) -> None:
 
 def _check_context_keys(run: Run, mesh: jax.sharding.Mesh) -> None:
     """Raise ValueError if the model asks how devices get the keys of rows that no mesh axis shards."""
-    asked = run.model.attention.settings.context_keys
-    if asked != "auto" and mesh.shape["context"] == 1:
+    setting = run.model.attention.settings.context_keys
+    if setting != "auto" and mesh.shape["context"] == 1:
         raise ValueError(
-            f"context_keys={asked} needs rows that are sharded over devices: set mesh.context to 2 or more, "
-            "or context_keys=auto"
+            f"context_keys={setting} needs rows that are sharded over devices: set mesh.context to 2 or "
+            "more, or context_keys=auto"
         )
 
 

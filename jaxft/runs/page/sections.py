@@ -255,7 +255,7 @@ def example_view(example: Mapping[str, Any]) -> str:
         views.append((part.get("label"), f"<div>{label}{view}</div>"))
     first = [view for label, view in views if label in ("", "prompt")]
     others = [view for label, view in views if label not in ("", "prompt")]
-    body = "".join(first) + (f'<div class="beside">{"".join(others)}</div>' if others else "")
+    body = "".join(first) + (f'<div class="columns">{"".join(others)}</div>' if others else "")
     title = f"{escaped(example.get('name'))}: {escaped(example.get('facts'))}"
     return f'<div class="example"><p class="name">{title}</p>{body}</div>'
 
