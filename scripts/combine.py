@@ -4,7 +4,8 @@
     python scripts/combine.py A B C --weights 1,1,-0.5 --method cat --out all
     python scripts/combine.py A B --weights 1,1 --method ties --density 0.3 --out merged
 
-A, B are runs or adapter folders in PEFT's layout, on one base. The methods are those of PEFT's
+A, B are runs or adapter folders in PEFT's layout, on one base, which --model names if their own names of it
+differ. The methods are those of PEFT's
 add_weighted_adapter: cat is the exact sum, with the sum of the ranks; svd (the default) is the sum reduced to
 --rank, by default the largest of the adapters, and its error is printed; linear, ties, dare_linear and
 dare_ties combine the matrices A and B separately and need equal ranks. Weights may be negative.
@@ -27,11 +28,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("adapters", nargs="+", type=Path, help="runs, or adapter folders in PEFT's layout")
     parser.add_argument("--weights", required=True, help="a number for each adapter, separated by commas")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--method", choices=METHODS, default="svd", help="(default svd)")
-    parser.add_argument("--rank", type=int, help="of svd (default the largest rank of the adapters)")
-    parser.add_argument("--density", type=float, help="kept by ties and dare methods (default 0.5)")
-    parser.add_argument("--seed", type=int, help="of the dare methods (default 0)")
-    parser.add_argument("--model", help="the base (default the one that the first adapter names)")
+    parser.add_argument("--method", choices=METHODS, default="svd", help="the formula (default svd)")
+    parser.add_argument("--rank", type=int, help="rank for svd (default the largest rank of the adapters)")
+    parser.add_argument("--density", type=float, help="fraction that ties and dare keep (default 0.5)")
+    parser.add_argument("--seed", type=int, help="random seed of the dare methods (default 0)")
+    parser.add_argument("--model", help="the base (default the one that all adapters name)")
     return parser
 
 
@@ -60,7 +61,13 @@ def main() -> int:
     notes = list(named.notes)
     for folder in folders[1:]:
         check_results(folder)
-        notes += adapters.other_base_name(folder, named.ref)
+        others = adapters.other_base_name(folder, named.ref)
+        if others and args.model is None:
+            raise ValueError(
+                f"{others[0].removeprefix('warning: ')}, the base of {folders[0]}; adapters of different "
+                "bases have no common meaning; if the two are the same model, name it with --model"
+            )
+        notes += others
     for line in notes:
         print(line, file=sys.stderr)
     model = pretrained.model_for(named.ref)
@@ -79,7 +86,7 @@ def main() -> int:
     print(
         f"{args.out}: {how.method} of {parts}, rank {made.settings.rank}{lost if how.method == 'svd' else ''}"
     )
-    for line in loading_notes(made.settings, is_tied(model.config), args.out):
+    for line in loading_notes(made.settings, is_tied(model.config), args.out, named.ref):
         print(line)
     return 0
 

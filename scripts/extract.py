@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(__doc__)
     parser.add_argument("base", help="the model that the adapter will be used on")
     parser.add_argument("tuned", help="the model that it turns it into")
-    parser.add_argument("--rank", type=int, required=True, help="of every pair")
+    parser.add_argument("--rank", type=int, required=True, help="rank of every pair")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--targets", default="all-linear", help="module names, as adapter.targets")
     parser.add_argument(
@@ -61,7 +61,7 @@ def main() -> int:
     width = max(len(one.path) for one in found.errors)
     for one in found.errors:
         print(f"{one.path:{width}}  change {100 * one.change:.3g} %  error {100 * one.error:.3g} %")
-    for line in [*found.others, *loading_notes(found.settings, is_tied(model.config), args.out)]:
+    for line in [*found.others, *loading_notes(found.settings, is_tied(model.config), args.out, args.base)]:
         print(line)
     print(f"{args.out}: adapter of rank {args.rank} for {args.base}")
     return 0

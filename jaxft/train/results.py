@@ -125,9 +125,10 @@ def write_reports(
 
 def _loading(member: Member, folder: Path | None) -> list[str]:
     """Return lines about programs that do not load a member's adapter as it is."""
-    if folder is None or folder.name != "adapter" or member.run.adapter is None:
+    run = member.run
+    if folder is None or folder.name != "adapter" or run.adapter is None:
         return []
-    return loading_notes(member.run.adapter.exported, families.is_tied(member.run.model.config), folder)
+    return loading_notes(run.adapter.exported, families.is_tied(run.model.config), folder, run.weights)
 
 
 def _averages(member: Member) -> list[str]:

@@ -17,14 +17,16 @@ from pathlib import Path
 
 from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
+from jaxft.weights import hub
 
 VLLM_RANK = 16  # the default of its --max-lora-rank
 
 
-def loading_notes(settings: Adapter, tied: bool, folder: Path) -> list[str]:
+def loading_notes(settings: Adapter, tied: bool, folder: Path, ref: str) -> list[str]:
     """Return a line for each program that does not load an adapter as it is, with what works.
 
-    tied: whether the base's head is tied to its embeddings. folder: of the adapter, for the command.
+    tied: whether the base's head is tied to its embeddings. folder: of the adapter, for the command. ref: of
+    the base.
     """
     export = f"{script_command('export')} --adapter {shlex.quote(str(folder))}"
     merge = f"{export} --out merged"
@@ -39,6 +41,11 @@ def loading_notes(settings: Adapter, tied: bool, folder: Path) -> list[str]:
         "alpha_pattern": bool(settings.alpha_pattern),
     }
     lines = []
+    if hub.is_extended(ref):
+        lines.append(
+            f"the adapter is for a base with new tokens that is only in this machine's cache ({ref}); "
+            f"elsewhere use the merged model ({merge}), or copy that folder and name it as the base"
+        )
     if refused := _named(replaced):
         lines.append(f"vLLM does not load {refused} of an adapter; serve the merged model: {merge}")
     elif named := _named(rows | patterns):

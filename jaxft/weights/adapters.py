@@ -1,7 +1,6 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from jaxft.nn.replaced import unties
 from jaxft.tree import Params
 from jaxft.weights import hub, peft, peft_write, place, pretrained
 from jaxft.weights.card import Card, write_card
+from jaxft.weights.new_folder import check_new_folder, new_folder
 from jaxft.weights.peft_refusals import read_adapter_config
 from jaxft.weights.safetensors import read_model_json
 from jaxft.weights.tokenizer_files import write_tokenizer
@@ -117,31 +117,24 @@ class NewAdapter:
 
 
 def write_adapter(out: Path, adapter: NewAdapter, model: Model) -> None:
-    """Write an adapter in PEFT's layout with its card, all files or none.
+    """Write an adapter in PEFT's layout with its card to a new folder, all files or none.
 
-    Raises ValueError if `out` is a file.
+    Raises ValueError if `out` is a file or a folder that is not empty.
     """
-    check_adapter_output(out, [])
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with new_folder(out) as part:
         peft_write.save_adapter(part, adapter.params, adapter.settings, model, adapter.ref)
-        write_card(part, Card(out.name, adapter.ref, "adapter", "peft", adapter.description))
+        write_card(part, Card(part.name, adapter.ref, "adapter", "peft", adapter.description))
         if adapter.tokenizer_from is not None:
             write_tokenizer(part, pretrained.load_tokenizer(str(adapter.tokenizer_from)))
-        out.mkdir(parents=True, exist_ok=True)
-        for path in sorted(part.iterdir(), key=lambda path: path.name == "adapter_config.json"):
-            os.replace(path, out / path.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_adapter_output(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise ValueError if an adapter cannot be written to `out`: a file, or a folder that is read."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose a folder")
+    """Raise ValueError if an adapter cannot be written to `out`: a folder that is read, or one that is not
+    new.
+    """
     if out.resolve() in [path.resolve() for path in inputs]:
         raise ValueError(f"--out {out} is a folder that is read; choose another folder")
+    check_new_folder(out)
 
 
 def run_of_adapter(folder: Path) -> Path | None:

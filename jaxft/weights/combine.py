@@ -60,14 +60,14 @@ class Combination:
             raise ValueError(f"--weights {self.weights}: expected finite numbers, not all of them 0")
         if self.density is not None and (self.method not in PRUNING or not 0 < self.density <= 1):
             raise ValueError(
-                f"--density {self.density}: a fraction above 0 and at most 1, for the methods "
-                f"{', '.join(PRUNING)}"
+                f"--density {self.density}: must be above 0 and at most 1 and needs --method "
+                f"{', '.join(PRUNING[:-1])} or {PRUNING[-1]}"
             )
         if self.rank is not None and (self.method != "svd" or self.rank < 1):
-            raise ValueError(f"--rank {self.rank}: a whole number from 1 on, for --method svd")
+            raise ValueError(f"--rank {self.rank}: must be at least 1 and needs --method svd")
         if self.seed is not None and (self.method not in RANDOM or self.seed < 0):
             raise ValueError(
-                f"--seed {self.seed}: a whole number from 0 on, for the methods {', '.join(RANDOM)}"
+                f"--seed {self.seed}: must be at least 0 and needs --method {' or '.join(RANDOM)}"
             )
 
 

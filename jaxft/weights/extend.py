@@ -8,7 +8,6 @@ run does not start.
 import contextlib
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from jaxft.weights import hf_write, hub, pretrained
 from jaxft.weights.file_hash import cache_folder, files_sha256
 from jaxft.weights.merge import LazyTensor, merge_files
 from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.new_folder import check_new_folder, new_folder
 from jaxft.weights.safetensors import read_model_json, write_model_json
 from jaxft.weights.stop_tokens import stop_tokens
 
@@ -66,8 +66,7 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
 
     Raises ValueError for tokens that exist already or that the tokenizer would split.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists; choose a new folder")
+    check_new_folder(out)
     model, tokenizer = pretrained.model_for(ref), pretrained.load_tokenizer(ref)
     files, known = pretrained.open_files(ref), tokenizer.get_vocab()
     pieces = add_tokens(tokenizer, extension)
@@ -83,14 +82,10 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     for path in ("embed", "head"):
         if path in base:
             base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of an earlier call that was killed
     ids = {tokenizer.convert_ids_to_tokens(number): number for number in sorted(pieces)}
-    hf_write.save_folder(part, larger, base, tokenizer, hub.locate(ref))
-    mark_untrained(part, {**untrained_tokens(ref), **ids})
-    if out.is_dir():
-        out.rmdir()
-    part.rename(out)
+    with new_folder(out) as part:
+        hf_write.save_folder(part, larger, base, tokenizer, hub.locate(ref))
+        mark_untrained(part, {**untrained_tokens(ref), **ids})
     lines = []
     if pieces:
         named = ", ".join(f"{token!r} ({number})" for token, number in ids.items())

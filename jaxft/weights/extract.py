@@ -18,7 +18,7 @@ from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, path_hash, spec_paths
 from jaxft.nn.replaced import base_spec
 from jaxft.tree import Params
-from jaxft.weights import pretrained
+from jaxft.weights import hf, pretrained
 from jaxft.weights.hf import EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft import put_node
@@ -43,7 +43,7 @@ class Extraction:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"--rank {self.rank}: expected a whole number from 1 on")
+            raise ValueError(f"--rank {self.rank}: must be at least 1")
 
 
 class KindError(NamedTuple):
@@ -71,14 +71,15 @@ def extract_adapter(
     """Extract an adapter from two models of the same architecture. model: of the base, without a head of
     another kind.
 
-    Raises ValueError for other architectures or shapes, a rank above that of a matrix, and models without a
-    difference.
+    Raises ValueError for two models that differ in more than the values of their tensors, a rank above that
+    of a matrix, and models without a difference.
     """
     specs = spec_paths(model.specs)
     paths = target_paths(model.specs, what.targets)
     _check_rank(what.rank, paths, specs)
     base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
     check_same_shapes(base, tuned, model)
+    check_same_settings(base_ref, tuned_ref, model)
     params: Params = {}
     errors, squares = list[KindError](), np.zeros(3)
     for path in paths:
@@ -136,6 +137,23 @@ def check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None
             raise ValueError(
                 f"{tuned.where}: tensor {one} {got}, and the base in {base.where} has {found[0]}: {advice}"
             )
+
+
+def check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
+    """Raise ValueError if the configs of two models differ in a setting that no adapter carries, such as
+    rope_theta, or if the tuned model has tensors that the base lacks. model: of the base.
+    """
+    pretrained.check_preset(base_ref, model.config)
+    theirs = pretrained.model_for(tuned_ref)
+    pretrained.check_preset(tuned_ref, theirs.config)
+    ignored = (*pretrained.NOT_COMPUTED, "tied")  # an untied head is a parameter that changed
+    differing = pretrained.config_differences(model.config, theirs.config, ignored)
+    if differing:
+        raise ValueError(
+            f"{tuned_ref}: its settings are not those of the base {base_ref}, and an adapter changes only "
+            f"weights: {'; '.join(differing)} (base and tuned); extract from a base with these settings"
+        )
+    hf.check_tensors(pretrained.open_files(tuned_ref), theirs)
 
 
 def _is_stacked(path: str, model: Model) -> bool:

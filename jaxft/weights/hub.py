@@ -81,7 +81,7 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         if path.suffix != ".gguf":
             raise ValueError(f"{ref}: this file is not a model; use a folder, a .gguf file, {REMOTE}")
         return Located("gguf", path, ref)
-    if path.parent == (cache or cache_folder()) / EXTENDED:
+    if is_extended(path, cache):
         raise FileNotFoundError(
             f"{ref}: the model with new tokens is no longer in the cache; start the command that trained it "
             "again (with the same add_tokens=), which writes it"
@@ -93,6 +93,11 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
         raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
     return _from_hub(ref, cache, config_only)
+
+
+def is_extended(path: str | Path, cache: Path | None = None) -> bool:
+    """Whether a path is that of a model with new tokens in this machine's cache (see weights/extend.py)."""
+    return Path(path).parent == (cache or cache_folder()) / EXTENDED
 
 
 def files_of(located: Located) -> list[Path]:

@@ -143,7 +143,7 @@ def _is_transformed(where: Path, config: dict[str, Any], targets: str | list[str
 
 
 def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:
-    """Raise ValueError for tensors of DoRA without dora: whether the configuration has use_dora."""
+    """Raise ValueError for DoRA tensors if use_dora is false. dora: the configuration's use_dora."""
     for name in files.shapes:
         if "lora_magnitude_vector" in name and not dora:
             raise ValueError(

@@ -3,6 +3,7 @@ packages.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ from jaxft.weights.storage import (
     quantised_paths,
 )
 
+NOT_COMPUTED = ("bos", "eos", "max_positions")  # fields of a config that change no value of the model
 # Settings of transformers for dropout inside the model, which its pretraining may have used.
 DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 
@@ -144,32 +146,28 @@ def check_preset(ref: str, config: ModelConfig) -> None:
     located = hub.locate(ref)
     hf_config = read_config(located)
     found = families.family_of(hf_config).from_hf(hf_config)
-    same_family = type(found) is type(config)
-    differing = (
-        _differences(config, found)
-        if same_family
-        else [f"{type(config).__name__} and {type(found).__name__}"]
-    )
-    if differing:
+    if differing := config_differences(config, found):
         raise ValueError(
             f"{ref}: jaxft's settings for this name and those of the files differ: {'; '.join(differing)}. "
             f"Use the files' folder as the model: {located.path}"
         )
 
 
-def _differences(preset: Any, files: Any, prefix: str = "") -> list[str]:
-    """Return the fields in which two configs of one class differ, with both values. Fields of rope are named
-    one by one.
+def config_differences(one: Any, other: Any, ignored: Collection[str] = NOT_COMPUTED) -> list[str]:
+    """Return the fields in which two configs differ, each with both values: `norm_eps 1e-05 and 1e-06`.
+
+    Fields of rope are named one by one. Floats may differ by the rounding of float32, in which GGUF files
+    store them. ignored: fields that are not compared. Configs of different classes differ in their class.
     """
+    if type(one) is not type(other):
+        return [f"{type(one).__name__} and {type(other).__name__}"]
     found: list[str] = []
-    for name in (field.name for field in dataclasses.fields(preset)):
-        values = getattr(preset, name), getattr(files, name)
-        if not prefix and name in ("bos", "eos", "max_positions") or values[0] == values[1]:
-            continue
-        if all(map(dataclasses.is_dataclass, values)):
-            found += _differences(*values, f"{name}.")
-        else:
-            found.append(f"{prefix}{name} {values[0]!r:.60} and {values[1]!r:.60}")
+    for name in (field.name for field in dataclasses.fields(one) if field.name not in ignored):
+        a, b = getattr(one, name), getattr(other, name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            found += [f"{name}.{line}" for line in config_differences(a, b, ())]
+        elif a != b and not (type(a) is type(b) is float and math.isclose(a, b, rel_tol=1e-6)):
+            found.append(f"{name} {a!r:.60} and {b!r:.60}")
     return found
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.nn.lora import Adapter
+from jaxft.weights import hub
 from jaxft.weights.adapter_limits import loading_notes
 
 CASES = [
@@ -24,9 +25,16 @@ CASES = [
 
 @pytest.mark.parametrize("changes, tied, vllm, llama", CASES, ids=str)
 def test_each_limit_has_a_line_with_the_way_that_works(changes, tied, vllm, llama):
-    lines = loading_notes(Adapter(**{"rank": 16, **changes}), tied, Path("runs/a b/adapter"))
+    lines = loading_notes(Adapter(**{"rank": 16, **changes}), tied, Path("runs/a b/adapter"), "org/base")
     for program, words in (("vLLM", vllm), ("llama.cpp", llama), ("mlx-lm", "PEFT's layout")):
         (own,) = [line for line in lines if line.startswith(program)] or [None]
         assert (own is None) == (words is None) and (words is None or words in own), (own, words)
     for line in lines:
         assert "\n" not in line and ("'runs/a b/adapter'" in line or "--max-lora-rank" in line)
+
+
+def test_a_base_that_only_this_machines_cache_has_is_named_with_the_merged_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    ref = str(tmp_path / hub.EXTENDED / "SmolLM2-0123456789abcdef")
+    (line,) = [x for x in loading_notes(Adapter(16), False, Path("out"), ref) if ref in x]
+    assert "only in this machine's cache" in line and "--adapter out --out merged" in line

@@ -1,6 +1,9 @@
 """Combinations of adapters are those of PEFT's add_weighted_adapter; what they cannot combine is refused."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +13,8 @@ from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import pair_layouts
+from jaxft.weights import adapters, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
-from jaxft.weights import peft_write, pretrained
 from jaxft.weights.combine import Combination, NamedAdapter, combine_adapters
 
 torch = pytest.importorskip("torch")
@@ -177,7 +180,7 @@ BAD = [
     ("left right --weights 0,0", "not all of them 0"),
     ("left wide --weights 1,1 --method linear", "ranks 4, 6"),
     ("left right --weights 1,1 --rank 65", "at most rank"),
-    ("left right --weights 1,1 --method cat --rank 2", "--method svd"),
+    ("left right --weights 1,1 --method cat --rank 2", "must be at least 1 and needs --method svd"),
     ("left right --weights 1,1 --density 0.5", "--density 0.5"),
     ("left right --weights 1,1 --method ties --density 0", "--density 0"),
     ("left right --weights 1,1 --method ties --seed 1", "--seed 1"),
@@ -211,3 +214,44 @@ def test_the_command_writes_the_adapter_with_a_card(world, monkeypatch, capsys, 
     np.testing.assert_allclose(products(params, "q"), 0.5 * right - left, atol=1e-5)
     code, _, err = call(monkeypatch, capsys, "combine", *argv[:-1], "left")
     assert code == 1 and "--out left is a folder that is read" in err
+
+
+def test_an_adapter_for_another_base_is_refused_without_model(world, monkeypatch, capsys, tmp_path):
+    shutil.copytree(world[3] / "right", tmp_path / "right")
+    config = tmp_path / "right" / "adapter_config.json"
+    named = json.loads(config.read_text()) | {"base_model_name_or_path": "some/other-model"}
+    config.write_text(json.dumps(named))
+    argv = [world[3] / "left", tmp_path / "right", "--weights", "1,1", "--out", tmp_path / "out"]
+    code, out, err = call(monkeypatch, capsys, "combine", *argv)
+    assert code == 1 and not out and not (tmp_path / "out").exists() and err.count("\n") == 1
+    assert err.startswith("error: ") and "some/other-model" in err and str(world[0]) in err, err
+    assert "--model" in err
+    code, _, err = call(monkeypatch, capsys, "combine", *argv, "--model", world[0])
+    assert code == 0 and "warning: " in err and "some/other-model" in err, err
+
+
+def test_an_adapter_is_written_to_a_new_folder_at_once(world, monkeypatch, tmp_path):
+    (one,) = read(world, "left")
+    new = adapters.NewAdapter(one.params, one.settings, str(world[0]), "A test.")
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").write_text("a file of the user")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "write_card", fail)  # after the weights are written
+        with pytest.raises(OSError, match="disk full"):
+            adapters.write_adapter(tmp_path / "out", new, world[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ValueError, match="^--out . is the working directory"):
+        adapters.write_adapter(Path("."), new, world[1])
+    monkeypatch.chdir(tmp_path)
+    adapters.write_adapter(Path("out"), new, world[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "out.part").stat().st_mode
+    assert (tmp_path / "out.part" / "mine").is_file() and "# out" in Path("out/README.md").read_text()
+    with pytest.raises(ValueError, match="^--out out exists and is not empty"):
+        adapters.write_adapter(Path("out"), new, world[1])

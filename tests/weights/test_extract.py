@@ -1,6 +1,7 @@
 """An adapter extracted from two models: exact where the difference has its rank, and else the nearest one."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -134,17 +135,30 @@ def test_the_command_prints_the_errors_and_writes_the_adapter(world, monkeypatch
     assert "layers/mlp/up by" in out  # a kernel that was not extracted
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
     assert (tmp_path / "out" / "tokenizer.json").is_file() and (tmp_path / "out" / "README.md").is_file()
-    assert not list(tmp_path.glob("*.part"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_settings_that_differ_by_the_rounding_of_float32_only_are_the_same(world):
+    """GGUF files store them in float32."""
+    config = world[1].config
+    rounded = replace(config, norm_eps=float(np.float32(config.norm_eps)), max_positions=99)
+    assert rounded.norm_eps != config.norm_eps and pretrained.config_differences(config, rounded) == []
 
 
 def damaged(world, tmp_path, how):
-    """The tuned model with another vocabulary, width or without a tensor."""
+    """The tuned model with another vocabulary, width or setting, without a tensor, or with one more."""
     folder = tmp_path / "tuned"
     folder.mkdir()
     for path in world[3].iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     tensors = load_file(folder / "model.safetensors")
-    if how == "vocabulary":
+    if how == "rope":
+        edit_config(folder, drop=("rope_parameters",), rope_theta=5e5)
+    elif how == "norm":
+        edit_config(folder, rms_norm_eps=1e-3)
+    elif how == "bias":
+        tensors["model.layers.1.self_attn.q_proj.bias"] = np.ones(64, np.float32)
+    elif how == "vocabulary":
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensors[name] = np.concatenate([tensors[name], tensors[name][:4]])
         edit_config(folder, vocab_size=324)
@@ -162,7 +176,10 @@ def damaged(world, tmp_path, how):
         ("vocabulary", "BASE TUNED --rank 2", ("vocabularies differ", "extend.py", "(324, 64)")),
         ("width", "BASE TUNED --rank 2", ("model.layers.1.mlp.up_proj.weight has shape (97, 64)",)),
         ("missing", "BASE TUNED --rank 2", ("model.layers.1.mlp.up_proj.weight is missing",)),
-        (None, "BASE TUNED --rank 0", ("--rank 0",)),
+        ("rope", "BASE TUNED --rank 2", ("rope.theta 10000.0 and 500000.0", "the base")),
+        ("norm", "BASE TUNED --rank 2", ("norm_eps 1e-06 and 0.001",)),
+        ("bias", "BASE TUNED --rank 2", ("model.layers.1.self_attn.q_proj.bias",)),
+        (None, "BASE TUNED --rank 0", ("--rank 0: must be at least 1",)),
         (None, "BASE TUNED --rank 33", ("--rank 33", "layers/attn/k is a matrix of 64 x 32")),
         (None, "BASE BASE --rank 2", ("nothing to extract",)),
         (None, "BASE TUNED --rank 2 --targets q_porj", ("q_porj", "q_proj")),

@@ -1,0 +1,32 @@
+"""Write a new folder in one step: a command that fails or is killed leaves no part of it."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_new_folder(out: Path) -> None:
+    """Raise ValueError if `out` is a file, the working directory, or a folder that is not empty."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose a folder")
+    if out.resolve() == Path.cwd():
+        raise ValueError(f"--out {out} is the working directory; choose a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {out} exists and is not empty; choose a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield the path of a folder to create and fill. It has the name of `out` and becomes `out` at the end;
+    after an error it is removed.
+
+    Raises ValueError as check_new_folder does.
+    """
+    check_new_folder(out)
+    target = out.resolve()  # an empty folder may be a link
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as own:
+        part = Path(own) / target.name
+        yield part
+        part.replace(target)
