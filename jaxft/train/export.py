@@ -117,6 +117,7 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
         summary.append(
             f"quantisation changed these by {100 * quantisation.fraction:.2f} % (root mean square)"
         )
+    summary += quantizer.notes if quantizer else []
     if cast.fraction:
         summary.append(f"rounding changed the weights by {100 * cast.fraction:.3f} % (root mean square)")
     return "; ".join(summary)
@@ -173,6 +174,8 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
             "quant.targets"
         )
 
+    notes: list[str] = []
+
     def quantize_layer(path: str, number: int | None, layer: np.ndarray) -> QTensor:
         format = quant.kind, block, double
         if path in moments:
@@ -181,6 +184,14 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
             value = gptq.quantize_gptq(layer, moments[path][number], *format)
         else:
             value = quantize(layer, *format)
+        where = path if number is None else f"{path}, layer {number}"
+        value, rounded = quantised_write.as_stored(value, method, where)
+        if rounded and not notes:
+            notes.append(
+                f"warning: {rounded} of {value.scale.size} scales of {where} are too small for float16, in "
+                f"which --format {method} stores them, and lose digits; if its error matters, use --format "
+                "compressed-tensors"
+            )
         error.add(layer, dequantised(value))
         return value
 
@@ -191,7 +202,7 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     }
     method, layout_name = quantised_write.method_for(layouts, how.format)
     settings = quantised_write.quantization_config(quant, method, sorted(plain))
-    return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name)
+    return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)
 
 
 def check_format(model: Model, quant: Quant, format: str | None) -> None:

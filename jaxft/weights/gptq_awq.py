@@ -226,18 +226,27 @@ def _codes(q: QTensor) -> np.ndarray:
 
 
 def _scales_to_write(name: str, layout: QTensor, make: Callable[[], QTensor]) -> TensorToWrite:
-    """Return the scales in float16, which has more digits than bfloat16 but not its range."""
 
     def scales() -> np.ndarray:
-        wide = np.asarray(make().scale, np.float32)
-        if wide.max(initial=0) > np.finfo(np.float16).max:
-            raise ValueError(
-                f"{name}: the scale {wide.max():.3g} is too large for float16, which GPTQ and AWQ have; use "
-                "--format compressed-tensors"
-            )
-        return wide.astype(np.float16)
+        return np.asarray(with_float16_scales(make(), name)[0].scale)
 
     return TensorToWrite(name, np.dtype(np.float16), layout.scale.shape, scales)
+
+
+def with_float16_scales(q: QTensor, name: str) -> tuple[QTensor, int]:
+    """Return an int4 weight with its scales in float16, as GPTQ and AWQ store them, and how many of these
+    lost digits: float16 has more digits than bfloat16, but not its range. name: of the weight, for the error.
+
+    Raises ValueError for scales above the range.
+    """
+    wide = np.asarray(q.scale, np.float32)
+    if wide.max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(
+            f"{name}: the scale {wide.max():.3g} is too large for float16, in which GPTQ and AWQ store "
+            "scales; use --format compressed-tensors"
+        )
+    narrow = wide.astype(np.float16)
+    return replace(q, scale=narrow), int(np.count_nonzero(narrow.astype(np.float32) != wide))
 
 
 def gptq_settings(block: int | None, plain: list[str]) -> dict[str, Any]:
@@ -251,7 +260,7 @@ def gptq_settings(block: int | None, plain: list[str]) -> dict[str, Any]:
         "group_size": block or -1,
         "sym": True,
         "desc_act": False,
-        "lm_head": False,
+        "lm_head": "lm_head" not in plain,
         "checkpoint_format": "gptq",
         **({"dynamic": skipped} if skipped else {}),
     }

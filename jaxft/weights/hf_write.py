@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,15 @@ class LayerQuantizer:
 
     layouts: the layout of a layer [in, out] by parameter path. quantize(path, layer number or None, layer):
     returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
-    about the layout of the files.
+    about the layout of the files. notes: lines for the user about the first weight that the layout rounds,
+    added while weights are quantised.
     """
 
     layouts: Mapping[str, QTensor]
     quantize: Callable[[str, int | None, np.ndarray], QTensor]
     settings: dict[str, Any]
     layout_name: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

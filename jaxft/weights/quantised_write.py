@@ -10,7 +10,13 @@ import numpy as np
 from jaxft.nn.quant import QTensor, Quant
 from jaxft.weights.bitsandbytes import tensors_of_4bit
 from jaxft.weights.compressed_tensors_write import compressed_settings, tensors_of_compressed
-from jaxft.weights.gptq_awq import awq_settings, gptq_settings, tensors_of_awq, tensors_of_gptq
+from jaxft.weights.gptq_awq import (
+    awq_settings,
+    gptq_settings,
+    tensors_of_awq,
+    tensors_of_gptq,
+    with_float16_scales,
+)
 from jaxft.weights.quant_layout import array_names
 from jaxft.weights.safetensors import TensorToWrite
 
@@ -24,6 +30,8 @@ KINDS_OF: dict[str, tuple[str, ...]] = {
 USUAL_LAYOUTS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "fp8": "compressed-tensors"}
 POSSESSIVES = {"bitsandbytes": "bitsandbytes'", "compressed-tensors": "compressed-tensors'", "gptq": "GPTQ's",
          "awq": "AWQ's"}  # fmt: skip
+PACKAGES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
+            "gptq": "gptqmodel and optimum", "awq": "gptqmodel (autoawq before transformers 5)"}  # fmt: skip
 OWN_LAYOUT = "jaxft's own layout (quant=checkpoint reads it; transformers and vLLM do not)"
 
 
@@ -43,7 +51,9 @@ def method_for(layouts: Mapping[str, QTensor], requested: str | None = None) -> 
         raise ValueError(f"--format {method}: {wrong}")
     if wrong:
         return "jaxft", f"warning: {OWN_LAYOUT} and not {POSSESSIVES[method]}, because {wrong}"
-    return method, f"{POSSESSIVES[method]} layout, which transformers and vLLM load"
+    return method, (
+        f"{POSSESSIVES[method]} layout, which vLLM loads, and transformers with {PACKAGES[method]} installed"
+    )
 
 
 def _misfit(layouts: Mapping[str, QTensor], method: str) -> str:
@@ -54,6 +64,8 @@ def _misfit(layouts: Mapping[str, QTensor], method: str) -> str:
             return f"its weights are {' or '.join(KINDS_OF[method])}, not {q.kind}; choose one of these"
         if ins % (q.block or ins):
             return f"{path} has {ins} inputs, which are not a multiple of the block size {q.block}"
+        if path == "head" and method == "awq":
+            return "transformers loads no quantised head in AWQ's layout; leave the head out of the targets"
         if q.kind == "int4" and (ins % 8 or (outs % 8 and method != "compressed-tensors")):
             return f"{path} has {ins} inputs and {outs} outputs, and eight codes share an int32"
     return ""
@@ -98,6 +110,13 @@ class _Once:
         self._left -= 1
         self._value = value if self._left else None
         return value
+
+
+def as_stored(q: QTensor, method: str, where: str) -> tuple[QTensor, int]:
+    """Return a quantised weight with the values that the layout of `method` stores, and how many of its
+    scales the layout rounds. where: the weight, for errors.
+    """
+    return with_float16_scales(q, where) if method in ("gptq", "awq") else (q, 0)
 
 
 def quantization_config(quant: Quant, method: str, plain: list[str]) -> dict[str, Any]:

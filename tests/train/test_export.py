@@ -182,7 +182,7 @@ def test_an_export_has_a_card_and_a_tokenizer_for_transformers_4_and_5(script, w
 @pytest.mark.parametrize(
     "mlp, words",
     [
-        (128, ("bitsandbytes' layout, which transformers and vLLM load",)),
+        (128, ("bitsandbytes' layout, which vLLM loads, and transformers with bitsandbytes",)),
         (96, ("warning: jaxft's own layout", "layers/mlp/down has 96 inputs", "block size 64")),
     ],
 )

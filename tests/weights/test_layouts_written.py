@@ -4,6 +4,7 @@ read again without rounding, and loaded by compressed-tensors itself.
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -75,7 +76,8 @@ def test_values_are_those_of_the_layouts_definition_and_are_read_unchanged(
     folder, reference = base
     out = export(monkeypatch, capsys, "--model", folder, "--out", tmp_path / "q", "--pack", kind, "--format",
                  method, "--dtype", "float32")  # fmt: skip
-    assert "layout, which transformers and vLLM load" in out
+    package = {"gptq": "gptqmodel", "awq": "gptqmodel"}.get(method, method)
+    assert f"layout, which vLLM loads, and transformers with {package}" in out
     tensors, files = (
         load_file(tmp_path / "q" / "model.safetensors"),
         pretrained.open_files(str(tmp_path / "q")),
@@ -111,6 +113,42 @@ def test_a_layout_that_cannot_have_the_weights_is_one_line(tmp_path, monkeypatch
     folder = write_folder(tmp_path / "base", tiny_torch(num_hidden_layers=1, **{**SIZES, **sizes}))
     code, _, err = call(monkeypatch, capsys, "export", "--model", folder, "--out", tmp_path / "q", *args)
     assert code and words in err.splitlines()[-1] and not (tmp_path / "q").exists(), err
+
+
+def test_gptqs_config_says_whether_the_head_is_quantised(base, tmp_path, monkeypatch, capsys):
+    options = ("--model", base[0], "--kind", "int4", "--targets", "layers/attn/q|head")
+    for targets in ("layers/attn/q|head", "layers/attn/q"):
+        out = tmp_path / str(len(targets))
+        args = (*options[:-1], targets, "--format", "gptq", "--out", out)
+        code, _, err = call(monkeypatch, capsys, "quantize", *args)
+        assert code == 0, err
+        settings = json.loads((out / "config.json").read_text())["quantization_config"]
+        written = "lm_head.qweight" in load_file(out / "model.safetensors")
+        assert settings["lm_head"] is written is ("head" in targets)
+    args = (*options, "--format", "awq", "--out", tmp_path / "awq")
+    code, _, err = call(monkeypatch, capsys, "quantize", *args)
+    assert code == 1 and "leave the head out" in err.splitlines()[-1] and not (tmp_path / "awq").exists()
+
+
+def test_the_printed_error_is_that_of_scales_in_float16(base, tmp_path, monkeypatch, capsys):
+    """Weights so small that a scale is two or three steps of float16, 2^-24."""
+    reference = copy.deepcopy(base[1])
+    names = [name for name, _ in reference.named_parameters() if is_linear(name)]
+    with torch.no_grad():
+        for name in names:
+            reference.get_parameter(name).mul_(2e-6)
+    folder = write_folder(tmp_path / "base", reference)
+    options = ("--pack", "int4", "--format", "gptq")
+    out = export(monkeypatch, capsys, "--model", folder, "--out", tmp_path / "q", *options)
+    files, error, total = pretrained.open_files(str(tmp_path / "q")), 0.0, 0.0
+    for name in names:
+        exact = reference.get_parameter(name).detach().double().numpy()
+        error, total = error + np.square(files.read(name) - exact).sum(), total + np.square(exact).sum()
+    printed = float(re.search(r"quantisation changed these by ([\d.]+) %", out)[1])
+    assert printed == pytest.approx(100 * (error / total) ** 0.5, rel=1e-3) and printed > 12
+    assert "too small for float16" in out and "--format compressed-tensors" in out
+    out = export(monkeypatch, capsys, "--model", base[0], "--out", tmp_path / "p", *options)
+    assert "warning" not in out
 
 
 def test_calibrated_codes_go_into_gptqs_layout(base, tmp_path, monkeypatch, capsys):
