@@ -75,6 +75,8 @@ def test_an_answer_that_is_stopped_is_stored_as_far_as_it_got(scheduler):
 
 def test_a_retry_keeps_the_old_responses_until_it_has_new_ones(scheduler, monkeypatch):
     chat = conversation(turns=[Turn("what is a rank?", {"terse": "old"})])
+    assert run_command(chat, "/retry").again
+    assert chat.turns[0].answers == {"terse": "old"}
     new = chat.prompt("base")
     assert new == conversation(turns=[Turn("what is a rank?")]).prompt("base")  # none of the old response
     long = " ".join(["rank"] * 400)
