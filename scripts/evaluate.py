@@ -75,6 +75,9 @@ def arguments() -> argparse.Namespace:
         parser.error("nothing to evaluate; use --run, --model or --adapter")
     if not (args.run or args.file):
         parser.error("no rows; use --file")
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        found = "is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
+        parser.error(f"--out {args.out}: {found}; name a file in an existing folder")
     args.scores = bool(args.by) or args.regex is not None
     for name in OF_LIKELIHOOD if args.scores else OF_COMPLETIONS:
         if vars(args)[name] is not None and vars(args)[name] is not False and vars(args)[name] != "compute":
@@ -209,15 +212,15 @@ def main() -> int:
     found = evaluate(args)
     for line in found.notes:
         print(line, file=sys.stderr)
-    if args.out:
+    if args.json:
+        print(json.dumps(json_value(found.metrics)))
+    else:
+        for name, value in found.metrics.items():
+            print(f"{name:32s} {value:,}" if isinstance(value, int) else f"{name:32s} {value:.6g}")
+    if args.out:  # last: a disk that is full costs no metrics
         args.out.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows), "utf-8"
         )
-    if args.json:
-        print(json.dumps(json_value(found.metrics)))
-        return 0
-    for name, value in found.metrics.items():
-        print(f"{name:32s} {value:,}" if isinstance(value, int) else f"{name:32s} {value:.6g}")
     return 0
 
 

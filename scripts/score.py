@@ -37,7 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--invalid", choices=("error", "drop"), default="error", help="as data.invalid (default error)"
     )
-    parser.add_argument("--columns", default="", help="as data.columns, such as chosen=good,rejected=bad")
+    parser.add_argument(
+        "--columns", help="as data.columns, such as chosen=good,rejected=bad (default: those of the run)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (default 8)")
     parser.add_argument(
         "--dtype",

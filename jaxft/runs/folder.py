@@ -144,6 +144,13 @@ def finished_steps(folder: Path) -> int:
     return steps
 
 
+def patience_at_end(folder: Path) -> int | None:
+    """The loop.patience that ended a finished run before its planned steps; None if none did."""
+    path = folder / "summary.json"
+    found = read_saved_json(path).get("patience") if path.exists() else None
+    return found if type(found) is int else None
+
+
 def failed_members(folder: Path) -> list[str]:
     """The labels of a sweep's members that ended with steps or losses that are not finite."""
     path = folder / "summary.json"

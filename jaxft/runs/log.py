@@ -34,6 +34,9 @@ class NullLog:
     def listen(self, alarms: Callable[[dict[str, Any], Entry, bool], Alarms]) -> None:
         """Do nothing."""
 
+    def ends_at(self, step: int) -> None:
+        """Do nothing."""
+
     def add_alarms(self, texts: list[str]) -> None:
         """Append the alarms."""
         self.alarms += texts
@@ -104,6 +107,12 @@ class Log:
         for entry in read_entries(self._folder / METRICS):
             self._observe(entry)
 
+    def ends_at(self, step: int) -> None:
+        """Make `step` the last step of the run: its next evaluation is that of the finished run."""
+        self._total_steps = step
+        if self._view is not None:
+            self._view.ends_at(step)
+
     def _observe(self, entry: Entry) -> list[str]:
         """Return the messages about an entry, with its alarms."""
         if self._alarms is None:
@@ -112,6 +121,7 @@ class Log:
         is_last = entry["step"] == self._total_steps and "loss" not in entry
         self._memory, messages, raised = self._alarms(self._memory, entry, is_last)
         new = [f"alarm after step {entry['step']}: {text}" for text in raised]
+        new = [text for text in new if text not in self.alarms]  # the last step may have two evaluations
         self.add_alarms(new)
         return [*messages, *new]
 

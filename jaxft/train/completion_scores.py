@@ -25,6 +25,7 @@ from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import CLIPPED_RATIO, COMPLETION_LENGTH
 from jaxft.train.likelihood import Evaluated
+from jaxft.train.samples import decode_completion
 from jaxft.weights.pretrained import check_token_id
 
 ANSWER = "answer"  # the column that score functions compare with
@@ -169,10 +170,7 @@ def sample_texts(loaded: LoadedWeights, prompts: Sequence[ScoredPrompt], how: Co
             f"{prompts[where[0] // how.samples].row}: the logits of token {where[1] + 1} are not finite; use "
             "--dtype float32, or check the weights of the model"
         )
-    texts = [
-        [tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() for row in own]
-        for own in sampled
-    ]
+    texts = [[decode_completion(tokenizer, row[row >= 0].tolist()) for row in own] for own in sampled]
     ended = np.asarray(np.isin(sampled, loaded.stop).any(-1))
     return SampledTexts(texts, (sampled >= 0).sum(-1), ended)
 

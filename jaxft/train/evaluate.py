@@ -10,12 +10,30 @@ import numpy as np
 from jaxft import tree
 from jaxft.data.sft import Rows, RowSource
 from jaxft.data.source import Dataset
+from jaxft.distributed import processes
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import HELD_OUT, LOSS
 from jaxft.objectives.objective import Objective, Outputs
-from jaxft.runs.metric_names import REWARD
+from jaxft.runs.metric_names import (
+    ACCURACY,
+    CHOSEN_LOGP,
+    CHOSEN_REWARD,
+    MARGIN,
+    REWARD,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+    SCORES,
+    TOKEN_ACCURACY,
+)
 from jaxft.train.settings import Loop
 from jaxft.tree import Aux, Batch, Metrics, Params
+
+LOWER_IS_BETTER = ("loss", "kl")  # ends of names
+GREATER_IS_BETTER = frozenset(
+    {
+        ACCURACY, MARGIN, CHOSEN_REWARD, CHOSEN_LOGP, REWARD, REWARD_ACCURACY, REWARD_MARGIN, TOKEN_ACCURACY,
+    }
+)  # fmt: skip
 
 
 def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux], Any]:
@@ -81,16 +99,29 @@ def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:
     """Return the score that selects the best checkpoint, the lower the better: loop.best_metric, or minus it
     if greater is better.
 
-    None without held-out rows.
+    None without held-out rows. Raises AgreedError if neither loop.greater_is_better nor the name says which
+    value is better.
     """
     default = LOSS if HELD_OUT + LOSS in metrics else REWARD
     name = loop.best_metric or HELD_OUT + default
     if name not in metrics:
         return None
-    greater = loop.greater_is_better
+    greater = is_greater_better(name) if loop.greater_is_better is None else loop.greater_is_better
     if greater is None:
-        greater = not name.endswith(("loss", "kl"))
+        raise processes.AgreedError(
+            f"loop.best_metric={name}: its name does not tell whether a greater or a lower value is better; "
+            "set loop.greater_is_better=true or false"
+        )
     return -metrics[name] if greater else metrics[name]
+
+
+def is_greater_better(name: str) -> bool | None:
+    """Return whether a greater value of a held-out metric is better; None for a name that does not tell."""
+    own = name.removeprefix(HELD_OUT)
+    if own.endswith(LOWER_IS_BETTER):
+        return False
+    by_function = own.startswith(SCORES) or (own.startswith("rewards/") and own.endswith("/mean"))
+    return True if by_function or own in GREATER_IS_BETTER else None
 
 
 def is_stalled(scores: Sequence[float | None], patience: int) -> bool:

@@ -52,6 +52,11 @@ class Logs:
         """Print a line."""
         (self._overview or self.members[0]).message(text)
 
+    def ends_at(self, step: int) -> None:
+        """Make `step` the last step of the run in all logs."""
+        for log in (*self.members, *([self._overview] if self._overview else [])):
+            log.ends_at(step)
+
     def alarm(self, number: int, step: int, text: str) -> None:
         """Print an alarm about a member after `step` steps, and store it with those of its metrics."""
         text = f"alarm after step {step}: {text}"
@@ -133,7 +138,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         [
             attention_summary(lead.programs, job.abstract_batch),
             *xla_flags.settings_lines(os.environ),
-            f"{info.stats.summary}; {job.steps} steps",
+            f"{info.stats.summary}; {job.planned} steps",
             info.stats.learned,
             *invalid_lines(info.stats.invalid),
             *report.empty_slot_lines(rows),
@@ -143,6 +148,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     )
     lines += info.warnings
     lines += stop_lines(job.stop, info.learned_ends, job.tokenizer)
+    lines += early_end_lines(job)
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
     lines += untying_notes(lead.run.model, lead.run.adapter)
     for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):
@@ -156,3 +162,13 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         members = [f"{number:3d}  {member.label}" for number, member in enumerate(job.members, 1)]
         lines.append("\n".join([f"{len(members)} runs on one base:", *members]))
     return lines
+
+
+def early_end_lines(job: Job) -> list[str]:
+    """Return a line about the step at which loop.patience ended a job, [] for one that it did not end."""
+    if job.steps == job.planned:
+        return []
+    return [
+        f"ended after step {job.steps} of {job.planned}: {job.lead.run.loop.patience} evaluations without a "
+        "better held-out score (loop.patience); to train on, raise it or set it to none"
+    ]

@@ -29,7 +29,14 @@ from jaxft.train.results import export_best, export_members, report_finished, wr
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
-from jaxft.train.verdict import ended_early, evaluate_during, evaluate_end, evaluate_start, last_faults
+from jaxft.train.verdict import (
+    end_if_stalled,
+    ended_early,
+    evaluate_during,
+    evaluate_end,
+    evaluate_start,
+    last_faults,
+)
 
 
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
@@ -50,11 +57,12 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             job = prepare(settings, record, folder)
             checkpoints = stack.enter_context(closing(open_checkpoints(job)))
             finished, changes = processes.from_first_process(lambda: resume_point(job, checkpoints))
-        if finished >= job.steps:
+        if finished:
             return report_finished(job, finished)
 
         # ---------- The newest checkpoint; the log ----------
         states, saved, first = checkpoints.restore(job.abstract_states) or (None, None, 0)
+        job = ended_early(job, saved, first)
         with processes.agreement():
             logs = stack.enter_context(closing(open_logs(job, first, saved, changes)))
         stack.enter_context(watchdog.guard())
@@ -74,7 +82,6 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             saved = evaluate_start(job, compiled, states, frozen, logs)
 
         # ---------- Training ----------
-        job = ended_early(job, saved, first, logs)
         meters, nonfinite = Meters(job, saved["counters"]), NonfiniteRecorder(job, logs)
         votes, done, stop = processes.Votes(job.lead.programs.mesh), first, 0
         with Interrupt() as interrupt, closing(Trace(loop.profile, folder / "profile")) as trace:
@@ -102,10 +109,10 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                     watchdog.at(f"the evaluation after step {done}")
                     with meters.paused():
                         scores = evaluate_during(job, compiled, states, done, saved, logs)
+                    job = end_if_stalled(job, saved, done, logs, meters)
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
                     checkpoints.save(done, states, job.to_save(meters.counters(), saved), scores)
-                job = ended_early(job, saved, done, logs)
                 if stop or done == job.steps:
                     break
         checkpoints.wait()

@@ -49,14 +49,16 @@ class Member:
 class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
-    sources: batches for all members, or of each member. stop: the token ids that end a completion. general:
-    batches of the general text. sweep: its settings, None for a single run.
+    sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
+    the settings, which is greater if loop.patience ended the job. stop: the token ids that end a completion.
+    general: batches of the general text. sweep: its settings, None for a single run.
     """
 
     folder: Path
     members: tuple[Member, ...]
     sources: tuple[Source[Any], ...]
     steps: int
+    planned: int
     tokenizer: Any
     stop: tuple[int, ...]
     general: tuple[Batch, ...]
@@ -173,7 +175,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         )
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
-    return Job(folder, tuple(members), sources, steps, tokenizer, stop, held_out, sweep)
+    return Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep)
 
 
 def _check_token_ids(source: Source[Any], run: Run) -> None:
@@ -227,7 +229,8 @@ def open_checkpoints(job: Job) -> Checkpoints:
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     """Return (steps of a finished run or 0, changes of settings since it began).
 
-    Raises ValueError for changes that are not permitted.
+    A run that loop.patience ended is finished unless its patience has been raised; one whose loop.steps has
+    been raised is not. Raises ValueError for changes that are not permitted.
     """
     steps = runfolder.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:
@@ -235,7 +238,9 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     if job.sweep is not None:
         _check_members(job)
     changes = [line for m in job.members for line in runfolder.changes_since_start(m.folder, m.record)]
-    return steps, list(dict.fromkeys(changes))
+    patience, ended_by = job.lead.run.loop.patience, runfolder.patience_at_end(job.lead.folder)
+    stalled = patience is not None and ended_by is not None and patience <= ended_by
+    return (steps if steps >= job.steps or stalled else 0), list(dict.fromkeys(changes))
 
 
 def _check_members(job: Job) -> None:

@@ -37,9 +37,10 @@ def report_finished(job: Job, steps: int) -> int:
         print(card.read_text(encoding="utf-8"))
     kind = "run" if job.sweep is None else "sweep"
     print(f"{job.folder}: this {kind} is finished ({steps} steps); its results are in {card}")
-    print(
-        f"to continue it, raise loop.steps, data.epochs or data.tokens; to start again, choose another {name}"
-    )
+    more = "loop.steps, data.epochs or data.tokens"
+    if steps < job.steps:
+        more = "loop.patience or set it to none"
+    print(f"to continue it, raise {more}; to start again, choose another {name}")
     if failed:
         print(f"{', '.join(failed)}: not finished, the steps or the held-out loss are not finite")
     return int(bool(failed))
@@ -110,7 +111,9 @@ def write_reports(
                 "alarms": logs.members[number].alarms,
             }
             summary["files"] = runfolder.result_hashes(member.folder)
-            runfolder.write_durable_json(member.folder / "summary.json", {"steps": job.steps, **summary})
+            ended_by = {"patience": member.run.loop.patience} if job.steps < job.planned else {}
+            content: dict[str, Any] = {"steps": job.steps, **ended_by, **summary}
+            runfolder.write_durable_json(member.folder / "summary.json", content)
         if job.sweep is not None:
             first, last = (
                 {m.label: e["metrics"] for m, e in zip(job.members, end, strict=True)}

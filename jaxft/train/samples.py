@@ -69,12 +69,19 @@ def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
     return last_turn
 
 
+def decode_completion(tokenizer: Any, tokens: list[int]) -> str:
+    """Return tokens as text, without special tokens and surrounding space, and otherwise as it is: some
+    tokenizers remove spaces before punctuation by default.
+    """
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
 def prompt_texts(prompts: list[Prompt], tokenizer: Any) -> list[PromptText]:
     """Return held-out prompts as text: the user's last message or, where none is found, the whole prompt."""
     last_turn = make_last_turn(tokenizer)
 
     def decode(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return decode_completion(tokenizer, tokens)
 
     return [
         PromptText(last_turn(tokenizer.decode(p.ids)) or decode(p.ids), decode(p.response)) for p in prompts
@@ -102,7 +109,7 @@ def compile_sampler(
             finish = "nonfinite"
         elif row[-1] < 0 or int(row[-1]) in stop:
             finish = "stop"
-        completion = tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip()
+        completion = decode_completion(tokenizer, row[row >= 0].tolist())
         return Completed(text.prompt, completion, text.reference, finish)
 
     def complete(params: Params) -> list[Completed]:

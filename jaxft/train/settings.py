@@ -27,9 +27,10 @@ class Loop:
     keep_best: how many of the newest checkpoints to retain, and of those with the best held-out score.
     eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
     metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
-    greater_is_better: whether a greater best_metric is better; None decides by its name, which ends with loss
-    or kl if not. patience: the run ends after this many evaluations without a better best_metric. max_bad:
-    non-finite steps in a row that end the run; one that ends with any is not finished either.
+    greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
+    loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
+    after this many evaluations without a better best_metric. max_bad: non-finite steps in a row that end the
+    run; one that ends with any is not finished either.
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
     run folder and log the first layer that is not finite, see train/nonfinite.py.
@@ -71,7 +72,9 @@ class Loop:
                 "loop.eval_scores=true"
             )
         if self.greater_is_better is not None and self.best_metric is None:
-            raise ValueError("loop.greater_is_better is of loop.best_metric; set that too")
+            raise ValueError(
+                "loop.greater_is_better has no effect without loop.best_metric; set both or neither"
+            )
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
                 f"loop.profile is the first and the last step of a trace, counted from 1; got {self.profile}"

@@ -22,8 +22,9 @@ from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.evaluate import is_stalled, selection_score
-from jaxft.train.logs import Logs
+from jaxft.train.logs import Logs, early_end_lines
 from jaxft.train.members import Job, Member
+from jaxft.train.meter import Meters
 from jaxft.train.nonfinite import first_of_model, first_parameter
 from jaxft.tree import Batch, Params
 
@@ -64,7 +65,9 @@ def evaluate_start(
 
 
 def check_selection(job: Job, before: list[Evaluation]) -> None:
-    """Raise AgreedError if loop.best_metric is no metric of the evaluation, or loop.patience has none."""
+    """Raise AgreedError if loop.best_metric is no metric of the evaluation or of unknown direction, or
+    loop.patience has none.
+    """
     for member, end in zip(job.members, before, strict=True):
         loop, metrics = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
         if loop.best_metric and loop.best_metric not in metrics:
@@ -72,7 +75,7 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
             raise processes.AgreedError(
                 f"loop.best_metric={loop.best_metric} is no metric of the evaluations; near: {near}"
             )
-        if loop.patience and selection_score(end["metrics"], loop) is None:
+        if selection_score(end["metrics"], loop) is None and loop.patience:
             raise processes.AgreedError(
                 f"loop.patience={loop.patience} needs held-out rows; set data.held_out, or loop.patience=none"
             )
@@ -93,20 +96,27 @@ def evaluate_during(
     return scores
 
 
-def ended_early(job: Job, saved: dict[str, Any], done: int, logs: Logs) -> Job:
+def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
     """Return the job, with `done` as its last step if loop.patience evaluations of every member were no
-    better than one before.
+    better than one before. saved: what the checkpoint at that step stores, None for a fresh run.
     """
-    patience, history = job.lead.run.loop.patience, saved.get("scores", [])
-    if not patience or done == job.steps or not history:
+    patience, history = job.lead.run.loop.patience, (saved or {}).get("scores", [])
+    if not patience or done >= job.steps or not history:
         return job
-    if not all(is_stalled(own, patience) for own in zip(*history, strict=True)):
-        return job
-    logs.message(
-        f"ended after step {done} of {job.steps}: {patience} evaluations without a better held-out score "
-        "(loop.patience); to train on, raise it or set it to none"
-    )
-    return replace(job, steps=done)
+    stalled = all(is_stalled(own, patience) for own in zip(*history, strict=True))
+    return replace(job, steps=done) if stalled else job
+
+
+def end_if_stalled(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
+    """Return ended_early's job; where it ends, log the metrics since the last entry and the reason."""
+    job = ended_early(job, saved, done)
+    if done == job.steps:
+        if done % job.lead.run.loop.log_every:
+            logs.step(done, *meters.read())
+        logs.ends_at(done)
+        for line in early_end_lines(job):
+            logs.message(line)
+    return job
 
 
 def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from jaxft.objectives.alarms import Alarms
+from jaxft.objectives.alarms import Alarms, preference_alarms
 from jaxft.runs import trackers
 from jaxft.runs.log import Log
 from jaxft.runs.trackers import console as console_view
@@ -61,6 +62,29 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, killed, restored):
         file.write('{"step": 3, "loss": 0.')  # killed in the middle of a line
     work(tmp_path / "parts", restored, 10)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_run_that_ends_early_has_the_alarms_of_a_last_step_and_a_resumed_one_has_them_once(tmp_path):
+    worse = {"eval_rewards/accuracies": 0.6, "eval_length/accuracy_if_longer_wins": 0.4}  # 0.6: shorter wins
+    out = io.StringIO()
+    writer = Log(tmp_path, total_steps=9, console=Console(file=out, width=200))
+    writer.listen(partial(preference_alarms, 0.1))
+    writer.step(2, worse, {})
+    assert writer.alarms == []
+    writer.ends_at(2)
+    writer.step(2, {"loss": 0.7}, {})
+    writer.step(2, {**worse, "general_loss": 3.0}, {})
+    writer.close()
+    (alarm,) = writer.alarms
+    assert alarm.startswith("alarm after step 2: held-out accuracy is 0.60") and alarm in out.getvalue()
+    assert [line.split()[1] for line in out.getvalue().splitlines() if line[:5] == "step "] == [
+        "2/9", "2/2", "2/2"
+    ]  # fmt: skip
+    again = Log(tmp_path, total_steps=2, start_step=2, quiet=True)
+    again.listen(partial(preference_alarms, 0.1))
+    again.step(2, {**worse, "general_loss": 3.0}, {})
+    again.close()
+    assert again.alarms == [alarm]
 
 
 def test_a_line_half_written_is_dropped_though_it_is_json_so_far(tmp_path):

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from scripts_in_process import load
 
-from jaxft.runs.named_weights import named_weights
+from jaxft.runs.named_weights import named_weights, prompt_settings
 from jaxft.weights import hub
 
 
@@ -67,3 +68,13 @@ def test_another_base_than_the_adapters_is_a_warning(tmp_path, no_hub):
     found = named_weights(None, "org/other", folder)
     assert found.ref == "org/other" and "'org/reachable'" in found.notes[0] and "org/other" in found.notes[0]
     assert named_weights(None, "org/reachable@main", folder).notes == []
+
+
+@pytest.mark.parametrize("script", ["score", "evaluate", "generate"])
+def test_a_run_keeps_its_columns_without_the_option(script):
+    argv = ["--file", "pairs.jsonl"]
+    record = {"data": {"columns": ["chosen=good", "rejected=bad"]}}
+    given = load(script).make_parser().parse_args(argv).columns
+    assert prompt_settings(record, given)["columns"] == ("chosen=good", "rejected=bad")
+    given = load(script).make_parser().parse_args([*argv, "--columns", "chosen=best"]).columns
+    assert prompt_settings(record, given)["columns"] == ("chosen=best",)

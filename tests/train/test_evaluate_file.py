@@ -2,14 +2,16 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_llama
-from scripts_in_process import call
+from scripts_in_process import call, load
 
 from jaxft.train.completion_scores import pass_at
-from jaxft.train.likelihood import PairScore, preference_metrics
+from jaxft.train.likelihood import Evaluated, PairScore, preference_metrics
+from jaxft.train.samples import decode_completion
 
 torch = pytest.importorskip("torch")
 TEXTS = ["a rank is small", "why? because", "x" * 40, "12 red chairs", "the end of it"]
@@ -156,6 +158,31 @@ def test_pass_at_k_is_the_mean_over_all_subsets_of_k_completions():
     assert pass_at(scores[2:3], (4,)) == {}
 
 
+def test_metrics_are_printed_before_the_results_are_written(monkeypatch, capsys, tmp_path):
+    script = load("evaluate")
+    found = Evaluated({"exact": 0.5}, [{"row": "a"}], [])
+    out = tmp_path / "out.jsonl"
+    args = SimpleNamespace(out=out, json=True)
+    monkeypatch.setattr(script, "arguments", lambda: args)
+    monkeypatch.setattr(script, "evaluate", lambda args: found)
+    assert script.main() == 0 and json.loads(out.read_text()) == {"row": "a"}
+    capsys.readouterr()
+    args.out = tmp_path / "gone" / "out.jsonl"  # removed during the evaluation
+    with pytest.raises(FileNotFoundError):
+        script.main()
+    assert json.loads(capsys.readouterr().out) == {"exact": 0.5}
+
+
+def test_a_completion_is_scored_as_the_model_wrote_it(monkeypatch):
+    tokenizer = tiny_llama.tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "clean_up_tokenization_spaces", True)
+    of_bpe = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    monkeypatch.setattr(tokenizer, of_bpe, True)
+    text = '{"a" : "is n\'t it , now ?"}'
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) != text and decode_completion(tokenizer, [*ids, 257]) == text
+
+
 SAD = [
     ("--file texts.jsonl", "nothing to evaluate"),
     ("--model model", "no rows; use --file"),
@@ -178,6 +205,8 @@ SAD = [
     ("--model model --file texts.jsonl --out out.jsonl", "--out writes the results of pairs"),
     ("--model model --file pairs.jsonl --packing", "are for SFT rows"),
     ("--model model --file noanswer.jsonl --by exact --max-new 8", "no completion has a score"),
+    ("--model model --file rows.jsonl --by exact --out none/x.jsonl", "there is no folder none; name a file"),
+    ("--model model --file rows.jsonl --by exact --out model", "--out model: is a folder; name a file"),
     ("--model model --file texts.jsonl --batch 0", "--batch must be at least 1"),
 ]
 

@@ -304,17 +304,19 @@ def test_patience_ends_a_run_after_evaluations_without_a_better_score(place):
     )
     argv = ["name=patient", "steps=9", "loop.eval_every=1", "loop.eval_scores=true", "loop.patience=2"]
     argv += ["loop.best_metric=eval_scores/peak", "scoring.by=peak.py:peak", "scoring.prompts=1"]
+    argv += ["loop.log_every=3"]
     assert place.run(*argv) == 0, place.err()
     scores = {m["step"]: m["eval_scores/peak"] for m in place.metrics("patient")[:-1] if "eval_loss" in m}
     assert [scores[step] for step in range(5)] == [-2, -1, 0, -1, -2]
-    assert "ended after step 4 of 9: 2 evaluations without" in place.out()
+    assert "ended after step 4 of 9: 2 evaluations without" in place.out() and "step 4/4" in place.out()
+    assert [m["step"] for m in place.metrics("patient") if "loss" in m] == [3, 4]  # step 4 is logged too
     folder = place.runs("patient")
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
     assert "step 2 has a better held-out score" in place.out() and (folder / "best" / "adapter").is_dir()
-    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     assert place.run(*argv) == 0, place.err()  # it does not train on
+    assert "this run is finished (4 steps)" in place.out() and "compiled in" not in place.out()
+    assert "to continue it, raise loop.patience" in place.out()
     assert max(m["step"] for m in place.metrics("patient")) == 4
-    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     assert place.run(*argv, "loop.greater_is_better=false") == 1 and "loop.greater_is_better" in place.err()
     argv[4] = "loop.patience=none"
     assert place.run(*argv) == 0, place.err()

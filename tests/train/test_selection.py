@@ -1,15 +1,19 @@
 """Which metric selects the best checkpoint, and when a run has stalled."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 
 from jaxft.distributed.processes import AgreedError
-from jaxft.train.evaluate import is_stalled, selection_score
+from jaxft.train.evaluate import is_greater_better, is_stalled, selection_score
+from jaxft.train.members import Job
 from jaxft.train.settings import Loop
-from jaxft.train.verdict import check_selection
+from jaxft.train.verdict import check_selection, end_if_stalled
 
 METRICS = {"eval_loss": 2.0, "eval_reward": 3.0, "eval_rewards/accuracies": 0.75, "eval_kl": 0.5}
+METRICS |= {"eval_rewards/rejected": -1.0, "eval_completions/clipped_ratio": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -20,11 +24,24 @@ METRICS = {"eval_loss": 2.0, "eval_reward": 3.0, "eval_rewards/accuracies": 0.75
         (Loop(best_metric="eval_kl"), 0.5),
         (Loop(best_metric="eval_kl", greater_is_better=True), -0.5),
         (Loop(best_metric="eval_rewards/accuracies", greater_is_better=False), 0.75),
-        (Loop(best_metric="eval_entropy"), None),
+        (Loop(best_metric="eval_entropy", greater_is_better=False), None),
     ],
 )
 def test_the_better_checkpoint_has_the_lower_score(loop, expected):
     assert selection_score(METRICS, loop) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "greater"),
+    [
+        ("eval_objective/kl", False), ("eval_nll_loss", False), ("eval_reward", True), ("eval_margin", True),
+        ("eval_mean_token_accuracy", True), ("eval_scores/exact", True), ("eval_rewards/number/mean", True),
+        ("eval_rewards/number/std", None), ("eval_rewards/rejected", None), ("eval_logps/rejected", None),
+        ("eval_entropy", None),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_metric_tells_its_direction_or_it_has_to_be_set(name, greater):
+    assert is_greater_better(name) is greater
 
 
 def test_rollouts_are_selected_by_their_reward():
@@ -45,7 +62,7 @@ def test_a_run_has_stalled_if_the_last_scores_are_no_better_than_one_before():
         ({"patience": 2}, "loop.patience=2 needs evaluations during training; set loop.eval_every"),
         ({"patience": 0, "eval_every": 1}, "loop.patience=0; expected at least 1"),
         ({"eval_scores": True}, "loop.eval_scores=true needs evaluations"),
-        ({"greater_is_better": True}, "set that too"),
+        ({"greater_is_better": True}, "set both or neither"),
         ({"best_metric": "eval_scores/exact", "eval_every": 5}, "set loop.eval_scores=true"),
     ],
 )
@@ -59,6 +76,8 @@ def test_settings_that_select_nothing_are_refused(settings, message):
     [
         (Loop(best_metric="eval_los"), METRICS, "no metric of the evaluations; near: eval_loss"),
         (Loop(best_metric="general_loss"), {"general_loss": 1.0}, "no metric of the evaluations; near: none"),
+        (Loop(best_metric="eval_rewards/rejected"), METRICS, "set loop.greater_is_better=true or false"),
+        (Loop(best_metric="eval_completions/clipped_ratio"), METRICS, "set loop.greater_is_better=true"),
         (Loop(patience=1, eval_every=1), {"general_loss": 1.0}, "loop.patience=1 needs held-out rows"),
     ],
 )
@@ -66,3 +85,16 @@ def test_a_run_without_the_metric_ends_before_training(loop, metrics, message):
     job = SimpleNamespace(members=[SimpleNamespace(run=SimpleNamespace(loop=loop))])
     with pytest.raises(AgreedError, match=message):
         check_selection(job, [{"metrics": metrics}])
+
+
+def test_the_steps_since_the_last_entry_are_logged_where_patience_ends_a_run():
+    loop = Loop(steps=600, log_every=10, eval_every=15, patience=2)
+    member = SimpleNamespace(run=SimpleNamespace(loop=loop))
+    job = Job(Path("run"), (member,), (), 600, 600, None, (), (), None)
+    logs, meters = Mock(), Mock(read=Mock(return_value=("metrics", "perf")))
+    assert end_if_stalled(job, {"scores": [[1.0], [2.0]]}, 30, logs, meters) is job and not logs.mock_calls
+    ended = end_if_stalled(job, {"scores": [[1.0], [2.0], [1.5]]}, 45, logs, meters)
+    assert (ended.steps, ended.planned) == (45, 600)
+    logged, end, message = logs.mock_calls
+    assert [logged, end] == [call.step(45, "metrics", "perf"), call.ends_at(45)]
+    assert message.args[0].startswith("ended after step 45 of 600: 2 evaluations without a better")

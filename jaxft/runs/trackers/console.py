@@ -74,6 +74,10 @@ class ConsoleView:
         if self._live is None:
             self.message(self._line(step, metrics, perf))
 
+    def ends_at(self, step: int) -> None:
+        """Show the progress of a run whose last step is `step`."""
+        self._total_steps = step
+
     def message(self, text: str) -> None:
         """Print a line, above the live view where there is one."""
         text, encoding = printable_text(text), self._console.encoding
