@@ -191,7 +191,7 @@ def test_run_folders(tmp_path, monkeypatch):
     log = jsonl.Jsonl(run / "metrics.jsonl")
     for step in range(3):
         log.log(step, {"loss": 1.0 / (step + 1), "learning_rate": 1e-4}, {"tokens_per_second": 10.0})
-    log.close()
+    log.close("finished")
     summary = {"steps": 4, "alarms": [], "after": {"metrics": {"eval_loss": 1.0}}}
     runfolder.write_durable_json(run / "summary.json", summary | {"files": runfolder.result_hashes(run)})
     folder, names = (

@@ -15,7 +15,7 @@ from jaxft.runs.folder import write_durable_json
 from jaxft.runs.trackers import tensorboard
 from jaxft.runs.trackers.console import ConsoleView
 from jaxft.runs.trackers.jsonl import Jsonl, format_line, read_entries
-from jaxft.runs.trackers.tracker import Tracker, open_trackers
+from jaxft.runs.trackers.tracker import RunEnd, Tracker, open_trackers
 
 METRICS, ALARMS_JSON = "metrics.jsonl", "alarms.json"
 
@@ -35,6 +35,9 @@ class NullLog:
         """Do nothing."""
 
     def ends_at(self, step: int) -> None:
+        """Do nothing."""
+
+    def mark(self, end: RunEnd) -> None:
         """Do nothing."""
 
     def add_alarms(self, texts: list[str]) -> None:
@@ -75,6 +78,7 @@ class Log:
         self.alarms: list[str] = []
         self.first: Entry = {}
         self.last: Entry = {}
+        self._end: RunEnd = "failed"
         self._memory: dict[str, Any] = {}
         self._alarms: Callable[[dict[str, Any], Entry, bool], Alarms] | None = None
 
@@ -136,10 +140,14 @@ class Log:
         if self._view is not None:
             self._view.message(text)
 
+    def mark(self, end: RunEnd) -> None:
+        """Set how the run ended, which `close` passes to the trackers; without it, failed."""
+        self._end = end
+
     def close(self) -> None:
         """Flush everything and restore the terminal. A second call does nothing."""
         with contextlib.ExitStack() as stack:
             while self._trackers:
-                stack.callback(self._trackers.pop(0).close)
+                stack.callback(self._trackers.pop(0).close, self._end)
             if self._view is not None:
                 stack.callback(self._view.close)

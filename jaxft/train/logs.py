@@ -15,6 +15,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.trackers.jsonl import truncate
+from jaxft.runs.trackers.tracker import RunEnd
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.contents import write_contents
@@ -29,6 +30,7 @@ class Logs:
 
     def __init__(self, members: Sequence[Log | NullLog], overview: Log | NullLog | None = None):
         self.members, self._overview = members, overview
+        self._all = (*members, *([overview] if overview else []))
 
     def step(
         self, step: int, metrics: Sequence[FloatMetrics], perf: Sequence[FloatMetrics] | None = None
@@ -54,8 +56,18 @@ class Logs:
 
     def ends_at(self, step: int) -> None:
         """Make `step` the last step of the run in all logs."""
-        for log in (*self.members, *([self._overview] if self._overview else [])):
+        for log in self._all:
             log.ends_at(step)
+
+    def mark(self, end: RunEnd) -> None:
+        """Set how the run ended, for the trackers of all logs."""
+        for log in self._all:
+            log.mark(end)
+
+    def stopped(self, by: str, step: int) -> None:
+        """Print that the signal `by` stopped the run after `step` steps, and mark the run as stopped."""
+        self.message(f"stopped by {by} after step {step}, saved; the same command resumes")
+        self.mark("stopped")
 
     def alarm(self, number: int, step: int, text: str) -> None:
         """Print an alarm about a member after `step` steps, and store it with those of its metrics."""
@@ -67,7 +79,7 @@ class Logs:
     def close(self) -> None:
         """Close all logs."""
         with contextlib.ExitStack() as stack:
-            for log in (*self.members, *([self._overview] if self._overview else [])):
+            for log in self._all:
                 stack.callback(log.close)
 
 

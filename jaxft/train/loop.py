@@ -118,7 +118,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         checkpoints.wait()
         watchdog.at(f"final evaluation and export (after step {done})")
         if stop:
-            logs.message(f"stopped by {signal_name(stop)} after step {done}, saved; the same command resumes")
+            logs.stopped(signal_name(stop), done)
             processes.barrier()  # no process exits while another still saves
             return 128 + stop
 

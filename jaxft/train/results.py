@@ -122,6 +122,7 @@ def write_reports(
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
             table = write_table(job.folder, job.sweep.name, job.steps, first, last, failed)
     processes.barrier()  # the run is finished for all processes or for none
+    logs.mark("finished")
     for line in _result_lines(job, logs, weights, (before, after), notes, table):
         logs.message(line)
 

@@ -25,6 +25,7 @@ from jaxft.runs import trackers
 from jaxft.runs.log import Log
 from jaxft.runs.trackers import console as console_view
 from jaxft.runs.trackers import jsonl
+from jaxft.train.logs import Logs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -377,8 +378,8 @@ def fake_mlflow(calls):
         def log_batch(self, run_id, metrics):
             calls.append(("mlflow", run_id, metrics))
 
-        def set_terminated(self, run_id):
-            calls.append(("mlflow end", run_id))
+        def set_terminated(self, run_id, status):
+            calls.append(("mlflow end", run_id, status))
 
     def metric(name, value, milliseconds, step):
         assert milliseconds > 1.5e12
@@ -416,7 +417,7 @@ def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monk
     run = types.SimpleNamespace(
         define_metric=lambda name, step_metric: calls.append(("define", name, step_metric)),
         log=lambda values: calls.append(("wandb", values)),
-        finish=lambda: calls.append(("wandb finish",)),
+        finish=lambda exit_code: calls.append(("wandb finish", exit_code)),
     )
     wandb = types.SimpleNamespace(
         init=lambda **settings: calls.append(("init", settings["id"], settings["resume"])) or run
@@ -429,24 +430,28 @@ def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monk
     for name, module in {"wandb": wandb, "trackio": trackio, "mlflow": fake_mlflow(calls)}.items():
         monkeypatch.setitem(sys.modules, name, module)
     chosen = ("wandb", "trackio", "mlflow", "tensorboard")
-    for first in (0, 1):
+    for first, end in enumerate(("failed", "stopped", "finished")):
         writer = Log(tmp_path / "r", 5, start_step=first, quiet=True, trackers=chosen)
         writer.step(first + 1, {"loss": 1.5, "kl": math.nan}, {"mfu": 0.5})
+        if end != "failed":  # as a run that an exception ends
+            Logs([writer]).mark(end)
         writer.close()
     logged = {c[0]: c[-1] for c in calls if c[0] in ("wandb", "trackio")}
     assert {k: v for k, v in logged["wandb"].items() if k != "kl"} == {
         "loss": 1.5,
         "perf/mfu": 0.5,
-        "step": 2,
+        "step": 3,
     }
     assert {k: v for k, v in logged["trackio"].items() if k != "kl"} == {"loss": 1.5, "perf/mfu": 0.5}
     assert [c for c in calls if c[0] == "mlflow create"] == [("mlflow create", "new", "r")]
     assert [c[1:] for c in calls if c[0] == "mlflow"] == [
-        ("run 7", [("loss", 1.5, step), ("perf/mfu", 0.5, step)]) for step in (1, 2)
+        ("run 7", [("loss", 1.5, step), ("perf/mfu", 0.5, step)]) for step in (1, 2, 3)
     ]
-    assert [c for c in calls if c[0] == "mlflow end"] == [("mlflow end", "run 7")] * 2
+    ends = [c[1:] for c in calls if c[0] == "mlflow end"]
+    assert ends == [("run 7", "FAILED"), ("run 7", "KILLED"), ("run 7", "FINISHED")]
     assert len(list((tmp_path / "r" / "tensorboard").iterdir())) >= 1
-    assert [c[0] for c in calls].count("wandb finish") == [c[0] for c in calls].count("trackio finish") == 2
+    assert [c[1] for c in calls if c[0] == "wandb finish"] == [1, 1, 0]
+    assert [c[0] for c in calls].count("trackio finish") == 3
     identities = {c[1] for c in calls if c[0] == "init"}
     assert len(identities) == 1 and ("trackio init", "r", "allow") in calls
 
@@ -462,7 +467,7 @@ class Mine:
     def log(self, step, metrics, perf):
         with self.path.open("a") as file:
             file.write(f"{step} {with_perf(metrics, perf)}\\n")
-    def close(self):
+    def close(self, end):
         self.path.write_text(self.path.read_text() + "closed")
 
 def open_tracker(folder, start_step):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.objectives.alarms import Entry
+from jaxft.runs.trackers.tracker import RunEnd
 
 
 def json_value(value: Any) -> Any:
@@ -91,7 +92,7 @@ class Jsonl:
         self._file.write(format_line(step, metrics, perf) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         """Close the file."""
         self._file.close()
 

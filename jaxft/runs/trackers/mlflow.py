@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 from jaxft.runs.terminal import printable_line
-from jaxft.runs.trackers.tracker import Tracker, import_package, with_perf
+from jaxft.runs.trackers.tracker import RunEnd, Tracker, import_package, with_perf
 
 PACKAGES = ("mlflow",)
 EXPERIMENT = "jaxft"
+STATUS: dict[RunEnd, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 BATCH = 1000  # metrics of one request, MLflow's limit
 
 
@@ -42,13 +43,13 @@ class MLflow:
             text = f"{_short(error)}; MLflow gets no metrics from step {step} on, metrics.jsonl has all"
             print(f"trackers=mlflow: {text}", file=sys.stderr)
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         """Finish the MLflow run."""
         if not self._failed:
             try:
-                self._client.set_terminated(self._run_id)
+                self._client.set_terminated(self._run_id, STATUS[end])
             except self._error as error:
-                print(f"trackers=mlflow: the run is not marked as finished: {_short(error)}", file=sys.stderr)
+                print(f"trackers=mlflow: the run is not marked as {end}: {_short(error)}", file=sys.stderr)
 
 
 def open_tracker(folder: Path, start_step: int) -> Tracker:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxft.runs.trackers.tracker import Tracker, with_perf
+from jaxft.runs.trackers.tracker import RunEnd, Tracker, with_perf
 
 
 class TensorBoard:
@@ -38,7 +38,7 @@ class TensorBoard:
                 self._write(step=step, summary=self._scalar(tag, value))
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         """Close the file."""
         self._file.close()
 

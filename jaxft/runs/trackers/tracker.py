@@ -4,12 +4,14 @@ import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from jaxft.runs import trackers
 
 OPEN = ("tensorboard",)  # trackers that every run has; naming one changes nothing
 ALWAYS = ("tracker", "jsonl", "console", *OPEN)  # files of this folder that are not optional trackers
+
+RunEnd: TypeAlias = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be resumed
 
 
 class Tracker(Protocol):
@@ -25,8 +27,8 @@ class Tracker(Protocol):
         metrics.
         """
 
-    def close(self) -> None:
-        """Flush and finish."""
+    def close(self, end: RunEnd) -> None:
+        """Flush and finish. end: how the run ended."""
 
 
 def with_perf(metrics: dict[str, float], perf: dict[str, float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import ModuleType
 
-from jaxft.runs.trackers.tracker import Tracker, import_package, with_perf
+from jaxft.runs.trackers.tracker import RunEnd, Tracker, import_package, with_perf
 
 PACKAGES = ("trackio",)
 
@@ -18,7 +18,7 @@ class Trackio:
         """Send the metrics."""
         self._trackio.log(with_perf(metrics, perf), step=step)
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         """Finish the run."""
         self._trackio.finish()
 

@@ -4,7 +4,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from jaxft.runs.trackers.tracker import Tracker, import_package, with_perf
+from jaxft.runs.trackers.tracker import RunEnd, Tracker, import_package, with_perf
 
 PACKAGES = ("wandb",)
 
@@ -19,9 +19,9 @@ class WandB:
         """Send the metrics, with the step as one of them."""
         self._run.log({**with_perf(metrics, perf), "step": step})
 
-    def close(self) -> None:
-        """Finish the W&B run."""
-        self._run.finish()
+    def close(self, end: RunEnd) -> None:
+        """Finish the W&B run, which W&B shows as failed if this run is not finished."""
+        self._run.finish(exit_code=int(end != "finished"))
 
 
 def open_tracker(folder: Path, start_step: int) -> Tracker:
