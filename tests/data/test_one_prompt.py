@@ -27,6 +27,7 @@ from jaxft.data.template_settings import DATE
 from jaxft.data.tokenise import Tokenising
 from jaxft.data.tokens import tokenise_rows
 from jaxft.rl.reward_models import with_response
+from jaxft.runs.named_weights import prompt_settings
 
 SHOWS_ALL = (  # a template that renders the system message, tools, tool calls and an argument of its own
     "{% if mood is defined %}{{ '<|im_start|>mood\n' + mood + '<|im_end|>\n' }}{% endif %}"
@@ -220,13 +221,13 @@ def test_plain_strings_have_one_prompt_too(tmp_path_factory, question):
 
 def test_score_reads_prompts_as_the_reward_model_was_trained():
     data = {"format": "plain", "date": "01 Jan 2025", "batch": 3}
-    assert script("score").prompt_settings({"data": data}) == {"format": "plain", "date": "01 Jan 2025"}
-    assert script("score").prompt_settings({"data": {**data, "format": "implicit"}}) == {
-        "date": "01 Jan 2025"
-    }
-    assert script("score").prompt_settings(None) == {}
+    assert prompt_settings({"data": data}) == {"format": "plain", "date": "01 Jan 2025", "columns": ()}
+    implicit = prompt_settings({"data": {**data, "format": "implicit"}})
+    assert implicit == {"date": "01 Jan 2025", "columns": ()}
+    assert prompt_settings(None) == {"columns": ()}
     recorded = {"chat_template_kwargs": ["mood=calm"], "system": "merge"}  # as config.json has them
-    assert script("score").prompt_settings({"data": recorded}) == {
+    assert prompt_settings({"data": recorded}) == {
+        "columns": (),
         "chat_template_kwargs": ("mood=calm",),
         "system": "merge",
     }

@@ -18,7 +18,7 @@ from pair_batches import (
     start_aux,
     swapped,
 )
-from preference_rows import EVERY
+from preference_rows import EVERY, PAIRED
 from tiny_model import assert_close, tiny
 
 from jaxft import tree
@@ -40,7 +40,20 @@ def one_by_one():
         yield
 
 
-@pytest.mark.parametrize("name", EVERY)
+# Every loss with state or that couples the pairs of a batch, or whose rows are not pairs. What another loss
+# returns per pair is added up by the objective, so a few of each kind stand for them.
+DEFAULT = ("dpo", "dpo_margin", "nll", "simpo", "orpo", "wpo ipo", "mpo", "ld dpo")
+EACH = [
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow]
+        * (name in PAIRED and name not in DEFAULT and not by_table(name)[0].facts.coupled),
+    )
+    for name in EVERY
+]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=9)), start_aux(objective)
@@ -49,7 +62,7 @@ def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 4), aux), one)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EACH)
 def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
     objective, table = by_table(name)
     pool, aux = pairs_for(name, count=12), start_aux(objective)
