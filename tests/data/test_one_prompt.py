@@ -153,7 +153,7 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     rollout = read_prompts(str(path), rollouts, tokenizer, folder).select([0])
     generate = script("generate")
     record = {"data": {"format": "auto", "date": DATE, **options}}
-    source = generate.Source("", None, "", "float32", None, record)
+    source = generate.Source("", None, "", "float32", None, None, record)
     args = Namespace(
         raw=False, prompt=[], file=str(path), columns=None, chat_template_kwargs=None, system=None
     )
@@ -239,7 +239,7 @@ def generated(tmp_path, row, record, **options):
     path.write_text(json.dumps(row))
     names = dict.fromkeys(("columns", "chat_template_kwargs", "system"))
     args = Namespace(raw=False, prompt=[], file=str(path), **{**names, **options})
-    source = generate.Source("", None, "", "float32", None, record)
+    source = generate.Source("", None, "", "float32", None, None, record)
     prompts = generate.prompts_of(args, source)
     return showing_all().decode(generate.encode(args, prompts, showing_all(), source)[0])
 

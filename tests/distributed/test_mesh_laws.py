@@ -109,10 +109,10 @@ QUICK = {
     ("sft", "lora"): ("2x2x2",),
     ("sft", "lora and others"): ("2x2x2",),
     ("sft", "lora on tables"): (),
-    ("sft", "qlora"): (),
+    ("sft", "qlora"): ("2x2x2",),
     ("dpo", "full"): ("context 2",),
     ("dpo", "lora"): ("1x8", "context 4 in slices"),
-    ("dpo", "qlora"): ("2x2x2",),
+    ("dpo", "qlora"): (),
 }
 CASES = [
     pytest.param(*what, mesh, id="-".join((*what, mesh)), marks=() if mesh in quick else pytest.mark.slow)

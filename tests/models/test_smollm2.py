@@ -65,6 +65,7 @@ def test_logits_on_real_text_equal_transformers(both):
     np.testing.assert_array_equal(found.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
+@pytest.mark.slow
 def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
     theirs, model, whole, tokenizer = both
     prompts = list(example_prompt_ids([prompt_of(Row("r", {"prompt": text})) for text in PROMPTS], tokenizer))

@@ -79,6 +79,7 @@ def test_online_pairs_refuse_settings_that_they_would_ignore(settings, message):
         OnlinePairs("x", **{"rules": Rules((exact,)), **settings})
 
 
+@pytest.mark.slow
 def test_online_dpo_raises_the_reward(tmp_path):
     rl_workdir.write_workdir(tmp_path)
     workdir = Place(tmp_path)

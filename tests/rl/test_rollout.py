@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rl_workdir
+import simulated_devices
 from prepared import load_and_compile, prepare
 from rl_completions import TOKENIZER, random_prompts, stored_prompts
 from safetensors.numpy import load_file
@@ -373,7 +374,7 @@ def test_every_named_method_is_a_run(monkeypatch):
         assert run.data.rules.rewards and run.objective is not None
 
 
-OPTIMISED = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
+OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")
 QUICK = ("DAPO", "REINFORCE++")  # a filter; an estimator with the KL in the rewards
 
 
@@ -456,6 +457,7 @@ def test_target_kl_ends_the_passes_over_a_rollout_and_trains_the_critic_on(workd
     assert all("loss/value_avg" in lines[step] for step in (7, 8))
 
 
+@pytest.mark.slow
 def test_sigterm_inside_a_rollout_saves_at_its_end(workdir):
     hook = rl_workdir.kill_at(5, "asked_to_stop", checkpoint=0, signal=15)
     argv = ["steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop"]

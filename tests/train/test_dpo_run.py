@@ -66,7 +66,8 @@ def test_cached_reference_log_probs_serve_all_runs_of_the_same_model_and_no_othe
         assert first["loss"] == pytest.approx(0.6931472, rel=1e-5) and abs(first["rewards/margins"]) < 1e-4
 
 
-@pytest.mark.parametrize("loss", (pytest.param(f"{P}:dpo", marks=pytest.mark.slow), f"{F}:kto"))
+@pytest.mark.parametrize("loss", (f"{P}:dpo", f"{F}:kto"))
+@pytest.mark.slow
 def test_held_out_metrics_are_the_same_for_any_batch_size_and_mesh(place, loss):
     argv, found = [f"loss={loss}", "third=mismatched", "lr=0.001", "steps=2"], {}
     for batch, devices in ((8, 1), (5, 1), (8, 8)):

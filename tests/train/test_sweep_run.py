@@ -118,6 +118,7 @@ def test_each_member_equals_its_separate_run(place, kind):
     assert table[members[0]]["general loss"] == pytest.approx(own["general_loss"], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_supervised_members_of_different_seeds_and_ranks_equal_their_separate_runs(place):
     settings = ["data.held_out=held_rows.jsonl", "lr=0.003", "steps=3", "samples=0"]
     with_config = lambda *argv: ["--config", "sft.py", *argv]  # noqa: E731  # overrides the config of `place`
