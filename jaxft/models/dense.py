@@ -36,8 +36,9 @@ from jaxft.nn.layers import (
     saveable,
     split_keys,
 )
-from jaxft.nn.matmul import accumulation_dtype, gather_layer, head_params, lm_head
+from jaxft.nn.matmul import gather_layer, head_params, lm_head
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
+from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, scan_layers
 from jaxft.tree import Batch, Params
 

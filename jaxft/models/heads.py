@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
-from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, normal
+from jaxft.nn.products import accumulation_dtype
 from jaxft.tree import Params
 
 SCORE = ("score.weight", True)  # its name in a checkpoint

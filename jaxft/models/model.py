@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from jaxft.nn.cache import Cache
 from jaxft.nn.layer_attention import AttentionLayers
-from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import Specs, is_spec, spec_paths
+from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import RematPolicy, check_remat
 from jaxft.tree import Params
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxft.nn.flash_attention import MASKED, soft_capped, wide_einsum
+from jaxft.nn.flash_attention import MASKED, soft_capped
+from jaxft.nn.products import wide_einsum
 from jaxft.tree import struct
 
 

@@ -2,28 +2,18 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.nn.key_ranges import KeyRanges, overlaps, pad_queries, visible
+from jaxft.nn.products import accumulation_dtype, wide_einsum
 
 MASKED = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
-
-
-def _wide(dtype: DTypeLike) -> Any:
-    return np.promote_types(dtype, np.float32)  # jnp's raises under jax_numpy_dtype_promotion=strict
-
-
-def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum that accumulates in float32 or wider."""
-    return jnp.einsum(spec, x, y, preferred_element_type=_wide(x.dtype))
 
 
 def soft_capped(scores: jax.Array, cap: float | None) -> jax.Array:
@@ -83,7 +73,7 @@ def flash_output(
     The outputs of several blocks of keys, weighted by exp(lse) and divided by the sum of weights, add up to
     the output of all.
     """
-    (q, *_), (B, T, H, _), wide = qkv, qkv[0].shape, _wide(qkv[0].dtype)
+    (q, *_), (B, T, H, _), wide = qkv, qkv[0].shape, accumulation_dtype(qkv[0].dtype)
     blocks, ranges, block = _in_blocks(qkv, ranges, block)
     o, lse_CKM = _forward(tuple(_bits(x) for x in blocks), ranges, (block, softcap), q.dtype, wide)
     C, K, M = lse_CKM.shape
@@ -111,7 +101,7 @@ def flash_gradients(
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, extra)), constant_values=-MASKED)
     lse = lse.reshape(B, K, H // K, C, block).transpose(0, 3, 1, 2, 4).reshape(B * C, K, H // K * block)
     o, do = (_bits(pad_time(_grouped(x, K), extra)) for x in (o, do))
-    blocks, wide = tuple(_bits(x) for x in blocks), _wide(q.dtype)
+    blocks, wide = tuple(_bits(x) for x in blocks), accumulation_dtype(q.dtype)
     dq, dk, dv = _backward(blocks, ranges, (o, lse, do), (block, softcap), q.dtype, wide)
     return _unblocked(dq, q), dk[:, :S], dv[:, :S]
 
@@ -192,7 +182,7 @@ def _storage(x_KME: jax.Array, N: int) -> jax.Array:
 def _forward(qkv, ranges, settings, dtype, out):
     """Return o [B, T, K, G, E] as bits of the dtype `out`, and the log-sum-exp of the scores [C, K, M]."""
     (B, T, K, G, E), S, (block, softcap) = qkv[0].shape, qkv[1].shape[1], settings
-    M, wide = G * block, _wide(dtype)
+    M, wide = G * block, accumulation_dtype(dtype)
     (key_blocks, counts), ranges = _visits(ranges, S, block), _on_the_list(ranges, S, block)
     q_CNKGE, k_DNKE, v_DNKE = (_blocks(x, block) for x in qkv)
     k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)
@@ -229,7 +219,7 @@ def _backward(qkv, ranges, results, settings, dtype, out):
     Transposed copies of q and do keep all five matmuls on the fast path.
     """
     (B, T, K, G, E), S, (block, softcap) = qkv[0].shape, qkv[1].shape[1], settings
-    (o, lse_CKM, do), M, wide = results, G * block, _wide(dtype)
+    (o, lse_CKM, do), M, wide = results, G * block, accumulation_dtype(dtype)
     (key_blocks, counts), ranges = _visits(ranges, S, block), _on_the_list(ranges, S, block)
     q_CNKGE, k_DNKE, v_DNKE, o, do = (_blocks(x, block) for x in (*qkv, o, do))
     k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
 from jaxft.nn.lora import Adapted
-from jaxft.nn.matmul import Weight, accumulation_dtype, from_bits, gather_weight, linear, matmul, to_bits
+from jaxft.nn.matmul import Weight, from_bits, gather_weight, linear, matmul, to_bits
+from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import QTensor, take_rows
 from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.tree import Params

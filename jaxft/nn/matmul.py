@@ -14,16 +14,12 @@ from jaxtyping import Array, Float
 from jaxft.distributed import sharding
 from jaxft.nn import dora, fp8
 from jaxft.nn.lora import Adapted
+from jaxft.nn.products import accumulation_dtype, wide_dot
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.tree import struct
 
 Weight = Any  # Array | QTensor | Adapted | GramProbe
-
-
-def accumulation_dtype(dtype: DTypeLike) -> Any:
-    """Return the dtype that contractions of `dtype` accumulate in: float32 or wider."""
-    return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int], out: DTypeLike) -> Array:
@@ -33,8 +29,9 @@ def dot(x: Array, w: Array, contract: tuple[int, int], out: DTypeLike) -> Array:
     16-bit floats.
     """
     dims = (((contract[0] % x.ndim,), (contract[1] % w.ndim,)), ((), ()))
-    wide = out if sharding.mesh_has("tensor") else accumulation_dtype(x.dtype)
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=wide).astype(out)
+    if sharding.mesh_has("tensor"):
+        return jax.lax.dot_general(x, w, dims, preferred_element_type=out)
+    return wide_dot(x, w, dims).astype(out)
 
 
 def expand(w: Weight, dtype: DTypeLike) -> Array:
@@ -111,9 +108,7 @@ def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: DTypeLike) -> F
     """
     lead = tuple(range(x.ndim - 1))
     if sharding.is_multi_device():  # flattening sharded axes would move data between devices
-        return jax.lax.dot_general(
-            x, g, ((lead, lead), ((), ())), preferred_element_type=accumulation_dtype(x.dtype)
-        ).astype(out)
+        return wide_dot(x, g, ((lead, lead), ((), ()))).astype(out)
 
     def plain(x, g):
         return dot(x, g, (0, 0), out)
@@ -257,7 +252,7 @@ def batched_dot(
 ) -> Array:
     """`dot` of K pairs of matrices; axes are counted without K."""
     dims = (((contract[0] + 1,), (contract[1] + 1,)), ((0,), (0,)))
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=accumulation_dtype(x.dtype)).astype(out)
+    return wide_dot(x, w, dims).astype(out)
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.nn.layers import to_rank
-from jaxft.nn.matmul import accumulation_dtype
+from jaxft.nn.products import accumulation_dtype
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"]
 

@@ -29,7 +29,7 @@ from jaxft.nn.layer_attention import (
     layer_ranges,
     rotated,
 )
-from jaxft.nn.matmul import accumulation_dtype
+from jaxft.nn.products import accumulation_dtype
 from jaxft.tree import Batch, Params
 
 Layer = Callable[[Params, Array, Attend, Array | None], tuple[Array, Any]]

@@ -1,0 +1,43 @@
+"""Contractions that accumulate in float32 or wider, in the way that is fastest on the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jaxft.distributed.devices import cpu_has_bfloat16_matmuls
+
+
+def accumulation_dtype(dtype: DTypeLike) -> Any:
+    """Return the dtype that contractions of `dtype` accumulate in: float32 or wider."""
+    return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
+
+
+def wide_dot(x: Array, w: Array, dims: Any) -> Array:
+    """jax.lax.dot_general with the result in the accumulation dtype."""
+    wide = accumulation_dtype(x.dtype)
+    return _widened(lambda x, w: jax.lax.dot_general(x, w, dims, preferred_element_type=wide), x, w)
+
+
+def wide_einsum(spec: str, x: Array, y: Array) -> Array:
+    """jnp.einsum with the result in the accumulation dtype."""
+    wide = accumulation_dtype(x.dtype)
+    return _widened(lambda x, y: jnp.einsum(spec, x, y, preferred_element_type=wide), x, y)
+
+
+def _widened(product: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """Apply a product to 16-bit floats converted to float32 on a CPU that does not multiply them itself.
+
+    The products of single elements are exact in float32 either way.
+    """
+    if x.dtype.itemsize != 2 or cpu_has_bfloat16_matmuls():
+        return product(x, y)
+
+    def converted(x, y):
+        return product(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(x, y, cpu=converted, default=product)
