@@ -1,6 +1,7 @@
 """Peak FLOP/s by device kind, the benchmark of unlisted devices, and memory use."""
 
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from jaxft.distributed.devices import (
     PEAK_BF16,
     PEAK_FP8,
+    cpu_has_bfloat16_matmuls,
     has_fp8_matmuls,
     memory_gib,
     peak_flops,
@@ -71,3 +73,18 @@ def test_unlisted_device_is_benchmarked():
 def test_memory_is_the_peak_of_the_device_or_else_of_the_process():
     assert memory_gib(device("x", peak_bytes_in_use=3 * 2**30, bytes_in_use=1)) == 3.0
     assert 0.05 < memory_gib(jax.devices()[0]) < 1024
+
+
+@pytest.mark.parametrize(("listed", "expected"), [
+    ("flags\t\t: fpu avx2 avx512f avx512_bf16 avx512_vnni\n", True),
+    ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
+    ("model name\t: a CPU\nflags\t\t: fpu avx2 avx512f\nbugs\t\t: none\n", False),
+    ("BogoMIPS\t: 50.00\nFeatures\t: fp asimd bf16\n", True),  # Arm: not examined
+])  # fmt: skip
+def test_bfloat16_matmuls_of_a_cpu_are_read_from_its_list_of_features(monkeypatch, listed, expected):
+    monkeypatch.setattr(Path, "read_text", lambda path, **kwargs: listed)
+    cpu_has_bfloat16_matmuls.cache_clear()
+    try:
+        assert cpu_has_bfloat16_matmuls() is expected
+    finally:
+        cpu_has_bfloat16_matmuls.cache_clear()
