@@ -105,40 +105,25 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
 def main() -> int:
     """Merge, export, and print a summary."""
     args = arguments()
-    import jax.numpy as jnp
-
-    from jaxft.models import heads
     from jaxft.nn import quant
-    from jaxft.rl import reward_models
     from jaxft.runs.named_weights import named_weights
     from jaxft.train import export, export_gguf
-    from jaxft.weights import peft, pretrained
 
     named = named_weights(args.run, args.model, args.adapter)
     for line in named.notes:
         print(line, file=sys.stderr)
-    ref, adapter_folder, record, _ = named
-    model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
-    base_quant = quant.quant_setting(args.quant, record if adapter_folder else None)
-    parts, settings = peft.read_parts(adapter_folder, model) if adapter_folder else ({}, None)
-    if "score" in parts or reward_models.is_classifier(ref):
-        model = heads.with_scalar_head(model)
-    adapter = parts.get("adapter")
-    tokenizer = pretrained.load_tokenizer(named.tokenizer)
-    if adapter_folder:
-        pretrained.check_adapter_base(adapter_folder, ref)
+    adapter_folder = named.adapter
+    source = export.named_source(named, args.quant)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is the input folder; choose another folder")
-    base = f"{ref} as {base_quant.kind}" if base_quant else ref
-    merged = f"{base} with {adapter_folder}" if adapter else base
-    data = record["data"].get("train") if record else None
-    ids, score = settings.trainable_token_indices if settings else (), parts.get("score")
-    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, score, data, ids)
+    base = f"{named.ref} as {source.quant.kind}" if source.quant else named.ref
+    merged = f"{base} with {adapter_folder}" if source.adapter else base
     if args.adapter_only:
         print(f"{args.out}: {export_gguf.export_gguf_adapter(args.out, source, args.gguf)}")
         return 0
     if args.gguf:
-        export_gguf.check_gguf(args.out, ref, args.gguf, calibrated=bool(args.calibrate))  # before minutes
+        calibrated = bool(args.calibrate)
+        export_gguf.check_gguf(args.out, named.ref, args.gguf, calibrated)  # before minutes
         importances = calibrate(args.calibrate, source, adapter_folder) if args.calibrate else {}
         summary = export_gguf.export_gguf(args.out, source, args.gguf, importances)
         print(f"{args.out}: {merged} as {args.gguf}, {summary}")

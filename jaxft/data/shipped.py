@@ -28,6 +28,7 @@ COMMANDS = {
     "sweep": "sweep",
     "compare": "compare",
     "report": "report",
+    "push": "push",
     "loss-bench": "loss_bench",
     "plan": "plan",
     "env": "env",

@@ -237,5 +237,4 @@ def pictures_section(folder: Path) -> str:
     files = draw_pictures(folder, read_entries(folder / "metrics.jsonl"), folder.name)
     titles = {"curves.png": "Curves", "training.png": "Learning rate, gradient norm, speed and memory"}
     lines = [f"![{titles[file]}]({file})" for file in files]
-    page = "`jaxft report PATH_OF_THIS_FOLDER` writes a page with these curves, the data and all settings."
-    return "\n".join(["## Curves", "", *lines, "", page, ""]) if lines else ""
+    return "\n".join(["## Curves", "", *lines, ""]) if lines else ""

@@ -95,21 +95,20 @@ Steps = tuple[str, ...]  # the field names that lead to a setting
 @dataclasses.dataclass(frozen=True)
 class Resolved:
     """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by
-    dotted keys.
+    dotted keys; the recipe and the overrides as the command line has them.
     """
 
     value: Any
     knobs: dict[str, Any]
     fields: dict[str, Any]
+    line: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
-        were set.
+        were set, and the command line's recipe and overrides.
         """
-        return {
-            **describe(self.value),
-            "command": {"knobs": describe(self.knobs), "fields": describe(self.fields)},
-        }
+        command = {"knobs": self.knobs, "fields": self.fields, "line": list(self.line)}
+        return {**describe(self.value), "command": describe(command)}
 
 
 def load_config(path: str, overrides: list[str], expected: type = object) -> Any:
@@ -149,7 +148,8 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
             fields[steps] = (key, text)
     value = _replace(root, fields)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    return Resolved(value, defaults | given, {".".join(steps): _get(value, steps) for steps in fields})
+    found = {".".join(steps): _get(value, steps) for steps in fields}
+    return Resolved(value, defaults | given, found, (path, *overrides))
 
 
 def knob_names(path: str) -> list[str]:

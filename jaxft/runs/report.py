@@ -10,7 +10,7 @@ from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
 from jaxft.runs.metric_names import HELD_OUT, SCORES
 from jaxft.runs.trackers.jsonl import read_entries
-from jaxft.weights.card import NO_CLASSIFIER
+from jaxft.weights.card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
     "eval_loss": "loss on held-out rows",
@@ -186,7 +186,8 @@ class ModelCard:
     metadata: for the hub, see weights.card.front_matter. base: the base model as a reader knows it. merged:
     the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
     id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
-    base. curves, completions: sections with pictures and with sampled completions, or "".
+    base. curves, completions: sections with pictures and with sampled completions, or "". command: what
+    trains the same run, or "".
     """
 
     name: str
@@ -207,6 +208,7 @@ class ModelCard:
     notes: list[str]
     curves: str = ""
     completions: str = ""
+    command: str = ""
     pad: int | None = None
     text_decoder: bool = False
 
@@ -244,10 +246,7 @@ def _description(card: ModelCard) -> list[str]:
         text += f" A LoRA adapter (rank {adapter.rank}) that was trained along with it is merged."
     if model.quantised:
         text += f" The frozen weights were quantised: {model.quantised}."
-    files = (
-        "All settings are in `config.json`, versions and devices in `env.json`, steps in `metrics.jsonl`.\n"
-    )
-    return [text, files]
+    return [text, *(["\nTrained by:\n", f"    {card.command}"] if card.command else []), ""]
 
 
 def _results(card: ModelCard) -> list[str]:
@@ -269,10 +268,12 @@ def _cell(metrics: dict[str, float], name: str) -> str:
 
 
 def _usage(card: ModelCard) -> list[str]:
-    """How to use the weights with jaxft and with other libraries."""
+    """How to use the weights with jaxft and with other libraries; `jaxft push` replaces this section."""
     folder, layout = ("model", "Hugging Face transformers") if card.merged else ("adapter", "PEFT")
     lines = [
-        "## Use",
+        f"{USE_SECTION}\n",
+        "All settings are in `config.json`, versions and devices in `env.json`, steps in `metrics.jsonl`; "
+        "`jaxft report PATH_OF_THIS_FOLDER` writes a page with these and the curves. "
         f"The weights are in `{folder}/`, in the layout of {layout}. With jaxft:",
         "",
     ]
@@ -333,7 +334,7 @@ def completions_section(folder: Path, count: int = 5) -> str:
         lines.append(
             f"| {entry['step']} | {_in_table(prompt)} | {_in_table(entry['completion'])} | {numbers} |"
         )
-    return "\n".join([*lines, "", "More are in `completions.jsonl`.", ""])
+    return "\n".join([*lines, "", "More are in the run's `completions.jsonl`.", ""])
 
 
 def _in_table(text: object) -> str:

@@ -14,15 +14,26 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sync
-from jaxft.models import families
+from jaxft.models import families, heads
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn import lora, param
-from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, quantize, with_defaults
+from jaxft.nn.quant import (
+    CHECKPOINT,
+    QTensor,
+    Quant,
+    QuantKind,
+    bits_per_param,
+    quant_setting,
+    quantize,
+    with_defaults,
+)
+from jaxft.rl.reward_models import is_classifier
+from jaxft.runs.named_weights import NamedWeights
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
-from jaxft.weights import extend, gptq, hf_write, hub, peft_write, pretrained, quantised_write
+from jaxft.weights import extend, gptq, hf_write, hub, peft, peft_write, pretrained, quantised_write
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
@@ -51,6 +62,26 @@ class ExportSource:
     score: Params | None = None
     data: str | None = None
     token_ids: tuple[int, ...] = ()
+
+
+def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportSource:
+    """Return what is written of the weights that a command line names: the base, with its adapter merged.
+
+    quant: how the base was stored, as --quant has it, by default as in the run that trained the adapter.
+    Raises ValueError for an adapter that does not fit the base.
+    """
+    ref, folder, record, _ = named
+    model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
+    stored = quant_setting(quant, record if folder else None)
+    parts, settings = peft.read_parts(folder, model) if folder else ({}, None)
+    if "score" in parts or is_classifier(ref):
+        model = heads.with_scalar_head(model)
+    tokenizer = pretrained.load_tokenizer(named.tokenizer)
+    if folder:
+        pretrained.check_adapter_base(folder, ref)
+    data = record["data"].get("train") if record else None
+    ids, score = settings.trainable_token_indices if settings else (), parts.get("score")
+    return ExportSource(ref, model, tokenizer, parts.get("adapter"), stored, score, data, ids)
 
 
 def no_progress(line: str) -> None:

@@ -2,6 +2,7 @@
 table.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxft.runs import charts, report
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
+from jaxft.runs.terminal import printable_line
 from jaxft.train import export, programs
 from jaxft.train.compiled import Compiled
 from jaxft.train.evaluate import selection_score
@@ -203,6 +205,12 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
     )
 
 
+def _command(member: Member) -> str:
+    """Return the command line that trains a run; "" for a member of a sweep."""
+    line = member.record.get("command", {}).get("line", [])
+    return printable_line(shlex.join(["jaxft", "train", *line])) if line else ""
+
+
 def _card(
     job: Job, number: int, weights: Path, ends: tuple[Evaluation, Evaluation], notes: list[str]
 ) -> report.ModelCard:
@@ -228,6 +236,7 @@ def _card(
         notes=notes,
         curves=charts.pictures_section(member.folder),
         completions=report.completions_section(member.folder),
+        command=_command(member),
         pad=card.pad,
         text_decoder=card.text_decoder,
     )

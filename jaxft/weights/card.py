@@ -11,6 +11,7 @@ from jaxft.weights import gguf_header, hub
 
 Relation = Literal["adapter", "finetune", "quantized"]  # to the base, in the hub's words
 LICENSE_KEYS = ("license", "license_name", "license_link")
+USE_SECTION = "## Use"  # the heading of the section on how weights are loaded
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def write_card(folder: Path, card: Card) -> None:
     path = folder / "README.md"
     if path.exists() and "jaxft" not in str(_front_matter_of(path).get("tags")):
         return
-    text = "\n".join([front_matter(card), f"# {card.title}\n", card.description, "", *_usage(card)])
+    text = "\n".join(
+        [front_matter(card), f"# {card.title}\n", card.description, "", f"{USE_SECTION}\n", *_usage(card)]
+    )
     path.write_text(text, encoding="utf-8")
 
 
@@ -59,7 +62,9 @@ def front_matter(card: Card) -> str:
 
     source = _source_metadata(card.base)
     named = hub.hub_name(card.base)
-    base = named[0] if named else source.get("base_model")
+    base = named[0] if named else None
+    if base is None and card.relation != "adapter":  # an adapter of a local model is not one of that's base
+        base = source.get("base_model")
     sources = parse_sources(card.data) if card.data else ()
     datasets = [name for source in sources if (name := hub_dataset(source.ref))]
     licence = {key: source[key] for key in LICENSE_KEYS if key in source}

@@ -60,7 +60,7 @@ def _etag(path: Path) -> str:
 def served(handler):
     """Serve a request handler on a free port of this machine; yields the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

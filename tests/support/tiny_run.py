@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import runpy
 import signal
 import sys
@@ -121,6 +122,11 @@ def end(*args):
     return export_run(*args)
 interrupt.Interrupt.__enter__, export.export_run = begin, end
 """  # noqa: E501
+
+
+def without_command(card):
+    """A model card without the command line of its run, which options that change no result may be in."""
+    return re.sub("(?m)^    jaxft train .*$", "", card)
 
 
 def kill_hook(name, step, saved, number=signal.SIGKILL):
@@ -249,7 +255,9 @@ class Place:
             "metrics": self.metrics(name),
             "files": {p.name: p.read_bytes() for p in out.iterdir() if p not in texts},
             **{
-                str(p.relative_to(folder)): p.read_text().replace(hidden, "NAME") for p in texts if p.exists()
+                str(p.relative_to(folder)): without_command(p.read_text().replace(hidden, "NAME"))
+                for p in texts
+                if p.exists()
             },
         }
 

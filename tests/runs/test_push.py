@@ -1,0 +1,248 @@
+"""jaxft push: what a run or a folder sends to a hub-shaped server on this machine, and what it refuses."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+from hub_uploads import DROP, card_errors, serve_uploads
+from scripts_in_process import SCRIPTS, call
+from tiny_run import Place, write_place
+
+from jaxft.weights import hub as models
+
+REPO = "org/tiny"
+ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+PICTURES = ["curves.png", "training.png"]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a working directory with a finished run."""
+    place = Place(tmp_path_factory.mktemp("push"))
+    write_place(place.folder)
+    assert place.run("name=sft", "steps=2", "samples=1", PICTURES="1") == 0, place.err()
+    return place.folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, which may be damaged; its base is where it was."""
+    return shutil.copytree(trained / "runs" / "sft", tmp_path / "runs" / "sft")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with serve_uploads() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        monkeypatch.setenv("HF_TOKEN", "hf_writes")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        yield hub
+
+
+@pytest.fixture
+def push(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    return lambda *args: call(monkeypatch, capsys, "push", *args)
+
+
+def refused(result, *words):
+    """Check that a command ended with one line on its error, and printed nothing as done."""
+    code, out, err = result
+    *before, line = err.splitlines()
+    assert code in (1, 2) and not out and line.startswith("error: "), (code, out, err)
+    assert not any(other.startswith("error") for other in before)
+    assert all(word in line for word in words), line
+
+
+def test_a_run_is_pushed_private_with_its_card_and_nothing_else(hub, push, run):
+    (run / "adapter" / "optimizer.pt").write_bytes(b"state")
+    code, out, err = push(run, REPO)
+    assert code == 0, err
+    repo = hub.repos[REPO]
+    sent = {name: content for name, content in repo.files().items() if name != ".gitattributes"}
+    assert repo.private and set(sent) >= {*ADAPTER, *PICTURES, *TOKENIZER}
+    assert not [name for name in sent if "/" in name or name.endswith((".pt", ".jsonl"))]
+    assert "summary.json" not in sent and "env.json" not in sent and "config.json" not in sent
+    for name in set(sent) - {*PICTURES, "README.md"}:
+        assert sent[name] == (run / "adapter" / name).read_bytes()
+    assert "not uploaded: optimizer.pt" in err and "base of this adapter, base, is not on the hub" in err
+    assert f"{hub.address}/{REPO}/tree/main (private)" in out and repo.branches["main"] in out
+    card = sent["README.md"].decode()
+    assert not card_errors(card) and card.count("## Use") == 1 and "](curves.png)" in card
+    assert f'from_pretrained("{REPO}")' in card and "FOLDER" not in card
+    assert "jaxft train config.py name=sft steps=2 samples=1" in card.replace("--config ", "")
+    assert "eval_loss" in card and "library_name: peft" in card and "base_model" not in card
+
+    requests = len(hub.requests)
+    code, out, _ = push(run / "adapter", REPO)  # the same again, named by its weights
+    assert code == 0 and "there already" in out and len(repo.messages) == 2
+    assert not any(line.startswith("PUT") for line in hub.requests[requests:])
+
+
+def test_a_merged_model_replaces_an_adapter_and_loads_from_the_hub(hub, push, run, tmp_path):
+    assert push(run, REPO)[0] == 0
+    code, out, err = push(run, REPO, "--merged", "--dtype", "float32", "--message", "all of it")
+    assert code == 0 and "pushed model" in out, err
+    sent = hub.repos[REPO].files()
+    assert "adapter_config.json" not in sent and "adapter_model.safetensors" not in sent
+    card = sent["README.md"].decode()
+    assert hub.repos[REPO].messages[-1] == "all of it" and "library_name: transformers" in card
+    assert not card_errors(card) and "with a LoRA adapter merged into it" in card and "eval_loss" in card
+    located = models.locate(REPO, cache=tmp_path / "cache")
+    assert located.revision == hub.repos[REPO].branches["main"]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (located.path / name).read_bytes() == sent[name]
+
+
+def test_a_branch_is_created_and_the_other_one_stays(hub, push, run):
+    assert push(run, REPO, "--public")[0] == 0 and not hub.repos[REPO].private
+    before = hub.repos[REPO].branches["main"]
+    code, out, _ = push(run / "adapter", REPO, "--public", "--branch", "v2/try")
+    branches = hub.repos[REPO].branches
+    assert code == 0 and "/tree/v2/try (public)" in out and branches["main"] == before
+    assert "adapter_config.json" in hub.repos[REPO].files("v2/try")
+
+
+def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(hub, push, run, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    code, out, _ = push(run, REPO, "--dry-run")
+    size = (run / "adapter" / "adapter_config.json").stat().st_size
+    assert code == 0 and f"{size} bytes  adapter_config.json" in out and "nothing was sent" in out
+    assert not hub.requests and not hub.repos
+
+
+def test_a_public_repository_is_not_written_unasked(hub, push, run):
+    assert push(run, REPO, "--public")[0] == 0
+    commits = len(hub.repos[REPO].commits)
+    refused(push(run, REPO), REPO, "is public", "--public")
+    assert len(hub.repos[REPO].commits) == commits
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({r"PUT /lfs/.*": DROP}, ("failed", "no commit", "was confirmed")),
+        ({r"POST .*/commit/main": DROP}, ("failed", "no commit", "was confirmed")),
+        ({r"POST .*/commit/main": 409}, ("another change", "start")),
+        ({r"POST .*/commit/main": 412}, ("another change", "start")),
+        ({r"POST .*/preupload/main": 403}, ("may not write", "no commit")),
+        ({r"PUT /lfs/.*": 500}, ("failed", "no commit")),
+        ({r"GET /api/models/.*": 500}, ("failed", "was not changed")),
+    ],
+)
+def test_an_upload_that_fails_is_one_line_and_commits_nothing(hub, push, run, fault, words):
+    hub.faults.update(fault)
+    refused(push(run, REPO), REPO, *words)
+    assert not [name for repo in hub.repos.values() for name in repo.files() if name != ".gitattributes"]
+    hub.faults.clear()
+    code, out, _ = push(run, REPO)  # the same command starts again
+    assert code == 0 and "adapter_model.safetensors" in hub.repos[REPO].files() and "pushed adapter" in out
+
+
+def test_tokens_that_may_not_write_are_refused_with_the_remedy(hub, push, run, monkeypatch):
+    refused(push(run, "others/tiny"), "may not write", "a repository of your own")
+    for token, words in (("", ("HF_TOKEN", "hf auth login")), ("hf_wrong", ("does not accept the token",)),
+                         ("hf_reads", ("may not write",))):  # fmt: skip
+        monkeypatch.setenv("HF_TOKEN", token)
+        refused(push(run, REPO), *words)
+    assert not hub.repos
+
+
+def test_offline_nothing_is_tried(hub, push, run, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused(push(run, REPO), "HF_HUB_OFFLINE is set")
+    assert push(run, REPO, "--dry-run")[0] == 0 and not hub.requests
+
+
+def unfinished(run):
+    (run / "summary.json").unlink()
+
+
+def truncated(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    (run / "summary.json").write_text('{"steps": 2}')
+
+
+def half_written(run):
+    (run / "adapter" / "adapter_config.json.part").write_text("{")
+
+
+def linked(run):
+    path = run / "adapter" / "LICENSE"
+    path.symlink_to(run / "env.json")
+
+
+def changed(run):
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+
+
+def sweep(run):
+    (run / "config.json").write_text('{"members": ["lr=1"]}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (unfinished, ("sft: this run is not finished",)),
+        (truncated, ("adapter_model.safetensors: not a complete safetensors file",)),
+        (half_written, ("adapter_config.json.part", "did not finish")),
+        (linked, ("LICENSE: not a regular file",)),
+        (changed, ("adapter_config.json: the file has changed",)),
+        (sweep, ("is a sweep", "lr=1")),
+        (lambda run: shutil.rmtree(run / "adapter"), ("is not finished",)),
+    ],
+)
+def test_what_is_not_a_complete_export_is_refused(hub, push, run, damage, words):
+    damage(run)
+    refused(push(run, REPO), *words)
+    assert not hub.requests
+
+
+def test_a_card_with_metadata_that_the_hub_refuses_is_not_pushed(hub, push, run):
+    text = (run / "adapter" / "README.md").read_text()
+    (run / "README.md").unlink()
+    (run / "adapter" / "README.md").write_text(text.replace("license: unknown", "license: my own"))
+    refused(push(run, REPO), "license", "no commit")
+    assert not [name for name in hub.repos[REPO].files() if name != ".gitattributes"]
+
+
+LOAD = """
+import sys, json, numpy as np, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+adapter, merged, out = sys.argv[1:]
+tokens = torch.arange(12)[None]
+found = [kind.from_pretrained(name, dtype=torch.float32).eval()(tokens).logits.detach().numpy()
+         for kind, name in ((AutoPeftModelForCausalLM, adapter), (AutoModelForCausalLM, merged))]
+np.save(out, np.stack(found))
+"""
+
+
+@pytest.mark.slow
+def test_peft_and_transformers_load_what_was_pushed(hub, push, run, trained, tmp_path):
+    """In a process of their own, because they read HF_ENDPOINT when they are imported."""
+    import numpy as np
+
+    assert push(run, "org/adapter")[0] == 0
+    assert push(run, "org/merged", "--merged", "--dtype", "float32")[0] == 0
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    argv = [sys.executable, "-c", LOAD, "org/adapter", "org/merged", str(tmp_path / "out.npy")]
+    subprocess.run(argv, check=True, env=environment, cwd=trained)  # where the adapter's base is
+    adapted, merged = np.load(tmp_path / "out.npy")
+    assert np.abs(adapted).max() > 0.01 and np.abs(adapted - merged).max() < 1e-5
+    generate = [sys.executable, str(SCRIPTS / "generate.py"), "--prompt", "what is", "--max-new", "4"]
+    outs = [
+        subprocess.run([*generate, "--raw", "--dtype", "float32", *where], env=environment, cwd=trained,
+                       check=True, capture_output=True).stdout
+        for where in (["--model", "org/merged"], ["--run", "runs/sft"])
+    ]  # fmt: skip
+    assert outs[0] == outs[1] and outs[0]
