@@ -47,16 +47,25 @@ EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
 
 
 class Checkpoints:
-    """The checkpoints in a folder. report: called with a line about each event that matters to the user."""
+    """The checkpoints in a folder.
+
+    report: called with a line about each event that matters to the user. published: called on process 0, in
+    the thread that saves, with the step of each new checkpoint.
+    """
 
     def __init__(
-        self, folder: Path, keep_last: int = 2, keep_best: int = 1, report: Callable[[str], None] = print
+        self,
+        folder: Path,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        report: Callable[[str], None] = print,
+        published: Callable[[int], None] | None = None,
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(
                 f"keep_last={keep_last} and keep_best={keep_best}; expected at least 1 and at least 0"
             )
-        self.folder, self.report = Path(folder).absolute(), report
+        self.folder, self.report, self.published = Path(folder).absolute(), report, published
         self.keep_last, self.keep_best = keep_last, keep_best
         self._orbax: ocp.PyTreeCheckpointHandler | None = None
         self._thread: threading.Thread | None = None
@@ -195,6 +204,8 @@ class Checkpoints:
             sync.exchange_first(exchange, lambda: _write_durably(temporary / manifest.NAME, text))
             sync.run_on_all(exchange, lambda: restore.verify(temporary))
             sync.exchange_first(exchange, lambda: self._publish(step))
+            if self.published is not None and sync.is_first():
+                self.published(step)
         except Exception as error:
             self._error = self._agree_on_error(step, error, exchange)
         if sync.is_first():

@@ -55,7 +55,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
             stack.enter_context(jax.set_mesh(sharding.make_mesh(lead.mesh)))
             job = prepare(settings, record, folder)
-            checkpoints = stack.enter_context(closing(open_checkpoints(job)))
+            checkpoints = stack.enter_context(open_checkpoints(job))
             finished, changes = processes.from_first_process(lambda: resume_point(job, checkpoints))
         if finished:
             return report_finished(job, finished)

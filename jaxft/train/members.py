@@ -1,6 +1,7 @@
 """A run, or a sweep's members, before weights are loaded: settings checked, rows read, programs traced."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.rl.programs import BoundRun
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.mirror import CHECKPOINTS, mirrored
 from jaxft.runs.record import describe, differences
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, build, sharded_batch, start
@@ -220,10 +222,17 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
     return found
 
 
-def open_checkpoints(job: Job) -> Checkpoints:
-    """Return the checkpoints of a job, in its folder."""
-    loop = job.lead.run.loop
-    return Checkpoints(job.folder / "checkpoints", loop.keep_last, loop.keep_best)
+@contextlib.contextmanager
+def open_checkpoints(job: Job) -> Iterator[Checkpoints]:
+    """Open the checkpoints of a job, in its folder. With loop.store, fetch the folder from there if the store
+    is ahead, and copy it there at every checkpoint and when the block ends.
+    """
+    loop, name = job.lead.run.loop, job.sweep.name if job.sweep else job.lead.run.name
+    url = f"{loop.store.rstrip('/')}/{name}" if loop.store and processes.is_first() else None
+    with mirrored(job.folder, url) as copy:
+        found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, published=copy)
+        with contextlib.closing(found):
+            yield found
 
 
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:

@@ -15,6 +15,7 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
 from jaxft.runs.metric_names import SCORES
+from jaxft.runs.store import check_store_url
 
 LONGEST = 2**31 - 1  # steps; they are counted in int32
 
@@ -30,7 +31,9 @@ class Loop:
     greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
     loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
     after this many evaluations without a better best_metric. max_bad: non-finite steps in a row that end the
-    run; one that ends with any is not finished either.
+    run; one that ends with any is not finished either. store: a folder in an object store, gs://bucket/path
+    or s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
+    another machine fetches it from there (see runs/mirror.py).
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
     run folder and log the first layer that is not finite, see train/nonfinite.py.
@@ -50,6 +53,7 @@ class Loop:
     profile: tuple[int, int] | None = None
     watch: Literal["layers"] | None = None
     debug_nonfinite: bool = False
+    store: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad", "patience"):
@@ -58,6 +62,8 @@ class Loop:
                 raise ValueError(f"loop.{name}={value}; expected at least 1")
             if value is not None and value > LONGEST:
                 raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
+        if self.store is not None:
+            check_store_url(self.store, "loop.store")
         if self.keep_best < 0:
             raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         for name in ("eval_scores", "patience"):

@@ -33,6 +33,8 @@ SETTINGS = [
     ("loop.save_every=4294967296", "loop.save_every"), ("loop.profile=9,3", "loop.profile"),
     ("loop.profile=0:4", "loop.profile"), ("loop.profile=1", "loop.profile"),
     ("loop.watch=everything", "loop.watch"),
+    ("loop.store=/mnt/runs", "loop.store"), ("loop.store=s3://", "loop.store"),
+    ("loop.store=s3://bucket/../x", "loop.store"), ("loop.store=https://host/x", "gs://bucket/path"),
     ("samples=-1", "samples"), ("sampling.max_new=0", "max_new"), ("sampling.max_new=-3", "max_new"),
     ("sampling.max_new=256", "sampling.max_new"), ("sampling.max_new=2147483648", "max_new"),
     ("sampling.temperature=-1", "temperature"), ("sampling.temperature=inf", "temperature"),
