@@ -60,12 +60,16 @@ def check_target(target: HubTarget) -> None:
     """Raise ValueError for a repository or branch that cannot be a name on the hub."""
     from huggingface_hub import errors, utils
 
+    wrong = (
+        f"{target.repo!r} is not a repository of the hub; use org/name or your user/name, of letters, "
+        "digits, -, _ and . without -- and .."
+    )
     try:
         utils.validate_repo_id(target.repo)
     except errors.HFValidationError as error:
-        raise ValueError(f"{target.repo!r} is not a repository of the hub: {short_message(error)}") from error
+        raise ValueError(wrong) from error
     if "/" not in target.repo:
-        raise ValueError(f"{target.repo!r} is not a repository of the hub; use org/name, or your user/name")
+        raise ValueError(wrong)
     odd = not target.branch or target.branch.startswith(("-", "/", "refs/")) or ".." in target.branch
     if odd or target.branch.endswith(("/", ".lock")) or any(c in " ~^:?*[\\" for c in target.branch):
         raise ValueError(f"--revision {target.branch!r} is not a name of a branch; use one such as v2")
