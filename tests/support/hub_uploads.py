@@ -3,6 +3,8 @@
 `with serve_uploads() as hub:` has hub.address, hub.repos (name -> Repo), hub.requests, and hub.faults:
 "METHOD /path" as a regular expression -> a status to answer with, or DROP to close the connection in the
 middle of the request. HF_HUB_DISABLE_XET=1 makes huggingface_hub use the LFS protocol that it speaks.
+
+To try `jaxft push` by hand: `python tests/support/hub_uploads.py` serves until Ctrl-C and prints what to set.
 """
 
 import base64
@@ -11,7 +13,8 @@ import hashlib
 import json
 import re
 import secrets
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
@@ -232,3 +235,10 @@ def serve_uploads():
     with served(type("UploadHandler", (Handler,), {"hub": hub})) as address:
         hub.address = address
         yield hub
+
+
+if __name__ == "__main__":
+    with serve_uploads() as running, suppress(KeyboardInterrupt):
+        print(f"export HF_ENDPOINT={running.address} HF_TOKEN=hf_writes HF_HUB_DISABLE_XET=1", flush=True)
+        while True:
+            time.sleep(1)
