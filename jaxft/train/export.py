@@ -38,6 +38,7 @@ from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
+from jaxft.weights.new_folder import check_new_folder, new_folder
 from jaxft.weights.quant_layout import quantize_layout
 from jaxft.weights.quantised import dequantised
 from jaxft.weights.storage import quantised_paths
@@ -104,17 +105,19 @@ class ExportQuant:
 
 
 def check_output(out: Path, ref: str) -> None:
-    """Raise ValueError if a model cannot be written to `out`: a file, or the folder of the model `ref`."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose a folder")
+    """Raise ValueError if a model cannot be written to `out`: a file, the folder of the model `ref`, or
+    another folder that is not empty.
+    """
     if out.resolve() == hub.locate(ref).path.resolve():
         raise ValueError(f"--out {out} is the folder that is read; choose another folder")
+    check_new_folder(out)
 
 
 def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQuant | None = None) -> str:
-    """Write a model to the folder `out`, tensor by tensor; return a summary of the rounding error.
+    """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
 
-    dtype: of the weights that are not quantised. Raises ValueError for an `out` that check_output refuses.
+    After an error there is no folder. dtype: of the weights that are not quantised. Raises ValueError for an
+    `out` that check_output refuses.
     """
     ref, model = source.ref, source.model
     check_output(out, ref)
@@ -129,11 +132,12 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
 
     base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, LazyTensor))
     options = hf_write.WriteOptions(quant=quantizer)
-    hf_write.save_folder(out, model, base, source.tokenizer, located, options)
-    write_card(out, _card(out.name, source, quantizer))
-    if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
-        untrained = extend.untrained_tokens(ref)
-        extend.mark_untrained(out, {t: i for t, i in untrained.items() if i not in source.token_ids})
+    with new_folder(out) as part:
+        hf_write.save_folder(part, model, base, source.tokenizer, located, options)
+        write_card(part, _card(out.name, source, quantizer))
+        if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
+            untrained = extend.untrained_tokens(ref)
+            extend.mark_untrained(part, {t: i for t, i in untrained.items() if i not in source.token_ids})
     summary = pretrained.file_notes(ref, model)
     if "head" in base and "head" not in model.weight_names:
         summary.append("the head, which was tied to the embeddings, is a matrix of its own")

@@ -19,6 +19,7 @@ from jaxft.nn import lora_specs
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.runs import folder as runfolder
+from jaxft.train import export
 from jaxft.weights import hf_write, peft_write, pretrained
 from jaxft.weights.merge import merge_files
 
@@ -123,6 +124,24 @@ def test_peak_memory_of_merging_is_a_fraction_of_the_model(world, tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < total / 8
+
+
+def test_an_export_that_fails_or_meets_files_leaves_everything_as_it_was(script, tmp_path, monkeypatch):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    code, _, err = script("export", "--model", "base", "--out", full)
+    assert code == 1 and err == f"error: --out {full} exists and is not empty; choose a new folder\n"
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_card", disk_full)  # after the weights
+    code, _, err = script("export", "--model", "base", "--out", tmp_path / "new")
+    assert code == 1 and "No space left" in err and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["full"] and [p.name for p in full.iterdir()] == [
+        "mine.txt"
+    ]
 
 
 def prompts_of(out):
