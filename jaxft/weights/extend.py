@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,26 +40,31 @@ VERSION = 1  # of the models in the cache; another one if a new token starts wit
 class Extension:
     """What a model gets.
 
-    tokens: new tokens. special: whether decoding may skip them. start: their first rows, the mean of the rows
-    of their pieces, or of all rows. multiple: a growing table is padded to a multiple of this many rows.
-    template: the name of a chat template (see data/named_templates.py) or a .jinja file; the special tokens
-    of a named one are added if they are new.
+    tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: their first rows, the
+    mean of the rows of their pieces, or of all rows. multiple: a growing table is padded to a multiple of
+    this many rows. template: the name of a chat template (see data/named_templates.py) or a .jinja file; the
+    special tokens of a named one are added if they are new.
     """
 
     tokens: tuple[str, ...] = ()
-    special: bool = False
+    special_tokens: tuple[str, ...] = ()
     start: Literal["pieces", "mean"] = "pieces"
     multiple: int = 64
     template: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.tokens and self.template is None:
+        if not self.named and self.template is None:
             raise ValueError("nothing to add; give --tokens, --template or both")
         if self.multiple < 1:
             raise ValueError(f"--multiple {self.multiple}; expected at least 1")
-        twice = next((x for i, x in enumerate(self.tokens) if x in self.tokens[:i]), None)
+        twice = next((x for i, x in enumerate(self.named) if x in self.named[:i]), None)
         if twice is not None:
             raise ValueError(f"new tokens: {twice!r} is there twice; write each once")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The new tokens without those of the template."""
+        return (*self.tokens, *self.special_tokens)
 
 
 def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
@@ -67,13 +73,10 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     Raises ValueError for tokens that exist already or that the tokenizer would split.
     """
     check_new_folder(out)
-    model, tokenizer = pretrained.model_for(ref), pretrained.load_tokenizer(ref)
-    files, known = pretrained.open_files(ref), tokenizer.get_vocab()
-    pieces = add_tokens(tokenizer, extension)
-    vocab = model.config.vocab
-    if pieces and max(pieces) >= vocab:
-        vocab = -(-(max(pieces) + 1) // extension.multiple) * extension.multiple
-    larger = families.with_vocab(model, vocab)
+    model = pretrained.model_for(ref)
+    files, known = pretrained.open_files(ref), pretrained.load_tokenizer(ref).get_vocab()
+    larger, tokenizer, pieces = _extended_model(model, ref, extension)
+    vocab = larger.config.vocab
     sources = {number: parts if extension.start == "pieces" else () for number, parts in pieces.items()}
     base = merge_files(files, model, None, np.float32)
     base = tree.map_with_path(
@@ -82,35 +85,85 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     for path in ("embed", "head"):
         if path in base:
             base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
-    ids = {tokenizer.convert_ids_to_tokens(number): number for number in sorted(pieces)}
+    ids = _ids_by_token(tokenizer, pieces)
     with new_folder(out) as part:
         hf_write.save_folder(part, larger, base, tokenizer, hub.locate(ref))
-        mark_untrained(part, {**untrained_tokens(ref), **ids})
+        notes = _known_tokens_note(extension, known)
+        mark_untrained(part, {**untrained_tokens(ref), **ids}, notes)
     lines = []
     if pieces:
         named = ", ".join(f"{token!r} ({number})" for token, number in ids.items())
         grown = f"the table grows from {model.config.vocab} to {vocab} rows"
         room = grown if vocab > model.config.vocab else f"the table had {vocab} rows already"
         lines.append(f"new tokens: {named}; {room}")
-    lines += _known_tokens_note(extension, known)
+    lines += notes
     ends = stop_tokens(str(out), larger, tokenizer)
     lines.append(f"completions end at {', '.join(tokenizer.convert_ids_to_tokens(list(ends))) or 'nothing'}")
     return lines
 
 
-def extended_ref(ref: str, tokens: tuple[str, ...]) -> str:
-    """Return a folder in the cache with the model `ref` and these new plain tokens; without any, `ref`.
+def _extended_model(
+    model: Model, ref: str, extension: Extension
+) -> tuple[Model, Any, dict[int, tuple[int, ...]]]:
+    """Return the model with room for the new tokens, the tokenizer with them, and their pieces by id."""
+    tokenizer, vocab = pretrained.load_tokenizer(ref), model.config.vocab
+    pieces = add_tokens(tokenizer, extension)
+    if pieces and max(pieces) >= vocab:
+        vocab = -(-(max(pieces) + 1) // extension.multiple) * extension.multiple
+    return families.with_vocab(model, vocab), tokenizer, pieces
 
-    The folder is written once for these files and tokens, also if several processes call this. Raises
+
+def _ids_by_token(tokenizer: Any, numbers: Collection[int]) -> dict[str, int]:
+    return {tokenizer.convert_ids_to_tokens(number): number for number in sorted(numbers)}
+
+
+_DRAFTS: ContextVar[Path | None] = ContextVar("folder of models without weights", default=None)
+
+
+@contextlib.contextmanager
+def without_model_weights() -> Iterator[None]:
+    """While this is entered, extended_ref writes only configuration and tokenizer, into a temporary folder
+    that is removed at the end. For plans, which need no weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
+        token = _DRAFTS.set(Path(folder))
+        try:
+            yield
+        finally:
+            _DRAFTS.reset(token)
+
+
+def _draft(folder: Path, ref: str, extension: Extension) -> str:
+    """Return a folder below `folder` with the configuration and the tokenizer of an extended model."""
+    digest = hashlib.sha256(json.dumps([ref, repr(extension)]).encode()).hexdigest()[:16]
+    out = folder / digest / "extended"
+    if not out.is_dir():
+        larger, tokenizer, pieces = _extended_model(pretrained.model_for(ref), ref, extension)
+        out.mkdir(parents=True)
+        hf_write.save_configs(out, larger, tokenizer, hub.locate(ref, config_only=True))
+        mark_untrained(out, {**untrained_tokens(ref), **_ids_by_token(tokenizer, pieces)})
+    return str(out)
+
+
+def extended_ref(ref: str, extension: Extension | None) -> str:
+    """Return a folder in the cache with the model `ref` and an extension; for None `ref`.
+
+    The folder is written once for these files and this extension, also if several processes call this. Raises
     ValueError as extend_model does.
     """
-    if not tokens:
+    if extension is None:
         return ref
-    extension = Extension(tokens)
+    drafts = _DRAFTS.get()
+    if drafts is not None:
+        return _draft(drafts, ref, extension)
     located = hub.locate(ref)
     files = hub.files_of(located)
     names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
-    key = json.dumps([VERSION, names, tokens, extension.start, extension.multiple])
+    parts = [VERSION, names, extension.tokens, extension.start, extension.multiple]
+    if extension.special_tokens or extension.template:
+        source = find_template(extension.template).source if extension.template else None
+        parts += [extension.special_tokens, source]
+    key = json.dumps(parts)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
     out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
@@ -148,19 +201,19 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
     named = find_template(extension.template) if extension.template else None
     known = tokenizer.get_vocab()
-    for token in extension.tokens:
+    for token in extension.named:
         if token in known:
             raise ValueError(f"new token {token!r} is a token already (id {known[token]}); leave it out")
         if not token.strip():
             raise ValueError(f"new token {token!r} is empty or white space; a token needs a text of its own")
     of_template = [] if named is None else [token for token in named.tokens if token not in known]
-    of_template = [token for token in of_template if token not in extension.tokens]
+    of_template = [token for token in of_template if token not in extension.named]
     pieces = {
         token: tuple(tokenizer.encode(token, add_special_tokens=False))
-        for token in (*extension.tokens, *of_template)
+        for token in (*extension.named, *of_template)
     }
     for token in pieces:
-        special = extension.special or token in of_template
+        special = token not in extension.tokens
         added = AddedToken(token, special=special, normalized=False)
         tokenizer.add_tokens([added], special_tokens=special)
     ids = dict(zip(pieces, tokenizer.convert_tokens_to_ids(list(pieces)), strict=True))
@@ -173,8 +226,8 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
         template = template_of(tokenizer)
         if template is None or not template.stop_tokens:
             raise ValueError(
-                f"--template {extension.template}: its assistant turns do not end with a special token, so "
-                "completions would not end; add the token that it ends turns with by --tokens and --special"
+                f"chat template {extension.template}: its assistant turns do not end with a special token, "
+                "so completions would not end; add the token that it ends turns with as a special token"
             )
     return {ids[token]: parts for token, parts in pieces.items()}
 
@@ -211,10 +264,20 @@ def untrained_tokens(ref: str) -> dict[str, int]:
     return read_model_json(path).get("tokens", {}) if path.is_file() else {}
 
 
-def mark_untrained(folder: Path, ids: Mapping[str, int]) -> None:
-    """Note in a model's folder which tokens have rows that are still to be trained; ids: by token."""
-    if ids:
-        write_model_json(folder / UNTRAINED, {"tokens": dict(ids)})
+def extension_notes(ref: str) -> list[str]:
+    """Return lines for the start of a run about tokens that may be untrained; [] for most models."""
+    path = Path(ref) / UNTRAINED
+    return read_model_json(path).get("notes", []) if path.is_file() else []
+
+
+def mark_untrained(folder: Path, ids: Mapping[str, int], notes: Sequence[str] = ()) -> None:
+    """Note in a model's folder which tokens have rows that are still to be trained; ids: by token. notes:
+    lines about tokens that may be untrained, for the start of runs.
+    """
+    if ids or notes:
+        write_model_json(
+            folder / UNTRAINED, {"tokens": dict(ids), **({"notes": list(notes)} if notes else {})}
+        )
 
 
 def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +18,7 @@ from jaxft.models import families
 from jaxft.models.model import Model, WeightNames
 from jaxft.models.rope_config import for_transformers_4
 from jaxft.models.text_part import text_config
+from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import quantised_write
@@ -97,6 +99,15 @@ def save_folder(
         _write_configs(folder, config, generation, tokenizer, base, options.quant)
 
     sync.exchange_first(sync.gather_texts, write_others)
+
+
+def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
+    """Write what save_folder writes, but for the weights, of a model that comes from `ref`."""
+    config, generation = _source_configs(model, ref)
+    base = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, model.dtype), model.specs, is_leaf=is_spec
+    )
+    _write_configs(folder, config, generation, tokenizer, base, None)
 
 
 def tensors_to_write(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf as gguf_package
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import tool_rows
 from safetensors.numpy import load_file, save_file
+from scripts_in_process import call
 from tiny_llama import edit_config, tiny_torch, write_folder
 from tiny_tokenizers import tiny
 
@@ -24,6 +26,7 @@ from jaxft.weights.extend import UNTRAINED, untrained_tokens
 from jaxft.weights.gguf_header import read_gguf_header
 from jaxft.weights.gguf_write import Field
 from jaxft.weights.merge import merge_files
+from jaxft.weights.stop_tokens import stop_tokens
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +80,57 @@ def test_a_recipe_with_new_tokens_trains_their_rows_on_a_base_that_is_written_on
     assert load("sft", f"model={folder}", KNOB).weights != run.weights
     assert len(list(cache.iterdir())) == 3  # nothing half-written
     assert load("sft", f"model={folder}").weights == str(folder)
+
+
+def test_special_tokens_and_a_template_are_knobs_of_a_recipe_and_completions_end_as_it_does(tmp_path, cache):
+    folder = write_folder(tmp_path / "in", tiny_torch(vocab_size=258, num_hidden_layers=1))
+    argv = ["add_tokens=<tool>", "add_special_tokens=<think>,</think>", "chat_template=chatml"]
+    run = load("sft", f"model={folder}", *argv)
+    assert run.adapter.trainable_token_indices == (258, 259, 260, 261, 262)
+    tokenizer = pretrained.load_tokenizer(run.weights)
+    ids = tokenizer.convert_tokens_to_ids(["<tool>", "<think>", "</think>", "<|im_start|>", "<|im_end|>"])
+    assert ids == [258, 259, 260, 261, 262]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool>"
+    assert 262 in stop_tokens(run.weights, run.model, tokenizer)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False).endswith("assistant\nYes<|im_end|>\n")
+    assert load("sft", f"model={folder}", *argv).weights == run.weights
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}")
+    own = load("sft_full", f"model={folder}", f"chat_template={mine}")
+    assert pretrained.load_tokenizer(own.weights).chat_template == mine.read_text()
+    for knobs, words in [
+        (("chat_template=chatlm",), "no chat template is named 'chatlm'; use one of chatml"),
+        (("chat_template=missing.jinja",), "missing.jinja: no such file"),
+        (("add_tokens=<a>", "add_special_tokens=<a>"), "'<a>' is there twice"),
+    ]:
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+            load("sft", f"model={folder}", *knobs)
+        assert "\n" not in str(caught.value)
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("script", ["train", "plan"])
+def test_a_plan_with_new_tokens_writes_nothing(tmp_path, cache, monkeypatch, capsys, script):
+    folder = write_folder(tmp_path / "in", tiny_torch(vocab_size=258, num_hidden_layers=1))
+    (folder / "model.safetensors").unlink()  # which a plan does not need
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    how = ["--dry-run"] if script == "train" else ["--devices", "h100:1", "--train-only"]
+
+    def planned(run, *_):  # compiling for a GPU is not what is tested
+        raise ValueError(f"embed is 320x64, of {run.model.config.vocab}")
+
+    if script == "plan":
+        monkeypatch.setattr("jaxft.plan.machines.machine", lambda name: SimpleNamespace(devices=[name]))
+        monkeypatch.setattr("jaxft.plan.plan.plans", planned)
+    argv = [*how, "sft", f"model={folder}", "general=none", "batch=8", "max_length=32", KNOB]
+    code, out, err = call(monkeypatch, capsys, script, *argv)
+    assert code == (script == "plan") and "320x64" in out + err, err
+    assert not cache.exists() and not list((tmp_path / "temporary").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_tokens_that_exist_already_are_refused_in_one_line_and_nothing_is_written(tmp_path, cache):

@@ -18,6 +18,7 @@ from jaxft.weights.extend import (
     Extension,
     check_new_tokens,
     extend_model,
+    extension_notes,
     untrained_tokens,
     with_new_tokens,
 )
@@ -68,7 +69,7 @@ def test_transformers_has_the_new_tokens_rows_head_template_and_vocabulary(tmp_p
 
 def test_new_rows_may_start_as_the_mean_of_all_and_the_table_is_padded(tmp_path):
     folder = base_folder(tmp_path, vocab_size=258)
-    extend_model(tmp_path / "out", str(folder), Extension(NEW, special=True, start="mean", multiple=100))
+    extend_model(tmp_path / "out", str(folder), Extension(special_tokens=NEW, start="mean", multiple=100))
     model, tokenizer = theirs(tmp_path / "out")
     table = model.get_input_embeddings().weight.detach()
     assert len(table) == 300
@@ -165,6 +166,7 @@ def test_tokens_of_a_template_that_were_there_before_are_named(tmp_path):
     extend_model(tmp_path / "out", str(folder), Extension(("<|im_start|>",)))
     note = extend_model(tmp_path / "chat", str(tmp_path / "out"), Extension(template="chatml"))[-2]
     assert note.startswith("'<|im_start|>' of the template") and note.endswith("token_indices=258")
+    assert extension_notes(str(tmp_path / "chat")) == [note]  # which a run prints
 
 
 def test_the_qwen_template_shows_tools_and_calls():
