@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
+from jaxft.nn.bits import from_bits, to_bits
 from jaxft.nn.cached_attention import Keys, KeysOfLayer, RowGroups, cached_attention
 from jaxft.nn.layer_attention import AttentionLayers, AttentionRule
-from jaxft.nn.matmul import from_bits, to_bits
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype

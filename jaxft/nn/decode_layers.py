@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.nn.attention import attention
+from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import Cache, LayerKeys, NextToken, PromptKeys, Step, append, attend, prompt_keys
 from jaxft.nn.layer_attention import (
     AttentionLayers,
@@ -20,7 +21,6 @@ from jaxft.nn.layer_attention import (
     rotated,
     rule_of,
 )
-from jaxft.nn.matmul import to_bits
 from jaxft.nn.scan import Layer
 from jaxft.tree import Batch, Params
 

@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
+from jaxft.nn.bits import from_bits, to_bits
 from jaxft.nn.lora import Adapted
-from jaxft.nn.matmul import Weight, from_bits, gather_weight, linear, matmul, to_bits
+from jaxft.nn.matmul import Weight, gather_weight, linear, matmul
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import QTensor, take_rows
 from jaxft.nn.replaced import Replaced, TokenRows

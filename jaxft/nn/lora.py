@@ -29,7 +29,7 @@ from jaxft.tree import Params, static, struct
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
-AdapterInit = Literal["default", "pissa", "olora", "loftq"]
+AdapterInit = Literal["default", "pissa", "olora", "loftq", "eva"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Adapter:
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
     quantised base) start from the base's weights and store the base without that part, see
-    weights/lora_start.py.
+    weights/lora_start.py; "eva" starts from the inputs of the layers on the run's own rows and gives modules
+    other ranks with the same sum, see weights/eva.py. eva_rho: the largest rank of a module, as a multiple of
+    its own. eva_tokens: how many tokens of the run's first batches are read for it.
     """
 
     rank: int = 16
@@ -71,8 +73,16 @@ class Adapter:
     token_head: bool = True
     dora: bool = False
     init: AdapterInit = "default"
+    eva_rho: float = 2.0
+    eva_tokens: int = 16384
 
     def __post_init__(self):
+        if self.init != "eva" and (self.eva_rho, self.eva_tokens) != (Adapter.eva_rho, Adapter.eva_tokens):
+            raise ValueError("adapter.eva_rho and adapter.eva_tokens need adapter.init=eva; leave them out")
+        if not 1.0 <= self.eva_rho <= 1000.0:
+            raise ValueError(f"adapter.eva_rho must be from 1 to 1000, got {self.eva_rho}")
+        if self.eva_tokens < 1:
+            raise ValueError(f"adapter.eva_tokens must be at least 1, got {self.eva_tokens}")
         if self.changes_base and (self.dora or self.replaces_weights):
             raise ValueError(
                 f"adapter.init={self.init} changes the base; it needs adapter.dora=false, and no "

@@ -129,7 +129,7 @@ def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: TensorNa
     fields = [name for name in vars(one) if getattr(one, name) != getattr(other, name)]
     layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
     present = [{path: tuple(map(bool, x.ranks)) for path, x in layout.items()} for layout in layouts]
-    same = {"dropout", "init"}
+    same = {"dropout", "init", "eva_rho", "eva_tokens"}
     if present[0] == present[1]:
         same |= {"targets", "exclude_modules", "layers_to_transform"}
     if layouts[0] == layouts[1]:
@@ -183,6 +183,9 @@ def _pair_specs(
     *lead, size_in, size_out = spec.shape
     *lead_axes, axis_in, axis_out = spec.axes
     rank, ranks = max(layout.ranks), layout.ranks
+    if settings.init == "eva":  # the ranks of the layers are known only when the run has read its rows
+        rank = most_components(rank, settings.eva_rho, size_in)
+        ranks = tuple(rank if one else 0 for one in ranks)
     scales = [settings.scale_of(r, alpha) if r else settings.scale for r, alpha in zip(*layout, strict=True)]
     start, start_b = (full(0.0), normal(1.0)) if is_table else (kaiming_uniform(size_in), full(0.0))
     if min(ranks) < rank:
@@ -194,6 +197,11 @@ def _pair_specs(
         "scale": ParamSpec(tuple(lead), tuple(lead_axes), _constant(scales)),
         **({"magnitude": magnitude} if settings.dora else {}),
     }
+
+
+def most_components(rank: int, rho: float, inputs: int) -> int:
+    """Return the largest rank that EVA may give a module of this rank: rho times it, as PEFT rounds it."""
+    return min(round(rank * rho), inputs)
 
 
 def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
 from jaxft.nn import dora, fp8
+from jaxft.nn.bits import concat_bits
 from jaxft.nn.lora import Adapted
 from jaxft.nn.products import accumulation_dtype, wide_dot
 from jaxft.nn.quant import QTensor, dequantize
@@ -168,21 +169,6 @@ def _matmul_bwd(transposed, wide, residuals, g):
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def to_bits(x: Array) -> Array:
-    """Return 16-bit floats as uint16, others unchanged: XLA's CPU compiler widens stacked bfloat16 arrays."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def from_bits(x: Array, dtype: DTypeLike) -> Array:
-    """Invert to_bits."""
-    return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
-
-
-def concat_bits(x: Array, y: Array, axis: int) -> Array:
-    """Concatenate arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
-    return from_bits(jnp.concatenate([to_bits(x), to_bits(y)], axis), x.dtype)
-
-
 @jax.custom_vjp
 def lora_matmul(
     x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Weight, a: Array, b: Array, scale: Array
@@ -297,28 +283,40 @@ multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 @struct
 class GramProbe:
-    """A weight [I, O] that records its inputs: the gradient of `moment` is the Gram matrix sum x x^T of its
-    inputs.
+    """A weight [I, O] that records its inputs x: the gradient of `moment` is the Gram matrix sum x x^T of the
+    inputs that the result depends on (no padding).
+
+    With `counted` and `total`: of those that are counted, less their mean; the gradient of `total` is their
+    sum.
     """
 
     weight: Any
     moment: Any  # float [I, I]
+    total: Any = None  # [I], of the dtype of `moment`, as the next
+    counted: Any = None  # [B, T]: 1 or 0
 
 
 @jax.custom_vjp
-def probed_matmul(x: Float[Array, "... I"], w: Weight, moment: Float[Array, "I I"]) -> Float[Array, "... O"]:
-    """`x @ w`; the cotangent of `moment` is `x^T x`, over the x that the result depends on (no padding)."""
-    return matmul(x, w, False, False)
+def probed_matmul(x: Float[Array, "... I"], probe: GramProbe) -> Float[Array, "... O"]:
+    """Return `x @ probe.weight`; the cotangents of the probe are its statistics of x."""
+    return matmul(x, probe.weight, False, False)
 
 
 def _probed_bwd(residuals, g):
-    x, w, moment = residuals
-    dx, dw = _matmul_bwd(False, False, (x, w), g)
-    used = jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype))
-    return dx, dw, outer(used, used, moment.dtype)
+    x, probe = residuals
+    dx, dw = _matmul_bwd(False, False, (x, probe.weight), g)
+    if probe.counted is None:
+        used, total = jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype)), None
+    else:
+        weights, lead = probe.counted[..., None], tuple(range(x.ndim - 1))
+        wide = x.astype(weights.dtype) * weights
+        sums = jnp.sum(wide, lead, keepdims=True)
+        mean = sums / jnp.maximum(jnp.sum(weights), jnp.ones((), weights.dtype))
+        used, total = ((wide - mean) * weights).astype(x.dtype), jnp.squeeze(sums, lead)
+    return dx, GramProbe(dw, outer(used, used, probe.moment.dtype), total)
 
 
-probed_matmul.defvjp(lambda x, w, moment: (probed_matmul(x, w, moment), (x, w, moment)), _probed_bwd)
+probed_matmul.defvjp(lambda x, probe: (probed_matmul(x, probe), (x, probe)), _probed_bwd)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -337,7 +335,7 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     [B], row i of x has adapter rows[i].
     """
     if isinstance(w, GramProbe):
-        return probed_matmul(x, w.weight, w.moment)
+        return probed_matmul(x, w)
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
     if w.rows is not None:

@@ -35,6 +35,7 @@ from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import extend, gptq, hf_write, hub, peft, peft_write, pretrained, quantised_write
 from jaxft.weights.card import Card, Relation, base_name, write_card
+from jaxft.weights.eva import EVA, written_adapter
 from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
@@ -263,6 +264,8 @@ def export_run(
         adapter, settings = params["adapter"], run.adapter
         if start is not None:
             adapter, settings = for_unchanged_base(adapter, start, settings)
+        if settings.init == EVA:
+            adapter, settings = written_adapter(adapter, settings, run.model)
         peft_write.save_adapter(out, adapter, settings, run.model, run.weights, score)
         tokenizer = tokenizer if score is None else hf_write.with_distinct_pad_token(tokenizer)
         sync.exchange_first(sync.gather_texts, lambda: write_tokenizer(out, tokenizer))

@@ -70,7 +70,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         # ---------- Weights on the mesh, sources, compiled programs ----------
         watchdog.at("loading and compiling")
         job = precompute_reference(job, partial(announce, watchdog, logs))
-        states, frozen = load_members(job, states)
+        states, frozen = load_members(job, states, partial(announce, watchdog, logs))
         begin = time.perf_counter()
         job = bind_sources(job, frozen, saved)
         compiled = compile_run(job, frozen) if job.sweep is None else compile_sweep(job, frozen)

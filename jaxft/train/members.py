@@ -1,7 +1,7 @@
 """A run, or a sweep's members, before weights are loaded: settings checked, rows read, programs traced."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.mirror import CHECKPOINTS, mirrored
 from jaxft.runs.record import describe, differences
 from jaxft.train import evaluate
+from jaxft.train.eva import FirstRows, first_batches
 from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.scores import check_scoring
 from jaxft.train.settings import LONGEST, Run
@@ -264,13 +265,19 @@ def _check_members(job: Job) -> None:
 
 
 def load_members(
-    job: Job, restored: tuple[TrainState, ...] | None
+    job: Job, restored: tuple[TrainState, ...] | None, report: Callable[[str], None]
 ) -> tuple[tuple[TrainState, ...], tuple[Params, ...]]:
-    """Return the members' states and frozen parameters on the mesh; the base is loaded once."""
+    """Return the members' states and frozen parameters on the mesh; the base is loaded once.
+
+    report: called with lines for the user.
+    """
     states, frozen, base = [], [], None
     for number, member in enumerate(job.members):
         saved = restored[number] if restored else None
-        state, own = start(member.run, member.programs, saved, base, member.folder)
+        tokens = member.run.adapter.eva_tokens if member.run.adapter else 0
+        batches = partial(first_batches, job.source_of(number), member.programs.state, tokens)
+        rows = FirstRows(batches, report)
+        state, own = start(member.run, member.programs, saved, base, member.folder, rows)
         base = own["base"]
         states.append(state)
         frozen.append(own)

@@ -15,23 +15,24 @@ from jaxft.distributed import devices, sharding
 from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
-from jaxft.nn.lora import pairs_by_path
-from jaxft.nn.quant import CHECKPOINT
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
-from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups
+from jaxft.optim.optimizer import Optimizer, make_optimizer
 from jaxft.optim.spikes import skip_spikes
 from jaxft.optim.state_sharding import state_shardings
 from jaxft.runs.report import ModelSummary, StepRows
 from jaxft.train import evaluate, partition
+from jaxft.train.adapter_checks import check_adapter, check_heads, check_lora_plus
+from jaxft.train.eva import FirstRows, eva_adapter
 from jaxft.train.settings import Run
 from jaxft.train.step import TrainStep, make_train_step
 from jaxft.train.watch import Watch, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
 from jaxft.weights.adapters import adapter_folder
+from jaxft.weights.eva import EVA
 from jaxft.weights.extend import check_new_tokens
-from jaxft.weights.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
+from jaxft.weights.lora_start import place_pairs, run_pairs, with_magnitudes
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
             f"{run.model.config.width}, which is full rank. Lower it, or train all weights: by "
             "configs/sft_full.py, or with full=true where the recipe has it."
         )
-    _check_heads(run)
+    check_heads(run)
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
     _check_context_keys(run, mesh)
     model = with_heads(run.model, run.heads)
@@ -89,17 +90,14 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     check_new_tokens(run.weights, run.model, run.adapter, partition.trainable_paths(parts))
     objective = run.objective(parts.model)
     _check_dropout(run, objective)
-    if run.adapter and run.adapter.dora:
-        _check_dora(run, parts)
-    if run.adapter and run.adapter.changes_base:
-        _check_init(run, parts)
+    check_adapter(run, parts)
     if run.optim.fused_backward and run.loop.watch:
         raise ValueError(
             "loop.watch needs the gradients after the backward pass; set optim.fused_backward=false"
         )
     make = partial(make_optimizer, run.optim, steps=steps)
     specs = parts.trainable_specs
-    _check_lora_plus(run, specs)
+    check_lora_plus(run, specs)
     optimizer = freezable(make, specs) if objective.facts.freezes_policy else make(specs)
     if run.optim.skip_spikes is not None:
         optimizer = skip_spikes(optimizer, *run.optim.skip_spikes)
@@ -148,73 +146,6 @@ def _check_context_keys(run: Run, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _check_heads(run: Run) -> None:
-    """Raise ValueError for heads whose adapters replace other rows than the policy's."""
-    ids = run.adapter.trainable_token_indices if run.adapter else ()
-    for name, head in run.heads.items():
-        theirs = head.adapter.trainable_token_indices if head.adapter else ()
-        if theirs and theirs != ids:
-            raise ValueError(
-                f"the adapter of {name} replaces the rows of tokens {theirs}, and the policy's those of "
-                f"{ids}; both need the same adapter.trainable_token_indices"
-            )
-        if head.adapter and head.adapter.changes_base:
-            raise ValueError(
-                f"the adapter of {name} has init={head.adapter.init}, which changes the base that it shares "
-                "with the policy; set init=default"
-            )
-
-
-def _check_dora(run: Run, parts: partition.Partition) -> None:
-    """Raise ValueError for DoRA on weights that are trained themselves."""
-    nodes = pairs_by_path(parts.specs["adapter"])
-    adapted = {f"base/{path}" for path in nodes}
-    if "head" in nodes and "head" not in parts.specs["base"]:
-        adapted |= {"base/embed"}
-        if "embed" in nodes:
-            raise ValueError(
-                "adapter.dora on a head that is tied to the embeddings needs a frozen table; leave head out "
-                "of adapter.targets, or set adapter.dora=false"
-            )
-    both = partition.trainable_paths(parts) & adapted
-    if both:
-        raise ValueError(
-            f"{min(both)} is trained and has a DoRA adapter, which needs a frozen weight; set "
-            "adapter.dora=false, or leave it out of run.train"
-        )
-
-
-def _check_init(run: Run, parts: partition.Partition) -> None:
-    """Raise ValueError for settings that an adapter which changes the base can't be combined with."""
-    assert run.adapter is not None
-    setting = f"adapter.init={run.adapter.init}"
-    if run.start:
-        raise ValueError(
-            f"{setting} is for a fresh adapter, but start={run.start} has its own; set one of them"
-        )
-    if run.heads:
-        raise ValueError(
-            f"{setting} changes the base, which {', '.join(run.heads)} shares; set adapter.init=default"
-        )
-    if run.quant and run.quant.kind == CHECKPOINT:
-        raise ValueError(
-            f"{setting} changes the base, which quant={CHECKPOINT} stores unchanged; use another quant"
-        )
-    if run.adapter.init == "loftq" and not run.quant:
-        raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")
-    check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)
-
-
-def _check_lora_plus(run: Run, specs: param.Specs) -> None:
-    """Raise ValueError for optim.lora_plus in a run that trains no LoRA matrix b."""
-    ratio = run.optim.lora_plus
-    if ratio is not None and not rate_groups(Optim(lora_plus=ratio), specs):
-        raise ValueError(
-            f"optim.lora_plus={ratio} applies to LoRA matrices b, and this run trains none; set "
-            "optim.lora_plus=none"
-        )
-
-
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda s, own: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=own), shapes, shardings
@@ -260,12 +191,14 @@ def start(
     restored: TrainState | None,
     base: Params | None = None,
     folder: Path | None = None,
+    rows: FirstRows | None = None,
 ) -> tuple[TrainState, Params]:
     """Return (state, frozen parameters); weights are loaded leaf by leaf.
 
     restored: a state to continue from; without one, the adapter and optimizer are fresh. base: the frozen
     base of another member of a sweep, whose arrays are shared. folder: of the run, where an adapter that
-    changes the base is stored as it is at step 0.
+    changes the base is stored as it is at step 0. rows: for an EVA adapter; None starts it as a plain one,
+    which computes the same at step 0.
     """
     pairs = None
     if run.adapter and run.adapter.changes_base:
@@ -279,6 +212,9 @@ def start(
     others = init.init_all_but_base(p.partition.model, p.mesh, run.seed, own, run.weights, run.heads)
     if pairs:
         others["adapter"] = place_pairs(pairs.start, others["adapter"])
+    if run.adapter and run.adapter.init == EVA and rows is not None and restored is None:
+        model = p.partition.model
+        others["adapter"] = eva_adapter(model, base, others["adapter"], run.adapter, rows, p.mesh)
     others = with_magnitudes(base, others, {"adapter": own, **run.heads})
     trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
     if restored is not None:

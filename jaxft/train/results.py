@@ -25,7 +25,9 @@ from jaxft.train.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights import hf, hf_write, hub
 from jaxft.weights.adapter_limits import loading_notes
+from jaxft.weights.adapters import read_adapter_settings
 from jaxft.weights.card import Card, base_name, front_matter, write_card
+from jaxft.weights.eva import EVA
 from jaxft.weights.lora_start import read_start
 
 
@@ -134,7 +136,10 @@ def _loading(member: Member, folder: Path | None) -> list[str]:
     run = member.run
     if folder is None or folder.name != "adapter" or run.adapter is None:
         return []
-    return loading_notes(run.adapter.exported, families.is_tied(run.model.config), folder, run.weights)
+    written = run.adapter.exported
+    if run.adapter.init == EVA:
+        written = read_adapter_settings(str(folder), run.model)
+    return loading_notes(written, families.is_tied(run.model.config), folder, run.weights)
 
 
 def _averages(member: Member) -> list[str]:

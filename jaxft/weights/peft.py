@@ -2,6 +2,7 @@
 adapter_model.safetensors.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     return parts, replace(with_patterns(default, layouts, formats), **others.settings)
 
 
-def put_node(adapter: Params, path: str, node: dict[str, np.ndarray]) -> None:
+def put_node(adapter: Params, path: str, node: Mapping[str, Any]) -> None:
     """Put the leaves of a module into an adapter's tree at its path."""
     *above, last = path.split("/")
     for key in above:

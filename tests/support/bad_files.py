@@ -64,7 +64,7 @@ PEFT = [
     *(({"r": value}, "adapter_config.json") for value in (0, -1, 2**20, "2", None, 1.5, [2], HUGE)),
     *(({"lora_alpha": value}, "adapter_config.json") for value in ("4", None, [], HUGE, True)),
     *(({"lora_dropout": value}, "dropout") for value in ("0.1", [], HUGE, 1.5, -0.1)),
-    *(({"peft_type": value}, "peft_type") for value in ("IA3", None, 3, ["LORA"], {})),
+    *(({"peft_type": value}, "peft_type") for value in ("IA3", "VERA", None, 3, ["LORA"], {})),
     *(({"bias": value}, "bias") for value in ("some", 3, None)),
     *(({name: True}, name) for name in ("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias")),
     *(({"task_type": value}, "task_type") for value in ("SEQ_2_SEQ_LM", 3, ["CAUSAL_LM"])),

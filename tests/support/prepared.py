@@ -38,7 +38,7 @@ def load_and_compile(folder, *overrides):
     """Prepare a run, load its weights and compile its programs."""
     job = prepare(folder, *overrides)
     with working_directory(folder), jax.set_mesh(sharding.make_mesh(job.lead.run.mesh)):
-        _, frozen = members.load_members(job, None)
+        _, frozen = members.load_members(job, None, print)
         compile_run(members.bind_sources(job, frozen, None), frozen)
 
 

@@ -18,8 +18,8 @@ CHANGE_A_LAYER = """
 import jax
 from jaxft.train import loop
 load = loop.load_members
-def load_broken(job, restored):
-    states, frozen = load(job, restored)
+def load_broken(job, restored, report):
+    states, frozen = load(job, restored, report)
     mlp = frozen[0]["base"]["layers"]["mlp"]
     mlp["up"] = jax.tree.map(lambda x: x.at[1].set({value}), mlp["up"])
     return states, frozen

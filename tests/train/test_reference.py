@@ -23,7 +23,7 @@ from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train import export, partition, reference
+from jaxft.train import eva, export, partition, reference
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.step import accumulate_gradients
@@ -69,8 +69,9 @@ def started(run, folder):
     """(programs, state at step 0, frozen leaves, source)."""
     source = run.data.open(pretrained.load_tokenizer(run.weights), cache=folder / "cache")
     programs = build(run, 10, jax.devices()[:1])
+    rows = eva.FirstRows(partial(eva.first_batches, source, programs.state, 300), print)
     with jax.set_mesh(programs.mesh):
-        return programs, *start(run, programs, None), source
+        return programs, *start(run, programs, None, rows=rows), source
 
 
 STARTS = {
@@ -84,6 +85,7 @@ STARTS = {
     "full": lambda folder, model: {"adapter": None},
     "DoRA": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"), dora=True)},
     "PiSSA": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "up"), init="pissa")},
+    "EVA": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "up"), init="eva")},
 }
 COPIES = {
     "plain LoRA": False,
@@ -93,6 +95,7 @@ COPIES = {
     "full": True,
     "DoRA": False,
     "PiSSA": True,
+    "EVA": False,
 }
 
 
@@ -248,6 +251,7 @@ def test_the_cache_key_of_a_reference_is_its_weights_adapter_and_settings():
 def test_heads_that_change_the_base_or_replace_other_rows_than_the_policy_are_refused(folder):
     for theirs, match in (
         (Adapter(trainable_token_indices=(5,)), r"the rows of tokens \(5,\), and the policy's those of \(\)"),
+        (Adapter(init="eva"), "has init=eva, which is for the policy's adapter; set init=default"),
         (Adapter(init="pissa"), "has init=pissa, which changes the base that it shares with the policy"),
     ):
         with pytest.raises(ValueError, match=match):

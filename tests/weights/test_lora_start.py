@@ -14,6 +14,7 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.weights import lora_start, peft_write, pretrained
+from jaxft.weights import peft as peft_reader
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -75,6 +76,29 @@ def test_the_start_is_pefts_and_the_model_is_the_base(world, init, tmp_path):
         peft_write.save_adapter(tmp_path, converted, written, world[1], world[0])
         again = peft.PeftModel.from_pretrained(torch_base(world), str(tmp_path)).eval()
         np.testing.assert_allclose(torch_logits(again, TOKENS), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_peft_converted_has_the_same_logits_here_on_the_unchanged_base(world, init, tmp_path):
+    config = dict(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    theirs = peft.get_peft_model(torch_base(world), peft.LoraConfig(**config, init_lora_weights=init)).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(str(tmp_path / "start"))
+    theirs.peft_config["default"].init_lora_weights = init
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    expected = torch_logits(theirs, TOKENS)
+    theirs.save_pretrained(
+        str(tmp_path / "out"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    adapter, settings = peft_reader.read_adapter(tmp_path / "out", world[1])
+    assert settings.rank == 8
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    base = pretrained.load_frozen(*world, mesh)
+    found = our_logits(adapted(world[1], settings), {"base": base, "adapter": adapter}, TOKENS)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - torch_logits(torch_base(world), TOKENS)).max() > 0.1
 
 
 def errors(world, settings, quant):

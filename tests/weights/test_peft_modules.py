@@ -187,6 +187,27 @@ def test_an_adapter_by_peft_has_the_same_logits_here_and_goes_back(worlds, tmp_p
     np.testing.assert_allclose(torch_logits(back, some_tokens()), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_rows_of_tokens_by_pefts_own_type_have_the_same_logits_here(worlds, tmp_path, kind):
+    world = worlds[kind]
+    made = peft.TrainableTokensConfig(
+        task_type="CAUSAL_LM", token_indices=[5, 300], target_modules=["embed_tokens"]
+    )
+    theirs = peft.get_peft_model(torch_model(world), made).eval()
+    torch.manual_seed(3)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data += 0.3 * torch.randn_like(p)
+    theirs.save_pretrained(str(tmp_path))
+    tokens = some_tokens()
+    tokens.ids[0, :2] = 5, 300
+    adapter, settings = peft_layout.read_adapter(tmp_path, world[1])
+    params = {"base": world[2], "adapter": adapter}
+    found, expected = our_logits(adapted(world[1], settings), params, tokens), torch_logits(theirs, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(expected - our_logits(world[1], world[2], tokens)).max() > 0.1
+
+
 def test_gradients_of_replaced_rows_are_those_of_the_whole_table(worlds):
     """The gradient of the rows is the rows of the table's gradient, as token and as output."""
     world = worlds["tied"]

@@ -1,0 +1,114 @@
+"""Checks of a run's adapters against the model and the other settings, before weights are loaded."""
+
+from collections.abc import Collection
+
+from jaxft.nn import param
+from jaxft.nn.lora import pairs_by_path
+from jaxft.nn.lora_specs import pair_layouts
+from jaxft.nn.quant import CHECKPOINT
+from jaxft.optim.optimizer import Optim, rate_groups
+from jaxft.train.partition import Partition, trainable_paths
+from jaxft.train.settings import Run
+from jaxft.weights.eva import EVA
+from jaxft.weights.lora_start import check_ranks
+
+
+def check_adapter(run: Run, parts: Partition) -> None:
+    """Raise ValueError for settings of the policy's adapter that don't go together with the others."""
+    if run.adapter is None:
+        return
+    if run.adapter.init != "default" and run.start:
+        raise ValueError(
+            f"adapter.init={run.adapter.init} is for a fresh adapter, but start={run.start} has its own; set "
+            "one of them"
+        )
+    if run.adapter.dora:
+        _check_dora(run, parts)
+    if run.adapter.changes_base:
+        _check_init(run, parts)
+    if run.adapter.init == EVA:
+        _check_eva(run, pair_layouts(parts.specs["base"], run.adapter, parts.model.weight_names))
+
+
+def check_heads(run: Run) -> None:
+    """Raise ValueError for heads whose adapters replace other rows than the policy's."""
+    ids = run.adapter.trainable_token_indices if run.adapter else ()
+    for name, head in run.heads.items():
+        theirs = head.adapter.trainable_token_indices if head.adapter else ()
+        if theirs and theirs != ids:
+            raise ValueError(
+                f"the adapter of {name} replaces the rows of tokens {theirs}, and the policy's those of "
+                f"{ids}; both need the same adapter.trainable_token_indices"
+            )
+        if head.adapter and head.adapter.changes_base:
+            raise ValueError(
+                f"the adapter of {name} has init={head.adapter.init}, which changes the base that it shares "
+                "with the policy; set init=default"
+            )
+        if head.adapter and head.adapter.init == EVA:
+            raise ValueError(
+                f"the adapter of {name} has init={EVA}, which is for the policy's adapter; set init=default"
+            )
+
+
+def _check_dora(run: Run, parts: Partition) -> None:
+    """Raise ValueError for DoRA on weights that are trained themselves."""
+    nodes = pairs_by_path(parts.specs["adapter"])
+    adapted = {f"base/{path}" for path in nodes}
+    if "head" in nodes and "head" not in parts.specs["base"]:
+        adapted |= {"base/embed"}
+        if "embed" in nodes:
+            raise ValueError(
+                "adapter.dora on a head that is tied to the embeddings needs a frozen table; leave head out "
+                "of adapter.targets, or set adapter.dora=false"
+            )
+    both = trainable_paths(parts) & adapted
+    if both:
+        raise ValueError(
+            f"{min(both)} is trained and has a DoRA adapter, which needs a frozen weight; set "
+            "adapter.dora=false, or leave it out of run.train"
+        )
+
+
+def _check_eva(run: Run, layouts: Collection[str]) -> None:
+    """Raise ValueError for an EVA adapter of other modules than the blocks' linear layers, or of none, and of
+    a run without rows of its own.
+
+    layouts: paths of the adapted modules.
+    """
+    if run.data.unit == "prompts":
+        raise ValueError(
+            f"adapter.init={EVA} starts from the run's rows, but this run samples its own completions; set "
+            "adapter.init=default, or start from the adapter of an SFT run that began with it"
+        )
+    others = [path for path in layouts if not path.startswith("layers/")]
+    if others or not layouts:
+        named = f"leave {', '.join(others)} out of adapter.targets" if others else "name adapter.targets"
+        raise ValueError(f"adapter.init={EVA} starts from the inputs of the blocks' linear layers; {named}")
+
+
+def _check_init(run: Run, parts: Partition) -> None:
+    """Raise ValueError for settings that an adapter which changes the base can't be combined with."""
+    assert run.adapter is not None
+    setting = f"adapter.init={run.adapter.init}"
+    if run.heads:
+        raise ValueError(
+            f"{setting} changes the base, which {', '.join(run.heads)} shares; set adapter.init=default"
+        )
+    if run.quant and run.quant.kind == CHECKPOINT:
+        raise ValueError(
+            f"{setting} changes the base, which quant={CHECKPOINT} stores unchanged; use another quant"
+        )
+    if run.adapter.init == "loftq" and not run.quant:
+        raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")
+    check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)
+
+
+def check_lora_plus(run: Run, specs: param.Specs) -> None:
+    """Raise ValueError for optim.lora_plus in a run that trains no LoRA matrix b."""
+    ratio = run.optim.lora_plus
+    if ratio is not None and not rate_groups(Optim(lora_plus=ratio), specs):
+        raise ValueError(
+            f"optim.lora_plus={ratio} applies to LoRA matrices b, and this run trains none; set "
+            "optim.lora_plus=none"
+        )

@@ -1,0 +1,186 @@
+"""The start of an EVA adapter by statistics of its layers' inputs on the run's first batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft import tree
+from jaxft.batch import TrainState
+from jaxft.data.source import Source
+from jaxft.distributed import sharding
+from jaxft.models.model import Model
+from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.lora_specs import most_components, pair_layouts
+from jaxft.nn.matmul import GramProbe
+from jaxft.nn.quant import is_qtensor
+from jaxft.tree import Batch, Params, struct
+from jaxft.weights import eva, place
+from jaxft.weights.gather import layer_on_host
+
+MOMENT_BYTES = 2**32  # of covariances on the device at once, unless one kernel's alone are larger
+
+
+class FirstRows(NamedTuple):
+    """The rows that an EVA adapter starts from.
+
+    batches: returns batches [micro, rows, ...], the same in every call. report: called with lines for the
+    user.
+    """
+
+    batches: Callable[[], Iterable[Batch]]
+    report: Callable[[str], None]
+
+
+@struct
+class InputStatistics:
+    """Mean [L, I] of the inputs of linear layers by path, and the sum [L, I, I] of (x - mean) (x - mean)^T
+    over `count` tokens.
+    """
+
+    count: Any
+    means: dict[str, Any]
+    moments: dict[str, Any]
+
+
+def first_batches(source: Source[Any], state: TrainState, tokens: int) -> Iterator[Batch]:
+    """Yield the first batches of a run that together have at least this many tokens, or all of them.
+
+    state: as shapes; no batch of rows depends on it.
+    """
+    step = 0
+    while tokens > 0 and step < source.info.steps:
+        batch = source.batch(step, state)[0]
+        yield batch
+        tokens, step = tokens - int(np.count_nonzero(batch.segments)), step + 1
+
+
+def eva_adapter(
+    model: Model, base: Params, adapter: Params, settings: Adapter, rows: FirstRows, mesh: Mesh
+) -> Params:
+    """Return a fresh adapter with the first `a` of EVA, sharded as its leaves are.
+
+    model: over the whole tree. Every process calls it. Raises ValueError for inputs that are not finite.
+    """
+    layouts = pair_layouts(model.specs["base"], settings, model.weight_names)
+    paths = list(layouts)
+    shapes = {path: tuple(pairs_by_path(adapter)[path]["a"].shape) for path in paths}
+    counts = {source: 0 for source in dict.fromkeys(eva.input_of(path, paths) for path in paths)}
+    for path, layout in layouts.items():
+        source = eva.input_of(path, paths)
+        most = most_components(max(layout.ranks), settings.eva_rho, shapes[path][-2])
+        counts[source] = max(counts[source], most)
+    directions: dict[str, list[eva.Directions]] = {}
+    for group in _groups({source: shapes[source] for source in counts}):
+        rows.report(f"adapter.init=eva: reading the inputs of {', '.join(group)}")
+        found = input_statistics(model, base, group, rows.batches(), mesh)
+        for source in group:
+            moments = found.moments[source]
+            directions[source] = [
+                eva.principal_directions(layer_on_host(moments, i, False), counts[source])
+                for i in range(len(moments))
+            ]
+    explained = {source: [one.explained for one in of_layers] for source, of_layers in directions.items()}
+    ranks = eva.redistributed_ranks(layouts, explained, settings.eva_rho)
+    rows.report(_summary(ranks, explained, int(found.count)))
+    first = eva.first_a(directions, ranks, shapes)
+
+    def leaf(path: str, x: jax.Array) -> jax.Array:
+        above, _, name = path.rpartition("/")
+        if name != "a" or above not in first:
+            return x
+        return place.shard_host_array(first[above].astype(x.dtype), x.sharding)
+
+    return tree.map_with_path(leaf, adapter)
+
+
+def input_statistics(
+    model: Model, base: Params, paths: list[str], batches: Iterable[Batch], mesh: Mesh
+) -> InputStatistics:
+    """Return statistics of the inputs of the linear layers `paths` over all tokens but padding.
+
+    model: over the whole tree. Each batch is centred on its own mean and merged with the earlier ones (Chan
+    et al. 1979), so that a large mean costs no digits.
+    """
+    everywhere = sharding.replicated(mesh)
+    leaves = tree.paths(base, is_qtensor)
+    wide = np.promote_types(model.dtype, np.float32)
+    add = jax.jit(partial(_add_batch, model, wide), donate_argnums=1, out_shardings=everywhere)
+
+    def empty() -> InputStatistics:
+        sizes = {path: (leaves[path].shape[0], leaves[path].shape[-2]) for path in paths}
+        means = {path: jnp.zeros(size, wide) for path, size in sizes.items()}
+        moments = {path: jnp.zeros((*size, size[1]), wide) for path, size in sizes.items()}
+        return InputStatistics(jnp.zeros((), wide), means, moments)
+
+    found = jax.jit(empty, out_shardings=everywhere)()
+    for batch in batches:
+        for i in range(len(batch.ids)):
+            part = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+            found = add(base, found, sharding.shard_batch(mesh, part))
+    return found
+
+
+def _add_batch(
+    model: Model, dtype: Any, base: Params, known: InputStatistics, batch: Batch
+) -> InputStatistics:
+    """Merge the statistics of a microbatch [1, rows, ...] into `known`."""
+    rows = jax.tree.map(lambda x: x[0], batch)
+    counted = (rows.segments > 0).astype(dtype)
+
+    def hidden_sum(sums: tuple[dict[str, Any], dict[str, Any]]) -> jax.Array:
+        totals, moments = sums
+
+        def probe(path: str, w: Any) -> Any:
+            if path not in moments:
+                return w
+            each = jnp.broadcast_to(counted[None], (w.shape[0], *counted.shape))
+            return GramProbe(w, moments[path], totals[path], each)
+
+        probed = tree.map_with_path(probe, base, is_leaf=is_qtensor)
+        return jnp.sum(model.hidden({"base": probed}, rows).astype(dtype))
+
+    zeros = jax.tree.map(jnp.zeros_like, (known.means, known.moments))
+    totals, moments = jax.grad(hidden_sum)(zeros)
+    count, one = jnp.sum(counted), jnp.ones((), dtype)
+    total = known.count + count
+    share = count / jnp.maximum(total, one)
+    steps = {path: totals[path] / jnp.maximum(count, one) - known.means[path] for path in totals}
+    between = {path: jnp.einsum("li,lj->lij", step, step) for path, step in steps.items()}
+    return InputStatistics(
+        total,
+        {path: known.means[path] + share * steps[path] for path in steps},
+        {path: known.moments[path] + moments[path] + known.count * share * between[path] for path in steps},
+    )
+
+
+def _groups(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    """Return the paths in groups whose covariances fit into MOMENT_BYTES. shapes: [L, I, R] by path."""
+    groups: list[list[str]] = []
+    room = 0
+    for path, (layers, inputs, _) in shapes.items():
+        size = 4 * layers * inputs**2
+        if not groups or size > room:
+            groups.append([])
+            room = MOMENT_BYTES
+        groups[-1].append(path)
+        room -= size
+    return groups
+
+
+def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.ndarray]], tokens: int) -> str:
+    """Return a line about the ranks and the variance that the first directions explain."""
+    paths, found = list(ranks), [rank for of_layers in ranks.values() for rank in of_layers]
+    parts = [
+        float(np.sum(explained[eva.input_of(path, paths)][layer][:rank]))
+        for path, of_layers in ranks.items()
+        for layer, rank in enumerate(of_layers)
+    ]
+    return (
+        f"adapter.init=eva: ranks from {min(found)} to {max(found)} by the inputs of {tokens:,} tokens, of "
+        f"whose variance they explain {100 * sum(parts) / len(parts):.0f} % on average"
+    )
