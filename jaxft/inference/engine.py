@@ -21,6 +21,7 @@ from jaxft.tree import Params
 SMALLEST_READ = 64  # slots of rows' keys; programs that read fewer than all are compiled from this size on
 FEWEST_ROWS = 8  # a program for fewer rows than this would not be faster
 PREFILLED_TOGETHER = 8  # prompts
+STEPS_BETWEEN_LOOKS = 16  # decoding steps after which the host looks at the tokens so far, if it is asked to
 
 
 class Slots(NamedTuple):
@@ -79,16 +80,20 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         key: Array,
         numbers: Sequence[int] | None = None,
+        is_enough: Callable[[list[int]], bool] | None = None,
+        ended: Callable[[int], None] = lambda completions: None,
     ) -> SampledTokens:
         """Complete every prompt `decoding.group` times.
 
         The random key of completion i of a prompt is derived from `key`, the prompt's number (by default its
-        index) and i, so its tokens do not depend on the other prompts.
+        index) and i, so its tokens do not depend on the other prompts. is_enough: called with the tokens of
+        each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends the completion, for stop strings.
+        ended: called with the number of further completions that have ended.
         """
         job = _Job(self, params, key, prompts, range(len(prompts)) if numbers is None else numbers)
         while job.waiting or job.live.any():
             job.start_prompts()
-            job.decode()
+            ended(job.decode(is_enough))
         return SampledTokens(job.tokens, job.logps)
 
 
@@ -252,12 +257,15 @@ class _Job:
                 self.slot_of[own] = slot
             self.live[rows] = True
 
-    def decode(self) -> None:
-        """Decode until rows can be given to waiting prompts, or dropped, then collect what has ended."""
+    def decode(self, is_enough: Callable[[list[int]], bool] | None) -> int:
+        """Decode until rows can be given to waiting prompts, or dropped, then collect what has ended; return
+        the number of completions that have. is_enough: see Engine.complete.
+        """
         engine, (rows,) = self.engine, self.live.shape
         slots, group, new = engine.slots, engine.decoding.group, engine.decoding.sampling.max_new
         read = min(read for size, read in engine.decode if size == rows and read >= min(self.steps + 1, new))
         limit = new if read == new else read - self.steps
+        limit = limit if is_enough is None else min(limit, STEPS_BETWEEN_LOOKS)
         smaller = max((to for size, to in engine.keep if size == rows), default=0)
         stop = smaller
         if self.waiting:
@@ -266,19 +274,27 @@ class _Job:
         self.state = engine.decode[rows, read](
             self.params, self.state, DecodeLimits(np.int32(limit), np.int32(max(stop, 0)))
         )
-        self._collect()
+        ended = self._collect(is_enough)
         if not self.waiting and smaller and self.live.any() and self.live.sum() <= smaller:
             self._shrink(smaller)
+        return ended
 
-    def _collect(self) -> None:
-        """Read the rows that have ended."""
+    def _collect(self, is_enough: Callable[[list[int]], bool] | None) -> int:
+        """Read the rows that have ended, end those of which there is enough, and return their number."""
         state = self.state
         live, tokens, logps, steps = jax.device_get((state.live, state.tokens, state.logps, state.step))
         self.steps = int(steps)
-        for row in np.flatnonzero(self.live & ~live):
+        if is_enough is not None:
+            unfinished = [row and not is_enough(own[own >= 0].tolist()) for row, own in zip(live, tokens)]
+            if (live != unfinished).any():
+                live = np.array(unfinished)
+                self.state = replace(state, live=jax.device_put(live, state.live.sharding))
+        ended = np.flatnonzero(self.live & ~live)
+        for row in ended:
             prompt, completion = self.owners[row]
             self.tokens[prompt, completion], self.logps[prompt, completion] = tokens[row], logps[row]
         self.live = np.array(live)
+        return len(ended)
 
     def _shrink(self, rows: int) -> None:
         """Continue with a state of fewer rows, which has all live ones."""

@@ -64,6 +64,25 @@ def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, e
     assert len({tuple(row) for row in twice.reshape(6, 20).tolist()}) == 6
 
 
+def test_a_completion_ends_early_where_there_is_enough_and_the_others_go_on(world, expected, monkeypatch):
+    monkeypatch.setattr(engines, "STEPS_BETWEEN_LOOKS", 3)
+    marks = range(0, CONFIG.vocab, 6)
+    engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
+    ended = []
+    found = engine.complete(
+        world[1], PROMPTS, KEY, None, lambda tokens: any(x in marks for x in tokens), ended.append
+    )
+    shorter = 0
+    assert sum(ended) == 27 and len(ended) > 4
+    for own, whole in zip(found.tokens.reshape(27, 20), expected.tokens.reshape(27, 20), strict=True):
+        count, total = (own >= 0).sum(), (whole >= 0).sum()
+        np.testing.assert_array_equal(own[:count], whole[:count])
+        marked = np.flatnonzero(np.isin(whole, marks))
+        assert count == total or marked[0] < count <= marked[0] + 4
+        shorter += count < total
+    assert 5 < shorter < 25
+
+
 def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, monkeypatch):
     """With programs for 27, 14 and 7 rows that read 5, 10 and 20 slots, three of which run."""
     monkeypatch.setattr(engines, "FEWEST_ROWS", 4)
