@@ -33,9 +33,9 @@ class Sample(TypedDict):
 class Evaluation(TypedDict):
     """The evaluation before the first step or after the last one.
 
-    samples: completions of held-out prompts that are shown. scored: number of those that were scored.
-    score_faults: lines about completions without a score. nonfinite: number of completions that ended because
-    of non-finite logits.
+    samples: completions of held-out prompts that are shown. scored: number of prompts whose completions were
+    scored. score_faults: lines about completions without a score. nonfinite: number of prompts of which a
+    completion ended because of non-finite logits.
     """
 
     metrics: dict[str, float]

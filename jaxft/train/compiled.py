@@ -80,7 +80,7 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     held_out = compile_eval(p, p.eval_step, own, source.held_out)
     general = compile_eval(p, p.text_step, own, job.general)
     params = tree.combine(p.state.trainable, p.frozen)
-    decoding = Decoding(p.partition.model, run.sampling, job.stop)
+    decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
     prompts = scores.held_out_prompts(run, source)
     complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
     score = scores.make_scorer(run.scoring, run.samples, samples.prompt_texts(prompts, job.tokenizer))

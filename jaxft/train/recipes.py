@@ -25,7 +25,7 @@ from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import exact, json_match
-from jaxft.train.settings import Loop, Scoring
+from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.extend import Extension, extended_ref, with_new_tokens
 from jaxft.weights.pretrained import model_for
@@ -285,7 +285,7 @@ class RowKnobs(SourceKnobs):
 class ScoredRowKnobs(RowKnobs):
     """Rows whose held-out prompts the model completes before and after training, to be scored."""
 
-    score: Callable | Literal["auto"] | None = (
+    score: ScoreFunction | Literal["auto"] | None = (
         "auto"  # as scoring.by; auto: json_match or exact for the messages that ship, none for your rows
     )
 

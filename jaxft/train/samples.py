@@ -91,7 +91,8 @@ def prompt_texts(prompts: list[Prompt], tokenizer: Any) -> list[PromptText]:
 def compile_sampler(
     decoding: Decoding, prompts: list[Prompt], tokenizer: Any, params: Params, mesh: Mesh | None = None
 ) -> Callable[[Params], list[Completed]]:
-    """Return `complete(params)`: each prompt with the model's completion and the row's response, as text.
+    """Return `complete(params)`: each prompt with the model's completion and the row's response, as text;
+    with `decoding.group` completions, one after the other.
 
     Compiled once for `params`, the shapes of the parameters. At most PROMPTS_AT_ONCE prompts are completed at
     the same time. mesh: None for a single device.
@@ -99,7 +100,7 @@ def compile_sampler(
     if not prompts:
         return lambda params: []
     ids, stop = [prompt.ids for prompt in prompts], decoding.stop
-    slots = slots_for(len(prompts), 1, max(map(len, ids)), PROMPTS_AT_ONCE)
+    slots = slots_for(len(prompts), decoding.group, max(map(len, ids)), PROMPTS_AT_ONCE)
     engine = compile_engine(decoding, params, slots, mesh)
     texts = prompt_texts(prompts, tokenizer)
 
@@ -113,7 +114,7 @@ def compile_sampler(
         return Completed(text.prompt, completion, text.reference, finish)
 
     def complete(params: Params) -> list[Completed]:
-        rows = engine.complete(params, ids, jax.random.key(0)).tokens[:, 0]
-        return [completed(text, row) for text, row in zip(texts, rows, strict=True)]
+        found = engine.complete(params, ids, jax.random.key(0)).tokens
+        return [completed(text, row) for text, rows in zip(texts, found, strict=True) for row in rows]
 
     return complete

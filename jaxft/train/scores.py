@@ -11,6 +11,7 @@ from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.report import Sample
+from jaxft.train.completion_scores import pass_at
 from jaxft.train.samples import Completed, PromptText
 from jaxft.train.settings import LONGEST, Run, Scoring
 
@@ -18,9 +19,9 @@ from jaxft.train.settings import LONGEST, Run, Scoring
 class Scored(NamedTuple):
     """Held-out completions of a model.
 
-    samples: those that logs and cards show. scored: number of completions that were scored. metrics: mean
-    score by each function. faults: a line for each function that returned no score for some completions.
-    nonfinite: number of completions that ended because of non-finite logits.
+    samples: those that logs and cards show. scored: number of prompts whose completions were scored. metrics:
+    mean score by each function, and pass@k. faults: a line for each function that returned no score for some
+    completions. nonfinite: number of prompts of which a completion ended because of non-finite logits.
     """
 
     samples: list[Sample]
@@ -32,13 +33,13 @@ class Scored(NamedTuple):
 
 def held_out_prompts(run: Run, source: Source[Any]) -> list[Prompt]:
     """Return the held-out prompts that are completed before and after training, to be shown or scored."""
-    scored = (run.scoring.prompts or LONGEST) if run.scoring.by else 0
+    scored = (run.scoring.prompts or LONGEST) if run.scoring.functions else 0
     return source.prompts(max(run.samples, scored))
 
 
 def check_scoring(run: Run, source: Source[Any]) -> None:
     """Raise ValueError if the run has score functions, but no held-out response to compare with."""
-    if not run.scoring.by:
+    if not run.scoring.functions:
         return
     first = source.prompts(1)
     if not first or not first[0].response:
@@ -52,20 +53,24 @@ def check_scoring(run: Run, source: Source[Any]) -> None:
 def make_scorer(
     scoring: Scoring, samples: int, texts: Sequence[PromptText]
 ) -> Callable[[Sequence[Completed]], Scored]:
-    """Return `score(completions)`, which keeps the first `samples` completions as text and scores the first
-    `scoring.prompts`, or all.
+    """Return `score(completions)` of all completions, `scoring.samples` of each prompt. It keeps the first
+    one of the first `samples` prompts as text, and scores those of the first `scoring.prompts`, or of all.
 
     texts: the held-out prompts, with their rows' responses. Every function is called with these responses
     first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows
     ends the run before it trains.
     """
-    functions = [FunctionReward(fn) for fn in scoring.by]
-    names = unique_names(functions)
+    functions = [FunctionReward(fn) for fn in scoring.functions]
+    names, group = unique_names(functions), scoring.samples
 
-    def call(completions: Sequence[str]) -> list[tuple[list[float], str]]:
-        """Return the scores by each function, NaN for none, and a message about the first fault."""
-        known = texts[: len(completions)]
-        rows = [(f"held-out prompt {i}", {"answer": text.reference}) for i, text in enumerate(known, 1)]
+    def call(completions: Sequence[str], group: int) -> list[tuple[list[float], str]]:
+        """Return the scores by each function, NaN for none, and a message about the first fault. group:
+        completions of each prompt.
+        """
+        known = [text for text in texts[: len(completions) // group] for _ in range(group)]
+        rows = [
+            (f"held-out prompt {1 + i // group}", {"answer": text.reference}) for i, text in enumerate(known)
+        ]
         prompts = [text.prompt for text in known]
 
         def on_first() -> list[Any]:
@@ -74,7 +79,7 @@ def make_scorer(
 
         return [(values, fault) for values, fault in processes.from_first_process(on_first)]
 
-    for _, fault in call([text.reference for text in texts[: scoring.prompts]]) if functions else ():
+    for _, fault in call([text.reference for text in texts[: scoring.prompts]], 1) if functions else ():
         if fault:
             raise ValueError(
                 f"scoring.by: {fault}, called with that row's own response. Choose a function that fits the "
@@ -82,18 +87,21 @@ def make_scorer(
             )
 
     def score(completions: Sequence[Completed]) -> Scored:
-        shown = [one.shown() for one in completions[:samples]]
+        shown = [one.shown() for one in completions[::group][:samples]]
         metrics: FloatMetrics = {}
         faults = []
-        scored = completions[: scoring.prompts] if functions else []
-        for name, (values, fault) in zip(names, call([x.completion for x in scored]), strict=True):
+        prompts = len(texts[: scoring.prompts]) if functions else 0
+        scored = [one.completion for one in completions[: prompts * group]]
+        for name, (values, fault) in zip(names, call(scored, group), strict=True):
             known = np.array(values)[~np.isnan(values)]
             if len(known):
                 metrics[f"{HELD_OUT}{SCORES}{name}"] = float(known.mean())
+            for k, value in pass_at(np.array(values).reshape(prompts, group), scoring.pass_at).items():
+                metrics[f"{HELD_OUT}{SCORES}pass@{k}/{name}"] = value
             if fault:
                 missing = f"{len(values) - len(known)} of {len(values)}"
                 faults.append(f"{missing} completions of held-out prompts have no score: {fault}")
-        nonfinite = sum(one.finish == "nonfinite" for one in completions)
-        return Scored(shown, len(scored), metrics, faults, nonfinite)
+        broken = np.array([one.finish == "nonfinite" for one in completions]).reshape(-1, group).any(1)
+        return Scored(shown, prompts, metrics, faults, int(broken.sum()))
 
     return score

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
@@ -14,10 +15,16 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
+from jaxft.optim.short_names import ShortNames
+from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.store import check_store_url
+from jaxft.tree import regex
 
 LONGEST = 2**31 - 1  # steps; they are counted in int32
+# Score functions that settings and commands may name shortly
+SCORE_FUNCTIONS = {name: f"jaxft.rl.rewards:{name}" for name in ("exact", "number", "json_match")}
+ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(SCORE_FUNCTIONS)]
 
 
 @dataclass(frozen=True)
@@ -91,16 +98,38 @@ class Loop:
 class Scoring:
     """Scores of the completions of held-out prompts before and after training; their means are metrics.
 
-    by: functions of (prompt, completion, row), such as jaxft.rl.rewards:json_match or one in a file of your
-    own; row["answer"] is the row's own response. prompts: how many held-out prompts, None for all.
+    by: functions of (prompt, completion, row): exact, number, json_match, or one in a file of your own, such
+    as my.py:score; row["answer"] is the row's own response. prompts: how many held-out prompts, None for all.
+    regex: also score 1 for a completion that this regular expression matches as a whole, else 0. samples:
+    completions of each prompt. pass_at: numbers k for which pass@k is computed.
     """
 
-    by: tuple[Callable[[str, str, dict[str, Any]], float], ...] = ()
+    by: tuple[ScoreFunction, ...] = ()
     prompts: int | None = None
+    regex: str | None = None
+    samples: int = 1
+    pass_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompts is not None and self.prompts < 1:
             raise ValueError(f"scoring.prompts={self.prompts}; expected at least 1, or none for all")
+        if self.regex is not None:
+            regex(self.regex, "scoring.regex")  # raises for an expression that cannot be compiled
+        if self.samples < 1:
+            raise ValueError(f"scoring.samples={self.samples}; expected at least 1")
+        if any(k < 1 or k > self.samples for k in self.pass_at):
+            raise ValueError(
+                f"scoring.pass_at={','.join(map(str, self.pass_at))}; expected numbers from 1 to "
+                f"scoring.samples={self.samples}"
+            )
+
+    @property
+    def functions(self) -> tuple[Callable[..., float], ...]:
+        """All score functions."""
+        found: list[Callable[..., float]] = [*self.by]
+        if self.regex is not None:
+            found.append(partial(matches, pattern=self.regex))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -155,9 +184,16 @@ class Run:
                 f"start={self.start} is merged into the base in float32, but quant={self.quant.kind} stores "
                 "the base in another form; set quant=none"
             )
-        if not self.model.generates and (self.samples or self.general or self.scoring.by):
-            got = f"samples={self.samples}, general={self.general}, {len(self.scoring.by)} in scoring.by"
+        if not self.model.generates and (self.samples or self.general or self.scoring.functions):
+            got = (
+                f"samples={self.samples}, general={self.general}, {len(self.scoring.functions)} in scoring.by"
+            )
             raise ValueError(
                 "this run's model has a scalar head and generates no text: "
                 f"set samples=0, general=none and scoring.by= to nothing, got {got}"
+            )
+        if self.scoring.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"scoring.samples={self.scoring.samples} completions of a prompt would be equal at "
+                "sampling.temperature=0; use sampling.temperature=0.8"
             )

@@ -152,7 +152,7 @@ def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States],
         params = tree.combine(p.state.trainable, p.frozen)
         key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
         if key not in by_shape:
-            decoding = Decoding(p.partition.model, run.sampling, job.stop)
+            decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
             by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
         complete.append(by_shape[key])
 

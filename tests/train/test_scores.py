@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts_in_process import call
 from tiny_model import CONFIG, tiny
-from tiny_run import Place, write_place
+from tiny_run import Place, rows, write_place
 
 from jaxft.data.source import Prompt
 from jaxft.inference.decode import Decoding
@@ -38,6 +39,26 @@ def test_scores_are_means_over_the_scored_prompts_and_samples_are_the_first():
     found = make_scorer(Scoring((same,)), 4, TEXTS)(COMPLETIONS)
     assert found.metrics == {"eval_scores/same": 0.75} and found.scored == 4
     assert found.samples[3]["completion"] == "something [...]"  # the score is of the text without the mark
+
+
+def test_several_completions_of_a_prompt_have_a_mean_and_pass_at_k():
+    right = [[True, False], [False, False], [True, True]]
+    completions = [
+        Completed(text.prompt, text.reference if is_right else "other", text.reference, "stop")
+        for text, own in zip(TEXTS, right, strict=False)
+        for is_right in own
+    ]
+    completions[3] = completions[3]._replace(finish="nonfinite")
+    scoring = Scoring((same,), samples=2, pass_at=(1, 2), regex="reference [02]")
+    found = make_scorer(scoring, 2, TEXTS[:3])(completions)
+    of_same = {"same": 0.5, "pass@1/same": 0.5, "pass@2/same": 2 / 3}
+    of_regex = {"matches": 0.5, "pass@1/matches": 0.5, "pass@2/matches": 2 / 3}
+    assert found.metrics == pytest.approx({f"eval_scores/{k}": v for k, v in {**of_same, **of_regex}.items()})
+    assert found.scored == 3 and found.nonfinite == 1
+    assert [(one["prompt"], one["completion"]) for one in found.samples] == [
+        ("question 0", "reference 0"),
+        ("question 1", "other"),
+    ]
 
 
 def test_a_completion_without_a_score_is_reported_and_in_no_mean():
@@ -80,6 +101,17 @@ def test_rows_without_responses_cannot_be_scored(prompts, rollouts, message):
 def test_settings_of_scoring_are_checked():
     with pytest.raises(ValueError, match="scoring.prompts=0; expected at least 1, or none for all"):
         Scoring(prompts=0)
+    with pytest.raises(ValueError, match="scoring.regex: '.' is not a valid regular expression"):
+        Scoring(regex="(")
+    with pytest.raises(ValueError, match="scoring.samples=0; expected at least 1"):
+        Scoring(samples=0)
+    for wrong in ((3,), (1, 0)):
+        with pytest.raises(ValueError, match="scoring.pass_at=.*from 1 to scoring.samples=2"):
+            Scoring(samples=2, pass_at=wrong)
+    with pytest.raises(
+        ValueError, match="2 completions of a prompt would be equal at sampling.temperature=0"
+    ):
+        Run("twice", "", SimpleNamespace(generates=True), None, None, scoring=Scoring((same,), samples=2))
     with pytest.raises(ValueError, match="scalar head and generates no text.*1 in scoring.by"):
         Run("reward", "", SimpleNamespace(generates=False), None, None, samples=0, scoring=Scoring((same,)))
 
@@ -97,10 +129,16 @@ def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
     monkeypatch.setattr(samples, "PROMPTS_AT_ONCE", 2)
     assert samples.compile_sampler(decoding, prompts, tokenizer, shapes)(params) == whole
     assert [one.prompt for one in whole] == [" ".join(map(str, p.ids)) for p in prompts]
+    sampled = Sampling(max_new=4, temperature=1.0)
+    twice = samples.compile_sampler(Decoding(model, sampled, (7,), 2), prompts, tokenizer, shapes)(params)
+    one, two = twice[::2], twice[1::2]
+    assert [x.prompt for x in one] == [x.prompt for x in two] == [x.prompt for x in whole] and one != two
     assert len({one.completion for one in whole}) > 1
 
 
-def test_a_run_logs_scores_and_has_them_in_its_summary_card_and_last_lines(tmp_path):
+def test_a_run_logs_scores_in_its_files_and_last_lines_and_evaluate_has_the_same(
+    tmp_path, monkeypatch, capsys
+):
     write_place(tmp_path)
     place = Place(tmp_path)
     (tmp_path / "scores.py").write_text(
@@ -108,18 +146,31 @@ def test_a_run_logs_scores_and_has_them_in_its_summary_card_and_last_lines(tmp_p
         "def odd(prompt, completion, row):\n    return 1.0 if completion == row['answer'] else None\n"
     )
     argv = ["name=scored", "steps=1", "samples=4", "scoring.by=scores.py:size,scores.py:odd"]
+    argv += ["scoring.samples=2", "scoring.pass_at=2", "sampling.temperature=1", "data.held_out=more.jsonl"]
     assert place.run(*argv) == 0, place.err()
     summary = json.loads((place.runs("scored") / "summary.json").read_text())
-    lengths = [len(sample["reference"]) for sample in summary["after"]["samples"]]
-    assert len(lengths) == 4 == summary["after"]["scored"]
-    expected = sum(lengths) / 4
+    lengths = [len(row["completion"]) for row in rows(12)]
+    assert len(summary["after"]["samples"]) == 4 and summary["after"]["scored"] == 12
+    expected = sum(lengths) / 12
     evaluated = [line["eval_scores/size"] for line in place.metrics("scored") if "eval_scores/size" in line]
     assert evaluated == [expected, expected]  # before the first and after the last step
-    shown = f"size of the completions of 4 held-out prompts: {expected:.4f} before, {expected:.4f} after"
-    fault = "4 of 4 completions of held-out prompts have no score: reward odd returned NoneType None"
+    shown = f"size of the completions of 12 held-out prompts: {expected:.4f} before, {expected:.4f} after"
+    assert summary["after"]["metrics"]["eval_scores/pass@2/size"] == 1
+    fault = "24 of 24 completions of held-out prompts have no score: reward odd returned NoneType None"
     assert shown in place.out() and fault in place.out()
     card = (place.runs("scored") / "README.md").read_text()
     assert f"| eval_scores/size | {expected:.4f} | {expected:.4f} |" in card and f"- {fault}" in card
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    last = [line for line in place.metrics("scored") if "eval_loss" in line][-1]
+    code, out, err = call(monkeypatch, capsys, "evaluate", "--run", "runs/scored", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["loss"] == pytest.approx(last["eval_loss"], rel=1e-6), err
+    assert found["mean_token_accuracy"] == pytest.approx(last["eval_mean_token_accuracy"])
+    options = ("--by", "scores.py:size", "--max-new", "4", "--limit", "3", "--json")
+    code, out, err = call(monkeypatch, capsys, "evaluate", "--run", "runs/scored", *options)
+    first = sum(len(row["completion"]) for row in rows(12)[:-4:-1]) / 3  # the file has them in reverse order
+    assert code == 0 and json.loads(out)["size"] == pytest.approx(first), err
 
 
 def test_a_completion_whose_logits_are_not_finite_is_counted_though_it_is_not_shown():
