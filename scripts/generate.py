@@ -75,16 +75,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def arguments() -> argparse.Namespace:
     """Parse and check the command line."""
+    from jaxft.runs.cli import check_weights_options
+
     parser = make_parser()
     args = parser.parse_args()
-    if args.run and (args.model or args.adapter):
-        parser.error("--run sets model and adapter; omit --model and --adapter")
+    check_weights_options(parser, args)
     if not args.prompt and not args.file:
         parser.error("no prompts; use --prompt or --file")
     if args.raw and (args.chat_template_kwargs or args.system):
         parser.error("--raw uses no chat template; omit --chat-template-kwargs and --system")
-    if args.batch < 1:
-        parser.error(f"--batch must be at least 1, got {args.batch}")
     return args
 
 

@@ -63,6 +63,14 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where --run is given together with --model or --adapter, or --batch is too small."""
+    if args.run and (args.model or args.adapter):
+        parser.error("--run sets model and adapter; omit --model and --adapter")
+    if args.batch < 1:
+        parser.error(f"--batch must be at least 1, got {args.batch}")
+
+
 def usage_error(message: str, prog: str) -> str:
     """Return the line that reports an error of the command line. prog: the command."""
     return printable_line(f"error: {message}; see {prog} --help")

@@ -1,5 +1,6 @@
-"""The model that a command line names, on a mesh for inference."""
+"""The model that a command line names, or several adapters of one base, on a mesh for inference."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 from jaxft.models.adapted import adapted
 from jaxft.models.model import Model
 from jaxft.nn import quant
+from jaxft.runs import served
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.tree import Params
 from jaxft.weights import adapters, pretrained
@@ -49,3 +51,33 @@ def load_named(
     notes = pretrained.file_notes(named.ref, model)
     stop = stop_tokens(named.ref, model, tokenizer)
     return LoadedWeights(mesh, adapted(model, settings), params, tokenizer, stop, notes)
+
+
+def load_each(
+    named: Mapping[str, NamedWeights],
+    mesh: Mesh,
+    dtype: str | None = None,
+    kind: quant.QuantKind | None = None,
+) -> dict[str, LoadedWeights]:
+    """Load weights by name, which share one base and, if they are several, one model and one set of shapes,
+    so that one compiled program takes each of them.
+
+    named: see served.named_adapters. dtype, kind: as in load_named, if the runs have the same. Raises
+    ValueError for adapters that cannot share a base or a program.
+    """
+    if len(named) == 1:
+        return {name: load_named(weights, mesh, dtype, kind) for name, weights in named.items()}
+    weights, ref = dict(named), next(iter(named.values())).ref
+    chosen, residual = served.common_dtype(weights, dtype), served.common_residual(weights, dtype)
+    base = pretrained.model_for(ref, dtype=jnp.dtype(chosen), residual=residual)
+    frozen = pretrained.load_frozen(ref, base, mesh, served.common_quant(weights, kind))
+    folders = {name: one.adapter for name, one in named.items() if one.adapter is not None}
+    trees = served.load_equal_adapters(folders, ref, base, mesh)
+    model, notes = adapted(base, None), pretrained.file_notes(ref, base)
+    found = {}
+    for name, tree in trees.items():
+        tokenizer = pretrained.load_tokenizer(named[name].tokenizer)
+        stop = stop_tokens(ref, base, tokenizer)
+        found[name] = LoadedWeights(mesh, model, {"base": frozen, "adapter": tree}, tokenizer, stop, notes)
+        notes = []  # once
+    return found

@@ -14,11 +14,12 @@ from jaxft.data.conversation import prompt_of
 from jaxft.data.example import Chat, Completion, Example, as_given
 from jaxft.data.formats import normalise_each, split_column
 from jaxft.data.invalid import InvalidRow, valid
+from jaxft.data.progress import RowProgress
 from jaxft.data.prompt_rows import rename_columns
 from jaxft.data.row_files import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import compile_engine, slots_for
+from jaxft.inference.engine import Engine, Slots, compile_engine, slots_for
 from jaxft.inference.sampling import Sampling, nonfinite_logits
 from jaxft.nn.cache import CacheFormat
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
@@ -91,23 +92,41 @@ def response_text(example: Example) -> str | None:
     return "".join(str(message.get("content") or "") for message in example.messages[example.response :])
 
 
-def score_completions(
-    loaded: LoadedWeights,
-    prompts: Sequence[ScoredPrompt],
-    functions: Sequence[Callable[..., float]],
-    how: Completing,
-    passes: Sequence[int] = (),
-) -> Evaluated:
-    """Complete every prompt, and return the mean score by each function and pass@k for each k of `passes`.
+def make_completion_scorer(
+    functions: Sequence[Callable[..., float]], how: Completing, passes: Sequence[int] = ()
+) -> Callable[[LoadedWeights, Sequence[ScoredPrompt]], Evaluated]:
+    """Return `score(loaded, prompts)`: complete every prompt, and return the mean score by each function and
+    pass@k for each k of `passes`. Programs are compiled once for weights of the same model and shapes.
 
     functions: of (prompt, completion, row), such as those of jaxft.rl.rewards. A completion without a score,
     where the function raises or returns no number, is in no mean, and a note counts them. Raises ValueError
     if a function scores no completion at all.
     """
-    rewards = [FunctionReward(fn) for fn in functions]
-    found = sample_texts(loaded, prompts, how)
-    given = [as_given(prompt.prompt) for prompt in prompts for _ in range(how.samples)]
-    columns = [(prompt.row, prompt.columns) for prompt in prompts for _ in range(how.samples)]
+    engines: dict[Any, Engine] = {}
+
+    def engine_for(loaded: LoadedWeights, slots: Slots) -> Engine:
+        if (loaded.stop, slots) not in engines:
+            decoding = Decoding(loaded.model, how.sampling, loaded.stop, how.samples, how.cache)
+            engines[loaded.stop, slots] = compile_engine(decoding, loaded.params, slots, loaded.mesh)
+        return engines[loaded.stop, slots]
+
+    def score(loaded: LoadedWeights, prompts: Sequence[ScoredPrompt]) -> Evaluated:
+        found = sample_texts(loaded, prompts, how, engine_for)
+        return _scored(prompts, found, functions, passes)
+
+    return score
+
+
+def _scored(
+    prompts: Sequence[ScoredPrompt],
+    found: SampledTexts,
+    functions: Sequence[Callable[..., float]],
+    passes: Sequence[int],
+) -> Evaluated:
+    """Return metrics and single scores of completions; see make_completion_scorer."""
+    rewards, samples = [FunctionReward(fn) for fn in functions], len(found.texts[0])
+    given = [as_given(prompt.prompt) for prompt in prompts for _ in range(samples)]
+    columns = [(prompt.row, prompt.columns) for prompt in prompts for _ in range(samples)]
     texts = [text for own in found.texts for text in own]
     metrics: dict[str, float] = {"prompts": len(prompts), "completions": len(texts)}
     notes, scores = [], {}
@@ -118,7 +137,7 @@ def score_completions(
             raise ValueError(f"no completion has a score: {faults.first}")
         if missing:
             notes.append(f"{missing} of {len(values)} completions have no score: {faults.first}")
-        scores[name] = values.reshape(len(prompts), how.samples)
+        scores[name] = values.reshape(len(prompts), samples)
         metrics[name] = float(np.nanmean(values))
         metrics |= {f"pass@{k}/{name}": value for k, value in pass_at(scores[name], passes).items()}
     metrics[COMPLETION_LENGTH] = float(found.lengths.mean())
@@ -143,8 +162,13 @@ def _results(
     ]
 
 
-def sample_texts(loaded: LoadedWeights, prompts: Sequence[ScoredPrompt], how: Completing) -> SampledTexts:
-    """Complete every prompt `how.samples` times.
+def sample_texts(
+    loaded: LoadedWeights,
+    prompts: Sequence[ScoredPrompt],
+    how: Completing,
+    engine_for: Callable[[LoadedWeights, Slots], Engine],
+) -> SampledTexts:
+    """Complete every prompt `how.samples` times. engine_for: returns a compiled engine.
 
     Raises ValueError that names the row for a prompt without a token, and for one that is too long for the
     model.
@@ -161,10 +185,10 @@ def sample_texts(loaded: LoadedWeights, prompts: Sequence[ScoredPrompt], how: Co
                 f"model's {limit} positions; use a smaller --max-new, or remove the row"
             )
     check_token_id("the model", max(max(tokens) for tokens in ids), loaded.model.config.vocab)
-    decoding = Decoding(loaded.model, how.sampling, loaded.stop, how.samples, how.cache)
     slots = slots_for(len(ids), how.samples, max(map(len, ids)), how.batch)
-    engine = compile_engine(decoding, loaded.params, slots, loaded.mesh)
-    sampled = engine.complete(loaded.params, ids, jax.random.key(how.seed)).tokens
+    engine, key = engine_for(loaded, slots), jax.random.key(how.seed)
+    with RowProgress("completing", len(ids) * how.samples, enabled=True) as progress:
+        sampled = engine.complete(loaded.params, ids, key, ended=progress.add).tokens
     if where := nonfinite_logits(sampled.reshape(-1, sampled.shape[-1])):
         raise ValueError(
             f"{prompts[where[0] // how.samples].row}: the logits of token {where[1] + 1} are not finite; use "

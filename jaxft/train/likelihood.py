@@ -1,7 +1,7 @@
 """How likely a model finds rows: loss and perplexity, and which response of a pair it prefers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxft.data.invalid import invalid_lines
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed import sharding
+from jaxft.models.model import Model
 from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY
 from jaxft.objectives.pair import response_sums
 from jaxft.objectives.read_positions import read_logps
@@ -46,7 +47,13 @@ class Evaluated(NamedTuple):
     notes: list[str]
 
 
-def row_loss(loaded: LoadedWeights, rows: Rows) -> Evaluated:
+def make_row_loss(model: Model) -> Callable[[LoadedWeights, Rows], Evaluated]:
+    """Return `row_loss(loaded, rows)`, whose program is compiled once for all weights of a model."""
+    eval_step = jax.jit(make_eval_step(sft(model)))
+    return lambda loaded, rows: _row_loss(eval_step, loaded, rows)
+
+
+def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows) -> Evaluated:
     """Return loss (mean over the tokens with a loss, in nats), perplexity and token accuracy of all rows.
 
     rows: `train` and `held_out` are the file. Raises ValueError for a loss that is not finite.
@@ -55,7 +62,6 @@ def row_loss(loaded: LoadedWeights, rows: Rows) -> Evaluated:
     source = rows.open(loaded.tokenizer, sharding.row_shards(mesh))
     stats = source.info.stats
     check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
-    eval_step = jax.jit(make_eval_step(sft(loaded.model)))
     found = evaluate(
         lambda batch: eval_step(loaded.params, loaded.params, sharding.shard_batch(mesh, batch), {}),
         source.held_out,
@@ -79,7 +85,20 @@ def row_loss(loaded: LoadedWeights, rows: Rows) -> Evaluated:
     return Evaluated(metrics, [], notes)
 
 
-def pair_preferences(loaded: LoadedWeights, rows: PairRows) -> Evaluated:
+def make_pair_preferences(model: Model) -> Callable[[LoadedWeights, PairRows], Evaluated]:
+    """Return `preferences(loaded, rows)`, whose programs are compiled once for all weights of a model."""
+
+    def forward(params: Params, batch: Pairs) -> dict[str, Any]:
+        rows = jax.tree.map(lambda x: x[0], batch)
+        h = model.hidden(params, rows, None)
+        logps = read_logps(model, params, h, (rows.read, rows.targets)).logp
+        return response_sums(logps, rows.responses, rows.kinds, rows.pair_weights.shape[1])
+
+    compiled = jax.jit(forward)
+    return lambda loaded, rows: _pair_preferences(compiled, loaded, rows)
+
+
+def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows) -> Evaluated:
     """Return which response of each pair the model finds more likely, and the fractions of pairs.
 
     accuracy: log p(chosen) > log p(rejected). accuracy_per_token: the same for the mean over the response's
@@ -89,9 +108,9 @@ def pair_preferences(loaded: LoadedWeights, rows: PairRows) -> Evaluated:
     source = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
     names, batches = source.pairs.tokenised.names, source.cover(range(len(source.keys)))
-    own, base = response_logps(loaded, loaded.params, batches), None
+    own, base = _response_logps(forward, loaded, loaded.params, batches), None
     if "adapter" in loaded.params:
-        base = response_logps(loaded, {"base": loaded.params["base"]}, batches)
+        base = _response_logps(forward, loaded, {"base": loaded.params["base"]}, batches)
     scores = []
     for number, (logps, lengths) in sorted(own.items()):
         if not all(map(math.isfinite, logps)):
@@ -104,23 +123,13 @@ def pair_preferences(loaded: LoadedWeights, rows: PairRows) -> Evaluated:
     return Evaluated(preference_metrics(scores), rows_of_file, list(invalid_lines(source.info.stats.invalid)))
 
 
-def response_logps(
-    loaded: LoadedWeights, params: Params, batches: Sequence[Pairs]
+def _response_logps(
+    forward: Callable[..., Any], loaded: LoadedWeights, params: Params, batches: Sequence[Pairs]
 ) -> dict[int, tuple[tuple[float, float], tuple[int, int]]]:
     """Return the log-probabilities of chosen and rejected, and their tokens, by the index of the pair."""
-
-    model = loaded.model
-
-    def forward(params: Params, batch: Pairs) -> dict[str, Any]:
-        rows = jax.tree.map(lambda x: x[0], batch)
-        h = model.hidden(params, rows, None)
-        logps = read_logps(model, params, h, (rows.read, rows.targets)).logp
-        return response_sums(logps, rows.responses, rows.kinds, rows.pair_weights.shape[1])
-
-    compiled = jax.jit(forward)
     found = {}
     for batch in batches:
-        sums = jax.device_get(compiled(params, sharding.shard_batch(loaded.mesh, batch)))
+        sums = jax.device_get(forward(params, sharding.shard_batch(loaded.mesh, batch)))
         for at, pair in np.ndenumerate(batch.index[0]):
             if pair >= 0:
                 chosen_tokens, rejected_tokens = map(int, batch.lengths[0][at][:2])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_llama
+from evaluate_place import PAIRS, TEXTS, bytes_of, chat, torch_loss, write, write_evaluate_place
 from scripts_in_process import call, load
 
 from jaxft.train.completion_scores import pass_at
@@ -14,29 +15,13 @@ from jaxft.train.likelihood import Evaluated, PairScore, preference_metrics
 from jaxft.train.samples import decode_completion
 
 torch = pytest.importorskip("torch")
-TEXTS = ["a rank is small", "why? because", "x" * 40, "12 red chairs", "the end of it"]
-PAIRS = [
-    ("one?", "yes it is", "no"),
-    ("two?", "b", "a long answer"),
-    ("three?", "aaaa", "bbbb"),
-    ("four?", "zz", "qq"),
-]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model's folder, the same model by transformers, and rows."""
     folder = tmp_path_factory.mktemp("evaluate")
-    model = tiny_llama.tiny_torch()
-    tiny_llama.write_folder(folder / "model", model)
-    write(folder / "texts.jsonl", [{"text": text} for text in TEXTS])
-    write(folder / "rows.jsonl", [{"prompt": p, "completion": c} for p, c, _ in PAIRS])
-    write(folder / "pairs.jsonl", [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS])
-    return folder, model
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, write_evaluate_place(folder)
 
 
 @pytest.fixture
@@ -55,19 +40,6 @@ def evaluate(place, tmp_path, monkeypatch, capsys):
     return run
 
 
-def bytes_of(text):
-    return list(tiny_llama.tiny_tokenizer()(text, add_special_tokens=False).input_ids)
-
-
-def torch_loss(model, ids, first):
-    """(sum of the losses of the tokens from `first` on, their number) by transformers."""
-    tokens = torch.tensor([ids])
-    labels = tokens.clone()
-    labels[0, :first] = -100
-    with torch.no_grad():
-        return float(model(tokens, labels=labels).loss) * (len(ids) - first), len(ids) - first
-
-
 @pytest.mark.parametrize("options", [(), ("--packing", "--max-length", "64")], ids=["rows", "packed"])
 def test_loss_and_perplexity_are_those_of_transformers(place, evaluate, options):
     eos = 257  # the tokenizer adds no BOS
@@ -77,12 +49,26 @@ def test_loss_and_perplexity_are_those_of_transformers(place, evaluate, options)
     assert found["tokens"] == count and found["examples"] == len(TEXTS)
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-3)
+    hits = [torch_hits(place[1], [*bytes_of(text), eos]) for text in TEXTS]
+    assert found["mean_token_accuracy"] == pytest.approx(sum(hits) / count)
 
 
-def chat(prompt, response):
-    """Token ids of the template of tiny_llama, and the number of those before the response."""
-    before = [256, *bytes_of(prompt), 257]
-    return [*before, 256, *bytes_of(response), 257], len(before)
+def torch_hits(model, ids):
+    """How many tokens are the most likely one by transformers."""
+    with torch.no_grad():
+        best = model(torch.tensor([ids])).logits[0, :-1].argmax(-1)
+    return int((best == torch.tensor(ids[1:])).sum())
+
+
+def test_a_row_that_is_too_long_is_truncated_and_reported(place, evaluate, monkeypatch, capsys):
+    options = ("--file", "texts.jsonl", "--too-long", "truncate", "--max-length", "12")
+    sums = [torch_loss(place[1], [*bytes_of(text), 257][:12], 1) for text in TEXTS]
+    total, count = map(sum, zip(*sums, strict=True))
+    argv = ("--model", "model", "--dtype", "float32", *options)
+    code, out, err = call(monkeypatch, capsys, "evaluate", *argv)
+    assert code == 0 and "5 examples are truncated to --max-length 12" in err
+    shown = dict(line.split() for line in out.splitlines())
+    assert float(shown["loss"]) == pytest.approx(total / count, rel=1e-5) and int(shown["tokens"]) == count
 
 
 def test_only_responses_count_in_the_loss_of_rows_with_prompts(place, evaluate):
@@ -106,6 +92,8 @@ def test_preferences_are_those_of_transformers_log_probabilities(place, evaluate
         means.append(chosen / m < rejected / n)
     assert found["pairs"] == 4 and found["accuracy"] == np.mean(wins)
     assert found["accuracy_per_token"] == np.mean(means) and "accuracy_against_base" not in found
+    for name in ("chosen", "rejected"):
+        assert found[f"logps/{name}"] == pytest.approx(np.mean([row[name] for row in rows]))
     assert 0 < np.mean(wins) < 1  # the law can fail
 
 
@@ -145,6 +133,22 @@ def test_completions_are_scored_against_the_answers_of_rows(place, evaluate, tmp
     assert [row["scores"]["exact"] for row in rows] == [1, 1, 0, 1] and rows[1]["scores"]["short"] is None
 
 
+def test_several_completions_of_a_prompt_have_pass_at_k_lengths_and_ends(place, evaluate, tmp_path):
+    out = tmp_path / "out.jsonl"
+    sampled = ("--samples", "3", "--temperature", "1", "--seed", "5", "--pass-at", "1,2", "--max-new", "12")
+    regex = "(?s).{0,9}"
+    found = evaluate("--file", "rows.jsonl", "--regex", regex, *sampled, "--limit", "3", "--out", str(out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == found["completions"] == 9 and found["prompts"] == 3
+    passed = np.array([len(row["completion"]) <= 9 for row in rows], float)
+    assert [row["scores"]["matches"] for row in rows] == passed.tolist() and 0 < passed.sum() < 9
+    assert found["matches"] == pytest.approx(passed.mean()) == pytest.approx(found["pass@1/matches"])
+    assert found["pass@2/matches"] == pytest.approx(pass_at(passed.reshape(3, 3), (2,))[2])
+    clipped = np.mean([row["finish"] == "length" for row in rows])
+    assert found["completions/clipped_ratio"] == pytest.approx(clipped)
+    assert 1 <= found["completions/mean_length"] <= 12 and len({row["completion"] for row in rows}) > 3
+
+
 def test_pass_at_k_is_the_mean_over_all_subsets_of_k_completions():
     scores = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, np.nan, np.nan], [0.5, 0, 2, 0, np.nan]])
     found = pass_at(scores, (1, 2, 4, 5))
@@ -162,9 +166,9 @@ def test_metrics_are_printed_before_the_results_are_written(monkeypatch, capsys,
     script = load("evaluate")
     found = Evaluated({"exact": 0.5}, [{"row": "a"}], [])
     out = tmp_path / "out.jsonl"
-    args = SimpleNamespace(out=out, json=True)
+    args = SimpleNamespace(out=out, json=True, way=script.COMPLETIONS)
     monkeypatch.setattr(script, "arguments", lambda: args)
-    monkeypatch.setattr(script, "evaluate", lambda args: found)
+    monkeypatch.setattr(script, "evaluate", lambda args: {"": found})
     assert script.main() == 0 and json.loads(out.read_text()) == {"row": "a"}
     capsys.readouterr()
     args.out = tmp_path / "gone" / "out.jsonl"  # removed during the evaluation
