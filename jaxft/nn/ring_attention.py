@@ -157,17 +157,22 @@ def _ring_forward(qkv, ranges, settings):
     (q, *keys), (kernel, softcap, devices) = qkv, settings
     B, L, H, _ = q.shape
 
-    def visit(step, carry):
-        keys, o, lse = carry
-        arriving = _next_device(keys, devices)  # before the kernel, so that the transfer runs meanwhile
+    def visit(step, keys, o, lse):
         part, part_lse = kernel.output((q, *keys), _ranges_in_block(ranges, step, devices, L), softcap)
         part_lse = jnp.where(part_lse == -MASKED, MASKED, part_lse.astype(lse.dtype))
         both = jnp.logaddexp(lse, part_lse)
         o = o * _time_first(jnp.exp(lse - both)) + part * _time_first(jnp.exp(part_lse - both))
-        return arriving, o, both
+        return o, both
+
+    def pass_on(step, carry):
+        keys, *sums = carry
+        arriving = _next_device(keys, devices)  # before the kernel, so that the transfer runs meanwhile
+        return arriving, *visit(step, keys, *sums)
 
     none = jnp.zeros_like(_wide(q)), jnp.full((B, H, L), MASKED, _wide(q).dtype)
-    _, o, lse = lax.fori_loop(np.int32(0), np.int32(devices), visit, (tuple(keys), *none))
+    last = np.int32(devices - 1)  # the last block of keys is not passed on
+    carry = lax.fori_loop(np.int32(0), last, pass_on, (tuple(keys), *none))
+    o, lse = visit(last, *carry)
     lse = jnp.where(lse < MASKED / 2, -MASKED, lse)
     o, lse = checkpoint_name(o.astype(q.dtype), "attn_out"), checkpoint_name(lse, "attn_lse")
     return o, (qkv, ranges, o, lse)
@@ -177,16 +182,21 @@ def _ring_backward(settings, saved, do):
     (q, *keys), ranges, o, lse = saved
     kernel, softcap, devices = settings
 
-    def visit(step, carry):
-        keys, sums, dq = carry
-        arriving = _next_device(keys, devices)
+    def visit(step, keys, sums, dq):
         ranges_here = _ranges_in_block(ranges, step, devices, q.shape[1])
         part, *parts = kernel.gradients((q, *keys), ranges_here, (o, lse, do), softcap)
         sums = tuple(x + y for x, y in zip(sums, parts, strict=True))
-        return arriving, _next_device(sums, devices), dq + part
+        return _next_device(sums, devices), dq + part  # after the last block they are home again
+
+    def pass_on(step, carry):
+        keys, *results = carry
+        arriving = _next_device(keys, devices)
+        return arriving, *visit(step, keys, *results)
 
     none = tuple(jnp.zeros_like(_wide(x)) for x in keys), jnp.zeros_like(_wide(q))
-    _, sums, dq = lax.fori_loop(np.int32(0), np.int32(devices), visit, (tuple(keys), *none))
+    last = np.int32(devices - 1)
+    carry = lax.fori_loop(np.int32(0), last, pass_on, (tuple(keys), *none))
+    sums, dq = visit(last, *carry)
     return tuple(x.astype(q.dtype) for x in (dq, *sums)), None
 
 

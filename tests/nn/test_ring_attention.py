@@ -195,7 +195,29 @@ def test_saved_names_avoid_running_the_ring_again():
             products(partial(value_and_gradients, partial(layers, policy=policy)), *x, ranges)
             for policy in (names, policies.everything_saveable, policies.nothing_saveable)
         ]
-    assert found == [2 + 5, 2 + 5, 2 + 2 + 5]
+    one, both = 2 * 2, 2 * 5  # matmuls of a block of keys in the loop, and of the last block after it
+    assert found == [one + both, one + both, one + one + both]
+
+
+def sends(jaxpr, devices, times=1):
+    """Count the arrays that each device passes on to the next one, in loops as often as they run."""
+    step, found = {(i, (i + 1) % devices) for i in range(devices)}, 0
+    for eqn in jaxpr.eqns:
+        found += times * (eqn.primitive.name == "ppermute" and set(eqn.params["perm"]) == step)
+        inner = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        for x in eqn.params.values():
+            x = getattr(x, "jaxpr", x)
+            found += sends(x, devices, inner) if hasattr(x, "eqns") else 0
+    return found
+
+
+def test_no_block_of_keys_is_sent_back_to_where_it_came_from():
+    """With n devices keys and values are sent n - 1 times in each direction, and their gradients n times."""
+    x, devices = arrays(np.random.default_rng(9), 1, 32, 3, 1, 8, jnp.float32), 8
+    ranges = key_ranges(jnp.ones((1, 32), jnp.int32))
+    with jax.set_mesh(make_mesh(MeshShape(1, context=devices))):
+        jaxpr = jax.make_jaxpr(partial(value_and_gradients, FUNCTIONS["ring", None]))(*x, ranges)
+    assert sends(jaxpr.jaxpr, devices) == 2 * (devices - 1) + 2 * (devices - 1) + 2 * devices
 
 
 @pytest.mark.parametrize(
