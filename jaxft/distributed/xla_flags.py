@@ -3,9 +3,15 @@
 What the user has set takes precedence, flag by flag. JAXFT_XLA_FLAGS=off applies none of them. This file does
 not import jax, because some of the settings are read when jax is imported.
 
-Not in the table: what is the default already (command buffers and asynchronous collectives on GPUs; on TPUs
-the latency-hiding scheduler and all-gathers fused with matmuls), and what helps one generation and slows
-another (xla_gpu_triton_gemm_any, CUDA_DEVICE_MAX_CONNECTIONS, xla_tpu_scoped_vmem_limit_kib).
+Not in the table:
+- Defaults of XLA. GPUs: command buffers and asynchronous collectives (xla_gpu_enable_command_buffer,
+  xla_gpu_disable_async_collectives in github.com/openxla/xla/blob/main/xla/debug_options_flags.cc). TPUs:
+  asynchronous all-gathers, fused with matmuls (xla_tpu_enable_async_collective_fusion and
+  xla_tpu_enable_async_collective_fusion_fuse_all_gather are true in openxla.org/xla/flags_guidance).
+- What helps one generation and slows another: CUDA_DEVICE_MAX_CONNECTIONS
+  (docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance, "Blackwell"), xla_gpu_triton_gemm_any
+  (docs.jax.dev/en/latest/gpu_performance_tips.html; off by default), xla_tpu_scoped_vmem_limit_kib
+  (openxla.org/xla/flags_guidance: its range depends on the chip).
 """
 
 import importlib.util
@@ -24,6 +30,11 @@ PLATFORM_NAMES = {CUDA: "NVIDIA GPUs", TPU: "TPUs", CPU: "CPUs"}
 TUNABLES = "GLIBC_TUNABLES"  # read when a process starts: name=value, separated by colons
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+PCI = Path("/sys/bus/pci/devices")
+# Vendor and devices of TPUs v2 to 7x, as jax knows them (jax/_src/hardware_utils.py); Google's network cards
+# have the same vendor.
+GOOGLE = "0x1ae0"
+TPU_IDS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 FRACTION = "XLA_CLIENT_MEM_FRACTION"
 JAX_FRACTION = 0.75  # jax's default
 
@@ -78,21 +89,33 @@ TABLE_OF_SETTINGS = (
 )  # fmt: skip
 
 
-def accelerator(environ: Mapping[str, str], dev: Path = Path("/dev")) -> str:
+def accelerator(environ: Mapping[str, str], dev: Path = Path("/dev"), pci: Path = PCI) -> str:
     """Return the platform that jax will start, "cuda", "tpu" or "cpu", without starting it.
 
-    environ: environment variables. dev: the folder of device files.
+    environ: environment variables. dev: the folder of device files. pci: the folder of PCI devices.
     """
     chosen = [name.strip() for name in environ.get("JAX_PLATFORMS", "").lower().split(",") if name.strip()]
     if chosen:
         aliases = {"gpu": CUDA, "cuda": CUDA, "tpu": TPU}
         return aliases.get(chosen[0], CPU)
-    tpus = any(dev.glob("accel[0-9]*")) or any((dev / "vfio").glob("[0-9]*"))
-    if tpus and is_installed("libtpu"):
+    if has_tpu(dev, pci) and is_installed("libtpu"):
         return TPU
     hidden = environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
     gpus = any(dev.glob("nvidia[0-9]*")) or (dev / "dxg").exists()  # dxg: Windows Subsystem for Linux
     return CUDA if gpus and not hidden and any(map(is_installed, PLUGINS)) else CPU
+
+
+def has_tpu(dev: Path, pci: Path) -> bool:
+    """Whether the machine has a TPU: device files that TPUs use, and a PCI device that is one.
+
+    Other devices have such files too: VFIO passes any device to a virtual machine. Where PCI devices are not
+    listed, as in some containers, the files decide.
+    """
+    if not (any(dev.glob("accel[0-9]*")) or any((dev / "vfio").glob("[0-9]*"))):
+        return False
+    vendors = list(pci.glob("*/vendor"))
+    own = [file.with_name("device") for file in vendors if file.read_text().strip() == GOOGLE]
+    return not vendors or any(file.read_text().strip() in TPU_IDS for file in own)
 
 
 def is_installed(module: str) -> bool:

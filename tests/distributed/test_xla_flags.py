@@ -108,7 +108,27 @@ def test_the_platform_is_known_without_starting_jax(monkeypatch, tmp_path, envir
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setattr(xla_flags, "is_installed", lambda module: module == installed)
-    assert xla_flags.accelerator(environ, tmp_path) == found
+    assert xla_flags.accelerator(environ, tmp_path, tmp_path / "none") == found
+
+
+GPU, NETWORK, CHIP = ("0x10de", "0x2330"), ("0x1ae0", "0x0042"), ("0x1ae0", "0x0063")
+
+
+@pytest.mark.parametrize(
+    ("pci", "found"), [([GPU], CUDA), ([GPU, NETWORK], CUDA), ([NETWORK, CHIP], TPU), ([], TPU)]
+)
+def test_a_gpu_that_is_passed_by_vfio_is_no_tpu(monkeypatch, tmp_path, pci, found):
+    """With libtpu and a CUDA plugin installed; Google's network card is in every virtual machine there."""
+    for name in ("dev/nvidia0", "dev/vfio/0"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for number, ids in enumerate(pci):
+        folder = tmp_path / "pci" / f"0000:00:{number:02}.0"
+        folder.mkdir(parents=True)
+        for name, text in zip(("vendor", "device"), ids, strict=True):
+            (folder / name).write_text(f"{text}\n")
+    monkeypatch.setattr(xla_flags, "is_installed", lambda module: True)
+    assert xla_flags.accelerator({}, tmp_path / "dev", tmp_path / "pci") == found
 
 
 def test_on_a_cpu_nothing_changes(monkeypatch):
