@@ -64,9 +64,10 @@ def cudnn(q_BTHE, k_BTKE, v_BTKE, ranges, softcap=None, implementation: Literal[
 
 
 # Device kinds of NVIDIA GPUs below compute capability 8.0, which the devices of an abstract mesh do not
-# state.
+# state. (GeForce RTX 2050 and MX570, CMP 70HX and above are 8.x; developer.nvidia.com/cuda/gpus, /legacy.)
 BEFORE_AMPERE = re.compile(
-    r"GeForce (GTX|MX[1-4]\d\d|RTX 20[678]0)|TITAN|Quadro|Tesla|NVIDIA T\d|Xavier|Tegra"
+    r"GeForce (GTX?|MX[1-4]\d\d|MX550|\d{3}|RTX 20[678]0)|TITAN|Quadro|Tesla|GRID|NVS|NVIDIA T\d|"
+    r"CMP [345]0HX|Xavier|Tegra"
 )
 
 
@@ -233,9 +234,9 @@ def _choice(
 
 def chosen_kernel(
     q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
-) -> Kernel:
-    """Return the kernel that `attention` runs on each device of the ambient mesh."""
-    return _choice(q_BTHE, kv_heads, rows, settings)[1]
+) -> tuple[Layout, Kernel]:
+    """Return how `attention` is divided over the ambient mesh, and the kernel that it runs on each device."""
+    return _choice(q_BTHE, kv_heads, rows, settings)
 
 
 LAYOUT_NAMES: dict[Layout, str] = {

@@ -1,8 +1,9 @@
 """An attention kernel against blockwise XLA on the device that is to run it, before a run trusts it.
 
 A kernel that is compiled for a device may be wrong there without an error: by a bug of the compiler, of a
-vendor's library or of the kernel. So its outputs and gradients on a few rows are compared once with `flash`
-in float32.
+vendor's library or of the kernel. So its outputs and gradients on two rows are compared once with `flash`
+in float32: rows as long as those of the run (long ones are shortened to about LONGEST_SAMPLE tokens), and in
+as many parts where mesh.context divides them.
 """
 
 from collections.abc import Callable
@@ -12,39 +13,61 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn.attention import AttentionNeeds, Kernel
 from jaxft.nn.flash_attention import flash
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 
-SAMPLE_WINDOW = 50  # of the sample rows, if a layer has any
+SAMPLE_WINDOW = 50  # of 256 tokens of a sample row, if a layer has any
 # Relative errors that need no explanation: the largest of one rounding to bfloat16, which has 8 bits, and to
 # float16 or TF32, which have 11. Matmuls of float32 may round their operands to TF32.
 ONE_ROUNDING, ONE_FINE_ROUNDING = 2.0**-8, 2.0**-11
 
-# Segments of the sample rows of 256 tokens as (length, responses): a shared prompt of half the segment is
-# followed by that many responses. The rest of a row is padding.
+# Segments of the sample rows in 256ths of a row, as (length, responses): a shared prompt of half the segment
+# is followed by that many responses. The rest of a row is padding.
 PACKED_SAMPLE = ([(3, 0), (61, 0), (64, 0), (100, 0)], [(256, 0)])
 BRANCHED_SAMPLE = ([(3, 0), (60, 2), (65, 0), (100, 4)], [(256, 3)])
 PLAIN_SAMPLE = ([(200, 0)], [(256, 0)])
-SAMPLE_LENGTH = 256
+LONGEST_SAMPLE = 4096
+LARGEST_BLOCK = 512  # of all kernels; rows of other lengths are divided into smaller blocks
 
 
-def rows_to_compare(rows: AttentionNeeds) -> tuple[KeyRanges, np.ndarray]:
+def sample_length(length: int, parts: int = 1) -> int:
+    """Return the tokens of sample rows for rows of `length` tokens in equal parts: the same number, or a
+    smaller one with the same remainder by the largest block.
+    """
+    if length <= LONGEST_SAMPLE:
+        return length
+    length = LONGEST_SAMPLE + length % LARGEST_BLOCK
+    return length + -length % parts
+
+
+def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges, np.ndarray]:
     """Return the key ranges of two rows that have what `rows` says, and which tokens are real [2, T]."""
     layout = BRANCHED_SAMPLE if rows.branches else PACKED_SAMPLE if rows.packed else PLAIN_SAMPLE
-    segments, branches = (np.zeros((2, SAMPLE_LENGTH), np.int32) for _ in range(2))
+    segments, branches = (np.zeros((2, tokens), np.int32) for _ in range(2))
     for r, parts in enumerate(layout):
         at = 0
-        for number, (length, responses) in enumerate(parts, start=1):
+        for number, (of_256, responses) in enumerate(parts, start=1):
+            length = of_256 * tokens // 256
             segments[r, at : at + length] = number
             prompt = length // 2 if responses else length
             size = -(-(length - prompt) // responses) if responses else 1
             branches[r, at + prompt : at + length] = 1 + np.arange(length - prompt) // size
             at += length
     ranges = key_ranges(segments, branches if rows.branches else None)
-    return within_window(ranges, SAMPLE_WINDOW if rows.windowed else None), segments != 0
+    window = max(1, SAMPLE_WINDOW * tokens // 256) if rows.windowed else None
+    return within_window(ranges, window), segments != 0
+
+
+def context_parts(mesh: Mesh) -> int:
+    """Return into how many parts a check divides rows: mesh.context, or the largest number that divides it if
+    this process has fewer devices.
+    """
+    context, here = dict(mesh.shape).get("context", 1), len(jax.local_devices())
+    return max(n for n in range(1, min(context, here) + 1) if context % n == 0)
 
 
 def _results(
@@ -59,27 +82,34 @@ def _results(
 
 
 def kernel_errors(
-    kernel: Kernel, q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, softcap: float | None
+    kernel: Kernel,
+    q_BTHE: jax.ShapeDtypeStruct,
+    kv_heads: int,
+    rows: AttentionNeeds,
+    softcap: float | None,
+    parts: int = 1,
 ) -> tuple[float, float]:
     """Return the largest relative error of a kernel's output and gradients, and the largest that rounding
     explains: four times that of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for others.
 
     An error is the root mean square of the difference from `flash` in float32, relative to that of the
     values; infinite if the kernel returns a NaN. q_BTHE: its heads, head dimension and dtype are those of the
-    sample rows. rows: what they have. Runs on the first device of this process.
+    sample rows, and their length follows from its own (sample_length). rows: what they have. Runs on the
+    first device of this process, or with mesh.context=parts on its first ones.
     """
-    with jax.set_mesh(make_mesh(MeshShape(), jax.local_devices()[:1])):
+    with jax.set_mesh(make_mesh(MeshShape(1, context=parts), jax.local_devices()[:parts])):
+        q_BTHE = q_BTHE.update(shape=(2, sample_length(q_BTHE.shape[1], parts), *q_BTHE.shape[2:]))
         return _kernel_errors(kernel, q_BTHE, kv_heads, rows, softcap)
 
 
 def _kernel_errors(
     kernel: Kernel, q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, softcap: float | None
 ) -> tuple[float, float]:
-    ranges, real = rows_to_compare(rows)
-    heads, head_dim = q_BTHE.shape[2:]
+    tokens, heads, head_dim = q_BTHE.shape[1:]
+    ranges, real = rows_to_compare(rows, tokens)
     rng = np.random.default_rng(0)
     x = [
-        jnp.asarray(rng.standard_normal((2, SAMPLE_LENGTH, n, head_dim), np.float32), q_BTHE.dtype)
+        jnp.asarray(rng.standard_normal((2, tokens, n, head_dim), np.float32), q_BTHE.dtype)
         for n in (heads, kv_heads, kv_heads, heads)
     ]
 

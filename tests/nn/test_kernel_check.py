@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,15 @@ import pytest
 from jax.sharding import AbstractMesh
 from test_attention import H100
 
-from jaxft.nn import attention
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.nn import attention, flash_attention
 from jaxft.nn.attention import AttentionNeeds, AttentionSettings
-from jaxft.nn.kernel_check import kernel_errors, rows_to_compare
+from jaxft.nn.kernel_check import context_parts, kernel_errors, rows_to_compare, sample_length
 from jaxft.nn.pallas_attention import KernelOptions
+from jaxft.nn.ring_attention import BlockKernel
+from jaxft.train.attention_kernels import in_parts_of_rows
 
-QUERIES = jax.ShapeDtypeStruct((8, 4096, 4, 16), jnp.bfloat16)
+QUERIES = jax.ShapeDtypeStruct((8, 256, 4, 16), jnp.bfloat16)
 EVERYTHING = AttentionNeeds(packed=True, branches=True, windowed=True, softcap=True)
 CAP = 2.0
 
@@ -72,6 +76,47 @@ def test_the_kernels_of_jaxft_are_right(rows):
     assert error <= limit
 
 
+def test_a_kernel_that_is_wrong_in_long_rows_only_is_found():
+    def kernel(q, k, v, ranges, softcap):
+        end = jnp.where(ranges.own_end > 300, 0, ranges.own_end)
+        return attention.dense(q, k, v, replace(ranges, own_end=end), softcap)
+
+    for length, wrong in ((256, False), (512, True)):
+        queries = QUERIES.update(shape=(8, length, 4, 16))
+        error, limit = kernel_errors(kernel, queries, 2, AttentionNeeds(packed=False), None)
+        assert (error > limit) == wrong
+
+
+@pytest.mark.parametrize("layout", ["gathered", "ring", "heads"])
+def test_a_kernel_that_is_wrong_for_a_part_of_a_row_only_is_found(monkeypatch, layout):
+    """Of four heads each of two devices has two, or all for half of the queries or keys."""
+
+    def kernel(q, k, v, ranges, softcap):
+        wrong = q.shape[1:3] != (256, 4)
+        return attention.dense(q, k, v, ranges, softcap) * jnp.asarray(0.9 if wrong else 1, q.dtype)
+
+    def output(qkv, ranges, softcap):
+        o, lse = flash_attention.flash_output(qkv, ranges, softcap)
+        return 0.9 * o, lse
+
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: kernel)
+    of_blocks = BlockKernel(output, flash_attention.flash_gradients)
+    monkeypatch.setitem(attention.BLOCK_KERNELS, kernel, of_blocks)
+    attend = in_parts_of_rows(True, layout, AttentionSettings())
+    for parts, wrong in ((1, False), (2, True)):
+        error, limit = kernel_errors(attend, QUERIES, 2, AttentionNeeds(), None, parts)
+        assert (error > limit) == wrong
+
+
+def test_sample_rows_are_as_long_as_those_of_the_run_and_in_as_many_parts():
+    assert [sample_length(n) for n in (64, 1000, 4096, 8192, 131072 + 128)] == [64, 1000, 4096, 4096, 4224]
+    assert sample_length(6 * 1000, 6) % 6 == 0
+    meshes = [make_mesh(MeshShape(8 // n, context=n)) for n in (1, 4, 8)]
+    assert [context_parts(mesh) for mesh in meshes] == [1, 4, 8]
+    with mock.patch.object(jax, "local_devices", lambda: jax.devices()[:6]):
+        assert context_parts(meshes[2]) == 4
+
+
 def test_an_error_that_rounding_to_bfloat16_would_explain_is_too_large_in_float32():
     def kernel(q, k, v, ranges, softcap):
         return attention.dense(q, k, v, ranges, softcap) * jnp.asarray(1.003, q.dtype)
@@ -99,7 +144,7 @@ def test_a_setting_forbids_the_kernel_of_the_device_and_the_start_up_line_says_s
             for kernel in ("auto", "flash")
         ]
         rows, settings = AttentionNeeds(), AttentionSettings(kernel="flash")
-        assert attention.chosen_kernel(QUERIES, 2, rows, settings) is attention.flash
+        assert attention.chosen_kernel(QUERIES, 2, rows, settings) == ("rows", attention.flash)
     assert lines == [
         "attention: Pallas: rows are packed",
         "attention: blockwise XLA (flash): attention=flash",

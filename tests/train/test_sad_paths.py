@@ -373,11 +373,20 @@ def failing(q, k, v, ranges, softcap):
     raise NotImplementedError("no such instruction\nand a long story")
 
 
+class MosaicError(Exception):
+    """As Pallas's errors of compilation, which derive from Exception and may have no text."""
+
+
+def unlowered(q, k, v, ranges, softcap):
+    raise MosaicError
+
+
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
         (noisy, r"the test kernel is wrong on this cpu: its relative error is 0\.1, .* Set attention=flash"),
         (failing, r"the test kernel fails on this cpu \(no such instruction\)\. Set attention=flash"),
+        (unlowered, r"the test kernel fails on this cpu \(MosaicError\)\. Set attention=flash"),
         (lambda *x: flash(*x), None),
     ],
 )
