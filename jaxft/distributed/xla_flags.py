@@ -33,7 +33,7 @@ PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 PCI = Path("/sys/bus/pci/devices")
 # Vendor and devices of TPUs v2 to 7x, as jax knows them (jax/_src/hardware_utils.py); Google's network cards
 # have the same vendor.
-GOOGLE = "0x1ae0"
+TPU_VENDOR = "0x1ae0"
 TPU_IDS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 FRACTION = "XLA_CLIENT_MEM_FRACTION"
 JAX_FRACTION = 0.75  # jax's default
@@ -114,7 +114,7 @@ def has_tpu(dev: Path, pci: Path) -> bool:
     if not (any(dev.glob("accel[0-9]*")) or any((dev / "vfio").glob("[0-9]*"))):
         return False
     vendors = list(pci.glob("*/vendor"))
-    own = [file.with_name("device") for file in vendors if file.read_text().strip() == GOOGLE]
+    own = [file.with_name("device") for file in vendors if file.read_text().strip() == TPU_VENDOR]
     return not vendors or any(file.read_text().strip() in TPU_IDS for file in own)
 
 

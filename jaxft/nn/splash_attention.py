@@ -57,9 +57,9 @@ def splash(
     """
     if ranges.windowed:
         raise ValueError("splash attention has no window: use flash")
-    T, H, E = q_BTHE.shape[1:]
+    T, H = q_BTHE.shape[1:3]
     ranges = pad_queries(ranges, -T % 128)
-    q, k, v = (pad_time(x, -T % 128).swapaxes(1, 2) for x in (q_BTHE * E**-0.5, k_BTKE, v_BTKE))
+    q, k, v = (pad_time(x, -T % 128).swapaxes(1, 2) for x in (scaled(q_BTHE), k_BTKE, v_BTKE))
     settings = _Settings(H, q.shape[2], softcap, interpret)
     own = ranges.own_start, ranges.own_start  # padding sees padding
     if ranges.prompt_start is None:
@@ -69,6 +69,16 @@ def splash(
         prompts = ranges.prompt_start, jnp.where(prompt_token, ranges.own_start, -1)
         o = _merged((q, k, v), (own, prompts), settings)
     return o.swapaxes(1, 2)[:, :T]
+
+
+def scaled(q_BTHE: Float[Array, "B T H E"]) -> Float[Array, "B T H E"]:
+    """Return q / sqrt(E), rounded once, because splash has no scale of its own.
+
+    In bfloat16 alone the factor would be rounded too. With head sizes of 4^n only exponents change. With
+    others, rounding q makes the error of bfloat16 gradients up to 2.3 times that of attention.dense (root
+    mean squares), instead of 1.6 times for `flash`.
+    """
+    return (q_BTHE.astype(jnp.float32) * q_BTHE.shape[3] ** -0.5).astype(q_BTHE.dtype)
 
 
 def _segment_ids(ids: tuple[jax.Array, jax.Array]) -> Any:

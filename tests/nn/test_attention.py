@@ -273,6 +273,23 @@ def abstract_ranges(*shape, branches=False):
     return jax.eval_shape(key_ranges, row, row if branches else None)
 
 
+def key_operands(text, kernel, keys):
+    """How many operands of shape `keys` (2x1024x2x64) each call of a kernel has in the text of a lowered
+    program.
+    """
+    types = [line.rpartition(" : (")[2].partition(") -> ")[0] for line in text.splitlines() if kernel in line]
+    return [one.count(f"tensor<{keys}x") for one in types]
+
+
+def repeating(kernel):
+    """A kernel's form that is to be avoided: keys and values are repeated for every query head."""
+
+    def fn(q, k, v, ranges):
+        return kernel(q, *(jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v)), ranges)
+
+    return fn
+
+
 def test_no_program_has_a_t_by_t_matrix():
     """Temporaries of a gradient grow with T (here 2 x), not with T^2 (4 x); one head's float32 scores would
     be 4 MB.
@@ -308,6 +325,17 @@ H100 = described("gpu", "NVIDIA H100 80GB HBM3")
         (described("gpu", "Tesla V100-SXM2-16GB"), 64, jnp.float16, attention.flash),
         (described("gpu", "NVIDIA GeForce RTX 2080 Ti"), 64, jnp.float16, attention.flash),
         (described("gpu", "NVIDIA GeForce RTX 4090"), 64, jnp.float16, attention.pallas),
+        (described("gpu", "NVIDIA GeForce MX550"), 64, jnp.float16, attention.flash),  # Turing
+        (
+            described("gpu", "NVIDIA GeForce MX570 A"),
+            64,
+            jnp.float16,
+            attention.pallas,
+        ),  # Ampere, as the next
+        (described("gpu", "NVIDIA GeForce RTX 2050"), 64, jnp.float16, attention.pallas),
+        (described("gpu", "NVIDIA GeForce GT 1030"), 64, jnp.float16, attention.flash),
+        (described("gpu", "NVIDIA CMP 30HX"), 64, jnp.float16, attention.flash),
+        (described("gpu", "NVIDIA CMP 170HX"), 64, jnp.float16, attention.pallas),
         (described("cuda", "NVIDIA A100-SXM4-40GB"), 64, jnp.bfloat16, attention.pallas),
         (described("gpu", "AMD Instinct MI300X"), 64, jnp.bfloat16, attention.flash),
         (described("tpu", "TPU v5 lite"), 64, jnp.bfloat16, attention.splash),

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import abstract_ranges, arrays, assert_close, packed, value_and_gradients
+from test_attention import (
+    abstract_ranges,
+    arrays,
+    assert_close,
+    key_operands,
+    packed,
+    repeating,
+    value_and_gradients,
+)
 from test_key_ranges import SEGMENTS, row_of
 
 from jaxft.nn import attention
@@ -164,16 +172,32 @@ def test_saved_names_avoid_recomputing_the_forward_kernel():
     assert count == [1 + 2, 1 + 2, 1 + 1 + 2]
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_the_kernels_lower_for_cuda_without_repeated_keys_or_a_t_by_t_array(head_dim):
-    shapes = [jax.ShapeDtypeStruct((2, 1000, heads, head_dim), jnp.bfloat16) for heads in (8, 2, 2, 8)]
-    attend = partial(attention.pallas, softcap=30.0)
-    traced = value_and_gradients.trace(attend, *shapes, abstract_ranges(2, 1000, branches=True))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("xla.gpu.triton") == 3  # output, gradient of queries, gradients of keys and values
-    assert f"2x1024x2x{head_dim}xbf16" in text and "1024x1024" not in text
+def lowered(attend, T, heads, head_dim):
+    shapes = [jax.ShapeDtypeStruct((2, T, n, head_dim), jnp.bfloat16) for n in (heads, 2, 2, heads)]
+    traced = value_and_gradients.trace(attend, *shapes, abstract_ranges(2, T, branches=True))
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("T", "heads", "head_dim"),
+    [
+        *((1000, 8, head_dim) for head_dim in (64, 80, 128, 256)),
+        (1100, 6, 64),  # nine blocks of 128; three query heads per key head
+        (1100, 14, 128),  # seven
+    ],
+)
+def test_the_kernels_lower_for_cuda_without_repeated_keys_or_a_t_by_t_array(T, heads, head_dim):
+    text, padded = lowered(partial(attention.pallas, softcap=30.0), T, heads, head_dim), -(-T // 128) * 128
+    # output, gradient of queries, gradients of keys and values: each takes the keys and values of two heads
+    assert key_operands(text, "xla.gpu.triton", f"2x{padded}x2x{head_dim}") == [2, 2, 2]
+    assert f"{padded}x{padded}" not in text
     tensors = re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)
-    assert max(math.prod(map(int, dims.split("x"))) for dims in tensors) == 2 * 1024 * 8 * head_dim
+    assert max(math.prod(map(int, dims.split("x"))) for dims in tensors) == 2 * padded * heads * head_dim
+
+
+def test_repeated_keys_would_be_found():
+    text = lowered(repeating(attention.pallas), 1000, 8, 64)
+    assert key_operands(text, "xla.gpu.triton", "2x1024x2x64") == [0, 0, 0]
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
