@@ -34,8 +34,9 @@ class Prompts(DataSettings):
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
     of a prompt, and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch:
     prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
-    temperature, top_k, top_p: of sampling. decode_rows: completions that are sampled at the same time, None
-    for all; the next prompts take the rows of completions that ended. kv_cache: how the sampler stores keys
+    temperature, top_k, top_p: of sampling. decode_rows: completions that are sampled at the same time; the
+    next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU over
+    which rows are divided. kv_cache: how the sampler stores keys
     and values, "compute" for the compute dtype. passes: how often the policy is trained on a rollout (PPO's
     epochs, GRPO's iterations), each time in `minibatches` optimizer steps of `micro` microbatches. Other
     fields: see DataSettings.

@@ -173,9 +173,11 @@ class DecodeLimits:
 
 
 def decode_until(
-    d: Decoding, read: int, params: Params, state: DecodeState, limits: DecodeLimits
+    d: Decoding, read: tuple[int, int], params: Params, state: DecodeState, limits: DecodeLimits
 ) -> DecodeState:
-    """Sample further tokens of all live rows. read: the first slots of rows' keys that are read."""
+    """Sample further tokens of all live rows. read: how many first slots of rows' keys, and how many last
+    slots of prompts' keys, are read.
+    """
     groups = _groups(d, state)
     columns = jnp.arange(d.sampling.max_new, dtype=jnp.int32)
 
@@ -185,7 +187,7 @@ def decode_until(
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         i, s = carry
-        at = NextToken(s.lengths + s.counts - 1, s.counts, s.step, groups, read)
+        at = NextToken(s.lengths + s.counts - 1, s.counts, s.step, groups, *read)
         h_RD, cache = d.model.decode(params, s.cache, s.last, at)
         tokens, logps = next_tokens(d, params, h_RD, s.keys, s.counts)
         here = (columns[None] == s.counts[:, None]) & s.live[:, None]

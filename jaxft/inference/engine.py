@@ -19,7 +19,14 @@ from jaxft.nn.cache import LayerKeys, key_axes
 from jaxft.tree import Params
 
 SMALLEST_READ = 64  # slots of rows' keys; programs that read fewer than all are compiled from this size on
-FEWEST_ROWS = 8  # a program for fewer rows than this would not be faster
+SMALLEST_PROMPT_READ = 256  # the same for prompts
+# Programs for fewer rows than this would not be faster. On an accelerator a step reads the weights, however
+# few the rows, and the keys of all rows, which count from about this number on.
+FEWEST_ROWS, FEWEST_ROWS_OF_ACCELERATORS = 8, 64
+# From about this number of rows on, a step's matmuls take longer than reading the 16-bit weights: a device
+# with F FLOP/s and W bytes/s computes 2 r FLOPs per weight of 2 bytes, so r = F / W, which is 295 on an H100,
+# 281 on a B200, 153 on an A100, 240 on a TPU v5e and 166 on a v5p (distributed/devices.py, plan/machines.py).
+ROWS_PER_ACCELERATOR = 256
 PREFILLED_TOGETHER = 8  # prompts
 STEPS_BETWEEN_LOOKS = 16  # decoding steps after which the host looks at the tokens so far, if it is asked to
 
@@ -51,6 +58,21 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
     return Slots(most, kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls))
 
 
+def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
+    """Return the most completions that are sampled at the same time, None for all.
+
+    asked: by the user. By default a CPU samples all; an accelerator as many as make its steps longer, so that
+    rows that ended take the next prompts instead of being computed up to the longest completion.
+    """
+    if asked is not None or _first_device(mesh).platform == "cpu":
+        return asked
+    return ROWS_PER_ACCELERATOR * (1 if mesh is None else sharding.row_shards(mesh))
+
+
+def _first_device(mesh: Mesh | None) -> Any:
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 class SampledTokens(NamedTuple):
     """Completions of n prompts, G each. tokens: -1 beyond the end. logps: 0 there, see decode.next_tokens."""
 
@@ -62,16 +84,16 @@ class SampledTokens(NamedTuple):
 class Engine:
     """Compiled programs for one Decoding and one size.
 
-    empty, start, decode and keep: functions of inference/decode.py. decode: by the number of rows and the
-    number of slots of rows' keys that are read. keep: by two numbers of rows; once no prompts wait, the state
-    shrinks from one to the other.
+    empty, start, decode and keep: functions of inference/decode.py. decode: by the number of rows, of slots
+    of rows' keys that are read, and of those of prompts' keys. keep: by two numbers of rows; once no prompts
+    wait, the state shrinks from one to the other.
     """
 
     decoding: Decoding
     slots: Slots
     empty: Any
     start: Any
-    decode: dict[tuple[int, int], Any]
+    decode: dict[tuple[int, int, int], Any]
     keep: dict[tuple[int, int], Any]
 
     def complete(
@@ -114,8 +136,8 @@ def program_tracers(
 ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Traced]]:
     """Return a function that traces each program of an engine.
 
-    The programs are ("empty",), ("start",), ("decode", rows, read) and ("keep", from, to), with numbers of
-    rows.
+    The programs are ("empty",), ("start",), ("decode", rows, read, prompt) and ("keep", from, to), with
+    numbers of rows.
     """
     sizes = row_levels(slots.rows, mesh)
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
@@ -134,9 +156,9 @@ def program_tracers(
         ("empty",): jitted(empty, slots.rows).trace,
         ("start",): partial(begin.trace, params, first, new, key),
     }
-    for rows, read in decode_levels(slots, d.sampling.max_new, mesh):
-        run = jitted(partial(programs.decode_until, d, read), rows, (1,))
-        out["decode", rows, read] = partial(run.trace, params, states[rows], limits)
+    for rows, read, prompt in decode_levels(slots, d.sampling.max_new, mesh):
+        run = jitted(partial(programs.decode_until, d, (read, prompt)), rows, (1,))
+        out["decode", rows, read, prompt] = partial(run.trace, params, states[rows], limits)
     for larger, smaller in zip(sizes, sizes[1:], strict=False):
         left = np.zeros(smaller, np.int32), np.zeros(min(slots.prompts, smaller), np.int32)
         shrink = jitted(programs.keep_rows, smaller)
@@ -147,14 +169,14 @@ def program_tracers(
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
     """Return the numbers of rows that have programs, descending.
 
-    On CPUs a step takes half the time with half the rows; accelerators are as fast with 100 rows as with
-    one, because reading the weights takes longer than computing, so they have one program.
+    Each is half the one before, down to the fewest for which a program is faster. On several devices, which
+    would have to exchange the keys of rows, there is one.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    fewest = FEWEST_ROWS if _first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
-    while device.platform == "cpu" and (mesh is None or mesh.size == 1):
+    while mesh is None or mesh.size == 1:
         half = -(-levels[-1] // 2)
-        if half < FEWEST_ROWS or len(levels) == 3:
+        if half < fewest or len(levels) == 3:
             break
         levels.append(half)
     return levels
@@ -168,10 +190,19 @@ def read_levels(new: int) -> list[int]:
     return levels
 
 
-def decode_levels(slots: Slots, new: int, mesh: Mesh | None) -> list[tuple[int, int]]:
-    """Return (rows, read) of every decode program. Fewer rows than all read all slots."""
+def prompt_levels(size: int) -> list[int]:
+    """Return the numbers of slots of prompts' keys that have programs, ascending: half of them and all, or
+    all.
+    """
+    half = -(-size // (2 * BUCKET)) * BUCKET
+    return [half, size] if half >= SMALLEST_PROMPT_READ else [size]
+
+
+def decode_levels(slots: Slots, new: int, mesh: Mesh | None) -> list[tuple[int, int, int]]:
+    """Return (rows, read, prompt) of every decode program. Fewer rows than all read all slots."""
     sizes = row_levels(slots.rows, mesh)
-    return [(slots.rows, read) for read in read_levels(new)] + [(rows, new) for rows in sizes[1:]]
+    of_all = [(slots.rows, read, size) for read in read_levels(new) for size in prompt_levels(slots.size)]
+    return of_all + [(rows, new, slots.size) for rows in sizes[1:]]
 
 
 def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> DecodeState:
@@ -263,7 +294,12 @@ class _Job:
         """
         engine, (rows,) = self.engine, self.live.shape
         slots, group, new = engine.slots, engine.decoding.group, engine.decoding.sampling.max_new
-        read = min(read for size, read in engine.decode if size == rows and read >= min(self.steps + 1, new))
+        longest = max(len(self.prompts[i]) for i in self.owners[self.live, 0])
+        read, prompt = min(
+            (read, prompt)
+            for size, read, prompt in engine.decode
+            if size == rows and read >= min(self.steps + 1, new) and prompt >= longest
+        )
         limit = new if read == new else read - self.steps
         limit = limit if is_enough is None else min(limit, STEPS_BETWEEN_LOOKS)
         smaller = max((to for size, to in engine.keep if size == rows), default=0)
@@ -271,7 +307,7 @@ class _Job:
         if self.waiting:
             wanted = min(slots.together, len(self.waiting)) * group
             stop = min(rows - wanted, int(self.live.sum()) - 1)
-        self.state = engine.decode[rows, read](
+        self.state = engine.decode[rows, read, prompt](
             self.params, self.state, DecodeLimits(np.int32(limit), np.int32(max(stop, 0)))
         )
         ended = self._collect(is_enough)

@@ -61,8 +61,8 @@ class NextToken:
     """The token of each row that a decoding step processes.
 
     positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R]. step:
-    int32, the same for all rows. groups: which rows complete which prompt. read: only the first slots of rows
-    are read; None for all.
+    int32, the same for all rows. groups: which rows complete which prompt. read, prompt_read: only the first
+    slots of rows and the last ones of prompts are read; None for all.
     """
 
     positions: Any
@@ -70,6 +70,7 @@ class NextToken:
     step: Any
     groups: RowGroups
     read: int | None = static(default=None)
+    prompt_read: int | None = static(default=None)
 
 
 def empty_keys(
@@ -253,7 +254,9 @@ def attend(
     """
     prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
     size, at = rows.k.shape[3], step.at
-    rows = rows if at.read is None else rows.first(min(at.read, size))
+    rows = rows if at.read is None else rows.part(0, min(at.read, size))
+    if at.prompt_read is not None:
+        prompts = prompts.part(max(0, prompts.k.shape[3] - at.prompt_read), prompts.k.shape[3])
     slots = jnp.arange(rows.k.shape[3], dtype=at.step.dtype)
     back = (at.step - slots) % jnp.asarray(size, at.step.dtype)  # tokens between the key and the query
     seen_rows = back[None] < at.counts[:, None]

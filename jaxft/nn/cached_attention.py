@@ -38,10 +38,10 @@ class KeysOfLayer:
     k_scale: Any = None
     v_scale: Any = None
 
-    def first(self, slots: int) -> "KeysOfLayer":
-        """Return the first slots."""
-        scales = (None if x is None else x[:, :, :slots] for x in (self.k_scale, self.v_scale))
-        return KeysOfLayer(self.k[..., :slots], self.v[:, :, :slots], *scales)
+    def part(self, start: int, end: int) -> "KeysOfLayer":
+        """Return the slots from start to before end."""
+        scales = (None if x is None else x[:, :, start:end] for x in (self.k_scale, self.v_scale))
+        return KeysOfLayer(self.k[..., start:end], self.v[:, :, start:end], *scales)
 
 
 @struct

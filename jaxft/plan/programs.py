@@ -12,7 +12,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import group_row_shape, padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
 from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Slots, program_tracers, slots_for, state_shapes
+from jaxft.inference.engine import Slots, program_tracers, rows_in_progress, slots_for, state_shapes
 from jaxft.inference.sampling import Sampling
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
@@ -89,7 +89,8 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
     data: Any = run.data
     s = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
     d = Decoding(p.partition.model, s, tuple(run.model.config.eos), data.group, data.kv_cache)
-    slots = slots_for(data.batch, d.group, padded_length(data.max_prompt), data.decode_rows)
+    rows = rows_in_progress(data.decode_rows, p.mesh)
+    slots = slots_for(data.batch, d.group, padded_length(data.max_prompt), rows)
     found = _sampling("rollout sampling", p, params, d, slots)
     if not isinstance(data, OnlinePairs):
         logps: Any = jax.jit(partial(score_tokens, p.objective))

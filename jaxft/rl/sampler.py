@@ -12,7 +12,7 @@ from jaxft.batch import Rollout, TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts
 from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Engine, compile_engine, slots_for
+from jaxft.inference.engine import Engine, compile_engine, rows_in_progress, slots_for
 from jaxft.inference.sampling import Sampling, nonfinite_logits
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions
@@ -85,7 +85,8 @@ def compile_rollout_sampler(run: BoundRun, data: Prompts, tokenizer: Any, shapes
     engines = {}
     for group in {data.eval_group, data.group}:
         d = Decoding(run.model, sampling, run.stop, group, data.kv_cache)
-        slots = slots_for(data.batch, group, shapes.prompt_size, data.decode_rows)
+        rows = rows_in_progress(data.decode_rows, run.mesh)
+        slots = slots_for(data.batch, group, shapes.prompt_size, rows)
         engines[group] = compile_engine(d, run.param_shapes, slots, run.mesh)
     return Sampler(run, data, tokenizer, shapes, engines)
 

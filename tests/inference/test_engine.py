@@ -1,5 +1,7 @@
 """Completions do not depend on how an engine schedules them: rows, refills, dropped rows, order, group."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 from engines import engine_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention import described
 from tiny_model import CONFIG, tiny
 
+from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.inference import engine as engines
 from jaxft.inference.sampling import NONFINITE, Sampling
 
@@ -89,21 +93,49 @@ def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, mo
     monkeypatch.setattr(engines, "SMALLEST_READ", 5)
     sampling, stop = Sampling(max_new=20, temperature=1.25, top_k=9), tuple(range(0, 40, 5))
     engine = engine_of(world, sampling, stop, 27, 64, 3, len(PROMPTS))
-    assert sorted(engine.decode) == [(7, 20), (14, 20), (27, 5), (27, 10), (27, 20)]
+    assert sorted(engine.decode) == [(7, 20, 64), (14, 20, 64), (27, 5, 64), (27, 10, 64), (27, 20, 64)]
     ran = []
 
     def recorded(name, run):
         return lambda *args: (ran.append(name), run(*args))[1]
 
-    spied = engines.Engine(
-        engine.decoding, engine.slots, engine.empty, engine.start,
-        {name: recorded(name, run) for name, run in engine.decode.items()}, engine.keep,
-    )  # fmt: skip
+    spied = replace(engine, decode={name: recorded(name, run) for name, run in engine.decode.items()})
     found = spied.complete(world[1], PROMPTS, KEY)
-    assert ran == [(27, 5), (14, 20), (7, 20)]
+    assert ran == [(27, 5, 64), (14, 20, 64), (7, 20, 64)]
     monkeypatch.setattr(engines, "FEWEST_ROWS", 99)
     plain = engine_of(world, sampling, stop, 26, 64, 2, 13)
     np.testing.assert_array_equal(plain.complete(world[1], PROMPTS, KEY).tokens, found.tokens[:, :2])
+
+
+def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world, monkeypatch):
+    monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 64)
+    prompts = [[3, 9], RNG.integers(0, CONFIG.vocab, 100).tolist(), [5], RNG.integers(0, 40, 64).tolist()]
+    narrow, wide = (engine_of(world, SAMPLED, (), 1, size, 1, 4) for size in (128, 192))
+    assert sorted(narrow.decode) == [(1, 20, 64), (1, 20, 128)]
+    ran = []
+
+    def recorded(name, run):
+        return lambda *args: (ran.append(name[2]), run(*args))[1]
+
+    spied = replace(narrow, decode={name: recorded(name, run) for name, run in narrow.decode.items()})
+    found = spied.complete(world[1], prompts, KEY)
+    assert ran == [64, 128, 64, 64]
+    monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 999)
+    plain = engine_of(world, SAMPLED, (), 2, 128, 1, 4)
+    assert sorted(plain.decode) == [(2, 20, 128)] and sorted(wide.decode) == [(1, 20, 128), (1, 20, 192)]
+    np.testing.assert_array_equal(found.tokens, plain.complete(world[1], prompts, KEY).tokens)
+
+
+def test_on_accelerators_rows_that_ended_leave_by_default(monkeypatch):
+    """Prompts wait for rows of an engine, or its programs for fewer rows run."""
+    mesh = make_mesh(MeshShape(data=8))
+    assert engines.rows_in_progress(None, mesh) is None and engines.row_levels(40, None) == [40, 20, 10]
+    monkeypatch.setattr(engines, "_first_device", lambda mesh: described("gpu", "NVIDIA H100 80GB HBM3"))
+    assert engines.rows_in_progress(None, None) == 256 and engines.rows_in_progress(None, mesh) == 8 * 256
+    assert engines.rows_in_progress(12, mesh) == 12
+    assert engines.slots_for(64, 16, 100, engines.rows_in_progress(None, None)).rows == 256
+    assert engines.row_levels(256, None) == [256, 128, 64] and engines.row_levels(100, None) == [100]
+    assert engines.row_levels(256, mesh) == [256]
 
 
 @settings(max_examples=15, deadline=None)
@@ -143,3 +175,4 @@ def test_sizes():
     assert engines.slots_for(10, 1, 64) == engines.Slots(10, 10, 64, 5)
     assert engines.read_levels(16) == [16] and engines.read_levels(128) == [64, 128]
     assert engines.read_levels(1000) == [256, 512, 1000]
+    assert [engines.prompt_levels(size) for size in (256, 512, 1088)] == [[256], [256, 512], [576, 1088]]

@@ -184,7 +184,7 @@ def test_decoding_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant
     with jax.set_mesh(mesh):
         base = storage.sharded_shapes(pretrained.frozen_model(model, quant, "none"), mesh)["base"]
         tracers = program_tracers(Decoding(model, Sampling(1024), (), 8), base, slots, mesh)
-        memory = tracers["decode", 16, 1024]().lower().compile().memory_analysis()
+        memory = tracers["decode", 16, 1024, 1024]().lower().compile().memory_analysis()
     one_token = 2 * SMOL.layers * SMOL.kv_heads * SMOL.head_dim * jnp.dtype(dtype).itemsize
     cache = (2 + 16) * 1024 * one_token  # two prompts once, sixteen completions
     assert cache <= memory.alias_size_in_bytes < 1.01 * cache
