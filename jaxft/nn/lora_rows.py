@@ -6,11 +6,13 @@ Adapter 0 is zero, the base itself. Adapters of other kernels or smaller ranks a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from jaxft.nn.lora import Adapted, pairs_by_path
@@ -70,6 +72,29 @@ def stack_by_row(adapters: Sequence[Params]) -> Params:
     equal = of_equal_shapes(adapters)
     base = jax.tree.map(np.zeros_like, equal[0])
     return jax.tree.map(lambda *leaves: np.stack(leaves, 1), base, *equal)
+
+
+def stored_stack(stack: Params, dtype: DTypeLike) -> Params:
+    """Return a stack in this dtype, 16-bit matrices as raw bits. Leaves are NumPy's.
+
+    XLA's CPU compiler widens stacked 16-bit floats to float32, all adapters in every call of a program.
+    """
+
+    def of(path: Any, x: Any) -> np.ndarray:
+        x = np.asarray(x).astype(dtype)
+        return x.view(np.uint16) if path[-1].key in ("a", "b") and x.dtype.itemsize == 2 else x
+
+    return jax.tree_util.tree_map_with_path(of, stack)
+
+
+def adapters_of_rows(w: Adapted, dtype: DTypeLike) -> Adapted:
+    """Return a weight with an adapter for each row, chosen from a stack as stored. dtype: of the matmul."""
+
+    def of(x: Array) -> Array:
+        own = x[w.rows]
+        return jax.lax.bitcast_convert_type(own, dtype) if x.dtype == jnp.uint16 else own
+
+    return replace(w, a=of(w.a), b=of(w.b), scale=w.scale[w.rows])
 
 
 def _of_rank(node: Mapping[str, Any], rank: int) -> dict[str, np.ndarray]:

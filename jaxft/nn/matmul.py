@@ -15,6 +15,7 @@ from jaxft.distributed import sharding
 from jaxft.nn import dora, fp8
 from jaxft.nn.bits import concat_bits
 from jaxft.nn.lora import Adapted
+from jaxft.nn.lora_rows import adapters_of_rows
 from jaxft.nn.products import accumulation_dtype, wide_dot
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.nn.replaced import Replaced, TokenRows
@@ -94,10 +95,7 @@ def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
 
 
 def _flat(x: Array) -> Array:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return x.reshape(rows, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: DTypeLike) -> Float[Array, "I O"]:
@@ -339,7 +337,7 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
     if w.rows is not None:
-        w = replace(w, a=w.a[w.rows], b=w.b[w.rows], scale=w.scale[w.rows])
+        w = adapters_of_rows(w, x.dtype)
     fn = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
     dropped = dropout(x, w.dropout, key)
     if w.magnitude is None:

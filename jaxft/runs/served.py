@@ -17,7 +17,14 @@ from jaxft.inference.served_model import ServedModel
 from jaxft.models.adapted import adapted, adapted_by_row
 from jaxft.models.model import Model
 from jaxft.nn.cache import CacheFormat
-from jaxft.nn.lora_rows import BASE, check_stackable, not_stackable, of_equal_shapes, stack_by_row
+from jaxft.nn.lora_rows import (
+    BASE,
+    check_stackable,
+    not_stackable,
+    of_equal_shapes,
+    stack_by_row,
+    stored_stack,
+)
 from jaxft.nn.quant import Quant, QuantKind, quant_setting
 from jaxft.runs.named_weights import NamedWeights, named_weights
 from jaxft.tree import Params
@@ -189,8 +196,8 @@ def _with_adapters(
         ((name, folder),) = folders.items()
         params, settings = adapters.load_adapter(folder, model, mesh)
         return adapted(model, settings), {"adapter": params}, {name: BASE}
-    stack = stack_by_row(list(loaded.values()))
-    stack = adapters.on_every_device(stack, model.dtype, mesh)  # to which matmuls would round it
+    stack = stored_stack(stack_by_row(list(loaded.values())), model.dtype)  # to which matmuls would round it
+    stack = adapters.on_every_device(stack, None, mesh)
     numbers = {name: number for number, name in enumerate(loaded, 1)}
     return adapted_by_row(model), {"stack": stack}, {name: numbers.get(name, BASE) for name in named}
 

@@ -83,10 +83,10 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, 
     return params, settings
 
 
-def on_every_device(tree: Params, dtype: DTypeLike, mesh: Mesh) -> Params:
-    """Put host arrays on all devices of the mesh in this dtype."""
+def on_every_device(tree: Params, dtype: DTypeLike | None, mesh: Mesh) -> Params:
+    """Put host arrays on all devices of the mesh in this dtype; None: as they are."""
     everywhere = sharding.replicated(mesh)
-    return jax.tree.map(lambda x: place.shard_host_array(x.astype(dtype), everywhere), tree)
+    return jax.tree.map(lambda x: place.shard_host_array(x.astype(dtype or x.dtype), everywhere), tree)
 
 
 def untying_notes(model: Model, settings: Adapter | None) -> list[str]:

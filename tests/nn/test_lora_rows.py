@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxft.nn import lora_rows
 from jaxft.nn.lora import Adapted
@@ -41,6 +42,29 @@ def test_each_row_has_its_adapter_whatever_ranks_and_kernels_the_adapters_have()
                 np.testing.assert_allclose(y[row], expected, rtol=1e-4, atol=1e-4)
     assert not isinstance(found["v"], Adapted)
     assert lora_rows.attach_rows(base, None, jnp.asarray(rows)) is base
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_16_bit_stacks_are_stored_as_raw_bits_and_compute_the_same(tokens):
+    base = {"layers": {"q": jnp.asarray(RNG.normal(0, 1, (2, 6, 5)), jnp.bfloat16)}}
+    stack = lora_rows.stack_by_row([{"layers": {"q": pair(6, 5, 3)}}, {"layers": {"q": pair(6, 5, 1)}}])
+    stored = lora_rows.stored_stack(stack, jnp.bfloat16)["layers"]["q"]
+    assert {name: x.dtype for name, x in stored.items()} == {
+        "a": "uint16",
+        "b": "uint16",
+        "scale": "bfloat16",
+    }
+    plain = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), stack)
+    rows, x = (
+        jnp.asarray([2, 0, 1, 2], jnp.int32),
+        jnp.asarray(RNG.normal(0, 1, (4, tokens, 6)), jnp.bfloat16),
+    )
+    results = []
+    for some in (plain, {"layers": {"q": jax.tree.map(jnp.asarray, stored)}}):
+        first = jax.tree.map(lambda leaf: leaf[0], lora_rows.attach_rows(base, some, rows)["layers"]["q"])
+        results.append(linear(x, first))
+    np.testing.assert_array_equal(*results)
+    assert not np.array_equal(results[0], x @ base["layers"]["q"][0])
 
 
 def test_adapters_that_need_more_than_pairs_in_layers_are_not_stackable():
