@@ -7,7 +7,8 @@
 Every case runs in a separate process. Rows are random text of a byte-level tokenizer, packed to 4096 tokens.
 `mfu` counts 4 FLOPs per token and weight (without the embedding table) for adapters, and 6 for full training.
 `peak_gib` is measured by the device, `compiled_gib` planned by the compiler for the train step. `kernels` are
-the three slowest kernels of a profiled step.
+the three slowest kernels of a profiled step. Pairs named after a data set have lengths like its rows (see
+PROFILES), with a prompt once for both responses or (`plain`) before each; pairs_per_second compares the two.
 """
 
 import argparse
@@ -26,11 +27,21 @@ import numpy as np
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 WARM, TIMED = 2, 6  # steps
+EIGHT, ONE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"
+
+
+# Mean tokens of a prompt and of a response, with about 4 bytes per token. UltraFeedback: 185 and 305
+# (statistics in arXiv 2310.01377), or 6,411 bytes per row of 4 prompts and 3 responses (card of
+# HuggingFaceH4/ultrafeedback_binarized). MetaMath with worked examples in the prompt: 3,074 bytes per row of
+# a prompt and 2 responses (card of abacusai/MetaMath_DPO_FewShot); the responses' part is an estimate.
+PROFILES = {"ultrafeedback": (185, 305), "metamath": (450, 160)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step."""
+    """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step, of
+    a profile: pairs. layout: of pairs.
+    """
 
     preset: str
     trains: str = "adapter"
@@ -38,13 +49,24 @@ class Case:
     objective: str = "sft"
     rows: int = 4
     remat: Any = "attention"
+    profile: str = ""
+    layout: str = "auto"
 
 
-EIGHT, ONE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"
+def pairs_like(profile: str, layout: str) -> Case:
+    """Return DPO of an 8B model with LoRA on pairs of a profile."""
+    return Case(EIGHT, objective="dpo", rows=16, profile=profile, layout=layout)
+
+
 CASES = {
     "8b lora": Case(EIGHT),
     "8b qlora": Case(EIGHT, quant="nf4"),
+    "8b fp8 lora": Case(EIGHT, quant="fp8"),
     "8b qlora dpo": Case(EIGHT, quant="nf4", objective="dpo"),
+    "8b dpo ultrafeedback": pairs_like("ultrafeedback", "branches"),
+    "8b dpo ultrafeedback plain": pairs_like("ultrafeedback", "plain"),
+    "8b dpo metamath": pairs_like("metamath", "branches"),
+    "8b dpo metamath plain": pairs_like("metamath", "plain"),
     "8b generate": Case(EIGHT, objective="generate", rows=16),
     "1b lora": Case(ONE, rows=8),
     "1b qlora": Case(ONE, quant="nf4", rows=8),
@@ -97,6 +119,21 @@ def texts(count: int, length: int) -> list[dict[str, str]]:
     return [{**row, "completion": row["chosen"] + row["rejected"]} for row in rows]
 
 
+def pairs_of(profile: str, count: int, longest: int) -> list[dict[str, str]]:
+    """Return pairs whose lengths have the profile's means and a log-normal spread of 0.6; longest: tokens of
+    a prompt with a response.
+    """
+    rng, means = np.random.default_rng(0), PROFILES[profile]
+
+    def text(mean: int) -> str:
+        size = mean * float(rng.lognormal(-0.18, 0.6))
+        return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz "), max(1, min(int(size), longest // 2))))
+
+    return [
+        {"prompt": text(means[0]), "chosen": text(means[1]), "rejected": text(means[1])} for _ in range(count)
+    ]
+
+
 def make_run(case: Case, tiny: bool, data: Path) -> Any:
     """Return the Run of a case."""
     import jax.numpy as jnp
@@ -118,7 +155,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
         config, length = replace(config, **sizes), 128
     rows: dict[str, Any] = {"held_out": None, "batch": case.rows}
     if case.objective == "dpo":
-        pairs = PairRows(str(data), format="plain", max_length=length // 2, **rows)
+        pairs = PairRows(str(data), format="plain", max_length=length // 2, layout=case.layout, **rows)
         objective = partial(preference, loss=dpo, reference="start")
         kind: dict[str, Any] = {"objective": objective, "data": pairs}
     else:
@@ -197,7 +234,10 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
 
     data = folder / "rows.jsonl"
     length = 128 if tiny else 4096
-    rows = texts(2 * case.rows * 4, length // (2 if case.objective == "dpo" else 4))
+    if case.profile:
+        rows = pairs_of(case.profile, 4 * case.rows, length // 2)
+    else:
+        rows = texts(2 * case.rows * 4, length // (2 if case.objective == "dpo" else 4))
     names = ("prompt", "chosen", "rejected") if case.objective == "dpo" else ("prompt", "completion")
     data.write_text("".join(json.dumps({name: row[name] for name in names}) + "\n" for row in rows))
     run = make_run(case, tiny, data)
@@ -205,10 +245,11 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         source = run.data.open(byte_tokenizer(), sharding.row_shards(mesh), folder)
         p = programs.build(run, WARM + TIMED + 1)
-        step: Any = programs.compile_step(p, source.shapes[-1])
-        memory = step.memory_analysis()
         state, frozen = programs.start(run, p, None, random_base(p))
         batch, _ = source.batch(0, state)
+        shape = next(shape for shape in source.shapes if shape.ids.shape == batch.ids.shape)
+        step: Any = programs.compile_step(p, shape)
+        memory = step.memory_analysis()
         placed, seconds = sharding.shard_batch(p.mesh, batch), []
         for _ in range(WARM + TIMED):
             begin = time.perf_counter()
@@ -229,6 +270,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     return {
         "tokens_per_second": round(rate, 1),
         "step_seconds": round(middle, 4),
+        **({"pairs_per_second": round(case.rows / middle, 2)} if case.profile else {}),
         "mfu": round(flops_per_weight * weights * rate / devices.peak_flops(device) / len(jax.devices()), 4),
         "peak_gib": round(devices.memory_gib(device), 3),
         "compiled_gib": round(planned / 2**30, 3),

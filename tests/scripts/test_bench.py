@@ -130,7 +130,15 @@ def test_too_few_rows_for_a_batch_are_one_line(bench):
 
 
 @pytest.mark.parametrize(
-    "cases", [("8b qlora", "8b generate"), pytest.param(("1b full", "1b dpo"), marks=pytest.mark.slow)]
+    "cases",
+    [
+        ("8b qlora", "8b generate"),
+        pytest.param(("1b full", "1b dpo"), marks=pytest.mark.slow),
+        pytest.param(
+            ("8b fp8 lora", "8b dpo metamath", "8b dpo metamath plain", "8b dpo ultrafeedback"),
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_the_accelerators_cases_run_in_a_tiny_shape(cases):
     """The programs of `bench.py gpu`, whose numbers mean something on an accelerator only."""
