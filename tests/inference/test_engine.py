@@ -57,6 +57,15 @@ def test_tokens_are_the_same_with_any_number_of_rows(world, expected, rows):
     np.testing.assert_allclose(found.logps, expected.logps, atol=2e-4)
 
 
+@pytest.mark.slow
+def test_in_bfloat16_too_tokens_are_the_same_with_any_number_of_rows_on_a_cpu():
+    model, whole = tiny(jnp.bfloat16)
+    world = model, jax.tree.map(lambda x: x if x.dtype == jnp.uint16 else 2 * x, whole)
+    found = [completed(world, rows, 3) for rows in (27, 6, 3)]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.tokens, found[0].tokens)
+
+
 def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, expected):
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
     order = [4, 0, 8, 2]
