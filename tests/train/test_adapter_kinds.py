@@ -19,7 +19,7 @@ from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
-from jaxft.runs.config import load_config, resolve_config
+from jaxft.runs.config import knob_names, load_config, resolve_config
 from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import export, loop
 from jaxft.train.programs import abstract
@@ -186,8 +186,9 @@ def test_a_member_of_a_sweep_has_the_losses_of_its_run_alone(place, kind):
     runs = {}
     with working_directory(place.folder):
         for lr in ("0.02", "0.01"):
-            argv = [*COMMON, *with_block(KINDS[kind]), f"lr={lr}", f"name={kind}-sweep/{lr}"]
-            runs[lr] = load_config("config.py", [text for text in argv if text != "lr=0.02" or lr == "0.02"])
+            others = [text for text in COMMON if not text.startswith("lr=")]
+            argv = [*others, *with_block(KINDS[kind]), f"lr={lr}", f"name={kind}-sweep/{lr}"]
+            runs[lr] = load_config("config.py", argv)
         assert loop.run(Sweep(f"{kind}-sweep", runs), root=Path("runs")) == 0
     member = place.folder / "runs" / f"{kind}-sweep" / "0.02"
     assert losses(member) == pytest.approx(losses(alone), rel=1e-4)
@@ -213,16 +214,10 @@ def test_a_run_that_is_resumed_is_the_same_bit_for_bit(place, kind):
 
 # Each kind with each objective: the programs build, or one line says why not.
 
-REWARD = "reward=jaxft.rl.rewards:json_match"
-RECIPES = {
-    "sft": [],
-    "dpo": [],
-    "kto": [],
-    "reward": [],
-    "grpo": [REWARD],
-    "ppo": [REWARD, "critic=fresh"],
-    "online_dpo": [REWARD],
-}
+RECIPES = ("sft", "dpo", "kto", "reward", "grpo", "ppo", "online_dpo")
+# Knobs, of which each recipe gets those that it has.
+REWARD = "jaxft.rl.rewards:json_match"
+SIZES = {"max_length": "64", "max_prompt": "64", "max_new": "8", "reward": REWARD, "rewards": REWARD}
 SCALAR_HEAD = "includes the language model head, but this model has a scalar head"
 OWN_BASE = "changes the base, which critic shares"
 REFUSED = {
@@ -238,14 +233,15 @@ REFUSED = {
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_objective_trains_each_kind_or_says_why_not_in_one_line(place, monkeypatch, kind, recipe):
-    root = Path(__file__).resolve().parents[2] / "configs" / f"{recipe}.py"
+    path = str(Path(__file__).resolve().parents[2] / "configs" / f"{recipe}.py")
     monkeypatch.chdir(place.folder)
     base = [] if any("model=" in text for text in KINDS[kind]) else ["model=base"]
-    argv = [*base, *with_block(KINDS[kind]), *RECIPES[recipe], "general=none", "dtype=float32"]
-    lengths = [] if "max_new" in (knobs := str(root.read_text())) or "Rollout" in knobs else ["max_length=64"]
+    knobs = [f"{name}={value}" for name, value in SIZES.items() if name in knob_names(path)]
+    knobs += ["critic=fresh"] if recipe == "ppo" else []
+    argv = [*base, *with_block(KINDS[kind]), *knobs, "general=none", "dtype=float32"]
 
     def build():
-        run = load_config(str(root), [*argv, *lengths])
+        run = load_config(path, argv)
         programs, batch = abstract(run, jax.devices()[:1])
         with jax.set_mesh(programs.mesh):
             return jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)[1]
