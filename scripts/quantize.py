@@ -12,9 +12,9 @@ compressed-tensors (int8).
 Embeddings, head and norms stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
 --calibrate takes rows like those of the model's use, in the formats of training; all of their tokens count.
-GPTQ then chooses codes whose errors compensate for each other on these rows. It runs the model, and
-memory holds the model and a square matrix of each linear layer's inputs: 1 GB for SmolLM2-135M, 46 GB for
-Llama-3.1-8B.
+Codes and scales are then chosen so that the outputs of the layers change least on these rows. The model runs
+layer by layer: memory holds one layer and the activations between two. The result is stored in the cache;
+training with quant=nf4 quant.calibrate=ROWS uses the same.
 """
 
 import argparse
@@ -63,22 +63,15 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def calibrate(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) -> dict[str, Any]:
-    """Return the second moments of the inputs of the blocks' linear layers on the calibration rows."""
-    from jaxft.train.calibrate import Calibration, input_moments
-    from jaxft.weights import pretrained, storage
+def calibrate(args: argparse.Namespace, tokenizer: Any, quant: Any) -> Any:
+    """Return the quantisation with calibrated codes, which are computed or taken from the cache."""
+    from jaxft.train.calibrate import Calibration, calibrated_codes, plan_file
 
     columns = tuple(args.columns.split(",")) if args.columns else ()
     rows = Calibration(args.calibrate, columns, args.invalid, args.tokens, args.max_length)
-    paths = [path for path in storage.quantised_paths(model.specs, quant) if path.startswith("layers/")]
-    return input_moments(
-        rows,
-        model,
-        tokenizer,
-        paths,
-        lambda mesh: pretrained.load_frozen(args.model, model, mesh),
-        progress,
-    )
+    plan = plan_file(args.model, quant, rows, tokenizer, progress)
+    calibrated_codes(plan, progress)
+    return plan.coded
 
 
 def main() -> int:
@@ -93,9 +86,9 @@ def main() -> int:
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = pretrained.model_for(args.model), pretrained.load_tokenizer(args.model)
     export.check_format(model, quant, args.format)
-    moments = calibrate(args, model, tokenizer, quant) if args.calibrate else {}
+    quant = calibrate(args, tokenizer, quant) if args.calibrate else quant
     source = export.ExportSource(args.model, model, tokenizer)
-    how = export.ExportQuant(quant, moments, progress, args.format)
+    how = export.ExportQuant(quant, args.format)
     summary = export.export_model(args.out, source, "bfloat16", how)
     print(f"{args.out}: {args.model} as {args.kind}, {export.weights_gib(args.out):.2f} GiB; {summary}")
     return 0

@@ -39,7 +39,7 @@ from jaxft.nn.layers import (
 from jaxft.nn.matmul import gather_layer, head_params, lm_head
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
 from jaxft.nn.products import accumulation_dtype
-from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, scan_layers
+from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, run_layer, scan_layers
 from jaxft.tree import Batch, Params
 
 # (options, params, h [B, T, D], attend, dropout key) -> (h, second result of attend); see nn/scan.py.
@@ -101,6 +101,8 @@ def dense_model(
         dtype=d.options.dtype,
         residual=d.options.residual,
         hidden=partial(hidden, d),
+        embed=partial(_embed, d),
+        layer=partial(layer_forward, d),
         head=head_params,
         logits=architecture.logits,
         prefill=partial(prefill, d),
@@ -154,6 +156,15 @@ def hidden(
     options = LayerOptions(d.architecture.attention, d.options.remat)
     h = scan_layers(_one_layer(d), h, params["layers"], tokens, keys, options)
     return _final_norm(d, params, h)
+
+
+def layer_forward(
+    d: Decoder, params: Params, h_BTD: Float[Array, "B T D"], tokens: Batch, kind: Any = None
+) -> Float[Array, "B T D"]:
+    """Return the residual stream after one layer. params: the layer's, without the stacked axis. kind: its
+    number in attention.kind_numbers; None if that is None.
+    """
+    return run_layer(_one_layer(d), h_BTD, params, tokens, d.architecture.attention, kind)
 
 
 def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[Array, "P T D"], PromptKeys]:

@@ -78,6 +78,9 @@ class Model:
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or
         Rollout. key: for dropout and for the embeddings' noise of NEFTune's alpha; None disables both.
+    embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
+    layer(params, h, tokens, kind=None) -> h after one layer. params: those of the layer, params["layers"]
+        without the stacked axis. kind: the layer's entry of attention.kind_numbers, if that is not None.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
@@ -99,6 +102,8 @@ class Model:
     dtype: Any
     residual: Any
     hidden: Callable[..., Float[Array, "B T D"]]
+    embed: Callable[[Params, Array], Float[Array, "B T D"]]
+    layer: Callable[..., Float[Array, "B T D"]]
     head: Callable[[Params], Params]
     logits: Callable[[Params, Array], Array]
     prefill: Callable[..., tuple[Array, Any]]

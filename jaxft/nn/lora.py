@@ -29,7 +29,7 @@ from jaxft.tree import Params, static, struct
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
-AdapterInit = Literal["default", "pissa", "olora", "loftq", "eva"]
+AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ class Adapter:
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
-    quantised base) start from the base's weights and store the base without that part, see
-    weights/lora_start.py; "eva" starts from the inputs of the layers on the run's own rows and gives modules
-    other ranks with the same sum, see weights/eva.py. eva_rho: the largest rank of a module, as a multiple of
-    its own. eva_tokens: how many tokens of the run's first batches are read for it.
+    quantised base) start from the base's weights and store the base without that part, and "qera" starts
+    from the error of a calibrated base, see weights/lora_start.py; "eva" starts from the inputs of the layers
+    on the run's own rows and gives modules other ranks with the same sum, see weights/eva.py. eva_rho: the
+    largest rank of a module, as a multiple of its own. eva_tokens: how many tokens of the run's first batches
+    are read for it.
     """
 
     rank: int = 16

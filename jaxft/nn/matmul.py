@@ -19,9 +19,10 @@ from jaxft.nn.lora_rows import adapters_of_rows
 from jaxft.nn.products import accumulation_dtype, wide_dot
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.nn.replaced import Replaced, TokenRows
+from jaxft.nn.taps import InputTap, tapped
 from jaxft.tree import struct
 
-Weight = Any  # Array | QTensor | Adapted | GramProbe
+Weight = Any  # Array | QTensor | Adapted | GramProbe | InputTap
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int], out: DTypeLike) -> Array:
@@ -69,7 +70,7 @@ def gather_layer(layer: Any, axes: Any) -> Any:
     Without this the partitioner gathers quantised weights after dequantising them. It handles plain weights.
     """
     return jax.tree.map(
-        gather_weight, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | GramProbe)
+        gather_weight, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | GramProbe | InputTap)
     )
 
 
@@ -79,7 +80,7 @@ def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
         lead = ("layers",) * (w.a.ndim - 2)  # several adapters
         a, b = sharding.constrain(w.a, *lead, ins, "rank"), sharding.constrain(w.b, *lead, "rank", outs)
         return replace(w, weight=gather_weight(w.weight, axes), a=a, b=b)
-    if isinstance(w, GramProbe):
+    if isinstance(w, GramProbe | InputTap):
         return replace(w, weight=gather_weight(w.weight, axes))
     if not isinstance(w, QTensor):
         return w
@@ -332,6 +333,8 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     An adapter with `a` [K, I, R] is K adapters; the rows of x are K equal groups, one for each. With `rows`
     [B], row i of x has adapter rows[i].
     """
+    if isinstance(w, InputTap):
+        return linear(x, tapped(w, x), key)
     if isinstance(w, GramProbe):
         return probed_matmul(x, w)
     if not isinstance(w, Adapted):

@@ -18,8 +18,8 @@ from jaxft.tree import static, struct
 KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"
 QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
-# Initialisations of an adapter (nn.lora.Adapter) that store the base without a part of it.
-RESIDUAL_INITS = ("pissa", "olora", "loftq")
+# Initialisations of an adapter (nn.lora.Adapter) whose pairs at step 0 belong to the base.
+RESIDUAL_INITS = ("pissa", "olora", "loftq", "qera")
 HOST_CHUNK = 1 << 18  # elements
 
 
@@ -34,6 +34,11 @@ class Quant:
     of the blocks) or a regular expression over parameter paths, which may match embed and head too; norms are
     never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8 (see nn.fp8); by default where the
     device has such matmuls, true emulates them on other devices, false dequantises the weights on all.
+
+    calibrate: round the layers' weights so that their outputs change least on some rows (see
+    weights/layerwise.py): "run" for the run's own training rows, or a file, a folder or a hub dataset.
+    calibrate_tokens: how many tokens of them. codes: the name of the calibrated codes in the cache, which a
+    run sets.
     """
 
     kind: str = "nf4"
@@ -41,14 +46,27 @@ class Quant:
     double: bool | None = None
     targets: str = "all-linear"
     fp8_matmul: bool | None = None
+    calibrate: str | None = None
+    calibrate_tokens: int = 16384
+    codes: str | None = None
 
     def __post_init__(self) -> None:
         kinds = {"kind": str, "block": int | None, "double": bool | None, "targets": str}
-        for name, kind in (kinds | {"fp8_matmul": bool | None}).items():
+        kinds |= {"fp8_matmul": bool | None, "calibrate": str | None, "codes": str | None}
+        for name, kind in (kinds | {"calibrate_tokens": int}).items():
             value = getattr(self, name)
             if not isinstance(value, kind) or (name == "block" and isinstance(value, bool)):
                 raise ValueError(f"quant.{name}={value!r} has type {type(value).__name__}")
         with_defaults(self.kind, self.block, self.double)
+        if self.calibrate is not None and self.kind == CHECKPOINT:
+            raise ValueError(
+                f"quant.calibrate={self.calibrate} rounds weights, and quant=checkpoint stores them as the "
+                "files do; set quant.calibrate=none, or another quant"
+            )
+        if self.calibrate_tokens < 1:
+            raise ValueError(f"quant.calibrate_tokens={self.calibrate_tokens}; expected at least 1")
+        if self.codes is not None and self.calibrate is None:
+            raise ValueError("quant.codes is set by runs with quant.calibrate; leave it out")
         if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):
             raise ValueError(f"quant.fp8_matmul is a setting of quant=fp8; omit it with quant={self.kind}")
 

@@ -158,6 +158,23 @@ def scan_layers(
     return jax.lax.scan(body, h_BTD, xs)[0]
 
 
+def run_layer(
+    layer: Layer, h_BTD: Float[Array, "B T D"], p: Params, tokens: Batch, a: AttentionLayers, kind: Any
+) -> Float[Array, "B T D"]:
+    """Return the residual stream after one layer.
+
+    p: its parameters, without the stacked axis. kind: its number in a.kind_numbers; None if that is None.
+    """
+    angles = example_angles(a, tokens.positions, tokens.segments, h_BTD.dtype)
+    ranges = layer_ranges(a, kind, batch_ranges(tokens))
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
+        return attention(q, k, v, ranges, tokens.packed, a.settings), None
+
+    return layer(p, h_BTD, attend, None)[0]
+
+
 def _several(body: Callable) -> Callable:
     """A scan's body that runs several layers by an inner scan."""
 

@@ -101,6 +101,11 @@ def _check_init(run: Run, parts: Partition) -> None:
         )
     if run.adapter.init == "loftq" and not run.quant:
         raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")
+    calibrated = run.quant is not None and run.quant.calibrate is not None
+    if calibrated and run.adapter.init != "qera":
+        raise ValueError(f"{setting} changes the base before quant.calibrate; use adapter.init=qera")
+    if run.adapter.init == "qera" and not calibrated:
+        raise ValueError(f"{setting} corrects a calibrated base; set quant=nf4 quant.calibrate=run")
     check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)
 
 

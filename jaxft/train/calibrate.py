@@ -1,27 +1,48 @@
-"""Second moments of the inputs of linear layers on calibration rows."""
+"""Calibration: the rows on which a base is calibrated, and its codes in the cache; second moments of the
+inputs of linear layers.
+"""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxft.data.conversation import PLAIN
 from jaxft.data.invalid import invalid_lines
 from jaxft.data.sft import Rows
-from jaxft.distributed import sharding
+from jaxft.data.source import Source
+from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
+from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
+from jaxft.train.settings import Run
 from jaxft.tree import Params
-from jaxft.weights import gptq
+from jaxft.weights import gptq, pretrained
+from jaxft.weights.codes import CalibratedLayer, codes_name, codes_sha256, write_codes
+from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, in_layers
+from jaxft.weights.lora_start import check_ranks
+from jaxft.weights.safetensors import read_model_json, write_model_json
+from jaxft.weights.storage import quantised_paths
+
+RUN = "run"  # of quant.calibrate: the run's own training rows
+RECORD = "calibrated.json"  # in a run's folder: the name and a hash of the codes
+FEWEST_TOKENS = 128
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration rows, in the formats of training; all of their tokens count.
+    """Calibration rows, in the formats of SFT; all of their tokens count.
 
-    rows: a file, a folder or a hub dataset. columns, invalid: as data.columns and data.invalid. tokens: how
-    many are used. max_length: of a packed row.
+    rows: a file, a folder or a hub dataset. columns, invalid, format: as in data. tokens: how many are used.
+    max_length: of a packed row.
     """
 
     rows: str
@@ -29,12 +50,183 @@ class Calibration:
     invalid: str = "error"
     tokens: int = 16384
     max_length: int = 512
+    format: str = "auto"
 
     def __post_init__(self):
         if self.tokens < self.max_length:
             raise ValueError(
                 f"--tokens {self.tokens} is less than one row of --max-length {self.max_length}; raise it"
             )
+
+    def open(self, tokenizer: Any, shards: int, progress: Progress) -> Source[Any]:
+        """Return a source of these rows. progress: called with lines about invalid rows."""
+        rows = Rows(
+            self.rows,
+            held_out=0.0,
+            format=self.format,
+            columns=self.columns,
+            invalid=self.invalid,
+            loss_on="all",
+            max_length=self.max_length,
+            batch=4,
+        )
+        source = rows.open(tokenizer, shards)
+        for line in invalid_lines(source.info.stats.invalid):
+            progress(line)
+        return source
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What calibrated codes depend on, and their name in the cache.
+
+    ref: where the base comes from. ranks: of low-rank corrections, see layerwise.calibrate_layers.
+    """
+
+    name: str
+    ref: str
+    quant: Quant
+    rows: CalibrationRows
+    ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def coded(self) -> Quant:
+        """The quantisation with the name of its codes."""
+        return replace(self.quant, codes=self.name)
+
+
+def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationRows:
+    """Return the first training rows of a source with at least so many tokens, or those of an epoch.
+
+    Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.
+    """
+    names = ("ids", "segments", "positions", "branches")
+    found, count = dict[str, list[np.ndarray]]({name: [] for name in names}), 0
+    longest = max(shape.ids.shape[-1] for shape in source.shapes)
+    for step in range(min(source.info.steps, math.ceil(source.info.steps_per_epoch))):
+        batch = source.batch(step, None)[0]  # type: ignore[arg-type]  # of fixed rows, which read no state
+        arrays = {"branches": np.zeros_like(batch.ids)}
+        arrays |= {name: x for name in names if (x := getattr(batch, name)) is not None}
+        used = (batch.segments > 0).any(-1)
+        for name, x in arrays.items():
+            rows = x[used]
+            found[name].append(np.pad(rows, [(0, 0), (0, longest - rows.shape[-1])]))
+        count += int((batch.segments > 0).sum())
+        if count >= tokens:
+            break
+    if count < FEWEST_TOKENS:
+        raise ValueError(
+            f"{where}: its rows have {count} tokens, too few to calibrate; give rows with at least "
+            f"{FEWEST_TOKENS}, better {tokens:,}"
+        )
+    rows = {name: np.concatenate(x) for name, x in found.items()}
+    enough = 1 + int(np.searchsorted((rows["segments"] > 0).sum(1).cumsum(), tokens))
+    return CalibrationRows(**{name: x[:enough] for name, x in rows.items()})
+
+
+def plan_file(
+    ref: str, quant: Quant, rows: Calibration, tokenizer: Any, progress: Progress
+) -> CalibrationPlan:
+    """Return the calibration of the model `ref` on rows of a file. Raises ValueError for rows that cannot be
+    used.
+    """
+    found = rows_of_source(rows.open(tokenizer, 1, progress), rows.tokens, rows.rows)
+    quant = replace(quant, calibrate=rows.rows)
+    return CalibrationPlan(codes_name(ref, quant, found.digest, {}), ref, quant, found)
+
+
+def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan | None:
+    """Return the calibration of a run's base, None if it has none. source: of the run's rows.
+
+    Raises ValueError for rows that cannot be used.
+    """
+    quant = run.quant
+    if quant is None or quant.calibrate is None:
+        return None
+    setting = f"quant.calibrate={quant.calibrate}"
+    if quant.calibrate == RUN:
+        if source.info.samples:
+            raise ValueError(
+                f"{setting}: this run samples its rows from the model, which needs its weights first; name a "
+                "file with rows like them, such as quant.calibrate=rows.jsonl"
+            )
+        found = rows_of_source(source, quant.calibrate_tokens, setting)
+    else:
+        length = run.data.max_length
+        if quant.calibrate_tokens < length:
+            raise ValueError(
+                f"quant.calibrate_tokens={quant.calibrate_tokens} is less than one row of {length} tokens "
+                "(data.max_length); raise it"
+            )
+        plain = isinstance(run.data, Rows) and run.data.format == PLAIN
+        rows = Calibration(
+            quant.calibrate, tokens=quant.calibrate_tokens, max_length=length,
+            format=PLAIN if plain else "auto",
+        )  # fmt: skip
+        found = plan_file(run.weights, quant, rows, tokenizer, print_line).rows
+    ranks = dict[str, tuple[int, ...]]()
+    if run.adapter and run.adapter.init == "qera":
+        layouts = check_ranks(run.model.specs, run.adapter, run.model.weight_names)
+        coded = [path for path in quantised_paths(run.model.specs, quant) if in_layers(path)]
+        if other := layouts.keys() - set(coded):
+            raise ValueError(
+                f"adapter.init=qera corrects calibrated weights, and {min(other)} is not quantised; leave it "
+                "out of adapter.targets"
+            )
+        ranks = {path: tuple(map(int, layout.ranks)) for path, layout in layouts.items()}
+    name = codes_name(run.weights, quant, found.digest, ranks)
+    return CalibrationPlan(name, run.weights, quant, found, ranks)
+
+
+def print_line(line: str) -> None:
+    """Print a line on process 0."""
+    if processes.is_first():
+        print(line, flush=True)
+
+
+def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
+    """Compute calibrated codes and write them into the cache, unless they are there. progress: called with
+    lines for the user.
+    """
+    begin, model = time.perf_counter(), pretrained.model_for(plan.ref)
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+
+    def layers() -> Iterator[CalibratedLayer]:
+        readers = pretrained.open_params(plan.ref, model)
+        calibrated = calibrate_layers(model, readers, plan.quant, plan.rows, plan.ranks)
+        for number, layer in enumerate(calibrated, 1):
+            yield layer
+            progress(f"calibrated layer {number} of {model.config.layers}")
+
+    with jax.set_mesh(mesh):
+        computed = write_codes(plan.name, plan.quant, layers)
+    how = f"computed in {time.perf_counter() - begin:.0f} s" if computed else "from the cache"
+    progress(f"calibrated base: {plan.quant.kind} on {plan.rows.tokens:,} tokens, {how}")
+
+
+def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progress) -> None:
+    """Compute the calibrated codes of a run, or find them in the cache; every process calls it.
+
+    folder: of the run, which records them. Raises ValueError if they are not those that the run began with,
+    or if the processes have different ones.
+    """
+    if plan is None:
+        return
+    processes.first_then_others(lambda: calibrated_codes(plan, progress))
+    found = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
+    again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"
+    if not processes.all_equal(found):
+        raise ValueError(f"the processes have computed different calibrated bases; {again}")
+    path = folder / RECORD
+    with processes.agreement():
+        before = read_model_json(path) if path.is_file() else found
+        if before["codes"] == plan.name and before != found:
+            raise ValueError(
+                f"{path}: the calibrated base in the cache is not the one that this run began with, perhaps "
+                f"of another device or version of jax; copy the cache of that machine, or {again}"
+            )
+        if processes.is_first():
+            write_model_json(path, found)
 
 
 def input_moments(
@@ -43,7 +235,7 @@ def input_moments(
     tokenizer: Any,
     paths: list[str],
     load: Callable[[jax.sharding.Mesh], Params],
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Return the sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I].
 
@@ -51,26 +243,16 @@ def input_moments(
     """
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        rows = Rows(
-            calibration.rows,
-            held_out=0.0,
-            columns=calibration.columns,
-            invalid=calibration.invalid,
-            loss_on="all",
-            max_length=calibration.max_length,
-            batch=4,
-        )
-        source = rows.open(tokenizer, sharding.row_shards(mesh))
-        for line in invalid_lines(source.info.stats.invalid):
-            progress(line)
+        source = calibration.open(tokenizer, sharding.row_shards(mesh), progress)
         base = load(mesh)
-        steps = min(source.info.steps, -(-calibration.tokens // (rows.batch * rows.max_length)))
+        _, size, length = source.shapes[-1].ids.shape
+        steps = min(source.info.steps, -(-calibration.tokens // (size * length)))
         objective = sft(model)
 
         def batches() -> Iterator[Any]:
             for step in range(steps):
                 progress(f"calibrating on batch {step + 1} of {steps}")
-                yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step)[0])
+                yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step, None)[0])  # type: ignore[arg-type]
 
         return gptq.second_moments(
             model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0]

@@ -3,8 +3,7 @@ weights.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ from jaxft.runs.named_weights import NamedWeights
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
-from jaxft.weights import extend, gptq, hf_write, hub, peft, peft_write, pretrained, quantised_write
+from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained, quantised_write
 from jaxft.weights.card import Card, Relation, base_name, write_card
+from jaxft.weights.codes import open_codes
 from jaxft.weights.eva import EVA, written_adapter
 from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
@@ -86,22 +86,15 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
     return ExportSource(ref, model, tokenizer, parts.get("adapter"), stored, score, data, ids)
 
 
-def no_progress(line: str) -> None:
-    """Print nothing."""
-
-
 @dataclass(frozen=True)
 class ExportQuant:
     """How written weights are quantised, each rounded once from float32.
 
-    moments: second moments of the inputs by path (see gptq.second_moments); where there are some, GPTQ
-    rounds, which is slow. progress: called with a line for each parameter that GPTQ rounds. format: the
-    layout of the files, a key of quantised_write.KINDS_OF, by default the usual one of the kind.
+    quant: with calibrated codes, these are written. format: the layout of the files, a key of
+    quantised_write.KINDS_OF, by default the usual one of the kind.
     """
 
     quant: Quant
-    moments: dict[str, Any] = field(default_factory=dict)
-    progress: Callable[[str], None] = no_progress
     format: str | None = None
 
 
@@ -191,7 +184,7 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     """Return the quantiser of a model's layers for hf_write.save_folder. error: accumulates the rounding
     error.
     """
-    quant, moments = how.quant, how.moments
+    quant = how.quant
     if quant.kind == CHECKPOINT:
         raise ValueError(
             f"quant={CHECKPOINT} is not a format that can be written; use int8, fp8, int4, nf4, fp4 or "
@@ -211,15 +204,11 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
         )
 
     notes: list[str] = []
+    codes = {} if quant.codes is None else open_codes(quant.codes)
 
     def quantize_layer(path: str, number: int | None, layer: np.ndarray) -> QTensor:
-        format = quant.kind, block, double
-        if path in moments:
-            if number == 0:
-                how.progress(f"rounding {path}")
-            value = gptq.quantize_gptq(layer, moments[path][number], *format)
-        else:
-            value = quantize(layer, *format)
+        name = model.weight_names[path][0].format(i=number)
+        value: Any = codes[name].read() if name in codes else quantize(layer, quant.kind, block, double)
         where = path if number is None else f"{path}, layer {number}"
         value, rounded = quantised_write.as_stored(value, method, where)
         if rounded and not notes:

@@ -24,7 +24,7 @@ from jaxft.train.members import (
 )
 from jaxft.train.meter import Meters, Trace
 from jaxft.train.nonfinite import NonfiniteRecorder
-from jaxft.train.reference import precompute_reference
+from jaxft.train.reference import precompute
 from jaxft.train.results import export_best, export_members, report_finished, write_reports
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
@@ -69,7 +69,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
         watchdog.at("loading and compiling")
-        job = precompute_reference(job, partial(announce, watchdog, logs))
+        job = precompute(job, partial(announce, watchdog, logs))
         states, frozen = load_members(job, states, partial(announce, watchdog, logs))
         begin = time.perf_counter()
         job = bind_sources(job, frozen, saved)

@@ -20,6 +20,7 @@ from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.mirror import CHECKPOINTS, mirrored
 from jaxft.runs.record import describe, differences
 from jaxft.train import evaluate
+from jaxft.train.calibrate import CalibrationPlan, plan_run
 from jaxft.train.eva import FirstRows, first_batches
 from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.scores import check_scoring
@@ -54,7 +55,8 @@ class Job:
 
     sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
     the settings, which is greater if loop.patience ended the job. stop: the token ids that end a completion.
-    general: batches of the general text. sweep: its settings, None for a single run.
+    general: batches of the general text. sweep: its settings, None for a single run. calibration: of the
+    base, None if it is not calibrated.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Job:
     stop: tuple[int, ...]
     general: tuple[Batch, ...]
     sweep: Sweep | None
+    calibration: CalibrationPlan | None = None
 
     @property
     def lead(self) -> Member:
@@ -161,14 +164,17 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
             "the members of a sweep train on the same rows and can't sample their own completions; "
             "use scripts/train.py"
         )
+    calibration = processes.first_then_others(lambda: plan_run(lead, sources[0], tokenizer))
     weights, members = weight_fingerprints(lead), []
     stop = stop_tokens(lead.weights, lead.model, tokenizer)
     sampled = {"stop_tokens": list(stop)} if sources[0].info.samples else {}
     for number, (label, run) in enumerate(runs.items()):
+        run = run if calibration is None else replace(run, quant=calibration.coded)
         programs, source = build(run, steps), sources[min(number, len(sources) - 1)]
         sharded_batch(programs, source.shapes[-1])  # raises if the rows don't divide over the mesh
         own = {"data_fingerprint": source.info.fingerprint, **source.info.dependencies}
         own["chat_template"] = template_fingerprint(tokenizer)
+        own |= {} if calibration is None else {"quant": describe(run.quant)}
         settings_ = {**(record or describe(run)), **weights, **sampled, **own}
         members.append(Member(label, run, folder / label, settings_, programs))
     if sweep and any(member.programs.objective.facts.noise for member in members):
@@ -178,7 +184,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         )
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
-    return Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep)
+    return Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
 
 
 def _check_token_ids(source: Source[Any], run: Run) -> None:

@@ -201,6 +201,8 @@ def start(
     which computes the same at step 0.
     """
     pairs = None
+    if run.quant and run.quant.calibrate and run.quant.codes is None:
+        raise ValueError("quant.calibrate: this run's codes are not computed; start it by train.loop.run")
     if run.adapter and run.adapter.changes_base:
         pairs = run_pairs(run.weights, p.partition.stored, run.adapter, folder, restored is not None)
     if base is None:

@@ -19,13 +19,21 @@ from jaxft import tree
 from jaxft.data import cache as data_cache
 from jaxft.distributed import processes, sharding
 from jaxft.runs.record import describe
+from jaxft.train.calibrate import Progress, calibrate_base
 from jaxft.train.members import Job
 from jaxft.train.programs import Programs, reference_step, start
 from jaxft.train.settings import Run
 from jaxft.tree import Batch
 
 VERSION = 1  # counts changes of how log-probs are computed
-Progress = Callable[[str], None]
+
+
+def precompute(job: Job, report: Progress) -> Job:
+    """Compute the calibrated base and the reference's log-probs, or find them in the cache; return the job
+    with these. report: called with lines about the progress.
+    """
+    calibrate_base(job.calibration, job.folder, report)
+    return precompute_reference(job, report)
 
 
 def precompute_reference(job: Job, report: Progress) -> Job:

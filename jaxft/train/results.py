@@ -17,6 +17,7 @@ from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
 from jaxft.runs.terminal import printable_line
 from jaxft.train import export, programs
+from jaxft.train.calibrate import calibrate_base, print_line
 from jaxft.train.compiled import Compiled
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import Logs
@@ -33,6 +34,7 @@ from jaxft.weights.lora_start import read_start
 
 def report_finished(job: Job, steps: int) -> int:
     """Print where the results of a finished run are; return the exit code."""
+    calibrate_base(job.calibration, job.folder, print_line)  # which commands that use the run read
     failed = processes.from_first_process(lambda: runfolder.failed_members(job.folder))
     if not processes.is_first():
         return int(bool(failed))

@@ -5,7 +5,8 @@ PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular valu
 (Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition; the base is stored as `W - s A B`, so that the
 model is unchanged at step 0. If the base is quantised, that residual is (QPiSSA). LoftQ (Li et al. 2023,
 arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest singular values of what is
-missing.
+missing. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best corrects the
+outputs of a base with calibrated rounding, which is computed with its codes (weights/rounding.py).
 
 A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. The exported adapter
 is for the unchanged base: `s (A B - A0 B0)`, one pair of twice the rank, as peft's
@@ -33,6 +34,7 @@ from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
+from jaxft.weights.codes import read_correction
 from jaxft.weights.storage import StoredModel, leaf_shapes
 
 INITIAL_FOLDER = "initial_adapter"
@@ -45,7 +47,9 @@ _Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
 
 
 class StartPairs(NamedTuple):
-    """The adapter at step 0, and the adapter that the base is stored without: the same, except for LoftQ."""
+    """The adapter at step 0, and the adapter that the base is stored without: the same, except for LoftQ and
+    QERA.
+    """
 
     start: Params
     without: Params
@@ -66,6 +70,10 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
             if not rank:
                 zeros = np.zeros((spec.shape[-2], most)), np.zeros((most, spec.shape[-1]))
                 found.append((zeros, zeros))
+                continue
+            if settings.init == "qera":
+                codes = stored.storage[f"base/{path}"].codes
+                found.append(_correcting(codes, name.format(i=i), settings.scale_of(rank, alpha)))
                 continue
             weight = files.read(name.format(i=i)).astype(np.float32)
             of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
@@ -234,6 +242,14 @@ class _LayerStart(NamedTuple):
             return pair, without
         pair = (principal_pair if self.init == "pissa" else qr_pair)(weight, rank, scale)
         return pair, pair
+
+
+def _correcting(codes: str | None, name: str, scale: float) -> tuple[_Pair, _Pair]:
+    """Return a weight's correction as the pair at step 0, and the pair that the base is stored without: 0."""
+    assert codes is not None  # adapter.init=qera needs quant.calibrate
+    a, b = read_correction(codes, name)
+    root = np.sqrt(np.float32(abs(scale)))
+    return (a / root, b * np.copysign(np.float32(1), scale) / root), (np.zeros_like(a), np.zeros_like(b))
 
 
 def _zero_pair(weight: _Weight, rank: int) -> _Pair:

@@ -36,6 +36,7 @@ from jaxft.weights import (
     place,
     tokenizer_files,
 )
+from jaxft.weights.codes import open_codes
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
 from jaxft.weights.param_reader import ParamReader, param_readers
 from jaxft.weights.safetensors import read_model_json
@@ -292,6 +293,9 @@ def load_base(
         storage = stored.storage[full]
         like = leaf_shapes(spec, storage)
         unchanged = reader.layout is not None and keeps_layout(storage, reader.layout)
+        if storage.codes is not None:
+            coded = replace(files, quantised=open_codes(storage.codes))
+            reader, unchanged = replace(reader, files=coded), True
         return place.load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
 
     return tree.map_with_path(load, stored.specs["base"], is_leaf=param.is_spec)
@@ -349,16 +353,18 @@ def with_storage_rounding(files: ModelFiles, model: Model, quant: Quant, ref: st
         if storage.quantised:
             layout = hf.common_layout(files, model, path)
             unchanged = layout is not None and keeps_layout(storage, layout)
+            source = files.quantised if unchanged else {}
+            source = source if storage.codes is None else open_codes(storage.codes)
             like = leaf_shapes(spec, storage)
             for i in range(spec.shape[0] if "{i}" in name else 1):
-                rounded[name.format(i=i)] = (like, transposed, unchanged)
+                rounded[name.format(i=i)] = (like, transposed, source)
 
     def read(name: str, index: Index = ()) -> np.ndarray:
         if name not in rounded:
             return files.read(name, index)
-        like, transposed, unchanged = rounded[name]
-        if unchanged:
-            stored: Any = files.quantised[name].read()
+        like, transposed, source = rounded[name]
+        if name in source:
+            stored: Any = source[name].read()
             packed = replace(stored, dtype=like.dtype)
         else:
             value = files.read(name)

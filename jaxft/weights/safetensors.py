@@ -138,7 +138,7 @@ def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
 
     def write() -> None:
         if sync.is_first():
-            _write_all(path, tensors)
+            write_here(path, tensors)
         else:
             _fetch_all(tensors)
 
@@ -150,7 +150,8 @@ def _fetch_all(tensors: list[TensorToWrite]) -> None:
         tensor.fetch()
 
 
-def _write_all(path: Path, tensors: list[TensorToWrite]) -> None:
+def write_here(path: Path, tensors: list[TensorToWrite]) -> None:
+    """Write a safetensors file by this process alone, as write_safetensors does."""
     header = _header(tensors)
     part = path.with_name(path.name + ".part")
     fetched = 0

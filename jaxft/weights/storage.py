@@ -27,13 +27,16 @@ class Storage:
 
     quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
     array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes
-    and scales are stored unchanged. fp8_matmul: see nn.quant.Quant.
+    and scales are stored unchanged. fp8_matmul: see nn.quant.Quant. codes: the name of calibrated codes in
+    the cache (see codes.py), which are loaded in place of the checkpoint's weights; None: those are quantised
+    when they are loaded.
     """
 
     dtype: DTypeLike
     quantize: tuple[str, int | None, bool | None] | None = None
     layout: QTensor | None = None
     fp8_matmul: bool | None = None
+    codes: str | None = None
 
     @property
     def quantised(self) -> bool:
@@ -96,7 +99,8 @@ def choose_storage(
         elif quant and path.removeprefix("base/") in selected:
             layout = layouts.get(path.removeprefix("base/"))
             arguments = None if layout else (quant.kind, quant.block, quant.double)
-            storage[path] = Storage(model.dtype, arguments, layout, quant.fp8_matmul)
+            codes = quant.codes if path.startswith("base/layers/") else None
+            storage[path] = Storage(model.dtype, arguments, layout, quant.fp8_matmul, codes)
         else:
             as_bits = is_matrix(spec) and jnp.dtype(model.dtype).itemsize == 2
             storage[path] = Storage(model.dtype, ("bits", None, None) if as_bits else None)
@@ -203,6 +207,7 @@ def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
     text = (
         f"{100 * sum(sizes) / base:.0f} % of the base in {leaves[0].kind}, {mean_bits:.3f} bits a parameter"
     )
+    text += ", calibrated" if any(storage.codes for storage in stored.storage.values()) else ""
     return text if mesh is None or leaves[0].kind != "fp8" else f"{text}, {fp8_matmuls(leaves[0], mesh)}"
 
 

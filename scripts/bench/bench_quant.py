@@ -4,7 +4,8 @@
 
 Rows have the formats of scripts/bench/bench.py sft. Perplexity is over all tokens, prompt and completion, and
 compared with that of the first kind. KIND:BLOCK sets the block size. fp8 dequantises weights where the device
-has no FP8 matmuls; fp8+matmul emulates these, with activations rounded to FP8. `error` is the relative root
+has no FP8 matmuls; fp8+matmul emulates these, with activations rounded to FP8. KIND+calibrated rounds as
+quant.calibrate does, on the rows of --calibrate (plain text, as --data). `error` is the relative root
 mean square error of a quantised weight. A model whose weights come from 4-bit files is on a grid already, so
 a second format changes it more than other models.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+CALIBRATED = "+calibrated"
 MATMUL = "+matmul"  # multiply FP8 weights in FP8, emulated where the device has no such matmuls
 KINDS = (
     "none",
@@ -51,17 +53,33 @@ def arguments() -> argparse.Namespace:
         help=f"formats (default {' '.join(KINDS)})",
     )
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--calibrate", metavar="FILE", help="rows for KIND+calibrated, such as the next ones")
+    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens (default 16384)")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     return parser.parse_args()
 
 
 def quant_of(kind: str) -> Any:
-    """Parse KIND, KIND:BLOCK or KIND+matmul; None for `none`."""
+    """Parse KIND, KIND:BLOCK, KIND+matmul or KIND+calibrated; None for `none`."""
     from jaxft.nn.quant import Quant
 
-    name, _, block = kind.removesuffix(MATMUL).partition(":")
+    name, _, block = kind.removesuffix(MATMUL).removesuffix(CALIBRATED).partition(":")
     in_fp8 = True if kind.endswith(MATMUL) else None
     return None if name == "none" else Quant(name, int(block) if block else None, fp8_matmul=in_fp8)
+
+
+def calibrated(a: argparse.Namespace, quant: Any) -> Any:
+    """Return the quantisation with codes that are calibrated on the rows of --calibrate."""
+    from jaxft.train.calibrate import Calibration, calibrated_codes, plan_file
+    from jaxft.weights import pretrained
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    rows = Calibration(a.calibrate, tokens=a.tokens, max_length=a.max_length, format="plain")
+    plan = plan_file(a.model, quant, rows, pretrained.load_tokenizer(a.model), progress)
+    calibrated_codes(plan, progress)
+    return plan.coded
 
 
 def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
@@ -93,7 +111,9 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
         plain: Any = None
         found: list[dict[str, Any]] = []
         for kind in a.kinds:
-            base = pretrained.load_frozen(a.model, model, mesh, quant_of(kind))
+            stored = quant_of(kind)
+            stored = calibrated(a, stored) if kind.endswith(CALIBRATED) else stored
+            base = pretrained.load_frozen(a.model, model, mesh, stored)
             loss = evaluate.evaluate(partial(step, base), batches)["loss"]
             packed = base["layers"]["mlp"]["down"]
             values = np.asarray(quant.dequantize(packed), np.float32)

@@ -50,6 +50,7 @@ def test_the_log_the_record_and_the_card_name_the_format_and_checkpoints_omit_th
     assert f"frozen: 69 % of the base in {kind}, " in place.out()
     record = json.loads((place.runs(kind) / "config.json").read_text())
     settings = {"kind": kind, "block": None, "double": None, "targets": "all-linear", "fp8_matmul": None}
+    settings |= {"calibrate": None, "calibrate_tokens": 16384, "codes": None}
     assert record["quant"] == settings
     assert (
         f"The frozen weights were quantised: 69 % of the base in {kind}, "

@@ -178,6 +178,7 @@ def quantized(place, monkeypatch, capsys):
 
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["quantize.py", *argv])
+        monkeypatch.setenv("JAXFT_CACHE", str(place / "cache"))
         monkeypatch.chdir(place)
         return cli.one_line_errors(
             runpy.run_path(str(ROOT / "scripts" / "quantize.py"))["main"]
@@ -194,7 +195,7 @@ def test_a_calibrated_base_is_closer_to_the_model_than_an_uncalibrated_one(place
     code, reported = quantized(*form, "--out", "looked", *rows)
     assert code == 1 and "dirty.jsonl:61: column 'text' must be a string, got int" in reported
     code, reported = quantized(*form, "--out", "looked", *rows, "--invalid", "drop")
-    assert code == 0 and "calibrating on batch 2 of 2" in reported, reported
+    assert code == 0 and "calibrated layer 3 of 3" in reported, reported
     assert "1 invalid rows left out" in reported
     text = [json.loads(line)["text"] for line in (place / "rows.jsonl").read_text().splitlines()][-4:]
     ids, logits = (

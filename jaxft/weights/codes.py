@@ -1,0 +1,144 @@
+"""Calibrated codes of a model's layers in the cache: a folder with a file for each layer, computed once.
+
+The folder is named by a hash of the model's files, the rows and all settings that the codes depend on. A run
+stores this name in its record, and every command that uses the run reads the same codes.
+"""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.nn.quant import Quant, with_defaults
+from jaxft.weights import hub
+from jaxft.weights.file_hash import cache_folder, files_sha256
+from jaxft.weights.model_files import QuantisedTensor
+from jaxft.weights.quantised import find_jaxft
+from jaxft.weights.quantised_write import tensors_of
+from jaxft.weights.safetensors import (
+    SafetensorsFiles,
+    TensorToWrite,
+    open_safetensors,
+    read_model_json,
+    read_tensor,
+    write_here,
+    write_model_json,
+)
+
+VERSION = 1  # of the files; another one if the same settings lead to other codes
+CALIBRATED = "calibrated"  # the folder in the cache
+_SETTINGS = "calibration.json"
+_SIDES = ("pair_a", "pair_b")  # the tensors of a low-rank correction
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """Codes of the weights of a layer by Hugging Face name, QTensors [in, out] on the host, and low-rank
+    corrections (a [in, R], b [R, out]) of some of them: `a b` is to be added to the weight.
+    """
+
+    weights: dict[str, Any]
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> str:
+    """Return the name of a model's calibrated codes. rows: a hash of the calibration rows. ranks: of the
+    corrections, by path.
+    """
+    located = hub.locate(ref)
+    files = hub.files_of(located)
+    names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
+    format = quant.kind, *with_defaults(quant.kind, quant.block, quant.double)
+    key = json.dumps([VERSION, names, format, quant.targets, rows, dict(ranks)])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return f"{Path((hub.hub_name(ref) or (str(located.path), None))[0]).name}-{digest}"
+
+
+def codes_folder(name: str) -> Path:
+    """Return the folder of calibrated codes in the cache, which may not exist."""
+    return cache_folder() / CALIBRATED / name
+
+
+def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> bool:
+    """Compute and write calibrated codes unless the cache has them; return whether they were computed.
+
+    layers: computes them one after the other. The folder appears when it is complete; another process may be
+    faster. Raises OSError if the cache cannot be written.
+    """
+    out = codes_folder(name)
+    if out.is_dir():
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-") as own:
+        part = Path(own) / name
+        part.mkdir()
+        for number, layer in enumerate(layers()):
+            _write_layer(part / f"layer-{number:05}.safetensors", layer)
+        block, double = with_defaults(quant.kind, quant.block, quant.double)
+        write_model_json(part / _SETTINGS, {"kind": quant.kind, "block": block, "double": double})
+        with contextlib.suppress(OSError):  # another process was faster
+            part.rename(out)
+    if not out.is_dir():
+        raise OSError(f"{out} cannot be written; set JAXFT_CACHE to another folder")
+    return True
+
+
+def _write_layer(path: Path, layer: CalibratedLayer) -> None:
+    tensors: list[TensorToWrite] = []
+    for name, q in layer.weights.items():
+        layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), q)
+        tensors += tensors_of(name, layout, _returning(q), "jaxft")
+    for name, pair in layer.pairs.items():
+        for side, x in zip(_SIDES, pair, strict=True):
+            fetch = np.asarray(x, np.float32)
+            tensors.append(TensorToWrite(f"{name}.{side}", fetch.dtype, fetch.shape, _returning(fetch)))
+    write_here(path, tensors)
+
+
+def _returning(x: Any) -> Callable[[], Any]:
+    return lambda: x
+
+
+def open_codes(name: str) -> Mapping[str, QuantisedTensor]:
+    """Open calibrated codes in the cache: weights by Hugging Face name.
+
+    Raises FileNotFoundError if the cache does not have them.
+    """
+    return _open(_existing(name))[1]
+
+
+def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low-rank correction (a [in, R], b [R, out]) of a weight by its Hugging Face name."""
+    files = _open(_existing(name))[0]
+    a, b = (read_tensor(files, f"{weight}.{side}") for side in _SIDES)
+    return a, b
+
+
+def _existing(name: str) -> Path:
+    folder = codes_folder(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: the calibrated base of this run is not in the cache. Start the run's command again, "
+            "which computes it, or set --quant (nf4 rounds to nearest)"
+        )
+    return folder
+
+
+@cache
+def _open(folder: Path) -> tuple[SafetensorsFiles, Mapping[str, QuantisedTensor]]:
+    files = open_safetensors(folder, sorted(folder.glob("layer-*.safetensors")))
+    return files, find_jaxft(files, read_model_json(folder / _SETTINGS))[0]
+
+
+def codes_sha256(name: str) -> str:
+    """Return a hash of all bytes of calibrated codes in the cache."""
+    files = sorted(codes_folder(name).glob("layer-*.safetensors"))
+    return hashlib.sha256("".join(files_sha256(files)).encode()).hexdigest()

@@ -1,0 +1,212 @@
+"""Calibrate a model's quantised layers one after the other: memory holds the weights of one layer, and the
+activations between two layers.
+
+Two streams of activations pass through the layers: of the exact model, and of the quantised one. The weights
+of a layer are rounded in the order in which the layer uses them (q, k and v; o; gate and up; down), each on
+inputs that pass through all weights that are rounded before it.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxft import tree
+from jaxft.batch import Tokens
+from jaxft.models.model import Model
+from jaxft.nn.matmul import outer
+from jaxft.nn.param import ParamSpec, is_spec
+from jaxft.nn.quant import Quant, dequantize
+from jaxft.nn.taps import InputTap, collect_inputs
+from jaxft.tree import Params
+from jaxft.weights.codes import CalibratedLayer
+from jaxft.weights.gptq import inverse_factor
+from jaxft.weights.model_files import full_index
+from jaxft.weights.param_reader import ParamReader, read_values, read_whole
+from jaxft.weights.rounding import InputMoments, correction, exact_outputs, quantize_calibrated
+from jaxft.weights.storage import quantised_paths
+
+BATCH_TOKENS = 2048  # that pass through a layer at once
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Rows of tokens whose activations calibration looks at, int32 [N, T]; see batch.Tokens."""
+
+    ids: Int[np.ndarray, "N T"]
+    segments: Int[np.ndarray, "N T"]
+    positions: Int[np.ndarray, "N T"]
+    branches: Int[np.ndarray, "N T"]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens without padding."""
+        return int((self.segments > 0).sum())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all arrays."""
+        arrays = (self.ids, self.segments, self.positions, self.branches)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()
+
+    def batches(self) -> list[Tokens]:
+        """The rows in batches of the same shape; the last is filled up with padding."""
+        count, length = self.ids.shape
+        size = min(count, max(1, BATCH_TOKENS // length))
+
+        def part(x: np.ndarray, at: int) -> np.ndarray:
+            return np.pad(x[at : at + size], [(0, max(0, at + size - count)), (0, 0)])
+
+        none = np.zeros((size, 1), np.int32)
+        return [
+            Tokens(
+                part(self.ids, at), part(self.segments, at), part(self.positions, at), none, none,
+                none.astype(np.float32), branches=part(self.branches, at),
+            )
+            for at in range(0, count, size)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """The programs of a layer.
+
+    forward(params, h, tokens, kind) -> h. inputs(params, h, tokens, kind, names) -> the inputs [B, T, I] of
+    these weights, 0 at padding. both(...) -> (h, inputs). groups(params, h, tokens, kind) -> names of weights
+    with the same input, in the order of their use.
+    """
+
+    forward: Callable[..., Array]
+    inputs: Callable[..., dict[str, Array]]
+    both: Callable[..., tuple[Array, dict[str, Array]]]
+    groups: Callable[..., list[tuple[str, ...]]]
+
+
+def _programs(model: Model, paths: list[str]) -> _Programs:
+    def with_taps(params: Params) -> Params:
+        return tree.map_with_path(lambda path, w: InputTap(w, path) if path in paths else w, params)
+
+    def collected(params: Params, h: Array, tokens: Tokens, kind: Any) -> tuple[Array, dict[str, Array]]:
+        with collect_inputs() as found:
+            h = model.layer(with_taps(params), h, tokens, kind)
+        return h, dict(found)
+
+    @partial(jax.jit, static_argnames="names")
+    def both(
+        params: Params, h: Array, tokens: Tokens, kind: Any, names: tuple[str, ...]
+    ) -> tuple[Array, dict[str, Array]]:
+        h, found = collected(params, h, tokens, kind)
+        used = (tokens.segments > 0)[..., None]
+        return h, {name: jnp.where(used, found[name], jnp.zeros((), found[name].dtype)) for name in names}
+
+    @partial(jax.jit, static_argnames="names")
+    def inputs(
+        params: Params, h: Array, tokens: Tokens, kind: Any, names: tuple[str, ...]
+    ) -> dict[str, Array]:
+        return both(params, h, tokens, kind, names)[1]
+
+    def groups(params: Params, h: Array, tokens: Tokens, kind: Any) -> list[tuple[str, ...]]:
+        """Names of weights with the same input, in the order of their use."""
+        by_input = dict[int, tuple[str, ...]]()
+
+        def trace(params: Params, h: Array) -> Array:
+            for name, x in collected(params, h, tokens, kind)[1].items():
+                by_input[id(x)] = (*by_input.get(id(x), ()), name)
+            return h
+
+        jax.eval_shape(trace, params, h)
+        return list(by_input.values())
+
+    return _Programs(jax.jit(model.layer), inputs, both, groups)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(moments: InputMoments, own: Float[Array, "B T I"], exact: Float[Array, "B T I"]) -> InputMoments:
+    return InputMoments(
+        moments.own + outer(own, own, jnp.float32), moments.exact + outer(own, exact, jnp.float32)
+    )
+
+
+def calibrate_layers(
+    model: Model,
+    readers: Mapping[str, ParamReader],
+    quant: Quant,
+    rows: CalibrationRows,
+    ranks: Mapping[str, tuple[int, ...]],
+) -> Iterator[CalibratedLayer]:
+    """Yield the calibrated weights of each layer of a model.
+
+    readers: of the base's parameters by path. ranks: of a low-rank correction of the weights at these paths,
+    one per layer, 0 for none; the following layers are calibrated with it. Call it with a mesh of one device.
+    """
+    paths = [p.removeprefix("layers/") for p in quantised_paths(model.specs, quant) if in_layers(p)]
+    batches, programs = rows.batches(), _programs(model, paths)
+    table = {"embed": jnp.asarray(read_whole(readers["embed"])).astype(model.dtype)}
+    embed = jax.jit(model.embed)
+    exact = [np.asarray(embed(table, batch.ids)) for batch in batches]
+    del table
+    coded = list(exact)
+    kinds, groups = model.attention.kind_numbers, list[tuple[str, ...]]()
+    for number in range(model.config.layers):
+        kind = None if kinds is None else jnp.int32(kinds[number])
+        params = _layer_params(model, readers, number)
+        groups = groups or programs.groups(params, exact[0], batches[0], kind)
+        firsts = tuple(names[0] for names in groups)
+        both = list(zip(exact, batches, strict=True))
+        passed = [jax.device_get(programs.both(params, h, b, kind, firsts)) for h, b in both]
+        exact, theirs = [after for after, _ in passed], [inputs for _, inputs in passed]
+        layer = CalibratedLayer({}, {})
+        for names in groups:
+            moments = _zero_moments(params, names[0])
+            for h, batch, y in zip(coded, batches, theirs, strict=True):
+                own = programs.inputs(params, h, batch, kind, names[:1])
+                moments = _add(moments, own[names[0]], y[names[0]])
+            factor = inverse_factor(moments.own)
+            for name in names:
+                path = f"layers/{name}"
+                hf_name = readers[path].names[number]
+                weight = _layer_values(readers[path], number).astype(np.float32)
+                target = exact_outputs(jnp.asarray(weight), moments, factor)
+                form = quant.kind, quant.block, quant.double
+                q = quantize_calibrated(np.asarray(target), moments.own, *form, factor)
+                value = dequantize(replace(q, dtype=jnp.dtype(jnp.float32)))
+                layer.weights[hf_name] = q
+                if path in ranks and ranks[path][number]:
+                    pair = correction(target - value, moments.own, ranks[path][number])
+                    value = value + jnp.asarray(pair[0] @ pair[1])
+                    layer.pairs[hf_name] = pair
+                params = _with_leaf(params, name, value.astype(model.dtype))
+        both = list(zip(coded, batches, strict=True))
+        coded = [np.asarray(programs.forward(params, h, b, kind)) for h, b in both]
+        yield layer
+
+
+def in_layers(path: str) -> bool:
+    """Whether a parameter is one of the stacked layers."""
+    return path.startswith("layers/")
+
+
+def _layer_values(reader: ParamReader, number: int) -> np.ndarray:
+    return read_values(reader, number, full_index((), reader.layer_shape))
+
+
+def _layer_params(model: Model, readers: Mapping[str, ParamReader], number: int) -> Params:
+    def leaf(path: str, spec: ParamSpec) -> Array:
+        return jnp.asarray(_layer_values(readers[f"layers/{path}"], number)).astype(model.dtype)
+
+    return tree.map_with_path(leaf, model.specs["layers"], is_leaf=is_spec)
+
+
+def _zero_moments(params: Params, name: str) -> InputMoments:
+    size = tree.paths(params)[name].shape[0]
+    return InputMoments(jnp.zeros((size, size), jnp.float32), jnp.zeros((size, size), jnp.float32))
+
+
+def _with_leaf(params: Params, path: str, value: Array) -> Params:
+    return tree.map_with_path(lambda own, x: value if own == path else x, params)

@@ -1,0 +1,181 @@
+"""Runs on a base that they calibrate themselves: codes, cache, resuming, corrections, errors."""
+
+import json
+import runpy
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loading_process import one_device
+from prepared import prepare, resume, working_directory
+from scripts_in_process import call
+from tiny_run import ROOT, Place, write_place, write_rows
+
+from jaxft import tree
+from jaxft.distributed import sharding
+from jaxft.nn.quant import Quant, dequantize, is_qtensor
+from jaxft.runs import cli
+from jaxft.runs import folder as runfolder
+from jaxft.train import calibrate, members
+from jaxft.train.calibrate import calibrate_base
+from jaxft.weights import codes, pretrained
+
+SHORT = ["samples=0", "quant=nf4", "quant.block=32"]
+NF4 = [*SHORT, "quant.calibrate_tokens=640"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrate-run")
+    write_place(folder)
+    texts = [{"text": f"{i} and {i} are {2 * i}, or so they say"} for i in range(60)]
+    write_rows(folder / "texts.jsonl", texts)
+    return Place(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache(place, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(place.folder / "cache"))
+
+
+def loaded(place, *overrides, lines=None):
+    """(job, frozen parameters) of a run that begins; its progress goes into `lines`."""
+    job = prepare(place.folder, *NF4, *overrides)
+    (place.folder / job.folder).mkdir(parents=True, exist_ok=True)
+    with working_directory(place.folder), jax.set_mesh(sharding.make_mesh(job.lead.run.mesh)):
+        report = [].append if lines is None else lines.append
+        calibrate_base(job.calibration, place.folder / job.folder, report)
+        states, frozen = members.load_members(job, None, report)
+        return job, states[0].trainable, frozen[0]
+
+
+def some_rows(place):
+    """The first batch of the run."""
+    source = prepare(place.folder, *NF4, "name=rows").sources[0]
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(0)[0])
+
+
+def layers(base):
+    return {path: q for path, q in tree.paths(base, is_qtensor).items() if is_qtensor(q) and q.kind == "nf4"}
+
+
+def test_the_base_of_a_run_has_the_bits_that_quantize_py_writes_for_the_same_rows(
+    place, monkeypatch, capsys, tmp_path
+):
+    rows = ["--calibrate", str(place.folder / "texts.jsonl"), "--tokens", "640", "--max-length", "64"]
+    argv = ["--model", str(place.folder / "base"), "--out", str(tmp_path / "out"), "--block", "32", *rows]
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *argv])
+    main = runpy.run_path(str(ROOT / "scripts" / "quantize.py"))["main"]
+    assert cli.one_line_errors(main) == 0, capsys.readouterr().err
+    shutil.rmtree(place.folder / "cache" / codes.CALIBRATED)  # computed again
+    lines = []
+    job, _, frozen = loaded(place, "quant.calibrate=texts.jsonl", "name=file", lines=lines)
+    assert lines[0] == "calibrated layer 1 of 3" and "computed in" in lines[-1]
+    model = pretrained.model_for(str(tmp_path / "out"))
+    written = pretrained.load_frozen(str(tmp_path / "out"), model, one_device(), Quant("checkpoint"))
+    found, expected = layers(frozen["base"]), layers(written)
+    assert found.keys() == expected.keys() and len(found) == 7
+    for path in found:
+        jax.tree.map(np.testing.assert_array_equal, found[path].codes, expected[path].codes)
+        for name in ("scale", "outer", "mean"):
+            np.testing.assert_array_equal(getattr(found[path], name), getattr(expected[path], name))
+
+
+def test_a_second_start_takes_the_codes_from_the_cache_and_others_are_refused(place, monkeypatch):
+    first, _, frozen = loaded(place, "quant.calibrate=run", "name=twice")
+    assert first.members[0].record["quant"]["codes"] == first.calibration.name
+    monkeypatch.setattr(calibrate, "calibrate_layers", None)  # not called
+    lines = []
+    again, _, same = loaded(place, "quant.calibrate=run", "name=twice", lines=lines)
+    assert again.calibration.name == first.calibration.name and "from the cache" in lines[-1]
+    jax.tree.map(np.testing.assert_array_equal, frozen, same)
+    other = prepare(place.folder, *NF4, "quant.calibrate=run", "quant.double=false", "name=other")
+    assert other.calibration.name != first.calibration.name
+    file = codes.codes_folder(first.calibration.name) / "layer-00001.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    try:
+        with pytest.raises(ValueError, match="is not the one that this run began with"):
+            loaded(place, "quant.calibrate=run", "name=twice")
+    finally:
+        file.write_bytes(before)
+
+
+def test_calibrated_layers_are_closer_to_the_exact_model_than_rounded_ones(place):
+    _, _, frozen = loaded(place, "quant.calibrate=run", "name=closer")
+    model = pretrained.model_for(str(place.folder / "base"), dtype=jnp.float32)
+    bases = {kind: pretrained.load_frozen(str(place.folder / "base"), model, one_device(), quant)
+             for kind, quant in (("exact", None), ("plain", Quant("nf4", 32)))}  # fmt: skip
+    bases["calibrated"] = frozen["base"]
+    tokens = some_rows(place)
+    h = {kind: np.asarray(model.hidden(base, tokens)) for kind, base in bases.items()}
+    used = np.asarray(tokens.segments) > 0
+    off = {kind: np.square(h[kind] - h["exact"])[used].mean() for kind in ("plain", "calibrated")}
+    assert 0 < off["calibrated"] < 0.7 * off["plain"]
+
+
+def test_qera_starts_from_the_corrections_and_is_exported_for_the_unchanged_base(place):
+    job, trainable, frozen = loaded(place, "quant.calibrate=run", "adapter.init=qera", "name=qera")
+    model, tokens = job.lead.run.model, some_rows(place)
+    pairs = tree.paths(tree.combine(trainable, frozen)["adapter"])
+    for path in ("layers/attn/q", "layers/mlp/down"):
+        a, b, scale = (np.asarray(pairs[f"{path}/{name}"]) for name in ("a", "b", "scale"))
+        for layer in range(3):
+            name = model.weight_names[path][0].format(i=layer)
+            first, second = codes.read_correction(job.calibration.name, name)
+            assert np.abs(first @ second).max() > 1e-3
+            np.testing.assert_allclose(scale[layer] * a[layer] @ b[layer], first @ second, atol=1e-5)
+    full = job.lead.programs.partition.model
+    h = {"qera": full.hidden(tree.combine(trainable, frozen), tokens)}
+    for kind, quant in (("exact", None), ("nearest", Quant("nf4", 32))):
+        base = pretrained.load_frozen(str(place.folder / "base"), model, one_device(), quant)
+        h[kind] = model.hidden(base, tokens)
+    off = {kind: float(jnp.mean(jnp.square(h[kind] - h["exact"]))) for kind in ("qera", "nearest")}
+    assert 0 < off["qera"] < 0.9 * off["nearest"]
+    assert job.lead.run.adapter.exported.rank == 8
+
+
+def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypatch, capsys):
+    environment = {"JAXFT_CACHE": str(place.folder / "cache")}
+    argv = [*NF4, "quant.calibrate=run", "name=whole", "lr=0.03"]
+    assert place.run(*argv, "steps=2", **environment) == 0, place.err()
+    assert "% of the base in nf4" in place.out() and ", calibrated" in place.out()
+    assert "calibrated base: nf4 on " in place.out()
+    assert ", calibrated" in (place.runs("whole") / "README.md").read_text()
+    assert place.run(*argv, "steps=3", **environment) == 0, place.err()
+    assert "from the cache" in place.out()
+    with pytest.raises(ValueError, match=r"quant.calibrate: 'run' -> 'texts.jsonl'"):
+        resume(place.folder, *NF4, "quant.calibrate=texts.jsonl", "name=whole", "lr=0.03", "steps=3")
+    record = json.loads((place.runs("whole") / "config.json").read_text())
+    ref, _, _ = runfolder.trained_weights(place.runs("whole"))
+    monkeypatch.chdir(place.folder)
+    model = pretrained.model_for(ref, dtype=jnp.float32)
+    base = pretrained.load_frozen(ref, model, one_device(), Quant(**record["quant"]))
+    stored = codes.open_codes(record["quant"]["codes"])["model.layers.1.mlp.up_proj.weight"].read()
+    np.testing.assert_array_equal(base["layers"]["mlp"]["up"].codes[1], stored.codes)
+    out = place.folder / "merged"
+    code, text, err = call(monkeypatch, capsys, "export", "--run", place.runs("whole"), "--out", out)
+    assert code == 0 and "base as nf4 with" in text, err
+    shutil.rmtree(place.folder / "cache" / codes.CALIBRATED)
+    code, _, err = call(
+        monkeypatch, capsys, "generate", "--run", place.runs("whole"), "--prompt", "x", "--max-new", "2"
+    )
+    assert code == 1 and "the calibrated base of this run is not in the cache" in err
+    assert dequantize(stored).shape == (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["quant.calibrate=few.jsonl"], "quant.calibrate=few.jsonl|few.jsonl: its rows have .* too few"),
+        (["quant.calibrate=texts.jsonl", "quant.calibrate_tokens=8"], "less than one row of 64 tokens"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused_before_anything_is_written(place, argv, message):
+    write_rows(place.folder / "few.jsonl", [{"text": "a few words"}])
+    with pytest.raises(ValueError, match=message):
+        prepare(place.folder, *SHORT, *argv, "name=refused")
+    assert not place.runs("refused").exists()
