@@ -48,12 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_answers(scheduler: Any, chat: Any) -> None:
+def print_responses(scheduler: Any, chat: Any) -> None:
     """Print the responses to the last message as they arrive: two in columns on a terminal, else in turn."""
     from jaxft.inference import chat as chats
     from jaxft.runs.terminal import printable_text
 
-    found = chats.answers(scheduler, chat)
+    found = chats.respond(scheduler, chat)
     if len(chat.active) == 1:
         for _, piece in found:
             print(printable_text(piece.text), end="", flush=True)
@@ -64,7 +64,7 @@ def print_answers(scheduler: Any, chat: Any) -> None:
         for _ in found:
             pass
         for name in chat.active:
-            print(f"[{name}] {printable_text(chat.turns[-1].answers.get(name, ''))}")
+            print(f"[{name}] {printable_text(chat.turns[-1].responses.get(name, ''))}")
 
 
 def print_columns(found: Any, names: tuple[str, ...]) -> None:
@@ -117,12 +117,12 @@ def chat_loop(scheduler: Any, chat: Any) -> None:
             else:
                 chat.turns.append(chats.Turn(line))
             if again:
-                print_answers(scheduler, chat)
+                print_responses(scheduler, chat)
         except KeyboardInterrupt:
             print(" [stopped]")
         except (ValueError, OSError, ApiError) as error:
             print(f"error: {printable_text(str(error))}", file=sys.stderr)
-            if chat.turns and not line.startswith("/") and not chat.turns[-1].answers:
+            if chat.turns and not line.startswith("/") and not chat.turns[-1].responses:
                 chat.turns.pop()
 
 

@@ -33,11 +33,11 @@ class Turn:
     """A user's message and the responses to it by the names of the models."""
 
     user: str
-    answers: dict[str, str] = field(default_factory=dict)
+    responses: dict[str, str] = field(default_factory=dict)
 
-    def answer(self, name: str) -> str:
+    def response(self, name: str) -> str:
         """Return the response of a model or, without one of it, the first response."""
-        return self.answers.get(name) or next(iter(self.answers.values()), "")
+        return self.responses.get(name) or next(iter(self.responses.values()), "")
 
 
 @dataclass
@@ -58,10 +58,10 @@ class Conversation:
         """
         found: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
-            if turn.answers or turn is self.turns[-1]:
+            if turn.responses or turn is self.turns[-1]:
                 found.append({"role": "user", "content": turn.user})
-            if turn.answers:
-                found.append({"role": "assistant", "content": turn.answer(name)})
+            if turn.responses:
+                found.append({"role": "assistant", "content": turn.response(name)})
         return found
 
     def prompt(self, name: str) -> tuple[int, ...]:
@@ -71,8 +71,8 @@ class Conversation:
         model = self.models[name]
         if model.plain:
             return text_prompt(model, self.turns[-1].user)
-        unanswered = replace(self, turns=[*self.turns[:-1], Turn(self.turns[-1].user)])
-        return chat_prompt(model, unanswered.messages(name))
+        asked = replace(self, turns=[*self.turns[:-1], Turn(self.turns[-1].user)])
+        return chat_prompt(model, asked.messages(name))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def as_markdown(chat: Conversation) -> str:
     parts = [f"**system**: {chat.system}"] if chat.system else []
     for turn in chat.turns:
         parts.append(f"**user**: {turn.user}")
-        parts += [f"**{name}**: {answer}" for name, answer in turn.answers.items()]
+        parts += [f"**{name}**: {text}" for name, text in turn.responses.items()]
     return "\n\n".join(parts) or "no messages yet"
 
 
@@ -179,20 +179,20 @@ def save(chat: Conversation, name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".md"):
         raise ValueError("/save takes a file that ends in .jsonl (rows for training) or .md")
-    if not any(turn.answers for turn in chat.turns):
+    if not any(turn.responses for turn in chat.turns):
         raise ValueError("/save: there is no response yet")
     if path.suffix == ".md":
         with path.open("x", encoding="utf-8") as file:
             file.write(as_markdown(chat) + "\n")
         return path
-    answered = replace(chat, turns=[turn for turn in chat.turns if turn.answers])
-    rows = [{"messages": answered.messages(name), "model": name} for name in chat.active]
+    completed = replace(chat, turns=[turn for turn in chat.turns if turn.responses])
+    rows = [{"messages": completed.messages(name), "model": name} for name in chat.active]
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return path
 
 
-def answers(scheduler: Scheduler, chat: Conversation) -> Iterator[tuple[str, Piece]]:
+def respond(scheduler: Scheduler, chat: Conversation) -> Iterator[tuple[str, Piece]]:
     """Yield (model, piece) while the active models respond to the last message together, and store their
     responses in place of earlier ones.
 
@@ -221,8 +221,8 @@ def answers(scheduler: Scheduler, chat: Conversation) -> Iterator[tuple[str, Pie
             ticket.cancel()
         found_texts = {name: text.stream.text for name, text in zip(names, texts, strict=True)}
         new = {name: text for name, text in found_texts.items() if text.strip()}
-        if new and not (failed and turn.answers):
-            turn.answers = new
+        if new and not (failed and turn.responses):
+            turn.responses = new
 
 
 def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:

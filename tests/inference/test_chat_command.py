@@ -15,7 +15,7 @@ from scripts_in_process import call
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.inference.api_request import ApiError, ChoiceSettings
-from jaxft.inference.chat import Conversation, Turn, answers, run_command
+from jaxft.inference.chat import Conversation, Turn, respond, run_command
 from jaxft.inference.sampling import Sampling
 from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.nn import lora_specs
@@ -41,19 +41,19 @@ def scheduler():
     assert not lines
 
 
-def test_answers_are_those_of_each_model_and_become_turns(scheduler):
+def test_responses_are_those_of_each_model_and_become_turns(scheduler):
     chat = conversation(system="be brief", turns=[Turn("what is a rank?")])
     run_command(chat, "/use base terse")
-    pieces = list(answers(scheduler, chat))
-    texts = dict(chat.turns[0].answers)
-    chat.turns[0].answers.clear()
+    pieces = list(respond(scheduler, chat))
+    texts = dict(chat.turns[0].responses)
+    chat.turns[0].responses.clear()
     for name, text in texts.items():
         adapter = chat.models[name].adapter
         request = tiny.TokenRequest(chat.prompt(name), Sampling(10), stop=tiny.STOP, adapter=adapter)
         expected = tiny.complete(scheduler, [request])[0].ids
         assert text == tiny.TOKENIZER.decode(expected, skip_special_tokens=True)
         assert text == "".join(piece.text for who, piece in pieces if who == name)
-    chat.turns[0].answers.update(texts)
+    chat.turns[0].responses.update(texts)
     assert texts["base"] != texts["terse"]
     chat.turns.append(Turn("and then?"))
     assert chat.messages("terse") == [
@@ -62,30 +62,30 @@ def test_answers_are_those_of_each_model_and_become_turns(scheduler):
         {"role": "assistant", "content": texts["terse"]},
         {"role": "user", "content": "and then?"},
     ]
-    assert chat.messages("polite")[2]["content"] == texts["base"]  # which did not answer itself
+    assert chat.messages("polite")[2]["content"] == texts["base"]  # which did not respond itself
 
 
-def test_an_answer_that_is_stopped_is_stored_as_far_as_it_got(scheduler):
+def test_a_response_that_is_stopped_is_stored_as_far_as_it_got(scheduler):
     chat = conversation(turns=[Turn("what is a rank?")])
-    found = answers(scheduler, chat)
+    found = respond(scheduler, chat)
     texts = [next(found)[1].text, next(found)[1].text]
     found.close()
-    assert chat.turns[0].answers.get("base", "") == "".join(texts) and scheduler.load().waiting == 0
+    assert chat.turns[0].responses.get("base", "") == "".join(texts) and scheduler.load().waiting == 0
 
 
 def test_a_retry_keeps_the_old_responses_until_it_has_new_ones(scheduler, monkeypatch):
     chat = conversation(turns=[Turn("what is a rank?", {"terse": "old"})])
     assert run_command(chat, "/retry").again
-    assert chat.turns[0].answers == {"terse": "old"}
+    assert chat.turns[0].responses == {"terse": "old"}
     new = chat.prompt("base")
     assert new == conversation(turns=[Turn("what is a rank?")]).prompt("base")  # none of the old response
     long = " ".join(["rank"] * 400)
     chat.turns[0].user += long
     with pytest.raises(ValueError, match=r"has \d+ tokens, more than the 128 of this chat; begin .* /reset"):
-        list(answers(scheduler, chat))
+        list(respond(scheduler, chat))
     chat.models["base"] = replace(chat.models["base"], plain=True)
     with pytest.raises(ValueError, match=r"message has .* shorten it, or start chat with"):
-        list(answers(scheduler, chat))
+        list(respond(scheduler, chat))
     chat.models["base"] = replace(chat.models["base"], plain=False)
     chat.turns[0].user = "what is a rank?"
 
@@ -98,13 +98,13 @@ def test_a_retry_keeps_the_old_responses_until_it_has_new_ones(scheduler, monkey
 
     with monkeypatch.context() as patch, pytest.raises(ApiError, match="the device failed"):
         patch.setattr(scheduler, "submit", fail_after_a_piece)
-        list(answers(scheduler, chat))
-    assert chat.turns[0].answers == {"terse": "old"}
-    text = "".join(piece.text for _, piece in answers(scheduler, chat))
-    assert chat.turns[0].answers == {"base": text} and text != "old"
+        list(respond(scheduler, chat))
+    assert chat.turns[0].responses == {"terse": "old"}
+    text = "".join(piece.text for _, piece in respond(scheduler, chat))
+    assert chat.turns[0].responses == {"base": text} and text != "old"
 
 
-def test_messages_without_an_answer_are_no_part_of_the_conversation(tmp_path):
+def test_messages_without_a_response_are_no_part_of_the_conversation(tmp_path):
     turns = [Turn("a", {"base": "b"}), Turn("stopped at once"), Turn("c")]
     chat = conversation(turns=turns)
     assert [m["content"] for m in chat.messages("base")] == ["a", "b", "c"]
@@ -221,7 +221,7 @@ def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):
         served.load_served({"base": named["base"]}, served.ServeFlags("float32", prompt=200, new=100), 1)
 
 
-def test_the_script_chats_with_adapters_by_name_and_answers_as_generate(place, monkeypatch, capsys):
+def test_the_script_chats_with_adapters_by_name_and_responds_as_generate(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     lines = "hello\n/use b\n/reset\nhello\n/use b base\n/wat\n/retry\n/history\n/exit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))

@@ -1,4 +1,4 @@
-"""The server's chat page in headless Chromium: it streams answers, shows errors, and fits a phone.
+"""The server's chat page in headless Chromium: it streams responses, shows errors, and fits a phone.
 
 Needs Debian's package chromium, or another Chromium or Chrome in PATH.
 """
@@ -92,7 +92,7 @@ def test_the_page_chats_with_the_chosen_model(tmp_path, monkeypatch, width):
         running.close()
     found = json.loads(apps[0].found)
     assert found["models"] == ["base", "polite", "terse"]
-    assert found["log"][:2] == [["user", "what is <i>a rank</i>?"], ["answer", expected]]
+    assert found["log"][:2] == [["user", "what is <i>a rank</i>?"], ["response", expected]]
     assert found["log"][-1][0] == "error" and "9999" in found["log"][-1][1]
     assert found["tags"] == found["cleared"] == 0 and found["overflow"] <= 0
     assert not [line for line in messages_shown if "400" not in line]

@@ -192,8 +192,8 @@ REFUSED = [  # method, path, body, headers, status, word
     ("method", "path", "body", "headers", "status", "word"), REFUSED, ids=lambda x: str(x)[:20]
 )
 def test_a_wrong_request_is_refused_in_one_line(running, method, path, body, headers, status, word):
-    found, answer, _ = running.send(method, path, body, headers)
-    message = answer["error"]["message"]
+    found, reply, _ = running.send(method, path, body, headers)
+    message = reply["error"]["message"]
     assert found == status and word in message and "\n" not in message and len(message) <= 500
 
 
@@ -243,10 +243,10 @@ def test_fuzzed_requests_get_a_status_and_one_line(running):
         if rng.random() < 0.3:
             at = rng.randrange(len(body))
             body = body[:at] + rng.randbytes(rng.randint(0, 3)) + body[at + rng.randint(0, 3) :]
-        status, answer, _ = running.send("POST", rng.choice([CHAT, "/v1/completions"]), body)
+        status, reply, _ = running.send("POST", rng.choice([CHAT, "/v1/completions"]), body)
         assert status in (200, 400, 404), (status, body)
         if status != 200:
-            assert "\n" not in answer["error"]["message"] and len(answer["error"]["message"]) <= 500
+            assert "\n" not in reply["error"]["message"] and len(reply["error"]["message"]) <= 500
     running.idle()
     assert running.send("GET", "/health")[1]["failures"] == 0
 
