@@ -22,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    from jaxft.inference.tool_calls import TOOL_FORMATS
     from jaxft.runs.cli import CommandParser, add_compute_options, add_served_models
 
     parser = CommandParser(__doc__)
@@ -49,6 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--grace", type=int, default=10, help="seconds for running requests when it stops (default 10)"
+    )
+    parser.add_argument(
+        "--tool-format",
+        choices=("auto", *TOOL_FORMATS),
+        default="auto",
+        help="how the model writes tool calls (default auto: as its chat template; none leaves them as text)",
     )
     add_compute_options(parser)
     return parser
@@ -95,7 +102,8 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
     named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         log(note)
-    flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
+    tools = None if args.tool_format == "auto" else args.tool_format
+    flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new, tools)
     log(f"loading {', '.join(named)}; the first start also compiles the programs")
     found = served.load_served(named, flags, args.rows)
     scheduler = Scheduler(found.programs, found.params, args.queue, log)

@@ -2,22 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from jaxft.inference.scheduler import SampledToken
 from jaxft.inference.served_model import ServedModel, token_text
+from jaxft.inference.tool_calls import ToolCall
 
 LEAST_LOGP = -9999.0  # in place of -inf, which JSON does not have
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of choice `index`: text, the tokens that it is from, and why the choice ended, if it has."""
+    """A part of choice `index`: text, the tokens that it is from, why the choice ended, if it has, and tool
+    calls.
+    """
 
     index: int
     text: str
     tokens: tuple[SampledToken, ...] = ()
     finish: str | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,12 @@ def chunk_choice(e: Envelope, piece: Piece, first: bool, offset: int) -> dict[st
     choice = {"index": piece.index, "logprobs": _logprobs(e, piece, offset), "finish_reason": piece.finish}
     if not e.chat:
         return {**choice, "text": piece.text}
-    delta = {"role": "assistant"} if first else {}
-    return {**choice, "delta": {**delta, **({"content": piece.text} if piece.text or first else {})}}
+    delta: dict[str, Any] = {"role": "assistant"} if first else {}
+    if piece.text or first:
+        delta["content"] = _content(piece)
+    if piece.calls:
+        delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in piece.calls]
+    return {**choice, "delta": delta}
 
 
 def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
@@ -60,13 +69,27 @@ def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
     choice = {"index": whole.index, "logprobs": _logprobs(e, whole, 0), "finish_reason": whole.finish}
     if not e.chat:
         return {**choice, "text": whole.text}
-    return {**choice, "message": {"role": "assistant", "content": whole.text, "refusal": None}}
+    message = {"role": "assistant", "content": _content(whole), "refusal": None}
+    if whole.calls:
+        message["tool_calls"] = [_call(call) for call in whole.calls]
+    return {**choice, "message": message}
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
     """Return all pieces of a choice as one."""
-    text, tokens = "".join(piece.text for piece in pieces), [t for piece in pieces for t in piece.tokens]
-    return Piece(pieces[-1].index, text, tuple(tokens), pieces[-1].finish)
+    text = "".join(piece.text for piece in pieces)
+    tokens = tuple(chain.from_iterable(piece.tokens for piece in pieces))
+    calls = tuple(chain.from_iterable(piece.calls for piece in pieces))
+    return Piece(pieces[-1].index, text, tokens, pieces[-1].finish, calls)
+
+
+def _content(piece: Piece) -> str | None:
+    return piece.text or (None if piece.calls else "")
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _logprobs(e: Envelope, piece: Piece, offset: int) -> dict[str, Any] | None:

@@ -9,16 +9,21 @@ from functools import partial
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece
 from jaxft.inference.scheduler import NewTokens, Scheduler, Ticket, TokenRequest
-from jaxft.inference.served_model import ServedModel, completion_text
-from jaxft.inference.text_stream import TextStream
+from jaxft.inference.served_model import ServedModel
+from jaxft.inference.text_stream import TextStream, token_decoder
+from jaxft.inference.tool_calls import CallStream, call_format
 
 
 @dataclass(eq=False)
 class ChoiceText:
-    """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit."""
+    """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
+
+    calls: what takes tool calls out of the text, None for plain text.
+    """
 
     index: int
     stream: TextStream
+    calls: CallStream | None = None
     tokens: int = 0
     ended: bool = False
 
@@ -26,7 +31,8 @@ class ChoiceText:
         """Return what new tokens add. Raises ApiError if the request failed."""
         if progress.finish in ("error", "cancelled"):
             raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
-        finish, text, used = progress.finish, "", len(progress.tokens)
+        finish: str | None = progress.finish
+        text, used = "", len(progress.tokens)
         if not self.stream.stops:
             text = self.stream.add_all([sampled.token for sampled in progress.tokens])
         else:
@@ -41,7 +47,12 @@ class ChoiceText:
             finish = "stop"
         self.tokens += used
         self.ended = finish is not None
-        return Piece(self.index, text, progress.tokens[:used], finish)
+        if self.calls is None:
+            return Piece(self.index, text, progress.tokens[:used], finish)
+        text, calls = self.calls.add(text, self.ended)
+        if finish == "stop" and self.calls.count:
+            finish = "tool_calls"
+        return Piece(self.index, text, progress.tokens[:used], finish, calls)
 
 
 class Generation:
@@ -98,19 +109,32 @@ def token_requests(
     ]
 
 
-def choice_texts(model: ServedModel, choice: ChoiceSettings, count: int) -> list[ChoiceText]:
-    """Return the empty texts of `count` choices."""
-    decode = partial(completion_text, model)
-    return [ChoiceText(index, TextStream(decode, choice.stop)) for index in range(count)]
+def choice_texts(
+    model: ServedModel, choice: ChoiceSettings, count: int, has_tools: bool = False
+) -> list[ChoiceText]:
+    """Return the empty texts of `count` choices. has_tools: whether tool calls are taken out of them."""
+    calls = call_format(model.tools) if has_tools else None
+    decoder = token_decoder(model.tokenizer, calls.tokens if calls else ())
+    return [
+        ChoiceText(index, TextStream(decoder, choice.stop), CallStream(calls) if calls else None)
+        for index in range(count)
+    ]
 
 
 def submit_choices(
-    scheduler: Scheduler, model: ServedModel, choice: ChoiceSettings, prompts: Sequence[tuple[int, ...]]
+    scheduler: Scheduler,
+    model: ServedModel,
+    choice: ChoiceSettings,
+    prompts: Sequence[tuple[int, ...]],
+    has_tools: bool = False,
 ) -> Generation:
-    """Queue all choices of a request; see Scheduler.submit for errors. Runs in an event loop."""
+    """Queue all choices of a request; see Scheduler.submit for errors. Runs in an event loop.
+
+    has_tools: as in choice_texts.
+    """
     requests = token_requests(model, choice, prompts)
-    prompt_tokens = sum(map(len, prompts))
-    generation = Generation(choice_texts(model, choice, len(requests)), prompt_tokens, len(requests))
+    texts = choice_texts(model, choice, len(requests), has_tools)
+    generation = Generation(texts, sum(map(len, prompts)), len(requests))
     generation.tickets = scheduler.submit(
         [(request, partial(generation.deliver, index)) for index, request in enumerate(requests)]
     )

@@ -5,6 +5,7 @@ top_k, top_p, limit, stop tokens, adapter) is an array with a value per row, so 
 the server runs. Random keys are those of generate.py.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -232,7 +233,7 @@ def decode_block(
     part = state_of_rows(replace(state, live=state.live & live), rows)
     params, groups = {**params, "rows": part.settings.adapter}, equal_groups(rows, 1)
     columns = jnp.arange(s.sizes.block, dtype=jnp.int32)
-    period = _period(state.cache)
+    period = slot_period(state.cache)
     shape = rows, s.sizes.block
     out = SampledRows(
         jnp.full(shape, NO_TOKEN, jnp.int32), jnp.zeros(shape, jnp.float32),
@@ -268,11 +269,18 @@ def decode_block(
     return _with_state_of_rows(replace(state, live=state.live & live), part, rows), out
 
 
-def _period(cache: Cache) -> int:
-    """Return a number of steps after which every layer's slots are used in the same order again."""
-    period = 1
-    for keys in (cache.rows.full, cache.rows.window):
-        period *= keys.k.shape[4] if keys is not None else 1
+def slot_period(cache: Cache) -> int:
+    """Return the number of steps after which every layer uses its slots in the same order again.
+
+    It is the least common multiple of the slots. Raises ValueError if it is no int32.
+    """
+    sizes = [keys.k.shape[4] for keys in (cache.rows.full, cache.rows.window) if keys is not None]
+    period = math.lcm(*sizes)
+    if period >= 2**31:
+        raise ValueError(
+            f"--max-new {max(sizes)} with a sliding window of {min(sizes)} tokens needs a counter of steps "
+            f"to {period}, more than 2^31; use a multiple of {min(sizes)}"
+        )
     return period
 
 

@@ -11,6 +11,7 @@ from jaxft.data.example import Chat, Completion
 from jaxft.data.invalid import InvalidRow, valid
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.inference.tool_calls import ToolFormat
 from jaxft.nn.lora_rows import BASE
 
 ONE_INSTRUCTION = (["user"], ["system", "user"])
@@ -21,7 +22,7 @@ class ServedModel:
     """A model by its name.
 
     adapter: its number in the stack. stop: token ids that end a completion. plain: it continues plain text
-    and has no conversations (data.format=plain). vocab: its embeddings.
+    and has no conversations (data.format=plain). vocab: its embeddings. tools: the format of its tool calls.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ServedModel:
     adapter: int = BASE
     template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
     plain: bool = False
+    tools: ToolFormat = "none"
 
 
 def chat_prompt(
@@ -84,13 +86,6 @@ def _checked(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
             "belongs to the model"
         )
     return tuple(ids)
-
-
-def completion_text(model: ServedModel, ids: list[int]) -> str:
-    """Return the text of a completion's tokens without special tokens. More tokens only add to it: nothing is
-    cleaned up, as older transformers do with " ." after the space has been sent.
-    """
-    return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def token_text(model: ServedModel, token: int) -> str:

@@ -242,7 +242,8 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
         async with service.rendering:
             body, prompts = await asyncio.to_thread(prompts_of, service, fields)
         model, is_chat = service.model(body.model), isinstance(body, ChatBody)
-        generation = submit_choices(service.scheduler, model, body.choice, prompts)
+        has_tools = isinstance(body, ChatBody) and body.tools is not None
+        generation = submit_choices(service.scheduler, model, body.choice, prompts, has_tools)
     except ValueError as error:
         raise ApiError(400, str(error)) from error
     except QueueFull as error:
@@ -298,7 +299,7 @@ async def _events(e: Envelope, generation: Generation, usage: bool) -> AsyncIter
     lengths = [-1] * generation.count
     try:
         async for piece in generation.pieces():
-            if not (piece.text or piece.finish or e.top is not None):
+            if not (piece.text or piece.calls or piece.finish or e.top is not None):
                 continue
             first, offset = lengths[piece.index] < 0, max(lengths[piece.index], 0)
             yield _event(e.response([chunk_choice(e, piece, first, offset)], chunk=True))

@@ -1,50 +1,145 @@
-"""The text of a completion while its tokens arrive: whole characters, up to a stop string."""
+"""The text of a completion while its tokens arrive: whole characters, up to a stop string.
 
-from collections.abc import Callable, Sequence
+The pieces together are the text of all tokens at once, but a new token costs the same however long the
+completion is: only tokens whose text is not certain yet, and one before them, are decoded again.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
+LONGEST_TAIL = 8  # tokens after which broken bytes are taken as such; a character has at most 4
+EURO = ("<0xE2>", "<0x82>", "<0xAC>")
+
+
+@dataclass(frozen=True)
+class TokenDecoder:
+    """How a tokenizer turns the tokens of a completion into text.
+
+    decode: token ids -> text. skipped: ids that add no text, such as special tokens. byte_ids: ids of single
+    bytes in tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode a run of them as a whole:
+    one wrong byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is
+    a sequence of bytes (byte-level BPE) or of characters.
+    """
+
+    decode: Callable[[list[int]], str]
+    skipped: Collection[int] = frozenset()
+    byte_ids: Collection[int] = frozenset()
+
+
+@lru_cache(maxsize=32)
+def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
+    """Return the decoder of a tokenizer, without special tokens other than those `shown`.
+
+    Spaces are not cleaned up: older transformers would remove a space before "." that has been sent.
+    """
+    skipped = frozenset(
+        token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if not tokenizer.decode([token], skip_special_tokens=True) and added.content not in shown
+    )
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    euro = [tokenizer.convert_tokens_to_ids(token) for token in EURO]
+    if None in euro or decode(euro) != "\u20ac":
+        return TokenDecoder(decode, skipped)
+    found = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256))
+    return TokenDecoder(decode, skipped, frozenset(found) - {None, tokenizer.unk_token_id})
 
 
 class TextStream:
     """Turns tokens into text, piece by piece. The pieces together are the text of all tokens.
 
-    decode: token ids -> text. stops: strings before which the text ends. A piece never ends within a
-    character, nor with what may be the beginning of a stop string. `stopped`: whether one was found; further
-    tokens then add nothing. `text`: all pieces so far.
+    stops: strings before which the text ends. No piece ends with what may be the beginning of a stop string,
+    nor within a character. `stopped`: whether a stop string came; further tokens then add nothing.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
-        self.decode, self.stops = decode, tuple(stops)
-        self.ids: list[int] = []
-        self.text, self.stopped = "", False
+    def __init__(self, decoder: TokenDecoder, stops: Sequence[str] = ()):
+        self.decoder, self.stops = decoder, tuple(stops)
+        self.stopped = False
+        self._pieces: list[str] = []
+        self._waiting = ""  # certain text that may begin a stop string
+        self._tail: list[int] = []  # the last tokens; the text of the first `_done` of them is certain
+        self._done = 0
+        self._before = ""  # the text of those, alone
+        self._ahead = 0  # characters of the rest of the tail that are certain too
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+        return "".join(self._pieces)
 
     def add(self, token: int) -> str:
         """Return the text that is certain after one more token."""
-        return "" if self.stopped else self.add_all([token])
+        return self.add_all([token])
 
     def add_all(self, tokens: Sequence[int]) -> str:
         """Return the text that is certain after further tokens; with stop strings, add them one by one."""
         if self.stopped:
             return ""
-        self.ids += tokens
-        whole = self.decode(self.ids)
-        return self._certain(whole.rstrip(REPLACEMENT), self.stops)
+        self._tail += [token for token in tokens if token not in self.decoder.skipped]
+        return self._piece(self._certain(), self.stops)
 
     def finish(self) -> str:
         """Return the rest of the text after the last token."""
         if self.stopped:
             return ""
-        return self._certain(self.decode(self.ids), ())
+        rest = self.decoder.decode(self._tail)[len(self._before) + self._ahead :]
+        self._tail, self._done, self._before, self._ahead = [], 0, "", 0
+        stop_free = self._piece(rest, self.stops)
+        return stop_free if self.stopped else stop_free + self._piece("", ())
 
-    def _certain(self, whole: str, stops: Sequence[str]) -> str:
-        start = len(self.text)
-        found = [at for at in (whole.find(stop, start) for stop in self.stops) if at >= 0]
+    def _certain(self) -> str:
+        """Return the new text that no later token changes."""
+        decode, tail = self.decoder.decode, self._tail
+        end = len(tail)
+        while end > self._done and tail[end - 1] in self.decoder.byte_ids:
+            end -= 1
+        if end == self._done:
+            return ""
+        text = decode(tail[:end])
+        new = text[len(self._before) :]
+        cut, certain = end, new
+        if new.endswith(REPLACEMENT) and not self.decoder.byte_ids:  # perhaps the first bytes of a character
+            cut = self._cut_in_broken_bytes(text, end)
+            certain = new.rstrip(REPLACEMENT)
+        if cut is None:
+            piece, self._ahead = certain[self._ahead :], max(self._ahead, len(certain))
+            return piece
+        own = len(text if cut == end else decode(tail[:cut])) - len(self._before)
+        certain = new[: max(len(certain), own)]
+        piece, self._ahead = certain[self._ahead :], max(len(certain), self._ahead) - own
+        self._tail, self._done = tail[cut - 1 :], 1  # a tokenizer may omit the space before the first token
+        self._before = decode(self._tail[:1])
+        return piece
+
+    def _cut_in_broken_bytes(self, text: str, end: int) -> int | None:
+        """Return how many tokens of the tail end with a character, if `text` of the first `end` does not.
+
+        None: not enough bytes follow to know. Three bytes after a cut show whether it is within a character:
+        its two sides then have another text alone.
+        """
+        if end - self._done <= LONGEST_TAIL:
+            return None
+        decode = self.decoder.decode
+        cuts = range(end - 3, self._done, -1)
+        return next((c for c in cuts if decode(self._tail[:c]) + decode(self._tail[c:end]) == text), None)
+
+    def _piece(self, new: str, stops: Sequence[str]) -> str:
+        """Return what of the waiting and the new text is certain not to begin a stop string of `stops`."""
+        text = self._waiting + new
+        found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
         if found:
             self.stopped, end = True, min(found)
         else:
-            end = len(whole) - max((_begun(whole, stop) for stop in stops), default=0)
-        piece = whole[start : max(end, start)]
-        self.text += piece
+            end = len(text) - max((_begun(text, stop) for stop in stops), default=0)
+        piece, self._waiting = text[:end], text[end:]
+        if piece:
+            self._pieces.append(piece)
         return piece
 
 

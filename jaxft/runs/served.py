@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxft.data.conversation import PLAIN
+from jaxft.data.template import template_of
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.distributed import sharding
 from jaxft.inference.serve_programs import ServePrograms, ServeSizes, Serving, compile_server
 from jaxft.inference.served_model import ServedModel
+from jaxft.inference.tool_calls import ToolFormat, template_tool_format
 from jaxft.models.adapted import adapted, adapted_by_row
 from jaxft.models.model import Model
 from jaxft.nn.cache import CacheFormat
@@ -34,13 +36,17 @@ from jaxft.weights.stop_tokens import stop_tokens
 
 @dataclass(frozen=True)
 class ServeFlags:
-    """The command line's choices that differ from those of the weights; None for theirs."""
+    """The command line's choices that differ from those of the weights; None for theirs.
+
+    tools: the format of tool calls, None for that of the chat template.
+    """
 
     dtype: str | None = None
     quant: QuantKind | None = None
     kv_cache: CacheFormat = "compute"
     prompt: int | None = None
     new: int | None = None
+    tools: ToolFormat | None = None
 
     def __post_init__(self):
         for option, value in (("--max-prompt", self.prompt), ("--max-new", self.new)):
@@ -137,7 +143,7 @@ def load_served(named: dict[str, NamedWeights], flags: ServeFlags, rows: int) ->
         model = pretrained.model_for(first.ref, dtype=jnp.dtype(dtype), residual=residual)
         params: Params = {"base": pretrained.load_frozen(first.ref, model, mesh, quant)}
         whole, own, numbers = _with_adapters(model, named, mesh)
-        models = _served_models(model, named, numbers)
+        models = _served_models(model, named, numbers, flags.tools)
         sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
         serving = Serving(whole, sizes, flags.kv_cache)
         params |= own
@@ -223,7 +229,7 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model) -> dict[s
 
 
 def _served_models(
-    model: Model, named: dict[str, NamedWeights], numbers: dict[str, int]
+    model: Model, named: dict[str, NamedWeights], numbers: dict[str, int], tools: ToolFormat | None
 ) -> dict[str, ServedModel]:
     tokenizers: dict[str, Any] = {}
     found = {}
@@ -238,7 +244,10 @@ def _served_models(
         )
         stop = stop_tokens(weights.ref, model, tokenizer)
         served = ServedModel(name, tokenizer, stop, model.config.vocab, number, template)
-        found[name] = replace(served, plain=data.get("format") == PLAIN)
+        plain = data.get("format") == PLAIN
+        chat_template = template_of(tokenizer)
+        own = template_tool_format(chat_template.source) if chat_template and tools is None else "none"
+        found[name] = replace(served, plain=plain, tools=tools or own)
     return found
 
 

@@ -9,9 +9,7 @@ import subprocess
 import threading
 
 import pytest
-
-pytest.importorskip("openai")
-from test_server import Running
+from running_server import Running
 
 from jaxft.inference import server
 

@@ -1,7 +1,6 @@
 """The server on loopback: OpenAI's own client, concurrent streams, fuzzed requests, clients that leave."""
 
 import concurrent.futures
-import http.client
 import json
 import os
 import random
@@ -9,12 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 import tiny_served as tiny
 import tiny_tokenizers
+from running_server import CHAT, MESSAGES, Running, openai
 from scripts_in_process import SCRIPTS, call
 from tiny_llama import tiny_torch, write_folder
 
@@ -22,54 +21,6 @@ from jaxft.inference import server
 from jaxft.inference.sampling import Sampling
 from jaxft.inference.served_model import chat_prompt, text_prompt
 from jaxft.inference.server import ServerLimits
-
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-
-MESSAGES = [{"role": "user", "content": "what is a rank?"}]
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, queue=64, limits=ServerLimits(), models=None):  # noqa: B008  a frozen dataclass
-        self.scheduler, self.lines = tiny.scheduler(queue)
-        app = server.make_app(self.scheduler, models or tiny.models(), limits)
-        sock = server.bound_socket("127.0.0.1", 0)
-        self.port = sock.getsockname()[1]
-        self.uvicorn = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5)
-        )
-        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [sock]})
-        self.thread.start()
-        while not self.uvicorn.started:
-            time.sleep(0.01)
-
-    def client(self, key="none"):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
-
-    def send(self, method, path, body=None, headers=None):
-        """(status, object or text, headers) of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        body = json.dumps(body).encode() if isinstance(body, dict) else body
-        connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        is_json = response.headers.get("content-type") == "application/json"
-        return response.status, json.loads(text) if is_json else text, response.headers
-
-    def idle(self):
-        """Wait until no row is in use."""
-        deadline = time.monotonic() + 20
-        while (load := self.scheduler.load()).running or load.waiting:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def close(self):
-        self.uvicorn.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive() and not self.scheduler.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +119,6 @@ def test_models_page_and_health(running):
     assert running.send("GET", "/health")[1]["status"] == "ok"
 
 
-CHAT = "/v1/chat/completions"
 REFUSED = [  # method, path, body, headers, status, word
     ("POST", CHAT, {"messages": MESSAGES, "model": "nobody"}, {}, 404, "polite"),
     ("POST", CHAT, {"messages": [*MESSAGES, {"role": "assistant", "content": "a"}]}, {}, 400, "last message"),

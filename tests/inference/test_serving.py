@@ -14,6 +14,8 @@ from jaxft.inference.generate import generate
 from jaxft.inference.sampling import RowSampling, Sampling, row_sampling, sample, sample_rows
 from jaxft.inference.scheduler import QueueFull, Scheduler, Stopped
 from jaxft.models.adapted import adapted
+from jaxft.nn.cache import Cache, LayerKeys
+from jaxft.nn.cached_attention import Keys
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (3, 40, 1, 9, 100, 5, 30, 2, 11)]
@@ -198,6 +200,19 @@ def test_a_failure_of_the_device_ends_its_requests_only():
     assert first.finish == "error" and "out of memory" in first.progress[-1].error
     assert second.finish in ("stop", "length") and second.ids[:1] == first.ids[:1]
     assert len(lines) == 1 and "\n" not in lines[0] and found.failures == 1
+
+
+def cache_of(*slots):
+    keys = [None if n is None else Keys(np.zeros((1, 1, 1, 1, n)), None) for n in slots]
+    return Cache(None, LayerKeys(*keys), 1)
+
+
+def test_steps_are_counted_modulo_the_slots_of_all_layers():
+    """By an int32: with the product of the slots, long completions with a window would overflow it."""
+    for slots, period in {(24, None): 24, (24, 16): 48, (131072, 32768): 131072, (None, 7): 7}.items():
+        assert serve_programs.slot_period(cache_of(*slots)) == period
+    with pytest.raises(ValueError, match="--max-new 131071 with a sliding window of 32768 .* multiple"):
+        serve_programs.slot_period(cache_of(131071, 32768))
 
 
 def test_requests_end_with_a_device_that_does_not_recover():

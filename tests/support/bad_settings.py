@@ -132,6 +132,7 @@ COMMANDS = [
     ("serve --model MODEL --port x", "--port"),
     ("serve --model MODEL --port 70000", "--port"),
     ("serve --model MODEL --rows 0", "--rows"),
+    ("serve --model MODEL --tool-format qwen", "hermes"),
     ("serve --model MODEL --max-new 0", "--max-new"),
     ("serve --model MODEL --host 0.0.0.0", "JAXFT_API_KEY"),
     ("chat --run missing", "missing"),

@@ -68,7 +68,8 @@ def models(tokenizer=TOKENIZER):
     """The base and its adapters by name."""
     names = {"base": 0, **{name: number for number, name in enumerate(ADAPTERS, 1)}}
     return {
-        name: ServedModel(name, tokenizer, STOP, len(TOKENIZER), number) for name, number in names.items()
+        name: ServedModel(name, tokenizer, STOP, len(TOKENIZER), number, tools="hermes")
+        for name, number in names.items()
     }
 
 

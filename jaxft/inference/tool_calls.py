@@ -1,0 +1,202 @@
+"""Tool calls in the text of a completion, in the formats that chat templates train models to write.
+
+Hermes (Qwen, SmolLM3, EXAONE 4), with JSON between tags:
+    <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>
+Llama 3.1 to 3.3, the whole completion or what follows a special token, several separated by semicolons:
+    <|python_tag|>{"name": "f", "parameters": {"a": 1}}
+Mistral, after a special token, as a list (to 2024) or as a name with its arguments:
+    [TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]    [TOOL_CALLS]f[ARGS]{"a": 1}
+
+Text that is not such a call exactly, or is a call with invalid JSON, remains text.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+ToolFormat = Literal["hermes", "llama3", "mistral", "none"]
+TOOL_FORMATS: tuple[ToolFormat, ...] = get_args(ToolFormat)
+PYTHON_TAG = "<|python_tag|>"
+
+
+class ToolCall(NamedTuple):
+    """A call of a tool. index: among the calls of its choice. arguments: the JSON text of an object."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+def _long_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """A format of tool calls.
+
+    opens: what begins a call. closes: what ends it; None if it ends at the next beginning or with the text.
+    parse: a call's text -> (name, arguments) of its calls; raises ValueError or RecursionError.
+    bare: whether text that begins with a brace is a call, to its end. tokens: special tokens that are part of
+    the format. make_id: makes an id that the template accepts.
+    """
+
+    opens: str
+    closes: str | None
+    parse: Callable[[str], list[tuple[str, Any]]]
+    bare: bool = False
+    tokens: tuple[str, ...] = ()
+    make_id: Callable[[], str] = _long_id
+
+
+def template_tool_format(source: str) -> ToolFormat:
+    """Return the format of the tool calls that a chat template renders, "none" if it is not a known one."""
+    if "[TOOL_CALLS]" in source:
+        return "mistral"
+    if "<tool_call>" in source:
+        return "hermes"
+    is_llama = "<|start_header_id|>" in source and '"parameters": ' in source
+    return "llama3" if PYTHON_TAG in source or is_llama else "none"
+
+
+def call_format(name: ToolFormat) -> CallFormat | None:
+    """Return a format by its name, None for "none"."""
+    if name == "hermes":
+        return CallFormat("<tool_call>", "</tool_call>", _hermes, tokens=("<tool_call>", "</tool_call>"))
+    if name == "llama3":
+        return CallFormat(PYTHON_TAG, None, _llama3, True, (PYTHON_TAG,))
+    if name == "mistral":
+        tokens = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+        return CallFormat("[TOOL_CALLS]", None, _mistral, tokens=tokens, make_id=_nine_characters)
+    return None
+
+
+class CallStream:
+    """Takes tool calls out of a text that arrives in pieces. count: the number of calls so far.
+
+    Whitespace around calls is dropped, as chat templates add their own.
+    """
+
+    def __init__(self, format: CallFormat):
+        self.format, self.count = format, 0
+        self._waiting = ""  # text that is a part of a call, or may become one
+        self._searched = 0  # how much of it has been searched for the mark that it waits for
+        self._has_text = self._follows_call = False  # whether there was text before, and a call right before
+
+    def add(self, text: str, is_last: bool) -> tuple[str, tuple[ToolCall, ...]]:
+        """Return the text that is certain to be no part of a call, and the calls that are complete."""
+        self._waiting += text
+        calls, kept = list[ToolCall](), list[str]()
+        while self._waiting:
+            if is_last and self._follows_call and self._waiting.isspace():
+                break
+            begin, inner = self._opening()
+            if inner is None:
+                kept.append(self._take(self._text_end(is_last)))
+                break
+            kept.append(self._take(begin))
+            end = self._call_end(inner - begin, is_last)
+            if end is None:
+                break
+            found = self._parsed(self._waiting[:end])
+            text = self._take(end)
+            kept += [] if found else [text]
+            self._follows_call, calls = bool(found), calls + found
+        return "".join(kept), tuple(calls)
+
+    def _take(self, size: int) -> str:
+        """Remove the first characters of the waiting text, and return them."""
+        text, self._waiting = self._waiting[:size], self._waiting[size:]
+        if text:
+            self._searched, self._follows_call = 0, False
+            self._has_text = self._has_text or not text.isspace()
+        return text
+
+    def _opening(self) -> tuple[int, int | None]:
+        """Return where the next call and whitespace before it begin in the waiting text, and where the mark
+        that opens the call ends, None without a call.
+        """
+        text, opens = self._waiting, self.format.opens
+        if self.format.bare and not self._has_text and text.lstrip().startswith("{"):
+            return 0, 0
+        at = text.find(opens)
+        return (0, None) if at < 0 else (len(text[:at].rstrip()), at + len(opens))
+
+    def _text_end(self, is_last: bool) -> int:
+        """Return how much of the waiting text, without a call, cannot become a part of one."""
+        text, opens = self._waiting, self.format.opens
+        if is_last:
+            return len(text)
+        begun = next((n for n in range(len(opens) - 1, 0, -1) if text.endswith(opens[:n])), 0)
+        return len(text[: len(text) - begun].rstrip())
+
+    def _call_end(self, start: int, is_last: bool) -> int | None:
+        """Return where the call at the beginning of the waiting text ends, None if it may go on."""
+        text, mark = self._waiting, self.format.closes or self.format.opens
+        at = text.find(mark, max(start, self._searched - len(mark)))
+        self._searched = len(text)
+        if at < 0:
+            return len(text) if is_last else None
+        return at + len(mark) if self.format.closes else len(text[:at].rstrip())
+
+    def _parsed(self, text: str) -> list[ToolCall]:
+        """Return the calls in the text of a call, [] if it is malformed."""
+        text = text.strip().removeprefix(self.format.opens).removesuffix(self.format.closes or "").strip()
+        try:
+            found = [(name, _as_json(arguments)) for name, arguments in self.format.parse(text)]
+        except (ValueError, RecursionError):
+            return []
+        self.count += len(found)
+        first = self.count - len(found)
+        return [
+            ToolCall(index, self.format.make_id(), name, arguments)
+            for index, (name, arguments) in enumerate(found, first)
+        ]
+
+
+def _as_json(arguments: Any) -> str:
+    """Return arguments, an object or its JSON text, as JSON text. Raises ValueError."""
+    value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(value, dict):
+        raise ValueError("the arguments are no object")
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()  # no half of a surrogate pair
+    return text
+
+
+def _named(item: Any) -> tuple[str, Any]:
+    """Return the name and the arguments of a call in JSON. Raises ValueError."""
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"]:
+        raise ValueError("a call needs a name")
+    return item["name"], item.get("arguments", item.get("parameters"))
+
+
+def _hermes(text: str) -> list[tuple[str, Any]]:
+    found = json.loads(text)
+    return [_named(item) for item in (found if isinstance(found, list) else [found])]
+
+
+def _llama3(text: str) -> list[tuple[str, Any]]:
+    found, rest = list[tuple[str, Any]](), text
+    while rest:
+        item, end = json.JSONDecoder().raw_decode(rest)
+        found.append(_named(item))
+        rest = rest[end:].lstrip().removeprefix(";").lstrip()
+    return found
+
+
+_MISTRAL_CALL = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?(?=\{)")
+
+
+def _mistral(text: str) -> list[tuple[str, Any]]:
+    named = _MISTRAL_CALL.match(text)
+    return [(named[1], text[named.end() :])] if named else _hermes(text)
+
+
+def _nine_characters() -> str:
+    """Return an id as Mistral's templates require it."""
+    return secrets.token_hex(5)[:9]

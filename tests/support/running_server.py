@@ -1,0 +1,63 @@
+"""The server over the tiny model, in a thread of this process, with clients. Tests that import it are skipped without
+openai and uvicorn.
+"""
+
+import http.client
+import json
+import threading
+import time
+
+import pytest
+import tiny_served as tiny
+
+from jaxft.inference import server
+from jaxft.inference.server import ServerLimits
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "what is a rank?"}]
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, queue=64, limits=ServerLimits(), models=None):  # noqa: B008  a frozen dataclass
+        self.scheduler, self.lines = tiny.scheduler(queue)
+        app = server.make_app(self.scheduler, models or tiny.models(), limits)
+        sock = server.bound_socket("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+        self.uvicorn = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5)
+        )
+        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [sock]})
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
+
+    def send(self, method, path, body=None, headers=None):
+        """(status, object or text, headers) of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = json.dumps(body).encode() if isinstance(body, dict) else body
+        connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        is_json = response.headers.get("content-type") == "application/json"
+        return response.status, json.loads(text) if is_json else text, response.headers
+
+    def idle(self):
+        """Wait until no row is in use."""
+        deadline = time.monotonic() + 20
+        while (load := self.scheduler.load()).running or load.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def close(self):
+        self.uvicorn.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive() and not self.scheduler.thread.is_alive()
