@@ -11,10 +11,12 @@ unless --temperature says otherwise, and with --seed its responses are those of 
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+NARROW = 48  # columns of a terminal below which two responses are one below the other
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,41 +55,65 @@ def print_responses(scheduler: Any, chat: Any) -> None:
     from jaxft.inference import chat as chats
     from jaxft.runs.terminal import printable_text
 
-    found = chats.respond(scheduler, chat)
-    if len(chat.active) == 1:
-        for _, piece in found:
-            print(printable_text(piece.text), end="", flush=True)
-        print()
-    elif sys.stdout.isatty():
-        print_columns(found, chat.active)
-    else:
-        for _ in found:
-            pass
-        for name in chat.active:
-            print(f"[{name}] {printable_text(chat.turns[-1].responses.get(name, ''))}")
+    with closing(chats.respond(scheduler, chat)) as found:
+        if len(chat.active) == 1:
+            for _, piece in found:
+                print(printable_text(piece.text), end="", flush=True)
+            print()
+        elif sys.stdout.isatty():
+            print_columns(found, chat.active)
+        else:
+            for _ in found:
+                pass
+            for name in chat.active:
+                print(f"[{name}] {printable_text(chat.turns[-1].responses.get(name, ''))}")
 
 
 def print_columns(found: Any, names: tuple[str, ...]) -> None:
-    """Print two responses side by side on a terminal."""
+    """Print two responses side by side on a terminal: their last lines as they arrive, then all of them."""
+    from rich.console import Console
     from rich.live import Live
+
+    console, texts = Console(), dict.fromkeys(names, "")
+
+    def last_lines() -> Any:
+        return side_by_side(texts, console, max(console.height - 5, 1))
+
+    try:
+        with Live(console=console, get_renderable=last_lines, refresh_per_second=8, transient=True):
+            for name, piece in found:
+                texts[name] += piece.text
+    finally:
+        console.print(side_by_side(texts, console, None))
+
+
+def side_by_side(texts: dict[str, str], console: Any, height: int | None) -> Any:
+    """Return texts by name in columns or, on a narrow terminal, one below the other. height: the number of
+    lines that are shown, the last ones; None for all.
+    """
     from rich.table import Table
     from rich.text import Text
 
     from jaxft.runs.terminal import printable_text
 
-    texts = dict.fromkeys(names, "")
+    is_wide = console.width >= NARROW
+    width = (console.width - 7) // 2 if is_wide else console.width - 4
+    rows = height if is_wide or height is None else max((height - 4) // len(texts), 1)
 
-    def table() -> Table:
-        columns = Table(expand=True)
-        for name in names:
-            columns.add_column(Text(name), ratio=1, overflow="fold")
-        columns.add_row(*(Text(printable_text(text)) for text in texts.values()))
-        return columns
+    def shown(text: str) -> Text:
+        lines = Text(printable_text(text)).wrap(console, max(width, 1), overflow="fold")
+        return Text("\n").join(lines if rows is None else lines[-rows:])
 
-    with Live(table(), refresh_per_second=8, vertical_overflow="visible") as live:
-        for name, piece in found:
-            texts[name] += piece.text
-            live.update(table())
+    table = Table(expand=True, show_header=is_wide, show_lines=not is_wide)
+    if is_wide:
+        for name in texts:
+            table.add_column(Text(name), ratio=1, overflow="fold")
+        table.add_row(*map(shown, texts.values()))
+    else:
+        table.add_column(overflow="fold")
+        for name, text in texts.items():
+            table.add_row(Text.assemble((name, "bold"), "\n", shown(text)))
+    return table
 
 
 def chat_loop(scheduler: Any, chat: Any) -> None:
@@ -101,6 +127,8 @@ def chat_loop(scheduler: Any, chat: Any) -> None:
         try:
             line = input(f"{'|'.join(chat.active)}> " if interactive else "").strip()
         except EOFError:
+            if interactive:
+                print()
             return
         except KeyboardInterrupt:
             print("  (/exit leaves)")

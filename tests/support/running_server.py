@@ -1,5 +1,6 @@
-"""The server over the tiny model, in a thread of this process, with clients. Tests that import it are skipped without
-openai and uvicorn.
+"""The server over the tiny model, in a thread of this process, with clients.
+
+Without openai and uvicorn, tests that import it are skipped.
 """
 
 import http.client
