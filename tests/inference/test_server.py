@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 import tiny_served as tiny
 import tiny_tokenizers
@@ -265,6 +266,30 @@ def test_a_full_queue_is_status_429_and_a_key_is_needed_where_there_is_one():
         socket.create_connection(("127.0.0.1", found.port), timeout=2)
 
 
+@pytest.mark.parametrize("grace", [5, 1])
+def test_a_stop_finishes_the_requests_in_flight_within_the_grace(grace):
+    """Six streams for four rows: two of them have not begun when the server is stopped."""
+    found, gate = Running(grace=grace), tiny.Gate()
+    expected = [expected_text(found.scheduler, seed, temperature=1.0, max_new=24) for seed in range(6)]
+    found.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected()))])  # holds the device
+    texts = found.streams(6)
+    while found.scheduler.load().waiting < 6:
+        time.sleep(0.01)
+    found.uvicorn.should_exit = True
+    if grace > 1:
+        time.sleep(0.2)
+        gate.open.set()
+        assert [text.result(30) for text in texts] == expected
+    else:
+        for text in texts:  # every client gets to know, within the grace
+            with pytest.raises((openai.APIError, httpx.HTTPError)):
+                text.result(10)
+        gate.open.set()
+    found.close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", found.port), timeout=2)
+
+
 def test_uvicorn_accepts_more_connections_than_rows_and_queue():
     """One above its limit gets a plain 503, and a request above rows and queue has to get a 429 in JSON."""
     for requests in (9, 2048):
@@ -310,17 +335,9 @@ def test_a_wrong_command_line_is_one_line(line, tmp_path, monkeypatch, capsys):
 def test_the_command_serves_stops_on_sigterm_and_starts_again_after_a_kill(tmp_path):
     write_folder(tmp_path / "base", tiny_torch())
     port = server.bound_socket("127.0.0.1", 0).getsockname()[1]
-    command = [
-        sys.executable,
-        str(SCRIPTS / "serve.py"),
-        "--model",
-        "base",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-    ]
-    command += ["--max-prompt", "64", "--max-new", "64", "--rows", "2"]
+    command = [sys.executable, str(SCRIPTS / "serve.py"), "--model", "base", "--port", str(port)]
+    command += ["--dtype", "float32"]
+    command += ["--max-prompt", "64", "--max-new", "160", "--rows", "2"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     texts = []
     for ending, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0), (signal.SIGINT, 0)):
@@ -330,13 +347,28 @@ def test_the_command_serves_stops_on_sigterm_and_starts_again_after_a_kill(tmp_p
             line = process.stderr.readline()
             assert line, process.wait()
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        asked = dict(model="base", prompt="what is a rank?", seed=3, max_tokens=64, temperature=1.0)
+        asked = dict(model="base", prompt="what is a rank?", seed=3, max_tokens=160, temperature=1.0)
         texts.append(client.completions.create(**asked).choices[0].text)
-        stream = iter(client.completions.create(**asked, stream=True))
-        pieces = [next(stream).choices[0].text]
-        process.send_signal(ending)
-        if code == 0:  # the running request is finished
-            pieces += [chunk.choices[0].text for chunk in stream]
-            assert "".join(pieces) == texts[0]
+
+        def streamed(asked, client):
+            chunks = client.completions.create(**asked, stream=True)
+            return "".join(chunk.choices[0].text for chunk in chunks)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:  # four times as many as rows
+            streams = [pool.submit(streamed, asked, client) for _ in range(8)]
+            deadline, busy = time.monotonic() + 60, 0
+            while busy < 5:
+                load = httpx.get(f"http://127.0.0.1:{port}/health").json()
+                busy = load["running"] + load["waiting"]
+                assert time.monotonic() < deadline
+            process.send_signal(ending)
+            for stream in streams:
+                if code == 0:  # all requests in flight are finished
+                    assert stream.result(60) == texts[0]
+                else:
+                    assert stream.exception(60) is None or isinstance(
+                        stream.exception(), openai.APIError | httpx.HTTPError
+                    )
+            assert code == 0 or any(stream.exception() for stream in streams)
         assert process.wait(60) == code
     assert len(set(texts)) == 1

@@ -3,6 +3,7 @@
 Without openai and uvicorn, tests that import it are skipped.
 """
 
+import concurrent.futures
 import http.client
 import json
 import threading
@@ -24,13 +25,13 @@ MESSAGES = [{"role": "user", "content": "what is a rank?"}]
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, queue=64, limits=ServerLimits(), models=None):  # noqa: B008  a frozen dataclass
+    def __init__(self, queue=64, limits=ServerLimits(), models=None, grace=5):  # noqa: B008  a frozen dataclass
         self.scheduler, self.lines = tiny.scheduler(queue)
         app = server.make_app(self.scheduler, models or tiny.models(), limits)
         sock = server.bound_socket("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
         self.uvicorn = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5)
+            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace)
         )
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [sock]})
         self.thread.start()
@@ -57,6 +58,21 @@ class Running:
         while (load := self.scheduler.load()).running or load.waiting:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def streams(self, count, **options):
+        """Start `count` streamed completions, each in a thread; return a future of the text of each."""
+
+        def streamed(seed):
+            asked = dict(
+                model="base", messages=MESSAGES, seed=seed, temperature=1.0, max_tokens=24, stream=True
+            )
+            stream = self.client().chat.completions.create(**{**asked, **options})
+            return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+        pool = concurrent.futures.ThreadPoolExecutor(count)
+        futures = [pool.submit(streamed, seed) for seed in range(count)]
+        pool.shutdown(wait=False)
+        return futures
 
     def close(self):
         self.uvicorn.should_exit = True

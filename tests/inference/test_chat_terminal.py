@@ -1,0 +1,170 @@
+"""The chat on a pseudo-terminal: streaming, two responses side by side, interrupts, the end of the input."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import termios
+import threading
+
+import pytest
+import tiny_served as tiny
+from scripts_in_process import SCRIPTS, load
+from terminals import Terminal
+from tiny_llama import tiny_torch, write_folder
+
+from jaxft.inference.api_request import ChoiceSettings
+from jaxft.inference.chat import Conversation
+from jaxft.inference.sampling import Sampling
+from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
+from jaxft.runs.terminal import printable_text
+
+LONG = "wörld 1 2 3 the rank of a matrix "
+
+
+def ids_of(text):
+    return tiny.TOKENIZER(text, add_special_tokens=False).input_ids
+
+
+class Script:
+    """Responds with texts in place of sampled ones, 2 tokens at a time; one that ends in ... goes on."""
+
+    def __init__(self, texts):
+        self.texts = list(texts)
+
+    def submit(self, requests):
+        text = self.texts.pop(0)
+        for (_, deliver), own in zip(requests, text if isinstance(text, list) else [text]):
+            ids = ids_of(own.removesuffix("..."))
+            for at in range(0, len(ids), 2):
+                deliver(NewTokens(tuple(SampledToken(token, -1.0) for token in ids[at : at + 2])))
+            if not own.endswith("..."):
+                deliver(NewTokens((), "stop"))
+        return [Ticket(*one) for one in requests]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal as this process's standard streams, of 80 columns."""
+    found = Terminal()
+    with (
+        open(os.dup(found.slave), encoding="utf-8") as stdin,
+        open(found.slave, "w", closefd=False) as stdout,
+    ):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stdout)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "80")
+        yield found
+    found.close()
+
+
+def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
+    """A user's side in a thread; the chat gets interrupts as a main thread does."""
+    texts = ["héllo € " + LONG, [LONG, LONG * 2], [LONG, LONG], "it goes on..."]
+    scheduler, _ = tiny.scheduler()
+    monkeypatch.setattr(scheduler, "submit", Script(texts).submit)
+    chat = Conversation(tiny.models(), ("base",), ChoiceSettings(Sampling(24), 0, (), 1, None), 24)
+    failures, shown, main = [], {}, threading.get_ident()
+
+    def user():
+        try:
+            terminal.expect("base> ")
+            terminal.type("what is à rank?\n")
+            shown["one"] = terminal.expect("base> ")
+            terminal.type("/system be brief\n/use base,terse\n")
+            terminal.expect("base|terse> ")
+            terminal.type("and then?\n")
+            shown["two"] = terminal.expect("base|terse> ")
+            monkeypatch.setenv("COLUMNS", "30")
+            terminal.type("/retry\n")
+            shown["narrow"] = terminal.expect("base|terse> ")
+            terminal.type("/use base\n")
+            terminal.expect("base> ")
+            terminal.type("go\n")
+            terminal.expect("it goes on")
+            signal.pthread_kill(main, signal.SIGINT)
+            terminal.expect(" [stopped]\nbase> ")
+            signal.pthread_kill(main, signal.SIGINT)
+            terminal.expect("(/exit leaves)\nbase> ")
+            terminal.type(f"/save {tmp_path}/chat.jsonl\n")
+            terminal.expect("base> ")
+        except BaseException as error:
+            failures.append(error)
+        terminal.type("\x04")
+
+    thread = threading.Thread(target=user)
+    thread.start()
+    try:
+        load("chat").chat_loop(scheduler, chat)
+    finally:
+        thread.join()
+        scheduler.close()
+    assert not failures, failures
+    terminal.drain()
+    assert shown["one"] == "what is à rank?\n" + texts[0] + "\n"
+    lines = shown["two"].splitlines()
+    header = [line for line in lines if "base" in line and "terse" in line and "┃" in line]
+    assert header and len({len(line) for line in lines[-6:] if line}) == 1  # all of the table's width
+    assert "wörld" in lines[-3] and max(map(len, shown["narrow"].splitlines())) <= 30
+    assert shown["narrow"].count("wörld") >= 2 and terminal.text.endswith("base> \n")
+    assert [turn.responses for turn in chat.turns][-1] == {"base": "it goes on"}
+    rows = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert rows[0]["messages"][0] == {"role": "system", "content": "be brief"}
+    assert rows[0]["messages"][-1] == {"role": "assistant", "content": "it goes on"}
+
+
+@pytest.mark.parametrize("columns", [20, 60])
+def test_long_responses_side_by_side_fit_the_terminal_while_they_arrive(columns):
+    from rich.console import Console
+
+    script, texts = load("chat"), {"base": LONG * 40, "terse": "\n" * 50 + "short"}
+    console = Console(width=columns, height=12, file=open(os.devnull, "w"))  # noqa: SIM115
+    lines = console.render_lines(script.side_by_side(texts, console, 7), pad=False)
+    text = "\n".join("".join(segment.text for segment in line) for line in lines)
+    assert len(lines) <= 11 and "short" in text and "matrix" in text
+    whole = console.render_lines(script.side_by_side(texts, console, None))
+    assert len(whole) > 50
+
+
+@pytest.mark.slow
+def test_the_command_on_a_terminal_of_its_own(tmp_path):
+    """With line editing, real signals of the terminal and a change of its size."""
+    write_folder(tmp_path / "base", tiny_torch())
+    command = [sys.executable, str(SCRIPTS / "chat.py"), "--model", "base", "--dtype", "float32"]
+    command += ["--max-prompt", "96", "--max-new", "128", "--seed", "0", "--temperature", "1"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TERM": "xterm"}
+    terminal = Terminal(40, 12)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdin=terminal.slave, stdout=terminal.slave,
+        stderr=terminal.slave, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    try:
+        terminal.expect("/help lists the commands", 300)
+        terminal.expect("base> ")
+        terminal.type("héllo €\n")
+        terminal.expect("héllo €\n")
+        first = terminal.expect("base> ")
+        terminal.type("/history\n")
+        assert "**user**: héllo €" in terminal.expect("base> ")
+        terminal.resize(20, 12)
+        terminal.type("\x1b[A\x1b[A\n")  # arrow keys: the message before /history
+        terminal.expect("base> ")
+        terminal.type("\x03")
+        terminal.expect("(/exit leaves)")
+        terminal.expect("base> ")
+        terminal.type("/save a.md\n")
+        terminal.expect("saved to a.md")
+        terminal.expect("base> ")
+        terminal.type("\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        terminal.close()
+    saved = (tmp_path / "a.md").read_text()
+    assert saved.count("**user**: héllo €") == 2 and len(first) > 10
+    assert printable_text(saved.split("**base**: ")[1].split("\n\n**user**")[0])[:10] in first
