@@ -38,7 +38,9 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
     skipped = frozenset(
         token
         for token, added in tokenizer.added_tokens_decoder.items()
-        if not tokenizer.decode([token], skip_special_tokens=True) and added.content not in shown
+        if added.special
+        and added.content not in shown
+        and not tokenizer.decode([token], skip_special_tokens=True)
     )
 
     def decode(ids: list[int]) -> str:
@@ -65,6 +67,7 @@ class TextStream:
         self._waiting = ""  # certain text that may begin a stop string
         self._tail: list[int] = []  # the last tokens; the text of the first `_done` of them is certain
         self._done = 0
+        self._run = 0  # byte tokens at the end of the tail
         self._before = ""  # the text of those, alone
         self._ahead = 0  # characters of the rest of the tail that are certain too
 
@@ -81,7 +84,10 @@ class TextStream:
         """Return the text that is certain after further tokens; with stop strings, add them one by one."""
         if self.stopped:
             return ""
-        self._tail += [token for token in tokens if token not in self.decoder.skipped]
+        for token in tokens:
+            if token not in self.decoder.skipped:
+                self._tail.append(token)
+                self._run = self._run + 1 if token in self.decoder.byte_ids else 0
         return self._piece(self._certain(), self.stops)
 
     def finish(self) -> str:
@@ -89,17 +95,15 @@ class TextStream:
         if self.stopped:
             return ""
         rest = self.decoder.decode(self._tail)[len(self._before) + self._ahead :]
-        self._tail, self._done, self._before, self._ahead = [], 0, "", 0
-        stop_free = self._piece(rest, self.stops)
-        return stop_free if self.stopped else stop_free + self._piece("", ())
+        self._tail, self._done, self._run, self._before, self._ahead = [], 0, 0, "", 0
+        piece = self._piece(rest, self.stops)
+        return piece if self.stopped else piece + self._piece("", ())
 
     def _certain(self) -> str:
         """Return the new text that no later token changes."""
         decode, tail = self.decoder.decode, self._tail
-        end = len(tail)
-        while end > self._done and tail[end - 1] in self.decoder.byte_ids:
-            end -= 1
-        if end == self._done:
+        end = len(tail) - self._run
+        if end <= self._done:
             return ""
         text = decode(tail[:end])
         new = text[len(self._before) :]
