@@ -68,7 +68,7 @@ class Sampler:
             )
         lengths = (tokens >= 0).sum(1)
         ended = np.isin(tokens[np.arange(len(tokens)), lengths - 1], self.run.stop).reshape(count, group)
-        texts = tuple(
+        texts = tuple(  # as TRL's: with the tokenizer's own setting for clean-up of spaces
             self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
             for row, n in zip(tokens, lengths, strict=True)
         )
