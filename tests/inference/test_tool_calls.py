@@ -19,7 +19,7 @@ from jaxft.inference.tool_calls import CallStream, call_format, template_tool_fo
 
 CALLS = (("weather", {"city": "Zürich", "days": [1, 2]}), ("send", {}))
 FAMILIES = {
-    "qwen2.5": "hermes", "qwen3": "hermes", "smollm3": "hermes", "llama3.1": "llama3", "mistral": "mistral",
+    "qwen2.5": "hermes", "qwen3": "hermes", "llama3.1": "llama3", "mistral": "mistral",
     "mistral-7b-v0.3": "mistral", "mistral-nemo": "mistral", "mistral-small": "mistral", "chatml": "none",
     "gemma": "none", "phi4": "none",
 }  # fmt: skip
@@ -201,7 +201,7 @@ def test_tool_calls_are_those_of_openai_streamed_and_whole(running, monkeypatch)
     for plain in (dict(tool_choice="none"), dict(tools=None)):
         (choice,) = client.chat.completions.create(**{**asked, **plain}).choices
         assert (choice.message.content, choice.finish_reason) == (text, "stop")
-    turn = {"role": "assistant", "content": None, "tool_calls": [joined.message.tool_calls[0].model_dump()]}
+    turn = {"role": "assistant", "content": "", "tool_calls": [joined.message.tool_calls[0].model_dump()]}
     result = {"role": "tool", "tool_call_id": joined.message.tool_calls[0].id, "content": "3"}
     assert client.chat.completions.create(**{**asked, "messages": [*MESSAGES, turn, result]}).choices
 
