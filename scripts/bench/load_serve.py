@@ -148,7 +148,7 @@ class Load:
     def _request(rng: random.Random, names: list[str], number: int, new: int) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {"model": names[number % len(names)], "max_tokens": rng.randint(1, new)}
         body |= {"temperature": (0.0, 1.0)[number % 2], "seed": number}
-        text = " ".join(rng.choices(WORDS, k=rng.randint(2, 20)))
+        text = " ".join(rng.choices(WORDS, k=rng.randint(2, 12)))
         kind = KINDS[number % 3 == 0]
         return kind, {**body, **({"prompt": text} if kind == "completions" else
                                  {"messages": [{"role": "user", "content": text}]})}  # fmt: skip
