@@ -107,7 +107,8 @@ class TextStream:
             return ""
         text = decode(tail[:end])
         new = text[len(self._before) :]
-        cut, certain = end, new
+        cut: int | None = end
+        certain = new
         if new.endswith(REPLACEMENT) and not self.decoder.byte_ids:  # perhaps the first bytes of a character
             cut = self._cut_in_broken_bytes(text, end)
             certain = new.rstrip(REPLACEMENT)

@@ -109,8 +109,9 @@ class Server:
             connection.request("GET", "/health")
             load = json.loads(connection.getresponse().read())
             if not load["running"] and not load["waiting"]:
-                return time.sleep(12)
+                break
             time.sleep(0.5)
+        time.sleep(12)
 
 
 def text_of(kind: str, choice: dict[str, Any]) -> str:
