@@ -125,13 +125,13 @@ class TextStream:
     def _cut_in_broken_bytes(self, text: str, end: int) -> int | None:
         """Return how many tokens of the tail end with a character, if `text` of the first `end` does not.
 
-        None: not enough bytes follow to know. Three bytes after a cut show whether it is within a character:
-        its two sides then have another text alone.
+        None: a character may be unfinished. A cut within a character, also a broken one, is seen from the
+        token after it: the two sides alone have another text.
         """
         if end - self._done <= LONGEST_TAIL:
             return None
         decode = self.decoder.decode
-        cuts = range(end - 3, self._done, -1)
+        cuts = range(end - 1, self._done, -1)
         return next((c for c in cuts if decode(self._tail[:c]) + decode(self._tail[c:end]) == text), None)
 
     def _piece(self, new: str, stops: Sequence[str]) -> str:
