@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
-import httpx
 import pytest
 import tiny_served as tiny
 import tiny_tokenizers
@@ -266,6 +266,11 @@ def test_a_full_queue_is_status_429_and_a_key_is_needed_where_there_is_one():
         socket.create_connection(("127.0.0.1", found.port), timeout=2)
 
 
+def is_lost(error):
+    """Whether a client's error is one of its connection or of the server."""
+    return error is not None and type(error).__module__.partition(".")[0] in ("openai", "httpx", "httpx2")
+
+
 @pytest.mark.parametrize("grace", [5, 1])
 def test_a_stop_finishes_the_requests_in_flight_within_the_grace(grace):
     """Six streams for four rows: two of them have not begun when the server is stopped."""
@@ -282,8 +287,7 @@ def test_a_stop_finishes_the_requests_in_flight_within_the_grace(grace):
         assert [text.result(30) for text in texts] == expected
     else:
         for text in texts:  # every client gets to know, within the grace
-            with pytest.raises((openai.APIError, httpx.HTTPError)):
-                text.result(10)
+            assert is_lost(text.exception(10))
         gate.open.set()
     found.close()
     with pytest.raises(OSError):
@@ -358,7 +362,8 @@ def test_the_command_serves_stops_on_sigterm_and_starts_again_after_a_kill(tmp_p
             streams = [pool.submit(streamed, asked, client) for _ in range(8)]
             deadline, busy = time.monotonic() + 60, 0
             while busy < 5:
-                load = httpx.get(f"http://127.0.0.1:{port}/health").json()
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
+                    load = json.load(response)
                 busy = load["running"] + load["waiting"]
                 assert time.monotonic() < deadline
             process.send_signal(ending)
@@ -366,9 +371,7 @@ def test_the_command_serves_stops_on_sigterm_and_starts_again_after_a_kill(tmp_p
                 if code == 0:  # all requests in flight are finished
                     assert stream.result(60) == texts[0]
                 else:
-                    assert stream.exception(60) is None or isinstance(
-                        stream.exception(), openai.APIError | httpx.HTTPError
-                    )
+                    assert stream.exception(60) is None or is_lost(stream.exception())
             assert code == 0 or any(stream.exception() for stream in streams)
         assert process.wait(60) == code
     assert len(set(texts)) == 1
