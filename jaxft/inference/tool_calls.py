@@ -15,14 +15,15 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 ToolFormat = Literal["hermes", "llama3", "mistral", "none"]
 TOOL_FORMATS: tuple[ToolFormat, ...] = get_args(ToolFormat)
 PYTHON_TAG = "<|python_tag|>"
 
 
-class ToolCall(NamedTuple):
+@dataclass(frozen=True)
+class ToolCall:
     """A call of a tool. index: among the calls of its choice. arguments: the JSON text of an object."""
 
     index: int

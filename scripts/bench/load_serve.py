@@ -33,7 +33,24 @@ from typing import Any
 SERVE = Path(__file__).resolve().parents[1] / "serve.py"
 KINDS = ("chat/completions", "completions")
 WORDS = ("the", "rank", "of", "a", "matrix", "what", "is", "please", "order", "pizza", "large", "h\u00e9llo")
-VALUES = [None, True, -1, 0, 3.5, 1e300, 10**30, "", "a", "\ud800", "\x00", [], [1], ["a"], {}, {"a": [{}]}]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    3.5,
+    1e300,
+    10**30,
+    "",
+    "a",
+    "\ud800",
+    "\x00",
+    [],
+    [1],
+    ["a"],
+    {},
+    {"a": [{}]},
+]
 FIELDS = [
     "model", "messages", "prompt", "max_tokens", "temperature", "stop", "n", "seed", "tools", "stream",
     "logprobs", "top_p", "role", "chat_template_kwargs", "unknown",
@@ -118,7 +135,7 @@ def text_of(kind: str, choice: dict[str, Any]) -> str:
     """Return the text of a choice or of a chunk's choice."""
     if kind == "completions":
         return choice["text"]
-    return choice.get("delta", choice.get("message"))["content"] or ""
+    return choice["message" if "message" in choice else "delta"].get("content") or ""
 
 
 def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -226,7 +243,7 @@ class Load:
             while time.monotonic() < self.end:
                 try:
                     work(*numbers)
-                except (OSError, ValueError, http.client.HTTPException) as error:
+                except Exception as error:
                     self.count("errors", f"{type(error).__name__}: {error}")
 
         self.end = time.monotonic() + seconds
