@@ -69,7 +69,7 @@ def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
     choice = {"index": whole.index, "logprobs": _logprobs(e, whole, 0), "finish_reason": whole.finish}
     if not e.chat:
         return {**choice, "text": whole.text}
-    message = {"role": "assistant", "content": _content(whole), "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": _content(whole), "refusal": None}
     if whole.calls:
         message["tool_calls"] = [_call(call) for call in whole.calls]
     return {**choice, "message": message}

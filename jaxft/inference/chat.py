@@ -2,7 +2,7 @@
 
 import json
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def save(chat: Conversation, name: str) -> Path:
     return path
 
 
-def respond(scheduler: Scheduler, chat: Conversation) -> Iterator[tuple[str, Piece]]:
+def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Piece], None, None]:
     """Yield (model, piece) while the active models respond to the last message together, and store their
     responses in place of earlier ones.
 
