@@ -1,5 +1,6 @@
 """The chat on a pseudo-terminal: streaming, two responses side by side, interrupts, the end of the input."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -46,20 +47,24 @@ class Script:
 
 
 @pytest.fixture
-def terminal(monkeypatch):
-    """A terminal as this process's standard streams, of 80 columns."""
+def terminal():
+    """A terminal of 80 columns."""
     found = Terminal()
-    with (
-        open(os.dup(found.slave), encoding="utf-8") as stdin,
-        open(found.slave, "w", closefd=False) as stdout,
-    ):
-        monkeypatch.setattr(sys, "stdin", stdin)
-        monkeypatch.setattr(sys, "stdout", stdout)
-        monkeypatch.setattr(sys, "stderr", stdout)
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv("COLUMNS", "80")
-        yield found
+    yield found
     found.close()
+
+
+@contextlib.contextmanager
+def standard_streams(terminal):
+    """Make the terminal this process's standard streams, within a test: before it, pytest sets its own."""
+    with (
+        open(os.dup(terminal.slave), encoding="utf-8") as stdin,
+        open(os.dup(terminal.slave), "w", encoding="utf-8") as stdout,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, stream in {"stdin": stdin, "stdout": stdout, "stderr": stdout}.items():
+            patch.setattr(sys, name, stream)
+        yield
 
 
 def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
@@ -97,12 +102,15 @@ def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
         terminal.type("\x04")
 
     thread = threading.Thread(target=user)
-    thread.start()
-    try:
-        load("chat").chat_loop(scheduler, chat)
-    finally:
-        thread.join()
-        scheduler.close()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with standard_streams(terminal):
+        thread.start()
+        try:
+            load("chat").chat_loop(scheduler, chat)
+        finally:
+            thread.join()
+            scheduler.close()
     assert not failures, failures
     terminal.drain()
     assert shown["one"] == "what is à rank?\n" + texts[0] + "\n"
