@@ -9,6 +9,8 @@ import subprocess
 import sys
 import termios
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import tiny_served as tiny
@@ -29,11 +31,12 @@ def ids_of(text):
     return tiny.TOKENIZER(text, add_special_tokens=False).input_ids
 
 
-class Script:
+class ScriptedScheduler:
     """Responds with texts in place of sampled ones, 2 tokens at a time; one that ends in ... goes on."""
 
     def __init__(self, texts):
         self.texts = list(texts)
+        self.programs = SimpleNamespace(serving=SimpleNamespace(sizes=tiny.SIZES))
 
     def submit(self, requests):
         text = self.texts.pop(0)
@@ -70,10 +73,17 @@ def standard_streams(terminal):
 def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
     """A user's side in a thread; the chat gets interrupts as a main thread does."""
     texts = ["héllo € " + LONG, [LONG, LONG * 2], [LONG, LONG], "it goes on..."]
-    scheduler, _ = tiny.scheduler()
-    monkeypatch.setattr(scheduler, "submit", Script(texts).submit)
     chat = Conversation(tiny.models(), ("base",), ChoiceSettings(Sampling(24), 0, (), 1, None), 24)
     failures, shown, main = [], {}, threading.get_ident()
+
+    def interrupt(text):
+        """Send SIGINT while the chat waits; once more if it came just before the wait."""
+        for _ in range(9):
+            time.sleep(0.1)
+            signal.pthread_kill(main, signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                return terminal.expect(text, 3)
+        raise AssertionError(terminal.text)
 
     def user():
         try:
@@ -91,10 +101,8 @@ def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
             terminal.expect("base> ")
             terminal.type("go\n")
             terminal.expect("it goes on")
-            signal.pthread_kill(main, signal.SIGINT)
-            terminal.expect(" [stopped]\nbase> ")
-            signal.pthread_kill(main, signal.SIGINT)
-            terminal.expect("(/exit leaves)\nbase> ")
+            interrupt(" [stopped]\nbase> ")
+            interrupt("(/exit leaves)\nbase> ")
             terminal.type(f"/save {tmp_path}/chat.jsonl\n")
             terminal.expect("base> ")
         except BaseException as error:
@@ -107,10 +115,9 @@ def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
     with standard_streams(terminal):
         thread.start()
         try:
-            load("chat").chat_loop(scheduler, chat)
+            load("chat").chat_loop(ScriptedScheduler(texts), chat)
         finally:
             thread.join()
-            scheduler.close()
     assert not failures, failures
     terminal.drain()
     assert shown["one"] == "what is à rank?\n" + texts[0] + "\n"
