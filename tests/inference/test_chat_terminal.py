@@ -1,13 +1,11 @@
 """The chat on a pseudo-terminal: streaming, two responses side by side, interrupts, the end of the input."""
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from types import SimpleNamespace
@@ -24,6 +22,11 @@ from jaxft.inference.sampling import Sampling
 from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.runs.terminal import printable_text
 
+WITH_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # keys such as Ctrl-C then send signals
+os.execv(sys.executable, sys.argv[1:])
+"""
 LONG = "wörld 1 2 3 the rank of a matrix "
 
 
@@ -154,9 +157,8 @@ def test_the_command_on_a_terminal_of_its_own(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TERM": "xterm"}
     terminal = Terminal(40, 12)
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdin=terminal.slave, stdout=terminal.slave,
-        stderr=terminal.slave, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        [sys.executable, "-c", WITH_TERMINAL, *command], cwd=tmp_path, env=environment,
+        stdin=terminal.slave, stdout=terminal.slave, stderr=terminal.slave, start_new_session=True,
     )  # fmt: skip
     try:
         terminal.expect("/help lists the commands", 300)
@@ -167,8 +169,10 @@ def test_the_command_on_a_terminal_of_its_own(tmp_path):
         terminal.type("/history\n")
         assert "**user**: héllo €" in terminal.expect("base> ")
         terminal.resize(20, 12)
-        terminal.type("\x1b[A\x1b[A\n")  # arrow keys: the message before /history
-        terminal.expect("base> ")
+        terminal.type("\x1b[A\x1b[A")  # arrow keys: the message before /history
+        terminal.expect("h\u00e9llo \u20ac")
+        terminal.type("\n")
+        terminal.expect("\nbase> ")
         terminal.type("\x03")
         terminal.expect("(/exit leaves)")
         terminal.expect("base> ")
