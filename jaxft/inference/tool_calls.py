@@ -91,23 +91,23 @@ class CallStream:
     def add(self, text: str, is_last: bool) -> tuple[str, tuple[ToolCall, ...]]:
         """Return the text that is certain to be no part of a call, and the calls that are complete."""
         self._waiting += text
-        calls, kept = list[ToolCall](), list[str]()
+        calls, texts = list[ToolCall](), list[str]()
         while self._waiting:
             if is_last and self._follows_call and self._waiting.isspace():
                 break
             begin, inner = self._opening()
             if inner is None:
-                kept.append(self._take(self._text_end(is_last)))
+                texts.append(self._take(self._text_end(is_last)))
                 break
-            kept.append(self._take(begin))
+            texts.append(self._take(begin))
             end = self._call_end(inner - begin, is_last)
             if end is None:
                 break
             found = self._parsed(self._waiting[:end])
             text = self._take(end)
-            kept += [] if found else [text]
+            texts += [] if found else [text]
             self._follows_call, calls = bool(found), calls + found
-        return "".join(kept), tuple(calls)
+        return "".join(texts), tuple(calls)
 
     def _take(self, size: int) -> str:
         """Remove the first characters of the waiting text, and return them."""
