@@ -75,17 +75,17 @@ def standard_streams(terminal):
 
 def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
     """A user's side in a thread; the chat gets interrupts as a main thread does."""
-    texts = ["héllo € " + LONG, [LONG, LONG * 2], [LONG, LONG], "it goes on..."]
+    texts = ["héllo € " + LONG, [LONG, LONG * 2], [LONG, LONG], [LONG * 9 + "END...", LONG], "it goes on..."]
     chat = Conversation(tiny.models(), ("base",), ChoiceSettings(Sampling(24), 0, (), 1, None), 24)
-    failures, shown, main = [], {}, threading.get_ident()
+    failures, shown, main, finished = [], {}, threading.get_ident(), threading.Event()
 
     def interrupt(text):
         """Send SIGINT while the chat waits; once more if it came just before the wait."""
-        for _ in range(9):
-            time.sleep(0.1)
+        for _ in range(3):
+            time.sleep(0.3)
             signal.pthread_kill(main, signal.SIGINT)
             with contextlib.suppress(AssertionError):
-                return terminal.expect(text, 3)
+                return terminal.expect(text, 10)
         raise AssertionError(terminal.text)
 
     def user():
@@ -100,7 +100,10 @@ def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
             monkeypatch.setenv("COLUMNS", "30")
             terminal.type("/retry\n")
             shown["narrow"] = terminal.expect("base|terse> ")
-            terminal.type("/use base\n")
+            terminal.type("/retry\n")
+            terminal.expect("END", 5)  # the last lines of what is longer than the screen
+            interrupt(" [stopped]\nbase|terse> ")
+            terminal.type("/undo\n/use base\n")
             terminal.expect("base> ")
             terminal.type("go\n")
             terminal.expect("it goes on")
@@ -110,16 +113,22 @@ def test_a_conversation_on_a_terminal(terminal, monkeypatch, tmp_path):
             terminal.expect("base> ")
         except BaseException as error:
             failures.append(error)
+            chat.done = True
+            signal.pthread_kill(main, signal.SIGINT)
         terminal.type("\x04")
+        while not finished.wait(0.02):
+            terminal.drain()
 
     thread = threading.Thread(target=user)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "12")
     with standard_streams(terminal):
         thread.start()
         try:
             load("chat").chat_loop(ScriptedScheduler(texts), chat)
         finally:
+            finished.set()
             thread.join()
     assert not failures, failures
     terminal.drain()
@@ -144,6 +153,7 @@ def test_long_responses_side_by_side_fit_the_terminal_while_they_arrive(columns)
     lines = console.render_lines(script.side_by_side(texts, console, 7), pad=False)
     text = "\n".join("".join(segment.text for segment in line) for line in lines)
     assert len(lines) <= 11 and "short" in text and "matrix" in text
+    assert max(line.count("│") for line in text.splitlines()) == (3 if columns == 60 else 2)
     whole = console.render_lines(script.side_by_side(texts, console, None))
     assert len(whole) > 50
 
