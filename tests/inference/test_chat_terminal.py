@@ -183,6 +183,7 @@ def test_the_command_on_a_terminal_of_its_own(tmp_path):
         terminal.expect("héllo €")
         terminal.type("\n")
         terminal.expect("\nbase> ")
+        time.sleep(1)  # the prompt is shown before the line editor waits for keys
         terminal.type("\x03")
         terminal.expect("(/exit leaves)")
         terminal.expect("base> ")
