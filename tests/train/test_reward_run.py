@@ -132,14 +132,17 @@ def test_a_margin_that_is_not_a_number_is_named(place):
 
 
 def test_reward_models_of_a_sweep_equal_those_of_separate_runs(place):
-    process = place.start("--over", "lr=0.01,0.003", "--name", "swept", script="sweep.py")
+    """With SGD: Adam divides an element whose gradient is nearly 0 by about that gradient, rounding included."""
+    sgd = "optim.optimizer=optax:sgd"
+    process = place.start("--over", "lr=1.0,0.3", "--name", "swept", sgd, script="sweep.py")
     process.join()
     assert process.exitcode == 0, place.err()
-    run(place, "lr=0.003", "name=alone")
+    run(place, "lr=0.3", "name=alone", sgd)
     one, other = (
         load_file(place.runs(name) / "adapter" / "adapter_model.safetensors")
-        for name in ("swept/lr=0.003", "alone")
+        for name in ("swept/lr=0.3", "alone")
     )
+    assert max(abs(x).max() for name, x in one.items() if "lora_B" in name) > 0.01  # they begin at 0
     assert one.keys() == other.keys()
     for name, x in one.items():
         np.testing.assert_allclose(x, other[name], rtol=1e-4, atol=1e-5, err_msg=name)
