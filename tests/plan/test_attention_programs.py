@@ -131,7 +131,7 @@ def test_shared_prompts_take_the_planned_bytes_of_separate_ones(name, quant, ker
     """Llama 3.1 8B with LoRA, on rows of the same shape with and without branches."""
     path, machine = Path(__file__).resolve().parents[2] / "configs/llama31_8b_dpo.py", machines.machine(name)
     count, sizes = len(machine.devices), []
-    settings = [f"batch={2 * count}", f"micro={2 * count}", f"quant={quant}"]
+    settings = [f"batch={2 * count}", "micro=2", f"quant={quant}"]
     try:
         plan.set_quick(machine.tpu)
         for layout in ("plain", "branches"):
