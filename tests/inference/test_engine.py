@@ -81,12 +81,17 @@ def test_a_completion_ends_early_where_there_is_enough_and_the_others_go_on(worl
     monkeypatch.setattr(engines, "STEPS_BETWEEN_LOOKS", 3)
     marks = range(0, CONFIG.vocab, 6)
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
-    ended = []
-    found = engine.complete(
-        world[1], PROMPTS, KEY, None, lambda tokens: any(x in marks for x in tokens), ended.append
-    )
+    ended, shown = [], []
+
+    def is_enough(tokens):
+        shown.append(tokens)
+        return any(x in marks for x in tokens)
+
+    found = engine.complete(world[1], PROMPTS, KEY, None, is_enough, ended.append)
     shorter = 0
     assert sum(ended) == 27 and len(ended) > 4
+    for tokens in shown:  # a row that has ended is not decoded further
+        assert not any(x in marks for x in tokens[:-4])
     for own, whole in zip(found.tokens.reshape(27, 20), expected.tokens.reshape(27, 20), strict=True):
         count, total = (own >= 0).sum(), (whole >= 0).sum()
         np.testing.assert_array_equal(own[:count], whole[:count])

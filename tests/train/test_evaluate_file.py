@@ -98,16 +98,17 @@ def test_preferences_are_those_of_transformers_log_probabilities(place, evaluate
 
 
 def test_accuracy_against_the_base_compares_what_the_responses_gained():
-    # gains of chosen and rejected: 1 and 2, 3 and 1, 0 and 0
+    # gains of chosen and rejected: 1 and 2, 3 and 1, 0 and 0, 5 and 1
     scores = [
         PairScore("a", -4.0, -9.0, 2, 3, (-5.0, -11.0)),
         PairScore("b", -5.0, -2.0, 5, 1, (-8.0, -3.0)),
         PairScore("c", -1.0, -1.0, 1, 1, (-1.0, -1.0)),
+        PairScore("d", -8.0, -2.0, 4, 2, (-13.0, -3.0)),
     ]
     found = preference_metrics(scores)
-    assert found["accuracy_against_base"] == pytest.approx(1 / 3)
-    assert found["accuracy"] == pytest.approx(1 / 3)
-    assert found["accuracy_per_token"] == pytest.approx(2 / 3)  # -2 and -3, -1 and -2, equal
+    assert found["accuracy_against_base"] == 2 / 4
+    assert found["accuracy"] == 1 / 4
+    assert found["accuracy_per_token"] == 2 / 4  # -2 and -3, -1 and -2, equal, -2 and -1
 
 
 def test_completions_are_scored_against_the_answers_of_rows(place, evaluate, tmp_path):
@@ -146,7 +147,11 @@ def test_several_completions_of_a_prompt_have_pass_at_k_lengths_and_ends(place, 
     assert found["pass@2/matches"] == pytest.approx(pass_at(passed.reshape(3, 3), (2,))[2])
     clipped = np.mean([row["finish"] == "length" for row in rows])
     assert found["completions/clipped_ratio"] == pytest.approx(clipped)
-    assert 1 <= found["completions/mean_length"] <= 12 and len({row["completion"] for row in rows}) > 3
+    assert (
+        clipped < 1
+        and 1 <= found["completions/mean_length"] < 12
+        and len({row["completion"] for row in rows}) > 3
+    )
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets_of_k_completions():
