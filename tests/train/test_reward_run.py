@@ -132,7 +132,7 @@ def test_a_margin_that_is_not_a_number_is_named(place):
 
 
 def test_reward_models_of_a_sweep_equal_those_of_separate_runs(place):
-    """With SGD: Adam divides an element whose gradient is nearly 0 by about that gradient, rounding included."""
+    """With SGD: where a gradient is nearly 0, Adam turns its rounding into a whole step."""
     sgd = "optim.optimizer=optax:sgd"
     process = place.start("--over", "lr=1.0,0.3", "--name", "swept", sgd, script="sweep.py")
     process.join()
