@@ -163,10 +163,11 @@ def changes_since_start(folder: Path, record: dict[str, Any]) -> list[str]:
     return permitted_changes(folder, read_saved_json(path), record) if path.exists() else []
 
 
-def permitted_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def permitted_changes(folder: Path | str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The differences between a run's original settings and today's, one line each.
 
-    Raises ValueError that lists those which would change what the run computes.
+    folder: where the original settings are. Raises ValueError that lists the differences which would change
+    what the run computes.
     """
     old, new = ({k: v for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     found = differences(old, json.loads(json.dumps(new)))

@@ -4,6 +4,7 @@ A run writes its folder on disk, because an object store has neither renames nor
 Each verified checkpoint is then copied, its manifest last, so that one without a manifest is incomplete. With
 it go the other files of the folder that have changed; `index.json` has their sizes and hashes, and which
 process sends them. A start that finds a newer checkpoint in the store than on disk fetches the folder first.
+A start with other settings than those of the run in the store is refused and leaves the store as it is.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"  # of a finished run; it is sent last
 LOCAL_FILES = ("lock", INDEX)  # of this machine alone
 TEMPORARY = (".part", ".tmp")
+Records = Mapping[str, dict[str, Any]]  # settings of a run, or of a sweep's members, by path in the folder
 Published = Callable[[int], None]  # is called with the step of each new checkpoint
+TakeOver = Callable[[], None]  # is called when the start is accepted
 
 
 class Mirror:
@@ -43,24 +46,36 @@ class Mirror:
             "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self.is_owner = False  # whether this process has taken the copy over
         self._sent: dict[str, list[Any]] = {}  # size and hash of what the store has
         self._read: dict[str, int] = {}  # when files were modified that are in the store as they are
 
     # From the store
 
-    def open(self) -> None:
-        """Fetch what the store has of a later step, and take over its copy.
+    def open(self, records: Records) -> None:
+        """Fetch what the store has of a later step; the store stays as it is.
 
-        Raises ValueError if the folder and the store have different runs, OSError if the store fails.
+        records: settings of this start. Raises ValueError, before anything is fetched, if the store has a
+        checkpoint or results of a run with other settings, or of another run than the folder; OSError if the
+        store fails.
         """
-        index = self._index()
-        self._sent = index.get("files", {})
+        self._sent = self._index().get("files", {})
         stored, local = self._stored_steps(), self._local_steps()
         ahead = max(stored, default=-1), SUMMARY in self._sent
+        if stored or SUMMARY in self._sent:  # without them there is nothing to resume, as in a folder
+            self._check_settings(records)
         if ahead > (max(local, default=-1), (self.folder / SUMMARY).is_file()):
-            self._check_same_run()
+            self._check_folder(records)
             self._fetch(sorted(set(stored) - set(local)))
+
+    def take_over(self) -> None:
+        """Become the process that sends this run; others then send no more. Raises OSError if that fails.
+
+        Call it when the start is accepted: one that is refused must not stop the copies of a live run.
+        """
+        self._sent = self._index().get("files", {})  # another start may have sent more since `open`
         self._write_index()
+        self.is_owner = True
 
     def _index(self) -> dict[str, Any]:
         content = self.store.read(INDEX)
@@ -79,16 +94,34 @@ class Mirror:
         found = (self.folder / CHECKPOINTS).glob(f"*/{manifest.NAME}")
         return [int(path.parent.name) for path in found if path.parent.name.isdecimal()]
 
-    def _check_same_run(self) -> None:
-        """Raise ValueError if the settings here and in the store are those of different runs."""
-        here, there = self.folder / "config.json", self.store.read("config.json")
-        if not here.is_file() or there is None:
-            return
+    def _check_settings(self, records: Records) -> None:
+        """Raise ValueError if the settings are not those of the run in the store."""
+        for name, record in records.items():
+            place, content = f"{self.store.url}/{name}", self.store.read(name)
+            if content is None:
+                continue
+            try:
+                found = json.loads(content)
+            except ValueError as error:
+                raise ValueError(f"{place}: not JSON; choose another name=... or loop.store=...") from error
+            old = found if isinstance(found, dict) else {}
+            if "members" in {**old, **record}:  # a sweep's, which may change at_once
+                old, record = ({"members": one.get("members")} for one in (old, record))
+            try:
+                permitted_changes(place, old, record)
+            except ValueError as error:
+                raise ValueError(f"{error} or loop.store=...") from error
+
+    def _check_folder(self, records: Records) -> None:
+        """Raise ValueError if the folder has another run than the store. records: as in `open`."""
+        paths = {name: self.folder / name for name in records}
+        local = {name: read_saved_json(path) for name, path in paths.items() if path.is_file()}
         try:
-            permitted_changes(self.folder, read_saved_json(here), json.loads(there))
+            self._check_settings(local)
         except ValueError as error:
             raise ValueError(
-                f"{self.folder} and {self.store.url} have different runs; choose another name=..."
+                f"{self.folder} and {self.store.url} have different runs; choose another name=... or "
+                "loop.store=..."
             ) from error
 
     def _fetch(self, steps: list[int]) -> None:
@@ -149,7 +182,10 @@ class Mirror:
     def finish(self) -> None:
         """Send the files that have changed. Raises OSError if the store lacks something of the folder."""
         try:
-            self._check_owner()
+            if self.is_owner:
+                self._check_owner()
+            else:  # a start that had nothing to do
+                self.take_over()
             for step in sorted(set(self._local_steps()) - set(self._stored_steps())):
                 self._send_checkpoint(step, replaces=False)
             self._send_files()
@@ -207,26 +243,30 @@ class Mirror:
         self.store.write(INDEX, json.dumps({"owner": self.owner, "files": self._sent}, indent=1).encode())
 
 
-def _nowhere(step: int) -> None:
+def _nowhere(*step: int) -> None:
     """Copy nothing."""
 
 
 @contextlib.contextmanager
-def mirrored(folder: Path, url: str | None, report: Callable[[str], None] = print) -> Iterator[Published]:
-    """Fetch a run's folder from the store at `url`; yield a function that copies a checkpoint there, and copy
-    all else at the end. Without a store it does nothing.
+def mirrored(
+    folder: Path, url: str | None, records: Records, report: Callable[[str], None] = print
+) -> Iterator[tuple[TakeOver, Published]]:
+    """Fetch a run's folder from the store at `url`; yield a function to call when the start is accepted, and
+    one that copies a checkpoint there; copy all else at the end. Without a store it does nothing.
 
-    Raises as Mirror.open and Mirror.finish do.
+    records: settings of this start. A start that fails before it is accepted copies nothing. Raises as
+    Mirror.open and Mirror.finish do.
     """
     if url is None:
-        yield _nowhere
+        yield _nowhere, _nowhere
         return
     mirror = Mirror(folder, open_store(url), report)
-    mirror.open()
+    mirror.open(records)
     try:
-        yield mirror.copy
+        yield mirror.take_over, mirror.copy
     except BaseException:
         with contextlib.suppress(OSError):
-            mirror.finish()
+            if mirror.is_owner:
+                mirror.finish()
         raise
     mirror.finish()

@@ -55,7 +55,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
             stack.enter_context(jax.set_mesh(sharding.make_mesh(lead.mesh)))
             job = prepare(settings, record, folder)
-            checkpoints = stack.enter_context(open_checkpoints(job))
+            checkpoints, take_over = stack.enter_context(open_checkpoints(job))
             finished, changes = processes.from_first_process(lambda: resume_point(job, checkpoints))
         if finished:
             return report_finished(job, finished)
@@ -65,6 +65,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         job = ended_early(job, saved, first)
         with processes.agreement():
             logs = stack.enter_context(closing(open_logs(job, first, saved, changes)))
+            take_over()  # of loop.store, now that no setting can be refused
         stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
@@ -78,8 +79,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         logs.message(f"compiled in {time.perf_counter() - begin:.1f} s")
 
         # ---------- The model before training ----------
-        if saved is None:
-            saved = evaluate_start(job, compiled, states, frozen, logs)
+        saved = saved or evaluate_start(job, compiled, states, frozen, logs)
 
         # ---------- Training ----------
         meters, nonfinite = Meters(job, saved["counters"]), NonfiniteRecorder(job, logs)

@@ -17,7 +17,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.rl.programs import BoundRun
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.mirror import CHECKPOINTS, mirrored
+from jaxft.runs.mirror import CHECKPOINTS, TakeOver, mirrored
 from jaxft.runs.record import describe, differences
 from jaxft.train import evaluate
 from jaxft.train.calibrate import CalibrationPlan, plan_run
@@ -230,16 +230,22 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_checkpoints(job: Job) -> Iterator[Checkpoints]:
+def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, TakeOver]]:
     """Open the checkpoints of a job, in its folder. With loop.store, fetch the folder from there if the store
-    is ahead, and copy it there at every checkpoint and when the block ends.
+    is ahead, and copy it there at every checkpoint and when the block ends. Call the second value when the
+    settings are accepted: it makes this process the one that writes to the store.
+
+    Raises ValueError if the store has a run with other settings, OSError if it fails.
     """
     loop, name = job.lead.run.loop, job.sweep.name if job.sweep else job.lead.run.name
     url = f"{loop.store.rstrip('/')}/{name}" if loop.store and processes.is_first() else None
-    with mirrored(job.folder, url) as copy:
+    records = {f"{m.label}/config.json" if m.label else "config.json": m.record for m in job.members}
+    if job.sweep is not None:
+        records = {"config.json": {"members": [member.label for member in job.members]}, **records}
+    with mirrored(job.folder, url, records) as (take_over, copy):
         found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, published=copy)
         with contextlib.closing(found):
-            yield found
+            yield found, take_over
 
 
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:

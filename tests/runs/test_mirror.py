@@ -1,18 +1,27 @@
 """The copy of a run's folder in an object store: what is sent and fetched, and what happens when it fails."""
 
+import contextlib
 import json
 import shutil
 import urllib.request
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from object_store import serve_objects
+from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
 from jaxft.runs import store as stores
+from jaxft.runs.config import resolve_config
 from jaxft.runs.mirror import mirrored
+from jaxft.train import loop
+from jaxft.train.settings import Run
+from jaxft.train.sweep import Sweep
 
 PLACE = {"s3": "s3://bucket/runs/a", "gs": "gs://bucket/runs/a"}
 RECORD = {"weights": "base", "data": {"seed": 0}, "loop": {"steps": 4}}
+OTHER = {**RECORD, "data": {"seed": 1}}
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key",
     "AWS_SECRET_ACCESS_KEY": "secret",
@@ -50,6 +59,14 @@ def write_folder(folder, record=RECORD):
     return folder
 
 
+@contextlib.contextmanager
+def started(folder, url=PLACE["s3"], report=print, record=RECORD):
+    """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint."""
+    with mirrored(folder, url, {"config.json": record}, report) as (take_over, copy):
+        take_over()
+        yield copy
+
+
 def tree_of(folder):
     """The files of a folder but for the lock, by path."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
@@ -60,7 +77,7 @@ def tree_of(folder):
 def test_another_machine_gets_the_folder_as_it_was(store, tmp_path, scheme):
     here, lines = write_folder(tmp_path / "here"), []
     (here / "config.json.part").write_text("{")
-    with mirrored(here, PLACE[scheme], lines.append) as copy:
+    with started(here, PLACE[scheme], lines.append) as copy:
         for step in (1, 2, 3):
             write_step(here, step)
             (here / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
@@ -74,7 +91,7 @@ def test_another_machine_gets_the_folder_as_it_was(store, tmp_path, scheme):
     (here / "config.json.part").unlink()
     assert lines == [f"all files of this run are in {PLACE[scheme]} too"]
     requests = len(store.requests)
-    with mirrored(tmp_path / "there", PLACE[scheme], lines.append):
+    with mirrored(tmp_path / "there", PLACE[scheme], {"config.json": RECORD}, lines.append):  # it is finished
         assert tree_of(tmp_path / "there") == tree_of(here)
     assert "fetching step 3" in lines[1]
     sent = [line for line in store.requests[requests:] if line.startswith(("PUT", "POST"))]
@@ -84,22 +101,22 @@ def test_another_machine_gets_the_folder_as_it_was(store, tmp_path, scheme):
 def test_a_folder_that_is_ahead_of_the_store_stays(store, tmp_path):
     here = write_folder(tmp_path / "here")
     write_step(here, 1)
-    with mirrored(here, PLACE["s3"], print) as copy:
+    with started(here) as copy:
         copy(1)
     write_step(here, 2)
     (here / "metrics.jsonl").write_text("mine\n")
-    with mirrored(here, PLACE["s3"], print):
+    with started(here):
         assert (here / "metrics.jsonl").read_text() == "mine\n"
     (write_folder(tmp_path / "late") / "metrics.jsonl").write_text("old\n")
     write_step(tmp_path / "late", 0)
-    with mirrored(tmp_path / "late", PLACE["s3"], print):
+    with started(tmp_path / "late"):
         assert (tmp_path / "late" / "metrics.jsonl").read_text() == "mine\n"
     assert [line for line in store.requests if "checkpoints/2" in line]
 
 
 def test_a_store_that_fails_is_a_warning_and_then_gets_everything(store, tmp_path):
     here, lines = write_folder(tmp_path / "here"), []
-    with mirrored(here, PLACE["s3"], lines.append) as copy:
+    with started(here, PLACE["s3"], lines.append) as copy:
         write_step(here, 1)
         store.faults["PUT .*part"] = 503
         copy(1)
@@ -119,31 +136,31 @@ def test_a_store_that_fails_at_the_end_is_one_line_and_the_same_command_repairs_
     here = write_folder(tmp_path / "here")
     write_step(here, 1)
     with pytest.raises(OSError, match=r"was not copied: s3://bucket/runs/a: .*all of it is in"):  # noqa: SIM117
-        with mirrored(here, PLACE["s3"], print) as copy:
+        with started(here) as copy:
             store.faults["PUT .*part"] = 403
             copy(1)
     store.faults.clear()
-    with mirrored(here, PLACE["s3"], print):
+    with started(here):
         pass
     assert any(name.endswith("checkpoints/1/manifest.json") for name in store.objects)
 
 
 def test_a_store_that_cannot_be_opened_ends_the_start(store, tmp_path, monkeypatch):
     for url in ("s3://absent/x", "gs://absent/x"):
-        with pytest.raises(OSError, match=f"^{url}: [^\n]+$"), mirrored(tmp_path / "x", url, print):
+        with pytest.raises(OSError, match=f"^{url}: [^\n]+$"), started(tmp_path / "x", url, print):
             pass
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match="^s3://bucket/runs/a: [^\n]+$"), mirrored(tmp_path, PLACE["s3"], print):
+    with pytest.raises(OSError, match="^s3://bucket/runs/a: [^\n]+$"), started(tmp_path):
         pass
 
 
 def test_a_second_start_takes_over_and_the_first_one_sends_no_more(store, tmp_path):
     first, lines = write_folder(tmp_path / "first"), []
     with pytest.raises(OSError, match="is written by another start of this run, process"):  # noqa: SIM117
-        with mirrored(first, PLACE["s3"], lines.append) as copy:
+        with started(first, PLACE["s3"], lines.append) as copy:
             write_step(first, 1)
             copy(1)
-            with mirrored(tmp_path / "second", PLACE["s3"], print) as other:
+            with started(tmp_path / "second") as other:
                 write_step(tmp_path / "second", 2, "second")
                 other(2)
             write_step(first, 2, "first")
@@ -153,25 +170,115 @@ def test_a_second_start_takes_over_and_the_first_one_sends_no_more(store, tmp_pa
     assert store.objects[name] == b"second 2"
 
 
-def test_a_store_with_another_run_of_the_name_is_refused(store, tmp_path):
+def test_a_folder_with_another_run_is_not_overwritten(store, tmp_path):
     here = write_folder(tmp_path / "here")
     write_step(here, 3)
-    with mirrored(here, PLACE["s3"], print) as copy:
+    with started(here) as copy:
         copy(3)
-    other = write_folder(tmp_path / "other", {**RECORD, "data": {"seed": 1}})
+    other = write_folder(tmp_path / "other", OTHER)
     before = tree_of(other)
-    with (
-        pytest.raises(ValueError, match="have different runs; choose another name"),
-        mirrored(other, PLACE["s3"], print),
-    ):
+    with pytest.raises(ValueError, match="have different runs; choose another name"), started(other):
         pass
     assert tree_of(other) == before
+
+
+@pytest.mark.parametrize("step", [None, 1, 9], ids=["no folder", "behind", "ahead"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_start_with_other_settings_than_those_in_the_store_is_refused(store, tmp_path, step, finished):
+    here, there = write_folder(tmp_path / "here"), tmp_path / "there"
+    write_step(here, 3)
+    if finished:
+        (here / "summary.json").write_text('{"steps": 3}')
+    with started(here) as copy:
+        copy(3)
+    if step is not None:
+        write_step(write_folder(there, OTHER), step)
+    before, sent = tree_of(there), dict(store.objects)
+    refusal = (
+        r"^s3://bucket/runs/a/config.json: cannot resume, .*: data.seed: 0 -> 1\. .* or loop.store=\.\.\.$"
+    )
+    with pytest.raises(ValueError, match=refusal), started(there, record=OTHER):
+        pass
+    assert tree_of(there) == before and store.objects == sent
+
+
+def test_a_start_that_is_refused_does_not_stop_the_copies_of_the_run(store, tmp_path):
+    first, lines = write_folder(tmp_path / "first"), []
+    with started(first, report=lines.append) as copy:
+        write_step(first, 1)
+        copy(1)
+        sent = dict(store.objects)
+        with pytest.raises(ValueError, match="cannot resume"), started(tmp_path / "second", record=OTHER):
+            pass
+        with (
+            pytest.raises(ValueError, match="by another check"),
+            mirrored(tmp_path / "third", PLACE["s3"], {"config.json": RECORD}),
+        ):
+            raise ValueError("refused by another check")
+        assert store.objects == sent and not tree_of(tmp_path / "second")
+        write_step(first, 2)
+        copy(2)
+    assert lines == [f"all files of this run are in {PLACE['s3']} too"]
+    assert "runs/a/checkpoints/2/manifest.json" in store.objects
+
+
+def test_settings_may_change_as_those_of_a_folder_may(store, tmp_path):
+    here = write_folder(tmp_path / "here", OTHER)
+    with pytest.raises(OSError, match="out of memory"), started(here, record=OTHER):
+        raise OSError("out of memory")
+    assert json.loads(store.objects["runs/a/config.json"]) == OTHER
+    write_folder(here := tmp_path / "again")
+    with started(here) as copy:  # without a checkpoint there is nothing to resume
+        write_step(here, 1)
+        copy(1)
+    longer = {**RECORD, "loop": {"steps": 8}}
+    with started(tmp_path / "there", record=longer):
+        assert tree_of(tmp_path / "there") == tree_of(here)
+    store.objects["runs/a/config.json"] = b"{"
+    with pytest.raises(ValueError, match=r"^s3://bucket/runs/a/config.json: not JSON; choose"), started(here):
+        pass
+
+
+def test_a_run_takes_the_store_over_when_its_settings_are_accepted(store, tmp_path, monkeypatch):
+    write_place(tmp_path)
+    knobs, fault = ["samples=0", "loop.store=s3://bucket/runs"], ValueError("it ends here")
+
+    def fail(*_):
+        raise fault
+
+    def begin(settings, until):
+        """Start a run up to a function of `loop.run`; return which objects it has changed."""
+        before = dict(store.objects)
+        with monkeypatch.context() as patch, pytest.raises(ValueError) as caught:
+            patch.setattr(loop, until, fail)
+            loop.run(settings, root=Path("runs"))
+        changed = {name for name, content in store.objects.items() if before.get(name) != content}
+        return changed if caught.value is fault else str(caught.value)
+
+    with working_directory(tmp_path):
+        run = resolve_config("config.py", ["name=a", *knobs], expected=Run).value
+        other = replace(run, optim=replace(run.optim, lr=2.0))
+        assert begin(run, "open_logs") == set()
+        assert {"runs/a/index.json", "runs/a/config.json"} <= begin(run, "precompute")
+        store.objects["runs/a/checkpoints/1/manifest.json"] = b"{}"
+        shutil.rmtree("runs/a")
+        assert "runs/a/config.json: cannot resume" in (line := begin(other, "open_logs"))
+        assert "optim.lr: 0.01 -> 2.0" in line
+
+        sweep = Sweep("b", {"x": run, "y": other})
+        assert {"runs/b/config.json", "runs/b/y/config.json"} <= begin(sweep, "precompute")
+        store.objects["runs/b/checkpoints/1/manifest.json"] = b"{}"
+        shutil.rmtree("runs/b")
+        assert "runs/b/y/config.json: cannot resume" in begin(Sweep("b", {"x": run, "y": run}), "open_logs")
+        assert "members: ['x', 'y'] -> ['x', 'z']" in begin(Sweep("b", {"x": run, "z": other}), "open_logs")
+        assert "members: ['x', 'y'] -> None" in begin(replace(run, name="b"), "open_logs")
+        assert begin(Sweep("b", sweep.runs, at_once=2), "resume_point") == set()
 
 
 def test_names_that_lead_out_of_the_folder_are_not_fetched(store, tmp_path):
     here = write_folder(tmp_path / "here")
     write_step(here, 1)
-    with mirrored(here, PLACE["s3"], print) as copy:
+    with started(here) as copy:
         copy(1)
     index = json.loads(store.objects["runs/a/index.json"])
     index["files"]["../outside"] = [1, "x"]
@@ -179,7 +286,7 @@ def test_names_that_lead_out_of_the_folder_are_not_fetched(store, tmp_path):
     store.objects["runs/outside"] = b"x"
     with (
         pytest.raises(ValueError, match="no file of a run"),
-        mirrored(tmp_path / "x" / "y", PLACE["s3"], print),
+        started(tmp_path / "x" / "y"),
     ):
         pass
     assert not (tmp_path / "x" / "outside").exists()
@@ -196,13 +303,13 @@ def test_moto_takes_and_lists_the_same(tmp_path, monkeypatch):
         for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
             monkeypatch.setenv(name, value)
         here = write_folder(tmp_path / "here")
-        with mirrored(here, PLACE["s3"], print) as copy:
+        with started(here) as copy:
             for step in (1, 2):
                 write_step(here, step)
                 copy(step)
             shutil.rmtree(here / "checkpoints" / "1")
             copy(2)
-        with mirrored(tmp_path / "there", PLACE["s3"], print):
+        with started(tmp_path / "there"):
             assert tree_of(tmp_path / "there") == tree_of(here)
     finally:
         server.stop()

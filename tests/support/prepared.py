@@ -45,5 +45,5 @@ def load_and_compile(folder, *overrides):
 def resume(folder, *overrides):
     """Prepare a run and compare it with that of the same name in `runs/`: (steps if finished, changes)."""
     job = prepare(folder, *overrides)
-    with working_directory(folder), members.open_checkpoints(job) as checkpoints:
+    with working_directory(folder), members.open_checkpoints(job) as (checkpoints, _):
         return members.resume_point(job, checkpoints)
