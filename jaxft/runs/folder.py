@@ -230,7 +230,9 @@ def check_results(folder: Path) -> None:
     folder: of the run, or one of its results, such as adapter/. A run that has not recorded hashes, or is no
     run, passes.
     """
-    run = next((f for f in (folder, *folder.resolve().parents[:2]) if (f / "summary.json").is_file()), None)
+    inside = folder.resolve()
+    above = [f for f in inside.parents[:2] if inside.relative_to(f).parts[0] in RESULTS]
+    run = next((f for f in (folder, *above) if (f / "summary.json").is_file()), None)
     if run is None:
         return
     recorded = read_saved_json(run / "summary.json").get("files", {})
@@ -238,7 +240,6 @@ def check_results(folder: Path) -> None:
         raise ValueError(
             f"{run / 'summary.json'}: files has type {type(recorded).__name__}; restore the file"
         )
-    inside = folder.resolve()
     names = [name for name in recorded if (run / name).resolve().is_relative_to(inside)]
     for name in names:
         if not (run / name).is_file():

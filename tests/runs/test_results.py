@@ -63,6 +63,8 @@ def test_folders_without_recorded_hashes_pass(run, tmp_path):
     (run / "adapter" / "tokenizer.json").write_text("changed")
     runfolder.check_results(run / "adapter")
     runfolder.check_results(tmp_path / "not a run" / "adapter")
+    (tmp_path / "summary.json").write_text("[]")  # of somebody else, two folders above
+    runfolder.check_results(tmp_path / "jaxft-push-1" / "sft")
 
 
 @pytest.mark.parametrize(
