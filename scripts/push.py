@@ -7,14 +7,17 @@
 
 SOURCE is a finished run, a folder that export.py, quantize.py, combine.py or extract.py wrote, or a .gguf
 file. Uploaded are weights, configurations, tokenizer, license and model card, in one commit; never
-checkpoints, optimizer states or logs. Weights of an earlier push that are not in this one are deleted from
-the branch. The token is that of HF_TOKEN or of `hf auth login`; HF_ENDPOINT is the address of another hub.
+checkpoints, optimizer states or logs. A model or adapter replaces the one in the branch: weights,
+configurations and tokenizer files that are not pushed are deleted, except .gguf files. A .gguf file deletes
+only old parts of its own name. Deleted files are listed. The token is that of HF_TOKEN or of
+`hf auth login`; HF_ENDPOINT is the address of another hub.
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -46,16 +49,22 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def merge(source: Path, out: Path, dtype: str) -> None:
-    """Write the model of a run, or of an adapter's folder, with the adapter merged into its base."""
+def adapter_to_merge(source: Path) -> Any:
+    """Return the NamedWeights of a finished run, or of an adapter's folder. Raises ValueError for others."""
     from jaxft.runs.named_weights import named_weights
-    from jaxft.runs.push import run_of_weights
-    from jaxft.train import export
+    from jaxft.runs.push import finished_run
 
-    run = run_of_weights(source)
+    run = finished_run(source)
     named = named_weights(run, None, None if run else source)
     if named.adapter is None:
         raise ValueError(f"{source}: a whole model, without an adapter to merge; leave --merged out")
+    return named
+
+
+def merge(named: Any, out: Path, dtype: str) -> None:
+    """Write the model with the adapter merged into its base."""
+    from jaxft.train import export
+
     for line in named.notes:
         print(line, file=sys.stderr)
     print(f"merging {named.adapter} into {named.ref}", file=sys.stderr, flush=True)
@@ -72,12 +81,24 @@ def decimal_size(count: float) -> str:
     return f"{count:.4g} {units[0]}"
 
 
+def print_deletions(files: dict[str, Any], target: Any) -> None:
+    """Print the files that a push would delete from the branch, or that they are not known."""
+    from jaxft.runs.terminal import printable_line
+    from jaxft.weights.hub_upload import deletions
+
+    stale = deletions(files, target)
+    for name in stale or []:
+        print(f"{'deleted':>12}  {printable_line(name)}")
+    if stale is None:
+        print("not known without the hub and a token: which files of the branch would be deleted")
+
+
 def main() -> int:
     """Upload, and print the address and the commit."""
     args = arguments()
     from jaxft.runs.push import files_to_push
     from jaxft.runs.terminal import printable_line
-    from jaxft.weights.hub_upload import HubTarget, check_target, hub_endpoint, upload_files
+    from jaxft.weights.hub_upload import HubTarget, check_access, check_target, hub_endpoint, upload_files
 
     message = f"Upload {args.source.resolve().name} with jaxft" if args.message is None else args.message
     target = HubTarget(args.repo, args.revision, args.public, message)
@@ -85,24 +106,28 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="jaxft-push-") as folder:
         merged = Path(folder) / args.source.resolve().name if args.merged else None
         if merged is not None:
-            merge(args.source, merged, args.dtype or "bfloat16")
+            named = adapter_to_merge(args.source)
+            if not args.dry_run:
+                check_access(target)  # before a merge, which takes hours for a large model
+            merge(named, merged, args.dtype or "bfloat16")
         push = files_to_push(args.source, args.repo, merged)
         for line in push.notes:
             print(printable_line(line), file=sys.stderr)
         total, visible = decimal_size(sum(push.sizes().values())), "public" if args.public else "private"
-        where = f"{hub_endpoint()}/{args.repo}"
+        where = printable_line(f"{hub_endpoint()}/{args.repo}")
         if args.dry_run:
             for name, size in push.sizes().items():
                 print(f"{decimal_size(size):>12}  {printable_line(name)}")
+            print_deletions(push.files, target)
             print(f"{push.what}, {total}, to {where} ({visible}, branch {args.revision}); nothing was sent")
             return 0
-        done = upload_files(push.files, target)
-    for line in done.notes:
+        done = upload_files(push.files, target, push.defaults)
+    for line in [*(f"deleted from the branch: {name}" for name in done.deleted), *done.notes]:
         print(printable_line(line), file=sys.stderr)
     visible = "private" if done.private else "public"
     verb = "pushed" if done.new else "all files were there already:"
-    print(f"{verb} {push.what}, {total}, to {done.url} ({visible})")
-    print(f"commit {done.commit}: {done.commit_url}")
+    print(f"{verb} {push.what}, {total}, to {printable_line(done.url)} ({visible})")
+    print(printable_line(f"commit {done.commit}: {done.commit_url}"))
     return 0
 
 

@@ -2,13 +2,15 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxft.runs.folder import check_results, finished_steps, read_saved_json
+from jaxft.runs.log import METRICS
+from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.weights import hf, hub
-from jaxft.weights.card import USE_SECTION
-from jaxft.weights.gguf_header import part_files, read_gguf_header
+from jaxft.weights.card import USE_SECTION, gguf_card, gguf_metadata
+from jaxft.weights.gguf_header import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.hub_upload import FileContent, is_uploaded
 from jaxft.weights.peft_refusals import read_adapter_config
 from jaxft.weights.safetensors import open_safetensors
@@ -21,12 +23,13 @@ FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 @dataclass(frozen=True)
 class Push:
     """Files to be uploaded, by their name in the repository. what: "adapter", "model" or "GGUF file". notes:
-    lines for the user.
+    lines for the user. defaults: files that are added unless the repository has them.
     """
 
     what: str
     files: dict[str, FileContent]
     notes: list[str]
+    defaults: dict[str, FileContent] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file."""
@@ -43,21 +46,42 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
     for what has no weights, is not complete, or has links in place of files.
     """
     if source.is_file():
-        return _gguf(source)
+        return _gguf(source, repo)
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder; name a run, or a folder with weights")
-    run = run_of_weights(source)
+    run = finished_run(source)
     if run is None:
         return _folder(merged or source, repo)
-    weights = next((f for f in (run / "adapter", run / "model") if f.is_dir()), None)
-    if weights is None or not finished_steps(run):
+    found = _folder(merged or _weights_of(run), repo)
+    own = _card_of_run(run, found.files.get(CARD), merged is not None)
+    return Push(found.what, {**found.files, **own}, found.notes)
+
+
+def finished_run(folder: Path) -> Path | None:
+    """Return what run_of_weights does. Raises FileNotFoundError or ValueError for a run that is not
+    finished, or that was continued after it had finished and has not reached its new end.
+    """
+    run = run_of_weights(folder)
+    if run is None:
+        return None
+    steps, entries = finished_steps(run), read_entries(run / METRICS)
+    if not (_weights_of(run).is_dir() and steps):
         raise FileNotFoundError(
             f"{run}: this run is not finished, so its weights are not complete; finish it with the command "
             "that started it"
         )
-    found = _folder(merged or weights, repo)
-    own = _card_of_run(run, found.files.get(CARD), merged is not None)
-    return Push(found.what, {**found.files, **own}, found.notes)
+    if entries and entries[-1]["step"] > steps:
+        raise ValueError(
+            f"{run}: this run is not finished; it was continued after step {steps}, has reached step "
+            f"{entries[-1]['step']}, and its weights are those of step {steps}. Finish it with the command "
+            "that continued it"
+        )
+    return run
+
+
+def _weights_of(run: Path) -> Path:
+    """The folder of a run's weights, which exists if the run is finished."""
+    return run / "adapter" if (run / "adapter").is_dir() else run / "model"
 
 
 def run_of_weights(folder: Path) -> Path | None:
@@ -90,6 +114,9 @@ def _folder(folder: Path, repo: str) -> Push:
             raise ValueError(f"{folder / name}: not a regular file; copy it into the folder")
     others = [name for name in names if name not in files]
     notes = [f"not uploaded: {', '.join(others)}"] if others else []
+    if what == "GGUF file" and CARD not in files:
+        header = read_gguf_header(next(folder / name for name in files if name.endswith(".gguf")))
+        return Push(what, files, notes + _gguf_notes(header), _gguf_defaults(header, repo))
     if "tokenizer_config.json" not in files and what != "GGUF file":
         notes.append(f"warning: {folder} has no tokenizer; users of the model need that of its base")
     if what == "adapter":
@@ -121,13 +148,27 @@ def _complete(folder: Path) -> str:
     return "GGUF file"
 
 
-def _gguf(path: Path) -> Push:
+def _gguf(path: Path, repo: str) -> Push:
     if path.suffix != ".gguf":
         raise ValueError(
             f"{path}: this file is not a model; name a run, a folder with weights or a .gguf file"
         )
-    read_gguf_header(path)
-    return Push("GGUF file", {part.name: part for part in part_files(path)}, [])
+    header = read_gguf_header(path)
+    files: dict[str, FileContent] = {part.name: part for part in part_files(path)}
+    return Push("GGUF file", files, _gguf_notes(header), _gguf_defaults(header, repo))
+
+
+def _gguf_defaults(header: GgufHeader, repo: str) -> dict[str, FileContent]:
+    """Return the card of a GGUF file, for a repository without one."""
+    return {CARD: gguf_card(header, repo.rpartition("/")[2]).encode()}
+
+
+def _gguf_notes(header: GgufHeader) -> list[str]:
+    """Return lines on the card of a GGUF file and on its license."""
+    notes = [f"a repository without {CARD} gets a short model card from the header of {header.path.name}"]
+    if "license" not in gguf_metadata(header):
+        notes.append(f"warning: {header.path.name} states no license; its model card says license: unknown")
+    return notes
 
 
 def _base_notes(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from jaxft.weights import gguf_header, hub
 
 Relation = Literal["adapter", "finetune", "quantized"]  # to the base, in the hub's words
 LICENSE_KEYS = ("license", "license_name", "license_link")
+LICENSE_NAME = re.compile(r"[a-z0-9.-]{1,60}")  # as on the hub's list
 USE_SECTION = "## Use"  # the heading of the section on how weights are loaded
 
 
@@ -82,6 +83,39 @@ def front_matter(card: Card) -> str:
     return f"---\n{huggingface_hub.ModelCardData(**known).to_yaml()}\n---"
 
 
+def gguf_card(header: gguf_header.GgufHeader, title: str) -> str:
+    """Return the card of a repository with a GGUF file, from what the file's header states."""
+    import huggingface_hub
+
+    stated, is_adapter = gguf_metadata(header), header.metadata.get("general.type") == "adapter"
+    relation = {"base_model_relation": "adapter" if is_adapter else "quantized"}
+    fields: dict[str, Any] = {
+        **({"base_model": stated["base_model"], **relation} if "base_model" in stated else {}),
+        "library_name": "gguf",
+        "license": stated.get("license", "unknown"),
+        "pipeline_tag": "text-generation",
+        "tags": ["gguf", *(["lora"] if is_adapter else [])],
+    }
+    front = huggingface_hub.ModelCardData(**fields).to_yaml()
+    what = "A LoRA adapter" if is_adapter else "A language model"
+    options = "-m BASE.gguf --lora FILE.gguf" if is_adapter else "-m FILE.gguf"
+    lines = [f"---\n{front}\n---", f"# {title}\n", f"{what} in the GGUF format.\n", f"{USE_SECTION}\n"]
+    lines += [f"    llama-cli {options}", *([] if is_adapter else ["    jaxft generate --model FILE.gguf"])]
+    return "\n".join(lines) + "\n"
+
+
+def gguf_metadata(header: gguf_header.GgufHeader) -> dict[str, str]:
+    """Return the license and the base_model on the hub, as far as the header of a GGUF file states them."""
+    licence, url = (
+        str(header.metadata.get(f"general.{key}", "")) for key in ("license", "base_model.0.repo_url")
+    )
+    named = re.fullmatch(r"https://huggingface\.co/([\w.-]{1,96}/[\w.-]{1,96})/?", url)
+    return {
+        **({"license": licence} if LICENSE_NAME.fullmatch(licence) else {}),
+        **({"base_model": named[1]} if named else {}),
+    }
+
+
 def license_of(ref: str) -> str:
     """Return the license that the files of a model state, "" if they state none."""
     return str(_source_metadata(ref).get("license", ""))
@@ -105,7 +139,7 @@ def _source_metadata(ref: str) -> dict[str, Any]:
     except (OSError, ValueError):  # the base is gone by now, and the card is written after all else
         return {}
     texts = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
-    if not re.fullmatch(r"[a-z0-9.-]{1,60}", texts.get("license", "")):  # not a name on the hub's list
+    if not LICENSE_NAME.fullmatch(texts.get("license", "")):
         texts = {}
     base = found.get("base_model")
     base = base[0] if isinstance(base, list) and base else base

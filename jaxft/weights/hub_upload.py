@@ -5,13 +5,15 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxft.weights import tokenizer_files
 from jaxft.weights.extend import UNTRAINED
+from jaxft.weights.gguf_header import PART_NAME
 from jaxft.weights.hub import short_message
 
 WEIGHTS_OR_CONFIG = (
@@ -40,7 +42,8 @@ class HubTarget:
 @dataclass(frozen=True)
 class Uploaded:
     """What is on the hub now. url: of the files. commit: its hash; new: whether this upload made it, False
-    if all files were there already. notes: lines for the user.
+    if all files were there already. deleted: files of an earlier upload that it removed. notes: lines for the
+    user.
     """
 
     url: str
@@ -48,6 +51,7 @@ class Uploaded:
     commit_url: str
     new: bool
     private: bool
+    deleted: list[str]
     notes: list[str]
 
 
@@ -82,88 +86,203 @@ def hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def upload_files(files: Mapping[str, FileContent], target: HubTarget) -> Uploaded:
-    """Commit files to a repository; those of an earlier model in it that are not among them are deleted.
+def upload_files(
+    files: Mapping[str, FileContent], target: HubTarget, defaults: Mapping[str, FileContent] | None = None
+) -> Uploaded:
+    """Commit files to a repository, and delete those of stale_files from it.
 
-    files: by their name in the repository. The token is huggingface_hub's: HF_TOKEN, or that of the last
-    login. Raises ValueError without a token and for a public repository that the target does not call public,
-    and OSError for a failed upload, after which the branch is as it was.
+    files: by their name in the repository. defaults: further files, written unless the branch has a file of
+    that name. The token is huggingface_hub's: HF_TOKEN, or that of the last login. Raises ValueError without
+    a token and for a public repository that the target does not call public, and OSError for a failed upload,
+    after which the branch has the files that it had.
     """
-    import huggingface_hub
-
-    check_target(target)
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise ValueError("HF_HUB_OFFLINE is set; unset it to upload")
-    token, where = huggingface_hub.get_token(), hub_endpoint()
-    if not token:
-        raise ValueError(
-            "no token for the hub; set HF_TOKEN to one that may write, or log in with `hf auth login`"
-        )
-    if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    api = huggingface_hub.HfApi(endpoint=where, token=token)
-    stage, uploading = f"{where}/{target.repo} was not changed", False
-    try:
-        private = _open_repository(api, target)
-        if target.branch != MAIN:
-            api.create_branch(target.repo, branch=target.branch, exist_ok=True)
-        before = api.model_info(target.repo, revision=target.branch).sha
+    api, progress = _signed_in(target), _Progress()
+    with _one_line(target, progress):
+        private = _open_repository(api, target, progress)
+        before = _open_branch(api, target, progress)
         there = api.list_repo_files(target.repo, revision=target.branch)
-        stage = f"no commit to {where}/{target.repo} was confirmed; the same command starts again"
-        uploading = True
+        added = {**{name: x for name, x in (defaults or {}).items() if name not in there}, **files}
+        stale = stale_files(there, added)
+        progress.committing = True
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             info = api.create_commit(
                 target.repo,
-                operations=_operations(files, there),
+                operations=_operations(added, stale),
                 commit_message=target.message,
                 revision=target.branch,
                 parent_commit=before,  # another commit since then is an error of this one
             )
-    except ValueError as error:
-        if isinstance(error, _Public):
-            raise
-        raise OSError(f"{target.repo}: {short_message(error)}; {stage}") from error
-    except Exception as error:  # the hub's own, or those of the HTTP library that this version of it uses
-        raise OSError(f"{target.repo}: {_reason(error, where, uploading)}; {stage}") from error
     notes = [f"warning: {short_message(one.message)}" for one in caught if "README.md" in str(one.message)]
     if private and target.public:
         notes.append(f"{target.repo} was there before and stays private; its settings can change that")
-    commit = str(info.oid)
-    url = f"{where}/{target.repo}/tree/{target.branch}"
-    return Uploaded(url, commit, f"{where}/{target.repo}/commit/{commit}", commit != before, private, notes)
+    commit, place = str(info.oid), f"{hub_endpoint()}/{target.repo}"
+    address, url = f"{place}/commit/{commit}", f"{place}/tree/{target.branch}"
+    return Uploaded(url, commit, address, commit != before, private, stale, notes)
+
+
+def check_access(target: HubTarget) -> None:
+    """Raise what upload_files would raise for lack of access, without a change of the hub.
+
+    That is ValueError if offline, without a token, for one that only reads, and for an existing public
+    repository without public=True; OSError if the hub cannot be reached or does not accept the token.
+    Whether the token may write to this repository is known only to the upload.
+    """
+    api = _signed_in(target)
+    with _one_line(target, _Progress()):
+        _is_private(api, target)
+    try:
+        role = api.whoami()["auth"]["accessToken"]["role"]
+    except Exception:  # a mirror without accounts; the upload reports what is wrong
+        return
+    if role == "read":
+        raise ValueError("the token may only read; set HF_TOKEN to one that may write")
+
+
+def deletions(files: Mapping[str, FileContent], target: HubTarget) -> list[str] | None:
+    """Return the files that an upload would delete from the branch; None if that cannot be known now:
+    offline, without a token, or if the hub does not list the branch.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    token = huggingface_hub.get_token()
+    if huggingface_hub.constants.HF_HUB_OFFLINE or not token:
+        return None
+    api = huggingface_hub.HfApi(endpoint=hub_endpoint(), token=token)
+    try:
+        try:
+            there = api.list_repo_files(target.repo, revision=target.branch)
+        except errors.RevisionNotFoundError:
+            there = api.list_repo_files(target.repo)  # a new branch begins with the files of main
+    except errors.RepositoryNotFoundError:
+        return []
+    except Exception:  # the hub's own, or those of the HTTP library that this version of it uses
+        return None
+    return stale_files(there, files)
+
+
+def stale_files(there: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Return the files of an earlier upload that would be read with the uploaded ones, such as a shard or an
+    index: these are deleted.
+
+    there: names in the repository. files: the uploaded names. A model or adapter replaces weights,
+    configurations and tokenizers in the repository's root, except GGUF files; a GGUF file replaces the parts
+    of a model of its own name. Other GGUF files, and all else, stay.
+    """
+    new = set(files)
+    ggufs = {_gguf_model(name) for name in new if name.endswith(".gguf")}
+    is_model = not new.isdisjoint(("config.json", "adapter_config.json"))
+    return [
+        name
+        for name in there
+        if "/" not in name
+        and name not in new
+        and (
+            _gguf_model(name) in ggufs
+            if name.endswith(".gguf")
+            else is_model and is_uploaded(name, WEIGHTS_OR_CONFIG)
+        )
+    ]
+
+
+def _gguf_model(name: str) -> str:
+    """Return the name of the model that a GGUF file, or a part of a split one, has."""
+    part = PART_NAME.fullmatch(name)
+    return part[1] if part else name.removesuffix(".gguf")
 
 
 class _Public(ValueError):
     """An upload to a repository that everyone may read, and that was not asked for."""
 
 
-def _open_repository(api: Any, target: HubTarget) -> bool:
-    """Create the repository if it does not exist. Return whether it is private."""
+@dataclass
+class _Progress:
+    """What an upload has changed. created: such as "the repository". committing: the commit was begun."""
+
+    created: list[str] = field(default_factory=list)
+    committing: bool = False
+
+    def outcome(self, place: str) -> str:
+        """Return the state of the repository after an error."""
+        if self.committing:
+            return f"no commit to {place} was confirmed; the same command starts again"
+        if self.created:
+            created = " and ".join(self.created)
+            return f"created at {place}: {created}; no file was uploaded, and the same command continues"
+        return f"{place} was not changed"
+
+
+@contextmanager
+def _one_line(target: HubTarget, progress: _Progress) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into OSErrors of one line with the state of the repository."""
+    where = hub_endpoint()
+    try:
+        yield
+    except _Public:
+        raise
+    except Exception as error:  # the hub's own, or those of the HTTP library that this version of it uses
+        is_value = isinstance(error, ValueError)
+        reason = short_message(error) if is_value else _reason(error, where, progress.committing)
+        raise OSError(f"{target.repo}: {reason}; {progress.outcome(f'{where}/{target.repo}')}") from error
+
+
+def _signed_in(target: HubTarget) -> Any:
+    """Return the hub's client with the user's token. Raises ValueError if offline or without one."""
+    import huggingface_hub
+
+    check_target(target)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise ValueError("HF_HUB_OFFLINE is set; unset it to upload")
+    token = huggingface_hub.get_token()
+    if not token:
+        raise ValueError(
+            "no token for the hub; set HF_TOKEN to one that may write, or log in with `hf auth login`"
+        )
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    return huggingface_hub.HfApi(endpoint=hub_endpoint(), token=token)
+
+
+def _is_private(api: Any, target: HubTarget) -> bool | None:
+    """Whether the repository is private, None if there is none that the token may read."""
     from huggingface_hub import errors
 
     try:
         info = api.model_info(target.repo)
     except errors.RepositoryNotFoundError:
-        api.create_repo(target.repo, private=not target.public)
-        return not target.public
+        return None
     if not (info.private or target.public):
         raise _Public(f"{target.repo} exists and is public; add --public to publish there")
     return bool(info.private)
 
 
-def _operations(files: Mapping[str, FileContent], there: Iterable[str]) -> list[Any]:
-    """Return the additions, and deletions of weights and configurations that are not among the files.
+def _open_repository(api: Any, target: HubTarget, progress: _Progress) -> bool:
+    """Create the repository if it does not exist. Return whether it is private."""
+    private = _is_private(api, target)
+    if private is None:
+        api.create_repo(target.repo, private=not target.public)
+        progress.created.append("the repository")
+        private = not target.public
+    return private
 
-    A stale shard or index would be read with the new weights.
-    """
+
+def _open_branch(api: Any, target: HubTarget, progress: _Progress) -> str:
+    """Create the branch from main if it does not exist. Return its commit."""
+    from huggingface_hub import errors
+
+    try:
+        return str(api.model_info(target.repo, revision=target.branch).sha)
+    except errors.RevisionNotFoundError:
+        api.create_branch(target.repo, branch=target.branch, exist_ok=True)
+        progress.created.append(f"the branch {target.branch}")
+        return str(api.model_info(target.repo, revision=target.branch).sha)
+
+
+def _operations(files: Mapping[str, FileContent], stale: Iterable[str]) -> list[Any]:
+    """Return the additions and deletions of a commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    stale = [
-        name
-        for name in there
-        if "/" not in name and is_uploaded(name, WEIGHTS_OR_CONFIG) and name not in files
-    ]
     added = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(x) if isinstance(x, Path) else x)
         for name, x in files.items()
@@ -182,8 +301,10 @@ def _reason(error: Exception, where: str, uploading: bool) -> str:
         return f"{where} does not accept the token; set HF_TOKEN to a valid one or use `hf auth login`"
     if status == 403:
         return "the token may not write there; use one with write access, or a repository of your own"
-    if status in (409, 412):
+    if status in (409, 412) and uploading:
         return "another change of the repository came first"
+    if status == 409:
+        return "it exists already, and this token may not read it; use a token that may, or another name"
     text = f"the upload to {where} failed: {short_message(cause).partition(' For more information')[0]}"
     uses_xet = importlib.util.find_spec("hf_xet") and not os.environ.get("HF_HUB_DISABLE_XET")
     if uploading and response is None and uses_xet:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 
 import huggingface_hub
+import numpy as np
 import pytest
-from hub_uploads import DROP, card_errors, serve_uploads
+from gguf_files import write_file
+from hub_uploads import DROP, Repo, card_errors, serve_uploads
 from scripts_in_process import SCRIPTS, call
 from tiny_run import Place, write_place
 
 from jaxft.weights import hub as models
+from jaxft.weights.hub_upload import Uploaded
 
 REPO = "org/tiny"
 ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -184,6 +187,11 @@ def changed(run):
     (run / "adapter" / "adapter_config.json").write_text("{}")
 
 
+def continued(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n')
+
+
 def sweep(run):
     (run / "config.json").write_text('{"members": ["lr=1"]}')
 
@@ -196,6 +204,7 @@ def sweep(run):
         (half_written, ("adapter_config.json.part", "did not finish")),
         (linked, ("LICENSE: not a regular file",)),
         (changed, ("adapter_config.json: the file has changed",)),
+        (continued, ("this run is not finished", "after step 2, has reached step 3")),
         (sweep, ("is a sweep", "lr=1")),
         (lambda run: shutil.rmtree(run / "adapter"), ("is not finished",)),
     ],
@@ -204,6 +213,110 @@ def test_what_is_not_a_complete_export_is_refused(hub, push, run, damage, words)
     damage(run)
     refused(push(run, REPO), *words)
     assert not hub.requests
+
+
+def test_a_model_is_not_merged_that_could_not_be_pushed(hub, push, run, monkeypatch):
+    def refused_early(*words):
+        result = push(run, REPO, "--merged")
+        refused(result, *words)
+        assert "merging" not in result[2] and set(hub.repos) <= {REPO}
+
+    for token, words in (
+        ("", ("HF_TOKEN",)),
+        ("hf_wrong", ("not accept",)),
+        ("hf_reads", ("may only read",)),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        refused_early(*words)
+    monkeypatch.setenv("HF_TOKEN", "hf_writes")
+    hub.repos[REPO] = Repo(private=False)
+    hub.repos[REPO].commit("main", {}, "initial commit")
+    refused_early("is public", "--public")
+    continued(run)
+    refused_early("this run is not finished")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (run / "metrics.jsonl").unlink()
+    refused_early("HF_HUB_OFFLINE is set")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({r"POST /api/repos/create": 409}, ("it exists already", "was not changed")),
+        ({r"POST .*/branch/.*": 500}, ("failed", "created at", ": the repository; no file was uploaded")),
+        ({r"GET .*/tree/v2": 500}, ("failed", "the repository and the branch v2; no file was uploaded")),
+    ],
+)
+def test_an_error_says_what_had_been_created(hub, push, run, fault, words):
+    hub.faults.update(fault)
+    result = push(run, REPO, "--branch", "v2")
+    refused(result, *words)
+    assert "another change" not in result[2]
+    hub.faults.clear()
+    assert push(run, REPO, "--branch", "v2")[0] == 0 and "adapter_config.json" in hub.repos[REPO].files("v2")
+
+
+def test_passwords_in_the_address_of_the_hub_are_not_printed(hub, push, run, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address.replace("://", "://user:secret@"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    code, out, err = push(run, REPO, "--dry-run")
+    assert code == 0 and "***@127.0.0.1" in out and "secret" not in out + err
+    done = Uploaded(
+        f"{os.environ['HF_ENDPOINT']}/a", "1", f"{os.environ['HF_ENDPOINT']}/b", True, True, [], []
+    )
+    monkeypatch.setattr("jaxft.weights.hub_upload.upload_files", lambda *args: done)
+    code, out, err = push(run, REPO)
+    assert code == 0 and out.count("***@127.0.0.1") == 2 and "secret" not in out + err
+
+
+def write_tiny_gguf(path, license=None):
+    """A GGUF file that is a complete one, of no use as a model."""
+    stated = [("add_license", license), ("add_base_model_count", 1),
+              ("add_base_model_repo_url", 0, "https://huggingface.co/org/root")]  # fmt: skip
+    tensors = [("token_embd.weight", np.ones((2, 32), np.float32))]
+    return write_file(path, "llama", stated if license else [], tensors)
+
+
+def test_gguf_files_of_several_names_share_a_repository_with_a_model(hub, push, run, tmp_path):
+    q8, q4 = (write_tiny_gguf(tmp_path / f"m-{kind}.gguf", "mit") for kind in ("Q8_0", "Q4_K_M"))
+    code, out, err = push(q8, REPO)
+    assert code == 0 and "pushed GGUF file" in out and "short model card" in err and "warning" not in err
+    assert push(q4, REPO)[0] == 0
+    repo = hub.repos[REPO]
+    card = repo.files()["README.md"].decode()
+    assert not card_errors(card) and "license: mit" in card and "base_model: org/root" in card
+    assert "library_name: gguf" in card and {q8.name, q4.name} <= set(repo.files())
+
+    parts = {"m-Q4_K_M-00001-of-00002.gguf": b"", "m-Q4_K_M-00002-of-00002.gguf": b""}
+    model = {"config.json": b"{}", "model.safetensors": b"", "README.md": b"of the model"}
+    repo.commit("main", {**repo.files(), **parts, **model}, "by another")
+    code, _, err = push(write_tiny_gguf(q4), REPO)
+    assert code == 0 and "m-Q4_K_M.gguf states no license" in err
+    assert {line for line in err.splitlines() if line.startswith("deleted")} == {
+        f"deleted from the branch: {name}" for name in parts
+    }
+    assert repo.files() == {
+        ".gitattributes": b"", **model, **{path.name: path.read_bytes() for path in (q8, q4)}
+    }  # fmt: skip
+
+    code, out, _ = push(run, REPO, "--dry-run")
+    stale = {line.split()[1] for line in out.splitlines() if line.split()[0] == "deleted"}
+    assert code == 0 and stale == {"config.json", "model.safetensors"} and stale < set(repo.files())
+    code, _, err = push(run, REPO)
+    assert code == 0 and all(f"deleted from the branch: {name}\n" in err for name in stale)
+    assert not stale & set(repo.files()) and {q8.name, q4.name, *ADAPTER} <= set(repo.files())
+
+
+def test_a_folder_of_gguf_files_gets_a_card_and_a_dry_run_without_the_hub_says_what_it_cannot_know(
+    hub, push, tmp_path, monkeypatch
+):
+    (tmp_path / "out").mkdir()
+    write_tiny_gguf(tmp_path / "out" / "m.gguf")
+    assert push(tmp_path / "out", REPO)[0] == 0
+    assert "license: unknown" in hub.repos[REPO].files()["README.md"].decode()
+    monkeypatch.setenv("HF_TOKEN", "")
+    code, out, _ = push(tmp_path / "out", REPO, "--dry-run")
+    assert code == 0 and "not known without the hub and a token" in out
 
 
 def test_a_card_with_metadata_that_the_hub_refuses_is_not_pushed(hub, push, run):
@@ -229,8 +342,6 @@ np.save(out, np.stack(found))
 @pytest.mark.slow
 def test_peft_and_transformers_load_what_was_pushed(hub, push, run, trained, tmp_path):
     """In a process of their own, because they read HF_ENDPOINT when they are imported."""
-    import numpy as np
-
     assert push(run, "org/adapter")[0] == 0
     assert push(run, "org/merged", "--merged", "--dtype", "float32")[0] == 0
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
