@@ -56,13 +56,13 @@ def main() -> int:
 
     if args.dry_run:
         from jaxft.plan import text
-        from jaxft.runs import folder
+        from jaxft.train.members import run_folder
         from jaxft.weights.extend import without_model_weights
 
         with without_model_weights():
             settings = config.resolve_config(recipe, overrides, expected=Run)
             run = settings.value
-            folder.folder_of(Path("runs"), run.name)  # raises ValueError for a name that leads out of runs/
+            run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
             print(text.dry_run(run, settings.describe()))
         return 0
     settings = config.resolve_config(recipe, overrides, expected=Run)

@@ -23,6 +23,10 @@ PEER_LOST = re.compile(
 COMMUNICATION = re.compile(r"(?i:gloo|nccl|connect|socket)")  # an error of communication, whatever its cause
 
 
+class RestartError(OSError):
+    """An error after which the same command only needs to be started again: the exit code is RESTART_CODE."""
+
+
 def shorten_error(error: object) -> str:
     """Return the text of an error on one line, truncated to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from jaxft.data.shipped import own_commands
 from jaxft.distributed import xla_flags
+from jaxft.distributed.exit import RESTART_CODE, RestartError
 from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
 
@@ -118,8 +119,9 @@ def _without_late_writes(raised: Any) -> None:
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main`. A user's error becomes one line on stderr and exit code 1; JAXFT_TRACEBACK=1 adds its
-    traceback. If the reader of the output has ended (`| head`), the command ends silently with READER_GONE.
+    """Run `main`. A user's error becomes one line on stderr and exit code 1, or RESTART_CODE for one after
+    which a restart is enough; JAXFT_TRACEBACK=1 adds its traceback. If the reader of the output has ended
+    (`| head`), the command ends silently with READER_GONE.
     """
     try:
         code = main()
@@ -144,7 +146,7 @@ def print_error(error: BaseException) -> int:
         traceback.print_exception(error)
     if text is not None:
         print(f"error: {text}", file=sys.stderr)
-    return 1
+    return RESTART_CODE if isinstance(error, RestartError) else 1
 
 
 def error_line(error: BaseException) -> str | None:

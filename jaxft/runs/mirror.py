@@ -1,9 +1,10 @@
 """A copy of a run's folder in an object store: sent at every checkpoint and at the end, fetched elsewhere.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
-Each verified checkpoint is then copied, its manifest last, so that one without a manifest is incomplete. With
-it go the other files of the folder that have changed; `index.json` has their sizes and hashes, and which
-process sends them. A start that finds a newer checkpoint in the store than on disk fetches the folder first.
+Each verified checkpoint is then copied with the other files of the folder that have changed; `index.json` has
+their sizes and hashes, and which process sends them. The checkpoint's manifest is sent after all of these: a
+checkpoint without one is incomplete, and one with it has its logs. A start that finds a newer checkpoint in
+the store than on disk fetches the folder first.
 A start with other settings than those of the run in the store is refused and leaves the store as it is.
 """
 
@@ -17,22 +18,38 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
+from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
 from jaxft.runs.folder import permitted_changes, read_saved_json
-from jaxft.runs.store import Store, open_store
+from jaxft.runs.store import Store, StoreError, open_store
 
 INDEX = "index.json"
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"  # of a finished run; it is sent last
 LOCAL_FILES = ("lock", INDEX)  # of this machine alone
 TEMPORARY = (".part", ".tmp")
+INDEX_ATTEMPTS = 3  # at writing the index, which another process may write at the same time
 Records = Mapping[str, dict[str, Any]]  # settings of a run, or of a sweep's members, by path in the folder
-Published = Callable[[int], None]  # is called with the step of each new checkpoint
-TakeOver = Callable[[], None]  # is called when the start is accepted
+
+
+class Copies(NamedTuple):
+    """What a run calls so that its folder is copied; without a store these functions do nothing.
+
+    take_over: when the start is accepted. published: with the step of each new checkpoint. stopped: when a
+    signal has ended the run and it is saved; a store that fails at the end is then only a warning.
+    """
+
+    take_over: Callable[[], None]
+    published: Callable[[int], None]
+    stopped: Callable[[], None]
+
+
+class TakenOver(OSError):
+    """Another process sends this run by now."""
 
 
 class Mirror:
@@ -47,6 +64,8 @@ class Mirror:
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.is_owner = False  # whether this process has taken the copy over
+        self.is_stopped = False  # whether a signal has ended the run
+        self._version = b""  # of the index, when it was read
         self._sent: dict[str, list[Any]] = {}  # size and hash of what the store has
         self._read: dict[str, int] = {}  # when files were modified that are in the store as they are
 
@@ -59,8 +78,8 @@ class Mirror:
         checkpoint or results of a run with other settings, or of another run than the folder; OSError if the
         store fails.
         """
-        self._sent = self._index().get("files", {})
-        stored, local = self._stored_steps(), self._local_steps()
+        self._sent = self._read_index()["files"]
+        stored, local = _complete_steps(self.store.names(f"{CHECKPOINTS}/")), self._local_steps()
         ahead = max(stored, default=-1), SUMMARY in self._sent
         if stored or SUMMARY in self._sent:  # without them there is nothing to resume, as in a folder
             self._check_settings(records)
@@ -73,22 +92,22 @@ class Mirror:
 
         Call it when the start is accepted: one that is refused must not stop the copies of a live run.
         """
-        self._sent = self._index().get("files", {})  # another start may have sent more since `open`
-        self._write_index()
-        self.is_owner = True
+        for _ in range(INDEX_ATTEMPTS):
+            self._sent = self._read_index()["files"]  # another start may have sent more since `open`
+            if self._replace_index():
+                self.is_owner = True
+                return
+        raise OSError(f"{self.store.url}/{INDEX}: another start of this run writes it; end that one")
 
-    def _index(self) -> dict[str, Any]:
-        content = self.store.read(INDEX)
+    def _read_index(self) -> dict[str, dict[str, Any]]:
+        """The owner and the files in the store, {} where there are none."""
+        content, self._version = self.store.read_version(INDEX)
         try:
             found = json.loads(content or b"{}")
         except ValueError as error:
             raise ValueError(f"{self.store.url}/{INDEX}: not JSON; delete it to send all again") from error
-        return found if isinstance(found, dict) else {}
-
-    def _stored_steps(self) -> list[int]:
-        """Steps of the complete checkpoints in the store."""
-        names = "\n".join(self.store.names(f"{CHECKPOINTS}/"))
-        return [int(step) for step in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$", names)]
+        parts = found if isinstance(found, dict) else {}
+        return {key: one if isinstance(one := parts.get(key), dict) else {} for key in ("owner", "files")}
 
     def _local_steps(self) -> list[int]:
         found = (self.folder / CHECKPOINTS).glob(f"*/{manifest.NAME}")
@@ -130,21 +149,40 @@ class Mirror:
         The newest checkpoint is complete only after all else, so that a start that is killed fetches again.
         """
         self.report(f"fetching step {max(steps, default='')} of this run from {self.store.url}")
-        for name in self._sent:
+        for name, entry in self._sent.items():
             path = self._path_of(name)
-            if (content := self.store.read(name)) is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(path.name + ".part")
-                part.write_bytes(content)
-                part.replace(path)
+            content = self._read_object(name)
+            if _entry_of(content) != entry:  # the index is sent after the files
+                self.report(f"warning: {self.store.url}/{name} is not of the same time as {INDEX}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            part.write_bytes(content)
+            part.replace(path)
         for step in steps:
-            part = self.folder / CHECKPOINTS / f"{step}.tmp"
-            shutil.rmtree(part, ignore_errors=True)
-            for name in self.store.names(f"{CHECKPOINTS}/{step}/"):
-                path = self._path_of(name.replace(f"/{step}/", f"/{step}.tmp/", 1))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(self.store.read(name) or b"")
+            self._fetch_checkpoint(step)
+
+    def _fetch_checkpoint(self, step: int) -> None:
+        """Write a checkpoint of the store into the folder, unless it is damaged, which is reported."""
+        part = self.folder / CHECKPOINTS / f"{step}.tmp"
+        shutil.rmtree(part, ignore_errors=True)
+        for name in self.store.names(f"{CHECKPOINTS}/{step}/"):
+            if name.endswith("/"):  # object browsers write such empty objects as folders
+                continue
+            path = self._path_of(name.replace(f"/{step}/", f"/{step}.tmp/", 1))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._read_object(name))
+        try:
+            manifest.check_files(part, manifest.read_manifest(part)["files"])
             part.rename(part.with_name(str(step)))
+        except manifest.Corrupt as error:
+            shutil.rmtree(part, ignore_errors=True)
+            self.report(f"warning: the checkpoint of step {step} in {self.store.url} is damaged: {error}")
+
+    def _read_object(self, name: str) -> bytes:
+        content = self.store.read(name)
+        if content is None:
+            raise OSError(f"{self.store.url}/{name}: it is listed, but there is no such object; start again")
+        return content
 
     def _path_of(self, name: str) -> Path:
         """Where an object's file is. Raises ValueError for a name that leads out of the folder."""
@@ -156,71 +194,107 @@ class Mirror:
     # To the store
 
     def copy(self, step: int) -> None:
-        """Send a new checkpoint and the other files that have changed; delete what is not kept here.
+        """Send a new checkpoint and the other files that have changed; delete older ones that are not here.
 
-        A store that fails is reported; the next call sends what it lacks.
+        A store that has later ones stays as it is: the run has begun again because those on disk are damaged.
+        Any error is only reported, because the checkpoint is on disk; the next call sends what the store
+        lacks.
         """
         try:
             self._check_owner()
             stored = self.store.names(f"{CHECKPOINTS}/")
             kept = self._local_steps()
-            for one in sorted({step, *kept}):
-                marker = f"{CHECKPOINTS}/{one}/{manifest.NAME}"
-                if one == step or marker not in stored:
-                    self._send_checkpoint(one, replaces=marker in stored)
-            self._send_files()
+            if self._is_behind(stored, step):
+                return
+            self._send_checkpoints([one for one in kept if one == step or _marker(one) not in stored], stored)
             found = {int(name) for name in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))}
             for old in sorted(found - set(kept)):
-                self.store.delete(f"{CHECKPOINTS}/{old}/{manifest.NAME}")
-                self.store.delete(f"{CHECKPOINTS}/{old}/")
-        except (OSError, ValueError) as error:
+                self._delete_checkpoint(old)
+        except Exception as error:
             self.report(
-                f"warning: the checkpoint of step {step} was not copied ({error}); it is in {self.folder}, "
-                "and the next one tries again"
+                f"warning: the checkpoint of step {step} was not copied ({_reason(error)}); it is in "
+                f"{self.folder}, and the next one tries again"
             )
 
     def finish(self) -> None:
-        """Send the files that have changed. Raises OSError if the store lacks something of the folder."""
+        """Send the files that have changed. Raises OSError if the store lacks something of the folder, and
+        RestartError if the cause is a store that fails.
+        """
         try:
             if self.is_owner:
                 self._check_owner()
             else:  # a start that had nothing to do
                 self.take_over()
-            for step in sorted(set(self._local_steps()) - set(self._stored_steps())):
-                self._send_checkpoint(step, replaces=False)
-            self._send_files()
-        except OSError as error:
-            raise OSError(
-                f"the end of this run was not copied: {error}; all of it is in {self.folder}, and the same "
-                "command copies it"
+            stored = self.store.names(f"{CHECKPOINTS}/")
+            local = self._local_steps()
+            if local and not (self.folder / SUMMARY).is_file() and self._is_behind(stored, max(local)):
+                return
+            missing = [step for step in local if _marker(step) not in stored]
+            if missing:
+                self._send_checkpoints(missing, stored)
+            self._send_files(self._files())
+        except Exception as error:
+            kind = RestartError if isinstance(error, StoreError) else OSError
+            raise kind(
+                f"the end of this run was not copied: {_reason(error)}; all of it is in {self.folder}, and "
+                "the same command copies it"
             ) from error
         self.report(f"all files of this run are in {self.store.url} too")
 
+    def try_to_finish(self) -> None:
+        """Send the files that have changed; an error is a warning."""
+        try:
+            self.finish()
+        except OSError as error:
+            self.report(f"warning: {error}")
+
+    def stop(self) -> None:
+        """Note that a signal has ended the run, whose exit code a store that fails must not change."""
+        self.is_stopped = True
+
+    def _is_behind(self, stored: list[str], step: int) -> bool:
+        """Whether the store has a later checkpoint than that of `step`; it is reported."""
+        latest = max(_complete_steps(stored), default=step)
+        if latest > step:
+            self.report(f"{self.store.url} has step {latest}: nothing is copied before the run has passed it")
+        return latest > step
+
     def _check_owner(self) -> None:
-        """Raise OSError if another process sends this run by now."""
-        owner = self._index().get("owner", self.owner)
-        if owner["id"] != self.owner["id"]:
-            where = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-            raise OSError(f"{self.store.url} is written by another start of this run, {where}")
+        """Raise TakenOver if another process sends this run by now."""
+        owner = self._read_index()["owner"]
+        if owner.get("id", self.owner["id"]) != self.owner["id"]:
+            where = "process {} on {} since {}".format(*(owner.get(k, "?") for k in ("pid", "host", "since")))
+            raise TakenOver(f"{self.store.url} is written by another start of this run, {where}")
 
-    def _send_checkpoint(self, step: int, replaces: bool) -> None:
-        folder, prefix = self.folder / CHECKPOINTS / str(step), f"{CHECKPOINTS}/{step}/"
-        if replaces:
-            self.store.delete(f"{prefix}{manifest.NAME}")
-        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != manifest.NAME)
-        self.store.write_files((prefix + path.relative_to(folder).as_posix(), path) for path in paths)
-        self.store.write(f"{prefix}{manifest.NAME}", (folder / manifest.NAME).read_bytes())
+    def _send_checkpoints(self, steps: list[int], stored: list[str]) -> None:
+        """Send the states of checkpoints, then the files of the run but for its summary, then the manifests.
 
-    def _send_files(self) -> None:
-        """Send the files outside checkpoints that are not in the store as they are."""
-        for path in self._files():
+        stored: names of what the store has of checkpoints.
+        """
+        for step in steps:
+            folder, prefix = self.folder / CHECKPOINTS / str(step), f"{CHECKPOINTS}/{step}/"
+            if any(name.startswith(prefix) for name in stored):
+                self._delete_checkpoint(step)
+            files = sorted(one for one in folder.rglob("*") if one.is_file() and one.name != manifest.NAME)
+            self.store.write_files((prefix + one.relative_to(folder).as_posix(), one) for one in files)
+        self._send_files([path for path in self._files() if path.name != SUMMARY])
+        for step in sorted(steps):
+            self.store.write(_marker(step), (self.folder / _marker(step)).read_bytes())
+
+    def _delete_checkpoint(self, step: int) -> None:
+        self.store.delete(_marker(step))
+        self.store.delete(f"{CHECKPOINTS}/{step}/")
+
+    def _send_files(self, paths: list[Path]) -> None:
+        """Send files that are not in the store as they are, then the index."""
+        for path in paths:
             name = path.relative_to(self.folder).as_posix()
             with contextlib.suppress(FileNotFoundError):  # replaced just now; the next call sends it
                 modified = path.stat().st_mtime_ns
                 if self._read.get(name) == modified:
                     continue
                 content = path.read_bytes()
-                entry = [len(content), xxhash.xxh3_128_hexdigest(content)]
+                entry = _entry_of(content)
                 if self._sent.get(name) != entry:
                     self.store.write(name, content)
                     self._sent[name] = entry
@@ -240,7 +314,37 @@ class Mirror:
         return sorted(paths, key=lambda path: (path.name == SUMMARY, path))
 
     def _write_index(self) -> None:
-        self.store.write(INDEX, json.dumps({"owner": self.owner, "files": self._sent}, indent=1).encode())
+        """Write the index. Raises TakenOver if another process has become the one that sends this run."""
+        for _ in range(INDEX_ATTEMPTS):  # a write that is repeated, its response lost, meets itself
+            self._check_owner()
+            if self._replace_index():
+                return
+        raise OSError(f"{self.store.url}/{INDEX} has changed each time before it was written")
+
+    def _replace_index(self) -> bool:
+        """Write the index in place of the one that was read; False if it has changed since."""
+        content = json.dumps({"owner": self.owner, "files": self._sent}, indent=1).encode()
+        return self.store.replace(INDEX, content, self._version)
+
+
+def _marker(step: int) -> str:
+    """The name of the object without which a checkpoint is incomplete."""
+    return f"{CHECKPOINTS}/{step}/{manifest.NAME}"
+
+
+def _complete_steps(names: list[str]) -> list[int]:
+    """Steps of the checkpoints that have a manifest. names: of objects."""
+    pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
+    return [int(step) for step in re.findall(pattern, "\n".join(names))]
+
+
+def _entry_of(content: bytes) -> list[Any]:
+    return [len(content), xxhash.xxh3_128_hexdigest(content)]
+
+
+def _reason(error: Exception) -> str:
+    """An error in words; those of a store have them already."""
+    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _nowhere(*step: int) -> None:
@@ -250,23 +354,25 @@ def _nowhere(*step: int) -> None:
 @contextlib.contextmanager
 def mirrored(
     folder: Path, url: str | None, records: Records, report: Callable[[str], None] = print
-) -> Iterator[tuple[TakeOver, Published]]:
-    """Fetch a run's folder from the store at `url`; yield a function to call when the start is accepted, and
-    one that copies a checkpoint there; copy all else at the end. Without a store it does nothing.
+) -> Iterator[Copies]:
+    """Fetch a run's folder from the store at `url`; yield the functions that copy it there; copy what is left
+    at the end. Without a store it does nothing.
 
     records: settings of this start. A start that fails before it is accepted copies nothing. Raises as
     Mirror.open and Mirror.finish do.
     """
     if url is None:
-        yield _nowhere, _nowhere
+        yield Copies(_nowhere, _nowhere, _nowhere)
         return
     mirror = Mirror(folder, open_store(url), report)
     mirror.open(records)
     try:
-        yield mirror.take_over, mirror.copy
+        yield Copies(mirror.take_over, mirror.copy, mirror.stop)
     except BaseException:
-        with contextlib.suppress(OSError):
-            if mirror.is_owner:
-                mirror.finish()
+        if mirror.is_owner:
+            mirror.try_to_finish()
         raise
-    mirror.finish()
+    if mirror.is_stopped:
+        mirror.try_to_finish()
+    else:
+        mirror.finish()

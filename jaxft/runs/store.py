@@ -18,11 +18,16 @@ SENT_AT_ONCE = 256 << 20  # of files that are sent at a time; each is in memory
 RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 
 
+class StoreError(OSError):
+    """A store that does not respond, or refuses a request."""
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder in an object store. Names are paths in it; an object appears as a whole or not at all.
 
-    Every method raises OSError, with the address and the reason in one line, if the store does not respond.
+    Every method raises StoreError, with the address and the reason in one line, if the store does not
+    respond.
     """
 
     url: str
@@ -35,8 +40,21 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """Return an object, None if there is none of this name."""
+        return self.read_version(name)[0]
+
+    def read_version(self, name: str) -> tuple[bytes | None, bytes]:
+        """Return an object, None if there is none of this name, and which version of it this is."""
         found = self._call(lambda: self.kv.read(name).result())
-        return found.value if found.state == "value" else None
+        return (found.value if found.state == "value" else None), found.stamp.generation
+
+    def replace(self, name: str, content: bytes, version: bytes) -> bool:
+        """Write an object in place of that version of it; return False if it has another one by now.
+
+        Google Cloud Storage compares and writes in one step. For S3, TensorStore compares just before it
+        writes, so that a write between the two is lost.
+        """
+        stamp = self._call(lambda: self.kv.write(name, content, if_equal=version).result())
+        return bool(stamp.generation)
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object, in place of an earlier one."""
@@ -70,7 +88,7 @@ class Store:
             return work()
         except Exception as error:  # TensorStore's, which have no common type
             reason = " ".join(str(error).split(" [")[0].split())[:300]
-            raise OSError(f"{self.url}: {reason or type(error).__name__}") from error
+            raise StoreError(f"{self.url}: {reason or type(error).__name__}") from error
 
 
 def _keys_in(folder: str) -> tensorstore.KvStore.KeyRange:
@@ -83,6 +101,14 @@ def check_store_url(url: str, name: str) -> None:
     found = URL.fullmatch(url)
     if found is None or ".." in url or "//" in (found[3] or ""):
         raise ValueError(f"{name}={url} is not a folder in an object store; use gs://bucket/path or s3://...")
+
+
+def check_stored_name(name: str, store: str | None) -> None:
+    """Raise ValueError if the folder of a run of this name cannot be in the store at that address."""
+    if store is not None and URL.fullmatch(f"{store.rstrip('/')}/{name}") is None:
+        raise ValueError(
+            f"name={name} cannot be a folder in loop.store={store}; use letters, digits, and . _ - = only"
+        )
 
 
 def open_store(url: str) -> Store:

@@ -21,6 +21,7 @@ from jaxft.train.members import (
     open_checkpoints,
     prepare,
     resume_point,
+    run_folder,
 )
 from jaxft.train.meter import Meters, Trace
 from jaxft.train.nonfinite import NonfiniteRecorder
@@ -42,12 +43,11 @@ from jaxft.train.verdict import (
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: a run, or a sweep, whose members are trained together. record: the settings as JSON, stored in
-    config.json. Returns 0 if finished, 1 if a member of a sweep is not (see verdict), 128 + n if stopped by
-    signal n and saved. Raises ValueError or OSError with one line about the cause and the remedy.
+    settings: of a run or a sweep. record: the same as JSON, for config.json. Returns 0 if finished, 1 if a
+    member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
-    loop, folder = lead.loop, runfolder.folder_of(root, settings.name)
+    loop, folder = lead.loop, run_folder(settings, root)
     with ExitStack() as stack:
         # ---------- Settings, rows, shapes: a user error ends all processes here ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
@@ -55,7 +55,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
             stack.enter_context(jax.set_mesh(sharding.make_mesh(lead.mesh)))
             job = prepare(settings, record, folder)
-            checkpoints, take_over = stack.enter_context(open_checkpoints(job))
+            checkpoints, copies = stack.enter_context(open_checkpoints(job))
             finished, changes = processes.from_first_process(lambda: resume_point(job, checkpoints))
         if finished:
             return report_finished(job, finished)
@@ -65,7 +65,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         job = ended_early(job, saved, first)
         with processes.agreement():
             logs = stack.enter_context(closing(open_logs(job, first, saved, changes)))
-            take_over()  # of loop.store, now that no setting can be refused
+            copies.take_over()  # of loop.store, now that no setting can be refused
         stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
@@ -119,6 +119,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         watchdog.at(f"final evaluation and export (after step {done})")
         if stop:
             logs.stopped(signal_name(stop), done)
+            copies.stopped()
             processes.barrier()  # no process exits while another still saves
             return 128 + stop
 

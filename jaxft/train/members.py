@@ -17,8 +17,9 @@ from jaxft.distributed import processes, sharding
 from jaxft.rl.programs import BoundRun
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.mirror import CHECKPOINTS, TakeOver, mirrored
+from jaxft.runs.mirror import CHECKPOINTS, Copies, mirrored
 from jaxft.runs.record import describe, differences
+from jaxft.runs.store import check_stored_name
 from jaxft.train import evaluate
 from jaxft.train.calibrate import CalibrationPlan, plan_run
 from jaxft.train.eva import FirstRows, first_batches
@@ -229,11 +230,20 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
     return found
 
 
+def run_folder(settings: Run | Sweep, root: Path) -> Path:
+    """Return the folder of a run or a sweep. Raises ValueError for a name that leads out of `root`, or that
+    loop.store does not take.
+    """
+    run = settings if isinstance(settings, Run) else settings.lead
+    check_stored_name(settings.name, run.loop.store)
+    return runfolder.folder_of(root, settings.name)
+
+
 @contextlib.contextmanager
-def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, TakeOver]]:
+def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
     """Open the checkpoints of a job, in its folder. With loop.store, fetch the folder from there if the store
-    is ahead, and copy it there at every checkpoint and when the block ends. Call the second value when the
-    settings are accepted: it makes this process the one that writes to the store.
+    is ahead, and copy it there at every checkpoint and when the block ends. Call take_over of the second
+    value when the settings are accepted: it makes this process the one that writes to the store.
 
     Raises ValueError if the store has a run with other settings, OSError if it fails.
     """
@@ -242,10 +252,11 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, TakeOver]]:
     records = {f"{m.label}/config.json" if m.label else "config.json": m.record for m in job.members}
     if job.sweep is not None:
         records = {"config.json": {"members": [member.label for member in job.members]}, **records}
-    with mirrored(job.folder, url, records) as (take_over, copy):
-        found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, published=copy)
+    with mirrored(job.folder, url, records) as copies:
+        published = copies.published
+        found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, published=published)
         with contextlib.closing(found):
-            yield found, take_over
+            yield found, copies
 
 
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import urllib.request
 from dataclasses import replace
@@ -12,6 +13,8 @@ from object_store import serve_objects
 from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
+from jaxft.distributed.exit import RestartError
+from jaxft.runs import cli, manifest
 from jaxft.runs import store as stores
 from jaxft.runs.config import resolve_config
 from jaxft.runs.mirror import mirrored
@@ -46,7 +49,9 @@ def write_step(folder, step, content="state"):
     path = folder / "checkpoints" / str(step)
     (path / "state" / "d").mkdir(parents=True)
     (path / "state" / "d" / "part").write_text(f"{content} {step}")
-    (path / "manifest.json").write_text(json.dumps({"step": step}))
+    files = manifest.file_hashes(path, ["state/d/part"])
+    body = {"layout": manifest.LAYOUT, "step": step, "files": files}
+    (path / "manifest.json").write_text(manifest.format_manifest(body))
 
 
 def write_folder(folder, record=RECORD):
@@ -62,9 +67,9 @@ def write_folder(folder, record=RECORD):
 @contextlib.contextmanager
 def started(folder, url=PLACE["s3"], report=print, record=RECORD):
     """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint."""
-    with mirrored(folder, url, {"config.json": record}, report) as (take_over, copy):
-        take_over()
-        yield copy
+    with mirrored(folder, url, {"config.json": record}, report) as copies:
+        copies.take_over()
+        yield copies.published
 
 
 def tree_of(folder):
@@ -292,6 +297,154 @@ def test_names_that_lead_out_of_the_folder_are_not_fetched(store, tmp_path):
     assert not (tmp_path / "x" / "outside").exists()
 
 
+def test_a_checkpoint_in_the_store_has_its_logs(store, tmp_path):
+    here, lines = write_folder(tmp_path / "here"), []
+    with started(here, report=lines.append) as copy:
+        write_step(here, 1)
+        copy(1)
+        puts = [line for line in store.requests if line.startswith("PUT")]
+        assert puts[-1] == "PUT runs/a/checkpoints/1/manifest.json" and "metrics.jsonl" in "".join(puts[:-1])
+        store.faults["PUT .*metrics.jsonl"] = 403
+        (here / "metrics.jsonl").write_text('{"step": 2}\n')
+        write_step(here, 2)
+        copy(2)
+        assert "was not copied" in lines[0] and "runs/a/checkpoints/2/manifest.json" not in store.objects
+        store.faults.clear()
+
+
+def test_later_checkpoints_in_the_store_stay_when_those_on_disk_are_damaged(store, tmp_path):
+    here, lines = write_folder(tmp_path / "here"), []
+    with started(here) as copy:
+        for step in (2, 4, 6):
+            write_step(here, step)
+            copy(step)
+    for step in (2, 4, 6):
+        (here / "checkpoints" / str(step)).rename(here / "checkpoints" / f"{step}.bad")
+    shutil.copytree(here / "checkpoints" / "6.bad", here / "checkpoints" / "6")
+
+    def stored():
+        return [int(name.split("/")[3]) for name in store.objects if name.endswith("manifest.json")]
+
+    sent = {name: content for name, content in store.objects.items() if not name.endswith("index.json")}
+    with started(here, report=lines.append) as copy:
+        shutil.rmtree(here / "checkpoints" / "6")  # found to be damaged after the start
+        (here / "metrics.jsonl").write_text("again\n")
+        write_step(here, 2)
+        copy(2)
+    assert sent.items() <= store.objects.items()  # with the logs of step 6
+    assert len(lines) == 2 and "has step 6: nothing is copied before" in lines[0]
+    with started(tmp_path / "there"):
+        assert (tmp_path / "there" / "checkpoints" / "6").is_dir()
+    shutil.copytree(here / "checkpoints" / "6.bad", here / "checkpoints" / "6")
+    with started(here) as copy:
+        shutil.rmtree(here / "checkpoints" / "6")
+        write_step(here, 7)
+        copy(7)
+        assert sorted(stored()) == [2, 7]
+
+
+def test_a_store_that_fails_at_the_end_of_a_stopped_run_is_a_warning(store, tmp_path):
+    here, lines = write_folder(tmp_path / "here"), []
+
+    def end(stopped):
+        with mirrored(here, PLACE["s3"], {"config.json": RECORD}, lines.append) as copies:
+            copies.take_over()
+            store.faults["PUT .*"] = 503
+            if stopped:
+                copies.stopped()
+
+    end(stopped=True)  # its exit code stays 128 + signal
+    assert lines[-1].startswith("warning: the end of this run was not copied: s3://bucket/runs/a: ")
+    store.faults.clear()
+    with pytest.raises(RestartError, match="the same command copies it") as caught:
+        end(stopped=False)
+    assert cli.print_error(caught.value) == 75 and cli.print_error(OSError("x")) == 1
+    store.faults.clear()
+    with pytest.raises(OSError, match="another start") as lost, started(here):
+        store.objects["runs/a/index.json"] = b'{"owner": {"id": "other"}}'
+    assert not isinstance(lost.value, RestartError)
+
+
+@pytest.mark.parametrize("scheme", PLACE)
+@pytest.mark.parametrize("moment", ["write_files", "replace"])
+def test_a_start_that_takes_over_during_a_copy_remains_the_owner(
+    store, tmp_path, monkeypatch, scheme, moment
+):
+    first, work = write_folder(tmp_path / "first"), getattr(stores.Store, moment)
+    lines, pending, owners = [], [], []
+
+    def owner():
+        return json.loads(store.objects["runs/a/index.json"])["owner"]
+
+    def interrupted(self, *arguments):
+        if pending:
+            pending.clear()
+            with started(tmp_path / "second", PLACE[scheme]):
+                owners.append(owner())
+        return work(self, *arguments)
+
+    monkeypatch.setattr(stores.Store, moment, interrupted)
+    with (
+        pytest.raises(OSError, match="is written by another start"),
+        started(first, PLACE[scheme], lines.append) as copy,
+    ):
+        write_step(first, 1)
+        pending.append(True)
+        copy(1)
+    assert [owner()] == owners
+    assert "is written by another start" in lines[-1]
+    assert "runs/a/checkpoints/1/manifest.json" not in store.objects
+
+
+def test_no_error_of_a_copy_reaches_the_run(store, tmp_path, monkeypatch):
+    here, lines, index = write_folder(tmp_path / "here"), [], "runs/a/index.json"
+    with pytest.raises(KeyError, match="its own"), started(here, report=lines.append) as copy:
+        intact = store.objects[index]
+        for content in (b'{"owner": {"id": "other"}}', b"{"):
+            store.objects[index] = content
+            write_step(here, len(lines))
+            copy(len(lines))
+        store.objects[index] = intact
+        with monkeypatch.context() as patch:
+            patch.setattr(stores.Store, "write_files", lambda *_: bytes(1 << 62))
+            write_step(here, 2)
+            copy(2)
+        store.objects[index] = b"{"
+        raise KeyError("its own")
+    assert "process ? on ?" in lines[0] and "not JSON" in lines[1] and "MemoryError" in lines[2]
+    assert lines[3].startswith("warning: the end of this run was not copied") and len(lines) == 4
+
+
+def test_what_is_fetched_is_compared_with_its_hashes(store, tmp_path):
+    here, lines = write_folder(tmp_path / "here"), []
+    with started(here) as copy:
+        for step in (1, 2):
+            write_step(here, step)
+            copy(step)
+    store.objects["runs/a/checkpoints/1/"] = store.objects["runs/a/checkpoints/1/state/"] = b""
+    store.objects["runs/a/checkpoints/2/state/d/part"] += b"x"
+    store.objects["runs/a/metrics.jsonl"] = b"later\n"
+    with started(tmp_path / "there", report=lines.append):
+        found = tree_of(tmp_path / "there")
+    assert "checkpoints/1/manifest.json" in found and "checkpoints/2/manifest.json" not in found
+    assert found["metrics.jsonl"] == b"later\n" and not list((tmp_path / "there").rglob("*.tmp"))
+    assert "runs/a/metrics.jsonl is not of the same time as index.json" in lines[1]
+    assert "step 2 in s3://bucket/runs/a is damaged: state/d/part has 8 bytes, expected 7" in lines[2]
+    del store.objects["runs/a/config.json"]
+    with pytest.raises(OSError, match="a/config.json: it is listed, but"), started(tmp_path / "third"):
+        pass
+
+
+def test_a_name_that_the_store_does_not_take_is_refused_before_anything_else(tmp_path):
+    write_place(tmp_path)
+    for name in ("my run", "sft+dpo"):
+        with working_directory(tmp_path):
+            run = resolve_config("config.py", [f"name={name}", "loop.store=s3://bucket/runs"], expected=Run)
+            with pytest.raises(ValueError, match=f"^name={re.escape(name)} .*loop.store=s3://bucket/runs"):
+                loop.run(run.value, root=Path("runs"))
+        assert not (tmp_path / "runs" / name).exists()
+
+
 @pytest.mark.slow
 def test_moto_takes_and_lists_the_same(tmp_path, monkeypatch):
     """Another implementation of S3's interface: `pip install moto[server]`."""
@@ -335,3 +488,18 @@ def test_a_run_that_is_killed_resumes_from_the_store_on_another_machine_bit_for_
     assert place.run(*argv, **environment) == 0, place.err()
     assert "this run is finished" in place.out()
     assert place.results("far", 5) == place.results("near", 5)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_exits_with_its_signal_though_the_store_fails(store, tmp_path):
+    place = Place(tmp_path)
+    write_place(tmp_path)
+    environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": store.address}
+    argv = ["name=far", "steps=9", "loop.store=s3://bucket/runs"]
+    process = place.start(*argv, hook=SLOW_STEPS, **environment)
+    place.wait_for(process, place.loops)
+    store.faults["PUT .*"] = 403
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143, place.err()
+    assert "warning: the end of this run was not copied" in place.out()

@@ -120,6 +120,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(206, content[start:stop], "application/octet-stream", **headers, **span)
 
     def s3(self, key, body, query):
+        expected, content = self.headers.get("If-Match"), self.store.objects.get(key)
+        if expected and content is not None and expected != f'"{etag(content)}"':
+            return self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
         if self.command == "PUT":
             self.store.objects[key] = body
             return self.answer(200, ETag=f'"{etag(body)}"')
@@ -133,6 +136,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def gcs(self, key, body, query):
         if self.command == "POST":
+            number = self.described(key)["generation"] if key in self.store.objects else "0"
+            if query.get("ifGenerationMatch", number) != number:
+                return self.answer(412, b"{}", "application/json")
             self.store.objects[key] = body
             return self.answer(200, json.dumps(self.described(key)).encode(), "application/json")
         if key not in self.store.objects:
