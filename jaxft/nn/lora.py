@@ -28,7 +28,7 @@ from jaxft.tree import Params, static, struct
 # Layers that compute several projections by one matrix, and the layers that other models have in their place.
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
-
+EVA = "eva"
 AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
 
 
@@ -78,7 +78,7 @@ class Adapter:
     eva_tokens: int = 16384
 
     def __post_init__(self):
-        if self.init != "eva" and (self.eva_rho, self.eva_tokens) != (Adapter.eva_rho, Adapter.eva_tokens):
+        if self.init != EVA and (self.eva_rho, self.eva_tokens) != (Adapter.eva_rho, Adapter.eva_tokens):
             raise ValueError("adapter.eva_rho and adapter.eva_tokens need adapter.init=eva; leave them out")
         if not 1.0 <= self.eva_rho <= 1000.0:
             raise ValueError(f"adapter.eva_rho must be from 1 to 1000, got {self.eva_rho}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nn import replaced
-from jaxft.nn.lora import Adapter, target_paths
+from jaxft.nn.lora import EVA, Adapter, target_paths
 from jaxft.nn.lora_patterns import TensorNames, is_listed, module_names, values_by_pattern
 from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
 
@@ -183,7 +183,7 @@ def _pair_specs(
     *lead, size_in, size_out = spec.shape
     *lead_axes, axis_in, axis_out = spec.axes
     rank, ranks = max(layout.ranks), layout.ranks
-    if settings.init == "eva":  # the ranks of the layers are known only when the run has read its rows
+    if settings.init == EVA:  # the ranks of the layers are known only when the run has read its rows
         rank = most_components(rank, settings.eva_rho, size_in)
         ranks = tuple(rank if one else 0 for one in ranks)
     scales = [settings.scale_of(r, alpha) if r else settings.scale for r, alpha in zip(*layout, strict=True)]

@@ -3,13 +3,12 @@
 from collections.abc import Collection
 
 from jaxft.nn import param
-from jaxft.nn.lora import pairs_by_path
+from jaxft.nn.lora import EVA, pairs_by_path
 from jaxft.nn.lora_specs import pair_layouts
-from jaxft.nn.quant import CHECKPOINT
+from jaxft.nn.quant import CHECKPOINT, QERA
 from jaxft.optim.optimizer import Optim, rate_groups
 from jaxft.train.partition import Partition, trainable_paths
 from jaxft.train.settings import Run
-from jaxft.weights.eva import EVA
 from jaxft.weights.lora_start import check_ranks
 
 
@@ -102,9 +101,9 @@ def _check_init(run: Run, parts: Partition) -> None:
     if run.adapter.init == "loftq" and not run.quant:
         raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")
     calibrated = run.quant is not None and run.quant.calibrate is not None
-    if calibrated and run.adapter.init != "qera":
+    if calibrated and run.adapter.init != QERA:
         raise ValueError(f"{setting} changes the base before quant.calibrate; use adapter.init=qera")
-    if run.adapter.init == "qera" and not calibrated:
+    if run.adapter.init == QERA and not calibrated:
         raise ValueError(f"{setting} corrects a calibrated base; set quant=nf4 quant.calibrate=run")
     check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)
 

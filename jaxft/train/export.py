@@ -17,6 +17,7 @@ from jaxft.models import families, heads
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn import lora, param
+from jaxft.nn.lora import EVA
 from jaxft.nn.quant import (
     CHECKPOINT,
     QTensor,
@@ -35,7 +36,7 @@ from jaxft.tree import Params
 from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained, quantised_write
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.codes import open_codes
-from jaxft.weights.eva import EVA, written_adapter
+from jaxft.weights.eva import written_adapter
 from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params

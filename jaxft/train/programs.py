@@ -15,6 +15,7 @@ from jaxft.distributed import devices, sharding
 from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
+from jaxft.nn.lora import EVA
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optimizer, make_optimizer
@@ -30,7 +31,6 @@ from jaxft.train.watch import Watch, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
 from jaxft.weights.adapters import adapter_folder
-from jaxft.weights.eva import EVA
 from jaxft.weights.extend import check_new_tokens
 from jaxft.weights.lora_start import place_pairs, run_pairs, with_magnitudes
 

@@ -11,6 +11,7 @@ from jaxft.batch import TrainState
 from jaxft.data.mixture import source_names
 from jaxft.distributed import processes, sync
 from jaxft.models import families
+from jaxft.nn.lora import EVA
 from jaxft.runs import charts, report
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
@@ -28,7 +29,6 @@ from jaxft.weights import hf, hf_write, hub
 from jaxft.weights.adapter_limits import loading_notes
 from jaxft.weights.adapters import read_adapter_settings
 from jaxft.weights.card import Card, base_name, front_matter, write_card
-from jaxft.weights.eva import EVA
 from jaxft.weights.lora_start import read_start
 
 

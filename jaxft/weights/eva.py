@@ -16,6 +16,7 @@ whole covariance is summed up and decomposed: what the incremental SVD without t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +25,11 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxft.models.model import Model
-from jaxft.nn.lora import FUSED_PARTS, Adapter, pairs_by_path
+from jaxft.nn.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, most_components, pair_layouts
 from jaxft.tree import Params
 from jaxft.weights.peft import adaptable_weight_names, put_node, with_patterns
 
-EVA = "eva"
 EXACT_INPUTS = 2048  # of a covariance that is decomposed as a whole; larger ones by Lanczos's method
 SMALLEST_VARIANCE = 1e-30  # that is divided by
 
@@ -141,16 +141,14 @@ def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[P
     for path, node in nodes.items():
         if path in layouts:
             most = max(layouts[path].ranks)
-            put_node(out, path, {**node, "a": _columns(node["a"], most), "b": _rows(node["b"], most)})
+            put_node(out, path, {**node, **_first_ranks(node["a"], node["b"], most)})
         elif path not in declared:
             put_node(out, path, node)
     plain = replace(settings, init="default", eva_rho=Adapter.eva_rho, eva_tokens=Adapter.eva_tokens)
     return out, with_patterns(plain, layouts, {path: names[path] for path in layouts})
 
 
-def _columns(a: jax.Array, count: int) -> jax.Array:
-    return jax.jit(lambda x: x[..., :count])(a)
-
-
-def _rows(b: jax.Array, count: int) -> jax.Array:
-    return jax.jit(lambda x: x[..., :count, :])(b)
+@partial(jax.jit, static_argnames="count")
+def _first_ranks(a: jax.Array, b: jax.Array, count: int) -> dict[str, jax.Array]:
+    """Return the first `count` columns of a and rows of b."""
+    return {"a": a[..., :count], "b": b[..., :count, :]}

@@ -31,7 +31,7 @@ from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.lora_patterns import TensorNames
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
-from jaxft.nn.quant import dequantize, is_qtensor
+from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
 from jaxft.weights.codes import read_correction
@@ -71,7 +71,7 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
                 zeros = np.zeros((spec.shape[-2], most)), np.zeros((most, spec.shape[-1]))
                 found.append((zeros, zeros))
                 continue
-            if settings.init == "qera":
+            if settings.init == QERA:
                 codes = stored.storage[f"base/{path}"].codes
                 found.append(_correcting(codes, name.format(i=i), settings.scale_of(rank, alpha)))
                 continue
