@@ -2,6 +2,7 @@
 inputs of linear layers.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,14 +16,17 @@ import numpy as np
 
 from jaxft.data.conversation import PLAIN
 from jaxft.data.invalid import invalid_lines
+from jaxft.data.pack import round_up
+from jaxft.data.settings import DataSettings
 from jaxft.data.sft import Rows
 from jaxft.data.source import Source
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
-from jaxft.nn.quant import Quant
+from jaxft.nn.quant import QERA, Quant
 from jaxft.objectives.sft import sft
 from jaxft.train.settings import Run
-from jaxft.tree import Params
+from jaxft.tree import Batch, Params
 from jaxft.weights import gptq, pretrained
 from jaxft.weights.codes import CalibratedLayer, codes_name, codes_sha256, write_codes
 from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, in_layers
@@ -41,8 +45,8 @@ Progress = Callable[[str], None]
 class Calibration:
     """Calibration rows, in the formats of SFT; all of their tokens count.
 
-    rows: a file, a folder or a hub dataset. columns, invalid, format: as in data. tokens: how many are used.
-    max_length: of a packed row.
+    rows: a file, a folder or a hub dataset. tokens: how many are used. max_length: of a packed row. columns,
+    invalid, invalid_limit, format, template: as in data.
     """
 
     rows: str
@@ -51,11 +55,14 @@ class Calibration:
     tokens: int = 16384
     max_length: int = 512
     format: str = "auto"
+    invalid_limit: float = DataSettings.invalid_limit
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
 
     def __post_init__(self):
         if self.tokens < self.max_length:
             raise ValueError(
-                f"--tokens {self.tokens} is less than one row of --max-length {self.max_length}; raise it"
+                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are less than one row "
+                f"of {self.max_length} (--max-length, data.max_length); raise or lower one of them"
             )
 
     def open(self, tokenizer: Any, shards: int, progress: Progress) -> Source[Any]:
@@ -66,6 +73,10 @@ class Calibration:
             format=self.format,
             columns=self.columns,
             invalid=self.invalid,
+            invalid_limit=self.invalid_limit,
+            date=self.template.date,
+            chat_template_kwargs=self.template.chat_template_kwargs,
+            system=self.template.system,
             loss_on="all",
             max_length=self.max_length,
             batch=4,
@@ -98,20 +109,16 @@ class CalibrationPlan:
 def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationRows:
     """Return the first training rows of a source with at least so many tokens, or those of an epoch.
 
-    Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.
+    They are the same for any mesh, data.micro, data.layout and number of epochs, which may change when a run
+    resumes. Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.
     """
-    names = ("ids", "segments", "positions", "branches")
-    found, count = dict[str, list[np.ndarray]]({name: [] for name in names}), 0
-    longest = max(shape.ids.shape[-1] for shape in source.shapes)
-    for step in range(min(source.info.steps, math.ceil(source.info.steps_per_epoch))):
+    found, count = list[np.ndarray](), 0
+    for step in range(math.ceil(source.info.steps_per_epoch)):
         batch = source.batch(step, None)[0]  # type: ignore[arg-type]  # of fixed rows, which read no state
-        arrays = {"branches": np.zeros_like(batch.ids)}
-        arrays |= {name: x for name in names if (x := getattr(batch, name)) is not None}
-        used = (batch.segments > 0).any(-1)
-        for name, x in arrays.items():
-            rows = x[used]
-            found[name].append(np.pad(rows, [(0, 0), (0, longest - rows.shape[-1])]))
-        count += int((batch.segments > 0).sum())
+        for ids in sorted(_sequences(batch), key=lambda ids: hashlib.sha256(ids.tobytes()).digest()):
+            if count < tokens:
+                found.append(ids)
+                count += len(ids)
         if count >= tokens:
             break
     if count < FEWEST_TOKENS:
@@ -119,9 +126,35 @@ def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationR
             f"{where}: its rows have {count} tokens, too few to calibrate; give rows with at least "
             f"{FEWEST_TOKENS}, better {tokens:,}"
         )
-    rows = {name: np.concatenate(x) for name, x in found.items()}
-    enough = 1 + int(np.searchsorted((rows["segments"] > 0).sum(1).cumsum(), tokens))
-    return CalibrationRows(**{name: x[:enough] for name, x in rows.items()})
+    return _packed(found)
+
+
+def _sequences(batch: Batch) -> Iterator[np.ndarray]:
+    """Yield the token ids of each sequence in a batch; each response of a pair is one, after its prompt."""
+    rows, length = math.prod(batch.ids.shape[:-1]), batch.ids.shape[-1]
+    branches = np.zeros_like(batch.ids) if batch.branches is None else batch.branches
+    arrays = [np.reshape(x, (rows, length)) for x in (batch.ids, batch.segments, branches)]
+    for ids, segments, branch in zip(*arrays, strict=True):
+        for segment in range(1, int(segments.max()) + 1):
+            inside = segments == segment
+            responses = np.unique(branch[inside & (branch > 0)])
+            for response in responses if len(responses) else [0]:
+                yield ids[inside & ((branch == 0) | (branch == response))]
+
+
+def _packed(sequences: list[np.ndarray]) -> CalibrationRows:
+    """Return sequences in rows, one after the other."""
+    width = round_up(max(map(len, sequences)), 64)
+    rows, used, number = list[np.ndarray](), width, 0
+    for ids in sequences:
+        if used + len(ids) > width:
+            rows.append(np.zeros((3, width), np.int32))
+            used, number = 0, 0
+        end, number = used + len(ids), number + 1
+        for row, values in zip(rows[-1], (ids, number, np.arange(len(ids))), strict=True):
+            row[used:end] = values
+        used = end
+    return CalibrationRows(*np.stack(rows, 1))
 
 
 def plan_file(
@@ -152,30 +185,35 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
             )
         found = rows_of_source(source, quant.calibrate_tokens, setting)
     else:
-        length = run.data.max_length
-        if quant.calibrate_tokens < length:
-            raise ValueError(
-                f"quant.calibrate_tokens={quant.calibrate_tokens} is less than one row of {length} tokens "
-                "(data.max_length); raise it"
-            )
-        plain = isinstance(run.data, Rows) and run.data.format == PLAIN
-        rows = Calibration(
-            quant.calibrate, tokens=quant.calibrate_tokens, max_length=length,
-            format=PLAIN if plain else "auto",
-        )  # fmt: skip
-        found = plan_file(run.weights, quant, rows, tokenizer, print_line).rows
+        found = plan_file(run.weights, quant, _as_in_run(run, quant), tokenizer, print_line).rows
     ranks = dict[str, tuple[int, ...]]()
-    if run.adapter and run.adapter.init == "qera":
+    if run.adapter and run.adapter.init == QERA:
         layouts = check_ranks(run.model.specs, run.adapter, run.model.weight_names)
         coded = [path for path in quantised_paths(run.model.specs, quant) if in_layers(path)]
         if other := layouts.keys() - set(coded):
             raise ValueError(
-                f"adapter.init=qera corrects calibrated weights, and {min(other)} is not quantised; leave it "
-                "out of adapter.targets"
+                f"adapter.init={QERA} corrects calibrated weights, and {min(other)} is not quantised; leave "
+                "it out of adapter.targets"
             )
         ranks = {path: tuple(map(int, layout.ranks)) for path, layout in layouts.items()}
     name = codes_name(run.weights, quant, found.digest, ranks)
     return CalibrationPlan(name, run.weights, quant, found, ranks)
+
+
+def _as_in_run(run: Run, quant: Quant) -> Calibration:
+    """Return the calibration rows of a file, read and rendered as the run's own; columns are renamed if these
+    are rows of SFT too.
+    """
+    assert quant.calibrate is not None
+    rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
+    data = run.data
+    if isinstance(data, DataSettings):
+        rows = replace(
+            rows, invalid=data.invalid, invalid_limit=data.invalid_limit, template=data.template_settings
+        )
+    if isinstance(data, Rows):
+        rows = replace(rows, columns=data.columns, format=PLAIN if data.format == PLAIN else "auto")
+    return rows
 
 
 def print_line(line: str) -> None:

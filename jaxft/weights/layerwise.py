@@ -3,7 +3,7 @@ activations between two layers.
 
 Two streams of activations pass through the layers: of the exact model, and of the quantised one. The weights
 of a layer are rounded in the order in which the layer uses them (q, k and v; o; gate and up; down), each on
-inputs that pass through all weights that are rounded before it.
+inputs computed with the weights that are quantised already.
 """
 
 import hashlib
@@ -42,7 +42,6 @@ class CalibrationRows:
     ids: Int[np.ndarray, "N T"]
     segments: Int[np.ndarray, "N T"]
     positions: Int[np.ndarray, "N T"]
-    branches: Int[np.ndarray, "N T"]
 
     @property
     def tokens(self) -> int:
@@ -52,7 +51,7 @@ class CalibrationRows:
     @property
     def digest(self) -> str:
         """A hash of all arrays."""
-        arrays = (self.ids, self.segments, self.positions, self.branches)
+        arrays = (self.ids, self.segments, self.positions)
         return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()
 
     def batches(self) -> list[Tokens]:
@@ -67,7 +66,7 @@ class CalibrationRows:
         return [
             Tokens(
                 part(self.ids, at), part(self.segments, at), part(self.positions, at), none, none,
-                none.astype(np.float32), branches=part(self.branches, at),
+                none.astype(np.float32),
             )
             for at in range(0, count, size)
         ]  # fmt: skip
@@ -174,7 +173,10 @@ def calibrate_layers(
                 weight = _layer_values(readers[path], number).astype(np.float32)
                 target = exact_outputs(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
-                q = quantize_calibrated(np.asarray(target), moments.own, *form, factor)
+                try:
+                    q = quantize_calibrated(np.asarray(target), moments.own, *form, factor)
+                except ValueError as error:
+                    raise ValueError(f"{hf_name}: {error}") from error
                 value = dequantize(replace(q, dtype=jnp.dtype(jnp.float32)))
                 layer.weights[hf_name] = q
                 if path in ranks and ranks[path][number]:

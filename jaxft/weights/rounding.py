@@ -2,8 +2,8 @@
 
 With `H = sum x x^T` over a layer's inputs x, the squared error of the outputs of a rounded weight V in place
 of W is `tr((V - W)^T H (V - W))`. Here W is not the layer's own weight where the layers before it are
-quantised too: it is the least-squares solution that maps their inputs x to the outputs of the exact model,
-`W + H^-1 (C - H) W` with `C = sum x y^T` and the exact model's inputs y (Li et al. 2025, GPTAQ,
+quantised already: it is the least-squares solution that maps their inputs x to the outputs of the exact
+model, `W + H^-1 (C - H) W` with `C = sum x y^T` and the exact model's inputs y (Li et al. 2025, GPTAQ,
 arXiv:2504.02692).
 
 Scales: of each block the best of some fractions of the plain scale, each input weighted by its mean square.
@@ -58,8 +58,13 @@ def quantize_calibrated(
     """Quantise a weight as nn.quant.quantize does, in as many bits, with a smaller error of its outputs.
 
     own: sum of x x^T over its inputs. factor: gptq.inverse_factor of it, if it is known. The error is never
-    above that of rounding to nearest.
+    above that of rounding to nearest. Raises ValueError for a target or inputs that are not finite.
     """
+    if not all(np.isfinite(np.asarray(x)).all() for x in (target, own)):
+        raise ValueError(
+            "calibration: a layer's weights, its inputs on the calibration rows or the solution for its "
+            "outputs are not finite; round to nearest (quant.calibrate=none, or no --calibrate)"
+        )
     plain = quantize(np.asarray(target), kind, block, double)
     weight, moment = jnp.asarray(target, jnp.float32), damped(jnp.asarray(own))
     found = _with_searched_scales(plain, weight, jnp.diagonal(moment))
@@ -72,8 +77,8 @@ def quantize_calibrated(
             found = _with_scales(found, _fitted_scales(found, weight, moment, size))
         found = with_codes(found, _descended_codes(found, weight, moment))
         candidates.append(found)
-    errors = [float(_output_error(q, weight, moment)) for q in candidates]
-    return candidates[int(np.argmin(errors))]
+    errors = np.array([float(_output_error(q, weight, moment)) for q in candidates])
+    return candidates[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
 
 
 @jax.jit

@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ from scripts_in_process import call
 from tiny_run import ROOT, Place, write_place, write_rows
 
 from jaxft import tree
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.sft import Rows
 from jaxft.distributed import sharding
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.runs import cli
 from jaxft.runs import folder as runfolder
 from jaxft.train import calibrate, members
-from jaxft.train.calibrate import calibrate_base
+from jaxft.train.calibrate import calibrate_base, rows_of_source
 from jaxft.weights import codes, pretrained
 
 SHORT = ["samples=0", "quant=nf4", "quant.block=32"]
@@ -52,10 +55,10 @@ def loaded(place, *overrides, lines=None):
         return job, states[0].trainable, frozen[0]
 
 
-def some_rows(place):
-    """The first batch of the run."""
+def other_rows(place):
+    """Held-out rows, on which the base is not calibrated."""
     source = prepare(place.folder, *NF4, "name=rows").sources[0]
-    return jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(0)[0])
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), source.held_out[0])
 
 
 def layers(base):
@@ -104,22 +107,68 @@ def test_a_second_start_takes_the_codes_from_the_cache_and_others_are_refused(pl
         file.write_bytes(before)
 
 
-def test_calibrated_layers_are_closer_to_the_exact_model_than_rounded_ones(place):
+def test_calibration_rows_are_the_same_for_any_layout_of_the_batches_and_number_of_epochs(place):
+    write_rows(
+        place.folder / "pairs.jsonl",
+        [{"prompt": f"what is {i} plus {i}?", "chosen": f"it is {2 * i}" + " or so" * (i % 5),
+          "rejected": "never mind"} for i in range(40)],
+    )  # fmt: skip
+    tokenizer = pretrained.load_tokenizer(str(place.folder / "base"))
+    for settings, layouts in ((PairRows, ["branches", "plain"]), (Rows, [None])):
+        data = settings(str(place.folder / "pairs.jsonl"), format="plain", batch=8, max_length=64)
+        if settings is Rows:
+            data = replace(data, train=str(place.folder / "texts.jsonl"))
+
+        def found(shards=1, data=data, tokens=700, **changes):
+            source = replace(data, **changes).open(tokenizer, shards)
+            return rows_of_source(source, tokens, "rows")
+
+        expected = found()
+        assert 700 <= expected.tokens < 764
+        others = [found(4), found(micro=2), found(epochs=3.0), found(epochs=0.1)]
+        others += [found(layout=layout) for layout in layouts if layout]
+        assert {x.digest for x in others} == {expected.digest}
+        assert found(seed=1).digest != expected.digest
+
+
+def test_sequences_share_rows_and_are_numbered():
+    rows = calibrate._packed([np.full(length, length) for length in (30, 20, 40)])
+    assert rows.ids.shape == (2, 64) and rows.tokens == 90
+    assert rows.segments[0].tolist() == [1] * 30 + [2] * 20 + [0] * 14
+    assert rows.positions[0].tolist() == [*range(30), *range(20)] + [0] * 14
+    assert rows.ids[1, :40].tolist() == [40] * 40 and rows.ids[1, 40:].max() == 0
+
+
+def test_a_calibration_file_is_read_and_rendered_as_the_runs_own_rows(place):
+    asked = [{"question": f"what is {i} plus {i}?", "answer": f"it is {2 * i}"} for i in range(40)]
+    write_rows(place.folder / "asked.jsonl", [*asked, {"question": "and this?"}])
+    own = ["data.columns=prompt=question,completion=answer", "data.invalid=drop"]
+    job = prepare(place.folder, *NF4, "quant.calibrate=asked.jsonl", "data=asked.jsonl", *own, "name=asked")
+    assert job.calibration.rows.tokens >= 640
+    changes = {"date": "1 May 2025", "system": "merge", "format": "auto"}
+    run = replace(job.lead.run, data=replace(job.lead.run.data, **changes, columns=(), invalid_limit=0.5))
+    rows = replace(calibrate._as_in_run(run, run.quant), rows=str(place.folder / "texts.jsonl"))
+    settings = rows.open(job.tokenizer, 1, print).settings
+    assert settings.template_settings == run.data.template_settings
+    assert (settings.invalid, settings.invalid_limit) == ("drop", 0.5)
+
+
+def test_calibrated_layers_are_closer_to_the_exact_model_than_rounded_ones_on_other_rows(place):
     _, _, frozen = loaded(place, "quant.calibrate=run", "name=closer")
     model = pretrained.model_for(str(place.folder / "base"), dtype=jnp.float32)
     bases = {kind: pretrained.load_frozen(str(place.folder / "base"), model, one_device(), quant)
              for kind, quant in (("exact", None), ("plain", Quant("nf4", 32)))}  # fmt: skip
     bases["calibrated"] = frozen["base"]
-    tokens = some_rows(place)
+    tokens = other_rows(place)
     h = {kind: np.asarray(model.hidden(base, tokens)) for kind, base in bases.items()}
     used = np.asarray(tokens.segments) > 0
     off = {kind: np.square(h[kind] - h["exact"])[used].mean() for kind in ("plain", "calibrated")}
     assert 0 < off["calibrated"] < 0.7 * off["plain"]
 
 
-def test_qera_starts_from_the_corrections_and_is_exported_for_the_unchanged_base(place):
+def test_qera_starts_from_the_corrections_and_is_closer_to_the_exact_model_than_rounding(place):
     job, trainable, frozen = loaded(place, "quant.calibrate=run", "adapter.init=qera", "name=qera")
-    model, tokens = job.lead.run.model, some_rows(place)
+    model, tokens = job.lead.run.model, other_rows(place)
     pairs = tree.paths(tree.combine(trainable, frozen)["adapter"])
     for path in ("layers/attn/q", "layers/mlp/down"):
         a, b, scale = (np.asarray(pairs[f"{path}/{name}"]) for name in ("a", "b", "scale"))
@@ -135,7 +184,7 @@ def test_qera_starts_from_the_corrections_and_is_exported_for_the_unchanged_base
         h[kind] = model.hidden(base, tokens)
     off = {kind: float(jnp.mean(jnp.square(h[kind] - h["exact"]))) for kind in ("qera", "nearest")}
     assert 0 < off["qera"] < 0.9 * off["nearest"]
-    assert job.lead.run.adapter.exported.rank == 8
+    assert job.lead.run.adapter.exported.rank == 8  # for the unchanged base, see test_adapter_kinds.py
 
 
 def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypatch, capsys):
@@ -171,7 +220,10 @@ def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypa
     ("argv", "message"),
     [
         (["quant.calibrate=few.jsonl"], "quant.calibrate=few.jsonl|few.jsonl: its rows have .* too few"),
-        (["quant.calibrate=texts.jsonl", "quant.calibrate_tokens=8"], "less than one row of 64 tokens"),
+        (
+            ["quant.calibrate=texts.jsonl", "quant.calibrate_tokens=8"],
+            "less than one row of 64 .*data.max_length",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused_before_anything_is_written(place, argv, message):

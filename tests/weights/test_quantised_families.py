@@ -138,7 +138,7 @@ def test_calibration_of_fused_layers_and_windows_brings_the_model_closer_to_the_
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     model, batch = pretrained.model_for(str(folder), dtype=jnp.float32), rows(random_ids(8, 40))
     arrays = [np.asarray(x, np.int32) for x in (batch.ids, batch.segments, batch.positions)]
-    calibration = CalibrationRows(*arrays, np.zeros_like(arrays[0]))
+    calibration = CalibrationRows(*arrays)
     readers = pretrained.open_params(str(folder), model)
     with jax.set_mesh(one_device()):
         write_codes(

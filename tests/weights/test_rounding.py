@@ -56,6 +56,18 @@ def test_the_error_is_never_above_that_of_rounding_to_nearest():
             assert error(found, w, damped) <= error(quantize(w, "nf4", 4, True), w, damped) * (1 + 1e-5)
 
 
+def test_values_that_are_not_finite_are_refused_and_a_candidate_that_is_not_never_wins():
+    x, w = inputs(), weight()
+    moment = x.T @ x
+    for target, own in ((w * np.float32(np.nan), moment), (w, moment * np.float32(np.inf))):
+        with pytest.raises(ValueError, match=r"are not finite; round to nearest \(quant.calibrate=none"):
+            rounding.quantize_calibrated(target, own, "nf4", 16, True)
+    broken = gptq.inverse_factor(jnp.asarray(moment))._replace(upper=jnp.full((48, 48), jnp.nan))
+    damped = np.asarray(gptq.damped(jnp.asarray(moment)), np.float64)
+    found = rounding.quantize_calibrated(w, moment, "fp8", factor=broken)
+    assert error(found, w, damped) <= error(quantize(w, "fp8"), w, damped) * (1 + 1e-5)
+
+
 def test_a_short_last_block_and_inputs_that_are_always_zero_are_rounded():
     x, w = inputs(size=50), weight(50)
     x[:, [3, 49]] = 0
