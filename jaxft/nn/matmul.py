@@ -20,7 +20,7 @@ from jaxft.nn.products import accumulation_dtype, wide_dot
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.nn.taps import InputTap, tapped
-from jaxft.tree import struct
+from jaxft.tree import static, struct
 
 Weight = Any  # Array | QTensor | Adapted | GramProbe | InputTap
 
@@ -283,16 +283,17 @@ multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 @struct
 class GramProbe:
     """A weight [I, O] that records its inputs x: the gradient of `moment` is the Gram matrix sum x x^T of the
-    inputs that the result depends on (no padding).
+    inputs that the result depends on (no padding), or its rows from `first` on, as many as `moment` has.
 
     With `counted` and `total`: of those that are counted, less their mean; the gradient of `total` is their
     sum.
     """
 
     weight: Any
-    moment: Any  # float [I, I]
+    moment: Any  # float [N, I]
     total: Any = None  # [I], of the dtype of `moment`, as the next
     counted: Any = None  # [B, T]: 1 or 0
+    first: int = static(default=0)
 
 
 @jax.custom_vjp
@@ -312,7 +313,10 @@ def _probed_bwd(residuals, g):
         sums = jnp.sum(wide, lead, keepdims=True)
         mean = sums / jnp.maximum(jnp.sum(weights), jnp.ones((), weights.dtype))
         used, total = ((wide - mean) * weights).astype(x.dtype), jnp.squeeze(sums, lead)
-    return dx, GramProbe(dw, outer(used, used, probe.moment.dtype), total)
+    some = jax.lax.slice_in_dim(used, probe.first, probe.first + probe.moment.shape[0], axis=-1)
+    return dx, replace(
+        probe, weight=dw, moment=outer(some, used, probe.moment.dtype), total=total, counted=None
+    )
 
 
 probed_matmul.defvjp(lambda x, probe: (probed_matmul(x, probe), (x, probe)), _probed_bwd)

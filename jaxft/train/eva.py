@@ -1,6 +1,6 @@
 """The start of an EVA adapter by statistics of its layers' inputs on the run's first batches."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jaxft.batch import TrainState
 from jaxft.data.source import Source
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.lora import EVA, Adapter, pairs_by_path
 from jaxft.nn.lora_specs import most_components, pair_layouts
 from jaxft.nn.matmul import GramProbe
 from jaxft.nn.quant import is_qtensor
@@ -22,7 +22,9 @@ from jaxft.tree import Batch, Params, struct
 from jaxft.weights import eva, place
 from jaxft.weights.gather import layer_on_host
 
-MOMENT_BYTES = 2**32  # of covariances on the device at once, unless one kernel's alone are larger
+MOMENT_BYTES = 2**32  # of covariances on the device at once; their gradients take as many
+
+RowRange = tuple[int, int]  # the first row, and the one after the last
 
 
 class FirstRows(NamedTuple):
@@ -38,8 +40,8 @@ class FirstRows(NamedTuple):
 
 @struct
 class InputStatistics:
-    """Mean [L, I] of the inputs of linear layers by path, and the sum [L, I, I] of (x - mean) (x - mean)^T
-    over `count` tokens.
+    """Mean [L, I] of the inputs of linear layers by path, and rows of the sum [L, I, I] of
+    (x - mean) (x - mean)^T over `count` tokens.
     """
 
     count: Any
@@ -64,7 +66,9 @@ def eva_adapter(
 ) -> Params:
     """Return a fresh adapter with the first `a` of EVA, sharded as its leaves are.
 
-    model: over the whole tree. Every process calls it. Raises ValueError for inputs that are not finite.
+    model: over the whole tree. Every process calls it. The rows pass through the model once for each
+    MOMENT_BYTES of covariances, and the host stores those of one kernel. Raises ValueError for inputs that
+    are not finite.
     """
     layouts = pair_layouts(model.specs["base"], settings, model.weight_names)
     paths = list(layouts)
@@ -75,15 +79,19 @@ def eva_adapter(
         most = most_components(max(layout.ranks), settings.eva_rho, shapes[path][-2])
         counts[source] = max(counts[source], most)
     directions: dict[str, list[eva.Directions]] = {}
+    parts: dict[str, list[list[np.ndarray]]] = {}  # of the kernels whose covariances are not complete yet
     for group in _groups({source: shapes[source] for source in counts}):
-        rows.report(f"adapter.init=eva: reading the inputs of {', '.join(group)}")
+        rows.report(f"adapter.init={EVA}: reading the inputs of {_names(group, shapes)}")
         found = input_statistics(model, base, group, rows.batches(), mesh)
-        for source in group:
+        for source, (_, end) in group.items():
             moments = found.moments[source]
-            directions[source] = [
-                eva.principal_directions(layer_on_host(moments, i, False), counts[source])
-                for i in range(len(moments))
-            ]
+            own = [layer_on_host(moments, i, False) for i in range(len(moments))]
+            parts.setdefault(source, []).append(own)
+            if end == shapes[source][-2]:
+                directions[source] = [
+                    eva.principal_directions(np.concatenate(of_layer), counts[source])
+                    for of_layer in zip(*parts.pop(source), strict=True)
+                ]
     explained = {source: [one.explained for one in of_layers] for source, of_layers in directions.items()}
     ranks = eva.redistributed_ranks(layouts, explained, settings.eva_rho)
     rows.report(_summary(ranks, explained, int(found.count)))
@@ -99,22 +107,25 @@ def eva_adapter(
 
 
 def input_statistics(
-    model: Model, base: Params, paths: list[str], batches: Iterable[Batch], mesh: Mesh
+    model: Model, base: Params, parts: Mapping[str, RowRange], batches: Iterable[Batch], mesh: Mesh
 ) -> InputStatistics:
-    """Return statistics of the inputs of the linear layers `paths` over all tokens but padding.
+    """Return statistics of the inputs of linear layers over all tokens but padding.
 
-    model: over the whole tree. Each batch is centred on its own mean and merged with the earlier ones (Chan
-    et al. 1979), so that a large mean costs no digits.
+    model: over the whole tree. parts: which rows of the sums, by path. Each batch is centred on its own mean
+    and merged with the earlier ones (Chan et al. 1979), so that a large mean costs no digits.
     """
     everywhere = sharding.replicated(mesh)
     leaves = tree.paths(base, is_qtensor)
     wide = np.promote_types(model.dtype, np.float32)
-    add = jax.jit(partial(_add_batch, model, wide), donate_argnums=1, out_shardings=everywhere)
+    own = partial(_add_batch, model, wide, parts)
+    add = jax.jit(own, donate_argnums=1, out_shardings=everywhere)
 
     def empty() -> InputStatistics:
-        sizes = {path: (leaves[path].shape[0], leaves[path].shape[-2]) for path in paths}
-        means = {path: jnp.zeros(size, wide) for path, size in sizes.items()}
-        moments = {path: jnp.zeros((*size, size[1]), wide) for path, size in sizes.items()}
+        means, moments = dict[str, Any](), dict[str, Any]()
+        for path, (first, end) in parts.items():
+            layers, inputs = leaves[path].shape[0], leaves[path].shape[-2]
+            means[path] = jnp.zeros((layers, inputs), wide)
+            moments[path] = jnp.zeros((layers, end - first, inputs), wide)
         return InputStatistics(jnp.zeros((), wide), means, moments)
 
     found = jax.jit(empty, out_shardings=everywhere)()
@@ -126,7 +137,12 @@ def input_statistics(
 
 
 def _add_batch(
-    model: Model, dtype: Any, base: Params, known: InputStatistics, batch: Batch
+    model: Model,
+    dtype: Any,
+    parts: Mapping[str, RowRange],
+    base: Params,
+    known: InputStatistics,
+    batch: Batch,
 ) -> InputStatistics:
     """Merge the statistics of a microbatch [1, rows, ...] into `known`."""
     rows = jax.tree.map(lambda x: x[0], batch)
@@ -139,7 +155,7 @@ def _add_batch(
             if path not in moments:
                 return w
             each = jnp.broadcast_to(counted[None], (w.shape[0], *counted.shape))
-            return GramProbe(w, moments[path], totals[path], each)
+            return GramProbe(w, moments[path], totals[path], each, parts[path][0])
 
         probed = tree.map_with_path(probe, base, is_leaf=is_qtensor)
         return jnp.sum(model.hidden({"base": probed}, rows).astype(dtype))
@@ -150,7 +166,9 @@ def _add_batch(
     total = known.count + count
     share = count / jnp.maximum(total, one)
     steps = {path: totals[path] / jnp.maximum(count, one) - known.means[path] for path in totals}
-    between = {path: jnp.einsum("li,lj->lij", step, step) for path, step in steps.items()}
+    between = {
+        path: jnp.einsum("li,lj->lij", step[:, slice(*parts[path])], step) for path, step in steps.items()
+    }
     return InputStatistics(
         total,
         {path: known.means[path] + share * steps[path] for path in steps},
@@ -158,18 +176,30 @@ def _add_batch(
     )
 
 
-def _groups(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """Return the paths in groups whose covariances fit into MOMENT_BYTES. shapes: [L, I, R] by path."""
-    groups: list[list[str]] = []
+def _groups(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, RowRange]]:
+    """Return the rows of all covariances in groups that fit into MOMENT_BYTES. shapes: [L, I, R] by path."""
+    groups: list[dict[str, RowRange]] = []
     room = 0
     for path, (layers, inputs, _) in shapes.items():
-        size = 4 * layers * inputs**2
-        if not groups or size > room:
-            groups.append([])
-            room = MOMENT_BYTES
-        groups[-1].append(path)
-        room -= size
+        row = 4 * layers * inputs
+        most = min(inputs, max(1, MOMENT_BYTES // row))
+        for first in range(0, inputs, most):
+            end = min(first + most, inputs)
+            if not groups or row * (end - first) > room:
+                groups.append({})
+                room = MOMENT_BYTES
+            groups[-1][path] = first, end
+            room -= row * (end - first)
     return groups
+
+
+def _names(group: dict[str, RowRange], shapes: dict[str, tuple[int, ...]]) -> str:
+    """Return the paths of a group, with the range of inputs where it is not all of them."""
+    sizes = {path: shapes[path][-2] for path in group}
+    return ", ".join(
+        path if (first, end) == (0, sizes[path]) else f"{path} ({first + 1} to {end} of {sizes[path]})"
+        for path, (first, end) in group.items()
+    )
 
 
 def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.ndarray]], tokens: int) -> str:
@@ -181,6 +211,6 @@ def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.nda
         for layer, rank in enumerate(of_layers)
     ]
     return (
-        f"adapter.init=eva: ranks from {min(found)} to {max(found)} by the inputs of {tokens:,} tokens, of "
+        f"adapter.init={EVA}: ranks from {min(found)} to {max(found)} by the inputs of {tokens:,} tokens, of "
         f"whose variance they explain {100 * sum(parts) / len(parts):.0f} % on average"
     )

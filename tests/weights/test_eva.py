@@ -138,6 +138,19 @@ def test_the_start_is_the_same_for_any_layout_of_the_rows(world, rows):
     assert jax.tree.leaves(same) == []
 
 
+def test_covariances_in_several_parts_lead_to_the_same_start(world, monkeypatch):
+    settings = replace(SETTINGS, targets=("o", "down"))
+    *_, expected, whole = begin(world, settings)
+    limit = 80_000  # o has 3 * 64 * 64 * 4 bytes, down 3 * 96 * 96 * 4
+    monkeypatch.setattr(eva_start, "MOMENT_BYTES", limit)
+    groups = eva_start._groups({"o": (3, 64, 12), "down": (3, 96, 12)})
+    assert groups == [{"o": (0, 64)}, {"down": (0, 69)}, {"down": (69, 96)}]
+    *_, found, lines = begin(world, settings)
+    assert len(whole) == 2 and len(lines) == 4 and "down (70 to 96 of 96)" in lines[2]
+    assert ranks_of(found) == ranks_of(expected)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found, expected)
+
+
 def test_a_quantised_base_gives_nearly_the_directions_of_its_weights(world):
     *_, exact, _ = begin(world)
     *_, found, _ = begin(world, quant=Quant("int8"))
