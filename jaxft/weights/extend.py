@@ -54,9 +54,14 @@ class Extension:
 
     def __post_init__(self) -> None:
         if not self.named and self.template is None:
-            raise ValueError("nothing to add; give --tokens, --template or both")
+            raise ValueError(
+                "nothing to add; name new tokens (--tokens, add_tokens=) or a chat template (--template, "
+                "chat_template=)"
+            )
         if self.multiple < 1:
-            raise ValueError(f"--multiple {self.multiple}; expected at least 1")
+            raise ValueError(
+                f"padding the table to a multiple of {self.multiple} rows (--multiple); use at least 1"
+            )
         twice = next((x for i, x in enumerate(self.named) if x in self.named[:i]), None)
         if twice is not None:
             raise ValueError(f"new tokens: {twice!r} is there twice; write each once")

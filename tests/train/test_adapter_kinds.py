@@ -2,8 +2,8 @@
 in a sweep, resumed, and with each objective. Most are slow; tests/README.md has the table.
 """
 
+import functools
 import json
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -40,6 +40,7 @@ KINDS = {
     "OLoRA": ["adapter.init=olora"],
     "EVA": ["adapter.init=eva", "adapter.eva_tokens=600"],
     "LoftQ": ["adapter.init=loftq", "quant=nf4"],
+    "QERA": ["adapter.init=qera", "quant=nf4", "quant.calibrate=run"],
     "LoRA+": ["optim.lora_plus=16"],
     "patterns": ["adapter.rank_pattern=q_proj:2,layers.1.mlp.up_proj:6", "adapter.alpha_pattern=v_proj:3"],
     "bias": ["model=biased", "adapter.bias=all"],
@@ -49,7 +50,8 @@ KINDS = {
     "tokens and pairs": ["adapter.trainable_token_indices=97,105,116,257"],
     "tied head": ["model=tied", "adapter.targets=q_proj,lm_head"],
 }
-RESIDUAL = ("PiSSA", "OLoRA", "LoftQ")  # whose base is stored without the first pair
+RESIDUAL = ("PiSSA", "OLoRA", "LoftQ", "QERA")  # whose exported adapter is for the base in its own precision
+QUANTISED = [kind for kind, argv in KINDS.items() if "quant=nf4" in argv]
 COMMON = ["steps=2", "samples=0", "lr=0.02", "optim.warmup=0", "optim.schedule=constant"]
 ALL = [pytest.param(kind, marks=() if kind == "EVA" else pytest.mark.slow) for kind in KINDS]
 every_kind = pytest.mark.parametrize("kind", ALL)
@@ -69,12 +71,17 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
+@pytest.fixture(autouse=True)
+def cache(place, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(place.folder / "cache"))
+
+
 class Place:
     """A working directory and the runs in it, each of which is trained once."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.finished = cache(self._finished)
+        self.finished = functools.cache(self._finished)
 
     def _finished(self, kind, name, *argv, devices=1):
         """The folder of a finished run of a kind."""
@@ -144,7 +151,7 @@ def test_a_run_learns_and_its_adapter_is_the_same_read_again_in_peft_and_merged(
     model, params, settings = read_back(place, kind, run)
     before, after = held_out_losses(run)
     assert after < before and not list(run.glob("**/*.part"))
-    if kind != "LoftQ":  # which was trained on a quantised base
+    if kind not in QUANTISED:
         assert loss_of(place, kind, params, model) == pytest.approx(after, rel=1e-5)
     tokens, ref = some_tokens(), place.folder / place.base(kind)
     expected = our_logits(model, params, tokens)
@@ -162,7 +169,7 @@ def test_a_run_learns_and_its_adapter_is_the_same_read_again_in_peft_and_merged(
 
 @every_kind_slowly
 def test_on_a_quantised_base_the_adapter_that_is_read_has_the_loss_of_the_run(place, kind):
-    run = place.finished(kind, f"{kind}-nf4", *([] if kind == "LoftQ" else ["quant=nf4"]))
+    run = place.finished(kind, f"{kind}-nf4", *([] if kind in QUANTISED else ["quant=nf4"]))
     before, after = held_out_losses(run)
     assert after < before
     if kind in RESIDUAL:  # for the base in its own precision, see test_reference.py

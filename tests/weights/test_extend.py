@@ -188,6 +188,16 @@ def test_the_qwen_template_shows_tools_and_calls():
     assert text.endswith("<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({}, r"\(--tokens, add_tokens=\) .* \(--template, chat_template=\)"),
+     ({"tokens": ("x",), "multiple": 0}, r"a multiple of 0 rows \(--multiple\)")],
+)  # fmt: skip
+def test_settings_of_no_extension_are_refused_in_the_words_of_recipe_and_script(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Extension(**settings)
+
+
 def test_a_template_of_a_file_must_end_turns_with_a_special_token(tmp_path):
     folder, path = base_folder(tmp_path), tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
