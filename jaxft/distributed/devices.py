@@ -65,8 +65,8 @@ def peak_fp8_flops(device: Any) -> float:
 
 @cache
 def cpu_has_bfloat16_matmuls() -> bool:
-    """Whether this host's CPU multiplies bfloat16 matrices itself (AVX512-BF16 or AMX); True where Linux does
-    not list its features.
+    """Whether this host's CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's bf16); True on
+    systems that do not list its features in /proc/cpuinfo.
 
     On other CPUs XLA converts each element inside the product, at two thirds of the rate of float32.
     """
@@ -74,8 +74,8 @@ def cpu_has_bfloat16_matmuls() -> bool:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return True
-    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return flags is None or not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return flags is None or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
 
 
 def peak_flops(device: Any) -> float:

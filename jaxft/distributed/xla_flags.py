@@ -109,13 +109,16 @@ def has_tpu(dev: Path, pci: Path) -> bool:
     """Whether the machine has a TPU: device files that TPUs use, and a PCI device that is one.
 
     Other devices have such files too: VFIO passes any device to a virtual machine. Where PCI devices are not
-    listed, as in some containers, the files decide.
+    listed or cannot be read, as in some containers, the device files decide.
     """
     if not (any(dev.glob("accel[0-9]*")) or any((dev / "vfio").glob("[0-9]*"))):
         return False
     vendors = list(pci.glob("*/vendor"))
-    own = [file.with_name("device") for file in vendors if file.read_text().strip() == TPU_VENDOR]
-    return not vendors or any(file.read_text().strip() in TPU_IDS for file in own)
+    try:
+        own = [file.with_name("device") for file in vendors if file.read_text().strip() == TPU_VENDOR]
+        return not vendors or any(file.read_text().strip() in TPU_IDS for file in own)
+    except OSError:
+        return True
 
 
 def is_installed(module: str) -> bool:

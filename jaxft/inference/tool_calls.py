@@ -1,13 +1,13 @@
 """Tool calls in the text of a completion, in the formats that chat templates train models to write.
 
-Hermes (Qwen, SmolLM3, EXAONE 4), with JSON between tags:
+Hermes (Qwen 2.5 and 3, SmolLM3, EXAONE 4), with JSON between tags:
     <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>
 Llama 3.1 to 3.3, the whole completion or what follows a special token, several separated by semicolons:
     <|python_tag|>{"name": "f", "parameters": {"a": 1}}
 Mistral, after a special token, as a list (to 2024) or as a name with its arguments:
     [TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]    [TOOL_CALLS]f[ARGS]{"a": 1}
 
-Text that is not such a call exactly, or is a call with invalid JSON, remains text.
+A call with invalid JSON remains text. The last call of a completion need not be closed.
 """
 
 import json
@@ -55,11 +55,14 @@ class CallFormat:
 
 
 def template_tool_format(source: str) -> ToolFormat:
-    """Return the format of the tool calls that a chat template renders, "none" if it is not a known one."""
+    """Return the format of the tool calls that a chat template renders, "none" if it is not a known one.
+
+    Qwen3-Coder and GLM 4.5 write XML between the tags of Hermes, which is not parsed.
+    """
     if "[TOOL_CALLS]" in source:
         return "mistral"
     if "<tool_call>" in source:
-        return "hermes"
+        return "none" if "<function=" in source or "<arg_key>" in source else "hermes"
     is_llama = "<|start_header_id|>" in source and '"parameters": ' in source
     return "llama3" if PYTHON_TAG in source or is_llama else "none"
 
@@ -79,7 +82,7 @@ def call_format(name: ToolFormat) -> CallFormat | None:
 class CallStream:
     """Takes tool calls out of a text that arrives in pieces. count: the number of calls so far.
 
-    Whitespace around calls is dropped, as chat templates add their own.
+    Whitespace before calls, between them and after the last is dropped, as chat templates add their own.
     """
 
     def __init__(self, format: CallFormat):

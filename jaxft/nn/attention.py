@@ -66,7 +66,7 @@ def cudnn(q_BTHE, k_BTKE, v_BTKE, ranges, softcap=None, implementation: Literal[
 # Device kinds of NVIDIA GPUs below compute capability 8.0, which the devices of an abstract mesh do not
 # state. (GeForce RTX 2050 and MX570, CMP 70HX and above are 8.x; developer.nvidia.com/cuda/gpus, /legacy.)
 BEFORE_AMPERE = re.compile(
-    r"GeForce (GTX?|MX[1-4]\d\d|MX550|\d{3}|RTX 20[678]0)|TITAN|Quadro|Tesla|GRID|NVS|NVIDIA T\d|"
+    r"GeForce (GTX?|MX[1-4]\d\d|MX550|\d{3}|RTX 20[678]0)|TITAN|Quadro|Tesla|GRID(?! A\d)|NVS|NVIDIA T\d|"
     r"CMP [345]0HX|Xavier|Tegra"
 )
 

@@ -166,8 +166,8 @@ def extended_ref(ref: str, extension: Extension | None) -> str:
     names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
     parts = [VERSION, names, extension.tokens, extension.start, extension.multiple]
     if extension.special_tokens or extension.template:
-        source = find_template(extension.template).source if extension.template else None
-        parts += [extension.special_tokens, source]
+        named = find_template(extension.template) if extension.template else None
+        parts += [extension.special_tokens, named and [named.source, named.tokens]]
     key = json.dumps(parts)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name

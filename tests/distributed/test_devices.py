@@ -79,7 +79,9 @@ def test_memory_is_the_peak_of_the_device_or_else_of_the_process():
     ("flags\t\t: fpu avx2 avx512f avx512_bf16 avx512_vnni\n", True),
     ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
     ("model name\t: a CPU\nflags\t\t: fpu avx2 avx512f\nbugs\t\t: none\n", False),
-    ("BogoMIPS\t: 50.00\nFeatures\t: fp asimd bf16\n", True),  # Arm: not examined
+    ("BogoMIPS\t: 50.00\nFeatures\t: fp asimd bf16\n", True),
+    ("BogoMIPS\t: 50.00\nFeatures\t: fp asimd evtstrm\n", False),
+    ("processor\t: 0\n", True),
 ])  # fmt: skip
 def test_bfloat16_matmuls_of_a_cpu_are_read_from_its_list_of_features(monkeypatch, listed, expected):
     monkeypatch.setattr(Path, "read_text", lambda path, **kwargs: listed)

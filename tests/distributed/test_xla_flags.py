@@ -129,6 +129,10 @@ def test_a_gpu_that_is_passed_by_vfio_is_no_tpu(monkeypatch, tmp_path, pci, foun
             (folder / name).write_text(f"{text}\n")
     monkeypatch.setattr(xla_flags, "is_installed", lambda module: True)
     assert xla_flags.accelerator({}, tmp_path / "dev", tmp_path / "pci") == found
+    for file in (tmp_path / "pci").glob("*/vendor"):  # cannot be read: the device files decide
+        file.unlink()
+        file.mkdir()
+    assert xla_flags.accelerator({}, tmp_path / "dev", tmp_path / "pci") == TPU
 
 
 def test_on_a_cpu_nothing_changes(monkeypatch):

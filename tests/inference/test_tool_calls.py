@@ -146,7 +146,9 @@ def test_the_format_is_that_of_the_template():
     llama32 = '<|start_header_id|> ... \'{"name": "\' + call.name + \'", "parameters": \''
     for source, format in {llama32: "llama3", "[TOOL_CALLS]": "mistral", "'<tool_call>'": "hermes"}.items():
         assert template_tool_format(source) == format
-    assert template_tool_format("<|start_header_id|> {{ message.content }}") == "none"
+    xml = "<tool_call><function={{ name }}>", "<tool_call>{{ name }}<arg_key>"  # Qwen3-Coder, GLM 4.5
+    for source in ("<|start_header_id|> {{ message.content }}", *xml):
+        assert template_tool_format(source) == "none"
 
 
 # Through the server, by OpenAI's client

@@ -337,6 +337,7 @@ H100 = described("gpu", "NVIDIA H100 80GB HBM3")
         (described("gpu", "NVIDIA CMP 30HX"), 64, jnp.float16, attention.flash),
         (described("gpu", "NVIDIA CMP 170HX"), 64, jnp.float16, attention.pallas),
         (described("cuda", "NVIDIA A100-SXM4-40GB"), 64, jnp.bfloat16, attention.pallas),
+        (described("cuda", "GRID A100-20C"), 64, jnp.bfloat16, attention.pallas),
         (described("gpu", "AMD Instinct MI300X"), 64, jnp.bfloat16, attention.flash),
         (described("tpu", "TPU v5 lite"), 64, jnp.bfloat16, attention.splash),
         (described("tpu", "TPU v5 lite"), 64, jnp.float64, attention.flash),
