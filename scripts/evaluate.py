@@ -27,8 +27,9 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-# The three ways to evaluate, and when each is chosen
-ROWS, COMPLETIONS, TASKS = "without --by, --regex and --tasks", "with --by or --regex", "with --tasks"
+# The three ways to evaluate, and the options that choose one
+ROWS, COMPLETIONS, TASKS = "loss and preference evaluation", "scores of completions", "--tasks"
+CHOSEN_BY = {ROWS: "", COMPLETIONS: "--by or --regex", TASKS: "--tasks"}
 # Options that not every way has: their defaults, and the ways that have them
 OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "file": (None, (ROWS, COMPLETIONS)), "columns": (None, (ROWS, COMPLETIONS)),
@@ -113,7 +114,10 @@ def arguments() -> argparse.Namespace:
         value = vars(args)[name]
         given = value is not None and value is not False and (name, value) != ("kv_cache", "compute")
         if given and way not in ways:
-            parser.error(f"--{name.replace('_', '-')} has a meaning {' or '.join(ways)} only; remove it")
+            chosen = CHOSEN_BY[way] if ROWS in ways else " or ".join(CHOSEN_BY[one] for one in ways)
+            remedy = f"{'omit' if ROWS in ways else 'use'} {chosen}"
+            option = name.replace("_", "-")
+            parser.error(f"--{option} applies only to {' and '.join(ways)}; remove it, or {remedy}")
         if not given:
             setattr(args, name, default)
     least = {"samples": 1, "limit": 1, "max_length": 1, "num_fewshot": 0}
@@ -271,7 +275,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.runs.named_weights import prompt_settings
     from jaxft.runs.served import named_adapters
     from jaxft.train import harness
-    from jaxft.train.harness_model import HarnessSettings
+    from jaxft.train.harness_model import HarnessSettings, generation_config_notes
 
     check_seed(args.seed, "--seed")
     Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
@@ -294,6 +298,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load_each(named, mesh, args.dtype, args.quant)
         for line in [line for name, one in loaded.items() for line in (*named[name].notes, *one.notes)]:
             print(line, file=sys.stderr)
+        if args.way == TASKS:
+            for line in generation_config_notes(next(iter(named.values())).ref):  # they share a base
+                print(line, file=sys.stderr)
         if args.way == ROWS:
             return evaluate_rows(args, loaded, data)
         if args.way == COMPLETIONS:

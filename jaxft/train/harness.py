@@ -96,10 +96,15 @@ def evaluate_tasks(
     Raises ValueError for requests that the model cannot read or generate.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.api.group import Group
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
     backend = HarnessBackend(loaded, settings)
+    for one in tasks:
+        for task in one.get_all_tasks() if isinstance(one, Group) else [one]:
+            if task.get_config("output_type") == "generate_until":  # refused before the hours of other tasks
+                backend.check_generation({**(task.get_config("generation_kwargs") or {}), **flags.generation})
     report = simple_evaluate(
         make_harness_model(backend), tasks=list(tasks), num_fewshot=flags.fewshot, limit=flags.limit,
         batch_size=settings.batch, system_instruction=flags.system, apply_chat_template=settings.chat,

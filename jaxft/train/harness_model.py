@@ -1,8 +1,10 @@
 """A loaded model as lm-evaluation-harness (EleutherAI, `lm_eval`) uses one: token ids, log-probabilities of
 continuations, completions.
 
-Requests become the same token ids, windows and stop strings as in its own `hf` backend, so scores are the
-same up to the rounding of sums. lm_eval is an extra and is imported inside functions only.
+Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
+are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
+states nothing but end tokens: transformers' generate applies all of that file, jaxft reads its end tokens.
+lm_eval is an extra and is imported inside functions only.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ from jaxft.inference.sampling import Sampling, nonfinite_logits
 from jaxft.nn.cache import CacheFormat
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.train.token_scores import Continuation, make_token_scorer
+from jaxft.weights import hub
 from jaxft.weights.pretrained import check_token_id
+from jaxft.weights.safetensors import read_model_json
 
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # its names
@@ -33,6 +37,12 @@ NO_EFFECT = {
     "min_p": 0,
     "use_cache": True,
 }
+# Settings of generation_config.json that change greedy completions of the hf backend, and not those of jaxft
+UNREAD = (
+    "repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_length", "min_new_tokens",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "exponential_decay_length_penalty", "guidance_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,24 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
     return _Generation(sampling, tuple(dict.fromkeys(stop for stop in stops if stop)))
 
 
+def generation_config_notes(ref: str) -> list[str]:
+    """Return a warning if the generation_config.json of a model has penalties, which change the completions
+    of the hf backend.
+    """
+    located = hub.locate(ref, config_only=True)
+    path = located.path / "generation_config.json"
+    if located.kind != "folder" or not path.is_file():
+        return []
+    given = {name: value for name, value in read_model_json(path).items() if name in UNREAD}
+    found = [f"{name}={value}" for name, value in given.items() if value not in (None, 0, 1, [], {})]
+    if not found:
+        return []
+    return [
+        f"warning: {path} has {', '.join(found)[:300]}, which jaxft does not apply; the hf backend of "
+        "lm-evaluation-harness does, so its scores of tasks that generate text may differ"
+    ]
+
+
 def before_stops(text: str, stops: Sequence[str]) -> str:
     """Return the text before stop strings, which are removed one after the other, as the hf backend does."""
     for stop in stops:
@@ -122,12 +150,12 @@ class HarnessBackend:
         found = []
         if self.truncated:
             found.append(
-                f"{self.truncated} requests are longer than the {self.length} tokens that the model reads; "
-                "the first tokens of their contexts are left out"
+                f"{_are(self.truncated, 'request')} longer than the {self.length} tokens that the model "
+                "reads; the start of the context is left out"
             )
         if self.without_system:
             found.append(
-                f"{self.without_system} prompts are without their system message, which the chat template "
+                f"{_are(self.without_system, 'prompt')} without the system message, which the chat template "
                 "rejects"
             )
         return found
@@ -146,6 +174,21 @@ class HarnessBackend:
         found = self.scorer.scores([Continuation(*pair) for pair in pairs])
         return [(score.logp, score.greedy) for score in found]
 
+    def check_generation(self, given: dict[str, Any]) -> None:
+        """Raise ValueError for arguments of generation that jaxft does not have, or for more tokens than the
+        model reads.
+        """
+        self._longest_context(generation_settings(given, "").sampling.max_new)
+
+    def _longest_context(self, new: int) -> int:
+        """Return the most tokens of a context that leave positions for `new` tokens."""
+        if new >= self.length:
+            raise ValueError(
+                f"a task generates up to {new} tokens, and the model reads {self.length}; generate fewer, "
+                "for example with --gen-kwargs max_gen_toks=64"
+            )
+        return self.length - new
+
     def completions(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """Return the completion of each context by its arguments of generation, up to a stop string."""
         end = self.tokenizer.decode([self.end])
@@ -160,13 +203,7 @@ class HarnessBackend:
         return found
 
     def _complete(self, contexts: Sequence[str], generation: _Generation) -> list[str]:
-        new, loaded = generation.sampling.max_new, self.loaded
-        longest = self.length - new
-        if longest < 1:
-            raise ValueError(
-                f"a task generates up to {new} tokens, and the model reads {self.length}; generate fewer, "
-                "for example with --gen-kwargs max_gen_toks=64"
-            )
+        loaded, longest = self.loaded, self._longest_context(generation.sampling.max_new)
         complete = [self.encode(context) or [self.prefix] for context in contexts]
         self.truncated += sum(len(ids) > longest for ids in complete)
         prompts = [ids[-longest:] for ids in complete]
@@ -220,6 +257,11 @@ class HarnessBackend:
         at = text.rindex(last.strip())
         is_complete = text.startswith(last.lstrip(), at)  # with the white space at its end
         return text[: at + len(last.lstrip() if is_complete else last.strip())]
+
+
+def _are(count: int, noun: str) -> str:
+    """Return a count with its noun and verb: 1 request is, 2 requests are."""
+    return f"{count} {noun} is" if count == 1 else f"{count} {noun}s are"
 
 
 def make_harness_model(backend: HarnessBackend) -> Any:

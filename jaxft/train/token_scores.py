@@ -123,7 +123,10 @@ def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredR
     rows = []
     for number, (context, tokens) in enumerate(continuations):
         if not tokens or not context:
-            raise ValueError(f"continuation {number + 1} or its context has no tokens; fill it")
+            raise ValueError(
+                f"continuation {number + 1} has no {'context ' if tokens else ''}tokens; check that the "
+                "task's contexts and choices are not empty"
+            )
         if len(tokens) > length:
             raise ValueError(
                 f"continuation {number + 1} has {len(tokens)} tokens, more than the {length} that the model "

@@ -198,9 +198,18 @@ SAD = [
     ("--run r --model model", "--run sets model"),
     ("--run missing", "missing"),
     ("--model model --file missing.jsonl", "missing.jsonl"),
-    ("--model model --file texts.jsonl --samples 2", "--samples has a meaning with --by"),
-    ("--model model --file texts.jsonl --seed 0", "--seed has a meaning with --by"),
-    ("--model model --file rows.jsonl --by exact --packing", "--packing has a meaning without --by"),
+    (
+        "--model model --file texts.jsonl --samples 2",
+        "--samples applies only to scores of completions; remove it, or use --by",
+    ),
+    (
+        "--model model --file texts.jsonl --seed 0",
+        "completions and --tasks; remove it, or use --by or --regex or --tasks",
+    ),
+    (
+        "--model model --file rows.jsonl --by exact --packing",
+        "--packing applies only to loss and preference evaluation; remove it, or omit --by",
+    ),
     ("--model model --file rows.jsonl --by exakt", "near: exact"),
     ("--model model --file rows.jsonl --by missing.py:f", "missing.py"),
     ("--model model --file rows.jsonl --regex (", "--regex: '(' is not a valid regular expression"),

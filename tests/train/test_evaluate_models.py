@@ -164,7 +164,9 @@ def test_options_that_a_way_does_not_have_are_refused_and_the_others_have_their_
             if way not in ways:
                 with pytest.raises(SystemExit):
                     script.arguments()
-                assert f"{flag} has a meaning {' or '.join(ways)} only" in capsys.readouterr().err
+                assert (
+                    f"{flag} applies only to {' and '.join(ways)}; remove it, or " in capsys.readouterr().err
+                )
                 continue
             args = script.arguments()
             assert args.way == way and vars(args)[name] != default

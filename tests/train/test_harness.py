@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model of jaxft: the scores are those of its own hf backend, to the digit."""
+"""lm-evaluation-harness on a model of jaxft: the scores are those of its own hf backend."""
 
 import json
 import sys
@@ -17,7 +17,12 @@ from jaxft.runs.loaded_weights import load_named
 from jaxft.runs.named_weights import named_weights
 from jaxft.train import token_scores
 from jaxft.train.harness import HarnessResult
-from jaxft.train.harness_model import HarnessBackend, HarnessSettings, generation_settings
+from jaxft.train.harness_model import (
+    HarnessBackend,
+    HarnessSettings,
+    generation_config_notes,
+    generation_settings,
+)
 from jaxft.train.token_scores import Continuation, batches_of, rows_of
 
 torch = pytest.importorskip("torch")
@@ -190,20 +195,21 @@ def test_completions_end_at_stop_strings_and_sampling_is_repeatable(place, evalu
 SAD = [
     ("--tasks missing.yaml", "missing.yaml: no such file"),
     ("--tasks ,", "--tasks names no task"),
-    ("--tasks choice.yaml --file rows.jsonl", "--file has a meaning without --by"),
+    ("--tasks choice.yaml --file rows.jsonl", "and scores of completions; remove it, or omit --tasks"),
     ("--tasks choice.yaml --by exact", "--tasks have their own scores"),
     ("--tasks choice.yaml --gen-kwargs x", "--gen-kwargs x: expected name=value"),
     ("--tasks choice.yaml --num-fewshot -1", "--num-fewshot must be at least 0"),
     ("--tasks choice.yaml --max-length 999", "--max-length 999 exceeds the model's 256 positions"),
-    ("--tasks written.yaml --gen-kwargs max_gen_toks=80", "a task generates up to 80 tokens"),
-    ("--tasks written.yaml --gen-kwargs num_beams=4", "num_beams=4, which jaxft does not have"),
+    ("--tasks choice.yaml,written.yaml --gen-kwargs max_gen_toks=80", "a task generates up to 80 tokens"),
+    ("--tasks choice.yaml,written.yaml --gen-kwargs num_beams=4", "num_beams=4, which jaxft does not have"),
     ("--tasks broken.yaml", "--tasks broken.yaml: the task cannot be loaded"),
     ("--tasks gone.yaml", "--tasks gone.yaml: the task cannot be loaded"),
 ]
 
 
 @pytest.mark.parametrize(("argv", "text"), SAD, ids=[argv for argv, _ in SAD])
-def test_what_cannot_be_evaluated_as_a_task_is_one_line(place, evaluate, argv, text):
+def test_what_cannot_be_evaluated_as_a_task_is_one_line(place, evaluate, argv, text, monkeypatch):
+    monkeypatch.setattr(HarnessBackend, "logps", None)  # refused before any request
     (place[0] / "broken.yaml").write_text("task: [")
     task = json.loads((place[0] / "choice.yaml").read_text())
     task["dataset_kwargs"]["data_files"]["test"] = "gone.jsonl"
@@ -262,7 +268,7 @@ def test_log_probabilities_are_those_of_transformers(place, loaded):
     assert [score.greedy for score in found] == [False] * 6 + [True]
     for wrong, message in (
         (Continuation([1], []), "has no tokens"),
-        (Continuation([], [1]), "has no tokens"),
+        (Continuation([], [1]), "has no context tokens"),
         (Continuation([1], [1] * 101), "101 tokens, more than the 100"),
         (Continuation([1], [400]), "token id 400"),
     ):
@@ -286,6 +292,21 @@ def test_completions_are_transformers_up_to_the_first_stop_string(place, loaded)
     assert 0 < len(expected[0]) < len(complete[0])
     assert backend.completions([(context, {**given, "until": stop}) for context in contexts]) == expected
     assert "2 requests are longer than the 80 tokens" in backend.notes()[0]  # one of each call
+
+
+def test_penalties_of_the_model_are_a_warning_and_arguments_are_checked_before_requests(loaded, tmp_path):
+    backend = HarnessBackend(loaded, HarnessSettings(length=LENGTH))
+    backend.check_generation({"max_gen_toks": LENGTH - 1, "num_beams": 1})
+    for given, message in (({"max_gen_toks": LENGTH}, "up to 80 tokens"), ({"num_beams": 4}, "num_beams=4")):
+        with pytest.raises(ValueError, match=message):
+            backend.check_generation(given)
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": 2, "repetition_penalty": 1.0, "temperature": 0.6}')
+    assert generation_config_notes(str(tmp_path)) == []
+    file.write_text('{"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}')
+    (note,) = generation_config_notes(str(tmp_path))
+    assert "repetition_penalty=1.1, no_repeat_ngram_size=3" in note and note.startswith("warning: ")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +336,7 @@ def test_prompts_are_rendered_as_by_transformers(loaded):
     tokenizer.chat_template = strict + "{% for m in messages %}{{ m['content'] }};{% endfor %}"
     backend = HarnessBackend(loaded, HarnessSettings(chat=True))
     assert backend.chat_text([{"role": "system", "content": "s"}, *turns[:1]], True) == "one?;"
-    assert "1 prompts are without their system message" in backend.notes()[0]
+    assert "1 prompt is without the system message" in backend.notes()[0]
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="--chat: the model's tokenizer has no chat template"):
         HarnessBackend(loaded, HarnessSettings(chat=True))
