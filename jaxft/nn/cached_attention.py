@@ -87,9 +87,11 @@ def cached_attention(
     G = groups.rows.shape[1]
     q_RKQE = q_RHE.reshape(R, K, H // K, E)
     q_PKGQE = groups.to_groups(q_RKQE).swapaxes(1, 2)
-    s_PKGQS = wide_einsum("pkme,pkes->pkms", q_PKGQE.reshape(P, K, G * (H // K), E), of_prompts.k)
+    s_PKGQS = wide_einsum(
+        "pkme,pkes->pkms", q_PKGQE.reshape(P, K, G * (H // K), E), of_prompts.k, widen=False
+    )
     s_PKGQS = _scores(s_PKGQS, of_prompts, E, softcap).reshape(P, K, G, H // K, S)
-    s_RKQN = _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, own.k), own, E, softcap)
+    s_RKQN = _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, own.k, widen=False), own, E, softcap)
     seen_PKGQS, seen_RKQN = seen_PGS[:, None, :, None], seen_RN[:, None, None]
     s_PKGQS, s_RKQN = jnp.where(seen_PKGQS, s_PKGQS, MASKED), jnp.where(seen_RKQN, s_RKQN, MASKED)
     top_RKQ = jnp.maximum(groups.to_rows(s_PKGQS.max(-1).swapaxes(1, 2)), s_RKQN.max(-1))
@@ -100,8 +102,8 @@ def cached_attention(
     sum_RKQ = jnp.where(sum_RKQ == 0, 1, sum_RKQ)
     sum_PKGQ = groups.to_groups(sum_RKQ).swapaxes(1, 2)
     p_PKMS = _weights(p_PKGQS / sum_PKGQ[..., None], of_prompts).reshape(P, K, G * (H // K), S)
-    o_PKGQE = wide_einsum("pkms,pkse->pkme", p_PKMS, of_prompts.v).reshape(P, K, G, H // K, E)
-    o_RKQE = wide_einsum("rkqn,rkne->rkqe", _weights(p_RKQN / sum_RKQ[..., None], own), own.v)
+    o_PKGQE = wide_einsum("pkms,pkse->pkme", p_PKMS, of_prompts.v, widen=False).reshape(P, K, G, H // K, E)
+    o_RKQE = wide_einsum("rkqn,rkne->rkqe", _weights(p_RKQN / sum_RKQ[..., None], own), own.v, widen=False)
     o_RKQE = o_RKQE + groups.to_rows(o_PKGQE.swapaxes(1, 2))
     return o_RKQE.reshape(R, H, E).astype(q_RHE.dtype)
 

@@ -1,5 +1,6 @@
 """Contractions that accumulate in float32 or wider, in the way that is fastest on the device."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,30 @@ def accumulation_dtype(dtype: DTypeLike) -> Any:
     return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
 
 
+MANY_ROWS = 64  # with 32 rows, converting a matrix takes as long as it saves, and a copy of it in memory
+
+
 def wide_dot(x: Array, w: Array, dims: Any) -> Array:
     """jax.lax.dot_general with the result in the accumulation dtype."""
-    wide = accumulation_dtype(x.dtype)
-    return _widened(lambda x, w: jax.lax.dot_general(x, w, dims, preferred_element_type=wide), x, w)
+    wide, ((contracted, _), _) = accumulation_dtype(x.dtype), dims
+    rows = x.size // math.prod(x.shape[axis] for axis in contracted)
+
+    def product(x, w):
+        return jax.lax.dot_general(x, w, dims, preferred_element_type=wide)
+
+    return _widened(product, x, w) if rows >= MANY_ROWS else product(x, w)
 
 
-def wide_einsum(spec: str, x: Array, y: Array) -> Array:
-    """jnp.einsum with the result in the accumulation dtype."""
+def wide_einsum(spec: str, x: Array, y: Array, widen: bool = True) -> Array:
+    """jnp.einsum with the result in the accumulation dtype. widen=False: for operands that are not to be
+    copied in float32.
+    """
     wide = accumulation_dtype(x.dtype)
-    return _widened(lambda x, y: jnp.einsum(spec, x, y, preferred_element_type=wide), x, y)
+
+    def product(x, y):
+        return jnp.einsum(spec, x, y, preferred_element_type=wide)
+
+    return _widened(product, x, y) if widen else product(x, y)
 
 
 def _widened(product: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:

@@ -20,7 +20,7 @@ from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft_modules import ONLY_TOKENS, SCORE_MODULES, read_modules
+from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, SCORE_MODULES, read_modules
 from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.peft_refusals import (
@@ -39,6 +39,9 @@ SEQ_CLS = "SEQ_CLS"
 HEAD_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}lm_head.weight")
 TABLE_COPIES = (f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}model.embed_tokens.base_layer.weight")
 BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
+# What peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it equals.
+TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
+TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 
 
 class Pair(NamedTuple):
@@ -213,6 +216,10 @@ def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
 
 def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) -> None:
     extra = [name for name in files.shapes if name not in used and name not in BASE_COPIES]
+    if TIED_TOKEN_ROWS in extra and np.array_equal(
+        *(read_tensor(files, name) for name in (TIED_TOKEN_ROWS, TABLE_TOKEN_ROWS))
+    ):
+        extra.remove(TIED_TOKEN_ROWS)
     if extra:
         raise ValueError(
             f"{files.where}: tensor {files.stored_names[extra[0]]} is not part of a LoRA pair of this model, "

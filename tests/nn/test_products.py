@@ -10,9 +10,9 @@ from jaxft.nn import products
 DIMS = (((1,), (0,)), ((), ()))
 
 
-def operands(dtype):
+def operands(dtype, rows=72):
     rng = np.random.default_rng(0)
-    return (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((24, 96), (96, 40)))
+    return (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((rows, 96), (96, 40)))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -36,4 +36,15 @@ def test_only_programs_for_a_cpu_without_bfloat16_matmuls_widen_the_operands(
     monkeypatch.setattr(products, "cpu_has_bfloat16_matmuls", lambda: native)
     traced = jax.jit(lambda x, w: products.wide_dot(x, w, DIMS)).trace(*operands("bfloat16"))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert f"(tensor<24x96x{operand}>, tensor<96x40x{operand}>) -> tensor<24x40xf32>" in text
+    assert f"(tensor<72x96x{operand}>, tensor<96x40x{operand}>) -> tensor<72x40xf32>" in text
+
+
+def test_few_rows_and_a_cache_are_not_copied_in_float32(monkeypatch):
+    monkeypatch.setattr(products, "cpu_has_bfloat16_matmuls", lambda: False)
+    x, w = operands("bfloat16", 32)
+    for product in (
+        lambda x, w: products.wide_dot(x, w, DIMS),
+        lambda x, w: products.wide_einsum("ti,io->to", x, w, widen=False),
+    ):
+        text = jax.jit(product).lower(x, w).as_text()
+        assert "(tensor<32x96xbf16>, tensor<96x40xbf16>) -> tensor<32x40xf32>" in text
