@@ -34,8 +34,8 @@ PRUNING = ("ties", "dare_linear", "dare_ties")
 RANDOM = ("dare_linear", "dare_ties")
 DEFAULT_DENSITY = 0.5
 
-_A = Float[np.ndarray, "I R"]
-_B = Float[np.ndarray, "R O"]
+_A = Float[np.ndarray, "_ _"]  # [I, R]; sizes differ between weights, ranks between adapters
+_B = Float[np.ndarray, "_ _"]  # [R, O]
 
 
 @dataclass(frozen=True)

@@ -216,10 +216,11 @@ def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
 
 def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) -> None:
     extra = [name for name in files.shapes if name not in used and name not in BASE_COPIES]
-    if TIED_TOKEN_ROWS in extra and np.array_equal(
-        *(read_tensor(files, name) for name in (TIED_TOKEN_ROWS, TABLE_TOKEN_ROWS))
+    is_copied = {TIED_TOKEN_ROWS, TABLE_TOKEN_ROWS} <= files.shapes.keys()
+    if is_copied and np.array_equal(
+        read_tensor(files, TIED_TOKEN_ROWS), read_tensor(files, TABLE_TOKEN_ROWS)
     ):
-        extra.remove(TIED_TOKEN_ROWS)
+        extra = [name for name in extra if name != TIED_TOKEN_ROWS]
     if extra:
         raise ValueError(
             f"{files.where}: tensor {files.stored_names[extra[0]]} is not part of a LoRA pair of this model, "
