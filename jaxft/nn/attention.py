@@ -120,7 +120,8 @@ def kernel_for(
     if device.platform == "tpu":
         lacks = rows.windowed or rows.part or (rows.branches and not has_shared_prompts())
         return splash if dtype in (jnp.bfloat16, jnp.float32) and not lacks else flash
-    nvidia = device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind
+    named = re.search(r"NVIDIA|GRID A\d", device.device_kind)  # older virtual GPUs: "GRID A100-20C"
+    nvidia = device.platform in ("gpu", "cuda") and named is not None
     if nvidia and not BEFORE_AMPERE.search(device.device_kind) and dtype.itemsize == 2 and head_dim <= 256:
         ranged = rows.packed or rows.branches or rows.windowed or rows.part or rows.softcap
         return pallas if ranged or head_dim % 8 or head_dim > 128 else cudnn
