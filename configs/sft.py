@@ -4,7 +4,7 @@
     python scripts/train.py --config configs/sft.py quant=nf4   # QLoRA: a base of 4.1 bits per parameter
 
 SmolLM2-135M-Instruct, LoRA on every linear layer, one packed row of 512 tokens per step: 177 steps, about 4
-minutes and 2 GB on a 2-core CPU with AVX512-BF16, 12 minutes on another. Before and after training the model
+minutes and 2 GB on a 2-core CPU with AVX512-BF16, about 12 on another. Before and after training the model
 completes 96 held-out messages, whose values, and any four words in a row, are in no training row: expect
 json_match, the fraction of completions that are exactly the right JSON, to rise from 0 to more than 0.9.
 
