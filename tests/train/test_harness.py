@@ -127,6 +127,17 @@ def assert_same(ours, theirs):
             assert own[0] == pytest.approx(other[0], rel=2e-6) and bool(own[1]) == bool(other[1])
 
 
+def assert_same_tables(ours, theirs):
+    """All cells are the same. A perplexity is shown with more digits than float32 has, so that the last one
+    depends on the CPU: numbers are compared as those of the results are.
+    """
+    for own, other in zip(ours.split("|"), theirs.split("|"), strict=True):
+        try:
+            assert float(own) == pytest.approx(float(other), rel=2e-6)
+        except ValueError:
+            assert own == other
+
+
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 def test_scores_are_those_of_the_hf_backend_to_the_digit(place, evaluate, tmp_path, chat):
     names = [f"{name}.yaml" for name in TASKS if not (chat and name == "windows")]
@@ -138,7 +149,8 @@ def test_scores_are_those_of_the_hf_backend_to_the_digit(place, evaluate, tmp_pa
     code, table, err = evaluate("--tasks", ",".join(names), "--out", str(out), *argv)
     assert code == 0, err
     theirs, their_table = by_hf_backend(place[1], names, **options)
-    assert table.strip() == their_table.strip() and "tiny_written" in table
+    assert_same_tables(table.strip(), their_table.strip())
+    assert "tiny_written" in table
     report = json.loads(out.read_text())
     assert report["results"].keys() == theirs["results"].keys()
     for task, values in theirs["results"].items():
