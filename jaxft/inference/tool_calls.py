@@ -7,7 +7,8 @@ Llama 3.1 to 3.3, the whole completion or what follows a special token, several 
 Mistral, after a special token, as a list (to 2024) or as a name with its arguments:
     [TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]    [TOOL_CALLS]f[ARGS]{"a": 1}
 
-A call with invalid JSON remains text. The last call of a completion need not be closed.
+A mark within a JSON string, such as </tool_call> in an argument, does not end a call. A call with invalid
+JSON remains text. The last call of a completion need not be closed.
 """
 
 import json
@@ -88,7 +89,8 @@ class CallStream:
     def __init__(self, format: CallFormat):
         self.format, self.count = format, 0
         self._waiting = ""  # text that is a part of a call, or may become one
-        self._searched = 0  # how much of it has been searched for the mark that it waits for
+        self._searched = 0  # how much of it has been searched for the mark that ends the call
+        self._quoted: bool | None = False  # whether a JSON string is open there; None if it cannot be JSON
         self._has_text = self._follows_call = False  # whether there was text before, and a call right before
 
     def add(self, text: str, is_last: bool) -> tuple[str, tuple[ToolCall, ...]]:
@@ -116,7 +118,7 @@ class CallStream:
         """Remove the first characters of the waiting text, and return them."""
         text, self._waiting = self._waiting[:size], self._waiting[size:]
         if text:
-            self._searched, self._follows_call = 0, False
+            self._searched, self._quoted, self._follows_call = 0, False, False
             self._has_text = self._has_text or not text.isspace()
         return text
 
@@ -141,11 +143,35 @@ class CallStream:
     def _call_end(self, start: int, is_last: bool) -> int | None:
         """Return where the call at the beginning of the waiting text ends, None if it may go on."""
         text, mark = self._waiting, self.format.closes or self.format.opens
-        at = text.find(mark, max(start, self._searched - len(mark)))
-        self._searched = len(text)
-        if at < 0:
+        at = self._next_mark(mark, start)
+        if at is None and is_last and self._quoted:  # a string without an end
+            self._quoted, self._searched = None, start
+        if at is None and self._quoted is None:
+            found = text.find(mark, max(start, self._searched - len(mark)))
+            at, self._searched = (None if found < 0 else found), len(text)
+        if at is None:
             return len(text) if is_last else None
         return at + len(mark) if self.format.closes else len(text[:at].rstrip())
+
+    def _next_mark(self, mark: str, start: int) -> int | None:
+        """Return where the mark is in the waiting text outside of JSON strings, None if it has not come."""
+        text, at = self._waiting, max(start, self._searched)
+        while self._quoted is not None and at < len(text):
+            if not self._quoted and mark.startswith(text[at : at + len(mark)]):
+                if at + len(mark) <= len(text):
+                    return at
+                break
+            step = 2 if self._quoted and text[at] == "\\" else 1
+            if at + step > len(text):
+                break
+            if text[at] == '"':
+                self._quoted = not self._quoted
+            elif self._quoted and text[at] < " ":  # JSON has such a character as an escape only
+                self._quoted, self._searched = None, start
+                return None
+            at += step
+        self._searched = at
+        return None
 
     def _parsed(self, text: str) -> list[ToolCall]:
         """Return the calls in the text of a call, [] if it is malformed."""

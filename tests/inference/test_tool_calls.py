@@ -75,6 +75,10 @@ FOUND = [  # format, completion, text, calls
      "", ["f", "g"]),
     ("hermes", '<tool_call>no</tool_call> <tool_call>{"name": "g", "arguments": {}}</tool_call>',
      "<tool_call>no</tool_call>", ["g"]),
+    ("hermes", '<tool_call>say "x</tool_call> <tool_call>{"name": "g", "arguments": {}}</tool_call>',
+     '<tool_call>say "x</tool_call>', ["g"]),  # a string without an end
+    ("hermes", '<tool_call>{"a": "\n</tool_call><tool_call>{"name": "g", "arguments": {"a": "b"}}</tool_call>',
+     '<tool_call>{"a": "\n</tool_call>', ["g"]),
     ("llama3", '<|python_tag|>{"name": "f", "parameters": {"a": "}"}}; {"name": "g", "parameters": {}}',
      "", ["f", "g"]),
     ("llama3", '\n{"name": "f", "arguments": {}}', "", ["f"]),
@@ -82,6 +86,7 @@ FOUND = [  # format, completion, text, calls
     ("mistral", '[TOOL_CALLS]f[CALL_ID]aB3[ARGS]{}', "", ["f"]),
     ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "x"}]', "", ["f"]),
 ]  # fmt: skip
+MARKS = ["</tool_call>", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", '"', "\\", '\\"', "</tool_", "{"]
 TEXT = [
     ("hermes", " \n"), ("hermes", "a < b <tool"), ("hermes", '{"name": "f", "arguments": {}}'),
     ("hermes", "<tool_call>\n</tool_call> "), ("hermes", '<tool_call>{"name": "f"}</tool_call>'),
@@ -103,6 +108,20 @@ def test_calls_and_the_text_around_them_do_not_depend_on_the_pieces(size):
     for format, completion, text, names in FOUND:
         kept, calls = streamed(format, completion, size)
         assert (kept, [name for name, _ in calls]) == (text, names), completion
+
+
+@given(st.sampled_from([1, 2, 999]), st.lists(st.sampled_from([*MARKS, " a"]), max_size=4).map("".join))
+def test_a_mark_within_a_string_does_not_end_the_call(size, words):
+    arguments, (name, more) = json.dumps({"a": words, words: [words]}), CALLS[0]
+    other = json.dumps({"name": name, "arguments": more})
+    hermes = (
+        f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>\n<tool_call>{other}</tool_call>'
+    )
+    mistral = f"[TOOL_CALLS]f[ARGS]{arguments}[TOOL_CALLS]{name}{json.dumps(more)}"
+    llama = f'<|python_tag|>{{"name": "f", "parameters": {arguments}}}<|python_tag|>{other}'
+    for format, text in (("hermes", hermes), ("mistral", mistral), ("llama3", llama)):
+        calls = [("f", {"a": words, words: [words]}), CALLS[0]]
+        assert streamed(format, f"So {text}", size) == ("So", calls)
 
 
 @pytest.mark.parametrize("size", [1, 5, 50_000])
