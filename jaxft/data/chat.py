@@ -85,7 +85,7 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
             )
         case Chat() if template is not None:
             with _named(example):
-                return _render_chat(example, template.with_arguments(example.arguments), loss_on)
+                return _render_chat(example, template.of_chat(example), loss_on)
         case Chat(name, messages, response, plain=True):
             prompt = fallback_prompt(messages[:response])
             rendered = render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
@@ -175,7 +175,7 @@ def tools_warnings(
     if template is None or chat is None:
         return ()
     prompt = chat.messages[: chat.response] or chat.messages
-    template = template.with_arguments(chat.arguments)
+    template = template.of_chat(chat)
     try:
         same = render_messages(template, prompt, chat.tools) == render_messages(template, prompt)
     except REJECTIONS:
@@ -198,7 +198,7 @@ def content_warnings(
     for chat in examples:
         if not isinstance(chat, Chat):
             continue
-        own = template.with_arguments(chat.arguments)
+        own = template.of_chat(chat)
         prompt = chat.messages[: chat.response] or chat.messages
         for index, message in enumerate(prompt):
             role = message["role"]
@@ -241,7 +241,7 @@ def prompt_warnings(
     for chat in examples:
         if not (isinstance(chat, Chat) and 0 < chat.response < len(chat.messages)):
             continue
-        own = template.with_arguments(chat.arguments)
+        own = template.of_chat(chat)
         lost = _prompt_that_is_not_trained(own, chat)
         if lost:
             merges = replace(own, merges=True)
@@ -284,7 +284,7 @@ def example_prompt_ids(
             if not example.plain:
                 raise _no_template(example)
             return _plain_ids(fallback_prompt(messages), tokenizer)
-        own = template.with_arguments(example.arguments)
+        own = template.of_chat(example)
         with _named(example):
             try:
                 text = render_messages(own, messages, example.tools, generation=True)

@@ -21,6 +21,12 @@ _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 Span = tuple[int, int]  # characters of a rendered text
 PROBES = ("Qx7w", "Zk9y", "Jv5u")  # the contents of a question, a response and the next question
+PROBE_TOOLS = (
+    {"type": "function", "function": {
+        "name": "Nm2k", "description": "Pd6c", "parameters": {
+            "type": "object", "properties": {"Tp4z": {"type": "string", "description": "Pd6c"}},
+            "required": ["Tp4z"]}}},
+)  # fmt: skip
 REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for messages that it can't render
 
 
@@ -38,7 +44,7 @@ class Template:
     assistant turn, such as "<|im_end|>"; () if no special token does. last_ends: those of them that end the
     last turn of a conversation. arguments: further arguments that it is rendered with. merges: whether a
     system message is put in front of the first user turn. failure: why it renders not even a question with a
-    response, "" if it does.
+    response, "" if it does. tool_use: the template of conversations with tools, None if it is this one.
     """
 
     tokenizer: Any
@@ -53,6 +59,7 @@ class Template:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     merges: bool = False
     failure: str = ""
+    tool_use: "Template | None" = None
 
     @cached_property
     def closing(self) -> re.Pattern | None:
@@ -67,17 +74,22 @@ class Template:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The token ids that end the last turn of a conversation, on which generation is to stop."""
+        others = self.tool_use.stop_tokens if self.tool_use else ()
         last = (self.special.findall(end)[-1] for end in self.last_ends)
-        return tuple(self.tokenizer.convert_tokens_to_ids(token) for token in last)
+        found = (self.tokenizer.convert_tokens_to_ids(token) for token in last)
+        return tuple(dict.fromkeys([*found, *others]))
 
     @property
     def name(self) -> str:
         """The name for error messages."""
         return name_of_template(self.tokenizer)
 
-    def with_arguments(self, arguments: Mapping[str, Any]) -> "Template":
-        """Return the template with a row's own arguments, which override those of the run."""
-        return replace(self, arguments={**self.arguments, **arguments}) if arguments else self
+    def of_chat(self, chat: Chat) -> "Template":
+        """Return the template that a conversation is rendered with: that of tools if it has some, as
+        transformers' apply_chat_template chooses, with its own arguments, which override those of the run.
+        """
+        own = self.tool_use if chat.tools and self.tool_use else self
+        return replace(own, arguments={**own.arguments, **chat.arguments}) if chat.arguments else own
 
 
 def name_of_template(tokenizer: Any) -> str:
@@ -93,7 +105,7 @@ def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SE
     """
     unread = _unread_arguments(tokenizer, settings)
     if unread:
-        words = sorted(set(re.findall(r"[A-Za-z_]\w+", _source(tokenizer))))
+        words = sorted(set(re.findall(r"[A-Za-z_]\w+", " ".join(_sources(tokenizer)))))
         near = f"near: {', '.join(similar_names(unread[0], words))}" if words else "the tokenizer has none"
         raise ValueError(
             f"data.chat_template_kwargs: {name_of_template(tokenizer)} does not read {unread[0]!r} ({near}); "
@@ -105,8 +117,11 @@ def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SE
         day = datetime.strptime(settings.date, "%d %b %Y")
     except ValueError as error:
         raise ValueError(f"data.date={settings.date!r}; use a day like {DATE!r}") from error
-    source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), _source(tokenizer))
-    return _probed(tokenizer, source, settings)
+    source, *others = (
+        _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), text) for text in _sources(tokenizer)
+    )
+    template = _probed(tokenizer, source, settings)
+    return replace(template, tool_use=_probed(tokenizer, others[0], settings, True)) if others else template
 
 
 def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings:
@@ -119,18 +134,24 @@ def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings
     return replace(settings, chat_template_kwargs=tuple(kept))
 
 
-def _source(tokenizer: Any) -> str:
-    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+def _sources(tokenizer: Any) -> list[str]:
+    """Return the tokenizer's chat template, and the one for tools where that is another; [] without any."""
+    if not tokenizer.chat_template:
+        return []
+    found = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
+    return list(dict.fromkeys(map(str, found)))
 
 
 def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
-    source = _source(tokenizer)
+    source = " ".join(_sources(tokenizer))
     return [name for name in settings.arguments if not re.search(rf"\b{name}\b", source)]
 
 
-@lru_cache(maxsize=8)
-def _probed(tokenizer: Any, source: str, settings: TemplateSettings) -> Template:
-    """Return the template with what its renderings of short conversations show."""
+@lru_cache(maxsize=16)
+def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool = False) -> Template:
+    """Return the template with what its renderings of short conversations show, which have a tool if asked
+    to.
+    """
     bare = Template(
         tokenizer, source, settings.date, bool(_GENERATION.search(source)), arguments=settings.arguments,
         merges=settings.system == MERGE,
@@ -138,7 +159,7 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings) -> Template
     failures = []
     for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
         try:
-            return _probed_after(bare, system)
+            return _probed_after(bare, system, list(PROBE_TOOLS) if tools else None)
         except UnusableTemplate:
             raise
         except REJECTIONS as error:
@@ -149,25 +170,29 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings) -> Template
     return replace(bare, ends=ends, failure=failures[0] if all(failures) else "")
 
 
-def _probed_after(bare: Template, system: list[Message]) -> Template:
+def _probed_after(bare: Template, system: list[Message], tools: list | None) -> Template:
     """Read from renderings of conversations that begin with `system` how turns begin and end."""
+
+    def rendered(messages: Sequence[Message], generation: bool = False) -> str:
+        return render_messages(bare, messages, tools, generation)
+
     asked = [*system, {"role": "user", "content": "Qx7w"}]
     answered = [*asked, {"role": "assistant", "content": "Zk9y"}]
-    longest = render_messages(bare, [*answered, {"role": "user", "content": "Jv5u"}])
+    longest = rendered([*answered, {"role": "user", "content": "Jv5u"}])
     places = [longest.find(word) for word in PROBES]
     if min(places) >= 0 and places != sorted(places):
         raise UnusableTemplate(
             f"{bare.name} does not render the turns of a conversation in their order; use another tokenizer"
         )
-    prompt, opened = render_messages(bare, asked), render_messages(bare, asked, generation=True)
+    prompt, opened = rendered(asked), rendered(asked, True)
     opening = opened[len(commonprefix([prompt, opened])) :]
-    before, behind = render_messages(bare, answered).split("Zk9y")
+    before, behind = rendered(answered).split("Zk9y")
     between = longest.split("Zk9y")[1].split("Jv5u")[0]
     header = before.removeprefix(prompt) if not opening and before.startswith(prompt) else ""
     earlier = longest.split("Zk9y")[0]
     earlier_header = earlier.removeprefix(prompt) if earlier.startswith(prompt) else None
     last, inner = _ends_of_text(_special_tokens(bare.tokenizer), opening, behind, between)
-    last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare, asked)])) if last else ()
+    last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare, asked, tools)])) if last else ()
     ends = tuple(dict.fromkeys([*last, *inner]))
     header = header if header.strip() else ""
     return replace(
@@ -204,7 +229,7 @@ def _ends_of_text(
     return last[:1], inner[:1] if len(inner) > 1 and inner[0] not in special.findall(opening) else []
 
 
-def _ends_of_calls(bare: Template, asked: list[Message]) -> list[str]:
+def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> list[str]:
     """Return the special token that ends an assistant turn of tool calls, [] if the template renders none.
 
     asked: a question.
@@ -217,7 +242,7 @@ def _ends_of_calls(bare: Template, asked: list[Message]) -> list[str]:
         ]
         turns = [*asked, {"role": "assistant", "content": content, "tool_calls": calls}]
         try:
-            last, inner = render_messages(bare, turns), render_messages(bare, turns + results)
+            last, inner = render_messages(bare, turns, tools), render_messages(bare, turns + results, tools)
         except REJECTIONS:
             continue
         *within, behind = last.split("Wm3t")

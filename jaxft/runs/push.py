@@ -14,6 +14,7 @@ from jaxft.weights.gguf_header import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.hub_upload import FileContent, is_uploaded
 from jaxft.weights.peft_refusals import read_adapter_config
 from jaxft.weights.safetensors import open_safetensors
+from jaxft.weights.tokenizer_files import TEMPLATES_FOLDER
 
 CARD = "README.md"
 UNFINISHED = (".part", ".tmp", ".incomplete")  # ends of names of files that are being written
@@ -103,7 +104,10 @@ def run_of_weights(folder: Path) -> Path | None:
 def _folder(folder: Path, repo: str) -> Push:
     """The files of a folder of weights."""
     check_results(folder)
-    names = sorted(path.name for path in folder.iterdir())
+    templates = folder / TEMPLATES_FOLDER
+    inside = templates.iterdir() if templates.is_dir() else ()
+    found = [*(path for path in folder.iterdir() if path != templates), *inside]
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
     unfinished = [name for name in names if name.endswith(UNFINISHED)]
     if unfinished:
         raise ValueError(f"{folder / unfinished[0]}: left by an export that did not finish; export again")

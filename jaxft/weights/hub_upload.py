@@ -176,7 +176,7 @@ def stale_files(there: Iterable[str], files: Iterable[str]) -> list[str]:
     return [
         name
         for name in there
-        if "/" not in name
+        if "/" not in name.removeprefix(f"{tokenizer_files.TEMPLATES_FOLDER}/")
         and name not in new
         and (
             _gguf_model(name) in ggufs

@@ -190,14 +190,21 @@ def load_tokenizer(ref: str) -> Any:
     try:
         tokenizer = tokenizer_files.read_tokenizer(located.path)
         tokenizer("a 1", verbose=False)
-        if not isinstance(tokenizer.chat_template, str | None):
-            raise ValueError(f"chat_template has type {type(tokenizer.chat_template).__name__}")
+        templates = tokenizer.chat_template
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            if not isinstance(template, str | None):
+                raise ValueError(f"chat_template has type {type(template).__name__}")
     except Exception as e:  # transformers and tokenizers raise many kinds here
         raise ValueError(f"{ref}: {tokenizer_files.reading_failed(located.path, e)}") from e
     if not tokenizer.is_fast:
         raise ValueError(
             f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches "
             "require"
+        )
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ValueError(
+            f"{ref}: none of its chat templates ({', '.join(map(str, templates))}) is named default; give "
+            "one of them that name in tokenizer_config.json"
         )
     return tokenizer
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from jaxft.weights.safetensors import read_model_json, write_model_json
 
+TEMPLATES_FOLDER = "additional_chat_templates"  # of transformers, with all of several but the default one
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "*.jinja",
+    "special_tokens_map.json", "added_tokens.json", "*.jinja", f"{TEMPLATES_FOLDER}/*.jinja",
 )  # fmt: skip
 # transformers 4, and vLLM and llama.cpp's converter with it, cannot load these classes of transformers 5.
 ONLY_IN_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
@@ -43,8 +44,8 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write a tokenizer so that AutoTokenizer of transformers 4.57 and 5 load it without arguments.
 
     The files that it was read from are copied unchanged if it has not been changed since and both versions
-    know its class. Otherwise its own state is written under a class that both know. Files of another
-    tokenizer in the folder are removed.
+    know its class. Otherwise its own state is written under a class that both know; of several chat templates
+    all are then in tokenizer_config.json. Files of another tokenizer in the folder are removed.
     """
     source = Path(tokenizer.name_or_path) if tokenizer.name_or_path else None
     if source is not None and not (source / "tokenizer.json").is_file():
@@ -68,9 +69,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _known_to_both(source: Path) -> bool:
-    """Whether transformers 4.57 and 5 read the same tokenizer from a folder."""
+    """Whether transformers 4.57 and 5 read the same tokenizer from a copy of the files in a folder."""
     path = source / "tokenizer_config.json"
     config = read_model_json(path) if path.is_file() else {}
+    if (source / TEMPLATES_FOLDER).is_dir():  # a folder of weights has no folders
+        return False
     name = config.get("tokenizer_class")  # without one, 4.57 takes the model's class, which may add a BOS
     return (
         isinstance(name, str)
@@ -95,7 +98,7 @@ def _write_state(folder: Path, tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder), save_jinja_files=not isinstance(tokenizer.chat_template, dict))
     config = read_model_json(folder / "tokenizer_config.json")
     config = {name: value for name, value in config.items() if name not in ("backend", "is_local")}
     config["tokenizer_class"] = IN_BOTH

@@ -77,7 +77,7 @@ FOUND = [  # format, completion, text, calls
      "<tool_call>no</tool_call>", ["g"]),
     ("hermes", '<tool_call>say "x</tool_call> <tool_call>{"name": "g", "arguments": {}}</tool_call>',
      '<tool_call>say "x</tool_call>', ["g"]),  # a string without an end
-    ("hermes", '<tool_call>{"a": "\n</tool_call><tool_call>{"name": "g", "arguments": {"a": "b"}}</tool_call>',
+    ("hermes", '<tool_call>{"a": "\n</tool_call><tool_call>{"name": "g", "arguments": {}}</tool_call>',
      '<tool_call>{"a": "\n</tool_call>', ["g"]),
     ("llama3", '<|python_tag|>{"name": "f", "parameters": {"a": "}"}}; {"name": "g", "parameters": {}}',
      "", ["f", "g"]),
