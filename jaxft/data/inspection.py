@@ -178,7 +178,7 @@ def inspect_prompt_rows(data: Prompts, train: PromptRows, held: PromptRows) -> I
             for name, value in side.fields[number].items()
             if name not in SHOWN_AS_PROMPT
         ]
-        sampled = f"{data.group} completions of at most {data.max_new} tokens"
+        sampled = f"{data.group} completion{'s' * (data.group > 1)} of at most {data.max_new} tokens"
         facts = f"{len(ids)} tokens, {'; '.join([sampled, *columns])}"
         return ShownExample(side.names[number], facts, [ShownPart("", ids, np.zeros(len(ids)))])
 

@@ -1,11 +1,12 @@
 """A run's data as JSON for its report: statistics, lengths, invalid rows, and examples token by token."""
 
 import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from jaxft.data.inspection import Inspected, ShownPart, part_lengths
+from jaxft.data.inspection import Inspected, ShownExample, ShownPart, part_lengths
 from jaxft.data.source import length_percentiles
 from jaxft.data.token_text import token_pieces
 
@@ -33,9 +34,18 @@ def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
                 "facts": example.facts,
                 "parts": [part_pieces(part, tokenizer) for part in example.parts],
             }
-            for example in itertools.islice(found.of_step(0), SHOWN_EXAMPLES)
+            for example in itertools.islice(_distinct(found.of_step(0)), SHOWN_EXAMPLES)
         ],
     }
+
+
+def _distinct(examples: Iterable[ShownExample]) -> Iterator[ShownExample]:
+    """Yield the first example of each name: a batch that is longer than the dataset repeats rows."""
+    seen = set[str]()
+    for example in examples:
+        if example.name not in seen:
+            yield example
+        seen.add(example.name)
 
 
 def length_histogram(counts: np.ndarray) -> dict[str, Any]:

@@ -20,12 +20,12 @@ ROWS = {
 }
 
 
-def summarised(tmp_path, monkeypatch, kind):
+def summarised(tmp_path, monkeypatch, kind, batch=4):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     lines = [*map(json.dumps, ROWS[kind]), '{"prompt": 3}']
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     tokenizer = tiny("chatml")
-    data = KINDS[kind](str(tmp_path / "rows.jsonl"), batch=4, held_out=None)
+    data = KINDS[kind](str(tmp_path / "rows.jsonl"), batch=batch, held_out=None)
     found = summary.data_summary(inspect(data, tokenizer), tokenizer)
     return json.loads(json.dumps(found))  # it is JSON
 
@@ -49,6 +49,13 @@ def test_examples_show_the_text_and_which_tokens_have_a_loss(tmp_path, monkeypat
             assert not learned[""]
     (invalid,) = found["invalid"]
     assert invalid["rows"] == 1 and "rows.jsonl:7" in invalid["first"]
+
+
+def test_a_row_that_a_batch_repeats_is_one_example(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "SHOWN_EXAMPLES", 99)
+    for batch in (4, 20):
+        names = [x["name"] for x in summarised(tmp_path, monkeypatch, "prompts", batch)["examples"]]
+        assert len(names) == len(set(names)) == min(batch, 6)
 
 
 def test_lengths_are_counted_and_long_parts_are_cut(tmp_path, monkeypatch):

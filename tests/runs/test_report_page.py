@@ -109,6 +109,16 @@ def test_the_page_has_what_the_folder_has(whole):
     assert text.count("rows.jsonl:1: 5 tokens, 2 with loss") == 1
 
 
+def test_statistics_and_examples_say_what_they_are():
+    def shown(weight):
+        parts = [{"label": "", "pieces": [["why", 0.0], ["so", weight]], "more": 0}]
+        examples = [{"name": "rows.jsonl:1", "facts": "2 tokens", "parts": parts}]
+        return sections.data_of_runs({"statistics": {"tokens_with_a_loss": 0.5}, "examples": examples})
+
+    assert "fraction of tokens with a loss" in shown(1.0) and "Tokens with a loss are coloured" in shown(1.0)
+    assert "have no loss" in shown(0.0) and "coloured" not in shown(0.0)
+
+
 def test_only_settings_that_differ_are_differences(no_plotly, tmp_path):
     page, _ = report(write_run(tmp_path / "a"), write_run(tmp_path / "b", lr=5e-4))
     differing = sections.settings_section(

@@ -54,6 +54,7 @@ function valueRange(chart, isLogarithmic) {
   const low = seen.reduce((a, b) => Math.min(a, b)), high = seen.reduce((a, b) => Math.max(a, b));
   if (!state.range && low !== high) return { autorange: true };
   const ends = isLogarithmic ? [Math.log10(low), Math.log10(high)] : [low, high];
+  if (!ends[0] && !ends[1] && !isLogarithmic) return { range: [-0.06, 1] }; // most metrics are not negative
   const margin = 0.06 * (ends[1] - ends[0]) || 0.5 * Math.abs(ends[1]) || 1;
   return { range: [ends[0] - margin, ends[1] + margin] };
 }

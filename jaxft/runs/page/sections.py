@@ -202,6 +202,25 @@ def last_message(prompt: Any) -> str:
     return str(prompt)
 
 
+# Names of statistics that would not say what they are.
+STATISTICS = {
+    "chosen_longer": "fraction of pairs whose chosen response is longer",
+    "fill": "fraction of the rows' slots that have a token",
+    "largest_id": "largest token id",
+    "learned": "loss",
+    "learned_tokens": "tokens with a loss",
+    "pairs_per_row": "most pairs in a row",
+    "prompt_end_moved": "pairs with a token across the end of the prompt",
+    "read_length": "slots of a row for tokens with a loss",
+    "row_length": "slots of a row for tokens",
+    "shared_prompts_save": "fraction of tokens saved by shared prompts",
+    "tokens_with_a_loss": "fraction of tokens with a loss",
+}
+EXAMPLES_NOTE = "Examples of the first batch; every second token has a fainter line below it. "
+LOSS_NOTE = "Tokens with a loss are coloured, deeper for a larger weight; the others are context."
+PROMPTS_NOTE = "They are prompts, from which completions are sampled, and have no loss."
+
+
 def data_section(runs: Runs) -> str:
     """Statistics of the training rows, and examples token by token; runs with the same data together."""
     parts = []
@@ -217,7 +236,8 @@ def data_section(runs: Runs) -> str:
 def data_of_runs(data: Mapping[str, Any]) -> str:
     """Return the statistics, lengths, invalid rows and examples of a dataset."""
     statistics = [
-        [escaped(k.replace("_", " ")), number_text(v)] for k, v in _part(data, "statistics").items()
+        [escaped(STATISTICS.get(name, name.replace("_", " "))), number_text(value)]
+        for name, value in _part(data, "statistics").items()
     ]
     parts = [html_table(["", ""], statistics) if statistics else ""]
     lengths = []
@@ -238,10 +258,13 @@ def data_of_runs(data: Mapping[str, Any]) -> str:
         parts.append(html_table(["invalid rows that were left out", "rows", "the first one"], invalid))
     examples = [x for x in data.get("examples") or [] if isinstance(x, dict)]
     if examples:
-        parts.append(
-            '<p class="note">Examples of the first batch. Tokens with a loss are underlined and coloured, '
-            "deeper for a larger weight; the others are context.</p>"
+        has_loss = any(
+            weight
+            for x in examples
+            for part in x.get("parts") or []
+            for _, weight in part.get("pieces") or []
         )
+        parts.append(f'<p class="note">{EXAMPLES_NOTE}{LOSS_NOTE if has_loss else PROMPTS_NOTE}</p>')
     parts += [example_view(example) for example in examples]
     return "\n".join(parts)
 
