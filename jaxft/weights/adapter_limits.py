@@ -41,7 +41,12 @@ def loading_notes(settings: Adapter, tied: bool, folder: Path, ref: str) -> list
         "alpha_pattern": bool(settings.alpha_pattern),
     }
     lines = []
-    if hub.is_extended(ref):
+    if hub.is_extended(ref) and hub.has_linked_weights(ref):
+        lines.append(
+            f"the adapter's base is in this machine's cache ({ref}); elsewhere use the merged model "
+            f"({merge}), or name the model that it was made of as the base, whose weights are the same"
+        )
+    elif hub.is_extended(ref):
         lines.append(
             f"the adapter is for a base with new tokens that is only in this machine's cache ({ref}); "
             f"elsewhere use the merged model ({merge}), or copy that folder and name it as the base"

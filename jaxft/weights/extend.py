@@ -8,6 +8,8 @@ run does not start.
 import contextlib
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -24,7 +26,7 @@ from jaxft.data.template import template_of
 from jaxft.models import families
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
-from jaxft.weights import hf_write, hub, pretrained
+from jaxft.weights import hf, hf_write, hub, pretrained
 from jaxft.weights.file_hash import cache_folder, files_sha256
 from jaxft.weights.merge import LazyTensor, merge_files
 from jaxft.weights.model_files import ModelFiles
@@ -145,7 +147,10 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
     if not out.is_dir():
         larger, tokenizer, pieces = _extended_model(pretrained.model_for(ref), ref, extension)
         out.mkdir(parents=True)
-        hf_write.save_configs(out, larger, tokenizer, hub.locate(ref, config_only=True))
+        located = hub.locate(ref, config_only=True)
+        linked = not pieces and located.kind == "folder"
+        save = hf_write.save_template if linked else hf_write.save_configs
+        save(out, larger, tokenizer, located)
         mark_untrained(out, {**untrained_tokens(ref), **_ids_by_token(tokenizer, pieces)})
     return str(out)
 
@@ -153,8 +158,9 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
 def extended_ref(ref: str, extension: Extension | None) -> str:
     """Return a folder in the cache with the model `ref` and an extension; for None `ref`.
 
-    The folder is written once for these files and this extension, also if several processes call this. Raises
-    ValueError as extend_model does.
+    The folder is written once for these files and this extension, also if several processes call this. If
+    the extension adds no tokens, it has links to the weights of `ref`, which has to stay where it is, or to
+    be named again. The weights of a GGUF file are copied. Raises ValueError as extend_model does.
     """
     if extension is None:
         return ref
@@ -175,12 +181,52 @@ def extended_ref(ref: str, extension: Extension | None) -> str:
     if not out.is_dir():
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-") as own:
-            extend_model(Path(own) / base, ref, extension)
+            if not _link_model(Path(own) / base, ref, extension):
+                extend_model(Path(own) / base, ref, extension)
             with contextlib.suppress(OSError):  # another process was faster
                 (Path(own) / base).rename(out)
     if not out.is_dir():
         raise OSError(f"{out} cannot be written; set JAXFT_CACHE to another folder")
+    for file in files:
+        if (out / file.name).is_symlink():
+            _link(out / file.name, file)  # the model may have been moved
     return str(out)
+
+
+def _link_model(out: Path, ref: str, extension: Extension) -> bool:
+    """Write the model `ref` with another chat template to the new folder `out`, with links to its weights.
+
+    Return whether it was written: only for a model in a folder, and an extension that adds no tokens.
+    """
+    located = hub.locate(ref)
+    if extension.named or located.kind != "folder":
+        return False
+    known, model = pretrained.load_tokenizer(ref).get_vocab(), pretrained.model_for(ref)
+    _, tokenizer, pieces = _extended_model(model, ref, extension)
+    if pieces:
+        return False
+    weights = hf.weight_files(located.path)
+    index = located.path / hf.WEIGHT_INDEX
+    out.mkdir()
+    for file in [*weights, *([index] if index.is_file() else [])]:
+        _link(out / file.name, file)
+    hf_write.save_template(out, model, tokenizer, located)
+    mark_untrained(out, untrained_tokens(ref), _known_tokens_note(extension, known))
+    return True
+
+
+def _link(path: Path, file: Path) -> None:
+    """Make `path` a link to `file`, or a copy of it where the file system has no links."""
+    target = file.resolve()
+    if path.is_symlink() and path.readlink() == target:
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    try:
+        part.symlink_to(target)
+    except OSError:
+        shutil.copyfile(target, part)
+    part.replace(path)
 
 
 def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:

@@ -18,6 +18,7 @@ from jaxft.weights.quant_layout import same_layout
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
 
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, which has no name in a Model
+WEIGHT_INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_VALUES = 1 << 22  # values of a head and an embedding at a time
 QUANTISATION_SCALES = (
@@ -28,7 +29,7 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder: those of its index, model.safetensors, or the only one."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / WEIGHT_INDEX
     if index.is_file():
         return _indexed_files(folder, index)
     found = sorted(
@@ -38,8 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
         found = [p for p in found if p.name == "model.safetensors"] or found
     if len(found) > 1:
         raise ValueError(
-            f"{folder}: {len(found)} safetensors files, but no model.safetensors.index.json that says "
-            "which to read"
+            f"{folder}: {len(found)} safetensors files, but no {WEIGHT_INDEX} that says which to read"
         )
     if found:
         return found

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import quantised_write
 from jaxft.weights.gather import layer_on_host
-from jaxft.weights.hf import HEAD
+from jaxft.weights.hf import HEAD, WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos, joined_eos
@@ -110,6 +111,14 @@ def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> No
     _write_configs(folder, config, generation, tokenizer, base, None)
 
 
+def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
+    """Write the configuration and the tokenizer of a model for the unchanged weights of the folder `ref`:
+    its config.json as it is, and a generation_config.json that ends completions as the tokenizer does.
+    """
+    shutil.copyfile(ref.path / "config.json", folder / "config.json")
+    _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
+
+
 def tensors_to_write(
     base: Params, names: WeightNames, quant: LayerQuantizer | None = None
 ) -> list[TensorToWrite]:
@@ -138,7 +147,7 @@ def _quantised_layer(quant: LayerQuantizer, path: str, leaf: Any, layer: int | N
 
 def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:
     """Write the index of several files; remove files of an earlier model that was split otherwise."""
-    index, files = folder / "model.safetensors.index.json", set(weight_map.values())
+    index, files = folder / WEIGHT_INDEX, set(weight_map.values())
     for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
         stale.unlink(missing_ok=True)
     if len(files) > 1:
@@ -181,7 +190,7 @@ def _write_configs(
     base: Params,
     quant: LayerQuantizer | None,
 ) -> None:
-    """Write config.json for what is in `base`, generation_config.json and the tokenizer's files."""
+    """Write config.json for what is in `base`, the tokenizer's files and generation_config.json."""
     if "score" in base:
         tokenizer = with_distinct_pad_token(tokenizer)
         _make_classifier(config, tokenizer)
@@ -197,6 +206,11 @@ def _write_configs(
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype" if "dtype" in config else "torch_dtype"] = str(jnp.dtype(widest))
     write_model_json(folder / "config.json", config)
+    _write_tokenizer(folder, generation, tokenizer)
+
+
+def _write_tokenizer(folder: Path, generation: dict[str, Any], tokenizer: Any) -> None:
+    """Write the tokenizer's files, and generation_config.json with its padding and EOS tokens."""
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer)
         generation.setdefault("pad_token_id", tokenizer.pad_token_id)

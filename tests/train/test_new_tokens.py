@@ -21,6 +21,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.rl.rewards import exact
 from jaxft.runs import config
+from jaxft.train import export
 from jaxft.weights import gguf_save, gguf_tokenizer_write, peft, pretrained, tokenizer_files
 from jaxft.weights.extend import UNTRAINED, untrained_tokens
 from jaxft.weights.gguf_header import read_gguf_header
@@ -153,6 +154,95 @@ def test_a_base_that_is_no_longer_in_the_cache_names_the_way_back(tmp_path, cach
         pretrained.model_for(weights)
     assert load("sft", f"model={folder}", KNOB).weights == weights
     assert pretrained.model_for(weights).config.vocab == 320
+
+
+def weights_in(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors*"))
+
+
+def test_a_template_without_new_tokens_links_to_the_weights_and_follows_them(tmp_path, cache):
+    torch_model = tiny_torch(num_hidden_layers=1)
+    folder = write_folder(tmp_path / "in", torch_model)
+    torch_model.save_pretrained(str(folder), max_shard_size="100KB")  # several files and their index
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}")
+
+    def weights(place):
+        return load("sft", f"model={place}", f"chat_template={mine}").weights
+
+    ref = weights(folder)
+    base = Path(ref)
+    assert base.parent == cache and len(weights_in(folder)) > 2
+    assert weights_in(base) == weights_in(folder)
+    assert all((base / name).readlink() == folder / name for name in weights_in(base))
+    assert (base / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert pretrained.load_tokenizer(ref).chat_template == mine.read_text()
+    model = pretrained.model_for(ref, dtype=jnp.float32)
+    source = export.ExportSource(ref, model, pretrained.load_tokenizer(ref))
+    export.export_model(tmp_path / "out", source, "float32")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in torch_model.state_dict().items():
+        np.testing.assert_array_equal(written[name], value.numpy())
+
+    (tmp_path / "new").mkdir()
+    moved = folder.rename(tmp_path / "new" / "in")
+    for use in (pretrained.open_files, pretrained.load_tokenizer):
+        with pytest.raises(
+            FileNotFoundError, match=r"link to .*in/model.*, which is gone; .*model="
+        ) as caught:
+            use(ref)
+        assert "\n" not in str(caught.value)
+    assert weights(moved) == ref and (base / weights_in(moved)[0]).readlink().parent == moved
+    assert set(pretrained.open_files(ref).shapes) == set(written)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_weights_are_copied_where_the_cache_has_no_links(tmp_path, cache, monkeypatch):
+    folder = write_folder(tmp_path / "in", tiny_torch(num_hidden_layers=1))
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}")
+
+    def refused(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    base = Path(load("sft", f"model={folder}", f"chat_template={mine}").weights)
+    file = base / "model.safetensors"
+    assert not file.is_symlink() and file.read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_template_resumes_exports_and_generates(tmp_path, cache, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "in", tiny_torch(num_hidden_layers=1))
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}")
+    rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        "sft",
+        f"model={folder}",
+        "chat_template=mine.jinja",
+        "data=rows.jsonl",
+        "held_out=none",
+        "batch=4",
+    ]
+    argv += ["max_length=32", "general=none", "samples=0", "dtype=float32", "name=t", "rank=2"]
+    for steps in (1, 2):
+        code, out, err = call(monkeypatch, capsys, "train", *argv, f"loop.steps={steps}")
+        assert code == 0, err
+    assert "resum" in out
+    code, out, err = call(monkeypatch, capsys, "export", "--run", "runs/t", "--out", "merged")
+    assert code == 0 and not [path for path in Path("merged").iterdir() if path.is_symlink()], err
+    template = pretrained.load_tokenizer("merged").chat_template
+    assert template == (tmp_path / "mine.jinja").read_text()
+    prompt = ("--run", "runs/t", "--prompt", "say 3", "--max-new", "2")
+    code, out, err = call(monkeypatch, capsys, "generate", *prompt)
+    assert code == 0, err
+    folder.rename(tmp_path / "moved")
+    code, out, err = call(monkeypatch, capsys, "generate", *prompt)
+    assert code == 1 and "model.safetensors, which is gone" in err and len(err.splitlines()) == 1
 
 
 # Known ways of losing new tokens without a word. Untrained rows: tests/weights/test_extend.py.
