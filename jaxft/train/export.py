@@ -226,8 +226,11 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     plain = {
         name.removesuffix(".weight").rpartition(".")[2] for path, name in names.items() if path not in layouts
     }
+    packed = [
+        names[path].removesuffix(".weight").partition(".{i}.")[2] for path in layouts if "{i}" in names[path]
+    ]
     method, layout_name = quantised_write.method_for(layouts, how.format)
-    settings = quantised_write.quantization_config(quant, method, sorted(plain))
+    settings = quantised_write.quantization_config(quant, method, sorted(plain), packed)
     return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)
 
 

@@ -249,9 +249,11 @@ def with_float16_scales(q: QTensor, name: str) -> tuple[QTensor, int]:
     return replace(q, scale=narrow), int(np.count_nonzero(narrow.astype(np.float32) != wide))
 
 
-def gptq_settings(block: int | None, plain: list[str]) -> dict[str, Any]:
-    """Return quantization_config of weights written by `tensors_of_gptq`. plain: modules that are not
-    quantised.
+def gptq_settings(block: int | None, plain: list[str], packed: list[str]) -> dict[str, Any]:
+    """Return quantization_config of weights written by `tensors_of_gptq`. plain: last names of modules that
+    are not quantised. packed: names of those that are, inside a layer.
+
+    GPTQModel and vLLM read the exceptions in `dynamic`, transformers (optimum) modules_in_block_to_quantize.
     """
     skipped: dict[str, Any] = {f"-:.*\\.{name}$": {} for name in plain if name != "lm_head"}
     return {
@@ -262,7 +264,7 @@ def gptq_settings(block: int | None, plain: list[str]) -> dict[str, Any]:
         "desc_act": False,
         "lm_head": "lm_head" not in plain,
         "checkpoint_format": "gptq",
-        **({"dynamic": skipped} if skipped else {}),
+        **({"dynamic": skipped, "modules_in_block_to_quantize": [packed]} if skipped else {}),
     }
 
 

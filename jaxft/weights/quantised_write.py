@@ -51,6 +51,8 @@ def method_for(layouts: Mapping[str, QTensor], requested: str | None = None) -> 
         raise ValueError(f"--format {method}: {wrong}")
     if wrong:
         return "jaxft", f"warning: {OWN_LAYOUT} and not {POSSESSIVES[method]}, because {wrong}"
+    if method == "gptq" and "head" in layouts:
+        return method, "GPTQ's layout, which vLLM loads, but transformers not: it leaves out a quantised head"
     return method, (
         f"{POSSESSIVES[method]} layout, which vLLM loads, and transformers with {PACKAGES[method]} installed"
     )
@@ -119,14 +121,16 @@ def as_stored(q: QTensor, method: str, where: str) -> tuple[QTensor, int]:
     return with_float16_scales(q, where) if method in ("gptq", "awq") else (q, 0)
 
 
-def quantization_config(quant: Quant, method: str, plain: list[str]) -> dict[str, Any]:
-    """Return config.json's quantization_config for weights written by `tensors_of`. plain: modules that are
-    not quantised.
+def quantization_config(quant: Quant, method: str, plain: list[str], packed: list[str]) -> dict[str, Any]:
+    """Return config.json's quantization_config for weights written by `tensors_of`. plain: last names of
+    modules that are not quantised. packed: names of those that are, inside a layer, such as self_attn.q_proj.
     """
     if method == "compressed-tensors":
         return compressed_settings(quant.kind, quant.block, plain)
-    if method in ("gptq", "awq"):
-        return (gptq_settings if method == "gptq" else awq_settings)(quant.block, plain)
+    if method == "gptq":
+        return gptq_settings(quant.block, plain, packed)
+    if method == "awq":
+        return awq_settings(quant.block, plain)
     if method == "jaxft":
         return {"quant_method": method, "kind": quant.kind, "block": quant.block, "double": quant.double}
     return {

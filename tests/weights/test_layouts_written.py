@@ -4,6 +4,7 @@ read again without rounding, and loaded by compressed-tensors itself.
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from safetensors.numpy import load_file
 from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
+from jaxft.nn.quant import Quant
+from jaxft.train.export import ExportQuant, ExportSource, export_model
 from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
@@ -125,6 +128,7 @@ def test_gptqs_config_says_whether_the_head_is_quantised(base, tmp_path, monkeyp
         settings = json.loads((out / "config.json").read_text())["quantization_config"]
         written = "lm_head.qweight" in load_file(out / "model.safetensors")
         assert settings["lm_head"] is written is ("head" in targets)
+        assert settings["modules_in_block_to_quantize"] == [["self_attn.q_proj"]]
     args = (*options, "--format", "awq", "--out", tmp_path / "awq")
     code, _, err = call(monkeypatch, capsys, "quantize", *args)
     assert code == 1 and "leave the head out" in err.splitlines()[-1] and not (tmp_path / "awq").exists()
@@ -199,3 +203,51 @@ def test_transformers_and_compressed_tensors_load_what_is_written(
     params = load_on_host(str(tmp_path / "q"), model, lambda path, x: jnp.asarray(x))
     expected = our_logits(model, params, some_tokens())
     np.testing.assert_allclose(np.array(json.loads(done.stdout)), expected, atol=1e-4)
+
+
+READ_BY_GPTQMODEL = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+with open(sys.argv[1] + "/ids.json") as file:
+    ids = torch.tensor(json.load(file))
+found = {}
+for name in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(
+        sys.argv[1] + "/" + name, dtype=torch.float32, device_map={"": "cpu"})
+    packed = [n for n, x in model.named_modules() if hasattr(x, "qweight")]
+    with torch.no_grad():
+        found[name] = packed, model(ids).logits.float().tolist()
+with open(sys.argv[1] + "/found.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_transformers_and_gptqmodel_compute_the_same_logits_from_gptq_and_awq_folders(base, tmp_path):
+    """GPTQModel's kernels for CPUs, on the packed weights. GPTQMODEL_PYTHON: the Python of an environment
+    that has it, if it is not this one.
+    """
+    python = os.environ.get("GPTQMODEL_PYTHON", sys.executable)
+    packages = [python, "-c", "import gptqmodel, optimum"]
+    if subprocess.run(packages, env={"PATH": "/usr/bin"}, capture_output=True, check=False).returncode:
+        pytest.skip(f"{python}: BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel optimum")
+    model = pretrained.model_for(str(base[0]), dtype=jnp.float32)
+    source = ExportSource(str(base[0]), model, pretrained.load_tokenizer(str(base[0])))
+    counts, expected, tokens = {}, {}, some_tokens()
+    for method in ("gptq", "awq"):
+        for name, block, targets, count in [
+            ("all", 32, "layers/.*", 7),
+            ("some", 64, "layers/attn/[qko]", 3),
+        ]:
+            folder = tmp_path / f"{method}-{name}"
+            quant = Quant("int4", block, targets=targets)
+            export_model(folder, source, "float32", ExportQuant(quant, method))
+            params = load_on_host(str(folder), model, lambda path, x: jnp.asarray(x))
+            counts[folder.name], expected[folder.name] = count, our_logits(model, params, tokens)
+    (tmp_path / "ids.json").write_text(json.dumps(np.asarray(tokens.ids).tolist()))
+    command = [python, "-c", READ_BY_GPTQMODEL, str(tmp_path), *counts]
+    done = subprocess.run(command, env={"PATH": "/usr/bin"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, (packed, logits) in json.loads((tmp_path / "found.json").read_text()).items():
+        assert len(packed) == counts[name], name
+        np.testing.assert_allclose(np.array(logits), expected[name], atol=1e-4, err_msg=name)
