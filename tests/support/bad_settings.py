@@ -59,7 +59,7 @@ SETTINGS = [
     ("quant=int8 quant.double=true", "double"), ("quant=nf4 quant.fp8_matmul=true", "quant.fp8_matmul"),
     ("quant=nf4 quant.targets=nothing", "targets"), ("quant=nf4 quant.targets=([a-z/]+)+!", "targets"),
     ("quant=nf4 quant.calibrate=missing.jsonl", "missing.jsonl"),
-    ("quant=nf4 quant.calibrate=rows.jsonl quant.calibrate_tokens=63", "quant.calibrate_tokens=63"),
+    ("quant=nf4 quant.calibrate=rows.jsonl quant.calibrate_tokens=63", "63 calibration tokens"),
     ("quant=nf4 quant.calibrate_tokens=0", "calibrate_tokens"), ("quant=nf4 quant.codes=a", "quant.codes"),
     ("quant=nf4 quant.calibrate=run adapter.init=loftq", "adapter.init=qera"),
     ("quant=nf4 adapter.init=qera", "quant.calibrate=run"),
