@@ -5,9 +5,9 @@
 Rows have the formats of scripts/bench/bench.py sft. Perplexity is over all tokens, prompt and completion, and
 compared with that of the first kind. KIND:BLOCK sets the block size. fp8 dequantises weights where the device
 has no FP8 matmuls; fp8+matmul emulates these, with activations rounded to FP8. KIND+calibrated rounds as
-quant.calibrate does, on the rows of --calibrate (plain text, as --data). `error` is the relative root
-mean square error of a quantised weight. A model whose weights come from 4-bit files is on a grid already, so
-a second format changes it more than other models.
+quant.calibrate does, on the rows of --calibrate, which have the formats of --data and are read as plain text.
+`error` is the relative root mean square error of a quantised weight. A model whose weights come from 4-bit
+files is on a grid already, so a second format changes it more than other models.
 """
 
 import argparse
@@ -139,6 +139,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(a.data, a.rows, None)))
+        if a.calibrate:
+            rows = plain_rows(a.calibrate, sys.maxsize, None)
+            a.calibrate = str(Path(folder) / "calibrate.jsonl")
+            Path(a.calibrate).write_text("".join(json.dumps(row) + "\n" for row in rows))
         found = measure(a, data)
     if a.json:
         print(json.dumps({"model": a.model, "rows": a.rows, "kinds": found}))
