@@ -197,6 +197,7 @@ def backwards(pair, beta=0.3):
 '''
 
 
+@pytest.mark.slow
 def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     (place.folder / "mine.py").write_text(MINE)
 

@@ -347,6 +347,7 @@ def test_transformers_loads_an_nf4_base_and_has_the_same_values(monkeypatch, cap
     assert np.abs(ours - target).max() < 0.05 * np.abs(target).max()
 
 
+@pytest.mark.slow
 def test_a_run_on_quantised_files_equals_one_that_quantises_on_load(place):
     base = place.folder / "nf4"
     shutil.copytree(place.folder / "base", place.folder / "wide", dirs_exist_ok=True)
