@@ -147,10 +147,10 @@ def main() -> int:
     if a.json:
         print(json.dumps({"model": a.model, "rows": a.rows, "kinds": found}))
         return 0
-    print(f"{'':12s} {'bits':>6s} {'perplexity':>11s} {'over ' + found[0]['kind']:>10s} {'error':>7s}")
+    print(f"{'':14s} {'bits':>6s} {'perplexity':>11s} {'over ' + found[0]['kind']:>10s} {'error':>7s}")
     for f in found:
         over, error = f"{100 * (f['ratio'] - 1):+.2f}%", f"{100 * f['error']:.2f}%"
-        print(f"{f['kind']:12s} {f['bits']:6.3f} {f['perplexity']:11.3f} {over:>10s} {error:>7s}")
+        print(f"{f['kind']:14s} {f['bits']:6.3f} {f['perplexity']:11.3f} {over:>10s} {error:>7s}")
     return 0
 
 
