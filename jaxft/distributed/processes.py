@@ -289,6 +289,19 @@ def first_then_others(work: Callable[[], Any]) -> Any:
     return first[0] if first else work()
 
 
+def in_step(lines: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a long computation on all processes: one after each step of any of them.
+
+    lines: of this process, one for each of its steps, never empty. A process without steps left waits for the
+    others at each of theirs, so its watchdog sees their progress. A user error raises AgreedError on all.
+    """
+    if not is_multi_process():
+        yield from lines
+        return
+    while any(found := _run_on_all(lambda: next(lines, None))):
+        yield next(line for line in found if line)
+
+
 def _run_on_all(fn: Callable[[], Any]) -> list[Any]:
     """Return the results of `fn()` by process; a user error on one of them raises AgreedError on all."""
     try:

@@ -60,6 +60,17 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
+def array_of_first(x: np.ndarray) -> np.ndarray:
+    """Return process 0's array on every process. x: of the same shape and dtype on all.
+
+    Main thread only, as gather_texts.
+    """
+    if jax.process_count() == 1:
+        return x
+    wait_for_all()
+    return np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
 class FileExchange:
     """Exchange of texts through files in a shared folder, with barriers of JAX's coordination service.
 

@@ -28,7 +28,7 @@ from jaxft.objectives.sft import sft
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params
 from jaxft.weights import gptq, pretrained
-from jaxft.weights.codes import CalibratedLayer, codes_name, codes_sha256, write_codes
+from jaxft.weights.codes import CalibratedLayer, codes_folder, codes_name, codes_sha256, write_codes
 from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, in_layers
 from jaxft.weights.lora_start import check_ranks
 from jaxft.weights.safetensors import read_model_json, write_model_json
@@ -223,23 +223,37 @@ def print_line(line: str) -> None:
 
 
 def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
-    """Compute calibrated codes and write them into the cache, unless they are there. progress: called with
-    lines for the user.
+    """Compute calibrated codes and write them into the cache, unless they are there; every process calls it.
+
+    Process 0 computes them, then the others that do not share its cache. progress: called with lines for the
+    user, on all processes after each layer of one of them.
     """
-    begin, model = time.perf_counter(), pretrained.model_for(plan.ref)
+    begin, known = time.perf_counter(), codes_folder(plan.name).is_dir()
+    for turn in (True, False):
+        mine = processes.is_first() is turn
+        for line in processes.in_step(_coded_layers(plan) if mine else iter(())):
+            progress(line)
+    how = "from the cache" if known else f"computed in {time.perf_counter() - begin:.0f} s"
+    progress(f"calibrated base: {plan.quant.kind} on {plan.rows.tokens:,} tokens, {how}")
+
+
+def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
+    """Compute and write calibrated codes unless the cache has them; yield a line after each layer."""
+    model = pretrained.model_for(plan.ref)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
 
     def layers() -> Iterator[CalibratedLayer]:
         readers = pretrained.open_params(plan.ref, model)
         calibrated = calibrate_layers(model, readers, plan.quant, plan.rows, plan.ranks)
-        for number, layer in enumerate(calibrated, 1):
+        while True:
+            with jax.set_mesh(mesh):  # not while the caller has the line
+                layer = next(calibrated, None)
+            if layer is None:
+                return
             yield layer
-            progress(f"calibrated layer {number} of {model.config.layers}")
 
-    with jax.set_mesh(mesh):
-        computed = write_codes(plan.name, plan.quant, layers)
-    how = f"computed in {time.perf_counter() - begin:.0f} s" if computed else "from the cache"
-    progress(f"calibrated base: {plan.quant.kind} on {plan.rows.tokens:,} tokens, {how}")
+    for number in write_codes(plan.name, plan.quant, layers):
+        yield f"calibrated layer {number} of {model.config.layers}"
 
 
 def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progress) -> None:
@@ -250,7 +264,7 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     """
     if plan is None:
         return
-    processes.first_then_others(lambda: calibrated_codes(plan, progress))
+    calibrated_codes(plan, progress)
     found = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
     again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"
     if not processes.all_equal(found):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.source import Source
-from jaxft.distributed import sharding
+from jaxft.distributed import processes, sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.lora import EVA, Adapter, pairs_by_path
 from jaxft.nn.lora_specs import most_components, pair_layouts
@@ -66,9 +66,9 @@ def eva_adapter(
 ) -> Params:
     """Return a fresh adapter with the first `a` of EVA, sharded as its leaves are.
 
-    model: over the whole tree. Every process calls it. The rows pass through the model once for each
-    MOMENT_BYTES of covariances, and the host stores those of one kernel. Raises ValueError for inputs that
-    are not finite.
+    model: over the whole tree. Every process calls it; process 0 decomposes, because other hosts' libraries
+    may round otherwise. The rows pass through the model once for each MOMENT_BYTES of covariances, and the
+    host stores those of one kernel. Raises ValueError for inputs that are not finite.
     """
     layouts = pair_layouts(model.specs["base"], settings, model.weight_names)
     paths = list(layouts)
@@ -88,14 +88,20 @@ def eva_adapter(
             own = [layer_on_host(moments, i, False) for i in range(len(moments))]
             parts.setdefault(source, []).append(own)
             if end == shapes[source][-2]:
-                directions[source] = [
-                    eva.principal_directions(np.concatenate(of_layer), counts[source])
-                    for of_layer in zip(*parts.pop(source), strict=True)
-                ]
-    explained = {source: [one.explained for one in of_layers] for source, of_layers in directions.items()}
-    ranks = eva.redistributed_ranks(layouts, explained, settings.eva_rho)
-    rows.report(_summary(ranks, explained, int(found.count)))
-    first = eva.first_a(directions, ranks, shapes)
+                complete = parts.pop(source)
+                with processes.agreement():
+                    if processes.is_first():
+                        directions[source] = [
+                            eva.principal_directions(np.concatenate(of_layer), counts[source])
+                            for of_layer in zip(*complete, strict=True)
+                        ]
+    first = {path: np.zeros(shapes[path], np.float32) for path in paths}
+    if processes.is_first():
+        explained = {source: [one.explained for one in of_layers] for source, of_layers in directions.items()}
+        ranks = eva.redistributed_ranks(layouts, explained, settings.eva_rho)
+        rows.report(_summary(ranks, explained, int(found.count)))
+        first = eva.first_a(directions, ranks, shapes)
+    first = {path: sync.array_of_first(first[path]) for path in paths}
 
     def leaf(path: str, x: jax.Array) -> jax.Array:
         above, _, name = path.rpartition("/")

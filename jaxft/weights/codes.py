@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,28 +67,29 @@ def codes_folder(name: str) -> Path:
     return cache_folder() / CALIBRATED / name
 
 
-def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> bool:
-    """Compute and write calibrated codes unless the cache has them; return whether they were computed.
+def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:
+    """Compute and write calibrated codes unless the cache has them; yield the number of each layer, from 1,
+    when it is written.
 
     layers: computes them one after the other. The folder appears when it is complete; another process may be
     faster. Raises OSError if the cache cannot be written.
     """
     out = codes_folder(name)
     if out.is_dir():
-        return False
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-") as own:
         part = Path(own) / name
         part.mkdir()
         for number, layer in enumerate(layers()):
             _write_layer(part / f"layer-{number:05}.safetensors", layer)
+            yield number + 1
         block, double = with_defaults(quant.kind, quant.block, quant.double)
         write_model_json(part / _SETTINGS, {"kind": quant.kind, "block": block, "double": double})
         with contextlib.suppress(OSError):  # another process was faster
             part.rename(out)
     if not out.is_dir():
         raise OSError(f"{out} cannot be written; set JAXFT_CACHE to another folder")
-    return True
 
 
 def _write_layer(path: Path, layer: CalibratedLayer) -> None:

@@ -141,9 +141,10 @@ def test_calibration_of_fused_layers_and_windows_brings_the_model_closer_to_the_
     calibration = CalibrationRows(*arrays)
     readers = pretrained.open_params(str(folder), model)
     with jax.set_mesh(one_device()):
-        write_codes(
+        written = write_codes(
             "some", Quant("int4"), lambda: calibrate_layers(model, readers, Quant("int4"), calibration, {})
         )
+        assert list(written) == list(range(1, model.config.layers + 1))
     exact = logits_of(model, pretrained.load_frozen(str(folder), model, one_device()), batch)
     off = {}
     for name, codes in (("nearest", None), ("calibrated", "some")):
