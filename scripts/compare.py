@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--out", type=Path, help="write OUT.png and OUT.json (default: only print the table)")
     parser.add_argument("--title", default="", help="the title of the picture")
     return parser
@@ -28,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
     from jaxft.runs import compare
+    from jaxft.runs.fetched import local_folder
     from jaxft.runs.trackers.jsonl import Entry, read_entries
 
     def curve_metrics(entry: Entry) -> Entry:
@@ -35,12 +36,13 @@ def main() -> int:
         return {name: value for name, value in entry.items() if name == "step" or compare.is_drawn(name)}
 
     args = make_parser().parse_args()
-    missing = next((run for run in args.runs if not (run / "metrics.jsonl").is_file()), None)
+    runs = [local_folder(run) for run in args.runs]
+    missing = next((run for run in runs if not (run / "metrics.jsonl").is_file()), None)
     if missing:
         raise ValueError(f"{missing}: has no metrics.jsonl; use the folder of a run, such as runs/sft")
-    entries = {run.name: read_entries(run / "metrics.jsonl") for run in args.runs}
-    if len(entries) < len(args.runs):
-        names = ", ".join(run.name for run in args.runs)
+    entries = {run.name: read_entries(run / "metrics.jsonl") for run in runs}
+    if len(entries) < len(runs):
+        names = ", ".join(run.name for run in runs)
         raise ValueError(f"two of the runs have the same name ({names}); rename one of the folders")
     empty = next((name for name, lines in entries.items() if not lines), None)
     if empty:

@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser, add_adapters, add_compute_options
 
     parser = CommandParser(__doc__)
-    parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
+    parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--model", help="the base model (default: the adapter's own)")
     add_adapters(parser)
     parser.add_argument("--file", help="rows or pairs (default: the held-out file of the run)")
@@ -129,6 +129,10 @@ def arguments() -> argparse.Namespace:
     args.names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     if way == TASKS and not args.names:
         parser.error("--tasks names no task; use names such as arc_easy,mmlu")
+    if args.run is not None:
+        from jaxft.runs.fetched import local_folder
+
+        args.run = local_folder(args.run)
     return args
 
 

@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("--run", type=Path, help="a run's folder: its base and adapter, or its model")
+    parser.add_argument("--run", help="a run's folder: its base and adapter, or its model")
     parser.add_argument("--model", help="the base model (REF), instead of --run")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout")
     parser.add_argument(
@@ -78,6 +78,10 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--format {args.format} is the layout of quantised weights; add --pack int4 or another")
     if args.gguf and (args.pack or args.dtype):
         parser.error("--gguf names the type of the weights; leave --pack and --dtype out")
+    if args.run is not None:
+        from jaxft.runs.fetched import local_folder
+
+        args.run = local_folder(args.run)
     return args
 
 

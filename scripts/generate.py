@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(__doc__)
     parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT_MODEL})")
     add_adapters(parser)
-    parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
+    parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
     parser.add_argument("--file", help="a file of prompts")
     parser.add_argument("--columns", help="renames columns of --file, as data.columns: prompt=question")
@@ -84,6 +84,10 @@ def arguments() -> argparse.Namespace:
         parser.error("no prompts; use --prompt or --file")
     if args.raw and (args.chat_template_kwargs or args.system):
         parser.error("--raw uses no chat template; omit --chat-template-kwargs and --system")
+    if args.run is not None:
+        from jaxft.runs.fetched import local_folder
+
+        args.run = local_folder(args.run)
     return args
 
 

@@ -5,12 +5,12 @@
     python scripts/push.py merged org/name --public --revision v2 --message "beta=0.05"
     python scripts/push.py runs/sft org/name --dry-run          # lists files and sizes, sends nothing
 
-SOURCE is a finished run, a folder that export.py, quantize.py, combine.py or extract.py wrote, or a .gguf
-file. Uploaded are weights, configurations, tokenizer, license and model card, in one commit; never
-checkpoints, optimizer states or logs. A model or adapter replaces the one in the branch: weights,
-configurations and tokenizer files that are not pushed are deleted, except .gguf files. A .gguf file deletes
-only old parts of its own name. Deleted files are listed. The token is that of HF_TOKEN or of
-`hf auth login`; HF_ENDPOINT is the address of another hub.
+SOURCE is a finished run, one in an object store too (s3://bucket/runs/sft), a folder that export.py,
+quantize.py, combine.py or extract.py wrote, or a .gguf file. Uploaded are weights, configurations, tokenizer,
+license and model card, in one commit; never checkpoints, optimizer states or logs. A model or adapter
+replaces the one in the branch: weights, configurations and tokenizer files that are not pushed are deleted,
+except .gguf files. A .gguf file deletes only old parts of its own name. Deleted files are listed. The token
+is that of HF_TOKEN or of `hf auth login`; HF_ENDPOINT is the address of another hub.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("source", type=Path, help="a run, a folder with weights, or a .gguf file")
+    parser.add_argument("source", help="a run, a folder with weights, or a .gguf file")
     parser.add_argument("repo", help="org/name, the repository; it is created if it does not exist")
     parser.add_argument("--merged", action="store_true", help="push a run's adapter merged into its base")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights of --merged (default bfloat16)")
@@ -46,6 +46,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dtype and not args.merged:
         parser.error("--dtype is that of the weights of --merged; other weights are pushed as they are")
+    from jaxft.runs.fetched import local_folder
+
+    args.source = local_folder(args.source)
     return args
 
 

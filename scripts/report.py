@@ -5,8 +5,8 @@
     python scripts/report.py runs/dpo-beta                               # a sweep, with all of its members
 
 The page is a single file that loads nothing from any network, so it can be mailed or kept. The runs may be
-finished or running. Without --out it is report.html in the folder of the run or sweep, or, for several, in
-the working directory.
+finished or running. Without --out it is report.html in the folder of the run or sweep, or, for several and
+for one in an object store, in the working directory.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs or sweeps")
+    parser.add_argument("runs", nargs="+", help="folders of runs or sweeps")
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html, see above)")
     parser.add_argument("--title", default="", help="the title of the page (default: the names of the runs)")
     return parser
@@ -29,13 +29,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Write the page and print where it is."""
+    from jaxft.runs.fetched import is_fetched, local_folder
     from jaxft.runs.page.document import write_report
 
     args = make_parser().parse_args()
-    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
+    runs = [local_folder(run) for run in args.runs]
+    beside = len(runs) == 1 and not is_fetched(runs[0])
+    out = args.out or (runs[0] if beside else Path()) / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name the file to write, such as {out / 'report.html'}")
-    size = write_report(args.runs, out, args.title)
+    size = write_report(runs, out, args.title)
     print(f"{out}: {size / 1e6:.1f} MB; open it in a browser")
     return 0
 

@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser, add_adapters
 
     parser = CommandParser(__doc__)
-    parser.add_argument("--run", type=Path, help="a reward run's folder")
+    parser.add_argument("--run", help="a reward run's folder")
     parser.add_argument(
         "--model", help="a sequence classifier's folder or, with --adapter, its base, instead of --run"
     )
@@ -58,6 +58,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
+    if args.run is not None:
+        from jaxft.runs.fetched import local_folder
+
+        args.run = local_folder(args.run)
     return args
 
 

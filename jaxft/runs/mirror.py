@@ -149,17 +149,36 @@ class Mirror:
         The newest checkpoint is complete only after all else, so that a start that is killed fetches again.
         """
         self.report(f"fetching step {max(steps, default='')} of this run from {self.store.url}")
-        for name, entry in self._sent.items():
-            path = self._path_of(name)
-            content = self._read_object(name)
-            if _entry_of(content) != entry:  # the index is sent after the files
-                self.report(f"warning: {self.store.url}/{name} is not of the same time as {INDEX}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(path.name + ".part")
-            part.write_bytes(content)
-            part.replace(path)
+        for name in self._sent:
+            self._fetch_file(name)
         for step in steps:
             self._fetch_checkpoint(step)
+
+    def fetch_results(self) -> list[str]:
+        """Write the files of the store, without checkpoints, into the folder; return their names, [] if the
+        store has no run. What is there already is not fetched again. Raises OSError if the store fails.
+        """
+        self._sent = self._read_index()["files"]
+        paths = {name: self._path_of(name) for name in self._sent}
+        absent = [
+            name
+            for name, path in paths.items()
+            if not (path.is_file() and _entry_of(path.read_bytes()) == self._sent[name])
+        ]
+        if absent:
+            self.report(f"fetching {len(absent)} files of {self.store.url} to {self.folder}")
+        for name in absent:
+            self._fetch_file(name)
+        return list(self._sent)
+
+    def _fetch_file(self, name: str) -> None:
+        path, content = self._path_of(name), self._read_object(name)
+        if _entry_of(content) != self._sent[name]:  # the index is sent after the files
+            self.report(f"warning: {self.store.url}/{name} is not of the same time as {INDEX}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(content)
+        part.replace(path)
 
     def _fetch_checkpoint(self, step: int) -> None:
         """Write a checkpoint of the store into the folder, unless it is damaged, which is reported."""

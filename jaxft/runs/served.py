@@ -28,6 +28,7 @@ from jaxft.nn.lora_rows import (
     stored_stack,
 )
 from jaxft.nn.quant import Quant, QuantKind, quant_setting
+from jaxft.runs.fetched import IN_STORE, local_folder
 from jaxft.runs.named_weights import NamedWeights, named_weights
 from jaxft.tree import Params
 from jaxft.weights import adapters, peft, pretrained
@@ -73,8 +74,9 @@ def named_models(
     found: dict[str, NamedWeights] = {}
     for kind, items in (("run", runs), ("adapter", folders)):
         for item in items:
-            name, path = _split(item)
+            name, item_path = _split(item)
             is_run = kind == "run"
+            path = local_folder(item_path) if is_run else Path(item_path)
             named = named_weights(path, None, None) if is_run else named_weights(None, model, path)
             name = name or _name_of(path)
             if name in found:
@@ -105,15 +107,15 @@ def named_adapters(
     if len(items) > 1:
         found = named_models([], model, items, default)
         return {name: weights for name, weights in found.items() if weights.adapter is not None}
-    name, folder = _split(items[0]) if items else ("", None)
-    return {name: named_weights(run, model, folder, default)}
+    name, folder = _split(items[0]) if items else ("", "")
+    return {name: named_weights(run, model, Path(folder) if items else None, default)}
 
 
-def _split(item: str) -> tuple[str, Path]:
+def _split(item: str) -> tuple[str, str]:
     name, equals, path = item.partition("=")
-    if equals and name and path and not Path(item).exists():
-        return name, Path(path)
-    return "", Path(item)
+    if equals and name and path and not IN_STORE.match(item) and not Path(item).exists():
+        return name, path
+    return "", item
 
 
 def _name_of(path: Path) -> str:
