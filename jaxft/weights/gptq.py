@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.matmul import GramProbe
-from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor, quantize
+from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 INPUT_BLOCK = 32  # inputs whose errors are propagated to the later ones together
@@ -52,20 +52,6 @@ def second_moments(
     for batch in batches:
         moments = add_batch(base, moments, batch)
     return moments
-
-
-def quantize_gptq(
-    weight: Any, moment: Any, kind: str, block: int | None = None, double: bool | None = None
-) -> QTensor:
-    """Quantise one layer's weight [I, O] as nn.quant.quantize does, but with codes that compensate for each
-    other's errors.
-
-    moment: [I, I], the sum of x x^T over the layer's inputs. The weights of an input that was always zero are
-    rounded to nearest.
-    """
-    plain = quantize(np.asarray(weight), kind, block, double)
-    codes = gptq_codes(jnp.asarray(weight, jnp.float32), inverse_factor(jnp.asarray(moment)), plain, kind)
-    return with_codes(plain, codes)
 
 
 def with_codes(q: QTensor, codes: Any) -> QTensor:
@@ -110,9 +96,11 @@ def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
 
 @partial(jax.jit, static_argnames="kind")
 def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) -> Array:
-    """Return the codes [I, O] of quantize_gptq with the scales of `plain`.
+    """Return the codes [I, O] of GPTQ with the scales of `plain`, one layer's weight as nn.quant.quantize
+    returns it.
 
-    The largest inputs are rounded first, while many others can still compensate for them.
+    The largest inputs are rounded first, while many others can still compensate for them. The weights of an
+    input that was always zero are rounded to nearest.
     """
     ins, outs = weight.shape
     order, upper, _ = factor

@@ -7,6 +7,7 @@ import pytest
 
 from jaxft.nn import quant
 from jaxft.nn.quant import quantize
+from jaxft.nn.quant_formats import NF4
 from jaxft.weights import gptq, rounding
 from jaxft.weights.rounding import InputMoments
 
@@ -39,12 +40,33 @@ def test_the_error_of_the_outputs_is_below_that_of_gptq_and_of_rounding_to_neare
     x, w = inputs(), weight()
     moment = x.T @ x
     found = rounding.quantize_calibrated(w, moment, *form)
-    plain, by_gptq = quantize(w, *form), gptq.quantize_gptq(w, moment, *form)
+    plain, factor = quantize(w, *form), gptq.inverse_factor(jnp.asarray(moment))
+    by_gptq = gptq.with_codes(plain, gptq.gptq_codes(jnp.asarray(w), factor, plain, form[0]))
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain)  # as many bits
     assert jax.tree.map(jnp.asarray, found).scale.dtype == plain.scale.dtype
     damped = np.asarray(gptq.damped(jnp.asarray(moment)), np.float64)
     errors = [error(q, w, damped) for q in (found, by_gptq, plain)]
     assert errors[0] < errors[1] < errors[2]
+
+
+def test_a_pass_of_coordinate_descent_gives_each_input_the_best_of_all_levels_in_turn():
+    x, w = inputs(), weight()
+    moment = gptq.damped(jnp.asarray(x.T @ x))
+    plain = quantize(w, "nf4", 16, False)
+    found = gptq.with_codes(plain, rounding._descended_codes(plain, jnp.asarray(w), moment))
+    exact, expected = np.asarray(moment, np.float64), value(plain)
+    levels, scale = NF4.astype(np.float64), np.repeat(plain.scale.astype(np.float64), 16, 0)
+    for j in range(48):
+        errors = []
+        for level in levels:
+            expected[j] = level * scale[j]
+            off = expected - w
+            errors.append(np.sum(off * (exact @ off), 0))
+        expected[j] = levels[np.argmin(errors, 0)] * scale[j]
+    assert np.isclose(value(found), expected, atol=1e-5).mean() > 0.99  # ties fall either way in float32
+    off = expected - w
+    assert error(found, w, exact) == pytest.approx(np.sum(off * (exact @ off)), rel=0.01)
+    assert error(found, w, exact) < 0.7 * error(plain, w, exact)
 
 
 def test_the_error_is_never_above_that_of_rounding_to_nearest():
