@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft import tree
+from jaxft.distributed import processes
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import dora
@@ -127,7 +128,8 @@ def run_pairs(
 ) -> StartPairs:
     """Return the pairs at step 0 of a run, whose folder stores them: of a resumed run those that are there.
 
-    folder: None stores nothing. Every process calls it. Raises FileNotFoundError if a resumed run has none.
+    folder: None stores nothing. Every process calls it and returns those of process 0, because other hosts'
+    libraries may round otherwise. Raises FileNotFoundError if a resumed run has none.
     """
     model = stored.model
     folders = [] if folder is None else [folder / INITIAL_FOLDER / name for name in ("without", "start")]
@@ -136,7 +138,8 @@ def run_pairs(
         plain = replace(settings, dropout=0.0)
         for out, adapter in zip(folders, reversed(found), strict=False):
             peft_write.save_adapter(out, adapter, plain, model, ref)
-        return found
+        if folder is None or not processes.is_multi_process():
+            return found
     return StartPairs(*(peft.read_adapter(one, model)[0] for one in reversed(folders)))
 
 

@@ -1,4 +1,4 @@
-"""What one process computes before training and all of them use: calibrated codes, EVA's directions."""
+"""What one process computes before training and all use: codes, EVA's directions, PiSSA's pairs."""
 
 import numpy as np
 import pytest
@@ -40,6 +40,17 @@ def other_signs(*args):
 programs.eva_adapter, eva.principal_directions = saved, other_signs
 """
 
+# Process 1's own pairs have other signs.
+PAIRS = """
+import os
+from jaxft.weights import lora_start
+pair_of = lora_start.principal_pair
+def other_signs(*args):
+    a, b = pair_of(*args)
+    return (-a, -b) if os.environ["JAXFT_PROCESS"] == "1" else (a, b)
+lora_start.principal_pair = other_signs
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -76,3 +87,9 @@ def test_every_process_starts_from_the_directions_that_process_0_found(folder):
     for path, expected in one.items():
         np.testing.assert_array_equal(first[path], second[path])
         np.testing.assert_allclose(first[path], expected, atol=1e-3)
+
+
+def test_every_process_starts_from_the_pairs_that_process_0_found(folder):
+    """A checkpoint is published only if the processes have the same values."""
+    two = ProcessGroup(folder)
+    assert two.run(*COMMON, "adapter.init=pissa", "name=pissa", hook=PAIRS) == [0, 0], two.output()
