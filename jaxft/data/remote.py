@@ -125,6 +125,7 @@ def remote_files(ref: str) -> list[RemoteFile]:
 
 def _hub_files(ref: str, repo: str, revision: str | None, pattern: str) -> list[RemoteFile]:
     import huggingface_hub
+    from huggingface_hub import utils
 
     api = huggingface_hub.HfApi()
     try:
@@ -138,7 +139,7 @@ def _hub_files(ref: str, repo: str, revision: str | None, pattern: str) -> list[
     if not chosen:
         known = f"it has {', '.join(paths[:5])}" if paths else "it has none"
         raise ValueError(f"{ref}: no Parquet file of the dataset matches {pattern!r}; {known}")
-    headers = huggingface_hub.utils.build_hf_headers()
+    headers = utils.build_hf_headers()
     private = tuple((k, v) for k, v in headers.items() if k.lower() == "authorization")
     folder = f"{api.endpoint}/datasets/{repo}/resolve/{info.sha}"
     return [_described(RemoteFile(f"{folder}/{quote(path)}", 0, str(info.sha), private)) for path in chosen]

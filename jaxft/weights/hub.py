@@ -161,7 +161,7 @@ def hub_name(ref: str) -> tuple[str, str | None] | None:
 
 def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     repo, _, revision = ref.partition("@")
     patterns = [*SMALL_FILES, *(() if config_only else WEIGHT_FILES)]
@@ -184,11 +184,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
     except errors.RepositoryNotFoundError as e:
         raise FileNotFoundError(f"{repo}: no such model at {where} (or it is private: set HF_TOKEN)") from e
     except errors.LocalEntryNotFoundError as e:
-        offline = (
-            "HF_HUB_OFFLINE is set"
-            if huggingface_hub.constants.HF_HUB_OFFLINE
-            else f"{where} cannot be reached"
-        )
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
         raise FileNotFoundError(
             f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
         ) from e

@@ -144,10 +144,10 @@ def deletions(files: Mapping[str, FileContent], target: HubTarget) -> list[str] 
     offline, without a token, or if the hub does not list the branch.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors  # submodules are no attributes until they are imported
 
     token = huggingface_hub.get_token()
-    if huggingface_hub.constants.HF_HUB_OFFLINE or not token:
+    if constants.HF_HUB_OFFLINE or not token:
         return None
     api = huggingface_hub.HfApi(endpoint=hub_endpoint(), token=token)
     try:
@@ -230,9 +230,10 @@ def _one_line(target: HubTarget, progress: _Progress) -> Iterator[None]:
 def _signed_in(target: HubTarget) -> Any:
     """Return the hub's client with the user's token. Raises ValueError if offline or without one."""
     import huggingface_hub
+    from huggingface_hub import constants, utils
 
     check_target(target)
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise ValueError("HF_HUB_OFFLINE is set; unset it to upload")
     token = huggingface_hub.get_token()
     if not token:
@@ -240,7 +241,7 @@ def _signed_in(target: HubTarget) -> Any:
             "no token for the hub; set HF_TOKEN to one that may write, or log in with `hf auth login`"
         )
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        utils.disable_progress_bars()
     return huggingface_hub.HfApi(endpoint=hub_endpoint(), token=token)
 
 

@@ -64,6 +64,17 @@ def refused(result, *words):
     assert all(word in line for word in words), line
 
 
+def test_the_command_pushes_in_a_process_of_its_own(hub, run, trained):
+    """Where nothing has imported the submodules of huggingface_hub before, and with no token it says so."""
+    command = [sys.executable, str(SCRIPTS / "push.py"), str(run / "adapter"), REPO]
+    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and set(hub.repos[REPO].files()) >= set(ADAPTER), done.stderr
+    environment |= {"HF_TOKEN": "", "HF_HOME": str(trained / "nothing")}
+    done = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: no token"), done.stderr
+
+
 def test_a_run_is_pushed_private_with_its_card_and_nothing_else(hub, push, run):
     (run / "adapter" / "optimizer.pt").write_bytes(b"state")
     code, out, err = push(run, REPO)
