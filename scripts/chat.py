@@ -172,7 +172,7 @@ def main() -> int:
     for note in (note for weights in named.values() for note in weights.notes):
         print(note, file=sys.stderr)
     flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
-    print(f"loading {', '.join(named)}", file=sys.stderr)
+    print(f"loading {', '.join(named)}; the first start also compiles the programs", file=sys.stderr)
     found = served.load_served(named, flags, rows=2)
     new = found.programs.serving.sizes.new
     choice = ChoiceSettings(Sampling(new, args.temperature, args.top_k, args.top_p), args.seed, (), 1, None)

@@ -101,8 +101,9 @@ def list_chunks(ref: str) -> Listing:
         return _list_files(_files(path))
     if Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
         return _list_hub(ref)
+    places = " or ".join(map(str, dict.fromkeys([Path.cwd(), ROOT])))
     raise FileNotFoundError(
-        f"data {ref!r} not found in {Path.cwd()} or {ROOT}; use a file ({', '.join(SUFFIXES)}), a "
+        f"data {ref!r} not found in {places}; use a file ({', '.join(SUFFIXES)}), a "
         "folder of such files, a hub dataset org/name[/config][:split], or https:// or hf:// (Parquet)"
     )
 

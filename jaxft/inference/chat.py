@@ -14,9 +14,10 @@ from jaxft.inference.generation import choice_texts, token_requests
 from jaxft.inference.sampling import Sampling
 from jaxft.inference.scheduler import NewTokens, Scheduler
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt
+from jaxft.nn.lora_rows import BASE
 
 HELP = """\
-/use NAME          chat with this model; with two names, both respond side by side
+/use NAME          chat with this model ("base" is the one without adapter); two names respond side by side
 /models            list the models
 /system [TEXT]     set the system prompt; without a text, remove it
 /set NAME=VALUE    temperature, top_p, top_k, max_new or seed (none for a random one)
@@ -125,13 +126,17 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
 
 
 def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
-    """Return one or two names of models. Raises ValueError for others."""
+    """Return one or two names of models; "base" is also that of the one without an adapter. Raises
+    ValueError for others.
+    """
     if not 1 <= len(names) <= 2:
         raise ValueError(f"/use takes one or two names of {', '.join(chat.models)}")
+    base = next((name for name, model in chat.models.items() if model.adapter == BASE), None)
+    known = {**({"base": base} if base else {}), **{name: name for name in chat.models}}
     for name in names:
-        if name not in chat.models:
+        if name not in known:
             raise ValueError(f"no model {name[:80]!r}; use one of {', '.join(chat.models)}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(known[name] for name in names))
 
 
 def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:

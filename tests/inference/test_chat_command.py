@@ -41,6 +41,18 @@ def scheduler():
     assert not lines
 
 
+def test_base_names_the_model_without_an_adapter():
+    chat = conversation()
+    chat.models = {name.replace("base", "llm-1.0"): model for name, model in chat.models.items()}
+    run_command(chat, "/use base terse")
+    assert chat.active == ("llm-1.0", "terse")
+    run_command(chat, "/use base llm-1.0")
+    assert chat.active == ("llm-1.0",)
+    chat.models = {"base": chat.models["terse"], **chat.models}  # a run of this name
+    run_command(chat, "/use base")
+    assert chat.active == ("base",) and chat.models["base"].adapter == chat.models["terse"].adapter
+
+
 def test_responses_are_those_of_each_model_and_become_turns(scheduler):
     chat = conversation(system="be brief", turns=[Turn("what is a rank?")])
     run_command(chat, "/use base terse")
