@@ -205,15 +205,16 @@ def last_message(prompt: Any) -> str:
 # Names of statistics that would not say what they are.
 STATISTICS = {
     "chosen_longer": "fraction of pairs whose chosen response is longer",
-    "fill": "fraction of the rows' slots that have a token",
+    "fill": "fraction of the places in rows that have a token",
     "largest_id": "largest token id",
     "learned": "loss",
     "learned_tokens": "tokens with a loss",
     "pairs_per_row": "most pairs in a row",
     "prompt_end_moved": "pairs with a token across the end of the prompt",
-    "read_length": "slots of a row for tokens with a loss",
-    "row_length": "slots of a row for tokens",
+    "read_length": "places in a row for tokens with a loss",
+    "row_length": "places in a row for tokens",
     "shared_prompts_save": "fraction of tokens saved by shared prompts",
+    "steps": "steps of all epochs, if loop.steps does not end before",
     "tokens_with_a_loss": "fraction of tokens with a loss",
 }
 EXAMPLES_NOTE = "Examples of the first batch; every second token has a fainter line below it. "
