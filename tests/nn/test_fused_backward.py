@@ -228,6 +228,7 @@ def test_a_fused_run_reduces_the_loss(place, devices):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_result(place):
     argv = ["full=true", *ARGV, "run.params=bfloat16", "optim.optimizer=adamw_8bit"]
     assert place.run(*argv, "name=alone") == 0, place.err()

@@ -273,6 +273,7 @@ for ref in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_a_classifier_on_the_hub_scores_as_its_folder_does(workdir, tmp_path):
     judge = workdir.folder / "judge"
     with hub_server.serve(judge, "org/judge") as (endpoint, requests):

@@ -65,6 +65,7 @@ def layers(base):
     return {path: q for path, q in tree.paths(base, is_qtensor).items() if is_qtensor(q) and q.kind == "nf4"}
 
 
+@pytest.mark.slow
 def test_the_base_of_a_run_has_the_bits_that_quantize_py_writes_for_the_same_rows(
     place, monkeypatch, capsys, tmp_path
 ):

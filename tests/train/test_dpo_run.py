@@ -91,6 +91,7 @@ def test_held_out_metrics_are_the_same_for_any_batch_size_and_mesh(place, loss):
                 assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_loop_begins(place):
     for kind in ("bco", "full"):
         out = run(place, *KINDS[kind], f"name=watch-{kind}", "loop.eval_every=1", hook=COUNT_COMPILES)

@@ -131,6 +131,7 @@ def test_a_margin_that_is_not_a_number_is_named(place):
         prepare(place.folder, "margin=grade")
 
 
+@pytest.mark.slow
 def test_reward_models_of_a_sweep_equal_those_of_separate_runs(place):
     """With SGD: where a gradient is nearly 0, Adam turns its rounding into a whole step."""
     sgd = "optim.optimizer=optax:sgd"
