@@ -1,0 +1,41 @@
+"""The size of blockwise attention's blocks: small on CPUs, large elsewhere, with the same results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.nn.attention import dense
+from jaxft.nn.flash_attention import default_block, flash
+from jaxft.nn.key_ranges import key_ranges
+
+
+@pytest.mark.parametrize(
+    ("platform", "blocks"), [("cpu", (64, 64, 128)), ("cuda", (256,) * 3), ("tpu", (256,) * 3)]
+)
+def test_blocks_are_small_on_cpus(platform, blocks):
+    device = AbstractDevice(platform, None, platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        assert tuple(map(default_block, (100, 1024, 1025))) == blocks
+    assert default_block(100) == 256  # without a mesh the device is unknown
+
+
+@pytest.mark.parametrize("length", [150, 1030])
+def test_a_cpus_blocks_equal_dense(length):
+    """Rows of packed examples with shared prompts, whose ends are not those of blocks."""
+    rng = np.random.default_rng(length)
+    q, k, v, do = (jnp.asarray(rng.normal(size=(1, length, n, 4)), jnp.float32) for n in (2, 1, 1, 2))
+    at = np.arange(length)
+    segments, branches = at // 70 + 1, np.maximum(at % 70 - 30, 0) // 15
+    ranges = key_ranges(jnp.asarray(segments[None], jnp.int32), jnp.asarray(branches[None], jnp.int32))
+
+    def value_and_gradients(kernel):
+        o, pull = jax.vjp(lambda *qkv: kernel(*qkv, ranges), q, k, v)
+        return o, *pull(do)
+
+    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
+        found = jax.jit(lambda: value_and_gradients(flash))()
+    for x, y in zip(found, jax.jit(lambda: value_and_gradients(dense))(), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
