@@ -84,6 +84,8 @@ class Adapter:
             raise ValueError(f"adapter.eva_rho must be from 1 to 1000, got {self.eva_rho}")
         if self.eva_tokens < 1:
             raise ValueError(f"adapter.eva_tokens must be at least 1, got {self.eva_tokens}")
+        if not self.token_head and not self.trainable_token_indices:
+            raise ValueError("adapter.token_head=false needs adapter.trainable_token_indices; leave it out")
         if self.changes_base and (self.dora or self.replaces_weights):
             raise ValueError(
                 f"adapter.init={self.init} changes the base; it needs adapter.dora=false, and no "

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn import replaced
 from jaxft.nn.lora import EVA, Adapter, target_paths
-from jaxft.nn.lora_patterns import TensorNames, is_listed, module_names, values_by_pattern
+from jaxft.nn.lora_patterns import ModuleNames, TensorNames, is_listed, module_names, values_by_pattern
 from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
 
 
@@ -54,13 +54,13 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
     selected = [
         (path, layer, name) for path, layer, name in modules if _is_selected(settings, base, path, layer)
     ]
-    excluded = [m for m in selected if is_listed(settings.exclude_modules, m[2], "adapter.exclude_modules")]
-    if settings.exclude_modules and not excluded:
-        near = ", ".join(dict.fromkeys(name[0].rpartition(".")[2] for _, _, name in selected))
+    if settings.layers_to_transform is not None and not any(_layer_count(base, path) for path in targets):
         raise ValueError(
-            f"adapter.exclude_modules={settings.exclude_modules!r} matches none of the adapted modules "
-            f"({near}); a list of one name ends with a comma"
+            f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
+            "adapter.layers_to_transform=none"
         )
+    excluded = [m for m in selected if is_listed(settings.exclude_modules, m[2], "adapter.exclude_modules")]
+    _check_exclusions(settings.exclude_modules, [name for _, _, name in selected])
     if len(excluded) == len(selected):
         raise ValueError(
             f"adapter.exclude_modules={settings.exclude_modules!r} excludes every module that "
@@ -83,6 +83,22 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
         found = [pairs.get((path, layer), (0, 0.0)) for layer in range(count)]
         layouts[path] = PairRanks(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
     return layouts
+
+
+def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleNames]) -> None:
+    """Raise ValueError for an expression, or a name in a list, that excludes none of the adapted modules."""
+    entries: list[str | tuple[str, ...]] = [(name,) for name in excluded]
+    if isinstance(excluded, str):
+        entries = [excluded] if excluded else []
+    for one in entries:
+        if not any(is_listed(one, names, "adapter.exclude_modules") for names in modules):
+            near = ", ".join(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
+            shown, hint = (
+                (one, "; a list of one name ends with a comma") if isinstance(one, str) else (one[0], "")
+            )
+            raise ValueError(
+                f"adapter.exclude_modules: {shown!r} matches none of the adapted modules ({near}){hint}"
+            )
 
 
 def _layer_count(base: dict[str, ParamSpec], path: str) -> int | None:
@@ -164,6 +180,11 @@ def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = N
         nodes[path] = {"weight": replaced.base_spec(base, path)}
     if settings.trainable_token_indices:
         ids = settings.trainable_token_indices
+        if not settings.token_head and "head" not in base:
+            raise ValueError(
+                "adapter.token_head=false: this model's head is tied to its embeddings and has the same "
+                "rows; leave it out"
+            )
         nodes |= replaced.token_specs(base, ids, settings.token_head and "head" not in saved, nodes)
     out: dict[str, Any] = {}
     for path, specs_of_node in nodes.items():

@@ -1,10 +1,12 @@
 """A run's folder `runs/<name>/`: its lock, its record of settings, and the rules for resuming it."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,17 +55,31 @@ def folder_of(root: Path, name: str) -> Path:
     return root / name
 
 
-def lock(folder: Path) -> TextIO:
-    """Lock the run folder until the returned file is closed. Raises OSError if another process has it."""
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[TextIO]:
+    """Create the run folder and lock it; at the end, remove it if nothing else was written into it.
+
+    Raises OSError if another process has the lock.
+    """
+    path = folder / "lock"
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        text = f"{folder}: another process is running this run; wait for it, or choose another name=..."
-        raise OSError(text) from None
-    return file
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:  # another process has it, or has just removed it
+            raise OSError(
+                f"{folder}: another process is running this run; wait for it, or choose another name=..."
+            )
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(OSError):
+                if [one.name for one in folder.iterdir()] == [path.name]:
+                    path.unlink()
+                    folder.rmdir()
 
 
 def write_durable_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from jaxft.batch import TrainState, widened
 from jaxft.data.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo
 from jaxft.distributed import processes, sharding
+from jaxft.models.heads import HeadSettings
 from jaxft.rl.programs import BoundRun
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
@@ -30,6 +31,8 @@ from jaxft.train.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import hub, pretrained
 from jaxft.weights.adapters import adapter_folder
+from jaxft.weights.init import check_starts
+from jaxft.weights.peft import read_adapter
 from jaxft.weights.stop_tokens import stop_tokens
 
 Record = dict[str, Any]  # settings as JSON
@@ -172,6 +175,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     for number, (label, run) in enumerate(runs.items()):
         run = run if calibration is None else replace(run, quant=calibration.coded)
         programs, source = build(run, steps), sources[min(number, len(sources) - 1)]
+        _check_weights(run, programs)
         sharded_batch(programs, source.shapes[-1])  # raises if the rows don't divide over the mesh
         own = {"data_fingerprint": source.info.fingerprint, **source.info.dependencies}
         own["chat_template"] = template_fingerprint(tokenizer)
@@ -186,6 +190,17 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
     return Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
+
+
+def _check_weights(run: Run, programs: Programs) -> None:
+    """Raise ValueError or OSError for files of the base, or of an adapter that the run starts from, that are
+    incomplete or do not fit: before the run's folder has anything.
+    """
+    pretrained.open_params(run.weights, programs.partition.stored.model)
+    if run.start and run.adapter is None:
+        read_adapter(adapter_folder(run.start), programs.partition.stored.model)
+    own = HeadSettings(run.adapter, run.start if run.adapter else None)
+    check_starts(programs.partition.model, own, run.weights, run.heads)
 
 
 def _check_token_ids(source: Source[Any], run: Run) -> None:

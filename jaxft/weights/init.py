@@ -57,6 +57,26 @@ def init_all_but_base(
     return out
 
 
+def check_starts(
+    model: Model, policy: HeadSettings, ref: str, scorers: Mapping[str, HeadSettings] | None = None
+) -> None:
+    """Raise ValueError or FileNotFoundError as init_all_but_base does, for folders that cannot be read or
+    have other settings, before anything is placed on devices.
+
+    model: over the whole tree. policy, ref, scorers: as in init_all_but_base.
+    """
+    parts = {name: specs for name, specs in model.specs.items() if name in ("adapter", "score")}
+    for settings, specs in [
+        (policy, parts),
+        *((x, model.specs[name]) for name, x in (scorers or {}).items()),
+    ]:
+        if settings.start is None:
+            continue
+        if adapter_folder(settings.start).is_dir():
+            pretrained.check_adapter_base(adapter_folder(settings.start), ref)
+        _load_start(settings, specs, model)
+
+
 def _init_parts(
     specs: dict[str, Any],
     model: Model,

@@ -25,6 +25,7 @@ from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.peft_refusals import (
     MERGE,
+    check_all_targets,
     check_plain_lora,
     check_targets,
     check_tensor_names,
@@ -56,10 +57,10 @@ class Pair(NamedTuple):
 def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
     """Read an adapter folder; return its tree of NumPy arrays and its settings.
 
-    Modules of different ranks are padded with zeros to the largest rank of any layer; a layer without an
-    adapter gets a zero pair. The copies of the base's weights that peft adds to an adapter on
-    lm_head are not read; see check_base_copies. Raises ValueError for anything but plain LoRA on this model's
-    linear layers, and for a reward model's adapter.
+    Modules of different ranks are padded with zeros to the largest rank of any layer; a layer that the
+    configuration leaves out gets a zero pair. The copies of the base's weights that peft adds to an adapter
+    on lm_head are not read; see check_base_copies. Raises ValueError for anything but plain LoRA on this
+    model's linear layers, and for a reward model's adapter.
     """
     parts, settings = read_parts(folder, model)
     if "score" in parts:
@@ -83,12 +84,14 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     specs = spec_paths(model.specs.get("base", model.specs))
     adapter: dict[str, Any] = {}
     used: set[str] = set()
-    layouts, formats, adapted = dict[str, PairRanks](), dict[str, str](), list[str]()
+    layouts, formats = dict[str, PairRanks](), dict[str, str]()
+    adapted, absent = list[str](), dict[str, list[str]]()  # names of modules; absent by path
     for path, weight_name in adaptable_weight_names(model).items():
         name = weight_name.removesuffix(".weight")
         shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
         modules = [name.format(i=i) for i in range(shape[0])] if "{i}" in name else [name]
         found = [one for one in modules if files.shapes.keys() & pair_names(path, one)]
+        absent[path] = [one for one in modules if one not in found]
         if not found:
             continue
         no_rank = np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32)
@@ -114,6 +117,9 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         put_node(adapter, path, node)
     _check_all_used(files, used | others.used, {*layouts, *others.nodes})
     check_targets(folder / "adapter_config.json", config, adapted)
+    if config.get("peft_type") != ONLY_TOKENS:
+        lacking = [one for path, names in absent.items() if path not in others.nodes for one in names]
+        check_all_targets(folder / "adapter_config.json", config, lacking)
     return parts, replace(with_patterns(default, layouts, formats), **others.settings)
 
 

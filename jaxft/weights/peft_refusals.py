@@ -112,6 +112,24 @@ def check_targets(where: Path, config: dict[str, Any], modules: Iterable[str]) -
             )
 
 
+def check_all_targets(where: Path, config: dict[str, Any], absent: Iterable[str]) -> None:
+    """Raise ValueError for a module without a LoRA pair that the configuration targets by its name.
+
+    peft would add a fresh pair, so a part of the model would be the base alone without a word. absent: the
+    model's modules without a pair, such as model.layers.0.self_attn.q_proj.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if targets in (None, [], "all-linear"):
+        return
+    for module in absent:
+        is_target = _names(where, targets, module) and _is_transformed(where, config, targets, module)
+        if is_target and not (excluded and _names(where, excluded, module)):
+            raise ValueError(
+                f"{where}: target_modules={_short(targets)} has {module} of this model, but the adapter has "
+                "no LoRA pair of it; is the adapter for another base model, or its file incomplete?"
+            )
+
+
 def _are_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(x, str) for x in value)
 

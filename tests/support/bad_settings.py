@@ -41,6 +41,7 @@ SETTINGS = [
     ("sampling.top_k=0", "top_k"), ("sampling.top_p=0", "top_p"), ("sampling.top_p=1.1", "top_p"),
     ("adapter.rank=0", "adapter.rank"), ("adapter.rank=-8", "adapter.rank"),
     ("adapter.rank=65", "adapter.rank"),
+    ("adapter.token_head=false", "adapter.trainable_token_indices"),
     ("adapter.init=pizza", "adapter.init"), ("adapter.init=loftq", "quant=nf4"),
     ("adapter.init=pissa adapter.dora=true", "adapter.dora=false"),
     ("adapter.init=pissa adapter.rank=33", "layers/attn/k, which has 32"),

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,20 @@ import pytest
 from meters import feed, make_meter
 from prepared import load_and_compile, prepare, working_directory
 from safetensors.numpy import load_file, save_file
-from tiny_llama import edit_config
+from tiny_llama import edit_config, tiny_torch, write_folder
 from tiny_run import Place, rows, write_place
 
 from jaxft.nn import attention
 from jaxft.nn.flash_attention import flash
+from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.param import init_params
+from jaxft.runs import folder as runfolder
+from jaxft.runs.config import resolve_config
+from jaxft.train import loop
 from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.logs import startup_lines
+from jaxft.weights import peft_write, pretrained
 
 
 @pytest.fixture(scope="module")
@@ -400,3 +408,49 @@ def test_a_run_refuses_an_attention_kernel_that_is_wrong_on_its_device(place, ke
     else:
         with pytest.raises(ValueError, match=expected):
             check_attention(job.lead.programs, job.abstract_batch)
+
+
+START = {
+    "half-written base": (["model=half"], "model.safetensors: not a complete safetensors file"),
+    "half-written adapter": (["start=damaged"], "adapter_model.safetensors: not a complete safetensors file"),
+    "half-written adapter, merged": (["start=damaged", "full=true"], "not a complete safetensors file"),
+    "other settings": (["start=other"], "other: its adapter has rank=2, but the run's has rank=4"),
+    "other base": (["start=wider"], "lora_A .* on this model needs"),
+}
+
+
+@pytest.fixture(scope="module")
+def starts(place):
+    """half, a base without the end of its weights; other, damaged and wider: adapters."""
+    folder = place.folder
+    write_folder(folder / "wide", tiny_torch(hidden_size=96))
+    for name, base, rank in (("other", "base", 2), ("damaged", "base", 4), ("wider", "wide", 4)):
+        model, settings = pretrained.model_for(str(folder / base)), Adapter(rank)
+        fresh = init_params(adapter_specs(model.specs, settings), jax.random.key(0))
+        peft_write.save_adapter(folder / name, fresh, settings, model, str(folder / base))
+    shutil.copytree(folder / "base", folder / "half")
+    for path in (folder / "half" / "model.safetensors", folder / "damaged" / "adapter_model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("case", START)
+def test_weights_that_a_run_cannot_start_from_are_refused_before_its_folder_is_there(place, starts, case):
+    argv, message = START[case]
+    with working_directory(place.folder):
+        settings = resolve_config("config.py", [*argv, "name=refused"])
+        with pytest.raises(ValueError, match=message) as caught:
+            loop.run(settings.value, settings.describe(), Path("runs"))
+    assert "\n" not in str(caught.value) and not place.runs("refused").exists()
+
+
+def test_a_locked_folder_is_removed_unless_something_was_written(tmp_path):
+    folder = tmp_path / "run"
+    busy = pytest.raises(OSError, match="another process is running")
+    with runfolder.lock(folder), busy, runfolder.lock(folder):
+        pass
+    assert not folder.exists()
+    with runfolder.lock(folder):
+        (folder / "config.json").write_text("{}")
+    with runfolder.lock(folder):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock"]

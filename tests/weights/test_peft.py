@@ -380,6 +380,19 @@ class TestRefusals:
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         self.check_refuses(world, folder, field, "q_proj, but the adapter has a LoRA pair of it")
 
+    def test_a_module_without_the_pair_that_peft_would_add(self, world, folder, tmp_path_factory):
+        deeper = write_folder(tmp_path_factory.mktemp("deeper"), tiny_torch(num_hidden_layers=4))
+        other = pretrained.model_for(str(deeper), dtype=jnp.float32)
+        words = ("target_modules", "no LoRA pair of it", "another base model")
+        self.check_refuses((deeper, other), folder, "model.layers.3.self_attn.q_proj", *words)
+        path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+        save_file({name: x for name, x in load_file(path).items() if ".1." not in name}, path)
+        self.check_refuses(world, folder, "model.layers.1.self_attn.q_proj", *words)
+        for change in {"layers_to_transform": [0, 2]}, {"exclude_modules": ["layers.1.self_attn.q_proj"]}:
+            config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+            assert not peft_layout.read_adapter(folder, world[1])[0]["layers"]["attn"]["q"]["a"][1].any()
+            config.write_text(json.dumps({**json.loads(config.read_text()), **dict.fromkeys(change)}))
+
     def test_tensors_that_do_not_fit(self, world, folder):
         path = folder / "adapter_model.safetensors"
         whole = path.read_bytes()

@@ -251,6 +251,7 @@ def test_gradients_of_replaced_rows_are_those_of_the_whole_table(worlds):
         ),
         ("untied", dict(trainable_token_indices=(3,), targets=("head",)), ("adapter.token_head=false",)),
         ("tied", dict(targets=()), ("adapter.targets names no layer",)),
+        ("tied", dict(trainable_token_indices=(3,), token_head=False), ("tied to its embeddings",)),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny_tokenizers
 import tokenizer_reader
+from tiny_llama import tiny_torch, write_folder
 from tokenizer_reader import behaviour
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -201,3 +202,13 @@ def test_a_written_tokenizer_is_read_alike_by_transformers_4(written, python_wit
         read = json.loads(done.stdout)
         assert read.pop("version").startswith("4.57.")
         assert read == behaviour(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_half_written_file_is_named(tmp_path, name):
+    folder = write_folder(tmp_path, tiny_torch())
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=f"{name} is not a complete JSON file .*download it again") as caught:
+        pretrained.load_tokenizer(str(folder))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
