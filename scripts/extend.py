@@ -44,7 +44,7 @@ def main() -> int:
     args = make_parser().parse_args()
     from jaxft.weights.extend import Extension, extend_model
 
-    tokens = tuple(token for token in args.tokens.split(",") if token)
+    tokens = tuple(token.strip() for token in args.tokens.split(",") if token.strip())
     plain, special = ((), tokens) if args.special else (tokens, ())
     extension = Extension(plain, special, args.start, args.multiple, args.template)
     for line in extend_model(args.out, args.model, extension):

@@ -42,7 +42,7 @@ def main() -> int:
     from jaxft.weights.card import base_name
     from jaxft.weights.hub import locate
 
-    names = tuple(name for name in args.targets.split(",") if name)
+    names = tuple(name.strip() for name in args.targets.split(",") if name.strip())
     targets = args.targets if args.targets == "all-linear" or "*" in args.targets else names
     what = extract.Extraction(args.rank, targets, args.save_others)
     inputs = [locate(ref).path for ref in (args.base, args.tuned)]

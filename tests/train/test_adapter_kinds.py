@@ -1,5 +1,5 @@
 """Each kind of adapter in whole runs: trained, read again, in peft, merged, on a quantised base, on a mesh,
-in a sweep, resumed, and with each objective. Most are slow; tests/README.md has the table.
+in a sweep, resumed; its step with each objective. Most are slow; tests/README.md has the table.
 """
 
 import functools
@@ -43,6 +43,10 @@ KINDS = {
     "QERA": ["adapter.init=qera", "quant=nf4", "quant.calibrate=run"],
     "LoRA+": ["optim.lora_plus=16"],
     "patterns": ["adapter.rank_pattern=q_proj:2,layers.1.mlp.up_proj:6", "adapter.alpha_pattern=v_proj:3"],
+    "some layers": [
+        "adapter.layers_to_transform=0,2",
+        "adapter.exclude_modules=k_proj,layers.2.mlp.up_proj",
+    ],
     "bias": ["model=biased", "adapter.bias=all"],
     "modules_to_save": ["adapter.modules_to_save=lm_head,embed_tokens,norm"],
     "embeddings": ["adapter.targets=q_proj,v_proj,embed_tokens"],
@@ -239,7 +243,9 @@ REFUSED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_objective_trains_each_kind_or_says_why_not_in_one_line(place, monkeypatch, kind, recipe):
+def test_the_step_of_each_objective_is_traced_for_each_kind_or_one_line_says_why_not(
+    place, monkeypatch, kind, recipe
+):
     path = str(Path(__file__).resolve().parents[2] / "configs" / f"{recipe}.py")
     monkeypatch.chdir(place.folder)
     base = [] if any("model=" in text for text in KINDS[kind]) else ["model=base"]

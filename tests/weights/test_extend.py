@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
+from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.data.named_templates import TEMPLATES
@@ -220,3 +221,13 @@ def test_what_is_made_of_a_model_with_untrained_rows_has_them_marked_too(tmp_pat
     export.export_model(out, source, "float32")
     assert untrained_tokens(str(out)) == untrained_tokens(str(base)) == {"<tool>": 258, "</tool>": 259}
     assert not (tmp_path / "base.part").exists()
+
+
+def test_white_space_around_the_tokens_of_a_command_line_is_no_part_of_them(tmp_path, monkeypatch, capsys):
+    options = ("--model", base_folder(tmp_path), "--out", tmp_path / "out", "--tokens", "<tool>, </tool> ")
+    code, out, err = call(monkeypatch, capsys, "extend", *options)
+    assert code == 0 and "new tokens: '<tool>' (258), '</tool>' (259);" in out, err
+    code, _, err = call(
+        monkeypatch, capsys, "extend", *options[:2], "--out", tmp_path / "b", "--tokens", "</s> "
+    )
+    assert code == 1 and "new token '</s>' is a token already" in err and not (tmp_path / "b").exists()
