@@ -10,13 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading_process import one_device
 from prepared import prepare, working_directory
 from safetensors.numpy import load_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
-from tiny_run import write_place
+from tiny_pairs import make_rows
+from tiny_run import write_place, write_rows
 
+from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.runs.config import knob_names, load_config, resolve_config
@@ -24,8 +28,8 @@ from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import export, loop
 from jaxft.train.programs import abstract
 from jaxft.train.sweep import Sweep
+from jaxft.weights import init, pretrained
 from jaxft.weights import peft as peft_layout
-from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -266,3 +270,41 @@ def test_the_step_of_each_objective_is_traced_for_each_kind_or_one_line_says_why
     with pytest.raises(ValueError, match=words) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+# Kinds that train other parameters than pairs of all layers, with losses on pairs and on own completions.
+TRAINED = ("DoRA", "modules_to_save", "embeddings", "tokens and pairs", "some layers", "bias")
+LENGTH = "def length(prompt, completion, row):\n    return float(len(set(completion)))\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dpo", "reward", "grpo", "ppo"])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_other_objectives_train_every_part_of_an_adapter_in_two_steps_of_a_run(place, kind, recipe):
+    if (kind, recipe) in REFUSED:
+        return
+    write_rows(place.folder / "pairs.jsonl", make_rows(20))
+    (place.folder / "own.py").write_text(LENGTH)
+    prompts = ["data=rows.jsonl", "group=4", "max_prompt=48", "max_new=6"]
+    knobs = {
+        "grpo": [*prompts, "rewards=own.py:length", "general=none"],
+        "ppo": [*prompts, "reward=own.py:length", "critic=fresh", "general=none"],
+        "dpo": ["data=pairs.jsonl", "max_length=64", "batch=4", "general=none"],
+        "reward": ["data=pairs.jsonl", "max_length=64", "batch=4"],
+    }[recipe]
+    knobs += ["dtype=float32", "held_out=none", "loop.steps=2", "loop.eval_every=none", "rank=4"]
+    model = [] if any("model=" in text for text in KINDS[kind]) else ["model=base"]
+    argv = [*model, *with_block(KINDS[kind]), *knobs, "samples=0", f"name={kind}-{recipe}"]
+    path = str(Path(__file__).resolve().parents[2] / "configs" / f"{recipe}.py")
+    with working_directory(place.folder):
+        run = load_config(path, argv)
+        assert loop.run(run, root=Path("runs")) == 0
+    folder = place.folder / "runs" / f"{kind}-{recipe}"
+    assert np.isfinite(losses(folder)).all()
+    model = pretrained.model_for(str(place.folder / place.base(kind)), dtype=jnp.float32)
+    found = tree.paths(peft_layout.read_parts(folder / "adapter", model)[0]["adapter"])
+    head = HeadSettings(run.adapter)
+    whole = adapted(model, run.adapter)
+    fresh = init.init_all_but_base(whole, one_device(), run.seed, head, str(place.folder / place.base(kind)))
+    for name, before in tree.paths(fresh["adapter"]).items():
+        assert name.endswith("/scale") or np.any(found[name] != before), name
