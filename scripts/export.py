@@ -70,6 +70,12 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
+    for name, value, example in (
+        ("--gguf", args.gguf, "Q8_0"),
+        ("--calibrate", args.calibrate, "rows.jsonl"),
+    ):
+        if value == "":
+            parser.error(f"{name} is empty; give a value, such as {example}, or leave it out")
     if args.adapter_only and not (args.gguf and (args.run or args.adapter)):
         parser.error("--adapter-only is for --gguf with an adapter; use --gguf F16")
     if args.calibrate and (not args.gguf or args.adapter_only):

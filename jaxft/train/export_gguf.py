@@ -16,18 +16,21 @@ from jaxft.weights import card, gguf_header, gguf_lora, gguf_save, hub, pretrain
 from jaxft.weights.gguf_header import part_files
 from jaxft.weights.gguf_types import MIXTURES, mixture_named
 from jaxft.weights.hf import HEAD
+from jaxft.weights.new_folder import parents_of
 
 KEEP = "keep"
 
 
 def check_gguf_output(out: Path, ref: str) -> None:
-    """Raise ValueError if a GGUF file cannot be written to `out`: a folder, another name than *.gguf, or the
-    file of the model `ref`.
+    """Raise ValueError if a GGUF file cannot be written to `out`: a folder, another name than *.gguf, the
+    file of the model `ref`, or another file that exists.
     """
     if out.suffix != ".gguf" or out.is_dir():
         raise ValueError(f"--out {out} is not the name of a GGUF file; choose NAME.gguf, or leave --gguf out")
     if out.exists() and out.resolve() == hub.locate(ref).path.resolve():
         raise ValueError(f"--out {out} is the file that is read; choose another name")
+    if out.exists():
+        raise ValueError(f"--out {out} exists; choose another name")
 
 
 def check_gguf(out: Path, ref: str, mixture: str, calibrated: bool) -> None:
@@ -62,10 +65,10 @@ def export_gguf(
             f"{source.ref}: a reward model cannot be written as GGUF; leave --gguf out for a folder"
         )
     ends = stop_tokens.stop_tokens(source.ref, source.model, source.tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
     rounded = source.quant is not None and source.quant.kind != CHECKPOINT  # then every value may differ
     if header and keep and not source.adapter and not rounded and len(part_files(header.path)) == 1:
-        return _copy(header.path, out)
+        with parents_of(out):
+            return _copy(header.path, out)
     options = gguf_save.GgufOptions(
         mixture,
         out.stem,
@@ -76,7 +79,8 @@ def export_gguf(
         keep,
         dict(importances or {}),
     )
-    saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
+    with parents_of(out):
+        saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
         _summary(saved.counts, KEEP if keep else mixture, out),
         *_ends_left_out(source.tokenizer, ends),
@@ -104,8 +108,8 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     if source.adapter is None or not source.model.generates:
         what = "a reward model" if source.adapter else "a model without an adapter"
         raise ValueError(f"--adapter-only: {source.ref} is {what}; leave it out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    count = gguf_lora.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), out.stem)
+    with parents_of(out):
+        count = gguf_lora.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), out.stem)
     return f"{count} adapted weights as {kind}, for the base {source.ref}"
 
 

@@ -1,4 +1,4 @@
-"""Write a new folder in one step: a command that fails or is killed leaves no part of it."""
+"""Write a new folder in one step: a command that fails leaves no part of it, nor of the folders above it."""
 
 import contextlib
 import tempfile
@@ -25,8 +25,24 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     check_new_folder(out)
     target = out.resolve()  # an empty folder may be a link
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as own:
+    with (
+        parents_of(target),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as own,
+    ):
         part = Path(own) / target.name
         yield part
         part.replace(target)
+
+
+@contextlib.contextmanager
+def parents_of(out: Path) -> Iterator[None]:
+    """Create the folders above `out` that do not exist; after an error those are removed that are empty."""
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # another process wrote there
+                folder.rmdir()
+        raise

@@ -208,6 +208,8 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
         (("--gguf", "Q8_0", "--dtype", "float32"), "--gguf names the type of the weights"),
         (("--gguf", "Q8_0", "--calibrate", "no_rows"), "--calibrate has no effect on --gguf Q8_0; leave"),
         (("--gguf", "Q4_KK", "--calibrate", "no_rows"), "--gguf Q4_KK: not a type of GGUF files"),
+        (("--gguf", ""), "--gguf is empty; give a value, such as Q8_0, or leave it out"),
+        (("--gguf", "Q4_0", "--calibrate", ""), "--calibrate is empty; give a value"),
         (("--gguf", "Q8_0", "--out", "folder"), "is not the name of a GGUF file; choose NAME.gguf"),
     ],
 )
@@ -223,9 +225,22 @@ def test_unsupported_families_are_refused_with_those_that_are_written(
 ):
     folder = shutil.copytree(exported[0], tmp_path / "other")
     edit_config(folder, model_type="internlm3", architectures=["InternLM3ForCausalLM"])
-    options = ("--model", folder, "--out", tmp_path / "x.gguf", "--gguf", "Q8_0")
+    options = ("--model", folder, "--out", tmp_path / "new" / "x.gguf", "--gguf", "Q8_0")
     code, _, err = call(monkeypatch, capsys, "export", *options)
     assert code and "internlm3 models cannot be written as GGUF; jaxft writes gemma, gemma2" in err, err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--adapter-only",)], ids=["model", "adapter"])
+def test_an_existing_file_is_not_overwritten(exported, tmp_path, monkeypatch, capsys, more):
+    model = pretrained.model_for(str(exported[0]), dtype=jnp.float32)
+    adapted_folder(tmp_path / "adapter", model, exported[0])
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"mine")
+    options = ("--model", exported[0], "--adapter", tmp_path / "adapter", "--out", path, "--gguf", "F16")
+    code, _, err = call(monkeypatch, capsys, "export", *options, *more)
+    assert code == 1 and err == f"error: --out {path} exists; choose another name\n"
+    assert path.read_bytes() == b"mine"
 
 
 def test_the_types_of_a_mixture_are_those_of_llama_quantize():
@@ -407,10 +422,10 @@ def test_an_adapter_alone_has_llama_cpps_layout(exported, tmp_path, monkeypatch,
 def test_bad_adapter_exports_are_one_line(exported, tmp_path, monkeypatch, capsys, more, match):
     model = pretrained.model_for(str(exported[0]), dtype=jnp.float32)
     adapted_folder(tmp_path / "adapter", model, exported[0])
-    options = ("--model", exported[0], "--adapter", tmp_path / "adapter", "--out", tmp_path / "x.gguf")
-    code, _, err = call(monkeypatch, capsys, "export", *options, *more)
+    options = ("--model", exported[0], "--adapter", tmp_path / "adapter")
+    code, _, err = call(monkeypatch, capsys, "export", *options, *more, "--out", tmp_path / "new/sub/x.gguf")
     assert code and match in err.splitlines()[-1], err
-    assert not (tmp_path / "x.gguf").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_calibration_rows_weight_the_errors_of_the_written_types(tmp_path, monkeypatch, capsys):
