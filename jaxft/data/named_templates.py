@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxft.tree import nearest
-
 
 class NamedTemplate(NamedTuple):
-    """source: the Jinja template. tokens: the special tokens that it writes; the last one ends a turn."""
+    """source: the Jinja template. tokens: the special tokens that it writes in addition to BOS and EOS, or ()
+    if they are not known.
+    """
 
     source: str
     tokens: tuple[str, ...]
@@ -59,10 +59,62 @@ _LLAMA3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
+# The system message begins the first user turn, as in Gemma 3 and, in Mistral's models, up to v3.
+_GEMMA = (
+    "{{ bos_token }}"
+    "{% set first = namespace(system='') %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set first.system = message['content'] + '\\n\\n' %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '<start_of_turn>model\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
+    "{% else %}"
+    "{{ '<start_of_turn>' + message['role'] + '\\n' + first.system + message['content'] | trim "
+    "+ '<end_of_turn>\\n' }}"
+    "{% set first.system = '' %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+_MISTRAL = (
+    "{{ bos_token }}"
+    "{% set first = namespace(system='') %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set first.system = message['content'] + '\\n\\n' %}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ '[INST] ' + first.system + message['content'] + '[/INST]' }}"
+    "{% set first.system = '' %}"
+    "{% else %}{{ raise_exception('this template has no role ' + message['role']) }}"
+    "{% endif %}"
+    "{% endfor %}"
+)
+_PHI3 = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+_PHI4 = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+_ZEPHYR = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": NamedTemplate(_CHATML, ("<|im_start|>", "<|im_end|>")),
     "qwen": NamedTemplate(_QWEN, ("<|im_start|>", "<|im_end|>")),
     "llama3": NamedTemplate(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "gemma": NamedTemplate(_GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+    "mistral": NamedTemplate(_MISTRAL, ("[INST]", "[/INST]")),
+    "phi3": NamedTemplate(_PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "phi4": NamedTemplate(_PHI4, ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
+    "zephyr": NamedTemplate(_ZEPHYR, ()),
 }
 
 
@@ -72,10 +124,12 @@ def find_template(name: str) -> NamedTemplate:
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
-    path = Path(name)
+    path, names = Path(name), ", ".join(TEMPLATES)
     if not path.suffix and not path.is_file():
-        near = ", ".join(nearest(name, list(TEMPLATES)))
-        raise ValueError(f"no chat template is named {name!r}; use one of {near}, or a .jinja file")
+        raise ValueError(f"no chat template is named {name!r}; use one of {names}, or a .jinja file")
     if not path.is_file():
-        raise FileNotFoundError(f"{name}: no such file; use {', '.join(TEMPLATES)}, or a .jinja file")
-    return NamedTemplate(path.read_text(encoding="utf-8"), ())
+        raise FileNotFoundError(f"{name}: no such file; use {names}, or a .jinja file")
+    try:
+        return NamedTemplate(path.read_text(encoding="utf-8"), ())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: byte {error.start} is not UTF-8; save the template as UTF-8") from error

@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import json
 import textwrap
 import tokenize
 import types
@@ -391,6 +392,8 @@ def _comments(definition: Any) -> dict[str, str]:
 def _as_written(value: Any) -> str:
     """Format a value as on the command line."""
     if isinstance(value, tuple):
+        if any(isinstance(item, str) and ("," in item or item != item.strip()) for item in value):
+            return json.dumps(value)
         return ",".join(map(_as_written, value)) + "," * (len(value) == 1)
     if value is None or isinstance(value, bool):
         return str(value).lower()

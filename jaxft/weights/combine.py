@@ -33,6 +33,7 @@ CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_tie
 PRUNING = ("ties", "dare_linear", "dare_ties")
 RANDOM = ("dare_linear", "dare_ties")
 DEFAULT_DENSITY = 0.5
+ROUNDING = 1e-6  # norm of a sum over that of its terms, below which it is their float32 rounding errors
 
 _A = Float[np.ndarray, "_ _"]  # [I, R]; sizes differ between weights, ranks between adapters
 _B = Float[np.ndarray, "_ _"]  # [R, O]
@@ -57,7 +58,7 @@ class Combination:
         if self.method not in get_args(CombineMethod):
             raise ValueError(f"--method {self.method}: use one of {', '.join(get_args(CombineMethod))}")
         if not all(map(math.isfinite, self.weights)) or not any(self.weights):
-            raise ValueError(f"--weights {self.weights}: expected finite numbers, not all of them 0")
+            raise ValueError(f"--weights {self.listed_weights}: expected finite numbers, not all of them 0")
         if self.density is not None and (self.method not in PRUNING or not 0 < self.density <= 1):
             raise ValueError(
                 f"--density {self.density}: must be above 0 and at most 1 and needs --method "
@@ -69,6 +70,11 @@ class Combination:
             raise ValueError(
                 f"--seed {self.seed}: must be at least 0 and needs --method {' or '.join(RANDOM)}"
             )
+
+    @property
+    def listed_weights(self) -> str:
+        """The weights as on the command line."""
+        return ",".join(f"{weight:g}" for weight in self.weights)
 
 
 class NamedAdapter(NamedTuple):
@@ -95,17 +101,18 @@ class _Part(NamedTuple):
     factor: float
 
 
+@np.errstate(over="ignore", invalid="ignore")  # _square_norm refuses what overflows
 def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combination) -> Combined:
     """Combine adapters on a model into one with rank = alpha, which is the largest rank of any module.
 
     A module that some of the adapters lack is combined from the others. Raises ValueError for adapters that
-    are no plain LoRA, ranks that the method cannot combine, and a number of weights other than that of the
-    adapters.
+    are no plain LoRA, ranks that the method cannot combine, a number of weights other than that of the
+    adapters, and a result that is 0 or has values too large for float32.
     """
     if len(adapters) < 2 or len(how.weights) != len(adapters):
         raise ValueError(
-            f"--weights {','.join(f'{w:g}' for w in how.weights)}: {len(how.weights)} for {len(adapters)} "
-            "adapters; give one for each of at least two adapters"
+            f"--weights {how.listed_weights}: {len(how.weights)} for {len(adapters)} adapters; give one for "
+            "each of at least two adapters"
         )
     for one in adapters:
         _check_plain(one)
@@ -114,7 +121,7 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     pairs = [pairs_by_path(x.params) for x in adapters]
     paths = [path for path in adaptable_weight_names(model) if any(path in found for found in layouts)]
     out: dict[str, list[tuple[_A, _B] | None]] = {}
-    lost = total = 0.0
+    lost = total = size = terms = 0.0
     for path in paths:
         shape = next(found[path] for found in pairs if path in found)
         ends = shape["a"].shape[-2], shape["b"].shape[-1]
@@ -129,12 +136,21 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
                 out[path].append(None)
                 continue
             _check_ranks(f"{path}, layer {layer}", parts, how, ends)
+            terms += sum(_square_norm(part.a, part.b, how, part.factor) for part in parts)
             if how.method != "svd":
-                out[path].append(_combined(parts, how, f"{path}/{layer}"))
-                continue
-            result = _reduced(parts, _svd_rank(adapters, how))
-            out[path].append((result.a, result.b))
-            lost, total = lost + result.lost, total + result.total
+                pair = _combined(parts, how, f"{path}/{layer}")
+            else:
+                result = _reduced(parts, _svd_rank(adapters, how))
+                pair = result.a, result.b
+                lost, total = lost + result.lost, total + result.total
+            size += _square_norm(*pair, how)
+            out[path].append(pair)
+    if size <= ROUNDING**2 * terms:
+        density = " or a higher --density" if how.method in PRUNING else ""
+        raise ValueError(
+            f"--method {how.method} --weights {how.listed_weights}: the combination of these adapters is 0, "
+            f"up to rounding; choose other weights{density}"
+        )
     return _as_adapter(out, adapters, model, math.sqrt(lost / total) if total else 0.0)
 
 
@@ -159,6 +175,18 @@ def _part(pair: Params, layout: PairRanks, layer: int, weight: float) -> _Part:
     stacked = pair["a"].ndim == 3
     a, b, scale = (pair[name][layer] if stacked else pair[name] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
+
+
+def _square_norm(a: _A, b: _B, how: Combination, factor: float = 1.0) -> float:
+    """Return the squared Frobenius norm of factor a b. Raises ValueError if it is too large for float32."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norm = abs(factor) * math.sqrt(max(float(((a.T @ a) * (b @ b.T)).sum()), 0.0))
+    if not norm < np.finfo(np.float32).max:
+        raise ValueError(
+            f"--weights {how.listed_weights}: the combination has values that are too large for float32; "
+            "use smaller weights"
+        )
+    return norm * norm
 
 
 def _check_ranks(where: str, parts: list[_Part], how: Combination, ends: tuple[int, int]) -> None:

@@ -35,6 +35,10 @@ from jaxft.weights.safetensors import read_model_json, write_model_json
 from jaxft.weights.stop_tokens import stop_tokens
 
 UNTRAINED = "untrained_tokens.json"
+TokenStart = Literal[
+    "pieces", "mean"
+]  # the first row of a new token: the mean of its pieces' rows, or of all
+TABLE_MULTIPLE = 64
 VERSION = 1  # of the models in the cache; another one if a new token starts with another row
 
 
@@ -50,8 +54,8 @@ class Extension:
 
     tokens: tuple[str, ...] = ()
     special_tokens: tuple[str, ...] = ()
-    start: Literal["pieces", "mean"] = "pieces"
-    multiple: int = 64
+    start: TokenStart = "pieces"
+    multiple: int = TABLE_MULTIPLE
     template: str | None = None
 
     def __post_init__(self) -> None:
@@ -171,8 +175,8 @@ def extended_ref(ref: str, extension: Extension | None) -> str:
     files = hub.files_of(located)
     names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
     parts = [VERSION, names, extension.tokens, extension.start, extension.multiple]
-    if extension.special_tokens or extension.template:
-        named = find_template(extension.template) if extension.template else None
+    if extension.special_tokens or extension.template is not None:
+        named = None if extension.template is None else find_template(extension.template)
         parts += [extension.special_tokens, named and [named.source, named.tokens]]
     key = json.dumps(parts)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -233,7 +237,7 @@ def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[s
     """Return a line about tokens of a named template that the tokenizer had: a base model may have them
     untrained.
     """
-    named = find_template(extension.template).tokens if extension.template else ()
+    named = () if extension.template is None else find_template(extension.template).tokens
     found = {token: known[token] for token in named if token in known}
     if not found:
         return []
@@ -250,7 +254,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     """
     from tokenizers import AddedToken
 
-    named = find_template(extension.template) if extension.template else None
+    named = None if extension.template is None else find_template(extension.template)
     known = tokenizer.get_vocab()
     for token in extension.named:
         if token in known:
@@ -268,19 +272,36 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
         added = AddedToken(token, special=special, normalized=False)
         tokenizer.add_tokens([added], special_tokens=special)
     ids = dict(zip(pieces, tokenizer.convert_tokens_to_ids(list(pieces)), strict=True))
+    added_texts = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     for token, number in ids.items():
-        found = tokenizer.encode(f"a{token}b", add_special_tokens=False)
+        found = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
         if found.count(number) != 1:
             raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
     if named is not None:
         tokenizer.chat_template = named.source
         template = template_of(tokenizer)
+        if template is not None and template.failure:
+            reason = " ".join(
+                " ".join(template.failure.splitlines()[:2]).split()
+            )  # the second: a line number
+            raise ValueError(
+                f"chat template {extension.template}: it cannot render a question and a response: {reason}"
+            )
         if template is None or not template.stop_tokens:
             raise ValueError(
                 f"chat template {extension.template}: its assistant turns do not end with a special token, "
                 "so completions would not end; add the token that it ends turns with as a special token"
             )
     return {ids[token]: parts for token, parts in pieces.items()}
+
+
+def _text_with(token: str, added: Sequence[str]) -> str:
+    """Return a text with a token between characters with which it is no other added token."""
+    for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
+        text = before + token + after
+        if not any(other in text and other not in token for other in added):
+            return text
+    return token
 
 
 def _in_own_dtype(files: ModelFiles, model: Model, path: str, leaf: LazyTensor) -> LazyTensor:

@@ -80,6 +80,13 @@ def extract_adapter(
     base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
     check_same_shapes(base, tuned, model)
     check_same_settings(base_ref, tuned_ref, model)
+    others = _other_paths(paths, base, tuned, model)
+    if not any(
+        not np.array_equal(before, after)
+        for path in (*paths, *others)
+        for before, after in _matrices(path, base, tuned, model)
+    ):
+        raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
     params: Params = {}
     errors, squares = list[KindError](), np.zeros(3)
     for path in paths:
@@ -96,9 +103,7 @@ def extract_adapter(
         node = {"a": a, "b": b, "scale": np.ones(len(pairs), np.float32)}
         put_node(params, path, node if _is_stacked(path, model) else {key: x[0] for key, x in node.items()})
     settings = Adapter(what.rank, float(what.rank), targets=tuple(path.rpartition("/")[2] for path in paths))
-    changed = _changed_others(paths, base, tuned, model)
-    if not squares[1] and not changed:
-        raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
+    changed = _changes(others, base, tuned, model)
     if what.save_others and changed:
         settings = _with_others(params, settings, changed, (tuned, model))
     errors.append(_kind_error("total", squares))
@@ -209,15 +214,17 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
     )
 
 
-def _changed_others(
-    paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model
-) -> dict[str, float]:
-    """Return the relative change of the parameters without a pair that changed, by path."""
-    found = {}
+def _other_paths(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model) -> list[str]:
+    """Return the paths of the parameters of two models without `paths`."""
     untied = HEAD[0] in tuned.shapes and HEAD[0] not in base.shapes
-    for path in dict.fromkeys([*model.weight_names, *(["head"] if untied else [])]):
-        if path in paths:
-            continue
+    named = dict.fromkeys([*model.weight_names, *(["head"] if untied else [])])
+    return [path for path in named if path not in paths]
+
+
+def _changes(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model) -> dict[str, float]:
+    """Return the relative change of those parameters that changed, by path."""
+    found = {}
+    for path in paths:
         before = change = 0.0
         for one, other in _matrices(path, base, tuned, model):
             before, change = before + _square(one), change + _square(other - one)

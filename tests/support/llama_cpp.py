@@ -46,6 +46,23 @@ def quantised(kind: Kind, weights: np.ndarray, importance: np.ndarray | None = N
     return out
 
 
+class _Message(ctypes.Structure):
+    _fields_ = [("role", ctypes.c_char_p), ("content", ctypes.c_char_p)]
+
+
+def chat_text_of(name: str, messages: list[dict[str, str]], generation: bool) -> str:
+    """Messages in one of the chat templates that llama.cpp has by name, which it renders without Jinja."""
+    apply = ctypes.CDLL(package().xllamacpp.__file__).llama_chat_apply_template
+    apply.restype = ctypes.c_int32
+    apply.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Message), ctypes.c_size_t, ctypes.c_bool,
+                      ctypes.c_char_p, ctypes.c_int32]  # fmt: skip
+    turns = [_Message(m["role"].encode(), m["content"].encode()) for m in messages]
+    text = ctypes.create_string_buffer(4096)
+    size = apply(name.encode(), (_Message * len(turns))(*turns), len(turns), generation, text, len(text))
+    assert 0 <= size <= len(text), f"llama.cpp has no template {name}"
+    return text.raw[:size].decode()
+
+
 class Runtime:
     """llama.cpp's server for a GGUF file, in one thread and float32, with adapters alone in GGUF files."""
 
