@@ -7,7 +7,13 @@ from dataclasses import replace
 import jinja2
 
 from jaxft.data.example import Message
-from jaxft.data.template import REJECTIONS, Template, UnusableTemplate, render_messages
+from jaxft.data.template import (
+    REJECTIONS,
+    Template,
+    UnusableTemplate,
+    failure_text,
+    render_messages,
+)
 
 NINE = re.compile(r"[A-Za-z0-9]{9}")  # the format of tool call ids that Mistral's templates require
 
@@ -20,7 +26,7 @@ def rejection(
     Raises UnusableTemplate if the template has the same error for a simple question and response.
     """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    always = bool(str(error)) and str(error) == template.failure
+    always = bool(str(error)) and failure_text(error) == template.failure
     if always and not (type(error) is jinja2.TemplateError and error.__cause__ is None):  # raise_exception
         raise UnusableTemplate(
             f"{template.name} fails ({reason.rstrip('.')}); use another tokenizer"

@@ -163,11 +163,18 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool
         except UnusableTemplate:
             raise
         except REJECTIONS as error:
-            failures.append(str(error))
+            failures.append(failure_text(error))
         except (LookupError, ValueError):  # it omits parts of these conversations
             failures.append("")
     ends = (tokenizer.eos_token,) if tokenizer.eos_token else ()
     return replace(bare, ends=ends, failure=failures[0] if all(failures) else "")
+
+
+def failure_text(error: Exception) -> str:
+    """Return what a template's error says, with the line of a syntax error."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"line {error.lineno}: {error.message}"
+    return str(error)
 
 
 def _probed_after(bare: Template, system: list[Message], tools: list | None) -> Template:

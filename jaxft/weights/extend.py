@@ -281,9 +281,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
         tokenizer.chat_template = named.source
         template = template_of(tokenizer)
         if template is not None and template.failure:
-            reason = " ".join(
-                " ".join(template.failure.splitlines()[:2]).split()
-            )  # the second: a line number
+            reason = " ".join(template.failure.split())
             raise ValueError(
                 f"chat template {extension.template}: it cannot render a question and a response: {reason}"
             )
