@@ -254,7 +254,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
             raise
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
-        shown = f" (now {_as_written(now)})" if plain else ""
+        shown = f" (now {_as_written(now) or 'empty'})" if plain else ""
         raise ValueError(f"{key}={text}: {error}{shown}") from error
 
 

@@ -55,6 +55,20 @@ def test_every_setting_of_the_table_exists(monkeypatch):
                 pytest.fail(f"{option}: {recipe} {' '.join(overrides)}: {error}")
 
 
+def adapter_settings():
+    """The settings in the table of the section "Adapters"."""
+    text = (ROOT / "configs" / "README.md").read_text().split("\n## Adapters\n")[1].split("\n## ")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    return [span for row in rows for span in re.findall(r"`([^`]+=[^`]*)`", row[1])]
+
+
+def test_every_setting_of_the_section_on_adapters_exists(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(adapter_settings()) > 20
+    for span in adapter_settings():
+        load_config("configs/sft.py", shlex.split(span))
+
+
 def test_a_setting_that_does_not_exist_is_found():
     with pytest.raises(ValueError, match="unknown key"):
         load_config(str(ROOT / "configs" / "sft.py"), ["optim.momentum=0.9"])

@@ -8,7 +8,7 @@ from tiny_llama import tiny_tokenizer
 
 from jaxft.data.named_templates import TEMPLATES, find_template
 from jaxft.data.template import template_of
-from jaxft.runs.config import help_text
+from jaxft.runs.config import help_text, load_config
 from jaxft.runs.parse import parse_value
 from jaxft.train.recipes import ModelKnobs
 from jaxft.weights.extend import Extension, add_tokens
@@ -127,7 +127,10 @@ def test_the_first_rows_and_the_padding_are_knobs_that_need_new_tokens():
             _ = ModelKnobs(**{name: value}).extension
 
 
-def test_a_list_with_commas_in_its_items_is_shown_as_it_is_written(tmp_path):
+def test_lists_are_shown_as_they_are_written_and_empty_ones_by_name(tmp_path):
     config = tmp_path / "mine.py"
-    config.write_text('def config(tokens: tuple[str, ...] = ("a,b", "c")):\n    return 1\n')
+    knobs = 'tokens: tuple[str, ...] = ("a,b", "c"), layers: tuple[int, ...] = ()'
+    config.write_text(f"def config({knobs}):\n    return 1\n")
     assert """tokens=["a,b", "c"]""" in help_text(str(config))
+    with pytest.raises(ValueError, match=r"layers=x: expected int \(now empty\)"):
+        load_config(str(config), ["layers=x"])
