@@ -1,6 +1,6 @@
 """Parameters that an adapter trains in full, in PEFT's layout: modules_to_save, biases, rows of tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,9 +164,13 @@ def _finite(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 
 def module_tensors(
-    nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model, adapted: Mapping[str, str]
+    nodes: Mapping[str, dict[str, Any]], model: Model, adapted: Collection[str]
 ) -> list[TensorToWrite]:
-    """Return the tensors of replaced parameters and rows. adapted: module formats by path of pairs."""
+    """Return the tensors of replaced parameters and rows.
+
+    adapted: names of the modules that have a pair, such as model.layers.0.self_attn.q_proj, whose biases peft
+    names after the layer that it wraps.
+    """
     tensors = []
     for path, node in nodes.items():
         name, transposed = model.weight_names.get(path, HEAD)
@@ -183,13 +187,13 @@ def module_tensors(
             )
             continue
         weight, stacked = node["weight"], "{i}" in name
-        if path.endswith("_bias") and name.removesuffix(".bias") in adapted.values():
-            name = name.removesuffix(".bias") + ".base_layer.bias"
         shape = tuple(weight.shape[1:] if stacked else weight.shape)
         for i in range(weight.shape[0]) if stacked else (None,):
+            module, _, last = name.format(i=i).rpartition(".")
+            wrapped = ".base_layer" if path.endswith("_bias") and module in adapted else ""
             tensors.append(
                 TensorToWrite(
-                    PREFIX + name.format(i=i),
+                    f"{PREFIX}{module}{wrapped}.{last}",
                     np.dtype(weight.dtype),
                     shape[::-1] if transposed else shape,
                     partial(layer_on_host, weight, i, transposed),

@@ -41,19 +41,21 @@ def save_adapter(
     pairs = {path: pair for path, pair in pairs.items() if path not in nodes}
     formats = {path: _module_name(model, path) for path in pairs}
     layouts = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)
-    tensors = []
+    tensors, adapted = [], set[str]()
     for path, pair in pairs.items():
         _check_pair(formats[path], pair, layouts.get(path))
         for i, (rank, alpha) in enumerate(zip(*layouts[path], strict=True)):
             if rank:
-                names = pair_names(path, formats[path].format(i=i))
+                module = formats[path].format(i=i)
+                adapted.add(module)
+                names = pair_names(path, module)
                 one = _OnePair(names, pair, i if "{i}" in formats[path] else None, rank)
                 tensors += _tensors_of_pair(one, settings.scale_of(rank, alpha))
     # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
     patterns = find_patterns(
         layouts, formats, settings.rank, settings.alpha, full_names=hf.is_multimodal(model, base_ref)
     )
-    tensors += module_tensors(nodes, settings, model, formats)
+    tensors += module_tensors(nodes, model, adapted)
     if score is not None:
         tensors.append(
             TensorToWrite(

@@ -162,7 +162,7 @@ THEIRS = [
         dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 7], "lm_head": [5, 7]}),
     ),
     ("tied", dict(target_modules=["q_proj"], trainable_token_indices=[5, 300, 7])),
-    ("biased", dict(target_modules=["q_proj", "down_proj"], bias="all")),
+    ("biased", dict(target_modules=["layers.1.self_attn.q_proj", "down_proj"], bias="all")),
     ("biased", dict(target_modules=["q_proj", "down_proj"], bias="lora_only")),
     ("untied", dict(target_modules=["q_proj"], bias="all")),
 ]
