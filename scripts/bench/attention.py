@@ -3,6 +3,7 @@
     python scripts/bench/attention.py                    # Llama 3 8B's heads, rows of 4096 tokens
     python scripts/bench/attention.py --rows 1 --tokens 16384 --window 4096
     python scripts/bench/attention.py --tiny             # the same programs in small shapes, for a CPU
+    python scripts/bench/attention.py --tokens 512 --heads 9 --kv-heads 3 --head-dim 64 --blocks 256
 
 Cases: rows packed with 1, 4 and 16 segments, and rows in which 4 responses share a prompt of half a row.
 FLOPs count the matmuls over visible pairs of query and key only: 4 per pair and dimension forward, 10
@@ -39,6 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=None, help="sliding window (default: none)")
     parser.add_argument("--softcap", type=float, default=None, help="soft cap of scores (default: none)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[], help="further sizes of blocks for blockwise XLA"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     a = parser.parse_args()
@@ -57,14 +61,15 @@ def layouts(tokens: int) -> dict[str, tuple[list[int], list[int] | None]]:
     return found
 
 
-def kernels() -> dict[str, Callable]:
-    """Return the kernels that run on the devices of this process."""
+def kernels(blocks: list[int]) -> dict[str, Callable]:
+    """Return the kernels that run on the devices of this process, and blockwise XLA with these blocks."""
     import jax
 
     from jaxft.nn import attention
 
     device = jax.devices()[0]
     found: dict[str, Callable] = {"flash": attention.flash}
+    found |= {f"flash {block}": partial(attention.flash, block=block) for block in blocks}
     if device.platform == "tpu":
         found["splash"] = attention.splash
     elif device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind:
@@ -109,7 +114,11 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    if min(a.rows, a.heads, a.kv_heads, a.head_dim, a.rounds) < 1 or a.tokens < 16 or a.heads % a.kv_heads:
+    if (
+        min(a.rows, a.heads, a.kv_heads, a.head_dim, a.rounds, *a.blocks) < 1
+        or a.tokens < 16
+        or a.heads % a.kv_heads
+    ):
         raise ValueError(
             "--tokens must be at least 16, every other size at least 1, and --heads a multiple of --kv-heads"
         )
@@ -118,7 +127,7 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
     q, k, v, do = (jnp.asarray(rng.normal(size=(a.rows, a.tokens, n, a.head_dim)), a.dtype) for n in heads)
     for name, ranges in cases(a):
         run: dict[str, tuple[Callable, Callable]] = {}
-        for kernel_name, kernel in kernels().items():
+        for kernel_name, kernel in kernels(a.blocks).items():
             if kernel_name == "cudnn" and name != "packed 1":
                 continue  # a row is one example there
             forward, backward = programs(kernel, ranges, a.softcap)
@@ -157,11 +166,14 @@ def main() -> int:
     """Measure, and print a line for each case and kernel."""
     import jax
 
+    from jaxft.distributed.sharding import MeshShape, make_mesh
+
     a = arguments()
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    sizes = {name: value for name, value in vars(a).items() if name not in ("rounds", "tiny")}
-    for line in measure(a):
-        print(json.dumps({**line, **sizes, **about}), flush=True)
+    sizes = {name: value for name, value in vars(a).items() if name not in ("rounds", "tiny", "blocks")}
+    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):  # blocks are chosen by its device
+        for line in measure(a):
+            print(json.dumps({**line, **sizes, **about}), flush=True)
     return 0
 
 

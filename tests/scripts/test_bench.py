@@ -256,10 +256,11 @@ def test_windows_shrink_the_cache_to_the_window(monkeypatch):
 def test_every_attention_kernel_is_measured_by_the_visible_pairs_of_each_case(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     script = runpy.run_path(str(Path(SCRIPT).with_name("attention.py")))
-    sizes = argparse.Namespace(**script["TINY"], window=None, softcap=None, dtype="float32")
+    sizes = argparse.Namespace(**script["TINY"], window=None, softcap=None, dtype="float32", blocks=[32])
     found = script["measure"](sizes)
     names = ["packed 1", "packed 4", "packed 16", "shared prompt"]
-    assert [(one["case"], one["kernel"]) for one in found] == [(name, "flash") for name in names]
+    expected = [(name, kernel) for name in names for kernel in ("flash", "flash 32")]
+    assert [(one["case"], one["kernel"]) for one in found] == expected
     assert all(value > 0 for one in found for key, value in one.items() if key.endswith(("_ms", "_tflops")))
     counted = {name: script["pairs"](ranges) for name, ranges in script["cases"](sizes)}
     row = {  # 128 tokens: causal triangles, and 4 responses of 16 tokens that see a prompt of 64
