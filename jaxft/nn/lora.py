@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.nn import dora, replaced
+from jaxft.nn.lora_patterns import is_name
 from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize
 from jaxft.tree import Params, static, struct
@@ -37,8 +38,8 @@ class Adapter:
     """LoRA settings, named as in PEFT.
 
     targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate",
-    "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), or a regular
-    expression over whole parameter paths. rslora scales by alpha / sqrt(rank).
+    "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one such name, or a
+    regular expression over whole parameter paths. rslora scales by alpha / sqrt(rank).
 
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
@@ -46,9 +47,9 @@ class Adapter:
     that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
 
     Trained in full in addition, and saved with the adapter: modules_to_save, modules such as "lm_head",
-    "embed_tokens" or "norm"; bias, the biases of all or of the adapted layers; trainable_token_indices, the
-    rows of these tokens in the embedding table, with token_head also in a head of its own (a tied head has
-    the same rows).
+    "embed_tokens", "norm" or "mlp"; bias, the biases of all or of the adapted layers;
+    trainable_token_indices, the rows of these tokens in the embedding table, with token_head also in a head
+    of its own (a tied head has the same rows).
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
@@ -97,6 +98,11 @@ class Adapter:
             raise ValueError(f"adapter.alpha must be a finite number other than 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"adapter.dropout must be in [0, 1), got {self.dropout}")
+        layers = self.layers_to_transform or ()
+        if len(set(layers)) < len(layers):
+            raise ValueError(
+                f"adapter.layers_to_transform={','.join(map(str, layers))} has a layer twice; list each once"
+            )
         for pattern, rank in self.rank_pattern:
             if rank < 1:
                 raise ValueError(
@@ -172,12 +178,16 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
             "adapter.targets names no layer; use all-linear, or some of "
             + ", ".join(p.rsplit("/", 1)[-1] for p in [*blocks, *heads])
         )
+    if isinstance(targets, str) and is_name(targets) and "." not in targets:
+        targets = (targets,)
     if isinstance(targets, str):
         pattern = tree.regex(targets, "adapter.targets")
         selected = [p for p in [*blocks, *heads] if pattern.fullmatch(p)]
         if not selected:
             raise ValueError(
-                f"adapter.targets={targets!r} matches no kernel; the paths are {', '.join([*blocks, *heads])}"
+                f"adapter.targets={targets!r} matches no kernel; the paths are "
+                f"{', '.join([*blocks, *heads])}; or list names of modules, such as "
+                f"{','.join(p.rpartition('/')[2] for p in blocks[:2])}"
             )
         return selected
     path_by_name = {p.rsplit("/", 1)[-1]: p for p in [*blocks, *heads]}

@@ -4,6 +4,7 @@ A module has two names: that in Hugging Face files (model.layers.3.self_attn.q_p
 (layers.3.attn.q). A pattern selects a module by either.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from jaxft import tree
@@ -38,10 +39,25 @@ def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:
     return any(compiled.fullmatch(name) for name in names)
 
 
+def is_name(text: str) -> bool:
+    """Whether a setting is a module's name, and not a regular expression: words with dots between them."""
+    return re.fullmatch(r"\w+(\.\w+)*", text) is not None
+
+
+def is_saved(listed: str, module: str) -> bool:
+    """Whether a name of modules_to_save selects a module by its Hugging Face name: it is the end of that
+    name, or of a module's around it ("mlp" all layers of the MLP), as in PEFT.
+    """
+    parts = module.split(".")
+    return any(".".join(parts[: n + 1]).endswith(listed) for n in range(len(parts)))
+
+
 def is_listed(listed: str | Iterable[str], names: ModuleNames, setting: str) -> bool:
     """Whether a regular expression matches a module's whole name, or a list contains the end of it, as PEFT's
-    exclude_modules does.
+    exclude_modules does. A single name is a list of one.
     """
+    if isinstance(listed, str) and is_name(listed):
+        listed = (listed,)
     if isinstance(listed, str):
         compiled = tree.regex(listed, setting)
         return any(compiled.fullmatch(name) for name in names)

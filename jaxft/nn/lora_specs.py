@@ -11,7 +11,14 @@ from jax.typing import DTypeLike
 
 from jaxft.nn import replaced
 from jaxft.nn.lora import EVA, Adapter, target_paths
-from jaxft.nn.lora_patterns import ModuleNames, TensorNames, is_listed, module_names, values_by_pattern
+from jaxft.nn.lora_patterns import (
+    ModuleNames,
+    TensorNames,
+    is_listed,
+    is_name,
+    module_names,
+    values_by_pattern,
+)
 from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
 
 
@@ -40,7 +47,8 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
         return {}  # trainable tokens only
     saved = replaced.saved_paths(base, settings.modules_to_save, names)
     targets = target_paths(specs, settings.targets)
-    if isinstance(settings.targets, tuple) and set(targets) & set(saved):
+    is_list = isinstance(settings.targets, tuple) or is_name(settings.targets)
+    if is_list and set(targets) & set(saved):
         raise ValueError(
             f"adapter: {min(set(targets) & set(saved))} is in targets and in modules_to_save, which "
             "trains it in full; name it in one of them"
@@ -93,11 +101,9 @@ def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleN
     for one in entries:
         if not any(is_listed(one, names, "adapter.exclude_modules") for names in modules):
             near = ", ".join(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
-            shown, hint = (
-                (one, "; a list of one name ends with a comma") if isinstance(one, str) else (one[0], "")
-            )
+            shown = one if isinstance(one, str) else one[0]
             raise ValueError(
-                f"adapter.exclude_modules: {shown!r} matches none of the adapted modules ({near}){hint}"
+                f"adapter.exclude_modules: {shown!r} matches none of the adapted modules ({near})"
             )
 
 
@@ -161,10 +167,6 @@ def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = N
     """
     base, names = spec_paths(specs), names or {}
     layouts = pair_layouts(specs, settings, names)
-    if "head" in layouts and settings.dropout:
-        raise ValueError(
-            f"adapter.dropout={settings.dropout} has no effect on an adapter of the head; set it to 0"
-        )
     if "embed" in layouts and settings.dora:
         raise ValueError(
             "adapter.dora is for linear layers; leave embed_tokens out of adapter.targets, or set "

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.lora_patterns import TensorNames, module_format, module_names
+from jaxft.nn.lora_patterns import TensorNames, is_saved, module_format, module_names
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.tree import static, struct
 
@@ -78,9 +78,9 @@ def base_spec(base: Mapping[str, ParamSpec], path: str) -> ParamSpec:
 def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: TensorNames) -> list[str]:
     """Return the paths of the parameters of the modules that modules_to_save names.
 
-    As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm" all norms). The end
-    of a path's name after a dot does as well. Raises ValueError for a name that selects nothing, or only some
-    layers.
+    As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm" all norms), with the
+    modules in it ("mlp"). The end of a path's name after a dot does as well. Raises ValueError for a name
+    that selects nothing, or only some layers.
     """
     formats = {path: module_format(path, names) for path in dict.fromkeys([*base, "head"])}
     selected: set[str] = set()
@@ -89,7 +89,7 @@ def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: Te
         for path, name in formats.items():
             count = base[path].shape[0] if "{i}" in name else None
             matched = [
-                theirs.endswith(one) or any(own == one or own.endswith(f".{one}") for own in others)
+                is_saved(one, theirs) or any(own == one or own.endswith(f".{one}") for own in others)
                 for theirs, *others in module_names(path, count, names)
             ]
             if any(matched) and not all(matched):

@@ -21,6 +21,12 @@ def check_adapter(run: Run, parts: Partition) -> None:
             f"adapter.init={run.adapter.init} is for a fresh adapter, but start={run.start} has its own; set "
             "one of them"
         )
+    if run.adapter.dropout and "a" in parts.specs["adapter"].get("head", {}):
+        origin = f", which is by default the lora_dropout of the adapter in {run.start}" if run.start else ""
+        raise ValueError(
+            f"adapter.dropout={run.adapter.dropout} has no effect on an adapter of the head; set "
+            f"adapter.dropout=0{origin}"
+        )
     if run.adapter.dora:
         _check_dora(run, parts)
     if run.adapter.changes_base:

@@ -415,17 +415,31 @@ START = {
     "half-written adapter": (["start=damaged"], "adapter_model.safetensors: not a complete safetensors file"),
     "half-written adapter, merged": (["start=damaged", "full=true"], "not a complete safetensors file"),
     "other settings": (["start=other"], "other: its adapter has rank=2, but the run's has rank=4"),
+    "dropout of a head": (
+        ["start=dropped", "adapter.targets=q,head", "adapter.dropout=0.1"],
+        "adapter.dropout=0.1 has no .* set adapter.dropout=0, .* lora_dropout of the adapter in dropped",
+    ),
+    "dropout of a new head": (
+        ["adapter.targets=head", "adapter.dropout=0.1"],
+        "adapter.dropout=0.1 has no effect on an adapter of the head; set adapter.dropout=0",
+    ),
     "other base": (["start=wider"], "lora_A .* on this model needs"),
 }
 
 
 @pytest.fixture(scope="module")
 def starts(place):
-    """half, a base without the end of its weights; other, damaged and wider: adapters."""
+    """half, a base without the end of its weights; other, damaged, wider and dropped: adapters."""
     folder = place.folder
     write_folder(folder / "wide", tiny_torch(hidden_size=96))
-    for name, base, rank in (("other", "base", 2), ("damaged", "base", 4), ("wider", "wide", 4)):
-        model, settings = pretrained.model_for(str(folder / base)), Adapter(rank)
+    head = Adapter(4, dropout=0.1, targets=("q", "head"))
+    for name, base, settings in (
+        ("other", "base", Adapter(2)),
+        ("damaged", "base", Adapter(4)),
+        ("wider", "wide", Adapter(4)),
+        ("dropped", "base", head),
+    ):
+        model = pretrained.model_for(str(folder / base))
         fresh = init_params(adapter_specs(model.specs, settings), jax.random.key(0))
         peft_write.save_adapter(folder / name, fresh, settings, model, str(folder / base))
     shutil.copytree(folder / "base", folder / "half")

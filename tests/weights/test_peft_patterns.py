@@ -158,11 +158,12 @@ def test_a_fresh_adapter_is_zero_beyond_each_layers_rank(world):
         (dict(rank_pattern=(("mlp.*", 3), ("up_proj", 4))), ("'up_proj' is never used", "'mlp.*' comes")),
         (dict(alpha_pattern=(("q_proj", 3.0), ("q_proj", 4.0))), ("alpha_pattern", "never used")),
         (dict(exclude_modules=("k_proj", "q_prj")), ("exclude_modules: 'q_prj' matches none", "q_proj")),
-        (dict(exclude_modules="q_proj"), ("exclude_modules: 'q_proj' matches none", "ends with a comma")),
+        (dict(exclude_modules="q_prj"), ("exclude_modules: 'q_prj' matches none", "q_proj")),
         (dict(targets=("head",), layers_to_transform=(0,)), ("layers_to_transform", "(head) is in a layer")),
         (dict(exclude_modules=".*"), ("excludes every module",)),
         (dict(exclude_modules=("q_proj",), rank_pattern=(("q_proj", 3),)), ("matches no adapted module",)),
         (dict(layers_to_transform=(0, 3)), ("layers_to_transform=0,3", "the layers are 0 to 2")),
+        (dict(layers_to_transform=(1, 1)), ("layers_to_transform=1,1 has a layer twice",)),
         (dict(layers_to_transform=()), ("the layers are 0 to 2",)),
         (dict(rank_pattern=(("(", 3),)), ("rank_pattern", "not a valid regular expression")),
     ],
@@ -180,3 +181,12 @@ def test_values_out_of_range_are_refused():
         Adapter(rank_pattern=(("q", 0),))
     with pytest.raises(ValueError, match="alpha_pattern: 'q' must be finite"):
         Adapter(alpha_pattern=(("q", float("inf")),))
+
+
+@pytest.mark.parametrize("name", ["k_proj", "k", "layers.1.self_attn.k_proj", "layers.1.attn.k"])
+def test_a_single_name_to_exclude_is_a_list_of_one(world, name):
+    one, listed = (
+        pair_layouts(world[1].specs, Adapter(exclude_modules=names), world[1].weight_names)
+        for names in (name, (name,))
+    )
+    assert one == listed and len(one) == (6 if name.startswith("k") else 7)
