@@ -20,7 +20,7 @@ from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, SCORE_MODULES, read_modules
+from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, SCORE_MODULES, read_float, read_modules
 from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.peft_refusals import (
@@ -31,6 +31,7 @@ from jaxft.weights.peft_refusals import (
     check_tensor_names,
     read_adapter_config,
 )
+from jaxft.weights.peft_tied import check_tied, with_tied_head
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
@@ -82,6 +83,9 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     files = _open_tensors(folder)
     check_tensor_names(files, default.dora)
     specs = spec_paths(model.specs.get("base", model.specs))
+    if config.get("ensure_weight_tying") and "head" not in specs:
+        config = with_tied_head(config)
+        check_tied(files)
     adapter: dict[str, Any] = {}
     used: set[str] = set()
     layouts, formats = dict[str, PairRanks](), dict[str, str]()
@@ -112,6 +116,11 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     if has_head:
         parts["score"] = _read_score(files, model.config.width)
         used.add(SCORE_TENSOR)
+    if "embed" in layouts and default.dora:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: use_dora=true with a LoRA pair of embed_tokens is not "
+            f"supported; jaxft reads DoRA of linear layers; {MERGE}"
+        )
     others = read_modules(folder / "adapter_config.json", config, files, model, list(layouts))
     for path, node in others.nodes.items():
         put_node(adapter, path, node)
@@ -155,9 +164,11 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     peft saves the head and the embedding with such an adapter, and puts them in the place of the base's. They
     are equal if rounding one to the other's dtype makes them so; those of a quantised base are not compared.
     """
-    files = _open_tensors(folder)
-    saved = tuple(read_adapter_config(folder).get("modules_to_save") or ())
+    files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD[0] if HEAD[0] in base.shapes else EMBEDDING
+    if config.get("ensure_weight_tying") and head == EMBEDDING:
+        config = with_tied_head(config)
+    saved = tuple(config.get("modules_to_save") or ())
     for copied in BASE_COPIES:
         name = head if copied in HEAD_COPIES else EMBEDDING
         if copied not in files.shapes or name in base.quantised or name not in base.shapes:
@@ -264,14 +275,7 @@ def _read_score(files: SafetensorsFiles, width: int) -> np.ndarray:
             f"{files.where}: {SCORE_TENSOR} has shape {files.shapes[SCORE_TENSOR]}, but a reward model has "
             f"one label: {(1, width)}"
         )
-    return _read_finite(files, SCORE_TENSOR).T
-
-
-def _read_finite(files: SafetensorsFiles, name: str) -> np.ndarray:
-    """Read a tensor, at most in float32. Raises ValueError that names it if a value is not finite."""
-    with finite.errors_name(f"{files.where}: tensor {name}"):
-        value = finite.require_finite(read_tensor(files, name))
-        return finite.cast_finite(value, np.float32) if value.dtype == np.float64 else value
+    return read_float(files, SCORE_TENSOR).T
 
 
 def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
@@ -321,7 +325,7 @@ def _read_pair(
             raise ValueError(f"{files.where}: tensor {name} is missing")
         if len(files.shapes[name]) != 2:
             raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected two dimensions")
-        arrays.append(_read_finite(files, name).T)
+        arrays.append(read_float(files, name).T)
     a, b = arrays
     rank = _matching(config, "rank_pattern", module, config["r"])
     if a.shape != (shape[0], rank) or b.shape != (rank, shape[1]):
@@ -339,7 +343,7 @@ def _read_magnitude(files: SafetensorsFiles, module: str, outs: int) -> np.ndarr
         raise ValueError(f"{files.where}: tensor {name} is missing, and the configuration has use_dora=true")
     if files.shapes[name] != (outs,):
         raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected {(outs,)}")
-    return _read_finite(files, name)
+    return read_float(files, name)
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:

@@ -5,11 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_patterns import module_format
+from jaxft.nn.lora_patterns import is_saved, module_format
 from jaxft.nn.param import spec_paths
 from jaxft.nn.replaced import base_spec
 from jaxft.weights import finite
@@ -54,8 +55,8 @@ def read_modules(
     for path, module in formats.items():
         spec = base_spec(base, path)
         count = spec.shape[0] if "{i}" in module else 1
-        selected = [one for one in saved if any(module.format(i=i).endswith(one) for i in range(count))]
-        whole = [one for one in selected if all(module.format(i=i).endswith(one) for i in range(count))]
+        selected = [one for one in saved if any(is_saved(one, module.format(i=i)) for i in range(count))]
+        whole = [one for one in selected if all(is_saved(one, module.format(i=i)) for i in range(count))]
         if selected and not whole and len(selected) < count:
             raise ValueError(
                 f"{where}: modules_to_save={saved!r} has {module} in some layers only, which is not "
@@ -69,6 +70,7 @@ def read_modules(
             continue
         if is_bias and not selected:
             settings["bias"] = biases
+            _check_biases(where, files, biases, [_tensor_name(files, model, path, i) for i in range(count)])
         layers = []
         for i in range(count):
             name = _tensor_name(files, model, path, i)
@@ -86,6 +88,17 @@ def read_modules(
     tokens = _read_tokens(where, config, files, model)
     nodes |= tokens.nodes
     return Modules(nodes, settings | tokens.settings, used | tokens.used)
+
+
+def _check_biases(where: Path, files: SafetensorsFiles, biases: str, names: list[str]) -> None:
+    """Raise ValueError if an adapter with bias="lora_only" adapts a module in some layers only. names: of the
+    tensors of its bias in each layer.
+    """
+    if biases == "lora_only" and 0 < sum(name in files.shapes for name in names) < len(names):
+        raise ValueError(
+            f"{where}: bias='lora_only' with LoRA pairs in some layers only is not supported, because jaxft "
+            f"reads the biases of all layers or of none; {MERGE}"
+        )
 
 
 def _tensor_name(files: SafetensorsFiles, model: Model, path: str, layer: int) -> str:
@@ -108,7 +121,7 @@ def _read_like(
             f"{files.where}: tensor {name} {found}; this model needs {in_file}, because bias or "
             "modules_to_save in adapter_config.json has it"
         )
-    value = _finite(files, name)
+    value = read_float(files, name)
     return value.T if transposed else value
 
 
@@ -130,7 +143,8 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
     ):
         raise ValueError(
             f"{where}: trainable token indices {repr(listed)[:80]}; expected ids from 0 to "
-            f"{model.config.vocab - 1}, the same of embed_tokens and lm_head"
+            f"{model.config.vocab - 1}, the same of embed_tokens and lm_head. Other rows are not supported; "
+            f"{MERGE}"
         )
     own_head = "head" in model.weight_names
     nodes, used = {}, set()
@@ -143,7 +157,7 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
                 f"{files.where}: tensor {name} {found}; expected {(len(ids), model.config.width)} for the "
                 "trainable_token_indices or token_indices of adapter_config.json"
             )
-        nodes[path] = {"rows": _finite(files, name)}
+        nodes[path] = {"rows": read_float(files, name)}
         used.add(name)
     settings = {"trainable_token_indices": tuple(ids), "token_head": "head" in nodes or not own_head}
     return Modules(nodes, settings, used)
@@ -157,9 +171,14 @@ def _are_ids(ids: Any, vocab: int) -> bool:
     )
 
 
-def _finite(files: SafetensorsFiles, name: str) -> np.ndarray:
+def read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
+    """Read a float tensor, at most in float32. Raises ValueError that names it if it has another type, or a
+    value that is not finite.
+    """
     with finite.errors_name(f"{files.where}: tensor {name}"):
         value = finite.require_finite(read_tensor(files, name))
+        if not jnp.issubdtype(value.dtype, np.floating):
+            raise ValueError(f"it has type {value.dtype}; expected floats, as peft's save_pretrained writes")
         return finite.cast_finite(value, np.float32) if value.dtype == np.float64 else value
 
 

@@ -15,27 +15,32 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only"),
     "fan_in_fan_out": (False,),
     "use_dora": (False, True),
+    "use_rslora": (False, True, None),
     "use_qalora": (False,),
     "lora_bias": (False,),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
-    "ensure_weight_tying": (None, False),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "ensure_weight_tying": (False, True, None),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 # Fields that are read elsewhere, or that do not change what a trained adapter computes.
 OTHERS = (
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "task_type",
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "task_type",
     "modules_to_save", "trainable_token_indices", "token_indices", "init_weights",
     "auto_mapping", "base_model_name_or_path", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
 )  # fmt: skip
 # Initialisations that subtract the first pair from the base's weights.
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
 CONVERT = (
     "the adapter belongs to weights that its initialisation has changed; write it as plain LoRA with peft: "
     "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+)
+QUANTISED_BASE = (
+    "the adapter belongs to the quantised weights that LoftQ has made; merge it with peft on these weights "
+    "(merge_and_unload, save_pretrained) and use the merged folder as model="
 )
 
 
@@ -66,11 +71,13 @@ def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGED_BASE):
         raise ValueError(f"{where}: init_lora_weights={start!r}: {CONVERT}")
+    if start == "loftq":
+        raise ValueError(f"{where}: init_lora_weights={start!r}: {QUANTISED_BASE}")
     for key, plain in PLAIN_LORA.items():
         if key in config and not _is_one_of(config[key], plain):
             raise ValueError(
-                f"{where}: {key}={_short(config[key])} is not supported; jaxft reads plain LoRA with "
-                f"{key}={plain[0]!r}; {MERGE}"
+                f"{where}: {key}={_short(config[key])} is not supported; jaxft reads LoRA with {key}="
+                f"{' or '.join(repr(value) for value in plain if value != [])}; {MERGE}"
             )
     for key, value in config.items():
         if key not in PLAIN_LORA and key not in OTHERS and not _is_one_of(value, (None, False, [], {})):

@@ -130,7 +130,7 @@ def written_by_peft(world, folder, **config):
             False,
             dict(target_modules=["o_proj", "up_proj"], alpha_pattern={r".*\.0\..*o_proj": 3, "up_proj": 20}),
         ),
-        (False, dict(target_modules=["q_proj", "lm_head"])),
+        (False, dict(target_modules=["q_proj", "lm_head"], lora_dropout=0.05)),
         (True, dict(target_modules=["q_proj", "lm_head"])),
     ],
     ids=["all", "rslora", "layers", "ranks", "alphas", "head", "tied head"],
@@ -428,11 +428,24 @@ class TestRefusals:
         path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_peft": value}))
         assert peft_layout.read_adapter(folder, world[1])[1].rank == 2
 
-    @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+    @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])
     def test_an_initialisation_that_changes_the_base_is_named_with_the_conversion(self, world, folder, start):
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": start}))
         self.check_refuses(world, folder, repr(start), "path_initial_model_for_weight_conversion")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": "loftq"}))
+        assert "conversion" not in self.check_refuses(world, folder, "'loftq'", "LoftQ", "merge_and_unload")
+
+    def test_integers_and_strings_in_place_of_floats_and_booleans(self, world, folder):
+        path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+        good, text = load_file(path), config.read_text()
+        name = min(good)
+        save_file({**good, name: good[name].astype(np.int32)}, path)
+        self.check_refuses(world, folder, name, "int32", "expected floats")
+        save_file(good, path)
+        for key in ("use_rslora", "use_dora", "ensure_weight_tying"):
+            config.write_text(json.dumps({**json.loads(text), key: "false"}))
+            self.check_refuses(world, folder, f"{key}='false'", f"{key}=False or True")
 
     @pytest.mark.parametrize(
         "name, words",

@@ -153,9 +153,18 @@ def test_a_head_made_of_a_tied_table_has_the_replaced_rows(worlds, tmp_path):
 THEIRS = [
     ("untied", dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"])),
     ("tied", dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])),
-    ("tied", dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+    ("tied", dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "mlp"])),
+    (
+        "tied",
+        dict(
+            target_modules=["q_proj"],
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=True,
+            init_lora_weights="mica",
+        ),
+    ),
+    ("tied", dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)),
     ("untied", dict(target_modules=["q_proj", "embed_tokens"])),
-    ("tied", dict(target_modules=["q_proj", "embed_tokens"])),
     ("untied", dict(target_modules=["q_proj"], trainable_token_indices=[5, 300, 7])),
     (
         "untied",
@@ -180,6 +189,7 @@ def test_an_adapter_by_peft_has_the_same_logits_here_and_goes_back(worlds, tmp_p
     theirs.save_pretrained(str(tmp_path / "in"))
     expected = torch_logits(theirs, some_tokens())
     adapter, settings = peft_layout.read_adapter(tmp_path / "in", world[1])
+    peft_layout.check_base_copies(tmp_path / "in", pretrained.open_files(str(world[0])))
     assert np.abs(expected - our_logits(world[1], world[2], some_tokens())).max() > 0.1
     np.testing.assert_allclose(ours(world, adapter, settings), expected, atol=1e-4)
     peft_write.save_adapter(tmp_path / "out", adapter, settings, world[1], str(world[0]))
@@ -283,7 +293,10 @@ def test_files_with_missing_or_other_modules_are_refused_in_one_line(worlds, tmp
         ({"modules_to_save": ["layers.1.input_layernorm"]}, "some layers only"),
         ({"modules_to_save": "norm"}, "expected a list of names"),
         ({"trainable_token_indices": [3, 320]}, "expected ids from 0 to 319"),
-        ({"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [3]}}, "the same of embed_tokens"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [3]}},
+            "the same of embed_tokens and lm_head.*merge_and_unload",
+        ),
         ({"trainable_token_indices": None}, "trainable_tokens_delta is not part of"),
         ({"modules_to_save": None}, "input_layernorm.weight is not part of"),
     ]:
@@ -291,3 +304,35 @@ def test_files_with_missing_or_other_modules_are_refused_in_one_line(worlds, tmp
         with pytest.raises(ValueError, match=words) as caught:
             peft_layout.read_adapter(tmp_path, world[1])
         assert "\n" not in str(caught.value)
+
+
+def test_adapters_that_peft_loads_and_jaxft_does_not_are_refused_with_a_remedy(worlds, tmp_path):
+    for kind, config, words in [
+        (
+            "biased",
+            dict(target_modules=["q_proj"], bias="lora_only", layers_to_transform=[1]),
+            r"bias='lora_only' with LoRA pairs in some layers only .*merge_and_unload",
+        ),
+        (
+            "untied",
+            dict(target_modules=["q_proj", "embed_tokens"], use_dora=True),
+            r"use_dora=true with a LoRA pair of embed_tokens .*merge_and_unload",
+        ),
+    ]:
+        made = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **config)
+        peft.get_peft_model(torch_model(worlds[kind]), made).save_pretrained(str(tmp_path / kind))
+        with pytest.raises(ValueError, match=words) as caught:
+            peft_layout.read_adapter(tmp_path / kind, worlds[kind][1])
+        message = str(caught.value)
+        assert "\n" not in message and str(tmp_path / kind) in message, message
+
+
+def test_a_head_that_its_configuration_ties_has_the_values_of_the_embeddings(worlds, tmp_path):
+    world, settings = worlds["tied"], Adapter(rank=2, targets=("q",), modules_to_save=("embed", "lm_head"))
+    peft_write.save_adapter(tmp_path, trained(world, settings)[1], settings, world[1], "base")
+    path = tmp_path / "adapter_config.json"
+    changes = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match="lm_head.weight is not .*embed_tokens.weight, but") as caught:
+        peft_layout.read_adapter(tmp_path, world[1])
+    assert "\n" not in str(caught.value)
