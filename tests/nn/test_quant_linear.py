@@ -186,20 +186,22 @@ def test_no_dequantised_weight_is_a_residual(form, adapters):
     if adapters:
         each = (adapters,) if adapters > 1 else ()
         w = Adapted(w, jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), jnp.ones(each))
-    kept = jax.tree.leaves(
-        jax.eval_shape(
-            lambda x: jax.vjp(lambda x: matmul.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16)
+    dora = [dataclasses.replace(w, magnitude=jnp.ones((*each, 6)))] if adapters else []
+    for weight in (w, *dora):
+        kept = jax.tree.leaves(
+            jax.eval_shape(
+                lambda x, weight=weight: jax.vjp(lambda x: matmul.linear(x, weight), x)[1],
+                jnp.ones((3, 42), jnp.bfloat16),
+            )
         )
-    )
-    assert not [x for x in kept if x.shape[-2:] == (42, 6) and jnp.issubdtype(x.dtype, jnp.floating)]
-    assert [x for x in kept if x.dtype in (jnp.uint8, jnp.int8)]  # the codes are
+        assert not [x for x in kept if x.shape[-2:] == (42, 6) and jnp.issubdtype(x.dtype, jnp.floating)]
+        assert [x for x in kept if x.dtype in (jnp.uint8, jnp.int8)]  # the codes are
 
 
-def program(kind, config, remat="projections"):
+def program(kind, config, remat="projections", dora=False):
     """The compiled gradient of the SFT loss of a bfloat16 model, stored as in a run."""
-    t = partition.partition_params(
-        llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None
-    )
+    model, quant = llama(config, jnp.bfloat16, remat=remat), Quant(kind) if kind else None
+    t = partition.partition_params(model, Adapter(rank=3, dora=dora), None, quant)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
     trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
 
@@ -210,11 +212,17 @@ def program(kind, config, remat="projections"):
 
 
 @pytest.mark.parametrize(
-    "kind, remat",
-    [("nf4", "full"), ("nf4", "projections"), ("nf4", "none"), ("int8", "none"), ("fp8", "none")],
+    "kind, remat, dora",
+    [
+        ("nf4", "full", False),
+        ("nf4", "projections", True),
+        ("nf4", "none", False),
+        ("int8", "none", True),
+        ("fp8", "none", False),
+    ],
 )
-def test_no_float_copy_of_the_base_exists_in_a_step(kind, remat):
-    text = program(kind, DEEP, remat).as_text()
+def test_no_float_copy_of_the_base_exists_in_a_step(kind, remat, dora):
+    text = program(kind, DEEP, remat, dora).as_text()
     found = {
         (dtype, tuple(map(int, dims.split(","))))
         for dtype, dims in re.findall(r"\b(\w+)\[13,([\d,]+)\]", text)
