@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+BOS = "{{ bos_token }}"  # at the start of a template
+
 
 class NamedTemplate(NamedTuple):
     """source: the Jinja template. tokens: the special tokens that it writes in addition to BOS and EOS, or ()
@@ -52,8 +54,7 @@ _QWEN = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _LLAMA3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
+    BOS + "{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' "
     "+ message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}"
@@ -61,8 +62,7 @@ _LLAMA3 = (
 )
 # The system message begins the first user turn, as in Gemma 3 and, in Mistral's models, up to v3.
 _GEMMA = (
-    "{{ bos_token }}"
-    "{% set first = namespace(system='') %}"
+    BOS + "{% set first = namespace(system='') %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set first.system = message['content'] + '\\n\\n' %}"
     "{% elif message['role'] == 'assistant' %}"
@@ -76,8 +76,7 @@ _GEMMA = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 _MISTRAL = (
-    "{{ bos_token }}"
-    "{% set first = namespace(system='') %}"
+    BOS + "{% set first = namespace(system='') %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set first.system = message['content'] + '\\n\\n' %}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxft import tree
-from jaxft.data.named_templates import find_template
+from jaxft.data.named_templates import BOS, find_template
 from jaxft.data.template import template_of
 from jaxft.models import families
 from jaxft.models.model import Model
@@ -278,7 +278,9 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
         if found.count(number) != 1:
             raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
     if named is not None:
-        tokenizer.chat_template = named.source
+        # llama.cpp would render another token as the BOS of a tokenizer that has none.
+        source = named.source if tokenizer.bos_token else named.source.removeprefix(BOS)
+        tokenizer.chat_template = source
         template = template_of(tokenizer)
         if template is not None and template.failure:
             reason = " ".join(template.failure.split())

@@ -110,6 +110,17 @@ def test_a_template_that_ends_turns_with_eos_needs_a_tokenizer_with_one():
         add_tokens(tokenizer, Extension(template="zephyr"))
 
 
+@pytest.mark.parametrize("name", ["llama3", "gemma", "mistral"])
+def test_a_template_for_a_tokenizer_without_bos_does_not_name_it(name):
+    """llama.cpp would render token 11 in its place."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    add_tokens(tokenizer, Extension(template=name))
+    assert "bos_token" not in tokenizer.chat_template
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert "<s>" + text == rendered(TEMPLATES[name].source, CHAT, True)
+
+
 def test_new_tokens_may_contain_one_another_and_a_comma():
     tokenizer = tiny_tokenizer()
     tokens = parse_value('["<a>", "<a>b", "a<a>", "x,y", " z"]', tuple[str, ...])
