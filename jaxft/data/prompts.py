@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.batch import Rollout
+from jaxft.batch import Rollout, Tokens
 from jaxft.data.conversation import PROMPT_FORMATS
 from jaxft.data.mixture import held_out_refs, make_mixture, parse_sources, sources_with_metrics
 from jaxft.data.pack import RowShape, ascending, number_groups, permutation, round_up
@@ -218,6 +218,28 @@ def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, "
     order = permutation(data.batch, data.seed, 5, rollout, turn)
     size = data.units_per_step
     return order[minibatch * size : (minibatch + 1) * size]
+
+
+def longest_prompt(train: PromptRows, eval_prompts: PromptRows) -> int:
+    """Return the tokens of the longest prompt."""
+    return int(max(train.lengths.max(), eval_prompts.lengths.max(initial=0)))
+
+
+def prompt_tokens(data: Prompts, train: PromptRows, step: int, shards: int) -> Tokens:
+    """Return the prompts of an optimizer step, one per row and without targets: int32 [1, rows, T].
+
+    T is the longest training prompt, rounded up. shards: empty rows make the number of rows a multiple of it.
+    """
+    number, part = divmod(step, data.steps_per_rollout)
+    chosen = prompts_of_rollout(data, train, number)[prompts_of_step(data, number, part)]
+    ids = np.zeros((round_up(len(chosen), shards), padded_length(int(train.lengths.max()))), np.int32)
+    segments = np.zeros_like(ids)
+    for row, i in enumerate(chosen):
+        own = train.token_ids[i]
+        ids[row, : len(own)], segments[row, : len(own)] = own, 1
+    positions = np.where(segments > 0, np.arange(ids.shape[1], dtype=np.int32), 0)
+    none = np.zeros((1, len(ids), 1), np.int32)
+    return Tokens(ids[None], segments[None], positions[None], none, none, none.astype(np.float32))
 
 
 def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> str:

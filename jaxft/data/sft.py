@@ -190,6 +190,10 @@ class RowSource(FixedSource[Tokens]):
 
         return jax.tree.map(split, flat), {}
 
+    def given(self, step: int) -> Tokens:
+        """Return the batch of a step."""
+        return self.batch(step)[0]
+
     def row_names(self, step: int) -> list[str]:
         """Return the names of the examples in each row of a batch."""
         return list(map(", ".join, self.member_names(step)))

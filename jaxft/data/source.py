@@ -98,6 +98,11 @@ class Source(Protocol[BoundTo]):
         alone.
         """
 
+    def given(self, step: int) -> Batch:
+        """Return what is known of a step's batch before the run has weights: the batch itself, or the prompts
+        whose completions it is going to have.
+        """
+
     def evaluate(self, state: TrainState) -> dict[str, float] | None:
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 

@@ -23,7 +23,6 @@ from jaxft.rl.rollout import (
     BoundRollouts,
     Rollouts,
     RolloutSource,
-    longest_prompt,
     saved_moments,
     without_logps,
 )
@@ -103,7 +102,7 @@ class OnlinePairSource(RolloutSource):
     @property
     def pair_shape(self) -> RowShape:
         """The shape of a row."""
-        return self.data.pair_shape(longest_prompt(self.train, self.eval_prompts))
+        return self.data.pair_shape(prompts.longest_prompt(self.train, self.eval_prompts))
 
     @property
     def shapes(self) -> tuple[Pairs, ...]:

@@ -73,7 +73,7 @@ class RolloutSource:
     @cached_property
     def rollout_shapes(self) -> RolloutShapes:
         """Shapes of the rows of a rollout."""
-        return rollout_shapes(self.data, longest_prompt(self.train, self.eval_prompts), self.shards)
+        return rollout_shapes(self.data, prompts.longest_prompt(self.train, self.eval_prompts), self.shards)
 
     @property
     def shapes(self) -> tuple[Batch, ...]:
@@ -106,6 +106,10 @@ class RolloutSource:
         sizes = self.rollout_shapes
         shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
         return RolloutPrograms(run, shapes, self.data.units_per_step, complete)
+
+    def given(self, step: int) -> Batch:
+        """Return the prompts of a step as rows of tokens without targets."""
+        return prompts.prompt_tokens(self.data, self.train, step, self.shards)
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
         """Raise ValueError: only a bound source can sample completions."""
@@ -173,6 +177,10 @@ class BoundRollouts:
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts."""
         return self.source.prompts(count)
+
+    def given(self, step: int) -> Batch:
+        """Return the prompts of a step as rows of tokens without targets."""
+        return self.source.given(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments of all scores so far."""
@@ -290,14 +298,9 @@ class BoundRollouts:
         return to_microbatches(replace(rows, **weights), self.shapes[-1], data.group)
 
 
-def longest_prompt(train: PromptRows, eval_prompts: PromptRows) -> int:
-    """Return the tokens of the longest prompt."""
-    return int(max(train.lengths.max(), eval_prompts.lengths.max(initial=0)))
-
-
 def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts: PromptRows) -> SourceInfo:
     """Return steps, counts and fingerprints of a source of rollouts."""
-    longest = longest_prompt(train, eval_prompts)
+    longest = prompts.longest_prompt(train, eval_prompts)
     rollouts = max(1, -(-int(1e9 * (data.epochs or 1) * len(train)) // int(1e9 * data.batch)))
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
@@ -307,8 +310,8 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
     if tokenizer.eos_token_id is None:
         summary += (
             "; the tokenizer has no end token: unless the model or its template has one, completions end at "
+            "data.max_new"
         )
-        summary += "data.max_new"
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
         examples=len(train),

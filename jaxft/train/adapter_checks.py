@@ -32,7 +32,7 @@ def check_adapter(run: Run, parts: Partition) -> None:
     if run.adapter.changes_base:
         _check_init(run, parts)
     if run.adapter.init == EVA:
-        _check_eva(run, pair_layouts(parts.specs["base"], run.adapter, parts.model.weight_names))
+        _check_eva(pair_layouts(parts.specs["base"], run.adapter, parts.model.weight_names))
 
 
 def check_heads(run: Run) -> None:
@@ -75,17 +75,11 @@ def _check_dora(run: Run, parts: Partition) -> None:
         )
 
 
-def _check_eva(run: Run, layouts: Collection[str]) -> None:
-    """Raise ValueError for an EVA adapter of other modules than the blocks' linear layers, or of none, and of
-    a run without rows of its own.
+def _check_eva(layouts: Collection[str]) -> None:
+    """Raise ValueError for an EVA adapter of other modules than the blocks' linear layers, or of none.
 
     layouts: paths of the adapted modules.
     """
-    if run.data.unit == "prompts":
-        raise ValueError(
-            f"adapter.init={EVA} starts from the run's rows, but this run samples its own completions; set "
-            "adapter.init=default, or start from the adapter of an SFT run that began with it"
-        )
     others = [path for path in layouts if not path.startswith("layers/")]
     if others or not layouts:
         named = f"leave {', '.join(others)} out of adapter.targets" if others else "name adapter.targets"
@@ -96,7 +90,7 @@ def _check_init(run: Run, parts: Partition) -> None:
     """Raise ValueError for settings that an adapter which changes the base can't be combined with."""
     assert run.adapter is not None
     setting = f"adapter.init={run.adapter.init}"
-    if run.heads:
+    if run.heads and run.adapter.init != QERA:
         raise ValueError(
             f"{setting} changes the base, which {', '.join(run.heads)} shares; set adapter.init=default"
         )

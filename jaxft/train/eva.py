@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft import tree
-from jaxft.batch import TrainState
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding, sync
 from jaxft.models.model import Model
@@ -49,14 +48,13 @@ class InputStatistics:
     moments: dict[str, Any]
 
 
-def first_batches(source: Source[Any], state: TrainState, tokens: int) -> Iterator[Batch]:
-    """Yield the first batches of a run that together have at least this many tokens, or all of them.
-
-    state: as shapes; no batch of rows depends on it.
+def first_batches(source: Source[Any], tokens: int) -> Iterator[Batch]:
+    """Yield the first batches of a run that together have at least this many tokens, or all of them; of a run
+    that samples completions, their prompts.
     """
     step = 0
     while tokens > 0 and step < source.info.steps:
-        batch = source.batch(step, state)[0]
+        batch = source.given(step)
         yield batch
         tokens, step = tokens - int(np.count_nonzero(batch.segments)), step + 1
 

@@ -313,7 +313,7 @@ def load_members(
     for number, member in enumerate(job.members):
         saved = restored[number] if restored else None
         tokens = member.run.adapter.eva_tokens if member.run.adapter else 0
-        batches = partial(first_batches, job.source_of(number), member.programs.state, tokens)
+        batches = partial(first_batches, job.source_of(number), tokens)
         rows = FirstRows(batches, report)
         state, own = start(member.run, member.programs, saved, base, member.folder, rows)
         base = own["base"]

@@ -152,6 +152,22 @@ def test_an_unbound_source_has_no_batches():
     assert source.state_dict() == {} and len(source.prompts(1)) == 1 and source.held_out == ()
 
 
+def test_the_prompts_of_a_step_are_given_without_weights(tmp_path):
+    bound = bound_source(tmp_path, minibatches=2)
+    source, stored = replace(bound.source, shards=3), bound.source.train
+    for step in range(8):
+        given = source.given(step)
+        assert given.ids.shape == given.segments.shape == (1, 3, 64)  # two prompts, and an empty row
+        numbers = [list(stored.names).index(name) for name in source.row_names(step)]
+        assert len(numbers) == 2 and not given.segments[0, 2].any()
+        for row, i in enumerate(numbers):
+            used = given.segments[0, row] > 0
+            assert tuple(given.ids[0, row][used]) == stored.token_ids[i]
+            assert used[: used.sum()].all() and not given.ids[0, row][~used].any()
+            assert given.positions[0, row][used].tolist() == list(range(used.sum()))
+        same(bound.given(step), jax.tree.map(lambda x: x[:, :2], given))
+
+
 def test_the_policy_waits_for_the_next_rollout_beyond_target_kl(tmp_path):
     settings = {"facts": {"target_kl": 0.5}, "passes": 4}
 

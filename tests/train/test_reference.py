@@ -69,7 +69,7 @@ def started(run, folder):
     """(programs, state at step 0, frozen leaves, source)."""
     source = run.data.open(pretrained.load_tokenizer(run.weights), cache=folder / "cache")
     programs = build(run, 10, jax.devices()[:1])
-    rows = eva.FirstRows(partial(eva.first_batches, source, programs.state, 300), print)
+    rows = eva.FirstRows(partial(eva.first_batches, source, 300), print)
     with jax.set_mesh(programs.mesh):
         return programs, *start(run, programs, None, rows=rows), source
 

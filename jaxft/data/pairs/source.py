@@ -239,6 +239,10 @@ class PairSource(FixedSource[Pairs]):
         micro = pairs.settings.micro
         return jax.tree.map(lambda x: x.reshape(micro, layout.rows, *x.shape[1:]), flat), {}
 
+    def given(self, step: int) -> Pairs:
+        """Return the batch of a step."""
+        return self.batch(step)[0]
+
     def row_names(self, step: int) -> list[str]:
         """Return the names of the pairs in each row of a batch, the rows of all microbatches one after the
         other.
