@@ -39,7 +39,7 @@ def reading_failed(folder: Path, error: Exception) -> str:
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         try:
             json.loads((folder / name).read_bytes() if (folder / name).is_file() else "{}")
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             return f"{name} is not a complete JSON file ({e}); download it again"
     reason = " ".join(str(error).split())[:300]
     return f"no tokenizer could be loaded from {folder} ({reason}); it needs a tokenizer.json"
