@@ -71,9 +71,9 @@ def main() -> int:
     for line in notes:
         print(line, file=sys.stderr)
     model = pretrained.model_for(named.ref)
-    read = []
+    files, read = pretrained.open_files(named.ref), []
     for given, folder in zip(args.adapters, folders, strict=True):
-        read.append(combine.NamedAdapter(str(given), *peft.read_adapter(folder, model)))
+        read.append(combine.NamedAdapter(str(given), *peft.read_adapter(folder, model, files)))
         if peft.has_base_copies(folder):
             pretrained.check_adapter_base(folder, named.ref)
     made = combine.combine_adapters(read, model, how)

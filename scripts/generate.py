@@ -234,7 +234,7 @@ def load_adapters(sources: dict[str, Source], model: Any, mesh: Any) -> tuple[di
         if source.adapter is None:
             return {name: {}}, None
         pretrained.check_adapter_base(source.adapter, source.ref)
-        params, settings = adapters.load_adapter(source.adapter, model, mesh)
+        params, settings = adapters.load_adapter(source.adapter, model, mesh, source.ref)
         return {name: {"adapter": params}}, settings
     folders = {name: source.adapter for name, source in sources.items() if source.adapter is not None}
     ref = next(iter(sources.values())).ref

@@ -122,8 +122,11 @@ class Adapter:
         """The settings of the adapter that a run writes: of twice the rank if the base was changed, for the
         unchanged one.
         """
-        if not self.changes_base:
-            return self
+        return self.doubled if self.changes_base else self
+
+    @property
+    def doubled(self) -> "Adapter":
+        """The settings of an adapter whose pairs have twice the rank and the same scales."""
         times = 2**0.5 if self.rslora else 2
         ranks = tuple((pattern, 2 * rank) for pattern, rank in self.rank_pattern)
         alphas = tuple((pattern, times * alpha) for pattern, alpha in self.alpha_pattern)

@@ -103,7 +103,7 @@ def load_reward_adapters(
         model = _headless(ref, dtype)
         for name, folder in folders.items():
             pretrained.check_adapter_base(folder, ref)
-            found[name] = peft.read_parts(folder, model)[0]
+            found[name] = peft.read_parts(folder, model, pretrained.open_files(ref))[0]
         pairs = {name: parts["adapter"] for name, parts in found.items()}
         check_stackable(pairs)
         out, wide = {}, np.promote_types(model.dtype, np.float32)

@@ -46,7 +46,7 @@ def load_named(
     params, settings = {"base": pretrained.load_frozen(named.ref, model, mesh, storage)}, None
     if named.adapter:
         pretrained.check_adapter_base(named.adapter, named.ref)
-        params["adapter"], settings = adapters.load_adapter(named.adapter, model, mesh)
+        params["adapter"], settings = adapters.load_adapter(named.adapter, model, mesh, named.ref)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     notes = pretrained.file_notes(named.ref, model)
     stop = stop_tokens(named.ref, model, tokenizer)

@@ -199,10 +199,11 @@ def _with_adapters(
     if all(n.adapter is None for n in named.values()):
         return adapted(model, None), {}, dict.fromkeys(named, BASE)
     folders = {name: n.adapter for name, n in named.items() if n.adapter is not None}
-    loaded = read_adapters(folders, next(iter(named.values())).ref, model)
+    ref = next(iter(named.values())).ref
+    loaded = read_adapters(folders, ref, model)
     if any(map(not_stackable, loaded.values())):
         ((name, folder),) = folders.items()
-        params, settings = adapters.load_adapter(folder, model, mesh)
+        params, settings = adapters.load_adapter(folder, model, mesh, ref)
         return adapted(model, settings), {"adapter": params}, {name: BASE}
     stack = stored_stack(stack_by_row(list(loaded.values())), model.dtype)  # to which matmuls would round it
     stack = adapters.on_every_device(stack, None, mesh)
@@ -225,7 +226,8 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model) -> dict[s
     """
     for folder in folders.values():
         pretrained.check_adapter_base(folder, ref)
-    found = {name: peft.read_adapter(folder, model)[0] for name, folder in folders.items()}
+    files = pretrained.open_files(ref)
+    found = {name: peft.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
     check_stackable(found)
     return found
 

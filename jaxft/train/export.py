@@ -76,7 +76,7 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
     ref, folder, record, _ = named
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     stored = quant_setting(quant, record if folder else None)
-    parts, settings = peft.read_parts(folder, model) if folder else ({}, None)
+    parts, settings = peft.read_parts(folder, model, pretrained.open_files(ref)) if folder else ({}, None)
     if "score" in parts or is_classifier(ref):
         model = heads.with_scalar_head(model)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)

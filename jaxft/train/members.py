@@ -198,7 +198,8 @@ def _check_weights(run: Run, programs: Programs) -> None:
     """
     pretrained.open_params(run.weights, programs.partition.stored.model)
     if run.start and run.adapter is None:
-        read_adapter(adapter_folder(run.start), programs.partition.stored.model)
+        files = pretrained.open_files(run.weights)
+        read_adapter(adapter_folder(run.start), programs.partition.stored.model, files)
     own = HeadSettings(run.adapter, run.start if run.adapter else None)
     check_starts(programs.partition.model, own, run.weights, run.heads)
 

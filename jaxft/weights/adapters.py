@@ -40,7 +40,7 @@ def adapter_folder(start: str) -> Path:
 
 def read_adapter_settings(start: str, model: Model) -> Adapter:
     """Read the settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
-    return peft.read_parts(adapter_folder(start), model)[1]
+    return peft.read_declared(adapter_folder(start), model)[1]
 
 
 def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
@@ -70,11 +70,11 @@ def reward_head_settings(start: str, model: Model) -> HeadSettings:
     return HeadSettings(settings, start, trained=False)
 
 
-def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, Adapter]:
-    """Load a PEFT adapter folder onto the mesh; return it and its settings. Raises ValueError if it does not
-    fit the model.
+def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tuple[Params, Adapter]:
+    """Load a PEFT adapter folder for the base `ref` onto the mesh; return it and its settings. Raises
+    ValueError if it does not fit the model.
     """
-    loaded, settings = peft.read_adapter(folder, model)
+    loaded, settings = peft.read_adapter(folder, model, pretrained.open_files(ref))
     dtype = np.promote_types(model.dtype, np.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
     params = jax.tree.map(

@@ -74,7 +74,8 @@ def check_starts(
             continue
         if adapter_folder(settings.start).is_dir():
             pretrained.check_adapter_base(adapter_folder(settings.start), ref)
-        _load_start(settings, specs, model)
+        folder = _start_folder(settings)
+        _check_start(settings, peft.read_declared(folder, model), specs, model)
 
 
 def _init_parts(
@@ -93,7 +94,7 @@ def _init_parts(
     if settings.weights is not None:
         loaded = _load_classifier(settings.weights, specs, model, mesh)
     if settings.start is not None:
-        loaded = _load_start(settings, specs, model)
+        loaded = _load_start(settings, specs, model, ref)
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
         loaded = _load_head(ref, model)
     if not settings.trained and "score" not in loaded:
@@ -157,8 +158,18 @@ def _tied_head(table: ParamReader) -> ParamReader:
     return replace(table, shape=table.shape[::-1], transposed=True, layout=None)
 
 
-def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> dict[str, Params]:
+def _load_start(
+    settings: HeadSettings, specs: dict[str, Any], model: Model, ref: str | None
+) -> dict[str, Params]:
     """Load the adapter, and the head if there is one, that training starts from."""
+    files = None if ref is None else pretrained.open_files(ref)
+    loaded, found = peft.read_parts(_start_folder(settings), model, files)
+    _check_start(settings, (tuple(loaded), found), specs, model)
+    return loaded
+
+
+def _start_folder(settings: HeadSettings) -> Path:
+    """Return the adapter's folder that training starts from."""
     start = str(settings.start)
     folder = adapter_folder(start)
     if not folder.is_dir():
@@ -166,7 +177,16 @@ def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> 
         raise FileNotFoundError(
             f"{start}: no such folder of a run or an adapter (relative to {Path.cwd()}){hint}"
         )
-    loaded, found = peft.read_parts(folder, model)
+    return folder
+
+
+def _check_start(
+    settings: HeadSettings, declared: tuple[tuple[str, ...], Adapter], specs: dict[str, Any], model: Model
+) -> None:
+    """Raise ValueError if the folder that training starts from has another adapter than the run, or a head
+    that the run lacks. declared: see peft.read_declared.
+    """
+    (parts, found), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)
     ours = settings.adapter
     if ours is None:
@@ -177,12 +197,11 @@ def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> 
         raise ValueError(
             f"{start}: its adapter has {values[0]}, but the run's has {values[1]}; use the folder's settings"
         )
-    if "score" in loaded and "score" not in specs:
+    if "score" in parts and "score" not in specs:
         raise ValueError(
             f"{start}: a reward model's adapter, but this run has no scalar head; use a language model's "
             "adapter"
         )
-    return loaded
 
 
 def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) -> dict[str, Params]:

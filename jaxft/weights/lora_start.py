@@ -36,14 +36,13 @@ from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
 from jaxft.weights.codes import read_correction
+from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
 from jaxft.weights.storage import StoredModel, leaf_shapes
 
 INITIAL_FOLDER = "initial_adapter"
 LOFTQ_ITERATIONS = 5  # of LoftQ, as in the paper
-SMALLEST_VALUE = 1e-30  # of a singular value that is divided by
 
 _Weight = Float[np.ndarray, "I O"]
-_Pair = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
 _Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
 
 
@@ -66,7 +65,7 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     for path, layout in check_ranks(stored.specs["base"], settings, names).items():
         spec, (name, transposed) = base[path], names[path]
         as_stored = _storing(leaf_shapes(spec, stored.storage[f"base/{path}"]))
-        found, most = list[tuple[_Pair, _Pair]](), max(layout.ranks)
+        found, most = list[tuple[FirstPair, FirstPair]](), max(layout.ranks)
         for i, (rank, alpha) in enumerate(zip(*layout, strict=True)):
             if not rank:
                 zeros = np.zeros((spec.shape[-2], most)), np.zeros((most, spec.shape[-1]))
@@ -234,7 +233,7 @@ class _LayerStart(NamedTuple):
     scale: float
     stored: _Stored
 
-    def pairs(self, weight: _Weight) -> tuple[_Pair, _Pair]:
+    def pairs(self, weight: _Weight) -> tuple[FirstPair, FirstPair]:
         """Return ((a, b) at step 0, (a, b) that the base is stored without) of a weight [in, out]."""
         rank, scale, stored = self.rank, self.scale, self.stored
         if self.init == "loftq":
@@ -247,7 +246,7 @@ class _LayerStart(NamedTuple):
         return pair, pair
 
 
-def _correcting(codes: str | None, name: str, scale: float) -> tuple[_Pair, _Pair]:
+def _correcting(codes: str | None, name: str, scale: float) -> tuple[FirstPair, FirstPair]:
     """Return a weight's correction as the pair at step 0, and the pair that the base is stored without: 0."""
     assert codes is not None  # adapter.init=qera needs quant.calibrate
     a, b = read_correction(codes, name)
@@ -255,34 +254,5 @@ def _correcting(codes: str | None, name: str, scale: float) -> tuple[_Pair, _Pai
     return (a / root, b * np.copysign(np.float32(1), scale) / root), (np.zeros_like(a), np.zeros_like(b))
 
 
-def _zero_pair(weight: _Weight, rank: int) -> _Pair:
+def _zero_pair(weight: _Weight, rank: int) -> FirstPair:
     return np.zeros((weight.shape[0], rank), np.float32), np.zeros((rank, weight.shape[1]), np.float32)
-
-
-def principal_pair(weight: _Weight, rank: int, scale: float) -> _Pair:
-    """Return a [in, R], b [R, out] so that `scale a b` has the R largest singular values of a weight.
-
-    Their roots are in both. The vectors are eigenvectors of the smaller Gram matrix, computed in float64.
-    """
-    import scipy.linalg  # not at the top: most runs do not need it
-
-    wide = weight.astype(np.float64)
-    if wide.shape[0] > wide.shape[1]:
-        b, a = principal_pair(weight.T, rank, scale)
-        return a.T, b.T
-    size = wide.shape[0]
-    _, vectors = scipy.linalg.eigh(wide @ wide.T, subset_by_index=[size - rank, size - 1])
-    left = vectors[:, ::-1]
-    right = left.T @ wide  # rows have the singular values as norms
-    values = np.sqrt(np.sum(right**2, 1))
-    root = np.sqrt(values / abs(scale))
-    b = right * (np.copysign(root, scale) / np.maximum(values, SMALLEST_VALUE))[:, None]
-    return (left * root).astype(np.float32), b.astype(np.float32)
-
-
-def qr_pair(weight: _Weight, rank: int, scale: float) -> _Pair:
-    """Return a [in, R], b [R, out]: the first R columns and rows of the QR decomposition of `weight.T`, as in
-    peft, whatever the scale.
-    """
-    q, r = np.linalg.qr(weight.T)
-    return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)

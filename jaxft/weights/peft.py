@@ -5,9 +5,8 @@ adapter_model.safetensors.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from jaxft import tree
@@ -22,6 +21,7 @@ from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, SCORE_MODULES, read_float, read_modules
 from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
+from jaxft.weights.peft_pairs import MAGNITUDE, Pair, read_pair, stack_pairs
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.peft_refusals import (
     MERGE,
@@ -31,10 +31,16 @@ from jaxft.weights.peft_refusals import (
     check_tensor_names,
     read_adapter_config,
 )
+from jaxft.weights.peft_residual import (
+    ReadFirstPair,
+    first_pair_in,
+    no_first_pair,
+    on_unchanged_base,
+    start_of_unconverted,
+)
 from jaxft.weights.peft_tied import check_tied, with_tied_head
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
-MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 SCORE_TENSOR = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
 # Copies of the base's head and embedding that peft adds to an adapter on one of them.
@@ -46,24 +52,16 @@ TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 
 
-class Pair(NamedTuple):
-    """A LoRA pair of one module: a [in, R], b [R, out], alpha; with DoRA magnitude [out]."""
-
-    a: np.ndarray
-    b: np.ndarray
-    alpha: float
-    magnitude: np.ndarray | None = None
-
-
-def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
+def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = None) -> tuple[Params, Adapter]:
     """Read an adapter folder; return its tree of NumPy arrays and its settings.
 
     Modules of different ranks are padded with zeros to the largest rank of any layer; a layer that the
     configuration leaves out gets a zero pair. The copies of the base's weights that peft adds to an adapter
-    on lm_head are not read; see check_base_copies. Raises ValueError for anything but plain LoRA on this
+    on lm_head are not read; see check_base_copies. base: the files of the base, which only unconverted PiSSA
+    and OLoRA adapters need, see peft_residual.py. Raises ValueError for anything but plain LoRA on this
     model's linear layers, and for a reward model's adapter.
     """
-    parts, settings = read_parts(folder, model)
+    parts, settings = read_parts(folder, model, base)
     if "score" in parts:
         raise ValueError(
             f"{folder}: a reward model's adapter, which generates no text; use a language model's adapter"
@@ -71,15 +69,30 @@ def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
     return parts["adapter"], settings
 
 
-def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Adapter]:
+def read_parts(
+    folder: str | Path, model: Model, base: ModelFiles | None = None
+) -> tuple[dict[str, Params], Adapter]:
     """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). Raises ValueError as
-    read_adapter does, and if the head is missing or has several labels.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). base: as in
+    read_adapter. Raises ValueError as read_adapter does, and if the head is missing or has several labels.
     """
-    folder = Path(folder)
+    return _read(Path(folder), model, first_pair_in(base))
+
+
+def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
+    """Check an adapter folder as read_parts does, but without the base; return (names of the parts,
+    settings).
+    """
+    parts, settings = _read(Path(folder), model, no_first_pair)
+    return tuple(parts), settings
+
+
+def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
     config = read_adapter_config(folder)
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
+    unconverted = start_of_unconverted(config)
+    default = default.doubled if unconverted else default
     files = _open_tensors(folder)
     check_tensor_names(files, default.dora)
     specs = spec_paths(model.specs.get("base", model.specs))
@@ -101,16 +114,29 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
         no_rank = np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32)
         empty = Pair(*no_rank, 0.0, np.zeros(shape[-1], np.float32) if default.dora else None)
         pairs = [
-            _read_pair(files, module, (pair_names(path, module), shape[-2:]), config)
+            read_pair(files, module, (pair_names(path, module), shape[-2:]), config)
             if module in found
             else empty
             for module in modules
         ]
+        if unconverted and path != "embed":  # PEFT initialises a pair of the table as LoRA's
+            names = (folder / "adapter_config.json", unconverted)
+            if path not in specs:
+                raise ValueError(
+                    f"{names[0]}: init_lora_weights={unconverted!r} with a LoRA pair of lm_head, which is "
+                    f"tied to the embeddings of this model: PEFT has changed both; {MERGE}"
+                )
+            pairs = [
+                on_unchanged_base(pair, (*names, f"{module}.weight"), default, first_pair)
+                if pair.rank
+                else pair
+                for module, pair in zip(modules, pairs, strict=True)
+            ]
         adapted += found
         used |= {one for module in found for one in pair_names(path, module)}
         used |= {f"{PREFIX}{module}.{MAGNITUDE}" for module in found if default.dora}
-        put_node(adapter, path, _stack(pairs, default, stacked="{i}" in name))
-        layouts[path] = PairRanks(tuple(p.a.shape[1] for p in pairs), tuple(p.alpha for p in pairs))
+        put_node(adapter, path, stack_pairs(pairs, default, stacked="{i}" in name))
+        layouts[path] = PairRanks(tuple(p.rank for p in pairs), tuple(p.alpha for p in pairs))
         formats[path] = name
     parts: dict[str, Params] = {"adapter": adapter}
     if has_head:
@@ -162,7 +188,8 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     """Raise ValueError if an adapter on lm_head has copies of other weights than the base's.
 
     peft saves the head and the embedding with such an adapter, and puts them in the place of the base's. They
-    are equal if rounding one to the other's dtype makes them so; those of a quantised base are not compared.
+    are equal if rounding one to the other's dtype makes them so; those of a quantised base are not compared,
+    nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD[0] if HEAD[0] in base.shapes else EMBEDDING
@@ -172,6 +199,8 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     for copied in BASE_COPIES:
         name = head if copied in HEAD_COPIES else EMBEDDING
         if copied not in files.shapes or name in base.quantised or name not in base.shapes:
+            continue
+        if start_of_unconverted(config) and copied in HEAD_COPIES:
             continue
         if saved and copied.removesuffix(".weight").endswith(saved):  # trained
             continue
@@ -309,68 +338,3 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
-
-
-def _read_pair(
-    files: SafetensorsFiles,
-    module: str,
-    tensors: tuple[tuple[str, str], tuple[int, ...]],
-    config: dict[str, Any],
-) -> Pair:
-    """Read the pair of a module. tensors: their names, and the shape [in, out] of the module's weight."""
-    names, shape = tensors
-    arrays = []
-    for name in names:
-        if name not in files.shapes:
-            raise ValueError(f"{files.where}: tensor {name} is missing")
-        if len(files.shapes[name]) != 2:
-            raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected two dimensions")
-        arrays.append(read_float(files, name).T)
-    a, b = arrays
-    rank = _matching(config, "rank_pattern", module, config["r"])
-    if a.shape != (shape[0], rank) or b.shape != (rank, shape[1]):
-        raise ValueError(
-            f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
-            f"rank {rank} on this model needs {(rank, shape[0])} and {(shape[1], rank)}"
-        )
-    alpha = float(_matching(config, "alpha_pattern", module, config["lora_alpha"]))
-    return Pair(a, b, alpha, _read_magnitude(files, module, shape[1]) if config.get("use_dora") else None)
-
-
-def _read_magnitude(files: SafetensorsFiles, module: str, outs: int) -> np.ndarray:
-    name = f"{PREFIX}{module}.{MAGNITUDE}"
-    if name not in files.shapes:
-        raise ValueError(f"{files.where}: tensor {name} is missing, and the configuration has use_dora=true")
-    if files.shapes[name] != (outs,):
-        raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected {(outs,)}")
-    return read_float(files, name)
-
-
-def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """Apply PEFT's rule: the first pattern that matches the end of the module's name after a dot, or the
-    whole name.
-    """
-    for pattern, value in (config.get(key) or {}).items():
-        if tree.regex(rf"(.*\.)?({pattern})", key).fullmatch(module):
-            return value
-    return default
-
-
-def _stack(pairs: list[Pair], settings: Adapter, stacked: bool) -> dict[str, np.ndarray]:
-    """Stack pairs to leaves [L, in, R], [L, R, out], [L], zero-padded to the largest rank; without layers the
-    only pair.
-    """
-    ranks = [p.a.shape[1] for p in pairs]
-    rank = max(ranks)
-    dtypes = {pair.a.dtype for pair in pairs}
-    dtype = np.result_type(np.float32) if len(dtypes) > 1 else pairs[0].a.dtype
-    a = np.stack([np.pad(p.a, ((0, 0), (0, rank - p.a.shape[1]))).astype(dtype) for p in pairs])
-    b = np.stack([np.pad(p.b, ((0, rank - p.b.shape[0]), (0, 0))).astype(dtype) for p in pairs])
-    scales = [
-        settings.scale_of(r, p.alpha) if r else settings.scale for r, p in zip(ranks, pairs, strict=True)
-    ]
-    scale = np.array(scales, np.float32)
-    leaves = {"a": a, "b": b, "scale": scale}
-    magnitudes = [p.magnitude for p in pairs if p.magnitude is not None]
-    leaves |= {"magnitude": np.stack(magnitudes).astype(dtype)} if magnitudes else {}
-    return leaves if stacked else jax.tree.map(lambda x: x[0], leaves)

@@ -22,7 +22,7 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "ensure_weight_tying": (False, True, None),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora"),
 }
 # Fields that are read elsewhere, or that do not change what a trained adapter computes.
 OTHERS = (
@@ -32,8 +32,8 @@ OTHERS = (
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
 )  # fmt: skip
-# Initialisations that subtract the first pair from the base's weights.
-CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
+# Initialisations that change the base by a first pair which does not follow from the base alone.
+UNKNOWN_START = ("pissa_niter", "corda", "lora_ga")
 CONVERT = (
     "the adapter belongs to weights that its initialisation has changed; write it as plain LoRA with peft: "
     "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
@@ -69,7 +69,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, for a configuration of anything but plain LoRA."""
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+    if isinstance(start, str) and start.startswith(UNKNOWN_START):
         raise ValueError(f"{where}: init_lora_weights={start!r}: {CONVERT}")
     if start == "loftq":
         raise ValueError(f"{where}: init_lora_weights={start!r}: {QUANTISED_BASE}")

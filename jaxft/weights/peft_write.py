@@ -16,8 +16,9 @@ from jaxft.nn.replaced import is_replacement
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.gather import layer_on_host
-from jaxft.weights.peft import MAGNITUDE, SCORE_TENSOR, SEQ_CLS, adaptable_weight_names, pair_names
+from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS, adaptable_weight_names, pair_names
 from jaxft.weights.peft_modules import ONLY_TOKENS, module_fields, module_tensors
+from jaxft.weights.peft_pairs import MAGNITUDE
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 

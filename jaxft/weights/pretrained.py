@@ -286,7 +286,7 @@ def load_base(
     files = open_files(ref)
     if adapter is not None:
         peft.check_base_copies(adapter, files)
-        found, settings = peft.read_adapter(adapter, stored.model)
+        found, settings = peft.read_adapter(adapter, stored.model, files)
         files = merge.merge_on_read(files, stored.model, found, settings.trainable_token_indices)
     if without is not None:
         negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)

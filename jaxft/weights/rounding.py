@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
+from jaxft.weights.first_pairs import principal_pair
 from jaxft.weights.gptq import (
     InverseFactor,
     damped,
@@ -30,7 +31,6 @@ from jaxft.weights.gptq import (
     rounding_block,
     with_codes,
 )
-from jaxft.weights.lora_start import principal_pair
 
 FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # of the plain scale of a block
 ROUNDS = 2  # of coordinate descent on codes and scales

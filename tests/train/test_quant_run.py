@@ -135,7 +135,7 @@ def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
     ref, adapter, record = runfolder.trained_weights(run)
     model = pretrained.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
-    loaded, settings = adapters.load_adapter(adapter, model, mesh)
+    loaded, settings = adapters.load_adapter(adapter, model, mesh, ref)
     quantised = {
         "base": pretrained.load_frozen(ref, model, mesh, Quant(**record["quant"])),
         "adapter": loaded,
