@@ -9,24 +9,25 @@ from typing import Any
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, attach
 from jaxft.nn.lora_rows import attach_rows
-from jaxft.nn.lora_specs import adapter_specs, pair_layouts
+from jaxft.nn.lora_specs import adapter_specs
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
     """Return the model over {"base", "adapter", **heads}. Without "adapter" in the parameters it is the base
     model.
 
-    Raises ValueError if the adapter targets the language model head of a model with a scalar head, or trains
-    only rows of tokens there.
+    Parameters that heads.view returns have the adapter of that critic or reward model, with its dropout and
+    its tokens. Raises ValueError if the adapter includes the language model head of a model with a scalar
+    head.
     """
-    dropout = settings.dropout if settings else 0.0
-    token_ids = settings.trainable_token_indices if settings else ()
+
+    def attached(params: Any) -> Any:
+        own = model.head_adapters.get(params["viewed"].name, settings) if "viewed" in params else settings
+        dropout, token_ids = (own.dropout, own.trainable_token_indices) if own else (0.0, ())
+        return attach(params["base"], params.get("adapter"), dropout, token_ids)
 
     def on_whole(fn: Callable) -> Callable:
-        def call(params: Any, *rest: Any, **kw: Any) -> Any:
-            return fn(attach(params["base"], params.get("adapter"), dropout, token_ids), *rest, **kw)
-
-        return call
+        return lambda params, *rest, **kw: fn(attached(params), *rest, **kw)
 
     specs = {"base": model.specs}
     if settings:
@@ -35,11 +36,6 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
             raise ValueError(
                 "adapter.targets or adapter.modules_to_save includes the language model head, but this model "
                 "has a scalar head instead; remove it from them"
-            )
-        if "score" in model.heads and not pair_layouts(model.specs, settings, model.weight_names):
-            raise ValueError(
-                "adapter.targets is empty: PEFT has no adapter of rows of tokens and a score head alone; "
-                "name targets"
             )
     specs |= model.heads
     return replace(

@@ -19,7 +19,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.nn.products import accumulation_dtype
-from jaxft.tree import Params
+from jaxft.tree import Params, static, struct
 
 SCORE = ("score.weight", True)  # its name in a checkpoint
 INIT = normal(0.02)  # transformers' initialisation of a new head
@@ -114,15 +114,18 @@ def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
             "another one"
         )
     specs = {name: _specs(model, settings) for name, settings in heads.items()}
-    return replace(model, heads={**model.heads, **specs}, scores=scores)
+    adapters = {name: settings.adapter for name, settings in heads.items() if settings.adapter}
+    return replace(model, heads={**model.heads, **specs}, head_adapters=adapters, scores=scores)
 
 
 def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
     specs: dict[str, Any] = {}
-    if settings.adapter:
-        specs["adapter"] = adapter_specs(model.specs, settings.adapter, model.weight_names)
+    base = {name: spec for name, spec in model.specs.items() if name != "head"}
+    if settings.adapter:  # rows of tokens in a head mean nothing here
+        of_table = replace(settings.adapter, token_head=True)
+        specs["adapter"] = adapter_specs(base, of_table, model.weight_names)
     if settings.weights is not None:
-        specs["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
+        specs["base"] = base
     if "head" in specs.get("adapter", ()):
         raise ValueError(
             "the adapter of a model with a scalar head cannot target the language model head; remove 'head' "
@@ -131,11 +134,18 @@ def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
     return {**specs, "score": head_spec(model)}
 
 
+@struct
+class Viewed:
+    """The name of the critic or reward model whose parameters a tree has. It has no leaves."""
+
+    name: str = static()
+
+
 def view(params: Params, name: str) -> Params:
     """Return the parameters of the critic or reward model `name`: its own, and the shared base unless it has
-    a base of its own.
+    a base of its own. "viewed" names it, so that the run's model attaches its adapter as its settings say.
     """
-    return {"base": params["base"], **params[name]}
+    return {"base": params["base"], **params[name], "viewed": Viewed(name)}
 
 
 def as_checkpoint(model: Model) -> Model:

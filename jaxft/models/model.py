@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxft.nn.cache import Cache
 from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Specs, is_spec, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import RematPolicy, check_remat
@@ -90,6 +91,7 @@ class Model:
     forward_flops(tokens, context) -> floating point operations of a forward pass, with attention over
         `context` keys.
     heads: ParamSpecs in addition to base and adapter: scalar heads, and models that share the base.
+    head_adapters: settings of the adapters of models that share the base, by name in `heads`.
     scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`; raises
         ValueError if there is none.
     generates: whether it generates text; if not, head, logits, prefill and decode raise ValueError.
@@ -111,6 +113,7 @@ class Model:
     empty_cache: Callable[..., Cache]
     forward_flops: Callable[[int, int], float]
     heads: dict[str, Any] = field(default_factory=dict)
+    head_adapters: dict[str, Adapter] = field(default_factory=dict)
     scores: Callable[[Params, Array], Array] = no_scalar_head
     generates: bool = True
 

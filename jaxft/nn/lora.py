@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.nn import dora, replaced
-from jaxft.nn.lora_patterns import is_name
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
 from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize
 from jaxft.tree import Params, static, struct
@@ -47,9 +47,9 @@ class Adapter:
     that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
 
     Trained in full in addition, and saved with the adapter: modules_to_save, modules such as "lm_head",
-    "embed_tokens", "norm" or "mlp"; bias, the biases of all or of the adapted layers;
-    trainable_token_indices, the rows of these tokens in the embedding table, with token_head also in a head
-    of its own (a tied head has the same rows).
+    "embed_tokens", "norm" or "mlp" ("score", the head of a reward model, always is); bias, the biases of all
+    or of the adapted layers; trainable_token_indices, the rows of these tokens in the embedding table, with
+    token_head also in a head of its own (a tied head has the same rows). With them, targets may be empty.
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
@@ -141,7 +141,8 @@ class Adapter:
     @property
     def replaces_weights(self) -> bool:
         """Whether parameters of the base are trained in full, beside the pairs."""
-        return bool(self.modules_to_save or self.trainable_token_indices or self.bias != "none")
+        saved = set(self.modules_to_save) - set(SCORE_MODULES)
+        return bool(saved or self.trainable_token_indices or self.bias != "none")
 
     @property
     def highest_rank(self) -> int:

@@ -12,6 +12,7 @@ from jaxft import tree
 ModuleNames = tuple[str, ...]
 TensorNames = Mapping[str, tuple[str, bool]]  # see models.model.Model.weight_names
 HEAD_MODULE = "lm_head"
+SCORE_MODULES = ("score", "classifier")  # heads of sequence classifiers; peft always trains both
 
 
 def module_format(path: str, names: TensorNames) -> str:

@@ -38,13 +38,9 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
     nothing, or everything.
     """
     base = spec_paths(specs)
-    if not settings.targets and settings.trainable_token_indices and not settings.modules_to_save:
-        if settings.bias != "none":
-            raise ValueError(
-                f"adapter.bias={settings.bias} needs adapter.targets: PEFT has no adapter of rows of tokens "
-                "and biases alone; set adapter.bias=none or name targets"
-            )
-        return {}  # trainable tokens only
+    if not settings.targets and settings.replaces_weights:
+        _check_no_pairs(settings)
+        return {}
     saved = replaced.saved_paths(base, settings.modules_to_save, names)
     targets = target_paths(specs, settings.targets)
     is_list = isinstance(settings.targets, tuple) or is_name(settings.targets)
@@ -91,6 +87,20 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
         found = [pairs.get((path, layer), (0, 0.0)) for layer in range(count)]
         layouts[path] = PairRanks(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
     return layouts
+
+
+def _check_no_pairs(settings: Adapter) -> None:
+    """Raise ValueError for settings of pairs in an adapter without any."""
+    given = {
+        "rank_pattern": bool(settings.rank_pattern),
+        "alpha_pattern": bool(settings.alpha_pattern),
+        "exclude_modules": bool(settings.exclude_modules),
+        "layers_to_transform": settings.layers_to_transform is not None,
+        "dora": settings.dora,
+    }
+    if any(given.values()):
+        named = next(name for name, is_given in given.items() if is_given)
+        raise ValueError(f"adapter.{named} has no effect without adapter.targets; leave it out, or name some")
 
 
 def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleNames]) -> None:
@@ -184,8 +194,8 @@ def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = N
         ids = settings.trainable_token_indices
         if not settings.token_head and "head" not in base:
             raise ValueError(
-                "adapter.token_head=false: this model's head is tied to its embeddings and has the same "
-                "rows; leave it out"
+                "adapter.token_head=false: this model has no head of its own (it is tied to its embeddings, "
+                "or a score head is in its place); leave it out"
             )
         nodes |= replaced.token_specs(base, ids, settings.token_head and "head" not in saved, nodes)
     out: dict[str, Any] = {}

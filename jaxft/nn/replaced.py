@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.lora_patterns import TensorNames, is_saved, module_format, module_names
+from jaxft.nn.lora_patterns import SCORE_MODULES, TensorNames, is_saved, module_format, module_names
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.tree import static, struct
 
@@ -79,12 +79,14 @@ def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: Te
     """Return the paths of the parameters of the modules that modules_to_save names.
 
     As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm" all norms), with the
-    modules in it ("mlp"). The end of a path's name after a dot does as well. Raises ValueError for a name
-    that selects nothing, or only some layers.
+    modules in it ("mlp"). The end of a path's name after a dot does as well. A score head, which is no part
+    of the base, may be named too. Raises ValueError for a name that selects nothing, or only some layers.
     """
     formats = {path: module_format(path, names) for path in dict.fromkeys([*base, "head"])}
     selected: set[str] = set()
     for one in modules:
+        if one in SCORE_MODULES and "score" in names:
+            continue
         hits = set()
         for path, name in formats.items():
             count = base[path].shape[0] if "{i}" in name else None

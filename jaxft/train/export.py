@@ -265,6 +265,7 @@ def export_run(
         return out
     token_ids = run.adapter.trainable_token_indices if run.adapter else ()
     base = merge_params(params["base"], params.get("adapter"), run.model.dtype, token_ids)
-    base |= {"score": params["score"]} if "score" in params else {}
+    if "score" in params:  # of a scorer, which has no head that could be tied to the table
+        base = {**{name: x for name, x in base.items() if name != "head"}, "score": params["score"]}
     hf_write.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
     return folder / "model"

@@ -21,7 +21,7 @@ from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
 from jaxft.weights import pretrained
-from jaxft.weights.adapters import base_differences, untying_notes
+from jaxft.weights.adapters import base_differences, left_out_notes, untying_notes
 from jaxft.weights.extend import extension_notes
 from jaxft.weights.stop_tokens import stop_lines
 
@@ -164,6 +164,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines += early_end_lines(job)
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
     lines += untying_notes(lead.run.model, lead.run.adapter)
+    lines += left_out_notes(lead.run.model, lead.run.start)
     lines += extension_notes(lead.run.weights)
     for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):
         if start:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_patterns import SCORE_MODULES
 from jaxft.weights import hub
 
 VLLM_RANK = 16  # the default of its --max-lora-rank
@@ -32,7 +33,7 @@ def loading_notes(settings: Adapter, tied: bool, folder: Path, ref: str) -> list
     merge = f"{export} --out merged"
     replaced = {
         "DoRA": settings.dora,
-        "modules_to_save": bool(settings.modules_to_save),
+        "modules_to_save": bool(set(settings.modules_to_save) - set(SCORE_MODULES)),
         "biases": settings.bias != "none",
     }
     rows = {"trainable tokens": bool(settings.trainable_token_indices)}

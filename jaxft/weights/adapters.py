@@ -103,6 +103,18 @@ def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
     ]
 
 
+def left_out_notes(model: Model, start: str | None) -> list[str]:
+    """Return a line if a run of a model with a scalar head starts from an adapter that trained the language
+    model head, else nothing.
+    """
+    if model.generates or start is None or not peft.has_language_head(adapter_folder(start)):
+        return []
+    return [
+        f"the adapter in {start} trained the language model head, which is left out: this run's model has a "
+        "score head in its place"
+    ]
+
+
 @dataclass(frozen=True)
 class NewAdapter:
     """An adapter to be written: arrays, settings, and the base `ref` that it is for. description: for its

@@ -377,5 +377,6 @@ def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable:
             raise ValueError(
                 f"{ref}: its new tokens {', '.join(new)} have untrained rows in the "
                 f"{'head' if path == 'head' else 'embedding table'}, which this run does not train; set "
-                f"adapter.trainable_token_indices={ids}, or adapter.modules_to_save=embed_tokens,lm_head"
+                f"adapter.trainable_token_indices={ids}, or adapter.modules_to_save=embed_tokens"
+                f"{',lm_head' if model.generates else ''}"
             )

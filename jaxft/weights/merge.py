@@ -83,7 +83,7 @@ def merge_files(
     check_tensors(files, model)
     pairs = lora.pairs_by_path(adapter)
     shapes = {path: spec.shape for path, spec in spec_paths(model.specs).items()}
-    if replaced.unties(pairs) and "head" not in shapes:
+    if replaced.unties(pairs) and "head" not in shapes and model.generates:
         shapes["head"] = shapes["embed"][::-1]
     leaves = {}
     for path, shape in shapes.items():

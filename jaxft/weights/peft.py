@@ -13,13 +13,14 @@ from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.models.text_part import text_tensor
 from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_patterns import HEAD_MODULE, SCORE_MODULES
 from jaxft.nn.lora_specs import PairRanks
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, SCORE_MODULES, read_float, read_modules
+from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, read_float, read_modules, without_head
 from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
 from jaxft.weights.peft_pairs import MAGNITUDE, Pair, read_pair, stack_pairs
 from jaxft.weights.peft_patterns import find_patterns
@@ -74,8 +75,10 @@ def read_parts(
 ) -> tuple[dict[str, Params], Adapter]:
     """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). base: as in
-    read_adapter. Raises ValueError as read_adapter does, and if the head is missing or has several labels.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). What the adapter has
+    for the language model head is left out if `model` has a scalar head in its place. base: as in
+    read_adapter. Raises ValueError as read_adapter does, and if the scalar head is missing or has several
+    labels.
     """
     return _read(Path(folder), model, first_pair_in(base))
 
@@ -96,7 +99,9 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
     files = _open_tensors(folder)
     check_tensor_names(files, default.dora)
     specs = spec_paths(model.specs.get("base", model.specs))
-    if config.get("ensure_weight_tying") and "head" not in specs:
+    if has_head or not model.generates:
+        config, files = without_head(config, files)
+    elif config.get("ensure_weight_tying") and "head" not in specs:
         config = with_tied_head(config)
         check_tied(files)
     adapter: dict[str, Any] = {}
@@ -179,6 +184,13 @@ def with_patterns(default: Adapter, layouts: dict[str, PairRanks], formats: dict
     )
 
 
+def has_language_head(folder: Path) -> bool:
+    """Whether an adapter trains the language model head: a pair of it, its weight or rows of it."""
+    saved = read_adapter_config(folder).get("modules_to_save") or ()
+    names = [name for name in _open_tensors(folder).shapes if name.startswith(f"{PREFIX}{HEAD_MODULE}.")]
+    return any(name not in HEAD_COPIES or HEAD_MODULE in saved for name in names)
+
+
 def has_base_copies(folder: Path) -> bool:
     """Whether an adapter's files have copies of the base's head or embedding."""
     return any(name in _open_tensors(folder).shapes for name in BASE_COPIES)
@@ -225,9 +237,9 @@ def _equal_rounded(a: np.ndarray, b: np.ndarray) -> bool:
 
 def adaptable_weight_names(model: Model) -> dict[str, str]:
     """Return the Hugging Face names of the weights that may have a pair, by path: linear layers, the table,
-    and the head, also a tied one.
+    and the head of a language model, also a tied one.
     """
-    names = {"head": HEAD, **model.weight_names}
+    names = {**({"head": HEAD} if model.generates else {}), **model.weight_names}
     return {
         path: name
         for path, (name, transposed) in names.items()

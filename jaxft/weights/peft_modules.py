@@ -10,20 +10,20 @@ import numpy as np
 
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_patterns import is_saved, module_format
-from jaxft.nn.param import spec_paths
+from jaxft.nn.lora_patterns import HEAD_MODULE, SCORE_MODULES, is_saved, module_format
+from jaxft.nn.param import ParamSpec, spec_paths
 from jaxft.nn.replaced import base_spec
 from jaxft.weights import finite
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import HEAD
-from jaxft.weights.peft_names import PREFIX
+from jaxft.weights.peft_names import PREFIX, renamed
 from jaxft.weights.peft_refusals import MERGE
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
 
-SCORE_MODULES = ("score", "classifier")  # heads of a sequence classifier; peft names both by default
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs
 ONLY_TOKEN_ROWS = "trainable_tokens_delta"
+NO_TARGETS = "dummy-target-modules"  # peft's target_modules of an adapter without pairs
 
 
 class Modules(NamedTuple):
@@ -47,7 +47,7 @@ def read_modules(
     nodes: dict[str, dict[str, np.ndarray]] = {}
     used: set[str] = set()
     base = spec_paths(model.specs.get("base", model.specs))
-    formats = {path: module_format(path, model.weight_names) for path in dict.fromkeys([*base, "head"])}
+    formats = _module_formats(base, model)
     saved = [one for one in config.get("modules_to_save") or [] if one not in SCORE_MODULES]
     biases = config.get("bias", "none")
     settings: dict[str, Any] = {}
@@ -88,6 +88,34 @@ def read_modules(
     tokens = _read_tokens(where, config, files, model)
     nodes |= tokens.nodes
     return Modules(nodes, settings | tokens.settings, used | tokens.used)
+
+
+def _module_formats(base: Mapping[str, ParamSpec], model: Model) -> dict[str, str]:
+    """Return the Hugging Face name of each parameter's module by path, with {i} for the layer; also of a tied
+    head.
+    """
+    paths = dict.fromkeys([*base, *(["head"] if model.generates else [])])
+    return {path: module_format(path, model.weight_names) for path in paths}
+
+
+def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[str, Any], SafetensorsFiles]:
+    """Return an adapter's configuration and tensors without those of the language model head, for a model
+    with a scalar head in its place.
+    """
+
+    def others(names: Any) -> Any:
+        return [one for one in names if not _is_head(one)] if isinstance(names, list) else names
+
+    fields = {key: others(config[key]) for key in ("modules_to_save", "target_modules") if key in config}
+    tokens = config.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        fields["trainable_token_indices"] = {key: ids for key, ids in tokens.items() if not _is_head(key)}
+    kept = {name: name for name in files.shapes if not name.startswith(f"{PREFIX}{HEAD_MODULE}.")}
+    return {**config, **fields}, renamed(files, kept)
+
+
+def _is_head(name: Any) -> bool:
+    return isinstance(name, str) and name.rpartition(".")[2] == HEAD_MODULE
 
 
 def _check_biases(where: Path, files: SafetensorsFiles, biases: str, names: list[str]) -> None:
@@ -183,18 +211,18 @@ def read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 
 def module_tensors(
-    nodes: Mapping[str, dict[str, Any]], model: Model, adapted: Collection[str]
+    nodes: Mapping[str, dict[str, Any]], model: Model, adapted: Collection[str], only_tokens: bool
 ) -> list[TensorToWrite]:
     """Return the tensors of replaced parameters and rows.
 
     adapted: names of the modules that have a pair, such as model.layers.0.self_attn.q_proj, whose biases peft
-    names after the layer that it wraps.
+    names after the layer that it wraps. only_tokens: for PEFT's type of adapters with rows of tokens alone.
     """
     tensors = []
     for path, node in nodes.items():
         name, transposed = model.weight_names.get(path, HEAD)
         if "rows" in node:
-            end = TOKEN_ROWS if adapted else ONLY_TOKEN_ROWS
+            end = ONLY_TOKEN_ROWS if only_tokens else TOKEN_ROWS
             rows = node["rows"]
             tensors.append(
                 TensorToWrite(
@@ -244,12 +272,8 @@ def module_list(saved: set[str], model: Model) -> list[str]:
     """
     base = spec_paths(model.specs.get("base", model.specs))
     modules = {
-        path: [
-            module_format(path, model.weight_names).format(i=i) for i in range(base_spec(base, path).shape[0])
-        ]
-        if "{i}" in module_format(path, model.weight_names)
-        else [module_format(path, model.weight_names)]
-        for path in dict.fromkeys([*base, "head"])
+        path: [name.format(i=i) for i in range(base[path].shape[0] if "{i}" in name else 1)]
+        for path, name in _module_formats(base, model).items()
     }
     wanted = {name for path in saved for name in modules[path]}
     everything = {name for names in modules.values() for name in names}

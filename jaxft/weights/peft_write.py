@@ -17,7 +17,7 @@ from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS, adaptable_weight_names, pair_names
-from jaxft.weights.peft_modules import ONLY_TOKENS, module_fields, module_tensors
+from jaxft.weights.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
 from jaxft.weights.peft_pairs import MAGNITUDE
 from jaxft.weights.peft_patterns import find_patterns
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
@@ -56,7 +56,8 @@ def save_adapter(
     patterns = find_patterns(
         layouts, formats, settings.rank, settings.alpha, full_names=hf.is_multimodal(model, base_ref)
     )
-    tensors += module_tensors(nodes, model, adapted)
+    only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())
+    tensors += module_tensors(nodes, model, adapted, only_tokens)
     if score is not None:
         tensors.append(
             TensorToWrite(
@@ -78,7 +79,7 @@ def save_adapter(
         "r": settings.rank,
         "lora_alpha": _whole(settings.alpha),
         "lora_dropout": settings.dropout,
-        "target_modules": list(patterns.targets),
+        "target_modules": list(patterns.targets) or NO_TARGETS,
         "bias": fields["bias"],
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -95,7 +96,7 @@ def save_adapter(
     }
     if "trainable_token_indices" in fields:
         config["trainable_token_indices"] = fields["trainable_token_indices"]
-        if not pairs:
+        if only_tokens:
             config = _only_tokens(config, with_head="head" in nodes)
     sync.exchange_first(
         sync.gather_texts, lambda: write_model_json(folder / "adapter_config.json", config, sort=True)

@@ -315,6 +315,26 @@ def test_each_head_on_a_base_equals_the_one_alone(x64):
     assert np.abs(h - model.hidden(whole, batch)).max() > 1e-3
 
 
+def test_a_head_on_a_base_replaces_the_rows_of_its_own_tokens(x64):
+    base, batch = llama(CONFIG, jnp.float64), jax.tree.map(jnp.asarray, laid(random_pairs(4)))
+    counts = np.bincount(np.asarray(batch.ids).ravel(), minlength=CONFIG.vocab)
+    one, other, third = (int(i) for i in np.argsort(-counts)[:3])
+    policy = Adapter(rank=2, targets=("q",), trainable_token_indices=(one, other))
+    own = Adapter(targets=(), trainable_token_indices=(third,))
+    scorers = {"critic": HeadSettings(own), "value": HeadSettings()}
+    model = adapted(heads.with_heads(base, scorers), policy)
+    with jax.numpy_dtype_promotion("standard"):
+        whole = param.init_params(model.specs, jax.random.key(0), jnp.float64)
+    row = whole["critic"]["adapter"]["embed"]["rows"]
+    table = whole["base"]["embed"].at[third].set(row[0])
+    found = model.hidden(heads.view(whole, "critic"), batch)
+    np.testing.assert_array_equal(found, base.hidden({**whole["base"], "embed": table}, batch))
+    plain = base.hidden(whole["base"], batch)
+    np.testing.assert_array_equal(model.hidden(heads.view(whole, "value"), batch), plain)
+    assert min(np.abs(model.hidden(whole, batch) - x).max() for x in (found, plain)) > 1e-3
+    assert np.abs(found - plain).max() > 1e-3
+
+
 def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
     model = llama(CONFIG, jnp.float32)
     with pytest.raises(ValueError, match="a head cannot be named 'base', because the run's parameters"):
@@ -323,11 +343,13 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
         heads.with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})
     with pytest.raises(ValueError, match="adapter.modules_to_save includes the language model head"):
         adapted(heads.with_scalar_head(model), Adapter(targets=("q", "head")))
+    with pytest.raises(ValueError, match="'score' is not a module of this model"):
+        adapted(model, Adapter(modules_to_save=("score",)))
     tokens = Adapter(targets=(), trainable_token_indices=(1,))
-    with pytest.raises(ValueError, match="rows of tokens and a score head alone; name targets"):
-        adapted(heads.with_scalar_head(model), tokens)
-    with pytest.raises(ValueError, match="adapter.bias=all needs adapter.targets"):
-        adapted(model, replace(tokens, bias="all"))
+    with pytest.raises(ValueError, match="adapter.rank_pattern has no effect without adapter.targets"):
+        adapted(model, replace(tokens, rank_pattern=(("q", 2),)))
+    with pytest.raises(ValueError, match="adapter.token_head=false: this model has no head of its own"):
+        adapted(heads.with_scalar_head(model), replace(tokens, token_head=False))
     with pytest.raises(ValueError, match="a scalar head in place of the language model head"):
         heads.with_scalar_head(model).logits({}, None)
 

@@ -238,7 +238,6 @@ OWN_BASE = "changes the base, which critic shares"
 REFUSED = {
     ("modules_to_save", "reward"): SCALAR_HEAD,
     ("tied head", "reward"): SCALAR_HEAD,
-    ("tokens", "reward"): "no adapter of rows of tokens and a score head alone",
     **{(kind, "ppo"): OWN_BASE for kind in RESIDUAL if kind != "QERA"},
 }
 
