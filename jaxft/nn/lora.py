@@ -266,9 +266,8 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
 
     def stack(*leaves: jax.Array) -> jax.Array:
         shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
-        return jnp.stack(
-            [jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)]) for x in leaves]
-        )
+        widths = [[(0, n - m) for m, n in zip(x.shape, shape, strict=True)] for x in leaves]
+        return jnp.stack([jnp.pad(x, width) if width else x for x, width in zip(leaves, widths, strict=True)])
 
     return jax.tree.map(stack, *adapters)
 

@@ -106,12 +106,12 @@ def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[
     def others(names: Any) -> Any:
         return [one for one in names if not _is_head(one)] if isinstance(names, list) else names
 
-    fields = {key: others(config[key]) for key in ("modules_to_save", "target_modules") if key in config}
+    fields = {key: others(config.get(key)) for key in ("modules_to_save", "target_modules")}
     tokens = config.get("trainable_token_indices")
     if isinstance(tokens, dict):
-        fields["trainable_token_indices"] = {key: ids for key, ids in tokens.items() if not _is_head(key)}
+        tokens = {key: ids for key, ids in tokens.items() if not _is_head(key)}
     kept = {name: name for name in files.shapes if not name.startswith(f"{PREFIX}{HEAD_MODULE}.")}
-    return {**config, **fields}, renamed(files, kept)
+    return {**config, **fields, "trainable_token_indices": tokens}, renamed(files, kept)
 
 
 def _is_head(name: Any) -> bool:

@@ -129,6 +129,7 @@ def test_a_forward_pass_with_adapters_of_several_ranks_equals_one_pass_per_adapt
 def test_adapters_are_recovered_from_their_stack():
     base = llama(CONFIG, jnp.float64)
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]
+    adapters = [{**x, "embed": {"scale": jnp.asarray(k / 3)}} for k, x in enumerate(adapters)]  # no layers
     stack = lora.stack_adapters(adapters)
     assert {x.shape[0] for x in jax.tree.leaves(stack)} == {3} and stack["layers"]["attn"]["q"]["a"].shape[
         -1
