@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from jaxft.models.heads import shares_base
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, attach
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, attach
 from jaxft.nn.lora_rows import attach_rows
 from jaxft.nn.lora_specs import adapter_specs
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
-    """Return the model over {"base", "adapter", **heads}. Without "adapter" in the parameters it is the base
-    model.
+    """Return the model over {"base", "adapter", **heads}, with "initial_adapter" if the adapter changes the
+    base and heads share it (see models/heads.py). Without "adapter" in the parameters it is the base model.
 
     Parameters that heads.view returns have the adapter of that critic or reward model, with its dropout and
     its tokens. Raises ValueError if the adapter includes the language model head of a model with a scalar
@@ -37,6 +38,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
                 "adapter.targets or adapter.modules_to_save includes the language model head, but this model "
                 "has a scalar head instead; remove it from them"
             )
+        if settings.changes_base and any(shares_base(head) for head in model.heads.values()):
+            specs[INITIAL_ADAPTER] = specs["adapter"]
     specs |= model.heads
     return replace(
         model,

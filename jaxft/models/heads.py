@@ -4,6 +4,10 @@ A head is a leaf "score" [D, 1] without bias, which is score.weight [1, D] in Hu
 one label. The parameters of a reward model in training are {"base", "adapter", "score"}. A policy's run can
 have further models on the same base, each with its adapter and head under its name: {"base", "adapter",
 "critic": {"adapter", "score"}}. `view` returns the parameters of one of them.
+
+If the policy's adapter changes the base (PiSSA, OLoRA, LoftQ, QERA), these models see that base together with
+the adapter as it is at step 0, "initial_adapter", which is frozen: with the residual base alone they would
+compute something else.
 """
 
 from collections.abc import Mapping
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.nn.products import accumulation_dtype
@@ -107,7 +111,7 @@ def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
     """
     if not heads:
         return model
-    taken = {"base", "adapter", *model.heads} & heads.keys()
+    taken = {"base", "adapter", INITIAL_ADAPTER, *model.heads} & heads.keys()
     if taken:
         raise ValueError(
             f"a head cannot be named {min(taken)!r}, because the run's parameters have that name; choose "
@@ -144,8 +148,21 @@ class Viewed:
 def view(params: Params, name: str) -> Params:
     """Return the parameters of the critic or reward model `name`: its own, and the shared base unless it has
     a base of its own. "viewed" names it, so that the run's model attaches its adapter as its settings say.
+
+    Its adapter then contains the pairs of "initial_adapter", if there are any.
     """
-    return {"base": params["base"], **params[name], "viewed": Viewed(name)}
+    own = {"base": params["base"], **params[name], "viewed": Viewed(name)}
+    if "base" in params[name] or INITIAL_ADAPTER not in params:
+        return own
+    return {**own, "adapter": join_adapters(own.get("adapter"), params[INITIAL_ADAPTER])}
+
+
+def shares_base(head: Any) -> bool:
+    """Whether the specs under a head's name are those of a further model on the policy's base.
+
+    The head of the model itself is one leaf.
+    """
+    return isinstance(head, dict) and "base" not in head
 
 
 def as_checkpoint(model: Model) -> Model:

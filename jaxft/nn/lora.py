@@ -30,6 +30,7 @@ from jaxft.tree import Params, static, struct
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 EVA = "eva"
+INITIAL_ADAPTER = "initial_adapter"  # in a run's parameters: its policy's adapter at step 0, for heads
 AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
 
 
@@ -244,6 +245,24 @@ def attach(base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, 
             for name, node in adapter.items()
         },
     }
+
+
+def join_adapters(adapter: Any, other: Any) -> Any:
+    """Return the adapter that changes a base as both do together: pairs side by side, with the sum of their
+    ranks.
+
+    adapter: None for none. A parameter that it replaces stays as it is, and the weights that its magnitudes
+    (DoRA) rescale include the pairs of `other`, which has nothing but pairs.
+    """
+    if not adapter:
+        return other
+    if not other or replaced.is_replacement(adapter):
+        return adapter
+    if _is_pair(adapter):
+        factor = (other["scale"] / adapter["scale"])[..., None, None]
+        a = jnp.concatenate([adapter["a"], other["a"]], -1)
+        return {**adapter, "a": a, "b": jnp.concatenate([adapter["b"], factor * other["b"]], -2)}
+    return {**other, **{name: join_adapters(node, other.get(name)) for name, node in adapter.items()}}
 
 
 def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:

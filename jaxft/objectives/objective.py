@@ -106,8 +106,8 @@ class Objective(NamedTuple):
     forward(params, batch, key, aux) -> outputs of the forward passes, from which loss and metrics are
         computed; key: for dropout, or None. loss(outputs, aux) -> (loss, metrics).
     init(trainable, at_base) -> aux, the objective's own state at step 0; at_base: the policy at step 0 is the
-        base without its adapter, so that a reference needs no copy. update(aux, trainable, metrics) -> aux
-        after an optimizer step.
+        base without its adapter, or with a frozen one, so that a reference needs no copy.
+    update(aux, trainable, metrics) -> aux after an optimizer step.
     score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's own
         parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
         batch, of arrays or shapes, with every field that a training batch has.

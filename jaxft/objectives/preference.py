@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.batch import Pairs, without_fields
 from jaxft.nn import fused_update
+from jaxft.nn.lora import INITIAL_ADAPTER
 from jaxft.nn.lora_blend import blend, widened_pairs
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import LanguageModel, LogProbs
@@ -206,15 +207,18 @@ def preference(
 
 
 def reference_params(params: Params, aux: Aux) -> Params:
-    """Return the reference's parameters: the copy in aux, or the base without the adapter."""
+    """Return the reference's parameters: the copy in aux, or the base without the adapter, with the initial
+    one if there is one.
+    """
     if "reference" in aux:
         return tree.combine(aux["reference"], fused_update.unfused(params))
-    return {"base": params["base"]}
+    initial = {"adapter": params[INITIAL_ADAPTER]} if INITIAL_ADAPTER in params else {}
+    return {"base": params["base"], **initial}
 
 
 def _reference_copy(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
-    """aux for a reference that stays as at step 0. at_base: it is the base without its adapter, so no copy is
-    needed.
+    """aux for a reference that stays as at step 0. at_base: frozen parameters are enough for it, so no copy
+    is needed.
     """
     return {"reference": jax.tree.map(jnp.copy, trainable)} if kind == "start" and not at_base else {}
 

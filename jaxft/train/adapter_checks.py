@@ -38,14 +38,10 @@ def check_adapter(run: Run, parts: Partition) -> None:
 def check_heads(run: Run) -> None:
     """Raise ValueError for heads whose adapters start in a way that only the policy's can."""
     for name, head in run.heads.items():
-        if head.adapter and head.adapter.changes_base:
+        if head.adapter and head.adapter.init != "default":
             raise ValueError(
-                f"the adapter of {name} has init={head.adapter.init}, which changes the base that it shares "
-                "with the policy; set init=default"
-            )
-        if head.adapter and head.adapter.init == EVA:
-            raise ValueError(
-                f"the adapter of {name} has init={EVA}, which is for the policy's adapter; set init=default"
+                f"the adapter of {name} has init={head.adapter.init}, which is for the policy's adapter; set "
+                "init=default, also where it starts from a folder, because runs export plain LoRA"
             )
 
 
@@ -83,10 +79,6 @@ def _check_init(run: Run, parts: Partition) -> None:
     """Raise ValueError for settings that an adapter which changes the base can't be combined with."""
     assert run.adapter is not None
     setting = f"adapter.init={run.adapter.init}"
-    if run.heads and run.adapter.init != QERA:
-        raise ValueError(
-            f"{setting} changes the base, which {', '.join(run.heads)} shares; set adapter.init=default"
-        )
     if run.quant and run.quant.kind == CHECKPOINT:
         raise ValueError(
             f"{setting} changes the base, which quant={CHECKPOINT} stores unchanged; use another quant"

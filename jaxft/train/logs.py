@@ -170,7 +170,11 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         if start:
             lines += runfolder.prompt_differences(start, lead.record)
             lines += base_differences(
-                start, lead.run.weights, lead.record["weights_fingerprint"], lead.run.quant
+                start,
+                lead.run.weights,
+                lead.record["weights_fingerprint"],
+                lead.run.quant,
+                lead.run.adapter,
             )
     lines += runfolder.prompt_differences(lead.run.weights, lead.record)
     if job.sweep is not None:

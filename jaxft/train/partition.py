@@ -18,7 +18,7 @@ from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.param import Specs
 from jaxft.nn.quant import QTensor, Quant, bits_per_param
 from jaxft.weights import pretrained
@@ -64,9 +64,9 @@ def partition_params(
     """Choose the trainable parameters of a model with an adapter, and how each parameter is stored.
 
     pattern: regular expressions (OR-ed) over parameter paths; None is `trainable_patterns`. An adapter's
-    `scale` is always frozen. ref: where the weights come from; quant=checkpoint reads the headers of its
-    files. dtype: of trainable base parameters, by default float32 or wider. Raises ValueError for a pattern
-    that matches nothing, and where `quant` selects a trainable parameter.
+    `scale` and the initial adapter are always frozen. ref: where the weights come from; quant=checkpoint
+    reads the headers of its files. dtype: of trainable base parameters, by default float32 or wider. Raises
+    ValueError for a pattern that matches nothing, and where `quant` selects a trainable parameter.
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
@@ -74,7 +74,7 @@ def partition_params(
     mask = jax.tree.map(
         lambda *hits: any(hits), *(tree.mask_by_path(paths, one, "train") for one in patterns)
     )
-    mask = tree.map_with_path(lambda path, m: m and (in_base(path) or not path.endswith("/scale")), mask)
+    mask = tree.map_with_path(lambda path, m: m and not _always_frozen(path), mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
         name = jnp.dtype(dtype).name
         raise ValueError(
@@ -88,6 +88,11 @@ def partition_params(
     trainable = {path for path, is_trainable in tree.paths(mask).items() if is_trainable}
     stored = pretrained.stored_model(whole, quant, ref, trainable, dtype)
     return Partition(stored, mask, jax.tree.map(lambda m, s: s if m else None, mask, whole.specs))
+
+
+def _always_frozen(path: str) -> bool:
+    """Whether no pattern makes the parameter at a path of the whole tree trainable."""
+    return path.startswith(f"{INITIAL_ADAPTER}/") or path.endswith("/scale") and not in_base(path)
 
 
 def trainable_patterns(

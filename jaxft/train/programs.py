@@ -15,7 +15,7 @@ from jaxft.distributed import devices, sharding
 from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
-from jaxft.nn.lora import EVA
+from jaxft.nn.lora import EVA, INITIAL_ADAPTER
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optimizer, make_optimizer
@@ -157,7 +157,7 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
     at_base = (
         run.adapter is not None
         and run.start is None
-        and not run.adapter.changes_base
+        and (not run.adapter.changes_base or INITIAL_ADAPTER in parts.specs)
         and not partition.trains_base(parts)
         and not run.adapter.replaces_weights  # of which the base has roundings
     )
@@ -214,6 +214,8 @@ def start(
     others = init.init_all_but_base(p.partition.model, p.mesh, run.seed, own, run.weights, run.heads)
     if pairs:
         others["adapter"] = place_pairs(pairs.start, others["adapter"])
+        if INITIAL_ADAPTER in p.frozen:
+            others[INITIAL_ADAPTER] = place_pairs(pairs.start, p.frozen[INITIAL_ADAPTER])
     if run.adapter and run.adapter.init == EVA and rows is not None and restored is None:
         model = p.partition.model
         others["adapter"] = eva_adapter(model, base, others["adapter"], run.adapter, rows, p.mesh)

@@ -1,9 +1,11 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -173,12 +175,15 @@ def other_base_name(folder: Path, ref: str) -> list[str]:
     return [f"warning: the adapter in {folder} is for the base {shown}, but it is used with {ref}"]
 
 
-def base_differences(start: str, ref: str, fingerprint: str, quant: Quant | None) -> list[str]:
+def base_differences(
+    start: str, ref: str, fingerprint: str, quant: Quant | None, adapter: Adapter | None = None
+) -> list[str]:
     """Return a line for each way in which the base differs from the one that the adapter in `start` was
     trained on.
 
-    ref, fingerprint: this run's weights, and runs.folder.weights_fingerprint of them. A folder that is not a
-    run's has only the name of its base.
+    ref, fingerprint: this run's weights, and runs.folder.weights_fingerprint of them. adapter: settings of
+    its policy's adapter, which a quantised base depends on if they have one of RESIDUAL_INITS. A folder that
+    is not a run's has only the name of its base.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):
@@ -194,15 +199,33 @@ def base_differences(start: str, ref: str, fingerprint: str, quant: Quant | None
         settings.get("kind") if isinstance(settings, dict) else "none"
         for settings in (record.get("quant"), asdict(quant) if quant else None)
     )
-    init = (record.get("adapter") or {}).get("init")
+    init, own_init = (record.get("adapter") or {}).get("init"), adapter.init if adapter else "default"
+    here = f"this run has quant={now}"
+    if own_init in RESIDUAL_INITS and _stored_alike(record, adapter, quant):
+        return lines
     if init in RESIDUAL_INITS:
         if now != "none":
             lines.append(
                 f"the adapter in {start} (adapter.init={init}) is for the base in its own precision, but "
-                f"this run has quant={now}: write the merged model with scripts/export.py and train on that"
+                f"{here}: write the merged model with scripts/export.py and use that"
             )
     elif before != now:
+        lines.append(f"the adapter in {start} was trained on a base with quant={before}, but {here}")
+    elif now != "none" and own_init in RESIDUAL_INITS:
         lines.append(
-            f"the adapter in {start} was trained on a base with quant={before}, but this run has quant={now}"
+            f"the adapter in {start} was trained on a base with quant={before}, but {here} with "
+            f"adapter.init={own_init}, whose rounding is another"
         )
     return lines
+
+
+def _stored_alike(record: dict[str, Any], adapter: Adapter | None, quant: Quant | None) -> bool:
+    """Whether a run's record has a base that is stored exactly as with these settings of adapter and quant:
+    the adapter of a reward model then adds up to the same weights as in its own run.
+    """
+
+    def facts(settings: Any) -> Any:
+        return {**settings, "dropout": None} if isinstance(settings, dict) else settings
+
+    own = json.loads(json.dumps([asdict(x) if x else None for x in (adapter, quant)]))
+    return [facts(record.get(name)) for name in ("adapter", "quant")] == list(map(facts, own))

@@ -13,7 +13,7 @@ from jaxft import tree
 from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.lora_specs import differing_fields, same_pairs
 from jaxft.tree import Params
 from jaxft.weights import peft, place, pretrained
@@ -39,14 +39,16 @@ def init_all_but_base(
     ref: str | None = None,
     scorers: Mapping[str, HeadSettings] | None = None,
 ) -> dict[str, Params]:
-    """Initialise or load all parameters outside the base of a model over the whole tree.
+    """Initialise or load all parameters outside the base of a model over the whole tree, except the initial
+    adapter, which weights.lora_start computes.
 
     policy: settings of the policy's adapter and head; without a start, the head is loaded from the files of
     `ref`, the base, if they contain one. scorers: settings of the further models on the base. Raises
     ValueError if the adapter in a folder has other settings, and for a frozen model without a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
-    specs = {name: specs for name, specs in model.specs.items() if name != "base" and name not in scorers}
+    others = {"base", INITIAL_ADAPTER, *scorers}
+    specs = {name: specs for name, specs in model.specs.items() if name not in others}
     for start in dict.fromkeys(x.start for x in (policy, *scorers.values())):
         if start is not None and ref is not None and adapter_folder(start).is_dir():
             pretrained.check_adapter_base(adapter_folder(start), ref)

@@ -8,8 +8,9 @@ arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest 
 missing. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best corrects the
 outputs of a base with calibrated rounding, which is computed with its codes (weights/rounding.py).
 
-A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. The exported adapter
-is for the unchanged base: `s (A B - A0 B0)`, one pair of twice the rank, as peft's
+A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. Critics and reward
+models on its base see it with the pairs at step 0 (models/heads.py). The exported adapter is for the
+unchanged base: `s (A B - A0 B0)`, one pair of twice the rank, as peft's
 path_initial_model_for_weight_conversion makes it.
 """
 
@@ -28,7 +29,7 @@ from jaxft.distributed import processes
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import dora
-from jaxft.nn.lora import Adapter, pairs_by_path
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, pairs_by_path
 from jaxft.nn.lora_patterns import TensorNames
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
@@ -39,7 +40,6 @@ from jaxft.weights.codes import read_correction
 from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
 from jaxft.weights.storage import StoredModel, leaf_shapes
 
-INITIAL_FOLDER = "initial_adapter"
 LOFTQ_ITERATIONS = 5  # of LoftQ, as in the paper
 
 _Weight = Float[np.ndarray, "I O"]
@@ -131,7 +131,7 @@ def run_pairs(
     libraries may round otherwise. Raises FileNotFoundError if a resumed run has none.
     """
     model = stored.model
-    folders = [] if folder is None else [folder / INITIAL_FOLDER / name for name in ("without", "start")]
+    folders = [] if folder is None else [folder / INITIAL_ADAPTER / name for name in ("without", "start")]
     if folder is None or not resumed:
         found = start_pairs(ref, stored, settings)
         plain = replace(settings, dropout=0.0)
@@ -146,7 +146,7 @@ def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params |
     """Return the adapter at step 0 that a run's folder stores; None if it didn't change the base."""
     if settings is None or not settings.changes_base:
         return None
-    return peft.read_adapter(folder / INITIAL_FOLDER / "start", model)[0]
+    return peft.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]
 
 
 def place_pairs(pairs: Params, adapter: Params) -> Params:
@@ -163,38 +163,40 @@ def for_unchanged_base(adapter: Params, start: Params, settings: Adapter) -> tup
     the base without `start`: `[a, a0] [b; -b0]`.
     """
 
-    def joined(path: str, x: jax.Array, first: jax.Array) -> jax.Array:
-        if path.endswith("/scale"):
-            return x
-        return jnp.concatenate([x, first], -1) if path.endswith("/a") else jnp.concatenate([x, -first], -2)
+    def without(adapter: Params, start: Params) -> Params:
+        negative = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, start)
+        return join_adapters(adapter, negative)
 
-    both = jax.jit(lambda adapter, start: tree.map_with_path(joined, adapter, start))
-    return both(adapter, place_pairs(start, adapter)), settings.exported
+    return jax.jit(without)(adapter, place_pairs(start, adapter)), settings.exported
 
 
-def init_magnitudes(base: Params, adapter: Params) -> Params:
+def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None) -> Params:
     """Return a DoRA adapter with the norms of the adapted weights as magnitudes; 0 in layers without a pair.
 
-    Norms are computed layer by layer.
+    initial: the pairs with which a head sees the base. Norms are computed layer by layer.
     """
 
     def norms(layer: tuple[Any, Array, Array, Array]) -> Array:
         weight, a, b, scale = layer
         plain = dequantize(weight) if is_qtensor(weight) else weight
-        return jnp.where(jnp.any(a != 0), dora.output_norms(plain, a, b, scale), 0)
+        return dora.output_norms(plain, a, b, scale)
 
     def start(path: str, leaf: Array) -> Array:
         above, _, name = path.rpartition("/")
         if name != "magnitude":
             return leaf
         pair = tuple(pairs[above][side] for side in ("a", "b", "scale"))
-        if above not in weights:  # the tied head
+        if above in weights:
+            layers = weights[above], *pair
+            found = norms(layers) if leaf.ndim == 1 else jax.lax.map(norms, layers)
+        else:  # the tied head
             table = weights["embed"]
-            return norms(((dequantize(table) if is_qtensor(table) else table).T, *pair)).astype(leaf.dtype)
-        layers = weights[above], *pair
-        return (norms(layers) if leaf.ndim == 1 else jax.lax.map(norms, layers)).astype(leaf.dtype)
+            found = norms(((dequantize(table) if is_qtensor(table) else table).T, *pair))
+        has_pair = jnp.any(own[above]["a"] != 0, (-2, -1))
+        return jnp.where(has_pair[..., None], found, 0).astype(leaf.dtype)
 
-    weights, pairs = tree.paths(base, is_qtensor), pairs_by_path(adapter)
+    weights, own = tree.paths(base, is_qtensor), pairs_by_path(adapter)
+    pairs = pairs_by_path(join_adapters(adapter, initial))
     return tree.map_with_path(start, adapter)
 
 
@@ -202,7 +204,7 @@ def with_magnitudes(
     base: Params, others: dict[str, Params], settings: Mapping[str, HeadSettings]
 ) -> dict[str, Params]:
     """Return the parameters outside the base, with the norms of the base's weights as the magnitudes of fresh
-    DoRA adapters.
+    DoRA adapters; of heads with those of the initial adapter in `others`.
 
     settings: of the policy's adapter, "adapter", and of the further models on the base.
     """
@@ -211,8 +213,9 @@ def with_magnitudes(
         if one.adapter is None or not one.adapter.dora or one.start is not None:
             continue
         adapter = others[name] if name == "adapter" else others[name]["adapter"]
+        initial = None if name == "adapter" else others.get(INITIAL_ADAPTER)
         places = jax.tree.map(lambda x: x.sharding, adapter)
-        started = jax.jit(init_magnitudes, out_shardings=places)(base, adapter)
+        started = jax.jit(init_magnitudes, out_shardings=places)(base, adapter, initial)
         out[name] = started if name == "adapter" else {**others[name], "adapter": started}
     return out
 

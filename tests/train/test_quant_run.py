@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,15 @@ def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
     assert adapters.base_differences(start, "here", identity, None) == []
     (line,) = adapters.base_differences(start, "here", identity, Quant())
     assert "(adapter.init=loftq) is for the base in its own precision, but this run has quant=nf4" in line
+    loftq, other = Adapter(rank=4, init="loftq"), Adapter(rank=5, init="loftq")  # of a policy, for its heads
+    stored = {**record, "adapter": asdict(replace(loftq, dropout=0.1)), "quant": asdict(Quant())}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(stored))
+    assert adapters.base_differences(start, "here", identity, Quant(), loftq) == []  # the same weights
+    (line,) = adapters.base_differences(start, "here", identity, Quant(), other)
+    assert line.endswith("write the merged model with scripts/export.py and use that")
+    (tmp_path / "first" / "config.json").write_text(json.dumps({**record, "adapter": asdict(Adapter())}))
+    (line,) = adapters.base_differences(start, "here", identity, Quant(), loftq)
+    assert "a base with quant=nf4, but this run has quant=nf4 with adapter.init=loftq, whose" in line
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
     config = tmp_path / "first" / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}))

@@ -51,6 +51,8 @@ KINDS = {
     "grpo": ("rollouts", ROLLOUTS, set()),
     "ppo": ("rollouts", [*ROLLOUTS, *PPO], {"kl_coef", "approx_kl"}),
     "online_dpo": ("rollouts", [*ROLLOUTS, "online=true"], set()),
+    # the frozen adapter at step 0, which is the reference too, is no part of checkpoints
+    "ppo_pissa": ("rollouts", [*ROLLOUTS, *PPO[:3], "adapter.init=pissa"], {"kl_coef"}),
 }
 QUANTISED = {
     kind: ("sft", [f"quant={kind}", "dropout=0.2", "micro=2"], set())
@@ -92,7 +94,8 @@ def run_killed(place, hook, *argv, **options):
     assert process.exitcode == -9, place.err()
 
 
-SLOW = ("online_dpo", *QUANTISED, *OF_FAMILIES)  # online pairs have the state of grpo's rollouts
+# online pairs have the state of grpo's rollouts, ppo_pissa that of ppo
+SLOW = ("online_dpo", "ppo_pissa", *QUANTISED, *OF_FAMILIES)
 
 
 @pytest.mark.parametrize(
