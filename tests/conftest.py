@@ -21,7 +21,7 @@ array_checks.install("jaxft")
 
 import simulated_devices  # noqa: E402
 
-os.environ["XLA_FLAGS"] = simulated_devices.flags(8, os.environ.get("XLA_FLAGS", ""))
+os.environ.update(simulated_devices.environment(8, os.environ.get("XLA_FLAGS", "")))
 
 import jax  # noqa: E402
 

@@ -34,7 +34,7 @@ def start(code: str, count: int, devices: int, *args: object) -> list[subprocess
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    env["XLA_FLAGS"] = simulated_devices.flags(devices)
+    env.update(simulated_devices.environment(devices))
     command = [sys.executable, "-c", START + textwrap.dedent(code)]
     tail = [str(arg) for arg in args]
     pipe = subprocess.PIPE

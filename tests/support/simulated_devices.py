@@ -1,4 +1,4 @@
-"""XLA's flags for tests: simulated CPU devices, and programs that compile quickly and run slowly."""
+"""Environment of tests: simulated CPU devices, and programs that compile quickly and run slowly."""
 
 from jaxft.distributed import xla_flags
 
@@ -16,3 +16,14 @@ def flags(devices: int, given: str = "") -> str:
         if name not in given and xla_flags.is_known("XLA_FLAGS", name)
     ]
     return " ".join([given, *quick, f"--xla_force_host_platform_device_count={devices}"]).strip()
+
+
+def environment(devices: int, given: str = "") -> dict[str, str]:
+    """Environment variables of a process with so many simulated devices. given: flags that stay.
+
+    XLA runs collective operations of all devices on one pool of threads, as many as devices or cores, and a
+    thread waits in one until its partners join. A device can wait in several at once, so the pool can run out
+    before the last partner has a thread, which ends the process after 40 seconds; hence more threads.
+    """
+    threads = str(8 * devices) if devices > 1 else ""  # empty: as many as cores
+    return {"XLA_FLAGS": flags(devices, given), "PJRT_NPROC": threads}

@@ -167,7 +167,7 @@ def child(folder, streams, argv, environment, devices):
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{streams}.{name}", os.O_WRONLY | os.O_APPEND), number)
-    os.environ["XLA_FLAGS"] = simulated_devices.flags(devices)
+    os.environ.update(simulated_devices.environment(devices))
     os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -169,7 +169,7 @@ def together(folders, tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     cases = json.dumps([[str(folders[folder]), form, on] for folder, form, on in TOGETHER])
-    env = os.environ | {"XLA_FLAGS": simulated_devices.flags(4), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **simulated_devices.environment(4), "PYTHONPATH": str(ROOT)}
     script = str(ROOT / "tests" / "support" / "loading_process.py")
     commands = [[sys.executable, script, port, "2", str(i), cases, str(adapter)] for i in range(2)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
