@@ -62,17 +62,20 @@ def lock(folder: Path) -> Iterator[TextIO]:
     Raises OSError if another process has the lock.
     """
     path = folder / "lock"
+    taken = f"{folder}: another process is running this run; wait for it, or choose another name=..."
     folder.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    try:
+        lock_file = path.open("a")
+    except FileNotFoundError as error:  # another process has just removed the folder
+        raise OSError(taken) from error
+    with lock_file as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
         if not is_ours:  # another process has it, or has just removed it
-            raise OSError(
-                f"{folder}: another process is running this run; wait for it, or choose another name=..."
-            )
+            raise OSError(taken)
         try:
             yield file
         finally:

@@ -468,3 +468,9 @@ def test_a_locked_folder_is_removed_unless_something_was_written(tmp_path):
     with runfolder.lock(folder):
         pass
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock"]
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_reported_as_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: None)  # as if it were removed right after
+    with pytest.raises(OSError, match="another process is running"), runfolder.lock(tmp_path / "run"):
+        pass
