@@ -176,7 +176,7 @@ def lora_matmul(
     2106.09685).
 
     dropped: x after dropout. w: [I, O] or a QTensor. scale is frozen: it has no gradient. If w is multiplied
-    in FP8, the adapter's matmuls are separate ones in the dtype of x.
+    in FP8, or x has few rows, the adapter's matmuls are separate ones in the dtype of x.
     """
     return _lora_fwd(x, dropped, w, a, b, scale)[0]
 
@@ -184,12 +184,13 @@ def lora_matmul(
 def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
-    if fp8.multiplies_in_fp8(w):
-        low = dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
-        wide = accumulation_dtype(x.dtype)
-        y = (times(x, w, wide) + low.astype(wide)).astype(x.dtype)
-    elif sharding.mesh_has("tensor"):  # concatenating sharded arrays would move them
+    in_fp8 = fp8.multiplies_in_fp8(w)
+    is_short = 2 * math.prod(x.shape[:-1]) < x.shape[-1]  # joining w and b would move more than it saves
+    if sharding.mesh_has("tensor") and not in_fp8:  # concatenating sharded arrays would move them
         y = times(x, w, x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
+    elif in_fp8 or is_short:
+        wide = accumulation_dtype(x.dtype)
+        y = (times(x, w, wide) + dot(xa, b.astype(x.dtype), (-1, 0), wide)).astype(x.dtype)
     else:
         y = dot(
             concat_bits(x, xa, -1), concat_bits(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype

@@ -242,14 +242,20 @@ def plain_product(x, dropped, w, a, b, scale):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_the_fused_matmul_equals_the_plain_one_in_value_and_gradients(x64, packed, rate):
+@pytest.mark.parametrize(("rate", "lead"), [(0.0, (2, 5)), (0.5, (2, 5)), (0.5, (3,))])
+def test_the_fused_matmul_equals_the_plain_one_in_value_and_gradients(x64, packed, rate, lead):
     rng = np.random.default_rng(0)
 
     def random(*shape):
         return jnp.asarray(rng.normal(size=shape))
 
-    x, a, b, scale, cotangent = random(2, 5, 7), random(7, 3), random(3, 6), jnp.asarray(1.7), random(2, 5, 6)
+    x, a, b, scale, cotangent = (
+        random(*lead, 7),
+        random(7, 3),
+        random(3, 6),
+        jnp.asarray(1.7),
+        random(*lead, 6),
+    )
     w = quantize(random(7, 6).astype(jnp.bfloat16), "bits") if packed else random(7, 6)
     key = jax.random.key(1)
 
@@ -267,6 +273,15 @@ def test_the_fused_matmul_equals_the_plain_one_in_value_and_gradients(x64, packe
     assert_close(
         linear(x, Adapted(w, a, b, scale, rate), key), lora_matmul(x, dropout(x, rate, key), w, a, b, scale)
     )
+
+
+def test_few_rows_as_in_decoding_do_not_copy_the_weight():
+    w, a, b, scale = jnp.ones((64, 32)), jnp.ones((64, 4)), jnp.ones((4, 32)), jnp.asarray(0.5)
+    few, many = (
+        str(jax.make_jaxpr(lora_matmul)(x, x, w, a, b, scale))
+        for x in (jnp.ones((31, 64)), jnp.ones((32, 64)))
+    )
+    assert "concatenate" in many and "concatenate" not in few
 
 
 def test_dropout_needs_a_key_preserves_the_mean_and_leaves_the_base():
