@@ -199,7 +199,7 @@ def completions(
                 "use a smaller --max-new or shorter prompts"
             )
         base = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}
-        own, settings = load_adapters(sources, model, mesh)
+        own, settings = load_adapters(sources, model, base["base"], mesh)
         begin, engines = time.perf_counter(), dict[tuple[int, ...], Engine]()
         stops, new_ids = dict[str, tuple[int, ...]](), dict[str, list[list[int]]]()
         for name in sources:
@@ -222,7 +222,9 @@ def completions(
     return [result for of_prompt in zip(*results.values(), strict=True) for result in of_prompt]
 
 
-def load_adapters(sources: dict[str, Source], model: Any, mesh: Any) -> tuple[dict[str, dict[str, Any]], Any]:
+def load_adapters(
+    sources: dict[str, Source], model: Any, base: Any, mesh: Any
+) -> tuple[dict[str, dict[str, Any]], Any]:
     """Return the parameters that each source adds to the base, and the settings of its adapter, if it is one
     alone. Parameters of several have the same shapes.
     """
@@ -238,7 +240,7 @@ def load_adapters(sources: dict[str, Source], model: Any, mesh: Any) -> tuple[di
         return {name: {"adapter": params}}, settings
     folders = {name: source.adapter for name, source in sources.items() if source.adapter is not None}
     ref = next(iter(sources.values())).ref
-    loaded = served.load_equal_adapters(folders, ref, model, mesh)
+    loaded = served.load_equal_adapters(folders, ref, model, base, mesh)
     return {name: {"adapter": tree} for name, tree in loaded.items()}, None
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from jaxft.models.heads import shares_base
 from jaxft.models.model import Model
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, attach
-from jaxft.nn.lora_rows import attach_rows
+from jaxft.nn.lora_rows import attach_rows, specs_like
 from jaxft.nn.lora_specs import adapter_specs
+from jaxft.tree import Params
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
@@ -51,6 +52,15 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     )
 
 
+def adapted_like(model: Model, adapter: Params) -> Model:
+    """Return the model over {"base", "adapter"}, where the adapter has no settings: one of several of equal
+    shapes, see nn/lora_rows.py.
+    """
+    return replace(
+        adapted(model, None), specs={"base": model.specs, "adapter": specs_like(model.specs, adapter)}
+    )
+
+
 def adapted_by_row(model: Model) -> Model:
     """Return the model over {"base", "stack", "rows"}: in generation, row i has adapter rows[i] of the stack.
 
@@ -63,14 +73,11 @@ def adapted_by_row(model: Model) -> Model:
 
         return call
 
-    def on_base(fn: Callable) -> Callable:
-        return lambda params, *rest, **kw: fn(params["base"], *rest, **kw)
-
     return replace(
         model,
         specs={"base": model.specs},
         hidden=by_row(model.hidden),
-        head=on_base(model.head),
+        head=by_row(model.head),
         prefill=by_row(model.prefill),
         decode=by_row(model.decode),
     )

@@ -36,7 +36,8 @@ from jaxft.nn.layers import (
     saveable,
     split_keys,
 )
-from jaxft.nn.matmul import gather_layer, head_params, lm_head
+from jaxft.nn.lm_head import head_params, lm_head
+from jaxft.nn.matmul import gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, run_layer, scan_layers

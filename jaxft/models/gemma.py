@@ -23,7 +23,7 @@ from jaxft.models.model import ForwardOptions, Model, WeightNames
 from jaxft.nn.attention import AttentionSettings
 from jaxft.nn.layer_attention import Attend, AttentionLayers, LayerKind, uniform
 from jaxft.nn.layers import rms_norm, split_keys
-from jaxft.nn.matmul import lm_head
+from jaxft.nn.lm_head import lm_head
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.products import accumulation_dtype
 from jaxft.tree import Params

@@ -21,7 +21,7 @@ from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, f
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.layer_attention import Attend, uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
-from jaxft.nn.matmul import lm_head
+from jaxft.nn.lm_head import lm_head
 from jaxft.nn.rope import Rope
 from jaxft.tree import Params
 

@@ -43,8 +43,11 @@ def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
     """Return the weight with its columns grouped and sharded by device."""
     order = partial(_by_device, widths=widths, ways=ways)
     if isinstance(w, Adapted):
-        magnitude = None if w.magnitude is None else order(w.magnitude[..., None, :])[..., 0, :]
-        return replace(w, weight=_spread(w.weight, widths, ways), b=order(w.b), magnitude=magnitude)
+        magnitude, gain = (
+            None if x is None else order(x[..., None, :])[..., 0, :] for x in (w.magnitude, w.gain)
+        )
+        spread = _spread(w.weight, widths, ways)
+        return replace(w, weight=spread, b=order(w.b), magnitude=magnitude, gain=gain)
     if isinstance(w, GramProbe):
         return replace(w, weight=_spread(w.weight, widths, ways))
     if not isinstance(w, QTensor):

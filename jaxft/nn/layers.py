@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 from jaxft.distributed import sharding
 from jaxft.nn.bits import from_bits, to_bits
 from jaxft.nn.lora import Adapted
-from jaxft.nn.matmul import Weight, gather_weight, linear, matmul
+from jaxft.nn.lora_rows import chosen
+from jaxft.nn.matmul import Weight, batched_dot, gather_weight, linear, matmul
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import QTensor, take_rows
 from jaxft.nn.replaced import Replaced, TokenRows
@@ -33,9 +34,7 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Arra
     if isinstance(table, TokenRows):
         return _with_rows(embed(table.weight, ids, dtype), table, ids)
     if isinstance(table, Adapted):
-        a = sharding.constrain(table.a, None, "rank")
-        low = jnp.take(a, ids, axis=0).astype(dtype) * table.scale.astype(dtype)
-        return embed(table.weight, ids, dtype) + matmul(low, table.b, False, False)
+        return embed(table.weight, ids, dtype) + _embedded_pair(table, ids, dtype)
     if not sharding.is_multi_device():
         return (take_rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
             dtype
@@ -43,6 +42,17 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Arra
     if isinstance(table, QTensor):
         return take_rows(gather_weight(table, TABLE), ids).astype(dtype)
     return _embed_spread(table, ids, jnp.dtype(dtype))
+
+
+def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    """Return what the adapter of a table, or with `rows` the adapter of each row, adds to embeddings."""
+    if table.rows is None:
+        a = sharding.constrain(table.a, None, "rank")
+        low = jnp.take(a, ids, axis=0).astype(dtype) * table.scale.astype(dtype)
+        return matmul(low, table.b, False, False)
+    low = chosen(table.a, (table.rows[:, None], ids), dtype).astype(dtype)
+    low = low * table.scale[table.rows].astype(dtype)[:, None, None]
+    return batched_dot(low, chosen(table.b, table.rows, dtype).astype(dtype), (1, 0), dtype)
 
 
 def _with_rows(h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -165,7 +165,8 @@ class Adapted:
     scale: Any  # [L]
     dropout: float = static(default=0.0)
     magnitude: Any = None  # [L, O] with DoRA
-    rows: Any = None  # [L, B]: the adapter of each row of the input, where a, b and scale are [L, K, ...]
+    gain: Any = None  # [L, O], in place of a magnitude: constant factors of the outputs, for inference
+    rows: Any = None  # [L, B]: the adapter of each row of the input, where all others are [L, K, ...]
 
 
 def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
@@ -221,7 +222,8 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
             )
 
 
-def _is_pair(node: Any) -> bool:
+def is_pair(node: Any) -> bool:
+    """Whether a node of an adapter's tree is the pair of a kernel."""
     return isinstance(node, dict) and {"a", "b", "scale"} <= node.keys()
 
 
@@ -231,9 +233,9 @@ def attach(base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, 
 
     token_ids: the tokens of replaced rows.
     """
-    if _is_pair(adapter):
+    if is_pair(adapter):
         pair = adapter["a"], adapter["b"], adapter["scale"]
-        return Adapted(base, *pair, dropout, adapter.get("magnitude"))
+        return Adapted(base, *pair, dropout, adapter.get("magnitude"), adapter.get("gain"))
     if not adapter:
         return base
     return {
@@ -258,7 +260,7 @@ def join_adapters(adapter: Any, other: Any) -> Any:
         return other
     if not other or replaced.is_replacement(adapter):
         return adapter
-    if _is_pair(adapter):
+    if is_pair(adapter):
         factor = (other["scale"] / adapter["scale"])[..., None, None]
         a = jnp.concatenate([adapter["a"], other["a"]], -1)
         return {**adapter, "a": a, "b": jnp.concatenate([adapter["b"], factor * other["b"]], -2)}
@@ -331,7 +333,7 @@ def merge(base: Any, adapter: Any, dtype: DTypeLike, token_ids: tuple[int, ...] 
             plain["head"] = replaced.merge_replacement("head", plain["head"], rows, dtype, token_ids)
 
     def fold(node: Any, pair: Any, path: str) -> Any:
-        if _is_pair(pair) or replaced.is_replacement(pair):
+        if is_pair(pair) or replaced.is_replacement(pair):
             return merge_node(path, node, pair, dtype, token_ids)
         if not pair:
             return node

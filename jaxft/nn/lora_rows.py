@@ -1,8 +1,10 @@
 """Several adapters on one base, chosen for each row of a batch by an index (as in Punica, Chen et al. 2023,
 arXiv:2310.18547): switching adapters changes an array, not a program.
 
-A stack is a tree of K adapters with the base's paths: `a [L, K, I, R]`, `b [L, K, R, O]`, `scale [L, K]`.
-Adapter 0 is zero, the base itself. Adapters of other kernels or smaller ranks are padded with zeros.
+A stack is a tree of K adapters with the base's paths: `a [L, K, I, R]`, `b [L, K, R, O]`, `scale [L, K]`; on
+the embeddings and the head without L. If one of them is a DoRA adapter, the node also has `gain [L, K, O]`,
+the factors of the outputs, which are constant in inference (weights/gains.py). Adapter 0 is the base itself.
+Adapters of other kernels or smaller ranks are padded with zeros, and with gains of 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,23 +17,20 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from jaxft.nn.lora import Adapted, pairs_by_path
-from jaxft.nn.replaced import is_replacement
+from jaxft import tree
+from jaxft.nn.lora import Adapted, is_pair, pairs_by_path
+from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
+from jaxft.nn.replaced import base_spec, is_replacement
 from jaxft.tree import Params
 
 BASE = 0  # the number of the adapter in a stack that changes nothing
+_LAYERS = "layers"  # the subtree whose leaves have a layers axis
 
 
 def not_stackable(adapter: Params) -> str:
     """Return why an adapter cannot be in a stack, "" if it can."""
-    for path, node in pairs_by_path(adapter).items():
-        if is_replacement(node):
-            return f"it trains {path} in full"
-        if "magnitude" in node:
-            return "it is a DoRA adapter"
-        if not path.startswith("layers/"):
-            return f"it adapts {path}, which is outside of the layers"
-    return ""
+    replaces = [path for path, node in pairs_by_path(adapter).items() if is_replacement(node)]
+    return f"it trains {replaces[0]} in full" if replaces else ""
 
 
 def check_stackable(adapters: Mapping[str, Params]) -> None:
@@ -48,30 +47,61 @@ def check_stackable(adapters: Mapping[str, Params]) -> None:
 def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
     """Return the adapters as trees of the same paths and shapes, so that one compiled program takes each.
 
-    Smaller ranks are padded with zeros; a kernel that only others adapt gets a zero pair. Leaves may be
-    NumPy's.
+    Smaller ranks are padded with zeros; a kernel that only others adapt gets a zero pair, one without DoRA
+    gains of 1 where others have some. Leaves may be NumPy's.
     """
     nodes = [pairs_by_path(adapter) for adapter in adapters]
     found: list[Params] = [{} for _ in adapters]
     for path in {path: None for own in nodes for path in own}:
         pairs = [own.get(path) for own in nodes]
-        like = next(pair for pair in pairs if pair is not None)
-        rank = max(pair["a"].shape[-1] for pair in pairs if pair is not None)
-        zero = {name: np.zeros_like(like[name]) for name in ("a", "b", "scale")}
+        present = [pair for pair in pairs if pair is not None]
+        rank = max(pair["a"].shape[-1] for pair in present)
+        zero = {name: np.zeros_like(present[0][name]) for name in ("a", "b", "scale")}
+        ones = next((np.ones_like(pair["gain"]) for pair in present if "gain" in pair), None)
         *above, last = path.split("/")
-        for tree, pair in zip(found, pairs, strict=True):
-            inner = tree
+        for tree_, pair in zip(found, pairs, strict=True):
+            inner = tree_
             for name in above:
                 inner = inner.setdefault(name, {})
             inner[last] = _of_rank(zero if pair is None else pair, rank)
+            if ones is not None:
+                inner[last]["gain"] = ones if pair is None else np.asarray(pair.get("gain", ones))
     return found
+
+
+def specs_like(base: Specs, adapter: Params) -> Specs:
+    """Return the specs of an adapter of of_equal_shapes, which has no settings of its own."""
+    specs = spec_paths(base)
+
+    def spec_of(path: str, leaf: Any) -> ParamSpec:
+        above, _, name = path.rpartition("/")
+        like = base_spec(specs, above)
+        *lead, ins, outs = like.axes
+        axes = {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": lead, "gain": (*lead, outs)}
+        return ParamSpec(tuple(leaf.shape), tuple(axes[name]), full(0.0), like.heads)
+
+    return tree.map_with_path(spec_of, adapter)
 
 
 def stack_by_row(adapters: Sequence[Params]) -> Params:
     """Return a stack of the base and these adapters, which have numbers from 1 on. Leaves may be NumPy's."""
-    equal = of_equal_shapes(adapters)
-    base = jax.tree.map(np.zeros_like, equal[0])
-    return jax.tree.map(lambda *leaves: np.stack(leaves, 1), base, *equal)
+
+    def stack(path: str, *leaves: Any) -> np.ndarray:
+        return np.stack(leaves, 1 if path.startswith(f"{_LAYERS}/") else 0)
+
+    first, *others = of_equal_shapes([{}, *adapters])
+    return tree.map_with_path(stack, first, *others)
+
+
+def in_dtype(adapter: Params, dtype: DTypeLike) -> Params:
+    """Return an adapter, or a stack, in the dtype of the matmuls, which would round to it; gains stay as they
+    are. Leaves are NumPy's.
+    """
+
+    def of(path: str, x: Any) -> np.ndarray:
+        return np.asarray(x) if path.endswith("/gain") else np.asarray(x).astype(dtype)
+
+    return tree.map_with_path(of, adapter)
 
 
 def stored_stack(stack: Params, dtype: DTypeLike) -> Params:
@@ -80,39 +110,43 @@ def stored_stack(stack: Params, dtype: DTypeLike) -> Params:
     XLA's CPU compiler widens stacked 16-bit floats to float32, all adapters in every call of a program.
     """
 
-    def of(path: Any, x: Any) -> np.ndarray:
-        x = np.asarray(x).astype(dtype)
-        return x.view(np.uint16) if path[-1].key in ("a", "b") and x.dtype.itemsize == 2 else x
+    def of(path: str, x: np.ndarray) -> np.ndarray:
+        return x.view(np.uint16) if path.endswith(("/a", "/b")) and x.dtype.itemsize == 2 else x
 
-    return jax.tree_util.tree_map_with_path(of, stack)
+    return tree.map_with_path(of, in_dtype(stack, dtype))
+
+
+def chosen(stored: Array, at: Any, dtype: DTypeLike) -> Array:
+    """Return the elements of a stack's matrix at an index. dtype: of the values that raw bits stand for."""
+    own = stored[at]
+    return jax.lax.bitcast_convert_type(own, dtype) if stored.dtype == jnp.uint16 else own
 
 
 def adapters_of_rows(w: Adapted, dtype: DTypeLike) -> Adapted:
     """Return a weight with an adapter for each row, chosen from a stack as stored. dtype: of the matmul."""
-
-    def of(x: Array) -> Array:
-        own = x[w.rows]
-        return jax.lax.bitcast_convert_type(own, dtype) if x.dtype == jnp.uint16 else own
-
-    return replace(w, a=of(w.a), b=of(w.b), scale=w.scale[w.rows])
+    a, b = chosen(w.a, w.rows, dtype), chosen(w.b, w.rows, dtype)
+    return replace(w, a=a, b=b, scale=w.scale[w.rows], gain=None if w.gain is None else w.gain[w.rows])
 
 
 def _of_rank(node: Mapping[str, Any], rank: int) -> dict[str, np.ndarray]:
     a, b, scale = (np.asarray(node[name]) for name in ("a", "b", "scale"))
-    missing = rank - a.shape[-1]
+    lead, missing = [(0, 0)] * scale.ndim, (0, rank - a.shape[-1])
     return {
-        "a": np.pad(a, [(0, 0), (0, 0), (0, missing)]),
-        "b": np.pad(b, [(0, 0), (0, missing), (0, 0)]),
+        "a": np.pad(a, [*lead, (0, 0), missing]),
+        "b": np.pad(b, [*lead, missing, (0, 0)]),
         "scale": scale,
     }
 
 
 def attach_rows(base: Any, stack: Any, rows: Int[Array, " B"]) -> Any:
     """Return the base tree in which row i of the activations has adapter rows[i] of the stack. None: none."""
+
+    def attached(base: Any, node: Any, in_layers: bool) -> Any:
+        if is_pair(node):
+            own = jnp.broadcast_to(rows[None], (len(node["scale"]), *rows.shape)) if in_layers else rows
+            return Adapted(base, node["a"], node["b"], node["scale"], gain=node.get("gain"), rows=own)
+        return {**base, **{name: attached(base[name], inner, in_layers) for name, inner in node.items()}}
+
     if not stack:
         return base
-    if stack.keys() == {"a", "b", "scale"}:
-        layers = len(stack["scale"])
-        of_layers = jnp.broadcast_to(rows[None], (layers, *rows.shape))
-        return Adapted(base, stack["a"], stack["b"], stack["scale"], rows=of_layers)
-    return {**base, **{name: attach_rows(base[name], node, rows) for name, node in stack.items()}}
+    return {**base, **{name: attached(base.get(name), node, name == _LAYERS) for name, node in stack.items()}}

@@ -1,4 +1,4 @@
-"""Matmuls with plain, quantised and LoRA-adapted weights, their backward passes, and the LM head."""
+"""Matmuls with plain, quantised and LoRA-adapted weights, and their backward passes."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -18,7 +17,6 @@ from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import adapters_of_rows
 from jaxft.nn.products import accumulation_dtype, wide_dot
 from jaxft.nn.quant import QTensor, dequantize
-from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.nn.taps import InputTap, tapped
 from jaxft.tree import static, struct
 
@@ -253,13 +251,14 @@ def multi_lora_matmul(
     return _loras_fwd(x, dropped, w, a, b, scale)[0]
 
 
-def _grouped(x: Float[Array, "KB ... I"], count: int) -> Float[Array, "K N I"]:
+def group_rows(x: Float[Array, "KB ... I"], count: int) -> Float[Array, "K N I"]:
+    """Return rows that are K equal groups with an axis of the groups."""
     return x.reshape(count, x.size // (count * x.shape[-1]), x.shape[-1])
 
 
 def _loras_fwd(x, dropped, w, a, b, scale):
     wide, s = accumulation_dtype(x.dtype), scale.astype(x.dtype)
-    xa = batched_dot(_grouped(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
+    xa = batched_dot(group_rows(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
     low = batched_dot(xa, b.astype(x.dtype), (1, 0), wide)
     y = times(x, w, wide)
     return (y + low.reshape(y.shape)).astype(x.dtype), (x, dropped, w, a, b, s)
@@ -268,7 +267,7 @@ def _loras_fwd(x, dropped, w, a, b, scale):
 def _loras_bwd(residuals, g):
     x, dropped, w, a, b, s = residuals
     g = g.astype(x.dtype)
-    each_g, each_x = _grouped(g, len(a)), _grouped(dropped, len(a))
+    each_g, each_x = group_rows(g, len(a)), group_rows(dropped, len(a))
     dxa = batched_dot(each_g, b.astype(x.dtype), (1, 1), x.dtype) * s[:, None, None]
     xa = batched_dot(each_x, a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
     db = batched_dot(xa, each_g, (0, 0), b.dtype)
@@ -336,7 +335,7 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     input.
 
     An adapter with `a` [K, I, R] is K adapters; the rows of x are K equal groups, one for each. With `rows`
-    [B], row i of x has adapter rows[i].
+    [B], row i of x has adapter rows[i]. A `gain` is without dropout.
     """
     if isinstance(w, InputTap):
         return linear(x, tapped(w, x), key)
@@ -347,6 +346,8 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     if w.rows is not None:
         w = adapters_of_rows(w, x.dtype)
     fn = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
+    if w.gain is not None:
+        return dora.scale_outputs(fn(x, x, w.weight, w.a, w.b, w.scale), w.gain)
     dropped = dropout(x, w.dropout, key)
     if w.magnitude is None:
         return fn(x, dropped, w.weight, w.a, w.b, w.scale)
@@ -354,45 +355,3 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     y = dora.scale_outputs(fn(dropped, dropped, w.weight, w.a, w.b, w.scale), factors)
     # as in PEFT, dropout is applied to the input of `(gain - 1) w`, too
     return y if dropped is x else y + matmul(x - dropped, w.weight, False, False)
-
-
-def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Return logits in float32 or wider, from `head` [D, V] or, tied, from `embed` [V, D].
-
-    The adapter of a tied head is an Adapted `head` without a weight.
-    """
-    head = params.get("head")
-    w = head.weight if isinstance(head, Adapted) else head
-    logits = _head_matmul(h, base_table(params["embed"]), True) if w is None else _head_matmul(h, w, False)
-    if isinstance(head, Adapted):
-        low = matmul(h, head.a, False, False) * head.scale.astype(h.dtype)
-        logits = logits + matmul(low, head.b, False, True)
-        if head.magnitude is not None:
-            weight = expand_after(params["embed"], h).T if w is None else expand_after(w, h)
-            factors = dora.output_factors(head.magnitude, weight, head.a, head.b, head.scale)
-            logits = dora.scale_outputs(logits, factors)
-    return logits
-
-
-def _head_matmul(h: Float[Array, "... D"], w: Weight, transposed: bool) -> Float[Array, "... V"]:
-    """Return logits by a table [V, D] (`transposed`) or a head [D, V], of which rows may be replaced."""
-    if not isinstance(w, TokenRows):
-        return matmul(h, w, transposed, True)
-    return matmul(h, w.weight, transposed, True).at[..., np.asarray(w.ids)].set(matmul(h, w.rows, True, True))
-
-
-def base_table(table: Weight) -> Weight:
-    """Return the table that a tied head reads: adapters of the table and its replacement do not change it,
-    replaced rows do.
-    """
-    if isinstance(table, Adapted):
-        return table.weight
-    return table.base if isinstance(table, Replaced) else table
-
-
-def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
-    """Return the subtree that lm_head reads: the head, or for a tied one the table and the adapter on it."""
-    head = params.get("head")
-    tied = head is None or (isinstance(head, Adapted) and head.weight is None)
-    table = {"embed": base_table(params["embed"])} if tied and "embed" in params else {}
-    return {**table, **({"head": head} if "head" in params else {})}

@@ -34,6 +34,7 @@ from jaxft.rl.rewards import Reward, RewardScores, ScoreCompletions, check_score
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
 from jaxft.weights import adapters, hf_write, hub, init, peft, pretrained, storage
+from jaxft.weights.gains import with_gains
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 
@@ -106,6 +107,7 @@ def load_reward_adapters(
             found[name] = peft.read_parts(folder, model, pretrained.open_files(ref))[0]
         pairs = {name: parts["adapter"] for name, parts in found.items()}
         check_stackable(pairs)
+        pairs = {name: with_gains(first.params["base"], one) for name, one in pairs.items()}
         out, wide = {}, np.promote_types(model.dtype, np.float32)
         for (name, parts), equal in zip(found.items(), of_equal_shapes(list(pairs.values())), strict=True):
             own = adapters.on_every_device({**parts, "adapter": equal}, wide, mesh)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxft.models.adapted import adapted
+from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
 from jaxft.nn import quant
 from jaxft.runs import served
@@ -72,8 +72,8 @@ def load_each(
     base = pretrained.model_for(ref, dtype=jnp.dtype(chosen), residual=residual)
     frozen = pretrained.load_frozen(ref, base, mesh, served.common_quant(weights, kind))
     folders = {name: one.adapter for name, one in named.items() if one.adapter is not None}
-    trees = served.load_equal_adapters(folders, ref, base, mesh)
-    model, notes = adapted(base, None), pretrained.file_notes(ref, base)
+    trees = served.load_equal_adapters(folders, ref, base, frozen, mesh)
+    model, notes = adapted_like(base, next(iter(trees.values()))), pretrained.file_notes(ref, base)
     found = {}
     for name, tree in trees.items():
         tokenizer = pretrained.load_tokenizer(named[name].tokenizer)

@@ -22,6 +22,7 @@ from jaxft.nn.cache import CacheFormat
 from jaxft.nn.lora_rows import (
     BASE,
     check_stackable,
+    in_dtype,
     not_stackable,
     of_equal_shapes,
     stack_by_row,
@@ -32,6 +33,7 @@ from jaxft.runs.fetched import IN_STORE, local_folder
 from jaxft.runs.named_weights import NamedWeights, named_weights
 from jaxft.tree import Params
 from jaxft.weights import adapters, peft, pretrained
+from jaxft.weights.gains import with_gains
 from jaxft.weights.stop_tokens import stop_tokens
 
 
@@ -144,7 +146,7 @@ def load_served(named: dict[str, NamedWeights], flags: ServeFlags, rows: int) ->
         residual = common_residual(named, flags.dtype)
         model = pretrained.model_for(first.ref, dtype=jnp.dtype(dtype), residual=residual)
         params: Params = {"base": pretrained.load_frozen(first.ref, model, mesh, quant)}
-        whole, own, numbers = _with_adapters(model, named, mesh)
+        whole, own, numbers = _with_adapters(model, params["base"], named, mesh)
         models = _served_models(model, named, numbers, flags.tools)
         sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
         serving = Serving(whole, sizes, flags.kv_cache)
@@ -190,7 +192,7 @@ def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quan
 
 
 def _with_adapters(
-    model: Model, named: dict[str, NamedWeights], mesh: Mesh
+    model: Model, base: Params, named: dict[str, NamedWeights], mesh: Mesh
 ) -> tuple[Model, Params, dict[str, int]]:
     """Return the model with its adapters, their parameters, and the number of each name's adapter.
 
@@ -200,36 +202,40 @@ def _with_adapters(
         return adapted(model, None), {}, dict.fromkeys(named, BASE)
     folders = {name: n.adapter for name, n in named.items() if n.adapter is not None}
     ref = next(iter(named.values())).ref
-    loaded = read_adapters(folders, ref, model)
+    loaded = read_adapters(folders, ref, model, base)
     if any(map(not_stackable, loaded.values())):
         ((name, folder),) = folders.items()
         params, settings = adapters.load_adapter(folder, model, mesh, ref)
         return adapted(model, settings), {"adapter": params}, {name: BASE}
-    stack = stored_stack(stack_by_row(list(loaded.values())), model.dtype)  # to which matmuls would round it
+    stack = stored_stack(stack_by_row(list(loaded.values())), model.dtype)
     stack = adapters.on_every_device(stack, None, mesh)
     numbers = {name: number for number, name in enumerate(loaded, 1)}
     return adapted_by_row(model), {"stack": stack}, {name: numbers.get(name, BASE) for name in named}
 
 
-def load_equal_adapters(folders: Mapping[str, Path], ref: str, model: Model, mesh: Mesh) -> dict[str, Params]:
-    """Load adapters by name as trees of the same shapes, so that one program takes each. Errors: as in
-    read_adapters.
+def load_equal_adapters(
+    folders: Mapping[str, Path], ref: str, model: Model, base: Params, mesh: Mesh
+) -> dict[str, Params]:
+    """Load adapters by name as trees of the same shapes, so that one program takes each. Arguments and
+    errors: as in read_adapters.
     """
-    loaded = read_adapters(folders, ref, model)
-    equal = of_equal_shapes(list(loaded.values()))
-    return adapters.on_every_device(dict(zip(loaded, equal, strict=True)), model.dtype, mesh)
+    loaded = read_adapters(folders, ref, model, base)
+    equal = [in_dtype(one, model.dtype) for one in of_equal_shapes(list(loaded.values()))]
+    return adapters.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
 
 
-def read_adapters(folders: Mapping[str, Path], ref: str, model: Model) -> dict[str, Params]:
-    """Read adapters by name. Raises ValueError for one that does not fit the base `ref` or, of several, that
-    cannot share a program with others.
+def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:
+    """Read adapters by name, those of DoRA with the gains of their outputs.
+
+    base: the parameters of `ref`, as they are stored. Raises ValueError for an adapter that does not fit the
+    base or, of several, that cannot share a program with others.
     """
     for folder in folders.values():
         pretrained.check_adapter_base(folder, ref)
     files = pretrained.open_files(ref)
     found = {name: peft.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
     check_stackable(found)
-    return found
+    return {name: with_gains(base, one) for name, one in found.items()}
 
 
 def _served_models(

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny_served as tiny
 from scripts_in_process import call
-from tiny_llama import tiny_torch, write_folder
+from tiny_llama import some_tokens, tiny_torch, write_folder
 
+from jaxft.distributed import sharding
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.chat import Conversation, Turn, respond, run_command
 from jaxft.inference.sampling import Sampling
@@ -21,7 +22,8 @@ from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.nn import lora_specs
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.param import ParamSpec
-from jaxft.runs import served
+from jaxft.objectives.logprobs import token_logps
+from jaxft.runs import loaded_weights, served
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.runs.terminal import printable_text
 from jaxft.weights import peft_write, pretrained
@@ -172,9 +174,11 @@ def test_a_wrong_command_is_one_line_and_changes_nothing(line):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working directory with base/ and the adapters a and runs/b/adapter, of other kernels and ranks."""
+    """A working directory with base/ and the adapters a and runs/b/adapter, of other kernels and ranks, dora,
+    outside (of the layers) and full.
+    """
     root = tmp_path_factory.mktemp("place")
-    base = write_folder(root / "base", tiny_torch())
+    base = write_folder(root / "base", tiny_torch(tie_word_embeddings=True))
     model = pretrained.model_for(str(base), dtype=jnp.float32)
     record = {"weights": str(base), "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
     (root / "runs" / "b").mkdir(parents=True)
@@ -183,16 +187,20 @@ def place(tmp_path_factory):
         ("a", 4, ("q", "v")),
         ("runs/b/adapter", 2, "all-linear"),
         ("dora", 2, ("q",)),
+        ("outside", 3, ("v", "embed", "head")),
+        ("full", 2, ("q",)),
     ):
-        settings = Adapter(rank=rank, alpha=8.0, targets=targets, dora=folder == "dora")
+        saved = ("norm",) if folder == "full" else ()
+        dora = folder == "dora"
+        settings = Adapter(rank=rank, alpha=8.0, targets=targets, dora=dora, modules_to_save=saved)
         rng, specs = np.random.default_rng(rank), lora_specs.adapter_specs(model.specs, settings)
         grown = jax.tree.map(
-            lambda spec, rng=rng: rng.normal(0, 0.1, spec.shape).astype(np.float32),
+            lambda spec, rng=rng: rng.normal(0, 0.25, spec.shape).astype(np.float32),
             specs,
             is_leaf=lambda spec: isinstance(spec, ParamSpec),
         )
         for pair in pairs_by_path(grown).values():
-            pair["scale"] = np.full_like(pair["scale"], 8.0 / rank)
+            pair |= {"scale": np.full_like(pair["scale"], 8.0 / rank)} if "scale" in pair else {}
         peft_write.save_adapter(root / folder, grown, settings, model, str(base))
     return root
 
@@ -224,8 +232,8 @@ def test_runs_with_different_residual_streams_are_refused_without_dtype():
 
 def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):
     monkeypatch.chdir(place)
-    named = served.named_models([], None, ["a", "dora"], "none")
-    with pytest.raises(ValueError, match="adapter dora cannot be used together with others: it is a DoRA"):
+    named = served.named_models([], None, ["a", "full"], "none")
+    with pytest.raises(ValueError, match="full cannot be used together with others: it trains .*_norm"):
         served.load_served(named, served.ServeFlags("float32"), 1)
     with pytest.raises(
         ValueError, match="--max-prompt 200 plus --max-new 100 exceeds the model's 256 positions"
@@ -233,15 +241,42 @@ def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):
         served.load_served({"base": named["base"]}, served.ServeFlags("float32", prompt=200, new=100), 1)
 
 
+def test_several_adapters_of_all_kinds_have_the_log_probs_of_each_alone(place, monkeypatch):
+    monkeypatch.chdir(place)
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    names = ["a", "dora", "outside"]
+    named = served.named_adapters(None, None, names, "none")
+    tokens = some_tokens()
+    reads = dict(targets=jnp.roll(tokens.ids, -1, 1))
+    with jax.set_mesh(mesh):
+        several = loaded_weights.load_each(named, mesh, "float32")
+
+        def logps(loaded):
+            h = loaded.model.hidden(loaded.params, tokens)
+            return token_logps(loaded.model, loaded.params, h, **reads).logp
+
+        shapes = [jax.tree.map(jnp.shape, several[name].params) for name in names]
+        assert shapes[0] == shapes[1] == shapes[2]
+        compiled = jax.jit(lambda params: logps(several["a"]._replace(params=params)))
+        found = [compiled(several[name].params) for name in names]
+        for name, one in zip(names, found, strict=True):
+            alone = logps(loaded_weights.load_named(named[name], mesh, "float32"))
+            np.testing.assert_allclose(one, alone, atol=2e-5)
+    assert min(np.abs(found[0] - found[1]).max(), np.abs(found[1] - found[2]).max()) > 0.1
+
+
 def test_the_script_chats_with_adapters_by_name_and_responds_as_generate(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    lines = "hello\n/use b\n/reset\nhello\n/use b base\n/wat\n/retry\n/history\n/exit\nnever\n"
+    lines = "hello\n/use b\n/reset\nhello\n/use b base\n/wat\n/retry\n/history\n/use dora\n/reset\nhello\n"
+    lines += "/exit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     options = [
         "--run",
         "runs/b",
         "--adapter",
         "a",
+        "--adapter",
+        "dora",
         "--dtype",
         "float32",
         "--max-prompt",
@@ -255,8 +290,10 @@ def test_the_script_chats_with_adapters_by_name_and_responds_as_generate(place, 
     expected = json.loads(call(monkeypatch, capsys, "generate", "--run", "runs/b", *ask)[1])["completion"]
     assert f"**b**: {printable_text(expected)}" in out and f"[b] {printable_text(expected)}\n[base] " in out
     assert not out.startswith(printable_text(expected))  # of the adapter a
-    several = ["--adapter", "a", "--adapter", "second=runs/b/adapter"]
+    several = ["--adapter", "a", "--adapter", "second=runs/b/adapter", "--adapter", "dora"]
     found = call(monkeypatch, capsys, "generate", *several, *ask)[1].splitlines()
-    one, other = map(json.loads, found)
+    one, other, dora = map(json.loads, found)
+    assert printable_text(dora["completion"]) in out
+    assert dora["completion"] not in (expected, one["completion"])
     assert (one["adapter"], other["adapter"]) == ("a", "second") and other["completion"] == expected
     assert out.startswith(printable_text(one["completion"]) + "\n")

@@ -14,6 +14,7 @@ from jaxft.inference.generate import generate
 from jaxft.inference.sampling import RowSampling, Sampling, row_sampling, sample, sample_rows
 from jaxft.inference.scheduler import QueueFull, Scheduler, Stopped
 from jaxft.models.adapted import adapted
+from jaxft.nn import lora
 from jaxft.nn.cache import Cache, LayerKeys
 from jaxft.nn.cached_attention import Keys
 
@@ -63,12 +64,27 @@ def test_an_adapter_s_completions_equal_those_of_generate_with_it(scheduler):
     assert [one.ids for one in found] == engine_completions(3, "polite") != engine_completions(3)
 
 
+def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_merged_models(scheduler):
+    names = list(tiny.ADAPTERS | tiny.OTHERS)
+    assert len(names) == 16
+    requests = [tiny.TokenRequest(tuple(PROMPTS[3]), Sampling(10), adapter=i) for i in range(17)]
+    found = [one.ids for one in tiny.complete(scheduler, requests)]
+    logits = jax.jit(
+        lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row))
+    )
+    for ids, adapter in zip(found, [{}, *map(tiny.adapter, names)], strict=True):
+        merged = lora.merge(tiny.base(), adapter, jnp.float32)
+        row = serve_programs.left_pad([PROMPTS[3] + ids], 1, 64)
+        assert logits(merged, row)[0, -len(ids) - 1 : -1].argmax(-1).tolist() == ids
+    assert len({tuple(ids) for ids in found}) >= 15
+
+
 def test_a_completion_does_not_depend_on_the_other_rows_and_nothing_is_compiled(scheduler):
     requests = [
         tiny.TokenRequest(
             tuple(PROMPTS[i % len(PROMPTS)]),
             Sampling(1 + i % 24, (0.0, 0.7, 1.5)[i % 3], (None, 5, 40)[i % 3], (None, 0.8, 1.0)[i % 2]),
-            seed=i, stop=((), tiny.STOP, (5, 6))[i % 3], adapter=i % 3, top=i % 4 == 0,
+            seed=i, stop=((), tiny.STOP, (5, 6))[i % 3], adapter=i % 17, top=i % 4 == 0,
         )
         for i in range(40)
     ]  # fmt: skip

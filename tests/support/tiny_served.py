@@ -1,4 +1,4 @@
-"""A tiny Llama with two adapters behind the scheduler: programs are compiled once in a process."""
+"""A tiny Llama with 16 adapters behind the scheduler: programs are compiled once in a process."""
 
 import functools
 import threading
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import tiny_tokenizers
 
+from jaxft import tree
 from jaxft.inference.sampling import Sampling
 from jaxft.inference.scheduler import Scheduler, TokenRequest
 from jaxft.inference.serve_programs import ServeSizes, Serving, compile_server
@@ -17,6 +18,8 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_rows import stack_by_row
 from jaxft.nn.lora_specs import adapter_specs
+from jaxft.weights.gains import with_gains
+from jaxft.weights.lora_start import init_magnitudes
 
 TOKENIZER = tiny_tokenizers.tiny("chatml")
 STOP = (TOKENIZER.eos_token_id, *range(20, len(TOKENIZER), 60))
@@ -24,6 +27,23 @@ SIZES = ServeSizes(rows=4, prompt=128, new=24, stops=16, block=3)
 ADAPTERS = {
     "polite": Adapter(rank=4, alpha=8.0, targets=("q", "v")),
     "terse": Adapter(rank=2, alpha=4.0, targets="all-linear"),
+}
+# Of other ranks and kinds, in the same programs; `models` does not name them.
+OTHERS = {
+    "one": Adapter(rank=1, alpha=2.0, targets=("q",)),
+    "eight": Adapter(rank=8, alpha=8.0),
+    "negative": Adapter(rank=2, alpha=-3.0, targets=("up",)),
+    "rslora": Adapter(rank=3, alpha=3.0, targets=("gate", "down"), rslora=True),
+    "a layer": Adapter(rank=4, alpha=8.0, targets=("q", "o"), layers_to_transform=(1,)),
+    "ranks": Adapter(rank=2, alpha=4.0, targets=("k", "v"), rank_pattern=(("k", 5),)),
+    "dora": Adapter(rank=4, alpha=8.0, dora=True),
+    "dora of a layer": Adapter(rank=1, alpha=2.0, targets=("v",), layers_to_transform=(0,), dora=True),
+    "dora of the head": Adapter(rank=3, alpha=3.0, targets=("q", "head"), dora=True),
+    "head": Adapter(rank=2, alpha=2.0, targets=("head",)),
+    "q and head": Adapter(rank=5, alpha=5.0, targets=("q", "head")),
+    "embeddings": Adapter(rank=2, alpha=2.0, targets=("embed",)),
+    "v and embeddings": Adapter(rank=3, alpha=3.0, targets=("v", "embed")),
+    "all": Adapter(rank=2, alpha=2.0, targets=("down", "embed", "head")),
 }
 MODEL = llama(
     LlamaConfig(
@@ -42,11 +62,27 @@ def base():
 
 @functools.cache
 def adapter(name):
-    """A random adapter whose b is not zero."""
-    specs = adapter_specs(MODEL.specs, ADAPTERS[name], MODEL.weight_names)
+    """A random adapter whose b is not zero; with DoRA its magnitudes are near the norms of the weights."""
+    specs = adapter_specs(MODEL.specs, (ADAPTERS | OTHERS)[name], MODEL.weight_names)
     fresh = param.init_params(specs, jax.random.key(len(name)), jnp.float32)
     keys = iter(jax.random.split(jax.random.key(1), 100))
-    return jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x, fresh)
+
+    def grown(path, x):
+        if not path.endswith(("/a", "/b")):
+            return x
+        values = 0.3 * jax.random.normal(next(keys), x.shape)
+        is_used = x != 0 if path.startswith("layers/") and path.endswith("/a") else True
+        return jnp.where(is_used, values, jnp.zeros_like(values))
+
+    pairs = tree.map_with_path(grown, fresh)
+    return tree.map_with_path(
+        lambda path, x: (
+            x * (1 + 0.3 * jnp.cos(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)))
+            if path.endswith("/magnitude")
+            else x
+        ),
+        init_magnitudes(base(), pairs),
+    )
 
 
 @functools.cache
@@ -54,7 +90,9 @@ def params():
     """Base and stack."""
     return {
         "base": base(),
-        "stack": jax.tree.map(jnp.asarray, stack_by_row([adapter(name) for name in ADAPTERS])),
+        "stack": jax.tree.map(
+            jnp.asarray, stack_by_row([with_gains(base(), adapter(name)) for name in ADAPTERS | OTHERS])
+        ),
     }
 
 

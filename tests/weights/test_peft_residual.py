@@ -107,7 +107,7 @@ def test_on_a_16_bit_base_only_pefts_rounding_of_the_residual_differs(world, tmp
 
 
 def test_every_command_and_further_training_read_the_same_plain_pairs(world, tmp_path):
-    ref, model, _ = world
+    ref, model, base = world
     saved(torch_base(world), tmp_path, **KINDS["OLoRA"])
     expected, settings = peft_layout.read_adapter(tmp_path, model, pretrained.open_files(ref))
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
@@ -116,7 +116,7 @@ def test_every_command_and_further_training_read_the_same_plain_pairs(world, tmp
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
     same(adapters.load_adapter(tmp_path, model, mesh, ref)[0])
-    same(served.read_adapters({"a": tmp_path}, ref, model)["a"])
+    same(served.read_adapters({"a": tmp_path}, ref, model, base)["a"])
     same(export.named_source(NamedWeights(ref, tmp_path, None, [])).adapter)
     assert adapters.read_adapter_settings(str(tmp_path), model) == settings
     whole = adapted(model, settings)
