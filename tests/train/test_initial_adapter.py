@@ -57,7 +57,7 @@ class Begun:
     def __init__(self, place, *argv, folder=None, critic=None, devices=1):
         knobs = {"model": place / "base", "reward": place / "reward", "critic": "fresh", "rank": 4}
         knobs |= {"max_prompt": 64, "max_new": 8, "dtype": "float32", "general": "none"}
-        knobs |= dict(text.split("=") for text in argv)
+        knobs |= dict(text.split("=", 1) for text in argv)
         run = load_config(PPO, [f"{name}={value}" for name, value in knobs.items()])
         self.run = run if critic is None else replace(run, heads={**run.heads, "critic": critic})
         self.programs = build(self.run, 10, jax.devices()[:devices])
@@ -168,6 +168,14 @@ def test_a_critic_with_a_base_of_its_own_has_no_part_of_the_policys(place):
     run = Begun(place, "adapter.init=pissa", "critic=full", "reward=jaxft.rl.rewards:json_match")
     assert INITIAL_ADAPTER not in run.frozen and "reference" in run.state.aux
     assert "adapter" not in heads.view(run.params, "critic")
+
+
+def test_no_pattern_trains_the_first_pairs(place):
+    model = pretrained.model_for(str(place / "base"), dtype=jnp.float32)
+    model = heads.with_heads(model, {"critic": HeadSettings()})
+    parts = partition.partition_params(model, Adapter(rank=2, init="pissa"), ".*")
+    trained = {path.partition("/")[0] for path in partition.trainable_paths(parts)}
+    assert INITIAL_ADAPTER in parts.specs and trained == {"base", "adapter", "critic"}
 
 
 def test_joined_adapters_change_a_base_as_both_do():
