@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import rollout_batches
 from loading_process import one_device
+from prepared import working_directory
 from reward_folders import begun, saved
 from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
+from tiny_pairs import make_rows
+from tiny_run import write_rows
 
 from jaxft import tree
 from jaxft.models import heads
@@ -22,11 +25,13 @@ from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters
 from jaxft.nn.quant import Quant
 from jaxft.rl import reward_models
 from jaxft.runs.config import load_config
-from jaxft.train import export, partition
+from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.train import export, loop, partition
 from jaxft.train.programs import build, start
 from jaxft.weights import lora_start, pretrained
 
-PPO = str(Path(__file__).resolve().parents[2] / "configs" / "ppo.py")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PPO = str(CONFIGS / "ppo.py")
 TARGETS = ("q", "down")
 NF4 = Quant("nf4", block=16, targets="layers/attn/q|layers/mlp/down")
 IN_NF4 = ["adapter.targets=q,down", "quant=nf4", "quant.block=16", f"quant.targets={NF4.targets}"]
@@ -153,6 +158,31 @@ def test_a_reward_model_that_was_trained_so_scores_as_in_its_own_run(place, tmp_
     assert run.run.adapter == settings and run.run.quant == quant
     assert run.run.heads["reward"].adapter.rank == 8  # of the exported adapter, for the unchanged base
     np.testing.assert_allclose(run.rewards(), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ppo_trains_on_the_scores_of_a_loftq_reward_run_whose_settings_it_has(place, monkeypatch, capsys):
+    monkeypatch.setenv("JAXFT_CACHE", str(place / "cache"))
+    write_rows(place / "pairs.jsonl", make_rows(12))
+    common = ["model=base", "data=pairs.jsonl", "held_out=none", "rank=4", "dtype=float32", "samples=0"]
+    common += [*IN_NF4, "adapter.init=loftq", "loop.steps=2", "loop.eval_every=none"]
+    prompts = ["group=4", "batch=4", "max_prompt=64", "max_new=6", "general=none"]
+    lines = {}
+    with working_directory(place):
+        for name, argv in {
+            "judge": ["batch=4", "max_length=96"],
+            "same": [*prompts, "reward=runs/judge", "critic=reward"],
+            "other": [*prompts, "reward=runs/judge", "critic=fresh", "adapter.init=pissa"],
+        }.items():
+            settings = {text.partition("=")[0]: text for text in [*common, *argv, f"name={name}"]}
+            recipe = CONFIGS / ("reward.py" if name == "judge" else "ppo.py")
+            assert loop.run(load_config(str(recipe), list(settings.values())), root=Path("runs")) == 0
+            lines[name] = capsys.readouterr().out
+        logged = read_entries(Path("runs/same/metrics.jsonl"))
+    scores = [entry["rewards/reward/mean"] for entry in logged if "rewards/reward/mean" in entry]
+    assert scores and np.isfinite(scores).all()
+    assert "own precision" not in lines["same"] and "was trained on a base" not in lines["same"]
+    assert "the merged model with scripts/export.py and use that" in lines["other"]
 
 
 def test_a_dora_critic_of_other_modules_starts_as_the_policy(place):
