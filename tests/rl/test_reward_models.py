@@ -37,6 +37,7 @@ from jaxft.rl.layout import pack_rollout
 from jaxft.rl.reward_models import HeadReward, ModelReward
 from jaxft.train import partition
 from jaxft.weights import init, pretrained
+from jaxft.weights.lora_start import init_magnitudes
 
 torch = pytest.importorskip("torch")
 
@@ -207,10 +208,20 @@ def test_our_adapter_scores_as_peft_does_for_rows_padded_or_not(workdir):
 
 def test_several_adapters_score_as_each_alone_in_one_program(workdir):
     base, folders = workdir.folder / "base", {}
-    for name, rank, targets in (("wide", 4, ("q", "v")), ("narrow", 2, ("k", "down"))):
-        model, params = begun(base, Adapter(rank=rank, targets=targets))
-        params["score"] = params["score"] * rank
-        folders[name] = saved(model, params, base, workdir.folder / name, Adapter(rank=rank, targets=targets))
+    kinds = {
+        "wide": Adapter(rank=4, targets=("q", "v")),
+        "dora": Adapter(rank=3, targets=("v",), dora=True),
+        "narrow": Adapter(rank=2, targets=("k", "down")),
+    }
+    for name, settings in kinds.items():
+        model, params = begun(base, settings)
+        params["score"] = params["score"] * settings.rank
+        if settings.dora:
+            started = init_magnitudes(params["base"], params["adapter"])
+            params["adapter"] = tree.map_with_path(
+                lambda path, x: 1.5 * x if path.endswith("/magnitude") else x, started
+            )
+        folders[name] = saved(model, params, base, workdir.folder / name, settings)
     rows = left_pad([[5, 6, 7], [8, 9]], 2)
     together = reward_models.load_reward_adapters(str(base), one_device(), folders, dtype=jnp.float32)
     traced = []
