@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_e"),
 ]
-TOKENS = "adapter.trainable_token_indices=101,115,121,257"  # e, s, y and the end
+TOKENS = "adapter.trainable_token_indices=68,82,88,257"  # e, s, y and the end
 KINDS = {
     "modules": ["adapter.modules_to_save=score,embed_tokens,norm"],
     "modules alone": ["adapter.targets=", "adapter.modules_to_save=embed_tokens,mlp"],
@@ -102,7 +102,7 @@ def test_a_run_learns_and_its_adapter_is_the_same_read_again_in_peft_and_merged(
     loaded = load_reward_model(base, one_device(), run / "adapter", dtype=jnp.float32)
     assert held_out_loss(place, kind, loaded) == pytest.approx(after, rel=1e-5)
     tokens = some_tokens()
-    tokens.ids[:, 3] = 115
+    tokens.ids[:, 3] = 82
     expected = np.asarray(loaded.score(loaded.params, tokens))
     from transformers import AutoModelForSequenceClassification
 
@@ -167,7 +167,7 @@ def test_a_run_that_is_resumed_is_the_same_bit_for_bit(place, kind):
 
 POLICY = {
     "pairs": [],
-    "tokens": ["adapter.trainable_token_indices=97,105"],
+    "tokens": ["adapter.trainable_token_indices=64,72"],  # a, i
     "modules": ["adapter.modules_to_save=lm_head,embed_tokens"],
 }
 
@@ -185,6 +185,7 @@ def ppo(place, kind, policy, *argv, devices=1):
         "loop.eval_every=none",
         "lr=0.02",
     ]
+    knobs += ["optim.warmup=0", "optim.schedule=constant"]
     given = ["critic=reward", f"reward={judge}", *knobs, *POLICY[policy], "loop.save_every=1", *argv]
     steps = [] if any(text.startswith("loop.steps=") for text in argv) else ["loop.steps=2"]
     return place.run(PPO, model, *given, *steps, devices=devices)
@@ -193,9 +194,7 @@ def ppo(place, kind, policy, *argv, devices=1):
 def leaves(folder, step):
     """Hashes of the trainable leaves in a checkpoint, by path."""
     manifest = json.loads((folder / "checkpoints" / str(step) / "manifest.json").read_text())
-    return {
-        path: leaf["shards"] for path, leaf in manifest["leaves"].items() if path.startswith("trainable.")
-    }
+    return {path: leaf["shards"] for path, leaf in manifest["leaves"].items() if ".trainable." in path}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +217,7 @@ def test_ppo_has_other_replaced_parameters_in_each_model(place, kind, policy):
     assert any("critic.adapter" in path for path in changing) and not any(
         ".reward." in path for path in before
     )
-    assert all(before[path] != after[path] for path in changing)
+    assert not [path for path in changing if before[path] == after[path]]
 
 
 @pytest.mark.parametrize("kind", ["modules", "tokens"])
