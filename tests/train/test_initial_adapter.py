@@ -140,7 +140,8 @@ def test_the_reference_is_the_policy_at_step_0_without_a_copy_and_a_resumed_run_
     )
 
 
-@pytest.mark.parametrize("init, quant", [pytest.param("pissa", None, marks=pytest.mark.slow), ("loftq", NF4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("init, quant", [("pissa", None), ("loftq", NF4)])
 def test_a_reward_model_that_was_trained_so_scores_as_in_its_own_run(place, tmp_path, init, quant):
     ref, settings = str(place / "base"), Adapter(rank=4, alpha=8.0, init=init, targets=TARGETS)
     model = heads.with_scalar_head(pretrained.model_for(ref, dtype=jnp.float32))
