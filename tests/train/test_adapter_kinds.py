@@ -20,7 +20,7 @@ from tiny_run import write_place, write_rows
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.models.heads import HeadSettings
+from jaxft.models.heads import HeadSettings, with_scalar_head
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.runs.config import knob_names, load_config, resolve_config
@@ -54,8 +54,8 @@ KINDS = {
     "bias": ["model=biased", "adapter.bias=all"],
     "modules_to_save": ["adapter.modules_to_save=lm_head,embed_tokens,norm"],
     "embeddings": ["adapter.targets=q_proj,v_proj,embed_tokens"],
-    "tokens": ["adapter.targets=", "adapter.trainable_token_indices=97,105,116,257"],
-    "tokens and pairs": ["adapter.trainable_token_indices=97,105,116,257"],
+    "tokens": ["adapter.targets=", "adapter.trainable_token_indices=64,72,83,257"],
+    "tokens and pairs": ["adapter.trainable_token_indices=64,72,83,257"],
     "tied head": ["model=tied", "adapter.targets=q_proj,lm_head"],
 }
 RESIDUAL = ("PiSSA", "OLoRA", "LoftQ", "QERA")  # whose exported adapter is for the base in its own precision
@@ -305,6 +305,8 @@ def test_other_objectives_train_every_part_of_an_adapter_in_two_steps_of_a_run(p
     if kind in FROM_ROWS + RESIDUAL:
         return
     model = pretrained.model_for(str(place.folder / place.base(kind)), dtype=jnp.float32)
+    if recipe == "reward":
+        model = with_scalar_head(model)
     found = tree.paths(peft_layout.read_parts(folder / "adapter", model)[0]["adapter"])
     head = HeadSettings(run.adapter)
     whole = adapted(model, run.adapter)
