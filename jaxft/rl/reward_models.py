@@ -111,7 +111,9 @@ def load_reward_adapters(
         out, wide = {}, np.promote_types(model.dtype, np.float32)
         for (name, parts), equal in zip(found.items(), of_equal_shapes(list(pairs.values())), strict=True):
             own = adapters.on_every_device({**parts, "adapter": equal}, wide, mesh)
-            out[name] = replace(first, params={**first.params, **own}, pad=pad_token_of(ref, folders[name]))
+            pad, params = pad_token_of(ref, folders[name]), {**first.params, **own}
+            score = partial(score_rows, first.model, pad=pad)
+            out[name] = LoadedRewardModel(score, params, first.model, pad)
     return out
 
 

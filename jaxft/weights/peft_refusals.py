@@ -36,7 +36,8 @@ OTHERS = (
 UNKNOWN_START = ("pissa_niter", "corda", "lora_ga")
 CONVERT = (
     "the adapter belongs to weights that its initialisation has changed; write it as plain LoRA with peft: "
-    "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+    "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START), where START is the "
+    "folder of the adapter as it was before training"
 )
 QUANTISED_BASE = (
     "the adapter belongs to the quantised weights that LoftQ has made; merge it with peft on these weights "
@@ -63,7 +64,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path}: no such file; expected a PEFT adapter's folder, or a run's with one"
         )
-    return read_model_json(path)
+    config = read_model_json(path)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() in ("gaussian", "mica", "olora"):  # as peft, in any case
+        config["init_lora_weights"] = start.lower()
+    return config
 
 
 def check_plain_lora(where: Path, config: dict[str, Any]) -> None:

@@ -67,7 +67,8 @@ def first_pair_in(base: ModelFiles | None) -> ReadFirstPair:
         if name in base.quantised:
             method = base.quantised[name].method
             raise ValueError(
-                f"{about}: {name} of the base in {base.where} is quantised ({method}): {CONVERT}"
+                f"{about}: {name} of the base in {base.where} is quantised ({method}); use the base in its "
+                "own precision, which quant=nf4 (--quant nf4) quantises after reading"
             )
         if base.shapes.get(name) != weight.shape[::-1]:
             raise ValueError(

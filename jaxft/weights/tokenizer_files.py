@@ -13,6 +13,8 @@ FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.jinja", f"{TEMPLATES_FOLDER}/*.jinja",
 )  # fmt: skip
+# One of these holds the vocabulary; without any, transformers 5 makes empty tokenizers of some classes.
+VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.txt", "merges.txt")
 # transformers 4, and vLLM and llama.cpp's converter with it, cannot load these classes of transformers 5.
 ONLY_IN_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
 IN_BOTH = "PreTrainedTokenizerFast"  # both take tokenizer.json as it is
@@ -21,10 +23,13 @@ IN_BOTH = "PreTrainedTokenizerFast"  # both take tokenizer.json as it is
 def read_tokenizer(folder: Path) -> Any:
     """Read a folder's tokenizer with transformers, without running code in the folder.
 
-    Return a fast or a slow tokenizer; raises what transformers and tokenizers raise.
+    Return a fast or a slow tokenizer; raises what transformers and tokenizers raise, and FileNotFoundError if
+    there is no file with a vocabulary.
     """
     from transformers import AutoTokenizer
 
+    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        raise FileNotFoundError("no file with a vocabulary")
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 

@@ -110,6 +110,9 @@ def test_every_command_and_further_training_read_the_same_plain_pairs(world, tmp
     ref, model, base = world
     saved(torch_base(world), tmp_path, **KINDS["OLoRA"])
     expected, settings = peft_layout.read_adapter(tmp_path, model, pretrained.open_files(ref))
+    config = tmp_path / "adapter_config.json"  # peft compares this name in lower case
+    config.write_text(config.read_text().replace('"olora"', '"OLoRA"'))
+    assert '"OLoRA"' in config.read_text()
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
 
     def same(found):
@@ -147,7 +150,7 @@ def test_what_cannot_be_read_is_one_line_with_the_way_that_works(world, tmp_path
     other = {**files.shapes, name: (64, 32)}
     refused(name, "another base model", files=replace(files, shapes=other))
     packed = QuantisedTensor("nf4", (64, 64), None, lambda index=(): np.zeros((64, 64)))
-    refused(name, "quantised (nf4)", convert, files=replace(files, quantised={name: packed}))
+    refused(name, "quantised (nf4)", "quant=nf4", files=replace(files, quantised={name: packed}))
     text = config.read_text()
     config.write_text(json.dumps({**json.loads(text), "init_lora_weights": "pissa_niter_4"}))
     refused("'pissa_niter_4'", convert)

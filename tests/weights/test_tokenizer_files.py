@@ -212,3 +212,15 @@ def test_a_half_written_file_is_named(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is not a complete JSON file .*download it again") as caught:
         pretrained.load_tokenizer(str(folder))
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizerFast"])
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path, kind):
+    """transformers 5 makes an empty tokenizer of it, which has no ids for a text, or unknown ones only."""
+    write_folder(tmp_path, tiny_torch())
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    assert len(AutoTokenizer.from_pretrained(str(tmp_path))) < 10
+    with pytest.raises(ValueError, match="no file with a vocabulary.*it needs a tokenizer.json") as caught:
+        pretrained.load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
