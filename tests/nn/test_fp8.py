@@ -13,6 +13,7 @@ from tiny_model import assert_close
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn import fp8, matmul, param
+from jaxft.nn.lm_head import lm_head
 from jaxft.nn.lora import Adapted
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.weights import storage
@@ -122,7 +123,7 @@ def test_blocks_of_inputs_logits_and_other_devices_use_the_dequantised_weight():
     blocks = replace(w, block=16, scale=np.concatenate([w.scale, 2 * w.scale]))
     for fn, one in (
         (matmul.linear, replace(w, fp8_matmul=None)),
-        (lambda x, w: matmul.lm_head({"head": w}, x), w),
+        (lambda x, w: lm_head({"head": w}, x), w),
         (matmul.linear, blocks),
     ):
         found, expected = jit(lambda x, w, fn=fn: (fn(x, w), x @ dequantize(w)))(x, one)

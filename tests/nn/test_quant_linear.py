@@ -15,6 +15,7 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import layers, lora, matmul
+from jaxft.nn.lm_head import lm_head
 from jaxft.nn.lora import Adapted, Adapter
 from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
 from jaxft.objectives.logprobs import token_logps
@@ -105,10 +106,10 @@ def test_embedding_and_head_from_quantised_tables(x64, form):
     )
     found = jax.jit(layers.embed, static_argnums=2)(table, ids, table.dtype)
     np.testing.assert_array_equal(found, np.asarray(jit(dequantize)(table))[np.asarray(ids)])
-    same(matmul.lm_head, {"embed": table}, h)
-    same(matmul.lm_head, {"head": head}, h)
+    same(lm_head, {"embed": table}, h)
+    same(lm_head, {"head": head}, h)
     pair = (random(40, 3, seed=3), random(3, 64, seed=4), jnp.asarray(0.7))
-    same(lambda w, h: matmul.lm_head({**w, "head": Adapted(None, *pair)}, h), {"embed": table}, h)
+    same(lambda w, h: lm_head({**w, "head": Adapted(None, *pair)}, h), {"embed": table}, h)
 
 
 @every_form
@@ -133,7 +134,7 @@ def test_results_have_the_dtype_of_the_activations_without_promotion(form):
             lambda w, x: jax.vjp(lambda x: matmul.linear(x, w), x)[1](matmul.linear(x, w))[0], w, x
         )
         row = jax.eval_shape(lambda w, ids: layers.embed(w, ids, w.dtype), w, jnp.array([[1]]))
-        logits = jax.eval_shape(lambda h, w: matmul.lm_head({"embed": w}, h), x[:, :6], w)
+        logits = jax.eval_shape(lambda h, w: lm_head({"embed": w}, h), x[:, :6], w)
     assert y.dtype == back.dtype == row.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
 
 
