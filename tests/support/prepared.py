@@ -1,4 +1,4 @@
-"""Prepare a run in the test's process, as scripts/train.py does: settings, rows and programs, no steps."""
+"""Runs in the test's process, as scripts/train.py does them: prepared without steps, or to their end."""
 
 import contextlib
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 from jaxft.distributed import sharding
 from jaxft.runs import folder as runfolder
 from jaxft.runs.config import resolve_config
-from jaxft.train import members
+from jaxft.train import loop, members
 from jaxft.train.compiled import compile_run
 from jaxft.train.settings import Run
 
@@ -32,6 +32,14 @@ def prepare(folder, *overrides, devices=1):
         run = settings.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
             return members.prepare(run, settings.describe(), runfolder.folder_of(Path("runs"), run.name))
+
+
+def finished_run(folder, config, *overrides, devices=1):
+    """Train the run of a configuration in a folder to its end, and return the run's folder."""
+    with working_directory(folder, devices):
+        settings = resolve_config(config, list(overrides))
+        assert loop.run(settings.value, settings.describe(), Path("runs")) == 0
+    return folder / "runs" / settings.value.name
 
 
 def load_and_compile(folder, *overrides):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from loading_process import one_device
-from prepared import prepare, working_directory
+from prepared import finished_run, prepare, working_directory
 from safetensors.numpy import load_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 from tiny_pairs import make_rows
@@ -93,10 +93,8 @@ class Place:
 
     def _finished(self, kind, name, *argv, devices=1):
         """The folder of a finished run of a kind."""
-        with working_directory(self.folder, devices):
-            settings = resolve_config("config.py", [*COMMON, *with_block(KINDS[kind], *argv), f"name={name}"])
-            assert loop.run(settings.value, settings.describe(), Path("runs")) == 0
-        return self.folder / "runs" / name
+        settings = [*COMMON, *with_block(KINDS[kind], *argv), f"name={name}"]
+        return finished_run(self.folder, "config.py", *settings, devices=devices)
 
     def base(self, kind):
         return next((text.removeprefix("model=") for text in KINDS[kind] if "model=" in text), "base")

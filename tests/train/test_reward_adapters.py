@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reward_place
 from loading_process import one_device
-from prepared import prepare, working_directory
+from prepared import finished_run, prepare, working_directory
 from reward_folders import torch_score
 from safetensors.numpy import load_file
 from tiny_llama import some_tokens, tiny_torch, write_folder
@@ -20,7 +20,7 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 from jaxft.nn.quant import Quant
 from jaxft.objectives.reward_model import reward
 from jaxft.rl.reward_models import load_reward_model
-from jaxft.runs.config import load_config, resolve_config
+from jaxft.runs.config import load_config
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import export, loop
@@ -71,10 +71,7 @@ class Place:
 
     def run(self, config, *argv, devices=1):
         """The folder of a finished run."""
-        with working_directory(self.folder, devices):
-            settings = resolve_config(config, list(argv))
-            assert loop.run(settings.value, settings.describe(), Path("runs")) == 0
-        return self.folder / "runs" / settings.value.name
+        return finished_run(self.folder, config, *argv, devices=devices)
 
     def base(self, kind):
         return self.folder / ("tied" if "model=tied" in KINDS[kind] else "base")
