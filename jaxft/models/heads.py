@@ -72,10 +72,9 @@ def with_scalar_head(model: Model) -> Model:
     """
     specs = {name: spec for name, spec in model.specs.items() if name != "head"}
     names = {path: name for path, name in model.weight_names.items() if path != "head"}
-    width, vocab = model.config.width, model.config.vocab
 
-    def forward_flops(tokens: int, context: int) -> float:
-        return model.forward_flops(tokens, context) - 2.0 * tokens * width * vocab
+    def forward_flops(tokens: int, context: float, read: int | None = None) -> float:
+        return model.forward_flops(tokens, context, read=0)
 
     return replace(
         model,

@@ -88,8 +88,8 @@ class Model:
         a completion.
     decode(params, cache, ids [R], at) -> (h [R, D], cache): one token per row; at: NextToken.
     empty_cache((prompts, slots), rows, new, stored="compute") -> a Cache without any tokens.
-    forward_flops(tokens, context) -> floating point operations of a forward pass, with attention over
-        `context` keys.
+    forward_flops(tokens, context, read=None) -> floating point operations of a forward pass over texts of
+        `context` tokens each; read: how many tokens have logits, all by default.
     heads: ParamSpecs in addition to base and adapter: scalar heads, and models that share the base.
     head_adapters: settings of the adapters of models that share the base, by name in `heads`.
     scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`; raises
@@ -111,7 +111,7 @@ class Model:
     prefill: Callable[..., tuple[Array, Any]]
     decode: Callable[..., tuple[Array, Cache]]
     empty_cache: Callable[..., Cache]
-    forward_flops: Callable[[int, int], float]
+    forward_flops: Callable[..., float]
     heads: dict[str, Any] = field(default_factory=dict)
     head_adapters: dict[str, Adapter] = field(default_factory=dict)
     scores: Callable[[Params, Array], Array] = no_scalar_head
@@ -155,19 +155,26 @@ def layer_axes(specs: Specs) -> Any:
 
 
 def dense_flops(
-    config: ModelConfig, specs: Specs, attention: AttentionLayers, tokens: int, context: int
+    config: ModelConfig,
+    specs: Specs,
+    attention: AttentionLayers,
+    tokens: int,
+    context: float,
+    read: int | None = None,
 ) -> float:
     """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens: matrices of the layers, causal
-    attention within each layer's window, and the head. A multiply-add counts as two.
+    attention within each layer's window, and the head for `read` tokens (all by default). A multiply-add
+    counts as two.
     """
     matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
     per_layer = sum(prod(shape[1:]) for shape in matrices)
     keys = sum(mean_keys(attention.kinds[kind].window, context) for kind in attention.layout)
     scores = 2 * config.heads * config.head_dim * keys
-    return 2.0 * tokens * (config.layers * per_layer + scores + config.width * config.vocab)
+    head = config.width * config.vocab * (tokens if read is None else read)
+    return 2.0 * (tokens * (config.layers * per_layer + scores) + head)
 
 
-def mean_keys(window: int | None, context: int) -> float:
+def mean_keys(window: int | None, context: float) -> float:
     """Return the mean number of keys that a query attends to, causally and within the window, in a text of
     `context` tokens.
     """

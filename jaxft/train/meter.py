@@ -52,9 +52,11 @@ class Meter:
             3 if trains_base(partition) else 2
         )  # forward, gradient of the inputs, gradient of the weights
         self._device = jax.local_devices()[0]
-        self._peak = devices.peak_flops(self._device) * len(jax.devices())
+        # a CPU's peak would be benchmarked beside the threads of the run
+        on_cpu = self._device.platform == "cpu"
+        self._peak = None if on_cpu else devices.peak_flops(self._device) * len(jax.devices())
         self._pending: collections.deque[tuple[int, int, Metrics]] = collections.deque()
-        self._tokens, self._length, self._last = 0, 0, 0
+        self._tokens, self._flops, self._last = 0, 0.0, 0
         self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
@@ -62,10 +64,18 @@ class Meter:
 
         Raises ValueError that names the rows if too many steps in a row were not finite.
         """
-        tokens, self._length = int((batch.segments > 0).sum()), batch.segments.shape[-1]
+        tokens = int((batch.segments > 0).sum())
         self._tokens += tokens
+        self._flops += self._passes * self._forward_flops(batch, tokens)
         self._pending.append((step, tokens, metrics))
         self._add_pending(1)
+
+    def _forward_flops(self, batch: Batch, tokens: int) -> float:
+        """FLOPs that the model needs for a batch: of its tokens without padding, with attention within each
+        example, and of the head where it is read.
+        """
+        earlier = float(batch.positions.sum(where=batch.segments > 0))  # all tokens' tokens before them
+        return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), min(tokens, batch.read.size))
 
     def _add_pending(self, leave: int) -> None:
         counters = self._counters
@@ -126,16 +136,14 @@ class Meter:
             "epoch": (self._last + 1) / self._source.info.steps_per_epoch,
             "num_tokens": self._counters["num_tokens"],
         }
+        use = {} if self._peak is None else {"mfu": self._flops / seconds / self._peak}
         perf = {
             "seconds": seconds,
             "tokens_per_second": self._tokens / seconds,
-            "mfu": self._passes
-            * self._model.forward_flops(self._tokens, self._length)
-            / seconds
-            / self._peak,
+            **use,
             "memory_gib": devices.memory_gib(self._device),
         }
-        self._tokens = 0
+        self._tokens, self._flops = 0, 0.0
         self._counters.update(good=0, skipped=0)
         self._sums = {}
         return out, perf

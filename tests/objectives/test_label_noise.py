@@ -3,11 +3,10 @@
 import json
 import random
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from meters import make_meter
+from meters import five_tokens, make_meter
 from test_metrics import counts, first_sight
 from tiny_run import ROOT, Place, write_rows
 
@@ -23,7 +22,7 @@ def feed(m, step, margin, bad=False):
         "loss": Sum(one, one), "learning_rate": Sum(one, one), "label_noise": noise,
         "skipped": Sum(np.float64(bad), one),
     }  # fmt: skip
-    m.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
+    m.add(step, five_tokens(), found)
 
 
 def test_training_steps_log_the_estimate_of_the_first_epoch_so_far():

@@ -8,21 +8,28 @@ from jaxft.objectives import metrics
 from jaxft.train.meter import Meter
 
 
-def make_meter(max_bad, counters=None):
+def make_meter(max_bad, counters=None, model=None):
     """A meter of a source with 10 steps an epoch whose rows are called `row <step>`."""
     info = SimpleNamespace(steps_per_epoch=10)
     source = SimpleNamespace(info=info, row_names=lambda step: [f"row {step}"])
-    model = SimpleNamespace(forward_flops=lambda tokens, length: 1.0)
+    model = model or SimpleNamespace(forward_flops=lambda tokens, context, read: 1.0)
     partition = SimpleNamespace(model=model, mask={"base": {}})
     member = SimpleNamespace(programs=SimpleNamespace(partition=partition))
     return Meter(member, source, max_bad, counters)
 
 
-def feed(meter, step, loss, bad=False):
-    """One step of five tokens with this loss."""
+def feed(meter, step, loss, bad=False, batch=None):
+    """One step with this loss, of five tokens if no batch is given."""
     one = np.float32(1)
     found = {
         name: metrics.Sum(np.float32(x), one)
         for name, x in (("loss", loss), ("skipped", bad), ("learning_rate", 1e-3))
     }
-    meter.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
+    meter.add(step, batch or five_tokens(), found)
+
+
+def five_tokens():
+    """What a meter reads of a batch: an example of five tokens without padding."""
+    return SimpleNamespace(
+        segments=np.ones((1, 1, 5), int), positions=np.arange(5)[None, None], read=np.arange(4)[None, None]
+    )
