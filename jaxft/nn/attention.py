@@ -27,6 +27,9 @@ from jaxft.nn.ring_attention import BlockKernel, balanced, ring
 from jaxft.nn.splash_attention import has_shared_prompts, splash
 
 Kernel = Callable[..., jax.Array]
+# How a device gets the keys of its rows. With time sharded it has all time of some heads, or a part of the
+# queries of all heads, for which keys are gathered or passed around a ring.
+Layout = Literal["rows", "heads", "gathered", "ring"]
 
 
 def dense(
@@ -152,20 +155,36 @@ def attention(
     packed: bool = True,
     settings: AttentionSettings = AttentionSettings(),
 ) -> Float[Array, "B T H E"]:
-    """Attention by the fastest kernel for the devices of the ambient mesh, present or described; else by
-    `flash`.
+    """Attention, with scores divided by sqrt(E), by the fastest kernel for the devices of the ambient mesh,
+    present or described; else by `flash`.
 
-    packed: a row may have several segments, or padding before its first token. Each device computes its own
-    rows and heads (sharding.py). If the mesh shards time, heads are sharded instead during attention
-    (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). If they do not divide, each device computes an early and
-    a late part of the queries, for which it gathers all keys or, in long rows, passes them around a ring
-    (ring_attention.py). settings.context_keys overrides this choice.
+    packed: a row may have several segments, or padding before its first token. How it is divided over the
+    mesh: see attention_by; settings.context_keys overrides this choice.
+    """
+    branches, softcap = ranges.prompt_start is not None, settings.softcap
+    rows = AttentionNeeds(packed, branches, ranges.windowed, softcap is not None)
+    choice = chosen_kernel(q_BTHE, k_BTKE.shape[2], rows, settings)
+    return attention_by(choice, q_BTHE, k_BTKE, v_BTKE, ranges, softcap)
+
+
+def attention_by(
+    choice: tuple[Layout, Kernel],
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    ranges: KeyRanges,
+    softcap: float | None,
+) -> Float[Array, "B T H E"]:
+    """Attention by a given kernel, divided over the ambient mesh in a given layout (see chosen_kernel).
+
+    Each device computes its own rows and heads (sharding.py). If the mesh shards time, heads are sharded
+    instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). If they do not divide, each
+    device computes an early and a late part of the queries, for which it gathers all keys or, in long rows,
+    passes them around a ring (ring_attention.py).
     """
     chex.assert_equal_shape([k_BTKE, v_BTKE])
     chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, ranges.own_start], 2)
-    heads, kv_heads, ways, softcap = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards(), settings.softcap
-    rows = AttentionNeeds(packed, ranges.prompt_start is not None, ranges.windowed, softcap is not None)
-    layout, kernel = _choice(q_BTHE, kv_heads, rows, settings)
+    heads, kv_heads, ways, (layout, kernel) = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards(), choice
     of_queries = ranges.own_start, ranges.own_end, ranges.prompt_start, ranges.prompt_end
     arrays = q_BTHE, k_BTKE, v_BTKE, *of_queries
     fn = _of_arrays(kernel, ranges.windowed, softcap)
@@ -183,10 +202,6 @@ def attention(
     axes = (SPREAD, keys, keys, *(WHOLE,) * 4)
     return constrain(per_device(fn, axes, SPREAD, q_BTHE.shape)(*arrays), *Q)
 
-
-# How a device gets the keys of its rows. With time sharded it has all time of some heads, or a part of the
-# queries of all heads, for which keys are gathered or passed around a ring.
-Layout = Literal["rows", "heads", "gathered", "ring"]
 
 # A ring stores a fraction of the keys and hides their transfer behind attention, but starts a kernel per
 # block of keys. Attention of L queries to L keys, of which half are visible, is 2 L^2 H E FLOPs; the block's
@@ -215,10 +230,10 @@ def _divides(heads: int, kv_heads: int) -> bool:
     return heads % ways == 0 and (kv_heads % ways == 0 or ways % kv_heads == 0)
 
 
-def _choice(
-    q_BTHE: Any, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
+def chosen_kernel(
+    q_BTHE: jax.Array | jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
 ) -> tuple[Layout, Kernel]:
-    """Return how attention is divided over the ambient mesh and which kernel runs on each device."""
+    """Return how `attention` is divided over the ambient mesh, and the kernel that it runs on each device."""
     mesh, (_, T, heads, head_dim) = jax.sharding.get_abstract_mesh(), q_BTHE.shape
     context_keys = settings.context_keys
     layout: Layout = "heads"
@@ -231,13 +246,6 @@ def _choice(
     if mesh.empty or settings.kernel == "flash":
         return layout, flash
     return layout, kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
-
-
-def chosen_kernel(
-    q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
-) -> tuple[Layout, Kernel]:
-    """Return how `attention` is divided over the ambient mesh, and the kernel that it runs on each device."""
-    return _choice(q_BTHE, kv_heads, rows, settings)
 
 
 LAYOUT_NAMES: dict[Layout, str] = {
@@ -272,7 +280,7 @@ def attention_line(
     has = {name: present for name, (present, _) in features.items()}
 
     def choice(needs: dict[str, bool]) -> tuple[Layout, Kernel]:
-        return _choice(q_BTHE, kv_heads, AttentionNeeds(**needs), settings)
+        return chosen_kernel(q_BTHE, kv_heads, AttentionNeeds(**needs), settings)
 
     layout, kernel = choice(has)
     usual = choice(bare)[1]

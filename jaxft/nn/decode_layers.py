@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.nn.attention import attention
 from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import Cache, LayerKeys, NextToken, PromptKeys, Step, append, attend, prompt_keys
 from jaxft.nn.layer_attention import (
     AttentionLayers,
     angles_of,
+    attend_rows,
     batch_ranges,
     checked_values,
     generation_angles,
-    layer_ranges,
+    query_factor,
     rotated,
     rule_of,
 )
@@ -47,8 +47,7 @@ def prefill_layers(
         p, kind = x
 
         def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            o = attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.settings)
+            o, (k, v) = attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)
             return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
 
         return layer(p, h, attend_prompts, None)
@@ -83,7 +82,7 @@ def decode_layers(
         rule = rule_of(a, kind, size)
 
         def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
+            (q, k), v = rotated(q, k, angles_of(angles, kind), query_factor(a)), checked_values(v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             full, window = stored.full, stored.window
             if full is not None:

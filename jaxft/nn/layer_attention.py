@@ -11,10 +11,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain
-from jaxft.nn.attention import AttentionSettings, needed_window
+from jaxft.nn.attention import AttentionNeeds, AttentionSettings, attention_by, chosen_kernel, needed_window
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
+from jaxft.nn.splash_attention import splash, splash_of_scaled
 from jaxft.tree import Batch, static, struct
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
@@ -100,6 +101,12 @@ def rule_of(a: AttentionLayers, kind: Array | None, length: int) -> AttentionRul
     return AttentionRule(window_of(a, kind, length), a.settings.softcap)
 
 
+def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: bool) -> AttentionNeeds:
+    """Return what the layers need from a kernel for rows of `length` tokens; see AttentionNeeds."""
+    windowed = any(needed_window(kind.window, length) for kind in a.kinds)
+    return AttentionNeeds(packed, branches, windowed, a.settings.softcap is not None)
+
+
 def batch_ranges(tokens: Batch) -> KeyRanges:
     """Return the key ranges of a batch's rows, computed once for all layers; tokens: Tokens, Pairs or
     Rollout.
@@ -144,15 +151,45 @@ def angles_of(angles: list[Angles], kind: Array | None) -> Angles:
     return tuple(jax.lax.dynamic_index_in_dim(x, kind, 0, keepdims=False) for x in (cos, sin))
 
 
-def rotated(
-    a: AttentionLayers, q: Float[Array, "B T H E"], k: Float[Array, "B T K E"], angles: Angles
-) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"]]:
-    """Return queries and keys with rope, under names that remat policies can save.
+def attend_rows(
+    a: AttentionLayers,
+    kind: Array | None,
+    qkv: tuple[Float[Array, "B T H E"], Float[Array, "B T K E"], Float[Array, "B T K E"]],
+    angles: list[Angles],
+    ranges: KeyRanges,
+    packed: bool,
+) -> tuple[Float[Array, "B T H E"], tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]]:
+    """Return the attention of rows in one layer, and the keys, with rope, and values that it attends to.
 
-    Attention kernels divide scores by sqrt(E), so queries are multiplied by the factor that makes the total
-    scale the model's.
+    qkv: queries, keys and values before rope. kind: the index of the layer's LayerKind; None if there is only
+    one. angles: those of each LayerKind. ranges: those of the batch. packed: as in attention.attention.
     """
-    factor = 1.0 if a.scale is None else a.scale * a.head_dim**0.5
+    q, k, v = qkv
+    needs = attention_needs(a, q.shape[1], packed, ranges.prompt_start is not None)
+    layout, kernel = chosen_kernel(q, k.shape[2], needs, a.settings)
+    factor = query_factor(a)
+    if kernel is splash:  # it would scale queries after they are rounded, and round them again
+        kernel, factor = splash_of_scaled, a.head_dim**-0.5 if a.scale is None else a.scale
+    (q, k), v = rotated(q, k, angles_of(angles, kind), factor), checked_values(v)
+    ranges = layer_ranges(a, kind, ranges)
+    return attention_by((layout, kernel), q, k, v, ranges, a.settings.softcap), (k, v)
+
+
+def query_factor(a: AttentionLayers) -> float:
+    """Return the factor on queries that makes the total scale the model's where scores are divided by
+    sqrt(E), as in all kernels but splash_of_scaled, and in cached_attention.
+    """
+    return 1.0 if a.scale is None else a.scale * a.head_dim**0.5
+
+
+def rotated(
+    q: Float[Array, "B T H E"], k: Float[Array, "B T K E"], angles: Angles, factor: float
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"]]:
+    """Return queries, with rope and multiplied by a factor, and keys with rope, under names that remat
+    policies can save.
+
+    The factor is applied in float32 or wider, so that queries are rounded once.
+    """
     q = constrain(rotate(q, *angles, factor), "rows", "time", "heads", "head_dim")
     k = constrain(rotate(k, *angles), "rows", "time", "kv_heads", "head_dim")
     return saveable(q, "q"), saveable(k, "k")

@@ -18,17 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.nn import fused_update
-from jaxft.nn.attention import attention
-from jaxft.nn.layer_attention import (
-    Attend,
-    AttentionLayers,
-    angles_of,
-    batch_ranges,
-    checked_values,
-    example_angles,
-    layer_ranges,
-    rotated,
-)
+from jaxft.nn.layer_attention import Attend, AttentionLayers, attend_rows, batch_ranges, example_angles
 from jaxft.nn.products import accumulation_dtype
 from jaxft.tree import Batch, Params
 
@@ -120,8 +110,7 @@ def scan_layers(
         p, (key, kind) = x
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-            return attention(q, k, v, layer_ranges(a, kind, ranges), tokens.packed, a.settings), None
+            return attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)[0], None
 
         h = checkpoint_name(h, "layer_in") if policy.offload else h
         return layer(p, h, attend, key)[0], None
@@ -166,11 +155,10 @@ def run_layer(
     p: its parameters, without the stacked axis. kind: its number in a.kind_numbers; None if that is None.
     """
     angles = example_angles(a, tokens.positions, tokens.segments, h_BTD.dtype)
-    ranges = layer_ranges(a, kind, batch_ranges(tokens))
+    ranges = batch_ranges(tokens)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
-        return attention(q, k, v, ranges, tokens.packed, a.settings), None
+        return attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)[0], None
 
     return layer(p, h_BTD, attend, None)[0]
 

@@ -7,6 +7,7 @@ import jax
 
 from jaxft.nn import attention
 from jaxft.nn.kernel_check import context_parts, kernel_errors
+from jaxft.nn.layer_attention import attention_needs
 from jaxft.train.programs import Programs
 from jaxft.tree import Batch
 
@@ -43,12 +44,7 @@ def check_attention(p: Programs, batch: Batch) -> list[str]:
     be compiled or run on this device.
     """
     model, layers, queries = p.partition.model, p.partition.model.attention, _queries(p, batch)
-    rows = attention.AttentionNeeds(
-        batch.packed,
-        batch.branches is not None,
-        any(attention.needed_window(kind.window, queries.shape[1]) for kind in layers.kinds),
-        layers.settings.softcap is not None,
-    )
+    rows = attention_needs(layers, queries.shape[1], batch.packed, batch.branches is not None)
     with jax.set_mesh(p.mesh):
         layout, kernel = attention.chosen_kernel(queries, model.config.kv_heads, rows, layers.settings)
     if kernel is attention.flash:
