@@ -111,6 +111,16 @@ class TrainState:
     bad: Int[Any, "2"]
 
 
+def count_reads(batch: Any) -> int:
+    """Return the number of positions of a Tokens, Pairs or Rollout at which the model is read, without
+    padding.
+    """
+    if isinstance(batch, Tokens):
+        return int((batch.token_weights != 0).sum())
+    slots = batch.lengths.shape[-1] * (batch.lengths.shape[-2] if isinstance(batch, Pairs) else 1)
+    return int((batch.responses < slots).sum())
+
+
 def without_fields(batch: T, names: tuple[str, ...]) -> T:
     """Set some of a batch's fields to None."""
     nothing: dict[str, Any] = dict.fromkeys(names)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.batch import count_reads
 from jaxft.data.source import Source
 from jaxft.distributed import devices, processes
 from jaxft.objectives import metrics as metric
@@ -72,10 +73,10 @@ class Meter:
 
     def _forward_flops(self, batch: Batch, tokens: int) -> float:
         """FLOPs that the model needs for a batch: of its tokens without padding, with attention within each
-        example, and of the head where it is read.
+        example, and of the head where it is read. Passes of a reference or a critic are not counted.
         """
         earlier = float(batch.positions.sum(where=batch.segments > 0))  # all tokens' tokens before them
-        return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), min(tokens, batch.read.size))
+        return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), count_reads(batch))
 
     def _add_pending(self, leave: int) -> None:
         counters = self._counters

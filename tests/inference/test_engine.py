@@ -114,12 +114,11 @@ def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, mo
         return lambda *args: (ran.append(name), run(*args))[1]
 
     spied = replace(engine, decode={name: recorded(name, run) for name, run in engine.decode.items()})
-    key = jax.random.key(6)  # with which no program of 27 rows runs twice
-    found = spied.complete(world[1], PROMPTS, key)
+    found = spied.complete(world[1], PROMPTS, KEY)
     assert ran == [(27, 5, 64), (14, 20, 64), (7, 20, 64)]
     monkeypatch.setattr(engines, "FEWEST_ROWS", 99)
     plain = engine_of(world, sampling, stop, 26, 64, 2, 13)
-    np.testing.assert_array_equal(plain.complete(world[1], PROMPTS, key).tokens, found.tokens[:, :2])
+    np.testing.assert_array_equal(plain.complete(world[1], PROMPTS, KEY).tokens, found.tokens[:, :2])
 
 
 def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world, monkeypatch):
@@ -165,8 +164,8 @@ def test_a_row_is_usable_after_a_completion_that_was_not_finite(world):
     model, whole = world
     broken = dict(whole, base=dict(whole["base"], embed=whole["base"]["embed"].at[39].set(jnp.nan)))
     prompts = [[39, 3], [1, 2], [4, 39], [5, 6], [8]]
-    engine, key = engine_of(world, SAMPLED, STOP, 1, 64, 1, len(PROMPTS)), jax.random.key(29)  # without 39
-    good, bad = (engine.complete(params, prompts, key).tokens[:, 0] for params in (whole, broken))
+    engine = engine_of(world, SAMPLED, STOP, 1, 64, 1, len(PROMPTS))
+    good, bad = (engine.complete(params, prompts, KEY).tokens[:, 0] for params in (whole, broken))
     assert (bad[[0, 2], 0] == NONFINITE).all() and not (good[[1, 3, 4], :-1] == 39).any()
     np.testing.assert_array_equal(bad[[1, 3, 4]], good[[1, 3, 4]])
 

@@ -1,4 +1,4 @@
-"""Laws of sampling from a softmax: by running sums on CPUs, by noise elsewhere; large vocabularies too."""
+"""Laws of sampling from a softmax: in blocks on CPUs, and with noise for every logit elsewhere."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxft.inference.sampling import from_softmax
 ROWS = 20_000
 
 
-@pytest.mark.parametrize("sampler", [from_softmax, sampling._by_gumbel_noise])
+@pytest.mark.parametrize("sampler", [from_softmax, sampling._by_noise])
 def test_samples_follow_the_softmax_also_across_blocks(sampler):
     """Over 600 logits, two blocks and a part of one, of which one has a single token and many none."""
     logits = np.full(600, -np.inf, np.float32)
@@ -36,16 +36,13 @@ def test_a_row_does_not_depend_on_the_others():
     assert len(set(together.tolist())) > 5
 
 
-@pytest.mark.parametrize("u", [0.0, 0.3, 1.0])  # 1: as if u times the total were rounded up
-def test_running_sums_equal_a_search_in_float64_and_never_sample_what_is_impossible(u):
-    rng = np.random.default_rng(3)
-    p = np.where(rng.random((500, 192)) < 0.3, rng.exponential(1, (500, 192)) ** 4, 0).astype(np.float32)
-    p[:, 150:] = 0
-    p[0], p[0, 7] = 0, 1e-30
-    found = np.asarray(sampling._first_beyond(jnp.asarray(p), jnp.full(500, u, jnp.float32)))
-    assert (p[np.arange(500), found] > 0).all()
-    sums = np.cumsum(p.astype(np.float64), 1)
-    before = np.where(found > 0, sums[np.arange(500), found - 1], 0)
-    target, total = u * sums[:, -1], sums[:, -1]
-    assert (before <= target + 1e-5 * total).all()
-    assert (sums[np.arange(500), found] >= target - 1e-5 * total).all()
+@pytest.mark.parametrize("sampler", [from_softmax, sampling._by_noise])
+def test_rounding_of_logits_changes_few_samples(sampler):
+    """Of a flat distribution over 49152 tokens, whose logits differ as those of two bfloat16 programs do."""
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 1.0, (300, 49152)).astype(np.float32)
+    rounded = (logits + rng.normal(0, 0.01, logits.shape)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(5), 300)
+    one, other = (np.asarray(jax.jit(sampler)(jnp.asarray(x), keys)) for x in (logits, rounded))
+    assert len(set(one.tolist())) > 280  # flat
+    assert (one != other).mean() < 0.04  # a search in running sums would change most

@@ -361,6 +361,7 @@ def test_the_fingerprint_of_a_reward_model_is_a_dependency():
 # Runs
 
 
+@pytest.mark.slow
 def test_a_policy_learns_what_is_rewarded(workdir):
     argv = ["steps=16", "passes=1", "beta=0.0", "batch=8", "group=8", "lr=3e-2"]
     assert workdir.run("name=learns", *argv) == 0, workdir.err()
@@ -432,6 +433,7 @@ def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
         assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_ppo_trains_the_policy_and_its_critic_and_warm_up_the_critic_alone(workdir):
     argv = ["passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12"]
     argv += ["rewards=config.py:ascii"]
@@ -449,6 +451,7 @@ def test_ppo_trains_the_policy_and_its_critic_and_warm_up_the_critic_alone(workd
     assert len(warm) == 2 and all(line["objective/kl"] == 0 and abs(line["kl"]) < 1e-6 for line in warm)
 
 
+@pytest.mark.slow
 def test_a_mesh_samples_and_trains_as_one_device_does(workdir):
     """Greedy, so that rounding changes no token: rows, weights and matmuls are sharded."""
     argv = ["steps=2", "passes=2", "batch=8", "group=2", "ppo=true", "save=100", "data.top_k=1"]

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from jaxft.batch import Tokens
 from jaxft.objectives import metrics
 from jaxft.train.meter import Meter
 
@@ -29,7 +30,6 @@ def feed(meter, step, loss, bad=False, batch=None):
 
 
 def five_tokens():
-    """What a meter reads of a batch: an example of five tokens without padding."""
-    return SimpleNamespace(
-        segments=np.ones((1, 1, 5), int), positions=np.arange(5)[None, None], read=np.arange(4)[None, None]
-    )
+    """An example of five tokens without padding."""
+    one = np.ones((1, 1, 5), int)
+    return Tokens(one, one, np.arange(5)[None, None], one[..., :4], one[..., :4], np.full((1, 1, 4), 0.25))

@@ -1,5 +1,6 @@
 """The speed of a run: tokens per second and the use of the hardware."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from meters import feed, make_meter
 
+from jaxft.batch import Pairs, Rollout, Tokens, count_reads
 from jaxft.distributed import devices
 from jaxft.models.heads import with_scalar_head
 from jaxft.models.llama import PRESETS, llama
@@ -30,10 +32,22 @@ def on_gpu(monkeypatch):
 
 
 def packed_row():
-    """Examples of 3 and 2 tokens and three slots of padding; logits are read at two positions."""
+    """Examples of 3 and 2 tokens and three slots of padding; the model is read at two positions, and two
+    further read positions are padding.
+    """
     segments = np.array([[[1, 1, 1, 2, 2, 0, 0, 0]]])
     positions = np.array([[[0, 1, 2, 0, 1, 0, 1, 2]]])
-    return SimpleNamespace(segments=segments, positions=positions, read=np.array([[[1, 3]]]))
+    read, weights = np.array([[[1, 3, 0, 0]]]), np.array([[[0.5, 0.5, 0, 0]]])
+    return Tokens(np.ones_like(segments), segments, positions, read, np.ones_like(read), weights)
+
+
+def test_reads_of_pairs_and_rollouts_are_counted_without_padding():
+    def batch(kind, **given):
+        return kind(**{**dict.fromkeys(field.name for field in dataclasses.fields(kind)), **given})
+
+    pairs = batch(Pairs, responses=np.array([[0, 0, 1, 3, 4, 4]]), lengths=np.zeros((1, 2, 2)))
+    rollout = batch(Rollout, responses=np.array([[0, 2, 3]]), lengths=np.zeros((1, 3)))
+    assert (count_reads(pairs), count_reads(rollout)) == (4, 2)
 
 
 @pytest.mark.parametrize(("model", "head"), [(llama(LLAMA), 2 * HEAD), (with_scalar_head(llama(LLAMA)), 0)])
