@@ -108,11 +108,11 @@ class Engine:
         """Complete every prompt `decoding.group` times.
 
         The random key of completion i of a prompt is derived from `key`, the prompt's number (by default its
-        index) and i. So its tokens do not depend on the other prompts, but for rounding: programs for other
-        numbers of rows or longer prompts add in another order, which in bfloat16 now and then swaps a token
-        for one that is about as likely. is_enough: called with the tokens of
-        each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends the completion, for stop strings.
-        ended: called with the number of further completions that have ended.
+        index) and i. So its tokens do not depend on the other prompts, but for rounding: programs of other
+        shapes may add in another order, which in bfloat16 now and then swaps a token for one that is about as
+        likely. is_enough: called with the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps;
+        True ends the completion, for stop strings. ended: called with the number of further completions that
+        have ended.
         """
         job = _Job(self, params, key, prompts, range(len(prompts)) if numbers is None else numbers)
         while job.waiting or job.live.any():

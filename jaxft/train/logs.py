@@ -94,8 +94,8 @@ def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
     """Speed of all members together; they share time and memory."""
     if not perf[0]:
         return {}
-    rates = perf[0].keys() & {"tokens_per_second", "mfu"}
-    return {name: sum(own[name] for own in perf) if name in rates else x for name, x in perf[0].items()}
+    added = ("tokens_per_second", "mfu")
+    return {name: sum(own[name] for own in perf) if name in added else x for name, x in perf[0].items()}
 
 
 def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[str]) -> Logs:

@@ -45,4 +45,4 @@ def test_rounding_of_logits_changes_few_samples(sampler):
     keys = jax.random.split(jax.random.key(5), 300)
     one, other = (np.asarray(jax.jit(sampler)(jnp.asarray(x), keys)) for x in (logits, rounded))
     assert len(set(one.tolist())) > 280  # flat
-    assert (one != other).mean() < 0.04  # a search in running sums would change most
+    assert (one != other).mean() < 0.04  # a search in running sums changes 10 %

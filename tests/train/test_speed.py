@@ -55,9 +55,7 @@ def test_mfu_counts_tokens_their_own_example_and_the_head_where_it_is_read(on_gp
     meter = make_meter(None, model=model)
     feed(meter, 0, 1.0, batch=packed_row())
     _, perf = meter.read()
-    earlier = (
-        0 + 1 + 2 + 0 + 1
-    )  # tokens before each token in its example, with a product for its score and one for its value
+    earlier = 0 + 1 + 2 + 0 + 1  # tokens before each in its example: a score and a value for each
     forward = 2 * (5 * LAYERS + earlier * 16 * 2 * 2048 + head)
     assert perf["mfu"] * perf["seconds"] * PEAK == pytest.approx(2 * forward, rel=1e-12)  # LoRA: two passes
     assert perf["tokens_per_second"] * perf["seconds"] == pytest.approx(5)
