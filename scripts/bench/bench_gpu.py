@@ -1,14 +1,15 @@
-"""Measure training and generation of random-weight Llamas on an accelerator, as one JSON line per case.
+"""Measure training and generation of models with random weights on an accelerator, as one JSON line per case.
 
     python scripts/bench/bench.py gpu                       # all cases
     python scripts/bench/bench.py gpu --cases "8b lora" "8b qlora"
     python scripts/bench/bench.py gpu --tiny                # the same programs in small shapes, for a CPU
 
-Every case runs in a separate process. Rows are random text of a byte-level tokenizer, packed to 4096 tokens.
-`mfu` counts 4 FLOPs per token and weight (without the embedding table) for adapters, and 6 for full training.
-`peak_gib` is measured by the device, `compiled_gib` planned by the compiler for the train step. `kernels` are
-the three slowest kernels of a profiled step. Pairs named after a data set have lengths like its rows (see
-PROFILES), with a prompt once for both responses or (`plain`) before each; pairs_per_second compares the two.
+Every case runs in a separate process. Rows are random text of a byte-level tokenizer, packed to 4096 tokens
+("16k": to 16,384). `mfu` counts 4 FLOPs per token and weight (without the embedding table) for adapters, and
+6 for full training. `peak_gib` is measured by the device, `compiled_gib` planned by the compiler for the
+train step. `kernels` are the three slowest kernels of a profiled step. Pairs named after a data set have
+lengths like its rows (see PROFILES), with a prompt once for both responses or (`plain`) before each;
+pairs_per_second compares the two.
 """
 
 import argparse
@@ -28,6 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 WARM, TIMED = 2, 6  # steps
 EIGHT, ONE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"
+FOUR = "Qwen/Qwen3-4B"
 
 
 # Mean tokens of a prompt and of a response, with about 4 bytes per token. UltraFeedback: 185 and 305
@@ -40,7 +42,7 @@ PROFILES = {"ultrafeedback": (185, 305), "metamath": (450, 160)}
 @dataclass(frozen=True)
 class Case:
     """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step, of
-    a profile: pairs. layout: of pairs.
+    a profile: pairs. layout: of pairs. length: tokens of a row.
     """
 
     preset: str
@@ -51,6 +53,11 @@ class Case:
     remat: Any = "attention"
     profile: str = ""
     layout: str = "auto"
+    length: int = 4096
+
+    def row_length(self, tiny: bool) -> int:
+        """Return the tokens of a row."""
+        return self.length // 32 if tiny else self.length
 
 
 def pairs_like(profile: str, layout: str) -> Case:
@@ -67,6 +74,7 @@ CASES = {
     "8b dpo ultrafeedback plain": pairs_like("ultrafeedback", "plain"),
     "8b dpo metamath": pairs_like("metamath", "branches"),
     "8b dpo metamath plain": pairs_like("metamath", "plain"),
+    "4b lora 16k": Case(FOUR, rows=1, length=16384),
     "8b generate": Case(EIGHT, objective="generate", rows=16),
     "1b lora": Case(ONE, rows=8),
     "1b qlora": Case(ONE, quant="nf4", rows=8),
@@ -88,7 +96,9 @@ def arguments() -> argparse.Namespace:
         metavar="CASE",
         help=f"any of {', '.join(CASES)}",
     )
-    parser.add_argument("--tiny", action="store_true", help="two layers of width 64 and rows of 128 tokens")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two layers of width 64 and rows of a thirty-second of the length"
+    )
     parser.add_argument("--here", action="store_true", help="run in this process, for one case")
     return parser.parse_args()
 
@@ -140,7 +150,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
 
     from jaxft.data.pairs.source import PairRows
     from jaxft.data.sft import Rows
-    from jaxft.models.llama import PRESETS, llama
+    from jaxft.models import families
     from jaxft.nn.lora import Adapter
     from jaxft.nn.quant import Quant
     from jaxft.objectives.preference import preference
@@ -149,10 +159,12 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     from jaxft.optim import optimizer
     from jaxft.train.settings import Run
 
-    config, length = PRESETS[case.preset], 4096
+    family = next(family for family in families.FAMILIES.values() if case.preset in family.presets)
+    config: Any = family.presets[case.preset]
+    length = case.row_length(tiny)
     if tiny:
         sizes: dict[str, Any] = dict(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, mlp=128, vocab=320)
-        config, length = replace(config, **sizes), 128
+        config = replace(config, **sizes)
     rows: dict[str, Any] = {"held_out": None, "batch": case.rows}
     if case.objective == "dpo":
         pairs = PairRows(str(data), format="plain", max_length=length // 2, layout=case.layout, **rows)
@@ -166,7 +178,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     return Run(
         name="bench",
         weights=case.preset,
-        model=llama(config, jnp.bfloat16, remat=case.remat, residual=jnp.bfloat16),
+        model=family.build(config, dtype=jnp.bfloat16, remat=case.remat, residual=jnp.bfloat16),
         adapter=None if case.trains == "all" else Adapter(rank=16, alpha=32.0),
         quant=None if case.quant == "none" else Quant(case.quant),
         optim=optimizer.Optim(lr=1e-4, warmup=0.0),
@@ -233,7 +245,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     from jaxft.train import programs
 
     data = folder / "rows.jsonl"
-    length = 128 if tiny else 4096
+    length = case.row_length(tiny)
     if case.profile:
         rows = pairs_of(case.profile, 4 * case.rows, length // 2)
     else:
