@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
+from jaxft.inference.batch_invariance import row_logits
 from jaxft.inference.sampling import NONFINITE, Sampling, sample
 from jaxft.models.model import Model
 from jaxft.nn.cache import (
@@ -50,7 +51,7 @@ class DecodeState:
     cache: keys and values. tokens, logps [R, max_new]: -1 and 0 after the last token. last [R]: the last
     token. counts [R]: tokens so far. live [R]: rows that continue. prompts [R]: the prompt slot of each row.
     places [R]: its number among the completions of that prompt. lengths [R]: tokens of its prompt. keys [R]:
-    random keys. step: decoding steps so far.
+    random keys.
     """
 
     cache: Cache
@@ -63,7 +64,6 @@ class DecodeState:
     places: Any
     lengths: Any
     keys: Any
-    step: Any
 
 
 @struct
@@ -94,7 +94,6 @@ def empty_state(d: Decoding, prompts: tuple[int, int], rows: int) -> DecodeState
         places=integers,
         lengths=integers,
         keys=jnp.broadcast_to(jax.random.key(0), (rows,)),
-        step=jnp.int32(0),
     )
 
 
@@ -106,7 +105,7 @@ def next_tokens(
     The key of a row's token is derived from the row's key and the number of earlier tokens. A token whose
     logits are not finite is NONFINITE.
     """
-    s, logits = d.sampling, d.model.logits(d.model.head(params), h_RD)
+    s, logits = d.sampling, row_logits(d.model, params, h_RD)
     tokens = sample(logits, s, jax.vmap(jax.random.fold_in)(keys, counts))
     largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as those of fast_argmax
     tokens = jnp.where(largest < jnp.inf, tokens, NONFINITE)  # false for NaN too
@@ -187,7 +186,7 @@ def decode_until(
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         i, s = carry
-        at = NextToken(s.lengths + s.counts - 1, s.counts, s.step, groups, *read)
+        at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
         h_RD, cache = d.model.decode(params, s.cache, s.last, at)
         tokens, logps = next_tokens(d, params, h_RD, s.keys, s.counts)
         here = (columns[None] == s.counts[:, None]) & s.live[:, None]
@@ -200,7 +199,6 @@ def decode_until(
             last=jnp.where(s.live, tokens, s.last),
             counts=counts,
             live=s.live & continues(d, tokens, counts),
-            step=s.step + 1,
         )
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
@@ -232,5 +230,5 @@ def keep_rows(state: DecodeState, rows: Int[Array, " r"], prompts: Int[Array, " 
     return DecodeState(
         Cache(kept, select_rows(cache.rows, rows), cache.new), of(state.tokens), of(state.logps),
         of(state.last), of(state.counts), of(state.live), slots, of(state.places), of(state.lengths),
-        of(state.keys), state.step,
+        of(state.keys),
     )  # fmt: skip

@@ -13,12 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed import sharding
 from jaxft.inference import decode as programs
+from jaxft.inference.batch_invariance import FEWEST_ROWS_OF_MATMULS, compiler_options
 from jaxft.inference.decode import DecodeLimits, DecodeState, Decoding, NewPrompts
 from jaxft.inference.sampling import BUCKET, left_pad
-from jaxft.nn.cache import LayerKeys, key_axes
+from jaxft.nn.cache import SLOTS_PER_READ, LayerKeys, key_axes, row_slots
 from jaxft.tree import Params
 
-SMALLEST_READ = 64  # slots of rows' keys; programs that read fewer than all are compiled from this size on
+# Slots of rows' keys; programs that read fewer than all are compiled from this size on.
+SMALLEST_READ = SLOTS_PER_READ
 SMALLEST_PROMPT_READ = 256  # the same for prompts
 # Programs for fewer rows than this would not be faster. On an accelerator a step reads the weights, however
 # few the rows, and the keys of all rows, which count from about this number on.
@@ -49,13 +51,16 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 
     rows: the most completions in progress; None for all. If that is fewer than all, prompts whose last
     completions are not done keep their slot, so there are slots for twice as many prompts as begin together.
+    For one completion in progress there is a second row, which is empty (batch_invariance.py).
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
     most -= most % group
     at_once = most // group
     kept = at_once if group == 1 else min(prompts, 2 * at_once)
     calls = -(-at_once // PREFILLED_TOGETHER)
-    return Slots(most, kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls))
+    return Slots(
+        max(most, FEWEST_ROWS_OF_MATMULS), kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls)
+    )
 
 
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
@@ -64,12 +69,13 @@ def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
     asked: by the user. By default a CPU samples all; an accelerator as many as make its steps longer, so that
     rows that ended take the next prompts instead of being computed up to the longest completion.
     """
-    if asked is not None or _first_device(mesh).platform == "cpu":
+    if asked is not None or first_device(mesh).platform == "cpu":
         return asked
     return ROWS_PER_ACCELERATOR * (1 if mesh is None else sharding.row_shards(mesh))
 
 
-def _first_device(mesh: Mesh | None) -> Any:
+def first_device(mesh: Mesh | None) -> Any:
+    """Return a device of the mesh, or without one the device that jax uses."""
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
@@ -108,9 +114,10 @@ class Engine:
         """Complete every prompt `decoding.group` times.
 
         The random key of completion i of a prompt is derived from `key`, the prompt's number (by default its
-        index) and i. So its tokens do not depend on the other prompts, but for rounding: programs of other
-        shapes may add in another order, which in bfloat16 now and then swaps a token for one that is about as
-        likely. is_enough: called with the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps;
+        index) and i. So its tokens do not depend on the other prompts, on the number of rows or on the sizes
+        of the engine: on a CPU they and their log-probs are the same to the bit (batch_invariance.py), on
+        accelerators but for rounding, which now and then swaps a token for one that is about as likely.
+        is_enough: called with the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps;
         True ends the completion, for stop strings. ended: called with the number of further completions that
         have ended.
         """
@@ -124,7 +131,8 @@ class Engine:
 def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None) -> Engine:
     """Compile the programs of an engine. params: arrays or their shapes. mesh: None for a single device."""
     tracers = program_tracers(d, params, slots, mesh)
-    found = {name: trace().lower().compile() for name, trace in tracers.items()}
+    options = compiler_options(first_device(mesh).platform)
+    found = {name: trace().lower().compile(options) for name, trace in tracers.items()}
     decode = {key: found.pop(key) for key in list(found) if key[0] == "decode"}
     keep = {key: found.pop(key) for key in list(found) if key[0] == "keep"}
     return Engine(
@@ -174,7 +182,7 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
     Each is half the one before, down to the fewest for which a program is faster. On several devices, which
     would have to exchange the keys of rows, there is one.
     """
-    fewest = FEWEST_ROWS if _first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
+    fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
     while mesh is None or mesh.size == 1:
         half = -(-levels[-1] // 2)
@@ -185,8 +193,11 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def read_levels(new: int) -> list[int]:
-    """Return the numbers of slots of rows' keys that have programs, ascending: at most three, all at last."""
-    levels = [new]
+    """Return the numbers of slots of rows' keys that have programs, ascending: at most three, all at last.
+
+    new: the most tokens of a completion.
+    """
+    levels = [row_slots(new)]
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
         levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
     return levels
@@ -203,8 +214,9 @@ def prompt_levels(size: int) -> list[int]:
 def decode_levels(slots: Slots, new: int, mesh: Mesh | None) -> list[tuple[int, int, int]]:
     """Return (rows, read, prompt) of every decode program. Fewer rows than all read all slots."""
     sizes = row_levels(slots.rows, mesh)
-    of_all = [(slots.rows, read, size) for read in read_levels(new) for size in prompt_levels(slots.size)]
-    return of_all + [(rows, new, slots.size) for rows in sizes[1:]]
+    reads = read_levels(new)
+    of_all = [(slots.rows, read, size) for read in reads for size in prompt_levels(slots.size)]
+    return of_all + [(rows, reads[-1], slots.size) for rows in sizes[1:]]
 
 
 def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> DecodeState:
@@ -261,7 +273,8 @@ class _Job:
         self.prompts, self.numbers, self.waiting = prompts, list(numbers), deque(range(len(prompts)))
         shape = len(prompts), d.group, d.sampling.max_new
         self.tokens, self.logps = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        self.state, self.steps = engine.empty(), 0
+        self.state = engine.empty()
+        self.counts = np.zeros(slots.rows, np.int32)  # tokens of each row's completion
         self.live = np.zeros(slots.rows, bool)
         self.owners = np.full((slots.rows, 2), -1)
         self.slot_of = np.full(slots.rows, -1)  # prompt slot of each row
@@ -288,21 +301,22 @@ class _Job:
             for i, slot, own in zip(chosen, free_slots, rows, strict=False):
                 self.owners[own] = [(i, completion) for completion in range(group)]
                 self.slot_of[own] = slot
-            self.live[rows] = True
+            self.live[rows], self.counts[rows] = True, 1
 
     def decode(self, is_enough: Callable[[list[int]], bool] | None) -> int:
         """Decode until rows can be given to waiting prompts, or dropped, then collect what has ended; return
         the number of completions that have. is_enough: see Engine.complete.
         """
         engine, (rows,) = self.engine, self.live.shape
-        slots, group, new = engine.slots, engine.decoding.group, engine.decoding.sampling.max_new
+        slots, group = engine.slots, engine.decoding.group
         longest = max(len(self.prompts[i]) for i in self.owners[self.live, 0])
+        most = int(self.counts[self.live].max(initial=1))
         read, prompt = min(
             (read, prompt)
             for size, read, prompt in engine.decode
-            if size == rows and read >= min(self.steps + 1, new) and prompt >= longest
+            if size == rows and read >= most and prompt >= longest
         )
-        limit = new if read == new else read - self.steps
+        limit = read - most + 1
         limit = limit if is_enough is None else min(limit, STEPS_BETWEEN_LOOKS)
         smaller = max((to for size, to in engine.keep if size == rows), default=0)
         stop = smaller
@@ -320,8 +334,8 @@ class _Job:
     def _collect(self, is_enough: Callable[[list[int]], bool] | None) -> int:
         """Read the rows that have ended, end those of which there is enough, and return their number."""
         state = self.state
-        live, tokens, logps, steps = jax.device_get((state.live, state.tokens, state.logps, state.step))
-        self.steps = int(steps)
+        live, tokens, logps, counts = jax.device_get((state.live, state.tokens, state.logps, state.counts))
+        self.counts = np.array(counts)
         if is_enough is not None:
             unfinished = [row and not is_enough(own[own >= 0].tolist()) for row, own in zip(live, tokens)]
             if (live != unfinished).any():
@@ -344,3 +358,4 @@ class _Job:
         self.state = self.engine.keep[len(self.live), rows](self.state, order, kept)
         slots = np.searchsorted(kept, self.slot_of[order])
         self.live, self.owners, self.slot_of = self.live[order], self.owners[order], slots
+        self.counts = self.counts[order]

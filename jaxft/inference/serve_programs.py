@@ -5,7 +5,6 @@ top_k, top_p, limit, stop tokens, adapter) is an array with a value per row, so 
 the server runs. Random keys are those of generate.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,8 @@ from jaxtyping import Array
 
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
-from jaxft.inference.engine import replicated_shapes, row_levels
+from jaxft.inference.batch_invariance import compiler_options, row_logits
+from jaxft.inference.engine import first_device, replicated_shapes, row_levels
 from jaxft.inference.sampling import BUCKET, NONFINITE, RowSampling, left_pad, sample_rows
 from jaxft.models.model import Model
 from jaxft.nn.cache import (
@@ -99,7 +99,6 @@ class ServedRows:
     live: Any
     lengths: Any
     keys: Any
-    step: Any
 
 
 @struct
@@ -161,7 +160,6 @@ def empty_rows(s: Serving) -> ServedRows:
         live=jnp.zeros(rows, bool),
         lengths=integers,
         keys=jnp.broadcast_to(jax.random.key(0), (rows,)),
-        step=jnp.int32(0),
     )
 
 
@@ -172,7 +170,7 @@ def sample_next(
 
     A token whose logits are not finite is NONFINITE.
     """
-    logits = s.model.logits(s.model.head(params), h_RD)
+    logits = row_logits(s.model, params, h_RD)
     tokens = sample_rows(logits, settings.sampling, jax.vmap(jax.random.fold_in)(*at))
     norm = jax.nn.logsumexp(logits, -1)[:, None]
     logps = (jnp.take_along_axis(logits, tokens[:, None], 1) - norm)[:, 0].astype(jnp.float32)
@@ -219,7 +217,6 @@ def start_row(s: Serving, params: Params, state: ServedRows, new: NewRow) -> tup
         live=put(state.live, goes_on(new.settings, found.tokens, none + 1)),
         lengths=put(state.lengths, new.tokens.positions[:, -1] + 1),
         keys=put(state.keys, key),
-        step=state.step,
     ), found  # fmt: skip
 
 
@@ -233,7 +230,6 @@ def decode_block(
     part = state_of_rows(replace(state, live=state.live & live), rows)
     params, groups = {**params, "rows": part.settings.adapter}, equal_groups(rows, 1)
     columns = jnp.arange(s.sizes.block, dtype=jnp.int32)
-    period = slot_period(state.cache)
     shape = rows, s.sizes.block
     out = SampledRows(
         jnp.full(shape, NO_TOKEN, jnp.int32), jnp.zeros(shape, jnp.float32),
@@ -246,7 +242,7 @@ def decode_block(
 
     def step(carry: tuple[Array, ServedRows, SampledRows]) -> tuple[Array, ServedRows, SampledRows]:
         i, now, out = carry
-        at = NextToken(now.lengths + now.counts - 1, now.counts, now.step, groups)
+        at = NextToken(now.lengths + now.counts - 1, now.counts, groups)
         h_RD, cache = s.model.decode(params, now.cache, now.last, at)
         found = sample_next(s, params, h_RD, now.settings, (now.keys, now.counts))
         here = (columns[None] == i) & now.live[:, None]
@@ -261,27 +257,11 @@ def decode_block(
             last=jnp.where(now.live, jnp.maximum(found.tokens, 0), now.last),
             counts=counts,
             live=now.live & goes_on(now.settings, found.tokens, counts),
-            step=(now.step + 1) % jnp.int32(period),
         )
         return i + 1, after, jax.tree.map(put, out, found)
 
     _, part, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), part, out))
     return _with_state_of_rows(replace(state, live=state.live & live), part, rows), out
-
-
-def slot_period(cache: Cache) -> int:
-    """Return the number of steps after which every layer uses its slots in the same order again.
-
-    It is the least common multiple of the slots. Raises ValueError if it is no int32.
-    """
-    sizes = [keys.k.shape[4] for keys in (cache.rows.full, cache.rows.window) if keys is not None]
-    period = math.lcm(*sizes)
-    if period >= 2**31:
-        raise ValueError(
-            f"--max-new {max(sizes)} with a sliding window of {min(sizes)} tokens needs a counter of steps "
-            f"to {period}, more than 2^31; use a multiple of {min(sizes)}"
-        )
-    return period
 
 
 def state_of_rows(state: ServedRows, rows: int) -> ServedRows:
@@ -290,9 +270,9 @@ def state_of_rows(state: ServedRows, rows: int) -> ServedRows:
         return state
     cache = state.cache
     prompts, own = jax.tree.map(lambda x: x[:, :rows], (cache.prompts.layers, cache.rows))
-    cut = jax.tree.map(lambda x: x[:rows], replace(state, cache=None, step=None))
+    cut = jax.tree.map(lambda x: x[:rows], replace(state, cache=None))
     first = Cache(PromptKeys(prompts, cache.prompts.visible[:rows]), own, cache.new)
-    return replace(cut, cache=first, step=state.step)
+    return replace(cut, cache=first)
 
 
 def _with_state_of_rows(state: ServedRows, part: ServedRows, rows: int) -> ServedRows:
@@ -301,10 +281,10 @@ def _with_state_of_rows(state: ServedRows, part: ServedRows, rows: int) -> Serve
         return part
     own = jax.tree.map(lambda x, y: x.at[:, :rows].set(y), state.cache.rows, part.cache.rows)
     others = jax.tree.map(
-        lambda x, y: x.at[:rows].set(y), replace(state, cache=None, step=None),
-        replace(part, cache=None, step=None),
+        lambda x, y: x.at[:rows].set(y), replace(state, cache=None),
+        replace(part, cache=None),
     )  # fmt: skip
-    return replace(others, cache=replace(state.cache, rows=own), step=part.step)
+    return replace(others, cache=replace(state.cache, rows=own))
 
 
 @dataclass(frozen=True)
@@ -343,7 +323,9 @@ def serve_tracers(
 
 def compile_server(s: Serving, params: Params, mesh: Mesh | None = None) -> ServePrograms:
     """Compile the server's programs. mesh: of one device, or None."""
-    found = {name: trace().lower().compile() for name, trace in serve_tracers(s, params, mesh).items()}
+    options = compiler_options(first_device(mesh).platform)
+    tracers = serve_tracers(s, params, mesh)
+    found = {name: trace().lower().compile(options) for name, trace in tracers.items()}
     return ServePrograms(
         s,
         found[("empty",)],

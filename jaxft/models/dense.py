@@ -24,7 +24,7 @@ from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.attention import AttentionSettings
-from jaxft.nn.cache import Cache, CacheFormat, LayerKeys, NextToken, PromptKeys, empty_keys
+from jaxft.nn.cache import Cache, CacheFormat, LayerKeys, NextToken, PromptKeys, empty_keys, row_slots
 from jaxft.nn.decode_layers import decode_layers, prefill_layers
 from jaxft.nn.layer_attention import Attend, AttentionLayers
 from jaxft.nn.layers import (
@@ -195,7 +195,9 @@ def empty_cache(
     def keys(rows: int, slots: int) -> LayerKeys:
         return empty_keys(a, d.options.config.kv_heads, rows, slots, d.options.dtype, stored)
 
-    return Cache(PromptKeys(keys(count, size), jnp.zeros((count, size), bool)), keys(rows, new), new)
+    return Cache(
+        PromptKeys(keys(count, size), jnp.zeros((count, size), bool)), keys(rows, row_slots(new)), new
+    )
 
 
 # Parts of layers. The residual stream is summed in float32 or wider; matmuls use the compute dtype.

@@ -48,7 +48,8 @@ class PromptKeys:
 class Cache:
     """The keys of P prompts and those of R completions of at most `new` tokens.
 
-    rows: with N slots for each row, a token that is processed at step t is in slot t % N.
+    rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
+    row's keys in the same order whenever the row started.
     """
 
     prompts: PromptKeys
@@ -60,17 +61,28 @@ class Cache:
 class NextToken:
     """The token of each row that a decoding step processes.
 
-    positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R]. step:
-    int32, the same for all rows. groups: which rows complete which prompt. read, prompt_read: only the first
-    slots of rows and the last ones of prompts are read; None for all.
+    positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R].
+    groups: which rows complete which prompt. read, prompt_read: only the first slots of rows and the last
+    ones of prompts are read; None for all.
     """
 
     positions: Any
     counts: Any
-    step: Any
     groups: RowGroups
     read: int | None = static(default=None)
     prompt_read: int | None = static(default=None)
+
+
+SLOTS_PER_READ = 64
+
+
+def row_slots(new: int) -> int:
+    """Return the slots of a row for completions of `new` tokens: from 64 on, a multiple of it.
+
+    Steps that read fewer of them are then multiples too, over which XLA's CPU compiler adds in the same order
+    (32 would do for AVX512, measured), so that no result depends on how many are read.
+    """
+    return new if new <= SLOTS_PER_READ else -(-new // SLOTS_PER_READ) * SLOTS_PER_READ
 
 
 def empty_keys(
@@ -207,25 +219,32 @@ def clear_values(layers: LayerKeys, rows: Array) -> LayerKeys:
     return LayerKeys(of(layers.full), of(layers.window))
 
 
-def append(keys: Keys, k: Array, v: Array, layer: Array, step: Array, used: Any = None) -> Keys:
-    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of a step; `used` false leaves all unchanged.
+def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: Any = True) -> Keys:
+    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the last token of each row.
 
-    layer: its index in `keys`.
+    layer: its index in `keys`. counts: tokens of the completions, including this one, int32 [R]. `used` false
+    leaves all unchanged.
     """
-    new, zero = store(k, v, keys), jnp.zeros_like(step)  # all start indices have one integer type
-    slot = step % jnp.asarray(keys.k.shape[4], step.dtype)
-    if used is not None:
-        layer = jnp.minimum(layer, keys.k.shape[0] - 1)  # the other kind of layers may be more
+    new, layers, size = store(k, v, keys), keys.k.shape[0], keys.k.shape[4]
+    slots = (counts - 1) % jnp.asarray(size, counts.dtype)
+    layer = jnp.where(used, layer, layers).astype(counts.dtype)  # beyond the last, it is dropped
+    at_R2 = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], -1)
 
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
-        start = [layer, *[zero] * (old.ndim - 1)]
-        start[axis] = slot
-        x = x[None]
-        if used is not None:
-            x = jnp.where(used, x, jax.lax.dynamic_slice(old, start, x.shape))
-        return jax.lax.dynamic_update_slice(old, x, start)
+        # rows are a batching dimension, so that each device of a mesh updates its own
+        where = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(1, old.ndim - 2)),
+            inserted_window_dims=(0, axis),
+            scatter_dims_to_operand_dims=(0, axis),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        )
+        updates = x.squeeze(axis - 1)
+        return jax.lax.scatter(
+            old, at_R2, updates, where, unique_indices=True, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
+        )
 
     return Keys(
         put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
@@ -257,14 +276,16 @@ def attend(
     rows = rows if at.read is None else rows.part(0, min(at.read, size))
     if at.prompt_read is not None:
         prompts = prompts.part(max(0, prompts.k.shape[3] - at.prompt_read), prompts.k.shape[3])
-    slots = jnp.arange(rows.k.shape[3], dtype=at.step.dtype)
-    back = (at.step - slots) % jnp.asarray(size, at.step.dtype)  # tokens between the key and the query
-    seen_rows = back[None] < at.counts[:, None]
+    slots, counts = jnp.arange(rows.k.shape[3], dtype=at.counts.dtype), at.counts[:, None]
+    back = (counts - 1 - slots[None]) % jnp.asarray(
+        size, counts.dtype
+    )  # tokens between the key and the query
+    seen_rows = back < counts
     used = prompts.k.shape[3]
     from_end = jnp.arange(used - 1, -1, -1, dtype=at.counts.dtype)
     seen_prompts = step.visible[:, None, step.visible.shape[1] - used :]
     if rule.window is not None:
-        seen_rows &= (back < rule.window)[None]
+        seen_rows &= back < rule.window
         seen_prompts = seen_prompts & (step.group_counts[:, :, None] + from_end[None, None] < rule.window)
     return cached_attention(q[:, 0], (prompts, seen_prompts), (rows, seen_rows), at.groups, rule.softcap)[
         :, None

@@ -86,11 +86,9 @@ def decode_layers(
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             full, window = stored.full, stored.window
             if full is not None:
-                used = None if window is None else ~has_window
-                full = append(full, k, v, i, at.step, used)
+                full = append(full, k, v, i, at.counts, True if window is None else ~has_window)
             if window is not None:
-                used = None if full is None else has_window
-                window = append(window, k, v, i, at.step, used)
+                window = append(window, k, v, i, at.counts, True if full is None else has_window)
 
             def of_full() -> Array:
                 assert prompts.full is not None and full is not None

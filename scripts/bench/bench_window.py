@@ -73,7 +73,7 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
         begin = time.perf_counter()
         for n in range(a.tokens):
             count = jnp.full(a.batch, n + 1, jnp.int32)
-            h, cache = decode(params, cache, ids, NextToken(count + PROMPT - 1, count, jnp.int32(n), groups))
+            h, cache = decode(params, cache, ids, NextToken(count + PROMPT - 1, count, groups))
         jax.block_until_ready(h)
         return (time.perf_counter() - begin) / a.tokens
 

@@ -57,15 +57,6 @@ def test_tokens_are_the_same_with_any_number_of_rows(world, expected, rows):
     np.testing.assert_allclose(found.logps, expected.logps, atol=2e-4)
 
 
-@pytest.mark.slow
-def test_in_bfloat16_too_tokens_are_the_same_with_any_number_of_rows_on_a_cpu():
-    model, whole = tiny(jnp.bfloat16)
-    world = model, jax.tree.map(lambda x: x if x.dtype == jnp.uint16 else 2 * x, whole)
-    found = [completed(world, rows, 3) for rows in (27, 6, 3)]
-    for other in found[1:]:
-        np.testing.assert_array_equal(other.tokens, found[0].tokens)
-
-
 def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, expected):
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
     order = [4, 0, 8, 2]
@@ -125,7 +116,7 @@ def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world
     monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 64)
     prompts = [[3, 9], RNG.integers(0, CONFIG.vocab, 100).tolist(), [5], RNG.integers(0, 40, 64).tolist()]
     narrow, wide = (engine_of(world, SAMPLED, (), 1, size, 1, 4) for size in (128, 192))
-    assert sorted(narrow.decode) == [(1, 20, 64), (1, 20, 128)]
+    assert sorted(narrow.decode) == [(2, 20, 64), (2, 20, 128)]
     ran = []
 
     def recorded(name, run):
@@ -135,8 +126,8 @@ def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world
     found = spied.complete(world[1], prompts, KEY)
     assert ran == [64, 128, 64, 64]
     monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 999)
-    plain = engine_of(world, SAMPLED, (), 2, 128, 1, 4)
-    assert sorted(plain.decode) == [(2, 20, 128)] and sorted(wide.decode) == [(1, 20, 128), (1, 20, 192)]
+    plain = engine_of(world, SAMPLED, (), 3, 128, 1, 4)
+    assert sorted(plain.decode) == [(3, 20, 128)] and sorted(wide.decode) == [(2, 20, 128), (2, 20, 192)]
     np.testing.assert_array_equal(found.tokens, plain.complete(world[1], prompts, KEY).tokens)
 
 
@@ -144,7 +135,7 @@ def test_on_accelerators_rows_that_ended_leave_by_default(monkeypatch):
     """Prompts wait for rows of an engine, or its programs for fewer rows run."""
     mesh = make_mesh(MeshShape(data=8))
     assert engines.rows_in_progress(None, mesh) is None and engines.row_levels(40, None) == [40, 20, 10]
-    monkeypatch.setattr(engines, "_first_device", lambda mesh: described("gpu", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(engines, "first_device", lambda mesh: described("gpu", "NVIDIA H100 80GB HBM3"))
     assert engines.rows_in_progress(None, None) == 256 and engines.rows_in_progress(None, mesh) == 8 * 256
     assert engines.rows_in_progress(12, mesh) == 12
     assert engines.slots_for(64, 16, 100, engines.rows_in_progress(None, None)).rows == 256
@@ -188,5 +179,5 @@ def test_sizes():
     assert engines.slots_for(2, 8, 1, 3) == engines.Slots(8, 2, 64, 1)
     assert engines.slots_for(10, 1, 64) == engines.Slots(10, 10, 64, 5)
     assert engines.read_levels(16) == [16] and engines.read_levels(128) == [64, 128]
-    assert engines.read_levels(1000) == [256, 512, 1000]
+    assert engines.read_levels(1000) == [256, 512, 1024]
     assert [engines.prompt_levels(size) for size in (256, 512, 1088)] == [[256], [256, 512], [576, 1088]]

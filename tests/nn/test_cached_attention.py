@@ -31,8 +31,8 @@ def completions(rng, dtype):
     return texts
 
 
-def cached(texts, steps=6):
-    """Keys of prompts and rows as a cache stores them after the last of `steps` steps, all else 9."""
+def cached(texts, N):
+    """Keys of prompts and rows as a cache stores them, all else 9."""
     prompt_k, prompt_v = np.full((2, K, E, S), 9.0), np.full((2, K, S, E), 9.0)
     k, v, visible = np.full((4, K, E, N), 9.0), np.full((4, K, N, E), 9.0), np.zeros((2, S), bool)
     for row, ((_, keys, values), new) in texts.items():
@@ -41,8 +41,7 @@ def cached(texts, steps=6):
         prompt_v[prompt, :, S - size :] = values[:size].swapaxes(0, 1)
         visible[prompt, S - size :] = True
         for i in range(new):
-            slot = (steps - new + 1 + i) % N
-            k[row, :, :, slot], v[row, :, slot] = keys[size + i], values[size + i]
+            k[row, :, :, i % N], v[row, :, i % N] = keys[size + i], values[size + i]
     return prompt_k, prompt_v, k, v, visible
 
 
@@ -50,15 +49,17 @@ GROUPS = RowGroups(jnp.asarray([[3, 0], [1, 1]], jnp.int32), jnp.asarray([1, 2, 
 COUNTS = jnp.asarray([2, 2, 0, 3], jnp.int32)
 
 
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (None, 0.7), (4, 0.7), (1, None)])
-def test_cached_attention_is_the_last_row_of_dense(window, cap):
+@pytest.mark.parametrize(
+    ("window", "cap", "slots"), [(None, None, N), (None, 0.7, 3), (4, 0.7, N), (2, None, 2), (1, None, 1)]
+)
+def test_cached_attention_is_the_last_row_of_dense(window, cap, slots):
     rng, rule = np.random.default_rng(7), AttentionRule(window, cap)
     with jax.enable_x64(True):
         texts = completions(rng, jnp.float64)
-        prompt_k, prompt_v, k, v, visible = cached(texts)
+        prompt_k, prompt_v, k, v, visible = cached(texts, slots)
         keys = Keys(prompt_k[None], prompt_v[None]), Keys(k[None], v[None])
         q = jnp.stack([texts[row][0][0][-1] if row in texts else jnp.zeros((H, E)) for row in range(4)])
-        at = NextToken(None, COUNTS, jnp.int32(6), GROUPS)
+        at = NextToken(None, COUNTS, GROUPS)
         step = Step(at, jnp.asarray(visible), GROUPS.to_groups(COUNTS))
         found = attend(q[:, None], keys, jnp.int32(0), step, rule)[:, 0]
         for row, ((q, k, v), _) in texts.items():
@@ -83,14 +84,16 @@ def test_stored_keys_have_the_error_of_their_format(dtype):
     assert not np.asarray(zeros.k, np.float32).any() and not np.asarray(zeros.v_scale).any()
 
 
-def test_a_step_is_stored_in_the_slots_of_its_layer_only():
+def test_a_token_is_stored_in_the_slots_of_its_layer_only():
     keys = Keys(jnp.ones((3, 2, K, E, N)), jnp.ones((3, 2, K, N, E)))
     k, v = jnp.full((2, K, E, 1), 5.0), jnp.full((2, K, 1, E), 6.0)
-    put = jax.jit(partial(append, keys, k, v))
-    found = put(jnp.int32(1), jnp.int32(N + 2))
+    put, counts = jax.jit(partial(append, keys, k, v)), jnp.asarray([N + 3, 1])
+    found = put(jnp.int32(1), counts)
     expected_k, expected_v = np.ones(keys.k.shape), np.ones(keys.v.shape)
-    expected_k[1, ..., 2], expected_v[1, :, :, 2] = 5, 6
+    for row, slot in enumerate((2, 0)):
+        expected_k[1, row, ..., slot], expected_v[1, row, :, slot] = 5, 6
     np.testing.assert_array_equal(found.k, expected_k)
     np.testing.assert_array_equal(found.v, expected_v)
-    unused = put(jnp.int32(7), jnp.int32(2), used=jnp.asarray(False))
+    unused = put(jnp.int32(1), counts, used=jnp.asarray(False))
     np.testing.assert_array_equal(unused.k, keys.k)
+    np.testing.assert_array_equal(unused.v, keys.v)

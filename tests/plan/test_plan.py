@@ -72,8 +72,8 @@ def test_resident_bytes_are_equal_in_all_programs():
     assert [p.total for p in found] == sorted((p.total for p in found), reverse=True) and len(found) == 4
     resident = {p.total - sum(p.parts.get(name, 0) for name in plan.PROGRAM_PARTS) for p in found}
     assert len(resident) == 1  # weights, adapters and optimizer state
-    # keys and values, rows over two devices
-    cache = TINY.layers * 64 * (64 + 400) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2
+    # keys and values, rows over two devices; 448 slots of a completion are the next multiple of 64
+    cache = TINY.layers * 64 * (64 + 448) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2
     step, sampling = sizes["train step"], sizes["sample completions"]
     assert cache < sampling.parts[plan.SAMPLER] < 1.1 * cache
     assert found[0] is sampling

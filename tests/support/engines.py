@@ -38,5 +38,5 @@ def decoded(model, params, cache, token, index):
     """Hidden states of token `index` of every row, and the cache with it. token: ids and positions."""
     ids, positions = token
     count, index = len(ids), jnp.asarray(index, jnp.int32)
-    at = NextToken(positions, jnp.broadcast_to(index + 1, (count,)), index, equal_groups(count, 1))
+    at = NextToken(positions, jnp.broadcast_to(index + 1, (count,)), equal_groups(count, 1))
     return model.decode(params, cache, ids, at)
