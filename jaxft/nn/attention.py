@@ -24,7 +24,7 @@ from jaxft.nn.key_ranges import KeyRanges, visible
 from jaxft.nn.pallas_attention import ranged_attention as pallas
 from jaxft.nn.products import wide_einsum
 from jaxft.nn.ring_attention import BlockKernel, balanced, ring
-from jaxft.nn.splash_attention import has_shared_prompts, splash
+from jaxft.nn.splash_attention import has_shared_prompts, splash, splash_of_scaled
 
 Kernel = Callable[..., jax.Array]
 # How a device gets the keys of its rows. With time sharded it has all time of some heads, or a part of the
@@ -214,6 +214,11 @@ BLOCK_KERNELS: dict[Kernel, BlockKernel] = {
     flash: BlockKernel(flash_attention.flash_output, flash_attention.flash_gradients),
     pallas: BlockKernel(pallas_attention.pallas_output, pallas_attention.pallas_gradients),
 }
+
+
+# Kernels with a form for queries that are scaled already, and that form. Queries of a model's layers are
+# scaled in float32 as part of rope; the kernel would scale them after they are rounded, and round again.
+OF_SCALED_QUERIES: dict[Kernel, Kernel] = {splash: splash_of_scaled}
 
 
 def _head_shards() -> int:

@@ -11,11 +11,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain
-from jaxft.nn.attention import AttentionNeeds, AttentionSettings, attention_by, chosen_kernel, needed_window
+from jaxft.nn.attention import (
+    OF_SCALED_QUERIES,
+    AttentionNeeds,
+    AttentionSettings,
+    attention_by,
+    chosen_kernel,
+    needed_window,
+)
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
-from jaxft.nn.splash_attention import splash, splash_of_scaled
 from jaxft.tree import Batch, static, struct
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
@@ -168,8 +174,8 @@ def attend_rows(
     needs = attention_needs(a, q.shape[1], packed, ranges.prompt_start is not None)
     layout, kernel = chosen_kernel(q, k.shape[2], needs, a.settings)
     factor = query_factor(a)
-    if kernel is splash:  # it would scale queries after they are rounded, and round them again
-        kernel, factor = splash_of_scaled, a.head_dim**-0.5 if a.scale is None else a.scale
+    if kernel in OF_SCALED_QUERIES:
+        kernel, factor = OF_SCALED_QUERIES[kernel], a.head_dim**-0.5 if a.scale is None else a.scale
     (q, k), v = rotated(q, k, angles_of(angles, kind), factor), checked_values(v)
     ranges = layer_ranges(a, kind, ranges)
     return attention_by((layout, kernel), q, k, v, ranges, a.settings.softcap), (k, v)
@@ -177,7 +183,7 @@ def attend_rows(
 
 def query_factor(a: AttentionLayers) -> float:
     """Return the factor on queries that makes the total scale the model's where scores are divided by
-    sqrt(E), as in all kernels but splash_of_scaled, and in cached_attention.
+    sqrt(E), as in all kernels but those of scaled queries, and in cached_attention.
     """
     return 1.0 if a.scale is None else a.scale * a.head_dim**0.5
 

@@ -7,8 +7,9 @@
 
 Cases: rows packed with 1, 4 and 16 segments, and rows in which 4 responses share a prompt of half a row.
 FLOPs count the matmuls over visible pairs of query and key only: 4 per pair and dimension forward, 10
-backward. So a kernel that computes masked pairs gets a lower rate. A kernel that lacks a case is left out.
-Kernels take turns for --rounds rounds, of which the fastest counts; compilation is not timed.
+backward. So a kernel that computes masked pairs gets a lower rate. A kernel that lacks a case is left out,
+with a line on stderr. Kernels take turns for --rounds rounds, of which the fastest counts; compilation is not
+timed.
 """
 
 import argparse
@@ -133,7 +134,8 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
             forward, backward = programs(kernel, ranges, a.softcap)
             try:
                 _, residuals = forward(q, k, v)
-            except ValueError:  # the kernel lacks shared prompts, windows or soft caps
+            except ValueError as error:  # the kernel lacks shared prompts, windows or soft caps
+                print(f"{name}: {kernel_name} is left out: {error}", file=sys.stderr)
                 continue
             jax.block_until_ready(backward(residuals, do))
             run[kernel_name] = partial(forward, q, k, v), partial(backward, residuals, do)

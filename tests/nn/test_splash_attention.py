@@ -23,7 +23,7 @@ from test_attention import (
 from jaxft.batch import Tokens
 from jaxft.models.granite import GraniteConfig, granite
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import attention, layer_attention
+from jaxft.nn import attention
 from jaxft.nn.attention import AttentionNeeds, AttentionSettings
 from jaxft.nn.cache import NextToken
 from jaxft.nn.cached_attention import equal_groups
@@ -105,7 +105,9 @@ def test_the_error_of_bfloat16_is_that_of_its_rounding(head_dim, branched):
 @pytest.fixture
 def on_a_tpu(monkeypatch):
     """Return a function that calls a jitted function as on a TPU, with splash interpreted."""
-    monkeypatch.setattr(layer_attention, "splash_of_scaled", partial(splash_of_scaled, interpret=True))
+    monkeypatch.setitem(
+        attention.OF_SCALED_QUERIES, attention.splash, partial(splash_of_scaled, interpret=True)
+    )
     mesh = AbstractMesh((1,), ("data",), abstract_device=TPU)
 
     def call(fn, *args):
@@ -176,7 +178,7 @@ def test_layers_on_a_tpu_round_scaled_queries_once(on_a_tpu, monkeypatch, head_d
     q, k, v, _ = arrays(rng, 1, 128, 4, 2, head_dim, jnp.bfloat16)
     segments, positions = jnp.ones((1, 128), jnp.int32), jnp.arange(128)[None]
     layers = AttentionLayers((LayerKind(Rope(500.0)),), (0,), head_dim, scale)
-    monkeypatch.setattr(layer_attention, "splash_of_scaled", lambda q, *rest: q)
+    monkeypatch.setitem(attention.OF_SCALED_QUERIES, attention.splash, lambda q, *rest: q)
 
     def queries(q, k, v):
         angles = example_angles(layers, positions, segments, q.dtype)
