@@ -109,7 +109,7 @@ QUICK = {
     ("sft", "lora"): ("2x2x2",),
     ("sft", "lora and others"): ("2x2x2",),
     ("sft", "lora on tables"): (),
-    ("sft", "qlora"): ("2x2x2",),
+    ("sft", "qlora"): (),
     ("dpo", "full"): ("context 2",),
     ("dpo", "lora"): ("1x8", "context 4 in slices"),
     ("dpo", "qlora"): (),

@@ -292,7 +292,8 @@ def test_a_critic_on_another_adapter_is_trained_while_the_policy_has_no_weights(
     assert "loss/policy_avg" not in found and "entropy" in found
 
 
-@pytest.mark.parametrize("layerwise", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("layerwise", [False, True])
 def test_a_frozen_policy_is_unchanged_while_its_critic_is_trained(layerwise):
     """For any momentum of the optimizer, and although the critic reads the policy's hidden states."""
     model, whole, mask = setting()

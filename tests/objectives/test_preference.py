@@ -18,7 +18,7 @@ from pair_batches import (
     start_aux,
     swapped,
 )
-from preference_rows import EVERY, PAIRED
+from preference_rows import EVERY
 from tiny_model import assert_close, tiny
 
 from jaxft import tree
@@ -40,17 +40,10 @@ def one_by_one():
         yield
 
 
-# Every loss with state or that couples the pairs of a batch, or whose rows are not pairs. What another loss
-# returns per pair is added up by the objective, so a few of each kind stand for them.
-DEFAULT = ("dpo", "dpo_margin", "nll", "simpo", "orpo", "wpo ipo", "mpo", "ld dpo")
-EACH = [
-    pytest.param(
-        name,
-        marks=[pytest.mark.slow]
-        * (name in PAIRED and name not in DEFAULT and not by_table(name)[0].facts.coupled),
-    )
-    for name in EVERY
-]
+# A few of each kind: losses whose values per pair the objective adds up, with state, that couple the pairs of
+# a batch, or whose rows are not pairs.
+DEFAULT = ("dpo", "nll", "orpo", "wpo ipo", "ld dpo", "mpo", "aot", "tpo", "tpo_l", "kto", "bco")
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT)) for name in EVERY]
 
 
 @pytest.mark.parametrize("name", EACH)

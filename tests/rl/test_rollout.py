@@ -494,9 +494,10 @@ def test_sigterm_inside_a_rollout_saves_at_its_end(workdir):
             ("rewards=config.py:constant",),
             {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0},
         ),
-        (
+        pytest.param(
             ("max_new=2", "truncated=false", "base=endless"),
             {"completions/clipped_ratio": 1.0, "frac_learned": 0.0},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["equal rewards", "all truncated"],

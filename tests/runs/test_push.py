@@ -64,6 +64,7 @@ def refused(result, *words):
     assert all(word in line for word in words), line
 
 
+@pytest.mark.slow
 def test_the_command_pushes_in_a_process_of_its_own(hub, run, trained):
     """Where nothing has imported the submodules of huggingface_hub before, and with no token it says so."""
     command = [sys.executable, str(SCRIPTS / "push.py"), str(run / "adapter"), REPO]

@@ -182,6 +182,7 @@ def together(folders, tmp_path_factory):
     return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_bits_of_one_device_and_read_half_of_the_files_each(together):
     """Sharded parameters are read once, by one process; scales of full channels need a second read.
 
