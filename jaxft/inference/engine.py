@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed import sharding
 from jaxft.inference import decode as programs
-from jaxft.inference.batch_invariance import FEWEST_ROWS_OF_MATMULS, compiler_options
+from jaxft.inference.batch_invariance import MIN_MATMUL_ROWS, compiler_options
 from jaxft.inference.decode import DecodeLimits, DecodeState, Decoding, NewPrompts
 from jaxft.inference.sampling import BUCKET, left_pad
 from jaxft.nn.cache import SLOTS_PER_READ, LayerKeys, key_axes, row_slots
@@ -58,9 +58,7 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
     at_once = most // group
     kept = at_once if group == 1 else min(prompts, 2 * at_once)
     calls = -(-at_once // PREFILLED_TOGETHER)
-    return Slots(
-        max(most, FEWEST_ROWS_OF_MATMULS), kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls)
-    )
+    return Slots(max(most, MIN_MATMUL_ROWS), kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls))
 
 
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
@@ -114,12 +112,14 @@ class Engine:
         """Complete every prompt `decoding.group` times.
 
         The random key of completion i of a prompt is derived from `key`, the prompt's number (by default its
-        index) and i. So its tokens do not depend on the other prompts, on the number of rows or on the sizes
-        of the engine: on a CPU they and their log-probs are the same to the bit (batch_invariance.py), on
-        accelerators but for rounding, which now and then swaps a token for one that is about as likely.
-        is_enough: called with the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps;
-        True ends the completion, for stop strings. ended: called with the number of further completions that
-        have ended.
+        index) and i. So its tokens do not depend on the other prompts, nor on the sizes of the engine. On one
+        CPU device, they and their log-probs are the same to the bit (batch_invariance.py). On accelerators
+        and meshes, kernels of other shapes may round differently, which can swap a token for one that is
+        about as likely.
+
+        is_enough: called with the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True
+        ends the completion, for stop strings. ended: called with the number of further completions that have
+        ended.
         """
         job = _Job(self, params, key, prompts, range(len(prompts)) if numbers is None else numbers)
         while job.waiting or job.live.any():

@@ -2,7 +2,7 @@
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
 completions of the prompt share, and to the keys of its own tokens. Layers with a sliding window of W tokens
-cache only the last W of both.
+cache only the last W of both (rounded up to a multiple of 64 if W is larger).
 """
 
 from dataclasses import replace
@@ -76,13 +76,13 @@ class NextToken:
 SLOTS_PER_READ = 64
 
 
-def row_slots(new: int) -> int:
-    """Return the slots of a row for completions of `new` tokens: from 64 on, a multiple of it.
+def row_slots(tokens: int) -> int:
+    """Return the slots that are stored for so many tokens: from 64 on, a multiple of it.
 
-    Steps that read fewer of them are then multiples too, over which XLA's CPU compiler adds in the same order
-    (32 would do for AVX512, measured), so that no result depends on how many are read.
+    XLA's CPU compiler adds in the same order over any multiple of 64 slots, as far as the rest are 0. So
+    attention does not depend on how many slots a step reads, or how long other prompts are.
     """
-    return new if new <= SLOTS_PER_READ else -(-new // SLOTS_PER_READ) * SLOTS_PER_READ
+    return tokens if tokens <= SLOTS_PER_READ else -(-tokens // SLOTS_PER_READ) * SLOTS_PER_READ
 
 
 def empty_keys(
@@ -101,7 +101,7 @@ def empty_keys(
         return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:3], size, a.head_dim), kind), scales, scales)
 
     windows = int(a.windowed.sum())
-    return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, a.longest_window)))
+    return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, row_slots(a.longest_window))))
 
 
 # E4M3 as its bits: XLA's CPU compiler widens every other float8 array, a whole cache in each decoding step
@@ -140,7 +140,7 @@ def prompt_keys(k: Array, v: Array, visible: Array, a: AttentionLayers) -> Promp
         start = 0 if keep is None else max(0, k.shape[4] - keep)
         return Keys(own_k[..., start:], own_v[:, :, :, start:])
 
-    return PromptKeys(LayerKeys(of(~windowed, None), of(windowed, a.longest_window)), visible)
+    return PromptKeys(LayerKeys(of(~windowed, None), of(windowed, row_slots(a.longest_window))), visible)
 
 
 def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> Cache:
@@ -277,9 +277,8 @@ def attend(
     if at.prompt_read is not None:
         prompts = prompts.part(max(0, prompts.k.shape[3] - at.prompt_read), prompts.k.shape[3])
     slots, counts = jnp.arange(rows.k.shape[3], dtype=at.counts.dtype), at.counts[:, None]
-    back = (counts - 1 - slots[None]) % jnp.asarray(
-        size, counts.dtype
-    )  # tokens between the key and the query
+    # tokens between the key and the query
+    back = (counts - 1 - slots[None]) % jnp.asarray(size, counts.dtype)
     seen_rows = back < counts
     used = prompts.k.shape[3]
     from_end = jnp.arange(used - 1, -1, -1, dtype=at.counts.dtype)

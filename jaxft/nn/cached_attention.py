@@ -84,6 +84,9 @@ def cached_attention(
     """
     (R, H, E), (of_prompts, seen_PGS), (own, seen_RN) = q_RHE.shape, prompts, rows
     P, K, _, S = of_prompts.k.shape
+    if groups.rows.shape[1] == 1 and H == K:
+        # XLA's CPU compiler multiplies a single query by other kernels than several, so there are two
+        groups = RowGroups(jnp.repeat(groups.rows, 2, 1), groups.places * 2)
     G = groups.rows.shape[1]
     q_RKQE = q_RHE.reshape(R, K, H // K, E)
     q_PKGQE = groups.to_groups(q_RKQE).swapaxes(1, 2)

@@ -174,7 +174,8 @@ def lora_matmul(
     2106.09685).
 
     dropped: x after dropout. w: [I, O] or a QTensor. scale is frozen: it has no gradient. If w is multiplied
-    in FP8, or x has few rows, the adapter's matmuls are separate ones in the dtype of x.
+    in FP8, or x has one token per row ([..., 1, I], in decoding) or few rows [N, I], the adapter's matmuls
+    are separate ones in the dtype of x.
     """
     return _lora_fwd(x, dropped, w, a, b, scale)[0]
 
@@ -183,7 +184,9 @@ def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
     in_fp8 = fp8.multiplies_in_fp8(w)
-    is_short = 2 * math.prod(x.shape[:-1]) < x.shape[-1]  # joining w and b would move more than it saves
+    # With few rows, joining w and b would move more than it saves. That decoding has few does not depend on
+    # their number, nor that a prefill has many, because the two ways add in different orders.
+    is_short = x.shape[-2] == 1 if x.ndim > 2 else 2 * x.shape[0] < x.shape[-1]
     if sharding.mesh_has("tensor") and not in_fp8:  # concatenating sharded arrays would move them
         y = times(x, w, x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
     elif in_fp8 or is_short:

@@ -9,43 +9,65 @@ from engines import engine_of
 from jaxft.inference import batch_invariance
 from jaxft.inference.sampling import Sampling
 from jaxft.models.adapted import adapted
+from jaxft.models.layer_types import FULL, SLIDING
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.mistral import MistralConfig, mistral
+from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 
-# As wide as it takes for XLA to choose other kernels for other numbers of rows.
-CONFIG = LlamaConfig(vocab=5000, width=192, layers=2, heads=3, kv_heads=1, head_dim=64, mlp=512, tied=True)
+# So wide that XLA chooses other kernels for sums of 10 rows than for those of 7 (from 4096 elements on).
+SIZES = dict(vocab=5000, width=576, layers=2, heads=9, kv_heads=3, head_dim=64, mlp=768, tied=True)
+PLAIN = llama, LlamaConfig(**SIZES)
+EVERY_HEAD = llama, LlamaConfig(**{**SIZES, "kv_heads": 9})
+WINDOWS = mistral, MistralConfig(**SIZES, window=100, layer_types=(FULL, SLIDING))
+LORA = Adapter(rank=4, alpha=8.0)
 RNG = np.random.default_rng(0)
-PROMPTS = [RNG.integers(0, CONFIG.vocab, size).tolist() for size in (3, 40, 1, 9, 17, 5, 30, 2, 11, 60)]
-STOP = tuple(range(0, CONFIG.vocab, 40))
+LENGTHS = (3, 40, 1, 9, 17, 5, 30, 2, 11, 60)
+PROMPTS = [RNG.integers(0, SIZES["vocab"], size).tolist() for size in LENGTHS]
+STOP = tuple(range(0, SIZES["vocab"], 40))
 KEY = jax.random.key(5)
 
 
-def completions(dtype, rows, longest, group, **options):
+def completions(family, dtype, rows, longest, group, adapter=None, **options):
     """Of all prompts; their lengths differ, so that rows are taken by the next prompts at different steps."""
-    model = adapted(llama(CONFIG, dtype), None)
+    build, config = family
+    model = adapted(build(config, dtype), adapter)
     params = jax.jit(lambda: init_params(model.specs, jax.random.key(0), jnp.float32))()
+    params["adapter"] = jax.tree.map(lambda x: x + 0.02, params.get("adapter", {}))
     sampling = Sampling(max_new=70, temperature=1.0, top_p=0.95)
     engine = engine_of((model, params), sampling, STOP, rows, longest, group, len(PROMPTS), **options)
     return engine.complete(params, PROMPTS, KEY)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "group", "sizes", "options"),
+    ("family", "dtype", "group", "sizes", "options"),
     [
-        (jnp.bfloat16, 1, ((1, 64), (7, 128)), {}),
-        pytest.param(jnp.bfloat16, 4, ((4, 64), (16, 64)), {"cache": "int8"}, marks=pytest.mark.slow),
-        pytest.param(jnp.float32, 1, ((1, 64), (2, 64), (4, 128)), {}, marks=pytest.mark.slow),
+        (WINDOWS, jnp.bfloat16, 1, ((1, 192),), {"adapter": LORA}),
+        pytest.param(WINDOWS, jnp.bfloat16, 1, ((2, 64), (7, 192)), {}, marks=pytest.mark.slow),
+        pytest.param(PLAIN, jnp.bfloat16, 4, ((4, 64), (16, 64)), {"cache": "int8"}, marks=pytest.mark.slow),
+        pytest.param(PLAIN, jnp.float32, 1, ((1, 64), (2, 64), (4, 128)), {}, marks=pytest.mark.slow),
+        pytest.param(EVERY_HEAD, jnp.float32, 1, ((3, 64),), {"adapter": LORA}, marks=pytest.mark.slow),
     ],
 )
-def test_tokens_and_log_probs_are_equal_in_any_batch(dtype, group, sizes, options):
-    expected = completions(dtype, len(PROMPTS) * group, 64, group, **options)
+def test_tokens_and_log_probs_are_equal_in_any_batch(family, dtype, group, sizes, options):
+    expected = completions(family, dtype, len(PROMPTS) * group, 64, group, **options)
     lengths = (expected.tokens >= 0).sum(-1)
     assert lengths.min() < 20 and lengths.max() == 70
     for rows, longest in sizes:
-        found = completions(dtype, rows, longest, group, **options)
+        found = completions(family, dtype, rows, longest, group, **options)
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_array_equal(found.logps, expected.logps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [PLAIN, EVERY_HEAD])
+def test_a_completion_is_the_same_in_groups_of_any_size(family):
+    expected = completions(family, jnp.bfloat16, 40, 64, 4)
+    for group in (1, 2):
+        found = completions(family, jnp.bfloat16, 10, 64, group)
+        np.testing.assert_array_equal(found.tokens, expected.tokens[:, :group])
+        np.testing.assert_array_equal(found.logps, expected.logps[:, :group])
 
 
 def test_an_option_that_xla_does_not_have_is_left_out(monkeypatch):
