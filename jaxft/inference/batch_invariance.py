@@ -19,7 +19,7 @@ from jaxft.tree import Params
 MIN_MATMUL_ROWS = 2  # XLA multiplies one row by other kernels than several
 
 # XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order than
-# its own loops (both in github.com/openxla/xla, xla/backends/cpu). With this it computes only matmuls.
+# its own loops (both in github.com/openxla/xla, xla/backends/cpu). With this option it runs only matmuls.
 NO_YNNPACK_REDUCTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 }

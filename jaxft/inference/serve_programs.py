@@ -280,10 +280,8 @@ def _with_state_of_rows(state: ServedRows, part: ServedRows, rows: int) -> Serve
     if rows == len(state.live):
         return part
     own = jax.tree.map(lambda x, y: x.at[:, :rows].set(y), state.cache.rows, part.cache.rows)
-    others = jax.tree.map(
-        lambda x, y: x.at[:rows].set(y), replace(state, cache=None),
-        replace(part, cache=None),
-    )  # fmt: skip
+    without_cache = replace(state, cache=None), replace(part, cache=None)
+    others = jax.tree.map(lambda x, y: x.at[:rows].set(y), *without_cache)
     return replace(others, cache=replace(state.cache, rows=own))
 
 

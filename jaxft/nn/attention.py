@@ -216,8 +216,8 @@ BLOCK_KERNELS: dict[Kernel, BlockKernel] = {
 }
 
 
-# Kernels with a form for queries that are scaled already, and that form. Queries of a model's layers are
-# scaled in float32 as part of rope; the kernel would scale them after they are rounded, and round again.
+# For some kernels, the variant that takes queries which are already scaled. A model's layers scale queries in
+# float32 as part of rope; the kernel itself would scale them after they are rounded, and round them again.
 OF_SCALED_QUERIES: dict[Kernel, Kernel] = {splash: splash_of_scaled}
 
 

@@ -73,13 +73,13 @@ class NextToken:
     prompt_read: int | None = static(default=None)
 
 
-SLOTS_PER_READ = 64
+SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of this
 
 
 def row_slots(tokens: int) -> int:
-    """Return the slots that are stored for so many tokens: from 64 on, a multiple of it.
+    """Return how many slots to store for this many tokens: above 64, the next multiple of 64.
 
-    XLA's CPU compiler adds in the same order over any multiple of 64 slots, as far as the rest are 0. So
+    XLA's CPU compiler sums 64, 128 or more slots in the same order, if the additional ones are 0. So
     attention does not depend on how many slots a step reads, or how long other prompts are.
     """
     return tokens if tokens <= SLOTS_PER_READ else -(-tokens // SLOTS_PER_READ) * SLOTS_PER_READ

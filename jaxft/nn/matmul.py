@@ -184,8 +184,8 @@ def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
     in_fp8 = fp8.multiplies_in_fp8(w)
-    # With few rows, joining w and b would move more than it saves. That decoding has few does not depend on
-    # their number, nor that a prefill has many, because the two ways add in different orders.
+    # With few rows, joining w and b would move more than it saves. The two ways round differently, so a
+    # decoding step always uses one and a prefill the other, however many prompts there are.
     is_short = x.shape[-2] == 1 if x.ndim > 2 else 2 * x.shape[0] < x.shape[-1]
     if sharding.mesh_has("tensor") and not in_fp8:  # concatenating sharded arrays would move them
         y = times(x, w, x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)

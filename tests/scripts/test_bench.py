@@ -132,8 +132,8 @@ def test_too_few_rows_for_a_batch_are_one_line(bench):
 @pytest.mark.parametrize(
     "cases",
     [
-        ("8b qlora", "4b lora 16k", "8b generate"),
-        pytest.param(("1b full", "1b dpo"), marks=pytest.mark.slow),
+        ("8b qlora", "8b generate"),
+        pytest.param(("1b full", "1b dpo", "4b lora 16k"), marks=pytest.mark.slow),
         pytest.param(
             ("8b fp8 lora", "8b dpo metamath", "8b dpo metamath plain", "8b dpo ultrafeedback"),
             marks=pytest.mark.slow,
