@@ -5,6 +5,7 @@ see jaxft.optim.update.standard_promotion), and the arrays of every function of 
 jaxtyping annotations.
 """
 
+import fnmatch
 import gc
 import os
 from pathlib import Path
@@ -46,6 +47,26 @@ def collect_garbage():
         jax.clear_caches()
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """Cases of a parametrised test are slow unless a pattern of its mark `quick_cases` matches their name."""
+    found = yield
+    cases = found if isinstance(found, list) else []
+    mark = cases[0].get_closest_marker("quick_cases") if cases else None
+    if mark is None:
+        return found
+    slow = {case.callspec.id: case for case in cases}
+    for pattern in mark.args:
+        named = fnmatch.filter([case.callspec.id for case in cases], pattern)
+        if not named:
+            raise pytest.UsageError(f"{cases[0].originalname}: no case is named {pattern!r}")
+        for name in named:
+            slow.pop(name, None)
+    for case in slow.values():
+        case.add_marker(pytest.mark.slow)
+    return found
 
 
 @pytest.fixture

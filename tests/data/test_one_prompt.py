@@ -170,6 +170,7 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(row=rows())
 def test_a_row_has_one_prompt_at_every_stage(tmp_path_factory, row):

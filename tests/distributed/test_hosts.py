@@ -117,7 +117,7 @@ KINDS = {
     ),  # the time axis is sharded over both processes
     "slices": ("dpo", ["mesh.slices=2", "mesh.data=1", "mesh.fsdp=4"]),
 }
-QUICK = ("lora", "full", "dpo")
+QUICK = ("lora", "dpo")
 LOOP_FRAME = r'loop\.py", line \d+ in run'  # in a stack trace: where the main thread waits
 
 
@@ -178,6 +178,7 @@ def test_two_processes_train_exactly_like_one_in_float64(precise, kind):
         assert rows_of == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+@pytest.mark.slow
 def test_two_processes_run_ppo_exactly_like_one_in_float64(tmp_path):
     """PPO with greedy sampling, a critic and a reward function, which runs on process 0 only."""
     precise_place(tmp_path, rl_workdir.write_workdir, rl_workdir.CONFIG)
@@ -303,6 +304,7 @@ def test_run_resumes_with_another_number_of_processes(copied, uninterrupted):
             assert a[key] == pytest.approx(b[key], rel=1e-10), (a["step"], key)
 
 
+@pytest.mark.quick_cases("hosts.heartbeat*")
 @pytest.mark.parametrize(
     ("limit", "text"),
     [
@@ -380,6 +382,7 @@ def start_without_peer(folder, process, *argv):
     return one, one.start("name=waits", *argv, hook=JOINS, devices=4, **environment), coordinator
 
 
+@pytest.mark.quick_cases("0")
 @pytest.mark.parametrize("started", [0, 1])
 def test_missing_process_is_reported_within_the_time_limit(folder, started):
     one, process, coordinator = start_without_peer(folder, started, "hosts.start_seconds=4")

@@ -128,6 +128,7 @@ def on_one_device(task, kind):
     return result
 
 
+@pytest.mark.quick_cases("sft-lora-2x2x2", "dpo-full-context 2", "dpo-lora-1x8")
 @pytest.mark.parametrize("task, kind, mesh", CASES)
 def test_every_mesh_has_the_loss_and_gradients_of_one_device(task, kind, mesh):
     one, devices = on_one_device(task, kind), make_mesh(MESHES[mesh])
@@ -171,6 +172,7 @@ def test_read_positions_are_grouped_by_shard_of_time():
         assert (crowded.slot_of < crowded.read_of.shape[1]).all()
 
 
+@pytest.mark.quick_cases("7", "1*")
 @pytest.mark.parametrize("prompt", [7, 8, 9, 12])
 def test_completions_of_a_group_share_the_prompt_also_across_shards_of_time(prompt):
     """The last prompt token is before, at or after the shard boundary at 8."""

@@ -132,6 +132,7 @@ def shard_tree(mesh, specs, params):
     )
 
 
+@pytest.mark.quick_cases("column-nf4", "row-int8", "row-affine4", "column-fp8")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "axes", [("layers", "width", "mlp"), ("layers", "mlp", "width")], ids=["column", "row"]

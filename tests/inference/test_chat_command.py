@@ -265,6 +265,7 @@ def test_several_adapters_of_all_kinds_have_the_log_probs_of_each_alone(place, m
     assert min(np.abs(found[0] - found[1]).max(), np.abs(found[1] - found[2]).max()) > 0.1
 
 
+@pytest.mark.slow
 def test_the_script_chats_with_adapters_by_name_and_responds_as_generate(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     lines = "hello\n/use b\n/reset\nhello\n/use b base\n/wat\n/retry\n/history\n/use dora\n/reset\nhello\n"

@@ -192,6 +192,7 @@ def test_decoding_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant
     assert memory.temp_size_in_bytes - head < 0.1 * cache
 
 
+@pytest.mark.quick_cases("all-linear")
 @pytest.mark.parametrize("targets", ["all-linear", ("head",)], ids=str)
 def test_an_adapter_changes_completions_and_without_it_the_base_is_unchanged(world, greedy, targets):
     model, whole = tiny(jnp.float32, adapter=Adapter(rank=4, alpha=8.0, targets=targets))
@@ -203,6 +204,7 @@ def test_an_adapter_changes_completions_and_without_it_the_base_is_unchanged(wor
     assert np.abs(logits_of(model, attached, tokens) - logits_of(*world, tokens)).max() > 0.1
 
 
+@pytest.mark.quick_cases("untied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_merged_equals_unmerged(tied):
     settings = Adapter(rank=4, alpha=8.0, targets=("q", "v", "o", "gate", "down", "head"))

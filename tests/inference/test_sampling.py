@@ -36,6 +36,7 @@ def test_a_row_does_not_depend_on_the_others():
     assert len(set(together.tolist())) > 5
 
 
+@pytest.mark.quick_cases("_by_noise")
 @pytest.mark.parametrize("sampler", [from_softmax, sampling._by_noise])
 def test_rounding_of_logits_changes_few_samples(sampler):
     """Of a flat distribution over 49152 tokens, whose logits differ as those of two bfloat16 programs do."""

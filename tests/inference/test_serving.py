@@ -48,6 +48,7 @@ def numbered(seed, **options):
     ]
 
 
+@pytest.mark.quick_cases("1*")
 @pytest.mark.parametrize("seed", [0, 7, 2**31 + 3, 2**40 + 9])
 def test_completions_equal_those_of_generate_for_the_same_seed(scheduler, seed):
     expected = engine_completions(seed)
@@ -58,11 +59,13 @@ def test_completions_equal_those_of_generate_for_the_same_seed(scheduler, seed):
     assert len({len(ids) for ids in expected}) > 1 or seed
 
 
+@pytest.mark.slow
 def test_an_adapter_s_completions_equal_those_of_generate_with_it(scheduler):
     found = tiny.complete(scheduler, numbered(3, adapter=1))
     assert [one.ids for one in found] == engine_completions(3, "polite") != engine_completions(3)
 
 
+@pytest.mark.slow
 def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_merged_models(scheduler):
     names = list(tiny.ADAPTERS | tiny.OTHERS)
     assert len(names) == 16

@@ -118,6 +118,7 @@ def padded_left(ids, count):
     return rows(ids, segments, np.maximum(np.cumsum(segments, 1) - 1, 0))
 
 
+@pytest.mark.quick_cases("llama", "gemma2", "gemma3", "phi3 with a window", "smollm3", "qwen3", "olmo2")
 @every_family
 def test_prefill_and_decoding_equal_one_forward_pass(name):
     _, ours, params = both(name)
@@ -133,6 +134,7 @@ def test_prefill_and_decoding_equal_one_forward_pass(name):
         np.testing.assert_allclose(np.asarray(h), whole[:, at], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.quick_cases("granite", "gemma2")
 @one_row_per_cache
 def test_greedy_generation_equals_transformers(name):
     theirs, ours, params = both(name)
@@ -161,6 +163,9 @@ def row(*examples, length=40):
     return np.pad(whole, ((0, length - len(whole)), (0, 0)))
 
 
+@pytest.mark.quick_cases(
+    "llama", "gemma2", "gemma3", "phi3 with a window", "smollm3", "qwen3", "olmo2", "mistral with a window"
+)
 @every_family
 def test_packing_and_shared_prompts_change_no_logits(name):
     _, ours, params = both(name)

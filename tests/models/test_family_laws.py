@@ -90,6 +90,7 @@ def test_pairs_that_share_a_prompt_have_the_gradient_of_separate_sequences(name)
     assert_close(gradient_of("dpo", parts, shared)[0], gradient_of("dpo", parts, alone)[0])
 
 
+@pytest.mark.slow
 @every_family
 def test_a_coupled_loss_in_microbatches_equals_that_of_the_whole_batch(name):
     model, params, pattern = lora(name)
@@ -139,6 +140,7 @@ def test_every_mesh_has_the_loss_and_gradients_of_one_device(name, task, kind, m
     assert_close(found, on_one_device(name, task, kind))
 
 
+@pytest.mark.slow
 @every_family
 def test_a_quantised_base_has_the_gradients_of_the_dequantised_one(name):
     model, params, pattern = lora(name)

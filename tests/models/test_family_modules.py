@@ -1,6 +1,4 @@
-"""The flax.linen and flax.nnx modules of every family: parameters, loss and a train step. Rows that are not
-QUICK are slow.
-"""
+"""The flax.linen and flax.nnx modules of every family: parameters, loss and a train step."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,6 @@ from jaxft.tree import paths
 
 torch = pytest.importorskip("torch")
 
-QUICK = ("qwen2 with windows",)
 TIME = 20
 
 
@@ -35,9 +32,8 @@ def torch_loss(name, ids):
     ).item()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_both_modules_have_the_loss_of_transformers_and_the_same_train_step(name):
     _, model, params = both(name)
     ids = random_ids(2, TIME)

@@ -105,6 +105,7 @@ def test_a_step_of_a_flax_train_state_is_the_gradient_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, ours)
 
 
+@pytest.mark.slow
 def test_an_adapted_model_trains_its_adapter_only_and_its_dropout_has_a_key():
     model = adapted(MODEL, Adapter(rank=2, alpha=4.0, dropout=0.5))
     module = FlaxModel(model)
@@ -134,6 +135,7 @@ def test_the_module_applies_to_a_quantised_base():
     same(FlaxModel(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
 
 
+@pytest.mark.slow
 def test_the_module_works_as_a_submodule():
     class Scored(nn.Module):
         @nn.compact

@@ -216,6 +216,7 @@ def test_a_multimodal_checkpoint_is_exported_as_a_text_model(multimodal, tmp_pat
     assert pretrained.file_notes(str(tmp_path), model) == []
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_decoder_is_for_the_text_model_and_refused_by_peft_on_the_multimodal_one(
     multimodal, tmp_path
 ):
@@ -241,6 +242,7 @@ def test_an_adapter_of_the_decoder_is_for_the_text_model_and_refused_by_peft_on_
     )
 
 
+@pytest.mark.slow
 def test_a_reward_adapter_of_the_decoder_has_its_scores_as_loaded_on_its_card(multimodal, tmp_path):
     _, folder = multimodal
     hf_write.save_folder(tmp_path / "base", *loaded(folder), None, str(folder))

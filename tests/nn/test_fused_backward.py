@@ -86,6 +86,7 @@ def test_fused_steps_with_an_average_equal_layerwise_updates(optimizer, settings
     test_three_fused_steps_equal_layerwise_updates(optimizer, None, False, **settings)
 
 
+@pytest.mark.quick_cases("adafactor-some-tied")
 @pytest.mark.parametrize("optimizer, pattern, tied", CASES)
 def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied, **settings):
     with jax.enable_x64(True):
@@ -101,6 +102,7 @@ def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied, **s
     assert_close(found[1], found[0], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [adamw_8bit, pytest.param(adamw_bf16, marks=pytest.mark.slow)])
 def test_integer_optimizer_state_passes_through_as_floats(optimizer, monkeypatch):
     monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 64)
@@ -220,6 +222,7 @@ def place(tmp_path_factory):
 ARGV = ("lr=0.003", "samples=0", "remat=full", "optim.fused_backward=true", "optim.clip=none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_fused_run_reduces_the_loss(place, devices):
     more = ["mesh.data=2", "mesh.fsdp=4", "batch=8"] if devices > 1 else ["run.params=bfloat16"]
@@ -237,6 +240,7 @@ def test_a_killed_run_resumes_to_the_same_result(place):
     assert alone["metrics"] == killed["metrics"] and alone["leaves"] == killed["leaves"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["start", pytest.param("precomputed", marks=pytest.mark.slow)])
 def test_dpo_equals_layerwise_updates(tmp_path, reference):
     write_pair_place(tmp_path)

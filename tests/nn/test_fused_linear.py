@@ -72,6 +72,14 @@ def gradients(fn, x, w):
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, trained)
 
 
+@pytest.mark.quick_cases(
+    "plain-None",
+    "nf4*-tensor 2",
+    "int8-context",
+    "adapted-tensor 2",
+    "adapted nf4*-context",
+    "two adapters-None",
+)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mesh", [None, *MESHES])
 @pytest.mark.parametrize("kind", WEIGHTS)

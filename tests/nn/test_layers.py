@@ -200,6 +200,7 @@ def deep_program(adapter, remat):
     }
 
 
+@pytest.mark.quick_cases("projections")
 @pytest.mark.parametrize("remat", KEPT)
 def test_a_remat_policy_stores_what_it_names_and_16_bit_values_as_bits(remat):
     stacked = deep_program(Adapter(rank=3), remat)
@@ -257,6 +258,7 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
     assert jax.tree.structure(grads) == jax.tree.structure(trainable)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_equal_float32_within_a_few_percent():
     grads = []
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -157,6 +157,7 @@ def test_targets_that_cannot_select_are_refused(targets):
 # Attaching and merging
 
 
+@pytest.mark.quick_cases("untied*")
 @pytest.mark.parametrize(
     "tied, dtype", [(False, jnp.float32), (True, jnp.bfloat16)], ids=["untied-float32", "tied-bfloat16"]
 )
@@ -175,6 +176,7 @@ def test_a_fresh_adapter_and_no_adapter_equal_the_base_bit_for_bit(tied, dtype):
     )
 
 
+@pytest.mark.quick_cases("tied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_merged_equals_unmerged(x64, tied):
     model, whole = tiny(adapter=SOME, tied=tied)

@@ -64,6 +64,7 @@ def check_layout(parts, window, softcap):
     assert_equals_dense(x, within_window(key_ranges(*rows), jnp.int32(window)), softcap)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(SEGMENTS, st.integers(1, 40))
 def test_any_layout_and_window_equals_dense(parts, window):
@@ -77,6 +78,7 @@ def test_many_layouts_windows_and_soft_caps_equal_dense(parts, window, softcap):
     check_layout(parts, window, softcap)
 
 
+@pytest.mark.quick_cases("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_error_of_16_bits_is_at_most_twice_the_rounding_of_the_reference(dtype):
     rng = np.random.default_rng(1)
@@ -125,6 +127,7 @@ def test_a_part_of_the_queries_sees_the_keys_of_the_full_row():
     assert_equals_dense((q[:, part], k, v, do[:, part]), of_part)
 
 
+@pytest.mark.quick_cases("tile1")
 @pytest.mark.parametrize("tile", [Tile(16, 16), Tile(32, 16), Tile(16, 32)])
 def test_only_blocks_with_a_visible_key_are_visited(tile):
     """Rows in whole blocks, so that the range of blocks of each block of queries has no gap."""
@@ -200,6 +203,7 @@ def test_repeated_keys_would_be_found():
     assert key_operands(text, "xla.gpu.triton", "2x1024x2x64") == [0, 0, 0]
 
 
+@pytest.mark.quick_cases("64", "128")
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_tiles_fit_the_shared_memory_of_every_gpu_since_ampere(head_dim):
     """Triton stages the tiles of its loop `stages` times and the tile of a matmul's operand once."""

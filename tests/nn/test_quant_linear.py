@@ -69,6 +69,7 @@ def test_matmul_of_a_quantised_weight(x64, form, transposed):
     same(lambda w, x: matmul.matmul(x, w, transposed, True), w, x)
 
 
+@pytest.mark.quick_cases("int8*", "nf4-16-False", "affine4*")
 @every_form
 def test_matmuls_with_one_and_several_adapters(x64, form):
     w, x, key = packed(form, 42, 6), random(6, 5, 42, seed=1), jax.random.key(0)
@@ -78,6 +79,7 @@ def test_matmuls_with_one_and_several_adapters(x64, form):
     same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
 
 
+@pytest.mark.quick_cases("kept-nf4-16-None", "remat-nf4-16-False", "remat-int8*", "kept-affine4*")
 @every_form
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
 def test_a_scan_over_layers_for_several_adapters_by_vmap(x64, form, remat):
@@ -96,6 +98,7 @@ def test_a_scan_over_layers_for_several_adapters_by_vmap(x64, form, remat):
     same(lambda w, x, a, b: jax.vmap(deep, (None, None, 0, 0))(w, x, a, b), w, x, a, b)
 
 
+@pytest.mark.quick_cases("int8*", "nf4-16-None", "affine4*")
 @every_form
 def test_embedding_and_head_from_quantised_tables(x64, form):
     table, head, h, ids = (
@@ -112,6 +115,7 @@ def test_embedding_and_head_from_quantised_tables(x64, form):
     same(lambda w, h: lm_head({**w, "head": Adapted(None, *pair)}, h), {"embed": table}, h)
 
 
+@pytest.mark.quick_cases("int8*", "nf4-16-False", "fp8*")
 @every_form
 def test_merging_adds_to_the_dequantised_weight(form):
     w = packed(form, 2, 42, 6)
@@ -148,6 +152,7 @@ def quantised(whole, form, pattern=r"layers/(attn|mlp)/.*"):
     return {**whole, "base": tree.map_with_path(pack, whole["base"])}
 
 
+@pytest.mark.quick_cases("form0*")
 @pytest.mark.parametrize("form, remat", [(FORMS[0], "none"), (FORMS[2], "full"), (FORMS[3], "projections")])
 def test_loss_and_gradients_equal_those_of_the_dequantised_base(x64, form, remat):
     model, whole = tiny(adapter=Adapter(rank=3, alpha=5.0, dropout=0.2), remat=remat)
@@ -212,6 +217,7 @@ def program(kind, config, remat="projections", dora=False):
     return jit(gradient).lower(trainable, frozen, batch32()).compile()
 
 
+@pytest.mark.quick_cases("nf4-full*", "int8*")
 @pytest.mark.parametrize(
     "kind, remat, dora",
     [
@@ -235,6 +241,7 @@ def test_no_float_copy_of_the_base_exists_in_a_step(kind, remat, dora):
         assert held in found, size
 
 
+@pytest.mark.slow
 def test_a_step_stores_the_base_in_its_bits_and_little_else():
     config = LlamaConfig(**{**DEEP.__dict__, "layers": 40, "width": 64, "mlp": 192, "vocab": 48})
     wide, narrow = (program(kind, config, "full").memory_analysis() for kind in (None, "nf4"))

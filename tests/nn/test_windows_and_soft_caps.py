@@ -209,6 +209,7 @@ def sharded_attention(q, k, v, ranges, softcap):
     return attention.attention(q, k, v, ranges, settings=AttentionSettings(softcap))
 
 
+@pytest.mark.quick_cases("queries")
 @pytest.mark.parametrize(
     ("mesh", "heads", "kv_heads"),
     [

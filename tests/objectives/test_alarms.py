@@ -258,6 +258,7 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
+@pytest.mark.slow
 def test_falling_chosen_responses_are_reported_in_log_card_and_summary(place):
     argv = ["loss=down.py:chosen_down", "steps=16", "loop.eval_every=4"]
     assert place.run(*argv, "name=alone") == 0, place.err()

@@ -84,6 +84,7 @@ def loss_of(model, weights, known=False):
 weights_known = pytest.mark.parametrize("known", [False, True], ids=["any-loss", "weighted"])
 
 
+@pytest.mark.quick_cases("untied-lora-3", "tied-3")
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
 def test_log_probs_equal_log_softmax_in_value_and_gradient_for_any_chunk(monkeypatch, name, chunk):
     monkeypatch.setattr(
@@ -105,6 +106,7 @@ def test_log_probs_equal_log_softmax_in_value_and_gradient_for_any_chunk(monkeyp
     assert B * M / 2 <= float(jnp.sum(found.top1)) < B * M
 
 
+@pytest.mark.quick_cases("untied-1", "tied-lora-3")
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
 def test_the_gradient_made_in_the_forward_pass_equals_the_pulled_back_one(monkeypatch, name, chunk):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * chunk)

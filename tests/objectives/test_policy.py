@@ -145,6 +145,7 @@ def test_completions_that_share_a_prompt_equal_completions_in_separate_rows():
     )
 
 
+@pytest.mark.quick_cases("sequence")
 @pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
 def test_a_batch_is_the_sum_of_its_parts(one_by_one, loss):
     batch = laid(rows_of(random_groups(count=8), 4))
@@ -152,6 +153,7 @@ def test_a_batch_is_the_sum_of_its_parts(one_by_one, loss):
     assert_same(loss_gradients_metrics(by_table(loss), TABLE, ALL, micro(batch, 2), {}), one)
 
 
+@pytest.mark.quick_cases("token")
 @pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
 def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(one_by_one, loss):
     """Also where weights part the tokens of one completion."""
@@ -270,6 +272,7 @@ def test_the_value_loss_equals_torchs_in_value_and_gradient():
         )
 
 
+@pytest.mark.slow
 def test_a_critic_on_another_adapter_is_trained_while_the_policy_has_no_weights():
     model, whole, mask = setting()
     other = jax.tree.map(lambda x: x * 1.3, whole["adapter"])
@@ -333,6 +336,7 @@ def test_the_reference_copy_contains_only_the_policy():
     assert jax.tree.leaves(kept["adapter"]) and not jax.tree.leaves(kept["critic"])
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_base_or_the_copy_of_step_0():
     model, whole, mask = setting()
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
@@ -457,6 +461,7 @@ def test_invalid_inputs_are_refused_in_one_line(one_by_one, given, batch, messag
         by_table(**({"beta": 0.0, "critic": None} | given))(TABLE, batch_of_arrays.replace(**batch), None, {})
 
 
+@pytest.mark.slow
 def test_every_field_of_a_rollout_influences_the_loss(one_by_one):
     """A change of any of them changes the loss: none is carried in vain."""
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))

@@ -46,6 +46,7 @@ DEFAULT = ("dpo", "nll", "orpo", "wpo ipo", "ld dpo", "mpo", "aot", "tpo", "tpo_
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT)) for name in EVERY]
 
 
+@pytest.mark.quick_cases("aot", "wpo ipo", "mpo", "tpo_l", "kto")
 @pytest.mark.parametrize("name", EACH)
 def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     objective, table = by_table(name)
@@ -55,6 +56,7 @@ def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 4), aux), one)
 
 
+@pytest.mark.quick_cases("nll", "kto", "bco", "orpo")
 @pytest.mark.parametrize("name", EACH)
 def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
     objective, table = by_table(name)
@@ -81,6 +83,7 @@ def with_model(loss, **options):
     return preference(model, loss, **options), whole, tree.mask_by_path(whole, "adapter/.*/[ab]"), model
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_values_of_one_device_for_coupled_losses():
     objective, whole, mask, model = with_model(P.aot)
     batch = micro(laid(random_pairs(20), rows=16), 2)
@@ -93,6 +96,7 @@ def test_a_mesh_gives_the_values_of_one_device_for_coupled_losses():
         assert_same(jax.device_get(many), one)
 
 
+@pytest.mark.quick_cases("dpo")
 @pytest.mark.parametrize("loss", (P.dpo, F.orpo), ids=("dpo", "orpo"))
 def test_a_shared_prompt_equals_the_prompt_before_each_response(loss):
     options = {} if loss is P.dpo else {"reference": None, "reward": mean_logp}
@@ -132,6 +136,7 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
     assert_close(jax.tree.map(jnp.subtract, here[1], there[1]), slope[1])
 
 
+@pytest.mark.quick_cases("kto", "aot")
 @pytest.mark.parametrize("name", ("dpo", "kto", "aot"))
 def test_a_widened_batch_gives_the_same_results(one_by_one, name):
     objective, table = by_table(name)

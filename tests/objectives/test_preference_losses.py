@@ -276,6 +276,7 @@ def extremes():
     return {dtype: lay(rows, shape=(rows.count, 1), dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)}
 
 
+@pytest.mark.quick_cases("*-bfloat16")
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
 @pytest.mark.parametrize("name", EXTREME)
 def test_values_and_gradients_are_finite_at_extremes(extremes, name, dtype):

@@ -114,6 +114,7 @@ def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(c
     np.testing.assert_allclose(found, [in_torch(torch_model, text) for text in texts], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_4_bit_classifier_scores_as_its_dequantised_weights(classifier):
     torch_model, folder = classifier
     loaded = reward_models.load_reward_model(
@@ -224,6 +225,7 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(x64):
     assert value == 0 and "accuracy" not in metrics.as_floats(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [MeshShape(1, 2, 2, context=2), pytest.param(MeshShape(2, 2, 2), marks=pytest.mark.slow)],
@@ -295,6 +297,7 @@ def test_heads_on_a_base_are_trained_or_frozen_by_name():
     ) and "value/score" in partition.parameter_table(t)
 
 
+@pytest.mark.slow
 def test_each_head_on_a_base_equals_the_one_alone(x64):
     base = llama(CONFIG, jnp.float64)
     model = adapted(heads.with_heads(base, {"critic": HeadSettings(SETTINGS)}), SETTINGS)
@@ -315,6 +318,7 @@ def test_each_head_on_a_base_equals_the_one_alone(x64):
     assert np.abs(h - model.hidden(whole, batch)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_head_on_a_base_replaces_the_rows_of_its_own_tokens(x64):
     base, batch = llama(CONFIG, jnp.float64), jax.tree.map(jnp.asarray, laid(random_pairs(4)))
     counts = np.bincount(np.asarray(batch.ids).ravel(), minlength=CONFIG.vocab)

@@ -28,6 +28,7 @@ from jaxft.train.step import make_train_step
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+@pytest.mark.quick_cases("aot", "kto", "mix*", "bco")
 @pytest.mark.parametrize("name", ("dpo", "nll", "orpo", *COUPLED))
 def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
     objective, table = by_table(name)
@@ -139,6 +140,7 @@ def test_every_loss_declares_its_facts():
     assert free == {"nll", "simpo", "alphapo", "alphapo below", "cpo", "cpo_hinge", "cpo_ipo", "orpo", *THIRD}
 
 
+@pytest.mark.slow
 def test_a_moving_reference_of_adapters_is_tr_dpo_on_full_weights():
     """After two updates the reference's log-probs are those of a base whose full weights were blended."""
     model, whole = tiny(adapter=Adapter(rank=2))
@@ -163,6 +165,7 @@ def test_a_moving_reference_of_adapters_is_tr_dpo_on_full_weights():
     assert np.abs(expected - preference(plain, P.dpo).score({"base": merged}, batch, {}).logps).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_held_out_pairs_get_bcos_shift_as_training_left_it():
     """TRL's BCOTrainer: `running.update` only where the model is trained."""
     objective, table = by_table("bco")

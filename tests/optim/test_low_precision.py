@@ -198,6 +198,7 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, more",
     [

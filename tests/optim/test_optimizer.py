@@ -115,6 +115,7 @@ def test_a_rule_is_updated_by_rows_only_if_it_declares_rowwise(monkeypatch):
     assert by_rows(lambda *args: UpdateRule(momentum(*args), rowwise=True)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_a_partial_ends_with_its_model_card(tmp_path):
     write_place(tmp_path)
     (tmp_path / "mine.py").write_text(

@@ -155,6 +155,7 @@ def test_a_search_whose_choices_all_raise_reports_the_first_error(monkeypatch):
     assert "set data.batch to a multiple" in search.search_report([], command) and not search.any_fits([])
 
 
+@pytest.mark.slow
 def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
     """Nothing is faked: the overrides go through a config, and the programs are compiled."""
 

@@ -243,6 +243,7 @@ def test_several_adapters_score_as_each_alone_in_one_program(workdir, monkeypatc
     assert not np.allclose(program(together["wide"].params, rows), expected, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_is_rewarded_by_a_separate_classifier(workdir):
     text = "from jaxft.rl.reward_models import ModelReward\n\njudge = ModelReward('judge', max_length=60)\n"
     (workdir.folder / "judged.py").write_text(text)
@@ -339,6 +340,7 @@ def test_a_critic_with_its_own_base_is_trained_in_full():
         HeadSettings(weights="base", trained=False)
 
 
+@pytest.mark.slow
 def test_ppo_with_a_separate_critic_learns_values(workdir):
     argv = ["passes=2", "beta=0.0", "batch=16", "group=1", "lr=2e-3", "ppo=true", "full_critic=true"]
     argv += ["max_new=12", "save=4", "rewards=config.py:ascii", "scale=true", "steps=8"]
@@ -347,6 +349,7 @@ def test_ppo_with_a_separate_critic_learns_values(workdir):
     assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"]
 
 
+@pytest.mark.slow
 def test_scale_divides_scores_by_the_deviation_of_all_so_far_and_metrics_have_them_before(workdir):
     argv = ["passes=1", "beta=0.0", "batch=8", "group=1", "ppo=true", "max_new=12", "steps=3", "lr=1e-9"]
     argv += ["rewards=config.py:ascii"]
@@ -365,6 +368,7 @@ def test_scale_divides_scores_by_the_deviation_of_all_so_far_and_metrics_have_th
         assert one["objective/rlhf_reward"] == pytest.approx(scores.mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_card_has_sampled_completions_with_rewards_and_curves(workdir):
     argv = ["steps=3", "passes=1", "batch=4", "group=2", "save=100", "lr=1e-3"]
     assert workdir.run("name=card", *argv, PICTURES="1") == 0, workdir.err()

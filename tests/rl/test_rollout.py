@@ -1,8 +1,7 @@
-"""Rollouts: batches as a function of step and state, and full runs that learn from rewards."""
+"""Rollouts: batches as a function of step and state, with completions of a fake sampler."""
 
 import json
 import re
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -11,17 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rl_workdir
-import simulated_devices
-from prepared import load_and_compile, prepare
 from rl_completions import TOKENIZER, random_prompts, stored_prompts
-from safetensors.numpy import load_file
 from tiny_llama import tiny_tokenizer
-from tiny_run import Place, write_rows
 
 from jaxft.batch import TrainState
 from jaxft.data import prompts
-from jaxft.data.shipped import ROOT
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Facts, Objective
 from jaxft.objectives.policy import with_target_kl
@@ -35,19 +28,6 @@ from jaxft.rl.rewards import number
 from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
 from jaxft.rl.rules import Rules, shape_scores
 from jaxft.rl.sampler import RolloutScorer
-from jaxft.runs.config import help_text, load_config
-from jaxft.runs.parse import find_file, run_file
-from jaxft.runs.record import differences
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rl")
-    rl_workdir.write_workdir(folder)
-    return Place(folder)
-
-
-# Batches, without a model
 
 
 def word_length(prompt, completion, row):
@@ -358,171 +338,6 @@ def test_the_fingerprint_of_a_reward_model_is_a_dependency():
     assert plain.dependencies == {}
 
 
-# Runs
-
-
-@pytest.mark.slow
-def test_a_policy_learns_what_is_rewarded(workdir):
-    argv = ["steps=16", "passes=1", "beta=0.0", "batch=8", "group=8", "lr=3e-2"]
-    assert workdir.run("name=learns", *argv) == 0, workdir.err()
-    lines = workdir.metrics("learns")
-    rewards = [line["reward"] for line in lines if "reward" in line]
-    assert len(rewards) == 16 and np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])
-    assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
-    table = rl_workdir.table(workdir, "learns")
-    assert len(table) == 16 * 8 and {"step", "prompt", "completion", "reward", "rewards"} <= table[0].keys()
-
-
-METHODS = run_file(find_file("configs/grpo.py")).METHODS
-
-
-def test_the_help_of_grpo_lists_every_method_with_its_settings():
-    text = help_text("configs/grpo.py")
-    assert (
-        all(f"{name}:\n        {settings}\n" in text for name, settings in METHODS.items())
-        and len(METHODS) == 7
-    )
-
-
-def test_every_named_method_is_a_run(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for settings in METHODS.values():
-        run = load_config("configs/grpo.py", settings.split())
-        assert run.data.rules.rewards and run.objective is not None
-
-
-OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")
-QUICK = ("DAPO",)  # it has a filter of groups
-
-
-@pytest.mark.parametrize(
-    "name, settings",
-    [
-        pytest.param(*item, id=item[0], marks=[pytest.mark.slow] * (item[0] not in QUICK))
-        for item in METHODS.items()
-    ],
-)
-def test_every_named_method_trains(workdir, name, settings):
-    folder = "method-" + re.sub(r"\W", "", name)
-    argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
-    argv += ["batch=4", "group=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
-    argv += ["samples=0", "lr=1e-2", f"name={folder}"]
-    assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
-    lines = [line for line in workdir.metrics(folder) if "reward" in line]
-    assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
-    assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
-
-
-@pytest.mark.slow
-def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
-    """PPO with an adaptive KL: killed between two minibatches, and between sampling and training."""
-    argv = ["steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8"]
-    assert workdir.run(*argv, "name=whole") == 0, workdir.err()
-    assert len({line["kl_coef"] for line in workdir.metrics("whole") if "kl_coef" in line}) > 4
-    hooks = {
-        "inside": rl_workdir.kill_at(6, "inside", checkpoint=4),
-        "sampled": rl_workdir.kill_after_sampling("sampled", checkpoint=4),
-    }
-    for name, hook in hooks.items():
-        process = workdir.start(*argv, f"name={name}", hook=hook)
-        process.join()
-        assert process.exitcode == -9 and workdir.checkpoints(name) == [4], workdir.err()
-        assert workdir.run(*argv, f"name={name}") == 0, workdir.err()
-        assert workdir.results(name, 8) == workdir.results("whole", 8)
-        tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
-        assert tables[0] == tables[1]
-
-
-@pytest.mark.slow
-def test_ppo_trains_the_policy_and_its_critic_and_warm_up_the_critic_alone(workdir):
-    argv = ["passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12"]
-    argv += ["rewards=config.py:ascii"]
-    # 32 steps take longer than compiling with optimisation
-    assert workdir.run("name=ppo", "steps=32", *argv, XLA_FLAGS=OPTIMISED) == 0, workdir.err()
-    lines = [line for line in workdir.metrics("ppo") if "reward" in line]
-    rewards = [line["reward"] for line in lines]
-    assert np.mean(rewards[-4:]) > 1.2 * np.mean(rewards[:4])
-    assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"] / 2
-    assert max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-4
-    ratios = [abs(line["val/ratio"] - 1) for line in lines]  # the first of two passes is on-policy
-    assert max(ratios[::2]) < 1e-6 < np.median(ratios[1::2])
-    assert workdir.run("name=warm", "steps=2", *argv, "warm_up=100") == 0, workdir.err()
-    warm = [line for line in workdir.metrics("warm") if "reward" in line]
-    assert len(warm) == 2 and all(line["objective/kl"] == 0 and abs(line["kl"]) < 1e-6 for line in warm)
-
-
-@pytest.mark.slow
-def test_a_mesh_samples_and_trains_as_one_device_does(workdir):
-    """Greedy, so that rounding changes no token: rows, weights and matmuls are sharded."""
-    argv = ["steps=2", "passes=2", "batch=8", "group=2", "ppo=true", "save=100", "data.top_k=1"]
-    argv += ["rewards=config.py:ascii"]
-    assert workdir.run("name=one", *argv) == 0, workdir.err()
-    mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
-    assert workdir.run("name=many", *argv, *mesh, devices=8) == 0, workdir.err()
-    tables = [(workdir.runs(name) / "completions.jsonl").read_text() for name in ("one", "many")]
-    assert tables[0] == tables[1] and tables[0]
-    for one, many in zip(*(workdir.metrics(name) for name in ("one", "many")), strict=True):
-        assert one.keys() == many.keys()
-        for name in ("loss", "loss/value_avg", "grad_norm", "objective/kl", "eval_reward", "entropy"):
-            if name in one:
-                np.testing.assert_allclose(one[name], many[name], rtol=2e-4, atol=2e-5, err_msg=name)
-
-
-@pytest.mark.slow
-def test_target_kl_ends_the_passes_over_a_rollout_and_trains_the_critic_on(workdir):
-    argv = ["steps=8", "passes=4", "batch=8", "group=1", "ppo=true", "save=100", "target_kl=1e-6", "lr=2e-2"]
-    assert workdir.run("name=far", *argv) == 0, workdir.err()
-    lines = {line["step"]: line for line in workdir.metrics("far") if "reward" in line}
-    approx_kl = [lines[step].get("policy/approxkl_avg") for step in (5, 6, 7, 8)]
-    assert approx_kl[0] < 1e-6 < approx_kl[1] and approx_kl[2:] == [None, None]
-    assert all("loss/value_avg" in lines[step] for step in (7, 8))
-
-
-@pytest.mark.slow
-def test_sigterm_inside_a_rollout_saves_at_its_end(workdir):
-    hook = rl_workdir.kill_at(5, "asked_to_stop", checkpoint=0, signal=15)
-    argv = ["steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop"]
-    process = workdir.start(*argv, hook=hook)
-    process.join()
-    assert process.exitcode == 143 and workdir.checkpoints("asked_to_stop") == [8]
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (
-            ("rewards=config.py:constant",),
-            {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0},
-        ),
-        pytest.param(
-            ("max_new=2", "truncated=false", "base=endless"),
-            {"completions/clipped_ratio": 1.0, "frac_learned": 0.0},
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["equal rewards", "all truncated"],
-)
-def test_rollouts_without_signal_change_nothing_and_are_counted(workdir, argv, expected):
-    if not (workdir.folder / "endless").exists():
-        rl_workdir.write_without_eos(workdir.folder)
-    name = f"nothing-{argv[0].partition('=')[0]}"
-    more = ["steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100"]
-    assert workdir.run(f"name={name}", *argv, *more) == 0, workdir.err()
-    for line in (line for line in workdir.metrics(name) if "reward" in line):
-        assert line["grad_norm"] == 0 == line.get("loss", 0)
-        assert {key: line[key] for key in expected} == expected
-
-
-def test_a_tokenizer_without_an_end_token_is_reported_and_nothing_ends(workdir):
-    if not (workdir.folder / "endless").exists():
-        rl_workdir.write_without_eos(workdir.folder)
-    argv = ["base=endless", "steps=1", "passes=1", "max_new=4", "batch=4", "save=100"]
-    assert workdir.run("name=endless", *argv) == 0, workdir.err()
-    assert "the tokenizer has no end token" in workdir.out()
-    (line,) = [line for line in workdir.metrics("endless") if "reward" in line]
-    assert line["completions/clipped_ratio"] == 1 and line["completions/mean_length"] == 4
-
-
 def test_tools_that_the_template_leaves_out_of_a_prompt_are_a_warning(tmp_path):
     row = {"prompt": "what is 1 plus 1?", "tools": [{"name": "add"}]}
     (tmp_path / "r.jsonl").write_text(json.dumps(row))
@@ -548,66 +363,3 @@ def test_a_message_that_the_template_drops_from_a_prompt_is_a_warning(tmp_path, 
     first = "h.jsonl:1" if held_out else "r.jsonl:3"
     assert warning.startswith(f"warning: {first}: ") and warning.endswith("set data.system=merge")
     assert "does not show the content of message 0, a system message" in warning
-
-
-def test_a_run_whose_completions_would_end_elsewhere_is_not_resumed(workdir):
-    path = workdir.folder / "base" / "generation_config.json"
-    before, record = path.read_text(), prepare(workdir.folder).lead.record
-    path.write_text(json.dumps({**json.loads(before), "eos_token_id": [257, 3]}))
-    changed = prepare(workdir.folder).lead.record
-    path.write_text(before)
-    assert differences(record, changed) == ["stop_tokens: [257] -> [3, 257]"]
-
-
-def test_the_last_rollout_of_a_run_is_used_in_full(workdir):
-    with pytest.raises(ValueError, match=r"^loop.steps=5 .* set 4 or 6"):
-        prepare(workdir.folder, "steps=5", "passes=2")
-
-
-def test_the_policy_is_frozen_while_a_critic_on_its_hidden_states_warms_up(workdir):
-    argv = ["steps=4", "passes=2", "batch=8", "group=1", "ppo=true", "shared=true", "warm_up=100"]
-    argv += ["rewards=config.py:ascii", "save=100", "lr=1e-2"]
-    assert workdir.run("name=waits", *argv) == 0, workdir.err()
-    adapter = load_file(workdir.runs("waits") / "adapter" / "adapter_model.safetensors")
-    assert not any(x.any() for name, x in adapter.items() if "lora_B" in name)  # as a fresh adapter starts
-    lines = [line for line in workdir.metrics("waits") if "loss/value_avg" in line]
-    assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"]
-
-
-def test_dropout_of_a_policy_is_refused(workdir):
-    with pytest.raises(ValueError, match="adapter.dropout=0.3"):
-        prepare(workdir.folder, "adapter.dropout=0.3")
-
-
-def test_a_reward_that_fails_at_times_is_named_and_raises_an_alarm(workdir):
-    text = "def odd(prompt, completion, row):\n    return 1 / (row['answer'] % 3)\n"
-    (workdir.folder / "odd.py").write_text(text)
-    argv = ["rewards=odd.py:odd", "steps=2", "passes=1", "beta=0.0", "save=100"]
-    assert workdir.run("name=odd", *argv) == 0, workdir.err()
-    out = workdir.out()
-    assert "reward odd raised ZeroDivisionError" in out
-    assert "of the rewards raised or" in out  # the alarm
-    evaluated = [line for line in workdir.metrics("odd") if "eval_reward" in line]
-    assert evaluated and all(0 < line["eval_reward_faults/raised"] < 1 for line in evaluated)
-
-
-def test_held_out_prompts_are_sampled_eval_group_times(workdir):
-    calls = workdir.folder / "calls.txt"
-    text = f"    open({str(calls)!r}, 'a').write(prompt + '\\n')\n"
-    text += "    return len(completion) + (1e5 if 'why' in prompt else 0)\n"
-    (workdir.folder / "logged.py").write_text(f"def logged(prompt, completion, row):\n{text}")
-    write_rows(workdir.folder / "other.jsonl", [{"prompt": f"why is it {i}?"} for i in range(20)])
-    argv = ["rewards=logged.py:logged", "steps=1", "passes=1", "beta=0.1", "save=100", "data.eval_group=3"]
-    argv += ["data=prompts.jsonl,other.jsonl"]
-    assert workdir.run("name=thrice", *argv) == 0, workdir.err()
-    evaluated = [line for line in workdir.metrics("thrice") if "eval_reward" in line]
-    counts = sorted(Counter(calls.read_text().splitlines()).values())
-    assert counts == [4] * 4 + [3 * len(evaluated)] * 8  # a group of each training prompt, then the held-out
-    assert all(line["eval_reward/prompts"] < 1e4 < line["eval_reward/other"] for line in evaluated)
-    assert all(line["eval_reward_std"] > 0 and np.isfinite(line["eval_objective/kl"]) for line in evaluated)
-    assert evaluated[0]["eval_objective/kl"] == 0
-
-
-def test_a_sampling_temperature_other_than_that_of_the_objective_is_refused(workdir):
-    with pytest.raises(ValueError, match="^data.temperature=0.5 differs"):
-        load_and_compile(workdir.folder, "data.temperature=0.5")

@@ -92,6 +92,7 @@ def files_of(folder, pattern):
     return [p for p in sorted(folder.rglob(pattern)) if p.is_file()]
 
 
+@pytest.mark.quick_cases("2x4")
 @pytest.mark.parametrize("shape", ["2x4", "4x2"])
 def test_a_flipped_bit_in_any_process_s_files_sends_all_back(two, tmp_path, shape):
     """On the mesh of the save and on another; the file is one of process 1, and process 0 checks half of the

@@ -210,6 +210,7 @@ commands.main()
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_has_all_that_its_commands_need_from_an_empty_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "empty").mkdir()

@@ -314,6 +314,7 @@ def test_the_view_fits_a_narrow_terminal(tmp_path):
     assert max(map(len, console.export_text().splitlines())) <= 40
 
 
+@pytest.mark.slow
 def test_an_ascii_pipe_as_standard_output_works(tmp_path):
     says = "w.message('caf\\u00e9 \\U0001f600'); w.step(1, {'loss': 1.5}, {}); w.close()"
     code = f"from jaxft.runs.log import Log; w = Log({str(tmp_path)!r}, 2); {says}"

@@ -60,6 +60,7 @@ meter.Meter.add = hang_up
 }
 
 
+@pytest.mark.quick_cases("closed")
 @pytest.mark.parametrize("kind", LOST)
 def test_a_run_without_a_console_has_the_results_of_one_with_it(place, expected, kind):
     assert place.run(f"name={kind}", hook=LOST[kind]) == 0, place.err()

@@ -88,6 +88,7 @@ def test_plotly_is_in_the_page_as_its_package_has_it(whole):
     assert gzip.decompress(base64.b64decode(packed)).decode() == get_plotlyjs()
 
 
+@pytest.mark.slow
 def test_a_large_sweep_is_below_3_mb(tmp_path, monkeypatch):
     monkeypatch.setattr(document, "packed_plotly", lambda: "x" * 1_950_000)  # of plotly 6
     _, size = report(write_sweep(tmp_path / "sweep", 32, steps=3000, every=3))

@@ -58,6 +58,7 @@ def bench(place, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.quick_cases("lora")
 @pytest.mark.parametrize(
     "mode",
     [("--full", "--no-packing"), ("--dtype", "fp32", "--batch", "16", "--micro", "2")],
@@ -74,6 +75,7 @@ def test_the_line_has_the_baselines_fields_and_sensible_values(bench, mode):
     assert 0.5 * np.log(320) < found["loss"] < 2 * np.log(320) and 0.05 < found["peak_rss_gib"] < 50
 
 
+@pytest.mark.quick_cases("precomputed")
 @pytest.mark.parametrize("mode", [(), ("--precompute-ref",)], ids=["live", "precomputed"])
 def test_dpo_starts_at_log_2_and_falls(bench, monkeypatch, tmp_path, mode):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
@@ -129,15 +131,13 @@ def test_too_few_rows_for_a_batch_are_one_line(bench):
     assert code == 1 and out == "" and "do not fill a batch of 8" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
         ("8b qlora", "8b generate"),
-        pytest.param(("1b full", "1b dpo", "4b lora 16k"), marks=pytest.mark.slow),
-        pytest.param(
-            ("8b fp8 lora", "8b dpo metamath", "8b dpo metamath plain", "8b dpo ultrafeedback"),
-            marks=pytest.mark.slow,
-        ),
+        ("1b full", "1b dpo", "4b lora 16k"),
+        ("8b fp8 lora", "8b dpo metamath", "8b dpo metamath plain", "8b dpo ultrafeedback"),
     ],
 )
 def test_the_accelerators_cases_run_in_a_tiny_shape(cases):

@@ -274,6 +274,7 @@ def test_an_error_is_one_line_or_a_traceback_on_request(inspect, monkeypatch, ar
     assert inspect(*args, "--model", "model").startswith("Traceback")
 
 
+@pytest.mark.slow
 def test_the_exit_code_reports_a_failure(place):
     command = [sys.executable, str(SCRIPT), "--data", "bad.jsonl", "--model", "model"]
     done = subprocess.run(

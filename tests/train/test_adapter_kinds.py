@@ -140,6 +140,7 @@ def torch_model(folder):
     return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
 
 
+@pytest.mark.slow
 def test_a_run_with_eva_says_what_it_read_and_has_its_ranks_in_the_adapters_config(place, capsys):
     run = place.finished("EVA", "EVA-one")  # here for the first time
     lines = [line for line in capsys.readouterr().out.splitlines() if "adapter.init=eva: " in line]

@@ -36,6 +36,7 @@ def logged(folder, name):
     return [line[name] for line in lines if name in line]
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_and_exported_and_training_is_unchanged(finished):
     """After one step the average is 0.1 of the start and 0.9 of the step: b starts at 0, and as long as b is
     0, a does not move.

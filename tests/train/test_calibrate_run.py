@@ -88,6 +88,7 @@ def test_the_base_of_a_run_has_the_bits_that_quantize_py_writes_for_the_same_row
             np.testing.assert_array_equal(getattr(found[path], name), getattr(expected[path], name))
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_the_codes_from_the_cache_and_others_are_refused(place, monkeypatch):
     first, _, frozen = loaded(place, "quant.calibrate=run", "name=twice")
     assert first.members[0].record["quant"]["codes"] == first.calibration.name
@@ -188,6 +189,7 @@ def test_qera_starts_from_the_corrections_and_is_closer_to_the_exact_model_than_
     assert job.lead.run.adapter.exported.rank == 8  # for the unchanged base, see test_adapter_kinds.py
 
 
+@pytest.mark.slow
 def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypatch, capsys):
     environment = {"JAXFT_CACHE": str(place.folder / "cache")}
     argv = [*NF4, "quant.calibrate=run", "name=whole", "lr=0.03"]

@@ -36,6 +36,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_cached_reference_log_probs_serve_all_runs_of_the_same_model_and_no_other(place):
     argv, message = (
         ["full=true", "reference=precomputed", "steps=1"],

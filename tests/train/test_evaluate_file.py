@@ -40,6 +40,7 @@ def evaluate(place, tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.quick_cases("packed")
 @pytest.mark.parametrize("options", [(), ("--packing", "--max-length", "64")], ids=["rows", "packed"])
 def test_loss_and_perplexity_are_those_of_transformers(place, evaluate, options):
     eos = 257  # the tokenizer adds no BOS
@@ -60,6 +61,7 @@ def torch_hits(model, ids):
     return int((best == torch.tensor(ids[1:])).sum())
 
 
+@pytest.mark.slow
 def test_a_row_that_is_too_long_is_truncated_and_reported(place, evaluate, monkeypatch, capsys):
     options = ("--file", "texts.jsonl", "--too-long", "truncate", "--max-length", "12")
     sums = [torch_loss(place[1], [*bytes_of(text), 257][:12], 1) for text in TEXTS]
@@ -134,6 +136,7 @@ def test_completions_are_scored_against_the_answers_of_rows(place, evaluate, tmp
     assert [row["scores"]["exact"] for row in rows] == [1, 1, 0, 1] and rows[1]["scores"]["short"] is None
 
 
+@pytest.mark.slow
 def test_several_completions_of_a_prompt_have_pass_at_k_lengths_and_ends(place, evaluate, tmp_path):
     out = tmp_path / "out.jsonl"
     sampled = ("--samples", "3", "--temperature", "1", "--seed", "5", "--pass-at", "1,2", "--max-new", "12")

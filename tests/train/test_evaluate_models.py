@@ -127,6 +127,7 @@ def test_a_gguf_file_has_the_loss_of_its_weights_as_transformers_reads_them(plac
     assert abs(found["loss"] - full["loss"]) > 3e-5 * full["loss"]  # its weights are rounded
 
 
+@pytest.mark.slow
 def test_a_base_quantised_on_load_has_the_loss_of_bitsandbytes_weights(place, run, tmp_path):
     from quantised_folders import by_bitsandbytes
     from transformers import AutoModelForCausalLM

@@ -148,6 +148,7 @@ def prompts_of(out):
     return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.mark.quick_cases("untied")
 @tied_and_untied
 def test_a_run_its_adapter_and_the_merged_model_generate_the_same_text(script, tmp_path):
     ask = ("--prompt", "ab", "--prompt", "What is rope?", "--max-new", "6", "--json")
@@ -159,6 +160,7 @@ def test_a_run_its_adapter_and_the_merged_model_generate_the_same_text(script, t
     assert script("generate", "--model", tmp_path / "m", "--dtype", "float32", *ask)[:2] == (0, answers)
 
 
+@pytest.mark.slow
 def test_an_adapter_generates_and_merges_on_its_own_base(script, world, tmp_path):
     root = world[0]
     ask = ("--prompt", "ab", "--max-new", "6", "--dtype", "float32", "--json")
@@ -198,6 +200,7 @@ def test_an_export_has_a_card_and_a_tokenizer_for_transformers_4_and_5(script, w
     assert "base_model_relation: quantized\n" in card and "library_name: jaxft\n" in card
 
 
+@pytest.mark.quick_cases("96*")
 @pytest.mark.parametrize(
     "mlp, words",
     [
@@ -251,6 +254,7 @@ def test_generated_text_equals_transformers_with_the_template_and_raw(script, wo
             )
 
 
+@pytest.mark.slow
 def test_the_same_seed_samples_the_same_completion(script):
     ask = (
         "generate",
@@ -334,6 +338,7 @@ def test_a_fully_fine_tuned_run_is_loaded_from_its_model_folder(script, world, t
     assert script("export", "--run", run, "--out", run / "model")[0] == 1
 
 
+@pytest.mark.slow
 def test_the_scripts_run_in_any_working_directory(world, tmp_path):
     for name in ("generate", "export"):
         done = subprocess.run(
@@ -375,6 +380,7 @@ def test_a_run_loads_its_moved_base_and_refuses_a_changed_one(script, world, tmp
     assert code == 1 and "have changed since this run was trained" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_result_that_has_changed_since_the_run_was_finished_is_refused_by_every_command(
     script, world, tmp_path
 ):

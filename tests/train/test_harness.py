@@ -288,6 +288,7 @@ def test_log_probabilities_are_those_of_transformers(place, loaded):
             scorer.scores([wrong])
 
 
+@pytest.mark.slow
 def test_completions_are_transformers_up_to_the_first_stop_string(place, loaded):
     backend, tokenizer = HarnessBackend(loaded, HarnessSettings(length=LENGTH, batch=3)), loaded.tokenizer
     contexts = ["The rank is", "0123456789" * 9, "12", "", "Is it?"]

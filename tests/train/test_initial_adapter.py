@@ -119,6 +119,7 @@ def test_log_probs_and_values_on_a_mesh_are_those_of_one_device(place, without):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_policy_at_step_0_without_a_copy_and_a_resumed_run_has_its_bits(
     place, tmp_path, monkeypatch
 ):

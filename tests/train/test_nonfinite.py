@@ -66,6 +66,7 @@ def test_a_loss_that_is_not_finite_at_the_first_step_ends_the_run_and_names_the_
     assert not place.checkpoints("layer") and not (place.runs("layer") / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_held_out_loss_that_is_not_finite_before_training_names_the_parameter_or_layer(place):
     assert place.run("name=parameter", "samples=0", hook=NAN_IN_A_LAYER) == 1
     start = "the loss on held-out rows is not finite before the first step: "
@@ -77,6 +78,7 @@ def test_a_held_out_loss_that_is_not_finite_before_training_names_the_parameter_
     assert place.err().startswith(f"error: runs/output: {start}{line}. ")
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_a_bad_step_is_not_finished_until_more_steps_are_good(place):
     argv, hook = ["name=end", "samples=0"], NAN_IN_A_ROW.replace("step == 1", "step == 3")
     for _ in range(2):  # the same command ends in the same way
@@ -93,6 +95,7 @@ def test_a_run_that_ends_with_a_bad_step_is_not_finished_until_more_steps_are_go
     assert len(alarms) == 1 and "1 steps so far had a non-finite loss, gradient or update" in alarms[0]
 
 
+@pytest.mark.slow
 def test_a_last_update_after_which_the_loss_is_not_finite_is_seen_without_held_out_rows(place):
     """The update moves the adapter's b to 1e20, which is finite; a product of two such layers is not."""
     argv = ["name=last", "samples=0", "data.held_out=none", "steps=1", "lr=1e20"]
@@ -168,6 +171,7 @@ def test_norms_per_layer_and_kind_equal_those_of_the_leaves():
     assert kinds == ["attn/q", "attn/q", "critic/mlp/up"]
 
 
+@pytest.mark.slow
 def test_watched_norms_sum_to_grad_norm_and_no_other_metric_changes(place):
     flags = "--xla_force_host_platform_device_count=1"  # as users have them: the same sums in both programs
     for more in (("name=watched", "loop.watch=layers"), ("name=plain",)):

@@ -45,6 +45,7 @@ SLOW = {kind: pytest.mark.slow for kind in KINDS if kind not in ("nf4", "int8")}
 KIND = pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in KINDS])
 
 
+@pytest.mark.quick_cases("nf4")
 @KIND
 def test_the_log_the_record_and_the_card_name_the_format_and_checkpoints_omit_the_base(place, kind):
     assert place.run(*SHORT, f"quant={kind}", f"name={kind}") == 0, place.err()
@@ -60,6 +61,7 @@ def test_the_log_the_record_and_the_card_name_the_format_and_checkpoints_omit_th
     assert not any("base" in path for path in place.leaves(kind, 3))  # quantised again from the weights
 
 
+@pytest.mark.slow
 def test_a_run_resumes_only_with_its_quantisation(place):
     assert place.run(*SHORT, "quant=nf4", "name=one") == 0, place.err()
     for argv, change in (
@@ -96,6 +98,7 @@ def test_a_non_finite_weight_cannot_be_quantised_and_is_named(place):
         path.write_bytes(stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_the_losses_on_a_mesh_are_those_of_one_device(place, kind):
     argv = [*SHORT, f"quant={kind}", "batch=8", "lr=0.0001", *(["quant.block=16"] if kind == "nf4" else [])]
@@ -107,6 +110,7 @@ def test_the_losses_on_a_mesh_are_those_of_one_device(place, kind):
             assert b[key] == pytest.approx(a[key], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
     place, monkeypatch, capsys, tmp_path
 ):
@@ -204,6 +208,7 @@ def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
         assert len(lines) == differs and all(ref in line and "135M-Instruct" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_quantised_run_is_its_quantised_base(pairs):
     message = "reference log-probs: {} of 24 pairs are cached, {} to compute"
     logps = {}

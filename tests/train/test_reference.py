@@ -99,6 +99,7 @@ COPIES = {
 }
 
 
+@pytest.mark.quick_cases("plain LoRA", "full", "PiSSA")
 @pytest.mark.parametrize("kind", STARTS)
 def test_the_first_loss_is_log_2_and_the_reference_remains_the_model_at_step_0_bit_for_bit(folder, kind):
     run = run_of(folder)
@@ -126,6 +127,7 @@ def test_the_first_loss_is_log_2_and_the_reference_remains_the_model_at_step_0_b
     assert np.abs(moved - policy).max() > 0.1
 
 
+@pytest.mark.slow
 def test_precomputed_log_probs_have_the_metrics_and_gradients_of_a_reference_forward_pass(folder, tmp_path):
     live, known = (
         run_of(folder, objective=partial(preference, loss=dpo, reference=r)) for r in ("start", "precomputed")
@@ -261,6 +263,7 @@ def at(params, path):
     return reduce(lambda node, key: node[key], path.split("/"), params)
 
 
+@pytest.mark.quick_cases("olora*")
 @pytest.mark.parametrize("init, quant", [("olora", None), ("loftq", Quant("nf4", block=16))])
 def test_a_run_resumes_with_its_first_pairs_and_exports_for_the_unchanged_base(
     folder, tmp_path, monkeypatch, init, quant

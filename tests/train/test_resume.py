@@ -94,14 +94,8 @@ def run_killed(place, hook, *argv, **options):
     assert process.exitcode == -9, place.err()
 
 
-# online pairs have the state of grpo's rollouts, ppo_pissa that of ppo
-SLOW = ("online_dpo", "ppo_pissa", *QUANTISED, *OF_FAMILIES)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in (KINDS | QUANTISED | OF_FAMILIES)],
-)
+@pytest.mark.quick_cases("lora_dropout", "dpo")
+@pytest.mark.parametrize("kind", KINDS | QUANTISED | OF_FAMILIES)
 def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
     folder, argv, aux = (KINDS | QUANTISED | OF_FAMILIES)[kind]
     place, alone, resumed = folders(folder), *(f"{x}_{kind.replace(' ', '_')}" for x in ("alone", "resumed"))
@@ -124,6 +118,7 @@ def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
     assert {path.split(".")[2] for path in expected["leaves"] if path.split(".")[1] == "aux"} == aux
 
 
+@pytest.mark.slow
 def test_four_steps_of_a_sweep_are_two_a_kill_a_resume_and_two(folders):
     place = folders("pairs")
     argv = [*SWEEP, "steps=4", "loop.save_every=2", "--name"]

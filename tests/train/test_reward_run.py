@@ -25,6 +25,7 @@ def run(place, *argv, code=0, **options):
     return place.out()
 
 
+@pytest.mark.quick_cases("qlora")
 @pytest.mark.parametrize(
     "argv", [["micro=2"], ["quant=nf4"], ["full=true", "lr=0.001"]], ids=["lora", "qlora", "full"]
 )
@@ -59,6 +60,7 @@ def test_a_reward_model_learns_reports_its_accuracy_and_writes_a_card_that_loads
     assert all(np.array_equal(again[name], x) for name, x in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_run_its_adapter_and_its_merged_model_have_the_same_scores(place):
     run(place, "name=scored", "steps=6")
     shutil.rmtree(place.folder / "merged", ignore_errors=True)

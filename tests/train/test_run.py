@@ -85,6 +85,7 @@ def test_a_run_killed_eight_times_has_the_results_of_an_uninterrupted_one(place,
     assert_same(uninterrupted(kind), kill_and_finish(place, kind, kills=8, seed=seed))
 
 
+@pytest.mark.slow
 def test_sigterm_and_sigint_save_and_the_same_command_resumes(place, uninterrupted):
     argv = [*KINDS["small_lora"], "name=signals", "loop.save_every=100"]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -161,6 +162,7 @@ def test_a_finished_run_is_not_changed_unless_steps_are_added(place, uninterrupt
     shutil.move(place.runs("longer"), place.runs("small_lora"))
 
 
+@pytest.mark.slow
 def test_a_running_run_is_locked_and_a_killed_process_releases_the_lock(place):
     process = place.start("name=half", hook=SLOW_STEPS)
     place.wait_for(process, place.loops)
@@ -240,6 +242,7 @@ def test_changed_settings_data_or_weights_are_refused_by_name(place, uninterrupt
     assert files(place.runs("small_lora")) == before
 
 
+@pytest.mark.slow
 def test_nothing_is_traced_or_compiled_after_the_loop_begins(place):
     argv = [
         "name=watch",
@@ -257,6 +260,7 @@ def test_nothing_is_traced_or_compiled_after_the_loop_begins(place):
         assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_log_line_is_the_mean_over_its_steps(place):
     for every in (1, 3):
         assert (
@@ -279,6 +283,7 @@ def test_a_run_without_held_out_rows_finishes(place):
     assert (place.runs("none") / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_also_exported_if_it_is_better_than_the_last(place):
     (place.folder / "rising.py").write_text(
         "def rising(lr, end, warmup, steps):\n    return lambda step: lr * 40.0**step\n"
@@ -299,6 +304,7 @@ def test_the_best_checkpoint_is_also_exported_if_it_is_better_than_the_last(plac
     assert not (place.runs("better") / "best").exists()
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_after_evaluations_without_a_better_score(place):
     # called with the row's own response, before training, and after steps 1 (-1), 2 (0), 3 (-1) and 4 (-2)
     (place.folder / "peak.py").write_text(
@@ -339,6 +345,7 @@ def test_a_full_run_starts_from_an_adapter_with_the_loss_that_it_ended_with(plac
     assert abs(begun["before"]["metrics"]["eval_loss"] - ended["after"]["metrics"]["eval_loss"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_folders_of_weights_have_cards_and_portable_tokenizers(place, uninterrupted):
     for kind, folder, library in (("small_lora", "adapter", "peft"), ("full", "model", "transformers")):
         uninterrupted(kind)

@@ -268,6 +268,7 @@ def test_a_failed_checkpoint_write_leaves_earlier_checkpoints_intact(place):
     assert place.run("name=limited") == 0 and "resuming after step 2" in place.out(), place.err()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_earlier_checkpoints_intact_and_the_run_resumes_once_there_is_space(
     place, tmp_path
 ):
@@ -308,6 +309,7 @@ compiled.compile_step = broken
 """
 
 
+@pytest.mark.quick_cases("10")
 @pytest.mark.parametrize("every", [1, 10])
 def test_max_bad_non_finite_steps_in_a_row_end_the_run_and_their_rows_are_named(place, every):
     name = f"bad{every}"

@@ -102,6 +102,7 @@ def fresh(model, rank, seed):
     return jax.tree.map(lambda x: x if x.ndim < 3 or jnp.any(x) else 0.3 * random(*x.shape, seed=seed), start)
 
 
+@pytest.mark.slow
 def test_a_forward_pass_with_adapters_of_several_ranks_equals_one_pass_per_adapter():
     base = llama(CONFIG, jnp.float64)
     model, weights = (
@@ -269,6 +270,7 @@ def each_separate(weights):
         return [train_separately(one, weights, in_parts(1)) for one in MIXED]
 
 
+@pytest.mark.quick_cases("1-4")
 @pytest.mark.parametrize("parts, at_once", [(1, 1), (2, 2), (1, 4)], ids=str)
 def test_adapters_trained_together_equal_each_one_trained_separately(weights, each_separate, parts, at_once):
     with standard():
@@ -277,6 +279,7 @@ def test_adapters_trained_together_equal_each_one_trained_separately(weights, ea
         )
 
 
+@pytest.mark.quick_cases("start")
 @pytest.mark.parametrize("reference", ["start", EMAReference(0.5, 2)], ids=["start", "moving"])
 def test_adapters_whose_state_has_a_reference_equal_each_one_trained_separately(weights, reference):
     ones = [One(pairwise(partial(P.dpo, beta=beta), reference), own_reference=True) for beta in (0.2, 0.9)]
@@ -287,6 +290,7 @@ def test_adapters_whose_state_has_a_reference_equal_each_one_trained_separately(
         )
 
 
+@pytest.mark.slow
 def test_adapters_on_separate_rows_equal_each_one_trained_separately(weights):
     ones = [replace(MIXED[0], seed=seed) for seed in (3, 4)]
     own = [[micro(laid(random_pairs(count=7, seed=10 * k + i)), 2) for i in range(STEPS)] for k in range(2)]
@@ -333,6 +337,7 @@ def infinite(lr, end, warmup, steps):
     return lambda step: jnp.full((), jnp.inf)
 
 
+@pytest.mark.slow
 def test_an_adapter_with_an_infinite_update_is_unchanged_and_the_others_continue(weights, each_separate):
     ones = [MIXED[0], replace(MIXED[0], optim=Optim(schedule=infinite)), MIXED[1]]
     with standard():
@@ -347,6 +352,7 @@ def test_an_adapter_with_an_infinite_update_is_unchanged_and_the_others_continue
 # Evaluation, cost
 
 
+@pytest.mark.slow
 def test_evaluation_of_several_adapters_equals_one_evaluation_per_adapter(weights):
     with standard():
         begun = [begin(one, weights) for one in MIXED]
@@ -386,6 +392,7 @@ def counted(model, calls):
     return replace(model, hidden=hidden)
 
 
+@pytest.mark.quick_cases("3*")
 @pytest.mark.parametrize("at_once, rows", [(1, [4, 4, 4, 4]), (3, [4, 12])], ids=str)
 def test_the_reference_forward_pass_runs_once_for_all_adapters(weights, at_once, rows):
     calls = []
@@ -395,6 +402,7 @@ def test_the_reference_forward_pass_runs_once_for_all_adapters(weights, at_once,
     assert sorted(calls) == rows
 
 
+@pytest.mark.slow
 def test_the_base_is_in_memory_once_for_any_number_of_adapters(weights):
     def arguments(count):
         begun = [begin(MIXED[0], weights)] * count

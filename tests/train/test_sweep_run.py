@@ -93,13 +93,8 @@ SWEEPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("seeds", "coupled", "precomputed", "moving")))
-        for kind in SWEEPS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SWEEPS)
 def test_each_member_equals_its_separate_run(place, kind):
     settings, over = SWEEPS[kind]
     flags = ["--at-once", "2"] if kind == "moving" else []
@@ -131,6 +126,7 @@ def test_supervised_members_of_different_seeds_and_ranks_equal_their_separate_ru
         assert_same_run(place, f"sft/{member}", f"sft-{number}")
 
 
+@pytest.mark.slow
 def test_a_non_finite_member_is_frozen_and_reported_and_the_others_continue(place):
     argv = ["steps=5", "--over", "lr=0.002,1e30", "--name", "wild"]
     sweep(place, *argv, code=1)
@@ -161,6 +157,7 @@ def test_a_non_finite_member_is_frozen_and_reported_and_the_others_continue(plac
     assert_same_run(place, "wild/lr=0.002", "tame")
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_loop_begins(place):
     for number, more in enumerate(
         (["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])
@@ -314,6 +311,7 @@ def refused(place, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused):
     sweep(place, "steps=2", "--over", "beta=0.1,0.2", "--name", "same")
     line = refused("steps=4", "--over", "beta=0.1,0.3", "--name", "same")
@@ -325,6 +323,7 @@ def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused)
     assert "resuming after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
 
 
+@pytest.mark.slow
 def test_without_held_out_rows_the_table_has_the_metrics_of_the_last_step(place):
     sweep(place, "held_out=none", "steps=2", "--over", "seed=0,1", "--name", "bare")
     table = json.loads((place.runs("bare") / "summary.json").read_text())["members"]["seed=0"]

@@ -60,6 +60,7 @@ def test_gradient_accumulation_equals_one_batch_for_rows_of_unequal_length():
         assert_close(gradient_of(model, whole, micro(batch, count)), one)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_the_sum_over_its_parts():
     model, whole = tiny()
     batch = one_by_one(examples(6))
@@ -163,6 +164,7 @@ def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
     assert losses[0] == losses[2] and losses[0] != losses[1]
 
 
+@pytest.mark.quick_cases("pairs", "full")
 @pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
 def test_remat_policies_give_the_same_gradients(remat):
     """Four layers, under jit, since offloading places the buffers of a compiled program."""
@@ -184,6 +186,7 @@ def test_remat_pairs_refuses_an_odd_number_of_layers():
         model.hidden(whole, one_by_one(examples(4)))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_residual_stream_has_a_small_rounding_error():
     wide, whole = tiny(jnp.float32)
     narrow, _ = tiny(jnp.float32, residual=jnp.bfloat16)
@@ -194,6 +197,7 @@ def test_a_bfloat16_residual_stream_has_a_small_rounding_error():
     assert describe(narrow)["residual"] == "bfloat16" and "residual" not in describe(wide)
 
 
+@pytest.mark.quick_cases("adamw")
 @pytest.mark.parametrize("optimizer", [rules.adamw, rules.adafactor])
 @standard_promotion()  # optax's own arithmetic
 def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
@@ -237,6 +241,7 @@ def update_case(optimizer, clip):
     return make_optimizer(settings, specs, 10), grads, start
 
 
+@pytest.mark.quick_cases("adafactor-0.3")
 @pytest.mark.parametrize(
     "optimizer, clip", [(rules.adamw, 0.3), (rules.adamw, 1e9), (rules.adamw, None), (rules.adafactor, 0.3)]
 )
@@ -258,6 +263,7 @@ def test_an_update_equals_that_of_optax_or_is_skipped_entirely(optimizer, clip):
     jax.tree.map(np.testing.assert_array_equal, skipped, (params, state))
 
 
+@pytest.mark.quick_cases("adamw_8bit")
 @pytest.mark.parametrize("optimizer", [rules.adamw, rules.adafactor, adamw_8bit])
 def test_a_layerwise_update_equals_one_of_all_leaves_at_once(optimizer, monkeypatch):
     monkeypatch.setattr(layer_by_layer, "LARGE", 1000)  # embedding and head: in pieces

@@ -103,6 +103,7 @@ def theirs(folder, rows, loss_type):
     return [{**line, "loss": loss} for line, loss in zip(logged, losses)]
 
 
+@pytest.mark.quick_cases("dpo-sigmoid")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loss, loss_type", [(dpo, "sigmoid"), (ipo, "ipo")])
 def test_five_steps_equal_those_of_trl(folder, loss, loss_type):

@@ -101,6 +101,7 @@ def ranks_of(pairs):
     return {path.split("/")[-2]: np.any(x != 0, -2).sum(-1).tolist() for path, x in a.items()}
 
 
+@pytest.mark.quick_cases("2.0")
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_directions_and_ranks_are_pefts(world, monkeypatch, rho):
     settings = replace(SETTINGS, eva_rho=rho)
@@ -122,6 +123,7 @@ def test_directions_and_ranks_are_pefts(world, monkeypatch, rho):
     assert f"by the inputs of {sum(LENGTHS)} tokens" in lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["packed", "in batches", "data=4", "fsdp=2,tensor=2"])
 def test_the_start_is_the_same_for_any_layout_of_the_rows(world, rows):
     *_, expected, _ = begin(world)
@@ -138,6 +140,7 @@ def test_the_start_is_the_same_for_any_layout_of_the_rows(world, rows):
     assert jax.tree.leaves(same) == []
 
 
+@pytest.mark.slow
 def test_covariances_in_several_parts_lead_to_the_same_start(world, monkeypatch):
     settings = replace(SETTINGS, targets=("o", "down"))
     *_, expected, whole = begin(world, settings)
@@ -151,6 +154,7 @@ def test_covariances_in_several_parts_lead_to_the_same_start(world, monkeypatch)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found, expected)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_gives_nearly_the_directions_of_its_weights(world):
     *_, exact, _ = begin(world)
     *_, found, _ = begin(world, quant=Quant("int8"))
@@ -160,6 +164,7 @@ def test_a_quantised_base_gives_nearly_the_directions_of_its_weights(world):
         assert angles.min() > 0.9
 
 
+@pytest.mark.quick_cases("*rslora*")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -214,6 +219,7 @@ def test_a_trained_adapter_is_the_same_in_peft_merged_and_read_again(world, tmp_
     assert config["init_lora_weights"] is True and config["rank_pattern"]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_peft_started_by_eva_has_the_same_logits_here(world, monkeypatch, tmp_path):
     model, state = theirs(world, monkeypatch)
     full = {f"base_model.model.model.{name}": u for name, u in state.items()}

@@ -31,6 +31,7 @@ def bytes_of(folder):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_a_full_disk_ends_both(tmp_path):
     if jax.device_count() < 8:
         pytest.skip("needs 8 simulated devices")

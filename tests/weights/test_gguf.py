@@ -83,6 +83,7 @@ def test_smollm2_digits_are_split_as_in_its_published_tokenizer(smollm2):
     assert any(ours.encode(text) != theirs.encode(text) for text in DIGITS)
 
 
+@pytest.mark.slow
 def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
     from transformers import AutoModelForCausalLM
 

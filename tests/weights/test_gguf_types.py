@@ -79,6 +79,7 @@ def test_every_type_has_the_values_that_the_gguf_package_gives_it(tmp_path, kind
         np.testing.assert_array_equal(np.asarray(dequantize(q)).T, expected[down][:, 64:320])
 
 
+@pytest.mark.quick_cases("Q4_K")
 @pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K, Kind.Q3_K], ids=lambda kind: kind.name)
 def test_k_quants_stay_packed_on_one_device_and_on_a_mesh(tmp_path, kind):
     path = write_gguf(tmp_path / "tiny.gguf", wide(), kind)

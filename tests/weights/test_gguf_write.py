@@ -428,6 +428,7 @@ def test_bad_adapter_exports_are_one_line(exported, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_calibration_rows_weight_the_errors_of_the_written_types(tmp_path, monkeypatch, capsys):
     """ffn_up's inputs that the norm before it makes large have smaller errors than without calibration."""
     reference = tiny_llama()

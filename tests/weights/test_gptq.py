@@ -170,6 +170,7 @@ def quantized(place, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_calibrated_base_is_closer_to_the_model_than_an_uncalibrated_one(place, quantized):
     form = ("--model", "base", "--kind", "int4", "--block", "32", "--targets", "layers/attn/.*")
     assert quantized(*form, "--out", "plain")[0] == 0

@@ -295,6 +295,7 @@ def bench(*argv):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_benchmark_reports_the_shards_of_each_process():
     found = bench("--gb", "0.02", "--devices", "2")
     for process in found["processes"]:

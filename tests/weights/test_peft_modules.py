@@ -87,6 +87,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick_cases("untied-*modules_to_save*", "tied-*(5, 300, 7)*", "biased-*'all'}", "tied-*embed')}")
 @pytest.mark.parametrize("kind, changes", CASES, ids=str)
 def test_ours_has_the_same_logits_in_peft_merged_and_read_again(worlds, tmp_path, kind, changes):
     world, settings = worlds[kind], Adapter(rank=4, alpha=12.0, **changes)
@@ -177,6 +178,7 @@ THEIRS = [
 ]
 
 
+@pytest.mark.quick_cases("untied-*modules_to_save*", "tied-*trainable*", "biased-*lora_only*")
 @pytest.mark.parametrize("kind, config", THEIRS, ids=str)
 def test_an_adapter_by_peft_has_the_same_logits_here_and_goes_back(worlds, tmp_path, kind, config):
     world = worlds[kind]
@@ -218,6 +220,7 @@ def test_rows_of_tokens_by_pefts_own_type_have_the_same_logits_here(worlds, tmp_
     assert np.abs(expected - our_logits(world[1], world[2], tokens)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_gradients_of_replaced_rows_are_those_of_the_whole_table(worlds):
     """The gradient of the rows is the rows of the table's gradient, as token and as output."""
     world = worlds["tied"]

@@ -55,6 +55,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.quick_cases("*rslora*", "*alpha_pattern*", "*exclude_modules': (*")
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_our_adapter_has_the_same_logits_and_pairs_in_peft_and_round_trips(world, tmp_path, changes):
     model, settings = world[1], Adapter(rank=4, alpha=12.0, **changes)

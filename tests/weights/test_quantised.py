@@ -53,6 +53,7 @@ def same(found, target):
 # bitsandbytes
 
 
+@pytest.mark.quick_cases("True-nf4", "False-fp4")
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 def test_bitsandbytes_weights_have_its_values_and_stay_quantised(tmp_path, kind, double):
@@ -138,6 +139,7 @@ GROUPED = {
 }
 
 
+@pytest.mark.quick_cases("gptq", "gptq, symmetric, act-order", "gptq, groups with a rest", "gptq_v2*", "awq*")
 @pytest.mark.parametrize("case", GROUPED)
 def test_gptq_and_awq_weights_have_the_values_of_their_definition(tmp_path, case):
     folder, reference = write_grouped(tmp_path, **GROUPED[case])
@@ -303,6 +305,7 @@ SAVED = [  # an input of 96 has no whole blocks of 64
 ]  # fmt: skip
 
 
+@pytest.mark.quick_cases("nf4-more0", "*int8*")
 @pytest.mark.parametrize("kind, more", SAVED)
 def test_a_base_quantised_by_the_script_equals_one_quantised_on_load(
     place, monkeypatch, capsys, tmp_path, kind, more
@@ -380,6 +383,7 @@ def test_a_run_on_quantised_files_equals_one_that_quantises_on_load(place):
     )
 
 
+@pytest.mark.slow
 def test_an_exported_run_is_quantised_and_the_change_is_printed(place, monkeypatch, capsys, tmp_path):
     assert place.run("samples=0", "steps=3", "quant=nf4", "name=merged", "lr=0.03") == 0, place.err()
     monkeypatch.chdir(place.folder)

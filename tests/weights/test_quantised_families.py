@@ -114,6 +114,7 @@ def test_int8_weights_of_fused_layers_are_within_half_a_step_of_the_exact_ones(p
         assert (error <= 0.501 * step).all() and error.any(), path
 
 
+@pytest.mark.slow
 def test_nf4_weights_of_fused_layers_have_the_same_values_in_transformers(phi3, tmp_path):
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM
@@ -131,6 +132,7 @@ def test_nf4_weights_of_fused_layers_have_the_same_values_in_transformers(phi3, 
             np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_calibration_of_fused_layers_and_windows_brings_the_model_closer_to_the_exact_one(
     phi3, tmp_path, monkeypatch
 ):
