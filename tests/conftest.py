@@ -5,7 +5,6 @@ see jaxft.optim.update.standard_promotion), and the arrays of every function of 
 jaxtyping annotations.
 """
 
-import fnmatch
 import gc
 import os
 from pathlib import Path
@@ -17,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import array_checks  # noqa: E402
 import pytest  # noqa: E402
+import quick_cases  # noqa: E402
 
 array_checks.install("jaxft")
 
@@ -50,22 +50,10 @@ def collect_garbage():
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pycollect_makeitem():
-    """Cases of a parametrised test are slow unless a pattern of its mark `quick_cases` matches their name."""
+def pytest_pycollect_makeitem(collector):
     found = yield
-    cases = found if isinstance(found, list) else []
-    mark = cases[0].get_closest_marker("quick_cases") if cases else None
-    if mark is None:
-        return found
-    slow = {case.callspec.id: case for case in cases}
-    for pattern in mark.args:
-        named = fnmatch.filter([case.callspec.id for case in cases], pattern)
-        if not named:
-            raise pytest.UsageError(f"{cases[0].originalname}: no case is named {pattern!r}")
-        for name in named:
-            slow.pop(name, None)
-    for case in slow.values():
-        case.add_marker(pytest.mark.slow)
+    if isinstance(found, list):
+        quick_cases.mark_others_slow(found, collector.CollectError)
     return found
 
 

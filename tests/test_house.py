@@ -318,6 +318,12 @@ def test_the_readme_is_short_and_the_tour_names_every_file():
     assert not missing
 
 
+def test_the_readmes_command_for_tests_with_time_limits_finds_all_of_them():
+    (command,) = re.findall(r'pytest .*-m "alone and not slow".*', (ROOT / "README.md").read_text())
+    files = [f for f in (ROOT / "tests").glob("*/test_*.py") if "= pytest.mark.alone" in f.read_text()]
+    assert len(files) > 1 and all(f" tests/{f.parent.name}" in command for f in files)
+
+
 def literals(file):
     """String literals of a file other than docstrings, and tuples of numbers."""
     docstrings = {

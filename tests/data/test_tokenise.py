@@ -71,7 +71,6 @@ def test_chunks_of_any_size_give_the_same_batches(kind, tmp_path, monkeypatch):
     assert_same(opened(kind, path, tmp_path / "chunks", workers=1), whole)  # from the cache
 
 
-@pytest.mark.slow
 def test_several_processes_write_the_same_file_without_jax(tmp_path, monkeypatch):
     path = dirty_file(tmp_path, "sft")
     in_chunks(monkeypatch, 1500)

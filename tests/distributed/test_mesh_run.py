@@ -22,7 +22,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("full=false", marks=pytest.mark.slow), "full=true"])
+@pytest.mark.parametrize("kind", ["full=false", "full=true"])
 def test_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
     common = [kind, "batch=8", "lr=0.0001"]
     name = kind.replace("=", "")
@@ -40,7 +40,6 @@ def test_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
     assert place.metrics(f"{name}-many")[-1]["step"] == 4
 
 
-@pytest.mark.slow
 def test_empty_row_slots_are_reported_at_startup(place):
     mesh = ["batch=4", "micro=2", "mesh.data=1", "mesh.fsdp=-1"]
     assert place.run(*mesh, "steps=1", "samples=0", "name=padded", devices=8) == 0, place.err()

@@ -48,7 +48,7 @@ def numbered(seed, **options):
     ]
 
 
-@pytest.mark.quick_cases("1*")
+@pytest.mark.quick_cases("0")
 @pytest.mark.parametrize("seed", [0, 7, 2**31 + 3, 2**40 + 9])
 def test_completions_equal_those_of_generate_for_the_same_seed(scheduler, seed):
     expected = engine_completions(seed)
@@ -59,7 +59,6 @@ def test_completions_equal_those_of_generate_for_the_same_seed(scheduler, seed):
     assert len({len(ids) for ids in expected}) > 1 or seed
 
 
-@pytest.mark.slow
 def test_an_adapter_s_completions_equal_those_of_generate_with_it(scheduler):
     found = tiny.complete(scheduler, numbered(3, adapter=1))
     assert [one.ids for one in found] == engine_completions(3, "polite") != engine_completions(3)

@@ -17,11 +17,6 @@ from jaxft.weights import hf, hf_write, param_reader, pretrained
 
 torch = pytest.importorskip("torch")
 every_family = pytest.mark.parametrize("name", FAMILIES)
-# A cache of full attention, of windows, of both kinds of layers, with a soft cap, and with scores scaled.
-CACHES = ("llama", "mistral with a window", "olmo3 with yarn in full attention", "gemma2", "granite")
-one_row_per_cache = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in CACHES else pytest.mark.slow) for n in FAMILIES]
-)
 LENGTH = 70  # longer than the windows, and than the original length of rope
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -135,7 +130,7 @@ def test_prefill_and_decoding_equal_one_forward_pass(name):
 
 
 @pytest.mark.quick_cases("granite", "gemma2")
-@one_row_per_cache
+@every_family
 def test_greedy_generation_equals_transformers(name):
     theirs, ours, params = both(name)
     ids = random_ids(2, 20, seed=3)

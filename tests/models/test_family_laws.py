@@ -27,7 +27,7 @@ from jaxft.train.partition import partition_params, split_params
 from jaxft.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")
-QUICK = ("qwen2 with windows",)  # rows that are tested in the default run, the others in the slow one
+QUICK = ("qwen2 with windows",)  # rows of tests that aren't wholly slow
 
 
 def quick_first(names):

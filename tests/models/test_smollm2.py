@@ -49,7 +49,6 @@ def both():
     return reference(), adapted(model, None), whole, pretrained.load_tokenizer(REF)
 
 
-@pytest.mark.slow
 def test_logits_on_real_text_equal_transformers(both):
     theirs, model, whole, tokenizer = both
     ids = np.array([tokenizer.encode(TEXT)], np.int32)

@@ -62,10 +62,9 @@ def case(
 
 
 SOME = "base/(layers/attn|layers/mlp/up|embed)(/.*)?"
-QUICK = (("adamw", None, False), ("adafactor", SOME, True))
 CASES = [
     pytest.param(
-        getattr(rules, name), pattern, tied, marks=() if (name, pattern, tied) in QUICK else pytest.mark.slow,
+        getattr(rules, name), pattern, tied,
         id=f"{name}-{'some' if pattern else 'all'}-{'tied' if tied else 'head'}",
     )
     for name in ("adamw", "adafactor")
@@ -103,7 +102,7 @@ def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied, **s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [adamw_8bit, pytest.param(adamw_bf16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", [adamw_8bit, adamw_bf16])
 def test_integer_optimizer_state_passes_through_as_floats(optimizer, monkeypatch):
     monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 64)
     build, found = case(optimizer), []
@@ -241,7 +240,7 @@ def test_a_killed_run_resumes_to_the_same_result(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["start", pytest.param("precomputed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reference", ["start", "precomputed"])
 def test_dpo_equals_layerwise_updates(tmp_path, reference):
     write_pair_place(tmp_path)
     place = Place(tmp_path)

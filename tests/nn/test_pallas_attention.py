@@ -203,7 +203,6 @@ def test_repeated_keys_would_be_found():
     assert key_operands(text, "xla.gpu.triton", "2x1024x2x64") == [0, 0, 0]
 
 
-@pytest.mark.quick_cases("64", "128")
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_tiles_fit_the_shared_memory_of_every_gpu_since_ampere(head_dim):
     """Triton stages the tiles of its loop `stages` times and the tile of a matmul's operand once."""

@@ -40,14 +40,8 @@ def one_by_one():
         yield
 
 
-# A few of each kind: losses whose values per pair the objective adds up, with state, that couple the pairs of
-# a batch, or whose rows are not pairs.
-DEFAULT = ("dpo", "nll", "orpo", "wpo ipo", "ld dpo", "mpo", "aot", "tpo", "tpo_l", "kto", "bco")
-EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT)) for name in EVERY]
-
-
 @pytest.mark.quick_cases("aot", "wpo ipo", "mpo", "tpo_l", "kto")
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=9)), start_aux(objective)
@@ -56,8 +50,8 @@ def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 4), aux), one)
 
 
-@pytest.mark.quick_cases("nll", "kto", "bco", "orpo")
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.quick_cases("nll", "kto", "bco", "wpo ipo")
+@pytest.mark.parametrize("name", EVERY)
 def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
     objective, table = by_table(name)
     pool, aux = pairs_for(name, count=12), start_aux(objective)

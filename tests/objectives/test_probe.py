@@ -54,9 +54,6 @@ def third_of(name):
 DISTINCT = [name for name in EVERY if not name.endswith((" eps", " tau", " below", " ipo"))]
 
 
-@pytest.mark.quick_cases(
-    "dpo", "ipo", "robust", "dpop", "aot_unpaired", "nll", "simpo", "orpo", "mix*", "tpo_l", "kto", "bco"
-)
 @pytest.mark.parametrize("name", DISTINCT)
 def test_every_shipped_loss_passes_all_checks(name):
     loss, _, knobs = EVERY[name]

@@ -225,11 +225,9 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(x64):
     assert value == 0 and "accuracy" not in metrics.as_floats(found)
 
 
-@pytest.mark.slow
+@pytest.mark.quick_cases("context 2")
 @pytest.mark.parametrize(
-    "mesh",
-    [MeshShape(1, 2, 2, context=2), pytest.param(MeshShape(2, 2, 2), marks=pytest.mark.slow)],
-    ids=["context 2", "2x2x2"],
+    "mesh", [MeshShape(1, 2, 2, context=2), MeshShape(2, 2, 2)], ids=["context 2", "2x2x2"]
 )
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
     with jax.enable_x64(True):

@@ -203,7 +203,7 @@ def place(tmp_path_factory):
     "name, more",
     [
         ("adamw_8bit", ["run.params=bfloat16", "optim.layerwise=true"]),
-        pytest.param("adamw_bf16", [], marks=pytest.mark.slow),
+        ("adamw_bf16", []),
     ],
 )
 def test_a_run_lowers_its_loss_and_resumes_bit_for_bit(place, name, more):

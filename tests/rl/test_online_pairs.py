@@ -22,7 +22,6 @@ from jaxft.rl.rewards import exact
 from jaxft.rl.rules import Rules
 
 
-@pytest.mark.slow
 def test_pairs_have_the_log_probs_of_each_completion_alone(x64):
     model, params = tiny_model.tiny(adapter=Adapter(rank=2))
     lengths = np.array([[3, 7], [5, 2]])

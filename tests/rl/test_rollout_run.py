@@ -1,4 +1,4 @@
-"""Full runs of PPO and GRPO that learn from rewards, end and resume as they should, and say what is amiss."""
+"""Runs of PPO and GRPO: named methods and their help, what runs learn, how they end, resume and report."""
 
 import json
 import re
@@ -55,9 +55,6 @@ def test_every_named_method_is_a_run(monkeypatch):
         assert run.data.rules.rewards and run.objective is not None
 
 
-OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")
-
-
 @pytest.mark.quick_cases("DAPO")  # it has a filter of groups
 @pytest.mark.parametrize("name, settings", METHODS.items(), ids=METHODS)
 def test_every_named_method_trains(workdir, name, settings):
@@ -89,6 +86,9 @@ def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
         assert workdir.results(name, 8) == workdir.results("whole", 8)
         tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
         assert tables[0] == tables[1]
+
+
+OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")
 
 
 @pytest.mark.slow
@@ -196,7 +196,6 @@ def test_the_last_rollout_of_a_run_is_used_in_full(workdir):
         prepare(workdir.folder, "steps=5", "passes=2")
 
 
-@pytest.mark.slow
 def test_the_policy_is_frozen_while_a_critic_on_its_hidden_states_warms_up(workdir):
     argv = ["steps=4", "passes=2", "batch=8", "group=1", "ppo=true", "shared=true", "warm_up=100"]
     argv += ["rewards=config.py:ascii", "save=100", "lr=1e-2"]

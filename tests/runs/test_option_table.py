@@ -39,7 +39,6 @@ def test_the_table_is_read_and_says_why_there_is_no_setting():
         assert settings or (here == "none" and len(note) > 10), option
 
 
-@pytest.mark.slow
 def test_every_setting_of_the_table_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", list(sys.path))

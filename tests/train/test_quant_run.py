@@ -41,12 +41,10 @@ def pairs(tmp_path_factory):
 
 
 SHORT = ["samples=0", "steps=3"]
-SLOW = {kind: pytest.mark.slow for kind in KINDS if kind not in ("nf4", "int8")}
-KIND = pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in KINDS])
 
 
 @pytest.mark.quick_cases("nf4")
-@KIND
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_log_the_record_and_the_card_name_the_format_and_checkpoints_omit_the_base(place, kind):
     assert place.run(*SHORT, f"quant={kind}", f"name={kind}") == 0, place.err()
     assert f"frozen: 69 % of the base in {kind}, " in place.out()
@@ -99,7 +97,7 @@ def test_a_non_finite_weight_cannot_be_quantised_and_is_named(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_losses_on_a_mesh_are_those_of_one_device(place, kind):
     argv = [*SHORT, f"quant={kind}", "batch=8", "lr=0.0001", *(["quant.block=16"] if kind == "nf4" else [])]
     assert place.run(*argv, f"name={kind}-one") == 0, place.err()

@@ -127,7 +127,6 @@ def test_the_first_loss_is_log_2_and_the_reference_remains_the_model_at_step_0_b
     assert np.abs(moved - policy).max() > 0.1
 
 
-@pytest.mark.slow
 def test_precomputed_log_probs_have_the_metrics_and_gradients_of_a_reference_forward_pass(folder, tmp_path):
     live, known = (
         run_of(folder, objective=partial(preference, loss=dpo, reference=r)) for r in ("start", "precomputed")

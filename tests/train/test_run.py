@@ -242,7 +242,6 @@ def test_changed_settings_data_or_weights_are_refused_by_name(place, uninterrupt
     assert files(place.runs("small_lora")) == before
 
 
-@pytest.mark.slow
 def test_nothing_is_traced_or_compiled_after_the_loop_begins(place):
     argv = [
         "name=watch",

@@ -323,7 +323,6 @@ def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused)
     assert "resuming after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
 
 
-@pytest.mark.slow
 def test_without_held_out_rows_the_table_has_the_metrics_of_the_last_step(place):
     sweep(place, "held_out=none", "steps=2", "--over", "seed=0,1", "--name", "bare")
     table = json.loads((place.runs("bare") / "summary.json").read_text())["members"]["seed=0"]

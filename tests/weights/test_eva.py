@@ -123,7 +123,7 @@ def test_directions_and_ranks_are_pefts(world, monkeypatch, rho):
     assert f"by the inputs of {sum(LENGTHS)} tokens" in lines[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.quick_cases("data=4")
 @pytest.mark.parametrize("rows", ["packed", "in batches", "data=4", "fsdp=2,tensor=2"])
 def test_the_start_is_the_same_for_any_layout_of_the_rows(world, rows):
     *_, expected, _ = begin(world)
@@ -219,7 +219,6 @@ def test_a_trained_adapter_is_the_same_in_peft_merged_and_read_again(world, tmp_
     assert config["init_lora_weights"] is True and config["rank_pattern"]
 
 
-@pytest.mark.slow
 def test_an_adapter_that_peft_started_by_eva_has_the_same_logits_here(world, monkeypatch, tmp_path):
     model, state = theirs(world, monkeypatch)
     full = {f"base_model.model.model.{name}": u for name, u in state.items()}

@@ -116,7 +116,6 @@ def errors(world, settings, quant):
     return out
 
 
-@pytest.mark.slow
 def test_loftq_and_qpissa_reduce_the_error_of_quantisation(world):
     """One iteration of LoftQ removes exactly the largest singular values of the error; more remove more."""
     quant, settings = Quant("nf4", block=16), Adapter(rank=8, targets=TARGETS, init="loftq")

@@ -1,5 +1,5 @@
 """Quantised checkpoints of every family: logits are those of transformers with the dequantised weights, and
-linear layers stay quantised. Rows of QUICK in the default run, the others in the slow one.
+linear layers stay quantised.
 """
 
 from functools import partial
