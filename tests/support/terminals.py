@@ -41,6 +41,10 @@ class Terminal:
         before, self.at = self.text[self.at : found], found + len(text)
         return before
 
+    def has_output(self, seconds):
+        """Whether the program writes something within this time."""
+        return bool(select.select([self.master], [], [], seconds)[0])
+
     def drain(self):
         """Read what there is."""
         while select.select([self.master], [], [], 0)[0]:
