@@ -188,8 +188,8 @@ def test_the_command_on_a_terminal_of_its_own(tmp_path):
         terminal.expect("héllo €")
         terminal.type("\n")
         terminal.expect("\nbase> ")
-        # Python's line editor shows the prompt before it waits for keys, and a signal in between stays unseen
-        # until the next key.
+        # Python's line editor shows the prompt before it waits for keys, and a signal in between may stay
+        # unseen until the next key.
         time.sleep(1)
         terminal.drain()
         terminal.type("\x03")
