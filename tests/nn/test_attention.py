@@ -212,9 +212,11 @@ def test_visits_skip_later_blocks_other_segments_padding_and_other_branches():
     assert places[9, :3].tolist() == [5, 8, 9]
 
 
-@pytest.mark.quick_cases("shape0-False")
+@pytest.mark.quick_cases("data-False")
 @pytest.mark.parametrize("branched", [False, True])
-@pytest.mark.parametrize("shape", [MeshShape(data=8), MeshShape(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "shape", [MeshShape(data=8), MeshShape(data=2, fsdp=2, tensor=2)], ids=["data", "all"]
+)
 def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
     rng = np.random.default_rng(8)
     mesh = make_mesh(shape)

@@ -127,8 +127,8 @@ def test_a_part_of_the_queries_sees_the_keys_of_the_full_row():
     assert_equals_dense((q[:, part], k, v, do[:, part]), of_part)
 
 
-@pytest.mark.quick_cases("tile1")
-@pytest.mark.parametrize("tile", [Tile(16, 16), Tile(32, 16), Tile(16, 32)])
+@pytest.mark.quick_cases("32x16")
+@pytest.mark.parametrize("tile", [Tile(16, 16), Tile(32, 16), Tile(16, 32)], ids=["16x16", "32x16", "16x32"])
 def test_only_blocks_with_a_visible_key_are_visited(tile):
     """Rows in whole blocks, so that the range of blocks of each block of queries has no gap."""
     segments = jnp.repeat(jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 0], [0] * 8], jnp.int32), 32, axis=1)

@@ -152,8 +152,12 @@ def quantised(whole, form, pattern=r"layers/(attn|mlp)/.*"):
     return {**whole, "base": tree.map_with_path(pack, whole["base"])}
 
 
-@pytest.mark.quick_cases("form0*")
-@pytest.mark.parametrize("form, remat", [(FORMS[0], "none"), (FORMS[2], "full"), (FORMS[3], "projections")])
+@pytest.mark.quick_cases("int8")
+@pytest.mark.parametrize(
+    "form, remat",
+    [(FORMS[0], "none"), (FORMS[2], "full"), (FORMS[3], "projections")],
+    ids=["int8", "int4", "nf4"],
+)
 def test_loss_and_gradients_equal_those_of_the_dequantised_base(x64, form, remat):
     model, whole = tiny(adapter=Adapter(rank=3, alpha=5.0, dropout=0.2), remat=remat)
     whole, batch, key = quantised(whole, form), one_by_one(examples(4)), jax.random.key(1)
