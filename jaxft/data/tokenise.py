@@ -31,6 +31,7 @@ from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, Tally
 from jaxft.data.progress import RowProgress
 from jaxft.data.row_files import ROW_CHUNK_BYTES, Chunk, LoadedRows, Row
 from jaxft.data.rows import Listing, check_rows, list_chunks
+from jaxft.distributed.threads import cores
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
 SMALL_DATASET = 8  # chunks; up to here one process is faster, because further ones take time to start
@@ -327,10 +328,7 @@ def worker_count(setting: int | None, size: int) -> int:
         return setting
     if size <= SMALL_DATASET * ROW_CHUNK_BYTES:
         return 1
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # Linux only
-        return os.cpu_count() or 1
+    return cores()
 
 
 @contextmanager

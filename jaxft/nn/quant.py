@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxft.distributed.threads import map_in_threads
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant_formats import FORMATS, FormatName
 from jaxft.tree import static, struct
@@ -21,7 +22,7 @@ QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
 QERA = "qera"
 # Initialisations of an adapter (nn.lora.Adapter) whose pairs at step 0 belong to the base.
 RESIDUAL_INITS = ("pissa", "olora", "loftq", QERA)
-HOST_CHUNK = 1 << 18  # elements
+HOST_CHUNK = 1 << 18  # elements that a thread quantises at a time
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,17 @@ def scales(weight: np.ndarray, kind: str, block: int | None = None) -> Float[np.
     qf.check_range(weight)
     block, step = with_defaults(kind, block, None)[0] or weight.shape[-2], _columns(weight)
     parts = (weight[..., at : at + step] for at in range(0, weight.shape[-1], step))
-    scale = [FORMATS[kind].scale(qf.to_blocks(qf.as_zero_or_normal(part), block))[0] for part in parts]
-    return np.concatenate(scale, -1)[..., 0, :].astype(FORMATS[kind].scale_dtype)
+
+    def scale(part: np.ndarray) -> Any:
+        return FORMATS[kind].scale(qf.to_blocks(qf.as_zero_or_normal(part), block))[0]
+
+    return np.concatenate(map_in_threads(scale, parts), -1)[..., 0, :].astype(FORMATS[kind].scale_dtype)
 
 
 def _columns(weight: Any) -> int:
-    """Return how many output channels the host processes at a time, so that their floats fit in cache."""
+    """Return how many output channels a thread of the host processes at a time, so that their floats fit in
+    cache.
+    """
     return max(1, HOST_CHUNK // math.prod(weight.shape[:-1]))
 
 
@@ -220,7 +226,11 @@ def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, 
     step = _columns(weight)
     if isinstance(weight, np.ndarray) and step < outs:
         cuts = [np.s_[..., at : at + step] for at in range(0, outs, step)]
-        parts = [_encoded(weight[cut], kind, block, None if scale is None else scale[cut]) for cut in cuts]
+
+        def encoded(cut: Any) -> Any:
+            return _encoded(weight[cut], kind, block, None if scale is None else scale[cut])
+
+        parts = map_in_threads(encoded, cuts)
         return jax.tree.map(lambda *some: np.concatenate(some, -1), *parts)
     format, blocks = FORMATS[kind], qf.to_blocks(qf.as_zero_or_normal(weight), block)
     scale, offset = format.scale(blocks) if scale is None else (scale[..., None, :].astype(np.float32), None)

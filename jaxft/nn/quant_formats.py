@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8
 
+from jaxft.distributed.threads import map_in_threads
+
 Scales = tuple[Any, Any]  # float32 scales [..., N, 1, O], offsets alike or None
 
 SMALLEST, LARGEST = (
@@ -345,11 +347,11 @@ def check_range(x: Any) -> None:
     if isinstance(x, jax.core.Tracer):  # no values yet
         return
     host = np.asarray(x)
-    in_range = [
-        (np.abs(part.astype(np.float32)) < LARGEST).all()
-        for part in np.array_split(host, max(1, host.size >> 18), -1)
-    ]
-    if not all(in_range):
+
+    def in_range(part: np.ndarray) -> bool:
+        return bool((np.abs(part.astype(np.float32)) < LARGEST).all())
+
+    if not all(map_in_threads(in_range, np.array_split(host, max(1, host.size >> 18), -1))):
         wrong = ~(np.abs(host.astype(np.float32)) < LARGEST)
         first = tuple(int(i[0]) for i in np.nonzero(wrong))
         where = f"the first {float(host[first])} at {first}"

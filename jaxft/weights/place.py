@@ -15,6 +15,7 @@ shards. At the end the buffers are copied to the devices. The result has the sam
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxft.distributed import sharding
+from jaxft.distributed.threads import map_in_threads
 from jaxft.nn.quant import QTensor, quantize, scales
 from jaxft.nn.quant_formats import encode_scales
 from jaxft.weights import finite
@@ -115,11 +117,15 @@ def load_unchanged(reader: ParamReader, like: QTensor, shardings: QTensor, parts
 def load_floats(reader: ParamReader, like: Leaf, shardings: Leaf, parts: list[Index]) -> Leaf:
     """Load floats, cast to the dtype of `like`; 16-bit ones may be stored as raw bits."""
     buffers = ShardBuffers(like, shardings, reader.stacked)
+    small = [index for part in parts for index in small_parts(reader, part)]
+
+    def load(layer: int, index: Index) -> None:
+        with errors_name_tensor(reader, layer, index):
+            value = store_as(read_values(reader, layer, index), like)
+        buffers.write(layer, index, value)
+
     for layer in range(len(reader.names)):
-        for index in (small for part in parts for small in small_parts(reader, part)):
-            with errors_name_tensor(reader, layer, index):
-                value = store_as(read_values(reader, layer, index), like)
-            buffers.write(layer, index, value)
+        map_in_threads(partial(load, layer), small)
     return buffers.to_devices()
 
 

@@ -1,6 +1,7 @@
 """Rows in chunks: the same batches for any chunks and any number of processes, and no half-written cache."""
 
 import json
+import os
 import tracemalloc
 from functools import partial
 
@@ -272,7 +273,7 @@ def test_a_run_reports_the_progress_of_reading_and_tokenising(tmp_path, monkeypa
 
 
 def test_the_number_of_processes_follows_from_the_size(monkeypatch):
-    monkeypatch.setattr(tokenise.os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     assert tokenise.worker_count(None, 2**20) == 1 and tokenise.worker_count(None, 2**25) == 6
     assert tokenise.worker_count(3, 1) == 3
     with pytest.raises(ValueError, match="^data.workers=0; use at least 1"):
