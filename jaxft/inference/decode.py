@@ -25,6 +25,7 @@ from jaxft.nn.cache import (
     insert_prompts,
     select_rows,
     sharded,
+    widen_prompts,
 )
 from jaxft.nn.cached_attention import RowGroups
 from jaxft.tree import Params, struct
@@ -123,8 +124,11 @@ def continues(d: Decoding, tokens: Int[Array, " R"], counts: Int[Array, " R"]) -
 def start_completions(
     d: Decoding, params: Params, state: DecodeState, new: NewPrompts, key: Array
 ) -> DecodeState:
-    """Prefill prompts and sample the first token of their completions."""
+    """Prefill prompts, padded to at most the tokens of a prompt slot, and sample the first token of their
+    completions.
+    """
     h_PTD, prompt_keys = d.model.prefill(params, new.tokens, d.sampling.max_new)
+    prompt_keys = widen_prompts(prompt_keys, state.cache.prompts)
     cache = insert_prompts(state.cache, prompt_keys, new.slots, d.model.dtype)
     count, group = new.rows.shape
     cache = replace(cache, rows=clear_values(cache.rows, new.rows.reshape(count * group)))

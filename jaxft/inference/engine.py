@@ -30,6 +30,10 @@ FEWEST_ROWS, FEWEST_ROWS_OF_ACCELERATORS = 8, 64
 # 281 on a B200, 153 on an A100, 240 on a TPU v5e and 166 on a v5p (distributed/devices.py, plan/machines.py).
 ROWS_PER_ACCELERATOR = 256
 PREFILLED_TOGETHER = 8  # prompts
+# Padded tokens that a device prefills together, enough for matmuls at full speed; a longer prompt runs alone.
+# Up to three programs, each for prompts four times as long as the one before, from SMALLEST_PREFILL on.
+PREFILLED_TOKENS = 2048
+SMALLEST_PREFILL = 128
 STEPS_BETWEEN_LOOKS = 16  # decoding steps after which the host looks at the tokens so far, if it is asked to
 
 
@@ -37,7 +41,7 @@ class Slots(NamedTuple):
     """Sizes of an engine.
 
     rows: completions in progress. prompts: prompts whose keys are cached. size: tokens of the longest prompt,
-    padded. together: prompts that are prefilled together.
+    padded. together: the most prompts that are prefilled together.
     """
 
     rows: int
@@ -88,15 +92,16 @@ class SampledTokens(NamedTuple):
 class Engine:
     """Compiled programs for one Decoding and one size.
 
-    empty, start, decode and keep: functions of inference/decode.py. decode: by the number of rows, of slots
-    of rows' keys that are read, and of those of prompts' keys. keep: by two numbers of rows; once no prompts
-    wait, the state shrinks from one to the other.
+    empty, start, decode and keep: functions of inference/decode.py. start: by the numbers of prompts and of
+    their tokens, see prefill_levels. decode: by the number of rows, of slots of rows' keys that are read, and
+    of those of prompts' keys. keep: by two numbers of rows; once no prompts wait, the state shrinks from one
+    to the other.
     """
 
     decoding: Decoding
     slots: Slots
     empty: Any
-    start: Any
+    start: dict[tuple[int, int], Any]
     decode: dict[tuple[int, int, int], Any]
     keep: dict[tuple[int, int], Any]
 
@@ -133,12 +138,11 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
     tracers = program_tracers(d, params, slots, mesh)
     options = compiler_options(first_device(mesh).platform)
     found = {name: trace().lower().compile(options) for name, trace in tracers.items()}
-    decode = {key: found.pop(key) for key in list(found) if key[0] == "decode"}
-    keep = {key: found.pop(key) for key in list(found) if key[0] == "keep"}
-    return Engine(
-        d, slots, found[("empty",)], found[("start",)], {key[1:]: x for key, x in decode.items()},
-        {key[1:]: x for key, x in keep.items()},
-    )  # fmt: skip
+    start, decode, keep = (
+        {key[1:]: program for key, program in found.items() if key[0] == name}
+        for name in ("start", "decode", "keep")
+    )
+    return Engine(d, slots, found[("empty",)], start, decode, keep)
 
 
 def program_tracers(
@@ -146,8 +150,8 @@ def program_tracers(
 ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Traced]]:
     """Return a function that traces each program of an engine.
 
-    The programs are ("empty",), ("start",), ("decode", rows, read, prompt) and ("keep", from, to), with
-    numbers of rows.
+    The programs are ("empty",), ("start", prompts, tokens), ("decode", rows, read, prompt) and ("keep", from,
+    to), with numbers of rows.
     """
     sizes = row_levels(slots.rows, mesh)
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
@@ -160,12 +164,13 @@ def program_tracers(
         return jax.jit(fn, donate_argnums=donate, out_shardings=where)
 
     empty = partial(programs.empty_state, d, (slots.prompts, slots.size), slots.rows)
-    new = replicated_shapes(no_prompts(slots, d.group), mesh)
     begin = jitted(partial(programs.start_completions, d), slots.rows, (1,))
     out: dict[tuple[Any, ...], Any] = {
         ("empty",): jitted(empty, slots.rows).trace,
-        ("start",): partial(begin.trace, params, first, new, key),
     }
+    for together, size in prefill_levels(slots, mesh):
+        new = replicated_shapes(new_prompts(slots, d.group, together, size, []), mesh)
+        out["start", together, size] = partial(begin.trace, params, first, new, key)
     for rows, read, prompt in decode_levels(slots, d.sampling.max_new, mesh):
         run = jitted(partial(programs.decode_until, d, (read, prompt)), rows, (1,))
         out["decode", rows, read, prompt] = partial(run.trace, params, states[rows], limits)
@@ -201,6 +206,18 @@ def read_levels(new: int) -> list[int]:
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
         levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
     return levels
+
+
+def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
+    """Return (prompts, tokens) of every program that prefills, ascending by tokens: padded prompts would
+    otherwise take as long as the longest.
+    """
+    sizes = [slots.size]
+    while len(sizes) < 3 and sizes[0] > 2 * SMALLEST_PREFILL:
+        sizes.insert(0, max(-(-sizes[0] // (4 * BUCKET)) * BUCKET, SMALLEST_PREFILL))
+    if mesh is not None and mesh.size > 1:  # devices share the prompts
+        return [(slots.together, size) for size in sizes]
+    return [(max(1, min(slots.together, PREFILLED_TOKENS // size)), size) for size in sizes]
 
 
 def prompt_levels(size: int) -> list[int]:
@@ -247,22 +264,25 @@ def replicated_shapes(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)
 
 
-def no_prompts(slots: Slots, group: int) -> NewPrompts:
-    """Return a NewPrompts of empty prompts, which start nothing."""
-    count = slots.together
-    tokens = left_pad([[0] * slots.size], count)
-    none = np.zeros_like(tokens.segments)
-    tokens = replace(tokens, segments=none, positions=none.copy())
+def new_prompts(
+    slots: Slots, group: int, together: int, size: int, prompts: Sequence[Sequence[int]]
+) -> NewPrompts:
+    """Return a NewPrompts of `together` prompts of `size` tokens. Beyond the given ones they are empty, and
+    none of them has a slot or rows yet.
+    """
     return NewPrompts(
-        tokens, np.full(count, slots.prompts, np.int32), np.full((count, group), slots.rows, np.int32),
-        np.zeros(count, np.int32),
-    )  # fmt: skip
+        left_pad(prompts, together, size),
+        slots=np.full(together, slots.prompts, np.int32),
+        rows=np.full((together, group), slots.rows, np.int32),
+        numbers=np.zeros(together, np.int32),
+    )
 
 
 class _Job:
-    """Prompts on their way through an engine, on the host.
+    """Prompts that an engine completes, and which rows have which of them, on the host.
 
-    waiting: indices of prompts. owners: (prompt, completion) in each row. live: rows in progress.
+    waiting: indices of prompts, the longest first, so that prompts of similar lengths are prefilled together.
+    owners: (prompt, completion) in each row. live: rows in progress.
     """
 
     def __init__(
@@ -270,7 +290,8 @@ class _Job:
     ):
         d, slots = engine.decoding, engine.slots
         self.engine, self.params, self.key = engine, params, key
-        self.prompts, self.numbers, self.waiting = prompts, list(numbers), deque(range(len(prompts)))
+        self.prompts, self.numbers = prompts, list(numbers)
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         shape = len(prompts), d.group, d.sampling.max_new
         self.tokens, self.logps = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
         self.state = engine.empty()
@@ -286,29 +307,33 @@ class _Job:
             free_rows = np.flatnonzero(~self.live)
             used = set(self.slot_of[self.live].tolist())
             free_slots = [slot for slot in range(slots.prompts) if slot not in used]
-            count = min(slots.together, len(self.waiting), len(free_slots), len(free_rows) // group)
-            if not count or (count < min(slots.together, len(self.waiting)) and self.live.any()):
+            together, size = self._prefill_level()
+            wanted = min(together, len(self.waiting))
+            count = min(wanted, len(free_slots), len(free_rows) // group)
+            if not count or (count < wanted and self.live.any()):
                 return
             chosen = [self.waiting.popleft() for _ in range(count)]
-            new = no_prompts(slots, group)
-            padded = left_pad([*(self.prompts[i] for i in chosen), [0] * slots.size], slots.together + 1)
-            new = replace(new, tokens=jax.tree.map(lambda x: x[: slots.together], padded))
-            new.tokens.segments[count:], new.tokens.positions[count:] = 0, 0
+            new = new_prompts(slots, group, together, size, [self.prompts[i] for i in chosen])
             rows = free_rows[: count * group].reshape(count, group)
             new.slots[:count], new.rows[:count] = free_slots[:count], rows
             new.numbers[:count] = [self.numbers[i] for i in chosen]
-            self.state = self.engine.start(self.params, self.state, new, self.key)
+            self.state = self.engine.start[together, size](self.params, self.state, new, self.key)
             for i, slot, own in zip(chosen, free_slots, rows, strict=False):
                 self.owners[own] = [(i, completion) for completion in range(group)]
                 self.slot_of[own] = slot
             self.live[rows], self.counts[rows] = True, 1
+
+    def _prefill_level(self) -> tuple[int, int]:
+        """Return the (prompts, tokens) of the smallest program for the first waiting prompt, the longest."""
+        longest = len(self.prompts[self.waiting[0]])
+        return min((level for level in self.engine.start if level[1] >= longest), key=lambda level: level[1])
 
     def decode(self, is_enough: Callable[[list[int]], bool] | None) -> int:
         """Decode until rows can be given to waiting prompts, or dropped, then collect what has ended; return
         the number of completions that have. is_enough: see Engine.complete.
         """
         engine, (rows,) = self.engine, self.live.shape
-        slots, group = engine.slots, engine.decoding.group
+        group = engine.decoding.group
         longest = max(len(self.prompts[i]) for i in self.owners[self.live, 0])
         most = int(self.counts[self.live].max(initial=1))
         read, prompt = min(
@@ -321,7 +346,7 @@ class _Job:
         smaller = max((to for size, to in engine.keep if size == rows), default=0)
         stop = smaller
         if self.waiting:
-            wanted = min(slots.together, len(self.waiting)) * group
+            wanted = min(self._prefill_level()[0], len(self.waiting)) * group
             stop = min(rows - wanted, int(self.live.sum()) - 1)
         self.state = engine.decode[rows, read, prompt](
             self.params, self.state, DecodeLimits(np.int32(limit), np.int32(max(stop, 0)))

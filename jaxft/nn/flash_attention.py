@@ -34,7 +34,7 @@ def flash(
 
     ranges: the keys that each query sees. softcap: scores s become softcap * tanh(s / softcap) before the
     mask. Blocks of keys that no query of a block sees are skipped, row by row, so that the cost of a layer
-    with a window grows with T x window. block: tokens of a block; None is default_block(T). The backward pass
+    with a window grows with T x window. block: tokens of a block; None is default_block(). The backward pass
     recomputes the probabilities; with a remat policy that saves "attn_out" and "attn_lse" it skips the
     forward pass.
     """
@@ -42,17 +42,17 @@ def flash(
     return _unblocked(_flash(qkv, ranges, (block, softcap)), q_BTHE)
 
 
-def default_block(length: int) -> int:
-    """Return the tokens of a block for rows of `length` tokens on the devices of the ambient mesh.
+def default_block() -> int:
+    """Return the tokens of a block on the devices of the ambient mesh, without one on those that jax uses.
 
     Matmuls of small blocks run at a CPU's full rate, and small blocks skip more of the keys that a query
     doesn't see: with three examples of 160 tokens in a row of 512, blocks of 64 compute 0.35 times as
-    many scores as blocks of 256. Accelerators, and CPUs with long rows, need fewer and larger matmuls.
+    many scores as blocks of 256. Accelerators need fewer and larger matmuls. The size does not depend on the
+    length of a row: a prompt then adds up the same blocks, however far it is padded (batch_invariance.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.abstract_device.platform != "cpu":
-        return 256
-    return 64 if length <= 1024 else 128
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    return 64 if platform == "cpu" else 256
 
 
 def _in_blocks(
@@ -60,7 +60,7 @@ def _in_blocks(
 ) -> tuple[tuple[jax.Array, ...], KeyRanges, int]:
     """Return q as [B, T, K, G, E], k, v and the ranges, padded to full blocks, and the size of a block."""
     T, K = qkv[0].shape[1], qkv[1].shape[2]
-    block = block or default_block(T)
+    block = block or default_block()
     count = -(-T // block)
     step = math.gcd(block, 16)
     block = -(-T // (count * step)) * step  # the smallest size that makes `count` blocks: least padding

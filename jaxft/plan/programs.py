@@ -110,9 +110,10 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
 def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots) -> list[Program]:
     """Return the programs of sampling with the largest state: prefill, and decoding that reads all keys."""
     tracers = program_tracers(d, params, slots, p.mesh)
+    start = max((key for key in tracers if key[0] == "start"), key=lambda key: key[2])
     decode = max(key for key in tracers if key[0] == "decode")
     state = state_shapes(d, slots, slots.rows, p.mesh)
-    prefill = Program(f"{name}: prefill", tracers[("start",)], state=state)
+    prefill = Program(f"{name}: prefill", tracers[start], state=state)
     return [prefill, Program(name, tracers[decode], state=state)]
 
 

@@ -23,7 +23,7 @@ EVERY_HEAD = llama, LlamaConfig(**{**SIZES, "kv_heads": 9})
 WINDOWS = mistral, MistralConfig(**SIZES, window=100, layer_types=(FULL, SLIDING))
 LORA = Adapter(rank=4, alpha=8.0)
 RNG = np.random.default_rng(0)
-LENGTHS = (3, 40, 1, 9, 17, 5, 30, 2, 11, 60)
+LENGTHS = (3, 40, 1, 9, 17, 300, 30, 2, 130, 60)  # prefilled in several programs
 PROMPTS = [RNG.integers(0, SIZES["vocab"], size).tolist() for size in LENGTHS]
 STOP = tuple(range(0, SIZES["vocab"], 40))
 KEY = jax.random.key(5)
@@ -43,15 +43,17 @@ def completions(family, dtype, rows, longest, group, adapter=None, **options):
 @pytest.mark.parametrize(
     ("family", "dtype", "group", "sizes", "options"),
     [
-        (WINDOWS, jnp.bfloat16, 1, ((1, 192),), {"adapter": LORA}),
-        pytest.param(WINDOWS, jnp.bfloat16, 1, ((2, 64), (7, 192)), {}, marks=pytest.mark.slow),
-        pytest.param(PLAIN, jnp.bfloat16, 4, ((4, 64), (16, 64)), {"cache": "int8"}, marks=pytest.mark.slow),
-        pytest.param(PLAIN, jnp.float32, 1, ((1, 64), (2, 64), (4, 128)), {}, marks=pytest.mark.slow),
-        pytest.param(EVERY_HEAD, jnp.float32, 1, ((3, 64),), {"adapter": LORA}, marks=pytest.mark.slow),
+        (WINDOWS, jnp.bfloat16, 1, ((1, 512),), {"adapter": LORA}),
+        pytest.param(WINDOWS, jnp.bfloat16, 1, ((2, 320), (7, 1088)), {}, marks=pytest.mark.slow),
+        pytest.param(
+            PLAIN, jnp.bfloat16, 4, ((4, 320), (16, 448)), {"cache": "int8"}, marks=pytest.mark.slow
+        ),
+        pytest.param(PLAIN, jnp.float32, 1, ((1, 320), (2, 384), (4, 448)), {}, marks=pytest.mark.slow),
+        pytest.param(EVERY_HEAD, jnp.float32, 1, ((3, 320),), {"adapter": LORA}, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_and_log_probs_are_equal_in_any_batch(family, dtype, group, sizes, options):
-    expected = completions(family, dtype, len(PROMPTS) * group, 64, group, **options)
+    expected = completions(family, dtype, len(PROMPTS) * group, 320, group, **options)
     lengths = (expected.tokens >= 0).sum(-1)
     assert lengths.min() < 20 and lengths.max() == 70
     for rows, longest in sizes:
@@ -63,9 +65,9 @@ def test_tokens_and_log_probs_are_equal_in_any_batch(family, dtype, group, sizes
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [PLAIN, EVERY_HEAD])
 def test_a_completion_is_the_same_in_groups_of_any_size(family):
-    expected = completions(family, jnp.bfloat16, 40, 64, 4)
+    expected = completions(family, jnp.bfloat16, 40, 320, 4)
     for group in (1, 2):
-        found = completions(family, jnp.bfloat16, 10, 64, group)
+        found = completions(family, jnp.bfloat16, 10, 448, group)
         np.testing.assert_array_equal(found.tokens, expected.tokens[:, :group])
         np.testing.assert_array_equal(found.logps, expected.logps[:, :group])
 

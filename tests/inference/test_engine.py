@@ -124,11 +124,38 @@ def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world
 
     spied = replace(narrow, decode={name: recorded(name, run) for name, run in narrow.decode.items()})
     found = spied.complete(world[1], prompts, KEY)
-    assert ran == [64, 128, 64, 64]
+    assert ran == [128, 64, 64, 64]  # the longest first
     monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 999)
     plain = engine_of(world, SAMPLED, (), 3, 128, 1, 4)
     assert sorted(plain.decode) == [(3, 20, 128)] and sorted(wide.decode) == [(2, 20, 128), (2, 20, 192)]
     np.testing.assert_array_equal(found.tokens, plain.complete(world[1], prompts, KEY).tokens)
+
+
+def test_short_prompts_are_not_padded_to_the_longest(world, monkeypatch):
+    monkeypatch.setattr(engines, "SMALLEST_PREFILL", 64)
+    monkeypatch.setattr(engines, "PREFILLED_TOKENS", 200)
+    sizes = 70, 3, 180, 64, 1, 9, 33
+    prompts = [RNG.integers(0, CONFIG.vocab, size).tolist() for size in sizes]
+    engine = engine_of(world, SAMPLED, STOP, 14, 192, 2, 7)
+    assert sorted(engine.start) == [(1, 192), (3, 64)]
+    ran = []
+
+    def recorded(name, run):
+        def spied(params, state, new, key):
+            ran.append((name, sorted(new.tokens.segments.sum(1).tolist())))
+            return run(params, state, new, key)
+
+        return spied
+
+    spied = replace(engine, start={name: recorded(name, run) for name, run in engine.start.items()})
+    found = spied.complete(world[1], prompts, KEY)
+    assert ran == [
+        ((1, 192), [180]), ((1, 192), [70]), ((3, 64), [9, 33, 64]), ((3, 64), [0, 1, 3]),
+    ]  # fmt: skip
+    monkeypatch.setattr(engines, "SMALLEST_PREFILL", 999)
+    plain = engine_of(world, SAMPLED, STOP, 12, 192, 2, 7)
+    assert sorted(plain.start) == [(1, 192)]
+    np.testing.assert_array_equal(plain.complete(world[1], prompts, KEY).tokens, found.tokens)
 
 
 def test_on_accelerators_rows_that_ended_leave_by_default(monkeypatch):
@@ -180,4 +207,10 @@ def test_sizes():
     assert engines.slots_for(10, 1, 64) == engines.Slots(10, 10, 64, 5)
     assert engines.read_levels(16) == [16] and engines.read_levels(128) == [64, 128]
     assert engines.read_levels(1000) == [256, 512, 1024]
+    levels = [engines.prefill_levels(engines.Slots(8, 8, size, 8), None) for size in (256, 320, 1024, 8192)]
+    assert levels == [
+        [(8, 256)], [(8, 128), (6, 320)], [(8, 256), (2, 1024)], [(4, 512), (1, 2048), (1, 8192)],
+    ]  # fmt: skip
+    mesh = make_mesh(MeshShape(data=8))
+    assert engines.prefill_levels(engines.Slots(8, 8, 1024, 8), mesh) == [(8, 256), (8, 1024)]
     assert [engines.prompt_levels(size) for size in (256, 512, 1088)] == [[256], [256, 512], [576, 1088]]
