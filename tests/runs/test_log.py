@@ -192,20 +192,6 @@ def test_the_tensorboard_file_is_what_tensorboardx_would_write(tmp_path):
     assert {event.step for event in scalars} == {2**40 + 1}
 
 
-def test_tensorboard_imports_no_torch_and_leaves_it_importable(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from jaxft.runs.trackers import tensorboard\n"
-        "tracker = tensorboard.open_tracker(Path(sys.argv[1]), 0)\n"
-        "tracker.log(1, {'loss': 0.5}, {})\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'\n"
-        "import torch; assert torch.ones(2).sum() == 2\n"
-        "tracker.log(2, {'loss': 0.25}, {})\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
-    found = events(tmp_path / "tensorboard")
-    assert [entry for entry in found if entry[1] == "loss"] == [(1, "loss", 0.5), (2, "loss", 0.25)]
-
-
 def test_a_tensorboard_folder_on_a_full_disk_ends_the_run_and_never_hangs_it(tmp_path, monkeypatch):
     writer = Log(tmp_path, 50, quiet=True)
     folder = tmp_path / "tensorboard"

@@ -8,37 +8,21 @@ import math
 import os
 import platform
 import struct
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxft.runs.trackers.tracker import RunEnd, Tracker, with_perf
 
 
-@contextmanager
-def _without_torch() -> Iterator[None]:
-    """Make `import torch` fail meanwhile: tensorboardX then does without it, which saves seconds."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
 class TensorBoard:
     """Appends scalars to an event file."""
 
     def __init__(self, path: Path, start_step: int):
-        with _without_torch():
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-            from tensorboardX.record_writer import masked_crc32c
-            from tensorboardX.summary import scalar
+        # Imported here, because tensorboardX imports torch where that is installed, which takes seconds.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.summary import scalar
 
         self._event, self._scalar, self._crc32c = Event, scalar, masked_crc32c
         self._file = path.open("ab")
