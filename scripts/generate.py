@@ -130,12 +130,12 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
         for row in read_rows(args.file):
             found = [item for item in columns if split_column(item)[1] in row.fields]
             rows.append(rename_columns(row, found))
+    strings = all(isinstance(row.fields.get("prompt"), str) for row in rows)
     try:
         return [prompt_of(row, PLAIN if is_plain else "auto") for row in rows]
     except ValueError as error:
-        raise ValueError(
-            f"{error}; --raw takes prompts that are strings" if args.raw else str(error)
-        ) from error
+        hint = "; --raw takes prompts that are strings" if args.raw and not strings else ""
+        raise ValueError(f"{error}{hint}") from error
 
 
 def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]:

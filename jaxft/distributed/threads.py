@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from typing import TypeVar
 
 Given = TypeVar("Given")
 Returned = TypeVar("Returned")
-MOST = 16  # threads: memory bandwidth limits what more of them gain
+MOST_THREADS = 16  # more would wait for memory
 
 
 def cores() -> int:
@@ -21,15 +22,19 @@ def cores() -> int:
 def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> list[Returned]:
     """Return `[fn(item) for item in items]`, computed in one thread per core.
 
-    For NumPy code: NumPy releases Python's lock while it computes on an array. If fn raises, the error of the
-    first such item is raised, once the calls that have begun are done; no further call begins.
+    For NumPy code: NumPy releases Python's lock while it computes on an array. After an error no further call
+    begins, and once those that have begun are done, the first error in the order of the items is raised. The
+    caller's context variables, such as NumPy's error state, have their values in fn.
     """
     items = list(items)
-    threads = min(cores(), MOST, len(items))
+    threads = min(cores(), MOST_THREADS, len(items))
     if threads < 2:
         return [fn(item) for item in items]
-    pool = ThreadPoolExecutor(threads, "map_in_threads")
-    try:
-        return list(pool.map(fn, items))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(threads, "map_in_threads") as pool:
+        calls = [pool.submit(copy_context().run, fn, item) for item in items]
+        try:
+            wait(calls, return_when=FIRST_EXCEPTION)
+        finally:
+            for call in calls:
+                call.cancel()
+    return [call.result() for call in calls]

@@ -1,14 +1,14 @@
 """Settings of XLA and jax that jaxft applies before jax starts: one table, by platform, with sources.
 
-What the user has set takes precedence, flag by flag. JAXFT_XLA_FLAGS=off applies none of them. This file does
-not import jax, because some of the settings are read when jax is imported.
+A setting that the user has made is kept, and the table's row for it is not applied. JAXFT_XLA_FLAGS=off
+applies no row. This file does not import jax, because some of the settings are read when jax is imported.
 
 Not in the table:
 - Defaults of XLA. GPUs: command buffers and asynchronous collectives (xla_gpu_enable_command_buffer,
   xla_gpu_disable_async_collectives in github.com/openxla/xla/blob/main/xla/debug_options_flags.cc). TPUs:
   asynchronous all-gathers, fused with matmuls (xla_tpu_enable_async_collective_fusion and
   xla_tpu_enable_async_collective_fusion_fuse_all_gather are true in openxla.org/xla/flags_guidance).
-- What helps one generation and slows another: CUDA_DEVICE_MAX_CONNECTIONS
+- Flags that make one generation of devices faster and another slower: CUDA_DEVICE_MAX_CONNECTIONS
   (docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance, "Blackwell"), xla_gpu_triton_gemm_any
   (docs.jax.dev/en/latest/gpu_performance_tips.html; off by default), xla_tpu_scoped_vmem_limit_kib
   (openxla.org/xla/flags_guidance: its range depends on the chip).
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SWITCH = "JAXFT_XLA_FLAGS"
-SWITCHED_OFF = ("off", "0", "false", "no", "none")
+SWITCHED_OFF = ("off", "0", "false", "no", "none", "disable", "disabled")
 CUDA, TPU, CPU = "cuda", "tpu", "cpu"
 PLATFORM_NAMES = {CUDA: "NVIDIA GPUs", TPU: "TPUs", CPU: "CPUs"}
 TUNABLES = "GLIBC_TUNABLES"  # read when a process starts: name=value, separated by colons
@@ -42,7 +42,8 @@ JAX_FRACTION = 0.75  # jax's default
 @dataclass(frozen=True)
 class PlatformSetting:
     """A row of the table. variable: the environment variable. flag: its name in a variable that contains
-    flags, "" for a variable with one value. same_as: other variables that set the same.
+    flags, "" for a variable with one value. same_as: other variables that set the same. includes: flags of
+    XLA_FLAGS that this setting switches on even where they are false.
     """
 
     platform: str
@@ -52,6 +53,7 @@ class PlatformSetting:
     why: str
     source: str
     same_as: tuple[str, ...] = ()
+    includes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         dashes = "--" if self.flag and self.variable != TUNABLES else ""
@@ -63,6 +65,12 @@ TABLE_OF_SETTINGS = (
         CUDA, "JAX_OPTIMIZATION_LEVEL", "", "O1",
         "latency-hiding scheduler, pipelined collectives, loops with collectives unrolled twice",
         "https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance",
+        includes=(  # github.com/openxla/xla/blob/main/xla/service/gpu/flag_utils.h and gpu_compiler.cc
+            "xla_gpu_enable_latency_hiding_scheduler",
+            "xla_gpu_enable_pipelined_all_gather", "xla_gpu_enable_pipelined_all_reduce",
+            "xla_gpu_enable_pipelined_reduce_scatter", "xla_gpu_enable_while_loop_double_buffering",
+            "xla_gpu_enable_while_loop_unrolling",
+        ),
     ),
     PlatformSetting(
         CUDA, FRACTION, "", "0.95",
@@ -73,7 +81,8 @@ TABLE_OF_SETTINGS = (
     *(
         PlatformSetting(
             TPU, "LIBTPU_INIT_ARGS", flag, "true",
-            "all-reduces of gradients over mesh.data run beside the backward pass, of different sizes too",
+            "all-reduces of gradients over mesh.data run while the backward pass computes, also where their "
+            "sizes differ",
             "https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py",
         )
         for flag in (
@@ -144,16 +153,23 @@ def unset_settings(platform: str, environ: Mapping[str, str]) -> list[PlatformSe
 def is_set(row: PlatformSetting, environ: Mapping[str, str]) -> bool:
     """Whether the environment has a value for a row's flag or variable, the row's or another one."""
     if not row.flag:
-        return any(environ.get(name) for name in (row.variable, *row.same_as))
-    text = environ.get(row.variable, "")
-    if row.variable == "XLA_FLAGS" and text.strip() and not text.lstrip().startswith("-"):
-        return True  # the name of a file of flags, to which none can be added
-    return any(given.lstrip("-").partition("=")[0] == row.flag for given in split_flags(row, text))
+        own = any(environ.get(name) for name in (row.variable, *row.same_as))
+        return own or any(has_flag("XLA_FLAGS", flag, environ) for flag in row.includes)
+    return has_flag(row.variable, row.flag, environ)
 
 
-def split_flags(row: PlatformSetting, text: str) -> list[str]:
-    """Return the flags in the value of a row's variable."""
-    return text.split(":" if row.variable == TUNABLES else None)
+def has_flag(variable: str, flag: str, environ: Mapping[str, str]) -> bool:
+    """Whether the value of a variable may contain a flag: `--flag=value`, `--flag` or `--noflag`."""
+    text = environ.get(variable, "")
+    if variable == "XLA_FLAGS" and text.strip() and not text.lstrip().startswith("-"):
+        return True  # the name of a file of flags
+    names = (given.lstrip("-").partition("=")[0] for given in split_flags(variable, text))
+    return any(name in (flag, f"no{flag}") for name in names)
+
+
+def split_flags(variable: str, text: str) -> list[str]:
+    """Return the flags in the value of a variable."""
+    return text.split(":" if variable == TUNABLES else None)
 
 
 def with_settings(
@@ -214,7 +230,7 @@ def contains_name(file: Path, name: str) -> bool:
 def apply_settings() -> None:
     """Set the environment variables of the table for the platform that jax will start.
 
-    Call it before jax's devices are used; what the user has set stays. On a CPU nothing changes, see restart.
+    Call it before jax's devices are used. On a CPU nothing changes, see restart.
     """
     changed = with_settings(accelerator(os.environ), os.environ, is_known)
     changed.pop(TUNABLES, None)
@@ -256,7 +272,7 @@ def settings_in_effect(environ: Mapping[str, str]) -> list[str]:
 
     def is_in_effect(row: PlatformSetting) -> bool:
         value = environ.get(row.variable, "")
-        return str(row) in split_flags(row, value) if row.flag else value == row.value
+        return str(row) in split_flags(row.variable, value) if row.flag else value == row.value
 
     return [str(row) for row in rows if is_in_effect(row)]
 

@@ -70,7 +70,7 @@ def cudnn(q_BTHE, k_BTKE, v_BTKE, ranges, softcap=None, implementation: Literal[
 # state. (GeForce RTX 2050 and MX570, CMP 70HX and above are 8.x; developer.nvidia.com/cuda/gpus, /legacy.)
 BEFORE_AMPERE = re.compile(
     r"GeForce (GTX?|MX[1-4]\d\d|MX550|\d{3}|RTX 20[678]0)|TITAN|Quadro|Tesla|GRID(?! A\d)|NVS|NVIDIA T\d|"
-    r"CMP [345]0HX|Xavier|Tegra"
+    r"P10\d-|CMP [345]0HX|Xavier|Tegra"
 )
 
 
@@ -119,16 +119,30 @@ def kernel_for(
     device: Any, head_dim: int, dtype: DTypeLike, rows: AttentionNeeds = AttentionNeeds()
 ) -> Kernel:
     """Return the fastest kernel that works on a jax.sharding.AbstractDevice; `flash` works on all."""
-    dtype = jnp.dtype(dtype)
+    if device.platform not in ("tpu", "gpu", "cuda") or flash_reason(device, head_dim, dtype):
+        return flash
     if device.platform == "tpu":
         lacks = rows.windowed or rows.part or (rows.branches and not has_shared_prompts())
-        return splash if dtype in (jnp.bfloat16, jnp.float32) and not lacks else flash
-    named = re.search(r"NVIDIA|GRID A\d", device.device_kind)  # older virtual GPUs: "GRID A100-20C"
-    nvidia = device.platform in ("gpu", "cuda") and named is not None
-    if nvidia and not BEFORE_AMPERE.search(device.device_kind) and dtype.itemsize == 2 and head_dim <= 256:
-        ranged = rows.packed or rows.branches or rows.windowed or rows.part or rows.softcap
-        return pallas if ranged or head_dim % 8 or head_dim > 128 else cudnn
-    return flash
+        return flash if lacks else splash
+    ranged = rows.packed or rows.branches or rows.windowed or rows.part or rows.softcap
+    return pallas if ranged or head_dim % 8 or head_dim > 128 else cudnn
+
+
+def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
+    """Return why a GPU or TPU has no kernel of its own for these heads, whatever the rows; "" if it has."""
+    kind, dtype = device.device_kind, jnp.dtype(dtype)
+    if device.platform == "tpu":
+        takes = dtype in (jnp.bfloat16, jnp.float32)
+        return "" if takes else f"TPU kernels compute in bfloat16 or float32, not {dtype}"
+    if device.platform not in ("gpu", "cuda"):
+        return ""
+    if BEFORE_AMPERE.search(kind):
+        return f"{kind} has a compute capability below 8.0"
+    if not re.search(r"NVIDIA|GRID A\d", kind):  # older virtual GPUs: "GRID A100-20C"
+        return f"{kind} is not an NVIDIA GPU"
+    if dtype.itemsize != 2:
+        return f"GPU kernels compute in bfloat16 or float16, not {dtype}"
+    return "" if head_dim <= 256 else f"GPU kernels take heads of at most 256 numbers, not {head_dim}"
 
 
 def needed_window(window: int | None, length: int) -> int | None:
@@ -294,6 +308,10 @@ def attention_line(
         for name, (present, text) in features.items()
         if present and choice({**bare, name: True})[1] is not usual
     ]
+    mesh = jax.sharding.get_abstract_mesh()
+    if settings.kernel == "auto" and not mesh.empty:
+        why = flash_reason(mesh.abstract_device, q_BTHE.shape[3], q_BTHE.dtype)
+        reasons = [why] if why else reasons
     if settings.kernel != "auto":
         reasons.append(f"attention={settings.kernel}")
     if layout in ("gathered", "ring") and settings.context_keys != "auto":

@@ -110,11 +110,15 @@ def _time_lines(f: Flops, e: Estimate) -> list[str]:
 
 
 def dry_run(run: Run, record: dict[str, Any]) -> str:
-    """Return the resolved settings, the parameter table, and the plan for the devices of this machine."""
+    """Return the resolved settings, the parameter table, the settings of XLA, and the plan for the devices of
+    this machine.
+    """
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         table = partition.parameter_table(programs.abstract(run)[0].partition, mesh)
-    return "\n".join([json.dumps(record, indent=2), table, plan_report(plan(run, machines.local()))])
+    defaults = xla_flags.settings_lines(os.environ)
+    report = plan_report(plan(run, machines.local()))
+    return "\n".join([json.dumps(record, indent=2), table, *defaults, report])
 
 
 def _verdict(p: Plan) -> str:

@@ -44,7 +44,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
     codes and scales in the files, whose layout is that of `like`; otherwise the values are cast or quantised
     from the files' own precision. Host memory holds the local shards of the parameter and one part of a
-    layer.
+    layer, or a few small parts that threads read at the same time.
     """
     parts_by_process = plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]

@@ -337,6 +337,7 @@ H100 = described("gpu", "NVIDIA H100 80GB HBM3")
         ),  # Ampere, as the next
         (described("gpu", "NVIDIA GeForce RTX 2050"), 64, jnp.float16, attention.pallas),
         (described("gpu", "NVIDIA GeForce GT 1030"), 64, jnp.float16, attention.flash),
+        (described("gpu", "NVIDIA P106-100"), 64, jnp.float16, attention.flash),  # Pascal
         (described("gpu", "NVIDIA CMP 30HX"), 64, jnp.float16, attention.flash),
         (described("gpu", "NVIDIA CMP 170HX"), 64, jnp.float16, attention.pallas),
         (described("cuda", "NVIDIA A100-SXM4-40GB"), 64, jnp.bfloat16, attention.pallas),
@@ -348,6 +349,34 @@ H100 = described("gpu", "NVIDIA H100 80GB HBM3")
 )
 def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype, expected):
     assert attention.kernel_for(device, head_dim, dtype) is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "dtype", "why"),
+    [
+        (H100, 64, jnp.float32, ": GPU kernels compute in bfloat16 or float16, not float32"),
+        (H100, 512, jnp.bfloat16, ": GPU kernels take heads of at most 256 numbers, not 512"),
+        (described("gpu", "Tesla T4"), 64, jnp.float16, ": Tesla T4 has a compute capability below 8.0"),
+        (
+            described("gpu", "AMD Instinct MI300X"),
+            64,
+            jnp.float16,
+            ": AMD Instinct MI300X is not an NVIDIA GPU",
+        ),
+        (
+            described("tpu", "TPU v5p"),
+            64,
+            jnp.float16,
+            ": TPU kernels compute in bfloat16 or float32, not float16",
+        ),
+        (described("cpu", "cpu"), 64, jnp.float32, ""),
+    ],
+)
+def test_the_line_says_why_a_device_has_no_kernel_of_its_own(device, head_dim, dtype, why):
+    q = jax.ShapeDtypeStruct((2, 64, 4, head_dim), dtype)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        line = attention.attention_line(q, 2, branches=True, windows=(8,))
+    assert line == f"attention: blockwise XLA (flash){why}"
 
 
 @pytest.mark.parametrize(("packed", "expected"), [(True, "pallas"), (False, "cudnn")])
