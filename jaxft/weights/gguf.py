@@ -9,7 +9,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxft.distributed.threads import map_in_threads
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import pack
 from jaxft.weights.gguf_architectures import architecture_of, head_count, hf_name, kv_head_count
@@ -20,7 +19,7 @@ from jaxft.weights.quant_layout import block_layout
 from jaxft.weights.safetensors import map_array
 
 PLAIN_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-CHUNK = 2**18  # elements that a thread dequantises at a time
+CHUNK = 2**22  # elements that are dequantised at a time
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # see gguf_rope
 
 
@@ -164,14 +163,11 @@ def read_dequantised(tensor: GgufTensor, index: Index = ()) -> np.ndarray:
     out = np.empty((math.prod(shape), ins.stop - ins.start), PLAIN_TYPES.get(tensor.kind, np.float32))
     step = max(1, CHUNK // tensor.shape[-1])
     columns = slice(start // block * size, stop // block * size)
-
-    def read_rows(at: int) -> None:
+    for at in range(0, len(out), step):
         part = out[at : at + step]
         raw = _read_bytes(tensor, slice(first + at, first + at + len(part)), columns)
         values = raw.view(out.dtype) if tensor.kind in PLAIN_TYPES else dequantize(raw, kind)
         part[:] = values[:, ins.start - start : ins.stop - start]
-
-    map_in_threads(read_rows, range(0, len(out), step))
     return out.reshape(*shape, ins.stop - ins.start)
 
 

@@ -15,7 +15,6 @@ shards. At the end the buffers are copied to the devices. The result has the sam
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +22,6 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxft.distributed import sharding
-from jaxft.distributed.threads import map_in_threads
 from jaxft.nn.quant import QTensor, quantize, scales
 from jaxft.nn.quant_formats import encode_scales
 from jaxft.weights import finite
@@ -44,7 +42,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
     codes and scales in the files, whose layout is that of `like`; otherwise the values are cast or quantised
     from the files' own precision. Host memory holds the local shards of the parameter and one part of a
-    layer, or a few small parts that threads read at the same time.
+    layer.
     """
     parts_by_process = plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
@@ -117,15 +115,11 @@ def load_unchanged(reader: ParamReader, like: QTensor, shardings: QTensor, parts
 def load_floats(reader: ParamReader, like: Leaf, shardings: Leaf, parts: list[Index]) -> Leaf:
     """Load floats, cast to the dtype of `like`; 16-bit ones may be stored as raw bits."""
     buffers = ShardBuffers(like, shardings, reader.stacked)
-    small = [index for part in parts for index in small_parts(reader, part)]
-
-    def load(layer: int, index: Index) -> None:
-        with errors_name_tensor(reader, layer, index):
-            value = store_as(read_values(reader, layer, index), like)
-        buffers.write(layer, index, value)
-
     for layer in range(len(reader.names)):
-        map_in_threads(partial(load, layer), small)
+        for index in (small for part in parts for small in small_parts(reader, part)):
+            with errors_name_tensor(reader, layer, index):
+                value = store_as(read_values(reader, layer, index), like)
+            buffers.write(layer, index, value)
     return buffers.to_devices()
 
 
