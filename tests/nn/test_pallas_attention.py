@@ -2,7 +2,7 @@
 
 import math
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,15 @@ SMALL = Tiles(Tile(32, 16), Tile(16, 16), Tile(16, 32))
 KERNEL = partial(attention.pallas, options=KernelOptions(SMALL, interpret=True))
 
 
+@cache
+def with_cap(kernel, softcap):
+    """The same function each time, so that hundreds of examples are compiled once."""
+    return partial(kernel, softcap=softcap)
+
+
 def assert_equals_dense(x, ranges, softcap=None, tolerance=1e-5, kernel=KERNEL):
-    found = value_and_gradients(partial(kernel, softcap=softcap), *x, ranges)
-    assert_close(found, value_and_gradients(partial(attention.dense, softcap=softcap), *x, ranges), tolerance)
+    found = value_and_gradients(with_cap(kernel, softcap), *x, ranges)
+    assert_close(found, value_and_gradients(with_cap(attention.dense, softcap), *x, ranges), tolerance)
 
 
 @pytest.mark.parametrize(
