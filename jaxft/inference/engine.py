@@ -34,7 +34,7 @@ PREFILLED_TOGETHER = 8  # prompts
 # Up to three programs, each for prompts four times as long as the one before, from SMALLEST_PREFILL on.
 PREFILLED_TOKENS = 2048
 SMALLEST_PREFILL = 128
-STEPS_BETWEEN_LOOKS = 16  # decoding steps after which the host looks at the tokens so far, if it is asked to
+STEPS_BETWEEN_LOOKS = 16  # decoding steps, after which is_enough is called
 
 
 class Slots(NamedTuple):
@@ -53,8 +53,9 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress; None for all. If that is fewer than all, prompts whose last
-    completions are not done keep their slot, so there are slots for twice as many prompts as begin together.
+    rows: the most completions in progress; None for all. A prompt keeps its slot until its last completion
+    has ended. So if not all completions are in progress, there are slots for twice as many prompts as begin
+    together.
     For one completion in progress there is a second row, which is empty (batch_invariance.py).
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
@@ -357,7 +358,7 @@ class _Job:
         return ended
 
     def _collect(self, is_enough: Callable[[list[int]], bool] | None) -> int:
-        """Read the rows that have ended, end those of which there is enough, and return their number."""
+        """Read the completions that have ended, end those that is_enough accepts, and return their number."""
         state = self.state
         live, tokens, logps, counts = jax.device_get((state.live, state.tokens, state.logps, state.counts))
         self.counts = np.array(counts)
