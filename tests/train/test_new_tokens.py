@@ -348,7 +348,7 @@ def test_smollm2_learns_two_tool_tokens_and_transformers_and_gguf_have_them(tmp_
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     script(tmp_path, "train", "--config", ROOT / "configs" / "sft.py", "data=configs/data/tools.jsonl",
-           KNOB, "name=tools", "general=none", "samples=0")  # fmt: skip
+           KNOB, "name=tools", "general=none", "samples=0", "epochs=2")  # fmt: skip
     script(tmp_path, "export", "--run", "runs/tools", "--out", "merged", "--dtype", "float32")
     script(tmp_path, "export", "--run", "runs/tools", "--out", "tools.gguf", "--gguf", "F32")
     merged = tmp_path / "merged"
