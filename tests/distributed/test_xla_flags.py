@@ -150,12 +150,40 @@ def test_on_a_cpu_nothing_changes(monkeypatch):
 
 
 def test_tunables_are_separated_by_colons_and_the_users_stay():
-    huge, other = "glibc.malloc.hugetlb=1", "glibc.malloc.check=1"
-    assert settings(CPU) == {"GLIBC_TUNABLES": huge}
-    assert settings(CPU, GLIBC_TUNABLES=other) == {"GLIBC_TUNABLES": f"{other}:{huge}"}
-    assert settings(CPU, GLIBC_TUNABLES=f"glibc.malloc.hugetlb=0:{other}") == {}
+    own, other = settings(CPU)["GLIBC_TUNABLES"], "glibc.malloc.check=1"
+    huge, *heap = own.split(":")
+    assert huge == "glibc.malloc.hugetlb=1" and len(heap) == 3
+    assert settings(CPU, GLIBC_TUNABLES=other) == {"GLIBC_TUNABLES": f"{other}:{own}"}
+    given = f"glibc.malloc.hugetlb=0:{other}"
+    assert settings(CPU, GLIBC_TUNABLES=given) == {"GLIBC_TUNABLES": ":".join([given, *heap])}
+    assert settings(CPU, GLIBC_TUNABLES=own) == {}
     (line,) = xla_flags.settings_lines({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": f"{other}:{huge}"})
     assert line.startswith(f"defaults for CPUs: {huge} (")
+
+
+def test_older_variables_for_the_same_tunable_take_precedence():
+    own = settings(CPU)["GLIBC_TUNABLES"].split(":")
+    (arenas,) = [setting for setting in own if "arena_max" in setting]
+    left = settings(CPU, MALLOC_ARENA_MAX="4")["GLIBC_TUNABLES"].split(":")
+    assert left == [setting for setting in own if setting != arenas]
+
+
+def test_huge_pages_are_not_asked_for_where_the_system_has_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(xla_flags.platform_module, "libc_ver", lambda: ("glibc", "2.41"))
+    pages = tmp_path / "enabled"
+    monkeypatch.setattr(xla_flags, "HUGE_PAGES", pages)
+
+    def known():
+        names = [row.flag for row in xla_flags.TABLE_OF_SETTINGS if row.variable == xla_flags.TUNABLES]
+        return [xla_flags.is_known(xla_flags.TUNABLES, name) for name in names]
+
+    assert known() == [False, True, True, True]
+    pages.write_text("always madvise [never]")
+    assert known() == [False, True, True, True]
+    pages.write_text("always [madvise] never")
+    assert known() == [True] * 4
+    monkeypatch.setattr(xla_flags.platform_module, "libc_ver", lambda: ("glibc", "2.34"))
+    assert known() == [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -180,8 +208,8 @@ def test_a_command_starts_again_once_as_the_same_process_with_the_same_arguments
         "xla_flags.restart(); print(os.getpid(), sys.argv[1:], os.environ.get('GLIBC_TUNABLES'))"
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLIBC_TUNABLES": ""}
-    known = xla_flags.is_known(xla_flags.TUNABLES, "glibc.malloc.hugetlb")
-    for off, again in (("", known), ("off", False)):
+    expected = xla_flags.with_settings(CPU, environ, xla_flags.is_known).get("GLIBC_TUNABLES", "")
+    for off, again in (("", bool(expected)), ("off", False)):
         process = subprocess.Popen(
             [sys.executable, script, "a b", "--c"],
             env={**environ, "JAXFT_XLA_FLAGS": off},
@@ -190,7 +218,7 @@ def test_a_command_starts_again_once_as_the_same_process_with_the_same_arguments
         )
         lines = process.communicate()[0].splitlines()
         assert lines[:-1] == ["begin"] * (1 + again)
-        tunables = "glibc.malloc.hugetlb=1" if again else ""
+        tunables = expected if again else ""
         assert lines[-1] == f"{process.pid} ['a b', '--c'] {tunables}"
 
 
