@@ -30,6 +30,13 @@ PLATFORM_NAMES = {CUDA: "NVIDIA GPUs", TPU: "TPUs", CPU: "CPUs"}
 TUNABLES = "GLIBC_TUNABLES"  # read when a process starts: name=value, separated by colons
 TUNABLES_MANUAL = "https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html"
 HUGE_PAGES_FLAG = "glibc.malloc.hugetlb"
+HEAP_FLAGS = ("glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold", "glibc.malloc.arena_max")
+HEAP_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+HUGE_PAGES_GLIBC = (2, 35)
+# Up to 2.36, a heap doesn't use freed aligned blocks again (sourceware.org, bug 14581), and with the flags
+# above its memory grows to several times as much; 2.37 and 2.38 were not tried.
+HEAP_GLIBC = (2, 39)
+RESTARTED = "JAXFT_RESTARTED"  # the process that restart() has started again
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 PCI = Path("/sys/bus/pci/devices")
@@ -45,7 +52,8 @@ JAX_FRACTION = 0.75  # jax's default
 class PlatformSetting:
     """A row of the table. variable: the environment variable. flag: its name in a variable that contains
     flags, "" for a variable with one value. same_as: other variables that set the same. includes: flags of
-    XLA_FLAGS that this setting switches on even where they are false.
+    XLA_FLAGS that this setting switches on even where they are false. together: flags of `variable` of which
+    all are set, or, if the user has set one, none.
     """
 
     platform: str
@@ -56,6 +64,7 @@ class PlatformSetting:
     source: str
     same_as: tuple[str, ...] = ()
     includes: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         dashes = "--" if self.flag and self.variable != TUNABLES else ""
@@ -98,32 +107,31 @@ TABLE_OF_SETTINGS = (
         TUNABLES_MANUAL,
     ),
     *(
-        PlatformSetting(
-            CPU, TUNABLES, f"glibc.malloc.{name}", value,
-            "freed temporaries of less than 128 MiB stay in the process's heap, so that the system does not "
-            "clear their pages in every step (glibc keeps them in its first heap only): 0.2 instead of 1.0 s "
-            "of CPU time in the kernel in a step of configs/sft.py on a virtual machine",
-            TUNABLES_MANUAL,
-            (alias,),
-        )
-        for name, value, alias in (
-            ("mmap_threshold", "134217728", "MALLOC_MMAP_THRESHOLD_"),
-            ("trim_threshold", "1000000000000", "MALLOC_TRIM_THRESHOLD_"),
-            ("arena_max", "1", "MALLOC_ARENA_MAX"),
+        PlatformSetting(CPU, TUNABLES, flag, value, why, TUNABLES_MANUAL, HEAP_VARIABLES, together=HEAP_FLAGS)
+        for flag, value, why in zip(
+            HEAP_FLAGS,
+            ("134217728", "1000000000000", "1"),
+            (
+                "temporaries of less than 128 MiB come from the heap, not from new pages that the kernel has "
+                "to clear: 446 page faults in a step of configs/sft.py instead of 1,573",
+                "the end of the heap is not returned to the system when it is freed",
+                "one heap for all threads; other heaps of glibc have at most 64 MiB and are returned",
+            ),
+            strict=True,
         )
     ),
 )  # fmt: skip
 
 
 def accelerator(environ: Mapping[str, str], dev: Path = Path("/dev"), pci: Path = PCI) -> str:
-    """Return the platform that jax will start, "cuda", "tpu" or "cpu", without starting it.
+    """Return the platform that jax will start, without starting it: "cuda", "tpu", "cpu" or another name that
+    JAX_PLATFORMS has.
 
     environ: environment variables. dev: the folder of device files. pci: the folder of PCI devices.
     """
     chosen = [name.strip() for name in environ.get("JAX_PLATFORMS", "").lower().split(",") if name.strip()]
     if chosen:
-        aliases = {"gpu": CUDA, "cuda": CUDA, "tpu": TPU}
-        return aliases.get(chosen[0], CPU)
+        return CUDA if chosen[0] == "gpu" else chosen[0]
     if has_tpu(dev, pci) and is_installed("libtpu"):
         return TPU
     hidden = environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
@@ -171,8 +179,7 @@ def is_set(row: PlatformSetting, environ: Mapping[str, str]) -> bool:
     """Whether the environment has a value for a row's flag or variable, the row's or another one."""
     names = row.same_as if row.flag else (row.variable, *row.same_as)
     flags = [("XLA_FLAGS", flag) for flag in row.includes]
-    if row.flag:
-        flags.append((row.variable, row.flag))
+    flags += [(row.variable, flag) for flag in (row.flag, *row.together) if flag]
     return any(map(environ.get, names)) or any(has_flag(*flag, environ) for flag in flags)
 
 
@@ -195,8 +202,8 @@ def with_settings(
 ) -> dict[str, str]:
     """Return the environment variables to set for a platform; they contain what the user has set.
 
-    knows(variable, flag): whether the libraries that read the variable know a flag. They end the process at
-    one that they don't know.
+    knows(variable, flag): whether the libraries that read the variable know a flag. XLA and libtpu end the
+    process at one that they don't know.
     """
     changed: dict[str, str] = {}
     for row in unset_settings(platform, environ):
@@ -211,12 +218,14 @@ def with_settings(
 
 def is_known(variable: str, flag: str) -> bool:
     """Whether all installed libraries that read a variable contain a flag of this name; for glibc, whether it
-    is recent enough (2.35) and, for huge pages, whether the system has them.
+    is recent enough and, for huge pages, whether the system has them.
     """
     if variable == TUNABLES:
-        name, version = platform_module.libc_ver()
-        recent = name == "glibc" and [int(x) for x in version.split(".")[:2]] >= [2, 35]
-        return recent and (flag != HUGE_PAGES_FLAG or has_huge_pages())
+        name, text = platform_module.libc_ver()
+        version = tuple(int(x) for x in text.split(".")[:2]) if name == "glibc" else ()
+        if flag == HUGE_PAGES_FLAG:
+            return version >= HUGE_PAGES_GLIBC and has_huge_pages()
+        return version >= HEAP_GLIBC
     files = flag_libraries(variable)
     return bool(files) and all(contains_name(file, flag) for file in files)
 
@@ -266,12 +275,14 @@ def apply_settings() -> None:
 
 def restart() -> None:
     """Start this command again, in this process, with the variables of the table that are only read when a
-    process starts. Nothing happens if there are none, or if this is not the process of a command.
+    process starts. Nothing happens if there are none, if this is not the process of a command, or if it has
+    been started again: the system removes GLIBC_TUNABLES where a program has special rights.
     """
-    changed = with_settings(accelerator(os.environ), os.environ, is_known)
-    if TUNABLES not in changed or not is_command(sys.argv, sys.orig_argv):
+    changed, process = with_settings(accelerator(os.environ), os.environ, is_known), str(os.getpid())
+    again = os.environ.get(RESTARTED) == process
+    if again or TUNABLES not in changed or not is_command(sys.argv, sys.orig_argv):
         return
-    environ = {**os.environ, TUNABLES: changed[TUNABLES]}
+    environ = {**os.environ, TUNABLES: changed[TUNABLES], RESTARTED: process}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
 
 

@@ -1,8 +1,10 @@
-"""The platform's defaults for XLA: what the user sets stays, unknown flags are never set, CPUs get none."""
+"""The platform's defaults for XLA and glibc: what the user sets stays, and unknown flags are never set."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,7 @@ def test_the_start_up_line_lists_what_is_in_effect(rows):
         ({}, ["accel0"], "", CPU),
         ({}, [], "libtpu", CPU),
         ({"JAX_PLATFORMS": "tpu,cpu"}, [], "", TPU),
+        ({"JAX_PLATFORMS": "rocm"}, [], "", "rocm"),
     ],
 )
 def test_the_platform_is_known_without_starting_jax(monkeypatch, tmp_path, environ, files, installed, found):
@@ -149,41 +152,73 @@ def test_on_a_cpu_nothing_changes(monkeypatch):
     assert dict(os.environ) == before and jax.config.jax_optimization_level == "UNKNOWN"
 
 
+HUGE = "glibc.malloc.hugetlb=1"
+THRESHOLD = "glibc.malloc.mmap_threshold=134217728"
+TRIM = "glibc.malloc.trim_threshold=1000000000000"
+ARENAS = "glibc.malloc.arena_max=1"
+OWN = ":".join([HUGE, THRESHOLD, TRIM, ARENAS])
+
+
 def test_tunables_are_separated_by_colons_and_the_users_stay():
-    own, other = settings(CPU)["GLIBC_TUNABLES"], "glibc.malloc.check=1"
-    huge, *heap = own.split(":")
-    assert huge == "glibc.malloc.hugetlb=1" and len(heap) == 3
-    assert settings(CPU, GLIBC_TUNABLES=other) == {"GLIBC_TUNABLES": f"{other}:{own}"}
+    other = "glibc.malloc.check=1"
+    assert settings(CPU) == {"GLIBC_TUNABLES": OWN}
+    assert settings(CPU, GLIBC_TUNABLES=other) == {"GLIBC_TUNABLES": f"{other}:{OWN}"}
     given = f"glibc.malloc.hugetlb=0:{other}"
-    assert settings(CPU, GLIBC_TUNABLES=given) == {"GLIBC_TUNABLES": ":".join([given, *heap])}
-    assert settings(CPU, GLIBC_TUNABLES=own) == {}
-    (line,) = xla_flags.settings_lines({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": f"{other}:{huge}"})
-    assert line.startswith(f"defaults for CPUs: {huge} (")
+    assert settings(CPU, GLIBC_TUNABLES=given) == {"GLIBC_TUNABLES": f"{given}:{THRESHOLD}:{TRIM}:{ARENAS}"}
+    assert settings(CPU, GLIBC_TUNABLES=OWN) == {}
+    (line,) = xla_flags.settings_lines({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": f"{other}:{HUGE}"})
+    assert line.startswith(f"defaults for CPUs: {HUGE} (")
 
 
-def test_older_variables_for_the_same_tunable_take_precedence():
-    own = settings(CPU)["GLIBC_TUNABLES"].split(":")
-    (arenas,) = [setting for setting in own if "arena_max" in setting]
-    left = settings(CPU, MALLOC_ARENA_MAX="4")["GLIBC_TUNABLES"].split(":")
-    assert left == [setting for setting in own if setting != arenas]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_MMAP_THRESHOLD_", "65536"),
+        ("MALLOC_TRIM_THRESHOLD_", "65536"),
+        ("MALLOC_ARENA_MAX", "4"),
+        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536"),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=65536"),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=4"),
+    ],
+)
+def test_a_heap_of_the_users_is_left_as_it_is(name, value):
+    found = settings(CPU, **{name: value})["GLIBC_TUNABLES"]
+    assert found == (f"{value}:{HUGE}" if name == "GLIBC_TUNABLES" else HUGE)
 
 
-def test_huge_pages_are_not_asked_for_where_the_system_has_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(xla_flags.platform_module, "libc_ver", lambda: ("glibc", "2.41"))
+def test_glibc_knows_the_tunables_and_takes_the_values():
+    if not is_recent_glibc():
+        pytest.skip("needs glibc 2.39")
+    loader = next(Path("/").glob("lib*/ld-linux-*"))
+    listed = subprocess.run(
+        [loader, "--list-tunables"], env={"GLIBC_TUNABLES": OWN}, capture_output=True, text=True, check=True
+    ).stdout
+    lines = dict(line.split(": ", 1) for line in listed.splitlines() if ": " in line)
+    for flag, value in (setting.split("=") for setting in OWN.split(":")):
+        assert int(lines[flag].split()[0], 0) == int(value)
+
+
+def is_recent_glibc():
+    name, version = platform.libc_ver()
+    return name == "glibc" and tuple(map(int, version.split("."))) >= (2, 39)
+
+
+def test_tunables_need_a_recent_glibc_and_huge_pages_a_system_that_has_them(monkeypatch, tmp_path):
     pages = tmp_path / "enabled"
     monkeypatch.setattr(xla_flags, "HUGE_PAGES", pages)
 
-    def known():
-        names = [row.flag for row in xla_flags.TABLE_OF_SETTINGS if row.variable == xla_flags.TUNABLES]
-        return [xla_flags.is_known(xla_flags.TUNABLES, name) for name in names]
+    def known(name, version):
+        monkeypatch.setattr(xla_flags.platform_module, "libc_ver", lambda: (name, version))
+        given = xla_flags.with_settings(CPU, {}, xla_flags.is_known).get("GLIBC_TUNABLES", "")
+        return given.split(":")
 
-    assert known() == [False, True, True, True]
+    assert known("glibc", "2.41") == [THRESHOLD, TRIM, ARENAS]
     pages.write_text("always madvise [never]")
-    assert known() == [False, True, True, True]
+    assert known("glibc", "2.39") == [THRESHOLD, TRIM, ARENAS]
     pages.write_text("always [madvise] never")
-    assert known() == [True] * 4
-    monkeypatch.setattr(xla_flags.platform_module, "libc_ver", lambda: ("glibc", "2.34"))
-    assert known() == [False] * 4
+    assert known("glibc", "2.39") == [HUGE, THRESHOLD, TRIM, ARENAS]
+    assert known("glibc", "2.36") == known("glibc", "2.35") == [HUGE]
+    assert known("glibc", "2.34") == known("", "") == known("musl", "2.41") == [""]
 
 
 @pytest.mark.parametrize(
@@ -201,25 +236,39 @@ def test_only_the_process_of_a_command_is_started_again(argv, started, expected)
     assert xla_flags.is_command(argv, started) is expected
 
 
-def test_a_command_starts_again_once_as_the_same_process_with_the_same_arguments(tmp_path):
+def start_again(tmp_path, first="pass", **environ):
+    """Return the process id and the lines of a command that restarts itself. first: its first statement."""
     script = tmp_path / "command.py"
     script.write_text(
-        "import os, sys; from jaxft.distributed import xla_flags; print('begin', flush=True);"
+        f"import os, sys; {first}; from jaxft.distributed import xla_flags; print('begin', flush=True);"
         "xla_flags.restart(); print(os.getpid(), sys.argv[1:], os.environ.get('GLIBC_TUNABLES'))"
     )
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLIBC_TUNABLES": ""}
-    expected = xla_flags.with_settings(CPU, environ, xla_flags.is_known).get("GLIBC_TUNABLES", "")
-    for off, again in (("", bool(expected)), ("off", False)):
-        process = subprocess.Popen(
-            [sys.executable, script, "a b", "--c"],
-            env={**environ, "JAXFT_XLA_FLAGS": off},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        lines = process.communicate()[0].splitlines()
-        assert lines[:-1] == ["begin"] * (1 + again)
-        tunables = expected if again else ""
-        assert lines[-1] == f"{process.pid} ['a b', '--c'] {tunables}"
+    process = subprocess.Popen(
+        [sys.executable, script, "a b", "--c"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLIBC_TUNABLES": "", **environ},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process.pid, process.communicate(timeout=60)[0].splitlines()
+
+
+def test_a_command_starts_again_once_as_the_same_process_with_the_same_arguments(tmp_path):
+    if not is_recent_glibc():
+        pytest.skip("needs glibc 2.39")
+    heap = f"{THRESHOLD}:{TRIM}:{ARENAS}"
+    pid, lines = start_again(tmp_path)
+    assert lines in (
+        ["begin", "begin", f"{pid} ['a b', '--c'] {tunables}"] for tunables in (OWN, heap)
+    )  # without huge pages where the system has none
+    pid, lines = start_again(tmp_path, JAXFT_XLA_FLAGS="off")
+    assert lines == ["begin", f"{pid} ['a b', '--c'] "]
+
+
+def test_a_command_whose_tunables_are_removed_starts_again_only_once(tmp_path):
+    if not is_recent_glibc():
+        pytest.skip("needs glibc 2.39")
+    pid, lines = start_again(tmp_path, "os.environ.pop('GLIBC_TUNABLES', None)")
+    assert lines == ["begin", "begin", f"{pid} ['a b', '--c'] None"]
 
 
 def start(code, **environ):
