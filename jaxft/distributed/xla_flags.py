@@ -30,7 +30,22 @@ PLATFORM_NAMES = {CUDA: "NVIDIA GPUs", TPU: "TPUs", CPU: "CPUs"}
 TUNABLES = "GLIBC_TUNABLES"  # read when a process starts: name=value, separated by colons
 TUNABLES_MANUAL = "https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html"
 HUGE_PAGES_FLAG = "glibc.malloc.hugetlb"
-HEAP_FLAGS = ("glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold", "glibc.malloc.arena_max")
+HEAP = (  # flag, value, why
+    (
+        "glibc.malloc.mmap_threshold", "134217728",
+        "temporaries of less than 128 MiB come from the heap, not from new pages that the kernel has to "
+        "clear: 446 page faults in a step of configs/sft.py instead of 1,573",
+    ),
+    (
+        "glibc.malloc.trim_threshold", "1000000000000",
+        "the end of the heap is not returned to the system when it is freed",
+    ),
+    (
+        "glibc.malloc.arena_max", "1",
+        "one heap for all threads; other heaps of glibc have at most 64 MiB and are returned",
+    ),
+)  # fmt: skip
+HEAP_FLAGS = tuple(flag for flag, _, _ in HEAP)
 HEAP_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 HUGE_PAGES_GLIBC = (2, 35)
 # Up to 2.36, a heap doesn't use freed aligned blocks again (sourceware.org, bug 14581), and with the flags
@@ -108,17 +123,7 @@ TABLE_OF_SETTINGS = (
     ),
     *(
         PlatformSetting(CPU, TUNABLES, flag, value, why, TUNABLES_MANUAL, HEAP_VARIABLES, together=HEAP_FLAGS)
-        for flag, value, why in zip(
-            HEAP_FLAGS,
-            ("134217728", "1000000000000", "1"),
-            (
-                "temporaries of less than 128 MiB come from the heap, not from new pages that the kernel has "
-                "to clear: 446 page faults in a step of configs/sft.py instead of 1,573",
-                "the end of the heap is not returned to the system when it is freed",
-                "one heap for all threads; other heaps of glibc have at most 64 MiB and are returned",
-            ),
-            strict=True,
-        )
+        for flag, value, why in HEAP
     ),
 )  # fmt: skip
 
