@@ -84,6 +84,8 @@ def arguments() -> argparse.Namespace:
         parser.error("no prompts; use --prompt or --file")
     if args.raw and (args.chat_template_kwargs or args.system):
         parser.error("--raw uses no chat template; omit --chat-template-kwargs and --system")
+    if args.columns and (not args.file or args.file.endswith(".txt")):
+        parser.error("--columns renames columns of a --file that has columns, such as rows.jsonl")
     if args.run is not None:
         from jaxft.runs.fetched import local_folder
 
@@ -115,13 +117,18 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     from jaxft.data.rows import Row, find_data, read_rows
 
     is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
+    if is_plain and (args.chat_template_kwargs or args.system):
+        raise ValueError(
+            "the run has data.format=plain and so no chat template; omit --chat-template-kwargs and --system"
+        )
     rows = [Row("--prompt", {"prompt": text}) for text in args.prompt]
     if args.file and args.file.endswith(".txt"):
         path = find_data(args.file)
         if path is None or not path.is_file():
             raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
         try:
-            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            with path.open(encoding="utf-8-sig") as file:
+                lines = list(enumerate((line.rstrip("\n") for line in file), 1))
         except UnicodeDecodeError as error:
             raise ValueError(f"--file {args.file}: {error}; convert it to UTF-8") from error
         rows += [Row(f"{path.name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
@@ -249,11 +256,13 @@ def described(
 ) -> dict[str, Any]:
     """Return a completion as an object. name: of its adapter, "" if there are not several."""
     from jaxft.data.example import as_given
+    from jaxft.inference.sampling import without_stop
 
+    text = without_stop(new, stop)
     return {
         "prompt": as_given(prompt),
         **({"adapter": name} if name else {}),
-        "completion": tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "completion": tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         "finish": "stop" if new[-1] in stop else "length",
         "tokens": len(new),
     }

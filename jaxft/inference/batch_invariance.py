@@ -1,11 +1,15 @@
 """Batch invariance: a row's tokens do not depend on how many other rows are computed with it.
 
 Random keys belong to rows, so only rounding could make a difference: a kernel that adds in another order for
-another number of rows, which in bfloat16 now and then swaps a token for one that is about as likely. On CPUs
-equal bits need programs without YNNPACK's reductions (compiler_options), no matmuls of a single row
-(row_logits, and engine.slots_for), sums over multiples of 64 slots of keys (nn/cache.py), and blocks of
-attention that do not depend on how far a prompt is padded (nn/flash_attention.py). That no other operation
-depends on the number of rows was measured, and is tested.
+another number of rows, which in bfloat16 now and then swaps a token for one that is about as likely. On one
+CPU device that multiplies bfloat16 itself, equal bits need programs without YNNPACK's reductions
+(compiler_options), no matmuls of a single row (row_logits, and engine.slots_for), sums over multiples of 64
+slots of keys (nn/cache.py), and blocks of attention that do not depend on how far a prompt is padded
+(nn/flash_attention.py). That no other operation depends on the number of rows was measured, and is tested.
+
+In float32 this holds for up to 32 rows in progress: matmuls of 33 or more add in another order. CPUs that
+do not multiply bfloat16 have such a limit at 64 rows in bfloat16 (products.MANY_ROWS). Accelerators and
+meshes have no such promise.
 """
 
 from functools import cache

@@ -53,9 +53,9 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress; None for all. A prompt keeps its slot until its last completion
-    has ended. So if not all completions are in progress, there are slots for twice as many prompts as begin
-    together.
+    rows: the most completions in progress, but never fewer than those of a prompt; None for all. A prompt
+    keeps its slot until its last completion has ended. So if not all completions are in progress, there are
+    slots for twice as many prompts as begin together.
     For one completion in progress there is a second row, which is empty (batch_invariance.py).
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
@@ -118,10 +118,9 @@ class Engine:
         """Complete every prompt `decoding.group` times.
 
         The random key of completion i of a prompt is derived from `key`, the prompt's number (by default its
-        index) and i. So its tokens do not depend on the other prompts, nor on the sizes of the engine. On one
-        CPU device, they and their log-probs are the same to the bit (batch_invariance.py). On accelerators
-        and meshes, kernels of other shapes may round differently, which can swap a token for one that is
-        about as likely.
+        index) and i. So its tokens do not depend on the other prompts, nor on the sizes of the engine, but
+        for rounding: kernels of other shapes may add in another order, which can swap a token for one that is
+        about as likely. On which CPUs they and their log-probs are the same to the bit: batch_invariance.py.
 
         is_enough: called with the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True
         ends the completion, for stop strings. ended: called with the number of further completions that have

@@ -15,9 +15,9 @@ def generate(engine: Engine, params: Params, prompts: Sequence[Sequence[int]], k
 
     Raises ValueError for an empty prompt, and where logits are not finite.
     """
-    for i, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise ValueError(f"prompt {i} is empty; give at least one token, for example the BOS token")
+            raise ValueError(f"prompt {number} is empty; give at least one token, for example the BOS token")
     tokens = engine.complete(params, prompts, key).tokens[:, 0]
     where = nonfinite_logits(tokens)
     if where:

@@ -33,11 +33,14 @@ class ChoiceText:
             raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
         finish: str | None = progress.finish
         text, used = "", len(progress.tokens)
+        of_text = [sampled.token for sampled in progress.tokens]
+        if finish == "stop":  # the last one is a stop token
+            of_text.pop()
         if not self.stream.stops:
-            text = self.stream.add_all([sampled.token for sampled in progress.tokens])
+            text = self.stream.add_all(of_text)
         else:
-            for number, sampled in enumerate(progress.tokens, 1):
-                text += self.stream.add(sampled.token)
+            for number, token in enumerate(of_text, 1):
+                text += self.stream.add(token)
                 if self.stream.stopped:
                     used = number
                     break

@@ -1,6 +1,6 @@
 """How the next token is sampled, and prompts as padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,14 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1 or none, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, or none; got {self.top_p}")
+
+
+def without_stop(tokens: Sequence[int] | np.ndarray, stop: Collection[int]) -> list[int]:
+    """Return the tokens of a completion without the stop token at its end, which is no text of it: a
+    tokenizer leaves out special tokens by itself, but a template may end turns with any added token.
+    """
+    ended = len(tokens) > 0 and int(tokens[-1]) in stop
+    return [int(token) for token in tokens[: len(tokens) - ended]]
 
 
 def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:

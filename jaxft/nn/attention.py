@@ -5,6 +5,7 @@ keys, such as padding, returns zeros (in splash and cuDNN any finite number). G 
 key head; no kernel repeats keys and values.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,7 @@ class AttentionNeeds:
 ContextKeys = Literal["auto", "gathered", "ring"]
 # "flash" is blockwise XLA, on any device; "auto": the device's own kernel where there is one.
 AttentionKernel = Literal["auto", "flash"]
+VARIABLE = "JAXFT_ATTENTION"  # of the environment: flash, for all models of any command
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,19 @@ class AttentionSettings:
         if self.context_keys not in get_args(ContextKeys):
             known = ", ".join(get_args(ContextKeys))
             raise ValueError(f"context_keys={self.context_keys!r} is unknown; use one of {known}")
+
+
+def asked_for(settings: AttentionSettings) -> str:
+    """Return the setting that asks for `flash`, as users write it; "" if none does.
+
+    Raises ValueError for an unknown value of JAXFT_ATTENTION.
+    """
+    if settings.kernel != "auto":
+        return f"attention={settings.kernel}"
+    everywhere = os.environ.get(VARIABLE) or "auto"
+    if everywhere not in get_args(AttentionKernel):
+        raise ValueError(f"{VARIABLE}={everywhere} is unknown; use auto or flash")
+    return "" if everywhere == "auto" else f"{VARIABLE}={everywhere}"
 
 
 def kernel_for(
@@ -262,7 +277,7 @@ def chosen_kernel(
         long: Layout = "ring" if T // mesh_size("context") >= RING_LEAST else "gathered"
         layout = long if context_keys == "auto" else context_keys
         rows = replace(rows, part=True)
-    if mesh.empty or settings.kernel == "flash":
+    if asked_for(settings) or mesh.empty:
         return layout, flash
     return layout, kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
 
@@ -309,11 +324,11 @@ def attention_line(
         if present and choice({**bare, name: True})[1] is not usual
     ]
     mesh = jax.sharding.get_abstract_mesh()
-    if settings.kernel == "auto" and not mesh.empty:
+    if asked := asked_for(settings):
+        reasons.append(asked)
+    elif not mesh.empty:
         why = flash_reason(mesh.abstract_device, q_BTHE.shape[3], q_BTHE.dtype)
         reasons = [why] if why else reasons
-    if settings.kernel != "auto":
-        reasons.append(f"attention={settings.kernel}")
     if layout in ("gathered", "ring") and settings.context_keys != "auto":
         reasons.append(f"context_keys={settings.context_keys}")
     elif layout in ("gathered", "ring"):

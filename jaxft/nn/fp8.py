@@ -1,10 +1,13 @@
 """Matmuls of activations and cotangents with frozen E4M3 weights, in FP8 on devices that have such matmuls.
 
 With a scale s_x per row of x, its largest magnitude / 448, and the weight's scale s_w per output channel,
-`x @ w` is `(round(x / s_x) @ codes) * s_x * s_w`: a product of E4M3 numbers, accumulated in float32, with the
-scales applied to its result. The gradient by x is computed as if x had not been rounded (a straight-through
-estimate). There s_w is along the contracted axis, so `g * s_w` is rounded, to GRADIENT with a scale per row.
-Both roundings are half to even. Micikevicius et al. 2022 (arXiv:2209.05433) define the formats.
+`x @ w` is `(round(x / s_x) @ codes) * s_x * s_w`: a product of E4M3 numbers with the scales applied to its
+result. Emulation accumulates in float32; a device as its FP8 matmuls do, of which Hopper's keep about 14 bits
+of a sum (github.com/deepseek-ai/DeepGEMM/issues/50).
+
+The gradient by x is computed as if x had not been rounded (a straight-through estimate). There s_w is along
+the contracted axis, so `g * s_w` is rounded, to GRADIENT with a scale per row. Both roundings are half to
+even. Micikevicius et al. 2022 (arXiv:2209.05433) define the formats.
 """
 
 from typing import Any

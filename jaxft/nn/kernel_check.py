@@ -2,8 +2,8 @@
 
 A kernel that is compiled for a device may be wrong there without an error: by a bug of the compiler, of a
 vendor's library or of the kernel. So its outputs and gradients on two rows are compared once with `flash`
-in float32: rows as long as those of the run (long ones are shortened to about LONGEST_SAMPLE tokens), and in
-as many parts where mesh.context divides them.
+in float32: rows as long as those of the run (long ones are shortened, see sample_length), and in as many
+parts where mesh.context divides them.
 """
 
 from collections.abc import Callable
@@ -30,17 +30,19 @@ ONE_ROUNDING, ONE_FINE_ROUNDING = 2.0**-8, 2.0**-11
 PACKED_SAMPLE = ([(3, 0), (61, 0), (64, 0), (100, 0)], [(256, 0)])
 BRANCHED_SAMPLE = ([(3, 0), (60, 2), (65, 0), (100, 4)], [(256, 3)])
 PLAIN_SAMPLE = ([(200, 0)], [(256, 0)])
-LONGEST_SAMPLE = 4096
-LARGEST_BLOCK = 512  # of all kernels; rows of other lengths are divided into smaller blocks
+LONGEST_SAMPLE = 4608
+# Kernels divide rows into blocks of 512, 384, 256 or 128 tokens, whichever divide the row. This is a multiple
+# of all of them.
+ALL_BLOCKS = 1536
 
 
 def sample_length(length: int, parts: int = 1) -> int:
     """Return the tokens of sample rows for rows of `length` tokens in equal parts: the same number, or a
-    smaller one with the same remainder by the largest block.
+    smaller one that is divided into the same blocks.
     """
     if length <= LONGEST_SAMPLE:
         return length
-    length = LONGEST_SAMPLE + length % LARGEST_BLOCK
+    length = LONGEST_SAMPLE - ALL_BLOCKS + length % ALL_BLOCKS
     return length + -length % parts
 
 

@@ -136,8 +136,11 @@ def _rows_of(ranges: KeyRanges) -> Int[Array, "B R T"]:
     return jnp.stack(jax.tree.leaves(ranges), axis=1)
 
 
+LEAST_CONTRACTED = 16  # numbers over which Triton's matmuls of 16-bit numbers sum
+
+
 def _padded(head_dim: int) -> int:
-    return 1 << (head_dim - 1).bit_length()
+    return max(LEAST_CONTRACTED, 1 << (head_dim - 1).bit_length())
 
 
 # Parts of kernels. M queries and N keys are a block; E is the padded size of a head.

@@ -13,7 +13,7 @@ from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts
 from jaxft.inference.decode import Decoding
 from jaxft.inference.engine import Engine, compile_engine, rows_in_progress, slots_for
-from jaxft.inference.sampling import Sampling, nonfinite_logits
+from jaxft.inference.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores
@@ -69,7 +69,7 @@ class Sampler:
         lengths = (tokens >= 0).sum(1)
         ended = np.isin(tokens[np.arange(len(tokens)), lengths - 1], self.run.stop).reshape(count, group)
         texts = tuple(  # as TRL's: with the tokenizer's own setting for clean-up of spaces
-            self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
+            self.tokenizer.decode(without_stop(row[:n], self.run.stop), skip_special_tokens=True)
             for row, n in zip(tokens, lengths, strict=True)
         )
         lengths = lengths.reshape(count, group)

@@ -52,7 +52,10 @@ def check_attention(p: Programs, batch: Batch) -> list[str]:
     parts = 1 if layout == "rows" else context_parts(p.mesh)
     checked = kernel if parts == 1 else in_parts_of_rows(batch.packed, layout, layers.settings)
     name, device = attention.KERNEL_NAMES[kernel], jax.local_devices()[0].device_kind
-    remedy = "Set attention=flash to train with blockwise XLA, and report this with the output of `jaxft env`"
+    remedy = (
+        "Set attention=flash to train with blockwise XLA, or JAXFT_ATTENTION=flash in the environment for "
+        "all models of every command, and report this with the output of `jaxft env`"
+    )
     try:
         error, limit = kernel_errors(
             checked, queries, model.config.kv_heads, rows, layers.settings.softcap, parts

@@ -20,7 +20,7 @@ from jaxft.data.row_files import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.inference.decode import Decoding
 from jaxft.inference.engine import Engine, Slots, compile_engine, slots_for
-from jaxft.inference.sampling import Sampling, nonfinite_logits
+from jaxft.inference.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.nn.cache import CacheFormat
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
@@ -194,7 +194,10 @@ def sample_texts(
             f"{prompts[where[0] // how.samples].row}: the logits of token {where[1] + 1} are not finite; use "
             "--dtype float32, or check the weights of the model"
         )
-    texts = [[decode_completion(tokenizer, row[row >= 0].tolist()) for row in own] for own in sampled]
+    texts = [
+        [decode_completion(tokenizer, without_stop(row[row >= 0], loaded.stop)) for row in own]
+        for own in sampled
+    ]
     ended = np.asarray(np.isin(sampled, loaded.stop).any(-1))
     return SampledTexts(texts, (sampled >= 0).sum(-1), ended)
 

@@ -88,6 +88,11 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
                 f"a task generates with {name}={value}, which jaxft does not have; leave it out{remedy}"
             )
     sampling = Sampling(new)
+    if is_sampled and not temperature:
+        raise ValueError(
+            "a task generates with do_sample=True without a temperature; use --gen-kwargs "
+            "do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
+        )
     if temperature and is_sampled is not False:
         sampling = Sampling(new, temperature, top_k or None, top_p)
     return _Generation(sampling, tuple(dict.fromkeys(stop for stop in stops if stop)))

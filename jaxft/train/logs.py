@@ -20,6 +20,7 @@ from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
+from jaxft.train.scores import position_lines
 from jaxft.weights import pretrained
 from jaxft.weights.adapters import base_differences, left_out_notes, untying_notes
 from jaxft.weights.extend import extension_notes
@@ -162,6 +163,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     )
     lines += info.warnings
     lines += stop_lines(job.stop, info.learned_ends, job.tokenizer)
+    lines += position_lines(lead.run, job.sources[0])
     lines += early_end_lines(job)
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
     lines += untying_notes(lead.run.model, lead.run.adapter)

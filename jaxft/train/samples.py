@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxft.data.source import Prompt
 from jaxft.inference.decode import Decoding
 from jaxft.inference.engine import compile_engine, slots_for
-from jaxft.inference.sampling import NONFINITE
+from jaxft.inference.sampling import NONFINITE, without_stop
 from jaxft.runs.report import Sample
 from jaxft.tree import Params
 
@@ -110,7 +110,7 @@ def compile_sampler(
             finish = "nonfinite"
         elif row[-1] < 0 or int(row[-1]) in stop:
             finish = "stop"
-        completion = decode_completion(tokenizer, row[row >= 0].tolist())
+        completion = decode_completion(tokenizer, without_stop(row[row >= 0], stop))
         return Completed(text.prompt, completion, text.reference, finish)
 
     def complete(params: Params) -> list[Completed]:

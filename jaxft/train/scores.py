@@ -50,6 +50,18 @@ def check_scoring(run: Run, source: Source[Any]) -> None:
         )
 
 
+def position_lines(run: Run, source: Source[Any]) -> list[str]:
+    """Return a warning if completions of held-out prompts may be longer than the model's positions."""
+    limit, new = run.model.config.max_positions, run.sampling.max_new
+    longest = max((len(prompt.ids) for prompt in held_out_prompts(run, source)), default=0)
+    if longest + new <= limit:
+        return []
+    return [
+        f"warning: a held-out prompt of {longest} tokens plus sampling.max_new={new} exceeds the model's "
+        f"{limit} positions, beyond which completions are poor; lower sampling.max_new, or remove the row"
+    ]
+
+
 def make_scorer(
     scoring: Scoring, samples: int, texts: Sequence[PromptText]
 ) -> Callable[[Sequence[Completed]], Scored]:

@@ -194,11 +194,12 @@ def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
     how they are multiplied on the mesh; "" if nothing is quantised.
     """
     all_specs = param.spec_paths(stored.specs)
-    leaves = [
-        leaf_shapes(spec, stored.storage[path])
+    by_path = {
+        path: leaf_shapes(spec, stored.storage[path])
         for path, spec in all_specs.items()
         if stored.storage[path].quantised
-    ]
+    }
+    leaves = list(by_path.values())
     if not leaves:
         return ""
     sizes = [math.prod(q.shape) for q in leaves]
@@ -208,11 +209,16 @@ def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
         f"{100 * sum(sizes) / base:.0f} % of the base in {leaves[0].kind}, {mean_bits:.3f} bits a parameter"
     )
     text += ", calibrated" if any(storage.codes for storage in stored.storage.values()) else ""
-    return text if mesh is None or leaves[0].kind != "fp8" else f"{text}, {fp8_matmuls(leaves[0], mesh)}"
+    if mesh is None or leaves[0].kind != "fp8":
+        return text
+    of_layers = next((q for path, q in by_path.items() if path.startswith("base/layers/")), None)
+    if of_layers is None:
+        return f"{text}, dequantised, as only layers are multiplied in FP8"
+    return f"{text}, {fp8_matmuls(of_layers, mesh)}"
 
 
 def fp8_matmuls(q: QTensor, mesh: Mesh) -> str:
-    """State how an FP8 weight is multiplied on the devices of a mesh, and why."""
+    """State how a layer's FP8 weight is multiplied on the devices of a mesh, and why."""
     device = mesh.devices.flat[0]
     here, kind = has_fp8_matmuls(device), device.device_kind
     with jax.set_mesh(mesh):

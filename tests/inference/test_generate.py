@@ -21,6 +21,7 @@ from jaxft.inference.sampling import (
     sample,
     top_mask,
     truncate_logits,
+    without_stop,
 )
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
@@ -158,8 +159,13 @@ def test_a_stop_token_ends_its_row_only(world, greedy):
         assert row.tolist() == after + [-1] * (12 - len(after))
 
 
+def test_a_stop_token_is_no_part_of_a_text():
+    assert without_stop([4, 7, 7], (7, 9)) == [4, 7] and without_stop(np.array([7]), (7,)) == []
+    assert without_stop([7, 4], (7,)) == [7, 4] and without_stop([], (7,)) == []
+
+
 def test_an_empty_prompt_and_invalid_settings_are_refused(world):
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="prompt 2 is empty"):
         answers(world, prompts=[[1], []])
     for bad in (dict(max_new=0), dict(temperature=-0.1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
         with pytest.raises(ValueError, match=next(iter(bad))):

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers import decoders as d
 from transformers import PreTrainedTokenizerFast
 
+from jaxft.inference.generation import ChoiceText
+from jaxft.inference.scheduler import NewTokens, SampledToken
 from jaxft.inference.text_stream import LONGEST_TAIL, REPLACEMENT, TextStream, TokenDecoder, token_decoder
 
 TEXTS = st.text(st.sampled_from("ab h\u00e9\u20ac\U0001f600\n."), max_size=16)
@@ -164,6 +166,17 @@ def test_the_text_ends_before_the_first_stop_string(text, stops, kind):
     pieces.append(stream.finish())
     expected = re.split("|".join(map(re.escape, stops)), decode(tokenizer, ids))
     assert "".join(pieces) == stream.text == expected[0] and stream.stopped == (len(expected) > 1)
+
+
+@pytest.mark.parametrize("stops", [(), ("##",)])
+def test_a_stop_token_that_is_not_special_is_not_streamed(stops):
+    characters = TokenDecoder(lambda ids: "".join(map(chr, ids)))
+    tokens = tuple(SampledToken(ord(c), -0.5, ()) for c in "ab!")
+    text = ChoiceText(0, TextStream(characters, stops))
+    first, last = text.piece(NewTokens(tokens[:1])), text.piece(NewTokens(tokens[1:], "stop"))
+    assert first.text + last.text == "ab" and last.finish == "stop" and text.tokens == 3
+    alone = ChoiceText(0, TextStream(characters, stops)).piece(NewTokens(tokens, "length"))
+    assert alone.text == "ab!" and alone.finish == "length"
 
 
 def test_what_may_begin_a_stop_string_waits_for_the_next_token():

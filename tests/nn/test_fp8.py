@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_model import assert_close
+from tiny_model import CONFIG, assert_close
 
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.models.llama import llama
 from jaxft.nn import fp8, matmul, param
 from jaxft.nn.lm_head import lm_head
-from jaxft.nn.lora import Adapted
-from jaxft.nn.quant import dequantize, quantize
+from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.quant import Quant, dequantize, quantize
+from jaxft.train import partition
 from jaxft.weights import storage
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
@@ -168,3 +170,12 @@ def test_the_summary_states_how_fp8_weights_are_multiplied():
         (True, 16, "dequantised before matmuls (its scales are per block of inputs)"),
     ):
         assert storage.fp8_matmuls(replace(w, fp8_matmul=setting, block=block), mesh) == expected
+    model = llama(replace(CONFIG, tied=False))
+    for targets, ending in (
+        ("head", ", dequantised, as only layers are multiplied in FP8"),
+        ("head|layers/mlp/.*", ", multiplied in FP8, which is emulated on cpu"),
+    ):
+        parts = partition.partition_params(
+            model, Adapter(), None, Quant("fp8", targets=targets, fp8_matmul=True)
+        )
+        assert storage.quantisation_summary(parts.stored, mesh).endswith(ending)

@@ -109,8 +109,13 @@ def test_a_kernel_that_is_wrong_for_a_part_of_a_row_only_is_found(monkeypatch, l
 
 
 def test_sample_rows_are_as_long_as_those_of_the_run_and_in_as_many_parts():
-    assert [sample_length(n) for n in (64, 1000, 4096, 8192, 131072 + 128)] == [64, 1000, 4096, 4096, 4224]
+    assert [sample_length(n) for n in (64, 1000, 4096, 8192, 131072 + 128)] == [64, 1000, 4096, 3584, 3712]
     assert sample_length(6 * 1000, 6) % 6 == 0
+    for length in range(4608, 70_000, 128):  # the same largest block of 512, 384, 256 and 128
+        blocks = [
+            next(n for n in (512, 384, 256, 128) if T % n == 0) for T in (length, sample_length(length))
+        ]
+        assert blocks[0] == blocks[1] and 3072 <= sample_length(length) <= 4608
     meshes = [make_mesh(MeshShape(8 // n, context=n)) for n in (1, 4, 8)]
     assert [context_parts(mesh) for mesh in meshes] == [1, 4, 8]
     with mock.patch.object(jax, "local_devices", lambda: jax.devices()[:6]):
@@ -136,7 +141,7 @@ def test_sample_rows_have_what_kernels_are_asked_for():
     assert (np.asarray(ranges.own_start)[real] == 0).all()
 
 
-def test_a_setting_forbids_the_kernel_of_the_device_and_the_start_up_line_says_so():
+def test_a_setting_forbids_the_kernel_of_the_device_and_the_start_up_line_says_so(monkeypatch):
     mesh = AbstractMesh((1,), ("data",), abstract_device=H100)
     with jax.sharding.use_abstract_mesh(mesh):
         lines = [
@@ -145,9 +150,16 @@ def test_a_setting_forbids_the_kernel_of_the_device_and_the_start_up_line_says_s
         ]
         rows, settings = AttentionNeeds(), AttentionSettings(kernel="flash")
         assert attention.chosen_kernel(QUERIES, 2, rows, settings) == ("rows", attention.flash)
+        monkeypatch.setenv("JAXFT_ATTENTION", "flash")
+        lines.append(attention.attention_line(QUERIES, 2))
+        assert attention.chosen_kernel(QUERIES, 2, rows, AttentionSettings()) == ("rows", attention.flash)
+        monkeypatch.setenv("JAXFT_ATTENTION", "dense")
+        with pytest.raises(ValueError, match="JAXFT_ATTENTION=dense is unknown; use auto or flash"):
+            attention.chosen_kernel(QUERIES, 2, rows, AttentionSettings())
     assert lines == [
         "attention: Pallas: rows are packed",
         "attention: blockwise XLA (flash): attention=flash",
+        "attention: blockwise XLA (flash): JAXFT_ATTENTION=flash",
     ]
     with pytest.raises(ValueError, match="attention='cudnn' is unknown; use auto or flash"):
         AttentionSettings(kernel="cudnn")

@@ -235,12 +235,12 @@ def test_generated_text_equals_transformers_with_the_template_and_raw(script, wo
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = ["<s>Hello</s>", "<s>q</s>", "<s>a</s><s>b</s><s>c</s>", "<s>Sum\n\n1 2</s>", "<s>Only asked</s>"]
-    (tmp_path / "lines.txt").write_text("Hello\n\nagain\n")
+    (tmp_path / "lines.txt").write_bytes("\ufeffHello\r\n\nag\u2028ain\n".encode())
     ask = ("--model", "base", "--max-new", "8", "--dtype", "float32", "--json", "--batch", "2")
     for file, extra, expected in [
         ("rows.jsonl", (), texts),
-        ("lines.txt", (), ["<s>Hello</s>", "<s>again</s>"]),
-        ("lines.txt", ("--raw",), ["Hello", "again"]),
+        ("lines.txt", (), ["<s>Hello</s>", "<s>ag\u2028ain</s>"]),
+        ("lines.txt", ("--raw",), ["Hello", "ag\u2028ain"]),
     ]:
         code, out, _ = script("generate", "--file", tmp_path / file, *ask, *extra)
         found = prompts_of(out)

@@ -16,7 +16,7 @@ from jaxft.inference.decode import Decoding
 from jaxft.inference.sampling import Sampling
 from jaxft.train import samples
 from jaxft.train.samples import Completed, PromptText
-from jaxft.train.scores import check_scoring, held_out_prompts, make_scorer
+from jaxft.train.scores import check_scoring, held_out_prompts, make_scorer, position_lines
 from jaxft.train.settings import Run, Scoring
 
 TEXTS = [PromptText(f"question {i}", f"reference {i}") for i in range(4)]
@@ -84,6 +84,16 @@ def test_without_functions_only_the_samples_are_completed():
         assert len(held_out_prompts(run, source)) == expected
 
 
+def test_completions_beyond_the_positions_of_the_model_are_announced():
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=32))
+    source = SimpleNamespace(prompts=lambda count: [Prompt([1] * size, []) for size in (3, 17)][:count])
+    for count, new, expected in ((2, 15, []), (1, 16, []), (2, 16, ["a held-out prompt of 17 tokens plus"])):
+        run = SimpleNamespace(samples=count, scoring=Scoring(), model=model, sampling=Sampling(new))
+        lines = position_lines(run, source)
+        assert [line.removeprefix("warning: ")[: len(expected[0])] for line in lines] == expected
+        assert all("sampling.max_new=16 exceeds the model's 32 positions" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     "prompts, rollouts, message",
     [
@@ -134,6 +144,11 @@ def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
     one, two = twice[::2], twice[1::2]
     assert [x.prompt for x in one] == [x.prompt for x in two] == [x.prompt for x in whole] and one != two
     assert len({one.completion for one in whole}) > 1
+    first = int(whole[0].completion.split()[0])  # as if the chat template ended turns with it
+    ended = samples.compile_sampler(
+        Decoding(model, Sampling(max_new=4), (first,)), prompts, tokenizer, shapes
+    )
+    assert ended(params)[0][1:] == ("", "1 2", "stop")
 
 
 def test_a_run_logs_scores_in_its_files_and_last_lines_and_evaluate_has_the_same(
