@@ -1,6 +1,8 @@
 """Computing on parts of host arrays in several threads."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextvars import copy_context
@@ -37,4 +39,16 @@ def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> l
         finally:
             for call in calls:
                 call.cancel()
+    return_freed_memory()
     return [call.result() for call in calls]
+
+
+def return_freed_memory() -> None:
+    """Return memory that has been freed to the system, where the C library is glibc.
+
+    It gives each thread a heap of its own and keeps what a thread has freed there, although the thread has
+    ended: 45 MB of two threads that quantise to 4 bits.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
