@@ -65,7 +65,7 @@ def test_responses_are_those_of_each_model_and_become_turns(scheduler):
         adapter = chat.models[name].adapter
         request = tiny.TokenRequest(chat.prompt(name), Sampling(10), stop=tiny.STOP, adapter=adapter)
         expected = tiny.complete(scheduler, [request])[0].ids
-        assert text == tiny.TOKENIZER.decode(expected, skip_special_tokens=True)
+        assert text == tiny.text_of(expected)
         assert text == "".join(piece.text for who, piece in pieces if who == name)
     chat.turns[0].responses.update(texts)
     assert texts["base"] != texts["terse"]

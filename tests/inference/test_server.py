@@ -38,7 +38,7 @@ def expected_text(scheduler, seed, adapter=0, prompt=None, **options):
     request = tiny.TokenRequest(
         ids, Sampling(**{"max_new": 12, **options}), seed, stop=tiny.STOP, adapter=adapter
     )
-    return tiny.TOKENIZER.decode(tiny.complete(scheduler, [request])[0].ids, skip_special_tokens=True)
+    return tiny.text_of(tiny.complete(scheduler, [request])[0].ids)
 
 
 def test_a_chat_completion_streamed_and_whole_is_that_of_the_seed(running):

@@ -125,6 +125,11 @@ def request(prompt, seed=0, **options):
     return TokenRequest(tuple(prompt), sampling, seed, stop=STOP)
 
 
+def text_of(ids):
+    """The text of a completion: no stop token at its end, and no special tokens."""
+    return TOKENIZER.decode(ids[: len(ids) - (ids[-1] in STOP)], skip_special_tokens=True)
+
+
 class Collected:
     """What the scheduler delivers to one request."""
 
