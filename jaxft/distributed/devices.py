@@ -1,6 +1,5 @@
 """Peak matmul rates of a device, for MFU and plans, and its memory use."""
 
-import ctypes
 import re
 import resource
 import sys
@@ -107,9 +106,3 @@ def memory_gib(device: Any) -> float:
         return stats["peak_bytes_in_use"] / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def trim_heap() -> None:
-    """Return freed heap memory, about 0.2 GiB after a compilation, to the system (glibc only)."""
-    if hasattr(ctypes.pythonapi, "malloc_trim"):
-        ctypes.pythonapi.malloc_trim(0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft.distributed import devices, sharding, xla_flags
+from jaxft.distributed import devices, sharding, threads, xla_flags
 from jaxft.plan import hlo, memory, traffic
 from jaxft.plan.flops import Flops, flops
 from jaxft.plan.machines import Machine
@@ -128,7 +128,7 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
             seconds = time.perf_counter() - begin
             return _oom_plan(common, resident, needed, (seconds, str(error)))
         seconds = time.perf_counter() - begin
-    devices.trim_heap()
+    threads.trim_heap()
     return _compiled_plan(common, resident, compiled, machine, (seconds, bool(hits)))
 
 

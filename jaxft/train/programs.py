@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxft.batch import TrainState
 from jaxft.data.source import Dataset
-from jaxft.distributed import devices, sharding
+from jaxft.distributed import sharding, threads
 from jaxft.models import families
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
@@ -248,7 +248,7 @@ def compile_step(p: Programs, *batches: Batch) -> TrainStep:
         batch.ids.shape: p.train_step.lower(p.state, p.frozen, sharded_batch(p, batch)).compile()
         for batch in batches
     }
-    devices.trim_heap()
+    threads.trim_heap()
     if len(compiled) == 1:
         return next(iter(compiled.values()))
     return lambda state, frozen, batch: compiled[batch.ids.shape](state, frozen, batch)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.distributed import devices, sharding
+from jaxft.distributed import sharding, threads
 from jaxft.inference.decode import Decoding
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
@@ -52,7 +52,7 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
         last_loss = partial(losses_of_batch, of_rows, job.sources[0].shapes[-1])
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
     general = compile_sweep_eval(texts, job, shared, job.general)
-    devices.trim_heap()
+    threads.trim_heap()
 
     def joint_step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
         return compiled(states, shared, sharding.shard_batch(p.mesh, batch))

@@ -114,12 +114,12 @@ class Resident:
 
     def reset(self) -> int:
         """Wait until XLA has freed the buffers of the last step, reset the peak, and return it."""
-        from jaxft.distributed import devices
+        from jaxft.distributed import threads
 
         least, since = self.now(), time.monotonic()
         while time.monotonic() - since < 0.5:  # until it has not shrunk for half a second
             time.sleep(0.02)
-            devices.trim_heap()
+            threads.trim_heap()
             if (size := self.now()) < 0.999 * least:
                 least, since = size, time.monotonic()
         self.peak = self.now()
