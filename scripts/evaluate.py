@@ -98,7 +98,6 @@ def arguments() -> argparse.Namespace:
 
     parser = make_parser()
     args = parser.parse_args()
-    check_weights_options(parser, args)
     if not (args.run or args.model or args.adapter):
         parser.error("nothing to evaluate; use --run, --model or --adapter")
     if args.tasks is not None and (args.by or args.regex is not None):
@@ -119,6 +118,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{option} applies only to {' and '.join(ways)}; remove it, or {remedy}")
         if not given:
             setattr(args, name, default)
+    check_weights_options(parser, args)
     least = {"samples": 1, "limit": 1, "max_length": 1, "num_fewshot": 0}
     for name, value in least.items():
         if vars(args)[name] is not None and vars(args)[name] < value:

@@ -50,7 +50,10 @@ class SampledToken(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """New tokens of a request, and why it ended, None while it goes on. error: what failed."""
+    """New tokens of a request, and why it ended, None while it goes on. error: what failed.
+
+    If it ended with "stop", the last token is the stop token.
+    """
 
     tokens: tuple[SampledToken, ...] = ()
     finish: Finish | None = None

@@ -48,7 +48,7 @@ class ScriptedScheduler:
             for at in range(0, len(ids), 2):
                 deliver(NewTokens(tuple(SampledToken(token, -1.0) for token in ids[at : at + 2])))
             if not own.endswith("..."):
-                deliver(NewTokens((), "stop"))
+                deliver(NewTokens((SampledToken(tiny.STOP[0], -1.0),), "stop"))
         return [Ticket(*one) for one in requests]
 
 

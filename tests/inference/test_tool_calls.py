@@ -51,7 +51,7 @@ def test_the_calls_that_a_template_renders_are_parsed_again(family):
     model = ServedModel("m", tokenizer, (), len(tokenizer), tools=format)
     for size in (1, 4):
         (choice,) = choice_texts(model, ChoiceSettings(Sampling(999), 0, (), 1, None), 1, True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         parts = [ids[at : at + size] for at in range(0, len(ids), size)]
         pieces = [
             choice.piece(
@@ -157,7 +157,7 @@ def test_without_tools_the_same_completion_is_text():
     text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     ids = tiny.TOKENIZER(text, add_special_tokens=False).input_ids
     (choice,) = choice_texts(model, ChoiceSettings(Sampling(99), 0, (), 1, None), 1)
-    piece = choice.piece(NewTokens(tuple(SampledToken(i, 0.0) for i in ids), "stop"))
+    piece = choice.piece(NewTokens(tuple(SampledToken(i, 0.0) for i in [*ids, tiny.STOP[0]]), "stop"))
     assert (piece.text, piece.calls, piece.finish) == (text, (), "stop")
 
 
@@ -185,7 +185,7 @@ def running():
 
 def scripted(running, monkeypatch, text):
     """Deliver `text` in blocks of 3 tokens, in place of sampled tokens."""
-    ids = tiny.TOKENIZER(text, add_special_tokens=False).input_ids
+    ids = [*tiny.TOKENIZER(text, add_special_tokens=False).input_ids, tiny.STOP[0]]
     parts = [ids[at : at + 3] for at in range(0, len(ids), 3)]
 
     def submit(requests):

@@ -159,7 +159,8 @@ def test_options_that_a_way_does_not_have_are_refused_and_the_others_have_their_
         for name, (default, ways) in script.OPTIONS.items():
             flag = f"--{name.replace('_', '-')}"
             given = [flag] if default is False else [flag, VALUES.get(name, "2")]
-            given += ["--temperature", "1"] if name == "samples" and way in ways else []
+            sampled = name in ("samples", "top_k", "top_p") and way in ways
+            given += ["--temperature", "1"] if sampled else []
             where = [] if "--run" in extra else ["--model", "m"]
             monkeypatch.setattr("sys.argv", ["evaluate", *where, *extra.split(), *given])
             if way not in ways:
