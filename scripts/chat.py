@@ -165,7 +165,6 @@ def main() -> int:
     from jaxft.inference.scheduler import Scheduler
     from jaxft.runs import cli, served
 
-    cli.check_sampling_options(parser, args)
     if args.seed is not None:
         check_seed(args.seed, "--seed")
     Sampling(1, args.temperature, args.top_k, args.top_p)  # errors before anything is loaded

@@ -25,7 +25,8 @@ def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> l
 
     For NumPy code: NumPy releases Python's lock while it computes on an array. After an error no further call
     begins, and once those that have begun are done, the first error in the order of the items is raised. The
-    caller's context variables, such as NumPy's error state, have their values in fn.
+    caller's context variables, such as NumPy's error state, have their values in fn. What the threads have
+    freed is returned to the system.
     """
     items = list(items)
     threads = min(cores(), MOST_THREADS, len(items))

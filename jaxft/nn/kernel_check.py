@@ -8,6 +8,7 @@ parts where mesh.context divides them.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -31,19 +32,26 @@ PACKED_SAMPLE = ([(3, 0), (61, 0), (64, 0), (100, 0)], [(256, 0)])
 BRANCHED_SAMPLE = ([(3, 0), (60, 2), (65, 0), (100, 4)], [(256, 3)])
 PLAIN_SAMPLE = ([(200, 0)], [(256, 0)])
 LONGEST_SAMPLE = 4608
-# Kernels divide rows into blocks of 512, 384, 256 or 128 tokens, whichever divide the row. This is a multiple
-# of all of them.
-ALL_BLOCKS = 1536
+# Kernels divide rows, or their parts on each device, into blocks of the first of these that divides them.
+BLOCK_SIZES = (512, 384, 256, 128)
 
 
 def sample_length(length: int, parts: int = 1) -> int:
-    """Return the tokens of sample rows for rows of `length` tokens in equal parts: the same number, or a
-    smaller one that is divided into the same blocks.
+    """Return the tokens of sample rows for rows of `length` tokens in equal parts: the same number, or one of
+    at most LONGEST_SAMPLE. Such rows and their parts are divided into the same blocks as long ones if so many
+    parts can be (up to 8 always can), else their parts have at least the same remainder by 128.
     """
     if length <= LONGEST_SAMPLE:
         return length
-    length = LONGEST_SAMPLE - ALL_BLOCKS + length % ALL_BLOCKS
-    return length + -length % parts
+
+    def layout(part: int) -> tuple[int | None, ...]:
+        first = (next((n for n in BLOCK_SIZES if size % n == 0), None) for size in (part, part * parts))
+        return part % BLOCK_SIZES[-1], *first
+
+    long, sizes = layout(length // parts), range(LONGEST_SAMPLE // parts, 0, -1)
+    alike = (size for size in sizes if layout(size) == long)
+    remainder = (size for size in sizes if layout(size)[0] == long[0])
+    return parts * next(chain(alike, remainder, sizes))
 
 
 def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges, np.ndarray]:

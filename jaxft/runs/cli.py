@@ -66,17 +66,12 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error where --run is given together with --model or --adapter, --batch is too small, or
-    options of sampling don't go together.
+    --top-k or --top-p is given without a temperature.
     """
     if args.run and (args.model or args.adapter):
         parser.error("--run sets model and adapter; omit --model and --adapter")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
-    check_sampling_options(parser, args)
-
-
-def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error where --top-k or --top-p is given without a temperature."""
     for name in ("top_k", "top_p"):
         if vars(args)[name] is not None and not args.temperature:
             parser.error(

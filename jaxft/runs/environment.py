@@ -13,6 +13,7 @@ import jax
 from jaxft import __version__
 from jaxft.data.shipped import ROOT
 from jaxft.distributed import xla_flags
+from jaxft.nn import attention
 
 # Libraries whose version may change numbers, tokens or files. Those that are not installed are left out.
 LIBRARIES = (
@@ -26,6 +27,7 @@ FLAGS = (
     "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE",
     "JAX_OPTIMIZATION_LEVEL", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT",
     xla_flags.TUNABLES, xla_flags.FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION", xla_flags.SWITCH,
+    attention.VARIABLE,
 )  # fmt: skip
 COMPARED = ("python", "packages", "flags", "devices", "processes", "attention", "commit")
 

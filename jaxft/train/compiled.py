@@ -83,7 +83,8 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
     prompts = scores.held_out_prompts(run, source)
     complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
-    score = scores.make_scorer(run.scoring, run.samples, samples.prompt_texts(prompts, job.tokenizer))
+    texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
+    score = scores.make_scorer(run.scoring, run.samples, texts)
     train_step = compile_step(p, *source.shapes)
 
     def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:

@@ -4,6 +4,7 @@ continuations, completions.
 Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
 are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
 states nothing but end tokens: transformers' generate applies all of that file, jaxft reads its end tokens.
+An end token that is not special is left out of a completion's text, where that backend leaves it in.
 lm_eval is an extra and is imported inside functions only.
 """
 
@@ -19,7 +20,7 @@ from jaxft.data.template import REJECTIONS, render_messages, template_of
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.inference.decode import Decoding
 from jaxft.inference.engine import Engine, compile_engine, slots_for
-from jaxft.inference.sampling import Sampling, nonfinite_logits
+from jaxft.inference.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.nn.cache import CacheFormat
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.train.token_scores import Continuation, make_token_scorer
@@ -90,7 +91,7 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
     sampling = Sampling(new)
     if is_sampled and not temperature:
         raise ValueError(
-            "a task generates with do_sample=True without a temperature; use --gen-kwargs "
+            "a task generates with do_sample=True and temperature 0 or none; use --gen-kwargs "
             "do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
         )
     if temperature and is_sampled is not False:
@@ -234,7 +235,10 @@ class HarnessBackend:
                 f"the logits after {contexts[where[0]][-60:]!r} are not finite; use --dtype float32, or "
                 "check the weights of the model"
             )
-        return [before_stops(self._text(row[row >= 0].tolist()), generation.stops) for row in sampled]
+        return [
+            before_stops(self._text(without_stop(row[row >= 0], loaded.stop)), generation.stops)
+            for row in sampled
+        ]
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

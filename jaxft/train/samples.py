@@ -1,7 +1,7 @@
 """Completions of held-out prompts before and after training, as text."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -76,15 +76,20 @@ def decode_completion(tokenizer: Any, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
-def prompt_texts(prompts: list[Prompt], tokenizer: Any) -> list[PromptText]:
-    """Return held-out prompts as text: the user's last message or, where none is found, the whole prompt."""
+def prompt_texts(prompts: list[Prompt], tokenizer: Any, stop: Collection[int]) -> list[PromptText]:
+    """Return held-out prompts as text: the user's last message or, where none is found, the whole prompt.
+    Responses are read as completions are, without the stop token at their end.
+    """
     last_turn = make_last_turn(tokenizer)
 
     def decode(tokens: list[int]) -> str:
         return decode_completion(tokenizer, tokens)
 
     return [
-        PromptText(last_turn(tokenizer.decode(p.ids)) or decode(p.ids), decode(p.response)) for p in prompts
+        PromptText(
+            last_turn(tokenizer.decode(p.ids)) or decode(p.ids), decode(without_stop(p.response, stop))
+        )
+        for p in prompts
     ]
 
 
@@ -102,7 +107,7 @@ def compile_sampler(
     ids, stop = [prompt.ids for prompt in prompts], decoding.stop
     slots = slots_for(len(prompts), decoding.group, max(map(len, ids)), PROMPTS_AT_ONCE)
     engine = compile_engine(decoding, params, slots, mesh)
-    texts = prompt_texts(prompts, tokenizer)
+    texts = prompt_texts(prompts, tokenizer, stop)
 
     def completed(text: PromptText, row: np.ndarray) -> Completed:
         finish: Literal["stop", "length", "nonfinite"] = "length"

@@ -53,8 +53,9 @@ def check_scoring(run: Run, source: Source[Any]) -> None:
 def position_lines(run: Run, source: Source[Any]) -> list[str]:
     """Return a warning if completions of held-out prompts may be longer than the model's positions."""
     limit, new = run.model.config.max_positions, run.sampling.max_new
-    longest = max((len(prompt.ids) for prompt in held_out_prompts(run, source)), default=0)
-    if longest + new <= limit:
+    sizes = [len(prompt.ids) for prompt in held_out_prompts(run, source)]
+    longest = max(sizes, default=0)
+    if not sizes or longest + new <= limit:
         return []
     return [
         f"warning: a held-out prompt of {longest} tokens plus sampling.max_new={new} exceeds the model's "

@@ -144,7 +144,8 @@ def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States],
     once per rank.
     """
     run, prompts = job.lead.run, scores.held_out_prompts(job.lead.run, job.sources[0])
-    score = scores.make_scorer(run.scoring, run.samples, samples.prompt_texts(prompts, job.tokenizer))
+    texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
+    score = scores.make_scorer(run.scoring, run.samples, texts)
     by_shape: dict[str, Callable[[Params], list[samples.Completed]]] = {}
     complete = []
     for member in job.members:

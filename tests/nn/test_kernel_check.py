@@ -109,13 +109,17 @@ def test_a_kernel_that_is_wrong_for_a_part_of_a_row_only_is_found(monkeypatch, l
 
 
 def test_sample_rows_are_as_long_as_those_of_the_run_and_in_as_many_parts():
-    assert [sample_length(n) for n in (64, 1000, 4096, 8192, 131072 + 128)] == [64, 1000, 4096, 3584, 3712]
-    assert sample_length(6 * 1000, 6) % 6 == 0
-    for length in range(4608, 70_000, 128):  # the same largest block of 512, 384, 256 and 128
-        blocks = [
-            next(n for n in (512, 384, 256, 128) if T % n == 0) for T in (length, sample_length(length))
-        ]
-        assert blocks[0] == blocks[1] and 3072 <= sample_length(length) <= 4608
+    assert [sample_length(n) for n in (64, 1000, 4096, 8192, 131072 + 128)] == [64, 1000, 4096, 4608, 4480]
+    assert [sample_length(n, 8) for n in (8192, 131072, 8 * 1000)] == [4096, 4096, 8 * (4 * 128 - 24)]
+    for parts in range(1, 9):
+        for part in range(4608 // parts // 128 * 128 + 128, 20_000, 128):
+            sample = sample_length(part * parts, parts)
+            for long, short in ((part, sample // parts), (part * parts, sample)):
+                largest = [next(n for n in (512, 384, 256, 128) if T % n == 0) for T in (long, short)]
+                assert largest[0] == largest[1], (parts, part)
+            assert sample % parts == 0 and 1024 <= sample <= 4608
+    for parts in (16, 32, 64):
+        assert sample_length(parts * 1024, parts) % (parts * 128 if parts <= 32 else parts) == 0
     meshes = [make_mesh(MeshShape(8 // n, context=n)) for n in (1, 4, 8)]
     assert [context_parts(mesh) for mesh in meshes] == [1, 4, 8]
     with mock.patch.object(jax, "local_devices", lambda: jax.devices()[:6]):

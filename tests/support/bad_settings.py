@@ -124,7 +124,6 @@ COMMANDS = [
     ("generate --model MODEL --prompt x --temperature 1 --top-k 0", "top_k"),
     ("generate --model MODEL --prompt x --top-p 0.9", "--top-p has no effect on greedy completions"),
     ("evaluate --model MODEL --file x --by number --top-k 5", "--top-k has no effect on greedy completions"),
-    ("chat --model MODEL --top-k 5", "--top-k has no effect on greedy completions"),
     ("generate --model MODEL --prompt x --columns prompt=q", "--columns renames columns of a --file"),
     ("generate --model MODEL --file x.txt --columns prompt=q", "--columns renames columns of a --file"),
     ("generate --model MODEL --prompt x --adapter missing", "expected a PEFT adapter"),

@@ -292,12 +292,13 @@ def test_log_probabilities_are_those_of_transformers(place, loaded):
 def test_completions_are_transformers_up_to_the_first_stop_string(place, loaded):
     backend, tokenizer = HarnessBackend(loaded, HarnessSettings(length=LENGTH, batch=3)), loaded.tokenizer
     contexts = ["The rank is", "0123456789" * 9, "12", "", "Is it?"]
-    complete = []
+    complete, tokens = [], []
     for context in contexts:
         ids = (tokenizer(context).input_ids or [256])[-(LENGTH - 24) :]
         with torch.no_grad():
             new = place[1].generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=257)
-        complete.append(tokenizer.decode(new[0, len(ids) :], skip_special_tokens=True))
+        tokens.append(new[0, len(ids) :].tolist())
+        complete.append(tokenizer.decode(tokens[-1], skip_special_tokens=True))
     given = {"max_gen_toks": 24, "until": []}
     assert backend.completions([(context, given) for context in contexts]) == complete
     stop = complete[0][3:5]
@@ -305,6 +306,10 @@ def test_completions_are_transformers_up_to_the_first_stop_string(place, loaded)
     assert 0 < len(expected[0]) < len(complete[0])
     assert backend.completions([(context, {**given, "until": stop}) for context in contexts]) == expected
     assert "2 requests are longer than the 80 tokens" in backend.notes()[0]  # one of each call
+    end = next(token for token in tokens[0][1:] if token != tokens[0][0])  # ends turns
+    ended = HarnessBackend(loaded._replace(stop=(end,)), HarnessSettings(length=LENGTH, batch=3))
+    expected = tokenizer.decode(tokens[0][: tokens[0].index(end)], skip_special_tokens=True)
+    assert ended.completions([(contexts[0], given)]) == [expected] != [""]
 
 
 def test_penalties_of_the_model_are_a_warning_and_arguments_are_checked_before_requests(loaded, tmp_path):

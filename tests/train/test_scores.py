@@ -87,7 +87,8 @@ def test_without_functions_only_the_samples_are_completed():
 def test_completions_beyond_the_positions_of_the_model_are_announced():
     model = SimpleNamespace(config=SimpleNamespace(max_positions=32))
     source = SimpleNamespace(prompts=lambda count: [Prompt([1] * size, []) for size in (3, 17)][:count])
-    for count, new, expected in ((2, 15, []), (1, 16, []), (2, 16, ["a held-out prompt of 17 tokens plus"])):
+    longest = "a held-out prompt of 17 tokens plus"
+    for count, new, expected in ((2, 15, []), (1, 16, []), (2, 16, [longest]), (0, 99, [])):
         run = SimpleNamespace(samples=count, scoring=Scoring(), model=model, sampling=Sampling(new))
         lines = position_lines(run, source)
         assert [line.removeprefix("warning: ")[: len(expected[0])] for line in lines] == expected
@@ -130,7 +131,7 @@ def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
     model, params = tiny(jnp.float32)
     rng = np.random.default_rng(0)
     prompts = [
-        Prompt(rng.integers(1, CONFIG.vocab, size).tolist(), [1, 2]) for size in (3, 70, 5, 9, 4)
+        Prompt(rng.integers(1, CONFIG.vocab, size).tolist(), [1, 2, 7]) for size in (3, 70, 5, 9, 4)
     ]  # the second one is longer than a bucket
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
     decoding = Decoding(model, Sampling(max_new=4), (7,))
@@ -148,7 +149,8 @@ def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
     ended = samples.compile_sampler(
         Decoding(model, Sampling(max_new=4), (first,)), prompts, tokenizer, shapes
     )
-    assert ended(params)[0][1:] == ("", "1 2", "stop")
+    assert ended(params)[0][1:] == ("", "1 2 7", "stop")
+    assert {one.reference for one in whole} == {"1 2"}  # a row's response ends with the stop token, too
 
 
 def test_a_run_logs_scores_in_its_files_and_last_lines_and_evaluate_has_the_same(
