@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_adapters(parser)
     parser.add_argument("--file", help="rows or pairs (default: the held-out file of the run)")
     parser.add_argument("--columns", help="renames columns, as data.columns: prompt=question")
-    parser.add_argument("--batch", type=int, default=8, help="rows at a time (default: 8 or --samples)")
+    parser.add_argument("--batch", type=int, default=8, help="rows at a time (default 8), or --samples")
     add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
     parser.add_argument(
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
     group.add_argument("--top-p", type=float, help="sample from the most likely tokens of this probability")
     group.add_argument("--seed", type=int, help="random seed of sampling (default 0)")
-    group.add_argument("--limit", type=int, help="score the first LIMIT rows only, of each task")
+    group.add_argument("--limit", type=int, help="use the first LIMIT rows only, or examples of a task")
     group = parser.add_argument_group(
         "tasks of lm-evaluation-harness, which also have --max-length and --limit"
     )

@@ -23,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = CommandParser(__doc__)
     parser.add_argument("base", help="the model that the adapter will be used on")
-    parser.add_argument("tuned", help="the model that it turns it into")
+    parser.add_argument("tuned", help="the fine-tuned model")
     parser.add_argument("--rank", type=int, required=True, help="rank of every pair")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--targets", default="all-linear", help="module names, as adapter.targets")
