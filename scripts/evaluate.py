@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_adapters(parser)
     parser.add_argument("--file", help="rows or pairs (default: the held-out file of the run)")
     parser.add_argument("--columns", help="renames columns, as data.columns: prompt=question")
-    parser.add_argument("--batch", type=int, default=8, help="rows at a time (default 8), or --samples")
+    parser.add_argument("--batch", type=int, default=8, help="rows at a time (default 8; --samples if more)")
     add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
     parser.add_argument(
