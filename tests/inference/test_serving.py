@@ -102,10 +102,10 @@ def test_a_completion_does_not_depend_on_the_other_rows_and_nothing_is_compiled(
     assert {len(ids) for ids in alone} >= {1, 2, 3} and len({tuple(ids[:4]) for ids in alone}) > 20
 
 
-def model_logps(dtype, prompt, ids):
-    """Log-probs [N, V] before each token of a completion with the adapter "terse", by the model alone."""
-    model = adapted(llama(tiny.MODEL.config, dtype), tiny.ADAPTERS["terse"])
-    params = {"base": tiny.base(), "adapter": tiny.adapter("terse")}
+def model_logps(dtype, prompt, ids, name="terse"):
+    """Log-probs [N, V] before each token of a completion with an adapter, by the model alone."""
+    model = adapted(llama(tiny.MODEL.config, dtype), tiny.ADAPTERS[name])
+    params = {"base": tiny.base(), "adapter": tiny.adapter(name)}
     params = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, params)
     row = serve_programs.left_pad([prompt + ids], 1, 128)
     logits = jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, row)))(params)
@@ -115,9 +115,10 @@ def model_logps(dtype, prompt, ids):
 def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(scheduler):
     """Within three times the model's rounding: exact is float64, and cached keys are added in another order.
 
-    Weights are so large that rounding in float32 alone changes single log-probs by 2e-4.
+    Weights are so large that rounding in float32 alone changes single log-probs by 7e-4 on some CPUs; another
+    adapter changes those of every token by several nats.
     """
-    ours, rounding = [], []
+    ours, rounding, changed = [], [], []
     for prompt in PROMPTS[:4] + PROMPTS[5:]:
         request = tiny.TokenRequest(tuple(prompt), Sampling(10), adapter=2, top=True)
         again = tiny.TokenRequest(tuple(prompt), Sampling(10, 1.5, 1), seed=9, adapter=2)
@@ -126,14 +127,16 @@ def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(sc
         rounded = model_logps(jnp.float32, prompt, found.ids)
         with jax.enable_x64(True):
             exact = model_logps(jnp.float64, prompt, found.ids)
+            other = model_logps(jnp.float64, prompt, found.ids, "polite")
         for i, token in enumerate(found.tokens):
             order = np.argsort(-exact[i], kind="stable")[:20]
             assert token.token == order[0] == token.top[0][0] and len(token.top) == 20
             assert token.logp == token.top[0][1]
             ours.append([logp for _, logp in token.top] - exact[i, order])
             rounding.append((rounded - exact)[i, order])
+            changed.append(np.abs(other - exact)[i, order].max())
     assert np.square(ours).mean() < 3**2 * np.square(rounding).mean() < 3**2 * 1e-4**2
-    assert np.abs(ours).max() < 3 * np.abs(rounding).max() < 1e-3
+    assert np.abs(ours).max() < 3 * np.abs(rounding).max() < 1e-3 * min(changed)
 
 
 def test_rows_are_sampled_as_each_alone():
