@@ -55,7 +55,8 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 
     rows: the most completions in progress, but never fewer than those of a prompt; None for all. A prompt
     keeps its slot until its last completion has ended. So if not all completions are in progress, there are
-    slots for twice as many prompts as begin together.
+    slots for twice as many prompts as rows have room for. At most a quarter of the rows is refilled at a time,
+    because rows are idle until so many have ended.
     For one completion in progress there is a second row, which is empty (batch_invariance.py).
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
@@ -63,7 +64,10 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
     at_once = most // group
     kept = at_once if group == 1 else min(prompts, 2 * at_once)
     calls = -(-at_once // PREFILLED_TOGETHER)
-    return Slots(max(most, MIN_MATMUL_ROWS), kept, -(-longest // BUCKET) * BUCKET, -(-at_once // calls))
+    together = -(-at_once // calls)
+    if at_once < prompts:
+        together = min(together, max(at_once // 4, 1))
+    return Slots(max(most, MIN_MATMUL_ROWS), kept, -(-longest // BUCKET) * BUCKET, together)
 
 
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:

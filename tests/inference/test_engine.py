@@ -158,6 +158,29 @@ def test_short_prompts_are_not_padded_to_the_longest(world, monkeypatch):
     np.testing.assert_array_equal(plain.complete(world[1], prompts, KEY).tokens, found.tokens)
 
 
+@pytest.mark.parametrize(("group", "rows"), [(1, 4), (1, 8), (4, 16)])
+def test_rows_that_ended_take_waiting_prompts_before_the_others_end(world, group, rows):
+    """Steps of decoding are far fewer than if all rows waited for the longest of them."""
+    sampling, count = Sampling(max_new=64, temperature=1.0), 6 * rows // group
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    engine, steps = engine_of(world, sampling, STOP, rows, 64, group, count), []
+
+    def counted(run):
+        def counting(params, state, limits):
+            before = np.array(state.counts)
+            after = run(params, state, limits)
+            steps.append(int((np.array(after.counts) - before).max()))
+            return after
+
+        return counting
+
+    spied = replace(engine, decode={name: counted(run) for name, run in engine.decode.items()})
+    lengths = (spied.complete(world[1], prompts, KEY).tokens >= 0).sum(-1)
+    waiting = sum(part.max() - 1 for part in np.array_split(lengths.ravel(), 6))
+    work = (lengths - 1).sum() / rows  # if every row were in use all the time
+    assert work <= sum(steps) < 0.7 * waiting, (work, sum(steps), waiting)
+
+
 def test_on_accelerators_rows_that_ended_leave_by_default(monkeypatch):
     """Prompts wait for rows of an engine, or its programs for fewer rows run."""
     mesh = make_mesh(MeshShape(data=8))
@@ -202,7 +225,8 @@ def test_a_quantised_cache_changes_log_probs_a_little(world):
 def test_sizes():
     assert engines.slots_for(8, 8, 1000) == engines.Slots(64, 8, 1024, 8)
     assert engines.slots_for(96, 1, 70, 32) == engines.Slots(32, 32, 128, 8)
-    assert engines.slots_for(10, 4, 64, 18) == engines.Slots(16, 8, 64, 4)
+    assert engines.slots_for(96, 1, 70, 8) == engines.Slots(8, 8, 128, 2)
+    assert engines.slots_for(10, 4, 64, 18) == engines.Slots(16, 8, 64, 1)
     assert engines.slots_for(2, 8, 1, 3) == engines.Slots(8, 2, 64, 1)
     assert engines.slots_for(10, 1, 64) == engines.Slots(10, 10, 64, 5)
     assert engines.read_levels(16) == [16] and engines.read_levels(128) == [64, 128]
