@@ -55,8 +55,8 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 
     rows: the most completions in progress, but never fewer than those of a prompt; None for all. A prompt
     keeps its slot until its last completion has ended. So if not all completions are in progress, there are
-    slots for twice as many prompts as rows have room for. At most a quarter of the rows is refilled at a time,
-    because rows are idle until so many have ended.
+    slots for twice as many prompts as rows have room for. At most a quarter of the rows is refilled at a
+    time, because rows are idle until so many have ended.
     For one completion in progress there is a second row, which is empty (batch_invariance.py).
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)

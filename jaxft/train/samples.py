@@ -15,7 +15,7 @@ from jaxft.inference.sampling import NONFINITE, without_stop
 from jaxft.runs.report import Sample
 from jaxft.tree import Params
 
-PROMPTS_AT_ONCE = 32  # prompts that are completed together
+COMPLETIONS_AT_ONCE = 32  # that are in progress
 
 
 class PromptText(NamedTuple):
@@ -99,13 +99,13 @@ def compile_sampler(
     """Return `complete(params)`: each prompt with the model's completion and the row's response, as text;
     with `decoding.group` completions, one after the other.
 
-    Compiled once for `params`, the shapes of the parameters. At most PROMPTS_AT_ONCE prompts are completed at
-    the same time. mesh: None for a single device.
+    Compiled once for `params`, the shapes of the parameters. At most COMPLETIONS_AT_ONCE completions, or
+    those of one prompt, are in progress at the same time. mesh: None for a single device.
     """
     if not prompts:
         return lambda params: []
     ids, stop = [prompt.ids for prompt in prompts], decoding.stop
-    slots = slots_for(len(prompts), decoding.group, max(map(len, ids)), PROMPTS_AT_ONCE)
+    slots = slots_for(len(prompts), decoding.group, max(map(len, ids)), COMPLETIONS_AT_ONCE)
     engine = compile_engine(decoding, params, slots, mesh)
     texts = prompt_texts(prompts, tokenizer, stop)
 

@@ -7,9 +7,10 @@
 Every case runs in a separate process. Rows are random text of a byte-level tokenizer, packed to 4096 tokens
 ("16k": to 16,384). `mfu` counts 4 FLOPs per token and weight (without the embedding table) for adapters, and
 6 for full training. `peak_gib` is measured by the device, `compiled_gib` planned by the compiler for the
-train step. `kernels` are the three slowest kernels of a profiled step. Pairs named after a data set have
-lengths like its rows (see PROFILES), with a prompt once for both responses or (`plain`) before each;
-pairs_per_second compares the two.
+train step. `kernels` are the three slowest kernels of a profiled step. Generation completes each of
+32 prompts 8 times at temperature 1, 64 completions at a time; they have about 63 tokens in the mean, at most
+256. Pairs named after a data set have lengths like its rows (see PROFILES), with a prompt once for both
+responses or (`plain`) before each; pairs_per_second compares the two.
 """
 
 import argparse
@@ -42,7 +43,7 @@ PROFILES = {"ultrafeedback": (185, 305), "metamath": (450, 160)}
 @dataclass(frozen=True)
 class Case:
     """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step, of
-    a profile: pairs. layout: of pairs. length: tokens of a row.
+    a profile: pairs, of generation: completions in progress. layout: of pairs. length: tokens of a row.
     """
 
     preset: str
@@ -75,12 +76,12 @@ CASES = {
     "8b dpo metamath": pairs_like("metamath", "branches"),
     "8b dpo metamath plain": pairs_like("metamath", "plain"),
     "4b lora 16k": Case(FOUR, rows=1, length=16384),
-    "8b generate": Case(EIGHT, objective="generate", rows=16),
+    "8b generate": Case(EIGHT, objective="generate", rows=64),
     "1b lora": Case(ONE, rows=8),
     "1b qlora": Case(ONE, quant="nf4", rows=8),
     "1b full": Case(ONE, trains="all", rows=8),
     "1b dpo": Case(ONE, objective="dpo", rows=8),
-    "1b generate": Case(ONE, objective="generate", rows=16),
+    "1b generate": Case(ONE, objective="generate", rows=64),
 }
 
 
@@ -194,13 +195,16 @@ def random_base(p: Any) -> Any:
     from jaxft import tree
     from jaxft.nn.quant import is_qtensor
 
-    def fill(path: str, x: Any) -> Any:
+    def fill(path: str, x: Any, kind: str = "") -> Any:
         key = jax.random.fold_in(jax.random.key(0), len(path))
 
         def make() -> Any:
             if x.dtype == jnp.uint16:  # the bits of bfloat16
                 values = 0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)
                 return jax.lax.bitcast_convert_type(values, jnp.uint16)
+            if x.dtype.itemsize == 1 and kind == "fp8":  # random bits would contain NaN
+                values = jax.random.normal(key, x.shape).astype(jnp.float8_e4m3fn)
+                return jax.lax.bitcast_convert_type(values, x.dtype)
             if x.dtype.itemsize == 1:
                 return jax.random.bits(key, x.shape, jnp.uint8).astype(x.dtype)
             if path.endswith(("norm", "outer", "mean", "scale")):
@@ -213,7 +217,7 @@ def random_base(p: Any) -> Any:
 
     def fill_leaf(path: str, leaf: Any) -> Any:
         if is_qtensor(leaf):
-            return tree.map_with_path(lambda part, x: fill(f"{path}/{part}", x), leaf)
+            return tree.map_with_path(lambda part, x: fill(f"{path}/{part}", x, leaf.kind), leaf)
         return fill(path, leaf)
 
     return tree.map_with_path(fill_leaf, base, is_leaf=is_qtensor)
@@ -237,9 +241,10 @@ def kernels(folder: Path, count: int = 3) -> list[dict[str, Any]]:
 
 
 def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Measure speed and memory of a train step."""
+    """Measure speed and memory of a train step. Raises ValueError if its loss or a metric is not finite."""
     import jax
 
+    from jaxft import tree
     from jaxft.distributed import devices, sharding
     from jaxft.nn import param
     from jaxft.train import programs
@@ -270,6 +275,9 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
             seconds.append(time.perf_counter() - begin)
         with jax.profiler.trace(str(folder / "trace")):
             jax.block_until_ready(step(state, frozen, placed))
+    values = tree.paths(jax.device_get(found))
+    if wrong := [name for name, value in values.items() if not np.isfinite(np.asarray(value, float)).all()]:
+        raise ValueError(f"not finite after {WARM + TIMED} steps: {', '.join(wrong)}")
     middle, tokens = float(np.median(seconds[WARM:])), int((batch.segments > 0).sum())
     c = run.model.config
     weights = param.count_params(run.model.specs) - (0 if c.tied else c.vocab * c.width)
@@ -291,32 +299,43 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Measure generation: all rows at once, greedy, without stop tokens."""
+    """Measure generation: groups of 8 that share a prompt, lengths that differ, and prompts that wait.
+
+    One token of 64 ends a completion. Random weights make all tokens about equally likely.
+    """
     import jax
 
     from jaxft.distributed import devices, sharding
     from jaxft.inference.decode import Decoding
     from jaxft.inference.engine import compile_engine, slots_for
-    from jaxft.inference.sampling import Sampling
+    from jaxft.inference.sampling import Sampling, nonfinite_logits
     from jaxft.train import programs
 
     (folder / "rows.jsonl").write_text("")
     run = make_run(case, tiny, folder / "rows.jsonl")
-    prompt, fresh = (32, 16) if tiny else (512, 256)
+    prompt, fresh, count, group = (32, 16, 16, 8) if tiny else (512, 256, 32, 8)
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         p = programs.build(run, 1)
         base = random_base(p)
-        slots = slots_for(case.rows, 1, prompt)
-        engine = compile_engine(Decoding(run.model, Sampling(fresh), ()), base, slots, mesh)
-        prompts = np.random.default_rng(0).integers(3, 300, (case.rows, prompt)).tolist()
+        slots = slots_for(count, group, prompt, case.rows)
+        stop = tuple(range(0, run.model.config.vocab, 64))
+        decoding = Decoding(run.model, Sampling(fresh, temperature=1.0), stop, group)
+        engine = compile_engine(decoding, base, slots, mesh)
+        prompts = np.random.default_rng(0).integers(3, 300, (count, prompt)).tolist()
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
-            engine.complete(base, prompts, jax.random.key(0))
+            sampled = engine.complete(base, prompts, jax.random.key(0))
             seconds.append(time.perf_counter() - begin)
-    rate = case.rows * fresh / min(seconds[1:])
-    return {"tokens_per_second": round(rate, 1), "peak_gib": round(devices.memory_gib(jax.devices()[0]), 3)}
+    if nonfinite_logits(sampled.tokens):
+        raise ValueError("logits are not finite")
+    lengths = (sampled.tokens >= 0).sum(-1)
+    return {
+        "tokens_per_second": round(float(lengths.sum()) / min(seconds[1:]), 1),
+        "mean_length": round(float(lengths.mean()), 1),
+        "peak_gib": round(devices.memory_gib(jax.devices()[0]), 3),
+    }
 
 
 def main() -> int:

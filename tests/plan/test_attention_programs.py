@@ -57,7 +57,12 @@ def kernels(program, size=None):
 
 def largest(program):
     """Elements of the largest array that the program writes to memory."""
-    return max(math.prod(a.shape) for one, _, _, fused in hlo.walk(program) if not fused for a in one.arrays)
+    return max(map(math.prod, written(program)))
+
+
+def written(program):
+    """The shapes of all arrays that the program writes to memory."""
+    return [tuple(a.shape) for one, _, _, fused in hlo.walk(program) if not fused for a in one.arrays]
 
 
 @NEEDS_CUDA
@@ -67,6 +72,7 @@ def test_the_kernels_compile_for_gpus_without_repeated_keys_or_a_t_by_t_array(na
     program = compiled_for(name, head_dim, branches=True)
     assert kernels(program, B * T * K * head_dim) == [2, 2, 2]  # keys and values
     assert largest(program) == B * T * H * head_dim
+    assert all(shape.count(T) < 2 for shape in written(program))  # for 256, T * T numbers are as many
 
 
 @NEEDS_CUDA

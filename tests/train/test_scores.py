@@ -137,7 +137,7 @@ def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
     decoding = Decoding(model, Sampling(max_new=4), (7,))
     shapes = jax.eval_shape(lambda: params)
     whole = samples.compile_sampler(decoding, prompts, tokenizer, shapes)(params)
-    monkeypatch.setattr(samples, "PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(samples, "COMPLETIONS_AT_ONCE", 2)
     assert samples.compile_sampler(decoding, prompts, tokenizer, shapes)(params) == whole
     assert [one.prompt for one in whole] == [" ".join(map(str, p.ids)) for p in prompts]
     sampled = Sampling(max_new=4, temperature=1.0)
