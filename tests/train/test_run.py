@@ -114,12 +114,12 @@ def test_a_second_signal_ends_the_process_at_once(place):
 
 
 def test_sigint_before_the_loop_is_one_line_and_exit_code_130(place):
-    hook = (  # the first call checks the files
-        "import jaxft.weights.pretrained as p, time; real, calls = p.open_params, []; "
-        "p.open_params = lambda *args: time.sleep(60) if calls else calls.append(1) or real(*args)"
+    hook = (
+        "import jaxft.train.loop as loop, time; "
+        "loop.compile_run = lambda *args: print('compiling', flush=True) or time.sleep(60)"
     )
     process = place.start("name=early", hook=hook)
-    place.wait_for(process, lambda: "devices:" in place.out())
+    place.wait_for(process, lambda: "compiling" in place.out())
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 130 and place.err() == "interrupted\n"
