@@ -39,7 +39,7 @@ BLOCK_SIZES = (512, 384, 256, 128)
 def sample_length(length: int, parts: int = 1) -> int:
     """Return the tokens of sample rows for rows of `length` tokens in equal parts: the same number, or one of
     at most LONGEST_SAMPLE. Such rows and their parts are divided into the same blocks as long ones if so many
-    parts can be (up to 8 always can), else their parts have at least the same remainder by 128.
+    parts can be (up to 8 always can), else their parts have the same remainder by 128.
     """
     if length <= LONGEST_SAMPLE:
         return length

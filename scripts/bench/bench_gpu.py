@@ -328,7 +328,7 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
             begin = time.perf_counter()
             sampled = engine.complete(base, prompts, jax.random.key(0))
             seconds.append(time.perf_counter() - begin)
-    if nonfinite_logits(sampled.tokens):
+    if nonfinite_logits(sampled.tokens.reshape(-1, fresh)):
         raise ValueError("logits are not finite")
     lengths = (sampled.tokens >= 0).sum(-1)
     return {
