@@ -36,19 +36,33 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Arra
     if isinstance(table, Adapted):
         return embed(table.weight, ids, dtype) + _embedded_pair(table, ids, dtype)
     if not sharding.is_multi_device():
-        return (take_rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
-            dtype
-        )
+        return take_rows(table, ids).astype(dtype) if isinstance(table, QTensor) else _take(table, ids, dtype)
     if isinstance(table, QTensor):
         return take_rows(gather_weight(table, TABLE), ids).astype(dtype)
     return _embed_spread(table, ids, jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take(table, ids, dtype):
+    """Return rows of a plain table. Its gradient is summed over tokens in float32 or wider, then rounded."""
+    return jnp.take(table, ids, axis=0).astype(dtype)
+
+
+def _take_bwd(dtype, residuals, g):
+    table, ids = residuals
+    wide = jax.ShapeDtypeStruct(table.shape, accumulation_dtype(table.dtype))
+    transposed = jax.linear_transpose(lambda table: jnp.take(table, ids, axis=0), wide)
+    return transposed(g.astype(wide.dtype))[0].astype(table.dtype), None
+
+
+_take.defvjp(lambda table, ids, dtype: (_take(table, ids, dtype), (table, ids)), _take_bwd)
 
 
 def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
     """Return what the adapter of a table, or with `rows` the adapter of each row, adds to embeddings."""
     if table.rows is None:
         a = sharding.constrain(table.a, None, "rank")
-        low = jnp.take(a, ids, axis=0).astype(dtype) * table.scale.astype(dtype)
+        low = _take(a, ids, dtype) * table.scale.astype(dtype)
         return matmul(low, table.b, False, False)
     low = chosen(table.a, (table.rows[:, None], ids), dtype).astype(dtype)
     low = low * table.scale[table.rows].astype(dtype)[:, None, None]
@@ -60,7 +74,7 @@ def _with_rows(h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"
     order = np.argsort(table.ids)
     ordered = jnp.asarray(np.asarray(table.ids)[order], ids.dtype)
     at = jnp.minimum(jnp.searchsorted(ordered, ids), len(order) - 1)
-    rows = jnp.take(table.rows, jnp.asarray(order)[at], axis=0).astype(h.dtype)
+    rows = _take(table.rows, jnp.asarray(order)[at], h.dtype)
     return jnp.where((ordered[at] == ids)[..., None], rows, h)
 
 
@@ -89,17 +103,18 @@ def _embed_spread(table, ids, dtype):
 def _embed_bwd(dtype, residuals, g):
     table, ids = residuals
     blocks = sharding.num_shards(("rows", "time"), ids.shape)
+    wide = accumulation_dtype(table.dtype)
     height = table.shape[0] // sharding.num_shards(("act_vocab",), table.shape[:1])
 
     def add(ids, g):
         at = ids - (sharding.shard_start("tensor", height) if sharding.mesh_has("tensor") else 0)
         at = jnp.where(at < 0, height, at)  # rows of other parts of the table are out of range and dropped
-        zeros = jnp.zeros((1, height, g.shape[-1]), table.dtype)
-        return zeros.at[0, at].add(g.astype(table.dtype), mode="drop")
+        zeros = jnp.zeros((1, height, g.shape[-1]), wide)
+        return zeros.at[0, at].add(g.astype(wide), mode="drop")
 
     axes, shape = ("read_rows", *sharding.gathered_axes(TABLE)), (blocks, *table.shape)
     parts = sharding.per_device(add, (("rows", "time"), ("rows", "time", "act_width")), axes, shape)(ids, g)
-    return sharding.constrain(jnp.sum(parts, 0), *TABLE), None
+    return sharding.constrain(jnp.sum(parts, 0), *TABLE).astype(table.dtype), None
 
 
 _embed_spread.defvjp(lambda table, ids, dtype: (_embed_spread(table, ids, dtype), (table, ids)), _embed_bwd)
@@ -134,9 +149,15 @@ def gated(gate: Array, up: Array, activation: Callable[[Array], Array] = jax.nn.
 
 
 def biased_linear(p: Params, name: str, x: Float[Array, "... I"], key: Array | None) -> Float[Array, "... O"]:
-    """Return `x @ p[name]`, plus the bias `p[name_bias]` if the family declares one."""
+    """Return `x @ p[name]`, plus the bias `p[name_bias]` if the family declares one.
+
+    It is added in float32 or wider, so that its gradient, a sum over all tokens, has this precision.
+    """
     y, bias = linear(x, p[name], key), p.get(f"{name}_bias")
-    return y if bias is None else y + to_rank(bias.astype(y.dtype), y.ndim)
+    if bias is None:
+        return y
+    wide = accumulation_dtype(y.dtype)
+    return (y.astype(wide) + to_rank(bias.astype(wide), y.ndim)).astype(y.dtype)
 
 
 def gated_mlp(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
 from jaxft.nn.param import Specs, is_spec
+from jaxft.nn.products import accumulation_dtype
 from jaxft.objectives.target_loss import CROSS_ENTROPY, TargetLoss
 from jaxft.tree import Params, struct
 
@@ -242,17 +243,18 @@ def _chunked_bwd(plan: ChunkPlan, residuals, g):
             p = jax.nn.softmax(logits, -1)
             return pull(sum(_SLOPES[name](p, t) * w[..., None] for name, w in zip(plan.graded, weights)))[0]
 
-        return jax.tree.map(jnp.add, total, _by_block(block, *chunk)), None
+        return _plus(total, _by_block(block, *chunk)), None
 
     total, _ = jax.lax.scan(body, start, tuple(_chunks(x, plan.count) for x in (h, targets, *weights)))
-    return _reduced(structure, plan.axes, total), dh, None
+    return _reduced(structure, plan.axes, total, floats), dh, None
 
 
 def _accumulators(head, axes, h, trained):
     """(leaves of the gathered head, its structure, the float leaves that are `trained`, zeros for their
     gradients).
 
-    The gradients have a leading axis, one entry per block of rows on a mesh.
+    The gradients are summed over chunks in float32 or wider. They have a leading axis, one entry per block of
+    rows on a mesh.
     """
     leaves, structure = jax.tree.flatten(_gather(head, axes, h.dtype))
     floats = [w if t and jnp.issubdtype(w.dtype, jnp.floating) else None for w, t in zip(leaves, trained)]
@@ -261,7 +263,8 @@ def _accumulators(head, axes, h, trained):
     def start(w, a):
         if w is None:
             return None
-        return constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered_axes(a))
+        zeros = jnp.zeros((blocks, *w.shape), accumulation_dtype(w.dtype))
+        return constrain(zeros, "read_rows", *gathered_axes(a))
 
     return leaves, structure, floats, [start(w, a) for w, a in zip(floats, axes)]
 
@@ -278,8 +281,14 @@ def _by_block(fn, *chunk):
     return jax.vmap(fn)(*(x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:]) for x in chunk))
 
 
-def _reduced(structure, axes, total):
-    grads = [None if x is None else constrain(jnp.sum(x, 0), *a) for x, a in zip(total, axes)]
+def _plus(total, grads):
+    return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+
+
+def _reduced(structure, axes, total, floats):
+    """Sum the gradients over blocks of rows, and round them to the dtypes of the head's leaves."""
+    sums = [None if x is None else constrain(jnp.sum(x, 0), *a) for x, a in zip(total, axes)]
+    grads = [None if x is None else x.astype(w.dtype) for x, w in zip(sums, floats)]
     return jax.tree.unflatten(structure, grads)
 
 
@@ -312,24 +321,24 @@ def _weighted_fwd(plan: ChunkPlan, head, h, targets, weights):
 
         out, (dw, dx) = _by_block(block, *chunk)
         rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), (out, dx))
-        return jax.tree.map(jnp.add, total, dw), rows
+        return _plus(total, dw), rows
 
     chunks = tuple(_chunks(x, plan.count) for x in (h, targets, weights))
     total, (out, dh) = jax.lax.scan(body, start, chunks)
     out = jax.tree.map(_rows, out)
     losses = plan.loss.value(out)
-    return (jnp.sum(weights * losses), out), (_reduced(structure, plan.axes, total), _rows(dh), losses)
+    dhead = _reduced(structure, plan.axes, total, floats)
+    return (jnp.sum(weights * losses), out), (dhead, _rows(dh), losses)
 
 
 def _weighted_bwd(plan: ChunkPlan, residuals, g):
     dhead, dh, losses = residuals
     scale = g[0]
-    return (
-        jax.tree.map(lambda x: x * scale.astype(x.dtype), dhead),
-        dh * scale.astype(dh.dtype),
-        None,
-        scale * losses,
-    )
+
+    def scaled(x):
+        return (x.astype(scale.dtype) * scale).astype(x.dtype)
+
+    return jax.tree.map(scaled, dhead), scaled(dh), None, scale * losses
 
 
 _weighted.defvjp(_weighted_fwd, _weighted_bwd, symbolic_zeros=True)
