@@ -37,6 +37,7 @@ class Tokens:
     sources: Int[Any, "B M"] | None = None  # where each target's row is from, an index of source_names
     source_names: tuple[str, ...] = static(default=())
     packed: bool = static(default=True)  # a row may have several segments, or padding before its first token
+    max_new: ClassVar[None] = None  # as in Rollout
 
 
 @struct
@@ -68,6 +69,7 @@ class Pairs:
     sources: Int[Any, "B P"] | None = None  # where each pair is from, an index of source_names
     source_names: tuple[str, ...] = static(default=())
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
+    max_new: int | None = static(default=None)  # as in Rollout
     packed: ClassVar[bool] = True  # as in Tokens
 
 
@@ -95,6 +97,7 @@ class Rollout:
     returns: Float[Any, "B M"] | None = None  # the critic's targets
     value_weights: Float[Any, "B M"] | None = None
     branches: Int[Any, "B T"] | None = None
+    max_new: int | None = static(default=None)  # for rope: the most tokens of a completion in sampling
     packed: ClassVar[bool] = True  # as in Tokens
 
 

@@ -88,13 +88,13 @@ def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]
         print(line, file=sys.stderr)
     mesh = sharding.make_mesh(sharding.MeshShape())
     sizes = {"held_out": "none", "batch": args.batch, "max_length": args.max_length}
-    sources = {}
+    ref, sources = next(iter(named.values())).ref, {}
+    attention = pretrained.model_for(ref).attention
     for name, weights in named.items():
         settings = prompt_settings(weights.record, args.columns)
-        rows = PairRows(args.file, invalid=args.invalid, **sizes, **settings)
+        rows = PairRows(args.file, invalid=args.invalid, **sizes, **settings).for_attention(attention)
         tokenizer = pretrained.load_tokenizer(weights.tokenizer)
         sources[name] = rows.open(tokenizer, sharding.row_shards(mesh))
-    ref = next(iter(named.values())).ref
     for line in invalid_lines(next(iter(sources.values())).info.stats.invalid):
         print(line, file=sys.stderr)
     quant, dtype = served.common_quant(named, args.quant), jnp.dtype(args.dtype)

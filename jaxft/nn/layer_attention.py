@@ -86,6 +86,12 @@ class AttentionLayers:
         return None if len(self.kinds) == 1 else np.array(self.layout, np.int32)
 
 
+def varies_with_length(a: AttentionLayers, longest: int) -> bool:
+    """Whether the angles of texts of up to `longest` tokens depend on their lengths (dynamic, longrope)."""
+    ropes = [kind.rope for kind in a.kinds if needs_lengths(kind.rope)]
+    return any(longest > (rope.original_max_positions or 0) for rope in ropes)
+
+
 def uniform(count: int, head_dim: int, rope: Rope, window: int | None = None) -> AttentionLayers:
     """Return the AttentionLayers of `count` layers with the same settings."""
     return AttentionLayers((LayerKind(rope, window),), (0,) * count, head_dim)
@@ -136,6 +142,19 @@ def example_angles(
     if any(needs_lengths(kind.rope) for kind in a.kinds):
         lengths = example_lengths(positions, segments)
     return [rope_angles(kind.rope, a.head_dim, positions, lengths, dtype) for kind in a.kinds]
+
+
+def batch_angles(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> list[Angles]:
+    """Return cos and sin [B, T, E/2] of a batch's rows for each LayerKind; of sampled completions (`max_new`)
+    those of generation. tokens: Tokens, Pairs or Rollout.
+    """
+    positions = constrain(tokens.positions, "rows", "time")
+    depends_on_length = any(needs_lengths(kind.rope) for kind in a.kinds)
+    if tokens.max_new is None or tokens.branches is None or not depends_on_length:
+        return example_angles(a, positions, tokens.segments, dtype)
+    of_prompts = jnp.where(tokens.branches == 0, positions, jnp.zeros((), positions.dtype))
+    prompts = example_lengths(of_prompts, tokens.segments)
+    return generation_angles(a, positions, prompts + tokens.max_new, dtype)
 
 
 def generation_angles(

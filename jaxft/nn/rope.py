@@ -4,10 +4,11 @@ rope type of transformers. Pairs are (i, i + half) of a head's rotated dimension
 The types `dynamic` and `longrope` use other frequencies for texts longer than the original length:
 - In training, the length is that of each example (`example_lengths`), not of its row, so a packed example has
   the angles that transformers computes for it alone. A prompt with several responses is one example, as long
-  as with its longest response.
+  as with its longest response; rows of preferences that may exceed the original length don't share prompts.
 - In generation, the final length is unknown, so the length is the capacity of a row's cache, prompt plus
   most new tokens, just as vLLM decides by max_model_len. transformers decides again
-  for each token, so it changes frequencies in the middle of a text.
+  for each token, so it changes frequencies in the middle of a text. Training on sampled completions takes the
+  same length, so that their log-probs are those of sampling.
 """
 
 import math

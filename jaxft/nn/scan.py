@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxft.distributed.sharding import constrain
 from jaxft.nn import fused_update
-from jaxft.nn.layer_attention import Attend, AttentionLayers, attend_rows, batch_ranges, example_angles
+from jaxft.nn.layer_attention import Attend, AttentionLayers, attend_rows, batch_angles, batch_ranges
 from jaxft.nn.products import accumulation_dtype
 from jaxft.tree import Batch, Params
 
@@ -103,7 +102,7 @@ def scan_layers(
     """
     remat, a = options.remat, options.attention
     policy = REMAT[remat]
-    angles = example_angles(a, constrain(tokens.positions, "rows", "time"), tokens.segments, h_BTD.dtype)
+    angles = batch_angles(a, tokens, h_BTD.dtype)
     ranges = batch_ranges(tokens)
 
     def body(h: Array, x: Any) -> tuple[Array, None]:
@@ -154,7 +153,7 @@ def run_layer(
 
     p: its parameters, without the stacked axis. kind: its number in a.kind_numbers; None if that is None.
     """
-    angles = example_angles(a, tokens.positions, tokens.segments, h_BTD.dtype)
+    angles = batch_angles(a, tokens, h_BTD.dtype)
     ranges = batch_ranges(tokens)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:

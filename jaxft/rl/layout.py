@@ -60,7 +60,8 @@ def pack_rollout(
 ) -> Rollout:
     """Pack each prompt with its completions into a row. Log-probs, advantages and weights are zero.
 
-    size: (rows, completion slots of a row), None for those that the completions need; the others stay empty.
+    tokens: padded to the most that a completion may have. size: (rows, completion slots of a row), None for
+    those that the completions need; the others stay empty.
     """
     rows, slots = size or lengths.shape
     ids, segments, positions, branches = (np.zeros((rows, shape.length), np.int32) for _ in range(4))
@@ -82,7 +83,7 @@ def pack_rollout(
             column, m = column + n, m + n
     return Rollout(
         ids, segments, positions, read, targets, responses, logps=zero, advantages=zero, policy_weights=zero,
-        lengths=slot_lengths, branches=branches,
+        lengths=slot_lengths, branches=branches, max_new=tokens.shape[2],
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Online DPO: Guo et al. 2024 (arXiv:2402.04792).
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ class OnlinePairs(Rollouts):
     """
 
     group: int = 2
+    compares_logps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.group < 2:
@@ -89,7 +90,7 @@ def pair_shapes(data: OnlinePairs, shape: RowShape, shards: int = 1) -> Pairs:
         ids=like.ids, segments=like.ids, positions=like.ids, read=like.read, targets=like.read,
         responses=like.read, offsets=like.read, lengths=array(1, 2), last=array(1, 2),
         mean_lengths=array(1, 2, dtype=np.float32), pair_weights=number, index=array(1), columns={},
-        branches=like.ids,
+        branches=like.ids, max_new=data.max_new,
     )  # fmt: skip
 
 
@@ -174,4 +175,5 @@ def to_pairs(rows: Rollout) -> Pairs:
         responses=rows.responses, offsets=np.where(is_token, offsets, 0).astype(np.int32), lengths=lengths,
         last=last[:, None, :].astype(np.int32), mean_lengths=np.zeros(lengths.shape, np.float32),
         pair_weights=np.zeros(index.shape, np.float32), index=index, columns={}, branches=rows.branches,
+        max_new=rows.max_new,
     )  # fmt: skip

@@ -223,6 +223,7 @@ def head_scores(
     model: Model, reward: HeadReward, params: Params, aux: Aux, batch: Rollout
 ) -> Float[Array, "micro B A"]:
     """Return the reward of each completion of a batch [micro, rows, ...], read at its last token."""
+    batch = replace(batch, max_new=None)  # with the rope of texts as they are, as the reward was trained
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
         own = heads.view(params, reward.name)

@@ -8,7 +8,7 @@ first step and samples the same completions again.
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jaxft.data.prompt_rows import PromptRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats
 from jaxft.distributed import processes
+from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
 from jaxft.objectives.objective import Objective
 from jaxft.rl.advantages import GroupScores, Moments, PerToken, has_score, per_token, update_moments
 from jaxft.rl.completions import ScoredCompletions, TrainingRollout, append_table
@@ -44,6 +45,7 @@ class Rollouts(Prompts):
     """
 
     rules: Rules
+    compares_logps: ClassVar[bool] = True  # the loss is a function of the ratio to the policy that sampled
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RolloutSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
@@ -375,6 +377,23 @@ def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> N
             "data.group=1: advantages relative to a group of one are all 0. "
             "Use data.group of at least 2, or another estimate."
         )
+
+
+def start_lines(data: Rollouts, objective: Objective, a: AttentionLayers) -> list[str]:
+    """Return lines for the start of a run about the log-probs that it compares. a: of the model."""
+    lines = []
+    if data.compares_logps and not needs_recomputed_logps(data, objective):
+        lines.append(
+            "log-probs are not recomputed after sampling: each rollout has one update, in which the ratio to "
+            "the policy that sampled is taken as 1, and differences between sampler and training are not "
+            "logged; data.passes=2 recomputes them"
+        )
+    if varies_with_length(a, data.max_length):
+        lines.append(
+            "the model's rope depends on the length of a text: in sampling and training it is that of the "
+            f"prompt and data.max_new={data.max_new} more tokens, however long the completion is"
+        )
+    return lines
 
 
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:

@@ -105,6 +105,7 @@ def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: 
     tokens. With an adapter also accuracy_against_base: the adapter raises log p of the chosen response above
     the base's by more than that of the rejected one, which is DPO's reward accuracy.
     """
+    rows = rows.for_attention(loaded.model.attention)
     source = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
     names, batches = source.pairs.tokenised.names, source.cover(range(len(source.keys)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from jaxft.data.pairs.source import PairRows
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
@@ -141,7 +142,7 @@ class Run:
     start: a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into
     the base. train: a regular expression over parameter paths that selects the trainable parameters
     instead of the default. quant: how the frozen base is stored; None for the compute dtype. params: the
-    dtype of trainable base weights; in bfloat16 their gradients are bfloat16 too, summed over
+    dtype of trainable base weights; in bfloat16 their gradients are bfloat16 too, summed over tokens and
     microbatches in float32, and updates are rounded stochastically. general: a text file whose loss
     before and after training shows forgetting. samples: number of held-out prompts that are completed and
     shown before and after training. scoring: functions that score such completions. heads: further models
@@ -172,6 +173,8 @@ class Run:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "seed")
+        if isinstance(self.data, PairRows):
+            object.__setattr__(self, "data", self.data.for_attention(self.model.attention))
         if self.loop.steps is not None and self.data.tokens is not None:
             raise ValueError(
                 f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "

@@ -15,6 +15,8 @@ from tiny_pairs import epoch, flat, make_rows, same, seen, source, unpaired, wri
 from tiny_tokenizers import tiny
 
 from jaxft.data.pairs.source import PairRows
+from jaxft.nn.layer_attention import uniform
+from jaxft.nn.rope import Rope
 
 
 @pytest.fixture
@@ -399,3 +401,17 @@ def test_single_responses_are_an_error_unless_unpaired(tmp_path):
         source(tmp_path, unpaired=False)
     write(tmp_path / "r.jsonl", make_rows(5))
     assert len(source(tmp_path, unpaired=False).keys) == 5
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_responses_whose_rope_depends_on_their_length_do_not_share_a_prompt(folder, kind):
+    factors = {"short_factor": (1.0,) * 4, "long_factor": (2.0,) * 4} if kind == "longrope" else {}
+    varying = uniform(2, 8, Rope(kind=kind, factor=2.0, original_max_positions=64, **factors))
+    rows = PairRows(str(folder / "r.jsonl"), batch=4, max_length=64)
+    within, beyond = (dataclasses.replace(rows, max_length=n).for_attention(varying) for n in (64, 65))
+    assert within.open(tiny("plain")).batch(0)[0].branches is not None
+    batch = beyond.open(tiny("plain")).batch(0)[0]
+    assert batch.branches is None and batch.segments.max() == 8  # four pairs of two texts
+    assert dataclasses.replace(rows, max_length=65).for_attention(uniform(2, 8, Rope())).layout == "auto"
+    with pytest.raises(ValueError, match="data.layout=branches: .* use data.layout=plain"):
+        dataclasses.replace(rows, max_length=65, layout="branches").for_attention(varying)

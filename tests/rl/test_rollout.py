@@ -15,6 +15,8 @@ from tiny_llama import tiny_tokenizer
 
 from jaxft.batch import TrainState
 from jaxft.data import prompts
+from jaxft.nn.layer_attention import uniform
+from jaxft.nn.rope import Rope
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Facts, Objective
 from jaxft.objectives.policy import with_target_kl
@@ -23,6 +25,7 @@ from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_
 from jaxft.rl.completions import Completions
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
 from jaxft.rl.layout import fits, pack_rollout
+from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
@@ -326,6 +329,26 @@ def test_a_run_that_does_not_fit_its_rollouts_is_refused():
 def test_log_probs_are_recomputed_unless_the_ratio_is_1(settings, facts, recompute):
     data = Rollouts("x", rules=Rules((number,)), **settings)
     assert rollouts.needs_recomputed_logps(data, SimpleNamespace(facts=Facts(**facts))) == recompute
+
+
+def test_a_run_whose_log_probs_are_not_recomputed_says_so():
+    plain, objective = uniform(2, 8, Rope()), SimpleNamespace(facts=Facts())
+    data = Rollouts("x", rules=Rules((number,)), max_prompt=32, max_new=32)
+    (line,) = rollouts.start_lines(data, objective, plain)
+    assert line.startswith("log-probs are not recomputed after sampling: each rollout has one update")
+    assert rollouts.start_lines(replace(data, passes=2), objective, plain) == []
+    assert rollouts.start_lines(OnlinePairs("x", rules=Rules((number,))), objective, plain) == []
+
+
+def test_a_run_whose_rope_depends_on_the_length_says_which_it_takes():
+    objective = SimpleNamespace(facts=Facts(reference="start"))
+    data = Rollouts("x", rules=Rules((number,)), max_prompt=32, max_new=32)
+    within, beyond = (
+        uniform(2, 8, Rope(kind="dynamic", factor=2.0, original_max_positions=n)) for n in (64, 63)
+    )
+    assert rollouts.start_lines(data, objective, within) == []
+    (line,) = rollouts.start_lines(data, objective, beyond)
+    assert "of the prompt and data.max_new=32 more tokens" in line
 
 
 def test_the_fingerprint_of_a_reward_model_is_a_dependency():

@@ -16,12 +16,16 @@ from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts
 from jaxft.inference.engine import SampledTokens
 from jaxft.inference.sampling import NONFINITE, Sampling
+from jaxft.models.llama import llama
 from jaxft.nn.lora import Adapter
+from jaxft.nn.param import init_params
+from jaxft.nn.rope import Rope
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
 from jaxft.rl.completions import table_indices
 from jaxft.rl.layout import fits, pack_rollout, rollout_shapes, to_completions
+from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.sampler import Sampler, compile_rollout_sampler
 
 
@@ -39,6 +43,22 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     rows = pack_rollout(prompts, tokens.reshape(3, group, 12), lengths, RowShape(64, 64))
     logps = policy(model, clipped, temperature=temperature or 1.0).score(params, rows, {}).logps
     np.testing.assert_allclose(to_completions(np.asarray(logps), lengths, 12), sampled, atol=1e-4, rtol=0)
+
+
+def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the_length():
+    config = replace(tiny_model.CONFIG, rope=Rope(kind="dynamic", factor=4.0, original_max_positions=8))
+    model = llama(config, jnp.float32)
+    params = jax.tree.map(lambda x: 2 * x, init_params(model.specs, jax.random.key(0)))
+    prompts = random_prompts(3)
+    engine = engine_of((model, params), Sampling(12), (), 6, group=2)
+    tokens, sampled = engine.complete(params, prompts.ids, jax.random.key(1))
+    score = jax.jit(policy(model, clipped).score)
+    for group in ([[12, 12]] * 3, [[3, 5], [1, 12], [2, 2]]):  # whatever the lengths of the others
+        lengths, mask = np.array(group), np.arange(12) < np.ravel(group)[:, None]
+        rows = pack_rollout(prompts, np.where(mask.reshape(3, 2, 12), tokens, -1), lengths, RowShape(64, 64))
+        found = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 12)
+        np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
+    assert to_pairs(rows).max_new == rows.max_new == 12
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,14 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import edit_config, tiny_torch, write_folder
 from tiny_run import Place, rows, write_place
 
+from jaxft.data.pairs.source import PairRows
 from jaxft.nn import attention
 from jaxft.nn.flash_attention import flash
+from jaxft.nn.layer_attention import LayerKind
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
+from jaxft.nn.rope import Rope
 from jaxft.runs import folder as runfolder
 from jaxft.runs.config import resolve_config
 from jaxft.train import loop
@@ -104,6 +107,23 @@ def test_the_first_lines_of_a_run_name_the_attention_kernel(place):
     branched = replace(job.abstract_batch, branches=job.abstract_batch.ids)
     line = attention_summary(job.lead.programs, branched)
     assert line == "attention: blockwise XLA (flash)"
+
+
+def test_the_first_lines_of_a_run_say_why_responses_do_not_share_prompts(place):
+    job = prepare(place.folder)
+    run = job.lead.run
+    rope = Rope(kind="dynamic", factor=2.0, original_max_positions=32)
+    model = replace(run.model, attention=replace(run.model.attention, kinds=(LayerKind(rope),)))
+
+    def lines(model):
+        own = replace(job.members[0], run=replace(run, model=model, data=PairRows("x", max_length=33)))
+        with working_directory(place.folder):
+            found = startup_lines(replace(job, members=(own,)), 0, [])
+        return own.run.data.layout, [line for line in found if "data.layout=plain" in line]
+
+    assert lines(run.model) == ("auto", [])
+    layout, (line,) = lines(model)
+    assert layout == "plain" and "the model's rope depends on the length of a text" in line
 
 
 @pytest.mark.parametrize("case", DATA)

@@ -33,6 +33,7 @@ from jaxft.data.settings import DataSettings
 from jaxft.data.sft import RowStats
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, learned_line, length_percentiles
 from jaxft.data.tokens import count_ids
+from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -52,9 +53,10 @@ class PairRows(DataSettings):
     of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of
     numbers that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches"
     stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
-    of the tokens. unpaired: also accept rows of one response and a label, for losses of single responses
-    (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold" (column
-    reference, for TPO). Other fields: see DataSettings; batch counts pairs.
+    of the tokens, if the model's rope does not depend on the length of a text. unpaired: also accept rows of
+    one response and a label, for losses of single responses (KTO, BCO). third: a third response, "mismatched"
+    (another pair's, for KTO's KL) or "gold" (column reference, for TPO). Other fields: see DataSettings;
+    batch counts pairs.
     """
 
     max_length: int = 1024
@@ -93,6 +95,21 @@ class PairRows(DataSettings):
         """The kinds of responses in a pair."""
         read = self.token_settings.kinds
         return (*read, "mismatched") if self.third == "mismatched" else read
+
+    def for_attention(self, a: AttentionLayers) -> "PairRows":
+        """Return the settings for a model with these layers: layout "plain" where its rope depends on the
+        length of a text. Responses that share a prompt would have the rope of the longest one.
+
+        Raises ValueError for layout "branches" there.
+        """
+        if not varies_with_length(a, self.max_length):
+            return self
+        if self.layout == "branches":
+            raise ValueError(
+                "data.layout=branches: the model's rope depends on the length of a text, so a response's "
+                "log-probs would depend on the length of the other one; use data.layout=plain"
+            )
+        return replace(self, layout="plain")
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
         """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
