@@ -197,11 +197,6 @@ def test_a_time_beyond_the_year_9999_is_named(tmp_path, capsys):
     refused(capsys, lambda: open_rows("sft", tmp_path / "rows.parquet"), "rows.parquet:2")
 
 
-def test_there_are_enough_cases():
-    count = len(SETTINGS) + len(BAD_ROWS) + len(CONFIGS) + len(CONFIG_TEXTS) + len(TEMPLATES)
-    assert count + len(PEFT) + len(RUNS) >= 400
-
-
 @pytest.mark.parametrize(("command", "word"), COMMANDS)
 def test_commands(model, place, monkeypatch, capsys, command, word):
     monkeypatch.chdir(place)

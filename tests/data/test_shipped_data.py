@@ -78,14 +78,11 @@ def test_general_rows_have_one_shape():
         assert not found, f"general.jsonl:{number}: {found}"
 
 
-def test_there_are_enough_rows_about_both_subjects():
-    about = {
-        name: ["jaxft" in (r["instruction"] + r["response"]).lower() for r in _rows(name)]
-        for name in QUESTIONS
-    }
-    train, held_out = (about[name] for name in QUESTIONS)
-    assert len(train) >= 240 and sum(train) >= 80 and train.count(False) >= 80
-    assert len(held_out) == 20 and sum(held_out) >= 10
+def test_a_third_of_the_training_and_of_the_held_out_rows_is_about_each_subject():
+    for name in QUESTIONS:
+        about_jaxft = ["jaxft" in (row["instruction"] + row["response"]).lower() for row in _rows(name)]
+        share = sum(about_jaxft) / len(about_jaxft)
+        assert 1 / 3 <= share <= 2 / 3, f"{name}: {share:.0%} of the rows are about jaxft"
 
 
 def test_no_question_or_answer_is_repeated():

@@ -37,6 +37,7 @@ def squeezed(text):
     return "".join(text.split())
 
 
+@pytest.mark.quick_cases("llama3.1", "gemma", "phi3", "qwen3", "deepseek-r1", "mistral-nemo", "marked")
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(turns=conversations(), loss_on=st.sampled_from(["assistant", "completion"]))
@@ -66,6 +67,7 @@ OF_TRL = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases("qwen2.5", "gemma3")
 @pytest.mark.parametrize("name", OF_TRL)
 @settings(max_examples=30, deadline=None)
 @given(turns=conversations(), loss_on=st.sampled_from(["assistant", "completion"]))
@@ -154,6 +156,7 @@ def test_content_that_is_null_stays_null():
     assert example.messages[1]["content"] is None
 
 
+@pytest.mark.quick_cases("chatml", "qwen3", "deepseek-r1")
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_tools_that_change_nothing_in_the_text_are_a_warning(name, tmp_path):
     messages = [{"role": role, "content": "q"} for role in ("user", "assistant")]
@@ -177,6 +180,7 @@ def test_tools_that_change_nothing_in_the_text_are_a_warning(name, tmp_path):
         assert not warnings if has_tools else [w.startswith(text) for w in warnings] == [True]
 
 
+@pytest.mark.quick_cases("qwen3", "deepseek-r1")
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_prompt_that_training_does_not_show_is_a_warning(name, tmp_path):
     messages = [{"role": role, "content": "q"} for role in ("user", "assistant")]

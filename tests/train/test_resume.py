@@ -94,7 +94,7 @@ def run_killed(place, hook, *argv, **options):
     assert process.exitcode == -9, place.err()
 
 
-@pytest.mark.quick_cases("lora_dropout", "dpo", "dpo_precomputed")
+@pytest.mark.quick_cases("lora_dropout", "dpo")
 @pytest.mark.parametrize("kind", KINDS | QUANTISED | OF_FAMILIES)
 def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
     folder, argv, aux = (KINDS | QUANTISED | OF_FAMILIES)[kind]

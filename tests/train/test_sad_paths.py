@@ -351,6 +351,7 @@ def test_max_bad_non_finite_steps_in_a_row_end_the_run_and_their_rows_are_named(
     assert [m["skipped"] for m in logged] == ([0, 0, 1, 1] if every == 1 else [])
 
 
+@pytest.mark.slow
 def test_a_diverging_learning_rate_ends_the_run(place):
     line = fails(place, "name=explodes", "lr=1e38", "steps=30", "loop.max_bad=4")
     assert "not finite in 4 steps in a row" in line and "lower optim.lr" in line

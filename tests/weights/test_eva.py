@@ -164,7 +164,7 @@ def test_a_quantised_base_gives_nearly_the_directions_of_its_weights(world):
         assert angles.min() > 0.9
 
 
-@pytest.mark.quick_cases("*rslora*")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

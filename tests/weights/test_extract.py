@@ -99,6 +99,7 @@ def test_a_lower_rank_has_the_error_of_the_largest_singular_values(world, monkey
         assert lost == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.quick_cases("tied", "biased")
 @pytest.mark.parametrize("kind", ["untied", "tied", "biased"])
 def test_other_parameters_that_changed_are_named_and_stored_in_full_if_asked(tmp_path, kind):
     changes = {"untied": {}, "tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True}}[kind]

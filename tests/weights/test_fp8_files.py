@@ -57,6 +57,7 @@ def test_fine_grained_fp8_weights_have_transformers_values_and_stay_quantised(tm
     np.testing.assert_allclose(our_logits(model, base, some_tokens()), target, atol=2e-4)
 
 
+@pytest.mark.quick_cases("(1, 16)-16", "(128, 256)-None")
 @pytest.mark.parametrize("block, kept", [((48, 40), 40), ((128, 256), None), ((1, 16), 16)], ids=str)
 def test_blocks_that_do_not_divide_a_weight_or_cover_it(tmp_path, block, kept):
     folder, expected = write_fp8(tmp_path / "fp8", block)
@@ -66,6 +67,7 @@ def test_blocks_that_do_not_divide_a_weight_or_cover_it(tmp_path, block, kept):
             assert_has_the_bits_of(stored(folder, mesh=mesh_of(name))[2], base)
 
 
+@pytest.mark.quick_cases("int4", "channel", "block")
 @pytest.mark.parametrize("case", COMPRESSED)
 def test_compressed_tensors_weights_have_the_values_of_their_definition(tmp_path, case):
     folder, expected = write_compressed(tmp_path / "packed", case)

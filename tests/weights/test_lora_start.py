@@ -43,6 +43,7 @@ def begin(world, settings, quant=None):
     return pairs, pretrained.load_base(ref, stored, mesh, without=pairs.without), adapted(model, settings)
 
 
+@pytest.mark.quick_cases("pissa")
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_start_is_pefts_and_the_model_is_the_base(world, init, tmp_path):
     settings = Adapter(rank=4, alpha=8.0, targets=TARGETS, init=init)
@@ -78,6 +79,7 @@ def test_the_start_is_pefts_and_the_model_is_the_base(world, init, tmp_path):
         np.testing.assert_allclose(torch_logits(again, TOKENS), expected, atol=1e-4)
 
 
+@pytest.mark.quick_cases("olora")
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_that_peft_converted_has_the_same_logits_here_on_the_unchanged_base(world, init, tmp_path):
     config = dict(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])

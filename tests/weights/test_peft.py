@@ -68,6 +68,7 @@ def ours(world, adapter, settings, tokens):
     return our_logits(adapted(world[1], settings), {"base": world[2], "adapter": adapter}, tokens)
 
 
+@pytest.mark.quick_cases("all", "rslora", "tied head")
 @pytest.mark.parametrize(
     "world, settings",
     [
@@ -113,6 +114,7 @@ def written_by_peft(world, folder, **config):
     return torch_logits(model, some_tokens())
 
 
+@pytest.mark.quick_cases("all", "layers", "ranks", "tied head")
 @pytest.mark.parametrize(
     "world, config",
     [

@@ -70,6 +70,7 @@ def saved(base, folder, **config):
     return theirs
 
 
+@pytest.mark.quick_cases("PiSSA", "DoRA")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unconverted_adapter_has_pefts_logits_on_the_unchanged_base(world, tmp_path, kind):
     trained = saved(torch_base(world), tmp_path / "in", **KINDS[kind])
