@@ -129,7 +129,8 @@ def _with_gradient(loss, batch, numbers, state, reference):
 
 
 def one_program(losses, kinds=None):
-    """Return `(name, laid, reference=True) -> loss_and_gradient` of losses {name: loss} in one compiled program.
+    """Return loss_and_gradient as a function of (name, laid, reference) for losses {name: loss}, which are
+    compiled together.
 
     kinds: name -> kinds of responses that its loss reads; losses of other kinds than those of `laid` are left
     out of its program. By default all read chosen and rejected.
