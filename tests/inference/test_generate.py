@@ -142,6 +142,7 @@ def test_sampling_depends_on_the_key_alone(world):
     assert answers(world, sampling, prompts=[PROMPTS[0]] * 2, rows=1) == twice
 
 
+@pytest.mark.quick_cases("1")
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_a_prompt_alone_is_completed_as_in_a_batch(world, greedy, rows):
     assert answers(world, rows=rows) == greedy
