@@ -56,7 +56,7 @@ def lowered(kind, task, mesh):
         return p.train_step.lower(p.state, p.frozen, batch)
 
 
-@pytest.mark.quick_cases("full-sft-fsdp", "qlora-sft-slices")
+@pytest.mark.quick_cases("qlora-sft-slices")
 @pytest.mark.parametrize(
     "kind, task, mesh",
     [

@@ -50,6 +50,7 @@ def test_completions_end_at_a_stop_token_or_the_limit(expected):
         assert (logps[:length] < 0).all() and not logps[length:].any()
 
 
+@pytest.mark.quick_cases("6")
 @pytest.mark.parametrize("rows", [3, 6, 12])
 def test_tokens_are_the_same_with_any_number_of_rows(world, expected, rows):
     found = completed(world, rows, 3)
@@ -158,6 +159,7 @@ def test_short_prompts_are_not_padded_to_the_longest(world, monkeypatch):
     np.testing.assert_array_equal(plain.complete(world[1], prompts, KEY).tokens, found.tokens)
 
 
+@pytest.mark.quick_cases("4-16")
 @pytest.mark.parametrize(("group", "rows"), [(1, 4), (1, 8), (4, 16)])
 def test_rows_that_ended_take_waiting_prompts_before_the_others_end(world, group, rows):
     """Steps of decoding are far fewer than if all rows waited for the longest of them."""

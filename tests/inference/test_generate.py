@@ -142,6 +142,7 @@ def test_sampling_depends_on_the_key_alone(world):
     assert answers(world, sampling, prompts=[PROMPTS[0]] * 2, rows=1) == twice
 
 
+@pytest.mark.quick_cases("1")
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_a_prompt_alone_is_completed_as_in_a_batch(world, greedy, rows):
     assert answers(world, rows=rows) == greedy
@@ -179,7 +180,12 @@ SMOL = LlamaConfig(
 
 @pytest.mark.parametrize(
     ("dtype", "quant"),
-    [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, Quant("nf4")), (jnp.bfloat16, Quant("int8"))],
+    [
+        pytest.param(jnp.bfloat16, None, marks=pytest.mark.slow),
+        (jnp.float32, None),
+        (jnp.bfloat16, Quant("nf4")),
+        pytest.param(jnp.bfloat16, Quant("int8"), marks=pytest.mark.slow),
+    ],
 )
 def test_decoding_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant):
     """At the size of a rollout, with weights stored as in a run: neither the cache nor the weights are
@@ -225,6 +231,7 @@ def test_merged_equals_unmerged(tied):
     assert answers((plain, merged)) == answers((model, whole))
 
 
+@pytest.mark.quick_cases("*temperature=1.0*")
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new=12, temperature=1.0, top_k=3)], ids=str)
 def test_a_completion_ends_where_its_logits_are_nan_and_the_other_rows_do_not_change(world, sampling):
     model, whole = world

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import decoded, engine_of, prefilled
-from tiny_families import FAMILIES, both, params_of, random_ids, rows, torch_model
+from tiny_families import FAMILIES, QUICK, both, our_model, params_of, random_ids, rows, torch_model
 
 from jaxft.inference.sampling import Sampling
 from jaxft.models.families import config_to_hf, family_of
@@ -17,6 +17,7 @@ from jaxft.weights import hf, hf_write, param_reader, pretrained
 
 torch = pytest.importorskip("torch")
 every_family = pytest.mark.parametrize("name", FAMILIES)
+quick_families = pytest.mark.quick_cases(*QUICK)
 LENGTH = 70  # longer than the windows, and than the original length of rope
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -42,6 +43,7 @@ def forward_and_backward(name):
     return (np.asarray(h), np.asarray(logits), float(value), grads), ids, targets
 
 
+@quick_families
 @every_family
 def test_logits_and_hidden_states_equal_transformers(name):
     (h, logits, _, _), ids, _ = forward_and_backward(name)
@@ -52,6 +54,7 @@ def test_logits_and_hidden_states_equal_transformers(name):
     np.testing.assert_allclose(logits, out.logits.numpy(), atol=1e-4)
 
 
+@quick_families
 @every_family
 def test_gradients_equal_transformers(name):
     (_, _, loss, grads), ids, targets = forward_and_backward(name)
@@ -71,7 +74,7 @@ def test_gradients_equal_transformers(name):
 def test_a_written_config_json_is_read_with_the_same_settings_by_transformers_and_by_us(name):
     from transformers import AutoConfig
 
-    _, ours, _ = both(name)
+    ours = our_model(name)
     written = config_to_hf(ours.config)
     family = family_of(written)
     assert family.from_hf(written) == ours.config
@@ -80,6 +83,7 @@ def test_a_written_config_json_is_read_with_the_same_settings_by_transformers_an
     assert family.from_hf(read.to_dict()) == ours.config
 
 
+@quick_families
 @every_family
 def test_an_exported_folder_has_the_same_logits_in_transformers_and_loads_with_the_same_parameters(
     name, tmp_path
@@ -113,7 +117,7 @@ def padded_left(ids, count):
     return rows(ids, segments, np.maximum(np.cumsum(segments, 1) - 1, 0))
 
 
-@pytest.mark.quick_cases("llama", "gemma2", "gemma3", "phi3 with a window", "smollm3", "qwen3", "olmo2")
+@quick_families
 @every_family
 def test_prefill_and_decoding_equal_one_forward_pass(name):
     _, ours, params = both(name)
@@ -129,7 +133,7 @@ def test_prefill_and_decoding_equal_one_forward_pass(name):
         np.testing.assert_allclose(np.asarray(h), whole[:, at], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.quick_cases("granite", "gemma2")
+@pytest.mark.quick_cases("gemma3")
 @every_family
 def test_greedy_generation_equals_transformers(name):
     theirs, ours, params = both(name)
@@ -158,9 +162,7 @@ def row(*examples, length=40):
     return np.pad(whole, ((0, length - len(whole)), (0, 0)))
 
 
-@pytest.mark.quick_cases(
-    "llama", "gemma2", "gemma3", "phi3 with a window", "smollm3", "qwen3", "olmo2", "mistral with a window"
-)
+@quick_families
 @every_family
 def test_packing_and_shared_prompts_change_no_logits(name):
     _, ours, params = both(name)

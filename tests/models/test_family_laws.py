@@ -67,7 +67,7 @@ def on_one_device(name, task, kind):
 
 
 @every_family
-@pytest.mark.parametrize("task", ["sft", "dpo"])
+@pytest.mark.parametrize("task", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_gradients_of_microbatches_add_up(name, task):
     batch = jax.tree.map(lambda x: x.reshape(4, x.shape[1] // 4, *x.shape[2:]), rows_of(task))
     assert_close(gradient_of(task, full_training(name), batch)[0], on_one_device(name, task, "full")[0])
@@ -103,6 +103,7 @@ def test_a_coupled_loss_in_microbatches_equals_that_of_the_whole_batch(name):
     assert_same(parts, whole)
 
 
+@pytest.mark.slow
 @every_family
 def test_updates_inside_the_backward_pass_equal_updates_after_it(name):
     def two_steps(fused):

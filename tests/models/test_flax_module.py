@@ -33,6 +33,7 @@ def logits_of(model, whole, tokens=TOKENS):
     return model.logits(model.head(whole), model.hidden(whole, tokens))
 
 
+@pytest.mark.quick_cases("tied-adapted")
 @pytest.mark.parametrize(
     "adapter", [None, Adapter(rank=2, alpha=4.0, targets=("q", "down", "head"))], ids=["base", "adapted"]
 )

@@ -77,6 +77,7 @@ def tokens_of(ids):
     return Tokens(ids, jnp.ones_like(ids), positions, zero, zero, zero.astype(jnp.float32))
 
 
+@pytest.mark.quick_cases("gqa", "tied", "head_dim", "llama3")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers(shape):
     hf = tiny_hf(**SHAPES[shape])

@@ -31,6 +31,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.quick_cases("untied-adapted")
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["base", "adapted"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_init_and_apply_equal_the_model_and_the_linen_module(tied, adapter):

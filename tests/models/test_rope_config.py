@@ -322,6 +322,7 @@ def test_what_yarn_and_dynamic_extend_may_be_used():
     assert llama_config.from_hf({**SIZES, "rope_scaling": LINEAR}).max_positions == 16384
 
 
+@pytest.mark.quick_cases("dynamic")
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_logits_beyond_the_original_length_equal_transformers_and_decoding(kind, tmp_path):
     parameters = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
@@ -351,6 +352,7 @@ BY_LENGTH = {
 }
 
 
+@pytest.mark.quick_cases("longrope")
 @pytest.mark.parametrize("kind", BY_LENGTH)
 def test_a_packed_row_has_the_hidden_states_of_its_examples_alone_on_one_device_and_a_mesh(kind, x64):
     model = llama(replace(tiny_model.CONFIG, rope=BY_LENGTH[kind]), jnp.float64)

@@ -83,6 +83,7 @@ def test_dense_is_the_definition(branched):
         np.testing.assert_allclose(found, by_the_definition(q, k, v, segments, branches), atol=1e-13)
 
 
+@pytest.mark.quick_cases("3-45-*-True", "2-37-*-False", "1-1-*-False", "1-300-*-True")
 @pytest.mark.parametrize("branched", [False, True])
 @pytest.mark.parametrize(
     ("B", "T", "H", "K", "E", "block"),

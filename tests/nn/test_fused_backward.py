@@ -125,7 +125,7 @@ def test_float_bits_preserve_every_bit():
 
 
 def test_bfloat16_parameters_are_rounded_as_by_layerwise_updates():
-    build, found = case(rules.adafactor, held=jnp.bfloat16), []
+    build, found = case(rules.adafactor, SOME, held=jnp.bfloat16), []
     for fused in (False, True):
         step, state, frozen = build(fused)
         found.append(step(state, frozen, batch())[0].trainable)

@@ -66,7 +66,13 @@ def test_a_window_that_a_kernel_ignores_is_found():
         assert (error > limit) == wrong
 
 
-@pytest.mark.parametrize("rows", [EVERYTHING, AttentionNeeds(packed=False)])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(EVERYTHING, marks=pytest.mark.slow),  # interpreted
+        AttentionNeeds(packed=False),
+    ],
+)
 def test_the_kernels_of_jaxft_are_right(rows):
     cap = CAP if rows.softcap else None
     kernel, queries = partial(attention.pallas, options=KernelOptions(interpret=True)), QUERIES
@@ -87,6 +93,7 @@ def test_a_kernel_that_is_wrong_in_long_rows_only_is_found():
         assert (error > limit) == wrong
 
 
+@pytest.mark.quick_cases("ring")
 @pytest.mark.parametrize("layout", ["gathered", "ring", "heads"])
 def test_a_kernel_that_is_wrong_for_a_part_of_a_row_only_is_found(monkeypatch, layout):
     """Of four heads each of two devices has two, or all for half of the queries or keys."""

@@ -136,6 +136,7 @@ def test_the_error_of_16_bits_is_that_of_one_device():
         assert np.square(ours - truth).mean() <= 1.1**2 * np.square(reference - truth).mean()
 
 
+@pytest.mark.slow
 def test_a_ring_of_the_kernels_for_nvidia_gpus_equals_dense():
     options = KernelOptions(Tiles(*[Tile(16, 16)] * 3), interpret=True)
     kernel = BlockKernel(*(partial(fn, options=options) for fn in (pallas_output, pallas_gradients)))

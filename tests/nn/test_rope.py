@@ -1,6 +1,7 @@
 """Rope of every kind against transformers' functions and modules, alone and in packed rows."""
 
 import copy
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,27 @@ def angles(rope, positions, lengths=None):
 
 
 compiled = jax.jit(rope_angles, static_argnums=(0, 1, 4))
+QUICK = (
+    "default", "linear", "dynamic", "llama3", "yarn", "yarn, mscale", "longrope", "longrope, half",
+    "proportional",
+)  # fmt: skip
+quick_ropes = pytest.mark.quick_cases(*QUICK)
+
+
+@partial(jax.jit, static_argnames="quick")
+def of_ropes(quick, positions, lengths):
+    """{name: angles} of the ropes that are tested by default, or of the others, in one program."""
+    return {
+        name: rope_angles(our_rope(parameters), HEAD, positions, lengths, jnp.float32)
+        for name, parameters in {**KINDS, **PARTS}.items()
+        if (name in QUICK) is quick
+    }
+
+
+def angles_of(name, positions, lengths):
+    positions = jnp.asarray(positions, jnp.int32)
+    lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), positions.shape)
+    return of_ropes(name in QUICK, positions, lengths)[name]
 
 
 @pytest.mark.parametrize("name", {**KINDS, **PARTS})
@@ -100,16 +122,17 @@ def test_frequencies_and_attention_factor_equal_transformers(name):
     np.testing.assert_allclose(attention_scaling(rope), scaling, rtol=1e-12)
 
 
+@quick_ropes
 @pytest.mark.parametrize("name", {**KINDS, **PARTS})
 def test_cos_and_sin_equal_those_of_transformers_at_every_length(name):
     torch = pytest.importorskip("torch")
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     parameters = {**KINDS, **PARTS}[name]
-    rope, config = our_rope(parameters), their_config(parameters)
+    config = their_config(parameters)
     for length in (20, 32, 33, 64, 65, 200):
         theirs = Phi3RotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
-        for ours, halves in zip(angles(rope, [range(200)], length), theirs, strict=True):
+        for ours, halves in zip(angles_of(name, [range(200)], length), theirs, strict=True):
             half = halves.shape[-1] // 2
             np.testing.assert_allclose(ours[:, :length], halves[..., :half].numpy(), atol=5e-5)
 
@@ -133,18 +156,19 @@ def packed(lengths, total):
     return positions, np.concatenate([np.repeat(np.arange(len(lengths)) + 1, lengths), padding])
 
 
+@pytest.mark.quick_cases(*(name for name in QUICK if name in KINDS))
 @pytest.mark.parametrize("name", KINDS)
 def test_a_packed_row_has_the_angles_of_each_example_alone(name):
-    rope, rows = our_rope(KINDS[name]), [(20, 70, 33, 5), (64, 65), (130,)]
+    rows = [(20, 70, 33, 5), (64, 65), (130,)]
     positions, segments = (
         jnp.asarray(x, jnp.int32) for x in zip(*[packed(row, 140) for row in rows], strict=True)
     )
     lengths = jax.jit(example_lengths)(positions, segments)
-    found = compiled(rope, HEAD, positions, lengths, jnp.float32)
+    found = angles_of(name, positions, lengths)
     for r, row in enumerate(rows):
         for i, length in enumerate(row):
             start = sum(row[:i])
-            for ours, alone in zip(found, angles(rope, [range(140)], length), strict=True):
+            for ours, alone in zip(found, angles_of(name, [range(140)], length), strict=True):
                 np.testing.assert_array_equal(ours[r, start : start + length], alone[0, :length])
 
 

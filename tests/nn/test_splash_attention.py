@@ -39,7 +39,7 @@ TPU = described("tpu", "TPU v5 lite")
 @pytest.mark.parametrize(
     ("T", "branched", "softcap"),
     [
-        (200, False, 0.8),
+        pytest.param(200, False, 0.8, marks=pytest.mark.slow),
         (200, True, None),
         pytest.param(128, False, None, marks=pytest.mark.slow),
         pytest.param(128, True, 0.8, marks=pytest.mark.slow),
@@ -68,15 +68,8 @@ def dense_of_scaled(q, k, v, ranges):
     return attention.dense(q * jnp.asarray(16, q.dtype), *kv, ranges)[..., : v.shape[3]]
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "branched"),
-    [
-        (64, True),
-        pytest.param(64, False, marks=pytest.mark.slow),
-        pytest.param(128, True, marks=pytest.mark.slow),
-        (80, False),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "branched"), [(64, True), (64, False), (128, True), (80, False)])
 def test_the_error_of_bfloat16_is_that_of_its_rounding(head_dim, branched):
     """The root mean square, of outputs and gradients, is at most twice that of the reference in bfloat16.
 
@@ -129,7 +122,7 @@ def turned(x, positions, theta):
     ("head_dim", "scale", "total", "softcap", "window", "branched"),
     [
         (80, None, 1 / np.sqrt(80), None, None, False),
-        (128, 0.3, 0.3, 2.0, None, True),
+        pytest.param(128, 0.3, 0.3, 2.0, None, True, marks=pytest.mark.slow),
         (80, 0.3, 0.3, None, 50, False),  # flash
         pytest.param(128, None, 1 / np.sqrt(128), None, None, True, marks=pytest.mark.slow),
     ],
@@ -169,6 +162,7 @@ def test_layers_on_a_tpu_multiply_scores_by_the_total_scale(
     np.testing.assert_array_equal(keys[1], v)
 
 
+@pytest.mark.quick_cases("80-None", "128-0.3")
 @pytest.mark.parametrize(("head_dim", "scale"), [(64, None), (80, None), (128, None), (128, 0.3)])
 def test_layers_on_a_tpu_round_scaled_queries_once(on_a_tpu, monkeypatch, head_dim, scale):
     """Half a unit in the last place. Queries that are rounded after rope and again when they are scaled have
@@ -196,11 +190,12 @@ def test_layers_on_a_tpu_round_scaled_queries_once(on_a_tpu, monkeypatch, head_d
 SIZES = dict(vocab=40, width=32, layers=2, heads=4, kv_heads=2, head_dim=80, mlp=48, max_positions=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
         granite(GraniteConfig(**SIZES, attention_multiplier=0.3), jnp.float32),
-        pytest.param(llama(LlamaConfig(**SIZES), jnp.float32), marks=pytest.mark.slow),
+        llama(LlamaConfig(**SIZES), jnp.float32),
     ],
     ids=["granite", "llama"],
 )
@@ -246,6 +241,7 @@ def test_without_the_backward_kernels_shared_prompts_use_flash(monkeypatch):
 
 
 # the two forward calls for shared prompts are one function of the module
+@pytest.mark.quick_cases("True-5-1000-8", "False-3-1100-6")
 @pytest.mark.parametrize(
     ("branched", "kernels", "T", "heads"),
     [

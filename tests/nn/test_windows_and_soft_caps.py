@@ -87,7 +87,7 @@ def test_dense_is_the_definition(window, cap, branched):
     [
         ((2, 45, 4, 2, 8), 16, True, None),
         ((2, 45, 4, 2, 8), 16, False, 1.5),
-        ((1, 300, 2, 1, 4), 256, True, 1.5),
+        pytest.param((1, 300, 2, 1, 4), 256, True, 1.5, marks=pytest.mark.slow),
     ],
 )
 def test_flash_equals_dense_in_value_and_gradient(shape, block, branched, cap):

@@ -1,7 +1,7 @@
 """The policy objective against a plain forward pass and torch; additive, linear in its weights."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +49,6 @@ def setting(dtype=jnp.float64):
     return model, whole, tree.mask_by_path(whole, "adapter/.*/[ab]|critic/.*")
 
 
-@pytest.fixture
-def one_by_one():
-    """Operations run one by one: laws without programs to compile."""
-    with jax.disable_jit():
-        yield
-
-
 TABLE = {name: np.random.default_rng(i).normal(0, 1, 40) for i, name in enumerate("wv")}
 ALL = {"w": True, "v": True}
 
@@ -72,6 +65,7 @@ def table_see(table, batch, key, aux):
     )
 
 
+@cache
 def by_table(loss=LOSS, **options):
     """An objective of the table's numbers, with all of its terms unless options say otherwise."""
     terms = {"beta": 0.2, "entropy": 0.1, "critic": Critic(lambda *x: x, coef=0.5)} | options
@@ -147,7 +141,7 @@ def test_completions_that_share_a_prompt_equal_completions_in_separate_rows():
 
 @pytest.mark.quick_cases("sequence")
 @pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
-def test_a_batch_is_the_sum_of_its_parts(one_by_one, loss):
+def test_a_batch_is_the_sum_of_its_parts(loss):
     batch = laid(rows_of(random_groups(count=8), 4))
     one = loss_gradients_metrics(by_table(loss), TABLE, ALL, micro(batch, 1), {})
     assert_same(loss_gradients_metrics(by_table(loss), TABLE, ALL, micro(batch, 2), {}), one)
@@ -155,17 +149,18 @@ def test_a_batch_is_the_sum_of_its_parts(one_by_one, loss):
 
 @pytest.mark.quick_cases("token")
 @pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
-def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(one_by_one, loss):
+def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(loss):
     """Also where weights part the tokens of one completion."""
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
     side = jnp.asarray(np.random.default_rng(1).uniform(0, 1, batch.read.shape) < 0.5)
 
-    def part(policy_scale, value_scale):
-        weights = {
-            "policy_weights": batch.policy_weights * policy_scale,
-            "value_weights": batch.value_weights * value_scale,
-        }
+    @jax.jit
+    def of_weights(policy_weights, value_weights):
+        weights = {"policy_weights": policy_weights, "value_weights": value_weights}
         return jax.value_and_grad(lambda t: by_table(loss)(t, batch.replace(**weights), None, {})[0])(TABLE)
+
+    def part(policy_scale, value_scale):
+        return of_weights(batch.policy_weights * policy_scale, batch.value_weights * value_scale)
 
     s = side.astype(jnp.float64)
     parts = [part(s, 0.0), part(1 - s, 0.0), part(0.0, 2 * s), part(0.0, 1 - 2 * s)]
@@ -174,7 +169,7 @@ def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(one_by_o
     assert not any(np.any(x) for x in jax.tree.leaves(part(0.0, 0.0)))
 
 
-def test_tokens_without_weight_and_padding_change_nothing(one_by_one):
+def test_tokens_without_weight_and_padding_change_nothing():
     groups = random_groups(count=6)
     batch = laid(rows_of(groups))
     away = np.asarray(batch.responses) == 1
@@ -214,7 +209,7 @@ def test_before_the_first_step_the_ratio_is_one_within_rounding_and_exactly_one_
     assert_close(slope, now, 1e-10 if dtype == jnp.float64 else 1e-3)
 
 
-def test_the_metrics_equal_their_definitions(one_by_one):
+def test_the_metrics_equal_their_definitions():
     batch = laid(rows_of(random_groups(count=6)))
     value, _, found = loss_gradients_metrics(by_table(), TABLE, ALL, micro(batch, 2), {})
     played = table_see(TABLE, jax.tree.map(jnp.asarray, batch), None, {})
@@ -352,7 +347,7 @@ def test_the_reference_is_the_base_or_the_copy_of_step_0():
     assert policy(model, LOSS).init(whole, False) == {}  # nothing asks for a reference
 
 
-def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
+def test_an_adaptive_penalty_follows_the_kl_of_its_step():
     penalty = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
     objective, fixed = (by_table(beta=beta) for beta in (penalty, FixedKL(0.3, k2)))
     batch = micro(laid(rows_of(random_groups())), 2)
@@ -374,7 +369,7 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
     assert fixed.update({"a": 1}, None, sums) == {"a": 1}
 
 
-def test_a_penalty_of_zero_logs_the_kl_and_changes_nothing(one_by_one):
+def test_a_penalty_of_zero_logs_the_kl_and_changes_nothing():
     batch = micro(laid(rows_of(random_groups())), 1)
     value, slope, found = loss_gradients_metrics(by_table(beta=FixedKL(0.0, k1)), TABLE, ALL, batch, {})
     expected, slope_too, _ = loss_gradients_metrics(by_table(beta=0.0), TABLE, ALL, batch, {})
@@ -382,7 +377,7 @@ def test_a_penalty_of_zero_logs_the_kl_and_changes_nothing(one_by_one):
     assert_close(slope, slope_too, 1e-15)
 
 
-def test_kl_in_reward_is_logged_and_updates_its_coefficient_only(one_by_one):
+def test_kl_in_reward_is_logged_and_updates_its_coefficient_only():
     """And the loss has none of it."""
     batch = micro(laid(rows_of(random_groups())), 1)
     inner = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
@@ -453,7 +448,7 @@ def test_the_gradient_of_the_entropy_equals_autodiffs_for_any_chunk(monkeypatch)
         ({"critic": None}, {"coef": -1.0}, "Critic: coef must be above 0, got -1.0"),
     ],
 )
-def test_invalid_inputs_are_refused_in_one_line(one_by_one, given, batch, message):
+def test_invalid_inputs_are_refused_in_one_line(given, batch, message):
     batch_of_arrays = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
     with pytest.raises(ValueError, match=message):
         if "coef" in batch:
@@ -462,10 +457,10 @@ def test_invalid_inputs_are_refused_in_one_line(one_by_one, given, batch, messag
 
 
 @pytest.mark.slow
-def test_every_field_of_a_rollout_influences_the_loss(one_by_one):
+def test_every_field_of_a_rollout_influences_the_loss():
     """A change of any of them changes the loss: none is carried in vain."""
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
-    run = lambda b: by_table(partial(P.clipped, eps_high=9.0, eps_low=1.0))(TABLE, b, None, {})[0]  # noqa: E731
+    run = jax.jit(lambda b: by_table(partial(P.clipped, eps_high=9.0, eps_low=1.0))(TABLE, b, None, {})[0])
     level = run(batch)
     for name in PER_TOKEN:
         assert run(batch.replace(**{name: getattr(batch, name) * 1.01})) != level, name

@@ -157,7 +157,17 @@ AT_ONE = [name for name in LOSSES if name not in ("vespo",)]
 def both(loss, d, weights):
     """(per-token losses, the gradient of their weighted sum by the log-probs)."""
     slope = jax.grad(lambda logp: jnp.sum(weights * loss(d.replace(logp=logp))))(d.logp)
-    return np.asarray(loss(d)), np.asarray(slope)
+    return loss(d), slope
+
+
+@jax.jit
+def every_loss(d, weights):
+    return {name: both(loss, d, weights) for name, (loss, _) in LOSSES.items()}
+
+
+def of_name(name, d, weights):
+    """`both` of a loss of LOSSES, which are one compiled program."""
+    return jax.device_get(every_loss(d, weights)[name])
 
 
 def cotangents(seed=9):
@@ -166,14 +176,14 @@ def cotangents(seed=9):
 
 @losses
 def test_a_loss_equals_its_torch_formula_in_value_and_gradient(name):
-    loss, other = LOSSES[name]
+    other = LOSSES[name][1]
     d, weights = random_batch(), cotangents()
     mask, (p, old, adv), index = dense(d, "logp", "old_logp", "advantages")
     p.requires_grad_()
     values = other(p, old, adv, mask).expand_as(mask)
     w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
     (w * values).sum().backward()
-    found, slope = both(loss, d, weights * d.mask)
+    found, slope = of_name(name, d, weights * d.mask)
     there = index >= 0
     np.testing.assert_allclose(
         found.ravel()[index[there]], values.detach().numpy()[there], rtol=1e-10, atol=1e-13
@@ -196,7 +206,7 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
     """Of a completion's tokens together where the ratio is the completion's."""
     d = random_batch(spread=0.0)
     level = d.spread(d.mean(cotangents()))  # the same weight for all tokens of a completion
-    slope = both(LOSSES[name][0], d, level * d.mask)[1]
+    slope = of_name(name, d, level * d.mask)[1]
     np.testing.assert_allclose(slope, -d.advantages * level, rtol=1e-10, atol=1e-13)
 
 
@@ -211,9 +221,7 @@ def test_padding_and_empty_slots_change_nothing(name):
     wide = P.PolicyBatch(
         **numbers, completion=answer, lengths=jnp.pad(d.lengths, ((0, 0), (0, 2)), constant_values=1)
     )
-    for found, expected in zip(
-        both(LOSSES[name][0], wide, pad(weights)), both(LOSSES[name][0], d, weights), strict=True
-    ):
+    for found, expected in zip(of_name(name, wide, pad(weights)), of_name(name, d, weights), strict=True):
         real = np.asarray(d.mask) > 0
         np.testing.assert_allclose(found[:, :11][real], expected[real], rtol=1e-12)
         assert np.isfinite(found).all()
@@ -223,7 +231,7 @@ def test_padding_and_empty_slots_change_nothing(name):
 def test_a_token_loss_depends_on_its_token_and_a_sequence_loss_on_its_completion(name):
     d = random_batch()
     moved = d.replace(logp=d.logp.at[0, int(np.flatnonzero(d.completion[0] == 0)[0])].add(-0.8))
-    changed = np.asarray(LOSSES[name][0](moved) != LOSSES[name][0](d))
+    changed = of_name(name, moved, cotangents())[0] != of_name(name, d, cotangents())[0]
     assert not changed[1:].any() and not changed[0][np.asarray(d.completion[0]) != 0].any()
     assert changed.sum() <= (4 if name in SEQUENCE else 1)
 
@@ -234,7 +242,7 @@ def test_distant_policies_give_finite_losses_and_gradients(name):
         d = random_batch()
         d = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, d)
         d = d.replace(logp=d.old_logp + d.mask * jnp.float32(away))
-        for x in both(LOSSES[name][0], d, cotangents().astype(jnp.float32)):
+        for x in of_name(name, d, cotangents().astype(jnp.float32)):
             assert np.isfinite(x).all() and x.dtype == np.float32
 
 

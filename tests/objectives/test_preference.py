@@ -33,16 +33,9 @@ from jaxft.objectives.preference import mean_logp, preference
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.fixture
-def one_by_one():
-    """Operations run one by one: laws of fifty losses without fifty programs to compile."""
-    with jax.disable_jit():
-        yield
-
-
 @pytest.mark.quick_cases("aot", "wpo ipo", "mpo", "tpo_l", "kto")
 @pytest.mark.parametrize("name", EVERY)
-def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
+def test_accumulation_equals_the_large_batch_for_every_loss(name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=9)), start_aux(objective)
     one = loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 1), aux)
@@ -52,7 +45,7 @@ def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
 
 @pytest.mark.quick_cases("nll", "kto", "bco", "wpo ipo")
 @pytest.mark.parametrize("name", EVERY)
-def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
+def test_padding_and_pairs_of_weight_zero_change_nothing(name):
     objective, table = by_table(name)
     pool, aux = pairs_for(name, count=12), start_aux(objective)
     used = np.arange(12) % 3 > 0
@@ -132,7 +125,7 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
 
 @pytest.mark.quick_cases("kto", "aot")
 @pytest.mark.parametrize("name", ("dpo", "kto", "aot"))
-def test_a_widened_batch_gives_the_same_results(one_by_one, name):
+def test_a_widened_batch_gives_the_same_results(name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=7)), start_aux(objective)
     more = lambda x, axis: np.empty([n + 3 * (i == axis) for i, n in enumerate(x.shape)], x.dtype)  # noqa: E731

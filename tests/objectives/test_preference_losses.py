@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,12 @@ from preference_rows import (
     Rows,
     by_answer,
     check_against_torch,
+    compare_with_torch,
     in_torch,
     kinds_of,
     lay,
     loss_and_gradient,
+    one_program,
     random_rows,
     seen,
     value_of,
@@ -36,38 +38,51 @@ from jaxft.objectives.metrics import Sum
 from jaxft.objectives.pair import PairBatch, Response, declaration, loss_values
 
 pytestmark = pytest.mark.usefixtures("x64")
+by_knobs = one_program({name: with_knobs(loss, knobs) for name, (loss, _, knobs) in EVERY.items()}, kinds_of)
+by_default = one_program({name: loss for name, (loss, *_) in EVERY.items()}, kinds_of)
+BY_SCORE = {
+    f"{name} {score}": partial(getattr(P, name), score=ours)
+    for name in OF_SCORES
+    for score, (ours, _) in SCORES.items()
+}
+by_score = one_program(BY_SCORE)
+
+
+@cache
+def some_rows(kinds, seed, count=5, only_one=False):
+    rows = random_rows(count, kinds, seed, only_one=only_one)
+    return rows, lay(rows)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_loss_equals_its_formula_in_value_and_gradient(name):
-    loss, formula, knobs = EVERY[name]
+    _, formula, knobs = EVERY[name]
     for seed in range(3):
-        rows = random_rows(count=5 + seed, kinds=kinds_of(name), seed=seed)
+        rows, laid = some_rows(kinds_of(name), seed, count=5 + seed)
         each = name not in TOTALS and name not in THIRD
-        check_against_torch(with_knobs(loss, knobs), with_knobs(formula, knobs), rows, each=each)
+        compare_with_torch(by_knobs(name, laid), with_knobs(formula, knobs), rows, laid, each=each)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_default_parameters_are_those_of_the_formula(name):
-    loss, formula, _ = EVERY[name]
+    rows, laid = some_rows(kinds_of(name), seed=7)
     each = name not in TOTALS and name not in THIRD
-    check_against_torch(loss, formula, random_rows(kinds=kinds_of(name), seed=7), each=each)
+    compare_with_torch(by_default(name, laid), EVERY[name][1], rows, laid, each=each)
 
 
 @pytest.mark.parametrize("name", OF_SCORES)
 @pytest.mark.parametrize("score", SCORES)
 def test_a_divergence_changes_the_score(name, score):
-    ours, formula = SCORES[score]
-    check_against_torch(
-        partial(getattr(P, name), score=ours), partial(getattr(T, name), score=formula), random_rows(seed=3)
-    )
+    rows, laid = some_rows(PAIR, seed=3)
+    formula = partial(getattr(T, name), score=SCORES[score][1])
+    compare_with_torch(by_score(f"{name} {score}", laid), formula, rows, laid)
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_rows_with_one_response_are_scored_alone(name):
-    loss, formula, knobs = SINGLE[name]
-    rows = random_rows(count=7, kinds=kinds_of(name), seed=5, only_one=True)
-    check_against_torch(with_knobs(loss, knobs), with_knobs(formula, knobs), rows)
+    _, formula, knobs = SINGLE[name]
+    rows, laid = some_rows(kinds_of(name), seed=5, count=7, only_one=True)
+    compare_with_torch(by_knobs(name, laid), with_knobs(formula, knobs), rows, laid)
 
 
 def test_a_missing_mismatched_response_is_excluded_from_the_kl():
@@ -131,22 +146,26 @@ def test_losses_of_a_mix_have_separate_states():
     np.testing.assert_allclose(loss_values(loss, seen(laid), state), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_pairs_without_weight_change_nothing(name):
-    """For any tokens: values and gradients of the other pairs are the same, and the gradient on these pairs
-    is zero.
-    """
-    loss, _, knobs = EVERY[name]
-    loss, kinds = with_knobs(loss, knobs), kinds_of(name)
+@cache
+def with_weightless_pairs(kinds):
+    """Rows, and their batches alone and with more pairs without weight."""
     rows, more = random_rows(5, kinds, seed=1), random_rows(4, kinds, seed=2, scale=30.0)
     both = Rows(
         {kind: rows.responses[kind] + more.responses[kind] for kind in kinds},
         np.concatenate([rows.margin, more.margin]),
         np.concatenate([rows.weight, np.zeros(more.count)]),
     )
-    alone, laid = lay(rows, seed=3), lay(both, seed=4)
-    value, values, grad = loss_and_gradient(loss, alone)
-    value_too, values_too, grad_too = loss_and_gradient(loss, laid)
+    return rows, lay(rows, seed=3), lay(both, seed=4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_pairs_without_weight_change_nothing(name):
+    """For any tokens: values and gradients of the other pairs are the same, and the gradient on these pairs
+    is zero.
+    """
+    rows, alone, laid = with_weightless_pairs(kinds_of(name))
+    value, values, grad = by_knobs(name, alone)
+    value_too, values_too, grad_too = by_knobs(name, laid)
     np.testing.assert_allclose(value_too, value, rtol=1e-12)
     for a, b in zip(alone.cells, laid.cells):
         np.testing.assert_allclose(values_too[b], values[a], rtol=1e-12)
@@ -155,24 +174,30 @@ def test_pairs_without_weight_change_nothing(name):
         np.testing.assert_allclose(g, grad[kind, i] if i < rows.count else 0 * g, rtol=1e-12, atol=1e-15)
 
 
+@cache
+def empty_batch(kinds):
+    return lay(Rows({kind: [np.zeros((0, 3))] for kind in kinds}, np.zeros(1), np.zeros(1)))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_an_empty_batch_has_loss_0_and_gradient_0(name):
-    loss, _, knobs = EVERY[name]
-    kinds = kinds_of(name)
-    empty = Rows({kind: [np.zeros((0, 3))] for kind in kinds}, np.zeros(1), np.zeros(1))
-    value, values, grad = loss_and_gradient(with_knobs(loss, knobs), lay(empty))
+    value, values, grad = by_knobs(name, empty_batch(kinds_of(name)))
     assert value == 0 and np.isfinite(values).all() and not grad.any()
+
+
+@cache
+def at_the_reference(kinds):
+    rows = random_rows(5, kinds=kinds, seed=2, lengths=(4, 4))
+    for answers in rows.responses.values():
+        for x in answers:
+            x[:, 1] = x[:, 0]
+    return lay(rows)
 
 
 @pytest.mark.parametrize("name", T.AT_THE_START)
 def test_the_value_at_the_reference_is_the_theoretical_one(name):
-    rows = random_rows(5, kinds=kinds_of(name), seed=2, lengths=(4, 4))
-    for answers in rows.responses.values():
-        for x in answers:
-            x[:, 1] = x[:, 0]
-    _, values, _ = loss_and_gradient(
-        getattr(F if hasattr(F, name) and name in SINGLE else P, name), laid := lay(rows)
-    )
+    laid = at_the_reference(kinds_of(name))
+    _, values, _ = by_default(name, laid)
     np.testing.assert_allclose([values[cell] for cell in laid.cells], T.AT_THE_START[name], rtol=1e-12)
 
 
@@ -184,21 +209,15 @@ NO_REFERENCE = ("simpo", "alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo")
 
 @pytest.mark.parametrize("name", [*RISES, *NO_REFERENCE])
 def test_the_first_step_raises_chosen_and_lowers_rejected(name):
-    rows = random_rows(5, kinds=kinds_of(name), seed=2, lengths=(4, 4))
-    for answers in rows.responses.values():
-        for x in answers:
-            x[:, 1] = x[:, 0]
-    loss = getattr(P, name, None) or getattr(F, name)
-    laid = lay(rows)
-    grad = by_answer(laid, loss_and_gradient(loss, laid)[2])
+    laid = at_the_reference(kinds_of(name))
+    grad = by_answer(laid, by_default(name, laid)[2])
     assert all((g < 0).all() for (kind, _), g in grad.items() if kind == "chosen")
     assert all((g > 0).all() for (kind, _), g in grad.items() if kind == "rejected")
 
 
 def test_apo_down_lowers_both_and_the_rejected_one_more():
-    rows = random_rows(5, seed=2)
-    laid = lay(rows)
-    grad = by_answer(laid, loss_and_gradient(P.apo_down, laid)[2])
+    _, laid = some_rows(PAIR, seed=2)
+    grad = by_answer(laid, by_default("apo_down", laid)[2])
     assert all((g > 0).all() for (kind, _), g in grad.items() if kind == "rejected")
 
 
@@ -214,16 +233,21 @@ SWAPS = {  # loss(pair) - loss(swapped) = -slope * margin
 }
 
 
+by_swap = one_program({name: loss for name, (loss, *_) in SWAPS.items()})
+
+
+@cache
+def swapped_rows():
+    rows, laid = some_rows(PAIR, seed=8, count=6)
+    swapped = Rows({"chosen": rows.responses["rejected"], "rejected": rows.responses["chosen"]}, rows.margin)
+    return rows, laid, lay(swapped)
+
+
 @pytest.mark.parametrize("name", SWAPS)
 def test_swapping_chosen_and_rejected_mirrors_the_gradient(name):
-    loss, slope, margin = SWAPS[name]
-    rows = random_rows(6, seed=8)
-    swapped = Rows({"chosen": rows.responses["rejected"], "rejected": rows.responses["chosen"]}, rows.margin)
-    laid, other = lay(rows), lay(swapped)
-    (_, values, grad), (_, values_too, grad_too) = (
-        loss_and_gradient(loss, laid),
-        loss_and_gradient(loss, other),
-    )
+    _, slope, margin = SWAPS[name]
+    rows, laid, other = swapped_rows()
+    (_, values, grad), (_, values_too, grad_too) = by_swap(name, laid), by_swap(name, other)
     if margin is not None:
         expected = -slope * margin(in_torch(rows)).detach().numpy()
         np.testing.assert_allclose([values[c] - values_too[c] for c in laid.cells], expected, rtol=1e-10)
@@ -259,31 +283,36 @@ def extreme_rows():
     return Rows(answers, np.full(len(pairs), 3.0))
 
 
-EXTREME = {
-    **{name: with_knobs(loss, knobs) for name, (loss, _, knobs) in EVERY.items()},
-    **{
-        f"{n} {s}": partial(getattr(P, n), score=SCORES[s][0])
-        for n in OF_SCORES
-        for s in SCORES
-        if s != "reverse"
-    },
+EXTREME = {  # one program of each table
+    "every": {name: with_knobs(loss, knobs) for name, (loss, _, knobs) in EVERY.items()},
+    "score of dpo": {name: BY_SCORE[name] for name in BY_SCORE if name.startswith("dpo ")},
+    "score of others": {name: BY_SCORE[name] for name in BY_SCORE if not name.startswith("dpo ")},
 }
+CASES = [
+    pytest.param(table, name, dtype, id=f"{table}-{name}-{dtype.__name__}")
+    for table, losses in EXTREME.items()
+    for name in losses
+    for dtype in (jnp.bfloat16, jnp.float32)
+]
 
 
-@pytest.fixture(scope="module")
-def extremes():
+@cache
+def finite_at_extremes(table, dtype):
+    """{name: whether a loss's values and gradients are finite}."""
     rows = extreme_rows()
-    return {dtype: lay(rows, shape=(rows.count, 1), dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)}
-
-
-@pytest.mark.quick_cases("*-bfloat16")
-@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
-@pytest.mark.parametrize("name", EXTREME)
-def test_values_and_gradients_are_finite_at_extremes(extremes, name, dtype):
-    """Gradients by summed and per-token log-probs; the gradient of a token is a sum of these."""
-    loss = EXTREME[name]
-    pair = seen(extremes[dtype])
+    pair = seen(lay(rows, shape=(rows.count, 1), dtype=dtype))
     assert pair.weight.dtype == dtype
+
+    def finite(loss, pair):
+        found = values_and_gradients(loss, pair)
+        return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(found)]).all()
+
+    return jax.jit(lambda pair: {name: finite(loss, pair) for name, loss in EXTREME[table].items()})(pair)
+
+
+def values_and_gradients(loss, pair):
+    """Gradients by summed and per-token log-probs; the gradient of a token is a sum of these."""
+    dtype = pair.weight.dtype
 
     def total(answers, tokens):
         values = value_of(loss, replace(pair, responses=answers, tokens=replace(pair.tokens, logp=tokens)))
@@ -295,8 +324,13 @@ def test_values_and_gradients_are_finite_at_extremes(extremes, name, dtype):
         fill = lambda logps: {kind: replace(a, logp=logps[kind]) for kind, a in answers.items()}  # noqa: E731
         return jax.grad(lambda logps, tokens: total(fill(logps), tokens), (0, 1), has_aux=True)(logps, tokens)
 
-    found = both(pair.responses, pair.tokens.logp)
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
+    return both(pair.responses, pair.tokens.logp)
+
+
+@pytest.mark.quick_cases("every-*-bfloat16", "score of dpo-*-bfloat16")
+@pytest.mark.parametrize("table, name, dtype", CASES)
+def test_values_and_gradients_are_finite_at_extremes(table, name, dtype):
+    assert finite_at_extremes(table, dtype)[name]
 
 
 KNOBS = [
@@ -311,13 +345,26 @@ def takes(loss, knob):
     return code is not None and knob in code.co_varnames[: code.co_argcount]
 
 
-@pytest.mark.parametrize("name, knob", [(n, k) for n, k in KNOBS if takes(EVERY[n][0], k) and " " not in n])
+KNOBS = [(n, k) for n, k in KNOBS if takes(EVERY[n][0], k) and " " not in n]
+
+
+@cache
+def with_knobs_of(kinds):
+    """{(name, knob): values} for a traced knob and for a number."""
+    pair = seen(some_rows(kinds, seed=1)[1])
+    values = lambda x: {  # noqa: E731
+        (name, knob): value_of(partial(EVERY[name][0], **{knob: x}), pair)
+        for name, knob in KNOBS
+        if kinds_of(name) == kinds
+    }
+    return jax.jit(values)(0.2), jax.jit(lambda: values(0.2))()
+
+
+@pytest.mark.parametrize("name, knob", KNOBS)
 def test_knobs_may_be_traced(name, knob):
     """A sweep's knob is an array of the program: the same value as the number's."""
-    loss = EVERY[name][0]
-    pair = seen(lay(random_rows(5, kinds=kinds_of(name), seed=1)))
-    found = jax.jit(lambda x: value_of(partial(loss, **{knob: x}), pair))(0.2)
-    np.testing.assert_allclose(found, value_of(partial(loss, **{knob: 0.2}), pair), rtol=1e-12)
+    found, expected = with_knobs_of(kinds_of(name))
+    np.testing.assert_allclose(found[name, knob], expected[name, knob], rtol=1e-12)
 
 
 def test_alpha_divergence_converges_to_its_limits():
@@ -395,13 +442,13 @@ def test_a_loss_that_reads_a_missing_reference_is_refused(loss):
         value_of(loss, seen(lay(random_rows()), reference=False))
 
 
+without_reference = one_program({name: EVERY[name][0] for name in (*NO_REFERENCE, *THIRD)}, kinds_of)
+
+
 @pytest.mark.parametrize("name", (*NO_REFERENCE, *THIRD))
 def test_reference_free_losses_do_not_read_the_reference(name):
-    laid = lay(random_rows(kinds=kinds_of(name)))
-    assert (
-        loss_and_gradient(EVERY[name][0], laid, reference=False)[0]
-        == loss_and_gradient(EVERY[name][0], laid)[0]
-    )
+    _, laid = some_rows(kinds_of(name), seed=0)
+    assert without_reference(name, laid, reference=False)[0] == without_reference(name, laid)[0]
 
 
 def test_dpo_margin_requires_the_column():

@@ -54,6 +54,7 @@ def third_of(name):
 DISTINCT = [name for name in EVERY if not name.endswith((" eps", " tau", " below", " ipo"))]
 
 
+@pytest.mark.quick_cases("dpo", "dpo_margin", "nll", "aot", "wpo", "tpo", "kto")
 @pytest.mark.parametrize("name", DISTINCT)
 def test_every_shipped_loss_passes_all_checks(name):
     loss, _, knobs = EVERY[name]

@@ -1,7 +1,7 @@
 """Reward models: transformers' rewards, Bradley-Terry of torch, laws of the objective, heads on one base."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -187,9 +187,16 @@ def objectives():
     return partial(reward, margin="margin", center=0.02)
 
 
-def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(x64):
+@cache
+def setting():
+    """(objective, parameters, which of them are trained), one for all tests, so that they share programs."""
     model, whole = scorer_model()
-    batch, objective, mask = laid(random_pairs(9)), objectives()(model), mask_of(whole)
+    return objectives()(model), whole, mask_of(whole)
+
+
+def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(x64):
+    objective, whole, mask = setting()
+    batch = laid(random_pairs(9))
     one = loss_gradients_metrics(objective, whole, mask, micro(batch, 1), {})
     assert np.abs(one[1]["score"]).max() > 1e-4 and one[0] != 0
     assert_same(loss_gradients_metrics(objective, whole, mask, micro(batch, 4), {}), one)
@@ -200,8 +207,8 @@ def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(x64)
 
 
 def test_shared_prompts_have_the_rewards_of_plain_rows(x64):
-    model, whole = scorer_model()
-    pool, objective, mask = random_pairs(9), objectives()(model), mask_of(whole)
+    objective, whole, mask = setting()
+    pool = random_pairs(9)
     found = [
         loss_gradients_metrics(objective, whole, mask, micro(laid(pool, branches=branches), 1), {})
         for branches in (True, False)
@@ -210,8 +217,8 @@ def test_shared_prompts_have_the_rewards_of_plain_rows(x64):
 
 
 def test_empty_slots_and_pairs_of_weight_zero_change_nothing(x64):
-    model, whole = scorer_model()
-    pool, objective, mask = random_pairs(12), objectives()(model), mask_of(whole)
+    objective, whole, mask = setting()
+    pool = random_pairs(12)
     used = np.arange(12) % 3 > 0
     some, nothing = (laid(pool, who, room=(96, 80, 6)) for who in (np.flatnonzero(used), []))
     target = loss_gradients_metrics(objective, whole, mask, micro(some, 1), {})

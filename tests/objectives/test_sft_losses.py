@@ -92,8 +92,8 @@ def test_both_ways_to_the_loss_agree_and_its_parts_add_up_in_packed_rows(setting
     assert_close(jax.jit(jax.value_and_grad(by_outputs, has_aux=True))(whole, single), one)
     weight = 1 / sum(len(ids) - prompt for ids, prompt in some)
     assert_close(of_batch(whole, batch_of([some[:3], some[3:]], 48, 40, weight)), one)
-    (first, _), grads = of_batch(whole, jax.tree.map(lambda x: x[:2], single))
-    (second, _), more = of_batch(whole, jax.tree.map(lambda x: x[2:], single))
+    (first, _), grads = of_batch(whole, jax.tree.map(lambda x: x[:3], single))
+    (second, _), more = of_batch(whole, jax.tree.map(lambda x: x[3:], single))
     assert_close((first + second, jax.tree.map(jnp.add, grads, more)), (one[0][0], one[1]))
 
 

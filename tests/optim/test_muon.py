@@ -57,6 +57,7 @@ def wide_torch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
 
 
+@pytest.mark.quick_cases("0.2-match_rms_adamw-True", "None-original-False")
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("rms, name", [(0.2, "match_rms_adamw"), (None, "original")])
 def test_every_layers_matrix_is_that_of_torch_and_the_rest_is_adamws(rms, name, layerwise, wide_torch):

@@ -64,11 +64,12 @@ def assert_same(one, two):
 CASES = [
     (adamw, False, np.inf),
     (adamw, True, np.nan),
-    *(
-        (optimizer, layerwise, BIG)
-        for optimizer in (adamw, adafactor, adamw_8bit)
-        for layerwise in (False, True)
-    ),
+    pytest.param(adamw, False, BIG, marks=pytest.mark.slow),
+    pytest.param(adamw, True, BIG, marks=pytest.mark.slow),
+    pytest.param(adafactor, False, BIG, marks=pytest.mark.slow),
+    (adafactor, True, BIG),
+    (adamw_8bit, False, BIG),
+    pytest.param(adamw_8bit, True, BIG, marks=pytest.mark.slow),
     (adamw_bf16, False, BIG),
     (sgd, True, BIG),
 ]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from safetensors.numpy import load_file
 from tiny_run import Place, write_rows
 
 from jaxft.data.shipped import ROOT
+from jaxft.objectives.kl import FixedKL, KLInReward, k1
+from jaxft.objectives.policy_losses import clipped, gspo, policy_gradient
+from jaxft.rl import advantages, estimators, token_weights
 from jaxft.runs.config import help_text, load_config
 from jaxft.runs.parse import find_file, run_file
 from jaxft.runs.record import differences
@@ -48,11 +52,41 @@ def test_the_help_of_grpo_lists_every_method_with_its_settings():
     )
 
 
-def test_every_named_method_is_a_run(monkeypatch):
+PARTS = {  # advantage, weights of tokens, loss and KL penalty of each method's paper
+    "GRPO": (advantages.grpo, token_weights.sequence_mean, clipped, 0.0),
+    "Dr. GRPO": (advantages.centred, token_weights.constant_length, clipped, 0.0),
+    "DAPO": (advantages.grpo, token_weights.token_mean, partial(clipped, eps_high=0.28), 0.0),
+    "GSPO": (advantages.grpo, token_weights.sequence_mean, gspo, 0.0),
+    "RLOO": (advantages.rloo, token_weights.sequence_sum, policy_gradient, KLInReward(FixedKL(0.05, k1))),
+    "REINFORCE++": (
+        estimators.reinforce, token_weights.token_mean, clipped, KLInReward(FixedKL(0.01, k1)),
+    ),
+    "REINFORCE++ with the group's mean as baseline": (
+        estimators.group_whitened, token_weights.token_mean, clipped, 0.0,
+    ),
+}  # fmt: skip
+
+
+def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for settings in METHODS.values():
+    assert METHODS.keys() == PARTS.keys()
+    for name, settings in METHODS.items():
         run = load_config("configs/grpo.py", settings.split())
-        assert run.data.rules.rewards and run.objective is not None
+        rules, (advantage, weights, loss, beta) = run.data.rules, PARTS[name]
+        if advantage not in (estimators.reinforce, estimators.group_whitened):
+            advantage = partial(estimators.by_group, advantage=advantage)
+        objective = run.objective.keywords
+        found = rules.estimate, rules.token_weights, objective["loss"]
+        assert [*map(called, found)] == [*map(called, (advantage, weights, loss))], name
+        assert objective["beta"] == beta, name
+        assert (rules.filter, rules.shape.keywords["overlong"]) == (
+            (advantages.nonconstant_groups, (run.data.max_new, 2)) if name == "DAPO" else (None, None)
+        ), name
+
+
+def called(function):
+    """A function and what it is called with."""
+    return (function.func, function.keywords) if isinstance(function, partial) else (function, {})
 
 
 @pytest.mark.quick_cases("DAPO")  # it has a filter of groups

@@ -1,5 +1,6 @@
 """Random pairs of token ids in batches, and the preference objective over them as the train step takes it."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -92,15 +93,20 @@ def micro(batch, count):
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
 
 
-def loss_gradients_metrics(objective, whole, mask, batch, aux):
-    """(loss, gradients, every metric's number) of a batch [micro, rows, ...], as the train step has them."""
-    trainable, frozen = partition(whole, mask)
+@functools.lru_cache(maxsize=64)
+def _program(objective):
+    """One for all calls, so that batches of a shape are compiled once."""
 
     @jax.jit
     def run(trainable, frozen, batch, aux):
         return accumulate_gradients(objective, (trainable, frozen), batch, jax.random.key(0), aux)
 
-    grads, found = run(trainable, frozen, jax.tree.map(jnp.asarray, batch), aux)
+    return run
+
+
+def loss_gradients_metrics(objective, whole, mask, batch, aux):
+    """(loss, gradients, every metric's number) of a batch [micro, rows, ...], as the train step has them."""
+    grads, found = _program(objective)(*partition(whole, mask), jax.tree.map(jnp.asarray, batch), aux)
     assert np.isfinite(optax.tree.norm(grads))
     return metrics.as_floats(found)["loss"], grads, metrics.as_floats(found)
 

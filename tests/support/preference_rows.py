@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def random_rows(count=5, kinds=PAIR, seed=0, scale=1.0, lengths=(1, 9), only_one
     return Rows(answers, rng.normal(0, 1, count))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Laid:
     """Rows in a batch: its arrays, and where each token of each answer went."""
 
@@ -98,8 +98,12 @@ def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
 
 
 def seen(laid, logp=None, reference=True):
-    policy, known, square = (jnp.asarray(laid.values[..., i]) for i in range(3))
-    return pair_batch(laid.batch, policy if logp is None else logp, square, known if reference else None)
+    return _pair_batch(laid.batch, laid.values, logp, reference)
+
+
+def _pair_batch(batch, numbers, logp, reference):
+    policy, known, square = (jnp.asarray(numbers[..., i]) for i in range(3))
+    return pair_batch(batch, policy if logp is None else logp, square, known if reference else None)
 
 
 def value_of(loss, pair, state=None):
@@ -109,15 +113,50 @@ def value_of(loss, pair, state=None):
 
 def loss_and_gradient(loss, laid, state=None, reference=True):
     """(total, values [B, P], gradient [B, M]) as the objective takes them."""
+    value, values, grad = _with_gradient(loss, laid.batch, laid.values, state, reference)
+    return float(value), np.asarray(values), np.asarray(grad)
 
+
+def _with_gradient(loss, batch, numbers, state, reference):
     def total(logp):
-        pair = seen(laid, logp, reference)
+        pair = _pair_batch(batch, numbers, logp, reference)
         values = value_of(loss, pair, state)
         assert values.shape == pair.weight.shape and values.dtype == logp.dtype
         return jnp.sum(jnp.where(pair.weight > 0, pair.weight * values, 0)), values
 
-    (value, values), grad = jax.value_and_grad(total, has_aux=True)(jnp.asarray(laid.values[..., 0]))
-    return float(value), np.asarray(values), np.asarray(grad)
+    (value, values), grad = jax.value_and_grad(total, has_aux=True)(jnp.asarray(numbers[..., 0]))
+    return value, values, grad
+
+
+def one_program(losses, kinds=None):
+    """Return loss_and_gradient as a function of (name, laid, reference) for losses {name: loss}, which are
+    compiled together.
+
+    kinds: name -> kinds of responses that its loss reads; losses of other kinds than those of `laid` are left
+    out of its program. By default all read chosen and rejected.
+    """
+
+    @partial(jax.jit, static_argnames="reference")
+    def run(batch, numbers, reference):
+        found = {}
+        for name, loss in losses.items():
+            if (kinds(name) if kinds else PAIR) == batch.kinds:
+                try:
+                    found[name] = _with_gradient(loss, batch, numbers, None, reference)
+                except Exception as error:
+                    error.add_note(f"loss {name!r}")
+                    raise
+        return found
+
+    @cache
+    def results(laid, reference):
+        return jax.device_get(run(laid.batch, laid.values, reference))
+
+    def of(name, laid, reference=True):
+        value, values, grad = results(laid, reference)[name]
+        return float(value), values, grad
+
+    return of
 
 
 def by_answer(laid, array):
@@ -133,9 +172,14 @@ def in_torch(rows):
     return T.Rows(part(0), part(1), part(2), torch.tensor(rows.margin))
 
 
-def check_against_torch(loss, formula, rows, state=None, rtol=1e-10, each=True):
+def check_against_torch(loss, formula, rows, state=None):
     laid = lay(rows)
-    value, values, grad = loss_and_gradient(loss, laid, state)
+    compare_with_torch(loss_and_gradient(loss, laid, state), formula, rows, laid)
+
+
+def compare_with_torch(found, formula, rows, laid, rtol=1e-10, each=True):
+    """found: (total, values, gradient) of the loss whose formula it is."""
+    value, values, grad = found
     seen_by_torch = in_torch(rows)
     expected = formula(seen_by_torch)
     expected.mean().backward()
@@ -144,8 +188,7 @@ def check_against_torch(loss, formula, rows, state=None, rtol=1e-10, each=True):
         np.testing.assert_allclose(
             [values[cell] for cell in laid.cells], expected.detach().numpy(), rtol=rtol, atol=1e-13
         )
-    found = by_answer(laid, grad)
-    for (kind, i), g in found.items():
+    for (kind, i), g in by_answer(laid, grad).items():
         known = seen_by_torch.policy[kind][i].grad
         np.testing.assert_allclose(
             g, 0 * g if known is None else known.numpy(), rtol=rtol, atol=1e-13, err_msg=f"{kind} {i}"

@@ -94,6 +94,7 @@ FAMILIES = {
         layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     )),
 }  # fmt: skip
+QUICK = ("llama", "gemma3", "qwen3", "phi3 with a window", "olmo2")  # rows that are tested by default
 ZERO_CENTRED = ("gemma", "vaultgemma")  # families whose norms multiply by 1 + weight
 
 
@@ -103,14 +104,21 @@ def torch_model(name, seed=0):
     return random_torch(name, seed)
 
 
+def torch_config(name, **more):
+    """The row's configuration in transformers; more: further changes."""
+    from transformers import AutoConfig
+
+    kind, changes = FAMILIES[name]
+    return AutoConfig.for_model(kind, **{**SIZES, **changes, **more})
+
+
 def random_torch(name, seed=0, **more):
     """A new model of the row; more: further changes of its configuration."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    kind, changes = FAMILIES[name]
+    kind, config = FAMILIES[name][0], torch_config(name, **more)
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**SIZES, **changes, **more})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     low = -0.5 if kind.startswith(ZERO_CENTRED) else 0.5
     for path, p in model.named_parameters():
@@ -123,7 +131,7 @@ def random_torch(name, seed=0, **more):
 
 def our_model(name, dtype=jnp.float32, **options):
     """The jaxft model of a row."""
-    config = torch_model(name).config.to_dict()
+    config = torch_config(name).to_dict()
     family = family_of(config)
     return family.build(family.from_hf(config), dtype=dtype, **options)
 
