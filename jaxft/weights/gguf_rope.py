@@ -108,9 +108,9 @@ def _original_length(header: GgufHeader) -> int:
 
 
 def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
-    """Return YaRN's scaling. yarn_attn_factor is config.json's attention_factor and yarn_log_multiplier its
-    mscale_all_dim (see the converter's conversion/base.py and mistral3.py). rope.scaling.attn_factor is a
-    factor on the default of attention_factor, 0.1 log(factor) + 1.
+    """Return YaRN's scaling. rope.scaling.attn_factor is a factor on the default of attention_factor,
+    0.1 log(factor) + 1. llama.cpp's converter writes config.json's attention_factor as yarn_attn_factor,
+    which llama.cpp ignores, and its mscale_all_dim as yarn_log_multiplier (conversion/base.py, mistral3.py).
     """
     factor = _linear_factor(header)
     extrapolation = header.optional(header.key("rope.scaling.yarn_ext_factor"), 1.0)
@@ -132,16 +132,19 @@ def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
 
     for name, hf in YARN_NUMBERS.items():
         scaling |= {} if stated(name) is None else {hf: stated(name)}
-    attention, extra = stated("yarn_attn_factor"), stated("attn_factor") or 1.0
-    if multiplier := stated("yarn_log_multiplier"):
-        if attention is not None or extra != 1.0:
-            raise ValueError(
-                f"{header.path}: yarn rope scaling has two attention factors, yarn_log_multiplier and "
-                "(yarn_)attn_factor; use the model's Hugging Face folder"
-            )
+    names = ("attn_factor", "yarn_attn_factor", "yarn_log_multiplier")
+    extra, attention, multiplier = (stated(name) for name in names)
+    extra, multiplier = None if extra == 1.0 else extra, multiplier or None
+    given = [name for name, x in zip(names, (extra, attention, multiplier), strict=True) if x is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{header.path}: yarn rope scaling has two attention factors, {' and '.join(given)}; use the "
+            "model's Hugging Face folder"
+        )
+    if multiplier is not None:
         return scaling | {"mscale": 1.0, "mscale_all_dim": multiplier}
-    if attention is None and extra != 1.0:
-        attention = extra * (0.1 * math.log(factor) + 1.0)
+    if extra is not None:
+        attention = shortest(extra * (0.1 * math.log(factor) + 1.0))
     return scaling | ({} if attention is None else {"attention_factor": attention})
 
 
@@ -191,22 +194,38 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
 
 
 def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
-    """Return Llama 3's scaling; its factor is the largest divisor. Raises ValueError for another table."""
-    divisors = _table(header, FREQUENCIES)
+    """Return Llama 3's scaling with the original length 8192; its factor is the largest divisor. Another
+    original length is the same as other limits. Raises ValueError for a table of another form.
+    """
+    divisors, theta, original = _table(header, FREQUENCIES), rope_theta(header), 8192
     factor = shortest(divisors.max())
-    wavelengths = 2 * math.pi * rope_theta(header) ** (np.arange(0, rotated, 2) / rotated)
-    smooth = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise ValueError(
-            f"{header.path}: {FREQUENCIES} is not Llama 3's rope scaling (low_freq_factor 1, "
-            "high_freq_factor 4, original length 8192), the only supported table; use the model's "
-            "Hugging Face folder"
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    turns = original * theta ** (-np.arange(0, rotated, 2) / rotated) / (2 * math.pi)
+    for low, high in _llama3_limits(divisors, factor, turns):
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        if np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise ValueError(
+        f"{header.path}: {FREQUENCIES} is not a table of Llama 3's rope scaling, the only supported one; use "
+        "the model's Hugging Face folder"
+    )
+
+
+def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
+    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and those of the line on which
+    the frequencies between them are. turns: of each frequency in the original length.
+    """
+    if divisors.shape != turns.shape:
+        return []
+    undivided = (factor / divisors - 1) / max(factor - 1, 1e-6)  # 0 to 1, up to low and from high on
+    between = (undivided > 1e-4) & (undivided < 1 - 1e-4)
+    if between.sum() < 2:
+        return [(1.0, 4.0)]
+    slope, offset = np.polyfit(turns[between], undivided[between], 1)
+    low, high = (float(f"{(share - offset) / slope:.6g}") if slope > 0 else 0.0 for share in (0, 1))
+    return [(1.0, 4.0), (low, high)] if 0 < low < high else [(1.0, 4.0)]

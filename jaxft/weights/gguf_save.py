@@ -15,7 +15,8 @@ from jaxft.weights import hf_write
 from jaxft.weights.gguf import raw_bytes
 from jaxft.weights.gguf_architectures import ARCHITECTURES, NAMES
 from jaxft.weights.gguf_header import GgufHeader, metadata_bytes
-from jaxft.weights.gguf_metadata import architecture_for, check_config, config_fields
+from jaxft.weights.gguf_llama_cpp import check_config
+from jaxft.weights.gguf_metadata import architecture_for, config_fields, context_notes
 from jaxft.weights.gguf_quantize import WRITTEN_TYPES, tensor_bytes
 from jaxft.weights.gguf_tokenizer_write import tokenizer_fields, tokenizer_notes
 from jaxft.weights.gguf_types import MIXTURES, MixtureModel, tensor_kind
@@ -88,10 +89,10 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
             encode = partial(raw_bytes, same)
         tensors.append(GgufTensorToWrite(gguf, kind, tensor.shape, encode))
 
-    notes: list[str] = []
+    notes = [] if source and options.keep else context_notes(config)
 
     def check(part: Path) -> None:
-        check_config(part, config, tied)
+        notes.extend(check_config(part, config, tied, source if options.keep else None))
         notes.extend(tokenizer_notes(part, tokenizer))
 
     write_gguf_file(path, name, fields, tensors, check)

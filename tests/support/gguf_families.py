@@ -70,6 +70,44 @@ FAMILIES = {  # name -> general.architecture, model_type of transformers, its se
     "granite": ("granite", "granite", GRANITE),
 }
 
+LONG_YARN = {**YARN, "original_max_position_embeddings": 256}  # long enough for betas to matter
+ROPES = {  # of files that jaxft writes; those of phi4 mini are partial
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": LONG_YARN,
+    "yarn attention_factor 1.3": {**LONG_YARN, "attention_factor": 1.3},
+    "yarn attention_factor 1": {**LONG_YARN, "attention_factor": 1.0},
+    "yarn mscale": {**LONG_YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+    "yarn betas": {**LONG_YARN, "beta_fast": 8.0, "beta_slow": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 90.0,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope, short texts": {"rope_type": "longrope", "original_max_position_embeddings": 256},
+    "longrope, long texts": {"rope_type": "longrope", "original_max_position_embeddings": 128},
+}
+
+
+def with_rope(name, rope):
+    """Settings of a family with one of ROPES, in all layers or in those without a window."""
+    changes, rope = FAMILIES[name][2], {**ROPES[rope], "rope_theta": 1e4}
+    if rope["rope_type"] == "longrope":
+        pairs = 6 if name == "phi4 mini" else changes.get("head_dim", HEAD_DIM) // 2
+        rope |= {
+            "short_factor": [1 + i / 16 for i in range(pairs)],
+            "long_factor": [1.0 + i for i in range(pairs)],
+        }
+        original = {"original_max_position_embeddings": rope["original_max_position_embeddings"]}
+        if name == "phi4 mini":
+            return {**original, "rope_parameters": {**rope, "partial_rotary_factor": 0.75}}
+    if name in ("gemma3", "olmo3"):
+        local = {**LOCAL_ROPE, "rope_theta": 500.0 if name == "gemma3" else 1e4}
+        return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+    return {"rope_parameters": rope}
+
 
 def tiny_family(name, seed=0, **more):
     """A tiny random model of a family. Norm weights have the bits of bfloat16, as published ones."""

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf_families import FAMILIES, tiny_family, write_family
+from gguf_families import FAMILIES, LOCAL_ROPE, tiny_family, write_family
 from host_weights import load_on_host
 from tiny_llama import our_logits, some_tokens, torch_logits
 
 from jaxft.models import families
 from jaxft.nn.quant import dequantize
-from jaxft.weights import gguf_architectures, gguf_config, hf, pretrained
+from jaxft.weights import gguf_architectures, gguf_config, gguf_llama_cpp, hf, pretrained
 from jaxft.weights.gguf_header import read_gguf_header
+from jaxft.weights.gguf_llama_cpp import check_config
 
 torch = pytest.importorskip("torch")
 TOKENS = some_tokens(time=24, vocab=96)  # longer than windows (5) and lengths before scaling (16)
@@ -97,6 +98,54 @@ def test_the_file_is_the_family_of_the_models_config_json(family):
     hf.check_tensors(pretrained.open_files(str(path)), ours)
 
 
+def test_llama_cpp_computes_what_the_converters_file_states_but_for_ignored_windows(family):
+    name, _, path = family
+    config, tied = (
+        pretrained.model_for(str(path)).config,
+        "output.weight" not in read_gguf_header(path).tensors,
+    )
+    if name in ("mistral", "phi3"):
+        return check_lacks(path, config, "sliding_window=5")
+    assert check_config(path, config, tied) == []
+
+
+def check_lacks(path, config, setting):
+    """A written file is refused; one whose metadata were copied has the setting's source as an excuse."""
+    with pytest.raises(ValueError, match=f"llama.cpp's architecture \\w+ lacks .*{setting}") as caught:
+        check_config(path, config, False)
+    assert "\n" not in str(caught.value)
+    (warning,) = check_config(path, config, False, read_gguf_header(path))
+    assert warning.startswith("warning: llama.cpp ignores ") and setting in warning
+
+
+IGNORED = {  # metadata that llama.cpp does not read, and the setting that it lacks for that reason
+    "YaRN's attention_factor": (
+        "qwen2 yarn", {}, [("add_rope_scaling_yarn_attn_factor", 1.25)], "attention_factor=1.25",
+    ),
+    "YaRN's betas": ("qwen2 yarn", {}, [("add_rope_scaling_yarn_beta_slow", 0.1)], "beta_slow=0.1"),
+    "YaRN's mscale": ("qwen2 yarn", {}, [("add_rope_scaling_yarn_log_mul", 1.0)], "mscale_all_dim=1.0"),
+    "OLMo 3's local theta": (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {**LOCAL_ROPE, "rope_theta": 5e5},
+                "sliding_attention": LOCAL_ROPE,
+            }
+        },
+        [],
+        "local_rope of type 'default' with theta=10000.0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", IGNORED)
+def test_the_check_does_not_believe_metadata_that_llama_cpp_ignores(tmp_path, what):
+    """Although jaxft's reader does, because the converter wrote them from the model's config.json."""
+    name, changes, fields, setting = IGNORED[what]
+    path = write_family(tmp_path / "tiny.gguf", name, tiny_family(name, **changes), fields=fields)
+    check_lacks(path, pretrained.model_for(str(path)).config, setting)
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "phi4 mini", "granite"])
 def test_logits_of_the_file_equal_the_models(tmp_path, name):
     """Of the families with most settings in the metadata; every family has the tests of its folder."""
@@ -147,6 +196,7 @@ def test_quantised_tensors_stay_packed(tmp_path, name):
 def test_modules_are_those_of_the_gguf_package():
     names = {value: key for key, value in gguf_package.MODEL_ARCH_NAMES.items()}
     assert gguf_architectures.ARCHITECTURES.keys() == gguf_config.SETTINGS.keys()
+    assert gguf_llama_cpp.LLAMA_CPP_READS.keys() == gguf_config.SETTINGS.keys()
     assert {architecture for architecture, *_ in FAMILIES.values()} == gguf_config.SETTINGS.keys()
     for name, architecture in gguf_architectures.ARCHITECTURES.items():
         tensors = {

@@ -1,19 +1,24 @@
-"""GGUF files of tiny models in llama.cpp's runtime: adapters alone, added tokens, chat templates."""
+"""GGUF files of tiny models in llama.cpp's runtime: log-probs of every architecture and rope that is written,
+adapters alone, added tokens, chat templates.
+"""
 
 import copy
+import urllib.error
 
 import jax.numpy as jnp
 import llama_cpp
 import numpy as np
 import pytest
+from gguf_families import FAMILIES, ROPES, tiny_family, with_rope
 from scripts_in_process import call
-from test_gguf_write import adapted_folder, plain_tokenizer, save, tiny_llama
+from test_gguf_write import ROWS, adapted_folder, plain_tokenizer, save, tiny_llama
 from tiny_tokenizers import tiny as chat_tokenizer
 
-from jaxft.weights import pretrained
+from jaxft.weights import gguf_metadata, pretrained
 
 torch = pytest.importorskip("torch")
 IDS = [0, 40, 7, 301, 22, 90, 15]
+PROMPT = [0, *(2 + 29 * i * i % 387 for i in range(1, 150))]
 
 
 def all_log_probs(runtime, ids, count):
@@ -80,3 +85,92 @@ def test_added_tokens_and_chat_template_are_those_of_the_tokenizer(tmp_path, kin
     assert [ids.count(token) for token in added] == [2, 1]
     found = all_log_probs(runtime, ids, reference.config.vocab_size)
     np.testing.assert_allclose(found, expected_log_probs(reference, ids), atol=1e-3)
+
+
+YARNS = {"yarn attention_factor 1.3", "yarn attention_factor 1", "yarn mscale"}
+LONGROPES = {"longrope, short texts", "longrope, long texts"}
+WRITTEN = {  # families and the ropes that their architectures have in llama.cpp
+    **{name: {"default", "linear", "yarn"} | YARNS for name in FAMILIES},
+    "gemma3": {"default", "linear", "yarn"},  # llama.cpp applies attention factors in windowed layers too
+    "phi3": {"default"},
+    "phi4 mini": LONGROPES,
+}
+WRITTEN["mistral small"] |= {"yarn betas"}
+for name in ("llama", "mistral", "mistral small", "granite"):
+    WRITTEN[name] |= {"llama3"} | LONGROPES
+IGNORED_WINDOWS = ("mistral", "phi3")
+
+
+class GgmlGelu(torch.nn.Module):
+    """ggml's GELU on a CPU: a table of float16 (ggml_vec_gelu_f32)."""
+
+    def forward(self, x):
+        y = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, y))
+
+
+def largest_differences(path, name, rope, **changes):
+    """Of log-probs in the runtime from transformers', and from transformers' with ggml's GELU. The prompt has
+    40 tokens, more than windows of 5 but less than those that llama.cpp ignores, or 150 for long texts.
+    """
+    gemma = name.startswith("gemma")
+    sizes = {"vocab_size": ROWS, "max_position_embeddings": 1024, "initializer_range": 0.1 if gemma else 0.2}
+    windows = {"sliding_window": 41} if name in IGNORED_WINDOWS else {}
+    reference = tiny_family(name, **{**sizes, **windows, **with_rope(name, rope), **changes})
+    save(path, reference)
+    ids = PROMPT if rope == "longrope, long texts" else PROMPT[:40]
+    found = all_log_probs(llama_cpp.Runtime(path), ids, ROWS)
+    plain = np.abs(found - expected_log_probs(reference, ids)).max()
+    for layer in reference.model.layers if gemma else ():
+        layer.mlp.act_fn = GgmlGelu()
+    return plain, np.abs(found - expected_log_probs(reference, ids)).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rope"), [(name, rope) for name in FAMILIES for rope in ROPES])
+def test_log_probs_of_a_written_file_are_those_of_transformers(tmp_path, monkeypatch, name, rope):
+    """Or the model is refused. Only a file that is kept has architecture mistral3 with other ropes."""
+    if name == "mistral small":
+        monkeypatch.setitem(gguf_metadata.ARCHITECTURE_OF, "mistral", "mistral3")
+    if name.startswith("phi") and rope not in WRITTEN[name]:
+        pytest.skip("transformers refuses this rope in a Phi-3")
+    if rope not in WRITTEN[name]:
+        with pytest.raises(
+            ValueError, match=f"llama.cpp's architecture {FAMILIES[name][0]} lacks (local_)?rope"
+        ):
+            largest_differences(tmp_path / "tiny.gguf", name, rope)
+        return
+    plain, with_ggml_gelu = largest_differences(tmp_path / "tiny.gguf", name, rope)
+    assert plain < (2.5e-3 if name.startswith("gemma") else 1e-3)
+    assert with_ggml_gelu < 1e-3
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+SETTINGS = {
+    "gemma2 soft caps": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
+    "gemma2 other windows": ("gemma2", {"layer_types": [FULL, SLIDING, FULL]}),
+    "gemma3 soft cap": ("gemma3", {"final_logit_softcapping": 5.0}),
+    "gemma3 other windows": ("gemma3", {"layer_types": [*[SLIDING, SLIDING, FULL] * 2, SLIDING]}),
+    "olmo3 other windows": ("olmo3", {"layer_types": [SLIDING, FULL] * 2}),
+    "smollm3 tied": ("smollm3", {"tie_word_embeddings": True}),
+    "granite tied": ("granite", {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SETTINGS)
+def test_log_probs_with_other_settings_are_those_of_transformers(tmp_path, what):
+    name, changes = SETTINGS[what]
+    plain, with_ggml_gelu = largest_differences(tmp_path / "tiny.gguf", name, "default", **changes)
+    assert plain < (2.5e-3 if name.startswith("gemma") else 1e-3) and with_ggml_gelu < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IGNORED_WINDOWS)
+def test_the_server_refuses_texts_for_which_an_ignored_window_matters(tmp_path, name):
+    """The window is the context length, so that nothing is computed without it."""
+    save(tmp_path / "tiny.gguf", tiny_family(name, vocab_size=ROWS, sliding_window=24))
+    runtime = llama_cpp.Runtime(tmp_path / "tiny.gguf")
+    assert runtime.log_probs(PROMPT[:23], ROWS)
+    with pytest.raises(urllib.error.HTTPError):
+        runtime.log_probs(PROMPT[:25], ROWS)

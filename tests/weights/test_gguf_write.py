@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf_families import CONTEXT, FAMILIES, tiny_family, write_family
+from gguf_families import CONTEXT, FAMILIES, tiny_family, with_rope, write_family
 from scripts_in_process import call
 from test_gguf_sentencepiece import CORPUS, write
 from tiny_llama import edit_config, some_tokens, tiny_tokenizer, tiny_torch, torch_logits
@@ -20,7 +20,16 @@ from jaxft.models import families
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.weights import gguf_k_quants, gguf_quantize, gguf_save, gguf_types, peft_write, pretrained
+from jaxft.nn.rope import attention_scaling, frequencies
+from jaxft.weights import (
+    gguf_k_quants,
+    gguf_metadata,
+    gguf_quantize,
+    gguf_save,
+    gguf_types,
+    peft_write,
+    pretrained,
+)
 from jaxft.weights.gguf_header import read_gguf_header
 from jaxft.weights.merge import merge_files
 from jaxft.weights.model_files import ModelFiles
@@ -76,6 +85,8 @@ def test_the_file_of_every_family_is_that_of_llama_cpps_converter(tmp_path, name
     save(tmp_path / "ours.gguf", reference)
     theirs = read_gguf_header(write_family(tmp_path / "theirs.gguf", name, reference))
     ours = read_gguf_header(tmp_path / "ours.gguf")
+    if name in ("mistral", "phi3"):  # the context length is the window, which llama.cpp ignores
+        theirs.metadata[theirs.key("context_length")] = reference.config.sliding_window
     assert raw_tensors(tmp_path / "ours.gguf") == raw_tensors(tmp_path / "theirs.gguf")
     for key, value in theirs.metadata.items():
         short = key.removeprefix(f"{theirs.architecture}.")
@@ -180,11 +191,69 @@ def test_what_gguf_cannot_express_is_refused_and_nothing_is_written(tmp_path):
     refused(path, r"rope type 'dynamic' cannot", tiny_llama(rope_parameters=dynamic))
     few = tiny_llama(vocab_size=257)
     refused(path, r"token id \d+ .*, but the model has only 257 embeddings", few)
-    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    qwen = tiny_family("qwen2", vocab_size=ROWS, **windows)
-    refused(path, r"architecture qwen2, which lacks .*use_sliding_window", qwen)
     smollm = tiny_family("smollm3", vocab_size=ROWS, no_rope_layers=[0, 1, 1, 1])
-    refused(path, r"architecture smollm3, which lacks .*no_rope_layers", smollm)
+    refused(path, r"architecture smollm3 lacks .*no_rope_layers", smollm)
+    for name, rope, words in (
+        ("qwen3", "llama3", "rope of type 'llama3' with .*low_freq_factor=2.0"),
+        ("qwen3", "longrope, long texts", "rope of type 'longrope'"),
+        ("llama", "yarn betas", "rope of type 'yarn' with .*beta_fast=8.0"),
+        ("gemma3", "yarn attention_factor 1.3", "local_rope of type 'default'"),  # it would be scaled too
+    ):
+        model = tiny_family(name, vocab_size=ROWS, **with_rope(name, rope))
+        refused(path, f"llama.cpp's architecture {name} lacks {words}", model)
+
+
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(("name", "changes"), [("mistral", {}), ("phi3", {}), ("qwen2", QWEN_WINDOWS)])
+def test_a_window_that_llama_cpp_ignores_is_the_context_length_of_the_file(tmp_path, name, changes):
+    """Up to which the file is right; a window as long as the context changes nothing."""
+    config = save(tmp_path / "tiny.gguf", tiny_family(name, vocab_size=ROWS, **changes)).config
+    header = read_gguf_header(tmp_path / "tiny.gguf")
+    assert header.metadata[header.key("context_length")] == 5
+    (note,) = gguf_metadata.context_notes(config)
+    assert f"no sliding window in architecture {header.architecture}" in note and "5 tokens" in note
+    assert note.startswith("warning: ") and "(the model has 64)" in note
+    changes = {**changes, "sliding_window": CONTEXT}
+    config = save(tmp_path / "tiny.gguf", tiny_family(name, vocab_size=ROWS, **changes)).config
+    header = read_gguf_header(tmp_path / "tiny.gguf")
+    assert header.metadata[header.key("context_length")] == CONTEXT
+    assert not gguf_metadata.context_notes(config)
+
+
+def rope_metadata(path, name, rope):
+    """What a file of a family with one of ROPES states of it, the config read again, and warnings."""
+    sizes = {"vocab_size": ROWS, "max_position_embeddings": 1024}
+    model = save(path, tiny_family(name, **sizes, **with_rope(name, rope)))
+    header, again = read_gguf_header(path), pretrained.model_for(str(path)).config
+    np.testing.assert_allclose(
+        *(frequencies(config.rope, config.head_dim) for config in (again, model.config)), rtol=1e-6
+    )
+    assert attention_scaling(again.rope) == pytest.approx(attention_scaling(model.config.rope), rel=1e-6)
+    start = header.key("rope.scaling.")
+    stated = {key.removeprefix(start): x for key, x in header.metadata.items() if key.startswith(start)}
+    return header.architecture, stated, gguf_metadata.context_notes(model.config)
+
+
+def test_ropes_are_stated_as_llama_cpp_reads_them(tmp_path):
+    """YaRN's attention factor relative to 0.1 log(4) + 1 = 1.1386; betas in mistral3, which alone reads them;
+    LongRoPE's type, without which only phi3 loads the tables; Llama 3's frequencies as a table.
+    """
+    path = tmp_path / "tiny.gguf"
+    _, stated, _ = rope_metadata(path, "qwen3", "yarn attention_factor 1.3")
+    assert stated["attn_factor"] == pytest.approx(1.3 / 1.1386294) and "yarn_attn_factor" not in stated
+    _, stated, _ = rope_metadata(path, "qwen3", "yarn mscale")
+    assert stated["attn_factor"] == pytest.approx(1 / 1.0970406) and "yarn_log_multiplier" not in stated
+    assert "attn_factor" not in rope_metadata(path, "qwen3", "yarn")[1]
+    architecture, stated, _ = rope_metadata(path, "mistral small", "yarn betas")
+    assert (architecture, stated["yarn_beta_fast"], stated["yarn_beta_slow"]) == ("mistral3", 8.0, 2.0)
+    _, stated, (note,) = rope_metadata(path, "granite", "longrope, long texts")
+    assert (stated["type"], stated["original_context_length"]) == ("longrope", 128)
+    assert "with -c 128 for texts up to 128 tokens" in note
+    architecture, stated, notes = rope_metadata(path, "llama", "llama3")
+    assert (architecture, stated, notes) == ("llama", {}, [])
+    assert raw_tensors(path)["rope_freqs.weight"][1] == (8,)
 
 
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
