@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FILE_BYTES = 128 << 20  # of one file; Gemma 3's tokenizer.json has 33 MB
+FILE_BYTES = 64 << 20  # of one file; Gemma 3's tokenizer.json has 33 MB
 VOCABULARY_TOKENS = 1 << 20  # XLM-V's, the largest published one, has 901,629
 ADDED_TOKENS = 1 << 17  # models of speech have 65,536
 UNUSED_IDS = 1 << 17  # below the largest id; tokenizers lists them when it writes a tokenizer
