@@ -9,7 +9,7 @@ import shutil
 
 import jax
 import pytest
-from bad_files import CONFIG_TEXTS, CONFIGS, PEFT, RUNS, TEMPLATES
+from bad_files import CONFIG_TEXTS, CONFIGS, PEFT, RUNS, TEMPLATES, TOKENIZERS
 from bad_rows import FILES, GOOD, LINE, ROWS, TEXTS
 from bad_settings import COMMANDS, SETTINGS
 from fuzzing import bounded
@@ -121,6 +121,16 @@ def test_config_json(model, capsys, number):
         refused(capsys, work, word)
     finally:
         path.write_text(sound)
+
+
+@pytest.mark.parametrize("number", range(len(TOKENIZERS)))
+def test_tokenizers_that_make_texts_or_tables_grow(model, tmp_path, capsys, number):
+    changes, word = TOKENIZERS[number]
+    shutil.copy(model / "tokenizer_config.json", tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads((model / "tokenizer.json").read_text()) | changes))
+    line = refused(capsys, lambda: pretrained.load_tokenizer(str(tmp_path)), "tokenizer.json: ")
+    assert word in line and "use another tokenizer" in line
 
 
 @pytest.mark.parametrize("source", TEMPLATES)

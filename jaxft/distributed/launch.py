@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PORT = 8476  # default port of the coordinator
+MOST_PROCESSES = 1 << 17
 JAXFT_VARIABLES = ("JAXFT_COORDINATOR", "JAXFT_PROCESSES", "JAXFT_PROCESS")
 SLURM = (
     "SLURM_JOB_ID",
@@ -75,9 +76,16 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
 
 
 def _checked(launch: Launch) -> Launch:
-    if launch.coordinator is not None and not re.fullmatch(r".+:\d+", launch.coordinator):
+    if launch.coordinator is not None:
+        address = re.fullmatch(r"[\w.:%\[\]-]+:(\d{1,5})", launch.coordinator, re.ASCII)
+        if address is None or not 0 < int(address[1]) < 1 << 16:
+            raise ValueError(
+                f"coordinator={launch.coordinator:.60} ({launch.launcher}): expected host:port of process 0, "
+                "with a port from 1 to 65535"
+            )
+    if launch.processes is not None and launch.processes > MOST_PROCESSES:
         raise ValueError(
-            f"coordinator={launch.coordinator} ({launch.launcher}): expected host:port of process 0"
+            f"{launch.processes} processes ({launch.launcher}): at most {MOST_PROCESSES} are possible"
         )
     if (
         launch.processes is not None
@@ -94,8 +102,8 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name)
     if text is None or text == "":
         return None
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{name}={text}: expected a non-negative integer")
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        raise ValueError(f"{name}={text:.60}: expected a non-negative integer below 10^18")
     return int(text)
 
 
@@ -135,7 +143,7 @@ def _local_gpus(
 def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
     """Return the number of SLURM tasks on this node, from a list such as 2(x3),1; None if unknown."""
     listed = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
-    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in listed.split(",")]
+    parts = [re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part) for part in listed.split(",")]
     counts = [int(m[1]) for m in parts if m for _ in range(int(m[2] or 1))]
     if not all(parts) or not counts:
         return None
@@ -188,7 +196,7 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
         _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
         _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
     )
-    return Launch("Open MPI", None, size, _number(environ, "OMPI_COMM_WORLD_RANK"), local)
+    return _checked(Launch("Open MPI", None, size, _number(environ, "OMPI_COMM_WORLD_RANK"), local))
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
@@ -196,7 +204,8 @@ def _slurm(environ: Mapping[str, str]) -> Launch | None:
     if any(name not in environ for name in SLURM):
         return None
     size, rank, local = (_number(environ, name) for name in SLURM[2:])
-    return Launch("SLURM", None, size, rank, _local_gpus(environ, local, _tasks_on_node(environ)))
+    local_gpus = _local_gpus(environ, local, _tasks_on_node(environ))
+    return _checked(Launch("SLURM", None, size, rank, local_gpus))
 
 
 def _cloud_tpu(environ: Mapping[str, str]) -> Launch | None:

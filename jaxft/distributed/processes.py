@@ -53,8 +53,8 @@ class Hosts:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("coordinator", "process") and value is not None and value <= 0:
-                raise ValueError(f"hosts.{field.name}={value}: must be positive")
+            if field.name not in ("coordinator", "process") and value is not None and not 0 < value < 2**31:
+                raise ValueError(f"hosts.{field.name}={value}: must be positive and below 2^31")
         if self.process is not None and self.coordinator is None:
             raise ValueError(
                 f"hosts.process={self.process} needs hosts.coordinator=host:port of process 0; set both"

@@ -14,6 +14,7 @@ from jaxft.models.rope_config import (
 )
 from jaxft.nn.rope import Rope, check_rope
 
+SIZE_BITS, LAYERS_BITS = 24, 12  # limits of a config's sizes and of its layers, as powers of two
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 # Names of activations in config.json. Exports write the first name of each.
 ACTIVATIONS: dict[str, Activation] = {
@@ -49,11 +50,13 @@ class DenseConfig:
 
     def __post_init__(self):
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
-            size = getattr(self, name)
-            if type(size) is not int or not 0 < size < 2**24:
-                raise ValueError(f"config: {name} must be a positive whole number below 2^24, got {size!r}")
+            size, bits = getattr(self, name), LAYERS_BITS if name == "layers" else SIZE_BITS
+            if type(size) is not int or not 0 < size < 2**bits:
+                raise ValueError(
+                    f"config: {name} must be a positive whole number below 2^{bits}, got {size!r}"
+                )
         for token in (*self.eos, *([] if self.bos is None else [self.bos])):
-            if type(token) is not int:
+            if type(token) is not int or token < 0:
                 raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
         if self.heads % self.kv_heads:
             raise ValueError(
@@ -113,21 +116,24 @@ def fields_from_hf(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
     for name in SIZE_KEYS:
         if name not in hf:
             raise ValueError(f"config: {name} is missing")
-        if type(hf[name]) is not int:
-            raise ValueError(f"config: {name} must be a whole number, got {hf[name]!r:.60}")
+        if type(hf[name]) is not int or hf[name] < 1:
+            raise ValueError(f"config: {name} must be a positive whole number, got {hf[name]!r:.60}")
 
     def get(name: str) -> Any:
         return hf.get(name, form.defaults.get(name, DEFAULTS.get(name)))
 
     width, heads, eos = hf["hidden_size"], hf["num_attention_heads"], get("eos_token_id")
+    kv_heads, head_dim = hf.get("num_key_value_heads"), get("head_dim")
+    for name in ("bos_token_id", "eos_token_id"):
+        token_ids(hf.get(name), f"config: {name}", hf["vocab_size"])
     ropes = _ropes(hf, form, get("max_position_embeddings"))
     return {
         "vocab": hf["vocab_size"],
         "width": width,
         "layers": hf["num_hidden_layers"],
         "heads": heads,
-        "kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": get("head_dim") or (width // heads if type(width) is type(heads) is int and heads else 0),
+        "kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": width // heads if head_dim is None else head_dim,
         "mlp": hf["intermediate_size"],
         "norm_eps": _number(get("rms_norm_eps"), "rms_norm_eps"),
         "tied": bool(get("tie_word_embeddings")),
@@ -137,6 +143,20 @@ def fields_from_hf(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
         "activation": _activation(hf.get(form.activation, DEFAULTS["hidden_act"]), form.activation),
         **ropes,
     }
+
+
+def token_ids(value: Any, name: str, vocab: int) -> list[int]:
+    """Return the token ids of a setting in a JSON file: one, a list of them, or null. name: of the setting.
+
+    Raises ValueError for an id that a vocabulary of this size does not have.
+    """
+    ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab:
+            raise ValueError(
+                f"{name} has {token!r:.60}, which is not a token id of this model; use 0 to {vocab - 1}"
+            )
+    return ids
 
 
 def _ropes(hf: dict[str, Any], form: FileFormat, max_positions: Any) -> dict[str, Rope]:

@@ -231,7 +231,7 @@ def _call(fn: Callable, knobs: dict[str, _Knob], given: dict[str, Any], path: st
         return fn(**arguments)
     except (ValueError, OSError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path}: {format_error(error, Path(fn.__code__.co_filename))}") from error
 
 

@@ -64,24 +64,29 @@ def run_file(file: Path) -> types.ModuleType:
     """Run a Python file as a module. Its name is its path, so that records have its functions as
     "configs/dpo.py:name".
 
-    Raises ValueError with the line of the file where it failed; a ValueError or OSError of the file itself is
-    passed on.
+    Raises ValueError with the line of the file where it failed, also where it calls sys.exit; a ValueError or
+    OSError that the file's code raises is passed on.
     """
     module = types.ModuleType(short_path(file))
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
-        exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), module.__dict__)
+        code = compile(file.read_bytes(), str(file), "exec")
     except SyntaxError as error:
-        raise ValueError(f"{short_path(file)}:{error.lineno}: syntax error: {error.msg}") from error
+        line = f":{error.lineno}" if error.lineno else ""
+        raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}") from error
+    except ValueError as error:  # a null byte, before Python 3.12
+        raise ValueError(f"{short_path(file)}: not a Python file ({error})") from error
+    try:
+        exec(code, module.__dict__)
     except (ValueError, OSError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{short_path(file)}: {format_error(error, file)}") from error
     return module
 
 
-def format_error(error: Exception, file: Path) -> str:
+def format_error(error: BaseException, file: Path) -> str:
     """The error's type and text with the last line of `file` in its traceback."""
     lines, trace = [], error.__traceback__
     while trace is not None:

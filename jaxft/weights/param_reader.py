@@ -126,7 +126,8 @@ def errors_name_tensor(reader: ParamReader, layer: int, index: Index) -> Iterato
         is_part = full_index(index, reader.layer_shape) != full_index((), reader.layer_shape)
         part = ", ".join(f"{s.start}:{s.stop}" for s in index)
         where = reader.files.where
-        message = str(e) if where in str(e) else f"{where}: {reader.names[layer]}: {e}"
+        named = str(e).startswith((f"{where}:", f"{where}/"))
+        message = str(e) if named else f"{where}: {reader.names[layer]}: {e}"
         raise ValueError(f"{message} (in its part [{part}])" if is_part else message) from e
 
 

@@ -49,6 +49,7 @@ from jaxft.weights.storage import (
     leaf_sharding,
     quantised_paths,
 )
+from jaxft.weights.tokenizer_limits import OverLimit, check_tokenizer_files
 
 NOT_COMPUTED = ("bos", "eos", "max_positions")  # fields of a config that change no value of the model
 # Settings of transformers for dropout inside the model, which its pretraining may have used.
@@ -84,7 +85,8 @@ def model_for(ref: str, **options: Any) -> Model:
         if families.is_tied(parsed) and _has_other_head(located):
             parsed = family.from_hf({**config, "tie_word_embeddings": False})
     except ValueError as e:
-        raise ValueError(str(e) if str(located.path) in str(e) else f"{where}: {e}") from e
+        named = str(e).startswith((f"{located.path}:", f"{located.path}/"))
+        raise ValueError(str(e) if named else f"{where}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(
             f"{where}: its configuration has a missing or invalid value ({hub.short_message(e)})"
@@ -182,18 +184,21 @@ def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
 
 def load_tokenizer(ref: str) -> Any:
     """Load the model's tokenizer, a transformers PreTrainedTokenizerFast. Code in the model's folder is never
-    run.
+    run. Raises ValueError for one that cannot be read or exceeds a limit of tokenizer_limits.
     """
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
         return gguf_tokenizer.build_tokenizer(gguf_header.read_gguf_header(located.path))
     try:
+        check_tokenizer_files(located.path)
         tokenizer = tokenizer_files.read_tokenizer(located.path)
         tokenizer("a 1", verbose=False)
         templates = tokenizer.chat_template
         for template in templates.values() if isinstance(templates, dict) else [templates]:
             if not isinstance(template, str | None):
                 raise ValueError(f"chat_template has type {type(template).__name__}")
+    except OverLimit as e:
+        raise ValueError(f"{ref}: {e}") from e
     except Exception as e:  # transformers and tokenizers raise many kinds here
         raise ValueError(f"{ref}: {tokenizer_files.reading_failed(located.path, e)}") from e
     if not tokenizer.is_fast:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxft.data.template import template_of
+from jaxft.models.dense_config import token_ids
 from jaxft.models.model import Model
 from jaxft.weights import hub
 from jaxft.weights.safetensors import read_model_json
@@ -14,9 +15,10 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
 
     They are the EOS tokens of the model's config, of generation_config.json of `ref` and of the tokenizer,
     and those that end an assistant turn in its chat template. Raises ValueError if generation_config.json is
-    malformed.
+    malformed or names an id that the model does not have.
     """
-    return tuple(sorted({*model.config.eos, *_generation_eos(ref), *_tokenizer_ends(tokenizer)}))
+    config = model.config
+    return tuple(sorted({*config.eos, *_generation_eos(ref, config.vocab), *_tokenizer_ends(tokenizer)}))
 
 
 def extended_eos(eos: int | list[int] | None, tokenizer: Any) -> int | list[int] | None:
@@ -43,17 +45,13 @@ def _as_list(eos: Any) -> list[Any]:
     return list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
 
 
-def _generation_eos(ref: str) -> list[int]:
+def _generation_eos(ref: str, vocab: int) -> list[int]:
     """Return the EOS token ids of the model's generation_config.json, [] without one."""
     located = hub.locate(ref, config_only=True)
     path = located.path / "generation_config.json"
     if located.kind != "folder" or not path.is_file():
         return []
-    ids = _as_list(read_model_json(path).get("eos_token_id"))
-    wrong = next((i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0), None)
-    if wrong is not None:
-        raise ValueError(f"{path}: eos_token_id has {wrong!r}; use a token id or a list of token ids")
-    return ids
+    return token_ids(read_model_json(path).get("eos_token_id"), f"{path}: eos_token_id", vocab)
 
 
 def stop_lines(stop: tuple[int, ...], learned_ends: dict[int, int], tokenizer: Any) -> list[str]:

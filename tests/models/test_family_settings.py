@@ -44,7 +44,7 @@ def test_a_cwm_that_states_only_rope_theta_keeps_its_default_rope_scaling():
     [
         ("qwen2", dict(use_sliding_window=True, max_window_layers=None), "max_window_layers must be a whole"),
         ("qwen3", dict(layer_types=[SLIDING] * 4), "but use_sliding_window is false"),
-        ("mistral", dict(num_hidden_layers="3"), "num_hidden_layers must be a whole number, got '3'"),
+        ("mistral", dict(num_hidden_layers="3"), "num_hidden_layers must be a positive whole"),
         ("mistral", dict(sliding_window=None, layer_types=[SLIDING] * 4), "but sliding_window is null"),
     ],
 )

@@ -265,7 +265,7 @@ def test_a_setting_may_have_short_names_for_functions():
 
 
 def write(folder: Path, text: str) -> str:
-    (folder / "c.py").write_text(textwrap.dedent(text))
+    (folder / "c.py").write_text(textwrap.dedent(text), encoding="latin-1")
     return str(folder / "c.py")
 
 
@@ -273,6 +273,10 @@ def write(folder: Path, text: str) -> str:
     ("text", "message"),
     [
         ("x = (", r"c.py:1: syntax error"),
+        ("x = 'é'", r"c.py:1: syntax error"),  # in latin-1, which is not UTF-8
+        ("\0\1", r"c.py: (syntax error|not a Python file)"),
+        ("import sys\nsys.exit(3)", r"c.py: SystemExit: 3 \(line 2\)"),
+        ("def config(a=1): exit(3)", r"c.py: SystemExit: 3 \(line 1\)"),
         ("x = 1\ny = x.z", r"c.py: AttributeError: 'int' object has no attribute 'z' \(line 2\)"),
         ("import nothing_here", r"c.py: ModuleNotFoundError: No module named 'nothing_here' \(line 1\)"),
         ("x = 1", r"no function `config`; a config file defines def config"),

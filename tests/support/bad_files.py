@@ -1,5 +1,6 @@
 """Damaged folders of models, adapters and runs: what is changed, and what the line must name."""
 
+import base64
 import json
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -16,7 +17,7 @@ SCALINGS = (
 )  # fmt: skip
 CONFIGS = [
     *(({name: value}, "config.json") for name in SIZES for value in (-1, 2**40, "64", [64], 1.5, True, HUGE)),
-    *(({name: 7}, "its config.json") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
+    *(({name: 300}, "its config.json") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
     *(({"rms_norm_eps": value}, "config.json") for value in ("small", [1], None, HUGE, {})),
     *(({"rope_theta": value, "rope_parameters": None}, "config.json") for value in ("wide", [], HUGE, {})),
     *(({"rope_scaling": value, "rope_parameters": None}, "config.json") for value in SCALINGS),
@@ -26,7 +27,11 @@ CONFIGS = [
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"attention_bias": True}, "proj.bias"),
     ({"mlp_bias": True}, "down_proj.bias"),
-    *(({"eos_token_id": value}, "config.json") for value in ({"a": 1}, "x", [[1]], 1.5)),
+    *(({name: value}, f"config: {name}") for name in ("eos_token_id", "bos_token_id")
+      for value in ({"a": 1}, "x", 1.5, -3, 99999)),
+    ({"eos_token_id": [1, [1]]}, "config: eos_token_id"),
+    ({"num_hidden_layers": 4096}, "layers must be a positive whole number below 2^12"),
+    *(({name: 0}, "config.json") for name in ("num_key_value_heads", "head_dim")),
 ]  # fmt: skip
 CONFIG_TEXTS = [
     "",
@@ -39,6 +44,39 @@ CONFIG_TEXTS = [
     '{"a": ' + DEEP + "}",
     "\xff\xfe",
     '{"vocab_size": ' + "9" * 5000 + "}",
+]
+
+# Parts of a tokenizer.json that make a text or the memory grow without limit.
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+TEXT_TWICE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+              "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+              "special_tokens": {}}  # fmt: skip
+SPECIAL = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+LONG_TABLE = base64.b64encode(bytes(4) + b"a\0" + 41 * b"a" + b"\0").decode()
+TOKENIZERS = [
+    (
+        {"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}},
+        "lengthens a text is 1,099,511,627,776",
+    ),
+    (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"normalizers": [DOUBLED] * 6}]}},
+        "lengthens a text",
+    ),
+    ({"normalizer": {"type": "Replace", "pattern": {"Regex": "b*"}, "content": "x" * 40}}, "a text is 41"),
+    ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG_TABLE}}, "lengthens a text"),
+    ({"normalizer": {"type": "Prepend", "prepend": "x" * 200}}, "length of prepend is 200"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 40}}, "lengthens a text"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}] * 65}}, "steps is 65"),
+    ({"post_processor": {"type": "Sequence", "processors": [TEXT_TWICE] * 20}}, "lengthens a text"),
+    ({"post_processor": {**TEXT_TWICE, "single": [SPECIAL] * 65}}, "number of items in single is 65"),
+    ({"post_processor": {**TEXT_TWICE, "special_tokens": {"<s>": {"ids": [1] * 999}}}}, "a special token"),
+    ({"decoder": {"type": "Sequence", "decoders": [DOUBLED] * 40}}, "lengthens a text"),
+    ({"model": {"type": "BPE", "vocab": {"a": 0, "zz": 2**31}, "merges": []}}, "largest token id"),
+    ({"model": {"type": "BPE", "vocab": {"a" * 2000: 0}, "merges": []}}, "longest token is 2,000"),
+    ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}}, "max_input"),
+    ({"model": {"vocab": {"a": 0}, "end_of_word_suffix": "x" * 200}}, "end_of_word_suffix"),
+    ({"added_tokens": [{}] * 131073}, "number of added_tokens is 131,073"),
 ]
 
 # Chat templates.

