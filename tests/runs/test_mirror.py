@@ -5,8 +5,10 @@ import json
 import re
 import shutil
 import urllib.request
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from object_store import serve_objects
@@ -14,7 +16,7 @@ from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
 from jaxft.distributed.exit import RestartError
-from jaxft.runs import cli, manifest
+from jaxft.runs import cli, manifest, mirror
 from jaxft.runs import store as stores
 from jaxft.runs.config import resolve_config
 from jaxft.runs.mirror import mirrored
@@ -64,10 +66,25 @@ def write_folder(folder, record=RECORD):
     return folder
 
 
+class InTurn:
+    """An executor whose work is done when `submit` returns."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, work, *args):
+        done = Future()
+        done.set_result(work(*args))
+        return done
+
+
 @contextlib.contextmanager
 def started(folder, url=PLACE["s3"], report=print, record=RECORD):
-    """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint."""
-    with mirrored(folder, url, {"config.json": record}, report) as copies:
+    """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint, at once."""
+    with (
+        mock.patch.object(mirror, "ThreadPoolExecutor", InTurn),
+        mirrored(folder, url, {"config.json": record}, report) as copies,
+    ):
         copies.take_over()
         yield copies.published
 
