@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft import tree
 from jaxft.runs import checkpoint, manifest
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.mirror import LOCAL_ONLY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +112,43 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     found, _, _ = saved.restore(abstract(state))
     assert bits(found) == target
     saved.close()
+
+
+def test_a_damaged_checkpoint_is_fetched_from_the_store_that_has_it(two, tmp_path):
+    folder, limits, said = shutil.copytree(two, tmp_path / "c"), [], []
+    for step in (1, 2):
+        damage_half(folder / str(step) / "state" / "_METADATA", np.random.default_rng(0))
+
+    def fetch(limit: int) -> int | None:
+        limits.append(limit)
+        if limit == 2:
+            shutil.copytree(folder / "1.bad" if (folder / "1.bad").exists() else two / "2", folder / "2")
+            damage_half(
+                folder / "2" / "manifest.json", np.random.default_rng(0)
+            )  # the store's is damaged too
+            return 2
+        return shutil.copytree(two / "1", folder / "1") and 1 if limit == 1 and len(limits) > 2 else None
+
+    saved = Checkpoints(folder, report=said.append, copies=LOCAL_ONLY._replace(fetch=fetch))
+    state, _, step = saved.restore(abstract(make_state(0)))
+    assert step == 1 and is_exactly(state, make_state(1)) and limits == [2, 1, 1]
+    assert [line.rpartition(", ")[2] for line in said] == [
+        "step 2 is fetched", "going back to step 1", "step 1 is fetched"
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_is_being_copied_stays_until_it_is(tmp_path):
+    sending, settled = {1}, []
+    copies = LOCAL_ONLY._replace(
+        sending=lambda: frozenset(sending), settle=lambda: settled.append(sending.pop())
+    )
+    saved = Checkpoints(tmp_path, keep_last=1, keep_best=0, copies=copies)
+    for step in (1, 2, 3):
+        saved.save(step, {"x": jnp.float32(step)}, {})
+        saved.wait()
+    assert saved.steps() == [1, 3]
+    saved.close()
+    assert saved.steps() == [3] and settled == [1]
 
 
 def damage_bit(path: Path, generator: np.random.Generator) -> None:
