@@ -227,7 +227,7 @@ class Mirror:
             self._damaged.add(name)
             place = f"{self.store.url}/{name}"
             text = f"{place} does not match {INDEX}: it is damaged, or its copy was interrupted"
-            if not {*RESULTS}.isdisjoint(Path(name).parts[:-1]):
+            if self._is_result(path):
                 raise Damaged(text)
             self.report(f"warning: {text}; what can be read of it is used")
         make_folder(path.parent)
@@ -368,7 +368,8 @@ class Mirror:
             raise TakenOver(f"{self.store.url} is written by another start of this run, {where}")
 
     def _send_checkpoints(self, steps: list[int], stored: list[str]) -> None:
-        """Send the states of checkpoints, then the files of the run but for its summary, then the manifests.
+        """Send the states of checkpoints, then the logs of the run, then the manifests. Results may be written
+        meanwhile, and are sent at the end.
 
         stored: names of what the store has of checkpoints.
         """
@@ -378,7 +379,8 @@ class Mirror:
                 self._delete_checkpoint(step)
             files = sorted(one for one in folder.rglob("*") if one.is_file() and one.name != manifest.NAME)
             self.store.write_files((prefix + one.relative_to(folder).as_posix(), one) for one in files)
-        self._send_files([path for path in self._files() if path.name != SUMMARY])
+        logs = [path for path in self._files() if path.name != SUMMARY and not self._is_result(path)]
+        self._send_files(logs)
         for step in sorted(steps):
             self.store.write(_marker(step), (self.folder / _marker(step)).read_bytes())
 
@@ -413,6 +415,9 @@ class Mirror:
             and path.suffix not in TEMPORARY
         ]
         return sorted(paths, key=lambda path: (path.name == SUMMARY, path))
+
+    def _is_result(self, path: Path) -> bool:
+        return not {*RESULTS}.isdisjoint(path.relative_to(self.folder).parts[:-1])
 
     def _write_index(self) -> None:
         """Write the index. Raises TakenOver if another process has become the one that sends this run."""
