@@ -39,7 +39,7 @@ HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
 FOLDERS = (*RESULTS, "checkpoints", "tensorboard")
-FILES = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
+FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/contents.py
 NOT_COMPARED = (
@@ -97,7 +97,9 @@ def check_paths(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         must_be = "folder" if path.name in FOLDERS else "file"
         is_right = path.is_dir() if must_be == "folder" else path.is_file()
-        is_other = path.is_dir() and path.suffix not in FILES and path.name != "lock"  # such as a profile
+        is_other = (
+            path.is_dir() and path.suffix not in FILE_KINDS and path.name != "lock"
+        )  # such as a profile
         if path.exists() and not (is_right or is_other):
             raise ValueError(
                 f"{path}: it is not a {must_be}, as a run writes one of that name; move it away, or choose "
@@ -249,7 +251,7 @@ def process_independent(record: dict[str, Any]) -> dict[str, Any]:
 def sync_results(folder: Path) -> None:
     """Return when everything that a run has written into its folder at its end is on disk."""
     for path in folder.iterdir():
-        if path.name in RESULTS or path.suffix in FILES:
+        if path.name in RESULTS or path.suffix in FILE_KINDS:
             sync_tree(path)
     fsync(folder)
 
@@ -266,8 +268,28 @@ def result_hashes(folder: Path) -> dict[str, str]:
     return dict(zip(names, files_sha256(paths), strict=True))
 
 
+def recorded_results(folder: Path) -> dict[Path, str] | None:
+    """SHA-256 of the files that a finished run wrote into `folder`, by path, from its summary.json.
+
+    folder: of the run, or one of its results, such as adapter/. None for a run that has not recorded hashes,
+    or a folder that is no run's.
+    """
+    inside = folder.resolve()
+    above = [f for f in inside.parents[:2] if inside.relative_to(f).parts[0] in RESULTS]
+    run = next((f for f in (inside, *above) if (f / SUMMARY).is_file()), None)
+    if run is None:
+        return None
+    recorded = read_saved_json(run / SUMMARY).get("files")
+    if not isinstance(recorded, dict | None):
+        raise ValueError(f"{run / SUMMARY}: files has type {type(recorded).__name__}; restore the file")
+    if recorded is None:
+        return None
+    paths = {run / name: known for name, known in recorded.items()}
+    return {folder / p.relative_to(inside): known for p, known in paths.items() if p.is_relative_to(inside)}
+
+
 def check_results(folder: Path) -> None:
-    """Raise ValueError or FileNotFoundError with the line of changed_result, if there is one."""
+    """Raise FileNotFoundError or ValueError with the line of changed_result, if there is one."""
     changed = changed_result(folder)
     if changed:
         again = "start the run's command again, which writes it from the last checkpoint"
@@ -281,28 +303,13 @@ def check_results(folder: Path) -> None:
 
 def changed_result(folder: Path) -> str | None:
     """Return a line about a file of a run's results that is not the one that the finished run wrote; None if
-    all are.
-
-    folder: of the run, or one of its results, such as adapter/. A run that has not recorded hashes, or is no
-    run, has None. Raises ValueError for a damaged summary.
+    all are. folder: see recorded_results; what it has not recorded passes.
     """
-    inside = folder.resolve()
-    above = [f for f in inside.parents[:2] if inside.relative_to(f).parts[0] in RESULTS]
-    run = next((f for f in (folder, *above) if (f / SUMMARY).is_file()), None)
-    if run is None:
-        return None
-    recorded = read_saved_json(run / SUMMARY).get("files", {})
-    if not isinstance(recorded, dict):
-        raise ValueError(f"{run / SUMMARY}: files has type {type(recorded).__name__}; restore the file")
-    names = [name for name in recorded if (run / name).resolve().is_relative_to(inside)]
-    for name in names:
-        if not (run / name).is_file():
-            return f"{run / name}: no such file, and the finished run wrote it"
-        if file_sha256(run / name) != recorded[name]:
-            return (
-                f"{run / name}: the file has changed since the run was finished (its sha256 is not that in "
-                f"{SUMMARY})"
-            )
+    for path, known in (recorded_results(folder) or {}).items():
+        if not path.is_file():
+            return f"{path}: no such file, and the finished run wrote it"
+        if file_sha256(path) != known:
+            return f"{path}: the file has changed since the run was finished (its sha256 is not in {SUMMARY})"
     return None
 
 

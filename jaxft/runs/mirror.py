@@ -368,8 +368,8 @@ class Mirror:
             raise TakenOver(f"{self.store.url} is written by another start of this run, {where}")
 
     def _send_checkpoints(self, steps: list[int], stored: list[str]) -> None:
-        """Send the states of checkpoints, then the logs of the run, then the manifests. Results may be written
-        meanwhile, and are sent at the end.
+        """Send the states of checkpoints, then the logs of the run, then the manifests. Results, which may be
+        written meanwhile, are sent at the end.
 
         stored: names of what the store has of checkpoints.
         """

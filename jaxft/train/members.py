@@ -125,10 +125,12 @@ class Job:
 
         return jax.tree.map(widest, *(source.shapes[-1] for source in self.sources))
 
-    def to_save(self, counters: list[dict[str, Any]], saved: dict[str, Any]) -> dict[str, Any]:
+    def to_save(
+        self, counters: list[dict[str, Any]], saved: dict[str, Any], logged: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores in addition to the states.
 
-        saved: of the checkpoint before, or of the evaluation before the first step.
+        saved: of the checkpoint before, or of the evaluation before the first step. logged: see Logs.sync.
         """
         return {
             "records": {member.label: member.record for member in self.members},
@@ -136,7 +138,7 @@ class Job:
             "before": saved["before"],
             "scores": saved.get("scores", []),  # of the evaluations so far, see verdict.evaluate_during
             "last_faults": saved.get("last_faults"),  # only of the last step
-            "logged": saved.get("logged", []),  # see Logs.sync
+            "logged": logged,
             "sources": [source.state_dict() for source in self.sources],
         }
 

@@ -147,7 +147,7 @@ RUNS = {  # name: (folder, arguments, the last step)
 }
 EXPORTS = {
     "merged": ["export.py", "--run", "runs/lora", "--out", "merged"],
-    "file.gguf": ["export.py", "--run", "runs/lora", "--out", "file.gguf", "--gguf", "Q8_0"],
+    "file.gguf": ["export.py", "--run", "runs/lora", "--out", "file.gguf", "--gguf", "F16", "--adapter-only"],
     "packed": ["export.py", "--run", "runs/lora", "--out", "packed", "--pack", "int8"],
     "low": ["extract.py", "base", "runs/full/model", "--rank", "2", "--out", "low"],
 }

@@ -74,7 +74,7 @@ def truncate(path: Path, step: int) -> list[Entry]:
     return [entry for _, entry in lines]
 
 
-def ranges(steps: Iterable[int]) -> list[list[int]]:
+def step_ranges(steps: Iterable[int]) -> list[list[int]]:
     """Return steps as [first, last, distance between two], ascending."""
     found: list[list[int]] = []
     for step in sorted(set(steps)):
@@ -106,14 +106,14 @@ class Jsonl:
 
     def logged(self) -> dict[str, Any]:
         """Return the number of entries and their steps, as JSON that `missing` takes."""
-        return {"entries": len(self._steps), "steps": ranges(self._steps)}
+        return {"entries": len(self._steps), "steps": step_ranges(self._steps)}
 
     def missing(self, logged: dict[str, Any]) -> str:
         """Return which entries of an earlier `logged` the file does not have, "" if it has all."""
         steps = {
             step for first, last, every in logged["steps"] for step in range(first, last + 1, every or 1)
         }
-        lost = ranges(steps.difference(self._steps))
+        lost = step_ranges(steps.difference(self._steps))
         if lost:
             return "steps " + ", ".join(
                 f"{first}" if first == last else f"{first}-{last}" + f" (every {every})" * (every > 1)
