@@ -39,6 +39,8 @@ from jaxft.distributed import sync
 from jaxft.runs import manifest, restore
 from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
+from jaxft.runs.mirror import LOCAL_ONLY, Copies
+from jaxft.weights.new_folder import fsync, make_folder, sync_tree, write_durably
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself
@@ -49,8 +51,8 @@ EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
 class Checkpoints:
     """The checkpoints in a folder.
 
-    report: called with a line about each event that matters to the user. published: called on process 0, in
-    the thread that saves, with the step of each new checkpoint.
+    report: called with a line about each event that matters to the user. copies: of them in a store; its
+    functions are called on process 0.
     """
 
     def __init__(
@@ -59,27 +61,31 @@ class Checkpoints:
         keep_last: int = 2,
         keep_best: int = 1,
         report: Callable[[str], None] = print,
-        published: Callable[[int], None] | None = None,
+        copies: Copies = LOCAL_ONLY,
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(
                 f"keep_last={keep_last} and keep_best={keep_best}; expected at least 1 and at least 0"
             )
-        self.folder, self.report, self.published = Path(folder).absolute(), report, published
+        self.folder, self.report, self.copies = Path(folder).absolute(), report, copies
         self.keep_last, self.keep_best = keep_last, keep_best
         self._orbax: ocp.PyTreeCheckpointHandler | None = None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
+        self._is_over = False  # whether there are more checkpoints than are to be kept, see _prune
 
     # Listing
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
+        return [step for step in self._steps() if (self.folder / str(step) / manifest.NAME).is_file()]
+
+    def _steps(self) -> list[int]:
+        """Steps of all checkpoints, ascending, also of those that have lost their manifest."""
         if not self.folder.is_dir():
             return []
         is_step = re.compile(r"0|[1-9]\d*").fullmatch
-        folders = [p for p in self.folder.iterdir() if is_step(p.name) and (p / manifest.NAME).is_file()]
-        return sorted(int(p.name) for p in folders)
+        return sorted(int(p.name) for p in self.folder.iterdir() if is_step(p.name) and p.is_dir())
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint; it is verified when it is restored."""
@@ -147,7 +153,7 @@ class Checkpoints:
 
     def _begin(self, step: int) -> str:
         """Make the folders of a save, on process 0. Return a name that no save had before."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for stale in (
             *self.folder.glob("*.tmp"),
             *self.folder.glob(EXCHANGE),
@@ -201,20 +207,23 @@ class Checkpoints:
             body["leaves"] = manifest.join_entries([entries for entries, _ in parts])
             body["files"] = {name: known for _, hashes in parts for name, known in sorted(hashes.items())}
             text = manifest.format_manifest(body)
-            sync.exchange_first(exchange, lambda: _write_durably(temporary / manifest.NAME, text))
+            sync.exchange_first(exchange, lambda: write_durably(temporary / manifest.NAME, text.encode()))
             sync.run_on_all(exchange, lambda: restore.verify(temporary))
             sync.exchange_first(exchange, lambda: self._publish(step))
-            if self.published is not None and sync.is_first():
-                self.published(step)
+            if sync.is_first():
+                self.copies.published(step)
         except Exception as error:
             self._error = self._agree_on_error(step, error, exchange)
         if sync.is_first():
             shutil.rmtree(self.folder / EXCHANGE, ignore_errors=True)
 
     def _merge(self, temporary: Path) -> list[str]:
-        """Merge the files of all processes, on process 0. Return their names."""
+        """Merge the files of all processes, on process 0, and sync them: Orbax does so with few. Return their
+        names.
+        """
         assert self._orbax is not None
         self._orbax.finalize(epath.Path(temporary / "state"))
+        sync_tree(temporary / "state")
         files = [p for p in (temporary / "state").rglob("*") if p.is_file()]
         return sorted(p.relative_to(temporary).as_posix() for p in files)
 
@@ -223,13 +232,15 @@ class Checkpoints:
         if final.exists():
             final.rename(self.folder / f"{step}.replaced.tmp")
         temporary.rename(final)
-        _fsync(self.folder)
+        fsync(self.folder)
         self._prune()
 
     def _prune(self) -> None:
         steps = self.steps()
         best = [step for own in self._best_first() for step, _ in own[: self.keep_best]]
-        keep = {*steps[-self.keep_last :], *best}
+        keep, sent = {*steps[-self.keep_last :], *best}, self.copies.sending()
+        self._is_over = not sent <= keep
+        keep |= sent
         try:
             for folder in [self.folder / str(step) for step in steps if step not in keep]:
                 folder.rename(
@@ -289,6 +300,9 @@ class Checkpoints:
             if orbax is not None:
                 with contextlib.suppress(Exception):  # of a failed save, which wait() has raised
                     orbax.close()
+            if self._is_over:
+                self.copies.settle()
+                self._prune()
 
     # Restoring
 
@@ -297,15 +311,17 @@ class Checkpoints:
         Called by every process.
 
         The leaves get the shardings of `abstract_state`, on any mesh and any number of processes. A corrupt
-        checkpoint is renamed to `<step>.bad` and the next older one is tried; with `step` only that one.
-        Raises ValueError for a checkpoint of another tree.
+        checkpoint is renamed to `<step>.bad`, and the next older one is tried, which may be the same in a
+        store; with `step` only that one. Raises ValueError for a checkpoint of another tree.
         """
         self.wait()
-        steps = sync.exchange_first(sync.gather_texts, self.steps)
+        steps = sync.exchange_first(sync.gather_texts, self._steps)
         if step is not None and step not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
-        for candidate in [step] if step is not None else reversed(steps):
+        candidates, fetched = steps if step is None else [step], set[int]()
+        while candidates:
+            candidate = candidates.pop()
             folder = self.folder / str(candidate)
             found: dict[str, Any] = {}
             try:
@@ -316,24 +332,30 @@ class Checkpoints:
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return found["state"], found["meta"], candidate
-            sync.exchange_first(sync.gather_texts, partial(self._quarantine, folder, reasons[0]))
+            limit = -1 if step is not None else candidate - (candidate in fetched)
+            quarantine = partial(self._quarantine, folder, reasons[0], limit)
+            instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:
                 raise ValueError(f"{folder}: {reasons[0]}")
+            if instead is not None:
+                fetched.add(instead)
+                candidates.append(instead)
         return None
 
-    def _quarantine(self, folder: Path, reason: str) -> None:
-        target, count = folder.with_suffix(".bad"), 1
-        while target.exists():
-            count += 1
-            target = folder.with_suffix(f".bad{count}")
-        older = [s for s in self.steps() if s < int(folder.name)]
-        then = f"going back to step {older[-1]}" if older else "there is no older one"
+    def _quarantine(self, folder: Path, reason: str, limit: int) -> int | None:
+        """Set a checkpoint aside, on process 0, and fetch one of at most step `limit` from a store that has a
+        newer one than the disk; return its step.
+        """
         try:
-            folder.rename(target)
-            moved = f"renamed to {target.name}"
+            moved = f"renamed to {manifest.set_aside(folder).name}"
         except OSError as error:
             moved = f"it cannot be renamed ({error.strerror})"
+        fetched = self.copies.fetch(limit)
+        older = [s for s in self._steps() if s < int(folder.name)]
+        then = f"going back to step {older[-1]}" if older else "there is no older one"
+        then = then if fetched is None else f"step {fetched} is fetched"
         self.report(f"checkpoint of step {folder.name} is corrupt ({reason}); {moved}, {then}")
+        return fetched
 
 
 def in_flight_gb(leaves: Iterable[Any]) -> float:
@@ -355,24 +377,6 @@ def _run_coroutine(make: Callable[[], Any]) -> Any:
     """Run a coroutine in a separate thread: this one may have a running event loop, as in a notebook."""
     with concurrent.futures.ThreadPoolExecutor(1) as one:
         return one.submit(lambda: asyncio.run(make())).result()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-    _fsync(path.parent)
 
 
 def _raises(error: Exception) -> Callable[[], None]:

@@ -12,10 +12,11 @@ from typing import Any, TextIO
 
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
 from jaxft.runs.record import differences
-from jaxft.runs.trackers.jsonl import json_value
+from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
 from jaxft.weights import hf, hub
 from jaxft.weights.file_hash import file_sha256, files_sha256
 from jaxft.weights.gguf_header import part_files
+from jaxft.weights.new_folder import fsync, make_folder, sync_tree, write_durably
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
@@ -37,6 +38,9 @@ MUST_STAY = ("loop.best_metric", "loop.greater_is_better")  # the scores of all 
 HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
+FOLDERS = (*RESULTS, "checkpoints", "tensorboard")
+FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
+CARD, SUMMARY = "README.md", "summary.json"
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/contents.py
 NOT_COMPARED = (
     "command",  # the overrides; their result is in the other fields
@@ -59,11 +63,12 @@ def folder_of(root: Path, name: str) -> Path:
 def lock(folder: Path) -> Iterator[TextIO]:
     """Create the run folder and lock it; at the end, remove it if nothing else was written into it.
 
-    Raises OSError if another process has the lock.
+    Raises OSError if another process has the lock, and as check_paths does.
     """
     path = folder / "lock"
     taken = f"{folder}: another process is running this run; wait for it, or choose another name=..."
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    check_paths(folder)
     try:
         lock_file = path.open("a")
     except FileNotFoundError as error:  # another process has just removed the folder
@@ -85,14 +90,26 @@ def lock(folder: Path) -> Iterator[TextIO]:
                     folder.rmdir()
 
 
+def check_paths(folder: Path) -> None:
+    """Raise ValueError for a pipe, socket or device in a run's folder, which a run would wait for, and for a
+    file with the name of one of its folders or the other way round, which it would notice at its end.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        must_be = "folder" if path.name in FOLDERS else "file"
+        is_right = path.is_dir() if must_be == "folder" else path.is_file()
+        is_other = (
+            path.is_dir() and path.suffix not in FILE_KINDS and path.name != "lock"
+        )  # such as a profile
+        if path.exists() and not (is_right or is_other):
+            raise ValueError(
+                f"{path}: it is not a {must_be}, as a run writes one of that name; move it away, or choose "
+                "another name=..."
+            )
+
+
 def write_durable_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically: a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(json.dumps(json_value(value), indent=2, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write a JSON file atomically: a reader sees the old file or the new one, also after a power cut."""
+    write_durably(path, (json.dumps(json_value(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_saved_json(path: Path) -> dict[str, Any]:
@@ -153,7 +170,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def finished_steps(folder: Path) -> int:
     """The number of steps of a finished run, 0 for one that is not finished."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     steps = read_saved_json(path).get("steps") if path.exists() else 0
     if type(steps) is not int or steps < 0:
         raise ValueError(
@@ -165,14 +182,14 @@ def finished_steps(folder: Path) -> int:
 
 def patience_at_end(folder: Path) -> int | None:
     """The loop.patience that ended a finished run before its planned steps; None if none did."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     found = read_saved_json(path).get("patience") if path.exists() else None
     return found if type(found) is int else None
 
 
 def failed_members(folder: Path) -> list[str]:
     """The labels of a sweep's members that ended with steps or losses that are not finite."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     return list(read_saved_json(path).get("failed", [])) if path.exists() else []
 
 
@@ -231,6 +248,14 @@ def process_independent(record: dict[str, Any]) -> dict[str, Any]:
 # Results
 
 
+def sync_results(folder: Path) -> None:
+    """Return when everything that a run has written into its folder at its end is on disk."""
+    for path in folder.iterdir():
+        if path.name in RESULTS or path.suffix in FILE_KINDS:
+            sync_tree(path)
+    fsync(folder)
+
+
 def result_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the weights, settings and tokenizers that a run has written, by path in its folder."""
     paths = sorted(
@@ -243,31 +268,62 @@ def result_hashes(folder: Path) -> dict[str, str]:
     return dict(zip(names, files_sha256(paths), strict=True))
 
 
-def check_results(folder: Path) -> None:
-    """Raise ValueError if a file of a run's results is not the one that the finished run wrote.
+def recorded_results(folder: Path) -> dict[Path, str] | None:
+    """SHA-256 of the files that a finished run wrote into `folder`, by path, from its summary.json.
 
-    folder: of the run, or one of its results, such as adapter/. A run that has not recorded hashes, or is no
-    run, passes.
+    folder: of the run, or one of its results, such as adapter/. None for a run that has not recorded hashes,
+    or a folder that is no run's.
     """
     inside = folder.resolve()
     above = [f for f in inside.parents[:2] if inside.relative_to(f).parts[0] in RESULTS]
-    run = next((f for f in (folder, *above) if (f / "summary.json").is_file()), None)
+    run = next((f for f in (inside, *above) if (f / SUMMARY).is_file()), None)
     if run is None:
-        return
-    recorded = read_saved_json(run / "summary.json").get("files", {})
-    if not isinstance(recorded, dict):
+        return None
+    recorded = read_saved_json(run / SUMMARY).get("files")
+    if not isinstance(recorded, dict | None):
+        raise ValueError(f"{run / SUMMARY}: files has type {type(recorded).__name__}; restore the file")
+    if recorded is None:
+        return None
+    paths = {run / name: known for name, known in recorded.items()}
+    return {folder / p.relative_to(inside): known for p, known in paths.items() if p.is_relative_to(inside)}
+
+
+def check_results(folder: Path) -> None:
+    """Raise FileNotFoundError or ValueError with the line of changed_result, if there is one."""
+    changed = changed_result(folder)
+    if changed:
+        again = "start the run's command again, which writes it from the last checkpoint"
+        if changed.endswith("wrote it"):
+            raise FileNotFoundError(f"{changed}; restore it, or {again}")
         raise ValueError(
-            f"{run / 'summary.json'}: files has type {type(recorded).__name__}; restore the file"
+            f"{changed}. Restore it, or {again}, or copy the folder elsewhere and use it with --adapter or "
+            "--model"
         )
-    names = [name for name in recorded if (run / name).resolve().is_relative_to(inside)]
-    for name in names:
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run / name}: no such file, and the finished run wrote it; restore it")
-        if file_sha256(run / name) != recorded[name]:
-            raise ValueError(
-                f"{run / name}: the file has changed since the run was finished (its sha256 is not that in "
-                "summary.json). Restore it, or copy the folder elsewhere and use it with --adapter or --model"
-            )
+
+
+def changed_result(folder: Path) -> str | None:
+    """Return a line about a file of a run's results that is not the one that the finished run wrote; None if
+    all are. folder: see recorded_results; what it has not recorded passes.
+    """
+    for path, known in (recorded_results(folder) or {}).items():
+        if not path.is_file():
+            return f"{path}: no such file, and the finished run wrote it"
+        if file_sha256(path) != known:
+            return f"{path}: the file has changed since the run was finished (its sha256 is not in {SUMMARY})"
+    return None
+
+
+def earlier_end(folder: Path) -> str | None:
+    """Return a line if a run's weights are those of an earlier end: it was continued after it had finished,
+    and has not finished again.
+    """
+    steps, entries = finished_steps(folder), read_entries(folder / METRICS)
+    if not steps or not entries or entries[-1]["step"] <= steps:
+        return None
+    return (
+        f"{folder}: this run was continued after step {steps}, has reached step {entries[-1]['step']}, and "
+        f"its weights are those of step {steps}"
+    )
 
 
 # Runs that this one continues
@@ -352,9 +408,10 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
                 if name.startswith("model")
                 else (_base_weights(folder, record), folder / "adapter", record)
             )
-    raise FileNotFoundError(
-        f"{folder}: has neither adapter/ nor model/; finish the run with the command that started it"
-    )
+    then = "finish the run with the command that started it"
+    if (folder / SUMMARY).is_file():
+        then = "the command that started the run writes them again from its last checkpoint"
+    raise FileNotFoundError(f"{folder}: has neither adapter/ nor model/; {then}")
 
 
 def _base_weights(folder: Path, record: dict[str, Any]) -> str:

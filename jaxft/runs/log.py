@@ -14,10 +14,11 @@ from jaxft.objectives.alarms import Alarms, Entry
 from jaxft.runs.folder import write_durable_json
 from jaxft.runs.trackers import tensorboard
 from jaxft.runs.trackers.console import ConsoleView
-from jaxft.runs.trackers.jsonl import Jsonl, format_line, read_entries
+from jaxft.runs.trackers.jsonl import METRICS, Jsonl, format_line, read_entries
 from jaxft.runs.trackers.tracker import RunEnd, Tracker, open_trackers
+from jaxft.weights.new_folder import fsync
 
-METRICS, ALARMS_JSON = "metrics.jsonl", "alarms.json"
+ALARMS_JSON, COMPLETIONS = "alarms.json", "completions.jsonl"
 
 
 class NullLog:
@@ -30,6 +31,10 @@ class NullLog:
 
     def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
         """Do nothing."""
+
+    def sync(self) -> dict[str, Any]:
+        """Do nothing."""
+        return {}
 
     def listen(self, alarms: Callable[[dict[str, Any], Entry, bool], Alarms]) -> None:
         """Do nothing."""
@@ -101,6 +106,22 @@ class Log:
             self._view.log(step, metrics, perf)
         for text in self._observe(entry):
             self.message(text)
+
+    def sync(self) -> dict[str, Any]:
+        """Return when metrics and completions are on disk, with what a checkpoint stores about them, see
+        `report_missing`.
+        """
+        for path in (self._folder / METRICS, self._folder / COMPLETIONS, self._folder):
+            if path.exists():
+                fsync(path)
+        return self._jsonl.logged()
+
+    def missing(self, logged: dict[str, Any]) -> list[str]:
+        """Return a warning if metrics.jsonl has lost entries from before the restart. logged: what `sync`
+        returned then.
+        """
+        missing, path = self._jsonl.missing(logged), self._folder / METRICS
+        return [f"warning: {path} has lost {missing}; the log goes on without them"] if missing else []
 
     def listen(self, alarms: Callable[[dict[str, Any], Entry, bool], Alarms]) -> None:
         """Call `alarms(memory, entry, last)` for every entry and print its messages (see objective.Report).

@@ -127,6 +127,15 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint to `<step>.bad`, or .bad2 and so on; return its new path."""
+    target, count = folder.with_suffix(".bad"), 1
+    while target.exists():
+        count += 1
+        target = folder.with_suffix(f".bad{count}")
+    return folder.rename(target)
+
+
 # Checks
 
 

@@ -1,21 +1,24 @@
 """A copy of a run's folder in an object store: sent at every checkpoint and at the end, fetched elsewhere.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
-Each verified checkpoint is then copied with the other files of the folder that have changed; `index.json` has
-their sizes and hashes, and which process sends them. The checkpoint's manifest is sent after all of these: a
-checkpoint without one is incomplete, and one with it has its logs. A start that finds a newer checkpoint in
-the store than on disk fetches the folder first.
+Each verified checkpoint is then copied in the background with the other files of the folder that have
+changed; `index.json` has their sizes and hashes, and which process sends them. The checkpoint's manifest is
+sent after all of these: a checkpoint without one is incomplete, and one with it has its logs. A start that
+finds a newer checkpoint in the store than on disk fetches the folder first, and one whose checkpoint on disk
+is damaged fetches that.
 A start with other settings than those of the run in the store is refused and leaves the store as it is.
 """
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +27,9 @@ import xxhash
 
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
-from jaxft.runs.folder import permitted_changes, read_saved_json
+from jaxft.runs.folder import RESULTS, permitted_changes, read_saved_json
 from jaxft.runs.store import Store, StoreError, open_store
+from jaxft.weights.new_folder import make_folder, publish, write_durably
 
 INDEX = "index.json"
 CHECKPOINTS = "checkpoints"
@@ -36,20 +40,36 @@ INDEX_ATTEMPTS = 3  # at writing the index, which another process may write at t
 Records = Mapping[str, dict[str, Any]]  # settings of a run, or of a sweep's members, by path in the folder
 
 
+def _nowhere(*step: int) -> None:
+    """Copy and fetch nothing."""
+
+
 class Copies(NamedTuple):
     """What a run calls so that its folder is copied; without a store these functions do nothing.
 
-    take_over: when the start is accepted. published: with the step of each new checkpoint. stopped: when a
-    signal has ended the run and it is saved; a store that fails at the end is then only a warning.
+    take_over: when the start is accepted. published: with the step of each new checkpoint, which is copied in
+    the background. sending: the steps of checkpoints that are being copied and must stay on disk. settle:
+    wait for the copy under way; others are left to the end. stopped: when a signal has ended the run and it
+    is saved; a store that fails at the end is then only a warning. fetch: see Mirror.fetch_step.
     """
 
-    take_over: Callable[[], None]
-    published: Callable[[int], None]
-    stopped: Callable[[], None]
+    take_over: Callable[[], None] = _nowhere
+    published: Callable[[int], None] = _nowhere
+    sending: Callable[[], Set[int]] = frozenset
+    settle: Callable[[], None] = _nowhere
+    stopped: Callable[[], None] = _nowhere
+    fetch: Callable[[int], int | None] = _nowhere
+
+
+LOCAL_ONLY = Copies()
 
 
 class TakenOver(OSError):
     """Another process sends this run by now."""
+
+
+class Damaged(Exception):
+    """A result in a store that is not the one that was sent."""
 
 
 class Mirror:
@@ -65,8 +85,13 @@ class Mirror:
         }
         self.is_owner = False  # whether this process has taken the copy over
         self.is_stopped = False  # whether a signal has ended the run
+        self.sending: frozenset[int] = frozenset()  # steps of checkpoints that are being copied
+        self._copying = ThreadPoolExecutor(1, thread_name_prefix="copy")
+        self._newest: float = -1  # the checkpoint to be copied; infinite when no more are
+        self._fails_since = ""
         self._version = b""  # of the index, when it was read
         self._sent: dict[str, list[Any]] = {}  # size and hash of what the store has
+        self._damaged: set[str] = set()  # what the store has, and does not match its entry
         self._read: dict[str, int] = {}  # when files were modified that are in the store as they are
 
     # From the store
@@ -87,13 +112,26 @@ class Mirror:
             self._check_folder(records)
             self._fetch(sorted(set(stored) - set(local)))
 
+    def fetch_step(self, limit: int) -> int | None:
+        """Fetch the newest checkpoint of at most step `limit`, unless the disk has a newer one of these.
+        Return its step, None if nothing was fetched. Raises OSError if the store fails.
+        """
+        local = max((step for step in self._local_steps() if step <= limit), default=-1)
+        stored = _complete_steps(self.store.names(f"{CHECKPOINTS}/")) if local < limit else []
+        for step in sorted((step for step in stored if local < step <= limit), reverse=True):
+            self.report(f"fetching step {step} of this run from {self.store.url}")
+            if self._fetch_checkpoint(step):
+                return step
+        return None
+
     def take_over(self) -> None:
         """Become the process that sends this run; others then send no more. Raises OSError if that fails.
 
         Call it when the start is accepted: one that is refused must not stop the copies of a live run.
         """
         for _ in range(INDEX_ATTEMPTS):
-            self._sent = self._read_index()["files"]  # another start may have sent more since `open`
+            files = self._read_index()["files"]  # another start may have sent more since `open`
+            self._sent = {name: entry for name, entry in files.items() if name not in self._damaged}
             if self._replace_index():
                 self.is_owner = True
                 return
@@ -150,7 +188,10 @@ class Mirror:
         """
         self.report(f"fetching step {max(steps, default='')} of this run from {self.store.url}")
         for name in self._sent:
-            self._fetch_file(name)
+            try:
+                self._fetch_file(name)
+            except Damaged as error:
+                self.report(f"warning: {error}; it is written again from the last checkpoint")
         for step in steps:
             self._fetch_checkpoint(step)
 
@@ -168,22 +209,37 @@ class Mirror:
         if absent:
             self.report(f"fetching {len(absent)} files of {self.store.url} to {self.folder}")
         for name in absent:
-            self._fetch_file(name)
+            try:
+                self._fetch_file(name)
+            except Damaged as error:
+                raise ValueError(
+                    f"{error}. Start the run's command again: elsewhere it writes the file from the last "
+                    f"checkpoint; where the run's folder is, delete {INDEX} in the store first"
+                ) from error
         return list(self._sent)
 
     def _fetch_file(self, name: str) -> None:
+        """Write a file of the store into the folder. Raises Damaged for a result that is not that of the
+        index; a log may be newer, because the index is sent after it.
+        """
         path, content = self._path_of(name), self._read_object(name)
-        if _entry_of(content) != self._sent[name]:  # the index is sent after the files
-            self.report(f"warning: {self.store.url}/{name} is not of the same time as {INDEX}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.replace(path)
+        if _entry_of(content) != self._sent[name]:
+            self._damaged.add(name)
+            place = f"{self.store.url}/{name}"
+            text = f"{place} does not match {INDEX}: it is damaged, or its copy was interrupted"
+            if self._is_result(path):
+                raise Damaged(text)
+            self.report(f"warning: {text}; what can be read of it is used")
+        make_folder(path.parent)
+        write_durably(path, content)
 
-    def _fetch_checkpoint(self, step: int) -> None:
-        """Write a checkpoint of the store into the folder, unless it is damaged, which is reported."""
+    def _fetch_checkpoint(self, step: int) -> bool:
+        """Write a checkpoint of the store into the folder, unless it is damaged, which is reported; return
+        whether it was written.
+        """
         part = self.folder / CHECKPOINTS / f"{step}.tmp"
         shutil.rmtree(part, ignore_errors=True)
+        make_folder(part.parent)
         for name in self.store.names(f"{CHECKPOINTS}/{step}/"):
             if name.endswith("/"):  # object browsers write such empty objects as folders
                 continue
@@ -192,10 +248,15 @@ class Mirror:
             path.write_bytes(self._read_object(name))
         try:
             manifest.check_files(part, manifest.read_manifest(part)["files"])
-            part.rename(part.with_name(str(step)))
         except manifest.Corrupt as error:
             shutil.rmtree(part, ignore_errors=True)
             self.report(f"warning: the checkpoint of step {step} in {self.store.url} is damaged: {error}")
+            return False
+        final = part.with_name(str(step))
+        if final.exists():
+            manifest.set_aside(final)
+        publish(part, final)
+        return True
 
     def _read_object(self, name: str) -> bytes:
         content = self.store.read(name)
@@ -212,14 +273,27 @@ class Mirror:
 
     # To the store
 
-    def copy(self, step: int) -> None:
+    def published(self, step: int) -> None:
+        """Copy a new checkpoint in the background, unless a newer one is there by the time that it begins."""
+        self._newest = step
+        self._copying.submit(self._copy, step)
+
+    def settle(self) -> None:
+        """Wait for the copy under way. Others are left to `finish`."""
+        self._newest = math.inf
+        self._copying.submit(int).result()
+
+    def _copy(self, step: int) -> None:
         """Send a new checkpoint and the other files that have changed; delete older ones that are not here.
 
         A store that has later ones stays as it is: the run has begun again because those on disk are damaged.
         Any error is only reported, because the checkpoint is on disk; the next call sends what the store
         lacks.
         """
+        if step < self._newest:
+            return
         try:
+            self.sending = frozenset(self._local_steps())
             self._check_owner()
             stored = self.store.names(f"{CHECKPOINTS}/")
             kept = self._local_steps()
@@ -229,11 +303,19 @@ class Mirror:
             found = {int(name) for name in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))}
             for old in sorted(found - set(kept)):
                 self._delete_checkpoint(old)
+            self._fails_since = ""
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and step < self._newest:
+                return  # a newer one has replaced it before it was sent
+            since = self._fails_since and f"; the store has failed since {self._fails_since}"
+            now = datetime.now().isoformat(" ", "seconds")
+            self._fails_since = self._fails_since or f"step {step} at {now}"
             self.report(
                 f"warning: the checkpoint of step {step} was not copied ({_reason(error)}); it is in "
-                f"{self.folder}, and the next one tries again"
+                f"{self.folder}, and the next one tries again{since}"
             )
+        finally:
+            self.sending = frozenset()
 
     def finish(self) -> None:
         """Send the files that have changed. Raises OSError if the store lacks something of the folder, and
@@ -286,7 +368,8 @@ class Mirror:
             raise TakenOver(f"{self.store.url} is written by another start of this run, {where}")
 
     def _send_checkpoints(self, steps: list[int], stored: list[str]) -> None:
-        """Send the states of checkpoints, then the files of the run but for its summary, then the manifests.
+        """Send the states of checkpoints, then the logs of the run, then the manifests. Results, which may be
+        written meanwhile, are sent at the end.
 
         stored: names of what the store has of checkpoints.
         """
@@ -296,7 +379,8 @@ class Mirror:
                 self._delete_checkpoint(step)
             files = sorted(one for one in folder.rglob("*") if one.is_file() and one.name != manifest.NAME)
             self.store.write_files((prefix + one.relative_to(folder).as_posix(), one) for one in files)
-        self._send_files([path for path in self._files() if path.name != SUMMARY])
+        logs = [path for path in self._files() if path.name != SUMMARY and not self._is_result(path)]
+        self._send_files(logs)
         for step in sorted(steps):
             self.store.write(_marker(step), (self.folder / _marker(step)).read_bytes())
 
@@ -332,6 +416,9 @@ class Mirror:
         ]
         return sorted(paths, key=lambda path: (path.name == SUMMARY, path))
 
+    def _is_result(self, path: Path) -> bool:
+        return not {*RESULTS}.isdisjoint(path.relative_to(self.folder).parts[:-1])
+
     def _write_index(self) -> None:
         """Write the index. Raises TakenOver if another process has become the one that sends this run."""
         for _ in range(INDEX_ATTEMPTS):  # a write that is repeated, its response lost, meets itself
@@ -366,10 +453,6 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
-def _nowhere(*step: int) -> None:
-    """Copy nothing."""
-
-
 @contextlib.contextmanager
 def mirrored(
     folder: Path, url: str | None, records: Records, report: Callable[[str], None] = print
@@ -381,13 +464,23 @@ def mirrored(
     Mirror.open and Mirror.finish do.
     """
     if url is None:
-        yield Copies(_nowhere, _nowhere, _nowhere)
+        yield LOCAL_ONLY
         return
     mirror = Mirror(folder, open_store(url), report)
     mirror.open(records)
+    copies = Copies(
+        take_over=mirror.take_over,
+        published=mirror.published,
+        sending=lambda: mirror.sending,
+        settle=mirror.settle,
+        stopped=mirror.stop,
+        fetch=mirror.fetch_step,
+    )
     try:
-        yield Copies(mirror.take_over, mirror.copy, mirror.stop)
+        yield copies
+        mirror.settle()
     except BaseException:
+        mirror.settle()
         if mirror.is_owner:
             mirror.try_to_finish()
         raise

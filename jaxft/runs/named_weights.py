@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.runs.folder import check_results, trained_weights
+from jaxft.runs.folder import check_results, earlier_end, trained_weights
 from jaxft.weights import adapters, hub
 from jaxft.weights.peft_refusals import read_adapter_config
 
@@ -35,7 +35,7 @@ def named_weights(
     Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
     """
     if run is not None:
-        return NamedWeights(*trained_weights(run), notes=[])
+        return NamedWeights(*trained_weights(run), notes=_notes(run))
     if adapter is None:
         return NamedWeights(model or default, None, None, [])
     folder = adapters.adapter_folder(str(adapter))
@@ -45,9 +45,15 @@ def named_weights(
         return NamedWeights(model, folder, None, adapters.other_base_name(folder, model))
     if own_run is not None:
         ref, _, record = trained_weights(own_run)
-        return NamedWeights(ref, folder, record, [])
+        return NamedWeights(ref, folder, record, _notes(own_run))
     ref, notes = _own_base(folder)
     return NamedWeights(ref, folder, None, [f"base of {folder}: {ref}", *notes])
+
+
+def _notes(run: Path) -> list[str]:
+    """Return a warning if the weights of a run are those of an earlier end."""
+    line = earlier_end(run)
+    return [f"warning: {line}"] if line else []
 
 
 def _own_base(folder: Path) -> tuple[str, list[str]]:

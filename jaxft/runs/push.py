@@ -5,9 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxft.runs.folder import check_results, finished_steps, read_saved_json
-from jaxft.runs.log import METRICS
-from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.runs.folder import check_results, earlier_end, finished_steps, read_saved_json
 from jaxft.weights import hf, hub
 from jaxft.weights.card import USE_SECTION, gguf_card, gguf_metadata
 from jaxft.weights.gguf_header import GgufHeader, part_files, read_gguf_header
@@ -65,18 +63,14 @@ def finished_run(folder: Path) -> Path | None:
     run = run_of_weights(folder)
     if run is None:
         return None
-    steps, entries = finished_steps(run), read_entries(run / METRICS)
-    if not (_weights_of(run).is_dir() and steps):
+    if not (_weights_of(run).is_dir() and finished_steps(run)):
         raise FileNotFoundError(
             f"{run}: this run is not finished, so its weights are not complete; finish it with the command "
             "that started it"
         )
-    if entries and entries[-1]["step"] > steps:
-        raise ValueError(
-            f"{run}: this run is not finished; it was continued after step {steps}, has reached step "
-            f"{entries[-1]['step']}, and its weights are those of step {steps}. Finish it with the command "
-            "that continued it"
-        )
+    line = earlier_end(run)
+    if line:
+        raise ValueError(f"{line}: this run is not finished. Finish it with the command that continued it")
     return run
 
 

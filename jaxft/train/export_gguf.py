@@ -1,6 +1,5 @@
 """Write a model, with an adapter merged into it or not, as a GGUF file."""
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxft.weights import card, gguf_header, gguf_lora, gguf_save, hub, pretrain
 from jaxft.weights.gguf_header import part_files
 from jaxft.weights.gguf_types import MIXTURES, mixture_named
 from jaxft.weights.hf import HEAD
-from jaxft.weights.new_folder import parents_of
+from jaxft.weights.new_folder import parents_of, publish
 
 KEEP = "keep"
 
@@ -128,7 +127,7 @@ def _copy(path: Path, out: Path) -> str:
     part = out.with_name(out.name + ".part")
     try:
         shutil.copyfile(path, part)
-        os.replace(part, out)
+        publish(part, out)
     finally:
         part.unlink(missing_ok=True)
     return f"{out.stat().st_size / 2**30:.2f} GiB, a copy of {path}"

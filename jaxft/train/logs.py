@@ -55,6 +55,10 @@ class Logs:
             if shown:
                 self._overview.step(step, shown, total_rates(perf))
 
+    def sync(self) -> list[dict[str, Any]]:
+        """Return when all logs are on disk, with what a checkpoint stores about them."""
+        return [log.sync() for log in self._all][: len(self.members)]
+
     def message(self, text: str) -> None:
         """Print a line."""
         (self._overview or self.members[0]).message(text)
@@ -125,6 +129,7 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     kernel = attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
     for number, member in enumerate(job.members):
         member.folder.mkdir(exist_ok=True)
+        runfolder.check_paths(member.folder)
         moved += runfolder.write_record(member.folder, member.record, first, kernel)
         truncate(member.folder / "completions.jsonl", first)
         write_contents(job, number, first)
@@ -138,6 +143,9 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     found = Logs(logs, overview)
     for line in startup_lines(job, first, list(dict.fromkeys(changes))) + checked:
         found.message(line)
+    for log, logged in zip(logs, (saved or {}).get("logged", []), strict=False):  # older ones have none
+        for line in log.missing(logged):
+            found.message(line)
     if first:
         for line in dict.fromkeys(moved):
             found.message(f"changed since the last start: {line}")

@@ -112,7 +112,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                     job = end_if_stalled(job, saved, done, logs, meters)
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
-                    checkpoints.save(done, states, job.to_save(meters.counters(), saved), scores)
+                    checkpoints.save(done, states, job.to_save(meters.counters(), saved, logs.sync()), scores)
                 if stop or done == job.steps:
                     break
         checkpoints.wait()

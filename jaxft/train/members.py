@@ -125,10 +125,12 @@ class Job:
 
         return jax.tree.map(widest, *(source.shapes[-1] for source in self.sources))
 
-    def to_save(self, counters: list[dict[str, Any]], saved: dict[str, Any]) -> dict[str, Any]:
+    def to_save(
+        self, counters: list[dict[str, Any]], saved: dict[str, Any], logged: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores in addition to the states.
 
-        saved: of the checkpoint before, or of the evaluation before the first step.
+        saved: of the checkpoint before, or of the evaluation before the first step. logged: see Logs.sync.
         """
         return {
             "records": {member.label: member.record for member in self.members},
@@ -136,6 +138,7 @@ class Job:
             "before": saved["before"],
             "scores": saved.get("scores", []),  # of the evaluations so far, see verdict.evaluate_during
             "last_faults": saved.get("last_faults"),  # only of the last step
+            "logged": logged,
             "sources": [source.state_dict() for source in self.sources],
         }
 
@@ -269,8 +272,7 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
     if job.sweep is not None:
         records = {"config.json": {"members": [member.label for member in job.members]}, **records}
     with mirrored(job.folder, url, records) as copies:
-        published = copies.published
-        found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, published=published)
+        found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, copies=copies)
         with contextlib.closing(found):
             yield found, copies
 
@@ -289,7 +291,34 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     changes = [line for m in job.members for line in runfolder.changes_since_start(m.folder, m.record)]
     patience, ended_by = job.lead.run.loop.patience, runfolder.patience_at_end(job.lead.folder)
     stalled = patience is not None and ended_by is not None and patience <= ended_by
-    return (steps if steps >= job.steps or stalled else 0), list(dict.fromkeys(changes))
+    is_finished = steps >= job.steps or stalled
+    if is_finished:
+        is_finished = not _damaged_results(job, checkpoints)
+    return (steps if is_finished else 0), list(dict.fromkeys(changes))
+
+
+def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
+    """Whether a finished job has lost some of its results, which is reported. Raises FileNotFoundError if
+    there is no checkpoint from which they could be written again.
+    """
+    folders = {job.folder, *(member.folder for member in job.members)}
+    cards = [folder / runfolder.CARD for folder in folders if (folder / runfolder.SUMMARY).is_file()]
+    lines = [f"{card}: no such file, or it is empty" for card in cards if not _has_content(card)]
+    lines += filter(None, (runfolder.changed_result(member.folder) for member in job.members))
+    if not lines:
+        return False
+    latest = checkpoints.latest()
+    if latest is None:
+        raise FileNotFoundError(
+            f"{lines[0]}, and there is no checkpoint from which it could be written again. Restore it, or "
+            f"delete {job.folder / runfolder.SUMMARY} to train again"
+        )
+    checkpoints.report(f"{lines[0]}: the results are written again from the checkpoint of step {latest}")
+    return True
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _check_members(job: Job) -> None:

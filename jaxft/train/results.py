@@ -119,7 +119,8 @@ def write_reports(
             summary["files"] = runfolder.result_hashes(member.folder)
             ended_by = {"patience": member.run.loop.patience} if job.steps < job.planned else {}
             content: dict[str, Any] = {"steps": job.steps, **ended_by, **summary}
-            runfolder.write_durable_json(member.folder / "summary.json", content)
+            runfolder.sync_results(member.folder)
+            runfolder.write_durable_json(member.folder / runfolder.SUMMARY, content)
         if job.sweep is not None:
             first, last = (
                 {m.label: e["metrics"] for m, e in zip(job.members, end, strict=True)}

@@ -124,7 +124,8 @@ def write_table(
     table = compare.Table.of(list(before), list(before.values()), ends)
     compare.write(folder, name, table, curves)
     summary = {"steps": steps, "members": table.as_json(), "failed": failed}
-    runfolder.write_durable_json(folder / "summary.json", summary)
+    runfolder.sync_results(folder)
+    runfolder.write_durable_json(folder / runfolder.SUMMARY, summary)
     return table.text()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxft.weights import finite
 from jaxft.weights.gguf_header import ARRAY, SCALARS, STRING, block_size
+from jaxft.weights.new_folder import publish
 from jaxft.weights.safetensors import WRITE_ADVICE
 
 ALIGNMENT = 32  # of tensors, bytes; the format's default
@@ -87,7 +88,7 @@ def write_gguf_file(
                     raise ValueError(f"{tensor.name}: expected {tensor.size} bytes, got {raw.nbytes}")
                 file.seek(int(at))
                 file.write(raw.reshape(-1).data)
-        os.replace(part, path)
+        publish(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -129,7 +129,8 @@ class TensorToWrite:
 
 
 def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
-    """Write a safetensors file one tensor at a time, and rename it into place when it is complete.
+    """Write a safetensors file one tensor at a time, and rename it into place when it is complete. Whoever
+    announces the folder that it is in syncs that, see weights.new_folder.
 
     With several processes, all call this and fetch the same tensors; process 0 writes, and its error is
     raised on all. Raises ValueError, and leaves no file, if a tensor has values that are not finite.

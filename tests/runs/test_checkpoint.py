@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft import tree
 from jaxft.runs import checkpoint, manifest
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.mirror import LOCAL_ONLY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +114,43 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     saved.close()
 
 
+def test_a_damaged_checkpoint_is_fetched_from_the_store_that_has_it(two, tmp_path):
+    folder, limits, said = shutil.copytree(two, tmp_path / "c"), [], []
+    for step in (1, 2):
+        damage_half(folder / str(step) / "state" / "_METADATA", np.random.default_rng(0))
+
+    def fetch(limit: int) -> int | None:
+        limits.append(limit)
+        if limit == 2:
+            shutil.copytree(folder / "1.bad" if (folder / "1.bad").exists() else two / "2", folder / "2")
+            damage_half(
+                folder / "2" / "manifest.json", np.random.default_rng(0)
+            )  # the store's is damaged too
+            return 2
+        return shutil.copytree(two / "1", folder / "1") and 1 if limit == 1 and len(limits) > 2 else None
+
+    saved = Checkpoints(folder, report=said.append, copies=LOCAL_ONLY._replace(fetch=fetch))
+    state, _, step = saved.restore(abstract(make_state(0)))
+    assert step == 1 and is_exactly(state, make_state(1)) and limits == [2, 1, 1]
+    assert [line.rpartition(", ")[2] for line in said] == [
+        "step 2 is fetched", "going back to step 1", "step 1 is fetched"
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_is_being_copied_stays_until_it_is(tmp_path):
+    sending, settled = {1}, []
+    copies = LOCAL_ONLY._replace(
+        sending=lambda: frozenset(sending), settle=lambda: settled.append(sending.pop())
+    )
+    saved = Checkpoints(tmp_path, keep_last=1, keep_best=0, copies=copies)
+    for step in (1, 2, 3):
+        saved.save(step, {"x": jnp.float32(step)}, {})
+        saved.wait()
+    assert saved.steps() == [1, 3]
+    saved.close()
+    assert saved.steps() == [3] and settled == [1]
+
+
 def damage_bit(path: Path, generator: np.random.Generator) -> None:
     data = bytearray(path.read_bytes())
     data[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
@@ -142,8 +180,6 @@ def test_damage_to_any_file_is_detected_and_the_older_checkpoint_restored(two, t
         restored = saved.restore(abstract(make_state(0)))
         assert restored is not None and restored[2] == 1, name
         assert is_exactly(restored[0], make_state(1)), name
-        if name == "manifest.json" and damage is damage_gone:
-            continue  # without a manifest it never was a checkpoint
         assert (folder / "2.bad").is_dir() and not (folder / "2").exists(), name
         assert len(said) == 1 and "step 2 is corrupt" in said[0] and "going back to step 1" in said[0]
 
@@ -334,14 +370,14 @@ def test_a_failed_write_leaves_no_partial_checkpoint_and_raises_once(two, tmp_pa
 
 def test_what_the_disk_garbled_while_writing_never_becomes_a_checkpoint(two, tmp_path, monkeypatch):
     folder = shutil.copytree(two, tmp_path / "c")
-    before, write = everything(folder), checkpoint._write_durably
+    before, write = everything(folder), checkpoint.write_durably
 
-    def garble(path: Path, text: str) -> None:
+    def garble(path: Path, content: bytes) -> None:
         largest = max((path.parent / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
         damage_half(largest, np.random.default_rng(0))
-        write(path, text)
+        write(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write_durably", garble)
+    monkeypatch.setattr(checkpoint, "write_durably", garble)
     saved = Checkpoints(folder)
     saved.save(3, {"x": jax.random.normal(jax.random.key(0), (1 << 14,))}, {})
     with pytest.raises(OSError, match="step 3 was not written"):

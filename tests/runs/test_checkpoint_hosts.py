@@ -169,7 +169,7 @@ with_one_failing("begin", checkpoint.Checkpoints, "_begin", PermissionError(13, 
 full_disk = OSError(28, "No space left on device")
 with_one_failing("hand over", checkpoint.Checkpoints, "_start_writing", full_disk)
 with_one_failing("hash", manifest, "file_hashes", OSError(5, "Input/output error"))
-with_one_failing("manifest", checkpoint, "_write_durably", full_disk, process=0)
+with_one_failing("manifest", checkpoint, "write_durably", full_disk, process=0)
 with_one_failing("compare", restore, "verify", manifest.Corrupt("leaf w is other"))
 read_only = OSError(30, "Read-only file system")
 with_one_failing("rename", checkpoint.Checkpoints, "_publish", read_only, process=0)

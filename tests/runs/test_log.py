@@ -510,3 +510,20 @@ def test_alarms_are_in_a_file_as_soon_as_they_are_raised_and_once(tmp_path):
     assert known() == ["alarm after step 1: too high", "not finished"]
     log_from(0).close()
     assert not (tmp_path / "alarms.json").exists()
+
+
+def test_entries_that_a_log_has_lost_are_named_by_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [0, 10, 20, 20, 25, 30, 31, 32]
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    logged = jsonl.Jsonl(path, 40).logged()
+    assert logged == {"entries": 8, "steps": [[0, 20, 10], [25, 30, 5], [31, 32, 1]]}
+    assert jsonl.Jsonl(path, 40).missing(logged) == ""
+    for kept, lost in (
+        ([0], "steps 10-20 (every 10), 25-30 (every 5), 31-32"),
+        ([0, 10, 20, 25, 30, 31, 32], "1 of 8 entries"),
+        ([0, 10, 20, 20, 25, 30, 32, 33], "steps 31"),
+        ([*steps, 33], ""),
+    ):
+        path.write_text("".join(f'{{"step": {step}}}\n' for step in kept))
+        assert jsonl.Jsonl(path, 40).missing(logged) == lost

@@ -4,9 +4,13 @@ import contextlib
 import json
 import re
 import shutil
+import threading
+import time
 import urllib.request
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from object_store import serve_objects
@@ -14,7 +18,7 @@ from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
 from jaxft.distributed.exit import RestartError
-from jaxft.runs import cli, manifest
+from jaxft.runs import cli, manifest, mirror
 from jaxft.runs import store as stores
 from jaxft.runs.config import resolve_config
 from jaxft.runs.mirror import mirrored
@@ -64,10 +68,25 @@ def write_folder(folder, record=RECORD):
     return folder
 
 
+class InTurn:
+    """An executor whose work is done when `submit` returns."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, work, *args):
+        done = Future()
+        done.set_result(work(*args))
+        return done
+
+
 @contextlib.contextmanager
 def started(folder, url=PLACE["s3"], report=print, record=RECORD):
-    """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint."""
-    with mirrored(folder, url, {"config.json": record}, report) as copies:
+    """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint, at once."""
+    with (
+        mock.patch.object(mirror, "ThreadPoolExecutor", InTurn),
+        mirrored(folder, url, {"config.json": record}, report) as copies,
+    ):
         copies.take_over()
         yield copies.published
 
@@ -428,11 +447,83 @@ def test_what_is_fetched_is_compared_with_its_hashes(store, tmp_path):
         found = tree_of(tmp_path / "there")
     assert "checkpoints/1/manifest.json" in found and "checkpoints/2/manifest.json" not in found
     assert found["metrics.jsonl"] == b"later\n" and not list((tmp_path / "there").rglob("*.tmp"))
-    assert "runs/a/metrics.jsonl is not of the same time as index.json" in lines[1]
+    assert "runs/a/metrics.jsonl does not match index.json: it is damaged, or its copy was" in lines[1]
     assert "step 2 in s3://bucket/runs/a is damaged: state/d/part has 8 bytes, expected 7" in lines[2]
     del store.objects["runs/a/config.json"]
     with pytest.raises(OSError, match="a/config.json: it is listed, but"), started(tmp_path / "third"):
         pass
+
+
+def test_weights_that_do_not_match_the_index_are_not_used(store, tmp_path):
+    here, lines, there = write_folder(tmp_path / "here"), [], tmp_path / "there"
+    (here / "adapter").mkdir()
+    (here / "adapter" / "weights").write_bytes(b"weights")
+    with started(here) as copy:
+        write_step(here, 1)
+        copy(1)
+    weights = "runs/a/adapter/weights"
+    store.objects[weights] = b"weightz"
+    refusal = rf"^s3://bucket/{weights} does not match index\.json: .* Start the run's command again"
+    with pytest.raises(ValueError, match=refusal):
+        mirror.Mirror(tmp_path / "cache", stores.open_store(PLACE["s3"]), lines.append).fetch_results()
+    assert not (tmp_path / "cache" / "adapter").exists()
+    with started(there, report=lines.append):
+        assert not (there / "adapter").exists() and (there / "checkpoints" / "1").is_dir()
+        (there / "adapter").mkdir()
+        (there / "adapter" / "weights").write_bytes(b"weights")  # the last checkpoint has them
+    assert f"{weights} does not match index.json" in lines[-2] and "written again" in lines[-2]
+    assert store.objects[weights] == b"weights"
+
+
+def test_the_newest_intact_checkpoint_of_a_store_takes_the_place_of_a_damaged_one(store, tmp_path):
+    here, lines = write_folder(tmp_path / "here"), []
+    with started(here) as copy:
+        for step in (1, 2, 3):
+            write_step(here, step)
+            copy(step)
+    store.objects["runs/a/checkpoints/3/state/d/part"] += b"x"
+    with mirrored(here, PLACE["s3"], {"config.json": RECORD}, lines.append) as copies:
+        assert copies.fetch(3) is None  # the disk has it
+        (here / "checkpoints" / "3").rename(here / "checkpoints" / "3.bad")
+        assert copies.fetch(3) is None and "step 3 in s3://bucket/runs/a is damaged" in lines[-1]
+        (here / "checkpoints" / "2" / "manifest.json").unlink()
+        assert copies.fetch(3) == 2 and (here / "checkpoints" / "2.bad").is_dir()
+        assert copies.fetch(1) is None and copies.fetch(-1) is None
+    assert (here / "checkpoints" / "2" / "state" / "d" / "part").read_text() == "state 2"
+
+
+def test_a_store_that_is_down_delays_no_step_and_is_reported_with_the_time(store, tmp_path, monkeypatch):
+    here, lines, opened = write_folder(tmp_path / "here"), [], threading.Event()
+    names = stores.Store.names
+
+    def waiting(self, *args):
+        if threading.current_thread() is not threading.main_thread():
+            assert opened.wait(60)
+            raise stores.StoreError(f"{self.url}: it is down")
+        return names(self, *args)
+
+    monkeypatch.setattr(stores.Store, "names", waiting)
+    with mirrored(here, PLACE["s3"], {"config.json": RECORD}, lines.append) as copies:
+        copies.take_over()
+        for step in (1, 2, 3):
+            write_step(here, step)
+            copies.published(step)  # returns, though the store does not
+        while not copies.sending():
+            time.sleep(0.01)
+        assert 1 in copies.sending() and lines == []  # which stays on disk
+        opened.set()
+        while len(lines) < 2:
+            time.sleep(0.01)
+        copies.published(4)
+        while len(lines) < 3:
+            time.sleep(0.01)
+    steps = [
+        re.match(r"warning: the checkpoint of step (\d) was not copied \(s3:", line)[1] for line in lines[:3]
+    ]
+    assert steps == ["1", "3", "4"]  # 3 has overtaken 2
+    assert re.search(r"the store has failed since step 1 at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", lines[1])
+    assert lines[3:] == [f"all files of this run are in {PLACE['s3']} too"]
+    assert "runs/a/checkpoints/3/manifest.json" in store.objects
 
 
 def test_a_name_that_the_store_does_not_take_is_refused_before_anything_else(tmp_path):

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
+import shutil
 
 import pytest
 
 from jaxft.runs import folder as runfolder
+from jaxft.runs.named_weights import named_weights
 
 RECORD = {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
 
@@ -56,6 +59,51 @@ def test_a_missing_result_is_refused_and_a_card_may_be_edited(run):
     (run / "adapter" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):
         runfolder.check_results(run / "adapter")
+
+
+def test_weights_of_an_earlier_end_are_reported_when_the_run_has_gone_on(run):
+    path, names = run / "metrics.jsonl", dict(run=run, model=None, adapter=None)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    runfolder.write_durable_json(run / "summary.json", {"steps": 4})
+    path.write_text('{"step": 4, "loss": 1.0}\n{"step": 4, "eval_loss": 1.0}\n')
+    assert named_weights(**names).notes == []
+    path.write_text(path.read_text() + '{"step": 6, "loss": 1.0}\n')
+    line = (
+        f"{run}: this run was continued after step 4, has reached step 6, and its weights are those of step 4"
+    )
+    assert named_weights(**names).notes == [f"warning: {line}"]
+    assert named_weights(None, None, run / "adapter").notes == [f"warning: {line}"]
+
+
+def test_weights_that_are_gone_from_a_finished_run_name_the_remedy_that_works(run):
+    for name in ("adapter", "best"):
+        shutil.rmtree(run / name)
+    with pytest.raises(
+        FileNotFoundError, match="neither adapter/ nor model/; the command that started the run"
+    ):
+        runfolder.trained_weights(run)
+    (run / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match="neither adapter/ nor model/; finish the run"):
+        runfolder.trained_weights(run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "adapter", "extra"])
+def test_a_pipe_or_a_file_in_the_place_of_a_folder_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / "profile").mkdir()
+    with runfolder.lock(tmp_path):
+        (tmp_path / "model").mkdir()
+    (tmp_path / "lock").unlink()
+    if name == "adapter":
+        (tmp_path / name).write_text("a file")
+    else:
+        os.mkfifo(tmp_path / name)
+    with (
+        pytest.raises(
+            ValueError, match=rf"/{name}: it is not a (file|folder), as a run writes .*; move it away"
+        ),
+        runfolder.lock(tmp_path),
+    ):
+        pass
 
 
 def test_folders_without_recorded_hashes_pass(run, tmp_path):

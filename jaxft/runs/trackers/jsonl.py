@@ -7,12 +7,15 @@ infinity: both are written as null.
 
 import json
 import math
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxft.objectives.alarms import Entry
 from jaxft.runs.trackers.tracker import RunEnd
+from jaxft.weights.new_folder import write_durably
+
+METRICS = "metrics.jsonl"
 
 
 def json_value(value: Any) -> Any:
@@ -60,27 +63,35 @@ def _lines(path: Path) -> list[tuple[bytes, Entry]]:
 
 
 def truncate(path: Path, step: int) -> list[Entry]:
-    """Remove the entries after `step`, atomically; return those of that step itself.
+    """Remove the entries after `step`, atomically; return the others.
 
     Step 0 is a fresh start: all entries are removed and its evaluation runs again.
     """
     lines = [(text, entry) for text, entry in _lines(path) if step > 0 and entry["step"] <= step]
     content = b"".join(text for text, _ in lines)
     if path.exists() and path.read_bytes() != content:
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    return [entry for _, entry in lines if entry["step"] == step]
+        write_durably(path, content)
+    return [entry for _, entry in lines]
+
+
+def step_ranges(steps: Iterable[int]) -> list[list[int]]:
+    """Return steps as [first, last, distance between two], ascending."""
+    found: list[list[int]] = []
+    for step in sorted(set(steps)):
+        if found and (found[-1][2] in (0, step - found[-1][1])):
+            found[-1][1:] = [step, step - found[-1][1]]
+        else:
+            found.append([step, step, 0])
+    return found
 
 
 class Jsonl:
     """Appends to a metrics.jsonl that was truncated at `start_step`."""
 
     def __init__(self, path: Path, start_step: int = 0):
-        self._repeated = [_without_perf(entry) for entry in truncate(path, start_step)]
+        entries = truncate(path, start_step)
+        self._repeated = [_without_perf(entry) for entry in entries if entry["step"] == start_step]
+        self._steps = [entry["step"] for entry in entries]
         self._file = path.open("a", encoding="utf-8")
 
     def has(self, entry: Entry) -> bool:
@@ -91,6 +102,25 @@ class Jsonl:
         """Append a line and flush it."""
         self._file.write(format_line(step, metrics, perf) + "\n")
         self._file.flush()
+        self._steps.append(step)
+
+    def logged(self) -> dict[str, Any]:
+        """Return the number of entries and their steps, as JSON that `missing` takes."""
+        return {"entries": len(self._steps), "steps": step_ranges(self._steps)}
+
+    def missing(self, logged: dict[str, Any]) -> str:
+        """Return which entries of an earlier `logged` the file does not have, "" if it has all."""
+        steps = {
+            step for first, last, every in logged["steps"] for step in range(first, last + 1, every or 1)
+        }
+        lost = step_ranges(steps.difference(self._steps))
+        if lost:
+            return "steps " + ", ".join(
+                f"{first}" if first == last else f"{first}-{last}" + f" (every {every})" * (every > 1)
+                for first, last, every in lost
+            )
+        count = logged["entries"] - len(self._steps)
+        return f"{count} of {logged['entries']} entries" if count > 0 else ""
 
     def close(self, end: RunEnd) -> None:
         """Close the file."""
