@@ -296,14 +296,13 @@ async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str,
 
 async def _events(e: Envelope, generation: Generation, usage: bool) -> AsyncIterator[str]:
     """Yield the server-sent events of a streamed response. An error is an event, since the status is sent."""
-    lengths = [-1] * generation.count
+    begun = set[int]()
     try:
         async for piece in generation.pieces():
             if not (piece.text or piece.calls or piece.finish or e.top is not None):
                 continue
-            first, offset = lengths[piece.index] < 0, max(lengths[piece.index], 0)
-            yield _event(e.response([chunk_choice(e, piece, first, offset)], chunk=True))
-            lengths[piece.index] = offset + len(piece.text)
+            yield _event(e.response([chunk_choice(e, piece, piece.index not in begun)], chunk=True))
+            begun.add(piece.index)
     except ApiError as error:
         yield _event(error.body())
         return
