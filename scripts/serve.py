@@ -118,7 +118,7 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
     log(
         f"serving {', '.join(found.models)} at http://{host}:{sock.getsockname()[1]} (API: /v1); Ctrl-C stops"
     )
-    server.serve_forever(app, sock, args.grace, args.rows + args.queue)
+    server.serve_forever(app, sock, args.grace)
     scheduler.close()
 
 

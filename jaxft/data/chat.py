@@ -2,25 +2,29 @@
 
 Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding
 special tokens again, so there is one BOS. Plain prompts, completions and texts get the special tokens that
-the tokenizer adds, and EOS. The loss mask is computed on the rendered text, as ranges of characters, and
-mapped to tokens by their offsets: a token is a target if it contains any character of a response. An
-assistant turn is what the template's {% generation %} markers enclose or, without markers, everything after
-the prompt that generation would start from. It includes the end-of-turn token, from which the model learns to
-stop, and must show all of the turn (see template_check.py). Every token of a text row is a target.
+the tokenizer adds, and EOS. A plain prompt has the tokens from which generation starts, also where one token
+could span its end. The loss mask is computed on the rendered text, as ranges of characters, and mapped to
+tokens by their offsets: a token is a target if it contains any character of a response. An assistant turn is
+what the template's {% generation %} markers enclose or, without markers, everything after the prompt that
+generation would start from. It includes the end-of-turn token, from which the model learns to stop, and must
+show all of the turn (see template_check.py). Every token of a text row is a target.
 
 Without a chat template, instruction rows use FALLBACK; conversations need a template.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
+from jaxft.data import limits
 from jaxft.data.example import Chat, Completion, Example, Message, Text
-from jaxft.data.invalid import InvalidRow, attempt
+from jaxft.data.invalid import InvalidRow, Value, attempt
 from jaxft.data.loss_weights import target_weights
 from jaxft.data.rejections import rejection
 from jaxft.data.template import (
@@ -28,16 +32,20 @@ from jaxft.data.template import (
     Span,
     Template,
     UnusableTemplate,
+    call_confined,
     render_messages,
     template_of,
 )
-from jaxft.data.template_check import HiddenPart
+from jaxft.data.template_check import MARKER, HiddenPart
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.turns import is_closed, render_turns
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
 MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 LOSS_ON = ("completion", "assistant", "all")
+EXAMPLES_AT_ONCE = 1024  # that are rendered and tokenised together
+ANCHORS = ("\n", ":", "a")  # texts after which a completion may be tokenised alone
+TOO_LONG = "text that is too long to tokenise"
 NOTHING = "nothing"  # a text that is only read, such as by a reward model: a template may hide parts of it
 
 
@@ -54,7 +62,8 @@ class Rendered:
     """A rendered example.
 
     learned: the character ranges that are targets. begin, end: whether to add BOS and EOS. learns_end:
-    whether that EOS is a target. weights: of ranges whose targets have another weight than 1.
+    whether that EOS is a target. weights: of ranges whose targets have another weight than 1. prompt: length
+    of a prompt whose tokens are to be those of the prompt alone, 0 for none.
     """
 
     name: str
@@ -64,13 +73,22 @@ class Rendered:
     end: bool
     learns_end: bool = True
     weights: tuple[tuple[Span, float], ...] = ()
+    prompt: int = 0
 
     def __post_init__(self) -> None:
+        _require_short(self.name, self.text, limits.LONGEST_TEXT)
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
             problem = f"its text has an unpaired surrogate ({error.reason}); fix the text"
             raise InvalidRow(self.name, "unpaired surrogate", problem) from error
+
+
+def _require_short(name: str, text: str, limit: int) -> None:
+    """Raise InvalidRow for a text that takes too much time and memory to tokenise."""
+    if len(text) > limit:
+        problem = f"its text has {len(text)} characters, more than {limit}; split or shorten the row"
+        raise InvalidRow(name, TOO_LONG, problem)
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
@@ -80,9 +98,8 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
         case Completion(name, prompt, completion):
             text = prompt + completion
-            return Rendered(
-                name, text, ((0 if loss_on == "all" else len(prompt), len(text)),), begin=True, end=True
-            )
+            learned = ((0 if loss_on == "all" else len(prompt), len(text)),)
+            return Rendered(name, text, learned, begin=True, end=True, prompt=len(prompt))
         case Chat() if template is not None:
             with _named(example):
                 return _render_chat(example, template.of_chat(example), loss_on)
@@ -141,18 +158,13 @@ def tokenise_weighted(
         )
     template = template_of(tokenizer, settings)
 
-    def render_valid(outcome: Example | InvalidRow) -> Rendered:
-        if isinstance(outcome, InvalidRow):
-            raise outcome
-        return render(outcome, template, loss_on)
-
     def begins(r: Rendered) -> bool:
         return r.begin and not _has_bos(r.text, tokenizer)
 
-    examples = list(examples)
-    for at in range(0, len(examples), 1024):
-        rendered = [attempt(render_valid, example) for example in examples[at : at + 1024]]
+    rendering = partial(render, template=template, loss_on=loss_on)
+    for _, rendered in _in_chunks(rendering, examples, template):
         texts = [r for r in rendered if isinstance(r, Rendered)]
+        prompts = _plain_ids([r.text[: r.prompt] for r in texts if r.prompt], tokenizer)
         encoded = {
             flag: _encode([r.text for r in texts if begins(r) is flag], tokenizer, flag)
             for flag in (True, False)
@@ -161,7 +173,31 @@ def tokenise_weighted(
             if isinstance(r, InvalidRow):
                 yield r
             else:
-                yield _mask(r, *next(encoded[begins(r)]), tokenizer.eos_token_id)
+                ids, offsets = next(encoded[begins(r)])
+                if r.prompt:
+                    ids, offsets = _from_prompt(r, next(prompts), ids, offsets, tokenizer)
+                yield _mask(r, ids, offsets, tokenizer.eos_token_id)
+
+
+def _in_chunks(
+    function: Callable[[Any], Value], examples: Iterable[Any], template: Template | None
+) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
+    """Yield the examples in chunks, and the values of a function of the module for them; invalid ones stay as
+    they are.
+
+    Conversations are rendered in a confined process, a chunk at once, because each call takes time.
+    """
+    examples = list(examples)
+    for at in range(0, len(examples), EXAMPLES_AT_ONCE):
+        chunk = examples[at : at + EXAMPLES_AT_ONCE]
+        if template is not None and any(isinstance(example, Chat) for example in chunk):
+            yield chunk, call_confined(template, _all_of, function, chunk)
+        else:
+            yield chunk, _all_of(function, chunk)
+
+
+def _all_of(function: Callable[[Any], Value], examples: Sequence[Any]) -> list[Value | InvalidRow]:
+    return [x if isinstance(x, InvalidRow) else attempt(function, x) for x in examples]
 
 
 def tools_warnings(
@@ -200,9 +236,9 @@ def content_warnings(
             continue
         own = template.of_chat(chat)
         prompt = chat.messages[: chat.response] or chat.messages
-        for index, message in enumerate(prompt):
-            role = message["role"]
-            if role == "assistant" or role in found or _shows(own, chat, prompt, index):
+        for index in _perhaps_hidden(own, chat, prompt):
+            role = prompt[index]["role"]
+            if role in found or _shows(own, chat, prompt, index):
                 continue
             remedy = "use a tokenizer whose template does"
             if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
@@ -214,12 +250,25 @@ def content_warnings(
     return tuple(found.values())
 
 
+def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
+    """Return the first messages but the assistant's whose content is not shown if each is a word of its own.
+
+    It is one rendering for all; a template may show a message only if the others are as they are.
+    """
+    asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
+    words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
+    try:
+        text = render_messages(template, [words.get(i, m) for i, m in enumerate(prompt)], chat.tools)
+        shown = set(MARKER.findall(text.lower()))
+    except REJECTIONS:
+        shown = set()
+    return [i for i in asked if f"qx7w{i}zk" not in shown][:100]
+
+
 def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
     """Whether a prompt shows a word in the place of a message's content, or is rejected with it."""
     word = "Qx7wZk9y"
     message = {**prompt[index], "content": word}
-    if not (prompt[index]["content"] or "").strip():
-        return True
     try:
         text = render_messages(template, [*prompt[:index], message, *prompt[index + 1 :]], chat.tools)
     except REJECTIONS:
@@ -269,37 +318,88 @@ def example_prompt_ids(
     examples: Sequence[Completion | Chat],
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+    longest: int = limits.LONGEST_TEXT,
 ) -> Iterator[list[int] | InvalidRow]:
     """Yield the token ids from which the response of each example is generated, or what is wrong with it.
+
+    longest: the most characters of a prompt.
 
     All prompts come from here: of preferences, rollouts and generation. In SFT they precede the response.
     """
     template = template_of(tokenizer, settings)
 
-    def prompt_of(example: Completion | Chat) -> list[int]:
-        if isinstance(example, Completion):
-            return _plain_ids(example.prompt, tokenizer)
-        messages = example.messages[: example.response]
-        if template is None:
-            if not example.plain:
-                raise _no_template(example)
-            return _plain_ids(fallback_prompt(messages), tokenizer)
-        own = template.of_chat(example)
+    def is_plain(example: Completion | Chat) -> bool:
+        return template is None or isinstance(example, Completion)
+
+    prompt_text = partial(_prompt_text, template=template, longest=longest)
+    for chunk, texts in _in_chunks(prompt_text, examples, template):
+        found: dict[bool, list[str]] = {True: [], False: []}
+        for example, text in zip(chunk, texts, strict=True):
+            if isinstance(text, str):
+                found[is_plain(example)].append(text)
+        plain, chats = _plain_ids(found[True], tokenizer), _ids_of(found[False], tokenizer, False)
+        for example, text in zip(chunk, texts, strict=True):
+            yield text if isinstance(text, InvalidRow) else next(plain if is_plain(example) else chats)
+
+
+def _prompt_text(example: Completion | Chat, template: Template | None, longest: int) -> str:
+    """Return the text from which the response of an example is generated. Raises InvalidRow."""
+    if isinstance(example, Completion):
+        text = example.prompt
+    elif template is not None:
+        messages, own = example.messages[: example.response], template.of_chat(example)
         with _named(example):
             try:
                 text = render_messages(own, messages, example.tools, generation=True)
             except REJECTIONS as error:
                 problem = rejection(own, messages, example.tools, error, "prompt without a response")
                 raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
-        return tokenizer(text, add_special_tokens=False).input_ids
+    elif example.plain:
+        text = fallback_prompt(example.messages[: example.response])
+    else:
+        raise _no_template(example)
+    _require_short(example.name, text, longest)
+    return text
 
-    return (attempt(prompt_of, example) for example in examples)
+
+def _plain_ids(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Return the tokens of plain prompts, with BOS where the tokenizer adds it, without EOS."""
+    begins = [not _has_bos(prompt, tokenizer) for prompt in prompts]
+    encoded = {
+        flag: _ids_of([p for p, begin in zip(prompts, begins, strict=True) if begin is flag], tokenizer, flag)
+        for flag in (True, False)
+    }
+    for begin in begins:
+        ids = next(encoded[begin])
+        yield ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _plain_ids(prompt: str, tokenizer: Any) -> list[int]:
-    begin = not _has_bos(prompt, tokenizer)
-    ids = tokenizer(prompt, add_special_tokens=begin).input_ids
-    return ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
+def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[int]]:
+    return iter(tokenizer(texts, add_special_tokens=special, verbose=False).input_ids if texts else ())
+
+
+def _from_prompt(
+    r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
+) -> tuple[list[int], list[Span]]:
+    """Return the tokens of a text that begins with a prompt, such that they begin with those of the prompt
+    alone.
+
+    ids, offsets: of the text as a whole. They are returned as they are unless a token spans the end of the
+    prompt. What follows the prompt is then tokenised after one of ANCHORS, because a tokenizer may put a
+    space in front of a text's first word.
+    """
+    if ids[: len(prompt)] == prompt:
+        return ids, offsets
+    rest = r.text[r.prompt :]
+    for anchor in ANCHORS:
+        (alone, _), (joined, places) = _encode([anchor, anchor + rest], tokenizer, False)
+        if joined[: len(alone)] == alone and (not rest or places[len(alone)][0] >= len(anchor)):
+            break
+    else:
+        ((joined, places),), alone, anchor = _encode([rest], tokenizer, False), [], ""
+    shift = r.prompt - len(anchor)
+    after = [(start + shift, end + shift) for start, end in places[len(alone) :]]
+    return [*prompt, *joined[len(alone) :]], [*([(0, r.prompt)] * len(prompt)), *after]
 
 
 def fallback_prompt(messages: Sequence[Message]) -> str:
@@ -324,18 +424,29 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
     return zip(out["input_ids"], out["offset_mapping"], strict=True)
 
 
+def _span_of_each(
+    spans: Sequence[Span], first: Int[np.ndarray, " tokens"], last: Int[np.ndarray, " tokens"]
+) -> Int[np.ndarray, " tokens"]:
+    """Return the index of the last span that contains a character of each token, -1 for none.
+
+    spans: apart from one another, in order. first, last: where each token begins and ends.
+    """
+    starts, ends = np.asarray(spans, np.int64).reshape(len(spans), 2).T
+    index = np.searchsorted(starts, last) - 1  # the last span that begins before the token ends
+    return np.where((index >= 0) & (np.append(ends, 0)[index] > first), index, -1)
+
+
 def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> WeightedTokens:
     first, last = np.asarray(offsets, np.int64).reshape(len(ids), 2).T
     # Byte-level tokenizers exclude a leading space from a token's offsets: it starts where the previous one
     # ends. Pieces of one character share its offsets, so the earlier of the two is used.
     first = np.minimum(first, np.concatenate([[0], last])[:-1])
-    learned = np.zeros(len(ids), bool)
-    for start, end in r.learned:
-        learned |= (last > start) & (first < end)
-    weights = np.ones(len(ids), np.float32) if r.weights else None
-    if weights is not None:
-        for (start, end), weight in r.weights:
-            weights[(last > start) & (first < end)] = weight
+    learned = _span_of_each(r.learned, first, last) >= 0
+    weights = None
+    if r.weights:
+        ordered = sorted(r.weights)
+        values = np.array([*(weight for _, weight in ordered), 1], np.float32)  # 1 for no span, -1
+        weights = values[_span_of_each([span for span, _ in ordered], first, last)]
     if r.learned == ((0, len(r.text)),):
         learned[:] = True
     if r.end:
@@ -375,7 +486,9 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     except REJECTIONS as error:
         problem = rejection(template, chat.messages, chat.tools, error, "row")
         raise InvalidRow(chat.name, "row that the chat template rejects", problem) from error
-    ended = is_closed(template, text[: learned[-1][1]] if learned else text) or is_closed(template, text)
+    learned_text = text[: learned[-1][1]] if learned else text
+    ended = is_closed(template, learned_text) or is_closed(template, text)
+    ended |= learned_text.endswith(template.variables.get("eos_token", "\0"))
     last = len(chat.messages) - 1
     unfinished = chat.messages[last]["role"] == "assistant" and not ended
     if loss_on == "all":

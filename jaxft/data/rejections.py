@@ -27,7 +27,7 @@ def rejection(
     """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     always = bool(str(error)) and failure_text(error) == template.failure
-    if always and not (type(error) is jinja2.TemplateError and error.__cause__ is None):  # raise_exception
+    if always and type(error) is not jinja2.TemplateError:  # which raise_exception raises
         raise UnusableTemplate(
             f"{template.name} fails ({reason.rstrip('.')}); use another tokenizer"
         ) from error

@@ -6,6 +6,7 @@ non-finite step show.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,10 +145,27 @@ def named_errors(path: Path) -> Iterator[None]:
 # ---- JSON
 
 
+class _DuplicateKey(Exception):
+    """A JSON object has a key twice, of which json.loads would drop the first."""
+
+
+def _load(text: bytes | str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise _DuplicateKey(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -> Any:
     """Parse JSON. encoding: None to detect UTF-16 and UTF-32, whose lines cannot be parsed one by one."""
     try:
-        return json.loads(text if encoding is None else text.decode(encoding))
+        return _load(text if encoding is None else text.decode(encoding))
+    except _DuplicateKey as error:
+        problem = f"an object has the key {str(error)[:60]!r} twice; remove one of them"
+        raise InvalidRow(name, "duplicate key", problem) from error
     except json.JSONDecodeError as error:
         where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
         near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
@@ -262,7 +280,9 @@ def read_json(path: Path) -> Iterator[Outcome]:
     text = path.read_bytes().removeprefix(_BOM)
     if text.lstrip()[:1] == b"{":
         try:
-            value = json.loads(text)
+            value = _load(text)
+        except _DuplicateKey:
+            value = _parse(text, f"{path}:1")  # raises what it is
         except (ValueError, RecursionError):
             yield from chain.from_iterable(chunk.rows() for chunk in scan_lines(path, len))
             return

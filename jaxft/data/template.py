@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -11,9 +11,9 @@ from typing import Any
 
 import jinja2
 
-from jaxft.data import limits
+from jaxft.data import confined, limits
 from jaxft.data.example import Chat, Message
-from jaxft.data.invalid import similar_names
+from jaxft.data.invalid import Value, similar_names
 from jaxft.data.template_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, MERGE, TemplateSettings
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -34,22 +34,30 @@ class UnusableTemplate(ValueError):
     """A chat template fails whatever the row, or takes too long; it ends a run with data.invalid=drop too."""
 
 
+class TemplateFault(jinja2.TemplateError):
+    """A chat template fails otherwise than by raise_exception, such as by a division by zero."""
+
+
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template with a pinned date.
+    """A tokenizer's chat template with a pinned date. It does not have the tokenizer, so copying it is cheap.
 
-    marked: it has {% generation %} markers. opening: the generation prompt. header: without a generation
-    prompt, what comes before a response. earlier_header: what comes before a response that others follow;
-    None if the template renders the prompt of such a response in another way. ends: the texts that end an
-    assistant turn, such as "<|im_end|>"; () if no special token does. last_ends: those of them that end the
-    last turn of a conversation. arguments: further arguments that it is rendered with. merges: whether a
-    system message is put in front of the first user turn. failure: why it renders not even a question with a
-    response, "" if it does. tool_use: the template of conversations with tools, None if it is this one.
+    name: for error messages. variables: texts of special tokens by the names that templates use, such as
+    bos_token. tokens: all special and added tokens. marked: it has {% generation %} markers. opening: the
+    generation prompt. header: without a generation prompt, what comes before a response. earlier_header: what
+    comes before a response that others follow; None if the template renders the prompt of such a response in
+    another way. ends: the texts that end an assistant turn, such as "<|im_end|>"; () if no special token
+    does. last_ends: those of them that end the last turn of a conversation. arguments: further arguments that
+    it is rendered with. merges: whether a system message is put in front of the first user turn. failure: why
+    it renders not even a question with a response, "" if it does. last_tokens: ids of the tokens that end the
+    last turn. tool_use: the template of conversations with tools, None if it is this one.
     """
 
-    tokenizer: Any
+    name: str
     source: str
     date: str
+    variables: Mapping[str, str]
+    tokens: tuple[str, ...]
     marked: bool
     opening: str = ""
     header: str = ""
@@ -59,6 +67,7 @@ class Template:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     merges: bool = False
     failure: str = ""
+    last_tokens: tuple[int, ...] = ()
     tool_use: "Template | None" = None
 
     @cached_property
@@ -69,20 +78,13 @@ class Template:
     @cached_property
     def special(self) -> re.Pattern:
         """Matches any special token of the tokenizer."""
-        return _special_tokens(self.tokenizer)
+        return re.compile(_any_of(token for token in self.tokens if token.strip()) or "(?!)")
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The token ids that end the last turn of a conversation, on which generation is to stop."""
         others = self.tool_use.stop_tokens if self.tool_use else ()
-        last = (self.special.findall(end)[-1] for end in self.last_ends)
-        found = (self.tokenizer.convert_tokens_to_ids(token) for token in last)
-        return tuple(dict.fromkeys([*found, *others]))
-
-    @property
-    def name(self) -> str:
-        """The name for error messages."""
-        return name_of_template(self.tokenizer)
+        return tuple(dict.fromkeys([*self.last_tokens, *others]))
 
     def of_chat(self, chat: Chat) -> "Template":
         """Return the template that a conversation is rendered with: that of tools if it has some, as
@@ -152,14 +154,20 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool
     """Return the template with what its renderings of short conversations show, which have a tool if asked
     to.
     """
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
     bare = Template(
-        tokenizer, source, settings.date, bool(_GENERATION.search(source)), arguments=settings.arguments,
+        name_of_template(tokenizer), source, settings.date,
+        variables={key: str(token) for key, token in tokenizer.special_tokens_map.items()},
+        tokens=tuple(dict.fromkeys([*added, *tokenizer.all_special_tokens])),
+        marked=bool(_GENERATION.search(source)), arguments=settings.arguments,
         merges=settings.system == MERGE,
     )  # fmt: skip
     failures = []
     for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
         try:
-            return _probed_after(bare, system, list(PROBE_TOOLS) if tools else None)
+            found = _probed_after(bare, system, list(PROBE_TOOLS) if tools else None)
+            last = (bare.special.findall(end)[-1] for end in found.last_ends)
+            return replace(found, last_tokens=tuple(map(tokenizer.convert_tokens_to_ids, last)))
         except UnusableTemplate:
             raise
         except REJECTIONS as error:
@@ -198,7 +206,7 @@ def _probed_after(bare: Template, system: list[Message], tools: list | None) -> 
     header = before.removeprefix(prompt) if not opening and before.startswith(prompt) else ""
     earlier = longest.split("Zk9y")[0]
     earlier_header = earlier.removeprefix(prompt) if earlier.startswith(prompt) else None
-    last, inner = _ends_of_text(_special_tokens(bare.tokenizer), opening, behind, between)
+    last, inner = _ends_of_text(bare.special, opening, behind, between)
     last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare, asked, tools)])) if last else ()
     ends = tuple(dict.fromkeys([*last, *inner]))
     header = header if header.strip() else ""
@@ -209,13 +217,6 @@ def _probed_after(bare: Template, system: list[Message], tools: list | None) -> 
 
 def _any_of(tokens: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern:
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {
-        *tokenizer.all_special_tokens
-    }
-    return re.compile(_any_of(token for token in added if token.strip()) or "(?!)")
 
 
 def _ends_of_text(
@@ -256,7 +257,7 @@ def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> 
         between = inner.split("Wm3t")[-1].split("Rt8p")[0]
         if len(within) != count:
             continue
-        found = list(_special_tokens(bare.tokenizer).finditer(commonprefix([behind, between])))
+        found = list(bare.special.finditer(commonprefix([behind, between])))
         if not found or behind[found[-1].end() :].strip():
             return []
         end = found[-1][0]
@@ -301,33 +302,16 @@ def render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
 
 
 def _render(template: Template, messages: Sequence[Message], tools: list | None, **options: Any) -> Any:
-    """Render in transformers' sandbox; return lists of one text and, with a mask, of its marked ranges.
+    """Render in transformers' sandbox, in a confined process; return lists of one text and, with a mask, of
+    its marked ranges.
 
     Unlike apply_chat_template of transformers 5, which drops it, this passes on a content that is null: some
     templates render tool calls only then. The arguments of a call are an object, or its JSON text for a
     template that concatenates them, such as DeepSeek-R1's.
     """
     conversation = with_merged_system(messages) if template.merges else list(messages)
-    try:
-        with limits.render_limits():
-            try:
-                rendered = _run(template, conversation, tools, options)
-            except TypeError:
-                if not any(message.get("tool_calls") for message in conversation):
-                    raise
-                rendered = _run(template, list(map(_with_text_arguments, conversation)), tools, options)
-    except REJECTIONS:
-        raise
-    except limits.TooSlow as error:
-        slow = f"{template.name} takes more than {limits.RENDER_SECONDS:g} s for a conversation"
-        raise UnusableTemplate(f"{slow}; use another tokenizer") from error
-    except MemoryError as error:
-        raise jinja2.TemplateError(f"it takes more than {limits.RENDER_BYTES} bytes of memory") from error
-    except Exception as error:  # a template is a program, and may raise anything
-        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
-    size = len(rendered[0][0])
-    if size > limits.RENDER_CHARACTERS:
-        raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.RENDER_CHARACTERS}")
+    variables = {**template.variables, "date_string": template.date, **template.arguments}
+    rendered = call_confined(template, _run, conversation, tools, template.source, options, variables)
     try:
         rendered[0][0].encode()
     except UnicodeEncodeError as error:
@@ -335,16 +319,55 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     return rendered
 
 
-def _run(template: Template, conversation: list[Message], tools: list | None, options: dict[str, Any]) -> Any:
+def call_confined(template: Template, function: Callable[..., Value], *args: object) -> Value:
+    """Call a function that renders a template as confined.call does. Raises UnusableTemplate if it is too
+    slow.
+    """
+    try:
+        return confined.call(function, *args)
+    except limits.TooSlow as error:
+        slow = f"{template.name} takes more than {limits.RENDER_SECONDS:g} s for a conversation"
+        raise UnusableTemplate(f"{slow}; use another tokenizer") from error
+    except confined.Died as error:
+        raise UnusableTemplate(
+            f"{template.name}: the process that renders it has died (code {error.code}); use another "
+            "tokenizer, or a machine with more memory"
+        ) from error
+
+
+def _run(
+    conversation: list[Message],
+    tools: list | None,
+    source: str,
+    options: dict[str, Any],
+    variables: dict[str, Any],
+) -> Any:
+    """Render within the limits of time and memory; see _render."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    special: dict[str, Any] = {
-        key: str(token) for key, token in template.tokenizer.special_tokens_map.items()
-    }
-    return render_jinja_template(
-        conversations=[conversation], tools=tools, chat_template=template.source, **options,
-        **{**special, "date_string": template.date, **template.arguments},
-    )  # fmt: skip
+    def run(messages: list[Message]) -> Any:
+        return render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=source, **options, **variables
+        )
+
+    try:
+        with limits.render_limits():
+            try:
+                rendered = run(conversation)
+            except TypeError:
+                if not any(message.get("tool_calls") for message in conversation):
+                    raise
+                rendered = run(list(map(_with_text_arguments, conversation)))
+    except (*REJECTIONS, limits.TooSlow):
+        raise
+    except MemoryError as error:
+        raise TemplateFault(f"it takes more than {limits.RENDER_BYTES} bytes of memory") from error
+    except Exception as error:  # a template is a program, and may raise anything
+        raise TemplateFault(f"{type(error).__name__}: {error}") from error
+    size = len(rendered[0][0])
+    if size > limits.LONGEST_TEXT:
+        raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.LONGEST_TEXT}")
+    return rendered
 
 
 def _with_text_arguments(message: Message) -> Message:

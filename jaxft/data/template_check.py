@@ -19,6 +19,7 @@ REASONING = (
     "thinking",
 )  # keys of messages, as different templates read them
 THINKING = "the thinking block"
+MARKER = re.compile(r"Qx7w\d+Zk", re.IGNORECASE)  # a word of with_markers
 _THOUGHT = re.compile(r"\s*(?:<think>)?(?P<thought>.*?)</think>(?P<content>.*)", re.DOTALL)
 
 
@@ -97,8 +98,10 @@ def shows_null(message: Message, text: str) -> bool:
     return text.count("None") > known
 
 
-def with_markers(message: Message) -> tuple[Message, dict[str, str]]:
+def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, str]]:
     """Return the turn with each text replaced by a unique word, and the name of the part for each word.
+
+    first: the number of the first word, for words that are unique among several turns.
 
     A rendering without a word hides that part, even if the part's own text occurs elsewhere by chance.
     """
@@ -107,7 +110,7 @@ def with_markers(message: Message) -> tuple[Message, dict[str, str]]:
     def mark(value: Any, name: str) -> Any:
         match value:
             case str() if value.strip():
-                word = f"Qx7w{len(words)}Zk"
+                word = f"Qx7w{first + len(words)}Zk"
                 words[word] = name
                 return word
             case dict():

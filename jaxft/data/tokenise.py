@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxft.data import cache as files
-from jaxft.data import formats
+from jaxft.data import confined, formats
 from jaxft.data.cache import ChunkColumns, ColumnTypes, StoredFacts, StoredRows
 from jaxft.data.flat import RowNames
 from jaxft.data.formats import ColumnCounts, RowFormat, Schemas
@@ -366,6 +366,7 @@ def _start_worker(*job: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    confined.confine()
     _job[:] = [_Job(*job)]
 
 

@@ -21,7 +21,7 @@ from jaxft.data.row_files import Row
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, TokenisedDataset, Tokenising, tokenise_dataset
 
-VERSION = 8  # increase it when the same rows become other tokens
+VERSION = 9  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)

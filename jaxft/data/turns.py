@@ -1,12 +1,26 @@
 """Find the assistant turns in a rendered conversation, as character ranges that show each turn in full."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os.path import commonprefix
 
 from jaxft.data.example import Chat, Message
+from jaxft.data.invalid import InvalidRow
 from jaxft.data.template import REJECTIONS, Span, Template, render_marked, render_messages
-from jaxft.data.template_check import THINKING, HiddenPart, find_parts, parts_of, shows_null, with_markers
+from jaxft.data.template_check import (
+    MARKER,
+    THINKING,
+    HiddenPart,
+    find_parts,
+    parts_of,
+    shows_null,
+    with_markers,
+)
+
+Hidden = Callable[[int], str | None]
+MOST_WORK = 1 << 31  # of a row: turns times the size of a rendering; takes about 5 s
+MESSAGE_WORK = 256  # what a message costs in addition to its characters
 
 
 def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[str, list[Span]]:
@@ -14,21 +28,37 @@ def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[st
 
     learned: indices of the messages to find, in ascending order. A turn's range is what the template's
     {% generation %} markers enclose. Without markers, it follows the prompt from which the turn would be
-    generated. Raises HiddenPart if a range lacks a part or the end of the turn, or includes text after it.
-    Also raises what render_messages raises.
+    generated. Raises HiddenPart if a range lacks a part or the end of the turn, or includes text after it,
+    and InvalidRow if the row has so many turns that this takes too long. Also raises what render_messages
+    raises.
     """
+    _require_little_work(chat, learned)
+    hidden = _make_hidden(template, chat, learned)
     if not template.marked:
         text = render_messages(template, chat.messages, chat.tools)
-        return text, [_turn(template, chat, text, index) for index in learned]
-    text, marked = render_marked(template, chat)
-    of_turn = _one_of_each(template, chat, text, marked)
-    return text, [
-        span
-        for i in learned
-        for span in _marked_turn(
-            template, chat, text, i, of_turn.get(i) or _inside(template, chat, text, marked, i)
+        spans = [_turn(template, chat, text, index, hidden) for index in learned]
+    else:
+        text, marked = render_marked(template, chat)
+        of_turn = _one_of_each(template, chat, text, marked)
+        spans = [
+            span
+            for i in learned
+            for span in _marked_turn(
+                template, chat, text, i, of_turn.get(i) or _inside(template, chat, text, marked, i), hidden
+            )
+        ]
+    return text, spans
+
+
+def _require_little_work(chat: Chat, learned: Sequence[int]) -> None:
+    """Raise InvalidRow if rendering the messages before each turn would take too long."""
+    size = sum(len(message["content"] or "") + MESSAGE_WORK for message in chat.messages)
+    if len(learned) * size > MOST_WORK:
+        problem = (
+            f"{len(learned)} learned turns in {len(chat.messages)} messages take too long to render one by "
+            "one; split the conversation into several rows, or set data.loss_on=completion"
         )
-    ]
+        raise InvalidRow(chat.name, "conversation of too many turns", problem)
 
 
 def is_closed(template: Template, text: str) -> bool:
@@ -68,7 +98,9 @@ def _inside(template: Template, chat: Chat, text: str, marked: list[Span], index
     return spans
 
 
-def _marked_turn(template: Template, chat: Chat, text: str, index: int, spans: list[Span]) -> list[Span]:
+def _marked_turn(
+    template: Template, chat: Chat, text: str, index: int, spans: list[Span], hidden: Hidden
+) -> list[Span]:
     """Return the marked ranges of a turn and its end-of-turn token, from which the model learns to stop."""
     start, end = spans[0][0], spans[-1][1]
     closing = template.closing.match(text, end) if template.closing else None
@@ -77,14 +109,16 @@ def _marked_turn(template: Template, chat: Chat, text: str, index: int, spans: l
     shown = text
     for (_, left), (right, _) in itertools.pairwise(spans):  # text between them is not trained on
         shown = shown[:left] + "\n" * (right - left) + shown[right:]
-    last = _checked_end(template, chat, shown, index, (start, end))
+    last = _checked_end(template, chat, shown, index, (start, end), hidden)
     after = text[last:end].strip()
+    if after == template.variables.get("eos_token") and not text[end:].strip():
+        return spans  # the EOS that ends the conversation
     if after:
         raise HiddenPart(f"its generation markers enclose {after[:40]!r} after the end of message {index}")
     return [*spans[:-1], (spans[-1][0], max(last, spans[-1][0]))]
 
 
-def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
+def _turn(template: Template, chat: Chat, text: str, index: int, hidden: Hidden) -> Span:
     start = _start(template, chat, text, index)
     exact = None if start is None else _turn_of_text(template, chat, text, index, start)
     if exact is not None:
@@ -93,7 +127,7 @@ def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
     if start is None or limit is None:
         first, last = _exchange(template, chat, text, index)
         start, limit = first if start is None else start, last if limit is None else limit
-    return start, _checked_end(template, chat, text, index, (start, limit))
+    return start, _checked_end(template, chat, text, index, (start, limit), hidden)
 
 
 def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
@@ -183,16 +217,16 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
     return min(first, last), closing.end() if closing else last
 
 
-def _checked_end(template: Template, chat: Chat, text: str, index: int, within: Span) -> int:
+def _checked_end(template: Template, chat: Chat, text: str, index: int, within: Span, hidden: Hidden) -> int:
     """Return where turn `index` ends. Raises HiddenPart if text[within] lacks a part or the turn's end."""
     message, (start, limit) = chat.messages[index], within
     parts = parts_of(message)
     if not parts:
         raise HiddenPart(f"message {index}, an assistant turn, has neither content nor tool calls")
     missing, shown = find_parts(parts, text, start, limit)
-    hidden = missing.name if missing else _hidden_marker(template, chat, index)
-    if hidden:
-        raise HiddenPart(f"it does not show {hidden} of message {index}, an assistant turn")
+    lost = missing.name if missing else hidden(index)
+    if lost:
+        raise HiddenPart(f"it does not show {lost} of message {index}, an assistant turn")
     if shows_null(message, text[start:limit]):
         raise HiddenPart(f"it renders the content of message {index}, which is null, as the word None")
     if template.closing is None:
@@ -201,6 +235,28 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
     if closing is None and index < len(chat.messages) - 1:
         raise HiddenPart(f"it does not end message {index}, an assistant turn, with {template.ends[0]!r}")
     return closing.end() if closing else limit
+
+
+def _make_hidden(template: Template, chat: Chat, learned: Sequence[int]) -> Hidden:
+    """Return a function from a turn's index to the part of it that is missing if each part is replaced by a
+    unique word.
+
+    One rendering in which all turns have such words is enough if it shows them all.
+    """
+
+    @functools.cache
+    def suspects() -> frozenset[int]:
+        messages, turns = list(chat.messages), dict[str, int]()
+        for index in learned:
+            messages[index], parts = with_markers(messages[index], len(turns))
+            turns |= dict.fromkeys(parts, index)
+        try:
+            shown = set(MARKER.findall(render_messages(template, messages, chat.tools)))
+        except REJECTIONS:  # the template needs a replaced value
+            return frozenset(learned)
+        return frozenset(index for word, index in turns.items() if word not in shown)
+
+    return lambda index: _hidden_marker(template, chat, index) if index in suspects() else None
 
 
 def _hidden_marker(template: Template, chat: Chat, index: int) -> str | None:

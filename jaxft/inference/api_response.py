@@ -7,9 +7,21 @@ from typing import Any
 
 from jaxft.inference.scheduler import SampledToken
 from jaxft.inference.served_model import ServedModel, token_text
+from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import ToolCall
 
 LEAST_LOGP = -9999.0  # in place of -inf, which JSON does not have
+
+
+@dataclass(frozen=True)
+class PlacedToken:
+    """A token of a choice. first: whether no token before it has text. offset: the character of the text at
+    which it begins, or within which.
+    """
+
+    sampled: SampledToken
+    first: bool
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,7 @@ class Piece:
 
     index: int
     text: str
-    tokens: tuple[SampledToken, ...] = ()
+    tokens: tuple[PlacedToken, ...] = ()
     finish: str | None = None
     calls: tuple[ToolCall, ...] = ()
 
@@ -51,9 +63,9 @@ def usage_of(prompt: int, completion: int) -> dict[str, int]:
     }
 
 
-def chunk_choice(e: Envelope, piece: Piece, first: bool, offset: int) -> dict[str, Any]:
-    """Return a piece as the choice of a chunk. first: of its choice. offset: characters before it."""
-    choice = {"index": piece.index, "logprobs": _logprobs(e, piece, offset), "finish_reason": piece.finish}
+def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
+    """Return a piece as the choice of a chunk. first: of its choice."""
+    choice = {"index": piece.index, "logprobs": _logprobs(e, piece), "finish_reason": piece.finish}
     if not e.chat:
         return {**choice, "text": piece.text}
     delta: dict[str, Any] = {"role": "assistant"} if first else {}
@@ -66,7 +78,7 @@ def chunk_choice(e: Envelope, piece: Piece, first: bool, offset: int) -> dict[st
 
 def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
     """Return all pieces of a choice together as a choice."""
-    choice = {"index": whole.index, "logprobs": _logprobs(e, whole, 0), "finish_reason": whole.finish}
+    choice = {"index": whole.index, "logprobs": _logprobs(e, whole), "finish_reason": whole.finish}
     if not e.chat:
         return {**choice, "text": whole.text}
     message: dict[str, Any] = {"role": "assistant", "content": _content(whole), "refusal": None}
@@ -92,40 +104,39 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _logprobs(e: Envelope, piece: Piece, offset: int) -> dict[str, Any] | None:
+def _logprobs(e: Envelope, piece: Piece) -> dict[str, Any] | None:
     if e.top is None:
         return None
     if e.chat:
         return {"content": [_chat_token(e, token) for token in piece.tokens], "refusal": None}
-    texts = [token_text(e.model, token.token) for token in piece.tokens]
-    offsets = [offset]
-    for text in texts[:-1]:
-        offsets.append(offsets[-1] + len(text))
+    sampled = [token.sampled for token in piece.tokens]
     return {
-        "tokens": texts,
-        "token_logprobs": [_finite(token.logp) for token in piece.tokens],
-        "top_logprobs": [_by_text(e, sampled) for sampled in piece.tokens],
-        "text_offset": offsets[: len(texts)],
+        "tokens": [token_text(e.model, token.token) for token in sampled],
+        "token_logprobs": [_finite(token.logp) for token in sampled],
+        "top_logprobs": [_by_text(e, token) for token in sampled],
+        "text_offset": [token.offset for token in piece.tokens],
     }
 
 
 def _by_text(e: Envelope, sampled: SampledToken) -> dict[str, float]:
-    """Return the most likely tokens by their texts; of tokens with the same text the most likely one."""
+    """Return the most likely tokens and the sampled one by their texts; of tokens with the same text the most
+    likely one.
+    """
     found: dict[str, float] = {}
-    for token, logp in sampled.top[: e.top]:
+    for token, logp in (*sampled.top[: e.top], (sampled.token, sampled.logp)):
         found.setdefault(token_text(e.model, token), _finite(logp))
     return found
 
 
-def _chat_token(e: Envelope, sampled: SampledToken) -> dict[str, Any]:
-    top = [_shown(e, token, logp) for token, logp in sampled.top[: e.top]]
-    return {**_shown(e, sampled.token, sampled.logp), "top_logprobs": top}
+def _chat_token(e: Envelope, token: PlacedToken) -> dict[str, Any]:
+    def shown(number: int, logp: float) -> dict[str, Any]:
+        found = token_decoder(e.model.tokenizer).bytes_of(number, token.first)
+        as_list = None if found is None else list(found)
+        return {"token": token_text(e.model, number), "logprob": _finite(logp), "bytes": as_list}
 
-
-def _shown(e: Envelope, token: int, logp: float) -> dict[str, Any]:
-    text = token_text(e.model, token)
-    whole = "\ufffd" not in text  # else the token is a part of a character
-    return {"token": text, "logprob": _finite(logp), "bytes": list(text.encode()) if whole else None}
+    sampled = token.sampled
+    top = [shown(number, logp) for number, logp in sampled.top[: e.top]]
+    return {**shown(sampled.token, sampled.logp), "top_logprobs": top}
 
 
 def _finite(logp: float) -> float:

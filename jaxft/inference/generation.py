@@ -1,14 +1,15 @@
 """The choices of one request as pieces of text: what the server streams and the chat prints."""
 
 import asyncio
+import codecs
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from jaxft.inference.api_request import ApiError, ChoiceSettings
-from jaxft.inference.api_response import Piece
-from jaxft.inference.scheduler import NewTokens, Scheduler, Ticket, TokenRequest
+from jaxft.inference.api_response import Piece, PlacedToken
+from jaxft.inference.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
 from jaxft.inference.served_model import ServedModel
 from jaxft.inference.text_stream import TextStream, token_decoder
 from jaxft.inference.tool_calls import CallStream, call_format
@@ -18,7 +19,8 @@ from jaxft.inference.tool_calls import CallStream, call_format
 class ChoiceText:
     """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
 
-    calls: what takes tool calls out of the text, None for plain text.
+    calls: what takes tool calls out of the text, None for plain text. tokens: their number so far.
+    characters: number of those that all tokens so far complete.
     """
 
     index: int
@@ -26,6 +28,11 @@ class ChoiceText:
     calls: CallStream | None = None
     tokens: int = 0
     ended: bool = False
+    begun: bool = False
+    characters: int = 0
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
 
     def piece(self, progress: NewTokens) -> Piece:
         """Return what new tokens add. Raises ApiError if the request failed."""
@@ -50,12 +57,25 @@ class ChoiceText:
             finish = "stop"
         self.tokens += used
         self.ended = finish is not None
+        placed = tuple(self._placed(sampled) for sampled in progress.tokens[:used])
         if self.calls is None:
-            return Piece(self.index, text, progress.tokens[:used], finish)
+            return Piece(self.index, text, placed, finish)
         text, calls = self.calls.add(text, self.ended)
         if finish == "stop" and self.calls.count:
             finish = "tool_calls"
-        return Piece(self.index, text, progress.tokens[:used], finish, calls)
+        return Piece(self.index, text, placed, finish, calls)
+
+    def _placed(self, sampled: SampledToken) -> PlacedToken:
+        """Return a token with its place in the text, of which parts may not have been sent yet."""
+        first = not self.begun
+        found = self.stream.decoder.bytes_of(sampled.token, first)
+        added = found or b""
+        self.begun |= found is not None  # also by a token whose space is omitted
+        done = len(self.decoder.decode(added[:1]))  # characters that end before its first byte, or with it
+        begins_one = self.decoder.getstate()[0] == added[:1]
+        offset = self.characters + (done if begins_one else max(done - 1, 0))
+        self.characters += done + len(self.decoder.decode(added[1:]))
+        return PlacedToken(sampled, first, offset)
 
 
 class Generation:

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from jaxft.data.chat import example_prompt_ids
+from jaxft.data.chat import TOO_LONG, example_prompt_ids
 from jaxft.data.columns import messages_of
 from jaxft.data.conversation import prompt_of
 from jaxft.data.example import Chat, Completion
 from jaxft.data.invalid import InvalidRow, valid
+from jaxft.data.limits import LONGEST_TEXT
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.inference.tool_calls import ToolFormat
@@ -36,11 +38,16 @@ class ServedModel:
 
 
 def chat_prompt(
-    model: ServedModel, messages: Sequence[Any], tools: Any = None, arguments: Mapping[str, Any] | None = None
+    model: ServedModel,
+    messages: Sequence[Any],
+    tools: Any = None,
+    arguments: Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation that ends before an assistant turn.
 
-    Raises ValueError for messages that are wrong, or that the model's chat template rejects.
+    Raises ValueError for messages that are wrong, or that the model's chat template rejects, and for a text
+    that certainly has more tokens than `most`, before it is tokenised.
     """
     if model.plain:
         raise ValueError(
@@ -57,18 +64,36 @@ def chat_prompt(
             raise ValueError("the last message is an assistant message; end with a user or tool message")
         chat = prompt_of(row, "messages")
         assert isinstance(chat, Chat)
-        (ids,) = example_prompt_ids(
-            [replace(chat, plain=roles in ONE_INSTRUCTION)], model.tokenizer, model.template
-        )
-        return _checked(model, valid(ids))
+        return _prompt(model, replace(chat, plain=roles in ONE_INSTRUCTION), most)
     except InvalidRow as error:
         raise ValueError(error.problem) from error
 
 
-def text_prompt(model: ServedModel, text: str) -> tuple[int, ...]:
-    """Return the token ids of plain text that is continued. Raises ValueError if it has none."""
-    (ids,) = example_prompt_ids([Completion("prompt", text, "")], model.tokenizer, model.template)
+def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:
+    """Return the token ids of plain text that is continued. Raises ValueError if it has none, and as
+    chat_prompt does.
+    """
+    return _prompt(model, Completion("prompt", text, ""), most)
+
+
+def _prompt(model: ServedModel, example: Chat | Completion, most: int | None) -> tuple[int, ...]:
+    longest = LONGEST_TEXT
+    if most is not None:
+        longest = min(longest, most * _longest_token(model.tokenizer))
+    (ids,) = example_prompt_ids([example], model.tokenizer, model.template, longest)
+    if isinstance(ids, InvalidRow) and ids.reason == TOO_LONG:
+        limit = f"{most} tokens of this server" if most else f"{longest} characters that are tokenised"
+        raise ValueError(
+            f"the prompt is longer than the {limit}; shorten it, or start the server with a larger "
+            "--max-prompt"
+        )
     return _checked(model, valid(ids))
+
+
+@lru_cache(maxsize=32)
+def _longest_token(tokenizer: Any) -> int:
+    """Return the most characters that a token has."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def token_prompt(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:

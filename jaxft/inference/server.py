@@ -31,13 +31,15 @@ from jaxft.inference.api_request import (
 )
 from jaxft.inference.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
 from jaxft.inference.generation import Generation, submit_choices
-from jaxft.inference.scheduler import QueueFull, Scheduler, Stopped
+from jaxft.inference.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
 
 PAGE = Path(__file__).with_name("chat_page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_SECONDS = 30.0
-SPARE_CONNECTIONS = 512  # in addition to accepted requests: of clients that get status 429, and idle ones
+HEADER_SECONDS = 10.0  # for the header of a request, and between requests
+MOST_WAITING = 256  # connections without a request; a further one ends the one that has waited longest
+SPARE_REQUESTS = 512  # at once, in addition to accepted ones: those of clients that get status 429
 KEY_VARIABLE = "JAXFT_API_KEY"
 
 
@@ -60,7 +62,6 @@ class Service:
     models: Mapping[str, ServedModel]
     limits: ServerLimits
     created: int
-    rendering: asyncio.Lock  # tokenizers and limits of templates are used by one thread at a time
 
     def model(self, name: str | None) -> ServedModel:
         """Return the model of this name. Raises ApiError if there is none."""
@@ -78,7 +79,9 @@ def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: Se
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
 
-    service = Service(scheduler, models, limits, int(time.time()), asyncio.Lock())
+    service = Service(scheduler, models, limits, int(time.time()))
+    for model in models.values():
+        model.tokenizer("")  # resets truncation and padding, which no two threads may do at once
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -104,21 +107,54 @@ def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: Se
         lifespan=lifespan,
         exception_handlers=handlers,
     )
-    return _guarded(app, limits)
+    return _guarded(app, limits, scheduler.queue + len(scheduler.rows) + SPARE_REQUESTS)
 
 
-def _guarded(app: Any, limits: ServerLimits) -> Callable[..., Awaitable[None]]:
-    """Return the application behind the checks of the Host header and of the API key."""
+def _guarded(app: Any, limits: ServerLimits, most: int) -> Callable[..., Awaitable[None]]:
+    """Return the application behind the checks of the Host header and of the API key, for `most` requests at
+    once.
+    """
+    running = set[Any]()
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-            error = _refusal(scope["path"], headers, limits)
-            if error is not None:
-                return await _json(error.body(), error.status)(scope, receive, send)
-        await app(scope, receive, send)
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        error = _refusal(scope["path"], headers, limits)
+        if len(running) >= most:
+            busy = f"the server has {most} requests at once; try again later"
+            error = ApiError(503, busy, code="overloaded")
+        if error is not None:
+            return await _json(error.body(), error.status)(scope, receive, send)
+        request = object()
+        running.add(request)
+        try:
+            await _stoppable(app, scope, receive, send)
+        finally:
+            running.remove(request)
 
     return guarded
+
+
+async def _stoppable(app: Any, scope: Any, receive: Any, send: Any) -> None:
+    """Run the application. A request that uvicorn cancels, when the grace of a stop is over, ends with an
+    error for its client.
+    """
+    started = False
+
+    async def sending(message: Any) -> None:
+        nonlocal started
+        started = True
+        await send(message)
+
+    try:
+        await app(scope, receive, sending)
+    except asyncio.CancelledError:
+        error = ApiError(503, STOPPING)
+        if started:  # a stream of events
+            await send({"type": "http.response.body", "body": _event(error.body()).encode()})
+        else:
+            await _json(error.body(), error.status)(scope, receive, send)
 
 
 def _refusal(path: str, headers: Mapping[bytes, str], limits: ServerLimits) -> ApiError | None:
@@ -219,16 +255,18 @@ ParsedRequest = tuple[ChatBody | CompletionBody, list[tuple[int, ...]]]
 
 
 def _chat_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
-    found = parse_chat(body, service.scheduler.programs.serving.sizes.new)
+    sizes = service.scheduler.programs.serving.sizes
+    found = parse_chat(body, sizes.new)
     model = service.model(found.model)
-    return found, [chat_prompt(model, found.messages, found.tools, found.arguments)]
+    return found, [chat_prompt(model, found.messages, found.tools, found.arguments, sizes.prompt)]
 
 
 def _text_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
-    found = parse_completion(body, service.scheduler.programs.serving.sizes.new)
+    sizes = service.scheduler.programs.serving.sizes
+    found = parse_completion(body, sizes.new)
     model = service.model(found.model)
     return found, [
-        text_prompt(model, prompt) if isinstance(prompt, str) else token_prompt(model, prompt)
+        text_prompt(model, prompt, sizes.prompt) if isinstance(prompt, str) else token_prompt(model, prompt)
         for prompt in found.prompts
     ]
 
@@ -239,8 +277,7 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
     fields = await _read(service, request)
     try:
-        async with service.rendering:
-            body, prompts = await asyncio.to_thread(prompts_of, service, fields)
+        body, prompts = await asyncio.to_thread(prompts_of, service, fields)
         model, is_chat = service.model(body.model), isinstance(body, ChatBody)
         has_tools = isinstance(body, ChatBody) and body.tools is not None
         generation = submit_choices(service.scheduler, model, body.choice, prompts, has_tools)
@@ -296,14 +333,13 @@ async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str,
 
 async def _events(e: Envelope, generation: Generation, usage: bool) -> AsyncIterator[str]:
     """Yield the server-sent events of a streamed response. An error is an event, since the status is sent."""
-    lengths = [-1] * generation.count
+    begun = set[int]()
     try:
         async for piece in generation.pieces():
             if not (piece.text or piece.calls or piece.finish or e.top is not None):
                 continue
-            first, offset = lengths[piece.index] < 0, max(lengths[piece.index], 0)
-            yield _event(e.response([chunk_choice(e, piece, first, offset)], chunk=True))
-            lengths[piece.index] = offset + len(piece.text)
+            yield _event(e.response([chunk_choice(e, piece, piece.index not in begun)], chunk=True))
+            begun.add(piece.index)
     except ApiError as error:
         yield _event(error.body())
         return
@@ -315,6 +351,15 @@ async def _events(e: Envelope, generation: Generation, usage: bool) -> AsyncIter
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, allow_nan=False)}\n\n"
+
+
+def _late() -> bytes:
+    """Return the response to a request whose header does not arrive."""
+    text = f"the header has not arrived within {HEADER_SECONDS:g} s, or {MOST_WAITING} others are awaited too"
+    error = ApiError(408, text)
+    body = json.dumps(error.body()).encode()
+    head = "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -331,28 +376,73 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return sock
 
 
-def uvicorn_config(app: Any, grace: int, requests: int) -> Any:
-    """Return the settings of uvicorn.
-
-    requests: the most that the scheduler accepts. Uvicorn allows more connections, because the response to
-    one above its limit is a plain status 503 instead of a JSON error.
+def uvicorn_config(app: Any, grace: int) -> Any:
+    """Return the settings of uvicorn. Limits of connections and requests are those of this file, because
+    uvicorn's response to one above its limit is no JSON.
     """
     import uvicorn
 
     return uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="on", server_header=False,
-        timeout_graceful_shutdown=grace, timeout_keep_alive=10,
-        limit_concurrency=requests + SPARE_CONNECTIONS,
+        timeout_graceful_shutdown=grace, timeout_keep_alive=10, http=_connection_class(), ws="none",
     )  # fmt: skip
 
 
-def serve_forever(app: Any, sock: socket.socket, grace: int, requests: int) -> None:
-    """Serve until SIGINT or SIGTERM, then finish running requests for up to `grace` seconds. requests: see
-    uvicorn_config.
+def _connection_class() -> Any:
+    """Return uvicorn's protocol of a connection, with limits of the time and the number of connections that
+    have no request: the header of one may be on its way.
     """
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    waiting: dict[Any, asyncio.TimerHandle] = {}  # the one that has waited longest is the first
+
+    class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.header_begun = False
+            self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            self.header_begun = True
+            super().data_received(data)
+            self.watch()
+
+        def on_response_complete(self) -> None:
+            self.header_begun = False
+            super().on_response_complete()
+            self.watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.unwatch()
+            super().connection_lost(exc)
+
+        def watch(self) -> None:
+            """Give the connection HEADER_SECONDS for the header of a request if it has none."""
+            if self.transport.is_closing() or (self.cycle and not self.cycle.response_complete):
+                return self.unwatch()
+            if self not in waiting:
+                waiting[self] = self.loop.call_later(HEADER_SECONDS, self.expire)
+                if len(waiting) > MOST_WAITING:
+                    next(iter(waiting)).expire()
+
+        def unwatch(self) -> None:
+            if self in waiting:
+                waiting.pop(self).cancel()
+
+        def expire(self) -> None:
+            self.unwatch()
+            if self.header_begun and not self.transport.is_closing():
+                self.transport.write(_late())
+            self.transport.close()
+
+    return Connection
+
+
+def serve_forever(app: Any, sock: socket.socket, grace: int) -> None:
+    """Serve until SIGINT or SIGTERM, then finish running requests for up to `grace` seconds."""
     import uvicorn
 
-    config = uvicorn_config(app, grace, requests)
+    config = uvicorn_config(app, grace)
     before = signal.signal(signal.SIGTERM, lambda signum, frame: None)  # uvicorn raises it again at the end
     try:
         with contextlib.suppress(KeyboardInterrupt):

@@ -6,12 +6,17 @@ completion is: only tokens whose text is not certain yet, and one before them, a
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 LONGEST_TAIL = 8  # tokens after which broken bytes are taken as such; a character has at most 4
 EURO = ("<0xE2>", "<0x82>", "<0xAC>")
+BYTE_LEVEL_EURO = ("\u00e2", "\u0124", "\u00ac")  # its bytes as byte-level BPE writes them
+
+
+def _no_bytes(token: int) -> bytes | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,28 @@ class TokenDecoder:
     decode: token ids -> text. skipped: ids that add no text, such as special tokens. byte_ids: ids of single
     bytes in tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode a run of them as a whole:
     one wrong byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is
-    a sequence of bytes (byte-level BPE) or of characters.
+    a sequence of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of such a token, None
+    for others.
     """
 
     decode: Callable[[list[int]], str]
     skipped: Collection[int] = frozenset()
     byte_ids: Collection[int] = frozenset()
+    raw: Callable[[int], bytes | None] = _no_bytes
+
+    def bytes_of(self, token: int, first: bool) -> bytes | None:
+        """Return the bytes that a token adds to a text; None for one that is skipped.
+
+        first: whether it begins the text, where a tokenizer may omit a space. The bytes of all tokens
+        together are those of the text.
+        """
+        if token in self.skipped:
+            return None
+        raw = self.raw(token)
+        if raw is not None:
+            return raw
+        alone = self.decode([token])
+        return (alone if first else self.decode([token, token])[len(alone) :]).encode()
 
 
 @lru_cache(maxsize=32)
@@ -46,11 +67,36 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    euro = [tokenizer.convert_tokens_to_ids(token) for token in EURO]
-    if None in euro or decode(euro) != "\u20ac":
+    def is_euro(tokens: Sequence[str]) -> bool:
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+        return None not in ids and decode(ids) == "\u20ac"
+
+    if is_euro(BYTE_LEVEL_EURO):
+        return TokenDecoder(decode, skipped, raw=partial(_byte_level, tokenizer))
+    if not is_euro(EURO):
         return TokenDecoder(decode, skipped)
-    found = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256))
-    return TokenDecoder(decode, skipped, frozenset(found) - {None, tokenizer.unk_token_id})
+    ids = {tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
+    found = {token: byte for token, byte in ids.items() if token not in (None, tokenizer.unk_token_id)}
+    return TokenDecoder(decode, skipped, frozenset(found), found.get)
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """Return the bytes by the characters with which byte-level BPE writes them in its vocabulary: printable
+    ones by themselves, the others by U+0100 and up.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _byte_level(tokenizer: Any, token: int) -> bytes | None:
+    """Return the bytes of a token of byte-level BPE; None for one that was added as text."""
+    if token in tokenizer.added_tokens_decoder:
+        return None
+    bytes_by_character, text = _byte_alphabet(), tokenizer.convert_ids_to_tokens(token) or ""
+    known = all(character in bytes_by_character for character in text)
+    return bytes(bytes_by_character[character] for character in text) if known else None
 
 
 class TextStream:

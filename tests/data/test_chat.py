@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, tiny
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from jaxft.data import chat
 from jaxft.data.example import Chat, Completion, Text
@@ -120,12 +122,29 @@ def test_eos_is_learned_whatever_pad_is(kind, pad_is_eos):
 def test_plain_completion_is_learned_and_the_prompt_is_not(prompt, completion):
     tokenizer = tiny("llama3")
     ids, learned = tokenise(Completion("r:1", prompt, completion), "llama3")
-    assert ids.tolist() == [*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]
-    alone = tokenizer(prompt).input_ids
-    if ids.tolist()[: len(alone)] == alone:  # where no token spans the border it is TRL's mask
-        assert learned.tolist() == [False] * len(alone) + [True] * (len(ids) - len(alone))
-    text = tokenizer.decode(ids[learned].tolist())
-    assert text.endswith(completion + "<|eot_id|>")
+    alone, joined = tokenizer(prompt).input_ids, tokenizer(prompt + completion).input_ids
+    assert ids.tolist()[: len(alone)] == alone  # from which generation starts
+    assert learned.tolist() == [False] * len(alone) + [True] * (len(ids) - len(alone))
+    if joined[: len(alone)] == alone:  # no token spans the end of the prompt
+        assert ids.tolist() == [*joined, tokenizer.eos_token_id]
+    assert tokenizer.decode(ids[learned].tolist()) == completion + "<|eot_id|>"
+
+
+def test_a_completion_after_a_prompt_gets_no_space_that_a_tokenizer_puts_before_a_text():
+    """Llama 2's normaliser prepends one. Here a token spans the end of the prompt, so the completion is
+    tokenised apart.
+    """
+    pieces = ["<s>", "</s>", "<unk>", "\u2581", *"abc\n:", "\u2581a", "ab"]
+    core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [("\u2581", "a"), ("a", "b")]))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    for prompt, completion, expected in (("ca", "bc", ["b", "c"]), ("ca", "b a", ["b", "\u2581a"])):
+        assert tokenizer.tokenize(prompt + completion)[2] == "ab"
+        ((ids, learned),) = chat.tokenise_examples([Completion("r:1", prompt, completion)], tokenizer)
+        assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["\u2581", "c", "a", *expected, "</s>"]
+        assert learned.tolist() == [False] * 3 + [True] * (len(expected) + 1)
 
 
 def test_all_learns_every_token():
@@ -180,6 +199,16 @@ def test_prefix_rendering_finds_what_the_markers_of_trl_enclose(name, loss_on):
                 [r.text[start:end].strip() for start, end in r.learned]
             )  # their markers take the newline after too
         assert found[0] == found[1] and len(found[0]) == (len(texts) // 2 if loss_on == "assistant" else 1)
+
+
+@pytest.mark.parametrize("name", ("phi3_training", "phi3_5_training"))
+def test_markers_of_trl_may_enclose_the_eos_that_ends_the_conversation(name):
+    eos, template = "<|endoftext|>", stock(name, "<|endoftext|>")
+    r = chat.render(conversation(["q", "one", "r", "two"]), template, "assistant")
+    shown = [r.text[start:end].strip() for start, end in r.learned]
+    assert shown == ["one<|end|>", "two<|end|>", eos] and not r.end  # and no further EOS is added
+    r = chat.render(conversation(["q", "one", "r"]), template, "assistant")
+    assert [r.text[start:end] for start, end in r.learned] == ["one<|end|>"]
 
 
 def test_a_token_that_opens_the_next_turn_is_not_learned():

@@ -257,7 +257,7 @@ def test_responses_that_truncation_makes_equal_are_an_error(folder):
         source(folder, "llama3", held_out="none", batch=1)  # its template strips
 
 
-def test_one_token_across_the_prompt_end_is_counted_and_more_is_an_error(folder):
+def test_a_prompt_has_its_own_tokens_where_one_token_could_span_its_end(folder):
     def one(prompt, chosen, rejected):
         write(folder / "r.jsonl", [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
         s = source(folder, "none", format="plain", held_out="none", batch=1)
@@ -268,21 +268,11 @@ def test_one_token_across_the_prompt_end_is_counted_and_more_is_an_error(folder)
 
     prompt = "of mode"  # two tokens; "of model" is two tokens, too
     s, answers = one(prompt, "l", " is")
-    border = common(ids(prompt), ids(prompt + "l"))
-    assert border == len(ids(prompt)) - 1 and common(ids(prompt), ids(prompt + " is")) == border + 1
-    assert s.info.stats.prompt_end_moved == 1 and "in 1 of 1 pairs" in s.info.preview
-    for (got, targets, _), t in zip(answers, ("l", " is"), strict=True):
-        assert got == ids(prompt)[:border] and targets == [
-            *ids(prompt + t)[border:],
-            tiny("none").eos_token_id,
-        ]
-    s, _ = one("of a", " model", " is")
+    assert common(ids(prompt), ids(prompt + "l")) < len(ids(prompt))
     assert s.info.stats.prompt_end_moved == 0 and "pairs" not in s.info.preview
-    with pytest.raises(
-        ValueError,
-        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens are the same with and without .*, ' mod' changes",
-    ):
-        one("of mod", "el", " is")
+    for (got, targets, _), t in zip(answers, ("l", " is"), strict=True):
+        assert got == ids(prompt) and targets == [*ids(t)[1:], tiny("none").eos_token_id]
+    one("of mod", "el", " is")
 
 
 def common(a, b):

@@ -79,6 +79,8 @@ def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
     [
         ("r.jsonl", '{"text": "a"}\n{"text": "b",}\n', r"r\.jsonl:2: malformed JSON, .* at column \d+, near"),
         ("r.jsonl", '{"text": "a"}\n{"text": ', r"r\.jsonl:2: malformed JSON"),
+        ("r.jsonl", '{"text": "a", "x": {"b": 1, "b": 1}}', r"r\.jsonl:1: an object has the key 'b' twice"),
+        ("r.json", '{"text": "a",\n "text": "b"}', r"r\.json:1: an object has the key 'text' twice"),
         ("r.jsonl", '{"text": "a"}\n' * 4 + '{"text": "a"\n{"text": "b"}\n', r"r\.jsonl:5: .* at column 13,"),
         ("r.jsonl", '{"text": ' + "[" * 100000 + "\n", r"r\.jsonl:1: malformed JSON, nested too deeply"),
         ("r.jsonl", '{"text": ' + "1" * 5000 + "}\n", r"r\.jsonl:1: malformed JSON, .*digits"),

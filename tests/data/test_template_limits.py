@@ -1,6 +1,7 @@
 """Chat templates are programs of others: what they may cost, and what is refused whatever the row."""
 
 import json
+import os
 import resource
 import signal
 import threading
@@ -9,8 +10,8 @@ import time
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat, limits
-from jaxft.data.example import Chat
+from jaxft.data import chat, confined, limits
+from jaxft.data.example import Chat, Completion
 from jaxft.data.invalid import InvalidRow
 from jaxft.data.sft import Rows
 from jaxft.data.template import UnusableTemplate
@@ -73,41 +74,70 @@ def test_a_template_that_always_takes_too_long_is_refused_with_the_tokenizer(sma
         chat.template_of(tokenizer_with(LOOP))
 
 
-def test_another_timer_of_the_process_goes_on_after_a_template(small):
-    class Late(BaseException):
-        pass
+def test_limits_of_a_template_hit_nothing_else_in_the_process(small):
+    """Other threads allocate more than a template may, and timers, signals and limits stay as they are."""
 
-    def late(signum, frame):
-        raise Late
+    def state():
+        limit = resource.getrlimit(resource.RLIMIT_AS)
+        return signal.getsignal(signal.SIGALRM), limit, signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 2)
-    try:
-        with pytest.raises(UnusableTemplate):  # after 0.3 s, though SIGALRM is in use
-            chat.template_of(tokenizer_with(HUGE_POWER))
-        with pytest.raises(Late):
-            time.sleep(5)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_the_limits_hold_in_other_threads_too_and_end_with_the_last_of_them(small):
-    before, outcomes = resource.getrlimit(resource.RLIMIT_AS), []
+    before = signal.signal(signal.SIGALRM, lambda signum, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    tokenizer, seen = tokenizer_with(for_row("slow", LOOP)), []
+    chat.template_of(tokenizer)
+    first, outcomes = state(), []
 
     def render():
         with pytest.raises(UnusableTemplate):
             list(chat.tokenise_examples([asked("r:1", "slow")], tokenizer))
-        outcomes.append(resource.getrlimit(resource.RLIMIT_AS))
+        outcomes.append("slow")
 
-    tokenizer = tokenizer_with(for_row("slow", LOOP))
-    chat.template_of(tokenizer)
     threads = [threading.Thread(target=render) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(outcomes) == 2 and outcomes[-1] == before
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            seen.append((len(bytearray(limits.RENDER_BYTES * 2)), state()))
+            time.sleep(0.02)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert outcomes == ["slow"] * 2 and seen
+    assert set(seen) == {(limits.RENDER_BYTES * 2, first)}
+
+
+def stopped():
+    """Render a template that is slow in one operation in C, which no signal handler interrupts."""
+    os.kill(os.getpid(), signal.SIGVTALRM)
+
+
+def dead():
+    os._exit(3)
+
+
+@pytest.mark.parametrize(("function", "error"), [(stopped, limits.TooSlow), (dead, confined.Died)])
+def test_a_process_that_ends_during_a_call_is_replaced(function, error):
+    with pytest.raises(error):
+        confined.call(function)
+    first = confined.call(os.getpid)
+    assert first == confined.call(os.getpid) != os.getpid()
+
+
+def test_one_row_of_very_many_turns_is_refused_at_once():
+    """Each learned turn is looked for in renderings of all messages before it."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(60_000)]
+    begin = time.monotonic()
+    (row,) = chat.tokenise_examples([Chat("r:1", tuple(turns), 59_999)], tiny("chatml"), "assistant")
+    assert "r:1: 30000 learned turns in 60000 messages take too long" in str(row)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_text_that_would_take_gigabytes_to_tokenise_is_refused():
+    huge = "a b" * (limits.LONGEST_TEXT // 3 + 1)
+    (row,) = chat.tokenise_examples([Completion("r:1", "q", huge)], tiny("none"))
+    assert str(row).startswith(f"r:1: its text has {len(huge) + 1} characters, more than 2097152")
+    (prompt,) = chat.example_prompt_ids([Completion("r:1", huge, "")], tiny("none"))
+    assert isinstance(prompt, InvalidRow)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -70,6 +71,14 @@ def test_completions_of_several_prompts_and_choices_with_log_probs(running):
     logprobs = found.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) >= 2
     assert all(max(top.values()) == logp for top, logp in zip(logprobs.top_logprobs, logprobs.token_logprobs))
+    random = running.client().completions.create(
+        model="base", prompt="the rank", max_tokens=12, temperature=2.0, logprobs=2, seed=1
+    )
+    logprobs = random.choices[0].logprobs
+    assert all(
+        top[t] >= p for t, top, p in zip(logprobs.tokens, logprobs.top_logprobs, logprobs.token_logprobs)
+    )
+    assert {len(top) for top in logprobs.top_logprobs} >= {3}  # the sampled one is among them too
     assert found.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in found.choices)
     assert found.usage.prompt_tokens == 3 + len(text_prompt(tiny.models()["base"], "the rank"))
     chat = running.client().chat.completions.create(
@@ -95,6 +104,28 @@ def test_a_stop_string_ends_the_text_before_it(running):
     ]
     assert "".join(pieces) == text.partition(stop)[0]
     running.idle()
+
+
+def test_tokens_have_the_bytes_and_the_places_of_the_text(running):
+    """Also parts of characters, and while text is held back that may begin a stop string."""
+    client, asked = running.client(), dict(model="base", max_tokens=24, temperature=1.5, seed=3)
+    chat = client.chat.completions.create(**asked, messages=MESSAGES, logprobs=True, top_logprobs=2)
+    content = chat.choices[0].logprobs.content
+    added = b"".join(bytes(token.bytes) for token in content if token.bytes is not None)
+    assert "\ufffd" in "".join(token.token for token in content)
+    assert added.decode(errors="replace") == chat.choices[0].message.content
+    whole = client.completions.create(**asked, prompt="the rank", logprobs=0)
+    text, places = whole.choices[0].text, whole.choices[0].logprobs
+    stop = text[len(text) // 2 :][:2] + "never"
+    chunks = client.completions.create(**asked, prompt="the rank", logprobs=0, stop=[stop], stream=True)
+    parts = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(part.text for part in parts) == text
+    assert sum((part.logprobs.text_offset for part in parts), []) == places.text_offset
+    assert all(
+        text.startswith(token, at)
+        for token, at in zip(places.tokens, places.text_offset, strict=True)
+        if "\ufffd" not in token and token not in tiny.TOKENIZER.all_special_tokens
+    )
 
 
 def test_32_concurrent_streams_have_their_own_text(running):
@@ -294,10 +325,84 @@ def test_a_stop_finishes_the_requests_in_flight_within_the_grace(grace):
         socket.create_connection(("127.0.0.1", found.port), timeout=2)
 
 
-def test_uvicorn_accepts_more_connections_than_rows_and_queue():
-    """One above its limit gets a plain 503, and a request above rows and queue has to get a 429 in JSON."""
-    for requests in (9, 2048):
-        assert server.uvicorn_config(None, 5, requests).limit_concurrency > requests + 100
+def half(running, text=b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "):
+    """A connection with half a request."""
+    connection = socket.create_connection(("127.0.0.1", running.port), timeout=20)
+    connection.sendall(text)
+    return connection
+
+
+def received(connection):
+    """(status, error message) of the response after which the server closes a connection."""
+    data = b""
+    with connection:
+        while part := connection.recv(65536):
+            data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["message"]
+
+
+def test_700_half_open_connections_keep_no_client_out(running):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    try:
+        idle = [half(running) for _ in range(700)]
+        begin = time.monotonic()
+        assert running.send("GET", "/v1/models")[0] == 200 and time.monotonic() - begin < 5
+        status, message = received(idle[0])
+        assert status == 408 and "the header has not arrived" in message
+        for connection in idle:
+            connection.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_header_has_a_time_limit_also_after_a_response(running, monkeypatch):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 1.0)
+    assert received(half(running))[0] == 408
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /health HT")
+        assert b"408" in connection.recv(65536).splitlines()[0]
+    silent = half(running, b"")
+    assert not silent.recv(10)  # nothing was asked, so nothing is answered
+    silent.close()
+
+
+SLOW_BODY = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 500\r\n\r\n{"
+)
+
+
+def test_requests_above_the_limit_get_json_and_a_stop_ends_slow_ones_without_a_traceback(monkeypatch, caplog):
+    monkeypatch.setattr(server, "SPARE_REQUESTS", -2 - tiny.SIZES.rows)  # two at once, with queue=4
+    found = Running(queue=4, grace=1)
+    slow = [half(found, SLOW_BODY) for _ in range(2)]
+    deadline = time.monotonic() + 20
+    while (reply := found.send("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert reply[0] == 503 and "2 requests at once" in reply[1]["error"]["message"]
+    found.close()
+    assert [received(connection) for connection in slow] == [(503, "the server is stopping")] * 2
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_text_that_is_certainly_too_long_is_refused_before_it_is_tokenised(running, monkeypatch):
+    longest = max(map(len, tiny.TOKENIZER.get_vocab()))
+    enough = tiny.SIZES.prompt * longest + 1
+
+    def tokenised(*args, **options):
+        raise AssertionError("the text is tokenised")
+
+    monkeypatch.setattr(type(tiny.TOKENIZER), "__call__", tokenised)
+    for path, body in (
+        ("/v1/completions", {"prompt": "a" * enough}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * enough}]}),
+    ):
+        status, reply, _ = running.send("POST", path, body)
+        assert status == 400 and "longer than the 128 tokens of this server" in reply["error"]["message"]
 
 
 def test_an_address_in_use_is_one_line():

@@ -120,6 +120,35 @@ def test_the_pieces_are_the_text_of_all_tokens(kind, data):
         assert most <= LONGEST_TAIL + 6
 
 
+@pytest.mark.parametrize("kind", ["byte-level", *KINDS])
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS)
+def test_the_bytes_of_all_tokens_are_those_of_the_text(kind, text):
+    """Also of tokens that are parts of characters, and of a first one whose space is omitted."""
+    tokenizer = tokenizer_of(kind)
+    decoder, ids = token_decoder(tokenizer), tokenizer(text, add_special_tokens=False).input_ids
+    choice = ChoiceText(0, TextStream(decoder))
+    pieces = [choice.piece(NewTokens((SampledToken(token, 0.0),), None)) for token in ids]
+    tokens = [token for piece in pieces for token in piece.tokens]
+    added = [decoder.bytes_of(token.sampled.token, token.first) for token in tokens]
+    whole = decode(tokenizer, ids)
+    if tokenizer.unk_token_id in ids and kind != "byte-level":
+        return
+    assert b"".join(added) == whole.encode()
+    assert all(
+        whole.startswith(new.decode(), token.offset)
+        for new, token in zip(added, tokens, strict=True)
+        if decodes(new)
+    )
+
+
+def decodes(new):
+    try:
+        return bool(new.decode())
+    except UnicodeDecodeError:
+        return False
+
+
 def test_characters_are_whole_and_not_delayed():
     byte_level, fallback = tokenizer_of("byte-level"), tokenizer_of("llama2")
     for tokenizer, delay in ((byte_level, 0), (fallback, 1)):  # a run of bytes ends with the next token

@@ -30,9 +30,7 @@ class Running:
         app = server.make_app(self.scheduler, models or tiny.models(), limits)
         sock = server.bound_socket("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
-        self.uvicorn = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace)
-        )
+        self.uvicorn = uvicorn.Server(server.uvicorn_config(app, grace))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [sock]})
         self.thread.start()
         while not self.uvicorn.started:

@@ -35,7 +35,7 @@ from jaxft.data.row_files import Row
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, Tokenising, tokenise_dataset
 from jaxft.data.tokens import TokenisedRows, last_targets, row_fields
 
-VERSION = ("pairs", 7)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 8)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)
