@@ -29,7 +29,7 @@ from jaxft.nn.param import init_params
 from jaxft.nn.quant import quant_setting
 from jaxft.runs import cli
 from jaxft.runs import folder as runfolder
-from jaxft.weights import peft, peft_write, pretrained
+from jaxft.weights import peft, peft_write, pretrained, safetensors
 
 
 def refused(capsys, work, word):
@@ -121,6 +121,11 @@ def test_config_json(model, capsys, number):
         refused(capsys, work, word)
     finally:
         path.write_text(sound)
+
+
+def test_a_safetensors_file_of_too_many_tensors_is_named(model, monkeypatch, capsys):
+    monkeypatch.setattr(safetensors, "HEADER_BYTES", 1000)
+    refused(capsys, lambda: pretrained.open_files(str(model)), "model.safetensors: its header has")
 
 
 @pytest.mark.parametrize("number", range(len(TOKENIZERS)))

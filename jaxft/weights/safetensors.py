@@ -29,6 +29,7 @@ FLOATS = {
 DTYPES = FLOATS | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
 CODES = {dtype: code for code, dtype in DTYPES.items()} | {np.dtype(np.int64): "I64"}  # of written tensors
 UNSUPPORTED = np.dtype(np.void)
+HEADER_BYTES = 32 << 20  # of one file: about 300,000 tensors
 WRITE_ADVICE = "find the step that made them, or, if it is only the range of the dtype, choose a wider one"
 
 
@@ -56,6 +57,10 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
     for path in paths:
         with _open(path), path.open("rb") as file:  # the library has checked the header
             size = int.from_bytes(file.read(8), "little")
+            if size > HEADER_BYTES:
+                raise ValueError(
+                    f"{path}: its header has {size >> 20} MiB, above the limit; use another file"
+                )
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
