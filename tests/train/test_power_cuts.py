@@ -17,7 +17,8 @@ from tiny_run import Place, write_place
 
 from jaxft.weights import new_folder
 
-ARGV = ["steps=3", "samples=0", "full=true", "loop.eval_every=1", "lr=0.3"]
+WORST = ["loop.best_metric=eval_loss", "loop.greater_is_better=true"]  # so that best/ is written, from step 1
+ARGV = ["steps=3", "samples=0", "full=true", "loop.eval_every=1", *WORST]
 WATCH = """
 import disk_log
 def report(line):
@@ -59,7 +60,8 @@ def files_of(folder):
 
 def test_a_finished_run_writes_damaged_results_again_and_reports_lost_entries(finished):
     run = finished.runs("x")
-    before = {name: files_of(run / name) for name in ("model", "best") if (run / name).is_dir()}
+    before = {name: files_of(run / name) for name in ("model", "best/model")}
+    assert all(before.values())
     summary = (run / "summary.json").read_bytes()
     (run / "model" / "model.safetensors").write_bytes(b"")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -73,7 +75,7 @@ def test_a_finished_run_writes_damaged_results_again_and_reports_lost_entries(fi
     assert "warning: runs/x/metrics.jsonl has lost steps 1-2; the log goes on without them" in out
     assert {name: files_of(run / name) for name in before} == before
     assert json.loads((run / "summary.json").read_bytes())["files"] == json.loads(summary)["files"]
-    assert finished.run(*ARGV, "name=x") == 0 and "this run is finished (3 steps)" in finished.out()
+    assert resume(finished.folder, *ARGV, "name=x") == (3, [])
 
 
 def test_results_that_are_gone_with_their_checkpoints_are_one_error(finished, tmp_path):
