@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
-from jaxft.runs.record import differences
+from jaxft.runs.record import describe, differences
 from jaxft.runs.trackers.jsonl import json_value
-from jaxft.weights import hf, hub
+from jaxft.weights import codes, hf, hub
 from jaxft.weights.file_hash import file_sha256, files_sha256
 from jaxft.weights.gguf_header import part_files
 
@@ -38,6 +38,7 @@ HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/contents.py
+CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
 NOT_COMPARED = (
     "command",  # the overrides; their result is in the other fields
     "chat_template",  # the fingerprint of the rows depends on it
@@ -358,18 +359,33 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
 
 
 def _base_weights(folder: Path, record: dict[str, Any]) -> str:
-    """Where a run's base weights are now. Raises ValueError if they are not those that it was trained on."""
+    """Where a run's base weights are now. Raises ValueError if they, or their calibrated codes, are not those
+    that it was trained on.
+    """
     ref, path = record["weights"], record.get("weights_path")
     if path and not Path(ref).exists():
         ref = path
     recorded = str(record.get("weights_fingerprint", ""))
     # Older runs have recorded samples of the files, which cannot be compared.
     if recorded.startswith(HASH) and recorded != weights_fingerprint(ref):
+        again = "start the run's command again, which writes them" if hub.is_extended(ref) else "restore them"
         raise ValueError(
-            f"{folder}: the weights in {ref} have changed since this run was trained; "
-            "restore them, or use --model"
+            f"{folder}: the weights in {ref} have changed since this run was trained; {again}, or use --model"
         )
+    if (folder / CALIBRATED_JSON).is_file():
+        _check_codes(folder)
     return ref
+
+
+def _check_codes(folder: Path) -> None:
+    """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
+    record = read_saved_json(folder / CALIBRATED_JSON)
+    name = str(record.get("codes"))
+    if codes.codes_folder(name).is_dir() and codes.codes_sha256(name) != record.get("sha256"):
+        raise ValueError(
+            f"{folder}: the calibrated base in the cache, {codes.codes_folder(name)}, has changed since this "
+            f"run was trained. {codes.AGAIN}"
+        )
 
 
 def weights_fingerprint(ref: str) -> str:
