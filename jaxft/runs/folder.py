@@ -244,29 +244,39 @@ def result_hashes(folder: Path) -> dict[str, str]:
     return dict(zip(names, files_sha256(paths), strict=True))
 
 
-def check_results(folder: Path) -> None:
-    """Raise ValueError if a file of a run's results is not the one that the finished run wrote.
+def recorded_results(folder: Path) -> dict[Path, str] | None:
+    """SHA-256 of the files that a finished run wrote into `folder`, by path, from its summary.json.
 
-    folder: of the run, or one of its results, such as adapter/. A run that has not recorded hashes, or is no
-    run, passes.
+    folder: of the run, or one of its results, such as adapter/. None for a run that has not recorded hashes,
+    or a folder that is no run's.
     """
     inside = folder.resolve()
     above = [f for f in inside.parents[:2] if inside.relative_to(f).parts[0] in RESULTS]
-    run = next((f for f in (folder, *above) if (f / "summary.json").is_file()), None)
+    run = next((f for f in (inside, *above) if (f / "summary.json").is_file()), None)
     if run is None:
-        return
-    recorded = read_saved_json(run / "summary.json").get("files", {})
-    if not isinstance(recorded, dict):
+        return None
+    recorded = read_saved_json(run / "summary.json").get("files")
+    if not isinstance(recorded, dict | None):
         raise ValueError(
             f"{run / 'summary.json'}: files has type {type(recorded).__name__}; restore the file"
         )
-    names = [name for name in recorded if (run / name).resolve().is_relative_to(inside)]
-    for name in names:
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run / name}: no such file, and the finished run wrote it; restore it")
-        if file_sha256(run / name) != recorded[name]:
+    if recorded is None:
+        return None
+    paths = {run / name: known for name, known in recorded.items()}
+    return {folder / p.relative_to(inside): known for p, known in paths.items() if p.is_relative_to(inside)}
+
+
+def check_results(folder: Path) -> None:
+    """Raise ValueError if a file of a run's results is not the one that the finished run wrote.
+
+    folder: see recorded_results; what it has not recorded passes.
+    """
+    for path, known in (recorded_results(folder) or {}).items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, and the finished run wrote it; restore it")
+        if file_sha256(path) != known:
             raise ValueError(
-                f"{run / name}: the file has changed since the run was finished (its sha256 is not that in "
+                f"{path}: the file has changed since the run was finished (its sha256 is not that in "
                 "summary.json). Restore it, or copy the folder elsewhere and use it with --adapter or --model"
             )
 
