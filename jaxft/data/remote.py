@@ -83,7 +83,9 @@ class _Ranges(io.RawIOBase):
             return 0
         found = _fetch(self.file, self.at, stop)[1]
         if len(found) != stop - self.at:
-            raise OSError(f"{self.file}: the server sent {len(found)} bytes of {stop - self.at}; try again")
+            raise ValueError(
+                f"{self.file}: the server sent {len(found)} bytes of {stop - self.at}; try again"
+            )
         buffer[: len(found)] = found
         self.at = stop
         return len(found)
@@ -129,7 +131,8 @@ def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, byte
     thread.join(seconds)
     if thread.is_alive():
         raise ValueError(
-            f"{file}: the server did not send {count} bytes in {seconds:.0f} s; try again, or download the file"
+            f"{file}: the server did not send {count} bytes in {seconds:.0f} s; try again, or download the "
+            "file"
         )
     if failed:
         raise failed[0]
@@ -164,7 +167,9 @@ def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> No
             f"{file}: the file changed while it was read; start again when it is complete, or download it"
         )
     if first != start or last >= stop:
-        raise ValueError(f"{file}: the server sends bytes {first}-{last} for {start}-{stop - 1}; download the file")
+        raise ValueError(
+            f"{file}: the server sends bytes {first}-{last} for {start}-{stop - 1}; download the file"
+        )
 
 
 def _tag(headers: Any) -> str:
@@ -178,7 +183,7 @@ def remote_files(ref: str) -> list[RemoteFile]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
         if ref.endswith("***"):
-            raise ValueError(f"data {ref!r}: a run does not store the query of a URL; give the whole URL again")
+            raise ValueError(f"data {ref!r}: runs do not store the query of a URL; give the whole URL again")
         if OTHER_FILES.search(ref.partition("?")[0]):
             raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")
         return [_described(RemoteFile(ref, 0, ""))]

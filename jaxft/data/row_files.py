@@ -19,7 +19,7 @@ from jaxft.data.row_parquet import BATCH_ROWS, batch_bytes, limited_batches, ope
 
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = BATCH_ROWS
-UNREAD = "(not read)"  # the value of a column of a Parquet file that is not used
+NOT_READ = "(not read)"  # the value of a column of a Parquet file that is not used
 _AGAIN = "download it again"  # a damaged file
 _BOM = b"\xef\xbb\xbf"
 
@@ -329,7 +329,7 @@ def rows_of_batch(
         items = (attempt(_table_row, batch, i, f"{where}:{before + i + 1}") for i in range(batch.num_rows))
     for number, item in enumerate(items, before + 1):
         if not isinstance(item, InvalidRow):
-            item = without_added_nulls(item) | dict.fromkeys(others, UNREAD)
+            item = without_added_nulls(item) | dict.fromkeys(others, NOT_READ)
             item = attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")
         yield item
 

@@ -29,6 +29,10 @@ def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             yield file
+    except pyarrow.ArrowMemoryError as error:
+        raise ValueError(
+            f"{where}: no memory to read it ({str(error).splitlines()[0]}); write it with smaller row groups"
+        ) from error
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{where}: not a readable Parquet file ({str(error).splitlines()[0]}); {remedy}"
@@ -80,7 +84,9 @@ def _chunks(file: Any, group: int, used: Collection[str] | None) -> list[Any]:
     """Return the metadata of the columns of a group that are used."""
     found = file.metadata.row_group(group)
     chunks = [found.column(i) for i in range(found.num_columns)]
-    return [c for c in chunks if used is None or any(f"{c.path_in_schema}.".startswith(f"{n}.") for n in used)]
+    if used is None:
+        return chunks
+    return [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in used)]
 
 
 def _unpacked_bytes(chunks: list[Any]) -> int:
@@ -141,8 +147,8 @@ def _bytes(array: Any) -> int:
         return count + sum(map(_bytes, _parts(array)))
     if not pyarrow.types.is_dictionary(array.type):
         return count + array.nbytes
-    kind = array.type.value_type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_string(kind)):
+    try:
+        lengths = compute.binary_length(array.dictionary)
+    except pyarrow.ArrowNotImplementedError:  # a dictionary of numbers
         return count
-    lengths = compute.binary_length(array.dictionary)
     return count + (compute.sum(compute.take(lengths, array.indices)).as_py() or 0)

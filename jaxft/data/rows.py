@@ -94,7 +94,7 @@ def check_rows(ref: str, readable: int, unreadable: int, invalid: InvalidRows) -
 def list_chunks(ref: str, used: tuple[str, ...] | None = None) -> Listing:
     """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once.
 
-    used: the columns that are read from Parquet files, None for all; others have the value UNREAD.
+    used: the columns that are read from Parquet files, None for all; others have the value NOT_READ.
     """
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")

@@ -189,7 +189,7 @@ def permitted_changes(folder: Path | str, old: dict[str, Any], new: dict[str, An
     folder: where the original settings are. Raises ValueError that lists the differences which would change
     what the run computes.
     """
-    old, new = ({k: v for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
+    old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     found = differences(old, json.loads(json.dumps(new)))
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
     fixed = [line for line in found if line.startswith(MUST_STAY) and not line.endswith("absent -> None")]

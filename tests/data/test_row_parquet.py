@@ -9,7 +9,7 @@ from hub_server import serve_dataset
 
 from jaxft.data import row_parquet, rows
 from jaxft.data.invalid import InvalidRows
-from jaxft.data.row_files import UNREAD
+from jaxft.data.row_files import NOT_READ
 from jaxft.data.rows import read_rows
 
 MIB = 1 << 20
@@ -79,7 +79,7 @@ def test_columns_that_are_not_used_are_not_read(tmp_path):
     for used, known in ((("text",), {"text"}), (("x.y", "z"), {"x.y"}), (("z",), set())):
         (chunk,) = rows.list_chunks(str(tmp_path / "r.parquet"), used).chunks()
         expected = [
-            {name: (values[i] if name in known else UNREAD) for name, values in columns.items()}
+            {name: (values[i] if name in known else NOT_READ) for name, values in columns.items()}
             for i in range(2)
         ]
         assert [row.fields for row in chunk.rows()] == expected
