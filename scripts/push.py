@@ -99,6 +99,7 @@ def print_deletions(files: dict[str, Any], target: Any) -> None:
 def main() -> int:
     """Upload, and print the address and the commit."""
     args = arguments()
+    from jaxft.distributed.temporary import temporary_folder
     from jaxft.runs.push import files_to_push
     from jaxft.runs.terminal import printable_line
     from jaxft.weights.hub_upload import HubTarget, check_access, check_target, hub_endpoint, upload_files
@@ -106,8 +107,8 @@ def main() -> int:
     message = f"Upload {args.source.resolve().name} with jaxft" if args.message is None else args.message
     target = HubTarget(args.repo, args.revision, args.public, message)
     check_target(target)
-    with tempfile.TemporaryDirectory(prefix="jaxft-push-") as folder:
-        merged = Path(folder) / args.source.resolve().name if args.merged else None
+    with temporary_folder(Path(tempfile.gettempdir()), "jaxft-push-") as folder:
+        merged = folder / args.source.resolve().name if args.merged else None
         if merged is not None:
             named = adapter_to_merge(args.source)
             if not args.dry_run:

@@ -13,7 +13,6 @@ import mmap
 import os
 import secrets
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import xxhash
 
 from jaxft.data.flat import Flat
+from jaxft.distributed.temporary import here, owned, remove_leftovers
 
 CORRUPT_FILE = (  # what zipfile, numpy and pyarrow raise for flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError,
@@ -32,7 +32,6 @@ CORRUPT_FILE = (  # what zipfile, numpy and pyarrow raise for flipped bits
 )  # fmt: skip
 NAMING = ("source", "number")  # the columns of a row's name
 _TAIL = struct.Struct("<Q16s")  # bytes of the JSON, checksum
-_STALE = 24 * 3600  # seconds after which an unfinished file belongs to a killed process
 
 
 class ColumnType(NamedTuple):
@@ -167,12 +166,13 @@ def _writing() -> Iterator[None]:
 
 def _write_file(path: Path, columns: ColumnTypes, make: Make) -> None:
     """Write to a temporary file and rename it, so that no reader sees a partial file."""
-    temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")  # hosts may share the folder
+    temporary = path.with_suffix(f".{here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with contextlib.ExitStack() as stack:
         with _writing():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(path.parent)
+            remove_leftovers(path.parent.glob("*.tmp"))
             file = stack.enter_context(temporary.open("w+b"))
+            stack.enter_context(owned(temporary))
         stack.callback(temporary.unlink, missing_ok=True)
         _write(file, columns, make)
         with _writing():
@@ -204,12 +204,6 @@ def _write(file: BinaryIO, columns: ColumnTypes, make: Make) -> None:
         file.flush()
         checksum = _checksum(file, file.tell())
         file.write(checksum)
-
-
-def _remove_stale(folder: Path) -> None:
-    for path in folder.glob("*.tmp"):
-        if path.stat().st_mtime < time.time() - _STALE:
-            path.unlink(missing_ok=True)
 
 
 # ---- Arrow. pyarrow's own conversions of arrays import pandas where it is installed, which takes 0.4 s.

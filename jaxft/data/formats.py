@@ -193,11 +193,16 @@ def describe_schemas(schemas: Schemas) -> str:
     return "; ".join(f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in formats)
 
 
-def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
-    known = sorted(
+def known_columns(schemas: Schemas) -> list[str]:
+    """Return the names of all columns that the formats may have."""
+    return sorted(
         {c for group in schemas.required.values() for names in group for c in names}
         | {c for o in schemas.optional.values() for c in o}
     )
+
+
+def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
+    known = known_columns(schemas)
     mapping: dict[str, str] = {}
     for item in columns:
         ours, theirs = split_column(item)

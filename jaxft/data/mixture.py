@@ -16,6 +16,7 @@ from jaxft.data.pack import permutation, ranges
 from jaxft.data.rows import SUFFIXES, find_data
 from jaxft.data.settings import DataSettings
 from jaxft.data.tokens import TokenisedRows
+from jaxft.data.urls import file_name, without_secrets
 
 SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
 
@@ -59,7 +60,10 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
     if twice:
         raise ValueError(f"{setting}={text}: {twice} is named twice; name it once, with a larger weight")
     names = [_name(ref) for ref in refs]
-    names = [name if names.count(name) == 1 else ref for name, ref in zip(names, refs, strict=True)]
+    names = [
+        name if names.count(name) == 1 else without_secrets(ref)
+        for name, ref in zip(names, refs, strict=True)
+    ]
     shares = _shares(text, setting, refs, [weight for _, weight in found])
     return tuple(map(SourceRef, refs, shares, names))
 
@@ -119,7 +123,7 @@ def _shares(
 
 def _name(ref: str) -> str:
     """Return a dataset's name in metrics: that of a file without suffix, of a folder, or of a hub dataset."""
-    path, parts = Path(ref), ref.partition(":")[0].split("/")
+    path, parts = Path(file_name(ref)), ref.partition(":")[0].split("/")
     if _find(ref) is None and path.suffix not in SUFFIXES:
         return parts[min(1, len(parts) - 1)]
     return path.stem if path.suffix in SUFFIXES else path.name
@@ -133,7 +137,7 @@ def sources_with_metrics(text: str) -> tuple[str, ...]:
 
 def source_names(text: str) -> str:
     """Return the names of the files and datasets that a setting names, for model cards."""
-    return ", ".join(Path(source.ref).name for source in parse_sources(text))
+    return ", ".join(file_name(source.ref) for source in parse_sources(text))
 
 
 # ---- the rows of an epoch

@@ -8,18 +8,25 @@ time, by HTTP range requests.
 import fnmatch
 import io
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote
 
+from jaxft.data.row_parquet import limited_batches, open_parquet
+from jaxft.data.urls import file_name, without_secrets
+
 ATTEMPTS = 4
 OTHER_FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|arrow|gz|zst|zip)$")
-_TIMEOUT = 60  # seconds
+REQUEST_SECONDS = 60.0  # of a request, and 1 s more for each SLOWEST bytes
+SLOWEST = 1 << 16
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 @dataclass(frozen=True)
@@ -27,21 +34,23 @@ class RemoteFile:
     """A file behind a URL.
 
     size: bytes. version: its ETag, date or commit, which changes with its content. private: headers that are
-    sent to the URL's own host alone, such as the hub's token.
+    sent to the URL's own host alone, such as the hub's token. tag: the ETag or date of the first response,
+    which every later one must have too.
     """
 
     url: str
     size: int
     version: str
     private: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    tag: str = ""
 
     @property
     def name(self) -> str:
         """The last part of its path."""
-        return self.url.split("?")[0].rpartition("/")[2]
+        return file_name(self.url)
 
     def __str__(self) -> str:
-        return self.url
+        return without_secrets(self.url)
 
     def open(self) -> io.BufferedReader:
         """Return its bytes as a file that is fetched in ranges."""
@@ -74,7 +83,9 @@ class _Ranges(io.RawIOBase):
             return 0
         found = _fetch(self.file, self.at, stop)[1]
         if len(found) != stop - self.at:
-            raise OSError(f"{self.file}: the server sent {len(found)} bytes of {stop - self.at}; try again")
+            raise ValueError(
+                f"{self.file}: the server sent {len(found)} bytes of {stop - self.at}; try again"
+            )
         buffer[: len(found)] = found
         self.at = stop
         return len(found)
@@ -83,15 +94,13 @@ class _Ranges(io.RawIOBase):
 def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
     """Return the headers of a response and the bytes from `start` to before `stop`."""
     for attempt in range(ATTEMPTS):
-        request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-{stop - 1}"})
-        for name, value in file.private:
-            request.add_unredirected_header(name, value)  # a redirect leads to another host
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-                if response.status != 206:
-                    raise ValueError(f"{file}: the server does not support range requests; download the file")
-                return response.headers, response.read()
+            return _in_time(file, stop - start, partial(_request, file, start, stop))
         except urllib.error.HTTPError as error:
+            if error.code < 400:
+                raise ValueError(
+                    f"{file}: the server's redirect cannot be followed ({error}); download the file"
+                ) from error
             if error.code < 500 or attempt == ATTEMPTS - 1:
                 raise ValueError(
                     f"{file}: the server refuses it ({error}); check the URL and your access"
@@ -103,9 +112,69 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
     raise AssertionError("unreachable")
 
 
-def is_remote(ref: str) -> bool:
-    """Whether `ref` is a URL of rows."""
-    return ref.startswith(("https://", "http://", "hf://"))
+def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, bytes]]) -> tuple[Any, bytes]:
+    """Return what a request for `count` bytes does. Raises its error, or ValueError after REQUEST_SECONDS: a
+    socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
+    """
+    found: list[tuple[Any, bytes]] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(request())
+        except BaseException as error:
+            failed.append(error)
+
+    seconds = REQUEST_SECONDS + count / SLOWEST
+    thread = threading.Thread(target=work, name="rows-request", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise ValueError(
+            f"{file}: the server did not send {count} bytes in {seconds:.0f} s; try again, or download the "
+            "file"
+        )
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
+    request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-{stop - 1}"})
+    for name, value in file.private:
+        request.add_unredirected_header(name, value)  # a redirect leads to another host
+    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
+        if response.status != 206:
+            raise ValueError(f"{file}: the server does not support range requests; download the file")
+        _check_response(file, response.headers, start, stop)
+        found = response.read(stop - start + 1)
+    if len(found) > stop - start:
+        raise ValueError(
+            f"{file}: the server sends more than the {stop - start} bytes that were requested; download the "
+            "file"
+        )
+    return response.headers, found
+
+
+def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> None:
+    """Raise ValueError for another range than the requested one, or of another version of the file."""
+    span = _RANGE.fullmatch(headers.get("Content-Range", ""))
+    if span is None:
+        raise ValueError(f"{file}: the server sends no size; download the file")
+    first, last, size = map(int, span.groups())
+    if file.tag and (size != file.size or _tag(headers) != file.tag):
+        raise ValueError(
+            f"{file}: the file changed while it was read; start again when it is complete, or download it"
+        )
+    if first != start or last >= stop:
+        raise ValueError(
+            f"{file}: the server sends bytes {first}-{last} for {start}-{stop - 1}; download the file"
+        )
+
+
+def _tag(headers: Any) -> str:
+    """Return the ETag or the date of a response, "" without one."""
+    return (headers.get("ETag") or headers.get("Last-Modified") or "").removeprefix("W/")
 
 
 def remote_files(ref: str) -> list[RemoteFile]:
@@ -113,6 +182,8 @@ def remote_files(ref: str) -> list[RemoteFile]:
     if "@" in ref.split("/")[2]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
+        if ref.endswith("***"):
+            raise ValueError(f"data {ref!r}: runs do not store the query of a URL; give the whole URL again")
         if OTHER_FILES.search(ref.partition("?")[0]):
             raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")
         return [_described(RemoteFile(ref, 0, ""))]
@@ -146,25 +217,18 @@ def _hub_files(ref: str, repo: str, revision: str | None, pattern: str) -> list[
 
 
 def _described(file: RemoteFile) -> RemoteFile:
-    """Return the file with its size and, if it has none yet, its version."""
+    """Return the file with its size, its tag and, if it has none yet, its version."""
     headers, _ = _fetch(file, 0, 1)
-    version = file.version or headers.get("ETag") or headers.get("Last-Modified")
-    size = headers.get("Content-Range", "").rpartition("/")[2]
-    if not size.isdigit() or not version:
-        raise ValueError(f"{file}: the server sends no size, or neither ETag nor date; download the file")
-    return RemoteFile(file.url, int(size), version, file.private)
+    tag, size = _tag(headers), int(headers["Content-Range"].rpartition("/")[2])
+    if not tag:
+        raise ValueError(f"{file}: the server sends neither ETag nor date; download the file")
+    return replace(file, size=size, tag=tag, version=file.version or tag)
 
 
-def remote_batches(file: RemoteFile, window: int) -> Iterator[Any]:
-    """Yield the record batches of a Parquet file, of at most `window` rows each."""
-    import pyarrow.parquet
-
-    try:
-        with file.open() as source, pyarrow.parquet.ParquetFile(source) as parquet:
-            for group in range(
-                parquet.num_row_groups
-            ):  # one by one, because a reader of several groups fetches all of them
-                yield from parquet.iter_batches(window, row_groups=[group])
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not a readable Parquet file ({reason}); check the URL") from error
+def remote_batches(
+    file: RemoteFile, used: Collection[str] | None = None
+) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Yield the record batches of a Parquet file, see row_parquet.limited_batches."""
+    with file.open() as source, open_parquet(source, str(file), "check the URL") as parquet:
+        for group in range(parquet.num_row_groups):  # a reader of several groups fetches all of them
+            yield from limited_batches(parquet, source, group, used, str(file))

@@ -7,7 +7,7 @@ non-finite step show.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 
 from jaxft.data.invalid import InvalidRow, attempt, json_type
 from jaxft.data.limits import LINE_BYTES
+from jaxft.data.row_parquet import BATCH_ROWS, batch_bytes, limited_batches, open_parquet, rows_per_batch
 
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
-CHUNK_ROWS = 1 << 13
+CHUNK_ROWS = BATCH_ROWS
+NOT_READ = "(not read)"  # the value of a column of a Parquet file that is not used
+_AGAIN = "download it again"  # a damaged file
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -60,13 +63,16 @@ class Lines:
 
 @dataclass(frozen=True)
 class GroupRows:
-    """Rows `start` to `stop` of a row group of a Parquet file. before: rows of the groups before it."""
+    """Rows `start` to `stop` of a row group of a Parquet file. before: rows of the groups before it. used:
+    the columns that are read, None for all.
+    """
 
     path: Path
     group: int
     start: int
     stop: int
     before: int
+    used: tuple[str, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -295,60 +301,55 @@ def read_json(path: Path) -> Iterator[Outcome]:
 # ---- Parquet
 
 
-def scan_groups(path: Path) -> Iterator[GroupRows]:
-    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows."""
+def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> Iterator[GroupRows]:
+    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows. used: see GroupRows."""
     before = 0
-    with named_errors(path), _open_parquet(path) as file:
+    with named_errors(path), open_parquet(path, str(path), _AGAIN) as file:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            for start in range(0, count, CHUNK_ROWS):
-                yield GroupRows(path, group, start, min(start + CHUNK_ROWS, count), before)
+            size = min(CHUNK_ROWS, rows_per_batch(file, group, used))
+            for start in range(0, count, size):
+                yield GroupRows(path, group, start, min(start + size, count), before, used)
             before += count
-
-
-@contextmanager
-def _open_parquet(path: Path) -> Iterator[Any]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: reading Parquet needs pyarrow; run `pip install datasets`") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    except InvalidRow:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are both
-        raise ValueError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); download it again"
-        ) from error
 
 
 def _read_group_rows(chunk: GroupRows) -> Iterator[Outcome]:
     path, at = chunk.path, 0
     number = chunk.before + chunk.start  # of rows before the next
-    with _open_parquet(path) as file:
-        for batch in file.iter_batches(CHUNK_ROWS, row_groups=[chunk.group]):
+    with open_parquet(path, str(path), _AGAIN) as file:
+        for batch, others in limited_batches(file, path, chunk.group, chunk.used, str(path)):
             if at >= chunk.stop:
                 return
             part = batch.slice(max(0, chunk.start - at), chunk.stop - max(at, chunk.start))
             at += batch.num_rows
-            yield from rows_of_batch(part, str(path), path.name, number)
+            yield from rows_of_batch(part, others, str(path), path.name, number)
             number += part.num_rows
 
 
-def rows_of_batch(batch: Any, where: str, label: str, before: int) -> Iterator[Outcome]:
+def rows_of_batch(
+    batch: Any, others: Collection[str], where: str, label: str, before: int
+) -> Iterator[Outcome]:
     """Yield the rows of an Arrow record batch.
 
-    where: the file as errors name it. label: the file as the rows' names begin. before: rows of the file
-    before this batch.
+    others: columns that are not in it. where: the file as errors name it. label: the file as the rows' names
+    begin. before: rows of the file before this batch.
     """
+    if batch_bytes(batch) > LINE_BYTES:
+        half = batch.num_rows // 2
+        if half:
+            yield from rows_of_batch(batch.slice(0, half), others, where, label, before)
+            yield from rows_of_batch(batch.slice(half), others, where, label, before + half)
+        else:
+            problem = f"the row takes more than {LINE_BYTES >> 20} MiB; split or remove it"
+            yield InvalidRow(f"{where}:{before + 1}", "too large", problem)
+        return
     try:
         items: Iterable[Any] = batch.to_pylist()
     except (ValueError, OverflowError):  # a time beyond the year 9999, or text that is not UTF-8
         items = (attempt(_table_row, batch, i, f"{where}:{before + i + 1}") for i in range(batch.num_rows))
     for number, item in enumerate(items, before + 1):
         if not isinstance(item, InvalidRow):
-            item = without_added_nulls(item)
+            item = without_added_nulls(item) | dict.fromkeys(others, NOT_READ)
             item = attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")
         yield item
 

@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from jaxft.data.invalid import InvalidRows, attempt
-from jaxft.data.remote import RemoteFile, is_remote, remote_batches, remote_files
+from jaxft.data.remote import RemoteFile, remote_batches, remote_files
 from jaxft.data.row_csv import read_csv
 from jaxft.data.row_files import (
     CHUNK_ROWS,
@@ -34,6 +34,7 @@ from jaxft.data.row_files import (
     without_added_nulls,
 )
 from jaxft.data.shipped import ROOT
+from jaxft.data.urls import is_remote
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -90,15 +91,18 @@ def check_rows(ref: str, readable: int, unreadable: int, invalid: InvalidRows) -
         raise ValueError(f"{ref}: the dataset has no rows; add at least one")
 
 
-def list_chunks(ref: str) -> Listing:
-    """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once."""
+def list_chunks(ref: str, used: tuple[str, ...] | None = None) -> Listing:
+    """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once.
+
+    used: the columns that are read from Parquet files, None for all; others have the value NOT_READ.
+    """
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")
     if is_remote(ref):
-        return _list_remote(remote_files(ref))
+        return _list_remote(remote_files(ref), used)
     path = find_data(ref)
     if path is not None:
-        return _list_files(_files(path))
+        return _list_files(_files(path), used)
     if Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
         return _list_hub(ref)
     places = " or ".join(map(str, dict.fromkeys([Path.cwd(), ROOT])))
@@ -108,15 +112,15 @@ def list_chunks(ref: str) -> Listing:
     )
 
 
-def _list_remote(files: list[RemoteFile]) -> Listing:
+def _list_remote(files: list[RemoteFile], used: tuple[str, ...] | None) -> Listing:
     names = [file.name for file in files]  # of several folders
-    labels = tuple(names if len({*names}) == len(names) else [file.url for file in files])
+    labels = tuple(names if len({*names}) == len(names) else map(str, files))
     digest = xxhash.xxh3_128(repr([(file.url, file.size, file.version) for file in files]).encode())
 
     def rows(file: RemoteFile, label: str) -> Iterator[Outcome]:
         before = 0
-        for batch in remote_batches(file, CHUNK_ROWS):
-            yield from rows_of_batch(batch, file.url, label, before)
+        for batch, others in remote_batches(file, used):
+            yield from rows_of_batch(batch, others, str(file), label, before)
             before += batch.num_rows
 
     def chunks() -> Iterator[Chunk]:
@@ -146,11 +150,11 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _list_files(files: list[Path]) -> Listing:
+def _list_files(files: list[Path], used: tuple[str, ...] | None) -> Listing:
     digest, readers, counts = xxhash.xxh3_128(), [], list[int | None]()
     for path in files:
         with named_errors(path):
-            reader, count = _scan_file(path, digest.update)
+            reader, count = _scan_file(path, used, digest.update)
             readers.append(reader)
             counts.append(count)
         digest.update(path.stat().st_size.to_bytes(8, "little"))
@@ -164,11 +168,11 @@ def _list_files(files: list[Path]) -> Listing:
 
 
 def _scan_file(
-    path: Path, report: Callable[[bytes], object]
+    path: Path, used: tuple[str, ...] | None, report: Callable[[bytes], object]
 ) -> tuple[Callable[[], Iterable[Chunk]], int | None]:
     """Read a file once; return a function that lists its chunks, and the number of rows (see Listing).
 
-    report: receives the file's bytes.
+    used: see list_chunks. report: receives the file's bytes.
     """
     if path.suffix == ".jsonl" or (path.suffix == ".json" and has_json_lines(path)):
         lines = scan_lines(path, report)
@@ -180,7 +184,7 @@ def _scan_file(
         case ".csv":
             return lambda: _windows(path, read_csv), None
         case ".parquet":
-            return lambda: scan_groups(path), None
+            return lambda: scan_groups(path, used), None
         case suffix:
             raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 

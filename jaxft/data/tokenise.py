@@ -55,7 +55,8 @@ class RowKind:
 
     version: of the code, and key: the settings that the tokens depend on; both are part of the cache key.
     stored: the columns that `tokenise` returns, and those of files.NAMING. schemas: the accepted formats,
-    None if rows need no common one.
+    None if rows need no common one and any column may be used. further: columns that settings name, in
+    addition to those of the formats.
     tokenise(rows, format, tokenizer, invalid): the columns of the examples; "index" is the index in `rows` of
     each example's row. Rows that are too long or invalid have no example.
     """
@@ -66,6 +67,15 @@ class RowKind:
     stored: ColumnTypes
     schemas: Schemas | None
     tokenise: Callable[[Sequence[Row], RowFormat, Any, InvalidRows], ChunkColumns]
+    further: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> tuple[str, ...] | None:
+        """The columns of the dataset that are read, None for all."""
+        if self.schemas is None:
+            return None
+        theirs = (formats.split_column(item)[1] for item in self.settings.columns)
+        return tuple(dict.fromkeys([*formats.known_columns(self.schemas), *theirs, *self.further]))
 
 
 class Tokenising(NamedTuple):
@@ -109,7 +119,7 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, and if the dataset
     has no rows.
     """
-    listing = list_chunks(ref)
+    listing = list_chunks(ref, kind.used)
     content = (listing.digest, listing.labels)
     key = files.content_key(content, tokenizer, kind.version, kind.key)
     stored, state = files.load_or_make(

@@ -170,6 +170,7 @@ def tokenise_rows(
         stored=SFT_COLUMNS,
         schemas=formats.SFT_SCHEMAS,
         tokenise=partial(_tokenise, settings=settings),
+        further=(settings.order_by,) if settings.order_by else (),
     )
     found = tokenise_dataset(ref, kind, tokenizer, how)
     some = found.examples

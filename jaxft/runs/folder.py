@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
-from jaxft.runs.record import differences
+from jaxft.runs.record import describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
-from jaxft.weights import hf, hub
+from jaxft.weights import codes, hf, hub
 from jaxft.weights.file_hash import file_sha256, files_sha256
 from jaxft.weights.gguf_header import part_files
 from jaxft.weights.new_folder import fsync, make_folder, sync_tree, write_durably
@@ -42,6 +42,7 @@ FOLDERS = (*RESULTS, "checkpoints", "tensorboard")
 FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/contents.py
+CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
 NOT_COMPARED = (
     "command",  # the overrides; their result is in the other fields
     "chat_template",  # the fingerprint of the rows depends on it
@@ -205,7 +206,7 @@ def permitted_changes(folder: Path | str, old: dict[str, Any], new: dict[str, An
     folder: where the original settings are. Raises ValueError that lists the differences which would change
     what the run computes.
     """
-    old, new = ({k: v for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
+    old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     found = differences(old, json.loads(json.dumps(new)))
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
     fixed = [line for line in found if line.startswith(MUST_STAY) and not line.endswith("absent -> None")]
@@ -415,18 +416,33 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
 
 
 def _base_weights(folder: Path, record: dict[str, Any]) -> str:
-    """Where a run's base weights are now. Raises ValueError if they are not those that it was trained on."""
+    """Where a run's base weights are now. Raises ValueError if they, or their calibrated codes, are not those
+    that it was trained on.
+    """
     ref, path = record["weights"], record.get("weights_path")
     if path and not Path(ref).exists():
         ref = path
     recorded = str(record.get("weights_fingerprint", ""))
     # Older runs have recorded samples of the files, which cannot be compared.
     if recorded.startswith(HASH) and recorded != weights_fingerprint(ref):
+        again = "start the run's command again, which writes them" if hub.is_extended(ref) else "restore them"
         raise ValueError(
-            f"{folder}: the weights in {ref} have changed since this run was trained; "
-            "restore them, or use --model"
+            f"{folder}: the weights in {ref} have changed since this run was trained; {again}, or use --model"
         )
+    if (folder / CALIBRATED_JSON).is_file():
+        _check_codes(folder)
     return ref
+
+
+def _check_codes(folder: Path) -> None:
+    """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
+    record = read_saved_json(folder / CALIBRATED_JSON)
+    name = str(record.get("codes"))
+    if codes.codes_folder(name).is_dir() and codes.codes_sha256(name) != record.get("sha256"):
+        raise ValueError(
+            f"{folder}: the calibrated base in the cache, {codes.codes_folder(name)}, has changed since this "
+            f"run was trained. {codes.AGAIN}"
+        )
 
 
 def weights_fingerprint(ref: str) -> str:

@@ -5,7 +5,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxft.runs.folder import check_results, earlier_end, finished_steps, read_saved_json
+from jaxft.runs.folder import (
+    check_results,
+    earlier_end,
+    finished_steps,
+    read_saved_json,
+    recorded_results,
+)
 from jaxft.weights import hf, hub
 from jaxft.weights.card import USE_SECTION, gguf_card, gguf_metadata
 from jaxft.weights.gguf_header import GgufHeader, part_files, read_gguf_header
@@ -41,8 +47,9 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
 
     repo: org/name, which the model card names as the place to load from. merged: a folder with the merged
     weights of `source`, pushed instead of its own. Only weights, configurations, tokenizers, license
-    and card are taken, of a run also the pictures that its card shows. Raises FileNotFoundError or ValueError
-    for what has no weights, is not complete, or has links in place of files.
+    and card are taken; of a run those that its summary.json lists, its card, and the pictures that this
+    shows. Raises FileNotFoundError or ValueError for what has no weights, is not complete, or has links in
+    place of files.
     """
     if source.is_file():
         return _gguf(source, repo)
@@ -106,10 +113,10 @@ def _folder(folder: Path, repo: str) -> Push:
     if unfinished:
         raise ValueError(f"{folder / unfinished[0]}: left by an export that did not finish; export again")
     what = _complete(folder)
-    files: dict[str, FileContent] = {name: folder / name for name in names if is_uploaded(name)}
-    for name in files:
-        if (folder / name).is_symlink() or not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: not a regular file; copy it into the folder")
+    recorded = recorded_results(folder)
+    written = names if recorded is None else [CARD, *(p.relative_to(folder).as_posix() for p in recorded)]
+    regular = {name: _regular(folder / name) for name in names if is_uploaded(name)}
+    files: dict[str, FileContent] = {name: path for name, path in regular.items() if name in written}
     others = [name for name in names if name not in files]
     notes = [f"not uploaded: {', '.join(others)}"] if others else []
     if what == "GGUF file" and CARD not in files:
@@ -124,6 +131,13 @@ def _folder(folder: Path, repo: str) -> Push:
     else:
         notes.append(f"warning: {folder} has no model card, {CARD}")
     return Push(what, files, notes)
+
+
+def _regular(path: Path) -> Path:
+    """Return the path of a file. Raises ValueError for a link, which may lead out of the folder."""
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path}: not a regular file; copy it into the folder")
+    return path
 
 
 def _complete(folder: Path) -> str:
@@ -191,7 +205,8 @@ def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -
     """
     if not (run / CARD).is_file() or not isinstance(weights_card, bytes):
         return {}
-    text, own = FRONT_MATTER.sub("", (run / CARD).read_text("utf-8", errors="replace")), weights_card.decode()
+    text = FRONT_MATTER.sub("", _regular(run / CARD).read_text("utf-8", errors="replace"))
+    own = weights_card.decode()
     where, use, front = _section(text), _section(own), FRONT_MATTER.match(own)
     if where is None or use is None or front is None:  # written by hand, or by an older version
         return {}
@@ -200,8 +215,8 @@ def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -
         description = own[front.end() : use.start()].strip().partition("\n")[2].strip()
         body = f"\n{description} The adapter:\n{body}"
     text = f"{front[0]}\n{title}\n{body}{use[0].rstrip()}\n\n{text[where.end() :]}"
-    pictures = [name for name in re.findall(r"\]\(([\w.-]+\.png)\)", text) if (run / name).is_file()]
-    return {CARD: text.encode(), **{name: run / name for name in pictures}}
+    pictures = [name for name in re.findall(r"\]\(([\w.-]+\.png)\)", text) if (run / name).exists()]
+    return {CARD: text.encode(), **{name: _regular(run / name) for name in pictures}}
 
 
 def _section(text: str) -> re.Match[str] | None:

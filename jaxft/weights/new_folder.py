@@ -8,9 +8,10 @@ is synced before it is renamed, and the folder of the new name after.
 import contextlib
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from jaxft.distributed.temporary import temporary_folder
 
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot sync folders
 
@@ -87,9 +88,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     target = out.resolve()  # an empty folder may be a link
     with (
         parents_of(target),
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as own,
+        temporary_folder(target.parent, f".{target.name}-jaxft-") as own,
     ):
-        part = Path(own) / target.name
+        part = own / target.name
         yield part
         publish(part, target)
 

@@ -98,6 +98,25 @@ def test_a_resumed_run_keeps_its_template_settings(tmp_path, old):
         permitted_changes(tmp_path, record, other)
 
 
+def test_a_record_has_no_signature_of_a_url_and_every_text_of_a_prompt():
+    url = "https://host/x.parquet?sig=SECRET"
+    data = describe(Rows(f"{url},a.jsonl", chat_template_kwargs=(f"link={url}",)))
+    assert data["train"] == "https://host/x.parquet?***,a.jsonl"
+    assert data["chat_template_kwargs"] == [f"link={url}"]
+    assert describe({"samples": f"read {url} again"}) == {"samples": f"read {url} again"}
+
+
+def test_a_run_resumes_with_another_signature_of_its_url_and_not_with_another_path(tmp_path):
+    old = {"data": {"train": "https://host/x.parquet?sig=1"}}  # of an earlier version, as it was given
+    for train, changes in (("https://host/x.parquet?sig=2", 0), ("https://host/y.parquet?sig=1", 1)):
+        record = {"data": {"train": describe(train)}}
+        if not changes:
+            assert permitted_changes(tmp_path, old, record) == []
+            continue
+        with pytest.raises(ValueError, match=r"data.train: .*x.parquet\?\*\*\*' -> .*y.parquet"):
+            permitted_changes(tmp_path, old, record)
+
+
 # ---- thinking: what is learned is what is rendered
 
 

@@ -5,13 +5,16 @@ import shutil
 import subprocess
 import sys
 
+import hub_server
 import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from gguf_files import write_file
 from hub_uploads import DROP, Repo, card_errors, serve_uploads
 from scripts_in_process import SCRIPTS, call
-from tiny_run import Place, write_place
+from tiny_run import Place, rows, write_place
 
 from jaxft.weights import hub as models
 from jaxft.weights.hub_upload import Uploaded
@@ -20,14 +23,27 @@ REPO = "org/tiny"
 ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 PICTURES = ["curves.png", "training.png"]
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+SECRET = "SECRETSIG"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a working directory with a finished run."""
+    """The folder of a working directory with a finished run, whose rows are behind a signed URL.
+
+    output.txt is what it printed, with that of the same command with another signature, which resumes it.
+    """
     place = Place(tmp_path_factory.mktemp("push"))
     write_place(place.folder)
-    assert place.run("name=sft", "steps=2", "samples=1", PICTURES="1") == 0, place.err()
+    (place.folder / "served").mkdir()
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows()), place.folder / "served" / "rows.parquet", row_group_size=20
+    )
+    with hub_server.serve_dataset(place.folder / "served", "org/set") as (endpoint, _):
+        for secret in (SECRET, f"{SECRET}2"):
+            data = f"data={endpoint}/content/rows.parquet?X-Amz-Signature={secret}&token=hf_{secret}"
+            assert place.run("name=sft", "steps=2", "samples=1", data, PICTURES="1") == 0, place.err()
+            with (place.folder / "output.txt").open("a") as file:
+                file.write(place.out() + place.err())
     return place.folder
 
 
@@ -71,13 +87,36 @@ def test_the_command_pushes_in_a_process_of_its_own(hub, run, trained):
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and set(hub.repos[REPO].files()) >= set(ADAPTER), done.stderr
+    again = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and not again.stderr.replace(done.stderr, "").strip(), again.stderr
     environment |= {"HF_TOKEN": "", "HF_HOME": str(trained / "nothing")}
     done = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: no token"), done.stderr
 
 
+def test_the_signature_of_a_url_is_nowhere_in_a_run_its_report_its_output_and_its_repository(
+    hub, push, run, trained, monkeypatch, capsys
+):
+    code, out, err = call(monkeypatch, capsys, "report", str(run))
+    assert code == 0, err
+    pushed = push(run, REPO)
+    assert pushed[0] == 0, pushed
+    files = {path: path.read_bytes() for path in [*run.rglob("*"), trained / "output.txt"] if path.is_file()}
+    files |= hub.repos[REPO].files()
+    assert {run / "config.json", run / "env.json", run / "report.html", "README.md"} <= files.keys()
+    assert any(path.name == "manifest.json" for path in run.rglob("*"))
+    assert not [name for name, content in files.items() if SECRET.encode() in content]
+    assert SECRET not in out + err + pushed[1] + pushed[2]
+    printed = (trained / "output.txt").read_text()
+    assert "this run is finished (2 steps)" in printed and "differ" not in printed
+    assert "rows.parquet?***" in (run / "config.json").read_text()
+    assert b"on `rows.parquet`" in files["README.md"]
+
+
 def test_a_run_is_pushed_private_with_its_card_and_nothing_else(hub, push, run):
     (run / "adapter" / "optimizer.pt").write_bytes(b"state")
+    (run / "adapter" / "optimizer.safetensors").write_bytes(b"state")
+    (run / "adapter" / "LICENSE.txt").write_bytes(b"not of this run")
     code, out, err = push(run, REPO)
     assert code == 0, err
     repo = hub.repos[REPO]
@@ -85,9 +124,11 @@ def test_a_run_is_pushed_private_with_its_card_and_nothing_else(hub, push, run):
     assert repo.private and set(sent) >= {*ADAPTER, *PICTURES, *TOKENIZER}
     assert not [name for name in sent if "/" in name or name.endswith((".pt", ".jsonl"))]
     assert "summary.json" not in sent and "env.json" not in sent and "config.json" not in sent
+    assert {name for name in sent if name.endswith(".safetensors")} == {"adapter_model.safetensors"}
     for name in set(sent) - {*PICTURES, "README.md"}:
         assert sent[name] == (run / "adapter" / name).read_bytes()
-    assert "not uploaded: optimizer.pt" in err and "base of this adapter, base, is not on the hub" in err
+    assert "not uploaded: LICENSE.txt, optimizer.pt, optimizer.safetensors" in err
+    assert "base of this adapter, base, is not on the hub" in err
     assert f"{hub.address}/{REPO}/tree/main (private)" in out and repo.branches["main"] in out
     card = sent["README.md"].decode()
     assert not card_errors(card) and card.count("## Use") == 1 and "](curves.png)" in card
@@ -195,6 +236,11 @@ def linked(run):
     path.symlink_to(run / "env.json")
 
 
+def linked_picture(run):
+    (run / "training.png").unlink(missing_ok=True)
+    (run / "training.png").symlink_to(run / "env.json")
+
+
 def changed(run):
     (run / "adapter" / "adapter_config.json").write_text("{}")
 
@@ -215,6 +261,7 @@ def sweep(run):
         (truncated, ("adapter_model.safetensors: not a complete safetensors file",)),
         (half_written, ("adapter_config.json.part", "did not finish")),
         (linked, ("LICENSE: not a regular file",)),
+        (linked_picture, ("sft/training.png: not a regular file",)),
         (changed, ("adapter_config.json: the file has changed",)),
         (continued, ("this run is not finished", "after step 2, has reached step 3")),
         (sweep, ("is a sweep", "lr=1")),

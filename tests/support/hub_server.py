@@ -115,7 +115,7 @@ def serve_dataset(folder: Path, repo: str):
 
         def do_GET(self):
             resolve = f"/datasets/{repo}/resolve/{sha}/"
-            file = folder / self.path.removeprefix("/content/")
+            file = folder / self.path.split("?")[0].removeprefix("/content/")
             if self.path.split("?")[0] == f"/api/datasets/{repo}":
                 self.answer(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
             elif self.path.startswith(resolve):

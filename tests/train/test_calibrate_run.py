@@ -92,9 +92,10 @@ def test_the_base_of_a_run_has_the_bits_that_quantize_py_writes_for_the_same_row
 def test_a_second_start_takes_the_codes_from_the_cache_and_others_are_refused(place, monkeypatch):
     first, _, frozen = loaded(place, "quant.calibrate=run", "name=twice")
     assert first.members[0].record["quant"]["codes"] == first.calibration.name
-    monkeypatch.setattr(calibrate, "calibrate_layers", None)  # not called
     lines = []
-    again, _, same = loaded(place, "quant.calibrate=run", "name=twice", lines=lines)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "calibrate_layers", None)  # not called
+        again, _, same = loaded(place, "quant.calibrate=run", "name=twice", lines=lines)
     assert again.calibration.name == first.calibration.name and "from the cache" in lines[-1]
     jax.tree.map(np.testing.assert_array_equal, frozen, same)
     other = prepare(place.folder, *NF4, "quant.calibrate=run", "quant.double=false", "name=other")
@@ -102,11 +103,15 @@ def test_a_second_start_takes_the_codes_from_the_cache_and_others_are_refused(pl
     file = codes.codes_folder(first.calibration.name) / "layer-00001.safetensors"
     before = file.read_bytes()
     file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    try:
-        with pytest.raises(ValueError, match="is not the one that this run began with"):
-            loaded(place, "quant.calibrate=run", "name=twice")
-    finally:
-        file.write_bytes(before)
+    lines.clear()
+    _, _, same = loaded(place, "quant.calibrate=run", "name=twice", lines=lines)
+    assert "is damaged" in lines[0] and str(file) in lines[0] and "computed in" in lines[-1]
+    jax.tree.map(np.testing.assert_array_equal, frozen, same)
+    assert file.read_bytes() == before
+    record = place.folder / first.folder / "calibrated.json"
+    record.write_text(record.read_text().replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(ValueError, match="is not the one that this run began with"):
+        loaded(place, "quant.calibrate=run", "name=twice")
 
 
 def test_calibration_rows_are_the_same_for_any_layout_of_the_batches_and_number_of_epochs(place):
@@ -211,10 +216,17 @@ def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypa
     out = place.folder / "merged"
     code, text, err = call(monkeypatch, capsys, "export", "--run", place.runs("whole"), "--out", out)
     assert code == 0 and "base as nf4 with" in text, err
+    generate = ("generate", "--run", place.runs("whole"), "--prompt", "x", "--max-new", "2")
+    file = codes.codes_folder(record["quant"]["codes"]) / "layer-00001.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    for command in (generate, ("export", "--run", place.runs("whole"), "--out", place.folder / "damaged")):
+        code, _, err = call(monkeypatch, capsys, *command)
+        assert code == 1 and "has changed since this run was trained. Start the run's command" in err
+    assert place.run(*argv, "steps=3", **environment) == 0 and "is finished" in place.out()
+    assert "is damaged" in place.out() and file.read_bytes() == before
     shutil.rmtree(place.folder / "cache" / codes.CALIBRATED)
-    code, _, err = call(
-        monkeypatch, capsys, "generate", "--run", place.runs("whole"), "--prompt", "x", "--max-new", "2"
-    )
+    code, _, err = call(monkeypatch, capsys, *generate)
     assert code == 1 and "the calibrated base of this run is not in the cache" in err
     assert dequantize(stored).shape == (64, 96)
 

@@ -1,0 +1,91 @@
+"""Temporary files and folders with an owner, so that the next command removes those of killed processes.
+
+The owner locks the file or the folder, which ends with the process. Another machine's locks may not be seen,
+and some file systems have none: there, what is older than a day has no owner.
+"""
+
+import contextlib
+import fcntl
+import os
+import platform
+import re
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+STALE_S = 24 * 3600.0
+STARTED_S = 10.0  # what is empty and younger may get its lock in a moment
+
+
+def here() -> str:
+    """Return this machine's name, which is part of the names of temporary files."""
+    return re.sub(r"\W", "", platform.node())[:16] or "localhost"
+
+
+def owned(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Own a temporary file or folder until the block ends."""
+    return locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Lock a file or folder, if its file system has locks, until the block ends. how: see fcntl.flock."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in `parent` that is removed at the end; first remove those of the same prefix whose
+    processes were killed. prefix: one that nobody else uses in this folder.
+    """
+    with contextlib.suppress(OSError):  # a folder that may be written and not read
+        remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))
+    own = f"{prefix}{here()}-"
+    with (
+        tempfile.TemporaryDirectory(dir=parent, prefix=own, ignore_cleanup_errors=True) as folder,
+        owned(Path(folder)),
+    ):
+        yield Path(folder)
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove this user's files and folders that no process owns. Links and what cannot be removed stay."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if _has_owner(path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def _has_owner(path: Path) -> bool:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(handle)
+        age = time.time() - found.st_mtime
+        is_old = age > STALE_S
+        is_empty = not (os.listdir(handle) if stat.S_ISDIR(found.st_mode) else found.st_size)
+        if found.st_uid != os.getuid() or (is_empty and age < STARTED_S):
+            return True
+        if f"{here()}-" not in path.name:
+            return not is_old
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return not is_old
+        return False
+    finally:
+        os.close(handle)

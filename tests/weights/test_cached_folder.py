@@ -1,0 +1,253 @@
+"""Folders of the cache and temporary files: complete, on disk, verified, and removed after a kill."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_llama import tiny_torch, write_folder
+
+from jaxft.data import cache as rows_cache
+from jaxft.distributed import temporary
+from jaxft.distributed.temporary import temporary_folder
+from jaxft.nn.quant import Quant, quantize
+from jaxft.runs import folder as runfolder
+from jaxft.weights import codes, extend
+from jaxft.weights.cached_folder import HASHES, cached_folder, folder_damage
+from jaxft.weights.extend import Extension, extended_ref
+from jaxft.weights.new_folder import new_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def write(out, content=b"content"):
+    with cached_folder(out) as part:
+        part.mkdir()
+        (part / "a.bin").write_bytes(content)
+        (part / "inner").mkdir()
+        (part / "inner" / "b.json").write_text("{}")
+
+
+def test_a_folder_of_the_cache_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, out = [], tmp_path / "cache" / "kind" / "made"
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(fd):
+        events.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def named(path, target):
+        events.append(("name", target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", named)
+    write(out)
+    at = events.index(("name", "made"))
+    assert {Path(event).name for event in events[:at] if isinstance(event, str)} >= {
+        "a.bin",
+        "b.json",
+        HASHES,
+        "made",
+    }
+    assert events[at + 1 :] == [str(out.parent)]
+
+
+@pytest.mark.parametrize("name", ["a.bin", "inner/b.json", HASHES])
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(b""), Path.unlink])
+def test_a_damaged_folder_is_noticed_and_replaced_and_a_good_one_stays(tmp_path, name, damage):
+    out = tmp_path / "cache" / "kind" / "made"
+    write(out, b"first")
+    assert folder_damage(out) is None
+    write(out, b"later")  # another process was faster
+    assert (out / "a.bin").read_bytes() == b"first"
+    damage(out / name)
+    assert str(out if name == HASHES else out / name) in folder_damage(out)
+    write(out, b"again")
+    assert folder_damage(out) is None and (out / "a.bin").read_bytes() == b"again"
+    assert [path.name for path in out.parent.iterdir()] == ["made"]
+
+
+def test_an_error_of_the_cache_names_it_and_one_of_the_content_is_itself(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match="cannot be written.*set JAXFT_CACHE"):
+        write(tmp_path / "cache" / "kind" / "made")
+    with pytest.raises(FileNotFoundError, match="base/config.json"), cached_folder(tmp_path / "other"):
+        raise FileNotFoundError("base/config.json")
+
+
+# ---- what uses it
+
+
+def write_codes(number=0):
+    weights = np.random.default_rng(number).normal(size=(64, 64)).astype(np.float32)
+    q = jax.tree.map(np.asarray, quantize(jnp.asarray(weights), "nf4", 32))
+    layer = codes.CalibratedLayer({"model.layers.0.mlp.up_proj.weight": q}, {})
+    return list(codes.write_codes("some", Quant("nf4", block=32), lambda: iter([layer])))
+
+
+def test_calibrated_codes_are_verified_when_they_are_opened_and_written_again(cache):
+    assert write_codes() == [1] and write_codes(1) == []
+    file = cache / "calibrated" / "some" / "layer-00000.safetensors"
+    before, sha256 = file.read_bytes(), codes.codes_sha256("some")
+    assert len(codes.open_codes("some")) == 1
+    for damage in (flip, lambda path: path.write_bytes(b"")):
+        damage(file)
+        with pytest.raises(ValueError, match="is damaged: .*layer-00000.*Start the run's command again"):
+            codes.open_codes("some")
+        assert str(file) in codes.codes_damage("some")
+        assert write_codes() == [1]
+        assert file.read_bytes() == before and codes.codes_sha256("some") == sha256
+        assert len(codes.open_codes("some")) == 1
+
+
+def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_path):
+    write_codes()
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"codes": "some", "sha256": codes.codes_sha256("some")}
+    (run / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
+    settings = {"weights": "base", "weights_path": None}
+    assert runfolder._base_weights(run, settings) == "base"
+    flip(cache / "calibrated" / "some" / "layer-00000.safetensors")
+    with pytest.raises(ValueError, match="calibrated base in the cache.* has changed since this run"):
+        runfolder._base_weights(run, settings)
+
+
+def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp_path, capsys, monkeypatch):
+    base = str(write_folder(tmp_path / "base", tiny_torch()))
+    out = Path(extended_ref(base, Extension(("<tool>",))))
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    fingerprint = runfolder.weights_fingerprint(str(out))
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(extend, "extend_model", None)  # not called
+        assert extended_ref(base, Extension(("<tool>",))) == str(out) and not capsys.readouterr().err
+    flip(out / "model.safetensors")
+    with pytest.raises(ValueError, match="start the run's command again, which writes them"):
+        runfolder._base_weights(tmp_path, {"weights": str(out), "weights_fingerprint": fingerprint})
+    assert extended_ref(base, Extension(("<tool>",))) == str(out)
+    said = f"{out / 'model.safetensors'} has changed since it was written; it is written again"
+    assert said in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    linked = Path(extended_ref(base, Extension(template="chatml")))
+    assert folder_damage(linked) is None
+    assert set(json.loads((linked / HASHES).read_text())) == {
+        path.name for path in linked.iterdir() if not path.is_symlink() and path.name != HASHES
+    }
+
+
+# ---- temporary files
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from jaxft.distributed.temporary import temporary_folder
+from jaxft.weights.new_folder import new_folder
+path = Path(sys.argv[1])
+with (temporary_folder(path, "jaxft-push-") as folder, new_folder(path / "out") as part,
+      temporary_folder(path, ".new-") as other):
+    for one in (folder / "merged", part, other / "made"):
+        one.mkdir()
+        (one / "file").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_next_command_removes_what_a_killed_one_left_and_nothing_of_a_living_one(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+
+    def left():
+        prefixes = ("jaxft-push-", ".out-jaxft-", ".new-")
+        return [sum(path.name.startswith(prefix) for path in tmp_path.iterdir()) for prefix in prefixes]
+
+    def use():
+        with (
+            temporary_folder(tmp_path, "jaxft-push-"),
+            new_folder(tmp_path / "out") as part,
+            cached_folder(tmp_path / "made") as other,
+        ):
+            part.mkdir()
+            other.mkdir()
+        (tmp_path / "out").rmdir()
+
+    assert left() == [1, 1, 1]
+    use()
+    assert left() == [1, 1, 1]
+    process.kill()
+    process.communicate()
+    assert left() == [1, 1, 1]
+    use()
+    assert left() == [0, 0, 0]
+
+
+def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_day(tmp_path, monkeypatch):
+    def present():
+        temporary.remove_leftovers(tmp_path.glob("*.tmp"))
+        return sorted(path.name.partition(".")[0] for path in tmp_path.glob("*.tmp"))
+
+    def file(name):
+        return tmp_path / f"{name}.{temporary.here()}-1.tmp"
+
+    (tmp_path / "linked").write_text("content")
+    file("link").symlink_to(tmp_path / "linked")
+    file("new").touch()  # is about to be locked
+    file("a").write_text("half")
+    (tmp_path / "a.other-1.tmp").write_text("half")  # of another machine
+    with temporary.owned(file("a")):
+        assert present() == ["a", "a", "link", "new"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+        assert len(present()) == 4
+    with monkeypatch.context() as patch:
+
+        def without_locks(*args):
+            raise OSError("no locks")
+
+        patch.setattr(temporary.fcntl, "flock", without_locks)
+        assert len(present()) == 4
+        os.utime(file("a"), (time.time() - 25 * 3600,) * 2)
+        assert present() == ["a", "link", "new"]
+    os.utime(file("new"), (time.time() - 60,) * 2)
+    assert present() == ["a", "link"]
+    os.utime(tmp_path / "a.other-1.tmp", (time.time() - 25 * 3600,) * 2)
+    assert present() == ["link"] and (tmp_path / "linked").read_text() == "content"
+
+
+def test_an_unfinished_file_of_rows_is_owned_while_it_is_written(tmp_path):
+    """Another process may tokenise rows into the same folder."""
+    path, columns = tmp_path / "rows" / "a.arrow", {"n": rows_cache.ColumnType(np.int32)}
+
+    def make(add):
+        temporary.remove_leftovers(path.parent.glob("*.tmp"))
+        assert len(list(path.parent.glob("*.tmp"))) == 1
+        add({"n": np.arange(3)})
+        return {}
+
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / f"killed.{temporary.here()}-1.tmp").write_bytes(b"ARROW1")
+    _, state = rows_cache.load_or_make(path, columns, make)
+    assert state == "built" and [p.name for p in path.parent.iterdir()] == ["a.arrow"]
