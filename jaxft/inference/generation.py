@@ -19,13 +19,15 @@ from jaxft.inference.tool_calls import CallStream, call_format
 class ChoiceText:
     """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
 
-    calls: what takes tool calls out of the text, None for plain text. tokens: their number so far.
-    characters: number of those that all tokens so far complete.
+    calls: what takes tool calls out of the text, None for plain text. places: whether pieces have their
+    tokens, for log-probs. tokens: their number so far. characters: number of those that all tokens so far
+    complete.
     """
 
     index: int
     stream: TextStream
     calls: CallStream | None = None
+    places: bool = True
     tokens: int = 0
     ended: bool = False
     begun: bool = False
@@ -57,7 +59,7 @@ class ChoiceText:
             finish = "stop"
         self.tokens += used
         self.ended = finish is not None
-        placed = tuple(self._placed(sampled) for sampled in progress.tokens[:used])
+        placed = tuple(map(self._placed, progress.tokens[:used])) if self.places else ()
         if self.calls is None:
             return Piece(self.index, text, placed, finish)
         text, calls = self.calls.add(text, self.ended)
@@ -139,7 +141,12 @@ def choice_texts(
     calls = call_format(model.tools) if has_tools else None
     decoder = token_decoder(model.tokenizer, calls.tokens if calls else ())
     return [
-        ChoiceText(index, TextStream(decoder, choice.stop), CallStream(calls) if calls else None)
+        ChoiceText(
+            index,
+            TextStream(decoder, choice.stop),
+            CallStream(calls) if calls else None,
+            places=choice.top is not None,
+        )
         for index in range(count)
     ]
 
