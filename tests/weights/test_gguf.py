@@ -158,8 +158,8 @@ ROPE = {
         {
             "rope_type": "llama3",
             "factor": 8.0,
-            "low_freq_factor": 2.0,
-            "high_freq_factor": 90.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 11.0,
             "rope_theta": 1e4,
         }
         | {"original_max_position_embeddings": 64},
