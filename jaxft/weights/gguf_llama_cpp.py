@@ -15,17 +15,17 @@ import numpy as np
 
 from jaxft.models import families
 from jaxft.models.dense_config import DenseConfig
+from jaxft.models.model import ModelConfig
 from jaxft.nn.rope import USED, Rope, attention_scaling, frequencies
-from jaxft.weights.gguf import read_dequantised
+from jaxft.weights.gguf import ROPE_TABLES, read_dequantised
 from jaxft.weights.gguf_config import gguf_config
 from jaxft.weights.gguf_header import GgufHeader, read_gguf_header
 from jaxft.weights.gguf_rope import FREQUENCIES, LONG, SHORT
 
-TABLES = {FREQUENCIES, LONG, SHORT}
-WINDOW = "attention.sliding_window"
-WINDOWS = frozenset({WINDOW, "attention.sliding_window_pattern"})
-CAP, LOCAL_THETA = "final_logit_softcapping", "rope.freq_base_swa"
-COMMON = frozenset({  # metadata that llama.cpp reads for every architecture
+WINDOW_READ = "attention.sliding_window"
+WINDOW_READS = frozenset({WINDOW_READ, "attention.sliding_window_pattern"})
+CAP_READ, LOCAL_THETA_READ = "final_logit_softcapping", "rope.freq_base_swa"
+ALWAYS_READ = frozenset({  # metadata that llama.cpp reads for every architecture
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
     "expert_count", "expert_used_count", "attention.head_count", "attention.head_count_kv",
     "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
@@ -36,7 +36,7 @@ COMMON = frozenset({  # metadata that llama.cpp reads for every architecture
 
 @dataclass(frozen=True)
 class Reads:
-    """What llama.cpp reads for one architecture in addition to COMMON.
+    """What llama.cpp reads for one architecture in addition to ALWAYS_READ.
 
     metadata: keys that change what it computes. tables: tensors of rope that it loads; it refuses a file with
     others. local_theta: the key of the base of rope in layers with windows, whose frequencies are not scaled;
@@ -49,20 +49,22 @@ class Reads:
     local_attn_factor: bool = False
 
 
-YARN_NUMBERS = frozenset(f"rope.scaling.yarn_{x}" for x in ("beta_fast", "beta_slow", "log_multiplier"))
-GRANITE = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
+YARN_READS = frozenset(f"rope.scaling.yarn_{x}" for x in ("beta_fast", "beta_slow", "log_multiplier"))
+SCALE_READS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
 LLAMA_CPP_READS = {  # by general.architecture
     "llama": Reads(tables=(FREQUENCIES, LONG, SHORT)),  # converted Mistrals have windows, which it ignores
-    "mistral3": Reads(YARN_NUMBERS | {"attention.temperature_scale"}, (FREQUENCIES, LONG, SHORT)),
+    "mistral3": Reads(YARN_READS | {"attention.temperature_scale"}, (FREQUENCIES, LONG, SHORT)),
     "qwen2": Reads(),
     "qwen3": Reads(),
     "gemma": Reads(),
-    "gemma2": Reads(WINDOWS | {LOCAL_THETA, "attn_logit_softcapping", CAP}),
-    "gemma3": Reads(WINDOWS | {LOCAL_THETA, CAP}, local_theta=LOCAL_THETA, local_attn_factor=True),
+    "gemma2": Reads(WINDOW_READS | {LOCAL_THETA_READ, "attn_logit_softcapping", CAP_READ}),
+    "gemma3": Reads(
+        WINDOW_READS | {LOCAL_THETA_READ, CAP_READ}, local_theta=LOCAL_THETA_READ, local_attn_factor=True
+    ),
     "phi3": Reads(tables=(LONG, SHORT)),  # it reads the window, and then sets it to 0
     "smollm3": Reads(),
-    "olmo2": Reads(WINDOWS, local_theta="rope.freq_base"),
-    "granite": Reads(GRANITE | {"rope.scaling.finetuned"}, (FREQUENCIES, LONG, SHORT)),
+    "olmo2": Reads(WINDOW_READS, local_theta="rope.freq_base"),
+    "granite": Reads(SCALE_READS | {"rope.scaling.finetuned"}, (FREQUENCIES, LONG, SHORT)),
 }
 ALWAYS_TIED, NEVER_TIED = ("gemma", "gemma2"), ("olmo2",)  # architectures whose head llama.cpp expects so
 # What says nothing about the arithmetic, or follows from the tensors. Rope is compared by its numbers.
@@ -86,7 +88,7 @@ class RopeNumbers(NamedTuple):
     scale: float
 
 
-def check_config(path: Path, config: DenseConfig, tied: bool, source: GgufHeader | None = None) -> list[str]:
+def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader | None = None) -> list[str]:
     """Raise ValueError unless llama.cpp computes a written file as jaxft computes a model of this config.
 
     tied: whether the head is the embedding, which an adapter of the head may have changed. source: the file
@@ -112,12 +114,12 @@ def exact_context(architecture: str, config: DenseConfig) -> int:
     applies none, else the model's context.
     """
     window = families.config_to_hf(config).get("sliding_window")
-    if not window or WINDOW in LLAMA_CPP_READS[architecture].metadata:
+    if not window or WINDOW_READ in LLAMA_CPP_READS[architecture].metadata:
         return config.max_positions
     return min(config.max_positions, window)
 
 
-def _differences(config: DenseConfig, header: GgufHeader) -> list[str]:
+def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
     """Return the settings of a config that llama.cpp does not compute from a file, as name=value."""
     reads = LLAMA_CPP_READS[header.architecture]
     seen = _as_llama_cpp_reads(header)
@@ -125,14 +127,17 @@ def _differences(config: DenseConfig, header: GgufHeader) -> list[str]:
         replace(
             seen,
             metadata={key: x for key, x in seen.metadata.items() if ".rope.scaling." not in key},
-            tensors={name: x for name, x in seen.tensors.items() if name not in TABLES},
+            tensors={name: x for name, x in seen.tensors.items() if name not in ROPE_TABLES},
         )
     )
     ours, theirs = (
         {key: value for key, value in families.config_to_hf(c).items() if key not in COMPARED_ELSEWHERE}
         for c in (config, families.family_of(hf).from_hf(hf))
     )
-    if WINDOW not in reads.metadata and (ours.get("sliding_window") or 0) >= hf["max_position_embeddings"]:
+    if (
+        WINDOW_READ not in reads.metadata
+        and (ours.get("sliding_window") or 0) >= hf["max_position_embeddings"]
+    ):
         ours = {key: value for key, value in ours.items() if key not in WINDOW_SETTINGS}
         theirs = {key: value for key, value in theirs.items() if key not in WINDOW_SETTINGS}
     wrong = []
@@ -155,9 +160,9 @@ def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
     rope that it does not load.
     """
     prefix, reads = f"{header.architecture}.", LLAMA_CPP_READS[header.architecture]
-    known = {prefix + key for key in COMMON | reads.metadata}
+    known = {prefix + key for key in ALWAYS_READ | reads.metadata}
     metadata = {key: x for key, x in header.metadata.items() if not key.startswith(prefix) or key in known}
-    refused = TABLES - set(reads.tables)
+    refused = set(ROPE_TABLES) - set(reads.tables)
     return replace(
         header,
         metadata=metadata,

@@ -66,8 +66,9 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
     return [*fields, *rope, *(own(name, hf) if own else [])], tables
 
 
-def context_notes(config: DenseConfig) -> list[str]:
+def context_notes(config: ModelConfig) -> list[str]:
     """Return warnings about the lengths up to which llama.cpp computes what the model does."""
+    assert isinstance(config, DenseConfig)  # checked by config_fields
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = exact_context(name, config), rope.original_max_positions or 0
     if exact < config.max_positions:
