@@ -1,6 +1,7 @@
 """Bad inputs as users and hostile files have them: exit code 1 and one line that names the place.
 
 The cases are data in support/bad_*.py. They run in this process, as the commands' last lines do.
+By default one case of each kind of mistake runs, QUICK_* in these files; the others are slow.
 """
 
 import json
@@ -9,9 +10,20 @@ import shutil
 
 import jax
 import pytest
-from bad_files import CONFIG_TEXTS, CONFIGS, PEFT, RUNS, TEMPLATES, TOKENIZERS
-from bad_rows import FILES, GOOD, LINE, ROWS, TEXTS
-from bad_settings import COMMANDS, SETTINGS
+from bad_files import (
+    CONFIG_TEXTS,
+    CONFIGS,
+    PEFT,
+    QUICK_CONFIGS,
+    QUICK_PEFT,
+    QUICK_RUNS,
+    QUICK_TEMPLATES,
+    RUNS,
+    TEMPLATES,
+    TOKENIZERS,
+)
+from bad_rows import FILES, GOOD, LINE, QUICK_ROWS, ROWS, TEXTS
+from bad_settings import COMMANDS, QUICK_COMMANDS, QUICK_SETTINGS, SETTINGS
 from fuzzing import bounded
 from prepared import prepare
 from scripts_in_process import call
@@ -30,6 +42,12 @@ from jaxft.nn.quant import quant_setting
 from jaxft.runs import cli
 from jaxft.runs import folder as runfolder
 from jaxft.weights import peft, peft_write, pretrained, safetensors
+
+
+def name_of(*parts, most=100):
+    """The id of a case: its parts as text, each cut after `most` characters."""
+    texts = [part if isinstance(part, str) else json.dumps(part) for part in parts]
+    return " ".join(text if len(text) <= most else f"{text[:most]}..." for text in texts)
 
 
 def refused(capsys, work, word):
@@ -61,7 +79,8 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("argv", "word"), SETTINGS, ids=[repr(argv) for argv, _ in SETTINGS])
+@pytest.mark.quick_cases(*QUICK_SETTINGS)
+@pytest.mark.parametrize(("argv", "word"), SETTINGS, ids=[argv for argv, _ in SETTINGS])
 def test_settings(place, capsys, argv, word):
     line = refused(capsys, lambda: prepare(place, *argv.split(" "), devices=1), word)
     assert "secret" not in line
@@ -81,16 +100,17 @@ def after_good_rows(kind, line):
     return "".join(json.dumps(GOOD[kind]) + "\n" for _ in range(2)) + line + "\n"
 
 
-BAD_ROWS = [
-    *(("sft", "rows.jsonl", after_good_rows("sft", text), LINE) for text in TEXTS),
-    *((kind, "rows.jsonl", after_good_rows(kind, json.dumps(row)), LINE) for kind, row in ROWS),
-    *FILES,
+BAD_LINES = [*(("sft", text) for text in TEXTS), *((kind, json.dumps(row)) for kind, row in ROWS)]
+BAD_ROWS = [*((kind, "rows.jsonl", after_good_rows(kind, line), LINE) for kind, line in BAD_LINES), *FILES]
+ROW_NAMES = [
+    *(name_of(kind, line) for kind, line in BAD_LINES),
+    *(name_of(file, content if isinstance(content, str) else repr(content)) for _, file, content, _ in FILES),
 ]
 
 
-@pytest.mark.parametrize("number", range(len(BAD_ROWS)))
-def test_rows(tmp_path, monkeypatch, capsys, number):
-    kind, name, content, word = BAD_ROWS[number]
+@pytest.mark.quick_cases(*QUICK_ROWS)
+@pytest.mark.parametrize(("kind", "name", "content", "word"), BAD_ROWS, ids=ROW_NAMES)
+def test_rows(tmp_path, monkeypatch, capsys, kind, name, content, word):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(capsys, lambda: open_rows(kind, tmp_path / name), word)
@@ -102,15 +122,15 @@ def model(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("files") / "model", tiny_torch(num_hidden_layers=1))
 
 
-@pytest.mark.parametrize("number", range(len(CONFIGS) + len(CONFIG_TEXTS)))
-def test_config_json(model, capsys, number):
+BAD_CONFIGS = [*CONFIGS, *((text, "config.json") for text in CONFIG_TEXTS)]
+
+
+@pytest.mark.quick_cases(*QUICK_CONFIGS)
+@pytest.mark.parametrize(("changes", "word"), BAD_CONFIGS, ids=[name_of(what) for what, _ in BAD_CONFIGS])
+def test_config_json(model, capsys, changes, word):
     path = model / "config.json"
     sound = path.read_text()
-    if number < len(CONFIGS):
-        changes, word = CONFIGS[number]
-        text = json.dumps(json.loads(sound) | changes)
-    else:
-        text, word = CONFIG_TEXTS[number - len(CONFIGS)], "config.json"
+    text = changes if isinstance(changes, str) else json.dumps(json.loads(sound) | changes)
 
     def work():
         found = pretrained.model_for(str(model))
@@ -138,7 +158,8 @@ def test_tokenizers_that_make_texts_or_tables_grow(model, tmp_path, capsys, numb
     assert word in line and "use another tokenizer" in line
 
 
-@pytest.mark.parametrize("source", TEMPLATES)
+@pytest.mark.quick_cases(*QUICK_TEMPLATES)
+@pytest.mark.parametrize("source", TEMPLATES, ids=map(name_of, TEMPLATES))
 def test_chat_templates(monkeypatch, capsys, source):
     monkeypatch.setattr(limits, "RENDER_SECONDS", 0.6)
     monkeypatch.setattr(limits, "RENDER_BYTES", 1 << 30)
@@ -165,9 +186,9 @@ def adapter(model, tmp_path_factory):
     return found, folder
 
 
-@pytest.mark.parametrize("number", range(len(PEFT)))
-def test_peft_folders(adapter, capsys, number):
-    changes, word = PEFT[number]
+@pytest.mark.quick_cases(*QUICK_PEFT)
+@pytest.mark.parametrize(("changes", "word"), PEFT, ids=[name_of(changes) for changes, _ in PEFT])
+def test_peft_folders(adapter, capsys, changes, word):
     found, folder = adapter
     path = folder / "adapter_config.json"
     sound = path.read_text()
@@ -178,9 +199,9 @@ def test_peft_folders(adapter, capsys, number):
         path.write_text(sound)
 
 
-@pytest.mark.parametrize("number", range(len(RUNS)))
-def test_run_folders(adapter, capsys, number):
-    name, text, word = RUNS[number]
+@pytest.mark.quick_cases(*QUICK_RUNS)
+@pytest.mark.parametrize(("name", "text", "word"), RUNS, ids=[name_of(*case[:2]) for case in RUNS])
+def test_run_folders(adapter, capsys, name, text, word):
     folder = adapter[1].parent
     record = {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
     (folder / "config.json").write_text(json.dumps(record))
@@ -212,7 +233,8 @@ def test_a_time_beyond_the_year_9999_is_named(tmp_path, capsys):
     refused(capsys, lambda: open_rows("sft", tmp_path / "rows.parquet"), "rows.parquet:2")
 
 
-@pytest.mark.parametrize(("command", "word"), COMMANDS)
+@pytest.mark.quick_cases(*QUICK_COMMANDS)
+@pytest.mark.parametrize(("command", "word"), COMMANDS, ids=[command for command, _ in COMMANDS])
 def test_commands(model, place, monkeypatch, capsys, command, word):
     monkeypatch.chdir(place)
     name, *argv = command.replace("MODEL", str(model)).split(" ")
@@ -222,7 +244,7 @@ def test_commands(model, place, monkeypatch, capsys, command, word):
 
 
 def test_every_command_has_bad_inputs():
-    assert {command.split()[0] for command, _ in COMMANDS} == {*shipped.COMMANDS.values()}
+    assert {command.split()[0] for command in QUICK_COMMANDS} == {*shipped.COMMANDS.values()}
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "x.safetensors"])

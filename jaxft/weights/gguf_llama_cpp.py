@@ -222,8 +222,8 @@ def _same_rope(rope: Rope, head_dim: int, numbers: RopeNumbers) -> bool:
         attention_scaling(rope),
     )
     return all(
-        np.shape(x) == np.shape(y) and np.allclose(x, y, rtol=1e-5, atol=0)
-        for x, y in zip(numbers, expected, strict=True)
+        x.shape == y.shape and np.allclose(x, y, rtol=1e-5, atol=0)
+        for x, y in zip(map(np.asarray, numbers), map(np.asarray, expected), strict=True)
     )
 
 

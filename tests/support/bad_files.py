@@ -142,3 +142,26 @@ RUNS = [
     "adapter_config.json"),
     ("summary.json", json.dumps({"steps": 1, "files": {"adapter/gone": "0" * 64}}), "gone"),
 ]  # fmt: skip
+
+# The ids of the cases that run by default: one of each kind of mistake.
+QUICK_CONFIGS = (
+    '{"vocab_size": -1}', '{"hidden_size": 1099511627776}', '{"num_hidden_layers": 7}',
+    '{"rms_norm_eps": null}', '{"rope_scaling": {"factor": 2}, "rope_parameters": null}',
+    '{"model_type": "mamba"}', '{"quantization_config": {"quant_method": "hqq"}}', '{"hidden_act": "gelu"}',
+    '{"attention_bias": true}', '{"eos_token_id": [[1]]}', "{", "null", DEEP[:100] + "...",
+)  # fmt: skip
+QUICK_TEMPLATES = (
+    "{{ 1/0 }}", "{% for", "{{ ''.__class__.__mro__ }}", "{{ range(10**12) | list }}", "{{ 'x' * 10**11 }}",
+    "nothing at all", "*{% set x = 9*",
+)  # fmt: skip
+QUICK_PEFT = (
+    '{"r": 0}', '{"lora_alpha": "4"}', '{"lora_dropout": 1.5}', '{"peft_type": "IA3"}',
+    '{"peft_type": "VERA"}', '{"bias": "some"}', '{"fan_in_fan_out": true}',
+    '{"task_type": "SEQ_2_SEQ_LM"}', '{"modules_to_save": "score"}', '{"rank_pattern": {"(": 2}}',
+    '{"alpha_pattern": {"q_proj": null}}', '{"init_lora_weights": "pissa"}', '{"target_parameters": ["x"]}',
+)  # fmt: skip
+QUICK_RUNS = (
+    "config.json {", 'config.json {"steps": 1, "files": []}', 'config.json {"weights": null}',
+    "summary.json null", 'summary.json {"steps": 1, "files": {"adapter/gone": *',
+    'summary.json {"steps": -1}',
+)  # fmt: skip

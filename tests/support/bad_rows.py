@@ -94,3 +94,15 @@ FILES = [
     ("sft", "rows", GOOD_LINES, "unknown file type"),
     ("sft", "rows.arrow", "ARROW1", "rows.arrow"), ("sft", "rows.pkl", b"\x80\x04.", "rows.pkl"),
 ]  # fmt: skip
+
+# The ids of the cases that run by default, one of each kind of mistake; glob patterns.
+QUICK_ROWS = (
+    "sft {", "sft [1]", 'sft {"prompt": "a", "completion": "b"} x', "sft " + DEEP[:100] + "...",
+    'sft {"prompt": "a", "completion": null}', 'pairs {"prompt": "a", "chosen": [], "rejected": "c"}',
+    'pairs {"prompt": "a", "chosen": "b", "rejected": "b"}',
+    'labels {"prompt": "a", "completion": "b", "label": 2}', 'prompts {"prompt": ""}',
+    'pairs {"prompt": "*ud800", "chosen": "b", "rejected": "c"}', 'chat {"other": "a"}',
+    'chat {"messages": "[]"}', 'rows.jsonl ', "rows.jsonl b'*xff*xfe*'", "rows.json {",
+    "rows.csv prompt,completion*a,b,c*", "rows.csv prompt,prompt*", "rows.parquet PAR1", "rows.jsonl.gz *",
+    "rows.pkl *",
+)  # fmt: skip

@@ -275,3 +275,32 @@ COMMANDS = [
     ("completion", "shell"),
     ("completion csh", "csh"),
 ]
+
+# The cases that run by default: one of each kind of mistake, at least one of each script.
+QUICK_SETTINGS = (
+    "batch=much", "batch=1.5", "lr=nan", "batch=0", "batch=6 micro=4", "seed=9223372036854775808",
+    "steps=none epochs=1e30", "lr=1e-50", "optim.end=2", "optim.fused_backward=true optim.clip=1",
+    "loop.profile=9,3", "loop.store=s3://bucket/../x", "sampling.max_new=256", "adapter.rank=65",
+    "adapter.init=pizza", "adapter.init=pissa adapter.dora=true", "adapter.init=eva adapter.targets=q,head",
+    "adapter.targets=q_porj,v", "adapter.targets=(", "adapter.targets=([a-z/]+)+!", "train=adapter/nothing",
+    "quant=nf5", "quant=nf4 quant.block=3", "quant=nf4 quant.calibrate=missing.jsonl",
+    "data.max_length=257", "data.packing=tetris", "data.columns=prompt=nothing", "mesh.data=3",
+    "model=missing/", "model=https://user:secret@host/model", "data=pipe.jsonl", "data=empty.jsonl",
+    "start=base", "name=../out", "epoch=1", "optim=1", "nothing", "lr=1 lr=2",
+    "adapter=none adapter.rank=4", "optim.optimizer=config.py:nothing", "optim.schedule=poly",
+    r"lr=\x1b[31m",
+)  # fmt: skip
+QUICK_COMMANDS = (
+    "generate --model MODEL --prompt x --max-new 256", "generate --model MODEL --prompt x --top-p 0.9",
+    "generate --model MODEL --file /dev/zero", "generate --model MODEL --file binary.txt",
+    "generate --model MODEL --prompt x --quant nf5", "generate --run missing --prompt x", "generate",
+    "serve --model MODEL --host 0.0.0.0", "serve --model MODEL --port x", "chat --run missing",
+    "export --model MODEL --out MODEL", "extend --model MODEL --out out --tokens a",
+    "combine MODEL MODEL --weights 1,1 --out out", "extract MODEL MODEL --rank 0 --out out",
+    "score --model MODEL --file missing.jsonl", "evaluate --model MODEL --tasks ,", "compare MODEL",
+    "report missing", "push folder org/name", "push MODEL name", "inspect_data --config missing.py",
+    "inspect_data --data rows.jsonl --model MODEL --row rows.jsonl:0", "plan sft --devices h100:0",
+    "sweep sft --over lr=1,1", "train", "train nothing", "train base", "train sft lrr=1",
+    "quantize --model MODEL --out out --calibrate rows.jsonl --tokens 3", "loss_bench --loss dpo,betta=1",
+    "list --source nothing", "env x", "completion csh",
+)  # fmt: skip
