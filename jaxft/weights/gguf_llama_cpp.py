@@ -221,10 +221,8 @@ def _same_rope(rope: Rope, head_dim: int, numbers: RopeNumbers) -> bool:
         (rope.original_max_positions or 0) if longrope else numbers.original,
         attention_scaling(rope),
     )
-    return all(
-        x.shape == y.shape and np.allclose(x, y, rtol=1e-5, atol=0)
-        for x, y in zip(map(np.asarray, numbers), map(np.asarray, expected), strict=True)
-    )
+    pairs: Any = zip(numbers, expected, strict=True)
+    return all(np.shape(x) == np.shape(y) and np.allclose(x, y, rtol=1e-5, atol=0) for x, y in pairs)
 
 
 def _equal(a: Any, b: Any) -> bool:
