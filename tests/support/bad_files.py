@@ -145,10 +145,10 @@ RUNS = [
 
 # The ids of the cases that run by default: one of each kind of mistake.
 QUICK_CONFIGS = (
-    '{"vocab_size": -1}', '{"hidden_size": 1099511627776}', '{"num_hidden_layers": 7}',
+    '{"vocab_size": -1}', '{"hidden_size": 1099511627776}', '{"num_hidden_layers": 300}',
     '{"rms_norm_eps": null}', '{"rope_scaling": {"factor": 2}, "rope_parameters": null}',
     '{"model_type": "mamba"}', '{"quantization_config": {"quant_method": "hqq"}}', '{"hidden_act": "gelu"}',
-    '{"attention_bias": true}', '{"eos_token_id": [[1]]}', "{", "null", DEEP[:100] + "...",
+    '{"attention_bias": true}', '{"eos_token_id": [1, [1]]}', "{", "null", DEEP[:100] + "...",
 )  # fmt: skip
 QUICK_TEMPLATES = (
     "{{ 1/0 }}", "{% for", "{{ ''.__class__.__mro__ }}", "{{ range(10**12) | list }}", "{{ 'x' * 10**11 }}",
