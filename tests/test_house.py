@@ -98,9 +98,14 @@ def within(name, *packages):
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
+@functools.cache
+def module_names():
+    return {module_of(file) for file in MODULES}
+
+
 def own_imports(file):
     """Modules of jaxft that a file imports."""
-    known = {module_of(other) for other in MODULES}
+    known = module_names()
     for name in imports(file):
         if within(name, "jaxft") and name != "jaxft.__version__":
             yield name if name in known else name.rpartition(".")[0]
