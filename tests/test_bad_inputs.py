@@ -148,9 +148,10 @@ def test_a_safetensors_file_of_too_many_tensors_is_named(model, monkeypatch, cap
     refused(capsys, lambda: pretrained.open_files(str(model)), "model.safetensors: its header has")
 
 
-@pytest.mark.parametrize("number", range(len(TOKENIZERS)))
-def test_tokenizers_that_make_texts_or_tables_grow(model, tmp_path, capsys, number):
-    changes, word = TOKENIZERS[number]
+@pytest.mark.parametrize(
+    "changes, word", TOKENIZERS, ids=[name_of(*changes, word) for changes, word in TOKENIZERS]
+)
+def test_tokenizers_that_make_texts_or_tables_grow(model, tmp_path, capsys, changes, word):
     shutil.copy(model / "tokenizer_config.json", tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads((model / "tokenizer.json").read_text()) | changes))

@@ -9,7 +9,8 @@ included. A file of tests is touched by a changed file
 - of the same folder: tests/nn by jaxft/nn, tests/scripts by scripts;
 - in scripts/ or configs/ that it names in a string: "dpo.py", "generate" or "generate --model ...".
 
---distance 2 also takes the tests of the files that import a changed file, and so on. Without it, a test that
+Whole runs (tests/train/test_run.py, test_resume.py) are touched by every file that the train loop imports, also
+through others. --distance 2 also takes the tests of the files that import a changed file, and so on. Without it, a test that
 reaches the change only through another file of jaxft isn't run.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("jaxft", "scripts", "configs", "tests")
+LOOP, OF_LOOP = "jaxft/train/loop.py", {"tests/train/test_run.py", "tests/train/test_resume.py"}
 OF_ALL_TESTS = {"tests/conftest.py", "pyproject.toml", ".github/constraints.txt"}
 NO_TESTS_FOUND = 5  # pytest's exit code
 
@@ -64,6 +66,13 @@ def folder_of(file):
     return "/".join(("tests", *parts[1:2])) if parts[0] == "jaxft" else f"tests/{parts[0]}"
 
 
+def closure(imports, files):
+    """The files and all that they import, also through others."""
+    while more := {inner for file in files for inner in imports.get(file, ())} - files:
+        files = files | more
+    return files
+
+
 def touched(imports, changed, distance=1):
     """The files of tests that the changed files touch; imports: of `imports_of`."""
     tests = {file for file in imports if file.startswith("tests/")}
@@ -74,6 +83,8 @@ def touched(imports, changed, distance=1):
         changed = changed | {file for file in imports if imports[file] & changed}
     folders = {folder_of(file) for file in changed}
     reached = changed | {file for file in test_files if str(Path(file).parent) in folders}
+    if changed & closure(imports, {LOOP}):
+        reached |= OF_LOOP & test_files
     while more := {file for file in tests - reached if imports[file] & reached}:
         reached = reached | more
     return reached & test_files

@@ -99,7 +99,7 @@ COPIES = {
 }
 
 
-@pytest.mark.quick_cases("plain LoRA", "PiSSA")
+@pytest.mark.quick_cases("plain LoRA", "full", "PiSSA")
 @pytest.mark.parametrize("kind", STARTS)
 def test_the_first_loss_is_log_2_and_the_reference_remains_the_model_at_step_0_bit_for_bit(folder, kind):
     run = run_of(folder)
