@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from slow_of_change import changed_files, imports_of, touched
 
+RUNS = "train/test_resume train/test_run"
 TREE = {
     "jaxft/__init__.py": "",
     "jaxft/nn/__init__.py": "",
@@ -41,13 +42,13 @@ def tree(tmp_path_factory):
     "changed, distance, expected",
     [
         # its folder; through two files of support; whole runs, since the loop imports it
-        ("jaxft/nn/rope.py", 1, "nn/test_param train/test_resume train/test_run"),
-        ("jaxft/nn/rope.py", 2, "nn/test_param plan/test_layers train/test_resume train/test_run"),
-        ("jaxft/nn/rope.py", 3, "nn/test_param plan/test_layers train/test_resume train/test_run train/test_step"),
-        ("jaxft/nn/layers.py", 1, "nn/test_param plan/test_layers train/test_resume train/test_run"),
+        ("jaxft/nn/rope.py", 1, f"nn/test_param {RUNS}"),
+        ("jaxft/nn/rope.py", 2, f"nn/test_param plan/test_layers {RUNS}"),
+        ("jaxft/nn/rope.py", 3, f"nn/test_param plan/test_layers {RUNS} train/test_step"),
+        ("jaxft/nn/layers.py", 1, f"nn/test_param plan/test_layers {RUNS}"),
         ("jaxft/nn/gone.py", 1, "nn/test_param"),
         ("jaxft/plan/hlo.py", 1, "plan/test_layers plan/test_table"),
-        ("jaxft/train/step.py", 1, "train/test_resume train/test_run train/test_step"),
+        ("jaxft/train/step.py", 1, f"{RUNS} train/test_step"),
         ("tests/support/tiny.py", 1, "train/test_run"),
         ("tests/runs/test_log.py", 1, "runs/test_log"),
         ("scripts/plan.py", 1, "plan/test_table"),

@@ -43,7 +43,8 @@ def forward_and_backward(name):
     return (np.asarray(h), np.asarray(logits), float(value), grads), ids, targets
 
 
-@pytest.mark.quick_cases(*QUICK, "gemma2", "granite", "smollm3")  # soft caps, multipliers, layers without rope
+# Soft caps, multipliers, and layers without rope are in the last three.
+@pytest.mark.quick_cases(*QUICK, "gemma2", "granite", "smollm3")
 @every_family
 def test_logits_and_hidden_states_equal_transformers(name):
     (h, logits, _, _), ids, _ = forward_and_backward(name)

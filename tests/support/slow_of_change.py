@@ -9,9 +9,9 @@ included. A file of tests is touched by a changed file
 - of the same folder: tests/nn by jaxft/nn, tests/scripts by scripts;
 - in scripts/ or configs/ that it names in a string: "dpo.py", "generate" or "generate --model ...".
 
-Whole runs (tests/train/test_run.py, test_resume.py) are touched by every file that the train loop imports, also
-through others. --distance 2 also takes the tests of the files that import a changed file, and so on. Without it, a test that
-reaches the change only through another file of jaxft isn't run.
+Whole runs (tests/train/test_run.py, test_resume.py) are touched by every file that the train loop imports,
+also through others. --distance 2 also takes the tests of the files that import a changed file, and so on.
+Without it, a test that reaches the change only through another file of jaxft isn't run.
 """
 
 import argparse
