@@ -7,7 +7,6 @@ makes a text 2^40 times as long, or fills the memory when it is loaded.
 import base64
 import gc
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ FILE_BYTES = 64 << 20  # of one file; Gemma 3's tokenizer.json has 33 MB
 VOCABULARY_TOKENS = 1 << 20  # XLM-V's, the largest published one, has 901,629
 ADDED_TOKENS = 1 << 17  # models of speech have 65,536
 UNUSED_IDS = 1 << 17  # below the largest id; tokenizers lists them when it writes a tokenizer
-TOKEN_CHARACTERS = 1 << 10
+TOKEN_CHARACTERS = 1 << 13
+SHORT_CHARACTERS = 1 << 10  # of a word (WordPiece's time is quadratic in it), of a template's special token
 STEPS = 64  # of a part
 GROWTH = 40.0  # factor by which the steps of a part may lengthen a text; those of T5 have 36
 OPTION_CHARACTERS = 128  # of what a step may add to each piece of a text
@@ -88,7 +88,7 @@ def _check_parts(name: str, value: dict[str, Any]) -> None:
         where = f"{name}: {part}"
         steps = [] if value.get(part) is None else list(_steps(where, value[part]))
         _check(where, "number of steps", len(steps), STEPS)
-        _check(where, "the factor by which it lengthens a text", math.prod(map(_growth, steps)), GROWTH)
+        _check(where, "the factor by which it lengthens a text", _total_growth(steps), GROWTH)
         for step in steps:
             _check_step(where, step)
 
@@ -107,8 +107,8 @@ def _check_model(name: str, model: dict[str, Any], added: list[dict[str, Any]]) 
     for key, option in model.items():
         if key not in ("vocab", "merges"):
             _check(name, f"length of {key}", len(str(option)), OPTION_CHARACTERS)
-    longest = model.get("max_input_chars_per_word")  # WordPiece's time is quadratic in it
-    _check(name, "max_input_chars_per_word", longest if isinstance(longest, int) else 0, TOKEN_CHARACTERS)
+    longest = model.get("max_input_chars_per_word")
+    _check(name, "max_input_chars_per_word", longest if isinstance(longest, int) else 0, SHORT_CHARACTERS)
 
 
 def _steps(where: str, part: Any) -> Iterator[dict[str, Any]]:
@@ -122,12 +122,34 @@ def _steps(where: str, part: Any) -> Iterator[dict[str, Any]]:
         yield part
 
 
+def _total_growth(steps: list[dict[str, Any]]) -> float:
+    """Return a bound of the factor by which all steps together lengthen a text.
+
+    Factors multiply, but for steps in a row that each replace one character which no earlier of them has
+    written: a character of the text is replaced by one of them at most.
+    """
+    total, largest, written = 1.0, 1.0, ""
+    for step in steps:
+        literal, content = _literal(step), step.get("content")
+        if len(literal) == 1 and isinstance(content, str) and literal not in written:
+            largest, written = max(largest, _growth(step)), written + content
+        else:
+            total, largest, written = total * largest * _growth(step), 1.0, ""
+    return total * largest
+
+
+def _literal(step: dict[str, Any]) -> str:
+    """Return the text that a step replaces; "" for a regular expression, and for other steps."""
+    pattern = step.get("pattern")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    return literal if isinstance(literal, str) else ""
+
+
 def _growth(step: dict[str, Any]) -> float:
     """Return a bound of the factor by which a step lengthens a text."""
-    pattern, content, template = step.get("pattern"), step.get("content"), step.get("single")
-    if isinstance(pattern, dict) and isinstance(content, str):  # Replace
-        literal = pattern.get("String")
-        if isinstance(literal, str) and literal:
+    content, template, literal = step.get("content"), step.get("single"), _literal(step)
+    if isinstance(step.get("pattern"), dict) and isinstance(content, str):  # Replace
+        if literal:
             return max(1.0, len(content) / len(literal))
         return 1.0 + len(content)  # a regular expression may match between all characters
     if CHARSMAP in step:
@@ -153,7 +175,7 @@ def _check_step(where: str, step: dict[str, Any]) -> None:
             _check(where, f"number of items in {key}", len(option), TEMPLATE_ITEMS)
         elif key == "special_tokens" and isinstance(option, dict):
             longest = max((len(str(token)) for token in option.values()), default=0)
-            _check(where, "length of a special token", longest, TOKEN_CHARACTERS)
+            _check(where, "length of a special token", longest, SHORT_CHARACTERS)
         elif key == "pattern":
             _check(where, "length of a pattern", len(str(option)), PATTERN_CHARACTERS)
         elif key != CHARSMAP:

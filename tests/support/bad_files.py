@@ -48,6 +48,7 @@ CONFIG_TEXTS = [
 
 # Parts of a tokenizer.json that make a text or the memory grow without limit.
 DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+CHAIN = [{"type": "Replace", "pattern": {"String": x}, "content": 10 * y} for x, y in ("ab", "bc")]
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 TEXT_TWICE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
               "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
@@ -63,6 +64,7 @@ TOKENIZERS = [
         {"normalizer": {"type": "Sequence", "normalizers": [{"normalizers": [DOUBLED] * 6}]}},
         "lengthens a text",
     ),
+    ({"normalizer": {"type": "Sequence", "normalizers": CHAIN}}, "lengthens a text is 100,"),
     ({"normalizer": {"type": "Replace", "pattern": {"Regex": "b*"}, "content": "x" * 40}}, "a text is 41"),
     ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG_TABLE}}, "lengthens a text"),
     ({"normalizer": {"type": "Prepend", "prepend": "x" * 200}}, "length of prepend is 200"),
@@ -73,7 +75,7 @@ TOKENIZERS = [
     ({"post_processor": {**TEXT_TWICE, "special_tokens": {"<s>": {"ids": [1] * 999}}}}, "a special token"),
     ({"decoder": {"type": "Sequence", "decoders": [DOUBLED] * 40}}, "lengthens a text"),
     ({"model": {"type": "BPE", "vocab": {"a": 0, "zz": 2**31}, "merges": []}}, "largest token id"),
-    ({"model": {"type": "BPE", "vocab": {"a" * 2000: 0}, "merges": []}}, "longest token is 2,000"),
+    ({"model": {"type": "BPE", "vocab": {"a" * 9000: 0}, "merges": []}}, "longest token is 9,000"),
     ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}}, "max_input"),
     ({"model": {"vocab": {"a": 0}, "end_of_word_suffix": "x" * 200}}, "end_of_word_suffix"),
     ({"added_tokens": [{}] * 131073}, "number of added_tokens is 131,073"),

@@ -233,6 +233,8 @@ def test_steps_of_published_tokenizers_are_within_the_limits(tmp_path):
     """Gemma 3, Phi-3, Llama 3, DeepSeek-V3, T5, and as many added tokens as models of speech have."""
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    tab = {"type": "Replace", "pattern": {"String": "\t"}, "content": "<|tab|>"}
+    newline = {"type": "Replace", "pattern": {"String": "\n"}, "content": "<|newline|>"}
     text, bos = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
     template = {
@@ -253,6 +255,7 @@ def test_steps_of_published_tokenizers_are_within_the_limits(tmp_path):
         {"normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Precompiled", "precompiled_charsmap": charsmap}, spaces]}},
         {"added_tokens": [{"id": i, "content": f"<|s_{i}|>"} for i in range(65536)]},
+        {"normalizer": {"type": "Sequence", "normalizers": [tab, newline, space]}},
     ]  # fmt: skip
     for changes in parts:
         (tmp_path / "tokenizer.json").write_text(
