@@ -31,8 +31,8 @@ def config(
         objective=loss.objective(),
         data=Rows(**rows.settings()),
         optim=base.optim(lr),
-        loop=Loop(eval_every=60, save_every=60),
+        loop=Loop(eval_every=90, save_every=90),
         scoring=rows.scoring(),
-        sampling=Sampling(max_new=64),
+        sampling=Sampling(max_new=48),  # the longest response has 41 tokens
         seed=rows.seed,
     )
