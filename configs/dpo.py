@@ -63,7 +63,7 @@ def config(
         ),
         data=PairRows(**rows.settings()),
         optim=base.optim(lr),
-        loop=Loop(eval_every=10, save_every=10),
+        loop=Loop(eval_every=13, save_every=13),
         scoring=rows.scoring(),
         seed=rows.seed,
     )
