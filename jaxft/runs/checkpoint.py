@@ -36,11 +36,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxft.distributed import sync
+from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs import manifest, restore
 from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
 from jaxft.runs.mirror import LOCAL_ONLY, Copies
-from jaxft.weights.new_folder import fsync, make_folder, sync_tree, write_durably
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself

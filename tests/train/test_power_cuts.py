@@ -15,6 +15,7 @@ import tiny_run
 from prepared import resume
 from tiny_run import Place, write_place
 
+from jaxft.distributed import disk
 from jaxft.weights import new_folder
 
 WORST = ["loop.best_metric=eval_loss", "loop.greater_is_better=true"]  # so that best/ is written, from step 1
@@ -71,8 +72,10 @@ def test_a_finished_run_writes_damaged_results_again_and_reports_lost_entries(fi
     assert finished.run(*ARGV, "name=x") == 0, finished.err()
     out = finished.out()
     assert "model.safetensors: the file has changed since the run was finished" in out
-    assert "the results are written again from the checkpoint of step 3" in out
     assert "warning: runs/x/metrics.jsonl has lost steps 1-2; the log goes on without them" in out
+    assert "runs/x/model is renamed to model.bad: the results are written again from the checkpoint" in out
+    changed = before["model"] | {Path("model.safetensors"): b""}  # perhaps by hand: nothing of it is lost
+    assert files_of(run / "model.bad") == changed
     assert {name: files_of(run / name) for name in before} == before
     assert json.loads((run / "summary.json").read_bytes())["files"] == json.loads(summary)["files"]
     assert resume(finished.folder, *ARGV, "name=x") == (3, [])
@@ -101,7 +104,7 @@ def test_a_new_folder_and_a_file_are_on_disk_before_they_have_their_name(tmp_pat
         (part / "inner" / "weights").write_bytes(b"1")
         (part / "config").write_text("2")
     file.with_suffix(".part").write_bytes(b"3")
-    new_folder.publish(file.with_suffix(".part"), file)
+    disk.publish(file.with_suffix(".part"), file)
     assert lines == ["out: on disk", "model.gguf: on disk"] and not log.owed
     assert log.lost(out) == [] and log.lost(tmp_path / "a") == []
     (out / "config").write_text("changed")
@@ -110,14 +113,14 @@ def test_a_new_folder_and_a_file_are_on_disk_before_they_have_their_name(tmp_pat
 
 def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    new_folder.write_durably(path, b"old")
+    disk.write_durably(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*config.json'$"):
-        new_folder.write_durably(path, b"new")
+        disk.write_durably(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
