@@ -57,7 +57,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def make_folder(folder: Path) -> None:
     """Create a folder, and those above it that do not exist, whose names are then on disk."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for one in missing:
-        fsync(one.parent)
+    for path in missing:
+        fsync(path.parent)

@@ -87,7 +87,7 @@ def lock(folder: Path) -> Iterator[TextIO]:
             yield file
         finally:
             with contextlib.suppress(OSError):
-                if [one.name for one in folder.iterdir()] == [path.name]:
+                if [inner.name for inner in folder.iterdir()] == [path.name]:
                     path.unlink()
                     folder.rmdir()
 

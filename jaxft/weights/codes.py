@@ -55,7 +55,7 @@ def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> s
     """
     located = hub.locate(ref)
     files = hub.files_of(located)
-    names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
+    names = [[path.name, sha256] for path, sha256 in zip(files, files_sha256(files), strict=True)]
     format = quant.kind, *with_defaults(quant.kind, quant.block, quant.double)
     key = json.dumps([VERSION, names, format, quant.targets, rows, dict(ranks)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]

@@ -31,9 +31,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     target = out.resolve()  # an empty folder may be a link
     with (
         parents_of(target),
-        temporary_folder(target.parent, f".{target.name}-jaxft-") as own,
+        temporary_folder(target.parent, f".{target.name}-jaxft-") as temporary,
     ):
-        part = own / target.name
+        part = temporary / target.name
         yield part
         publish(part, target)
 

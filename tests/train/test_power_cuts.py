@@ -3,14 +3,17 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import disk_log
 import pytest
 import rl_workdir
+import system_calls
 import tiny_run
 from prepared import resume
 from tiny_run import Place, write_place
@@ -46,13 +49,47 @@ def finished(tmp_path_factory):
     return place
 
 
-def test_every_file_is_on_disk_before_its_checkpoint_or_summary_has_its_name(finished):
+def test_python_syncs_every_file_before_its_checkpoint_or_summary_has_its_name(finished):
+    """Python's own os.fsync and renames only; the next test has the system calls of everybody."""
     lines = (finished.folder / "announced").read_text().splitlines()
     assert lines == [
         *(f"{step}: on disk" for step in (1, 2, 3)),
         "summary.json: on disk",
         "owed: nothing",
     ]
+
+
+@pytest.mark.slow
+def test_system_calls_sync_every_file_before_its_checkpoint_or_summary_has_its_name(tmp_path):
+    """Writes, syncs and renames as the kernel gets them, those of Orbax's and TensorStore's threads too."""
+    reason = system_calls.strace_failure()
+    if reason:
+        pytest.skip(reason)
+    write_place(tmp_path)
+    train = [sys.executable, str(tiny_run.ROOT / "scripts" / "train.py"), "--config", "config.py"]
+    command = system_calls.traced([*train, *ARGV, "name=x"], str(tmp_path / "calls"))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tiny_run.ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    seen, run = [], tmp_path / "runs" / "x"
+
+    def announced(calls, source, target):
+        is_step = target.parent == run / "checkpoints" and target.name.isdigit()
+        if not is_step and target != run / "summary.json":
+            return
+        owed = calls.owed_in(source if is_step else run)
+        owed |= {path: calls.owed.get(path, []) for path in (run, run.parent)}
+        if is_step:  # the log may have grown since
+            log = calls.owed.get(run / "metrics.jsonl", [])
+            owed[run / "metrics.jsonl"] = [
+                x for x in log if int(re.findall(r"\d+", x)[0]) <= int(target.name)
+            ]
+        owed = {path: [x for x in owed[path] if not x.endswith((".part", ".tmp"))] for path in owed}
+        seen.append((target.name, {path: x for path, x in owed.items() if x}))
+
+    calls = system_calls.SystemCalls(tmp_path, announced)
+    calls.follow((tmp_path / "calls").read_text(errors="replace").splitlines())
+    assert seen == [(name, {}) for name in ("1", "2", "3", "summary.json")]
+    assert calls.owed[run] == []
 
 
 def files_of(folder):
