@@ -446,7 +446,7 @@ def _complete_steps(names: list[str]) -> list[int]:
 
 def _is_set_aside(path: Path) -> bool:
     """Whether a file is in a damaged result. path: in the folder of the run or sweep."""
-    return any(folder.suffix.startswith(manifest.SET_ASIDE) for folder in path.parents)
+    return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
 def _entry_of(content: bytes) -> list[Any]:

@@ -316,8 +316,8 @@ def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
             f"{lines[0]}, and there is no checkpoint from which it could be written again. Restore it, or "
             f"delete {job.folder / runfolder.SUMMARY} to train again"
         )
-    edited = {run / c.path.relative_to(run).parts[0]: c for run, c in changed if not c.is_missing}
-    for folder in edited:
+    edited = {run / x.path.relative_to(run).parts[0] for run, x in changed if not x.is_missing}
+    for folder in sorted(edited):
         lines[0] += f"; {folder} is renamed to {set_aside(folder).name}"
     checkpoints.report(f"{lines[0]}: the results are written again from the checkpoint of step {latest}")
     return True

@@ -1,4 +1,4 @@
-"""What is on disk for certain, from the system calls of a command: every write, sync and rename of any thread.
+"""What is on disk for certain, from the system calls of a command: all threads' writes, syncs, renames.
 `support/disk_log.py` watches only calls of Python's os module, in less time.
 """
 
@@ -28,20 +28,8 @@ def strace_failure():
 
 def traced(command, out):
     """Return a command line that writes its system calls to the file `out`."""
-    return [
-        "strace",
-        "-f",
-        "--seccomp-bpf",
-        "-qq",
-        "-y",
-        "-s",
-        "24",
-        "-e",
-        f"trace={CALLS}",
-        "-o",
-        out,
-        *command,
-    ]
+    options = ["-f", "--seccomp-bpf", "-qq", "-y", "-s", "24", "-e"]
+    return ["strace", *options, f"trace={CALLS}", "-o", out, *command]
 
 
 class SystemCalls:
