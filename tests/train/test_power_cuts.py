@@ -84,7 +84,9 @@ def test_system_calls_sync_every_file_before_its_checkpoint_or_summary_has_its_n
                 x for x in log if int(re.findall(r"\d+", x)[0]) <= int(target.name)
             ]
         owed = {path: [x for x in owed[path] if not x.endswith((".part", ".tmp"))] for path in owed}
-        seen.append((target.name, {path: x for path, x in owed.items() if x}))
+        live = run / "tensorboard"  # is not announced
+        owed = {path: x for path, x in owed.items() if x and path != live and live not in path.parents}
+        seen.append((target.name, owed))
 
     calls = system_calls.SystemCalls(tmp_path, announced)
     calls.follow((tmp_path / "calls").read_text(errors="replace").splitlines())
