@@ -49,7 +49,7 @@ def main() -> int:
     parser = make_parser()
     args = parser.parse_args(_joined(sys.argv[1:]))
     from jaxft.models.families import is_tied
-    from jaxft.runs.folder import check_results
+    from jaxft.runs.folder import check_results, earlier_end_notes
     from jaxft.runs.named_weights import named_weights
     from jaxft.weights import adapters, combine, peft, pretrained
     from jaxft.weights.adapter_limits import loading_notes
@@ -61,6 +61,7 @@ def main() -> int:
     notes = list(named.notes)
     for folder in folders[1:]:
         check_results(folder)
+        notes += earlier_end_notes(folder)
         others = adapters.other_base_name(folder, named.ref)
         if others and args.model is None:
             raise ValueError(

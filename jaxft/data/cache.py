@@ -11,7 +11,6 @@ import io
 import json
 import mmap
 import os
-import secrets
 import struct
 import zipfile
 import zlib
@@ -24,7 +23,7 @@ import numpy as np
 import xxhash
 
 from jaxft.data.flat import Flat
-from jaxft.distributed.temporary import here, owned, remove_leftovers
+from jaxft.distributed.temporary import temporary_file
 
 CORRUPT_FILE = (  # what zipfile, numpy and pyarrow raise for flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError,
@@ -166,18 +165,14 @@ def _writing() -> Iterator[None]:
 
 def _write_file(path: Path, columns: ColumnTypes, make: Make) -> None:
     """Write to a temporary file and rename it, so that no reader sees a partial file."""
-    temporary = path.with_suffix(f".{here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with contextlib.ExitStack() as stack:
         with _writing():
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path.parent.glob("*.tmp"))
-            file = stack.enter_context(temporary.open("w+b"))
-            stack.enter_context(owned(temporary))
-        stack.callback(temporary.unlink, missing_ok=True)
+            file = stack.enter_context(temporary_file(path))
         _write(file, columns, make)
         with _writing():
             file.close()
-            temporary.replace(path)
+            Path(file.name).replace(path)
 
 
 def _write(file: BinaryIO, columns: ColumnTypes, make: Make) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jaxft.data.row_parquet import limited_batches, open_parquet
-from jaxft.data.urls import file_name, without_secrets
+from jaxft.data.urls import file_name, has_hidden_query, without_secrets
 
 ATTEMPTS = 4
 OTHER_FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|arrow|gz|zst|zip)$")
@@ -182,7 +182,7 @@ def remote_files(ref: str) -> list[RemoteFile]:
     if "@" in ref.split("/")[2]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
-        if ref.endswith("***"):
+        if has_hidden_query(ref):
             raise ValueError(f"data {ref!r}: runs do not store the query of a URL; give the whole URL again")
         if OTHER_FILES.search(ref.partition("?")[0]):
             raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from jaxft.data.row_parquet import BATCH_ROWS, batch_bytes, limited_batches, ope
 
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = BATCH_ROWS
-NOT_READ = "(not read)"  # the value of a column of a Parquet file that is not used
 _AGAIN = "download it again"  # a damaged file
 _BOM = b"\xef\xbb\xbf"
 
@@ -33,6 +33,15 @@ class Row(NamedTuple):
 
 
 Outcome = Row | InvalidRow
+
+
+class NotRead(Enum):
+    """The value of a column of a Parquet file that is not used."""
+
+    NOT_READ = "(not read)"
+
+
+NOT_READ = NotRead.NOT_READ
 
 
 # ---- chunks

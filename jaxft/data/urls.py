@@ -7,6 +7,7 @@ from pathlib import Path
 _URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)([^\s/]{1,500}@)?([^\s?#,<>]*)([?#][^\s,<>]*)?")
 _AFTER = re.compile(r"""[])}.;:'"`]+$""")  # of the sentence around a URL, or of its quotes
 _WEIGHT = re.compile(r":[\d.]+$")
+SECRET_MARK = "***"  # in place of what is secret
 
 
 def is_remote(ref: str) -> bool:
@@ -35,13 +36,19 @@ def without_secrets(text: str) -> str:
     return _URL.sub(_shown, text)
 
 
+def has_hidden_query(url: str) -> bool:
+    """Whether `without_secrets` has replaced the query or the fragment of a URL."""
+    return url.endswith((f"?{SECRET_MARK}", f"#{SECRET_MARK}"))
+
+
 def _shown(url: re.Match[str]) -> str:
     scheme, user, path, secret = url.groups()
-    start = f"{scheme}{'***@' if user else ''}{path}"
+    start = f"{scheme}{f'{SECRET_MARK}@' if user else ''}{path}"
     if not secret or scheme.lower() == "hf://":
         return f"{start}{secret or ''}"
-    after = found[0] if (found := _AFTER.search(secret)) else ""
+    sentence = _AFTER.search(secret)
+    after = sentence[0] if sentence else ""
     before, behind = url.string[: url.start()].rstrip(), url.string[url.end() :].lstrip()
     several = before.endswith(",") or behind.startswith(",")
     weight = _WEIGHT.search(secret.removesuffix(after)) if several else None
-    return f"{start}{secret[0]}***{weight[0] if weight else ''}{after}"
+    return f"{start}{secret[0]}{SECRET_MARK}{weight[0] if weight else ''}{after}"

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxft.distributed.disk import write_durably
+
 Exchange = Callable[[str], list[str]]  # this process's text -> the texts of all processes, by process index
 # Seconds that a barrier waits. gloo's collectives time out after 30 s, so a barrier precedes them; whether
 # the run is stalled is decided by the watchdog.
@@ -89,8 +91,7 @@ class FileExchange:
         self._count += 1
         path = self._folder / f"{self._count}.{jax.process_index()}"
         try:
-            path.with_suffix(path.suffix + ".part").write_text(text, encoding="utf-8")
-            path.with_suffix(path.suffix + ".part").rename(path)
+            write_durably(path, text.encode())
         except OSError as error:
             with contextlib.suppress(OSError):
                 (self._folder / f"{path.name}.errno{error.errno}").touch()

@@ -9,15 +9,17 @@ import fcntl
 import os
 import platform
 import re
+import secrets
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 STALE_S = 24 * 3600.0
-STARTED_S = 10.0  # what is empty and younger may get its lock in a moment
+STARTED_S = 10.0  # a younger empty one may be about to be locked
 
 
 def here() -> str:
@@ -55,6 +57,20 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
         owned(Path(folder)),
     ):
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file in the folder of `path`, to be renamed; it is removed at the end if it was not. First
+    remove the folder's .tmp files whose processes were killed.
+    """
+    remove_leftovers(path.parent.glob("*.tmp"))
+    part = path.with_suffix(f".{here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with part.open("w+b") as file, owned(part):
+            yield file
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:

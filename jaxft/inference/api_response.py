@@ -15,8 +15,8 @@ LEAST_LOGP = -9999.0  # in place of -inf, which JSON does not have
 
 @dataclass(frozen=True)
 class PlacedToken:
-    """A token of a choice. first: whether no token before it has text. offset: the character of the text at
-    which it begins, or within which.
+    """A sampled token and its position. first: no earlier token has text. offset: index of the character in
+    which it begins.
     """
 
     sampled: SampledToken

@@ -20,8 +20,7 @@ class ChoiceText:
     """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
 
     calls: what takes tool calls out of the text, None for plain text. places: whether pieces have their
-    tokens, for log-probs. tokens: their number so far. characters: number of those that all tokens so far
-    complete.
+    tokens, for log-probs. tokens: their number so far. characters: complete characters so far.
     """
 
     index: int

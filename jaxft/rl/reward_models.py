@@ -262,6 +262,10 @@ class ModelReward(Reward):
         """Return a hash of its weights."""
         return runfolder.weights_fingerprint(self.ref)
 
+    def start_lines(self) -> list[str]:
+        """Return a warning for weights of an earlier end of their run."""
+        return runfolder.earlier_end_notes(self.ref)
+
     def resident(self, mesh: jax.sharding.Mesh) -> Params:
         """Return shapes and shardings of its weights, from its configuration alone."""
         stored = pretrained.frozen_model(_headless(self.ref, self.dtype), self.quant, self.ref)

@@ -55,6 +55,10 @@ class Reward(Protocol):
         """Return a hash of the weights of a separate reward model, None without one."""
         return None
 
+    def start_lines(self) -> list[str]:
+        """Return lines for the start of a run about a separate reward model."""
+        return []
+
     def resident(self, mesh: jax.sharding.Mesh) -> Params:
         """Return shapes and shardings of the reward's own arrays on the devices."""
         return {}

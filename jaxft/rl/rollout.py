@@ -32,6 +32,7 @@ from jaxft.rl.programs import BoundRun, RolloutPrograms
 from jaxft.rl.rules import Rules
 from jaxft.rl.sampler import RolloutScorer, Sampler, compile_rollout_sampler, compile_rollout_scorer
 from jaxft.rl.token_weights import token_mean
+from jaxft.runs.trackers.jsonl import COMPLETIONS
 from jaxft.tree import Batch, Metrics
 
 UNBOUND = "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
@@ -235,7 +236,7 @@ class BoundRollouts:
                 )
                 self._warned = True
             first_step = number * self.data.steps_per_rollout + 1
-            append_table(self.run.folder / "completions.jsonl", first_step, scored, rules.reward_names)
+            append_table(self.run.folder / COMPLETIONS, first_step, scored, rules.reward_names)
         self.moments = update_moments(self.moments, scored.scores)
         return self._training_rollout(number, scored, state)
 
@@ -380,8 +381,10 @@ def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> N
 
 
 def start_lines(data: Rollouts, objective: Objective, a: AttentionLayers) -> list[str]:
-    """Return lines for the start of a run about the log-probs that it compares. a: of the model."""
-    lines = []
+    """Return lines for the start of a run about its reward models, and the log-probs that it compares. a: of
+    the model.
+    """
+    lines = [line for reward in data.rules.rewards for line in reward.start_lines()]
     if data.compares_logps and not needs_recomputed_logps(data, objective):
         lines.append(
             "log-probs are not recomputed after sampling: each rollout has one update, in which the ratio to "

@@ -36,11 +36,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxft.distributed import sync
+from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs import manifest, restore
 from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
 from jaxft.runs.mirror import LOCAL_ONLY, Copies
-from jaxft.weights.new_folder import fsync, make_folder, sync_tree, write_durably
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself
@@ -51,8 +51,8 @@ EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
 class Checkpoints:
     """The checkpoints in a folder.
 
-    report: called with a line about each event that matters to the user. copies: of them in a store; its
-    functions are called on process 0.
+    report: called with a line about each event that matters to the user. copies: hooks that copy
+    checkpoints to an object store (mirror.Copies), called on process 0.
     """
 
     def __init__(
@@ -332,7 +332,11 @@ class Checkpoints:
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return found["state"], found["meta"], candidate
-            limit = -1 if step is not None else candidate - (candidate in fetched)
+            limit = candidate  # of the step that may be fetched in its place
+            if step is not None:
+                limit = -1  # none
+            elif candidate in fetched:
+                limit = candidate - 1  # that of the store is damaged too
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:

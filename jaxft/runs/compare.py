@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 
 from jaxft.objectives.alarms import Entry
 from jaxft.runs import metric_names as names
+from jaxft.runs.folder import CARD
 from jaxft.runs.plots import Panel, Points, draw
 
 Logged = Mapping[str, float]  # metrics by name
@@ -329,4 +330,4 @@ def write(folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[E
     links = "\n".join(f"- [{label}](<{label}/README.md>)" for label in table.labels)
     picture = "![Curves of all runs](curves.png)"
     text = f"# {name}\n\n{table.markdown()}\n\n{picture}\n\nThe runs, each with its adapter:\n{links}\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(text, encoding="utf-8")

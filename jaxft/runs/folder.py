@@ -8,15 +8,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
 from jaxft.runs.record import describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
 from jaxft.weights import codes, hf, hub
-from jaxft.weights.file_hash import file_sha256, files_sha256
+from jaxft.weights.cached_folder import adopt_folder, folder_damage
+from jaxft.weights.file_hash import content_sha256, files_sha256
 from jaxft.weights.gguf_header import part_files
-from jaxft.weights.new_folder import fsync, make_folder, sync_tree, write_durably
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
@@ -86,7 +87,7 @@ def lock(folder: Path) -> Iterator[TextIO]:
             yield file
         finally:
             with contextlib.suppress(OSError):
-                if [one.name for one in folder.iterdir()] == [path.name]:
+                if [inner.name for inner in folder.iterdir()] == [path.name]:
                     path.unlink()
                     folder.rmdir()
 
@@ -102,8 +103,10 @@ def check_paths(folder: Path) -> None:
             path.is_dir() and path.suffix not in FILE_KINDS and path.name != "lock"
         )  # such as a profile
         if path.exists() and not (is_right or is_other):
+            kind = "file" if path.is_file() else "folder" if path.is_dir() else "pipe, socket or device"
+            result = path.name if path.name in FOLDERS else "files"
             raise ValueError(
-                f"{path}: it is not a {must_be}, as a run writes one of that name; move it away, or choose "
+                f"{path}: a {kind} is in the way; the run writes its {result} here. Move it, or choose "
                 "another name=..."
             )
 
@@ -275,9 +278,7 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
     folder: of the run, or one of its results, such as adapter/. None for a run that has not recorded hashes,
     or a folder that is no run's.
     """
-    inside = folder.resolve()
-    above = [f for f in inside.parents[:2] if inside.relative_to(f).parts[0] in RESULTS]
-    run = next((f for f in (inside, *above) if (f / SUMMARY).is_file()), None)
+    inside, run = folder.resolve(), _run_of(folder)
     if run is None:
         return None
     recorded = read_saved_json(run / SUMMARY).get("files")
@@ -285,46 +286,83 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
         raise ValueError(f"{run / SUMMARY}: files has type {type(recorded).__name__}; restore the file")
     if recorded is None:
         return None
-    paths = {run / name: known for name, known in recorded.items()}
-    return {folder / p.relative_to(inside): known for p, known in paths.items() if p.is_relative_to(inside)}
+    paths = {run.resolve() / name: sha256 for name, sha256 in recorded.items()}
+    return {folder / p.relative_to(inside): sha for p, sha in paths.items() if p.is_relative_to(inside)}
+
+
+def _run_of(folder: Path) -> Path | None:
+    """Return the folder of the finished run that is, or has written, a folder; None for others."""
+    if (folder / SUMMARY).is_file():
+        return folder
+    inside = folder.resolve()
+    above = [f for f in inside.parents[:2] if inside.relative_to(f).parts[0] in RESULTS]
+    return next((f for f in above if (f / SUMMARY).is_file()), None)
 
 
 def check_results(folder: Path) -> None:
-    """Raise FileNotFoundError or ValueError with the line of changed_result, if there is one."""
-    changed = changed_result(folder)
-    if changed:
-        again = "start the run's command again, which writes it from the last checkpoint"
-        if changed.endswith("wrote it"):
-            raise FileNotFoundError(f"{changed}; restore it, or {again}")
+    """Raise FileNotFoundError or ValueError with the first line of changed_results, if there is one."""
+    again = "start the run's command again, which writes it from the last checkpoint"
+    for changed in changed_results(folder):
+        if changed.is_missing:
+            raise FileNotFoundError(f"{changed.line}; restore it, or {again}")
         raise ValueError(
-            f"{changed}. Restore it, or {again}, or copy the folder elsewhere and use it with --adapter or "
-            "--model"
+            f"{changed.line}. Restore it, or {again}, or copy the folder elsewhere and use it with --adapter "
+            "or --model"
         )
 
 
-def changed_result(folder: Path) -> str | None:
-    """Return a line about a file of a run's results that is not the one that the finished run wrote; None if
-    all are. folder: see recorded_results; what it has not recorded passes.
+class ChangedResult(NamedTuple):
+    """A file of a run's results that is missing, or is not the one that the finished run wrote."""
+
+    path: Path
+    is_missing: bool
+
+    @property
+    def line(self) -> str:
+        """What is wrong with it, for messages."""
+        if self.is_missing:
+            return f"{self.path}: no such file, and the finished run wrote it"
+        return (
+            f"{self.path}: the file has changed since the run was finished (its sha256 is not in {SUMMARY})"
+        )
+
+
+def changed_results(folder: Path) -> list[ChangedResult]:
+    """Return the files of a run's results that are not what the finished run wrote, from their bytes on disk.
+    folder: see recorded_results; what it has not recorded passes.
     """
-    for path, known in (recorded_results(folder) or {}).items():
-        if not path.is_file():
-            return f"{path}: no such file, and the finished run wrote it"
-        if file_sha256(path) != known:
-            return f"{path}: the file has changed since the run was finished (its sha256 is not in {SUMMARY})"
-    return None
+    recorded = recorded_results(folder) or {}
+    present = [path for path in recorded if path.is_file()]
+    changed = [ChangedResult(path, True) for path in recorded if path not in present]
+    for path, sha256 in zip(present, files_sha256(present, content_sha256), strict=True):
+        if sha256 != recorded[path]:
+            changed.append(ChangedResult(path, False))
+    return changed
 
 
 def earlier_end(folder: Path) -> str | None:
     """Return a line if a run's weights are those of an earlier end: it was continued after it had finished,
-    and has not finished again.
+    and has not finished again. folder: see recorded_results; None for a folder that is no run's.
     """
-    steps, entries = finished_steps(folder), read_entries(folder / METRICS)
-    if not steps or not entries or entries[-1]["step"] <= steps:
+    run = _run_of(folder)
+    entries = [] if run is None else read_entries(run / METRICS)
+    if run is None or not entries:
+        return None
+    steps, reached = finished_steps(run), entries[-1]["step"]
+    if not steps or reached <= steps:
         return None
     return (
-        f"{folder}: this run was continued after step {steps}, has reached step {entries[-1]['step']}, and "
-        f"its weights are those of step {steps}"
+        f"{run}: this run was continued after step {steps}, has reached step {reached}, and its weights are "
+        f"those of step {steps}"
     )
+
+
+def earlier_end_notes(ref: str | Path) -> list[str]:
+    """Return a warning for whoever uses weights of an earlier end, [] for all others. Every command and
+    setting that names weights of a run prints it: --run, --adapter, start=, reward=.
+    """
+    line = earlier_end(Path(ref))
+    return [f"warning: {line}; finish the run to update them"] if line else []
 
 
 # Runs that this one continues
@@ -429,6 +467,14 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
         raise ValueError(
             f"{folder}: the weights in {ref} have changed since this run was trained; {again}, or use --model"
         )
+    if recorded.startswith(HASH) and hub.is_extended(ref):
+        adopt_folder(Path(ref))
+        damage = folder_damage(Path(ref))
+        if damage is not None:
+            raise ValueError(
+                f"{folder}: the model with new tokens cannot be used: {damage}. Start the run's command "
+                "again, which writes it, or use --model"
+            )
     if (folder / CALIBRATED_JSON).is_file():
         _check_codes(folder)
     return ref
@@ -438,7 +484,7 @@ def _check_codes(folder: Path) -> None:
     """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
     record = read_saved_json(folder / CALIBRATED_JSON)
     name = str(record.get("codes"))
-    if codes.codes_folder(name).is_dir() and codes.codes_sha256(name) != record.get("sha256"):
+    if not codes.confirm_codes(record):
         raise ValueError(
             f"{folder}: the calibrated base in the cache, {codes.codes_folder(name)}, has changed since this "
             f"run was trained. {codes.AGAIN}"

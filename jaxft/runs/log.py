@@ -10,15 +10,24 @@ from typing import Any
 
 from rich.console import Console
 
+from jaxft.distributed.disk import fsync
 from jaxft.objectives.alarms import Alarms, Entry
 from jaxft.runs.folder import write_durable_json
 from jaxft.runs.trackers import tensorboard
 from jaxft.runs.trackers.console import ConsoleView
-from jaxft.runs.trackers.jsonl import METRICS, Jsonl, format_line, read_entries
+from jaxft.runs.trackers.jsonl import (
+    COMPLETIONS,
+    METRICS,
+    EntrySteps,
+    Jsonl,
+    format_line,
+    read_appended,
+    read_entries,
+    truncate,
+)
 from jaxft.runs.trackers.tracker import RunEnd, Tracker, open_trackers
-from jaxft.weights.new_folder import fsync
 
-ALARMS_JSON, COMPLETIONS = "alarms.json", "completions.jsonl"
+ALARMS_JSON = "alarms.json"
 
 
 class NullLog:
@@ -77,6 +86,8 @@ class Log:
         optional = open_trackers(trackers, self._folder, start_step)
         (self._folder / ALARMS_JSON).unlink(missing_ok=True)  # `listen` raises those of earlier entries again
         self._jsonl = Jsonl(self._folder / METRICS, start_step)
+        self._completions = EntrySteps(truncate(self._folder / COMPLETIONS, start_step))
+        self._completions_size = read_appended(self._folder / COMPLETIONS, 0)[1]
         board = tensorboard.open_tracker(self._folder, start_step)
         self._trackers: list[Tracker] = [self._jsonl, *optional, board]
         self._view = None if quiet else ConsoleView(self._folder.name, total_steps, start_step, console)
@@ -109,19 +120,28 @@ class Log:
 
     def sync(self) -> dict[str, Any]:
         """Return when metrics and completions are on disk, with what a checkpoint stores about them, see
-        `report_missing`.
+        `missing`.
         """
         for path in (self._folder / METRICS, self._folder / COMPLETIONS, self._folder):
             if path.exists():
                 fsync(path)
-        return self._jsonl.logged()
+        entries, self._completions_size = read_appended(self._folder / COMPLETIONS, self._completions_size)
+        for entry in entries:
+            self._completions.add(entry["step"])
+        return {**self._jsonl.steps.logged(), "completions": self._completions.logged()}
 
     def missing(self, logged: dict[str, Any]) -> list[str]:
-        """Return a warning if metrics.jsonl has lost entries from before the restart. logged: what `sync`
-        returned then.
+        """Return a warning for each of metrics.jsonl and completions.jsonl that has lost entries from before
+        the restart. logged: what `sync` returned then.
         """
-        missing, path = self._jsonl.missing(logged), self._folder / METRICS
-        return [f"warning: {path} has lost {missing}; the log goes on without them"] if missing else []
+        missing = {METRICS: self._jsonl.steps.missing(logged)}
+        if "completions" in logged:  # older checkpoints have none
+            missing[COMPLETIONS] = self._completions.missing(logged["completions"])
+        return [
+            f"warning: {self._folder / name} has lost {entries}; the log goes on without them"
+            for name, entries in missing.items()
+            if entries
+        ]
 
     def listen(self, alarms: Callable[[dict[str, Any], Entry, bool], Alarms]) -> None:
         """Call `alarms(memory, entry, last)` for every entry and print its messages (see objective.Report).

@@ -19,6 +19,7 @@ from jaxft import tree
 
 NAME = "manifest.json"
 LAYOUT = 2
+SET_ASIDE = ".bad"  # the suffix of what is damaged, see set_aside
 SLAB_BYTES = 256 << 20  # a shard is read back in slabs of about this size
 
 
@@ -128,11 +129,11 @@ def hash_file(path: Path) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to `<step>.bad`, or .bad2 and so on; return its new path."""
-    target, count = folder.with_suffix(".bad"), 1
+    """Rename a damaged checkpoint or result to `<name>.bad`, or .bad2 and so on; return its new path."""
+    target, count = folder.with_suffix(SET_ASIDE), 1
     while target.exists():
         count += 1
-        target = folder.with_suffix(f".bad{count}")
+        target = folder.with_suffix(f"{SET_ASIDE}{count}")
     return folder.rename(target)
 
 

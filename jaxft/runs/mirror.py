@@ -1,11 +1,11 @@
 """A copy of a run's folder in an object store: sent at every checkpoint and at the end, fetched elsewhere.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
-Each verified checkpoint is then copied in the background with the other files of the folder that have
-changed; `index.json` has their sizes and hashes, and which process sends them. The checkpoint's manifest is
-sent after all of these: a checkpoint without one is incomplete, and one with it has its logs. A start that
-finds a newer checkpoint in the store than on disk fetches the folder first, and one whose checkpoint on disk
-is damaged fetches that.
+Verified checkpoints are copied in the background, each with the other files of the folder that have changed;
+one that a newer one has overtaken is left out. `index.json` has their sizes and hashes, and which process
+sends them. The checkpoint's manifest is sent after all of these: a checkpoint without one is incomplete, and
+one with it has its logs. A start that finds a newer checkpoint in the store than on disk fetches the folder
+first, and one whose checkpoint on disk is damaged fetches that.
 A start with other settings than those of the run in the store is refused and leaves the store as it is.
 """
 
@@ -25,15 +25,14 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
-from jaxft.runs.folder import RESULTS, permitted_changes, read_saved_json
+from jaxft.runs.folder import RESULTS, SUMMARY, permitted_changes, read_saved_json
 from jaxft.runs.store import Store, StoreError, open_store
-from jaxft.weights.new_folder import make_folder, publish, write_durably
 
 INDEX = "index.json"
 CHECKPOINTS = "checkpoints"
-SUMMARY = "summary.json"  # of a finished run; it is sent last
 LOCAL_FILES = ("lock", INDEX)  # of this machine alone
 TEMPORARY = (".part", ".tmp")
 INDEX_ATTEMPTS = 3  # at writing the index, which another process may write at the same time
@@ -413,6 +412,7 @@ class Mirror:
             and not path.is_symlink()
             and path.relative_to(self.folder).parts[0] not in (CHECKPOINTS, *LOCAL_FILES)
             and path.suffix not in TEMPORARY
+            and not _is_set_aside(path.relative_to(self.folder))
         ]
         return sorted(paths, key=lambda path: (path.name == SUMMARY, path))
 
@@ -442,6 +442,11 @@ def _complete_steps(names: list[str]) -> list[int]:
     """Steps of the checkpoints that have a manifest. names: of objects."""
     pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
     return [int(step) for step in re.findall(pattern, "\n".join(names))]
+
+
+def _is_set_aside(path: Path) -> bool:
+    """Whether a file is in a damaged result. path: in the folder of the run or sweep."""
+    return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
 def _entry_of(content: bytes) -> list[Any]:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.runs.folder import check_results, earlier_end, trained_weights
+from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.weights import adapters, hub
 from jaxft.weights.peft_refusals import read_adapter_config
 
@@ -35,25 +35,20 @@ def named_weights(
     Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
     """
     if run is not None:
-        return NamedWeights(*trained_weights(run), notes=_notes(run))
+        return NamedWeights(*trained_weights(run), notes=earlier_end_notes(run))
     if adapter is None:
         return NamedWeights(model or default, None, None, [])
     folder = adapters.adapter_folder(str(adapter))
     check_results(folder)
+    notes = earlier_end_notes(folder)
     own_run = adapters.run_of_adapter(folder)
     if model is not None:
-        return NamedWeights(model, folder, None, adapters.other_base_name(folder, model))
+        return NamedWeights(model, folder, None, notes + adapters.other_base_name(folder, model))
     if own_run is not None:
         ref, _, record = trained_weights(own_run)
-        return NamedWeights(ref, folder, record, _notes(own_run))
-    ref, notes = _own_base(folder)
-    return NamedWeights(ref, folder, None, [f"base of {folder}: {ref}", *notes])
-
-
-def _notes(run: Path) -> list[str]:
-    """Return a warning if the weights of a run are those of an earlier end."""
-    line = earlier_end(run)
-    return [f"warning: {line}"] if line else []
+        return NamedWeights(ref, folder, record, notes)
+    ref, lines = _own_base(folder)
+    return NamedWeights(ref, folder, None, [f"base of {folder}: {ref}", *lines, *notes])
 
 
 def _own_base(folder: Path) -> tuple[str, list[str]]:

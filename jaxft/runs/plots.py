@@ -1,9 +1,12 @@
 """Plots of curves: a few panels side by side, with the same colour for the same label in all of them."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from jaxft.distributed.disk import make_folder, write_durably
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
 COLOURS = (
@@ -69,10 +72,10 @@ def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> N
         fontsize=8,
         frameon=False,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    part.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    make_folder(path.parent)
+    write_durably(path, picture.getvalue())
 
 
 def _look(number: int) -> dict[str, Any]:

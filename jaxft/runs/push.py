@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxft.runs.folder import (
+    CARD,
     check_results,
     earlier_end,
     finished_steps,
@@ -20,7 +21,6 @@ from jaxft.weights.peft_refusals import read_adapter_config
 from jaxft.weights.safetensors import open_safetensors
 from jaxft.weights.tokenizer_files import TEMPLATES_FOLDER
 
-CARD = "README.md"
 UNFINISHED = (".part", ".tmp", ".incomplete")  # ends of names of files that are being written
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 

@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
 from jaxft.runs.metric_names import HELD_OUT, SCORES
-from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 from jaxft.weights.card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
@@ -318,7 +318,7 @@ def completions_section(folder: Path, count: int = 5) -> str:
 
     Reads completions.jsonl in `folder`.
     """
-    entries = read_entries(folder / "completions.jsonl")
+    entries = read_entries(folder / COMPLETIONS)
     if not entries:
         return ""
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))

@@ -35,6 +35,7 @@ from jaxft.weights.codes import (
     codes_folder,
     codes_name,
     codes_sha256,
+    confirm_codes,
     write_codes,
 )
 from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, in_layers
@@ -238,7 +239,7 @@ def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
     begin, damage = time.perf_counter(), codes_damage(plan.name)
     known = codes_folder(plan.name).is_dir() and damage is None
     if damage is not None:
-        progress(f"the calibrated base in the cache is damaged: {damage}; it is computed again")
+        progress(f"the calibrated base in the cache cannot be used: {damage}; it is computed again")
     for turn in (True, False):
         mine = processes.is_first() is turn
         for line in processes.in_step(_coded_layers(plan) if mine else iter(())):
@@ -274,12 +275,14 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     """
     if plan is None:
         return
+    path = folder / CALIBRATED_JSON
+    if path.is_file():
+        confirm_codes(read_model_json(path))
     calibrated_codes(plan, progress)
     found = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
     again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"
     if not processes.all_equal(found):
         raise ValueError(f"the processes have computed different calibrated bases; {again}")
-    path = folder / CALIBRATED_JSON
     with processes.agreement():
         before = read_model_json(path) if path.is_file() else found
         if before["codes"] == plan.name and before != found:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.distributed.disk import publish
 from jaxft.models.model import Model
 from jaxft.nn import lora
 from jaxft.nn.quant import CHECKPOINT
@@ -15,7 +16,7 @@ from jaxft.weights import card, gguf_header, gguf_lora, gguf_save, hub, pretrain
 from jaxft.weights.gguf_header import part_files
 from jaxft.weights.gguf_types import MIXTURES, mixture_named
 from jaxft.weights.hf import HEAD
-from jaxft.weights.new_folder import parents_of, publish
+from jaxft.weights.new_folder import parents_of
 
 KEEP = "keep"
 

@@ -17,7 +17,6 @@ from jaxft.rl.rollout import Rollouts, start_lines
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
-from jaxft.runs.trackers.jsonl import truncate
 from jaxft.runs.trackers.tracker import RunEnd
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
@@ -131,7 +130,6 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
         member.folder.mkdir(exist_ok=True)
         runfolder.check_paths(member.folder)
         moved += runfolder.write_record(member.folder, member.record, first, kernel)
-        truncate(member.folder / "completions.jsonl", first)
         write_contents(job, number, first)
         own = {"trackers": trackers} if job.sweep is None else {"quiet": True}
         logs.append(Log(member.folder, job.steps, first, **own))
@@ -183,6 +181,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines += extension_notes(lead.run.weights)
     for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):
         if start:
+            lines += runfolder.earlier_end_notes(start)
             lines += runfolder.prompt_differences(start, lead.record)
             lines += base_differences(
                 start,
@@ -191,6 +190,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
                 lead.run.quant,
                 lead.run.adapter,
             )
+    lines += runfolder.earlier_end_notes(lead.run.weights)
     lines += runfolder.prompt_differences(lead.run.weights, lead.record)
     if job.sweep is not None:
         members = [f"{number:3d}  {member.label}" for number, member in enumerate(job.members, 1)]

@@ -18,6 +18,7 @@ from jaxft.models.heads import HeadSettings
 from jaxft.rl.programs import BoundRun
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.manifest import set_aside
 from jaxft.runs.mirror import CHECKPOINTS, Copies, mirrored
 from jaxft.runs.record import describe, differences
 from jaxft.runs.store import check_stored_name
@@ -298,13 +299,15 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
 
 
 def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
-    """Whether a finished job has lost some of its results, which is reported. Raises FileNotFoundError if
-    there is no checkpoint from which they could be written again.
+    """Whether a finished job has lost some of its results, which is reported. Folders with files that have
+    changed, perhaps by hand, are set aside. Raises FileNotFoundError if there is no checkpoint from which
+    the results could be written again.
     """
     folders = {job.folder, *(member.folder for member in job.members)}
     cards = [folder / runfolder.CARD for folder in folders if (folder / runfolder.SUMMARY).is_file()]
     lines = [f"{card}: no such file, or it is empty" for card in cards if not _has_content(card)]
-    lines += filter(None, (runfolder.changed_result(member.folder) for member in job.members))
+    changed = [(m.folder, result) for m in job.members for result in runfolder.changed_results(m.folder)]
+    lines += [result.line for _, result in changed]
     if not lines:
         return False
     latest = checkpoints.latest()
@@ -313,6 +316,9 @@ def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
             f"{lines[0]}, and there is no checkpoint from which it could be written again. Restore it, or "
             f"delete {job.folder / runfolder.SUMMARY} to train again"
         )
+    edited = {run / x.path.relative_to(run).parts[0] for run, x in changed if not x.is_missing}
+    for folder in sorted(edited):
+        lines[0] += f"; {folder} is renamed to {set_aside(folder).name}"
     checkpoints.report(f"{lines[0]}: the results are written again from the checkpoint of step {latest}")
     return True
 

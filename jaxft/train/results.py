@@ -38,7 +38,7 @@ def report_finished(job: Job, steps: int) -> int:
     failed = processes.from_first_process(lambda: runfolder.failed_members(job.folder))
     if not processes.is_first():
         return int(bool(failed))
-    card, name = job.folder / "README.md", "name=..." if job.sweep is None else "--name"
+    card, name = job.folder / runfolder.CARD, "name=..." if job.sweep is None else "--name"
     if job.sweep is not None:
         print(card.read_text(encoding="utf-8"))
     kind = "run" if job.sweep is None else "sweep"
@@ -109,7 +109,7 @@ def write_reports(
             folder = weights[number]
             if folder is not None:
                 card = _card(job, number, folder, (before[number], after[number]), notes[number])
-                (member.folder / "README.md").write_text(report.model_card(card), encoding="utf-8")
+                (member.folder / runfolder.CARD).write_text(report.model_card(card), encoding="utf-8")
             summary = {
                 "before": before[number],
                 "after": after[number],
@@ -172,7 +172,7 @@ def _result_lines(
         for member, log in zip(job.members, logs.members, strict=True)
         for alarm in log.alarms
     ]
-    where = f"the table is in {job.folder / 'README.md'}, the curves in {job.folder / 'curves.png'}"
+    where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
     return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
 
 

@@ -13,7 +13,7 @@ from jaxft.nn.lora_specs import adapter_specs
 from jaxft.runs import compare
 from jaxft.runs import folder as runfolder
 from jaxft.runs.record import describe, differences
-from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.train.settings import Run
 
 # Settings in which the members of a sweep may differ.
@@ -119,7 +119,7 @@ def write_table(
 
     before, after: metrics of each member, by label. failed: labels of members that are not finished.
     """
-    curves = {label: read_entries(folder / label / "metrics.jsonl") for label in before}
+    curves = {label: read_entries(folder / label / METRICS) for label in before}
     ends = [{**after[label], **_of_training(curves[label])} for label in before]
     table = compare.Table.of(list(before), list(before.values()), ends)
     compare.write(folder, name, table, curves)

@@ -20,6 +20,7 @@ from jaxft.distributed import processes
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics
 from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
+from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.evaluate import is_stalled, selection_score
 from jaxft.train.logs import Logs, early_end_lines
@@ -187,7 +188,7 @@ def evaluate_end(
 
 
 def _advice(member: Member) -> str:
-    where = member.folder / "metrics.jsonl"
+    where = member.folder / METRICS
     return (
         f"The run is not finished and its weights are not written. Look at {where}; lower optim.lr with "
         "another name=, or raise loop.steps to train on from the last checkpoint"

@@ -1,15 +1,16 @@
 """Folders of the cache that are computed once. They appear complete and on disk, with the hashes of their
-files, which are verified before they are used.
+files, which are verified before they are used. Earlier versions wrote no hashes: see adopt_folder.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.temporary import locked, temporary_folder
-from jaxft.weights.file_hash import files_sha256
-from jaxft.weights.new_folder import make_folder, publish
-from jaxft.weights.safetensors import read_model_json, write_model_json
+from jaxft.weights.file_hash import content_sha256, files_sha256
+from jaxft.weights.safetensors import read_model_json
 
 HASHES = "files.json"  # SHA-256 of the other files by path; links lead to files that are verified elsewhere
 
@@ -17,15 +18,26 @@ HASHES = "files.json"  # SHA-256 of the other files by path; links lead to files
 def folder_damage(folder: Path) -> str | None:
     """Return what is wrong with a folder of the cache; None if it has the files that were written."""
     try:
-        known = read_model_json(folder / HASHES) if (folder / HASHES).is_file() else {}
-        missing = [name for name in (HASHES, *known) if not (folder / name).is_file()]
+        if not (folder / HASHES).is_file():
+            return f"{folder / HASHES} is missing, as where an earlier version wrote the folder"
+        written = read_model_json(folder / HASHES)
+        missing = [name for name in written if not (folder / name).is_file()]
         if missing:
             return f"{folder / missing[0]} is missing"
-        found = files_sha256([folder / name for name in known])
+        present = files_sha256([folder / name for name in written], content_sha256)
     except (OSError, ValueError) as error:
         return str(error)
-    changed = [name for name, sha256 in zip(known, found, strict=True) if known[name] != sha256]
+    changed = [name for name, sha256 in zip(written, present, strict=True) if written[name] != sha256]
     return f"{folder / changed[0]} has changed since it was written" if changed else None
+
+
+def adopt_folder(folder: Path) -> None:
+    """Write the hashes of a folder that an earlier version wrote without them, and whose content a run's
+    record has confirmed.
+    """
+    if folder.is_dir() and not (folder / HASHES).is_file():
+        with _naming(folder), locked(folder):
+            _write_hashes(folder)
 
 
 @contextlib.contextmanager
@@ -36,10 +48,10 @@ def cached_folder(out: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with _naming(out):
             make_folder(out.parent)
-            own = stack.enter_context(temporary_folder(out.parent, ".new-"))
-        yield own / out.name
+            temporary = stack.enter_context(temporary_folder(out.parent, ".new-"))
+        yield temporary / out.name
         with _naming(out):
-            _publish(own / out.name, out, own / "damaged")
+            _publish(temporary / out.name, out, temporary / "damaged")
 
 
 @contextlib.contextmanager
@@ -51,12 +63,17 @@ def _naming(out: Path) -> Iterator[None]:
 
 
 def _publish(part: Path, out: Path, aside: Path) -> None:
-    files = sorted(path for path in part.rglob("*") if path.is_file() and not path.is_symlink())
-    names = [path.relative_to(part).as_posix() for path in files]
-    write_model_json(part / HASHES, dict(zip(names, files_sha256(files), strict=True)))
+    _write_hashes(part)
     with locked(out.parent):
         if out.exists():
             if folder_damage(out) is None:
                 return
             out.rename(aside)
         publish(part, out)
+
+
+def _write_hashes(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    names = [path.relative_to(folder).as_posix() for path in files if path.name != HASHES]
+    hashes = dict(zip(names, files_sha256([folder / name for name in names]), strict=True))
+    write_durably(folder / HASHES, (json.dumps(hashes, indent=2) + "\n").encode())

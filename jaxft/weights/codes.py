@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxft.nn.quant import Quant, with_defaults
 from jaxft.weights import hub
-from jaxft.weights.cached_folder import cached_folder, folder_damage
-from jaxft.weights.file_hash import cache_folder, files_sha256
+from jaxft.weights.cached_folder import adopt_folder, cached_folder, folder_damage
+from jaxft.weights.file_hash import cache_folder, content_sha256, files_sha256
 from jaxft.weights.model_files import QuantisedTensor
 from jaxft.weights.quantised import find_jaxft
 from jaxft.weights.quantised_write import tensors_of
@@ -55,7 +55,7 @@ def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> s
     """
     located = hub.locate(ref)
     files = hub.files_of(located)
-    names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
+    names = [[path.name, sha256] for path, sha256 in zip(files, files_sha256(files), strict=True)]
     format = quant.kind, *with_defaults(quant.kind, quant.block, quant.double)
     key = json.dumps([VERSION, names, format, quant.targets, rows, dict(ranks)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -71,6 +71,19 @@ def codes_damage(name: str) -> str | None:
     """Return what is wrong with calibrated codes in the cache; None if they are complete, or not there."""
     folder = codes_folder(name)
     return folder_damage(folder) if folder.is_dir() else None
+
+
+def confirm_codes(record: Mapping[str, Any]) -> bool:
+    """Whether the cache has the codes of a run, or none of their name. record: the run's, of their name and
+    codes_sha256. Codes that an earlier version wrote without hashes of their files get these.
+    """
+    name = str(record.get("codes"))
+    if not codes_folder(name).is_dir():
+        return True
+    if codes_sha256(name) != record.get("sha256"):
+        return False
+    adopt_folder(codes_folder(name))
+    return True
 
 
 def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:
@@ -139,7 +152,7 @@ def _open_existing(name: str) -> _Opened:
 def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> _Opened:
     damage = folder_damage(folder)
     if damage is not None:
-        raise ValueError(f"the calibrated base of this run is damaged: {damage}. {AGAIN}")
+        raise ValueError(f"the calibrated base of this run cannot be used: {damage}. {AGAIN}")
     files = open_safetensors(folder, sorted(folder.glob("layer-*.safetensors")))
     return files, find_jaxft(files, read_model_json(folder / _SETTINGS))[0]
 
@@ -147,4 +160,4 @@ def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> _Opened:
 def codes_sha256(name: str) -> str:
     """Return a hash of all bytes of calibrated codes in the cache."""
     files = sorted(codes_folder(name).glob("layer-*.safetensors"))
-    return hashlib.sha256("".join(files_sha256(files)).encode()).hexdigest()
+    return hashlib.sha256("".join(files_sha256(files, content_sha256)).encode()).hexdigest()

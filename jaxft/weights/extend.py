@@ -24,6 +24,8 @@ import numpy as np
 from jaxft import tree
 from jaxft.data.named_templates import BOS, find_template
 from jaxft.data.template import template_of
+from jaxft.distributed.disk import publish
+from jaxft.distributed.sync import is_first
 from jaxft.distributed.temporary import temporary_folder
 from jaxft.models import families
 from jaxft.models.model import Model
@@ -186,8 +188,8 @@ def extended_ref(ref: str, extension: Extension | None) -> str:
     base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
     out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
     damage = folder_damage(out) if out.is_dir() else None
-    if damage is not None:
-        print(f"the model with new tokens is damaged: {damage}; it is written again", file=sys.stderr)
+    if damage is not None and is_first():
+        print(f"the model with new tokens cannot be used: {damage}; it is written again", file=sys.stderr)
     if damage is not None or not out.is_dir():
         with cached_folder(out) as part:
             if not _link_model(part, ref, extension):
@@ -231,7 +233,7 @@ def _link(path: Path, file: Path) -> None:
         part.symlink_to(target)
     except OSError:
         shutil.copyfile(target, part)
-    part.replace(path)
+    publish(part, path)
 
 
 def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:

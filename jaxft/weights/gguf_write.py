@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxft.distributed.disk import publish
 from jaxft.weights import finite
 from jaxft.weights.gguf_header import ARRAY, SCALARS, STRING, block_size
-from jaxft.weights.new_folder import publish
 from jaxft.weights.safetensors import WRITE_ADVICE
 
 ALIGNMENT = 32  # of tensors, bytes; the format's default

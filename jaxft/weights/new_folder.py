@@ -1,70 +1,13 @@
-"""Write files and folders in one step, and so that a power cut leaves the old one or the new one.
-
-A command that fails leaves no part of what it writes, nor of the folders above it. What has been written
-reaches the disk up to 30 s later, and an empty file may get its final name before its content: so everything
-is synced before it is renamed, and the folder of the new name after.
+"""New folders with results, written in one step: a command that fails leaves no part of what it writes, nor
+of the folders above it.
 """
 
 import contextlib
-import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxft.distributed.disk import make_folder, publish
 from jaxft.distributed.temporary import temporary_folder
-
-CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot sync folders
-
-
-def fsync(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on disk. Raises OSError that names it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in CANNOT_SYNC:
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(handle)
-
-
-def sync_tree(path: Path) -> None:
-    """Return when a file, or a folder with everything below it, is on disk. Links are not followed."""
-    if path.is_symlink():
-        return
-    if path.is_dir():
-        for inner in path.iterdir():
-            sync_tree(inner)
-    if path.is_dir() or path.is_file():
-        fsync(path)
-
-
-def publish(part: Path, target: Path) -> None:
-    """Give a file or a folder its final name when all of it is on disk; the name is too when this returns."""
-    sync_tree(part)
-    part.replace(target)
-    fsync(target.parent)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file in one step. Raises OSError that names it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        publish(part, path)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder, and those above it that do not exist, whose names are then on disk."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for one in missing:
-        fsync(one.parent)
 
 
 def check_new_folder(out: Path) -> None:
@@ -88,9 +31,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     target = out.resolve()  # an empty folder may be a link
     with (
         parents_of(target),
-        temporary_folder(target.parent, f".{target.name}-jaxft-") as own,
+        temporary_folder(target.parent, f".{target.name}-jaxft-") as temporary,
     ):
-        part = own / target.name
+        part = temporary / target.name
         yield part
         publish(part, target)
 

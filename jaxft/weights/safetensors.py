@@ -135,7 +135,7 @@ class TensorToWrite:
 
 def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
     """Write a safetensors file one tensor at a time, and rename it into place when it is complete. Whoever
-    announces the folder that it is in syncs that, see weights.new_folder.
+    announces the folder that it is in syncs that, see distributed.disk.
 
     With several processes, all call this and fetch the same tensors; process 0 writes, and its error is
     raised on all. Raises ValueError, and leaves no file, if a tensor has values that are not finite.

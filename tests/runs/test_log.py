@@ -512,13 +512,37 @@ def test_alarms_are_in_a_file_as_soon_as_they_are_raised_and_once(tmp_path):
     assert not (tmp_path / "alarms.json").exists()
 
 
+def test_completions_that_were_lost_are_reported_like_metrics(tmp_path):
+    path, entry = tmp_path / "completions.jsonl", '{{"step": {}, "completion": "{}"}}\n'
+    path.write_text("from another start\n")
+    log = Log(tmp_path, 40, quiet=True)
+    assert log.sync()["completions"] == {"entries": 0, "steps": []}
+    for steps in ([1, 1], [5, 9], [13]):
+        with path.open("a") as file:
+            file.writelines(entry.format(step, "\u2028é") for step in steps)
+        logged = log.sync()
+    log.close()
+    assert logged["completions"] == {"entries": 5, "steps": [[1, 13, 4]]}
+
+    def missing(start_step=13, logged=logged):
+        log = Log(tmp_path, 40, start_step, quiet=True)
+        log.close()
+        return log.missing(logged)
+
+    assert missing() == []
+    path.write_text("".join(entry.format(step, "") for step in (1, 9, 13)))
+    assert missing() == [f"warning: {path} has lost steps 5; the log goes on without them"]
+    del logged["completions"]  # an older checkpoint
+    assert missing() == []
+
+
 def test_entries_that_a_log_has_lost_are_named_by_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     steps = [0, 10, 20, 20, 25, 30, 31, 32]
     path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
-    logged = jsonl.Jsonl(path, 40).logged()
+    logged = jsonl.Jsonl(path, 40).steps.logged()
     assert logged == {"entries": 8, "steps": [[0, 20, 10], [25, 30, 5], [31, 32, 1]]}
-    assert jsonl.Jsonl(path, 40).missing(logged) == ""
+    assert jsonl.Jsonl(path, 40).steps.missing(logged) == ""
     for kept, lost in (
         ([0], "steps 10-20 (every 10), 25-30 (every 5), 31-32"),
         ([0, 10, 20, 25, 30, 31, 32], "1 of 8 entries"),
@@ -526,4 +550,4 @@ def test_entries_that_a_log_has_lost_are_named_by_step(tmp_path):
         ([*steps, 33], ""),
     ):
         path.write_text("".join(f'{{"step": {step}}}\n' for step in kept))
-        assert jsonl.Jsonl(path, 40).missing(logged) == lost
+        assert jsonl.Jsonl(path, 40).steps.missing(logged) == lost

@@ -122,6 +122,19 @@ def test_another_machine_gets_the_folder_as_it_was(store, tmp_path, scheme):
     assert {line.rpartition("/")[2] for line in sent} == {"index.json"}  # the rest is there already
 
 
+def test_a_result_that_was_set_aside_is_not_copied(store, tmp_path):
+    here = write_folder(tmp_path / "here")
+    for name in ("member/adapter.bad", "model.bad2", "x.badge"):
+        (here / name).mkdir(parents=True)
+        (here / name / "file").write_text(name)
+    with started(here):
+        pass
+    sent = {name for name in tree_of(here) if "bad" not in name or "badge" in name}
+    with started(write_folder(tmp_path / "there")):
+        names = stores.open_store(PLACE["s3"]).names("")
+    assert {name for name in names if name != "index.json"} == sent
+
+
 def test_a_folder_that_is_ahead_of_the_store_stays(store, tmp_path):
     here = write_folder(tmp_path / "here")
     write_step(here, 1)

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 
+from jaxft.rl.reward_models import ModelReward
 from jaxft.runs import folder as runfolder
+from jaxft.runs.folder import earlier_end_notes
 from jaxft.runs.named_weights import named_weights
 
 RECORD = {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
@@ -71,8 +73,14 @@ def test_weights_of_an_earlier_end_are_reported_when_the_run_has_gone_on(run):
     line = (
         f"{run}: this run was continued after step 4, has reached step 6, and its weights are those of step 4"
     )
-    assert named_weights(**names).notes == [f"warning: {line}"]
-    assert named_weights(None, None, run / "adapter").notes == [f"warning: {line}"]
+    notes = [f"warning: {line}; finish the run to update them"]
+    assert named_weights(**names).notes == notes
+    assert named_weights(None, None, run / "adapter").notes == notes
+    assert named_weights(None, str(run), run / "adapter").notes[0] == notes[0]
+    for ref in (run, run / "adapter", run / "best" / "adapter"):  # of start= and reward=
+        assert earlier_end_notes(str(ref)) == notes
+    assert earlier_end_notes("org/name") == earlier_end_notes(run.parent) == []
+    assert ModelReward(str(run / "adapter")).start_lines() == notes
 
 
 def test_weights_that_are_gone_from_a_finished_run_name_the_remedy_that_works(run):
@@ -99,7 +107,7 @@ def test_a_pipe_or_a_file_in_the_place_of_a_folder_is_refused_at_the_start(tmp_p
         os.mkfifo(tmp_path / name)
     with (
         pytest.raises(
-            ValueError, match=rf"/{name}: it is not a (file|folder), as a run writes .*; move it away"
+            ValueError, match=rf"/{name}: a (file|pipe, socket or device) is in the way; .* Move it, or"
         ),
         runfolder.lock(tmp_path),
     ):

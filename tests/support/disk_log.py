@@ -1,4 +1,5 @@
-"""What is on disk for certain, from a record of os.fsync: content and names reach it when they are synced.
+"""What is on disk for certain, from a record of Python's os.fsync: content and names reach it when they are
+synced. Writes, syncs and renames of other libraries are seen only by `support/system_calls.py`.
 
 `record(outputs, report)` watches this process. A rename to an output's name, to a checkpoint's or to
 summary.json announces files; `report` is called with a line for each that is not on disk then, as it is.

@@ -28,7 +28,7 @@ NO_TESTS_FOUND = 5  # pytest's exit code
 
 
 def module_name(file):
-    """"jaxft.nn.rope" for jaxft/nn/rope.py; scripts, recipes and tests import one another by their stems."""
+    """ "jaxft.nn.rope" for jaxft/nn/rope.py; scripts, recipes and tests import one another by their stems."""
     path = Path(file).with_suffix("")
     return ".".join(path.parts).removesuffix(".__init__") if path.parts[0] == "jaxft" else path.name
 

@@ -3,18 +3,22 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import disk_log
 import pytest
 import rl_workdir
+import system_calls
 import tiny_run
 from prepared import resume
 from tiny_run import Place, write_place
 
+from jaxft.distributed import disk
 from jaxft.weights import new_folder
 
 WORST = ["loop.best_metric=eval_loss", "loop.greater_is_better=true"]  # so that best/ is written, from step 1
@@ -45,13 +49,49 @@ def finished(tmp_path_factory):
     return place
 
 
-def test_every_file_is_on_disk_before_its_checkpoint_or_summary_has_its_name(finished):
+def test_python_syncs_every_file_before_its_checkpoint_or_summary_has_its_name(finished):
+    """Python's own os.fsync and renames only; the next test has the system calls of everybody."""
     lines = (finished.folder / "announced").read_text().splitlines()
     assert lines == [
         *(f"{step}: on disk" for step in (1, 2, 3)),
         "summary.json: on disk",
         "owed: nothing",
     ]
+
+
+@pytest.mark.slow
+def test_system_calls_sync_every_file_before_its_checkpoint_or_summary_has_its_name(tmp_path):
+    """Writes, syncs and renames as the kernel gets them, those of Orbax's and TensorStore's threads too."""
+    reason = system_calls.strace_failure()
+    if reason:
+        pytest.skip(reason)
+    write_place(tmp_path)
+    train = [sys.executable, str(tiny_run.ROOT / "scripts" / "train.py"), "--config", "config.py"]
+    command = system_calls.traced([*train, *ARGV, "name=x"], str(tmp_path / "calls"))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tiny_run.ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    seen, run = [], tmp_path / "runs" / "x"
+
+    def announced(calls, source, target):
+        is_step = target.parent == run / "checkpoints" and target.name.isdigit()
+        if not is_step and target != run / "summary.json":
+            return
+        owed = calls.owed_in(source if is_step else run)
+        owed |= {path: calls.owed.get(path, []) for path in (run, run.parent)}
+        if is_step:  # the log may have grown since
+            log = calls.owed.get(run / "metrics.jsonl", [])
+            owed[run / "metrics.jsonl"] = [
+                x for x in log if int(re.findall(r"\d+", x)[0]) <= int(target.name)
+            ]
+        owed = {path: [x for x in owed[path] if not x.endswith((".part", ".tmp"))] for path in owed}
+        live = run / "tensorboard"  # is not announced
+        owed = {path: x for path, x in owed.items() if x and path != live and live not in path.parents}
+        seen.append((target.name, owed))
+
+    calls = system_calls.SystemCalls(tmp_path, announced)
+    calls.follow((tmp_path / "calls").read_text(errors="replace").splitlines())
+    assert seen == [(name, {}) for name in ("1", "2", "3", "summary.json")]
+    assert calls.owed[run] == []
 
 
 def files_of(folder):
@@ -71,8 +111,10 @@ def test_a_finished_run_writes_damaged_results_again_and_reports_lost_entries(fi
     assert finished.run(*ARGV, "name=x") == 0, finished.err()
     out = finished.out()
     assert "model.safetensors: the file has changed since the run was finished" in out
-    assert "the results are written again from the checkpoint of step 3" in out
     assert "warning: runs/x/metrics.jsonl has lost steps 1-2; the log goes on without them" in out
+    assert "runs/x/model is renamed to model.bad: the results are written again from the checkpoint" in out
+    changed = before["model"] | {Path("model.safetensors"): b""}  # perhaps by hand: nothing of it is lost
+    assert files_of(run / "model.bad") == changed
     assert {name: files_of(run / name) for name in before} == before
     assert json.loads((run / "summary.json").read_bytes())["files"] == json.loads(summary)["files"]
     assert resume(finished.folder, *ARGV, "name=x") == (3, [])
@@ -101,7 +143,7 @@ def test_a_new_folder_and_a_file_are_on_disk_before_they_have_their_name(tmp_pat
         (part / "inner" / "weights").write_bytes(b"1")
         (part / "config").write_text("2")
     file.with_suffix(".part").write_bytes(b"3")
-    new_folder.publish(file.with_suffix(".part"), file)
+    disk.publish(file.with_suffix(".part"), file)
     assert lines == ["out: on disk", "model.gguf: on disk"] and not log.owed
     assert log.lost(out) == [] and log.lost(tmp_path / "a") == []
     (out / "config").write_text("changed")
@@ -110,14 +152,14 @@ def test_a_new_folder_and_a_file_are_on_disk_before_they_have_their_name(tmp_pat
 
 def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    new_folder.write_durably(path, b"old")
+    disk.write_durably(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*config.json'$"):
-        new_folder.write_durably(path, b"new")
+        disk.write_durably(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

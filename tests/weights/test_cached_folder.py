@@ -1,5 +1,6 @@
 """Folders of the cache and temporary files: complete, on disk, verified, and removed after a kill."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from jaxft.distributed import temporary
 from jaxft.distributed.temporary import temporary_folder
 from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
-from jaxft.weights import codes, extend
+from jaxft.weights import codes, extend, file_hash
 from jaxft.weights.cached_folder import HASHES, cached_folder, folder_damage
 from jaxft.weights.extend import Extension, extended_ref
 from jaxft.weights.new_folder import new_folder
@@ -112,7 +113,7 @@ def test_calibrated_codes_are_verified_when_they_are_opened_and_written_again(ca
     assert len(codes.open_codes("some")) == 1
     for damage in (flip, lambda path: path.write_bytes(b"")):
         damage(file)
-        with pytest.raises(ValueError, match="is damaged: .*layer-00000.*Start the run's command again"):
+        with pytest.raises(ValueError, match="cannot be used: .*layer-00000.*Start the run's command again"):
             codes.open_codes("some")
         assert str(file) in codes.codes_damage("some")
         assert write_codes() == [1]
@@ -133,6 +134,43 @@ def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_pat
         runfolder._base_weights(run, settings)
 
 
+def test_codes_of_an_earlier_version_are_adopted_by_a_run_that_has_recorded_them(cache, tmp_path):
+    write_codes()
+    out = cache / "calibrated" / "some"
+    hashes, record = (out / HASHES).read_bytes(), {"codes": "some", "sha256": codes.codes_sha256("some")}
+    (out / HASHES).unlink()
+    assert not codes.confirm_codes(record | {"sha256": "0"}) and not (out / HASHES).exists()
+    with pytest.raises(ValueError, match="files.json is missing, as where an earlier version wrote"):
+        codes.open_codes("some")
+    (tmp_path / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
+    assert runfolder._base_weights(tmp_path, {"weights": "base", "weights_path": None}) == "base"
+    assert (out / HASHES).read_bytes() == hashes and len(codes.open_codes("some")) == 1
+    (out / HASHES).unlink()
+    assert write_codes() == [1] and (out / HASHES).read_bytes() == hashes  # a new run: made again
+
+
+def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_changed(cache, tmp_path):
+    """A bad sector changes no times: the cached hash, which is of these, is still used."""
+    write_codes()
+    file, run = cache / "calibrated" / "some" / "layer-00000.safetensors", tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    result = run / "adapter" / "adapter_model.safetensors"
+    result.write_bytes(b"weights" * 100)
+    runfolder.write_durable_json(run / "summary.json", {"steps": 4, "files": runfolder.result_hashes(run)})
+    for path in (file, result):
+        os.utime(path, (time.time() - 60,) * 2)
+        before = file_hash.file_sha256(path)
+        flip(path)
+        entry = [file_hash._version(path), before]
+        key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+        (cache / "hashes" / f"{key}.json").parent.mkdir(exist_ok=True)
+        (cache / "hashes" / f"{key}.json").write_text(json.dumps(entry))
+        assert file_hash.file_sha256(path) == before != file_hash.content_sha256(path)
+    assert str(file) in codes.codes_damage("some")
+    with pytest.raises(ValueError, match="adapter_model.safetensors: the file has changed"):
+        runfolder.check_results(run / "adapter")
+
+
 def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp_path, capsys, monkeypatch):
     base = str(write_folder(tmp_path / "base", tiny_torch()))
     out = Path(extended_ref(base, Extension(("<tool>",))))
@@ -143,12 +181,19 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
         patch.setattr(extend, "extend_model", None)  # not called
         assert extended_ref(base, Extension(("<tool>",))) == str(out) and not capsys.readouterr().err
     flip(out / "model.safetensors")
+    settings = {"weights": str(out), "weights_fingerprint": fingerprint}
     with pytest.raises(ValueError, match="start the run's command again, which writes them"):
-        runfolder._base_weights(tmp_path, {"weights": str(out), "weights_fingerprint": fingerprint})
+        runfolder._base_weights(tmp_path, settings)
     assert extended_ref(base, Extension(("<tool>",))) == str(out)
     said = f"{out / 'model.safetensors'} has changed since it was written; it is written again"
     assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    (out / HASHES).unlink()  # as an earlier version wrote it
+    assert runfolder._base_weights(tmp_path, settings) == str(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    flip(out / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json has changed .*Start the run's command again"):
+        runfolder._base_weights(tmp_path, settings)
     linked = Path(extended_ref(base, Extension(template="chatml")))
     assert folder_damage(linked) is None
     assert set(json.loads((linked / HASHES).read_text())) == {

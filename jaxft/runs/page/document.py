@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft import __version__
+from jaxft.distributed.disk import make_folder, write_durably
+from jaxft.runs.folder import SUMMARY
 from jaxft.runs.page import sections
 from jaxft.runs.page.curves_json import curves_json
 from jaxft.runs.page.markup import escaped
 from jaxft.runs.page.run_files import RunFiles, folders_of_runs, read_run
+from jaxft.runs.trackers.jsonl import COMPLETIONS
 
 # Nothing is loaded from anywhere, whatever the text of a run contains.
 CONTENT_POLICY = (
@@ -53,8 +56,8 @@ SECTIONS = {
     "alarms": PageSection("Alarms", "summary.json or alarms.json", sections.alarms_section),
     "curves": PageSection("Curves", "metrics.jsonl", curves_section),
     "settings": PageSection("Settings", "config.json", sections.settings_section),
-    "samples": PageSection("Samples", "summary.json", sections.samples_section),
-    "completions": PageSection("Completions", "completions.jsonl", sections.rewards_section),
+    "samples": PageSection("Samples", SUMMARY, sections.samples_section),
+    "completions": PageSection("Completions", COMPLETIONS, sections.rewards_section),
     "data": PageSection("Data", "data.json", sections.data_section),
     "parameters": PageSection("Parameters", "parameters.json", sections.parameters_section),
     "environment": PageSection("Environment", "env.json", sections.environment_section),
@@ -80,10 +83,8 @@ def write_report(paths: list[Path], out: Path, title: str = "") -> int:
     """
     runs = [read_run(name, folder) for name, folder in folders_of_runs(paths).items()]
     page = report_page(runs, title or ", ".join(path.resolve().name for path in paths)).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_bytes(page)
-    part.replace(out)
+    make_folder(out.parent)
+    write_durably(out, page)
     return len(page)
 
 

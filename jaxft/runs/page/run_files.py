@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.objectives.alarms import Entry
-from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, read_saved_json
+from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
 from jaxft.runs.log import ALARMS_JSON, METRICS
 from jaxft.runs.report import Sample
-from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_run(name: str, folder: Path) -> RunFiles:
     entries = read_entries(folder / METRICS)
     if not entries:
         raise ValueError(f"{folder / METRICS}: has no entry yet; wait for the first step")
-    summary = _json(folder / "summary.json")
+    summary = _json(folder / SUMMARY)
     is_finished = bool(summary) and summary.get("steps") == entries[-1]["step"]
     if not is_finished:
         summary = _json(folder / ALARMS_JSON)
@@ -88,7 +88,7 @@ def read_run(name: str, folder: Path) -> RunFiles:
         alarms=_list(summary, "alarms", str),
         before=[_sample(x) for x in _list(summary.get("before"), "samples", dict)],
         after=[_sample(x) for x in _list(summary.get("after"), "samples", dict)],
-        completions=[dict(entry) for entry in read_entries(folder / "completions.jsonl")],
+        completions=[dict(entry) for entry in read_entries(folder / COMPLETIONS)],
         parameters=_list(_json(folder / PARAMETERS_JSON), "rows", dict),
         data=_json(folder / DATA_JSON),
     )

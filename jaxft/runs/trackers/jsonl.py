@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxft.distributed.disk import write_durably
 from jaxft.objectives.alarms import Entry
 from jaxft.runs.trackers.tracker import RunEnd
-from jaxft.weights.new_folder import write_durably
 
-METRICS = "metrics.jsonl"
+METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
 
 def json_value(value: Any) -> Any:
@@ -48,11 +48,19 @@ def read_entries(path: Path) -> list[Entry]:
     return [entry for _, entry in _lines(path)]
 
 
-def _lines(path: Path) -> list[tuple[bytes, Entry]]:
+def read_appended(path: Path, size: int) -> tuple[list[Entry], int]:
+    """Return the entries after the first `size` bytes of a file, and its size; [] and 0 without one."""
+    return [entry for _, entry in _lines(path, size)], path.stat().st_size if path.exists() else 0
+
+
+def _lines(path: Path, start: int = 0) -> list[tuple[bytes, Entry]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_bytes().splitlines(keepends=True):
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read()
+    for text in content.splitlines(keepends=True):
         try:
             entry = json.loads(text)
         except ValueError:
@@ -76,22 +84,51 @@ def truncate(path: Path, step: int) -> list[Entry]:
 
 def step_ranges(steps: Iterable[int]) -> list[list[int]]:
     """Return steps as [first, last, distance between two], ascending."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for step in sorted(set(steps)):
-        if found and (found[-1][2] in (0, step - found[-1][1])):
-            found[-1][1:] = [step, step - found[-1][1]]
+        if ranges and (ranges[-1][2] in (0, step - ranges[-1][1])):
+            ranges[-1][1:] = [step, step - ranges[-1][1]]
         else:
-            found.append([step, step, 0])
-    return found
+            ranges.append([step, step, 0])
+    return ranges
+
+
+class EntrySteps:
+    """The steps of the entries of a file, which a checkpoint stores."""
+
+    def __init__(self, entries: Iterable[Entry] = ()):
+        self._steps = [entry["step"] for entry in entries]
+
+    def add(self, step: int) -> None:
+        """Add the step of a new entry."""
+        self._steps.append(step)
+
+    def logged(self) -> dict[str, Any]:
+        """Return the number of entries and their steps, as JSON that `missing` takes."""
+        return {"entries": len(self._steps), "steps": step_ranges(self._steps)}
+
+    def missing(self, logged: dict[str, Any]) -> str:
+        """Return which entries of an earlier `logged` are not there, "" if all are."""
+        steps = {
+            step for first, last, every in logged["steps"] for step in range(first, last + 1, every or 1)
+        }
+        missing = step_ranges(steps.difference(self._steps))
+        if missing:
+            return "steps " + ", ".join(
+                f"{first}" if first == last else f"{first}-{last}" + f" (every {every})" * (every > 1)
+                for first, last, every in missing
+            )
+        count = logged["entries"] - len(self._steps)
+        return f"{count} of {logged['entries']} entries" if count > 0 else ""
 
 
 class Jsonl:
-    """Appends to a metrics.jsonl that was truncated at `start_step`."""
+    """Appends to a metrics.jsonl that was truncated at `start_step`. steps: of its entries."""
 
     def __init__(self, path: Path, start_step: int = 0):
         entries = truncate(path, start_step)
         self._repeated = [_without_perf(entry) for entry in entries if entry["step"] == start_step]
-        self._steps = [entry["step"] for entry in entries]
+        self.steps = EntrySteps(entries)
         self._file = path.open("a", encoding="utf-8")
 
     def has(self, entry: Entry) -> bool:
@@ -102,25 +139,7 @@ class Jsonl:
         """Append a line and flush it."""
         self._file.write(format_line(step, metrics, perf) + "\n")
         self._file.flush()
-        self._steps.append(step)
-
-    def logged(self) -> dict[str, Any]:
-        """Return the number of entries and their steps, as JSON that `missing` takes."""
-        return {"entries": len(self._steps), "steps": step_ranges(self._steps)}
-
-    def missing(self, logged: dict[str, Any]) -> str:
-        """Return which entries of an earlier `logged` the file does not have, "" if it has all."""
-        steps = {
-            step for first, last, every in logged["steps"] for step in range(first, last + 1, every or 1)
-        }
-        lost = step_ranges(steps.difference(self._steps))
-        if lost:
-            return "steps " + ", ".join(
-                f"{first}" if first == last else f"{first}-{last}" + f" (every {every})" * (every > 1)
-                for first, last, every in lost
-            )
-        count = logged["entries"] - len(self._steps)
-        return f"{count} of {logged['entries']} entries" if count > 0 else ""
+        self.steps.add(step)
 
     def close(self, end: RunEnd) -> None:
         """Close the file."""
