@@ -166,6 +166,7 @@ def tokenise_weighted(
         return r.begin and not _has_bos(r.text, tokenizer)
 
     rendering = partial(render, template=template, loss_on=loss_on)
+
     def is_long(r: Rendered) -> bool:
         return len(r.text) > limits.LONGEST_TEXT  # of a Text; others are refused
 
@@ -370,7 +371,7 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
 
 
 def _short(text: str, most: int, tokenizer: Any) -> str:
-    """Return the text. Raises InvalidRow if one of its beginnings shows that it has more than `most` tokens."""
+    """Return the text. Raises InvalidRow if one of its beginnings has more than `most` tokens already."""
     size = 4 * (most + SPARE_TOKENS)
     while size < len(text):
         (ids,) = _ids_of([text[:size]], tokenizer, False)
