@@ -120,7 +120,7 @@ def chat_loop(scheduler: Any, chat: Any) -> None:
     """Read messages and commands until /exit or the end of the input."""
     from jaxft.inference import chat as chats
     from jaxft.inference.api_request import ApiError
-    from jaxft.runs.terminal import printable_text
+    from jaxft.runs.terminal import printable_line, printable_text
 
     interactive = sys.stdin.isatty()
     while not chat.done:
@@ -149,7 +149,7 @@ def chat_loop(scheduler: Any, chat: Any) -> None:
         except KeyboardInterrupt:
             print(" [stopped]")
         except (ValueError, OSError, ApiError) as error:
-            print(f"error: {printable_text(str(error))}", file=sys.stderr)
+            print(f"error: {printable_line(str(error))}", file=sys.stderr)
             if chat.turns and not line.startswith("/") and not chat.turns[-1].responses:
                 chat.turns.pop()
 

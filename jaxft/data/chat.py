@@ -45,7 +45,11 @@ MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 LOSS_ON = ("completion", "assistant", "all")
 EXAMPLES_AT_ONCE = 1024  # that are rendered and tokenised together
 ANCHORS = ("\n", ":", "a")  # texts after which a completion may be tokenised alone
+PIECE = 1 << 18  # characters of a long text that are tokenised together
+OVERLAP = 1 << 10  # characters that one piece shares with the next
 TOO_LONG = "text that is too long to tokenise"
+TOO_MANY = "more tokens than are allowed"
+SPARE_TOKENS = 64  # at the end of the beginning of a text, which may change with what follows
 NOTHING = "nothing"  # a text that is only read, such as by a reward model: a template may hide parts of it
 
 
@@ -76,7 +80,6 @@ class Rendered:
     prompt: int = 0
 
     def __post_init__(self) -> None:
-        _require_short(self.name, self.text, limits.LONGEST_TEXT)
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
@@ -84,10 +87,10 @@ class Rendered:
             raise InvalidRow(self.name, "unpaired surrogate", problem) from error
 
 
-def _require_short(name: str, text: str, limit: int) -> None:
-    """Raise InvalidRow for a text that takes too much time and memory to tokenise."""
-    if len(text) > limit:
-        problem = f"its text has {len(text)} characters, more than {limit}; split or shorten the row"
+def _require_short(name: str, text: str) -> None:
+    """Raise InvalidRow for a text that takes too much time and memory to tokenise at once."""
+    if len(text) > limits.LONGEST_TEXT:
+        problem = f"its text has {len(text)} characters, more than {limits.LONGEST_TEXT}; shorten or split it"
         raise InvalidRow(name, TOO_LONG, problem)
 
 
@@ -98,6 +101,7 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
         case Completion(name, prompt, completion):
             text = prompt + completion
+            _require_short(name, text)
             learned = ((0 if loss_on == "all" else len(prompt), len(text)),)
             return Rendered(name, text, learned, begin=True, end=True, prompt=len(prompt))
         case Chat() if template is not None:
@@ -162,8 +166,12 @@ def tokenise_weighted(
         return r.begin and not _has_bos(r.text, tokenizer)
 
     rendering = partial(render, template=template, loss_on=loss_on)
+
+    def is_long(r: Rendered) -> bool:
+        return len(r.text) > limits.LONGEST_TEXT  # of a Text; others are refused
+
     for _, rendered in _in_chunks(rendering, examples, template):
-        texts = [r for r in rendered if isinstance(r, Rendered)]
+        texts = [r for r in rendered if isinstance(r, Rendered) and not is_long(r)]
         prompts = _plain_ids([r.text[: r.prompt] for r in texts if r.prompt], tokenizer)
         encoded = {
             flag: _encode([r.text for r in texts if begins(r) is flag], tokenizer, flag)
@@ -172,6 +180,8 @@ def tokenise_weighted(
         for r in rendered:
             if isinstance(r, InvalidRow):
                 yield r
+            elif is_long(r):
+                yield attempt(_mask_of_text, r, tokenizer)
             else:
                 ids, offsets = next(encoded[begins(r)])
                 if r.prompt:
@@ -182,22 +192,20 @@ def tokenise_weighted(
 def _in_chunks(
     function: Callable[[Any], Value], examples: Iterable[Any], template: Template | None
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
-    """Yield the examples in chunks, and the values of a function of the module for them; invalid ones stay as
-    they are.
-
-    Conversations are rendered in a confined process, a chunk at once, because each call takes time.
+    """Yield (chunk, function's results). InvalidRows pass through; chunks with conversations run in the
+    confined process.
     """
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
         chunk = examples[at : at + EXAMPLES_AT_ONCE]
         if template is not None and any(isinstance(example, Chat) for example in chunk):
-            yield chunk, call_confined(template, _all_of, function, chunk)
+            yield chunk, call_confined(template, partial(_attempt, function), [(x,) for x in chunk])
         else:
-            yield chunk, _all_of(function, chunk)
+            yield chunk, [_attempt(function, x) for x in chunk]
 
 
-def _all_of(function: Callable[[Any], Value], examples: Sequence[Any]) -> list[Value | InvalidRow]:
-    return [x if isinstance(x, InvalidRow) else attempt(function, x) for x in examples]
+def _attempt(function: Callable[[Any], Value], example: Any) -> Value | InvalidRow:
+    return example if isinstance(example, InvalidRow) else attempt(function, example)
 
 
 def tools_warnings(
@@ -251,9 +259,8 @@ def content_warnings(
 
 
 def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
-    """Return the first messages but the assistant's whose content is not shown if each is a word of its own.
-
-    It is one rendering for all; a template may show a message only if the others are as they are.
+    """Return up to 100 messages, not the assistant's, that the template may drop: their markers are missing
+    when every content is a marker.
     """
     asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
     words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
@@ -318,11 +325,11 @@ def example_prompt_ids(
     examples: Sequence[Completion | Chat],
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-    longest: int = limits.LONGEST_TEXT,
+    most: int | None = None,
 ) -> Iterator[list[int] | InvalidRow]:
     """Yield the token ids from which the response of each example is generated, or what is wrong with it.
 
-    longest: the most characters of a prompt.
+    most: the number of tokens above which a long prompt is refused before all of it is tokenised.
 
     All prompts come from here: of preferences, rollouts and generation. In SFT they precede the response.
     """
@@ -331,8 +338,9 @@ def example_prompt_ids(
     def is_plain(example: Completion | Chat) -> bool:
         return template is None or isinstance(example, Completion)
 
-    prompt_text = partial(_prompt_text, template=template, longest=longest)
-    for chunk, texts in _in_chunks(prompt_text, examples, template):
+    for chunk, texts in _in_chunks(partial(_prompt_text, template=template), examples, template):
+        if most is not None:
+            texts = [x if isinstance(x, InvalidRow) else attempt(_short, x, most, tokenizer) for x in texts]
         found: dict[bool, list[str]] = {True: [], False: []}
         for example, text in zip(chunk, texts, strict=True):
             if isinstance(text, str):
@@ -342,7 +350,7 @@ def example_prompt_ids(
             yield text if isinstance(text, InvalidRow) else next(plain if is_plain(example) else chats)
 
 
-def _prompt_text(example: Completion | Chat, template: Template | None, longest: int) -> str:
+def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
     """Return the text from which the response of an example is generated. Raises InvalidRow."""
     if isinstance(example, Completion):
         text = example.prompt
@@ -358,7 +366,18 @@ def _prompt_text(example: Completion | Chat, template: Template | None, longest:
         text = fallback_prompt(example.messages[: example.response])
     else:
         raise _no_template(example)
-    _require_short(example.name, text, longest)
+    _require_short(example.name, text)
+    return text
+
+
+def _short(text: str, most: int, tokenizer: Any) -> str:
+    """Return the text. Raises InvalidRow if one of its beginnings has more than `most` tokens already."""
+    size = 4 * (most + SPARE_TOKENS)
+    while size < len(text):
+        (ids,) = _ids_of([text[:size]], tokenizer, False)
+        if len(ids) > most + SPARE_TOKENS:
+            raise InvalidRow("prompt", TOO_MANY, f"it has more than {most} tokens; shorten it")
+        size *= 4
     return text
 
 
@@ -410,6 +429,53 @@ def fallback_prompt(messages: Sequence[Message]) -> str:
     return "".join(f"{text}\n\n" for text in system) + FALLBACK.format(user)
 
 
+def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
+    """Tokenise a long text, all of which is learned, in pieces, whose tokens take less memory than all at
+    once. Raises InvalidRow.
+
+    The pieces overlap and are joined where both have a token that begins at the same character, so the tokens
+    are those of the whole text for a tokenizer whose tokens depend on fewer characters than OVERLAP / 2.
+    """
+    begins = r.begin and not _has_bos(r.text, tokenizer)
+    with_special, (plain,) = next(_ids_of(["a"], tokenizer, begins)), _ids_of(["a"], tokenizer, False)
+    at = next(i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
+    first, last = with_special[:at], with_special[at + len(plain) :]
+    eos = _eos(r, tokenizer.eos_token_id)
+    last = last if last[-1:] == [eos] else [*last, eos]
+    ids = np.concatenate([np.asarray(first, np.int32), *_pieces(r, tokenizer), np.asarray(last, np.int32)])
+    return WeightedTokens(ids, np.ones(len(ids), bool), None)
+
+
+def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
+    """Yield the tokens of a text in pieces, without special ones."""
+    (here, ids), skipped = _encoded(r.text[: PIECE + OVERLAP], tokenizer), 0
+    for at in range(PIECE, len(r.text) - OVERLAP, PIECE):
+        following, next_ids = _encoded(r.text[at : at + PIECE + OVERLAP], tokenizer)
+        middle = OVERLAP // 2
+        for place in sorted(range(OVERLAP), key=lambda i: abs(i - middle)):
+            end, start = _token_at(here, PIECE + place), _token_at(following, place)
+            if end is not None and start is not None:
+                break
+        else:
+            problem = f"its tokens cannot be separated at character {at + middle}; split the row"
+            raise InvalidRow(r.name, TOO_LONG, problem)
+        yield ids[skipped:end]
+        here, ids, skipped = following, next_ids, start
+    yield ids[skipped:]
+
+
+def _encoded(text: str, tokenizer: Any) -> tuple[Any, np.ndarray]:
+    """Return the encoding of a text, and its token ids."""
+    out = tokenizer([text], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return out.encodings[0], np.asarray(out.input_ids[0], np.int32)
+
+
+def _token_at(encoding: Any, place: int) -> int | None:
+    """Return the index of the token that begins at a character, None if none does."""
+    index = encoding.char_to_token(place)
+    return index if index is not None and encoding.token_to_chars(index)[0] == place else None
+
+
 def _has_bos(text: str, tokenizer: Any) -> bool:
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
@@ -429,11 +495,19 @@ def _span_of_each(
 ) -> Int[np.ndarray, " tokens"]:
     """Return the index of the last span that contains a character of each token, -1 for none.
 
-    spans: apart from one another, in order. first, last: where each token begins and ends.
+    spans: disjoint, in order. first, last: where each token begins and ends.
     """
     starts, ends = np.asarray(spans, np.int64).reshape(len(spans), 2).T
     index = np.searchsorted(starts, last) - 1  # the last span that begins before the token ends
     return np.where((index >= 0) & (np.append(ends, 0)[index] > first), index, -1)
+
+
+def _eos(r: Rendered, eos: int | None) -> int:
+    if eos is None:
+        raise ValueError(
+            f"{r.name}: plain text must end with EOS and the tokenizer has none; set its eos_token"
+        )
+    return eos
 
 
 def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> WeightedTokens:
@@ -450,10 +524,7 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
     if r.learned == ((0, len(r.text)),):
         learned[:] = True
     if r.end:
-        if eos is None:
-            raise ValueError(
-                f"{r.name}: plain text must end with EOS and the tokenizer has none; set its eos_token"
-            )
+        eos = _eos(r, eos)
         if not (
             r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0
         ):  # some tokenizers add EOS themselves

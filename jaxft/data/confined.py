@@ -1,9 +1,10 @@
-"""Functions that run code of other people, such as chat templates, in a process of their own.
+"""Functions that run untrusted code, such as chat templates, in a process of their own.
 
 Limits of time and memory apply to all threads of a process (limits.py). A training run or a server therefore
 starts one further process, which does not import JAX, and calls these functions there. It ends with its
 parent, and another takes its place if it dies. Processes that tokenise rows have no other work: they are
-confined themselves, and call the functions directly.
+confined themselves, and call the functions directly. A process that sends nothing for SILENT_SECONDS, for
+example because it was stopped, is killed.
 """
 
 import atexit
@@ -15,12 +16,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from jaxft.data import limits
 from jaxft.data.invalid import Value
 
+SILENT_SECONDS = 600.0  # of one call, which may render a conversation many times
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxft.data import confined; "
     "confined.serve()"
@@ -36,19 +39,29 @@ class Died(Exception):
         self.code = code
 
 
+class Silent(Exception):
+    """The confined process sent no result of a call for SILENT_SECONDS and was killed."""
+
+
 def confine() -> None:
     """Declare that this process, by its main thread, runs nothing but functions for which limits hold."""
     _confined[:] = [True]
 
 
 def call(function: Callable[..., Value], *args: object) -> Value:
-    """Return function(*args), a function of a module, in a confined process, or raise the error that it
-    raises.
+    """Return function(*args), or raise its error; see `call_all`."""
+    return call_all(function, [args])[0]
 
-    Arguments and result are copied. Raises TooSlow or Died if the process ends. Calls of several threads wait
-    for one another.
+
+def call_all(function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
+    """Return function(*args) for the arguments of each call, in a confined process; raise the first error.
+
+    function: of a module. Arguments and results are copied. Raises TooSlow or Died if the process ends, and
+    Silent if it is killed. Calls of several threads wait for one another.
     """
-    return function(*args) if _confined else _process_of(os.getpid()).call(function, args)
+    if _confined:
+        return [function(*args) for args in calls]
+    return _process_of(os.getpid()).call_all(function, calls)
 
 
 class _Process:
@@ -59,23 +72,32 @@ class _Process:
         self.process: subprocess.Popen[bytes] | None = None
         atexit.register(self.stop)
 
-    def call(self, function: Callable[..., Value], args: tuple) -> Value:
-        """See `call`."""
+    def call_all(self, function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
+        """See `call_all`."""
+        outcomes = list[tuple[bool, Any]]()  # whether a call failed; its result or error
+        done, silent = threading.Event(), threading.Event()
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self._start()
+            watch = (self.process, outcomes, done, silent)
+            threading.Thread(target=_kill_if_silent, args=watch, daemon=True).start()
             try:
-                self.pipe.send(((limits.RENDER_SECONDS, limits.RENDER_BYTES), function, args))
-                failed, value = self.pipe.recv()
+                self.pipe.send(((limits.RENDER_SECONDS, limits.RENDER_BYTES), function, calls))
+                while len(outcomes) < len(calls) and not (outcomes and outcomes[-1][0]):
+                    outcomes.append(self.pipe.recv())
             except (EOFError, OSError) as error:
                 code = self.stop()
+                if silent.is_set():
+                    raise Silent from error
                 raise limits.TooSlow if code == -signal.SIGVTALRM else Died(code) from error
             except BaseException:  # such as KeyboardInterrupt, after which a response would be another call's
                 self.stop()
                 raise
-        if failed:
-            raise value
-        return value
+            finally:
+                done.set()
+        if outcomes and outcomes[-1][0]:
+            raise outcomes[-1][1]
+        return [value for _, value in outcomes]
 
     def _start(self) -> None:
         self.stop()
@@ -102,6 +124,21 @@ class _Process:
             return process.wait()
 
 
+def _kill_if_silent(
+    process: subprocess.Popen, outcomes: list, done: threading.Event, silent: threading.Event
+) -> None:
+    """Kill the process after SILENT_SECONDS without a further outcome. Time in which this one is stopped too
+    does not count.
+    """
+    count, waits = 0, 0
+    while waits < 60:
+        if done.wait(SILENT_SECONDS / 60):
+            return
+        count, waits = len(outcomes), waits + 1 if len(outcomes) == count else 0
+    silent.set()
+    process.kill()
+
+
 @functools.cache
 def _process_of(parent: int) -> _Process:
     return _Process()
@@ -115,14 +152,14 @@ def serve() -> None:
     pipe = Connection(int(sys.argv[2]))
     while True:
         try:
-            (limits.RENDER_SECONDS, limits.RENDER_BYTES), function, args = pipe.recv()
+            (limits.RENDER_SECONDS, limits.RENDER_BYTES), function, calls = pipe.recv()
+            for args in calls:
+                try:
+                    outcome = False, function(*args)
+                except Exception as error:
+                    outcome = True, error
+                pipe.send(outcome)
+                if outcome[0]:
+                    break
         except (EOFError, OSError):
-            return
-        try:
-            outcome = False, function(*args)
-        except Exception as error:
-            outcome = True, error
-        try:
-            pipe.send(outcome)
-        except OSError:
             return

@@ -17,14 +17,14 @@ _UNINTERRUPTED = 5.0  # further seconds of one operation in C, after which the p
 
 
 class TooSlow(Exception):
-    """Raised in a body that exceeds its time limit."""
+    """Raised in a rendering that exceeds its time limit."""
 
 
 @contextlib.contextmanager
 def render_limits() -> Iterator[None]:
-    """Run the body within RENDER_SECONDS and RENDER_BYTES, which hold for all threads of the process.
+    """Limit the rendering to RENDER_SECONDS and RENDER_BYTES, which hold for all threads of the process.
 
-    The process must belong to such bodies alone, see confined.py. Its main thread runs them.
+    Only for processes that do nothing else, see confined.py, in their main thread.
     """
     with (
         memory_limit(RENDER_BYTES),
@@ -40,13 +40,13 @@ class _Alarm:
         self.armed = False
 
     def ring(self, signum: int, frame: Any) -> None:
-        """Raise TooSlow if a limited body is running."""
+        """Raise TooSlow if a limited rendering is running."""
         if self.armed:
             raise TooSlow
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """Raise TooSlow in the body after `seconds`. If it goes on computing, SIGVTALRM ends the process."""
+        """Raise TooSlow in the rendering after `seconds`. If it goes on, SIGVTALRM ends the process."""
         signal.signal(signal.SIGALRM, self.ring)
         self.armed = True
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds + _UNINTERRUPTED)

@@ -113,8 +113,9 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
 
 
 def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, bytes]]) -> tuple[Any, bytes]:
-    """Return what a request for `count` bytes does. Raises its error, or ValueError after REQUEST_SECONDS: a
-    socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
+    """Run a request with a time limit; return its result. Raises its error, or ValueError if it is late.
+
+    A socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
     """
     found: list[tuple[Any, bytes]] = []
     failed: list[BaseException] = []

@@ -311,7 +311,8 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     """
     conversation = with_merged_system(messages) if template.merges else list(messages)
     variables = {**template.variables, "date_string": template.date, **template.arguments}
-    rendered = call_confined(template, _run, conversation, tools, template.source, options, variables)
+    call = (conversation, tools, template.source, options, variables)
+    (rendered,) = call_confined(template, _run, [call])
     try:
         rendered[0][0].encode()
     except UnicodeEncodeError as error:
@@ -319,12 +320,12 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     return rendered
 
 
-def call_confined(template: Template, function: Callable[..., Value], *args: object) -> Value:
-    """Call a function that renders a template as confined.call does. Raises UnusableTemplate if it is too
+def call_confined(template: Template, function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
+    """Call a function that renders a template as confined.call_all does. Raises UnusableTemplate if it is too
     slow.
     """
     try:
-        return confined.call(function, *args)
+        return confined.call_all(function, calls)
     except limits.TooSlow as error:
         slow = f"{template.name} takes more than {limits.RENDER_SECONDS:g} s for a conversation"
         raise UnusableTemplate(f"{slow}; use another tokenizer") from error
@@ -332,6 +333,11 @@ def call_confined(template: Template, function: Callable[..., Value], *args: obj
         raise UnusableTemplate(
             f"{template.name}: the process that renders it has died (code {error.code}); use another "
             "tokenizer, or a machine with more memory"
+        ) from error
+    except confined.Silent as error:
+        raise UnusableTemplate(
+            f"{template.name}: the process that renders it sent nothing for {confined.SILENT_SECONDS:g} s "
+            "and was killed; start again if it was stopped, or use another tokenizer"
         ) from error
 
 

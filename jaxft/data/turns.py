@@ -238,8 +238,7 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
 
 
 def _make_hidden(template: Template, chat: Chat, learned: Sequence[int]) -> Hidden:
-    """Return a function from a turn's index to the part of it that is missing if each part is replaced by a
-    unique word.
+    """Return a function: turn's index → name of a part that the template drops, or None.
 
     One rendering in which all turns have such words is enough if it shows them all.
     """

@@ -1,10 +1,15 @@
-"""URLs of rows, and what of a URL may be stored and shown."""
+"""URLs of rows; removal of passwords and signatures."""
 
 import re
 from pathlib import Path
 
 # A user name and password before the host; a query or fragment, which may sign the URL.
-_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)([^\s/]{1,500}@)?([^\s?#,<>]*)([?#][^\s,<>]*)?")
+# A path ends where another URL begins. A comma is part of a query if parameters follow: spr=https,http&sig=
+_SCHEME = r"[a-z][a-z0-9+.-]{1,20}:/{1,2}"
+_URL = re.compile(
+    rf"(?i)({_SCHEME})([^\s/]+@)?((?:(?!{_SCHEME})[^\s?#\"])*)"
+    rf"([?#][^\s,<>]*(?:,(?!{_SCHEME})[^\s,<>?#/.]*[&=][^\s,<>]*)*)?"
+)
 _AFTER = re.compile(r"""[])}.;:'"`]+$""")  # of the sentence around a URL, or of its quotes
 _WEIGHT = re.compile(r":[\d.]+$")
 SECRET_MARK = "***"  # in place of what is secret

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-from jaxft.data.chat import TOO_LONG, example_prompt_ids
+from jaxft.data.chat import TOO_MANY, example_prompt_ids
 from jaxft.data.columns import messages_of
 from jaxft.data.conversation import prompt_of
 from jaxft.data.example import Chat, Completion
 from jaxft.data.invalid import InvalidRow, valid
-from jaxft.data.limits import LONGEST_TEXT
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.inference.tool_calls import ToolFormat
@@ -47,7 +45,7 @@ def chat_prompt(
     """Return the token ids of a conversation that ends before an assistant turn.
 
     Raises ValueError for messages that are wrong, or that the model's chat template rejects, and for a text
-    that certainly has more tokens than `most`, before it is tokenised.
+    of more tokens than `most`, of which only the beginning is tokenised.
     """
     if model.plain:
         raise ValueError(
@@ -77,23 +75,13 @@ def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple
 
 
 def _prompt(model: ServedModel, example: Chat | Completion, most: int | None) -> tuple[int, ...]:
-    longest = LONGEST_TEXT
-    if most is not None:
-        longest = min(longest, most * _longest_token(model.tokenizer))
-    (ids,) = example_prompt_ids([example], model.tokenizer, model.template, longest)
-    if isinstance(ids, InvalidRow) and ids.reason == TOO_LONG:
-        limit = f"{most} tokens of this server" if most else f"{longest} characters that are tokenised"
+    (ids,) = example_prompt_ids([example], model.tokenizer, model.template, most)
+    if isinstance(ids, InvalidRow) and ids.reason == TOO_MANY:
         raise ValueError(
-            f"the prompt is longer than the {limit}; shorten it, or start the server with a larger "
-            "--max-prompt"
+            f"the prompt is longer than the {most} tokens of this server; shorten it, or start the server "
+            "with a larger --max-prompt"
         )
     return _checked(model, valid(ids))
-
-
-@lru_cache(maxsize=32)
-def _longest_token(tokenizer: Any) -> int:
-    """Return the most characters that a token has."""
-    return max(map(len, tokenizer.get_vocab()))
 
 
 def token_prompt(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:

@@ -114,24 +114,24 @@ def _guarded(app: Any, limits: ServerLimits, most: int) -> Callable[..., Awaitab
     """Return the application behind the checks of the Host header and of the API key, for `most` requests at
     once.
     """
-    running = set[Any]()
+    running = 0
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal running
         if scope["type"] != "http":
             return await app(scope, receive, send)
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         error = _refusal(scope["path"], headers, limits)
-        if len(running) >= most:
+        if running >= most:
             busy = f"the server has {most} requests at once; try again later"
             error = ApiError(503, busy, code="overloaded")
         if error is not None:
             return await _json(error.body(), error.status)(scope, receive, send)
-        request = object()
-        running.add(request)
+        running += 1
         try:
             await _stoppable(app, scope, receive, send)
         finally:
-            running.remove(request)
+            running -= 1
 
     return guarded
 
@@ -355,8 +355,10 @@ def _event(body: dict[str, Any]) -> str:
 
 def _late() -> bytes:
     """Return the response to a request whose header does not arrive."""
-    text = f"the header has not arrived within {HEADER_SECONDS:g} s, or {MOST_WAITING} others are awaited too"
-    error = ApiError(408, text)
+    error = ApiError(
+        408, f"no complete header within {HEADER_SECONDS:g} s (or more than {MOST_WAITING} connections were "
+        "waiting); send the request at once"
+    )  # fmt: skip
     body = json.dumps(error.body()).encode()
     head = "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
@@ -378,13 +380,13 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 def uvicorn_config(app: Any, grace: int) -> Any:
     """Return the settings of uvicorn. Limits of connections and requests are those of this file, because
-    uvicorn's response to one above its limit is no JSON.
+    uvicorn's response to one above its limit is no JSON. Its idle timer never ends first.
     """
     import uvicorn
 
     return uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="on", server_header=False,
-        timeout_graceful_shutdown=grace, timeout_keep_alive=10, http=_connection_class(), ws="none",
+        timeout_graceful_shutdown=grace, timeout_keep_alive=86400, http=_connection_class(), ws="none",
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxft.data.urls import without_secrets
 from jaxft.runs.folder import (
     CARD,
     check_results,
@@ -216,7 +217,7 @@ def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -
         body = f"\n{description} The adapter:\n{body}"
     text = f"{front[0]}\n{title}\n{body}{use[0].rstrip()}\n\n{text[where.end() :]}"
     pictures = [name for name in re.findall(r"\]\(([\w.-]+\.png)\)", text) if (run / name).exists()]
-    return {CARD: text.encode(), **{name: _regular(run / name) for name in pictures}}
+    return {CARD: without_secrets(text).encode(), **{name: _regular(run / name) for name in pictures}}
 
 
 def _section(text: str) -> re.Match[str] | None:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import re
 import types
 import typing
 from pathlib import Path
@@ -18,7 +17,7 @@ from jaxft.data.urls import without_secrets
 from jaxft.models.model import Model
 
 JaxDType = type(jnp.float32)
-OF_PROMPTS = "chat_template_kwargs"  # a setting with texts of prompts, which later commands need as they are
+PROMPT_TEXTS = "chat_template_kwargs"  # the setting whose texts later commands render, so they are unchanged
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
@@ -32,12 +31,11 @@ def describe(value: Any) -> Any:
     """A value as JSON.
 
     A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method
-    or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash. A string
-    that names sources or is a URL loses passwords and signatures, see urls.without_secrets; texts with words
-    and those of prompts do not change.
+    or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash. URLs lose
+    passwords and signatures, see urls.without_secrets, except in PROMPT_TEXTS.
     """
     if isinstance(value, str):
-        return without_secrets(value) if len(re.sub(r",\s+", ",", value).split()) == 1 else value
+        return without_secrets(value)
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -47,9 +45,9 @@ def describe(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted((describe(v) for v in value), key=repr)
     if isinstance(value, dict):
-        return {str(k): _describe_field(k, v) for k, v in value.items()}
+        return {without_secrets(str(k)): _describe_field(k, v) for k, v in value.items()}
     if isinstance(value, Path):
-        return str(value)
+        return without_secrets(str(value))
     if isinstance(value, Model):
         return _describe_model(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -64,8 +62,7 @@ def describe(value: Any) -> Any:
 
 
 def _describe_field(name: str, value: Any) -> Any:
-    is_of_prompts = name == OF_PROMPTS and isinstance(value, list | tuple)
-    return list(value) if is_of_prompts else describe(value)
+    return list(value) if name == PROMPT_TEXTS and isinstance(value, list | tuple) else describe(value)
 
 
 def _describe_model(model: Model) -> dict[str, Any]:

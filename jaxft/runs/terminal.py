@@ -1,4 +1,4 @@
-"""Text from files, rows and servers, made safe to print: no control characters, no passwords of URLs."""
+"""Text from files, rows and servers, made safe to print: no control characters, no secrets in messages."""
 
 import re
 
@@ -6,18 +6,17 @@ from jaxft.data.urls import without_secrets
 
 # What moves the cursor, changes colours or reorders text; tabs and new lines are left.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-URL_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)[^\s/]{1,500}@")
 LONGEST_LINE = 2000
 
 
-def without_passwords(text: str) -> str:
-    """Return the text with user name and password of every URL replaced by ***."""
-    return URL_USER.sub(r"\1***@", text)
-
-
 def printable_text(text: str) -> str:
-    """Return text for a terminal: every control character is replaced by U+FFFD, and passwords by ***."""
-    return without_passwords(CONTROL.sub("\ufffd", text))
+    """Return a row's or model's text for a terminal: every control character is replaced by U+FFFD."""
+    return CONTROL.sub("\ufffd", text)
+
+
+def printable_message(text: str) -> str:
+    """Return a message as printable_text does; URLs lose what urls.without_secrets removes."""
+    return without_secrets(printable_text(text))
 
 
 def printable_line(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from jaxft.objectives.alarms import Entry
 from jaxft.runs.charts import STEP_CHARTS, X_AXIS, Chart, RunCurve, learning_kinds, make_charts, side_label
 from jaxft.runs.plots import COLOURS
-from jaxft.runs.terminal import printable_text
+from jaxft.runs.terminal import printable_message
 
 POINTS = 48_000  # of all curves together, some 800 kB
 FEWEST, MOST = 40, 2000  # points of a curve
@@ -36,7 +36,7 @@ def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
     count = sum(len(own) for charts in groups.values() for chart in charts for own in chart.curves.values())
     most = max(FEWEST, min(MOST, POINTS // max(1, count)))
     return {
-        "runs": [printable_text(name) for name in runs],
+        "runs": [printable_message(name) for name in runs],
         "x": X_AXIS,
         "palettes": {"light": COLOURS, "dark": DARK_COLOURS},
         "groups": [
@@ -54,7 +54,7 @@ def chart_json(chart: Chart, most: int) -> dict[str, Any]:
     ]
     kind = chart.kind
     texts = {"title": kind.title, "unit": kind.unit, "about": kind.about}
-    return {**{name: printable_text(text) for name, text in texts.items()}, "curves": curves}
+    return {**{name: printable_message(text) for name, text in texts.items()}, "curves": curves}
 
 
 def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
     x, y = thinned(curve.steps, curve.values, most)
     return {
         "run": run,
-        "label": printable_text(curve.label),
+        "label": printable_message(curve.label),
         "rows": side_label(curve),
         "heldOut": curve.held_out,
         "x": x,

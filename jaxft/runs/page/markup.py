@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxft.runs.terminal import printable_text
+from jaxft.runs.terminal import printable_message
 
 MOST_COLUMNS = 8  # records side by side
 TEXT_CHARACTERS = 3000  # of a sample, a completion or a setting
@@ -13,7 +13,7 @@ TEXT_CHARACTERS = 3000  # of a sample, a completion or a setting
 
 def escaped(text: object, most: int = TEXT_CHARACTERS) -> str:
     """Return text for HTML: printable, escaped, and cut after `most` characters."""
-    shown = printable_text(str(text))
+    shown = printable_message(str(text))
     more = f" [... {len(shown) - most:,} more characters]" if len(shown) > most else ""
     return html.escape(shown[:most]) + more
 

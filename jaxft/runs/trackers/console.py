@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxft.runs import metric_names as names
-from jaxft.runs.terminal import printable_text
+from jaxft.runs.terminal import printable_message
 
 SHORT_NAMES = {
     names.LEARNING_RATE: "lr",
@@ -80,7 +80,7 @@ class ConsoleView:
 
     def message(self, text: str) -> None:
         """Print a line, above the live view where there is one."""
-        text, encoding = printable_text(text), self._console.encoding
+        text, encoding = printable_message(text), self._console.encoding
         text = text.encode(encoding, "replace").decode(encoding)
         self._console.print(Text(text), soft_wrap=True, highlight=False)
 
