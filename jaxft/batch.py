@@ -37,7 +37,7 @@ class Tokens:
     sources: Int[Any, "B M"] | None = None  # where each target's row is from, an index of source_names
     source_names: tuple[str, ...] = static(default=())
     packed: bool = static(default=True)  # a row may have several segments, or padding before its first token
-    max_new: ClassVar[None] = None  # as in Rollout
+    sampled_length: ClassVar[None] = None  # as in Rollout
 
 
 @struct
@@ -69,7 +69,7 @@ class Pairs:
     sources: Int[Any, "B P"] | None = None  # where each pair is from, an index of source_names
     source_names: tuple[str, ...] = static(default=())
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
-    max_new: int | None = static(default=None)  # as in Rollout
+    sampled_length: int | None = static(default=None)  # as in Rollout
     packed: ClassVar[bool] = True  # as in Tokens
 
 
@@ -97,7 +97,8 @@ class Rollout:
     returns: Float[Any, "B M"] | None = None  # the critic's targets
     value_weights: Float[Any, "B M"] | None = None
     branches: Int[Any, "B T"] | None = None
-    max_new: int | None = static(default=None)  # for rope: the most tokens of a completion in sampling
+    # most tokens of a completion; fixes the angles of dynamic and longrope
+    sampled_length: int | None = static(default=None)
     packed: ClassVar[bool] = True  # as in Tokens
 
 

@@ -76,6 +76,7 @@ def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]
 
     from jaxft.data.invalid import invalid_lines
     from jaxft.data.pairs.source import PairRows
+    from jaxft.data.source import open_for
     from jaxft.distributed import sharding
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
@@ -92,9 +93,9 @@ def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]
     attention = pretrained.model_for(ref).attention
     for name, weights in named.items():
         settings = prompt_settings(weights.record, args.columns)
-        rows = PairRows(args.file, invalid=args.invalid, **sizes, **settings).for_attention(attention)
+        rows = PairRows(args.file, invalid=args.invalid, **sizes, **settings)
         tokenizer = pretrained.load_tokenizer(weights.tokenizer)
-        sources[name] = rows.open(tokenizer, sharding.row_shards(mesh))
+        sources[name] = open_for(attention, rows, tokenizer, sharding.row_shards(mesh))
     for line in invalid_lines(next(iter(sources.values())).info.stats.invalid):
         print(line, file=sys.stderr)
     quant, dtype = served.common_quant(named, args.quant), jnp.dtype(args.dtype)

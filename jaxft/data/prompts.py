@@ -148,7 +148,7 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
     return Rollout(
         ids=token, segments=token, positions=token, read=read, targets=read, responses=read, logps=number,
         advantages=number, policy_weights=number, lengths=array(data.group, np.int32), branches=token,
-        max_new=data.max_new,
+        sampled_length=data.max_new,
     )  # fmt: skip
 
 

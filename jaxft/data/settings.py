@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
@@ -12,6 +12,8 @@ from jaxft.data.invalid import INVALID
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
 from jaxft.distributed.sync import is_first
+from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.objectives.objective import Objective
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -115,6 +117,14 @@ class DataSettings:
     def tokenising(self, cache: Path | None) -> Tokenising:
         """How this machine tokenises the rows. cache: see Dataset.open."""
         return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first())
+
+    def for_attention(self, a: AttentionLayers) -> Self:
+        """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""
+        return self
+
+    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
+        """Return no lines; see Dataset.start_lines."""
+        return []
 
     @property
     def units_per_step(self) -> int:

@@ -12,6 +12,8 @@ from jaxtyping import Int
 
 from jaxft.batch import TrainState
 from jaxft.data.invalid import InvalidCount
+from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.objectives.objective import Objective
 from jaxft.tree import Batch, Metrics
 
 # The type that a source is bound to: `object` for fixed rows, rl's BoundRun for rollouts.
@@ -168,6 +170,14 @@ class Dataset(Protocol):
     def tokens(self) -> int | None:
         """Length of the run in tokens; None for epochs."""
 
+    def for_attention(self, a: AttentionLayers) -> "Dataset":
+        """Return the settings for a model with these attention layers, whose rope may depend on the length of
+        a text. Raises ValueError for settings that such a model cannot have.
+        """
+
+    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
+        """Return lines for the start of a run about how its log-probs are computed. a: of the model."""
+
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Source[Any]:
         """Read and tokenise the rows and plan the batches.
 
@@ -177,6 +187,11 @@ class Dataset(Protocol):
 
     def abstract(self, shards: int = 1) -> Batch:
         """Return the shapes of the largest batch that the settings allow, without reading any row."""
+
+
+def open_for(a: AttentionLayers, data: Dataset, tokenizer: Any, shards: int = 1) -> Any:
+    """Open data that a model with these attention layers is going to read; a Run has such data already."""
+    return data.for_attention(a).open(tokenizer, shards)
 
 
 @dataclass(frozen=True)

@@ -145,16 +145,16 @@ def example_angles(
 
 
 def batch_angles(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> list[Angles]:
-    """Return cos and sin [B, T, E/2] of a batch's rows for each LayerKind; of sampled completions (`max_new`)
-    those of generation. tokens: Tokens, Pairs or Rollout.
+    """Return cos and sin [B, T, E/2] of a batch's rows for each LayerKind; for sampled completions the angles
+    of the sampler (generation_angles). tokens: Tokens, Pairs or Rollout.
     """
     positions = constrain(tokens.positions, "rows", "time")
     depends_on_length = any(needs_lengths(kind.rope) for kind in a.kinds)
-    if tokens.max_new is None or tokens.branches is None or not depends_on_length:
+    if tokens.sampled_length is None or tokens.branches is None or not depends_on_length:
         return example_angles(a, positions, tokens.segments, dtype)
     of_prompts = jnp.where(tokens.branches == 0, positions, jnp.zeros((), positions.dtype))
     prompts = example_lengths(of_prompts, tokens.segments)
-    return generation_angles(a, positions, prompts + tokens.max_new, dtype)
+    return generation_angles(a, positions, prompts + tokens.sampled_length, dtype)
 
 
 def generation_angles(

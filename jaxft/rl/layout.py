@@ -83,7 +83,7 @@ def pack_rollout(
             column, m = column + n, m + n
     return Rollout(
         ids, segments, positions, read, targets, responses, logps=zero, advantages=zero, policy_weights=zero,
-        lengths=slot_lengths, branches=branches, max_new=tokens.shape[2],
+        lengths=slot_lengths, branches=branches, sampled_length=tokens.shape[2],
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Online DPO: Guo et al. 2024 (arXiv:2402.04792).
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from jaxtyping import Int
 from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.data import prompts
 from jaxft.data.pack import RowShape
+from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.objectives.objective import Objective
 from jaxft.rl.advantages import has_score
 from jaxft.rl.completions import ScoredCompletions, TrainingRollout
 from jaxft.rl.layout import pack_rollout, to_microbatches
@@ -23,6 +25,8 @@ from jaxft.rl.rollout import (
     BoundRollouts,
     Rollouts,
     RolloutSource,
+    reward_lines,
+    rope_lines,
     saved_moments,
     without_logps,
 )
@@ -40,7 +44,6 @@ class OnlinePairs(Rollouts):
     """
 
     group: int = 2
-    compares_logps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.group < 2:
@@ -61,6 +64,12 @@ class OnlinePairs(Rollouts):
                 "online pairs use the rules rewards, reward_weights, combine, shape and train_on_truncated. "
                 "Leave the other rules at their defaults."
             )
+
+    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
+        """Return lines about reward models, and about a rope that depends on lengths; see
+        Dataset.start_lines.
+        """
+        return [*reward_lines(self), *rope_lines(self, a)]
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "OnlinePairSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
@@ -90,7 +99,7 @@ def pair_shapes(data: OnlinePairs, shape: RowShape, shards: int = 1) -> Pairs:
         ids=like.ids, segments=like.ids, positions=like.ids, read=like.read, targets=like.read,
         responses=like.read, offsets=like.read, lengths=array(1, 2), last=array(1, 2),
         mean_lengths=array(1, 2, dtype=np.float32), pair_weights=number, index=array(1), columns={},
-        branches=like.ids, max_new=data.max_new,
+        branches=like.ids, sampled_length=data.max_new,
     )  # fmt: skip
 
 
@@ -175,5 +184,5 @@ def to_pairs(rows: Rollout) -> Pairs:
         responses=rows.responses, offsets=np.where(is_token, offsets, 0).astype(np.int32), lengths=lengths,
         last=last[:, None, :].astype(np.int32), mean_lengths=np.zeros(lengths.shape, np.float32),
         pair_weights=np.zeros(index.shape, np.float32), index=index, columns={}, branches=rows.branches,
-        max_new=rows.max_new,
+        sampled_length=rows.sampled_length,
     )  # fmt: skip

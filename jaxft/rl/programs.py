@@ -55,13 +55,15 @@ class RolloutPrograms:
     """Compile functions of a rollout's rows, one program for each row shape.
 
     shapes: of a batch [micro, rows, ...] by row shape. rows: rows of a batch before padding for the mesh.
-    complete: adds the fields of a training batch to rows.
+    complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt with a
+    completion.
     """
 
     run: BoundRun
     shapes: Mapping[RowShape, Rollout]
     rows: int
     complete: Callable[[Rollout], Rollout]
+    max_length: int
 
     def compile(self, fn: RowFunction) -> RolloutPass:
         """Compile `fn(params, aux, batch)` of batches [micro, rows, ...] as a function of a whole rollout.

@@ -26,6 +26,7 @@ from jaxft.distributed import sharding
 from jaxft.inference.sampling import BUCKET, left_pad
 from jaxft.models import heads
 from jaxft.models.model import Model
+from jaxft.nn.layer_attention import varies_with_length
 from jaxft.nn.lora_rows import check_stackable, of_equal_shapes
 from jaxft.nn.quant import Quant
 from jaxft.rl.completions import Completions
@@ -204,11 +205,21 @@ class HeadReward(Reward):
     pad: int | None = None
 
     def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
-        """Compile the pass that scores. Raises ValueError if the run has no such model."""
+        """Compile the pass that scores.
+
+        Raises ValueError if the run has no such model, or if its rope depends on the length of a text:
+        completions that share a prompt have the rope of the longest one.
+        """
         model = programs.run.model
         if self.name not in model.heads:
             raise ValueError(
                 f"rewards have HeadReward({self.name!r}), but Run.heads has no model of that name. Add it."
+            )
+        if varies_with_length(model.attention, programs.max_length):
+            raise ValueError(
+                f"HeadReward({self.name!r}): the model's rope depends on the length of a text, so a reward "
+                "would depend on the longest completion of its prompt; use ModelReward, or lower "
+                "data.max_prompt or data.max_new"
             )
         scores_of = programs.compile(partial(head_scores, model, self))
 
@@ -223,7 +234,6 @@ def head_scores(
     model: Model, reward: HeadReward, params: Params, aux: Aux, batch: Rollout
 ) -> Float[Array, "micro B A"]:
     """Return the reward of each completion of a batch [micro, rows, ...], read at its last token."""
-    batch = replace(batch, max_new=None)  # with the rope of texts as they are, as the reward was trained
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
         own = heads.view(params, reward.name)

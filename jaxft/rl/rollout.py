@@ -8,7 +8,7 @@ first step and samples the same completions again.
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +32,6 @@ from jaxft.rl.programs import BoundRun, RolloutPrograms
 from jaxft.rl.rules import Rules
 from jaxft.rl.sampler import RolloutScorer, Sampler, compile_rollout_sampler, compile_rollout_scorer
 from jaxft.rl.token_weights import token_mean
-from jaxft.runs.trackers.jsonl import COMPLETIONS
 from jaxft.tree import Batch, Metrics
 
 UNBOUND = "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
@@ -46,7 +45,12 @@ class Rollouts(Prompts):
     """
 
     rules: Rules
-    compares_logps: ClassVar[bool] = True  # the loss is a function of the ratio to the policy that sampled
+
+    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
+        """Return lines about reward models, log-probs that are not recomputed and the model's rope; see
+        Dataset.start_lines.
+        """
+        return [*reward_lines(self), *recomputation_lines(self, objective), *rope_lines(self, a)]
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RolloutSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
@@ -108,7 +112,7 @@ class RolloutSource:
         """
         sizes = self.rollout_shapes
         shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
-        return RolloutPrograms(run, shapes, self.data.units_per_step, complete)
+        return RolloutPrograms(run, shapes, self.data.units_per_step, complete, self.data.max_length)
 
     def given(self, step: int) -> Batch:
         """Return the prompts of a step as rows of tokens without targets."""
@@ -236,7 +240,7 @@ class BoundRollouts:
                 )
                 self._warned = True
             first_step = number * self.data.steps_per_rollout + 1
-            append_table(self.run.folder / COMPLETIONS, first_step, scored, rules.reward_names)
+            append_table(self.run.folder / "completions.jsonl", first_step, scored, rules.reward_names)
         self.moments = update_moments(self.moments, scored.scores)
         return self._training_rollout(number, scored, state)
 
@@ -380,23 +384,32 @@ def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> N
         )
 
 
-def start_lines(data: Rollouts, objective: Objective, a: AttentionLayers) -> list[str]:
-    """Return lines for the start of a run about its reward models, and the log-probs that it compares. a: of
-    the model.
+def reward_lines(data: Rollouts) -> list[str]:
+    """Return the lines of the rewards for the start of a run."""
+    return [line for reward in data.rules.rewards for line in reward.start_lines()]
+
+
+def recomputation_lines(data: Rollouts, objective: Objective) -> list[str]:
+    """Return a line about log-probs of sampling that are not recomputed, [] where they are."""
+    if needs_recomputed_logps(data, objective):
+        return []
+    return [
+        "log-probs are not recomputed after sampling: each rollout has one update, in which the ratio to the "
+        "policy that sampled is taken as 1, and differences between sampler and training are not logged; "
+        "data.passes=2 recomputes them, and trains on each rollout twice"
+    ]
+
+
+def rope_lines(data: Rollouts, a: AttentionLayers) -> list[str]:
+    """Return a line about a model's rope that depends on the length of a text, [] for another. a: of the
+    model.
     """
-    lines = [line for reward in data.rules.rewards for line in reward.start_lines()]
-    if data.compares_logps and not needs_recomputed_logps(data, objective):
-        lines.append(
-            "log-probs are not recomputed after sampling: each rollout has one update, in which the ratio to "
-            "the policy that sampled is taken as 1, and differences between sampler and training are not "
-            "logged; data.passes=2 recomputes them"
-        )
-    if varies_with_length(a, data.max_length):
-        lines.append(
-            "the model's rope depends on the length of a text: in sampling and training it is that of the "
-            f"prompt and data.max_new={data.max_new} more tokens, however long the completion is"
-        )
-    return lines
+    if not varies_with_length(a, data.max_length):
+        return []
+    return [
+        "the model's rope depends on the length of a text: in sampling and training it is that of the prompt "
+        f"and data.max_new={data.max_new} more tokens, however long the completion is"
+    ]
 
 
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:

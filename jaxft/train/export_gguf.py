@@ -12,8 +12,8 @@ from jaxft.models.model import Model
 from jaxft.nn import lora
 from jaxft.nn.quant import CHECKPOINT
 from jaxft.train.export import ExportSource, merged_base
-from jaxft.weights import card, gguf_header, gguf_lora, gguf_save, hub, pretrained, stop_tokens
-from jaxft.weights.gguf_header import part_files
+from jaxft.weights import card, gguf_lora, gguf_save, hub, pretrained, stop_tokens
+from jaxft.weights.gguf_header import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf_types import MIXTURES, mixture_named
 from jaxft.weights.hf import HEAD
 from jaxft.weights.new_folder import parents_of
@@ -53,8 +53,7 @@ def export_gguf(
     for a model that GGUF cannot express and for weights that are not finite.
     importances: mean squares of the inputs of weights by Hugging Face name (see importances_of).
     """
-    located = hub.locate(source.ref)
-    header = gguf_header.read_gguf_header(located.path) if located.kind == "gguf" else None
+    header = _gguf_header(source.ref)
     keep = mixture.lower() == KEEP
     if keep and header is None:
         raise ValueError(f"--gguf {KEEP} is for a GGUF file as the model, which {source.ref} is not")
@@ -108,9 +107,17 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     if source.adapter is None or not source.model.generates:
         what = "a reward model" if source.adapter else "a model without an adapter"
         raise ValueError(f"--adapter-only: {source.ref} is {what}; leave it out")
+    header = _gguf_header(source.ref)
+    architecture = header.architecture if header else None
     with parents_of(out):
-        count = gguf_lora.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), out.stem)
+        count = gguf_lora.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
     return f"{count} adapted weights as {kind}, for the base {source.ref}"
+
+
+def _gguf_header(ref: str) -> GgufHeader | None:
+    """Return the header of a model that is a GGUF file, None for another."""
+    located = hub.locate(ref)
+    return read_gguf_header(located.path) if located.kind == "gguf" else None
 
 
 def _ends_left_out(tokenizer: Any, ends: Sequence[int]) -> list[str]:

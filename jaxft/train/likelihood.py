@@ -11,6 +11,7 @@ from jaxft.batch import Pairs
 from jaxft.data.invalid import invalid_lines
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.sft import Rows
+from jaxft.data.source import open_for
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
 from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY
@@ -105,8 +106,7 @@ def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: 
     tokens. With an adapter also accuracy_against_base: the adapter raises log p of the chosen response above
     the base's by more than that of the rejected one, which is DPO's reward accuracy.
     """
-    rows = rows.for_attention(loaded.model.attention)
-    source = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
+    source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
     names, batches = source.pairs.tokenised.names, source.cover(range(len(source.keys)))
     own, base = _response_logps(forward, loaded, loaded.params, batches), None

@@ -8,12 +8,9 @@ from typing import Any
 import jax
 
 from jaxft.data.invalid import invalid_lines
-from jaxft.data.pairs.source import PairRows
 from jaxft.distributed import processes, sharding, xla_flags
 from jaxft.distributed.watchdog import Watchdog
-from jaxft.nn.layer_attention import varies_with_length
 from jaxft.objectives.metrics import FloatMetrics
-from jaxft.rl.rollout import Rollouts, start_lines
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
@@ -21,7 +18,7 @@ from jaxft.runs.trackers.tracker import RunEnd
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.contents import write_contents
-from jaxft.train.members import Job, Member
+from jaxft.train.members import Job
 from jaxft.train.scores import position_lines
 from jaxft.weights import pretrained
 from jaxft.weights.adapters import base_differences, left_out_notes, untying_notes
@@ -171,7 +168,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         report.resumed_lines(first, changes) if first else [],
     )
     lines += info.warnings
-    lines += log_prob_lines(lead)
+    lines += lead.run.data.start_lines(lead.programs.objective, lead.run.model.attention)
     lines += stop_lines(job.stop, info.learned_ends, job.tokenizer)
     lines += position_lines(lead.run, job.sources[0])
     lines += early_end_lines(job)
@@ -196,19 +193,6 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         members = [f"{number:3d}  {member.label}" for number, member in enumerate(job.members, 1)]
         lines.append("\n".join([f"{len(members)} runs on one base:", *members]))
     return lines
-
-
-def log_prob_lines(member: Member) -> list[str]:
-    """Return lines about how the log-probs of responses that are compared are computed."""
-    data, a = member.run.data, member.run.model.attention
-    if isinstance(data, Rollouts):
-        return start_lines(data, member.programs.objective, a)
-    if isinstance(data, PairRows) and varies_with_length(a, data.max_length):
-        return [
-            "responses don't share prompts (data.layout=plain): the model's rope depends on the length of a "
-            "text, and that of a shared prompt would be the longer response's"
-        ]
-    return []
 
 
 def early_end_lines(job: Job) -> list[str]:

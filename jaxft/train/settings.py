@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from jaxft.data.pairs.source import PairRows
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
@@ -173,8 +172,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "seed")
-        if isinstance(self.data, PairRows):
-            object.__setattr__(self, "data", self.data.for_attention(self.model.attention))
+        object.__setattr__(self, "data", self.data.for_attention(self.model.attention))
         if self.loop.steps is not None and self.data.tokens is not None:
             raise ValueError(
                 f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "

@@ -1,4 +1,4 @@
-"""What llama.cpp reads and computes of a GGUF file, and the check of written files against it.
+"""Which metadata llama.cpp uses for each architecture, and the check of written files against it.
 
 jaxft's own reader (gguf_config, gguf_rope) takes every key as what the model's config.json stated. llama.cpp
 ignores some of them, even some that its converter writes, so a written file is checked as llama.cpp reads it.
@@ -36,11 +36,12 @@ ALWAYS_READ = frozenset({  # metadata that llama.cpp reads for every architectur
 
 @dataclass(frozen=True)
 class Reads:
-    """What llama.cpp reads for one architecture in addition to ALWAYS_READ.
+    """Keys and rope tables that llama.cpp uses for one architecture.
 
-    metadata: keys that change what it computes. tables: tensors of rope that it loads; it refuses a file with
-    others. local_theta: the key of the base of rope in layers with windows, whose frequencies are not scaled;
-    None in an architecture with one rope. local_attn_factor: whether rope.scaling.attn_factor applies there.
+    metadata: keys in addition to ALWAYS_READ that change what it computes. tables: tensors of rope that it
+    loads; it refuses a file with others. local_theta: the key of the base of rope in layers with windows,
+    whose frequencies are not scaled; None in an architecture with one rope. local_attn_factor: whether
+    rope.scaling.attn_factor applies there.
     """
 
     metadata: frozenset[str] = frozenset()
@@ -67,6 +68,7 @@ LLAMA_CPP_READS = {  # by general.architecture
     "granite": Reads(SCALE_READS | {"rope.scaling.finetuned"}, (FREQUENCIES, LONG, SHORT)),
 }
 ALWAYS_TIED, NEVER_TIED = ("gemma", "gemma2"), ("olmo2",)  # architectures whose head llama.cpp expects so
+HEADS_OF_WIDTH = ("phi3", "olmo2")  # architectures whose heads together have the model's width in llama.cpp
 # What says nothing about the arithmetic, or follows from the tensors. Rope is compared by its numbers.
 COMPARED_ELSEWHERE = {
     "architectures", "model_type", "bos_token_id", "eos_token_id", "rope_theta", "rope_scaling",
@@ -106,6 +108,12 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
     if name in (NEVER_TIED if tied else ALWAYS_TIED):
         which = "a head that is the embedding" if tied else "a head that is not the embedding"
         raise ValueError(f"{which} cannot be written as GGUF of architecture {name}")
+    if name in HEADS_OF_WIDTH and config.heads * config.head_dim != config.width:
+        raise ValueError(
+            f"{config.heads} heads of {config.head_dim} cannot be written as GGUF of architecture {name}: "
+            f"llama.cpp expects that they make up the width of {config.width}. Write a Hugging Face folder, "
+            "without --gguf"
+        )
     return [f"warning: llama.cpp ignores {', '.join(lacking)}, in the source file too"] if lacking else []
 
 

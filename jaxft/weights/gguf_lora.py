@@ -24,14 +24,17 @@ LORA_PAIR = {"a", "b", "scale"}
 MERGE_INSTEAD = "merge it instead, with --gguf and without --adapter-only"
 
 
-def save_gguf_adapter(path: Path, model: Model, adapter: Params, kind: str, name: str) -> int:
+def save_gguf_adapter(
+    path: Path, model: Model, adapter: Params, kind: str, architecture: str | None = None
+) -> int:
     """Write an adapter's pairs; return the number of adapted weights.
 
-    kind: F32, F16 or BF16. Raises ValueError, and leaves no file, for an adapter that llama.cpp cannot apply.
+    kind: F32, F16 or BF16. architecture: of the base's GGUF file, None for the one that jaxft writes. Raises
+    ValueError, and leaves no file, for an adapter that llama.cpp cannot apply.
     """
     if kind not in FLOAT_TYPES:
         raise ValueError(f"--gguf {kind}: an adapter alone is written as {', '.join(FLOAT_TYPES)}; use F16")
-    architecture, pairs = architecture_for(model.config), pairs_by_path(adapter)
+    architecture, pairs = architecture or architecture_for(model.config), pairs_by_path(adapter)
     if not pairs:
         raise ValueError(f"{path}: the adapter has no pairs to write")
     for weight, pair in pairs.items():
@@ -43,7 +46,7 @@ def save_gguf_adapter(path: Path, model: Model, adapter: Params, kind: str, name
     alpha = _alpha(pairs)
     fields = [
         Field("general.type", "STRING", "adapter"),
-        Field("general.name", "STRING", name),
+        Field("general.name", "STRING", path.stem),
         Field("general.file_type", "UINT32", MIXTURES[kind][0]),
         Field("adapter.type", "STRING", "lora"),
         Field("adapter.lora.alpha", "FLOAT32", alpha),

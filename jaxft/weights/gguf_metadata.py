@@ -73,8 +73,8 @@ def context_notes(config: ModelConfig) -> list[str]:
     exact, original = exact_context(name, config), rope.original_max_positions or 0
     if exact < config.max_positions:
         notes.append(
-            f"warning: llama.cpp applies no sliding window in architecture {name}: the file is right up to "
-            f"{exact} tokens, the window, which is its context length (the model has {config.max_positions})"
+            f"warning: llama.cpp's architecture {name} ignores the sliding window: the file's context length "
+            f"is set to {exact}, up to which log-probs are right (the model has {config.max_positions})"
         )
     if rope.kind == "longrope" and exact > original:
         notes.append(

@@ -15,6 +15,8 @@ from tiny_pairs import epoch, flat, make_rows, same, seen, source, unpaired, wri
 from tiny_tokenizers import tiny
 
 from jaxft.data.pairs.source import PairRows
+from jaxft.data.sft import Rows
+from jaxft.data.source import open_for
 from jaxft.nn.layer_attention import uniform
 from jaxft.nn.rope import Rope
 
@@ -415,3 +417,14 @@ def test_responses_whose_rope_depends_on_their_length_do_not_share_a_prompt(fold
     assert dataclasses.replace(rows, max_length=65).for_attention(uniform(2, 8, Rope())).layout == "auto"
     with pytest.raises(ValueError, match="data.layout=branches: .* use data.layout=plain"):
         dataclasses.replace(rows, max_length=65, layout="branches").for_attention(varying)
+    opened = open_for(varying, dataclasses.replace(rows, max_length=65), tiny("plain"))
+    assert opened.batch(0)[0].branches is None
+    (line,) = beyond.start_lines(None, varying)
+    assert line.startswith("responses don't share prompts (data.layout=plain)")
+    assert within.start_lines(None, varying) == []
+
+
+def test_data_of_single_texts_is_the_same_for_every_rope():
+    varying = uniform(2, 8, Rope(kind="dynamic", factor=2.0, original_max_positions=64))
+    rows = Rows("rows.jsonl", max_length=65)
+    assert rows.for_attention(varying) is rows and rows.start_lines(None, varying) == []

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_server
 import jax
@@ -30,7 +31,9 @@ from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
 from jaxft.models.llama import llama
 from jaxft.nn import param
+from jaxft.nn.layer_attention import uniform
 from jaxft.nn.lora import Adapter
+from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models
 from jaxft.rl.advantages import scale_scores, update_moments
 from jaxft.rl.layout import pack_rollout
@@ -117,6 +120,16 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
         np.testing.assert_allclose(padded[0, n], alone(prompts.ids[0]), rtol=1e-10)
     padded = scores(LENGTHS, pad=int(tokens[1, 1, 4]))  # the last token of one of them
     np.testing.assert_allclose(padded[1, 1], alone([*prompts.ids[1], *tokens[1, 1, :4]]), rtol=1e-10)
+
+
+def test_a_head_on_the_policy_is_refused_where_a_reward_would_depend_on_another_completion():
+    varying = uniform(2, 8, Rope(kind="dynamic", factor=2.0, original_max_positions=64))
+    run = SimpleNamespace(model=SimpleNamespace(heads=("reward",), attention=varying))
+    programs = SimpleNamespace(run=run, max_length=65)
+    with pytest.raises(ValueError, match=r"HeadReward\('reward'\): the model's rope .* use ModelReward, or"):
+        HeadReward().prepare(programs)
+    programs = SimpleNamespace(run=run, max_length=64, compile=lambda score: score)
+    assert callable(HeadReward().prepare(programs))
 
 
 def test_a_classifier_scores_completions_as_transformers_does(workdir):

@@ -334,10 +334,11 @@ def test_log_probs_are_recomputed_unless_the_ratio_is_1(settings, facts, recompu
 def test_a_run_whose_log_probs_are_not_recomputed_says_so():
     plain, objective = uniform(2, 8, Rope()), SimpleNamespace(facts=Facts())
     data = Rollouts("x", rules=Rules((number,)), max_prompt=32, max_new=32)
-    (line,) = rollouts.start_lines(data, objective, plain)
+    (line,) = data.start_lines(objective, plain)
     assert line.startswith("log-probs are not recomputed after sampling: each rollout has one update")
-    assert rollouts.start_lines(replace(data, passes=2), objective, plain) == []
-    assert rollouts.start_lines(OnlinePairs("x", rules=Rules((number,))), objective, plain) == []
+    assert line.endswith("data.passes=2 recomputes them, and trains on each rollout twice")
+    assert replace(data, passes=2).start_lines(objective, plain) == []
+    assert OnlinePairs("x", rules=Rules((number,))).start_lines(objective, plain) == []
 
 
 def test_a_run_whose_rope_depends_on_the_length_says_which_it_takes():
@@ -346,8 +347,8 @@ def test_a_run_whose_rope_depends_on_the_length_says_which_it_takes():
     within, beyond = (
         uniform(2, 8, Rope(kind="dynamic", factor=2.0, original_max_positions=n)) for n in (64, 63)
     )
-    assert rollouts.start_lines(data, objective, within) == []
-    (line,) = rollouts.start_lines(data, objective, beyond)
+    assert data.start_lines(objective, within) == []
+    (line,) = data.start_lines(objective, beyond)
     assert "of the prompt and data.max_new=32 more tokens" in line
 
 

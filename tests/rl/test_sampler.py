@@ -59,7 +59,7 @@ def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the
         rows = pack_rollout(prompts, np.where(mask.reshape(3, 2, 12), tokens, -1), lengths, RowShape(64, 64))
         found = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 12)
         np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
-    assert to_pairs(rows).max_new == rows.max_new == 12
+    assert to_pairs(rows).sampled_length == rows.sampled_length == 12
 
 
 @pytest.mark.parametrize(

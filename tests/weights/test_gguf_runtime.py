@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf_families import FAMILIES, ROPES, tiny_family, with_rope
 from scripts_in_process import call
-from test_gguf_write import ROWS, adapted_folder, plain_tokenizer, save, tiny_llama
+from test_gguf_write import ROWS, adapted_folder, mistral3_adapter, plain_tokenizer, save, tiny_llama
 from tiny_tokenizers import tiny as chat_tokenizer
 
 from jaxft.weights import gguf_metadata, pretrained
@@ -59,6 +59,18 @@ def test_an_adapter_alone_on_its_base_is_the_merged_model(tmp_path, monkeypatch,
     np.testing.assert_allclose(plain, expected_log_probs(reference, IDS), atol=1e-3)
     np.testing.assert_allclose(applied, whole, atol=1e-3)
     assert np.abs(plain - whole).max() > 0.5
+
+
+@pytest.mark.slow
+def test_an_adapter_alone_runs_on_a_base_of_mistral3(tmp_path, monkeypatch, capsys):
+    base, alone, common = mistral3_adapter(tmp_path, monkeypatch, capsys)
+    merged = tmp_path / "merged.gguf"
+    assert call(monkeypatch, capsys, "export", *common, "--out", merged)[0] == 0
+    applied, whole = (
+        all_log_probs(llama_cpp.Runtime(path, adapters), IDS, ROWS)
+        for path, adapters in ((base, (alone,)), (merged, ()))
+    )
+    np.testing.assert_allclose(applied, whole, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -203,6 +203,13 @@ def test_what_gguf_cannot_express_is_refused_and_nothing_is_written(tmp_path):
         refused(path, f"llama.cpp's architecture {name} lacks {words}", model)
 
 
+@pytest.mark.parametrize("name", ["phi3", "olmo2"])
+def test_heads_that_do_not_make_up_the_width_are_refused_where_llama_cpp_expects_it(tmp_path, name):
+    reference = tiny_family(name, vocab_size=ROWS, head_dim=32)
+    words = rf"4 heads of 32 cannot be written .* {name}: .* the width of 64\. Write a Hugging Face folder"
+    refused(tmp_path / "tiny.gguf", words, reference)
+
+
 QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
 
@@ -213,8 +220,8 @@ def test_a_window_that_llama_cpp_ignores_is_the_context_length_of_the_file(tmp_p
     header = read_gguf_header(tmp_path / "tiny.gguf")
     assert header.metadata[header.key("context_length")] == 5
     (note,) = gguf_metadata.context_notes(config)
-    assert f"no sliding window in architecture {header.architecture}" in note and "5 tokens" in note
-    assert note.startswith("warning: ") and "(the model has 64)" in note
+    assert note.startswith(f"warning: llama.cpp's architecture {header.architecture} ignores the sliding")
+    assert "context length is set to 5, up to" in note and "(the model has 64)" in note
     changes = {**changes, "sliding_window": CONTEXT}
     config = save(tmp_path / "tiny.gguf", tiny_family(name, vocab_size=ROWS, **changes)).config
     header = read_gguf_header(tmp_path / "tiny.gguf")
@@ -479,6 +486,25 @@ def test_an_adapter_alone_has_llama_cpps_layout(exported, tmp_path, monkeypatch,
         delta = metadata["adapter.lora.alpha"] / b.shape[1] * b @ a
         np.testing.assert_allclose(base[name] + delta, merged[name], atol=1e-5, err_msg=name)
     assert {name for name in base if (base[name] != merged[name]).any()} == weights
+
+
+def mistral3_adapter(tmp_path, monkeypatch, capsys):
+    """A base of architecture mistral3, as llama.cpp's converter writes Ministral's, and an adapter alone."""
+    base, alone = tmp_path / "base.gguf", tmp_path / "alone.gguf"
+    with monkeypatch.context() as patched:
+        patched.setitem(gguf_metadata.ARCHITECTURE_OF, "mistral", "mistral3")
+        save(base, tiny_family("mistral small", vocab_size=ROWS))
+    adapted_folder(tmp_path / "adapter", pretrained.model_for(str(base), dtype=jnp.float32), base)
+    common = ("--model", base, "--adapter", tmp_path / "adapter", "--gguf", "F32")
+    code, _, err = call(monkeypatch, capsys, "export", *common, "--adapter-only", "--out", alone)
+    assert code == 0, err
+    return base, alone, common
+
+
+def test_an_adapter_alone_states_the_architecture_of_its_base_file(tmp_path, monkeypatch, capsys):
+    """llama.cpp refuses an adapter of another architecture than the model's."""
+    base, alone, _ = mistral3_adapter(tmp_path, monkeypatch, capsys)
+    assert read_gguf_header(alone).architecture == read_gguf_header(base).architecture == "mistral3"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ from jaxft.data.sft import RowStats
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, learned_line, length_percentiles
 from jaxft.data.tokens import count_ids
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
+from jaxft.objectives.objective import Objective
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -96,7 +97,7 @@ class PairRows(DataSettings):
         read = self.token_settings.kinds
         return (*read, "mismatched") if self.third == "mismatched" else read
 
-    def for_attention(self, a: AttentionLayers) -> "PairRows":
+    def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings for a model with these layers: layout "plain" where its rope depends on the
         length of a text. Responses that share a prompt would have the rope of the longest one.
 
@@ -110,6 +111,15 @@ class PairRows(DataSettings):
                 "log-probs would depend on the length of the other one; use data.layout=plain"
             )
         return replace(self, layout="plain")
+
+    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
+        """Return a line about responses that cannot share prompts; see Dataset.start_lines."""
+        if not varies_with_length(a, self.max_length):
+            return []
+        return [
+            "responses don't share prompts (data.layout=plain): the model's rope depends on the length of a "
+            "text, and that of a shared prompt would be the longer response's"
+        ]
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
         """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
