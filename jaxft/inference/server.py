@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ PAGE = Path(__file__).with_name("chat_page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_SECONDS = 30.0
 HEADER_SECONDS = 10.0  # for the header of a request, and between requests
-MOST_WAITING = 256  # connections without a request; a further one ends the one that has waited longest
+MOST_WAITING = 256  # connections without a request, and bodies that arrive; one more ends the oldest
 SPARE_REQUESTS = 512  # at once, in addition to accepted ones: those of clients that get status 429
 KEY_VARIABLE = "JAXFT_API_KEY"
 
@@ -62,6 +62,7 @@ class Service:
     models: Mapping[str, ServedModel]
     limits: ServerLimits
     created: int
+    arriving: dict[asyncio.Timeout, None] = field(default_factory=dict)  # of bodies, the oldest first
 
     def model(self, name: str | None) -> ServedModel:
         """Return the model of this name. Raises ApiError if there is none."""
@@ -235,7 +236,7 @@ async def _read(service: Service, request: Any) -> dict[str, Any]:
 
     parts, size = list[bytes](), 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS) as limit, _arriving(service.arriving, limit):
             async for part in request.stream():
                 parts.append(part)
                 size += len(part)
@@ -247,8 +248,26 @@ async def _read(service: Service, request: Any) -> dict[str, Any]:
     except ClientDisconnect as error:
         raise ApiError(499, "the client has left") from error
     except TimeoutError as error:
-        raise ApiError(408, f"the body has not arrived within {BODY_SECONDS:g} s") from error
+        raise ApiError(
+            408, f"the body has not arrived within {BODY_SECONDS:g} s (or more than {MOST_WAITING} bodies "
+            "were arriving); send it at once"
+        ) from error  # fmt: skip
     return parse_json(b"".join(parts))
+
+
+@contextlib.asynccontextmanager
+async def _arriving(bodies: dict[asyncio.Timeout, None], limit: asyncio.Timeout) -> AsyncIterator[None]:
+    """Count a body among those that arrive; if these are too many, the time of the oldest is over."""
+    bodies[limit] = None
+    if len(bodies) > MOST_WAITING:
+        oldest = next(iter(bodies))
+        del bodies[oldest]
+        if not oldest.expired():
+            oldest.reschedule(0)
+    try:
+        yield
+    finally:
+        bodies.pop(limit, None)
 
 
 ParsedRequest = tuple[ChatBody | CompletionBody, list[tuple[int, ...]]]

@@ -394,6 +394,17 @@ def test_requests_above_the_limit_get_json_and_a_stop_ends_slow_ones_without_a_t
     assert not any(record.exc_info for record in caplog.records)
 
 
+def test_slow_bodies_keep_no_client_out(running, monkeypatch):
+    monkeypatch.setattr(server, "MOST_WAITING", 3)
+    slow = [half(running, SLOW_BODY) for _ in range(5)]
+    for connection in slow[:2]:
+        status, message = received(connection)
+        assert status == 408 and "more than 3 bodies" in message
+    assert running.send("GET", "/health")[0] == 200
+    for connection in slow[2:]:
+        connection.close()
+
+
 def test_of_a_text_that_is_too_long_only_the_beginning_is_tokenised(running, monkeypatch):
     text, lengths = "a" * 100_000, []
     tokenised = type(tiny.TOKENIZER).__call__
