@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from jaxft.data import limits
@@ -103,7 +104,8 @@ class _Process:
         self.stop()
         ours, theirs = socket.socketpair()
         with theirs:
-            path = json.dumps(list(map(str, sys.path)))
+            here = Path(__file__).resolve().parents[2]  # sys.path may have "", the working directory of then
+            path = json.dumps([str(here), *map(str, sys.path)])
             argv = [sys.executable, "-P", "-c", _START, path, str(theirs.fileno())]
             null = subprocess.DEVNULL
             self.process = subprocess.Popen(

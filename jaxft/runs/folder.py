@@ -119,6 +119,8 @@ def write_durable_json(path: Path, value: Any) -> None:
 def read_saved_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of the run folder. Raises ValueError that names a damaged file."""
     remedy = "restore it, or choose another name=..."
+    if path.name == SUMMARY:
+        remedy = "delete it and start the run's command again, which writes it from the last checkpoint"
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")

@@ -17,6 +17,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
 from jaxft.runs.terminal import printable_line
+from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train import export, programs
 from jaxft.train.calibrate import calibrate_base, print_line
 from jaxft.train.compiled import Compiled
@@ -47,6 +48,13 @@ def report_finished(job: Job, steps: int) -> int:
     if steps < job.steps:
         more = "loop.patience or set it to none"
     print(f"to continue it, raise {more}; to start again, choose another {name}")
+    for member in job.members:
+        record, log = member.folder / "config.json", member.folder / METRICS
+        if not record.is_file():
+            runfolder.write_durable_json(record, member.record)
+            print(f"{record}: no such file; written again from the settings of this command")
+        if not log.is_file():
+            print(f"warning: {log}: no such file; the log of this run is lost")
     if failed:
         print(f"{', '.join(failed)}: not finished, the steps or the held-out loss are not finite")
     return int(bool(failed))

@@ -4,8 +4,10 @@ import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tiny_tokenizers import tiny
@@ -134,6 +136,17 @@ def test_a_process_that_ends_during_a_call_is_replaced(small, monkeypatch, funct
     monkeypatch.undo()
     first = confined.call(os.getpid)
     assert first == confined.call(os.getpid) != os.getpid()
+
+
+def test_the_process_starts_where_the_working_directory_has_changed(tmp_path, monkeypatch):
+    """As in a notebook, whose sys.path has "" for its folder."""
+    monkeypatch.setattr("sys.path", ["", *(path for path in sys.path if not (Path(path) / "jaxft").is_dir())])
+    monkeypatch.chdir(tmp_path)
+    process = confined._Process()
+    try:
+        assert process.call_all(os.path.basename, [("a/b",)]) == ["b"]
+    finally:
+        process.stop()
 
 
 def test_one_row_of_very_many_turns_is_refused_at_once():

@@ -118,6 +118,13 @@ def test_a_finished_run_writes_damaged_results_again_and_reports_lost_entries(fi
     assert {name: files_of(run / name) for name in before} == before
     assert json.loads((run / "summary.json").read_bytes())["files"] == json.loads(summary)["files"]
     assert resume(finished.folder, *ARGV, "name=x") == (3, [])
+    (run / "config.json").unlink()
+    log = (run / "metrics.jsonl").rename(run / "moved")
+    assert finished.run(*ARGV, "name=x") == 0, finished.err()
+    out = finished.out()
+    assert "config.json: no such file; written again" in out and (run / "config.json").is_file()
+    assert "warning: runs/x/metrics.jsonl: no such file; the log of this run is lost" in out
+    log.rename(run / "metrics.jsonl")
 
 
 def test_results_that_are_gone_with_their_checkpoints_are_one_error(finished, tmp_path):
