@@ -173,13 +173,7 @@ with_one_failing("manifest", checkpoint, "write_durably", full_disk, process=0)
 with_one_failing("compare", restore, "verify", manifest.Corrupt("leaf w is other"))
 read_only = OSError(30, "Read-only file system")
 with_one_failing("rename", checkpoint.Checkpoints, "_publish", read_only, process=0)
-real = Path.write_text
-if me == 1:  # not even its report can be written
-    def no_space(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
-    Path.write_text = no_space
-heard("report", lambda: save(3))
-Path.write_text = real
+with_one_failing("report", sync, "write_durably", full_disk)  # not even its report can be written
 other = Checkpoints(folder.parent / f"own{me}")
 heard("not shared", lambda: save(1, other))
 other.close()
