@@ -177,7 +177,7 @@ def test_a_long_plain_text_has_the_tokens_of_the_text_as_a_whole(monkeypatch, sp
     examples = [Text(f"r:{i}", text) for i, text in enumerate(texts)]
     whole = list(chat.tokenise_weighted(examples, tokenizer))
     monkeypatch.setattr(limits, "LONGEST_TEXT", 500)
-    monkeypatch.setattr(chat, "PIECE", 256)
+    monkeypatch.setattr(chat, "TEXT_PIECE", 256)
     monkeypatch.setattr(chat, "OVERLAP", 64)
     pieces = list(chat.tokenise_weighted(examples, tokenizer))
     for one, other in zip(whole, pieces, strict=True):
