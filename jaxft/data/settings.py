@@ -13,7 +13,6 @@ from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
 from jaxft.distributed.sync import is_first
 from jaxft.nn.layer_attention import AttentionLayers
-from jaxft.objectives.objective import Objective
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -122,7 +121,7 @@ class DataSettings:
         """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""
         return self
 
-    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
+    def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
         """Return no lines; see Dataset.start_lines."""
         return []
 

@@ -13,7 +13,6 @@ from jaxtyping import Int
 from jaxft.batch import TrainState
 from jaxft.data.invalid import InvalidCount
 from jaxft.nn.layer_attention import AttentionLayers
-from jaxft.objectives.objective import Objective
 from jaxft.tree import Batch, Metrics
 
 # The type that a source is bound to: `object` for fixed rows, rl's BoundRun for rollouts.
@@ -175,8 +174,10 @@ class Dataset(Protocol):
         a text. Raises ValueError for settings that such a model cannot have.
         """
 
-    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
-        """Return lines for the start of a run about how its log-probs are computed. a: of the model."""
+    def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
+        """Return lines for the start of a run about how its log-probs are computed. objective: the run's
+        Objective. a: of the model.
+        """
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Source[Any]:
         """Read and tokenise the rows and plan the batches.

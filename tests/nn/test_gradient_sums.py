@@ -1,6 +1,7 @@
 """Gradients in 16-bit dtypes: their sums over many tokens lose no more than matmuls do."""
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +14,36 @@ from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import scores
 from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.model import Model
+from jaxft.models.qwen import Qwen3Config, qwen3
 from jaxft.nn.layers import TABLE, embed
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.objectives import logprobs
 from jaxft.objectives.logprobs import token_logps, weighted_loss
+from jaxft.objectives.objective import Facts
+from jaxft.train.step import accumulate_gradients
 
 WIDTH, VOCAB, TIME = 32, 64, 256
 ADAPTERS = {
     "untied": Adapter(rank=4, dora=True, targets=("q", "down"), trainable_token_indices=(0, 1, 5)),
     "tied": Adapter(rank=4, targets=("q", "down", "embed", "head")),
+    "norms": Adapter(rank=4, targets=("q", "down"), bias="all"),  # of queries and keys; in microbatches
 }
+MICROBATCHES = {"untied": 1, "tied": 1, "norms": 4}
 DTYPES = [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]  # computed, stored
 
 
 def model_of(name, dtype):
-    config = LlamaConfig(
-        vocab=VOCAB, width=WIDTH, layers=1, heads=2, kv_heads=1, head_dim=16, mlp=48, max_positions=TIME,
-        attention_bias=True, mlp_bias=True, tied=name == "tied",
-    )  # fmt: skip
-    return adapted(llama(config, jnp.dtype(dtype)), ADAPTERS[name])
+    sizes = {
+        "vocab": VOCAB, "width": WIDTH, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp": 48,
+        "max_positions": TIME, "attention_bias": True,
+    }  # fmt: skip
+    if name == "norms":
+        model = qwen3(Qwen3Config(**sizes, tied=False), jnp.dtype(dtype))
+    else:
+        model = llama(LlamaConfig(**sizes, mlp_bias=True, tied=name == "tied"), jnp.dtype(dtype))
+    return adapted(model, ADAPTERS[name])
 
 
 @functools.cache
@@ -57,24 +68,38 @@ def batch_of(tokens):
     return Tokens(*map(jnp.asarray, (ids, np.ones_like(ids), positions, positions, targets, weights)))
 
 
-def gradients(name, tokens, compute, stored):
-    """Those of a loss of all heads: the language model's by both ways of reading it, and a scalar one."""
-    model = model_of(name, compute)
+@dataclass(frozen=True)
+class AllHeads:
+    """A loss of all heads: the language model's by both ways of reading it, and a scalar one."""
 
-    def loss(params, batch):
-        h = model.hidden(params, batch)
-        known, _ = weighted_loss(model, params, h, batch.targets, batch.token_weights)
-        other = token_logps(model, params, h, batch.targets).logp
+    model: Model
+    facts: Facts = Facts()
+
+    def __call__(self, params, batch, key, aux):
+        h = self.model.hidden(params, batch)
+        known, _ = weighted_loss(self.model, params, h, batch.targets, batch.token_weights)
+        other = token_logps(self.model, params, h, batch.targets).logp
         values = jnp.square(scores(params, h) - 1)
-        return known + jnp.sum(batch.token_weights * (values - 0.5 * other))
+        return known + jnp.sum(batch.token_weights * (values - 0.5 * other)), {}
 
+
+def gradients(name, tokens, compute, stored):
     params = jax.tree.map(lambda x: x.astype(stored), parameters(name))
-    grads = tree.paths(jax.device_get(jax.jit(jax.grad(loss))(params, batch_of(tokens))))
+    objective, parts = AllHeads(model_of(name, compute)), MICROBATCHES[name]
+    batch = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch_of(tokens))
+    frozen = jax.tree.map(lambda x: None, params)
+    summed = jax.jit(lambda p, b: accumulate_gradients(objective, (p, frozen), b, jax.random.key(0), {})[0])
+    grads = tree.paths(jax.device_get(summed(params, batch)))
     return {path: np.asarray(x, np.float64) for path, x in grads.items() if not path.endswith("scale")}
 
 
 # The matmul that rounds as much as the gradient of each parameter may: of a bias its own, else the next one.
+KERNELS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 NEIGHBOURS = {
+    **{f"base/layers/{kernel}_bias": f"base/layers/{kernel}" for kernel in KERNELS},
+    **{f"adapter/layers/{kernel}_bias/weight": f"base/layers/{kernel}" for kernel in KERNELS[:4]},
+    "base/layers/attn/q_norm": "base/layers/attn/q",
+    "base/layers/attn/k_norm": "base/layers/attn/k",
     "base/embed": "base/layers/attn/q",
     "base/layers/attn_norm": "base/layers/attn/q",
     "base/layers/mlp_norm": "base/layers/mlp/gate",
@@ -92,20 +117,30 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.quick_cases("bfloat16-bfloat16-16384-untied")
+BASE_BIASES = {f"base/layers/{kernel}_bias" for kernel in KERNELS[:4]}
+
+
+@pytest.mark.quick_cases("bfloat16-bfloat16-16384-untied", "bfloat16-bfloat16-1024-norms")
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("tokens", [1024, 16384, 32768])
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
 def test_no_gradient_is_rounded_twice_as_much_as_that_of_a_matmul(monkeypatch, name, tokens, dtypes):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 1)  # 256 chunks
     exact, found = gradients(name, tokens, "float32", "float32"), gradients(name, tokens, *dtypes)
-    error = {path: np.linalg.norm(found[path] - x) / np.linalg.norm(x) for path, x in exact.items()}
-    beside = {path: NEIGHBOURS.get(path, path.removesuffix("_bias")) for path in error}
-    assert {path for path in error if path not in (*NEIGHBOURS, beside[path])} == {
-        f"base/layers/{kernel}_bias"
-        for kernel in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
+    replaced = {path for path, x in exact.items() if not x.any()}
+    assert replaced == (BASE_BIASES if name == "norms" else set())
+    assert not any(found[path].any() for path in replaced)
+    error = {
+        path: np.linalg.norm(found[path] - x) / np.linalg.norm(x)
+        for path, x in exact.items()
+        if path not in replaced
     }
-    assert not {path: (x, error[beside[path]]) for path, x in error.items() if x > 2 * error[beside[path]]}
+    assert {path.rpartition("/")[2] for path in error.keys() - NEIGHBOURS.keys()} == {
+        "q", "k", "v", "o", "gate", "up", "down", "a", "b"
+    }  # fmt: skip
+    beside = {path: error[NEIGHBOURS.get(path, path)] for path in error}
+    assert not {path: (x, beside[path]) for path, x in error.items() if x > 2 * beside[path]}
+    assert max(error[path] for path in error.keys() & NEIGHBOURS.keys()) < 0.02
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)

@@ -34,7 +34,6 @@ from jaxft.data.sft import RowStats
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, learned_line, length_percentiles
 from jaxft.data.tokens import count_ids
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
-from jaxft.objectives.objective import Objective
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -112,7 +111,7 @@ class PairRows(DataSettings):
             )
         return replace(self, layout="plain")
 
-    def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
+    def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
         """Return a line about responses that cannot share prompts; see Dataset.start_lines."""
         if not varies_with_length(a, self.max_length):
             return []
