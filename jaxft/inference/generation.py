@@ -107,7 +107,7 @@ class Generation:
             piece = choice.piece(progress)
             if choice.ended:
                 self.tickets[index].cancel()
-            if piece.text or piece.tokens or piece.finish:
+            if piece.text or piece.calls or piece.tokens or piece.finish:
                 yield piece
 
     def cancel(self) -> None:

@@ -12,6 +12,7 @@ SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
+VOCABULARY = SIZES | {"vocab_size": 131072}  # with the ids that transformers has by default
 
 
 def config_of(kind, **settings):
@@ -41,8 +42,8 @@ def test_the_theta_of_a_file_without_one_is_that_of_transformers(kind, default):
 
 def test_a_cwm_without_rope_settings_has_the_scaled_rope_of_transformers():
     auto = pytest.importorskip("transformers").AutoConfig
-    theirs = auto.for_model("cwm", **SIZES).to_dict()
-    assert config_of("cwm") == family_of(theirs).from_hf(theirs)
+    theirs = auto.for_model("cwm", **VOCABULARY).to_dict()
+    assert config_of("cwm", **VOCABULARY) == family_of(theirs).from_hf(theirs)
     assert config_of("cwm").rope.kind == "llama3"
     stated = config_of("cwm", rope_theta=5e5).rope
     assert stated == dataclasses.replace(config_of("cwm").rope, theta=5e5)
@@ -53,8 +54,8 @@ def test_a_cwm_without_rope_settings_has_the_scaled_rope_of_transformers():
 )
 def test_settings_that_a_file_does_not_have_are_those_of_transformers(kind):
     auto = pytest.importorskip("transformers").AutoConfig
-    theirs = auto.for_model(kind, **SIZES).to_dict()
-    assert config_of(kind) == family_of(theirs).from_hf(theirs)
+    theirs = auto.for_model(kind, **VOCABULARY).to_dict()
+    assert config_of(kind, **VOCABULARY) == family_of(theirs).from_hf(theirs)
 
 
 @pytest.mark.parametrize(
