@@ -19,7 +19,7 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote
 
-from jaxft.data.row_parquet import limited_batches, open_parquet
+from jaxft.data.row_parquet import open_parquet, plan_group, planned_batches
 from jaxft.data.urls import file_name, without_secrets
 
 ATTEMPTS = 4
@@ -229,7 +229,11 @@ def _described(file: RemoteFile) -> RemoteFile:
 def remote_batches(
     file: RemoteFile, used: Collection[str] | None = None
 ) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Yield the record batches of a Parquet file, see row_parquet.limited_batches."""
+    """Yield record batches of a Parquet file, and the names of columns that are not in them. used: the names
+    of columns that are read, None for all.
+    """
     with file.open() as source, open_parquet(source, str(file), "check the URL") as parquet:
         for group in range(parquet.num_row_groups):  # a reader of several groups fetches all of them
-            yield from limited_batches(parquet, source, group, used, str(file))
+            plan = plan_group(parquet, source, group, used, str(file))
+            for batch in planned_batches(parquet, source, group, plan):
+                yield batch, plan.others

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 
 from jaxft.data.invalid import InvalidRow, attempt, json_type
 from jaxft.data.limits import LINE_BYTES
-from jaxft.data.row_parquet import BATCH_ROWS, batch_bytes, limited_batches, open_parquet, rows_per_batch
+from jaxft.data.row_parquet import (
+    BATCH_ROWS,
+    GroupPlan,
+    batch_bytes,
+    batch_rows,
+    open_parquet,
+    plan_group,
+    planned_batches,
+)
 
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = BATCH_ROWS
@@ -63,16 +71,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class GroupRows:
-    """Rows `start` to `stop` of a row group of a Parquet file. before: rows of the groups before it. used:
-    the columns that are read, None for all.
-    """
+    """Rows `start` to `stop` of a row group of a Parquet file. before: rows of the groups before it."""
 
     path: Path
     group: int
     start: int
     stop: int
     before: int
-    used: tuple[str, ...] | None = None
+    plan: GroupPlan
 
     @property
     def label(self) -> str:
@@ -302,14 +308,17 @@ def read_json(path: Path) -> Iterator[Outcome]:
 
 
 def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> Iterator[GroupRows]:
-    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows. used: see GroupRows."""
+    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows. used: the columns that are read, None for
+    all.
+    """
     before = 0
     with named_errors(path), open_parquet(path, str(path), _AGAIN) as file:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            size = min(CHUNK_ROWS, rows_per_batch(file, group, used))
+            plan = plan_group(file, path, group, used, str(path))
+            size = min(CHUNK_ROWS, plan.chunk)
             for start in range(0, count, size):
-                yield GroupRows(path, group, start, min(start + size, count), before, used)
+                yield GroupRows(path, group, start, min(start + size, count), before, plan)
             before += count
 
 
@@ -317,12 +326,12 @@ def _read_group_rows(chunk: GroupRows) -> Iterator[Outcome]:
     path, at = chunk.path, 0
     number = chunk.before + chunk.start  # of rows before the next
     with open_parquet(path, str(path), _AGAIN) as file:
-        for batch, others in limited_batches(file, path, chunk.group, chunk.used, str(path)):
+        for batch in planned_batches(file, path, chunk.group, chunk.plan):
             if at >= chunk.stop:
                 return
             part = batch.slice(max(0, chunk.start - at), chunk.stop - max(at, chunk.start))
             at += batch.num_rows
-            yield from rows_of_batch(part, others, str(path), path.name, number)
+            yield from rows_of_batch(part, chunk.plan.others, str(path), path.name, number)
             number += part.num_rows
 
 
@@ -344,12 +353,14 @@ def rows_of_batch(
             yield InvalidRow(f"{where}:{before + 1}", "too large", problem)
         return
     try:
-        items: Iterable[Any] = batch.to_pylist()
+        items: Iterable[Any] = batch_rows(batch)
     except (ValueError, OverflowError):  # a time beyond the year 9999, or text that is not UTF-8
         items = (attempt(_table_row, batch, i, f"{where}:{before + i + 1}") for i in range(batch.num_rows))
+    not_read = dict.fromkeys(others, NOT_READ)
     for number, item in enumerate(items, before + 1):
         if not isinstance(item, InvalidRow):
-            item = without_added_nulls(item) | dict.fromkeys(others, NOT_READ)
+            item = without_added_nulls(item)
+            item.update(not_read)
             item = attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")
         yield item
 

@@ -44,8 +44,8 @@ class Listing:
     """A dataset in chunks, each of which one process can read.
 
     labels: what the names of its rows begin with, such as file names. folder: of the files, "" without any.
-    digest: a hash of the contents. size: bytes of the files. chunks: lists the chunks, in order. rows: their
-    number, None if the rows must be read for it.
+    digest: a hash of the contents. size: bytes of the files, of local Parquet files as they are unpacked.
+    chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it.
     """
 
     labels: tuple[str, ...]
@@ -151,40 +151,44 @@ def _regular(path: Path) -> Path:
 
 
 def _list_files(files: list[Path], used: tuple[str, ...] | None) -> Listing:
-    digest, readers, counts = xxhash.xxh3_128(), [], list[int | None]()
+    digest, readers, counts, size = xxhash.xxh3_128(), [], list[int | None](), 0
     for path in files:
         with named_errors(path):
-            reader, count = _scan_file(path, used, digest.update)
+            reader, count, unpacked = _scan_file(path, used, digest.update)
             readers.append(reader)
             counts.append(count)
+            size += unpacked
         digest.update(path.stat().st_size.to_bytes(8, "little"))
 
     def chunks() -> Iterator[Chunk]:
         return chain.from_iterable(reader() for reader in readers)
 
-    size, known = sum(path.stat().st_size for path in files), [count for count in counts if count is not None]
+    known = [count for count in counts if count is not None]
     labels, rows = tuple(path.name for path in files), sum(known) if len(known) == len(counts) else None
     return Listing(labels, str(files[0].parent), digest.hexdigest(), size, chunks, rows)
 
 
 def _scan_file(
     path: Path, used: tuple[str, ...] | None, report: Callable[[bytes], object]
-) -> tuple[Callable[[], Iterable[Chunk]], int | None]:
-    """Read a file once; return a function that lists its chunks, and the number of rows (see Listing).
+) -> tuple[Callable[[], Iterable[Chunk]], int | None, int]:
+    """Read a file once; return a function that lists its chunks, the number of rows and the size (see
+    Listing).
 
     used: see list_chunks. report: receives the file's bytes.
     """
     if path.suffix == ".jsonl" or (path.suffix == ".json" and has_json_lines(path)):
         lines = scan_lines(path, report)
-        return lambda: lines, sum(chunk.count for chunk in lines)
+        return lambda: lines, sum(chunk.count for chunk in lines), path.stat().st_size
     _scan_bytes(path, report)
     match path.suffix:
         case ".json":
-            return lambda: _windows(path, read_json), None
+            return lambda: _windows(path, read_json), None, path.stat().st_size
         case ".csv":
-            return lambda: _windows(path, read_csv), None
+            return lambda: _windows(path, read_csv), None, path.stat().st_size
         case ".parquet":
-            return lambda: scan_groups(path, used), None
+            chunks = tuple(scan_groups(path, used))
+            plans = {chunk.group: chunk.plan for chunk in chunks}
+            return lambda: chunks, None, max(path.stat().st_size, sum(plan.size for plan in plans.values()))
         case suffix:
             raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
