@@ -45,7 +45,7 @@ MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 LOSS_ON = ("completion", "assistant", "all")
 EXAMPLES_AT_ONCE = 1024  # that are rendered and tokenised together
 ANCHORS = ("\n", ":", "a")  # texts after which a completion may be tokenised alone
-PIECE = 1 << 18  # characters of a long text that are tokenised together
+TEXT_PIECE = 1 << 18  # characters of a long text that are tokenised together
 OVERLAP = 1 << 10  # characters that one piece shares with the next
 TOO_LONG = "text that is too long to tokenise"
 TOO_MANY = "more tokens than are allowed"
@@ -166,6 +166,7 @@ def tokenise_weighted(
         return r.begin and not _has_bos(r.text, tokenizer)
 
     rendering = partial(render, template=template, loss_on=loss_on)
+
     def is_long(r: Rendered) -> bool:
         return len(r.text) > limits.LONGEST_TEXT  # of a Text; others are refused
 
@@ -370,7 +371,7 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
 
 
 def _short(text: str, most: int, tokenizer: Any) -> str:
-    """Return the text. Raises InvalidRow if one of its beginnings shows that it has more than `most` tokens."""
+    """Return the text. Raises InvalidRow if one of its beginnings has more than `most` tokens already."""
     size = 4 * (most + SPARE_TOKENS)
     while size < len(text):
         (ids,) = _ids_of([text[:size]], tokenizer, False)
@@ -447,12 +448,12 @@ def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
 
 def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
     """Yield the tokens of a text in pieces, without special ones."""
-    (here, ids), skipped = _encoded(r.text[: PIECE + OVERLAP], tokenizer), 0
-    for at in range(PIECE, len(r.text) - OVERLAP, PIECE):
-        following, next_ids = _encoded(r.text[at : at + PIECE + OVERLAP], tokenizer)
+    (here, ids), skipped = _encoded(r.text[: TEXT_PIECE + OVERLAP], tokenizer), 0
+    for at in range(TEXT_PIECE, len(r.text) - OVERLAP, TEXT_PIECE):
+        following, next_ids = _encoded(r.text[at : at + TEXT_PIECE + OVERLAP], tokenizer)
         middle = OVERLAP // 2
         for place in sorted(range(OVERLAP), key=lambda i: abs(i - middle)):
-            end, start = _token_at(here, PIECE + place), _token_at(following, place)
+            end, start = _token_at(here, TEXT_PIECE + place), _token_at(following, place)
             if end is not None and start is not None:
                 break
         else:

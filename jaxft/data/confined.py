@@ -56,8 +56,8 @@ def call(function: Callable[..., Value], *args: object) -> Value:
 def call_all(function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
     """Return function(*args) for the arguments of each call, in a confined process; raise the first error.
 
-    function: of a module. Arguments and results are copied. Raises TooSlow or Died if the process ends, Silent
-    if it is killed. Calls of several threads wait for one another.
+    function: of a module. Arguments and results are copied. Raises TooSlow or Died if the process ends, and
+    Silent if it is killed. Calls of several threads wait for one another.
     """
     if _confined:
         return [function(*args) for args in calls]

@@ -336,8 +336,8 @@ def call_confined(template: Template, function: Callable[..., Value], calls: Seq
         ) from error
     except confined.Silent as error:
         raise UnusableTemplate(
-            f"{template.name}: the process that renders it sent nothing for {confined.SILENT_SECONDS:g} s and "
-            "was killed; start again if it was stopped, or use another tokenizer"
+            f"{template.name}: the process that renders it sent nothing for {confined.SILENT_SECONDS:g} s "
+            "and was killed; start again if it was stopped, or use another tokenizer"
         ) from error
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 # A user name and password before the host; a query or fragment, which may sign the URL.
-# A path ends where another URL begins. A comma is part of a query if parameters follow it: spr=https,http&sig=
+# A path ends where another URL begins. A comma is part of a query if parameters follow: spr=https,http&sig=
 _SCHEME = r"[a-z][a-z0-9+.-]{1,20}:/{1,2}"
 _URL = re.compile(
     rf"(?i)({_SCHEME})([^\s/]+@)?((?:(?!{_SCHEME})[^\s?#\"])*)"

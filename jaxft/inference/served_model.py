@@ -78,8 +78,8 @@ def _prompt(model: ServedModel, example: Chat | Completion, most: int | None) ->
     (ids,) = example_prompt_ids([example], model.tokenizer, model.template, most)
     if isinstance(ids, InvalidRow) and ids.reason == TOO_MANY:
         raise ValueError(
-            f"the prompt is longer than the {most} tokens of this server; shorten it, or start the server with "
-            "a larger --max-prompt"
+            f"the prompt is longer than the {most} tokens of this server; shorten it, or start the server "
+            "with a larger --max-prompt"
         )
     return _checked(model, valid(ids))
 

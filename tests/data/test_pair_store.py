@@ -50,6 +50,23 @@ def test_prompt_and_responses_are_split_where_trl_splits_them(folder, kind):
             ).strip()  # a newline behind the end of turn is not learned
 
 
+def test_a_prompt_that_changes_before_a_response_is_invalid_unless_its_system_message_is_merged(tmp_path):
+    """The template puts the system message in front of the last message."""
+    tokenizer = tiny.__wrapped__("chatml")
+    own = "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    start = "{% for message in messages %}"
+    assert start in tokenizer.chat_template
+    shown = "{% for message in messages if message.role != 'system' %}" + own
+    tokenizer.chat_template = tokenizer.chat_template.replace(start, shown)
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a fish."}]
+    answers = {k: [{"role": "assistant", "content": v}] for k, v in (("chosen", "cod"), ("rejected", "cow"))}
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": prompt, **answers}))
+    rows = PairRows(str(tmp_path / "r.jsonl"), held_out=None, max_length=64)
+    with pytest.raises(ValueError, match=r"r.jsonl:1: only \d+ of the prompt's \d+ tokens .*system=merge"):
+        rows.open(tokenizer, cache=tmp_path)
+    dataclasses.replace(rows, system="merge").open(tokenizer, cache=tmp_path)
+
+
 @pytest.mark.parametrize("kind", STOCK)
 def test_the_border_is_where_sft_begins_to_learn(folder, kind):
     rows = [Row("r:1", row) for row in make_rows(12)]

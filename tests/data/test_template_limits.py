@@ -9,9 +9,10 @@ import time
 
 import pytest
 from tiny_tokenizers import tiny
+from tokenizers import normalizers
 
 from jaxft.data import chat, confined, limits
-from jaxft.data.example import Chat, Completion
+from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.invalid import InvalidRow
 from jaxft.data.sft import Rows
 from jaxft.data.template import UnusableTemplate
@@ -106,19 +107,31 @@ def test_limits_of_a_template_hit_nothing_else_in_the_process(small):
     assert set(seen) == {(limits.RENDER_BYTES * 2, first)}
 
 
-def stopped():
+def uninterrupted():
     """Render a template that is slow in one operation in C, which no signal handler interrupts."""
-    os.kill(os.getpid(), signal.SIGVTALRM)
+    limits._UNINTERRUPTED = 0.2
+    with limits.render_limits():
+        sum(range(10**12))
+
+
+def stopped():
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def dead():
     os._exit(3)
 
 
-@pytest.mark.parametrize(("function", "error"), [(stopped, limits.TooSlow), (dead, confined.Died)])
-def test_a_process_that_ends_during_a_call_is_replaced(function, error):
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [(uninterrupted, limits.TooSlow), (stopped, confined.Silent), (dead, confined.Died)],
+)
+def test_a_process_that_ends_during_a_call_is_replaced(small, monkeypatch, function, error):
+    confined.call(os.getpid)  # starts it
+    monkeypatch.setattr(confined, "SILENT_SECONDS", 0.6 if function is stopped else 40)
     with pytest.raises(error):
         confined.call(function)
+    monkeypatch.undo()
     first = confined.call(os.getpid)
     assert first == confined.call(os.getpid) != os.getpid()
 
@@ -129,7 +142,7 @@ def test_one_row_of_very_many_turns_is_refused_at_once():
     begin = time.monotonic()
     (row,) = chat.tokenise_examples([Chat("r:1", tuple(turns), 59_999)], tiny("chatml"), "assistant")
     assert "r:1: 30000 learned turns in 60000 messages take too long" in str(row)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
 
 
 def test_a_text_that_would_take_gigabytes_to_tokenise_is_refused():
@@ -138,6 +151,26 @@ def test_a_text_that_would_take_gigabytes_to_tokenise_is_refused():
     assert str(row).startswith(f"r:1: its text has {len(huge) + 1} characters, more than 2097152")
     (prompt,) = chat.example_prompt_ids([Completion("r:1", huge, "")], tiny("none"))
     assert isinstance(prompt, InvalidRow)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_a_long_plain_text_has_the_tokens_of_the_text_as_a_whole(monkeypatch, spaced):
+    """With a tokenizer that puts a space in front of a text's first word, and one that does not."""
+    tokenizer = tiny.__wrapped__("none")
+    if spaced:
+        core = tokenizer.backend_tokenizer
+        core.normalizer = normalizers.Prepend(" ")
+    texts = ["Two  words\nand a ring ☃ of 漢字.\n\n" * 60, "x" * 2000 + "y", "é" * 1999]
+    examples = [Text(f"r:{i}", text) for i, text in enumerate(texts)]
+    whole = list(chat.tokenise_weighted(examples, tokenizer))
+    monkeypatch.setattr(limits, "LONGEST_TEXT", 500)
+    monkeypatch.setattr(chat, "TEXT_PIECE", 256)
+    monkeypatch.setattr(chat, "OVERLAP", 64)
+    pieces = list(chat.tokenise_weighted(examples, tokenizer))
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.ids.tolist() == other.ids.tolist() and one.learned.all() and other.learned.all()
+    (row,) = chat.tokenise_weighted([Text("r:9", " " * 2000)], tiny("none"))
+    assert "its tokens cannot be separated at character 288; split the row" in str(row)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from chat_templates import TEMPLATES, TOOLS, stock_tokenizer
@@ -100,10 +101,11 @@ def test_a_resumed_run_keeps_its_template_settings(tmp_path, old):
 
 def test_a_record_has_no_signature_of_a_url_and_every_text_of_a_prompt():
     url = "https://host/x.parquet?sig=SECRET"
-    data = describe(Rows(f"{url},a.jsonl", chat_template_kwargs=(f"link={url}",)))
-    assert data["train"] == "https://host/x.parquet?***,a.jsonl"
+    data = describe(Rows(f"my rows/a.jsonl:2,{url}", held_out=url, chat_template_kwargs=(f"link={url}",)))
+    assert data["train"] == "my rows/a.jsonl:2,https://host/x.parquet?***"
     assert data["chat_template_kwargs"] == [f"link={url}"]
-    assert describe({"samples": f"read {url} again"}) == {"samples": f"read {url} again"}
+    others = {"line": (f"model={url} general={url}", f"data={url}"), url: Path("a")}
+    assert "SECRET" not in str([data["held_out"], describe(others)])
 
 
 def test_a_run_resumes_with_another_signature_of_its_url_and_not_with_another_path(tmp_path):

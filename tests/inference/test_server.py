@@ -1,6 +1,7 @@
 """The server on loopback: OpenAI's own client, concurrent streams, fuzzed requests, clients that leave."""
 
 import concurrent.futures
+import copy
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import tiny_served as tiny
@@ -18,6 +20,7 @@ import tiny_tokenizers
 from running_server import CHAT, MESSAGES, Running, openai
 from scripts_in_process import SCRIPTS, call
 from tiny_llama import tiny_torch, write_folder
+from tokenizers import Regex, normalizers
 
 from jaxft.inference import server
 from jaxft.inference.sampling import Sampling
@@ -265,7 +268,7 @@ def test_a_client_that_leaves_frees_its_row(running):
             sock.sendall(f"{head}{len(data)}\r\n\r\n".encode() + data)
             while running.scheduler.load().waiting < 4:
                 time.sleep(0.01)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not all(t.cancelled.is_set() for t in running.scheduler.waiting):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -344,13 +347,15 @@ def received(connection):
 
 def test_700_half_open_connections_keep_no_client_out(running):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    if before[1] < 3000:
+        pytest.skip(f"1,400 sockets need more files than the hard limit of {before[1]}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 3000), before[1]))
     try:
         idle = [half(running) for _ in range(700)]
         begin = time.monotonic()
-        assert running.send("GET", "/v1/models")[0] == 200 and time.monotonic() - begin < 5
+        assert running.send("GET", "/v1/models")[0] == 200 and time.monotonic() - begin < 60
         status, message = received(idle[0])
-        assert status == 408 and "the header has not arrived" in message
+        assert status == 408 and "no complete header within" in message
         for connection in idle:
             connection.close()
     finally:
@@ -380,7 +385,7 @@ def test_requests_above_the_limit_get_json_and_a_stop_ends_slow_ones_without_a_t
     monkeypatch.setattr(server, "SPARE_REQUESTS", -2 - tiny.SIZES.rows)  # two at once, with queue=4
     found = Running(queue=4, grace=1)
     slow = [half(found, SLOW_BODY) for _ in range(2)]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (reply := found.send("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert reply[0] == 503 and "2 requests at once" in reply[1]["error"]["message"]
@@ -389,20 +394,30 @@ def test_requests_above_the_limit_get_json_and_a_stop_ends_slow_ones_without_a_t
     assert not any(record.exc_info for record in caplog.records)
 
 
-def test_a_text_that_is_certainly_too_long_is_refused_before_it_is_tokenised(running, monkeypatch):
-    longest = max(map(len, tiny.TOKENIZER.get_vocab()))
-    enough = tiny.SIZES.prompt * longest + 1
+def test_of_a_text_that_is_too_long_only_the_beginning_is_tokenised(running, monkeypatch):
+    text, lengths = "a" * 100_000, []
+    tokenised = type(tiny.TOKENIZER).__call__
 
-    def tokenised(*args, **options):
-        raise AssertionError("the text is tokenised")
+    def measured(self, texts, **options):
+        lengths.append(max(map(len, texts)))
+        return tokenised(self, texts, **options)
 
-    monkeypatch.setattr(type(tiny.TOKENIZER), "__call__", tokenised)
+    monkeypatch.setattr(type(tiny.TOKENIZER), "__call__", measured)
     for path, body in (
-        ("/v1/completions", {"prompt": "a" * enough}),
-        (CHAT, {"messages": [{"role": "user", "content": "a" * enough}]}),
+        ("/v1/completions", {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
     ):
         status, reply, _ = running.send("POST", path, body)
         assert status == 400 and "longer than the 128 tokens of this server" in reply["error"]["message"]
+    assert 0 < max(lengths) < 10_000
+
+
+def test_a_long_text_that_the_tokenizer_shortens_is_a_prompt():
+    """Its normalizer makes one space of many."""
+    tokenizer = copy.deepcopy(tiny.TOKENIZER)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    model = replace(tiny.models()["base"], tokenizer=tokenizer)
+    assert text_prompt(model, f"a{' ' * 100_000}b", most=8) == text_prompt(model, "a b")
 
 
 def test_an_address_in_use_is_one_line():

@@ -113,6 +113,14 @@ def test_the_signature_of_a_url_is_nowhere_in_a_run_its_report_its_output_and_it
     assert b"on `rows.parquet`" in files["README.md"]
 
 
+def test_the_card_of_a_run_of_an_earlier_version_is_pushed_without_its_signatures(hub, push, run):
+    card = (run / "README.md").read_text()
+    (run / "README.md").write_text(card.replace("rows.parquet", f"https://h/rows.parquet?sig={SECRET}"))
+    assert push(run, REPO)[0] == 0
+    sent = hub.repos[REPO].files()["README.md"]
+    assert b"https://h/rows.parquet?***" in sent and SECRET.encode() not in sent
+
+
 def test_a_run_is_pushed_private_with_its_card_and_nothing_else(hub, push, run):
     (run / "adapter" / "optimizer.pt").write_bytes(b"state")
     (run / "adapter" / "optimizer.safetensors").write_bytes(b"state")

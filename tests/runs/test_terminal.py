@@ -3,7 +3,8 @@
 import pytest
 
 from jaxft.runs import cli
-from jaxft.runs.terminal import printable_line, printable_text
+from jaxft.runs.page.markup import escaped
+from jaxft.runs.terminal import printable_line, printable_message, printable_text
 
 
 @pytest.mark.parametrize(
@@ -22,10 +23,12 @@ def test_control_characters_are_not_printed(text):
         "http://secret@host",
         "ftp://a:secret@b@host:80/x",
         "HTTPS://me:secret@host",
+        "https://me@host/x.parquet?sig=secret",
     ],
 )
 def test_passwords_of_urls_are_not_printed(url):
-    for text in (printable_line(f"GET {url} failed"), printable_text(f"GET {url} failed")):
+    for show in (printable_line, printable_message, escaped):
+        text = show(f"GET {url} failed")
         assert "secret" not in text and "***@" in text and text.startswith("GET ") and "host" in text
     assert "secret" not in (cli.error_line(OSError(5, f"cannot reach {url}")) or "")
 
@@ -34,7 +37,12 @@ def test_passwords_of_urls_are_not_printed(url):
     "text", ["meta-llama/Llama-3.2-1B@main", "me@host", "https://huggingface.co/a/b@main", "a://b"]
 )
 def test_other_text_is_unchanged(text):
-    assert printable_line(text) == printable_text(text) == text
+    assert printable_line(text) == printable_message(text) == printable_text(text) == text
+
+
+def test_text_of_a_row_or_a_model_has_its_urls_as_they_are():
+    text = "see https://en.wikipedia.org/wiki/Ring?x=1#History"
+    assert printable_text(text) == text
 
 
 def test_a_long_message_is_shortened():
