@@ -325,8 +325,9 @@ def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> Iterator[Gro
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             plan = plan_group(file, path, group, used, str(path))
-            for start in range(0, count, plan.chunk):
-                yield GroupRows(path, group, start, min(start + plan.chunk, count), before, plan)
+            size = min(CHUNK_ROWS, plan.chunk)
+            for start in range(0, count, size):
+                yield GroupRows(path, group, start, min(start + size, count), before, plan)
             before += count
 
 

@@ -2,7 +2,7 @@
 
 Only the columns that are used are read. A column whose dictionary has long values stays encoded, so that the
 size of its rows is known before they are made. Memory is limited by batches, and all rows of a file by
-FILE_BYTES: see plan_group.
+TOTAL_BYTES: see plan_group.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,7 +14,7 @@ from jaxft.data.limits import LINE_BYTES
 BATCH_ROWS = 1 << 13
 RATIO = 500  # more than text compresses without a dictionary
 ONCE_BYTES = 6 * LINE_BYTES  # that a batch may take, with RATIO
-FILE_BYTES = 16 << 30  # of all rows of a file, with RATIO
+TOTAL_BYTES = 8 << 30  # of all rows of a file, with RATIO
 EXPANDED_BYTES = 1 << 30  # of a group's column that Arrow always expands, with RATIO
 VALUE_BYTES = 64  # of a Python object
 _LEVEL_BYTES = 16  # of a value's definition, repetition and index
@@ -62,7 +62,7 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
     """Return how to read a row group within limits, from what the file says and a pass over long columns.
 
     A group is refused, with a ValueError, only if it takes more than RATIO times its bytes in the file, and
-    either ONCE_BYTES at one time, whatever the size of batches, or its rows' part of the file's FILE_BYTES
+    either ONCE_BYTES at one time, whatever the size of batches, or its rows' part of the file's TOTAL_BYTES
     (EXPANDED_BYTES in a column that cannot stay encoded). Honest files that repeat long texts stay below
     these: their rows are read in batches of about LINE_BYTES.
 
@@ -77,7 +77,7 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
             f"{where}: row group {group} takes more than {ONCE_BYTES >> 20} MiB in memory at once, {RATIO} "
             "times its size in the file; write the file again with smaller row groups"
         )
-    limit = max(packed, FILE_BYTES * rows // max(1, file.metadata.num_rows))
+    limit = max(packed, TOTAL_BYTES * rows // max(1, file.metadata.num_rows))
     total, batch, encoded = 0, BATCH_ROWS, []
     for column in found:
         size = column.unpacked
@@ -92,8 +92,8 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
         if size > most or total > limit:
             passed = most if size > most else limit
             raise ValueError(
-                f"{where}: row group {group} takes more than {passed >> 20} MiB, {RATIO} times its size in the "
-                "file; write the file again without rows that repeat so long values"
+                f"{where}: row group {group} takes more than {passed >> 20} MiB, {RATIO} times its size in "
+                "the file; write the file again without rows that repeat so long values"
             )
     chunk = max(1, min(BATCH_ROWS, LINE_BYTES * rows // max(1, total)))
     others = tuple(name for name in names if name not in columns)
@@ -209,7 +209,7 @@ def _parts(array: Any) -> list[Any]:
     return [array.flatten()] if isinstance(array, _lists()) else []
 
 
-def _lists() -> tuple[type, ...]:
+def _lists() -> Any:
     import pyarrow as pa
 
     return pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray
@@ -243,13 +243,14 @@ def batch_bytes(batch: Any) -> int:
 
 def _bytes(array: Any) -> int:
     import pyarrow
-    import pyarrow.compute as compute
 
     count = VALUE_BYTES * len(array)
     if parts := _parts(array):
         return count + sum(map(_bytes, parts))
     if not pyarrow.types.is_dictionary(array.type):
         return count + array.nbytes
+    import pyarrow.compute as compute  # takes 0.1 s
+
     try:
         lengths = compute.binary_length(array.dictionary)
     except pyarrow.ArrowNotImplementedError:  # a dictionary of numbers
