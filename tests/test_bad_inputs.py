@@ -229,9 +229,9 @@ def test_lines_and_cells_that_are_too_large_are_named(tmp_path, monkeypatch, cap
 def test_a_time_beyond_the_year_9999_is_named(tmp_path, capsys):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     times = pyarrow.array([0, 10**18], pyarrow.timestamp("us"))
-    table = pyarrow.table({"prompt": ["a", "b"], "completion": ["c", "d"], "time": times})
+    table = pyarrow.table({"prompt": ["a", "b"], "answer": ["c", "d"], "time": times})
     parquet.write_table(table, tmp_path / "rows.parquet")
-    refused(capsys, lambda: open_rows("sft", tmp_path / "rows.parquet"), "rows.parquet:2")
+    refused(capsys, lambda: open_rows("prompts", tmp_path / "rows.parquet"), "rows.parquet:2")
 
 
 @pytest.mark.quick_cases(*QUICK_COMMANDS)

@@ -172,7 +172,6 @@ class Run:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "seed")
-        object.__setattr__(self, "data", self.data.for_attention(self.model.attention))
         if self.loop.steps is not None and self.data.tokens is not None:
             raise ValueError(
                 f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "
@@ -198,3 +197,4 @@ class Run:
                 f"scoring.samples={self.scoring.samples} completions of a prompt would be equal at "
                 "sampling.temperature=0; use sampling.temperature=0.8"
             )
+        object.__setattr__(self, "data", self.data.for_attention(self.model.attention))

@@ -212,7 +212,7 @@ def break_model(folder, kind):
             for n, t in tensors.items()
         }
         save_file(small, weights)
-        edit_config(folder, vocab_size=250)
+        edit_config(folder, vocab_size=250, bos_token_id=0, eos_token_id=0)
 
 
 MODELS = {

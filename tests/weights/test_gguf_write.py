@@ -189,7 +189,7 @@ def test_what_gguf_cannot_express_is_refused_and_nothing_is_written(tmp_path):
     refused(path, r"k_proj.bias cannot be written .* llama has no such tensor", biased)
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     refused(path, r"rope type 'dynamic' cannot", tiny_llama(rope_parameters=dynamic))
-    few = tiny_llama(vocab_size=257)
+    few = tiny_llama(vocab_size=257, bos_token_id=0, eos_token_id=0)
     refused(path, r"token id \d+ .*, but the model has only 257 embeddings", few)
     smollm = tiny_family("smollm3", vocab_size=ROWS, no_rope_layers=[0, 1, 1, 1])
     refused(path, r"architecture smollm3 lacks .*no_rope_layers", smollm)

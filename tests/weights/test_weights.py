@@ -332,7 +332,7 @@ def test_missing_and_pickled_files_say_what_to_do(broken):
         ({"model_type": "gpt_neox"}, "gpt_neox"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_hidden_layers": 10**9}, "layers"),
-        ({"hidden_size": -64}, "width"),
+        ({"hidden_size": -64}, "hidden_size"),
         ({"vocab_size": "many"}, "vocab"),
         ({"num_attention_heads": None}, "config"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
