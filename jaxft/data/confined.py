@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -33,11 +34,13 @@ _confined = list[bool]()  # True in a process that is confined
 
 
 class Died(Exception):
-    """The confined process has ended during a call. code: as Popen.returncode."""
+    """The confined process has ended during a call. code: as Popen.returncode. reason: the last line that it
+    has written to its stderr.
+    """
 
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
+    def __init__(self, code: int, reason: str):
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
 
 
 class Silent(Exception):
@@ -71,6 +74,7 @@ class _Process:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.reason = ""
         atexit.register(self.stop)
 
     def call_all(self, function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
@@ -90,7 +94,8 @@ class _Process:
                 code = self.stop()
                 if silent.is_set():
                     raise Silent from error
-                raise limits.TooSlow if code == -signal.SIGVTALRM else Died(code) from error
+                slow = code == -signal.SIGVTALRM
+                raise limits.TooSlow if slow else Died(code, self.reason) from error
             except BaseException:  # such as KeyboardInterrupt, after which a response would be another call's
                 self.stop()
                 raise
@@ -107,23 +112,29 @@ class _Process:
             here = Path(__file__).resolve().parents[2]  # sys.path may have "", the working directory of then
             path = json.dumps([str(here), *map(str, sys.path)])
             argv = [sys.executable, "-P", "-c", _START, path, str(theirs.fileno())]
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (stop closes it)
             null = subprocess.DEVNULL
             self.process = subprocess.Popen(
-                argv, stdin=null, stdout=null, stderr=null, pass_fds=[theirs.fileno()]
+                argv, stdin=null, stdout=null, stderr=self.errors, pass_fds=[theirs.fileno()]
             )
         self.pipe = Connection(ours.detach())
 
     def stop(self) -> int:
-        """End the process, if there is one, and return its code."""
+        """End the process, if there is one, and return its code; `reason` is the last line of its stderr."""
         if self.process is None:
             return 0
         process, self.process = self.process, None
         self.pipe.close()
         try:
-            return process.wait(1)  # it may have died by itself, and ends when its pipe is closed
+            code = process.wait(1)  # it may have died by itself, and ends when its pipe is closed
         except subprocess.TimeoutExpired:
             process.kill()
-            return process.wait()
+            code = process.wait()
+        with self.errors:
+            self.errors.seek(0)
+            lines = self.errors.read().decode(errors="replace").split("\n")
+        self.reason = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+        return code
 
 
 def _kill_if_silent(

@@ -330,9 +330,10 @@ def call_confined(template: Template, function: Callable[..., Value], calls: Seq
         slow = f"{template.name} takes more than {limits.RENDER_SECONDS:g} s for a conversation"
         raise UnusableTemplate(f"{slow}; use another tokenizer") from error
     except confined.Died as error:
+        why = f"code {error.code}{f', {error.reason}' if error.reason else ''}"
         raise UnusableTemplate(
-            f"{template.name}: the process that renders it has died (code {error.code}); use another "
-            "tokenizer, or a machine with more memory"
+            f"{template.name}: the process that renders it has died ({why}); use another tokenizer, or a "
+            "machine with more memory"
         ) from error
     except confined.Silent as error:
         raise UnusableTemplate(

@@ -121,6 +121,7 @@ def stopped():
 
 
 def dead():
+    os.write(2, b"traceback\nout of luck\n")
     os._exit(3)
 
 
@@ -131,8 +132,10 @@ def dead():
 def test_a_process_that_ends_during_a_call_is_replaced(small, monkeypatch, function, error):
     confined.call(os.getpid)  # starts it
     monkeypatch.setattr(confined, "SILENT_SECONDS", 0.6 if function is stopped else 40)
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         confined.call(function)
+    if error is confined.Died:
+        assert (caught.value.code, caught.value.reason) == (3, "out of luck")
     monkeypatch.undo()
     first = confined.call(os.getpid)
     assert first == confined.call(os.getpid) != os.getpid()
