@@ -165,7 +165,7 @@ def pad_token_of(ref: str, adapter: str | Path | None = None) -> int | None:
         return pretrained.load_tokenizer(str(adapter)).pad_token_id
     pad = pretrained.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
     if pad is not None and type(pad) is not int:
-        raise ValueError(f"{ref}: pad_token_id={pad!r:.60} of config.json is not a token id. Use one, or null.")
+        raise ValueError(f"{ref}: pad_token_id={pad!r:.60} in config.json is no token id. Use one, or null.")
     return pad if pad in range(1 << 31) else None
 
 

@@ -3,6 +3,7 @@
 A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/config.py).
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxft.data.source import Dataset
 from jaxft.distributed.sharding import MeshShape
+from jaxft.distributed.sync import is_first
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
@@ -75,7 +77,7 @@ class ModelKnobs:
     @property
     def weights(self) -> str:
         """Where the base comes from: the model, or a copy in the cache with the new tokens and template."""
-        return extended_ref(self.model, self.extension)
+        return _extended(self.model, self.extension)
 
     @property
     def extension(self) -> Extension | None:
@@ -105,7 +107,7 @@ class ModelKnobs:
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
         """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
         weights, merged = start_of_full(self.model, start)
-        base = extended_ref(weights, self.extension)
+        base = _extended(weights, self.extension)
         extended = replace(
             self,
             model=base,
@@ -116,6 +118,14 @@ class ModelKnobs:
             chat_template=None,
         )
         return extended, merged
+
+
+def _extended(model: str, extension: Extension | None) -> str:
+    """Return where the extended model is; print that a damaged copy of it was written again."""
+    folder, lines = extended_ref(model, extension)
+    if lines and is_first():
+        print(*lines, sep="\n", file=sys.stderr)
+    return folder
 
 
 @dataclass(frozen=True)

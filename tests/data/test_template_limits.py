@@ -139,7 +139,9 @@ def dead():
 @pytest.mark.parametrize(
     ("function", "error"),
     [
-        (uninterrupted, limits.TooSlow), (stopped, confined.Silent), (dead, confined.Died),
+        (uninterrupted, limits.TooSlow),
+        (stopped, confined.Silent),
+        (dead, confined.Died),
         (killed, confined.Died),
     ],  # fmt: skip
 )
