@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from jaxft.data.shipped import ROOT
 from jaxft.runs.record import union_members
+from jaxft.runs.unknown_names import refuse_settings_file
 from jaxft.short_names import ShortNames
 from jaxft.tree import nearest
 
@@ -44,7 +45,10 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Resolve the name of a recipe in configs/ or the path of a file. Raises FileNotFoundError."""
+    """Resolve the name of a recipe in configs/ or the path of a file. Raises FileNotFoundError, or ValueError
+    for a file of another tool's settings.
+    """
+    refuse_settings_file(name)
     if Path(name).suffix or len(Path(name).parts) > 1 or Path(name).is_file():
         return find_file(name)
     if name in recipe_names():
@@ -181,6 +185,17 @@ def short_names(kind: Any) -> dict[str, str]:
 def _is_callable(kind: Any) -> bool:
     kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
     return collections.abc.Callable in (kind, typing.get_origin(kind))
+
+
+def can_be_written(kind: Any) -> bool:
+    """Return whether a value of an annotation can be written on the command line."""
+    members = union_members(kind)
+    if len(members) > 1:
+        return any(can_be_written(member) for member in members if member is not type(None))
+    kind = members[0]
+    if typing.get_origin(kind) is tuple:
+        return all(can_be_written(item) for item in typing.get_args(kind) if item is not ...)
+    return kind in (bool, int, float, str, Path) or typing.get_origin(kind) is Literal or _is_callable(kind)
 
 
 def parse_value(text: str, kind: Any) -> Any:
