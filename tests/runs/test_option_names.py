@@ -1,0 +1,81 @@
+"""Other tools' options: every setting that the table names exists, and takes the values that it gives."""
+
+import pytest
+
+from jaxft.runs.config import resolve_config
+from jaxft.runs.option_names import OPTIONS, as_text, find_options
+from jaxft.weights.extend import without_model_weights
+
+WITH_OTHERS = {  # settings of the table that are valid only with another one
+    "adapter.init=loftq": ("quant=nf4",),
+    "data.packing=wrapped": ("data.too_long=split",),
+}
+NOT_HERE = ("model=", "start=", "data=")  # values that name files
+SETTINGS = sorted(
+    {
+        (option.recipe, override)
+        for option in OPTIONS
+        if option.kind in ("same", "together")
+        for value in (*option.values, *(() if option.example is None else (option.example,)))
+        for override in option.overrides(value)
+        if not override.startswith(NOT_HERE)
+    }
+)
+
+
+def resolve(recipe, override):
+    """The settings of a recipe with one override."""
+    further = tuple(o for start, more in WITH_OTHERS.items() if override.startswith(start) for o in more)
+    with without_model_weights():
+        return resolve_config(recipe, [override, *further])
+
+
+def test_every_setting_of_the_table_takes_the_values_that_the_table_gives():
+    assert len(SETTINGS) > 80
+    for recipe, override in SETTINGS:
+        try:
+            resolve(recipe, override)
+        except ValueError as error:
+            pytest.fail(f"{recipe} {override}: {error}")
+
+
+def test_settings_that_depend_on_other_options_exist():
+    named = {(option.recipe, option.setting) for option in OPTIONS if option.kind == "together"}
+    for recipe, setting in named - {(recipe, None) for recipe, _ in named} - {("sft", "model")}:
+        try:
+            resolve_config(recipe, [f"{setting}=?"])
+        except ValueError as error:
+            assert "unknown key" not in str(error), (recipe, setting)
+
+
+def test_a_row_for_every_option_says_what_to_do():
+    for option in OPTIONS:
+        assert option.tools and option.name == option.name.lower()
+        assert option.setting or len(option.note) > 10, option.name
+        assert "\n" not in option.describe() and len(option.describe()) < 250
+    assert len({option.name for option in OPTIONS}) > 500
+
+
+def test_names_are_found_without_regard_to_case_and_dashes():
+    (found,) = find_options("--Learning-Rate")
+    assert found.describe() == "learning_rate is lr here: lr=0.0001"
+    assert find_options("no_such_option") == ()
+
+
+def test_a_name_may_mean_different_things_by_tool_and_recipe():
+    assert [o.setting for o in find_options("r", "PEFT")] == ["rank"] and not find_options("r", "Axolotl")
+    (sft,), (dpo,) = (find_options("loss_type", "TRL", recipe) for recipe in ("sft", "dpo"))
+    assert sft.overrides("dft") == ("dft=true",)
+    assert dpo.overrides("ipo") == ("loss=jaxft.objectives.preference_losses:ipo",)
+    with pytest.raises(ValueError, match="loss_type=xyz has no equivalent"):
+        dpo.overrides("xyz")
+
+
+def test_schedules_end_where_theirs_do():
+    (option,) = find_options("lr_scheduler_type", "LLaMA-Factory")
+    assert option.overrides("cosine") == ("optim.schedule=cosine", "optim.end=0")
+
+
+def test_values_are_written_as_on_the_command_line():
+    assert as_text([True, None, 1e-4, {"q_proj": 8}]) == "true,none,0.0001,q_proj:8"
+    assert as_text(["a,b", "c"]) == '["a,b", "c"]'
