@@ -1,42 +1,50 @@
 """Other tools' options: every setting that the table names exists, and takes the values that it gives."""
 
+from collections import defaultdict
+from itertools import zip_longest
+
 import pytest
 
+from jaxft.data.named_templates import find_template
 from jaxft.runs.config import resolve_config
 from jaxft.runs.option_names import OPTIONS, as_text, find_options
-from jaxft.weights.extend import without_model_weights
 
-WITH_OTHERS = {  # settings of the table that are valid only with another one
-    "adapter.init=loftq": ("quant=nf4",),
-    "data.packing=wrapped": ("data.too_long=split",),
-}
-NOT_HERE = ("model=", "start=", "data=")  # values that name files
-SETTINGS = sorted(
-    {
-        (option.recipe, override)
-        for option in OPTIONS
-        if option.kind in ("same", "together")
-        for value in (*option.values, *(() if option.example is None else (option.example,)))
-        for override in option.overrides(value)
-        if not override.startswith(NOT_HERE)
-    }
-)
+LOADS_FILES = ("model", "start", "data", "chat_template", "add_tokens", "add_special_tokens")
 
 
-def resolve(recipe, override):
-    """The settings of a recipe with one override."""
-    further = tuple(o for start, more in WITH_OTHERS.items() if override.startswith(start) for o in more)
-    with without_model_weights():
-        return resolve_config(recipe, [override, *further])
+def overrides_of_table():
+    """Recipe -> setting -> the overrides that the table gives for it."""
+    found = defaultdict(lambda: defaultdict(set))
+    for option in OPTIONS:
+        examples = () if option.example is None else (option.example,)
+        for value in (*option.values, *examples):
+            for override in option.overrides(value):
+                found[option.recipe][override.partition("=")[0]].add(override)
+    return found
 
 
 def test_every_setting_of_the_table_takes_the_values_that_the_table_gives():
-    assert len(SETTINGS) > 80
-    for recipe, override in SETTINGS:
-        try:
-            resolve(recipe, override)
-        except ValueError as error:
-            pytest.fail(f"{recipe} {override}: {error}")
+    for recipe, by_setting in overrides_of_table().items():
+        rows = [sorted(values) for setting, values in by_setting.items() if setting not in LOADS_FILES]
+        for overrides in zip_longest(*rows):
+            check([override for override in overrides if override], recipe)
+
+
+def check(overrides, recipe):
+    """Resolve the overrides together, or one by one if they contradict each other."""
+    try:
+        resolve_config(recipe, overrides)
+    except ValueError as error:
+        assert "unknown key" not in str(error), error
+        for override in overrides:
+            with_quant = ["quant=nf4"] if override == "adapter.init=loftq" else []
+            wrapped = ["data.too_long=split"] if override == "data.packing=wrapped" else []
+            resolve_config(recipe, [override, *with_quant, *wrapped])
+
+
+def test_chat_templates_of_the_table_exist():
+    for override in overrides_of_table()["sft"]["chat_template"]:
+        find_template(override.partition("=")[2])
 
 
 def test_settings_that_depend_on_other_options_exist():
