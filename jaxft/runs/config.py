@@ -269,7 +269,8 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         new = _renamed_value(key, text)
         if new:
             raise ValueError(f"{key}={text} was renamed; use {new}") from error
-        other_tools = advice(key, text)
+        is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
+        other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
         if other_tools:
             raise ValueError(f"{key}={text}: {other_tools}") from error
         if isinstance(error, OSError):
@@ -382,9 +383,7 @@ def help_text(path: str) -> str:
     width = [max(each, default=0) for each in widths]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
     doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
-    return "\n".join(
-        [own_commands(doc), "", own_commands(KNOBS.format(name=Path(path).stem)), *table]
-    )
+    return "\n".join([own_commands(doc), "", own_commands(KNOBS.format(name=Path(path).stem)), *table])
 
 
 def _comments(definition: Any) -> dict[str, str]:

@@ -159,8 +159,10 @@ def describe_kind(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
     if origin is tuple:
-        items = dict.fromkeys(describe_kind(a) for a in args if a is not ...)
-        return "a list a,b of " + " and ".join(items)
+        pairs = any(typing.get_origin(a) is tuple for a in args)
+        parts = typing.get_args(args[0]) if pairs else args
+        items = dict.fromkeys(describe_kind(a) for a in parts if a is not ...)
+        return f"a list {'a:b,c:d' if pairs else 'a,b'} of " + " and ".join(items)
     if kind is bool:
         return "true or false"
     if kind in (None, type(None)):

@@ -1,5 +1,5 @@
-"""The settings of a run as `jaxft settings` lists them: name, default, type, and a sentence from the docstring
-of their section.
+"""The settings of a run as `jaxft settings` lists them: name, default, type, and what the docstring of their
+section says.
 """
 
 import dataclasses
@@ -7,7 +7,6 @@ import inspect
 import re
 import shutil
 import textwrap
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ class Setting:
     kind: str
     default: str | None
     text: str
-    section: str = ""
+    section: str = dataclasses.field(default="", compare=False)
     names: tuple[str, ...] = ()
 
     @property
@@ -136,9 +135,10 @@ def listed(groups: Mapping[str, Iterable[Setting]], in_full: bool) -> str:
 
 def _lines(setting: Setting, width: int, in_full: bool) -> list[str]:
     text = setting.text.rstrip(".") if in_full else first_sentence(setting.text)
-    text += f". Names: {', '.join(setting.names)}" if in_full and setting.names else ""
     left = f"  {setting.name}" + ("" if setting.default is None else f"={setting.default}")
     kind = setting.kind + ", set by the recipe" * (setting.default is None)
+    if in_full and setting.names:
+        kind += f". Names: {', '.join(setting.names)}"
     column = min(34, width // 3)
     body = textwrap.wrap(f"{kind}: {text}" if text else kind, width - column - 2)
     if len(left) > column:

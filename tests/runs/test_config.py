@@ -185,7 +185,7 @@ def test_an_override_sets_its_value_and_nothing_else(toy, override, get, target)
         (["shape=1,x"], r"shape=1,x: expected int"),
         (["optim.betas=0.9"], r"optim.betas=0.9: expected 2 values separated by ',', got 1"),
         (["optim.groups=b"], r"optim.groups=b: expected 2 values separated by ':', got 1"),
-        (["optim=adamw"], r"optim=adamw: this is a section; set its fields: lr, clip"),
+        (["rows=a"], r"rows=a: this is a section; set its fields: train, batch"),
         (["optim.clip.x=1"], r"optim.clip.x: optim.clip is none and has no field 'x'"),
         (["optim.kind.x=1"], r"optim.kind is a str"),
         (["extra=1"], r"extra=1: such a value cannot be written on the command line"),
