@@ -38,7 +38,7 @@ class Prompts(DataSettings):
     next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU over
     which rows are divided. kv_cache: how the sampler stores keys
     and values, "compute" for the compute dtype. passes: how often the policy is trained on a rollout (PPO's
-    epochs, GRPO's iterations), each time in `minibatches` optimizer steps of `micro` microbatches. Other
+    epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of `micro` microbatches each. Other
     fields: see DataSettings.
     """
 

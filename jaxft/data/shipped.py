@@ -13,6 +13,7 @@ ROOT = PACKAGE.parent if IS_CLONE else PACKAGE / "shipped"  # the folder of conf
 # Command of `jaxft` -> the script that it runs.
 COMMANDS = {
     "list": "list",
+    "settings": "settings",
     "train": "train",
     "inspect": "inspect_data",
     "generate": "generate",

@@ -28,10 +28,11 @@ JOINING = 60  # seconds added to JAX's own timeout, so that our message comes be
 class Hosts:
     """Settings of a multi-process run and of the watchdog.
 
-    coordinator: host:port of process 0. Set it together with `processes` (their number) and `process` (the
-    index of this one) if no launcher is detected; the environment variables JAXFT_COORDINATOR,
-    JAXFT_PROCESSES and JAXFT_PROCESS do the same. Without `coordinator`, `processes` is an assertion, as
-    `devices` (the global device count) always is: the run ends if the actual number differs.
+    coordinator: host:port of process 0. Set it together with `processes` and `process` if no launcher is
+    detected; the environment variables JAXFT_COORDINATOR, JAXFT_PROCESSES and JAXFT_PROCESS do the same.
+    processes: number of processes; without `coordinator` the run ends if the actual number differs. process:
+    index of this process. devices: number of all processes' devices; the run ends if the actual number
+    differs.
     start_seconds: timeout of joining at the start; if a process does not join, the others exit with code 75.
     heartbeat_seconds: a process without a heartbeat for this long counts as lost. stop_seconds: timeout of
     the shutdown.

@@ -18,8 +18,11 @@ NONFINITE = -2  # in place of a token whose logits are not finite; the completio
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled. temperature 0 is greedy; top_k, top_p None do not truncate the
-    distribution.
+    """How the next token is sampled.
+
+    max_new: the largest number of tokens of a completion. temperature: 0 is greedy. top_k: sample from this
+    many of the likeliest tokens; None for all. top_p: sample from the likeliest tokens whose probabilities
+    add up to this; None for all.
     """
 
     max_new: int = 64

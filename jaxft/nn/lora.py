@@ -38,19 +38,22 @@ AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
 class Adapter:
     """LoRA settings, named as in PEFT.
 
+    rank: inner dimension of the pairs of matrices a and b. alpha: their product is scaled by alpha / rank.
+    dropout: fraction of an adapter's inputs that are dropped in training.
     targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate",
     "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one such name, or a
-    regular expression over whole parameter paths. rslora scales by alpha / sqrt(rank).
+    regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
 
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
     that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
 
-    Trained in full in addition, and saved with the adapter: modules_to_save, modules such as "lm_head",
-    "embed_tokens", "norm" or "mlp" ("score", the head of a reward model, always is); bias, the biases of all
-    or of the adapted layers; trainable_token_indices, the rows of these tokens in the embedding table, with
-    token_head also in a head of its own (a tied head has the same rows). With them, targets may be empty.
+    Trained in full in addition, and saved with the adapter (targets may be empty with them).
+    modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
+    model, always is). bias: the biases of all or of the adapted layers. trainable_token_indices: the rows of
+    these tokens in the embedding table. token_head: also in a head of its own (a tied head has the same
+    rows).
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
@@ -58,7 +61,7 @@ class Adapter:
     from the error of a calibrated base, see weights/lora_start.py; "eva" starts from the inputs of the layers
     on the run's own rows and gives modules other ranks with the same sum, see weights/eva.py. eva_rho: the
     largest rank of a module, as a multiple of its own. eva_tokens: how many tokens of the run's first batches
-    are read for it.
+    "eva" reads.
     """
 
     rank: int = 16

@@ -32,15 +32,16 @@ class Quant:
     kind: int8 or fp8 (E4M3; both with a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and
     for affine4 an offset, per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ,
     GGUF or scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits
-    too. block and double default to the usual values of the kind. targets: "all-linear" (every linear layer
-    of the blocks) or a regular expression over parameter paths, which may match embed and head too; norms are
-    never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8 (see nn.fp8); by default where the
-    device has such matmuls, true emulates them on other devices, false dequantises the weights on all.
+    too. block: inputs that share a scale; block and double default to the usual values of the kind. targets:
+    "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may
+    match embed and head too; norms are never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8
+    (see nn.fp8); by default where the device has such matmuls, true emulates them on other devices, false
+    dequantises the weights on all.
 
     calibrate: round the layers' weights so that their outputs change least on some rows (see
     weights/layerwise.py): "run" for the run's own training rows, or a file, a folder or a hub dataset.
-    calibrate_tokens: how many tokens of them. codes: the name of the calibrated codes in the cache, which a
-    run sets.
+    calibrate_tokens: how many tokens of these rows. codes: the name of the calibrated codes in the cache,
+    which a run sets.
     """
 
     kind: str = "nf4"

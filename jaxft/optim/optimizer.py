@@ -25,9 +25,9 @@ from jaxft.optim.layerwise import (
 )
 from jaxft.optim.rules import UpdateRule, adamw, check_adam, mask_of_matrices
 from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
-from jaxft.optim.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
+from jaxft.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.tree import Grads, OptState, Params
 
 
@@ -66,12 +66,14 @@ MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)
 class Optim:
     """Optimizer settings.
 
-    optimizer: a function `(schedule, specs, weight_decay, **hyper) -> UpdateRule |
-    optax.GradientTransformation` with its hyper-parameters as keyword arguments: adamw, adafactor, muon,
-    schedule_free_adamw, those of low_precision, your own, or `partial(adamw, b1=0.8)`; or one of optax, such
-    as `lion` or `optax:lamb`. b1, b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None
-    for its default.
-    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
+    lr: the highest learning rate, after the warmup. optimizer: a function of rules.py, muon.py or
+    low_precision.py, one of optax such as `optax:lamb`, or your own. It is called as `(schedule, specs,
+    weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation` with its hyper-parameters as keyword
+    arguments. b1, b2: decay of the averages of gradients and of their squares; None for the optimizer's
+    default. eps: added to the root of the average square; None for the optimizer's default. weight_decay:
+    decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
+    value.
+    schedule: one of schedules.py or your own. schedule_kwargs: options of the schedule, such as decay:0.1.
     warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
     lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
     leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
@@ -83,10 +85,10 @@ class Optim:
     skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations above the
     mean of the N steps before it, see spikes.py.
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
-    results are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
-    backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
-    clip=none, since the global norm is known only at the end; if a gradient or an update is not finite, the
-    layers above it have been updated already.
+    results are the same, except for the random bits of stochastic rounding. fused_backward: update each layer
+    inside the backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step
+    and clip=none, since the global norm is known only at the end; if a gradient or an update is not finite,
+    the layers above it have been updated already.
     """
 
     lr: float = 2e-4

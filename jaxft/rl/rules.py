@@ -28,13 +28,13 @@ class Rules:
     estimate: the advantage estimator, see estimators.py.
     token_weights: the weight of each completion's tokens in an optimizer batch, see token_weights.py.
     reward_weights: one for each reward, 1 by default.
-    combine(scores [G, N, K], reward_weights) -> scores [G, N]: of K rewards.
-    shape(scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or None.
-    scale(scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or None.
+    combine: (scores [G, N, K], reward_weights) -> scores [G, N] of K rewards.
+    shape: (scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or None.
+    scale: (scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or None.
         Metrics show the scores before scaling.
-    filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups; or None for all.
-        It sees the scores before `shape`, so that a group with equal rewards does not pass because of its
-        lengths.
+    filter: (scores) -> mask of completions to train on, such as advantages.nonconstant_groups; or None for
+        all. It sees the scores before `shape`, so that a group with equal rewards does not pass because of
+        its lengths.
     train_on_truncated: whether to train on completions without an end token, cut off at max_new.
     warm_up: number of rollouts at the start that train the critic alone.
     """

@@ -31,9 +31,11 @@ from jaxft.runs.parse import (
     format_error,
     parse_value,
     run_file,
+    short_names,
     short_path,
 )
-from jaxft.runs.record import describe, differences
+from jaxft.runs.record import describe, differences, union_members
+from jaxft.runs.unknown_names import advice
 from jaxft.tree import nearest
 
 __all__ = [
@@ -89,6 +91,7 @@ RENAMED: dict[str, str] = {
     "jaxft.objectives.reference_free": "jaxft.objectives.reference_free_losses",
 }
 
+KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
 LONGEST_KIND = 60  # characters in the help's table; a longer entry moves only its own comment
 Steps = tuple[str, ...]  # the field names that lead to a setting
 
@@ -143,7 +146,7 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     fields: dict[Steps, tuple[str, str]] = {}
     for key, text in texts.items():
         if key not in knobs:
-            steps = _steps(root, key, list(knobs))
+            steps = _steps(root, key, list(knobs), (text, Path(path).stem))
             if steps in fields:
                 raise ValueError(f"{key} and {fields[steps][0]} are the same field")
             fields[steps] = (key, text)
@@ -154,8 +157,13 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
 
 
 def knob_names(path: str) -> list[str]:
-    """The knobs of a config file, in order."""
-    return list(_knobs(_config_function(path)[0]))
+    """The names of the knobs of a config file, in order."""
+    return list(recipe_knobs(path))
+
+
+def recipe_knobs(path: str) -> dict[str, "Knob"]:
+    """The knobs of a config file by name, in order."""
+    return _knobs(_config_function(path)[0])
 
 
 # Knobs
@@ -172,7 +180,7 @@ def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Knob:
+class Knob:
     """A parameter of `config`, or a field of its parameter `group`."""
 
     kind: Any
@@ -180,19 +188,29 @@ class _Knob:
     group: str | None = None
     comment: str = ""
 
+    @property
+    def written_kind(self) -> str:
+        """How a value is written."""
+        return describe_kind(type(self.default) if self.kind in (UNANNOTATED, Any) else self.kind)
 
-def _knobs(fn: Callable) -> dict[str, _Knob]:
-    hints, comments = _hints(fn), _comments(fn)
-    found: dict[str, _Knob] = {}
+    @property
+    def written(self) -> str | None:
+        """The default as on the command line, None without one."""
+        return None if self.default is UNANNOTATED else as_written(self.default, self.kind)
+
+
+def _knobs(fn: Callable) -> dict[str, Knob]:
+    hints, comments = type_hints(fn), _comments(fn)
+    found: dict[str, Knob] = {}
     for name, p in inspect.signature(fn).parameters.items():
         default, members = (
             p.default,
-            {name: _Knob(hints.get(name, UNANNOTATED), p.default, None, comments.get(name, ""))},
+            {name: Knob(hints.get(name, UNANNOTATED), p.default, None, comments.get(name, ""))},
         )
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            kinds, notes = _hints(type(default)), _comments(type(default))
+            kinds, notes = type_hints(type(default)), _comments(type(default))
             members = {
-                f.name: _Knob(kinds[f.name], getattr(default, f.name), name, notes.get(f.name, ""))
+                f.name: Knob(kinds[f.name], getattr(default, f.name), name, notes.get(f.name, ""))
                 for f in dataclasses.fields(default)
             }
         twice = sorted(members.keys() & found.keys())
@@ -202,7 +220,8 @@ def _knobs(fn: Callable) -> dict[str, _Knob]:
     return found
 
 
-def _hints(thing: Any) -> dict[str, Any]:
+def type_hints(thing: Any) -> dict[str, Any]:
+    """Return the annotations of a function or class with their marks. Raises ValueError for unknown names."""
     try:
         return typing.get_type_hints(thing, include_extras=True)
     except NameError as error:
@@ -221,7 +240,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
     return texts
 
 
-def _call(fn: Callable, knobs: dict[str, _Knob], given: dict[str, Any], path: str) -> Any:
+def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str) -> Any:
     arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
     for group in dict.fromkeys(knobs[name].group for name in given):
         if group is not None:
@@ -250,11 +269,15 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         new = _renamed_value(key, text)
         if new:
             raise ValueError(f"{key}={text} was renamed; use {new}") from error
+        is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
+        other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
+        if other_tools:
+            raise ValueError(f"{key}={text}: {other_tools}") from error
         if isinstance(error, OSError):
             raise
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
-        shown = f" (now {_as_written(now) or 'empty'})" if plain else ""
+        shown = f" (now {as_written(now) or 'empty'})" if plain else ""
         raise ValueError(f"{key}={text}: {error}{shown}") from error
 
 
@@ -274,8 +297,11 @@ def _renamed_value(key: str, text: str) -> str | None:
 # Dotted fields
 
 
-def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
-    """Split a dotted key into field names; the root may be named by its class, as in `run.name`."""
+def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps:
+    """Split a dotted key into field names; the root may be named by its class, as in `run.name`.
+
+    use: the value that the key is given, and the recipe's name, for the advice in an error.
+    """
     steps = tuple(key.split("."))
     own = [f.name for f in dataclasses.fields(root)]
     if len(steps) > 1 and steps[0] not in own and steps[0] == type(root).__name__.lower():
@@ -293,6 +319,9 @@ def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
             _refuse_renamed(key, steps)
             candidates = [f"{here}.{n}" if here else n for n in names]
             candidates += [] if i else [*knobs, *_all_fields(root)]
+            other_tools = advice(step, *use)
+            if other_tools and all(name.rpartition(".")[2] != step for name in candidates):
+                raise ValueError(f"{key}={use[0]}: {other_tools}")
             close = nearest(key, list(dict.fromkeys(candidates)))
             raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")
         node = getattr(node, step)
@@ -333,7 +362,7 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
             raise ValueError(f"{keys}: one contains the other; set only one")
         if () in below:
             key, text = below[()]
-            values[name] = _parse_as(key, text, _hints(type(node)).get(name, UNANNOTATED), now)
+            values[name] = _parse_as(key, text, type_hints(type(node)).get(name, UNANNOTATED), now)
         else:
             values[name] = _replace(now, below)
     return dataclasses.replace(node, **values) if values else node
@@ -347,17 +376,14 @@ def help_text(path: str) -> str:
     fn, module = _config_function(path)
     rows = []
     for name, knob in _knobs(fn).items():
-        required = knob.default is UNANNOTATED
-        kind = type(knob.default) if knob.kind in (UNANNOTATED, Any) else knob.kind
-        setting = name if required else f"{name}={_as_written(knob.default)}"
-        rows.append((setting, describe_kind(kind) + ", required" * required, knob.comment))
+        required = knob.written is None
+        setting = name if required else f"{name}={knob.written}"
+        rows.append((setting, knob.written_kind + ", required" * required, knob.comment))
     widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
     width = [max(each, default=0) for each in widths]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
     doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
-    return "\n".join(
-        [own_commands(doc), "", "Knobs (knob=value; other settings as section.field=value):", *table]
-    )
+    return "\n".join([own_commands(doc), "", own_commands(KNOBS.format(name=Path(path).stem)), *table])
 
 
 def _comments(definition: Any) -> dict[str, str]:
@@ -389,12 +415,21 @@ def _comments(definition: Any) -> dict[str, str]:
     return found
 
 
-def _as_written(value: Any) -> str:
-    """Format a value as on the command line."""
+def as_written(value: Any, kind: Any = None) -> str:
+    """Format a value as on the command line. kind: its annotation, whose short names are used.
+
+    >>> as_written((0.9, None))
+    '0.9,none'
+    """
     if isinstance(value, tuple):
         if any(isinstance(item, str) and ("," in item or item != item.strip()) for item in value):
             return json.dumps(value)
-        return ",".join(map(_as_written, value)) + "," * (len(value) == 1)
+        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+        return ",".join(as_written(part, item) for part in value) + "," * (len(value) == 1)
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return str(describe(value).get("callable")) if callable(value) else str(value)
+    if not callable(value):
+        return str(value)
+    full = str(describe(value).get("callable"))
+    names = {long: short for k in (kind, *union_members(kind)) for short, long in short_names(k).items()}
+    return names.get(full, full)
