@@ -146,6 +146,9 @@ _OPTIMIZERS = {
     **dict.fromkeys(
         ("adamw_8bit", "adamw_bnb_8bit", "ao_adamw_8bit", "adamw_torch_8bit"), "optim.optimizer=adamw_8bit"
     ),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "optim.optimizer=adamw"),
+    "paged_adamw_8bit": "optim.optimizer=adamw_8bit",
+    **dict.fromkeys(("paged_lion", "paged_lion_32bit", "lion_8bit", "paged_lion_8bit"), "optim.optimizer=lion"),
     "adafactor": "optim.optimizer=adafactor",
     "lion": "optim.optimizer=lion",
     "lion_32bit": "optim.optimizer=lion",
@@ -355,8 +358,8 @@ OPTIONS: tuple[Option, ...] = tuple(
         # Optimizer
         _same("learning_rate:tafu", "lr", 1e-4),
         _mapped("optim:tafu optimizer:tafu", "optim.optimizer", _OPTIMIZERS,
-                "there are adamw, adamw_8bit, adafactor, lion, muon, schedule_free_adamw and optax:NAME; a "
-                "paged one is adamw_8bit with optim.layerwise=true"),
+                "there are adamw, adamw_8bit, adafactor, lion, muon, schedule_free_adamw and optax:NAME; the "
+                "state is never paged, optim.layerwise=true needs less memory"),
         _same("optim_args:tafu", "optim.optimizer_kwargs", "b1:0.9"),
         _same("adam_beta1:tafu", "optim.b1", 0.9),
         _same("adam_beta2:tafu", "optim.b2", 0.95),
