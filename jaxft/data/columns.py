@@ -67,7 +67,8 @@ def respelled(names: tuple[str, ...], known: frozenset[str]) -> dict[str, str]:
 
 def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
     """Return the only column with one of the OTHER_NAMES of a column that is not null; None without one."""
-    found = [name for name in OTHER_NAMES.get(ours, ()) if fields.get(name) is not None]
+    names = OTHER_NAMES.get(ours, ())
+    found = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
     return found[0] if len(found) == 1 else None
 
 

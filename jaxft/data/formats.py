@@ -62,8 +62,8 @@ class RowFormat(NamedTuple):
         if not self.columns:
             return []
         items = map(split_column, self.columns)
-        read = " and ".join(f"{theirs} is read as {ours}" for ours, theirs in items)
-        return [f"{read} (data.columns={','.join(self.columns)})"]
+        read = ", ".join(f"{theirs} as {ours}" for ours, theirs in items)
+        return [f"columns are read by other names: {read} (data.columns={','.join(self.columns)})"]
 
 
 SFT_SCHEMAS = Schemas(
@@ -381,7 +381,8 @@ def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:
             row.name,
             f"missing column {' or '.join(map(repr, missing))}",
             f"no column {' or '.join(missing)}, which format {format} requires; the row has "
-            f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}",
+            f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}; rename "
+            f"columns, for example with {suggested_columns(list(fields), missing[:1])}",
         )
     return row
 

@@ -214,10 +214,8 @@ def tokenise_prompts(ref: str, settings: PromptTokenSettings, tokenizer: Any, ho
     columns = found.stored.columns
     renamed = [rename_columns(row, settings.columns) for row in found.examples]
     examples = [prompt_of(row, settings.format) for row in renamed]
-    other = next((name for row in renamed if (name := other_prompt(row))), None) if renamed else None
-    notes = [f"note: {file_name(ref)}: {other} is read as prompt (data.columns=prompt={other})"] * (
-        other is not None
-    )
+    others = dict.fromkeys(filter(None, map(other_prompt, renamed)))
+    notes = [f"note: {file_name(ref)}: {x} is read as the prompt (data.columns=prompt={x})" for x in others]
 
     def offsets(counts: str) -> Int[np.ndarray, " all_plus_1"]:
         return np.concatenate([[0], np.cumsum(np.asarray(columns[counts]), dtype=np.int64)])

@@ -321,7 +321,7 @@ def _read_lines(chunk: Lines) -> Iterator[Outcome]:
 
 
 def read_wide_lines(path: Path, encoding: str) -> Iterator[Outcome]:
-    """Read the rows of a JSONL file in UTF-16."""
+    """Read the rows of a JSONL file in UTF-16 or UTF-32."""
     with path.open(encoding=encoding) as file:
         try:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), 1):

@@ -38,7 +38,7 @@ from jaxft.data.row_files import (
 )
 from jaxft.data.row_text import DOCUMENT, TEXT_SUFFIXES, read_text, text_files
 from jaxft.data.shipped import ROOT
-from jaxft.data.text_encoding import encoding_note, sniff_encoding
+from jaxft.data.text_encoding import encoding_note, sniff_encoding, wide_encoding
 from jaxft.data.urls import is_remote
 
 ROW_SUFFIXES = (".jsonl", ".json", *CSV_SUFFIXES, ".parquet")
@@ -273,8 +273,8 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
     """Read a file once. report: receives the file's bytes."""
     size = path.stat().st_size
     if path.suffix == ".jsonl" or (path.suffix == ".json" and has_json_lines(path)):
-        encoding = sniff_encoding(path)
-        if encoding.startswith("utf-16"):  # whose bytes cannot be divided into lines
+        encoding = wide_encoding(path)
+        if encoding is not None:  # its bytes cannot be divided into lines
             _scan_bytes(path, report)
             read: Reader = partial(read_wide_lines, encoding=encoding)
             return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 UTF8 = "utf-8-sig"  # with a byte order mark or without
 CP1252 = "cp1252"  # of Excel and editors on Windows in Western Europe and America
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 _SAMPLE = 16 << 20  # bytes by which cp1252 is told from damaged UTF-8
 _MARKS = (
-    (codecs.BOM_UTF8, UTF8),
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -23,6 +22,19 @@ _USUAL = re.compile(
 )
 
 
+def wide_encoding(path: Path) -> str | None:
+    """Return the encoding of a text file of 16 or 32 bits a character by its first bytes, None for others."""
+    with path.open("rb") as file:
+        first = file.read(64)
+    mark = next((name for mark, name in _MARKS if first.startswith(mark)), UTF8)
+    if mark != UTF8:
+        return mark
+    zeros = first[::2].count(0), first[1::2].count(0)
+    if len(first) < 8 or max(zeros) <= len(first) // 4 or min(zeros):  # ASCII has one zero in two bytes
+        return None
+    return "utf-16-be" if zeros[0] else "utf-16-le"
+
+
 def sniff_encoding(path: Path) -> str:
     """Return the encoding of a text file, by its byte order mark or by all of its bytes.
 
@@ -30,19 +42,14 @@ def sniff_encoding(path: Path) -> str:
     letters inside words, quotes or dashes. A file with valid characters of UTF-8 is damaged UTF-8, of which
     readers find the rows.
     """
+    wide = wide_encoding(path)
+    if wide is not None:
+        return wide
     with path.open("rb") as file:
-        first = file.read(_BLOCK)
-        marked = next((name for mark, name in _MARKS if first.startswith(mark)), None)
-        if marked:
-            return marked
-        zeros = first[:64:2].count(0), first[1:64:2].count(0)
-        if len(first) >= 8 and max(zeros) > len(first[:64]) // 4:  # ASCII characters in two bytes each
-            return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
-        decoder, block = codecs.getincrementaldecoder("utf-8")(), first
+        decoder = codecs.getincrementaldecoder("utf-8")()
         try:
-            while block:
+            while block := file.read(_BLOCK):
                 decoder.decode(block)
-                block = file.read(_BLOCK)
             decoder.decode(b"", final=True)
             return UTF8
         except UnicodeDecodeError:

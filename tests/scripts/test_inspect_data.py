@@ -246,7 +246,7 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
         ("0.5", "data.invalid=drop ends it too: they are more than data.invalid_limit=0.5 of the rows\n"),
     ):
         shown = inspect(*args, f"invalid_limit={limit}")
-        assert f"5 invalid rows: data.invalid=error ends a run at the first, {effect}" in shown
+        assert f"XX" in shown
         for line in (
             "      2  empty column 'chosen': bad_pairs.jsonl:3: column 'chosen' is empty",
             "      1  empty column 'rejected': bad_pairs.jsonl:4:",
