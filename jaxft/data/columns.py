@@ -65,6 +65,16 @@ def respelled(names: tuple[str, ...], known: frozenset[str]) -> dict[str, str]:
     return {ours: theirs[0] for ours, theirs in found.items() if len(theirs) == 1}
 
 
+def column_of(fields: Mapping[str, Any], name: str) -> str:
+    """Return the column that a setting names: of that name, else the only one that differs from it in case
+    and spaces around it, else the name itself.
+    """
+    if name in fields:
+        return name
+    found = [column for column in fields if str(column).strip().lower() == name.strip().lower()]
+    return found[0] if len(found) == 1 else name
+
+
 def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
     """Return the only column with one of the OTHER_NAMES of a column that is not null; None without one."""
     names = OTHER_NAMES.get(ours, ())

@@ -22,7 +22,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from jaxft.data.columns import OTHER_NAMES, misspelled, other_name, respelled, suggested_columns, text_of
+from jaxft.data.columns import (
+    OTHER_NAMES,
+    column_of,
+    misspelled,
+    other_name,
+    respelled,
+    suggested_columns,
+    text_of,
+)
 from jaxft.data.conversation import PLAIN, chat_of, chats_of, plain_texts, response_index, split_row
 from jaxft.data.example import Example, Text
 from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
@@ -49,21 +57,21 @@ class Schemas:
 
 
 class RowFormat(NamedTuple):
-    """The format of a dataset. plain: its strings are plain text, without a chat template. columns: items
-    "ours=theirs" of columns with other names, in addition to data.columns.
+    """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
+    theirs) of columns with other names, in addition to data.columns.
     """
 
     name: str
     plain: bool = False
-    columns: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
         if not self.columns:
             return []
-        items = map(split_column, self.columns)
-        read = ", ".join(f"{theirs} as {ours}" for ours, theirs in items)
-        return [f"columns are read by other names: {read} (data.columns={','.join(self.columns)})"]
+        read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)
+        setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.columns)
+        return [f"columns are read by other names: {read} (data.columns={setting})"]
 
 
 SFT_SCHEMAS = Schemas(
@@ -161,7 +169,7 @@ def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], sch
     Raises the first row's InvalidRow if no row fits any format.
     """
     mapping, plain = _column_mapping(columns, schemas), format == PLAIN
-    chosen, others = format, tuple[str, ...]()
+    chosen, others = format, tuple[tuple[str, str], ...]()
     if format in ("auto", PLAIN):
         chosen, others = _most_common_format(counts, set(mapping), schemas)
     if chosen not in schemas.required:
@@ -180,7 +188,7 @@ def rename_rows(
 ) -> Iterator[Row | InvalidRow]:
     """Yield the rows with renamed columns, or an InvalidRow for one without a column that format requires."""
     names = _Names.of(columns, schemas)
-    names = names._replace(others=tuple(map(split_column, format.columns)))
+    names = names._replace(others=format.columns)
 
     def rename(row: Row) -> Row:
         return _require_columns(_rename(row, names), format.name, schemas)
@@ -190,12 +198,12 @@ def rename_rows(
 
 def _most_common_format(
     counts: ColumnCounts, mapped: set[str], schemas: Schemas
-) -> tuple[str, tuple[str, ...]]:
-    """Return the format that most rows fit, and the items of data.columns that it needs if no row fits one
-    without. Raises the first row's InvalidRow if none fits one with these either.
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the format that most rows fit, and the columns with other names that it needs if no row fits
+    one without. Raises the first row's InvalidRow if none fits one with these either.
     """
     for detect in (_detect_as_named, _detect_by_other_names):
-        votes: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
         for count, row in counts.rows.values():
             format = attempt(detect, row, mapped, schemas)
             if not isinstance(format, InvalidRow):
@@ -207,12 +215,14 @@ def _most_common_format(
     return _detect_as_named(valid(counts.first), mapped, schemas)
 
 
-def _detect_as_named(row: Row, mapped: set[str], schemas: Schemas) -> tuple[str, tuple[str, ...]]:
+def _detect_as_named(row: Row, mapped: set[str], schemas: Schemas) -> tuple[str, tuple[tuple[str, str], ...]]:
     return _detect(row, mapped, schemas), ()
 
 
-def _detect_by_other_names(row: Row, mapped: set[str], schemas: Schemas) -> tuple[str, tuple[str, ...]]:
-    """Return the format that a row fits with the fewest OTHER_NAMES, and these as items of data.columns."""
+def _detect_by_other_names(
+    row: Row, mapped: set[str], schemas: Schemas
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the format that a row fits with the fewest OTHER_NAMES, and these."""
     found = dict[str, dict[str, str]]()
     for format, required in schemas.required.items():
         ours_of = set(schemas.optional[format]) | {c for names in required for c in names}
@@ -230,7 +240,7 @@ def _detect_by_other_names(row: Row, mapped: set[str], schemas: Schemas) -> tupl
         theirs = other_name(row.fields, ours)
         if row.fields.get(ours) is None and theirs is not None:
             columns[ours] = theirs
-    return best[0], tuple(f"{ours}={theirs}" for ours, theirs in columns.items())
+    return best[0], tuple(columns.items())
 
 
 def describe_schemas(schemas: Schemas) -> str:
@@ -311,14 +321,15 @@ def _rename(row: Row, names: _Names) -> Row:
     """
     known = respelled(tuple(row.fields), names.known)
     if known:
-        respelt = {theirs: ours for ours, theirs in known.items() if theirs not in names.mapping.values()}
+        mapped = [column_of(row.fields, theirs) for theirs in names.mapping.values()]
+        respelt = {theirs: ours for ours, theirs in known.items() if theirs not in mapped}
         row = Row(row.name, {respelt.get(name, name): value for name, value in row.fields.items()})
     for ours, theirs in names.others:
         if row.fields.get(ours) is None and theirs in row.fields:
             row = Row(row.name, {ours if name == theirs else name: x for name, x in row.fields.items()})
-    mapping = names.mapping
-    if not mapping:
+    if not names.mapping:
         return row
+    mapping = {ours: column_of(row.fields, theirs) for ours, theirs in names.mapping.items()}
     for ours, theirs in mapping.items():
         if theirs not in row.fields and ours not in names.optional:
             raise InvalidRow(

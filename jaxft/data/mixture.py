@@ -112,8 +112,8 @@ def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
         head, _, tail = bare.rpartition(":")
         if head and _OPTION.fullmatch(tail):
             parts.insert(0, tail)
-        elif head and parts and not weight and _is_number(tail):  # a weight before the options
-            weight = f":{tail}"
+        elif (parts or _OPTION.fullmatch(head.rpartition(":")[2])) and not weight and _is_number(tail):
+            weight = f":{tail}"  # before the options, or after them
         else:
             break
         bare = head

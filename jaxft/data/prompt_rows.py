@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 
 from jaxft.data import chat
 from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
+from jaxft.data.columns import column_of
 from jaxft.data.conversation import other_prompt, prompt_of
 from jaxft.data.example import Chat, Completion, Message, as_given
 from jaxft.data.flat import Flat, Made, RowNames
@@ -249,6 +250,7 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
     fields = dict(row.fields)
     for item in columns:
         ours, theirs = split_column(item)
+        theirs = column_of(row.fields, theirs)
         if theirs not in row.fields:
             raise InvalidRow(
                 row.name,
