@@ -241,12 +241,13 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
     rows += [{**ROWS["pairs"], "rejected": " "}, {**ROWS["pairs"], "chosen": " "}]
     (place / "bad_pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n[]")
     args = ("--data", "bad_pairs.jsonl", "--kind", "pairs", "--model", "model", "held_out=none", "batch=1")
-    for limit, effect in (
-        ("0.9", "data.invalid=drop leaves them out\n"),
-        ("0.5", "data.invalid=drop ends it too: they are more than data.invalid_limit=0.5 of the rows\n"),
-    ):
+    for limit, setting in (("0.9", ""), ("0.5", " data.invalid_limit=0.84")):
         shown = inspect(*args, f"invalid_limit={limit}")
-        assert f"5 invalid rows: data.invalid=error ends a run at the first, {effect}" in shown
+        setting = f"data.invalid=drop{setting}"
+        first = (
+            f"5 of 6 rows are invalid (83.3%): a run ends at the first, and with {setting} leaves them out\n"
+        )
+        assert shown.startswith(first) and f"to leave these rows out, set {setting}\n" in shown
         for line in (
             "      2  empty column 'chosen': bad_pairs.jsonl:3: column 'chosen' is empty",
             "      1  empty column 'rejected': bad_pairs.jsonl:4:",
