@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxft.inference.tool_calls import ToolFormat, call_format
 
-# Whitespace between the parts of JSON: unlimited, a small model fills its response with it.
-WHITESPACE = r"[ \n\r\t]{1,24}"
+# Whitespace between the parts of JSON: a space, or a new line with its indentation. Small models would fill a
+# response with it if it had no limit.
+WHITESPACE = r" |\n[ \t]{0,24}"
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
