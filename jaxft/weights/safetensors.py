@@ -211,14 +211,16 @@ def write_model_json(path: Path, value: dict[str, Any], sort: bool = False) -> N
 
 def read_model_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not JSON (it is not a regular file)")
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
-    except (ValueError, RecursionError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e})") from e
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON (a number has thousands of digits)") from e
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
