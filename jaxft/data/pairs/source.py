@@ -124,7 +124,8 @@ class PairRows(DataSettings):
         """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
 
         A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step
-        sees nor the fingerprint.
+        sees nor the fingerprint. The model is not known here: one whose rope depends on the length of a text
+        refuses pairs that share prompts, see `for_attention`.
         """
         row_count = _row_count(self, shards)
         split = self._read(tokenizer, cache)
@@ -150,7 +151,7 @@ class PairRows(DataSettings):
         orders = [order(epoch) for epoch in range(epochs.locate(steps - 1)[0] + 1)]
         assigned = [planning.assign_rows(batches, tokens, row_count) for batches in orders]
         shape = planning.row_shape(tokens, tokenised.reads.sum(1), assigned, row_count)
-        layout = PairLayout(shards, shape, branches, self.extras)
+        layout = PairLayout(shards, shape, branches, self.extras, self.max_length)
         pairs = PlannedPairs(self, split, row_count, layout, order)
         info = SourceInfo(
             steps=steps,
@@ -191,7 +192,7 @@ class PairRows(DataSettings):
         row_count = _row_count(self, shards)
         length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
         shape = RowShape(length, length, self.batch - row_count + 1)
-        layout = PairLayout(shards, shape, self.layout != "plain", self.extras)
+        layout = PairLayout(shards, shape, self.layout != "plain", self.extras, self.max_length)
         shapes = pair_batch_shapes(layout, self.kinds, self.micro, reference)
         return with_sources(shapes, sources_with_metrics(self.train))
 
