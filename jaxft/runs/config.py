@@ -156,6 +156,16 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     return Resolved(value, defaults | given, found, (path, *overrides))
 
 
+def recipe_defaults(path: str) -> Any:
+    """Return the value of a config without any setting; None if it has a knob without a default, or refuses
+    its defaults.
+    """
+    try:
+        return load_config(path, [])
+    except (ValueError, OSError):
+        return None
+
+
 def knob_names(path: str) -> list[str]:
     """The names of the knobs of a config file, in order."""
     return list(recipe_knobs(path))

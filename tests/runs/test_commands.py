@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from scripts_in_process import load
 
 from jaxft.data import shipped
 from jaxft.data.shipped import COMMANDS, ROOT
-from jaxft.runs import commands, completion, config, parse, report, streams
+from jaxft.runs import commands, config, parse, record, report, setting_sources, settings_list, streams
 from jaxft.train.recipes import SHIPPED
 
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -122,9 +123,44 @@ def test_the_commands_in_the_readmes_exist_and_so_do_their_recipes(name):
 # Completion
 
 
+def values_of(kind):
+    """The values that an annotation lists, by its type: what setting_sources.choices reads from source."""
+    found = list(parse.short_names(kind))
+    for member in record.union_members(kind):
+        origin, args = typing.get_origin(member), typing.get_args(member)
+        if member is not kind and (member is bool or origin is not None):
+            found += values_of(member)
+        elif member is type(None):
+            found.append("none")
+        elif member is bool:
+            found += ["true", "false"]
+        elif origin is typing.Literal:
+            found += map(str, args)
+        elif origin is tuple:
+            found += values_of(args[0])
+    return list(dict.fromkeys(found))
+
+
+def kind_of(run, name):
+    """The annotation of a dotted field."""
+    *sections, last = name.split(".")
+    for section in sections:
+        run = getattr(run, section)
+    return None if run is None else config.type_hints(type(run))[last]
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_knobs_that_are_completed_are_the_recipe_s(name):
-    assert completion.knobs(ROOT / "configs" / f"{name}.py") == config.knob_names(name)
+def test_what_is_completed_are_the_recipe_s_settings_and_their_values(name):
+    file, run = ROOT / "configs" / f"{name}.py", config.load_config(name, [])
+    knobs, fields = setting_sources.knobs(file), setting_sources.dotted_fields(file)
+    assert [knob.name for knob in knobs] == config.knob_names(name)
+    assert [field.name for field in fields] == [s.name for s in settings_list.settings_of(run)]
+    for field in fields:
+        if kind := kind_of(run, field.name):
+            assert setting_sources.choices(field.kind) == values_of(kind), field.name
+    for knob, known in zip(knobs, config.recipe_knobs(name).values(), strict=True):
+        if knob.kind is not None:
+            assert setting_sources.choices(knob.kind) == values_of(known.kind), knob.name
 
 
 COMPLETIONS = {
@@ -133,6 +169,10 @@ COMPLETIONS = {
     "jaxft train sft lr=1 ba": ["batch="],
     "jaxft train --config dpo be": ["beta="],
     "jaxft train sft data=ro": ["rows.jsonl "],
+    "jaxft train sft optim.warm": ["optim.warmup="],
+    "jaxft train sft optim.layerwise=": ["true", "false"],
+    "jaxft train dpo loss=ip": ["ipo "],
+    "jaxft train sft data.packing=w": ["wrapped "],
     "jaxft generate --run ": ["runs/a "],
     "jaxft generate --quant nf": ["nf4 "],
     "jaxft train min": ["mine.py "],
