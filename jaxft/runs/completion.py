@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.shipped import COMMANDS, ROOT
-from jaxft.runs import setting_sources
+from jaxft.runs import documentation, setting_sources
 
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
 
@@ -41,6 +41,10 @@ def command_parser(command: str) -> argparse.ArgumentParser:
             completer: Any = recipes_and_settings
         elif action.dest in ("run", "runs"):
             completer = run_folders
+        elif action.dest == "topic":
+            completer = topics_and_commands
+        elif action.dest == "words":
+            completer = names_of_settings
         else:
             continue
         vars(action)["completer"] = completer  # argcomplete's interface
@@ -51,6 +55,19 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
     """Return the folders in runs/ that begin with `prefix`."""
     found = [str(file.parent) for file in Path("runs").glob("*/config.json")]
     return [folder for folder in found if folder.startswith(prefix)]
+
+
+def topics_and_commands(**_: Any) -> list[str]:
+    """Return what `jaxft help` takes."""
+    return [*COMMANDS, *(topic.name for topic in documentation.topics())]
+
+
+def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return what `jaxft settings` takes: recipes, then the names of settings."""
+    recipe = next(iter(parsed_args.words or ()), parsed_args.config)
+    path = ROOT / "configs" / f"{recipe or 'sft'}.py"
+    recipes = [] if parsed_args.words else [file.stem for file in path.parent.glob("*.py")]
+    return [*recipes, *(s.name for s in (*setting_sources.knobs(path), *setting_sources.dotted_fields(path)))]
 
 
 def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:

@@ -42,6 +42,8 @@ def test_every_script_is_a_command_and_help_shows_it_in_a_line(monkeypatch, caps
     assert sorted(COMMANDS.values()) == sorted(SCRIPTS)
     code, out, _ = jaxft(monkeypatch, capsys, "--help")
     lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")]
+    titles = [line for line in out.splitlines() if line[:1].isupper() and line.endswith(":")]
+    assert titles == [f"{title}:" for title in shipped.COMMAND_GROUPS]
     assert code == 0 and [name for name, _ in lines] == list(COMMANDS)
     assert all(10 < len(text) < 100 and "scripts/" not in text for _, text in lines)
     assert jaxft(monkeypatch, capsys)[1] == out
@@ -227,24 +229,32 @@ def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(w
         if re.match(r"(configs|scripts)/(examples/|launch/)?[\w.]+$", file)
     }
     expected |= {f"jaxft/shipped/{file}" for file in used}
-    assert {name for name in names if ".dist-info/" not in name} == {
-        n for n in expected if not n.endswith(".md")
-    }
+    expected |= {"jaxft/README.md", "jaxft/shipped/scripts/bench/README.md"}
+    assert {name for name in names if ".dist-info/" not in name} == expected
     assert wheel.stat().st_size < 1.5e6
+
+
+def test_the_wheels_description_has_no_relative_link(wheel):
+    files = zipfile.ZipFile(wheel)
+    (name,) = [name for name in files.namelist() if name.endswith("/METADATA")]
+    text = files.read(name).decode()
+    assert "## Your own loss" in text and "all families (`jaxft help models`)" in text
+    assert not re.search(r"\]\((?!https?:)", text) and "<img" not in text
 
 
 INSTALLED = """
 import sys
 from pathlib import Path
 from jaxft.data.shipped import IS_CLONE, ROOT, own_commands
-from jaxft.runs import bug_report, commands, config, environment
+from jaxft.runs import bug_report, commands, config, documentation, environment
 from jaxft.data.rows import read_rows
 assert not IS_CLONE and ROOT.parent.name == "jaxft" and environment.commit() is None
 run = config.load_config("sft", [])
 assert read_rows(run.data.train) and run.objective.__module__ == "jaxft.objectives.sft"
 loss = config.load_config("dpo", ["loss=configs/examples/my_losses.py:mine"])
 assert own_commands("scripts/train.py") == "jaxft train"
-assert bug_report.bug_report()["jaxft"]["installed"]
+assert {"models", "rows-for-sft", "what-fits-where"} <= {topic.name for topic in documentation.topics()}
+assert bug_report.bug_report()["jaxft"]["installed"] == "wheel"
 sys.argv = ["jaxft", "train", "sfd"]
 commands.main()
 """
