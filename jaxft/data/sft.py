@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import numpy as np
 
 from jaxft.batch import Tokens, TrainState
+from jaxft.bounds import at_least
 from jaxft.data import chat, pack
 from jaxft.data.epochs import Epochs, epochs_of
 from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
@@ -56,7 +57,7 @@ class Rows(DataSettings):
     """
 
     loss_on: str = "assistant"
-    max_length: int = 1024
+    max_length: Annotated[int, at_least(2)] = 1024
     too_long: str = "truncate"
     packing: Packing = True
     weighting: str = "token"

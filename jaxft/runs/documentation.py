@@ -29,7 +29,7 @@ class Topic(NamedTuple):
 def read_document(file: str) -> str:
     """Return the text of one of FILES."""
     if file == "README.md" and not IS_CLONE:
-        return str(metadata.metadata("jaxft").get_payload())
+        return (metadata.distribution("jaxft").read_text("METADATA") or "").partition("\n\n")[2]
     path = PACKAGE / "README.md" if file == "jaxft/README.md" else ROOT / file
     return path.read_text(encoding="utf-8")
 

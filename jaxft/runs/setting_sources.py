@@ -210,8 +210,8 @@ def choices(kind: Definition) -> list[str]:
             outer = ast.unparse(node.value)
             if outer == "Literal":
                 for item in inner:
-                    named = not isinstance(item, ast.Constant)
-                    found += choices(Definition(item, file)) if named else [str(item.value)]
+                    literal = isinstance(item, ast.Constant)
+                    found += [str(ast.literal_eval(item))] if literal else choices(Definition(item, file))
             elif outer == "Annotated":
                 tables = [mark.args[0] for mark in inner[1:] if isinstance(mark, ast.Call)]
                 found += [n for table in tables for n in vars(short_names).get(ast.unparse(table), ())]

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
+from jaxft.bounds import at_least
 from jaxft.data.epochs import epochs_of
 from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan, RowShape, round_up
@@ -59,7 +60,7 @@ class PairRows(DataSettings):
     batch counts pairs.
     """
 
-    max_length: int = 1024
+    max_length: Annotated[int, at_least(2)] = 1024
     too_long: str = "truncate"
     weighting: str = "pair"
     weight_column: str | None = None
@@ -77,7 +78,6 @@ class PairRows(DataSettings):
         )  # fmt: skip
         for name, known in choices:
             self.require_choice(name, known)
-        self.require_at_least(2, "max_length")
         if len(set(self.extras)) < len(self.extras):
             raise ValueError(f"data.extras={','.join(self.extras)} names a column twice; name each once")
 
