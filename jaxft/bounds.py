@@ -6,7 +6,6 @@
 import functools
 import math
 import typing
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +84,7 @@ def check_bounds(settings: Any, section: str = "") -> None:
 
     section: the section's name, such as "optim", "" for none. Values that are no numbers are not checked.
     """
-    cls: Hashable = type(settings)
-    for name, bounds, optional in _bounded_fields(cls):
+    for name, bounds, optional in _bounded_fields(settings.__class__):
         value = getattr(settings, name)
         if isinstance(value, int | float) and not bounds.contain(value):
             setting = f"{section}.{name}" if section else name
