@@ -1,11 +1,13 @@
-"""Bounds of numbers in settings, as part of their annotations: `batch: Annotated[int, at_least(1)] = 8`.
+"""Bounds of numbers and choices of texts in settings, as part of their annotations: `batch: Annotated[int,
+at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`.
 
-`check_bounds` checks them when a section is constructed, `jaxft settings` and `--help` show them.
+`check_bounds` checks bounds when a section is constructed; `jaxft settings` and `--help` show both.
 """
 
 import functools
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +61,25 @@ FRACTION = Bounds(0.0, 1.0)
 BELOW_ONE = Bounds(0.0, 1.0, open_most=True)
 ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The texts that a setting takes; None among them is written none."""
+
+    known: tuple[str | None, ...]
+
+
+def one_of(known: Iterable[str | None]) -> Choices:
+    """Only these texts."""
+    return Choices(tuple(known))
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """Return the texts that an annotation declares as its choices, () for none."""
+    marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
+    found = next((mark.known for mark in marks if isinstance(mark, Choices)), ())
+    return tuple("none" if text is None else text for text in found)
 
 
 def bounds_of(kind: Any) -> Bounds | None:

@@ -14,6 +14,7 @@ from jaxft.bounds import (
     at_least,
     between,
     check_bounds,
+    one_of,
 )
 from jaxft.runs.parse import describe_kind
 
@@ -55,3 +56,4 @@ def test_a_section_refuses_numbers_out_of_bounds_and_takes_none():
 def test_the_type_of_a_setting_is_shown_with_its_bounds():
     assert describe_kind(Annotated[int, at_least(1)]) == "int, at least 1"
     assert describe_kind(Annotated[float | None, FRACTION]) == "float or none, from 0 to 1"
+    assert describe_kind(Annotated[str | None, one_of((None, "gold"))]) == "one of none, gold"

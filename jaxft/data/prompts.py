@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Rollout, Tokens
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, one_of
 from jaxft.data.conversation import PROMPT_FORMATS
 from jaxft.data.mixture import held_out_refs, make_mixture, parse_sources, sources_with_metrics
 from jaxft.data.pack import RowShape, ascending, number_groups, permutation, round_up
@@ -44,7 +44,7 @@ class Prompts(DataSettings):
 
     max_prompt: Annotated[int, at_least(1)] = 256
     max_new: Annotated[int, at_least(1)] = 128
-    too_long: str = "drop"
+    too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
     batch: Annotated[int, at_least(1)] = 16
     group: Annotated[int, at_least(1)] = 1
     eval_group: Annotated[int, at_least(1)] = 1

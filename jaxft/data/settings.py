@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from jaxft.bounds import FRACTION, above, at_least, check_bounds
+from jaxft.bounds import FRACTION, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import INVALID
-from jaxft.data.template_settings import DATE, TURN, TemplateSettings
+from jaxft.data.template_settings import DATE, SYSTEM, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
 from jaxft.distributed.sync import is_first
 from jaxft.nn.layer_attention import AttentionLayers
@@ -51,8 +51,8 @@ class DataSettings:
     tokens: Annotated[int | None, at_least(1)] = None
     date: str = DATE
     chat_template_kwargs: tuple[str, ...] = ()
-    system: str = TURN
-    invalid: str = "error"
+    system: Annotated[str, one_of(SYSTEM)] = TURN
+    invalid: Annotated[str, one_of(INVALID)] = "error"
     invalid_limit: Annotated[float, FRACTION] = 0.05
     workers: Annotated[int | None, at_least(1)] = None
     order_by: str | None = None

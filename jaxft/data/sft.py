@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxft.batch import Tokens, TrainState
-from jaxft.bounds import at_least
+from jaxft.bounds import at_least, one_of
 from jaxft.data import chat, pack
 from jaxft.data.epochs import Epochs, epochs_of
 from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
@@ -56,11 +56,11 @@ class Rows(DataSettings):
     examples without packing.
     """
 
-    loss_on: str = "assistant"
+    loss_on: Annotated[str, one_of(chat.LOSS_ON)] = "assistant"
     max_length: Annotated[int, at_least(2)] = 1024
-    too_long: str = "truncate"
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
     packing: Packing = True
-    weighting: str = "token"
+    weighting: Annotated[str, one_of(WEIGHTING)] = "token"
     unit: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:

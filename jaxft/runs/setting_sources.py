@@ -213,12 +213,31 @@ def choices(kind: Definition) -> list[str]:
                     literal = isinstance(item, ast.Constant)
                     found += [str(ast.literal_eval(item))] if literal else choices(Definition(item, file))
             elif outer == "Annotated":
-                tables = [mark.args[0] for mark in inner[1:] if isinstance(mark, ast.Call)]
-                found += [n for table in tables for n in vars(short_names).get(ast.unparse(table), ())]
+                for mark in inner[1:]:
+                    found += named_by(mark, file)
                 found += choices(Definition(inner[0], file))
             elif outer == "tuple":
                 found += choices(Definition(inner[0], file))
     return list(dict.fromkeys(found))
+
+
+def named_by(mark: ast.expr, file: Path) -> list[str]:
+    """Return the texts that a mark of an annotation lists: `ShortNames.of(TABLE)`, `one_of(CHOICES)`."""
+    if not isinstance(mark, ast.Call):
+        return []
+    if ast.unparse(mark.func) == "ShortNames.of":
+        return list(vars(short_names).get(ast.unparse(mark.args[0]), ()))
+    listed = resolve(mark.args[0], file) if ast.unparse(mark.func) == "one_of" else None
+    texts = [text_of(item, listed.file) for item in listed.node.elts] if listed else []  # type: ignore[attr-defined]
+    return [text for text in texts if text]
+
+
+def text_of(item: ast.expr, file: Path) -> str:
+    """Return a constant in a list of choices as it is written, "" for other expressions."""
+    found = resolve(item, file)
+    node = found.node if found else item
+    constant = ast.literal_eval(node) if isinstance(node, ast.Constant) else ""
+    return "none" if constant is None else str(constant)
 
 
 def takes_text(kind: Definition) -> bool:
@@ -229,6 +248,7 @@ def takes_text(kind: Definition) -> bool:
         outer = ast.unparse(node.value if isinstance(node, ast.Subscript) else node)
         if outer in ("str", "Path", "Callable"):
             return True
-        if outer in ("tuple", "Annotated") and first and takes_text(Definition(first, file)):
+        closed = inner is not None and "one_of(" in ast.unparse(inner)
+        if outer in ("tuple", "Annotated") and first and not closed and takes_text(Definition(first, file)):
             return True
     return False

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from scripts_in_process import load
 
+from jaxft import bounds
 from jaxft.data import shipped
 from jaxft.data.shipped import COMMANDS, ROOT
 from jaxft.runs import commands, config, parse, record, report, setting_sources, settings_list, streams
@@ -127,7 +128,7 @@ def test_the_commands_in_the_readmes_exist_and_so_do_their_recipes(name):
 
 def values_of(kind):
     """The values that an annotation lists, by its type: what setting_sources.choices reads from source."""
-    found = list(parse.short_names(kind))
+    found = [*parse.short_names(kind), *bounds.choices_of(kind)]
     for member in record.union_members(kind):
         origin, args = typing.get_origin(member), typing.get_args(member)
         if member is not kind and (member is bool or origin is not None):
@@ -175,6 +176,7 @@ COMPLETIONS = {
     "jaxft train sft optim.layerwise=": ["true", "false"],
     "jaxft train dpo loss=ip": ["ipo "],
     "jaxft train sft data.packing=w": ["wrapped "],
+    "jaxft train dpo data.too_long=dr": ["drop "],
     "jaxft generate --run ": ["runs/a "],
     "jaxft generate --quant nf": ["nf4 "],
     "jaxft train min": ["mine.py "],

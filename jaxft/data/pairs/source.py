@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
-from jaxft.bounds import at_least
+from jaxft.bounds import at_least, one_of
 from jaxft.data.epochs import epochs_of
 from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan, RowShape, round_up
@@ -61,13 +61,13 @@ class PairRows(DataSettings):
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
-    too_long: str = "truncate"
-    weighting: str = "pair"
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
+    weighting: Annotated[str, one_of(WEIGHTING)] = "pair"
     weight_column: str | None = None
     extras: tuple[str, ...] = ()
-    layout: str = "auto"
+    layout: Annotated[str, one_of(LAYOUTS)] = "auto"
     unpaired: bool = False
-    third: str | None = None
+    third: Annotated[str | None, one_of(THIRD)] = None
     unit: ClassVar[str] = "pairs"
     packing: ClassVar[bool] = True
 
