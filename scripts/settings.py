@@ -25,7 +25,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--config", metavar="RECIPE", help="a recipe such as sft, or a Python file with config(...) -> Run"
     )
     parser.add_argument(
-        "words", nargs="*", metavar="WORD", help="words that a setting has; a recipe may come first"
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="words that a setting has; a recipe may come first, with knob=value as for training",
     )
     return parser
 
@@ -48,13 +51,13 @@ def of_any_run() -> dict[str, list[Any]]:
     return groups
 
 
-def of_recipe(recipe: str) -> dict[str, list[Any]]:
+def of_recipe(recipe: str, overrides: list[str]) -> dict[str, list[Any]]:
     """Return heading -> the knobs of a recipe, and the settings of its run."""
     from jaxft.runs.config import load_config
     from jaxft.runs.settings_list import by_section, knobs_of, settings_of
     from jaxft.train.settings import Run
 
-    fields = list(settings_of(load_config(recipe, [], expected=Run)))
+    fields = list(settings_of(load_config(recipe, overrides, expected=Run)))
     return {f"Knobs of {recipe}": list(knobs_of(recipe, fields)), **by_section(fields)}
 
 
@@ -70,8 +73,11 @@ def main() -> int:
     recipe, words = args.config, args.words
     if recipe is None and words and (words[0] in recipe_names() or words[0].endswith(".py")):
         recipe, *words = words
+    overrides, words = [w for w in words if "=" in w], [w for w in words if "=" not in w]
+    if overrides and recipe is None:
+        raise ValueError(f"{overrides[0]} needs a recipe; begin with its name, such as sft")
     with without_model_weights():
-        groups = of_any_run() if recipe is None else of_recipe(recipe)
+        groups = of_any_run() if recipe is None else of_recipe(recipe, overrides)
     names = [setting.name for group in groups.values() for setting in group]
     for word in words:
         groups = {title: matching(group, word) for title, group in groups.items()}

@@ -26,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, parameters and planned memory, then exit"
     )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object instead")
     parser.add_argument(
         "-h", "--help", action="store_true", help="print this help, and with a recipe its knobs"
     )
@@ -55,7 +56,7 @@ def main() -> int:
     from jaxft.train.settings import Run
 
     if args.dry_run:
-        from jaxft.plan import text
+        from jaxft.plan import dry_run
         from jaxft.train.members import run_folder
         from jaxft.weights.extend import without_model_weights
 
@@ -63,8 +64,11 @@ def main() -> int:
             settings = config.resolve_config(recipe, overrides, expected=Run)
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
-            print(text.dry_run(run, settings.describe()))
+            found = dry_run.dry_run(run, config.recipe_defaults(recipe), settings.describe())
+            print(dry_run.dry_run_json(found) if args.json else dry_run.dry_run_text(found))
         return 0
+    if args.json:
+        parser.error("--json is the format of --dry-run; add that, or leave --json out")
     settings = config.resolve_config(recipe, overrides, expected=Run)
     run, record = settings.value, settings.describe()
     with processes.started(run.hosts, cli.print_error):

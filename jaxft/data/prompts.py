@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Rollout, Tokens
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, one_of
 from jaxft.data.conversation import PROMPT_FORMATS
 from jaxft.data.left_out import left_out_rows
 from jaxft.data.mixture import (
@@ -49,19 +49,19 @@ class Prompts(DataSettings):
     fields: see DataSettings.
     """
 
-    max_prompt: int = 256
-    max_new: int = 128
-    too_long: str = "drop"
-    batch: int = 16
-    group: int = 1
-    eval_group: int = 1
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    max_prompt: Annotated[int, at_least(1)] = 256
+    max_new: Annotated[int, at_least(1)] = 128
+    too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
+    batch: Annotated[int, at_least(1)] = 16
+    group: Annotated[int, at_least(1)] = 1
+    eval_group: Annotated[int, at_least(1)] = 1
+    temperature: Annotated[float, at_least(0)] = 1.0
+    top_k: Annotated[int | None, at_least(1)] = None
+    top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
     decode_rows: int | None = None
     kv_cache: CacheFormat = "compute"
-    passes: int = 1
-    minibatches: int = 1
+    passes: Annotated[int, at_least(1)] = 1
+    minibatches: Annotated[int, at_least(1)] = 1
     unit: ClassVar[str] = "prompts"
     packing: ClassVar[bool] = True
 
@@ -75,14 +75,11 @@ class Prompts(DataSettings):
                 f"data.tokens={self.tokens}: the lengths of completions are not known before "
                 "they are sampled; use data.epochs or loop.steps"
             )
-        self.require_at_least(1, "max_prompt", "max_new", "group", "eval_group", "passes", "minibatches")
         if self.batch % (self.minibatches * self.micro):
             raise ValueError(
                 f"data.batch={self.batch} prompts are not divisible into data.minibatches={self.minibatches} "
                 f"of data.micro={self.micro} microbatches; use a multiple of {self.minibatches * self.micro}"
             )
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"data.temperature={self.temperature}; use a number of at least 0 (greedy)")
         if self.group > 1 and self.temperature == 0:
             raise ValueError(
                 f"data.temperature=0 samples the same completion {self.group} times; raise it, or set "
@@ -98,10 +95,6 @@ class Prompts(DataSettings):
                 f"data.decode_rows={self.decode_rows} is less than data.group={self.group}, but all "
                 f"completions of a prompt begin together; use at least {self.group}, or none for all"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"data.top_k={self.top_k}; use at least 1, or none")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"data.top_p={self.top_p}; use a number above 0 and at most 1, or none")
 
     @property
     def token_settings(self) -> PromptTokenSettings:

@@ -1,16 +1,16 @@
 """The settings that every kind of training data has, and their checks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+from jaxft.bounds import FRACTION, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import INVALID
 from jaxft.data.left_out import DROPPED
-from jaxft.data.template_settings import DATE, TURN, TemplateSettings
+from jaxft.data.template_settings import DATE, SYSTEM, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
 from jaxft.distributed.sync import is_first
 from jaxft.nn.layer_attention import AttentionLayers
@@ -47,29 +47,25 @@ class DataSettings:
     held_out: str | float | None = 0.05
     format: str = "auto"
     columns: tuple[str, ...] = ()
-    batch: int = 8
-    micro: int = 1
+    batch: Annotated[int, at_least(1)] = 8
+    micro: Annotated[int, at_least(1)] = 1
     seed: int = 0
-    epochs: float | None = 1.0
-    tokens: int | None = None
+    epochs: Annotated[float | None, above(0)] = 1.0
+    tokens: Annotated[int | None, at_least(1)] = None
     date: str = DATE
     chat_template_kwargs: tuple[str, ...] = ()
-    system: str = TURN
-    invalid: str = "error"
-    invalid_limit: float = 0.05
-    workers: int | None = None
+    system: Annotated[str, one_of(SYSTEM)] = TURN
+    invalid: Annotated[str, one_of(INVALID)] = "error"
+    invalid_limit: Annotated[float, FRACTION] = 0.05
+    workers: Annotated[int | None, at_least(1)] = None
     order_by: str | None = None
-    max_samples: int | None = None
+    max_samples: Annotated[int | None, at_least(1)] = None
     drop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.require_at_least(1, "batch", "micro")
+        check_bounds(self, "data")
         check_seed(self.seed, "data.seed")
         self.require_choice("invalid", INVALID)
-        if self.workers is not None:
-            self.require_at_least(1, "workers")
-        if self.max_samples is not None:
-            self.require_at_least(1, "max_samples")
         if not {*self.drop} <= {*DROPPED}:
             raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
@@ -77,14 +73,6 @@ class DataSettings:
                 f"data.format={PLAIN} renders no chat template, so data.chat_template_kwargs and data.system "
                 "have no effect; remove them, or set data.format=auto"
             )
-        if not 0 <= self.invalid_limit <= 1:
-            raise ValueError(
-                f"data.invalid_limit={self.invalid_limit}; use a fraction of the rows, from 0 to 1"
-            )
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"data.epochs={self.epochs}; use a number above 0")
-        if self.tokens is not None:
-            self.require_at_least(1, "tokens")
         if (self.epochs is None) == (self.tokens is None):
             raise ValueError(
                 f"data.epochs={self.epochs} and data.tokens={self.tokens}: set exactly one of them, and the "

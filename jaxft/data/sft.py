@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import numpy as np
 
 from jaxft.batch import Tokens, TrainState
+from jaxft.bounds import at_least, one_of
 from jaxft.data import chat, pack
 from jaxft.data.epochs import Epochs, epochs_of
 from jaxft.data.mixture import SourceRef, SplitRows, sources_with_metrics, split_sources
@@ -57,12 +58,12 @@ class Rows(DataSettings):
     batch counts packed rows, or examples without packing.
     """
 
-    loss_on: str = "assistant"
-    max_length: int = 1024
-    too_long: str = "truncate"
+    loss_on: Annotated[str, one_of(chat.LOSS_ON)] = "assistant"
+    max_length: Annotated[int, at_least(2)] = 1024
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
     packing: Packing = True
-    weighting: str = "token"
-    sample_by: str = DOCUMENT
+    weighting: Annotated[str, one_of(WEIGHTING)] = "token"
+    sample_by: Annotated[str, one_of(SAMPLE_BY)] = DOCUMENT
     unit: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ of their gradients are then zero, so that they stay zero in training; they are n
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
+from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
 from jaxft.nn import dora, replaced
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
 from jaxft.nn.param import Specs, spec_paths
@@ -64,9 +65,9 @@ class Adapter:
     "eva" reads.
     """
 
-    rank: int = 16
+    rank: Annotated[int, at_least(1)] = 16
     alpha: float = 32.0
-    dropout: float = 0.0
+    dropout: Annotated[float, BELOW_ONE] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
@@ -79,16 +80,13 @@ class Adapter:
     token_head: bool = True
     dora: bool = False
     init: AdapterInit = "default"
-    eva_rho: float = 2.0
-    eva_tokens: int = 16384
+    eva_rho: Annotated[float, between(1, 1000)] = 2.0
+    eva_tokens: Annotated[int, at_least(1)] = 16384
 
     def __post_init__(self):
+        check_bounds(self, "adapter")
         if self.init != EVA and (self.eva_rho, self.eva_tokens) != (Adapter.eva_rho, Adapter.eva_tokens):
             raise ValueError("adapter.eva_rho and adapter.eva_tokens need adapter.init=eva; leave them out")
-        if not 1.0 <= self.eva_rho <= 1000.0:
-            raise ValueError(f"adapter.eva_rho must be from 1 to 1000, got {self.eva_rho}")
-        if self.eva_tokens < 1:
-            raise ValueError(f"adapter.eva_tokens must be at least 1, got {self.eva_tokens}")
         if not self.token_head and not self.trainable_token_indices:
             raise ValueError("adapter.token_head=false needs adapter.trainable_token_indices; leave it out")
         if self.changes_base and (self.dora or self.replaces_weights):
@@ -96,12 +94,8 @@ class Adapter:
                 f"adapter.init={self.init} changes the base; it needs adapter.dora=false, and no "
                 "modules_to_save, bias or trainable_token_indices"
             )
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank must be at least 1, got {self.rank}")
         if not 0.0 < abs(self.alpha) < 3.4e38 or not abs(self.scale) > 1e-37:  # of float32
             raise ValueError(f"adapter.alpha must be a finite number other than 0, got {self.alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"adapter.dropout must be in [0, 1), got {self.dropout}")
         layers = self.layers_to_transform or ()
         if len(set(layers)) < len(layers):
             raise ValueError(

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxft.bounds import at_least, check_bounds
 from jaxft.distributed.threads import map_in_threads
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant_formats import FORMATS, FormatName
@@ -50,7 +51,7 @@ class Quant:
     targets: str = "all-linear"
     fp8_matmul: bool | None = None
     calibrate: str | None = None
-    calibrate_tokens: int = 16384
+    calibrate_tokens: Annotated[int, at_least(1)] = 16384
     codes: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,8 +67,7 @@ class Quant:
                 f"quant.calibrate={self.calibrate} rounds weights, and quant=checkpoint stores them as the "
                 "files do; set quant.calibrate=none, or another quant"
             )
-        if self.calibrate_tokens < 1:
-            raise ValueError(f"quant.calibrate_tokens={self.calibrate_tokens}; expected at least 1")
+        check_bounds(self, "quant")
         if self.codes is not None and self.calibrate is None:
             raise ValueError("quant.codes is set by runs with quant.calibrate; leave it out")
         if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):

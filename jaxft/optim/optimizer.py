@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import tree
+from jaxft.bounds import BELOW_ONE, FRACTION, INSIDE_ZERO_AND_ONE, above, at_least, check_bounds
 from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
 from jaxft.optim.averaging import Averaging, ema
 from jaxft.optim.layerwise import (
@@ -94,16 +95,16 @@ class Optim:
     lr: float = 2e-4
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
-    warmup: float = 0.05
-    end: float = 0.1
-    b1: float | None = None
-    b2: float | None = None
+    warmup: Annotated[float, FRACTION] = 0.05
+    end: Annotated[float, FRACTION] = 0.1
+    b1: Annotated[float | None, BELOW_ONE] = None
+    b2: Annotated[float | None, BELOW_ONE] = None
     eps: float | None = None
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    clip: Annotated[float | None, above(0)] = 1.0
     lr_groups: tuple[tuple[str, float], ...] = ()
-    lora_plus: float | None = None
-    ema: float | None = None
+    lora_plus: Annotated[float | None, above(0)] = None
+    ema: Annotated[float | None, INSIDE_ZERO_AND_ONE] = None
     skip_spikes: tuple[float, int] | None = None
     optimizer_kwargs: tuple[tuple[str, float | None], ...] = ()
     schedule_kwargs: tuple[tuple[str, float], ...] = ()
@@ -111,6 +112,7 @@ class Optim:
     fused_backward: bool = False
 
     def __post_init__(self) -> None:
+        check_bounds(self, "optim")
         check_adam(**{"b1": 0.0, "b2": 0.0, "eps": 1.0, **self._adam})
         _check_ranges(self)
         if self.fused_backward and self.clip is not None:
@@ -141,23 +143,11 @@ def _check_ranges(o: Optim) -> None:
     """Raise ValueError for a number that is out of range."""
     if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
         raise ValueError(f"optim.lr={o.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
-    if not 0 <= o.weight_decay < float("inf"):
-        raise ValueError(f"optim.weight_decay={o.weight_decay} must be finite and at least 0")
-    if not 0 <= o.end <= 1:
-        raise ValueError(f"optim.end={o.end} is a fraction of optim.lr; use 0 to 1")
-    if not 0 <= o.warmup <= 1:
-        raise ValueError(f"optim.warmup={o.warmup} is a fraction of the steps; use 0 to 1")
-    if o.clip is not None and not 0 < o.clip < float("inf"):
-        raise ValueError(f"optim.clip={o.clip} is not finite and above 0; use a positive norm, or none")
     for pattern, factor in o.lr_groups:
         if not 0 <= factor < float("inf"):
             raise ValueError(
                 f"optim.lr_groups has factor {factor} for {pattern!r}; it must be finite and at least 0"
             )
-    if o.lora_plus is not None and not 0 < o.lora_plus < float("inf"):
-        raise ValueError(f"optim.lora_plus={o.lora_plus} is not finite and above 0; use a ratio such as 16")
-    if o.ema is not None and not 0 < o.ema < 1:
-        raise ValueError(f"optim.ema={o.ema} is not between 0 and 1; use a decay such as 0.999, or none")
     if o.skip_spikes is not None and not (0 < o.skip_spikes[0] < float("inf") and o.skip_spikes[1] >= 4):
         raise ValueError(
             f"optim.skip_spikes={o.skip_spikes[0]},{o.skip_spikes[1]}: use a number of standard deviations "

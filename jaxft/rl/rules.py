@@ -4,9 +4,11 @@ weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from jaxft.bounds import at_least, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.completions import Completions, Faults, ScoredCompletions
@@ -48,9 +50,10 @@ class Rules:
     scale: Scale | None = None
     filter: Filter | None = None
     train_on_truncated: bool = True
-    warm_up: int = 0
+    warm_up: Annotated[int, at_least(0)] = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, "data.rules")
         if not self.rewards:
             raise ValueError("a rollout needs a reward. Set rewards=module:function.")
         rewards = tuple(r if isinstance(r, Reward) else FunctionReward(r) for r in self.rewards)
@@ -65,8 +68,6 @@ class Rules:
             raise ValueError(f"reward_weights={self.reward_weights} must be finite.")
         if not self.reward_weights:
             object.__setattr__(self, "reward_weights", (1.0,) * count)
-        if self.warm_up < 0:
-            raise ValueError(f"warm_up={self.warm_up} rollouts. Use a number of at least 0.")
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))
         if self.filter is not None:
             require_signature(self.filter, "filter", ("scores",))

@@ -156,6 +156,16 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     return Resolved(value, defaults | given, found, (path, *overrides))
 
 
+def recipe_defaults(path: str) -> Any:
+    """Return the value of a config without any setting; None if it has a knob without a default, or refuses
+    its defaults.
+    """
+    try:
+        return load_config(path, [])
+    except (ValueError, OSError):
+        return None
+
+
 def knob_names(path: str) -> list[str]:
     """The names of the knobs of a config file, in order."""
     return list(recipe_knobs(path))
@@ -269,16 +279,15 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         new = _renamed_value(key, text)
         if new:
             raise ValueError(f"{key}={text} was renamed; use {new}") from error
-        is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
-        other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
-        if other_tools:
-            raise ValueError(f"{key}={text}: {other_tools}") from error
         if isinstance(error, OSError):
             raise
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
         shown = f" (now {as_written(now) or 'empty'})" if plain else ""
-        raise ValueError(f"{key}={text}: {error}{shown}") from error
+        is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
+        other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
+        remedy = f"; {other_tools}" if other_tools else ""
+        raise ValueError(f"{key}={text}: {error}{shown}{remedy}") from error
 
 
 def _renamed_value(key: str, text: str) -> str | None:

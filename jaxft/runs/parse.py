@@ -15,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxft.bounds import bounds_of, choices_of
 from jaxft.data.shipped import ROOT
 from jaxft.runs.record import union_members
 from jaxft.runs.unknown_names import refuse_settings_file
@@ -149,7 +150,11 @@ def _functions_of(module: types.ModuleType, name: str) -> str:
 
 def describe_kind(kind: Any) -> str:
     """Describe how a value of an annotation is written on the command line, for help and errors."""
-    members, short = union_members(kind), short_names(kind)
+    members, short, bounds = union_members(kind), short_names(kind), bounds_of(kind)
+    if known := choices_of(kind):
+        return f"one of {', '.join(known)}"
+    if bounds is not None:
+        return f"{describe_kind(typing.get_args(kind)[0])}, {bounds}"
     if len(members) > 1:
         return " or ".join(map(describe_kind, members))
     if short:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from jaxft.bounds import at_least, check_bounds
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
@@ -46,33 +47,30 @@ class Loop:
     that is not finite, see train/nonfinite.py.
     """
 
-    steps: int | None = None
-    log_every: int = 1
-    eval_every: int | None = None
+    steps: Annotated[int | None, at_least(1)] = None
+    log_every: Annotated[int, at_least(1)] = 1
+    eval_every: Annotated[int | None, at_least(1)] = None
     eval_scores: bool = False
     best_metric: str | None = None
     greater_is_better: bool | None = None
-    patience: int | None = None
-    save_every: int = 100
-    keep_last: int = 2
-    keep_best: int = 1
-    max_bad: int = 5
+    patience: Annotated[int | None, at_least(1)] = None
+    save_every: Annotated[int, at_least(1)] = 100
+    keep_last: Annotated[int, at_least(1)] = 2
+    keep_best: Annotated[int, at_least(0)] = 1
+    max_bad: Annotated[int, at_least(1)] = 5
     profile: tuple[int, int] | None = None
     watch: Literal["layers"] | None = None
     debug_nonfinite: bool = False
     store: str | None = None
 
     def __post_init__(self) -> None:
+        check_bounds(self, "loop")
         for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"loop.{name}={value}; expected at least 1")
             if value is not None and value > LONGEST:
                 raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
         if self.store is not None:
             check_store_url(self.store, "loop.store")
-        if self.keep_best < 0:
-            raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         for name in ("eval_scores", "patience"):
             if getattr(self, name) and self.eval_every is None:
                 raise ValueError(
@@ -105,18 +103,15 @@ class Scoring:
     """
 
     by: tuple[ScoreFunction, ...] = ()
-    prompts: int | None = None
+    prompts: Annotated[int | None, at_least(1)] = None
     regex: str | None = None
-    samples: int = 1
+    samples: Annotated[int, at_least(1)] = 1
     pass_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.prompts is not None and self.prompts < 1:
-            raise ValueError(f"scoring.prompts={self.prompts}; expected at least 1, or none for all")
+        check_bounds(self, "scoring")
         if self.regex is not None:
             regex(self.regex, "scoring.regex")  # raises for an expression that cannot be compiled
-        if self.samples < 1:
-            raise ValueError(f"scoring.samples={self.samples}; expected at least 1")
         if any(k < 1 or k > self.samples for k in self.pass_at):
             raise ValueError(
                 f"scoring.pass_at={','.join(map(str, self.pass_at))}; expected numbers from 1 to "

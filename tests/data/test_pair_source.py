@@ -329,8 +329,8 @@ def test_keys_are_of_the_tokens(folder):
         ({"layout": "rows"}, "data.layout='rows'; use one of auto, branches, plain"),
         ({"third": "silver"}, "data.third='silver'; use one of none, mismatched, gold"),
         ({"extras": ("a", "a")}, "data.extras=a,a names a column twice"),
-        ({"batch": 0}, "data.batch=0; use at least 1"),
-        ({"epochs": 0.0}, "data.epochs=0.0; use a number above 0"),
+        ({"batch": 0}, "data.batch=0; expected at least 1"),
+        ({"epochs": 0.0}, "data.epochs=0.0; expected above 0"),
         ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
         (
             {"batch": 3, "micro": 4},

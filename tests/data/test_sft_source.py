@@ -276,8 +276,8 @@ def test_an_empty_loss_mask_names_the_row(folder):
         ({"loss_on": "answer"}, "data.loss_on='answer'; use one of completion, assistant, all"),
         ({"too_long": "cut"}, "data.too_long='cut'"),
         ({"weighting": "row"}, "data.weighting='row'"),
-        ({"batch": 0}, "data.batch=0; use at least 1"),
-        ({"epochs": 0.0}, "data.epochs=0.0; use a number above 0"),
+        ({"batch": 0}, "data.batch=0; expected at least 1"),
+        ({"epochs": 0.0}, "data.epochs=0.0; expected above 0"),
         ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
         (
             {"batch": 6, "micro": 4},

@@ -276,5 +276,5 @@ def test_the_number_of_processes_follows_from_the_size(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     assert tokenise.worker_count(None, 2**20) == 1 and tokenise.worker_count(None, 2**25) == 6
     assert tokenise.worker_count(3, 1) == 3
-    with pytest.raises(ValueError, match="^data.workers=0; use at least 1"):
+    with pytest.raises(ValueError, match="^data.workers=0; expected at least 1"):
         Rows("r", workers=0)

@@ -79,10 +79,10 @@ def test_the_neutral_parts_of_an_optimizer_update_everything_as_the_rest():
         ({"optimizer": partial(adamw, nesterov=True)}, "optim.optimizer=adamw can't be called .*nesterov"),
         ({"optimizer": lambda specs: None}, "can't be called as \\(schedule, specs, weight_decay\\)"),
         ({"b1": 0.5, "optimizer_kwargs": (("b1", 0.6),)}, "optim.b1 and optim.optimizer_kwargs both set b1"),
-        ({"b1": 1.0}, "optim.b1=1.0 is out of range; use 0 <= b1 < 1"),
-        ({"b2": -0.1}, "optim.b2=-0.1 is out of range"),
+        ({"b1": 1.0}, "optim.b1=1.0; expected at least 0 and below 1, or none"),
+        ({"b2": -0.1}, "optim.b2=-0.1; expected at least 0"),
         ({"eps": 0.0}, "optim.eps=0.0 is not above 0"),
-        ({"warmup": 2.0}, "optim.warmup=2.0 is a fraction of the steps"),
+        ({"warmup": 2.0}, "optim.warmup=2.0; expected from 0 to 1"),
     ],
 )
 def test_hyper_parameters_that_do_not_fit_are_refused(settings, message):

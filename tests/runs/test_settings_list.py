@@ -77,6 +77,8 @@ def test_settings_are_found_by_name_by_description_and_by_other_tools_names(monk
     assert code == 0 and out.startswith("learning_rate is lr here") and "  optim.lr=" in out
     code, out, _ = call(monkeypatch, capsys, "settings", "dpo", "loss")
     assert code == 0 and "  loss=dpo " in out and "sppo_hard" in out
+    code, out, _ = call(monkeypatch, capsys, "settings", "sft", "optim.clip=0.5", "clip")
+    assert code == 0 and "  optim.clip=0.5 " in out
     code, out, err = call(monkeypatch, capsys, "settings", "wramup")
     assert code == 1 and not out and "'wramup'" in err and "near: optim.warmup" in err
 

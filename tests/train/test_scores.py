@@ -110,7 +110,7 @@ def test_rows_without_responses_cannot_be_scored(prompts, rollouts, message):
 
 
 def test_settings_of_scoring_are_checked():
-    with pytest.raises(ValueError, match="scoring.prompts=0; expected at least 1, or none for all"):
+    with pytest.raises(ValueError, match="scoring.prompts=0; expected at least 1, or none"):
         Scoring(prompts=0)
     with pytest.raises(ValueError, match="scoring.regex: '.' is not a valid regular expression"):
         Scoring(regex="(")

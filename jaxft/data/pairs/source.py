@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
+from jaxft.bounds import at_least, one_of
 from jaxft.data.epochs import epochs_of
 from jaxft.data.mixture import SourceRef, SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan, RowShape, round_up
@@ -59,14 +60,14 @@ class PairRows(DataSettings):
     batch counts pairs.
     """
 
-    max_length: int = 1024
-    too_long: str = "truncate"
-    weighting: str = "pair"
+    max_length: Annotated[int, at_least(2)] = 1024
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
+    weighting: Annotated[str, one_of(WEIGHTING)] = "pair"
     weight_column: str | None = None
     extras: tuple[str, ...] = ()
-    layout: str = "auto"
+    layout: Annotated[str, one_of(LAYOUTS)] = "auto"
     unpaired: bool = False
-    third: str | None = None
+    third: Annotated[str | None, one_of(THIRD)] = None
     unit: ClassVar[str] = "pairs"
     packing: ClassVar[bool] = True
 
@@ -77,7 +78,6 @@ class PairRows(DataSettings):
         )  # fmt: skip
         for name, known in choices:
             self.require_choice(name, known)
-        self.require_at_least(2, "max_length")
         if len(set(self.extras)) < len(self.extras):
             raise ValueError(f"data.extras={','.join(self.extras)} names a column twice; name each once")
 
