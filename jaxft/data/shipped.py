@@ -14,6 +14,7 @@ ROOT = PACKAGE.parent if IS_CLONE else PACKAGE / "shipped"  # the folder of conf
 COMMANDS = {
     "list": "list",
     "train": "train",
+    "convert": "convert",
     "inspect": "inspect_data",
     "generate": "generate",
     "chat": "chat",

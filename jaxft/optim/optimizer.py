@@ -72,11 +72,12 @@ class Optim:
     as `lion` or `optax:lamb`. b1, b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None
     for its default.
     schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
-    warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
-    lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
-    leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
-    of the LoRA matrices b as a multiple of that of the matrices a (LoRA+, Hayou et al. 2024,
-    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches. As in PEFT, it is
+    warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end: the
+    schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.
+    lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
+    pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
+    matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
+    lr_groups matches. As in PEFT, it is
     also that of an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table
     has 1e-6.
     ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
@@ -143,8 +144,11 @@ def _check_ranges(o: Optim) -> None:
         raise ValueError(f"optim.weight_decay={o.weight_decay} must be finite and at least 0")
     if not 0 <= o.end <= 1:
         raise ValueError(f"optim.end={o.end} is a fraction of optim.lr; use 0 to 1")
-    if not 0 <= o.warmup <= 1:
-        raise ValueError(f"optim.warmup={o.warmup} is a fraction of the steps; use 0 to 1")
+    if not (0 <= o.warmup < 1 or (1 <= o.warmup < 2**31 and o.warmup == int(o.warmup))):
+        raise ValueError(
+            f"optim.warmup={o.warmup}: use a fraction of the steps, from 0 to below 1, or a whole number of "
+            "steps"
+        )
     if o.clip is not None and not 0 < o.clip < float("inf"):
         raise ValueError(f"optim.clip={o.clip} is not finite and above 0; use a positive norm, or none")
     for pattern, factor in o.lr_groups:
@@ -227,7 +231,8 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
 
 def make_schedule(o: Optim, steps: int) -> optax.Schedule:
     """Build the schedule of a run of `steps` steps. Raises ValueError for arguments that it does not take."""
-    arguments = (o.lr, o.end, round(o.warmup * steps), steps)
+    warmup = round(o.warmup * steps) if o.warmup < 1 else int(o.warmup)
+    arguments = (o.lr, o.end, warmup, steps)
     try:
         return promoting(o.schedule(*arguments, **dict(o.schedule_kwargs)))
     except TypeError as error:

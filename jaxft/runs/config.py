@@ -38,13 +38,16 @@ from jaxft.tree import nearest
 
 __all__ = [
     "RENAMED",
+    "Knob",
     "Resolved",
     "describe",
     "differences",
     "help_text",
     "knob_names",
     "load_config",
+    "recipe_knobs",
     "resolve_config",
+    "with_fields",
 ]
 
 # Old name of a setting -> its new name. Keys: a knob, a dotted field or a section (`optim.in_turn`), a
@@ -140,22 +143,28 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     if not dataclasses.is_dataclass(root) or isinstance(root, type) or not isinstance(root, expected):
         name = "frozen dataclass such as Run" if expected is object else expected.__name__
         raise ValueError(f"{path}: config returned type {type(root).__name__}; expected a {name}")
-    fields: dict[Steps, tuple[str, str]] = {}
-    for key, text in texts.items():
-        if key not in knobs:
-            steps = _steps(root, key, list(knobs))
-            if steps in fields:
-                raise ValueError(f"{key} and {fields[steps][0]} are the same field")
-            fields[steps] = (key, text)
-    value = _replace(root, fields)
+    dotted = {key: text for key, text in texts.items() if key not in knobs}
+    value, found = _with_fields(root, dotted, list(knobs))
     defaults = {name: knob.default for name, knob in knobs.items()}
-    found = {".".join(steps): _get(value, steps) for steps in fields}
     return Resolved(value, defaults | given, found, (path, *overrides))
 
 
 def knob_names(path: str) -> list[str]:
     """The knobs of a config file, in order."""
-    return list(_knobs(_config_function(path)[0]))
+    return list(recipe_knobs(path))
+
+
+def recipe_knobs(path: str) -> "dict[str, Knob]":
+    """The knobs of a config file by name, in order."""
+    return _knobs(_config_function(path)[0])
+
+
+def with_fields(value: Any, *overrides: str) -> Any:
+    """Return a config's value with dotted fields replaced, as a command line does.
+
+    Example: with_fields(run, "optim.schedule=linear", "loop.steps=100").
+    """
+    return _with_fields(value, _split(list(overrides)), [])[0]
 
 
 # Knobs
@@ -172,7 +181,7 @@ def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Knob:
+class Knob:
     """A parameter of `config`, or a field of its parameter `group`."""
 
     kind: Any
@@ -181,18 +190,18 @@ class _Knob:
     comment: str = ""
 
 
-def _knobs(fn: Callable) -> dict[str, _Knob]:
+def _knobs(fn: Callable) -> dict[str, Knob]:
     hints, comments = _hints(fn), _comments(fn)
-    found: dict[str, _Knob] = {}
+    found: dict[str, Knob] = {}
     for name, p in inspect.signature(fn).parameters.items():
         default, members = (
             p.default,
-            {name: _Knob(hints.get(name, UNANNOTATED), p.default, None, comments.get(name, ""))},
+            {name: Knob(hints.get(name, UNANNOTATED), p.default, None, comments.get(name, ""))},
         )
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             kinds, notes = _hints(type(default)), _comments(type(default))
             members = {
-                f.name: _Knob(kinds[f.name], getattr(default, f.name), name, notes.get(f.name, ""))
+                f.name: Knob(kinds[f.name], getattr(default, f.name), name, notes.get(f.name, ""))
                 for f in dataclasses.fields(default)
             }
         twice = sorted(members.keys() & found.keys())
@@ -221,7 +230,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
     return texts
 
 
-def _call(fn: Callable, knobs: dict[str, _Knob], given: dict[str, Any], path: str) -> Any:
+def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str) -> Any:
     arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
     for group in dict.fromkeys(knobs[name].group for name in given):
         if group is not None:
@@ -272,6 +281,18 @@ def _renamed_value(key: str, text: str) -> str | None:
 
 
 # Dotted fields
+
+
+def _with_fields(root: Any, texts: dict[str, str], knobs: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Return (the value with dotted fields replaced, the new values by dotted key)."""
+    fields: dict[Steps, tuple[str, str]] = {}
+    for key, text in texts.items():
+        steps = _steps(root, key, knobs)
+        if steps in fields:
+            raise ValueError(f"{key} and {fields[steps][0]} are the same field")
+        fields[steps] = (key, text)
+    value = _replace(root, fields)
+    return value, {".".join(steps): _get(value, steps) for steps in fields}
 
 
 def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
