@@ -6,8 +6,8 @@
 
 FILE is Axolotl's, LLaMA-Factory's or TRL's YAML, a shell script that starts one of them (trl sft --...,
 accelerate launch, llamafactory-cli train, axolotl train), or a Python file or notebook with SFTConfig(...),
-DPOConfig(...), LoraConfig(...) and the like. It is read and never executed. The command goes to stdout; stderr
-lists by line which options are expressed otherwise, and which cannot be.
+DPOConfig(...), LoraConfig(...) and the like. It is read and never executed. The command goes to stdout;
+stderr lists by line which options are expressed otherwise, and which cannot be.
 """
 
 import argparse
@@ -32,18 +32,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Convert the file; print the command or write the recipe, and report on stderr."""
-    from jaxft.convert import recipe_file, report, settings
+    from jaxft.runs.convert import report, settings
 
     parser = make_parser()
     args = parser.parse_args()
     if args.devices is not None and args.devices < 1:
         parser.error(f"--devices must be at least 1, got {args.devices}")
     conversion = settings.convert(settings.read(Path(args.file)), args.devices)
-    lines = report.summary(conversion)
+    lines = report.conversion_lines(conversion)
     if args.out is None:
         print(report.command(conversion), flush=True)
     else:
-        recipe_file.write(Path(args.out), conversion, lines)
+        from jaxft.runs.convert import recipe_file
+
+        recipe_file.write_recipe(Path(args.out), conversion, lines)
         lines.append(f"wrote {args.out}; jaxft train {args.out}")
     print("\n".join(lines), file=sys.stderr)
     return 0

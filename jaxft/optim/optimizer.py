@@ -67,19 +67,18 @@ MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)
 class Optim:
     """Optimizer settings.
 
-    lr: the highest learning rate, after the warmup. optimizer: a function of rules.py, muon.py or
-    low_precision.py, one of optax such as `optax:lamb`, or your own. It is called as `(schedule, specs,
-    weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation` with its hyper-parameters as keyword
-    arguments. b1, b2: decay of the averages of gradients and of their squares; None for the optimizer's
-    default. eps: added to the root of the average square; None for the optimizer's default. weight_decay:
-    decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
-    value.
-    schedule: one of schedules.py or your own. schedule_kwargs: options of the schedule, such as decay:0.1.
-    warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
-    lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
-    leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
-    of the LoRA matrices b as a multiple of that of the matrices a (LoRA+, Hayou et al. 2024,
-    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches. As in PEFT, it is
+    optimizer: a function `(schedule, specs, weight_decay, **hyper) -> UpdateRule |
+    optax.GradientTransformation` with its hyper-parameters as keyword arguments: adamw, adafactor, muon,
+    schedule_free_adamw, those of low_precision, your own, or `partial(adamw, b1=0.8)`; or one of optax, such
+    as `lion` or `optax:lamb`. b1, b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None
+    for its default.
+    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
+    warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end: the
+    schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.
+    lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
+    pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
+    matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
+    lr_groups matches. As in PEFT, it is
     also that of an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table
     has 1e-6.
     ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
@@ -95,7 +94,7 @@ class Optim:
     lr: float = 2e-4
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
-    warmup: Annotated[float, FRACTION] = 0.05
+    warmup: Annotated[float, at_least(0)] = 0.05
     end: Annotated[float, FRACTION] = 0.1
     b1: Annotated[float | None, BELOW_ONE] = None
     b2: Annotated[float | None, BELOW_ONE] = None
@@ -143,6 +142,11 @@ def _check_ranges(o: Optim) -> None:
     """Raise ValueError for a number that is out of range."""
     if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
         raise ValueError(f"optim.lr={o.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
+    if o.warmup >= 1 and not (o.warmup < 2**31 and o.warmup == int(o.warmup)):
+        raise ValueError(
+            f"optim.warmup={o.warmup}: use a fraction of the steps, from 0 to below 1, or a whole number of "
+            "steps"
+        )
     for pattern, factor in o.lr_groups:
         if not 0 <= factor < float("inf"):
             raise ValueError(
@@ -219,7 +223,8 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
 
 def make_schedule(o: Optim, steps: int) -> optax.Schedule:
     """Build the schedule of a run of `steps` steps. Raises ValueError for arguments that it does not take."""
-    arguments = (o.lr, o.end, round(o.warmup * steps), steps)
+    warmup = round(o.warmup * steps) if o.warmup < 1 else int(o.warmup)
+    arguments = (o.lr, o.end, warmup, steps)
     try:
         return promoting(o.schedule(*arguments, **dict(o.schedule_kwargs)))
     except TypeError as error:

@@ -40,13 +40,16 @@ from jaxft.tree import nearest
 
 __all__ = [
     "RENAMED",
+    "Knob",
     "Resolved",
     "describe",
     "differences",
     "help_text",
     "knob_names",
     "load_config",
+    "recipe_knobs",
     "resolve_config",
+    "with_fields",
 ]
 
 # Old name of a setting -> its new name. Keys: a knob, a dotted field or a section (`optim.in_turn`), a
@@ -143,16 +146,9 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     if not dataclasses.is_dataclass(root) or isinstance(root, type) or not isinstance(root, expected):
         name = "frozen dataclass such as Run" if expected is object else expected.__name__
         raise ValueError(f"{path}: config returned type {type(root).__name__}; expected a {name}")
-    fields: dict[Steps, tuple[str, str]] = {}
-    for key, text in texts.items():
-        if key not in knobs:
-            steps = _steps(root, key, list(knobs), (text, Path(path).stem))
-            if steps in fields:
-                raise ValueError(f"{key} and {fields[steps][0]} are the same field")
-            fields[steps] = (key, text)
-    value = _replace(root, fields)
+    dotted = {key: text for key, text in texts.items() if key not in knobs}
+    value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    found = {".".join(steps): _get(value, steps) for steps in fields}
     return Resolved(value, defaults | given, found, (path, *overrides))
 
 
@@ -167,13 +163,21 @@ def recipe_defaults(path: str) -> Any:
 
 
 def knob_names(path: str) -> list[str]:
-    """The names of the knobs of a config file, in order."""
+    """The knobs of a config file, in order."""
     return list(recipe_knobs(path))
 
 
-def recipe_knobs(path: str) -> dict[str, "Knob"]:
+def recipe_knobs(path: str) -> "dict[str, Knob]":
     """The knobs of a config file by name, in order."""
     return _knobs(_config_function(path)[0])
+
+
+def with_fields(value: Any, *overrides: str) -> Any:
+    """Return a config's value with dotted fields replaced, as a command line does.
+
+    Example: with_fields(run, "optim.schedule=linear", "loop.steps=100").
+    """
+    return _with_fields(value, _split(list(overrides)), [], "recipe")[0]
 
 
 # Knobs
@@ -304,6 +308,18 @@ def _renamed_value(key: str, text: str) -> str | None:
 
 
 # Dotted fields
+
+
+def _with_fields(root: Any, texts: dict[str, str], knobs: list[str], recipe: str) -> tuple[Any, dict[str, Any]]:
+    """Return (the value with dotted fields replaced, the new values by dotted key)."""
+    fields: dict[Steps, tuple[str, str]] = {}
+    for key, text in texts.items():
+        steps = _steps(root, key, knobs, (text, recipe))
+        if steps in fields:
+            raise ValueError(f"{key} and {fields[steps][0]} are the same field")
+        fields[steps] = (key, text)
+    value = _replace(root, fields)
+    return value, {".".join(steps): _get(value, steps) for steps in fields}
 
 
 def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps:

@@ -112,6 +112,10 @@ SETTINGS = [
 
 # Command lines of other scripts; MODEL is the folder of a tiny model.
 COMMANDS = [
+    ("convert missing.yml", "missing.yml"),
+    ("convert rows.jsonl", "convert reads YAML"),
+    ("convert config.py", "calls none of"),
+    ("convert config.py --devices 0", "--devices"),
     ("generate --model MODEL --prompt x --seed -1", "--seed"),
     ("generate --model MODEL --prompt x --seed 9223372036854775808", "--seed"),
     ("generate --model MODEL --prompt x --seed 99999999999999999999", "--seed"),
@@ -302,5 +306,5 @@ QUICK_COMMANDS = (
     "inspect_data --data rows.jsonl --model MODEL --row rows.jsonl:0", "plan sft --devices h100:0",
     "sweep sft --over lr=1,1", "train", "train nothing", "train base", "train sft lrr=1",
     "quantize --model MODEL --out out --calibrate rows.jsonl --tokens 3", "loss_bench --loss dpo,betta=1",
-    "list --source nothing", "env x", "completion csh",
+    "convert missing.yml", "list --source nothing", "env x", "completion csh",
 )  # fmt: skip

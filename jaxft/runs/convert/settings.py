@@ -1,15 +1,16 @@
 """A configuration of another tool as a recipe with settings."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.convert import batches, data_sets
-from jaxft.convert.command_lines import read_commands
-from jaxft.convert.draft import Draft, by_table, name_of
-from jaxft.convert.python_files import notebook_code, read_python
-from jaxft.convert.source import Expression, Given, Source, read_text
-from jaxft.convert.yaml_files import read_yaml
+from jaxft.runs.convert import batches, data_sets
+from jaxft.runs.convert.command_lines import read_commands
+from jaxft.runs.convert.draft import Draft, by_table, run_name
+from jaxft.runs.convert.python_files import notebook_code, read_python
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, read_text, sections
+from jaxft.runs.convert.yaml_files import read_yaml
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 RECIPES = {  # a tool's name of a method -> the recipe
@@ -17,15 +18,11 @@ RECIPES = {  # a tool's name of a method -> the recipe
     "cpo": "dpo", "bco": "kto", "rm": "reward", "reward": "reward", "grpo": "grpo", "gdpo": "grpo",
     "rloo": "grpo", "ppo": "ppo", "online_dpo": "online_dpo",
 }  # fmt: skip
-METHODS = {  # methods that are a recipe with further settings
+METHOD_SETTINGS = {  # methods that are a recipe with further settings
     "ipo": ("loss=jaxft.objectives.preference_losses:ipo",),
     "cpo": ("loss=jaxft.objectives.reference_free_losses:cpo",),
     "gdpo": ("combine=jaxft.rl.advantages:normalised_sum",),
-    "rloo": (
-        "advantage=jaxft.rl.advantages:rloo",
-        "loss=jaxft.objectives.policy_losses:policy_gradient",
-        "token_weights=jaxft.rl.token_weights:sequence_sum",
-    ),
+    "rloo": ("advantage=jaxft.rl.advantages:rloo", "token_weights=jaxft.rl.token_weights:sequence_sum"),
 }  # fmt: skip
 FULL = {  # how a recipe trains all weights
     "dpo": "full=true", "reward": "full=true",
@@ -35,13 +32,19 @@ LEARNING_RATES = {  # of TRL's configurations
     "sft": "2e-5", "reward": "1e-4", "online_dpo": "5e-7",
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "grpo", "ppo"), "1e-6"),
 }  # fmt: skip
-LORA_ONLY = (
+INTERVALS = {"eval_steps": "loop.eval_every", "save_steps": "loop.save_every",
+             "logging_steps": "loop.log_every"}  # fmt: skip
+LORA_SETTINGS = (
     "lora_r", "lora_rank", "r", "lora_alpha", "lora_dropout", "target_modules", "lora_target_modules",
     "lora_target", "lora_target_linear", "modules_to_save", "lora_modules_to_save", "additional_target",
-    "use_rslora", "use_dora", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern", "load_in_4bit",
+    "use_rslora", "use_dora", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern",
+    "peft_use_dora", "peft_use_rslora", "peft_init_lora_weights", "lora_task_type",
+)  # fmt: skip
+ADAPTER_ONLY = (
+    *LORA_SETTINGS, "load_in_4bit",
     "load_in_8bit", "load_in_fp8", "quantization_bit", "quantization_method", "quantization_type",
     "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization",
-    "loraplus_lr_ratio", "peft_use_dora", "peft_use_rslora", "peft_init_lora_weights", "lora_task_type",
+    "loraplus_lr_ratio",
 )  # fmt: skip
 
 
@@ -54,19 +57,19 @@ class Conversion:
     that the file doesn't give, whose default in its tool differs from the recipe's.
     """
 
-    source: Source
+    source: ForeignConfig
     recipe: str
     settings: tuple[str, ...]
-    same: tuple[Given, ...]
-    otherwise: tuple[tuple[Given, str], ...]
-    lost: tuple[tuple[Given, str], ...]
-    unneeded: tuple[Given, ...]
-    empty: tuple[Given, ...]
+    same: tuple[GivenOption, ...]
+    otherwise: tuple[tuple[GivenOption, str], ...]
+    lost: tuple[tuple[GivenOption, str], ...]
+    unneeded: tuple[GivenOption, ...]
+    empty: tuple[GivenOption, ...]
     defaults: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def read(file: Path) -> Source:
+def read(file: Path) -> ForeignConfig:
     """Return the options of a configuration, whichever tool's and kind it is. Nothing in it is executed.
 
     Raises ValueError or OSError with one line for a file that is none.
@@ -85,40 +88,51 @@ def read(file: Path) -> Source:
     )
 
 
-def convert(source: Source, devices: int | None = None) -> Conversion:
+def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
     """Return the recipe and settings of a configuration.
 
     devices: how many the tool used, for the rows of a step; by default what the file says, or 1. Raises
     ValueError for a method without a recipe.
     """
     empty = tuple(option for option in source.options if option.empty)
-    options = {option.name: option for option in source.options if not option.empty}
+    given = [each for option in source.options if not option.empty for each in sections(option)]
+    options = {option.name: option for option in given}
     method = _method(source, options)
     if method not in RECIPES:
         known = ", ".join(sorted(RECIPES))
         raise ValueError(f"{source.file}: jaxft has no recipe for {method}; it converts {known}")
-    draft = Draft(source, devices or source.devices or 1, RECIPES[method], False, options)
-    _choose_training(draft, method)
+    count = devices or source.devices or 1
+    draft = Draft(source, count, method, RECIPES[method], False, tuple(given), options)
+    for option in given:
+        if isinstance(option.value, Expression) and option.name != "reward_funcs":
+            by_table(draft, draft.options.pop(option.name))
+    _choose_training(draft)
     rules: tuple[Callable[[Draft], None], ...] = (
         data_sets.rows, data_sets.templates, batches.length_of_run, batches.schedule, _adapter,
-        _quantisation, _preferences, batches.rollouts, batches.rows_of_a_step, _mesh, _evaluation, _names,
+        _quantisation, _preferences, batches.rollouts, batches.rows_of_a_step, _machine, _evaluation, _names,
     )  # fmt: skip
     for rule in rules:
         rule(draft)
     for option in list(draft.options.values()):
         by_table(draft, option)
-    for name, text in _defaults(draft, method).items():
+    for option in draft.missing():
+        draft.lose(option, "not converted")
+    for name, text in _defaults(draft).items():
         if name not in draft.settings:
-            draft.settings[name] = draft.defaults[name] = text
+            draft.default(f"{name}={text}")
     _keep_known(draft)
-    order = {option: at for at, option in enumerate(map(id, source.options))}
+    if draft.settings.get("dtype") == "bfloat16":
+        del draft.settings["dtype"]  # the default
+    if draft.settings.get("data.packing") == "false":
+        draft.notes.append("data.packing=false pads every row; data.packing=true is faster, and batch then "
+                           "counts packed rows of max_length tokens")  # fmt: skip
     return Conversion(
         source,
         draft.recipe,
         tuple(f"{name}={text}" for name, text in _ordered(draft.settings)),
         tuple(draft.same),
-        tuple(sorted(draft.otherwise, key=lambda pair: order.get(id(pair[0]), 0))),
-        tuple(sorted(draft.lost, key=lambda pair: order.get(id(pair[0]), 0))),
+        tuple(sorted(draft.otherwise, key=lambda pair: pair[0].line or 0)),
+        tuple(sorted(draft.lost, key=lambda pair: pair[0].line or 0)),
         tuple(draft.unneeded),
         empty,
         tuple(f"{name}={text}" for name, text in draft.defaults.items()),
@@ -126,7 +140,7 @@ def convert(source: Source, devices: int | None = None) -> Conversion:
     )
 
 
-def _method(source: Source, options: dict[str, Given]) -> str:
+def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
     """Return the method that a configuration trains by, in its tool's word."""
 
     def value(name: str) -> str:
@@ -150,12 +164,12 @@ def _method(source: Source, options: dict[str, Given]) -> str:
     return "reward" if "center_rewards_coefficient" in options else "sft"
 
 
-def _choose_training(draft: Draft, method: str) -> None:
+def _choose_training(draft: Draft) -> None:
     """Choose between an adapter and all weights, and the recipe for it."""
     source = draft.source
     for name in ("stage", "rl", "reward_model", "pref_loss", "do_train", "num_labels"):
         if source.tool in (AXOLOTL, FACTORY) and name in draft.options and (
-            name != "pref_loss" or RECIPES[method] != "dpo"
+            name != "pref_loss" or draft.recipe != "dpo"
         ):  # fmt: skip
             draft.same.append(draft.options.pop(name))
     if source.tool == AXOLOTL:
@@ -187,20 +201,27 @@ def _choose_training(draft: Draft, method: str) -> None:
         draft.recipe = "sft_full"
     elif draft.full:
         draft.put(FULL[draft.recipe])
-    for override in METHODS.get(method, ()):
+    for override in METHOD_SETTINGS.get(draft.method, ()):
         draft.put(override)
 
 
 def _adapter(draft: Draft) -> None:
     """The adapter's rank, scale and modules."""
     if draft.full:
-        for name in LORA_ONLY:
+        for name in ADAPTER_ONLY:
             option = draft.take(name)
-            if option is not None and as_text(option.value).lower() != "false":
+            if option is not None and option.value is False:
+                draft.unneeded.append(option)
+            else:
                 draft.lose(option, "for an adapter; all weights are trained here")
         return
-    if draft.take("adapter_name_or_path", "lora_model_dir") is not None:
-        draft.notes.append("the adapter that training starts from sets rank, alpha and modules")
+    start = draft.take("adapter_name_or_path", "lora_model_dir")
+    if start is not None:
+        draft.express(
+            start, [f"start={as_text(start.value)}"], "rank, alpha and modules are those of its files"
+        )
+        draft.drop(*LORA_SETTINGS)
+        return
     rank = draft.number("lora_r", "lora_rank", "r")
     alpha = draft.number("lora_alpha")
     factory, default = draft.source.tool == FACTORY, {TRL: 16, FACTORY: 8, UNSLOTH: 16, AXOLOTL: 8}
@@ -208,15 +229,12 @@ def _adapter(draft: Draft) -> None:
         default[TRL] = 8  # peft.LoraConfig's
     if rank is None:
         rank = default[draft.source.tool]
-        draft.defaults["rank"] = f"{rank:g}"
-        draft.put(f"rank={rank:g}")
+        draft.default(f"rank={rank:g}")
     if alpha is None:
         alpha = 2 * rank if factory else 8 if draft.source.lora else 32 if draft.source.tool == TRL else 16
-        draft.defaults["adapter.alpha"] = f"{alpha:g}"
-        draft.put(f"adapter.alpha={alpha:g}")
+        draft.default(f"adapter.alpha={alpha:g}")
     if draft.source.tool == TRL and not draft.source.lora and "lora_dropout" not in draft.options:
-        draft.defaults["adapter.dropout"] = "0.05"
-        draft.put("adapter.dropout=0.05")
+        draft.default("adapter.dropout=0.05")
     linear = draft.take("lora_target_linear")
     if linear is not None and linear.value is True:
         modules = draft.take("lora_target_modules")
@@ -224,8 +242,7 @@ def _adapter(draft: Draft) -> None:
         draft.express(modules, ["adapter.targets=all-linear"], "lora_target_linear has all linear layers")
     named = draft.peek("target_modules", "lora_target_modules", "lora_target")
     if linear is None and named is None and draft.source.tool == TRL:
-        draft.defaults["adapter.targets"] = "q_proj,v_proj"
-        draft.put("adapter.targets=q_proj,v_proj")
+        draft.default("adapter.targets=q_proj,v_proj")
         draft.notes.append("peft's default targets are q_proj,v_proj for most models; all-linear learns more")
     for name in ("loftq_config", "peft.loftq_config.loftq_bits"):
         loftq = draft.take(name)
@@ -254,8 +271,7 @@ def _quantisation(draft: Draft) -> None:
     elif double is not None:
         draft.same.append(double)
     elif four and draft.source.tool in (TRL, UNSLOTH):
-        draft.defaults["quant.double"] = "false"
-        draft.put("quant.double=false")
+        draft.default("quant.double=false")
 
 
 def _preferences(draft: Draft) -> None:
@@ -276,10 +292,10 @@ def _preferences(draft: Draft) -> None:
     alpha, steps = draft.take("ref_model_mixup_alpha"), draft.take("ref_model_sync_steps")
     if sync is not None and sync.value is True and draft.recipe == "dpo":
         moving = f"moving={as_text(alpha.value if alpha else 0.6)},{as_text(steps.value if steps else 512)}"
-        for option in (sync, alpha, steps):
-            draft.express(option, [moving])
+        for each in (sync, alpha, steps):
+            draft.express(each, [moving])
     else:
-        draft.unneeded += [option for option in (sync, alpha, steps) if option is not None]
+        draft.unneeded += [each for each in (sync, alpha, steps) if each is not None]
     gamma = draft.take("simpo_gamma")
     if gamma is not None and draft.recipe == "simpo":
         draft.express(gamma, [f"gamma={as_text(gamma.value)}"])
@@ -287,15 +303,22 @@ def _preferences(draft: Draft) -> None:
         draft.unneeded.append(gamma)
     for name in ("label_smoothing", "dpo_label_smoothing", "pref_ftx", "rpo_alpha", "ld_alpha",
                  "pref_bco_weight"):  # fmt: skip
-        option = draft.take(name)
-        if option is not None and as_text(option.value) in ("0", "0.0"):
-            draft.unneeded.append(option)
+        variant = draft.take(name)
+        if variant is not None and as_text(variant.value) in ("0", "0.0"):
+            draft.unneeded.append(variant)
         else:
-            draft.lose(option, "write the variant as a function: loss=mine.py:loss, see configs/README.md")
+            draft.lose(variant, "write the variant as a function: loss=mine.py:loss, see configs/README.md")
 
 
-def _mesh(draft: Draft) -> None:
-    """Sharding over devices."""
+def _machine(draft: Draft) -> None:
+    """Sharding over devices, plugins, and what depends on the machine."""
+    draft.drop("dataset_num_proc", "preprocessing_num_workers", "dataset_processes")
+    plugins = draft.take("plugins")
+    if plugins is not None and re.fullmatch("((.*[Ll]iger.*|.*[Cc]ut_?[Cc]ross_?[Ee]ntropy.*),?)+",
+                                            as_text(plugins.value)):  # fmt: skip
+        draft.unneeded.append(plugins)
+    else:
+        draft.lose(plugins, "plugins of Axolotl are not run")
     sharded = None
     for name in [name for name in draft.options if name.partition(".")[0] in ("fsdp", "deepspeed")]:
         option = draft.options.pop(name)
@@ -329,8 +352,6 @@ def _evaluation(draft: Draft) -> None:
         off = True
         draft.unneeded += [option for name in ("eval_steps", "per_device_eval_batch_size")
                            if (option := draft.take(name)) is not None]  # fmt: skip
-    if off and draft.source.tool != AXOLOTL and "held_out" in draft.settings and strategy is not None:
-        del draft.settings["held_out"]
     if strategy is not None and as_text(strategy.value) == "epoch":
         draft.lose(strategy, "intervals are in steps: loop.eval_every=100")
     else:
@@ -340,8 +361,7 @@ def _evaluation(draft: Draft) -> None:
         draft.lose(saving, "intervals are in steps: loop.save_every=100; the last step is always saved")
     else:
         draft.express(saving, [])
-    for name, setting in (("eval_steps", "loop.eval_every"), ("save_steps", "loop.save_every"),
-                          ("logging_steps", "loop.log_every")):  # fmt: skip
+    for name, setting in INTERVALS.items():
         steps, option = draft.number(name), draft.take(name)
         if option is None:
             continue
@@ -376,15 +396,15 @@ def _evaluation(draft: Draft) -> None:
 def _names(draft: Draft) -> None:
     """The run's name and its trackers."""
     folder = draft.take("output_dir")
-    if folder is not None and not isinstance(folder.value, Expression):
-        name = name_of(as_text(folder.value))
+    if folder is not None:
+        name = run_name(as_text(folder.value))
         draft.express(folder, [f"name={name}"], f"results are in runs/{name}/")
     for names in (("run_name",), ("wandb_name", "mlflow_run_name")):
         option = draft.take(*names)
         if option is not None and folder is None:
-            draft.express(option, [f"name={name_of(as_text(option.value))}"], "the name of the run's folder")
+            draft.express(option, [f"name={run_name(as_text(option.value))}"], "the name of the run's folder")
         else:
-            draft.lose(option, "trackers show the name of the run's folder")
+            draft.express(option, [], "trackers show the name of the run's folder")
     project = draft.take("wandb_project")
     if project is not None:
         draft.express(project, ["trackers=wandb"], "the project is jaxft")
@@ -396,15 +416,17 @@ def _names(draft: Draft) -> None:
         draft.express(option, [f"trackers={','.join(known)}"] if known else [])
         if rest:
             draft.lose(option, f"no tracker is called {', '.join(map(as_text, rest))}")
-    hub = draft.take("hub_model_id")
-    pushed = draft.take("push_to_hub") or hub
-    if pushed is not None and pushed.value is not False:
-        target = as_text(hub.value) if hub is not None else "org/name"
-        name = draft.settings.get("name", draft.recipe)
-        draft.lose(pushed, f"after the run: jaxft push runs/{name} {target}")
+    target = as_text(draft.peek("hub_model_id") or "org/name")
+    for name in ("push_to_hub", "hub_model_id"):
+        option = draft.take(name)
+        if option is not None and option.value is False:
+            draft.unneeded.append(option)
+        elif option is not None:
+            run = draft.settings.get("name", draft.recipe)
+            draft.express(option, [], f"after the run: jaxft push runs/{run} {target}")
 
 
-def _defaults(draft: Draft, method: str) -> dict[str, str]:
+def _defaults(draft: Draft) -> dict[str, str]:
     """The defaults of a tool that differ from the recipe's, for settings that the file leaves out."""
     tool, recipe = draft.source.tool, draft.recipe
     pairs = recipe not in ("sft", "sft_full")
@@ -424,13 +446,13 @@ def _defaults(draft: Draft, method: str) -> dict[str, str]:
         del found["epochs"]
     if recipe == "sft_full":
         found["optim.weight_decay"] = "0"
-    if not pairs and method != "pt":
+    if not pairs and draft.method != "pt":
         found["data.packing"] = "false"
     if recipe in ("grpo", "online_dpo", "ppo"):
         del found["max_length"]
         found.pop("data.too_long", None)
         found |= {"max_new": "512", "max_prompt": "1024"} if recipe == "grpo" else {}
-        found |= {"group": "2" if method == "rloo" else "8"} if recipe == "grpo" else {}
+        found |= {"group": "2" if draft.method == "rloo" else "8"} if recipe == "grpo" else {}
     if recipe == "simpo":
         found |= {"beta": "0.1", "gamma": "0.5"}
     return found

@@ -8,11 +8,12 @@ import ast
 import json
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxft.convert.command_lines import read_commands, trainer_of
-from jaxft.convert.source import Expression, Given, Source, check_count
+from jaxft.runs.convert.command_lines import read_commands, trainer_of
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count
 from jaxft.runs.option_names import TRL, UNSLOTH
 
 CONFIGS = {  # class or function -> the trainer, "" for one of any trainer
@@ -31,6 +32,9 @@ PASSED_ON = (  # arguments of trainers that are objects of the file
     "model", "args", "processing_class", "tokenizer", "peft_config", "train_dataset", "eval_dataset",
     "quantization_config",
 )  # fmt: skip
+PARSERS = {"TrlParser", "HfArgumentParser"}  # a file that calls one reads its options from a command line
+IN_CODE = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", "formatting_func",
+           "compute_metrics", "data_collator", "callbacks")  # fmt: skip
 LARGEST_NUMBER = 1e18
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -49,7 +53,7 @@ def notebook_code(file: Path, text: str) -> str:
     return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
 
 
-def read_python(file: Path, text: str) -> Source:
+def read_python(file: Path, text: str) -> ForeignConfig:
     """Return the options of the calls of CONFIGS in a Python file, or else of a command in its docstring.
 
     Raises ValueError with one line for a file that cannot be parsed, or has none of them.
@@ -64,37 +68,38 @@ def read_python(file: Path, text: str) -> Source:
         options, trainers, notes = _options(tree)
     except RecursionError as error:
         raise ValueError(f"{file}: an expression is nested too deeply") from error
-    configured = [option for option in options if option.name not in ("dataset_name", "dataset_train_split")]
-    if not configured or all(option.name == "model_name_or_path" for option in configured):
-        return _docstring(file, tree)
+    calls = {_name(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    if calls & PARSERS or not calls & CONFIGS.keys():
+        source = _docstring(file, tree)
+        taken = {option.name for option in source.options}
+        further = [option for option in options if option.name in IN_CODE and option.name not in taken]
+        trainer = next((trainer for trainer in trainers if trainer), source.trainer)
+        return replace(source, options=(*source.options, *further), trainer=trainer)
     imported = {name.split(".")[0] for name in _imports(tree)}
     tool = UNSLOTH if "unsloth" in imported else TRL
-    calls = {_name(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     lora = bool(calls & {"LoraConfig", "get_peft_model"}) or None
     check_count(file, tuple(options))
     trainer = next((trainer for trainer in trainers if trainer), trainer_of(file.name))
-    return Source(file, tool, tuple(options), trainer, lora or False, None, tuple(notes))
+    return ForeignConfig(file, tool, tuple(options), trainer, lora or False, None, tuple(notes))
 
 
-def _docstring(file: Path, tree: ast.Module) -> Source:
+def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
     """Read the first command of a file's texts, as TRL's scripts have them."""
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             value = node.value.value
             if isinstance(value, str) and "--" in value:
                 source = read_commands(file, value, node.lineno)
-                return Source(
-                    file, source.tool, source.options, source.trainer, source.lora, source.devices,
-                    ("the options are those of the command in the file's docstring", *source.notes),
-                )  # fmt: skip
+                note = "the options are those of the command in the file's docstring"
+                return replace(source, notes=(note, *source.notes))
     known = ", ".join(name for name in CONFIGS if name.endswith("Config"))
     raise ValueError(f"{file}: it calls none of {known} with options, and has no command in its docstring")
 
 
-def _options(tree: ast.Module) -> tuple[list[Given], list[str], list[str]]:
+def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
     """Return (options, trainers, notes) of all calls of a file."""
     names = _assignments(tree)
-    options: list[Given] = []
+    options: list[GivenOption] = []
     trainers: list[str] = []
     notes: list[str] = []
     for node in sorted(
@@ -117,26 +122,26 @@ def _options(tree: ast.Module) -> tuple[list[Given], list[str], list[str]]:
     return list(unique.values()), trainers, notes
 
 
-def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[Given]:
+def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
     for keyword in node.keywords:
         line = keyword.value.lineno
         if keyword.arg is None:
-            yield Given("**" + ast.unparse(keyword.value), Expression(ast.unparse(keyword.value)), line)
+            yield GivenOption("**" + ast.unparse(keyword.value), Expression(ast.unparse(keyword.value)), line)
         else:
             value = _value(keyword.value, names)
-            yield Given(keyword.arg, value, line)
+            yield GivenOption(keyword.arg, value, line)
 
 
-def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[Given]:
+def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
     """The name of the model: the first argument, or `model`, if it is a text."""
-    argument = next((k.value for k in node.keywords if k.arg in ("model", "model_name")), None)
-    argument = argument or (node.args[0] if node.args else None)
+    named = [k.value for k in node.keywords if k.arg in ("model", "model_name")]
+    argument = next(iter([*named, *node.args]), None)
     value = None if argument is None else _value(argument, names)
     if isinstance(value, str):
-        yield Given("model_name_or_path", value, node.lineno)
+        yield GivenOption("model_name_or_path", value, node.lineno)
 
 
-def _dataset(node: ast.Call, names: dict[str, Any]) -> Iterator[Given]:
+def _dataset(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
     """The dataset of datasets.load_dataset(path, name, split=..., data_files=...)."""
     arguments = {k.arg: _value(k.value, names) for k in node.keywords if k.arg}
     path, config = (
@@ -149,12 +154,12 @@ def _dataset(node: ast.Call, names: dict[str, Any]) -> Iterator[Given]:
     if isinstance(files, str | list) and path in ("json", "csv", "parquet", "text", "arrow"):
         path = ",".join(files) if isinstance(files, list) else files
     if isinstance(path, str):
-        yield Given("dataset_name", path, node.lineno)
+        yield GivenOption("dataset_name", path, node.lineno)
     if isinstance(config, str):
-        yield Given("dataset_config", config, node.lineno)
+        yield GivenOption("dataset_config", config, node.lineno)
     split = arguments.get("split")
     if isinstance(split, str) and path != files:
-        yield Given("dataset_train_split", split, node.lineno)
+        yield GivenOption("dataset_train_split", split, node.lineno)
 
 
 def _assignments(tree: ast.Module) -> dict[str, Any]:
@@ -163,15 +168,17 @@ def _assignments(tree: ast.Module) -> dict[str, Any]:
     seen: set[str] = set()
     for node in ast.walk(tree):
         targets: list[ast.expr] = []
+        value: ast.expr | None = None
         if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.For):
+            targets, value = node.targets, node.value
+        elif isinstance(node, ast.AnnAssign):
+            targets, value = [node.target], node.value
+        elif isinstance(node, ast.AugAssign | ast.For):
             targets = [node.target]
         for target in targets:
             if isinstance(target, ast.Name):
-                value = getattr(node, "value", None)
-                first = target.id not in seen and value is not None and not isinstance(node, ast.AugAssign)
-                names[target.id] = _value(value, names) if first else Expression(target.id)
+                known = value is not None and target.id not in seen
+                names[target.id] = _value(value, names) if value and known else Expression(target.id)
                 seen.add(target.id)
     return names
 
@@ -190,6 +197,10 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         items = [_value(item, names) for item in node.elts]
         return unknown if any(isinstance(item, Expression) for item in items) else items
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else _value(key, names) for key in node.keys]
+        values = [_value(value, names) for value in node.values]
+        return dict(zip(keys, values, strict=True)) if all(isinstance(k, str) for k in keys) else unknown
     if isinstance(node, ast.JoinedStr):
         parts = [_value(part.value if isinstance(part, ast.FormattedValue) else part, names)
                  for part in node.values]  # fmt: skip

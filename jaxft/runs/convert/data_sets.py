@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxft.convert.draft import Draft, rows_of
-from jaxft.convert.source import LARGEST, Expression, shown
+from jaxft.data.columns import KNOWN_ROLES, ROLES
+from jaxft.runs.convert.draft import Draft, table_rows
+from jaxft.runs.convert.source import LARGEST_FILE, short_value
 from jaxft.runs.option_names import AXOLOTL, FACTORY, as_text
 
 INFO = "dataset_info.json"  # LLaMA-Factory's list of datasets
@@ -15,9 +16,10 @@ AXOLOTL_TYPES = {  # a type of rows, or its last part -> our columns=theirs
     "load_qa": "instruction=question,response=answer", "gpteacher": "", "alpaca_chat": "",
     "alpaca_instruct": "", "alpaca_w_system": "", "load": "", "load_open_orca": "prompt=question",
     "default": "", "intel": "prompt=question", "icr": "prompt=input", "argilla": "prompt=instruction",
-    "ultra": "", "prompt_pairs": "", "argilla_chat": "", "load_concise": "",
+    "bradley_terry.chat_template": "prompt=input", "chat_template.argilla": "", "ultra": "",
+    "prompt_pairs": "", "argilla_chat": "", "load_concise": "",
 }  # fmt: skip
-FIELDS = {  # an option of an Axolotl dataset -> our column
+DATASET_FIELDS = {  # an option of an Axolotl dataset -> our column
     "field_messages": "messages", "field_instruction": "instruction", "field_input": "input",
     "field_output": "response", "field_system": "system", "field_tools": "tools", "field_chosen": "chosen",
     "field_rejected": "rejected", "field_prompt": "prompt", "field_completion": "completion",
@@ -49,7 +51,7 @@ def templates(draft: Draft) -> None:
     """Set chat_template= where the file asks for one, and report the differences of prompts."""
     option = draft.take("chat_template", "template")
     jinja = draft.take("chat_template_jinja")
-    if jinja is not None and not isinstance(jinja.value, Expression):
+    if jinja is not None:
         if str(jinja.value).endswith((".jinja", ".jinja2")):
             draft.express(jinja, [f"chat_template={jinja.value}"])
         else:
@@ -63,7 +65,7 @@ def templates(draft: Draft) -> None:
     elif own:
         draft.express(option, [])
     else:
-        (row,) = rows_of(draft.source.tool, option.name, draft.recipe)
+        (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
         try:
             draft.express(option, row.overrides(option.value))
         except ValueError:
@@ -87,7 +89,7 @@ def _axolotl(draft: Draft) -> None:
         overrides.append(f"data.columns={','.join(dict.fromkeys(columns))}")
     if option.name == "pretraining_dataset":
         overrides += ["data.packing=wrapped", "data.too_long=split"]
-        draft.take("sample_packing", "pretrain_multipack_attn")
+        draft.drop("sample_packing", "pretrain_multipack_attn", "pretraining_sample_concatenation")
         remarks.append("documents are cut into rows of max_length tokens, and attend to one another")
     draft.express(option, overrides, "; ".join(dict.fromkeys(remarks)))
     tests = draft.take("test_datasets")
@@ -100,19 +102,21 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
     """Add a dataset's columns to `columns`, and return remarks about its prompts."""
     kind, remarks = item.get("type", ""), list[str]()
     options = {**item, **(kind if isinstance(kind, Mapping) else {})}
-    for name, ours in FIELDS.items():
+    for name, ours in DATASET_FIELDS.items():
         theirs = options.get(name)
         if name == "field_messages" and draft.recipe not in ("sft", "sft_full"):
             ours = "prompt"
         if isinstance(theirs, str) and theirs not in SAME_COLUMNS.get(ours, (ours,)):
             columns.append(f"{ours}={theirs}")
     if isinstance(kind, Mapping):
-        if kind.get("format") or kind.get("prompt_format"):
-            remarks.append(f"its format {shown(kind.get('format') or kind.get('prompt_format'))!r} is the chat "
-                           "template's here; write another as chat_template=mine.jinja")  # fmt: skip
+        written = kind.get("format") or kind.get("prompt_format")
+        if written:
+            remarks.append(f"its format {short_value(written)!r} is a chat template here; write it as "
+                           "chat_template=mine.jinja")  # fmt: skip
     else:
         words = str(kind).split(":")[0].split(".")
-        known = next((AXOLOTL_TYPES[word] for word in reversed(words) if word in AXOLOTL_TYPES), None)
+        names = (".".join(words), *reversed(words))
+        known = next((AXOLOTL_TYPES[name] for name in names if name in AXOLOTL_TYPES), None)
         if kind and known is None:
             remarks.append(f"type {kind} is unknown; name its columns by data.columns=")
         columns += known.split(",") if known else []
@@ -126,7 +130,7 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
     roles = options.get("roles")
     unknown = [] if not isinstance(roles, Mapping) else [
         name for names in roles.values() if isinstance(names, list) for name in names
-        if str(name).lower() not in ROLES
+        if str(name).lower() not in (*ROLES, *KNOWN_ROLES)
     ]  # fmt: skip
     if unknown:
         remarks.append(f"roles of other names, {', '.join(map(str, unknown[:5]))}, are invalid rows")
@@ -139,14 +143,8 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
                          ("train_on_eos", "the token that ends a turn is trained on"),
                          ("message_field_training", "messages have the key train")):  # fmt: skip
         if options.get(name) not in (None, False, "turn"):
-            remarks.append(f"{name}={shown(options[name])}: {effect}")
+            remarks.append(f"{name}={short_value(options[name])}: {effect}")
     return remarks
-
-
-ROLES = {
-    "system", "user", "assistant", "tool", "human", "gpt", "model", "bot", "function", "observation",
-    "function_call", "developer", "ipython", "environment", "prompter", "chatbot",
-}  # fmt: skip
 
 
 def _reference(item: Mapping) -> str:
@@ -175,8 +173,11 @@ def _trl(draft: Draft) -> None:
     config, split = draft.take("dataset_config"), draft.take("dataset_train_split")
     test = draft.take("dataset_test_split")
     evaluated = as_text(draft.peek("eval_strategy", "evaluation_strategy") or "no") != "no"
-    if option is not None and isinstance(option.value, str):
-        item = {"path": option.value}
+    if option is None:
+        for further in (config, split, test):
+            draft.lose(further, "the dataset that it is a part of is not known; set data=")
+    else:
+        item = {"path": as_text(option.value)}
         item |= {} if config is None else {"name": config.value}
         named = {**item, "split": as_text(split.value)} if split is not None else item
         draft.express(option, [f"data={_reference(named)}"])
@@ -185,9 +186,10 @@ def _trl(draft: Draft) -> None:
                 draft.same.append(further)
         if evaluated and test is not None:
             draft.express(test, [f"held_out={_reference({**item, 'split': as_text(test.value)})}"])
+        elif test is not None:
+            draft.unneeded.append(test)
         elif evaluated:
-            draft.defaults["held_out"] = _reference({**item, "split": "test"})
-            draft.put(f"held_out={draft.defaults['held_out']}")
+            draft.default(f"held_out={_reference({**item, 'split': 'test'})}")
     text = draft.take("dataset_text_field")
     if text is not None and as_text(text.value) != "text":
         draft.express(text, [f"data.columns=text={as_text(text.value)}"])
@@ -195,15 +197,16 @@ def _trl(draft: Draft) -> None:
         draft.same.append(text)
     both = {"assistant_only_loss", "completion_only_loss"} & draft.options.keys()
     if draft.recipe in ("sft", "sft_full") and not both:
-        draft.notes.append("TRL trains on all of a conversation unless assistant_only_loss=True, jaxft on the "
-                           "assistant's turns: add data.loss_on=all for the same")  # fmt: skip
+        draft.notes.append(
+            "TRL trains on all of a conversation unless assistant_only_loss=True, jaxft on the assistant's "
+            "turns: add data.loss_on=all for the same"
+        )
 
 
 def _factory(draft: Draft) -> None:
     for name, setting in (("dataset", "data"), ("eval_dataset", "held_out")):
         option = draft.take(name)
-        if option is None or isinstance(option.value, Expression):
-            draft.lose(option, f"an expression, which is not run; set {setting}=")
+        if option is None:
             continue
         value = option.value
         names = [str(item).strip() for item in (value if isinstance(value, list) else str(value).split(","))]
@@ -213,7 +216,7 @@ def _factory(draft: Draft) -> None:
         for each in names:
             entry = info.get(each)
             refs.append(_factory_reference(draft, entry, where) if entry is not None else f"data/{each}.json")
-            columns += _factory_columns(entry or {})
+            columns += _factory_columns(entry or {}, draft.method)
         shares = draft.take("interleave_probs") if setting == "data" else None
         if shares is not None:
             parts = [text.strip() for text in as_text(shares.value).split(",")]
@@ -231,10 +234,10 @@ def _factory(draft: Draft) -> None:
         else:
             draft.express(option, overrides)
     draft.drop("dataset_dir", "media_dir")
-    if as_text(draft.peek("stage")) == "pt" or any(o.name == "stage" and o.value == "pt" for o in draft.same):
+    if draft.method == "pt":
         draft.put("data.packing=wrapped")
         draft.put("data.too_long=split")
-        draft.options.pop("packing", None)
+        draft.drop("packing", "neat_packing")
 
 
 def _dataset_info(draft: Draft) -> tuple[dict[str, Any], Path]:
@@ -243,7 +246,7 @@ def _dataset_info(draft: Draft) -> tuple[dict[str, Any], Path]:
     near = draft.source.file.resolve().parent
     for base in (Path.cwd(), near, *list(near.parents)[:4]):
         path = base / folder / INFO
-        if path.is_file() and path.stat().st_size <= LARGEST:
+        if path.is_file() and path.stat().st_size <= LARGEST_FILE:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
@@ -264,12 +267,12 @@ def _factory_reference(draft: Draft, entry: Mapping, folder: Path) -> str:
     return _reference({"path": name, "name": entry.get("subset"), "split": entry.get("split")})
 
 
-def _factory_columns(entry: Mapping) -> list[str]:
-    """Return our columns=theirs of an entry of dataset_info.json."""
+def _factory_columns(entry: Mapping, stage: str) -> list[str]:
+    """Return our columns=theirs of an entry of dataset_info.json. In stage pt the prompt is the text."""
     columns = entry.get("columns")
     found = []
     for theirs, name in columns.items() if isinstance(columns, Mapping) else ():
-        ours = FACTORY_COLUMNS.get(theirs)
+        ours = "text" if (stage, theirs) == ("pt", "prompt") else FACTORY_COLUMNS.get(theirs)
         if ours and isinstance(name, str) and name not in (ours, FACTORY_SAME.get(ours)):
             found.append(f"{ours}={name}")
     return found

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxft.convert.source import Expression, Given, Source, shown
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, short_value
 from jaxft.runs.option_names import AXOLOTL, FACTORY, PEFT, TRL, UNSLOTH, Option, as_text, find_options
 
 LOOKUP = {  # tool -> the tools whose options its files have, most specific first; then any
@@ -20,31 +20,30 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 class Draft:
     """What is known so far of a conversion.
 
-    options: those that no rule has taken yet, by name. recipe: of jaxft. full: whether all weights are
-    trained. settings: knob or field -> text. given: how many options the settings come from as they are.
-    otherwise, lost, unneeded: what the reader is told about options, in the order of the file.
+    method: what the file trains by, in its tool's word. recipe: of jaxft. full: whether all weights are
+    trained. all: the options of the file. options: those that no rule has taken yet, by name. settings: knob
+    or field -> text. same, otherwise, lost, unneeded: options that are expressed as they are, otherwise or
+    not at all (with a remark), or that need no setting. defaults: settings that are the tool's defaults.
     """
 
-    source: Source
+    source: ForeignConfig
     devices: int
+    method: str
     recipe: str
     full: bool
-    options: dict[str, Given]
+    all: tuple[GivenOption, ...]
+    options: dict[str, GivenOption]
     settings: dict[str, str] = field(default_factory=dict)
-    same: list[Given] = field(default_factory=list)
-    otherwise: list[tuple[Given, str]] = field(default_factory=list)
-    lost: list[tuple[Given, str]] = field(default_factory=list)
-    unneeded: list[Given] = field(default_factory=list)
+    same: list[GivenOption] = field(default_factory=list)
+    otherwise: list[tuple[GivenOption, str]] = field(default_factory=list)
+    lost: list[tuple[GivenOption, str]] = field(default_factory=list)
+    unneeded: list[GivenOption] = field(default_factory=list)
     defaults: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def take(self, *names: str) -> Given | None:
+    def take(self, *names: str) -> GivenOption | None:
         """Remove and return the first of these options that the file gives, None without one."""
-        found = None
-        for name in names:
-            option = self.options.pop(name, None)
-            found = found or option
-        return found
+        return next((self.options.pop(name) for name in names if name in self.options), None)
 
     def peek(self, *names: str) -> Any:
         """Return the value of the first of these options that the file gives, None without one."""
@@ -63,7 +62,7 @@ class Draft:
         name, _, text = override.partition("=")
         self.settings[name] = text
 
-    def express(self, option: Given | None, overrides: Iterable[str], note: str = "") -> None:
+    def express(self, option: GivenOption | None, overrides: Iterable[str], note: str = "") -> None:
         """Set what an option becomes. note: how it differs; without one it is the same."""
         overrides = list(overrides)
         for override in overrides:
@@ -76,20 +75,28 @@ class Draft:
         else:
             self.same.append(option)
 
-    def lose(self, option: Given | None, why: str) -> None:
+    def lose(self, option: GivenOption | None, why: str) -> None:
         """Report an option that cannot be expressed."""
         if option is not None:
             self.lost.append((option, why))
 
     def drop(self, *names: str) -> None:
         """Take options that need no setting."""
-        for name in names:
-            option = self.take(name)
-            if option is not None:
-                self.unneeded.append(option)
+        self.unneeded += [self.options.pop(name) for name in names if name in self.options]
+
+    def default(self, override: str) -> None:
+        """Set `setting=value` because the tool does so by default."""
+        name, _, text = override.partition("=")
+        self.settings[name] = self.defaults[name] = text
+
+    def missing(self) -> list[GivenOption]:
+        """Return the options of the file that no list has."""
+        told = {option.name for option in (*self.same, *self.unneeded)}
+        told |= {option.name for option, _ in (*self.otherwise, *self.lost)}
+        return [option for option in self.all if option.name not in told]
 
 
-def rows_of(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
+def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
     """Return the rows of the table for a name in a file of this tool."""
     for lookup in (*LOOKUP[tool], None):
         found = find_options(name.rpartition(".")[2], lookup, recipe)
@@ -98,12 +105,12 @@ def rows_of(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
     return ()
 
 
-def by_table(draft: Draft, option: Given) -> None:
+def by_table(draft: Draft, option: GivenOption) -> None:
     """Convert one option by its row in the table."""
     if isinstance(option.value, Expression):
         draft.lose(option, f"an expression, which is not run{_meant(draft, option)}")
         return
-    rows = rows_of(draft.source.tool, option.name, draft.recipe)
+    rows = table_rows(draft.source.tool, option.name, draft.recipe)
     if not rows:
         draft.lose(option, f"not an option of {draft.source.tool} that jaxft knows; nothing is set for it")
         return
@@ -122,8 +129,8 @@ def by_table(draft: Draft, option: Given) -> None:
         draft.express(option, overrides, _difference(row, option.value))
 
 
-def _meant(draft: Draft, option: Given) -> str:
-    rows = rows_of(draft.source.tool, option.name, draft.recipe)
+def _meant(draft: Draft, option: GivenOption) -> str:
+    rows = table_rows(draft.source.tool, option.name, draft.recipe)
     setting = rows[0].setting if rows else None
     return f"; set {setting}= yourself" if setting else ""
 
@@ -143,12 +150,12 @@ def _difference(row: Option, value: Any) -> str:
     return ""
 
 
-def name_of(text: str) -> str:
+def run_name(text: str) -> str:
     """Return a run's name for the last part of a path: ./outputs/My Run is My-Run."""
     last = text.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "converted"
 
 
-def short(option: Given) -> str:
+def short(option: GivenOption) -> str:
     """An option in one line without its line number."""
-    return f"{option.name}: {shown(option.value)}"
+    return f"{option.name}: {short_value(option.value)}"

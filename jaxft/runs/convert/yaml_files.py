@@ -6,56 +6,57 @@ from typing import Any
 
 import yaml
 
-from jaxft.convert.source import Given, Source, check_count, flatten
+from jaxft.runs.convert.source import ForeignConfig, GivenOption, check_count, sections
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL
 
 MOST_NODES = 20_000  # with those that aliases repeat
 DEEPEST = 20
-SECTIONS = ("trl", "peft", "special_tokens", "fsdp_config", "env", "model_init_kwargs", "dynamic_checkpoint")
 FACTORY_KEYS = {"stage", "finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_target", "dataset"}
 TRL_KEYS = {"dataset_name", "datasets", "dataset_train_split"}
-OTHERS = {  # keys of files that are not read -> what they are
-    "_component_": "torchtune's, which convert doesn't read; see the options in configs/README.md",
+UNREAD_FILES = {  # keys of files that are not read -> what they are
     "compute_environment": "accelerate's; convert the file or the command that it is started with",
     "distributed_type": "accelerate's; convert the file or the command that it is started with",
     "train_micro_batch_size_per_gpu": "DeepSpeed's; convert the file or the command that it is started with",
 }
 
 
-def read_yaml(file: Path, text: str) -> Source:
+def read_yaml(file: Path, text: str) -> ForeignConfig:
     """Return the options of a YAML file. Nothing in it is executed.
 
     Raises ValueError with one line for a file that is no YAML, or of no tool that is known.
     """
     options = yaml_options(file, text)
     keys = {option.name.partition(".")[0] for option in options}
-    for key, what in OTHERS.items():
-        if key in keys or any(option.name.endswith(f".{key}") for option in options):
+    if "_component_:" in text:
+        raise ValueError(
+            f"{file}: torchtune's configurations are not read; see the options in configs/README.md"
+        )
+    for key, what in UNREAD_FILES.items():
+        if key in keys:
             raise ValueError(f"{file}: the file is {what}")
     if "base_model" in keys:
-        return Source(file, AXOLOTL, options)
+        return ForeignConfig(file, AXOLOTL, options)
     if "model_name_or_path" in keys and keys & FACTORY_KEYS:
-        return Source(file, FACTORY, options)
+        return ForeignConfig(file, FACTORY, options)
     if "model_name_or_path" in keys or keys & TRL_KEYS:
-        return Source(file, TRL, options)
+        return ForeignConfig(file, TRL, options)
     raise ValueError(
         f"{file}: neither Axolotl's (base_model), LLaMA-Factory's (model_name_or_path and stage) nor TRL's "
         "(model_name_or_path and dataset_name) configuration"
     )
 
 
-def yaml_options(file: Path, text: str) -> tuple[Given, ...]:
-    """Return all options of a YAML file, sections in SECTIONS with dotted names."""
+def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
+    """Return all options of a YAML file, sections in NESTED with dotted names."""
     content, lines = _load(file, text)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{file}: a list of options `name: value` was expected, not a {type(content).__name__}")
-    options: list[Given] = []
+        raise ValueError(
+            f"{file}: a list of options `name: value` was expected, not a {type(content).__name__}"
+        )
+    options: list[GivenOption] = []
     for key, value in content.items():
         name = str(key)
-        if name in SECTIONS:
-            options += flatten(name, value, lines.get(name), lines)
-        else:
-            options.append(Given(name, value, lines.get(name)))
+        options += sections(GivenOption(name, value, lines.get(name)), lines)
     check_count(file, tuple(options))
     return tuple(options)
 

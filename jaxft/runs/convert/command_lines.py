@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.convert.source import Expression, Given, Source, check_count, read_text
-from jaxft.convert.yaml_files import read_yaml, yaml_options
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count, read_text
+from jaxft.runs.convert.yaml_files import read_yaml, yaml_options
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH
 
 DEVICE_OPTIONS = ("num_processes", "nproc_per_node", "nproc-per-node", "num_gpus")  # of launchers
 ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
-VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 TRAINERS = (
     "sft", "dpo", "kto", "grpo", "rloo", "reward", "orpo", "cpo", "online_dpo", "ppo", "gkd", "bco",
 )  # fmt: skip
@@ -28,18 +28,16 @@ class Started(NamedTuple):
     variables: dict[str, str]
 
 
-def read_commands(file: Path, text: str, first_line: int = 1) -> Source:
+def read_commands(file: Path, text: str, first_line: int = 1) -> ForeignConfig:
     """Return the options of the first command in a text that starts a trainer.
 
     first_line: the line of the file where the text begins. Raises ValueError for a text without one.
     """
-    found = [
-        (command, at) for command in _commands(file, text, first_line) if (at := _trainer(command.words)) >= 0
-    ]
+    found = [(command, at) for command in _commands(text, first_line) if (at := _trainer(command.words)) >= 0]
     if not found:
         raise ValueError(
-            f"{file}: no command that starts a trainer, such as trl sft, llamafactory-cli train, axolotl train "
-            "or python sft.py --model_name_or_path org/name"
+            f"{file}: no command that starts a trainer, such as trl sft, llamafactory-cli train, axolotl "
+            "train or python sft.py --model_name_or_path org/name"
         )
     command, at = found[0]
     source = _source(file, command, at)
@@ -51,7 +49,7 @@ def read_commands(file: Path, text: str, first_line: int = 1) -> Source:
     return source
 
 
-def _commands(file: Path, text: str, first_line: int) -> list[Started]:
+def _commands(text: str, first_line: int) -> list[Started]:
     """Split a text into commands; lines that continue with a backslash are one."""
     commands: list[Started] = []
     variables: dict[str, str] = {}
@@ -88,7 +86,7 @@ def _expanded(text: str, variables: Mapping[str, str]) -> str:
     def value(match: re.Match) -> str:
         return variables.get(match[1] or match[3], match[2] if match[2] is not None else match[0])
 
-    return VARIABLE.sub(value, text)
+    return SHELL_VARIABLE.sub(value, text)
 
 
 def _trainer(words: Sequence[str]) -> int:
@@ -105,13 +103,15 @@ def _trainer(words: Sequence[str]) -> int:
     return -1
 
 
-def _source(file: Path, command: Started, at: int) -> Source:
+def _source(file: Path, command: Started, at: int) -> ForeignConfig:
     words = [_expanded(word, command.variables) for word in command.words]
     launcher, name, rest = words[:at], Path(words[at]).name, words[at + 1 :]
     launched = dict(_arguments(launcher))
-    devices = next((int(str(launched[n])) for n in DEVICE_OPTIONS if str(launched.get(n, "")).isdigit()), None)
+    devices = next(
+        (int(str(launched[n])) for n in DEVICE_OPTIONS if str(launched.get(n, "")).isdigit()), None
+    )
     options = [
-        Given("deepspeed" if "deepspeed" in str(launched[n]) or "zero" in str(launched[n]) else "fsdp",
+        GivenOption("deepspeed" if "deepspeed" in str(launched[n]) or "zero" in str(launched[n]) else "fsdp",
               launched[n], command.line)
         for n in ("config_file",) if n in launched and re.search("fsdp|deepspeed|zero", str(launched[n]))
     ]  # fmt: skip
@@ -126,8 +126,8 @@ def _source(file: Path, command: Started, at: int) -> Source:
         tool = AXOLOTL
     else:
         trainer, tool = trainer_of(name), UNSLOTH if "unsloth" in name else TRL
-    given: list[Given] = []
-    configured: Source | None = None
+    given: list[GivenOption] = []
+    configured: ForeignConfig | None = None
     if rest and not rest[0].startswith("-") and rest[0].endswith((".yml", ".yaml")):
         configured = _config(file, rest[0], tool)
         rest = rest[1:]
@@ -135,14 +135,14 @@ def _source(file: Path, command: Started, at: int) -> Source:
         if key == "config" and isinstance(value, str) and value.endswith((".yml", ".yaml")):
             configured = _config(file, value, tool)
         elif tool == TRL and key == "accelerate_config":
-            options.append(Given("fsdp", value, command.line))
+            options.append(GivenOption("fsdp", value, command.line))
         else:
-            given.append(Given(key, value, command.line))
+            given.append(GivenOption(key, value, command.line))
     tool = _tool_of(given, tool) if configured is None else configured.tool
     before = () if configured is None else configured.options
     names = {option.name for option in given}
     kept = [option for option in before if option.name not in names]
-    return Source(file, tool, (*kept, *given, *options), trainer, None, devices)
+    return ForeignConfig(file, tool, (*kept, *given, *options), trainer, None, devices)
 
 
 def trainer_of(name: str) -> str:
@@ -153,19 +153,19 @@ def trainer_of(name: str) -> str:
     return next((trainer for trainer in sorted(TRAINERS, key=len, reverse=True) if trainer in stem), "sft")
 
 
-def _tool_of(given: Sequence[Given], tool: str) -> str:
+def _tool_of(given: Sequence[GivenOption], tool: str) -> str:
     """LLaMA-Factory's scripts are started by other names too; its options tell."""
     return FACTORY if {"stage", "finetuning_type"} & {option.name for option in given} else tool
 
 
-def _config(file: Path, name: str, tool: str) -> Source:
+def _config(file: Path, name: str, tool: str) -> ForeignConfig:
     """Read the YAML file that a command names, from the working directory or next to the script."""
     for folder in (Path.cwd(), file.parent, *list(file.resolve().parents)[:4]):
         if (folder / name).is_file():
             path = folder / name
             text = read_text(path)
             if tool == AXOLOTL:
-                return Source(path, tool, yaml_options(path, text))
+                return ForeignConfig(path, tool, yaml_options(path, text))
             return read_yaml(path, text)
     raise ValueError(f"{file}: its command reads {name}, which is not here; convert that file")
 
@@ -195,7 +195,7 @@ def _argument(name: str, values: list[str]) -> tuple[str, Any]:
     if not values:
         off = re.match(r"no[_-](.+)", name)
         return (off[1], False) if off else (name, True)
-    parsed = [Expression(value) if VARIABLE.search(value) else _value(value) for value in values]
+    parsed = [Expression(value) if SHELL_VARIABLE.search(value) else _value(value) for value in values]
     return name, parsed[0] if len(parsed) == 1 else parsed
 
 

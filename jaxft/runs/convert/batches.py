@@ -1,11 +1,19 @@
 """Rows of a step, length of a run, learning-rate schedule and rollouts, each of which several options set."""
 
+import json
 from math import gcd
+from typing import Any
 
-from jaxft.convert.draft import Draft
-from jaxft.convert.source import Given
+from jaxft.runs.convert.draft import Draft
+from jaxft.runs.convert.source import GivenOption
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
+BATCH_OPTIONS = (
+    "per_device_train_batch_size",
+    "micro_batch_size",
+    "batch_size",
+    "gradient_accumulation_steps",
+)
 PER_DEVICE = {TRL: 8, FACTORY: 8, UNSLOTH: 8, AXOLOTL: 1}  # the tools' default
 
 
@@ -23,7 +31,7 @@ def schedule(draft: Draft) -> None:
     """The learning rate over the steps. Theirs end at 0, and so does what is set here."""
     kind = draft.take("lr_scheduler_type", "lr_scheduler")
     further = draft.take("lr_scheduler_kwargs")
-    kwargs = further.value if further is not None and isinstance(further.value, dict) else {}
+    kwargs = _mapping(None if further is None else further.value)
     if kind is not None:
         _kind(draft, kind)
     used: list[str] = []
@@ -42,19 +50,22 @@ def schedule(draft: Draft) -> None:
     if smallest is not None:
         draft.express(smallest, [f"optim.end={as_text(smallest.value)}"])
     ratio, steps = draft.number("warmup_ratio"), draft.number("warmup_steps")
-    option = draft.take("warmup_steps")
-    if option is not None and steps is not None and steps > 0:
-        unused = draft.take("warmup_ratio")
-        if unused is not None and ratio:
-            draft.unneeded.append(unused)
-        draft.express(option, [f"optim.warmup={steps:g}"])
-    elif option is not None and ratio is None:
-        draft.express(option, ["optim.warmup=0"])
-    elif option is not None:
-        draft.unneeded.append(option)
+    if steps and ratio is not None:  # the number of steps counts
+        draft.drop("warmup_ratio")
+    elif ratio is not None:
+        draft.drop("warmup_steps")
 
 
-def _kind(draft: Draft, kind: Given) -> None:
+def _mapping(value: Any) -> dict[str, Any]:
+    """Return a dict, also one that a command line has as JSON; {} for anything else."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _kind(draft: Draft, kind: GivenOption) -> None:
     text = as_text(kind.value).lower()
     known = {
         "cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
@@ -62,8 +73,10 @@ def _kind(draft: Draft, kind: Given) -> None:
         "cosine_with_min_lr": "cosine",
     }  # fmt: skip
     if text not in known:
-        draft.lose(kind, "there are cosine, linear, constant, cosine_with_restarts and wsd, and a function of "
-                   "yours, optim.schedule=file.py:name")  # fmt: skip
+        why = (
+            "there are cosine, linear, constant, cosine_with_restarts and wsd; or optim.schedule=file.py:name"
+        )
+        draft.lose(kind, why)
         return
     end = [] if known[text] == "constant" else ["optim.end=0"]
     warmup = ["optim.warmup=0"] if text == "constant" else []
@@ -79,21 +92,13 @@ def rows_of_a_step(draft: Draft) -> None:
         return
     per_device, accumulation = _rows_per_device(draft)
     total = per_device * accumulation * draft.devices
-    options = [
-        option
-        for name in ("per_device_train_batch_size", "micro_batch_size", "batch_size",
-                     "gradient_accumulation_steps")
-        if (option := draft.take(name)) is not None
-    ]  # fmt: skip
-    text = f"{per_device} rows x {accumulation} accumulation steps x {_devices(draft.devices)}"
+    options = [option for name in BATCH_OPTIONS if (option := draft.take(name)) is not None]
+    text = f"{per_device} per device x accumulation {accumulation} x {_devices(draft.devices)}"
     overrides = [f"batch={total}", *([f"micro={accumulation}"] if accumulation > 1 else [])]
     for option in options:
         draft.express(option, overrides, f"{text}; --devices sets their number")
-    if not options:
-        for override in overrides:
-            draft.put(override)
-            name, _, value = override.partition("=")
-            draft.defaults[name] = value
+    for override in [] if options else overrides:
+        draft.default(override)
 
 
 def _rows_per_device(draft: Draft) -> tuple[int, int]:
@@ -116,7 +121,7 @@ def rollouts(draft: Draft) -> None:
         return
     for name in [name for name in draft.options if name.startswith("trl.")]:
         draft.options[name[4:]] = draft.options.pop(name)
-    group = int(draft.number("num_generations") or 8)
+    group = int(draft.number("num_generations") or (2 if draft.method == "rloo" else 8))
     per_device, accumulation = _rows_per_device(draft)
     waves = int(draft.number("steps_per_generation") or accumulation)
     completions = int(draft.number("generation_batch_size") or per_device * draft.devices * waves)
@@ -131,17 +136,15 @@ def rollouts(draft: Draft) -> None:
         f"batch counts prompts: {completions} completions of a rollout over {_devices(draft.devices)} / "
         f"{group} of each prompt"
     )
-    names = (
-        "per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps",
-        "steps_per_generation", "generation_batch_size",
-    )  # fmt: skip
+    names = (*BATCH_OPTIONS, "steps_per_generation", "generation_batch_size")
     given = [option for name in names if (option := draft.take(name)) is not None]
     for option in given:
         draft.express(option, overrides, note)
     for override in [] if given else overrides:
-        draft.put(override)
-        name, _, value = override.partition("=")
-        draft.defaults[name] = value
+        draft.default(override)
+    length = draft.take("sequence_len", "max_length", "cutoff_len")
+    if length is not None:
+        draft.express(length, [f"max_prompt={as_text(length.value)}"], "max_new limits completions")
     low, high = draft.number("epsilon"), draft.number("epsilon_high")
     if low is not None and high is None:
         draft.put(f"eps_high={low:g}")
@@ -158,5 +161,6 @@ def rollouts(draft: Draft) -> None:
         "write rewards=my_rewards.py:name, a function (prompt, completion, row) -> float of one completion; "
         "theirs take lists",
     )
+    draft.lose(draft.take("reward_weights"), "one weight per function of rewards=: reward_weights=1.0,0.5")
     if rewards is None and draft.peek("reward_model_name_or_path", "reward_model") is None:
         draft.notes.append("the file names no reward: add rewards=my_rewards.py:name")

@@ -3,9 +3,9 @@
 import shlex
 from collections.abc import Iterable
 
-from jaxft.convert.draft import short
-from jaxft.convert.settings import Conversion
-from jaxft.convert.source import Given
+from jaxft.runs.convert.draft import short
+from jaxft.runs.convert.settings import Conversion
+from jaxft.runs.convert.source import GivenOption
 from jaxft.runs.terminal import printable_line
 
 LINE = 100  # characters of a line of the command
@@ -24,7 +24,7 @@ def command(conversion: Conversion) -> str:
     return " \\\n".join([*lines, line])
 
 
-def summary(conversion: Conversion) -> list[str]:
+def conversion_lines(conversion: Conversion) -> list[str]:
     """Return lines: the tool, how many options are expressed how, and each that is not as it was."""
     c, lines = conversion, list[str]()
     counts = [
@@ -45,17 +45,17 @@ def summary(conversion: Conversion) -> list[str]:
     if c.defaults:
         lines.append(f"set because {c.source.tool}'s defaults differ: {' '.join(c.defaults)}")
     lines += [f"note: {note}" for note in c.notes]
-    return [printable_line(line) for line in lines]
+    return [" " * (len(line) - len(line.lstrip())) + printable_line(line) for line in lines]
 
 
-def _section(title: str, pairs: Iterable[tuple[Given, str]]) -> list[str]:
+def _section(title: str, pairs: Iterable[tuple[GivenOption, str]]) -> list[str]:
     """Lines of one list; options with the same remark share a line."""
-    by_remark: dict[str, list[Given]] = {}
+    by_remark: dict[str, list[GivenOption]] = {}
     for option, remark in pairs:
         by_remark.setdefault(remark, []).append(option)
     lines = []
     for remark, options in by_remark.items():
         where = [str(option.line) for option in options if option.line is not None]
-        at = f"line {', '.join(dict.fromkeys(where))}  " if where else ""
+        at = f"line {', '.join(dict.fromkeys(where))} " if where else ""
         lines.append(f"  {at}{'; '.join(map(short, options))} -> {remark}")
     return [f"{title}:", *lines] if lines else []
