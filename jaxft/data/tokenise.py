@@ -6,6 +6,7 @@ returns their columns, which this process writes in the order of the rows, so th
 number of workers.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -83,13 +84,14 @@ class Tokenising(NamedTuple):
 
     cache: the folder of the cache, None for the default. invalid_limit: see InvalidRows. workers: processes;
     None for one per CPU, or this one alone for a small dataset. progress: whether to print the progress of a
-    long tokenisation.
+    long tokenisation. sample: tokenise about so many rows of a larger dataset, None for all.
     """
 
     cache: Path | None = None
     invalid_limit: float | None = None
     workers: int | None = None
     progress: bool = False
+    sample: int | None = None
 
 
 DEFAULT_TOKENISING = Tokenising()
@@ -119,7 +121,7 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, and if the dataset
     has no rows.
     """
-    listing = list_chunks(ref, kind.used)
+    listing = sampled(list_chunks(ref, kind.used), how.sample)
     content = (listing.digest, listing.labels)
     key = files.content_key(content, tokenizer, kind.version, kind.key)
     stored, state = files.load_or_make(
@@ -134,6 +136,20 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     dropped = facts["total"] + facts["unreadable"] - invalid.total - facts["left"]
     examples = tuple(Row(name, fields) for name, fields in facts["examples"])
     return TokenisedDataset(stored, names, facts["largest_id"], dropped, invalid.counts(), examples, state)
+
+
+def sampled(listing: Listing, count: int | None) -> Listing:
+    """Return a dataset with chunks at even distances that have about `count` rows, None for all chunks. One
+    whose rows must be read to count them has all.
+    """
+    if count is None or listing.rows is None or listing.rows <= count:
+        return listing
+    every = listing.rows // count
+
+    def chunks() -> Iterator[Chunk]:
+        return itertools.islice(listing.chunks(), 0, None, every)
+
+    return replace(listing, digest=f"{listing.digest}/{every}", chunks=chunks, rows=None)
 
 
 def _tokenise(

@@ -124,7 +124,7 @@ class LoraKnobs(ModelKnobs):
 
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
-    rank: int | None = None  # of a fresh adapter, 16 by default; its alpha is twice that
+    rank: int | None = None  # of a fresh adapter, 16 by default; adapter.alpha is 32 for every rank
     lora_plus: float | None = None  # learning rate of the matrices b over that of a (LoRA+), such as 16
     general: str | None = GENERAL  # a text file whose loss before and after shows what the model forgets
 

@@ -264,7 +264,7 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
         (["--data", "none.jsonl"], "data 'none.jsonl' not found"),
         (["--data", "r.jsonl", "max_lenth=3"], "near: max_length"),
         (["--data", "r.jsonl", "max_length=x"], "max_length=x: expected int"),
-        (["--data", "r.jsonl", "max_length=4"], "leaves no room for a response"),
+        (["--data", "r.jsonl", "max_length=4"], "rows were dropped because they are longer than"),
     ],
 )
 def test_an_error_is_one_line_or_a_traceback_on_request(inspect, monkeypatch, args, error):
