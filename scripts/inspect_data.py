@@ -5,8 +5,9 @@
     python scripts/inspect_data.py sft --row rows.jsonl:17               # one row, such as a log names
     python scripts/inspect_data.py --data rows.jsonl --model REF [--kind pairs] [loss_on=all ...]
 
-First come statistics: lengths in tokens, training rows that repeat one another, and held-out rows that are
-also training rows (all three of the first 200,000 rows; rows are compared by their token ids). Invalid rows
+First come statistics: lengths in tokens before any row is truncated, what each max_length keeps and costs
+(time of an epoch and memory, relative to the one that is set), training rows that repeat one another, and
+held-out rows that are also training rows (of the first 200,000 rows, compared by their token ids). Invalid rows
 are counted by reason, with the first of each, whatever data.invalid is.
 
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
@@ -19,7 +20,7 @@ import dataclasses
 import itertools
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,18 @@ from jaxft.data.inspection import (  # noqa: E402
     ShownPart,
     contents,
     inspect,
-    part_lengths,
 )
 from jaxft.data.invalid import InvalidCount  # noqa: E402
+from jaxft.data.lengths import RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.overlaps import find_overlaps, overlap_lines  # noqa: E402
 from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.token_text import token_pieces  # noqa: E402
-from jaxft.runs import cli, config  # noqa: E402
+from jaxft.runs import cli  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
-from jaxft.train.settings import Run  # noqa: E402
+from jaxft.train import open_settings  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import extend, pretrained  # noqa: E402
 
@@ -86,7 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> tuple[Data, str]:
     """Return the settings of the dataset, and the model or folder that has the tokenizer."""
     if not args.data:
-        run = config.load_config(*cli.recipe_and_overrides(args.config, args.overrides), expected=Run)
+        resolved = open_settings.resolve(*cli.recipe_and_overrides(args.config, args.overrides))
+        run: Any = open_settings.fitted(resolved, devices=1)[0].value
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
@@ -118,11 +120,11 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 # Statistics of all rows
 
 
-def lengths_table(lengths: dict[str, list[int]]) -> Table:
+def lengths_table(lengths: Mapping[str, np.ndarray]) -> Table:
     """Return minimum, percentiles, maximum and a histogram of the token counts of each part."""
     result = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("lengths in tokens", "min", "p10", "p50", "p90", "p99", "max", "mean"):
-        result.add_column(column, justify="left" if column.startswith("lengths") else "right")
+    for column in ("tokens, before any limit", "min", "p10", "p50", "p90", "p99", "max", "mean"):
+        result.add_column(column, justify="left" if column.startswith("tokens") else "right")
     result.add_column("from min to max")
     for label, counts in lengths.items():
         numbers = [*np.percentile(counts, (0, 10, 50, 90, 99, 100)), np.mean(counts)]
@@ -130,7 +132,21 @@ def lengths_table(lengths: dict[str, list[int]]) -> Table:
     return result
 
 
-def histogram(counts: list[int], bins: int = 20) -> str:
+def limits_table(data: Data, lengths: RowLengths) -> Table:
+    """Return what limits of the rows' lengths keep and cost."""
+    result = Table(box=None, pad_edge=False, header_style="dim")
+    name = data.length_settings[0]
+    for column in (name, "whole", "truncated", "left out", "tokens", "time", "memory"):
+        result.add_column(column, justify="right")
+    result.add_column(f"data.too_long={data.too_long}")
+    for cost in limit_costs(data, lengths):
+        counts = f"{cost.whole / len(lengths):.1%}", f"{cost.truncated:,}", f"{cost.dropped:,}"
+        sizes = f"{cost.tokens:,}", f"{cost.time:.2f} x", f"{cost.memory:.2f} x"
+        result.add_row(str(cost.limit), *counts, *sizes, "<- set" * (cost.limit == getattr(data, name)))
+    return result
+
+
+def histogram(counts: np.ndarray, bins: int = 20) -> str:
     """Return a line of bars, one for each of `bins` equal ranges of the counts; an empty range is a space."""
     heights, _ = np.histogram(counts, bins)
     top = heights.max()
@@ -245,7 +261,9 @@ def main() -> int:
     examples = list(chosen_examples(found, args))
     console = Console(highlight=False)
     console.print(table(found.statistics))
-    console.print(lengths_table(part_lengths(itertools.islice(found.train(), COMPARED))))
+    lengths = measure(data, tokenizer)
+    console.print(lengths_table(lengths.parts))
+    console.print(limits_table(data, lengths))
     sides = [contents(itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
     for line in [*overlap_lines(find_overlaps(*sides)), invalid_text(found.invalid, data, tokenizer)]:
         console.print(line, soft_wrap=True, markup=False)

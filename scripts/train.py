@@ -50,9 +50,7 @@ def main() -> int:
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 
     from jaxft.distributed import processes
-    from jaxft.runs import config
-    from jaxft.train import loop
-    from jaxft.train.settings import Run
+    from jaxft.train import loop, open_settings
 
     if args.dry_run:
         from jaxft.plan import text
@@ -60,15 +58,17 @@ def main() -> int:
         from jaxft.weights.extend import without_model_weights
 
         with without_model_weights():
-            settings = config.resolve_config(recipe, overrides, expected=Run)
+            settings, lines = open_settings.fitted_here(open_settings.resolve(recipe, overrides))
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
-            print(text.dry_run(run, settings.describe()))
+            print("\n".join([text.dry_run(run, settings.describe()), *lines]))
         return 0
-    settings = config.resolve_config(recipe, overrides, expected=Run)
-    run, record = settings.value, settings.describe()
-    with processes.started(run.hosts, cli.print_error):
-        return loop.run(run, record)
+    settings = open_settings.resolve(recipe, overrides)
+    with processes.started(settings.value.hosts, cli.print_error):
+        settings, lines = open_settings.fitted(settings)
+        for line in lines if processes.is_first() else ():
+            print(line, flush=True)
+        return loop.run(settings.value, settings.describe())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.lengths import RowLengths, measure, percentile
+from jaxft.data.lengths import LENGTH_STEP, RowLengths, measure, micro_tokens, percentile
 from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
 from jaxft.data.pairs.source import PairRows
@@ -24,7 +24,7 @@ from jaxft.data.sft import Rows
 from jaxft.distributed import processes
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
-from jaxft.nn.scan import REMAT
+from jaxft.nn.scan import REMAT, RematPolicy
 from jaxft.runs import config
 from jaxft.runs.config import Resolved
 from jaxft.runs.folder import read_saved_json
@@ -34,12 +34,12 @@ from jaxft.train.settings import Run
 from jaxft.weights.pretrained import load_tokenizer
 
 COVERED = 99  # percent of the rows that are whole
-LENGTH_STEP = 64
 MICRO_TOKENS = 4096  # of a microbatch, unless the recipe itself has more
 STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
 BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
 NEW_TOKENS = 256  # of a completion, TRL's max_completion_length
 AUTO = ("lr=auto", "optim.lr=auto")
+FEW_INVALID = 0.01  # of the rows; so few are left out and reported, and more end a run
 Data = Rows | PairRows | Prompts
 Chosen = dict[str, str]  # settings and their values, as on a command line
 
@@ -91,8 +91,7 @@ def fitted(
     """Return the settings with those that follow from the rows, and lines about them for the start of a run.
 
     Every process calls it. devices: of the run, by default those of this machine. root: the folder of runs; a
-    run that has a checkpoint keeps what it began with. Raises ValueError or OSError for rows that cannot be
-    read.
+    run that has a checkpoint keeps what it began with.
     """
     run, lines = settings.value, _rate_lines(settings)
     recorded = processes.from_first_process(lambda: _recorded(settings, root))
@@ -101,22 +100,23 @@ def fitted(
     names = _open_names(settings)
     if not names:
         return settings, lines
-    lengths = processes.first_then_others(partial(_measure, run))
-    fit = Fit(run, lengths, _budget(settings), devices or jax.device_count())
+    try:
+        lengths = processes.first_then_others(partial(_measure, run))
+    except (ValueError, OSError):
+        return settings, lines  # the run reads the rows too, and its error has the remedy
+    remat = settings.knobs.get("remat", "projections")
+    fit = Fit(run, lengths, _budget(settings), remat, devices or jax.device_count())
     chosen = fit.choose(names)
     found = _with(settings, {name_of(settings, name): str(value) for name, value in chosen.items()})
     return found, [*lines, *replace(fit, run=found.value).lines(chosen)]
 
 
 def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
-    """Return what `fitted` does if rows and tokenizer are on this machine; else the recipe's own lengths."""
+    """Return what `fitted` does, with the recipe's own lengths if the rows are not files of this machine."""
     refs = [source.ref for source in parse_sources(settings.value.data.train)]
-    if not _open_names(settings) or not all(map(find_data, refs)):
+    if not all(map(find_data, refs)):
         return settings, _rate_lines(settings)
-    try:
-        return fitted(settings, devices)
-    except (ValueError, OSError) as error:
-        return settings, [*_rate_lines(settings), f"the recipe's own lengths, as rows are not read: {error}"]
+    return fitted(settings, devices)
 
 
 def _measure(run: Run) -> RowLengths:
@@ -125,13 +125,16 @@ def _measure(run: Run) -> RowLengths:
 
 
 def _open_names(settings: Resolved) -> list[str]:
-    """Return the settings that follow from the rows: none if they are the recipe's, or ship with jaxft."""
+    """Return the settings that follow from the rows: of a recipe whose own rows ship with jaxft and whose
+    numbers are for those, and only for other rows.
+    """
     data = settings.value.data
-    is_own = not _is_open(settings, "data", "data.train") and data.train not in SHIPPED
+    is_own = settings.defaults.get("data") in SHIPPED and data.train not in SHIPPED
     if not is_own or not isinstance(data, Rows | PairRows | Prompts):
         return []
-    names = ("max_prompt", "max_new", "micro") if isinstance(data, Prompts) else ("max_length", "batch", "micro")
-    return [name for name in names if _is_open(settings, name, f"data.{name}")]
+    is_prompts = isinstance(data, Prompts)
+    names = ("max_prompt", "max_new", "micro") if is_prompts else ("max_length", "batch", "micro")
+    return [name for name in (*names, "invalid") if _is_open(settings, name, f"data.{name}")]
 
 
 def _is_open(settings: Resolved, *names: str) -> bool:
@@ -182,12 +185,14 @@ _SIZES = ("max_length", "max_prompt", "max_new", "group", "batch", "minibatches"
 class Fit:
     """A run, the lengths of its rows, and what its settings may cost.
 
-    budget: the largest number of tokens of a microbatch. devices: over which rows may be divided.
+    budget: the largest number of tokens of a microbatch. remat: of the model. devices: over which rows may
+    be divided.
     """
 
     run: Run
     lengths: RowLengths
     budget: int
+    remat: RematPolicy = "projections"
     devices: int = 1
 
     @property
@@ -201,9 +206,12 @@ class Fit:
         """The setting that limits the rows."""
         return self.data.length_settings[0]
 
-    def choose(self, names: list[str]) -> dict[str, int]:
+    def choose(self, names: list[str]) -> dict[str, Any]:
         """Return values for settings of the data."""
-        data, chosen = self.data, dict[str, int]()
+        data, chosen = self.data, dict[str, Any]()
+        invalid = self.lengths.invalid
+        if "invalid" in names and 0 < invalid <= FEW_INVALID * (len(self.lengths) + invalid):
+            chosen["invalid"] = "drop"
         if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
             chosen[self.limit] = self._length()
         if isinstance(data, Prompts) and "max_new" in names:
@@ -214,18 +222,7 @@ class Fit:
             fit = replace(fit, run=replace(fit.run, data=replace(fit.data, batch=chosen["batch"], micro=1)))
         return chosen | ({"micro": fit._micro()} if "micro" in names else {})
 
-    def micro_tokens(self, limit: int, micro: int) -> int:
-        """Return the tokens of the largest microbatch with a limit of the rows' lengths."""
-        data = self.data
-        rows = -(-data.units_per_step // micro)
-        if isinstance(data, Prompts):
-            return rows * (min(limit, int(self.lengths.longest.max())) + data.group * data.max_new)
-        if isinstance(data, Rows):
-            return rows * limit
-        kept = self.lengths.kept(limit)
-        return max(int(rows * kept.mean()), int(kept.max()))
-
-    def lines(self, chosen: Mapping[str, int]) -> list[str]:
+    def lines(self, chosen: Mapping[str, Any]) -> list[str]:
         """Return lines about the lengths of the rows, the chosen settings and what others would cost."""
         data, longest, what = self.data, self.lengths.longest, self.data.unit.removesuffix("s")
         limit = getattr(data, self.limit)
@@ -235,11 +232,12 @@ class Fit:
             found.append(self._cover_line(limit))
         if isinstance(data, Prompts) and "max_new" in chosen:
             found.append(self._new_tokens_line())
-        memory = activation_bytes(self.run.model) * self.micro_tokens(limit, data.micro)
+        tokens = micro_tokens(data, self.lengths, limit)
+        memory = activation_bytes(self.run.model, self.remat) * tokens
         found.append(
-            f"a step has {data.units_per_step} {what}{'s' * (data.units_per_step > 1)} in micro={data.micro} "
-            f"microbatch{'es' * (data.micro > 1)} of at most {self.micro_tokens(limit, data.micro):,} tokens, "
-            f"{gib(memory)} of activations (the limit is {self.budget:,} tokens)"
+            f"a step has {data.units_per_step} {what}{'s' * (data.units_per_step > 1)} in {data.micro} "
+            f"microbatch{'es' * (data.micro > 1)} of at most {tokens:,} tokens, whose activations take "
+            f"{gib(memory)} (a microbatch may have {self.budget:,} tokens)"
         )
         return [*found, f"chosen from the rows: {_written(chosen)}"] if chosen else found
 
@@ -247,7 +245,7 @@ class Fit:
         covered, all_ = self.lengths.covered(limit), round_up(int(self.lengths.longest.max()), LENGTH_STEP)
         if covered == 1:
             return f"{self.limit}={limit} covers all {self.data.unit}"
-        tokens = [self.micro_tokens(x, self.data.micro) for x in (limit, all_)]
+        tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, all_)]
         others = "truncated" if self.data.too_long == "truncate" else "left out"
         return (
             f"{self.limit}={limit} covers {100 * covered:.1f} % of the {self.data.unit}, the others are {others} "
@@ -272,7 +270,7 @@ class Fit:
         if isinstance(data, Prompts):
             most = min(context, self.budget) - LENGTH_STEP
         wanted = round_up(percentile(self.lengths.longest, COVERED), LENGTH_STEP)
-        return max(getattr(data, self.limit), min(wanted, most // LENGTH_STEP * LENGTH_STEP))
+        return min(max(getattr(data, self.limit), wanted), max(1, most // LENGTH_STEP) * LENGTH_STEP)
 
     def _new_tokens(self, max_prompt: int) -> int:
         """Return a length of completions: that of the reference answers, at least NEW_TOKENS if they fit."""
@@ -302,19 +300,20 @@ class Fit:
         units = data.units_per_step
         limit = getattr(data, self.limit)
         divisors = [n for n in range(1, units + 1) if units % n == 0 and units // n >= min(units, self.devices)]
-        fits = [n for n in divisors if self.micro_tokens(limit, n) <= self.budget]
+        sizes = [micro_tokens(replace(data, micro=n), self.lengths, limit) for n in divisors]
+        fits = [n for n, size in zip(divisors, sizes, strict=True) if size <= self.budget]
         return (fits or divisors[-1:])[0]
 
 
-def activation_bytes(model: Model) -> int:
-    """Estimate the bytes that all layers store of each token for the backward pass, by the remat policy."""
-    c, saved = model.config, REMAT[model.remat].saved
+def activation_bytes(model: Model, remat: RematPolicy) -> int:
+    """Estimate the bytes that all layers store of each token for the backward pass; 0 if it is not known."""
+    c, saved = model.config, REMAT[remat].saved
     if not isinstance(c, DenseConfig):
         return 0
     heads, keys, size = c.heads * c.head_dim, c.kv_heads * c.head_dim, model.dtype.itemsize
     widths = {"q": heads, "k": keys, "v": keys, "attn_out": heads, "o": c.width, "gate": c.mlp, "up": c.mlp}
     stored = sum(widths.values()) + c.mlp + 2 * c.width if saved is None else sum(widths.get(n, 0) for n in saved)
-    return c.layers * (size * stored + model.residual.itemsize * c.width // REMAT[model.remat].layers)
+    return c.layers * (size * stored + model.residual.itemsize * c.width // REMAT[remat].layers)
 
 
 def gib(size: float) -> str:
