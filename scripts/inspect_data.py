@@ -7,8 +7,8 @@
 
 First come statistics: lengths in tokens before any row is truncated, what each max_length keeps and costs
 (time of an epoch and memory, relative to the one that is set), training rows that repeat one another, and
-held-out rows that are also training rows (of the first 200,000 rows, compared by their token ids). Invalid rows
-are counted by reason, with the first of each, whatever data.invalid is.
+held-out rows that are also training rows (of the first 200,000 rows, compared by their token ids). Invalid
+rows are counted by reason, with the first of each, whatever data.invalid is.
 
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
 responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
@@ -174,6 +174,7 @@ def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) 
     """Return the invalid rows by reason, most frequent first, and what a run does about them."""
     if not invalid:
         return "no invalid rows"
+    error = "" if data.invalid == "drop" else "data.invalid=error ends a run at the first, "
     data = dataclasses.replace(data, invalid="drop")
     try:
         if isinstance(data, Prompts):
@@ -184,7 +185,7 @@ def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) 
     except ValueError:
         effect = f"ends it too: they are more than data.invalid_limit={data.invalid_limit:g} of the rows"
     count = sum(row.rows for row in invalid)
-    header = f"{count} invalid rows: data.invalid=error ends a run at the first, data.invalid=drop {effect}"
+    header = f"{count} invalid rows: {error}data.invalid=drop {effect}"
     return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in invalid)])
 
 

@@ -180,7 +180,7 @@ def limit_costs(data: Rows | PairRows | Prompts, lengths: RowLengths) -> list[Li
 
 
 def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens that an epoch trains on: of rollouts those of prompts and of the longest completions."""
+    """Return the tokens that an epoch trains on, of rollouts with completions of full length."""
     if data.too_long == "split":
         return int(lengths.longest.sum())
     kept = lengths.kept(limit)
@@ -191,7 +191,7 @@ def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: i
 
 
 def limit_alarms(data: object, stats: SourceStats, tokenizer: Any) -> list[str]:
-    """Return an alarm if more than ALARMING of the rows are truncated or left out, with settings that help."""
+    """Return an alarm with a remedy if more than ALARMING of the rows are truncated or left out."""
     if not isinstance(data, Rows | PairRows | Prompts):
         return []
     truncated = stats.truncated if isinstance(stats, RowStats) else 0

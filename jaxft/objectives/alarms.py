@@ -307,8 +307,8 @@ def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> 
     if streak < due and not (last and streak and "next" not in memory):
         return Alarms({**memory, "streak": streak}, [], [])
     alarm = (
-        f"most completions of the last {streak} logged steps reached data.max_new without an end token, so that "
-        "rewards see unfinished text. Write a larger max_new=, or check that the model has an end token"
+        f"most completions of the last {streak} logged steps reached data.max_new without an end token, so "
+        "that rewards see unfinished text. Write a larger max_new=, or check that the model has an end token"
     )
     return Alarms({"streak": streak, "next": REPEAT * streak}, [], [alarm])
 

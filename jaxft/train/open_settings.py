@@ -246,11 +246,11 @@ class Fit:
         if covered == 1:
             return f"{self.limit}={limit} covers all {self.data.unit}"
         tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, all_)]
-        others = "truncated" if self.data.too_long == "truncate" else "left out"
+        others = {"truncate": "truncated", "drop": "left out", "error": "errors"}[self.data.too_long]
         return (
-            f"{self.limit}={limit} covers {100 * covered:.1f} % of the {self.data.unit}, the others are {others} "
-            f"(data.too_long); {self.limit}={all_} covers all and needs {tokens[1] / tokens[0]:.1f} x the memory "
-            "for activations"
+            f"{self.limit}={limit} covers {100 * covered:.1f} % of the {self.data.unit}, the others are "
+            f"{others} (data.too_long); {self.limit}={all_} covers all and needs "
+            f"{tokens[1] / tokens[0]:.1f} x the memory for activations"
         )
 
     def _new_tokens_line(self) -> str:
@@ -259,7 +259,7 @@ class Fit:
         if not len(answers):
             return f"max_new={data.max_new}: the rows have no reference answers whose lengths it could follow"
         return (
-            f"max_new={data.max_new} covers {100 * (answers <= data.max_new).mean():.1f} % of the rows' reference "
+            f"max_new={data.max_new} covers {100 * (answers <= data.max_new).mean():.1f} % of the reference "
             f"answers, of which 50 % have up to {percentile(answers, 50):,} tokens"
         )
 
@@ -299,7 +299,9 @@ class Fit:
         data = self.data
         units = data.units_per_step
         limit = getattr(data, self.limit)
-        divisors = [n for n in range(1, units + 1) if units % n == 0 and units // n >= min(units, self.devices)]
+        divisors = [
+            n for n in range(1, units + 1) if units % n == 0 and units // n >= min(units, self.devices)
+        ]
         sizes = [micro_tokens(replace(data, micro=n), self.lengths, limit) for n in divisors]
         fits = [n for n, size in zip(divisors, sizes, strict=True) if size <= self.budget]
         return (fits or divisors[-1:])[0]
@@ -312,7 +314,9 @@ def activation_bytes(model: Model, remat: RematPolicy) -> int:
         return 0
     heads, keys, size = c.heads * c.head_dim, c.kv_heads * c.head_dim, model.dtype.itemsize
     widths = {"q": heads, "k": keys, "v": keys, "attn_out": heads, "o": c.width, "gate": c.mlp, "up": c.mlp}
-    stored = sum(widths.values()) + c.mlp + 2 * c.width if saved is None else sum(widths.get(n, 0) for n in saved)
+    stored = (
+        sum(widths.values()) + c.mlp + 2 * c.width if saved is None else sum(widths.get(n, 0) for n in saved)
+    )
     return c.layers * (size * stored + model.residual.itemsize * c.width // REMAT[remat].layers)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from tiny_llama import tiny_torch, write_folder
 
 from jaxft.data.lengths import RowLengths
 from jaxft.runs import config
-from jaxft.train import open_settings
 from jaxft.train.open_settings import Fit, fitted, learning_rate, resolve
 
 
@@ -86,16 +86,16 @@ def test_lengths_of_rollouts_by_hand(answers, budget, expected):
 
 
 def test_few_invalid_rows_are_left_out_and_more_end_the_run(place):
-    rows = open("rows.jsonl").read()
-    open("few.jsonl", "w").write(rows + '{"instruction": "why?", "response": ""}\n')
-    open("many.jsonl", "w").write(rows + 2 * '{"instruction": "why?", "response": ""}\n')
+    rows = Path("rows.jsonl").read_text()
+    Path("few.jsonl").write_text(rows + '{"instruction": "why?", "response": ""}\n')
+    Path("many.jsonl").write_text(rows + 2 * '{"instruction": "why?", "response": ""}\n')
     assert settings_of("sft", *place, "data=few.jsonl").value.data.invalid == "drop"
     assert settings_of("sft", *place, "data=many.jsonl").value.data.invalid == "error"
 
 
 def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):
     found = settings_of("sft", *place, "data=rows.jsonl", "name=mine")
-    (folder := open_settings.Path("runs/mine/checkpoints/4")).mkdir(parents=True)
+    (folder := Path("runs/mine/checkpoints/4")).mkdir(parents=True)
     record = json.loads(json.dumps(found.describe()))
     record["command"]["chosen"]["max_length"] = "192"
     (folder.parents[1] / "config.json").write_text(json.dumps(record))
