@@ -221,7 +221,7 @@ class GpuKnobs(LoraOrFullKnobs):
 
     residual: DType | None = None
     remat: RematPolicy = "attention"
-    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning
+    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning; auto: by the model's width
 
     @property
     def learning_rate(self) -> float:
@@ -283,7 +283,7 @@ class SourceKnobs:
     held_out: str | float | None = (
         "auto"  # a fraction, a file or none; auto: 0.05, or the file that ships with the rows
     )
-    batch: int = 8
+    batch: int = 8  # with rows of your own from their number; also lengths and micro, see open_settings.py
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
     epochs: float | None = 1.0
     tokens: int | None = None  # the length of the run in tokens, with epochs=none
@@ -306,7 +306,7 @@ class SourceKnobs:
 class RowKnobs(SourceKnobs):
     """Rows with completions, for SFT, preferences and reward models."""
 
-    max_length: int = 512  # tokens of a row
+    max_length: int = 512  # tokens of a row; with rows of your own from their lengths
 
 
 @dataclass(frozen=True)
@@ -334,8 +334,8 @@ class PromptKnobs(SourceKnobs):
     """Prompts that the policy completes in groups while it trains."""
 
     group: int = 8  # completions of each prompt
-    max_prompt: int = 64  # tokens
-    max_new: int = 8  # tokens of a completion
+    max_prompt: int = 64  # tokens; with rows of your own from their lengths
+    max_new: int = 8  # tokens of a completion; with rows of your own at least 256
     temperature: float = 1.0
 
     @property
