@@ -36,6 +36,7 @@ from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
+TEXT_PROMPT = 32  # tokens of the prompt that a text begins with, in samples
 Packing = bool | Literal["wrapped"]
 
 
@@ -212,7 +213,9 @@ class RowSource(FixedSource[Tokens]):
         return self._rows_of(step).names(self.split.rows.names)
 
     def prompts(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss."""
+        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss. Of a
+        text, all of which is learned, the prompt is the beginning.
+        """
         found: list[Prompt] = []
         for batch in self.held_out:
             for row in range(batch.ids.shape[1]):
@@ -225,6 +228,8 @@ class RowSource(FixedSource[Tokens]):
                         continue
                     first = int(targets[np.diff(targets, prepend=-1) > 1][-1])
                     end = int(targets[-1]) + 1
+                    if first == inside[0] + 1:
+                        first += min(TEXT_PROMPT, (end - first) // 2)
                     if len(found) < count and first > inside[0]:
                         found.append(Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist()))
         return found
