@@ -203,14 +203,14 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     data: settings of the rows of each.
     """
     from jaxft.data.formats import split_column
-    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.mixture import held_out_sources
     from jaxft.data.pairs.source import PairRows
     from jaxft.data.rows import read_rows
     from jaxft.data.sft import Rows
     from jaxft.train.likelihood import make_pair_preferences, make_row_loss
 
     model = next(iter(loaded.values())).model
-    row, limit = next(iter(read_rows(held_out_refs(args.file)[0]))), model.config.max_positions
+    row, limit = next(iter(read_rows(held_out_sources(args.file)[0].ref))), model.config.max_positions
     length = args.max_length or (min(limit, 1024) if args.packing else limit)
     if length > limit:
         raise ValueError(f"--max-length {length} exceeds the model's {limit} positions; use at most {limit}")
@@ -240,13 +240,13 @@ def evaluate_completions(
     args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any], functions: list[Any]
 ) -> dict[str, Any]:
     """Return the scores of completions by the name of the adapter. data: settings of the rows of each."""
-    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.mixture import held_out_sources
     from jaxft.data.rows import read_rows
     from jaxft.inference.sampling import Sampling
     from jaxft.train.completion_scores import Completing, make_completion_scorer, scored_prompts
 
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
-    rows = [row for ref in held_out_refs(args.file) for row in read_rows(ref)]
+    rows = [row for source in held_out_sources(args.file) for row in read_rows(source.ref)]
     found, scorers = {}, dict[Any, Any]()
     for name, one in loaded.items():
         template, settings = template_settings(data[name]), data[name]
@@ -269,7 +269,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and evaluate it: an Evaluated or a HarnessResult by the name of the adapter."""
     import jax
 
-    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.mixture import held_out_sources
     from jaxft.data.rows import read_rows
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
@@ -291,8 +291,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         tasks = harness.load_tasks(args.names, args.include_path)
     else:
         args.file = file_of(args, next(iter(named.values())).record)
-        for ref in held_out_refs(args.file):
-            next(iter(read_rows(ref)))  # raises for what cannot be read, before weights are loaded
+        for source in held_out_sources(args.file):
+            next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded
     for name, weights in named.items():
         if weights.record and "loss_on" in weights.record["data"]:
             data[name]["loss_on"] = weights.record["data"]["loss_on"]

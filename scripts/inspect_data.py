@@ -5,10 +5,11 @@
     python scripts/inspect_data.py sft --row rows.jsonl:17               # one row, such as a log names
     python scripts/inspect_data.py --data rows.jsonl --model REF [--kind pairs] [loss_on=all ...]
 
-First come statistics: lengths in tokens before any row is truncated, what each max_length keeps and costs
-(time of an epoch and memory, relative to the one that is set), training rows that repeat one another, and
-held-out rows that are also training rows (of the first 200,000 rows, compared by their token ids). Invalid
-rows are counted by reason, with the first of each, whatever data.invalid is.
+First come the invalid rows, counted by reason with the first of each, whatever data.invalid is; warnings;
+training rows that repeat one another, held-out rows that are also training rows, and responses such as N/A;
+and the settings that leave all these rows out (repetitions of the first 200,000 rows, which are compared by
+their token ids). Then come lengths in tokens before any row is truncated, and what each max_length keeps and
+costs: time of an epoch and memory, relative to the one that is set.
 
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
 responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
@@ -40,9 +41,9 @@ from jaxft.data.inspection import (  # noqa: E402
     contents,
     inspect,
 )
-from jaxft.data.invalid import InvalidCount  # noqa: E402
+from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.lengths import RowLengths, limit_costs, measure  # noqa: E402
-from jaxft.data.overlaps import find_overlaps, overlap_lines  # noqa: E402
+from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
 from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
@@ -55,6 +56,7 @@ from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import extend, pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
+IN_SUMMARY = ("examples", "prompts", "held_out", "dropped", "truncated")  # statistics that it has already
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
 KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # choices of --kind
@@ -170,23 +172,49 @@ def table(statistics: dict[str, Any]) -> Table:
     return result
 
 
-def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) -> str:
-    """Return the invalid rows by reason, most frequent first, and what a run does about them."""
-    if not invalid:
+def invalid_text(found: Inspected, setting: str) -> str:
+    """Return the invalid rows by reason, most frequent first, and what a run does about them.
+
+    setting: what leaves them out.
+    """
+    if not found.invalid:
         return "no invalid rows"
-    error = "" if data.invalid == "drop" else "data.invalid=error ends a run at the first, "
-    data = dataclasses.replace(data, invalid="drop")
-    try:
-        if isinstance(data, Prompts):
-            prompts.split_prompts(data, tokenizer)
-        else:
-            data.open(tokenizer)
-        effect = "leaves them out"
-    except ValueError:
-        effect = f"ends it too: they are more than data.invalid_limit={data.invalid_limit:g} of the rows"
-    count = sum(row.rows for row in invalid)
-    header = f"{count} invalid rows: {error}data.invalid=drop {effect}"
-    return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in invalid)])
+    count = sum(row.rows for row in found.invalid)
+    effect = f"a run ends at the first, and with {setting} leaves them out" if setting else "left out"
+    header = f"{count} of {found.rows} rows are invalid ({count / found.rows:.1%}): {effect}"
+    return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in found.invalid)])
+
+
+def invalid_setting(found: Inspected, data: Data, tokenizer: Any) -> str:
+    """Return the setting with which a run leaves the invalid rows out, "" if it does so already."""
+    if not found.invalid:
+        return ""
+    fraction = np.ceil(100 * sum(row.rows for row in found.invalid) / found.rows) / 100
+    for limit in (data.invalid_limit, max(fraction, data.invalid_limit), 1.0):  # it holds for each dataset
+        try:
+            tried = dataclasses.replace(data, invalid="drop", invalid_limit=float(limit))
+            if isinstance(tried, Prompts):
+                prompts.split_prompts(tried, tokenizer)
+            else:
+                tried.open(tokenizer)
+            break
+        except ValueError:
+            continue
+    more = f" data.invalid_limit={limit:g}" if limit > data.invalid_limit else ""
+    return f"data.invalid=drop{more}" if more or data.invalid != "drop" else ""
+
+
+def repetition_lines(found: Inspected) -> tuple[list[str], str]:
+    """Return lines about rows that repeat one another and about placeholders, and the setting that leaves
+    these out, "" for none.
+    """
+    sides = [contents(itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
+    overlaps, names = find_overlaps(*sides), found.placeholders
+    lines = overlap_lines(overlaps)
+    if names:
+        lines.append(f"responses that are placeholders, such as N/A: {len(names)}; the first is {names[0]}")
+    kinds = [DUPLICATES] * has_duplicates(overlaps) + [PLACEHOLDERS] * bool(names)
+    return lines, f"data.drop={','.join(kinds)}" if kinds else ""
 
 
 def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> Text:
@@ -261,15 +289,21 @@ def main() -> int:
     found = inspect(data, tokenizer)
     examples = list(chosen_examples(found, args))
     console = Console(highlight=False)
-    console.print(table(found.statistics))
+    statistics = dict(found.statistics)
+    (lines, drop), setting = repetition_lines(found), invalid_setting(found, data, tokenizer)
+    proposed = " ".join(filter(None, (setting, drop)))
+    summary = [statistics.pop(name) for name in ("summary", "learned") if name in statistics]
+    if proposed:
+        lines.append(f"to leave these rows out, set {proposed}")
+    for line in (invalid_text(found, setting), *found.warnings, *summary, *lines):
+        console.print(printable_text(line), soft_wrap=True, markup=False)
     lengths = measure(data, tokenizer)
     console.print(lengths_table(lengths.parts))
     console.print(limits_table(data, lengths))
-    sides = [contents(itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
-    for line in [*overlap_lines(find_overlaps(*sides)), invalid_text(found.invalid, data, tokenizer)]:
-        console.print(line, soft_wrap=True, markup=False)
     for example in examples:
         show(console, tokenizer, example)
+    console.rule()
+    console.print(table({name: x for name, x in statistics.items() if name not in IN_SUMMARY}))
     return 0
 
 

@@ -79,9 +79,9 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
 
     Invalid rows are only counted. Raises ValueError or OSError for a dataset that cannot be read.
     """
-    refs = [source.ref for source in parse_sources(data.train)]
     how = data.tokenising(cache)._replace(sample=MEASURED, invalid_limit=1.0)
-    return reduce(_concatenate, [_measure_one(ref, data, tokenizer, how) for ref in refs])
+    sources = parse_sources(data.train)
+    return reduce(_concatenate, [_measure_one(x.ref, x.adapt(data), tokenizer, how) for x in sources])
 
 
 def _measure_one(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising) -> RowLengths:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import INVALID
+from jaxft.data.left_out import DROPPED
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
 from jaxft.distributed.sync import is_first
@@ -25,9 +26,9 @@ def check_seed(seed: int, setting: str) -> None:
 class DataSettings:
     """Where rows come from and how many an optimizer step uses.
 
-    train: a file, folder or hub dataset (see rows.py). held_out: a fraction of the rows, another file, or
-    "none". format: how rows are read; each kind of data lists its own. columns: renames columns,
-    "ours=theirs". batch: rows of one optimizer step, over all devices.
+    train: a file, folder or hub dataset (see rows.py), or several (see mixture.py). held_out: a fraction of
+    the rows, another file, or "none". format: how rows are read; each kind of data lists its own. columns:
+    renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices.
     micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
     over the rows, fractions allowed. tokens: the length of the run in tokens, in place of epochs (none).
     date: the date that chat templates print as today's.
@@ -38,6 +39,8 @@ class DataSettings:
     largest fraction of a dataset's rows that "drop" leaves out. workers: processes that tokenise the rows;
     none: one per CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers;
     every epoch goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
+    max_samples: rows that are read of each dataset, the first ones; none: all. drop: rows that are left out
+    and counted, any of "duplicates" and "placeholders" (see left_out.py).
     """
 
     train: str
@@ -56,6 +59,8 @@ class DataSettings:
     invalid_limit: float = 0.05
     workers: int | None = None
     order_by: str | None = None
+    max_samples: int | None = None
+    drop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "batch", "micro")
@@ -63,6 +68,10 @@ class DataSettings:
         self.require_choice("invalid", INVALID)
         if self.workers is not None:
             self.require_at_least(1, "workers")
+        if self.max_samples is not None:
+            self.require_at_least(1, "max_samples")
+        if not {*self.drop} <= {*DROPPED}:
+            raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
             raise ValueError(
                 f"data.format={PLAIN} renders no chat template, so data.chat_template_kwargs and data.system "

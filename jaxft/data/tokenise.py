@@ -31,6 +31,7 @@ from jaxft.data.formats import ColumnCounts, RowFormat, Schemas
 from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, Tally
 from jaxft.data.progress import RowProgress
 from jaxft.data.row_files import ROW_CHUNK_BYTES, Chunk, LoadedRows, Row
+from jaxft.data.row_text import DOCUMENT
 from jaxft.data.rows import Listing, check_rows, list_chunks
 from jaxft.distributed.threads import cores
 
@@ -49,6 +50,10 @@ class RowSettings(Protocol):
     def format(self) -> str:
         """See data.format."""
 
+    @property
+    def max_samples(self) -> int | None:
+        """See data.max_samples."""
+
 
 @dataclass(frozen=True)
 class RowKind:
@@ -57,7 +62,7 @@ class RowKind:
     version: of the code, and key: the settings that the tokens depend on; both are part of the cache key.
     stored: the columns that `tokenise` returns, and those of files.NAMING. schemas: the accepted formats,
     None if rows need no common one and any column may be used. further: columns that settings name, in
-    addition to those of the formats.
+    addition to those of the formats. sample_by: see list_chunks.
     tokenise(rows, format, tokenizer, invalid): the columns of the examples; "index" is the index in `rows` of
     each example's row. Rows that are too long or invalid have no example.
     """
@@ -69,6 +74,7 @@ class RowKind:
     schemas: Schemas | None
     tokenise: Callable[[Sequence[Row], RowFormat, Any, InvalidRows], ChunkColumns]
     further: tuple[str, ...] = ()
+    sample_by: str = DOCUMENT
 
     @property
     def used(self) -> tuple[str, ...] | None:
@@ -76,7 +82,7 @@ class RowKind:
         if self.schemas is None:
             return None
         theirs = (formats.split_column(item)[1] for item in self.settings.columns)
-        return tuple(dict.fromkeys([*formats.known_columns(self.schemas), *theirs, *self.further]))
+        return tuple(dict.fromkeys([*formats.names_in_datasets(self.schemas), *theirs, *self.further]))
 
 
 class Tokenising(NamedTuple):
@@ -102,8 +108,9 @@ class TokenisedDataset:
     """A tokenised dataset.
 
     names: the row of each example. largest_id: the largest token id. dropped: number of rows that were left
-    out as too long. invalid: the invalid rows that were left out. examples: see first_rows. state: whether
-    the columns were in the cache, see cache.load_or_make.
+    out as too long. invalid: the invalid rows that were left out. examples: see first_rows. notes: lines
+    about how the rows were read where neither files nor settings say it. state: whether the columns were in
+    the cache, see cache.load_or_make.
     """
 
     stored: StoredRows
@@ -112,6 +119,7 @@ class TokenisedDataset:
     dropped: int
     invalid: tuple[InvalidCount, ...]
     examples: tuple[Row, ...]
+    notes: tuple[str, ...]
     state: str
 
 
@@ -121,7 +129,8 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, and if the dataset
     has no rows.
     """
-    listing = sampled(list_chunks(ref, kind.used), how.sample)
+    listing = list_chunks(ref, kind.used, kind.sample_by).first(kind.settings.max_samples)
+    listing = sampled(listing, how.sample)
     content = (listing.digest, listing.labels)
     key = files.content_key(content, tokenizer, kind.version, kind.key)
     stored, state = files.load_or_make(
@@ -135,7 +144,11 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     invalid.check(ref, facts["total"] + facts["unreadable"])
     dropped = facts["total"] + facts["unreadable"] - invalid.total - facts["left"]
     examples = tuple(Row(name, fields) for name, fields in facts["examples"])
-    return TokenisedDataset(stored, names, facts["largest_id"], dropped, invalid.counts(), examples, state)
+    read = [f"{_name(listing)}: {note}" for note in facts["notes"]]
+    notes = tuple(f"note: {line}" for line in (*listing.notes, *read))
+    return TokenisedDataset(
+        stored, names, facts["largest_id"], dropped, invalid.counts(), examples, notes, state
+    )
 
 
 def sampled(listing: Listing, count: int | None) -> Listing:
@@ -182,6 +195,7 @@ def _tokenise(
         "unreadable": unreadable,
         "left": left,
         "largest_id": largest,
+        "notes": format.note(),
         "examples": some,
         "invalid": _portable(invalid.tallies, listing.folder),
     }

@@ -312,7 +312,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
         f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "
-        f"{data.max_new} tokens is used for {data.steps_per_rollout} steps"
+        f"{data.max_new} tokens is used for {data.steps_per_rollout} steps{train.left_out}"
     )
     if tokenizer.eos_token_id is None:
         summary += (
@@ -339,7 +339,9 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         preview=tokenizer.decode(train.token_ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
-        warnings=chat.tools_warnings(examples, *how) + chat.content_warnings(examples, *how),
+        warnings=tuple(dict.fromkeys(train.notes + eval_prompts.notes))
+        + chat.tools_warnings(examples, *how)
+        + chat.content_warnings(examples, *how),
     )
 
 

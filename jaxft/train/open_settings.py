@@ -128,13 +128,18 @@ def _open_names(settings: Resolved) -> list[str]:
     """Return the settings that follow from the rows: of a recipe whose own rows ship with jaxft and whose
     numbers are for those, and only for other rows.
     """
-    data = settings.value.data
-    is_own = settings.defaults.get("data") in SHIPPED and data.train not in SHIPPED
+    data, default = settings.value.data, settings.defaults.get("data")
+    is_own = isinstance(default, str) and _ships(default) and not _ships(data.train)
     if not is_own or not isinstance(data, Rows | PairRows | Prompts):
         return []
     is_prompts = isinstance(data, Prompts)
     names = ("max_prompt", "max_new", "micro") if is_prompts else ("max_length", "batch", "micro")
     return [name for name in (*names, "invalid") if _is_open(settings, name, f"data.{name}")]
+
+
+def _ships(data: str) -> bool:
+    """Whether a dataset is among the rows that ship with jaxft."""
+    return all(source.ref in SHIPPED for source in parse_sources(data))
 
 
 def _is_open(settings: Resolved, *names: str) -> bool:

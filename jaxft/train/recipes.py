@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 
+from jaxft.data.rows import evaluation_split
 from jaxft.data.source import Dataset
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.heads import HeadSettings
@@ -281,7 +282,7 @@ class SourceKnobs:
 
     data: str = FINETUNING  # a file, a folder or org/name[:split]
     held_out: str | float | None = (
-        "auto"  # a fraction, a file or none; auto: 0.05, or the file that ships with the rows
+        "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
     )
     batch: int = 8  # with rows of your own from their number; also lengths and micro, see open_settings.py
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
@@ -294,7 +295,8 @@ class SourceKnobs:
         known = {field.name: getattr(self, field.name) for field in fields(self)}
         train, held_out = known.pop("data"), known.pop("held_out")
         if held_out == "auto":
-            held_out = train.replace(".jsonl", "_held_out.jsonl") if train in SHIPPED else OWN_HELD_OUT
+            shipped = train.replace(".jsonl", "_held_out.jsonl") if train in SHIPPED else None
+            held_out = shipped or evaluation_split(train) or OWN_HELD_OUT
         return {"train": train, "held_out": held_out, **known}
 
     def source(self, make: Callable[..., Dataset], **more: Any) -> dict[str, Any]:

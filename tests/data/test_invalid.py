@@ -117,7 +117,7 @@ DIRT = {  # invalid rows of each kind of data, and why they are
     ],
     "prompts": [
         ({"prompt": " ", "answer": "so"}, "empty column 'prompt'"),
-        ({"question": "why?"}, "no prompt"),
+        ({"title": "why?"}, "no prompt"),
         ({"prompt": "\ud800"}, "unpaired surrogate"),
         (turns("why?", 7), "content of a wrong type"),
         ({"messages": []}, "empty row"),

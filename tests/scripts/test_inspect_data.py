@@ -241,12 +241,13 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
     rows += [{**ROWS["pairs"], "rejected": " "}, {**ROWS["pairs"], "chosen": " "}]
     (place / "bad_pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n[]")
     args = ("--data", "bad_pairs.jsonl", "--kind", "pairs", "--model", "model", "held_out=none", "batch=1")
-    for limit, effect in (
-        ("0.9", "data.invalid=drop leaves them out\n"),
-        ("0.5", "data.invalid=drop ends it too: they are more than data.invalid_limit=0.5 of the rows\n"),
-    ):
+    for limit, setting in (("0.9", ""), ("0.5", " data.invalid_limit=0.84")):
         shown = inspect(*args, f"invalid_limit={limit}")
-        assert f"5 invalid rows: data.invalid=error ends a run at the first, {effect}" in shown
+        setting = f"data.invalid=drop{setting}"
+        first = (
+            f"5 of 6 rows are invalid (83.3%): a run ends at the first, and with {setting} leaves them out\n"
+        )
+        assert shown.startswith(first) and f"to leave these rows out, set {setting}\n" in shown
         for line in (
             "      2  empty column 'chosen': bad_pairs.jsonl:3: column 'chosen' is empty",
             "      1  empty column 'rejected': bad_pairs.jsonl:4:",
@@ -255,6 +256,44 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
         ):
             assert line in shown
         assert shown.count("⟦") == 2
+
+
+def test_rows_to_leave_out_and_warnings_come_first_with_the_setting_that_leaves_them_out(inspect, place):
+    rows = ["Question;Answer", "why 1;so", "why 1;so", "why 2;N/A", "why 3;", "why 4;yes", "why 5;no"]
+    (place / "mess.csv").write_text("\n".join([*rows, *(f"more {i};so {i}" for i in range(6))]))
+    args = ("--data", "mess.csv", "--model", "model", "held_out=none", "batch=1")
+    shown = inspect(*args)
+    order = [
+        "1 of 12 rows are invalid (8.3%): a run ends at the first, and with data.invalid=drop "
+        "data.invalid_limit=0.09 leaves them out\n",
+        "note: the columns of mess.csv are separated by semicolons\n",
+        "note: mess.csv: columns are read by other names: Question as prompt, Answer as completion",
+        "11 examples in ",
+        "repeat another one: 1; the first is mess.csv:3",
+        "responses that are placeholders, such as N/A: 1; the first is mess.csv:4\n",
+        "set data.invalid=drop data.invalid_limit=0.09 data.drop=duplicates,placeholders\n",
+        "lengths in tokens",
+        "largest id",
+    ]
+    places = [shown.find(text) for text in order]
+    assert min(places) == places[0] == 0 and places == sorted(places)
+    assert shown.count("11 examples") == shown.count("response tokens are learned") == 1
+    settings = ("invalid=drop", "invalid_limit=0.09", "drop=duplicates,placeholders")
+    again = inspect(*args, *settings)
+    assert again.startswith("1 of 12 rows are invalid (8.3%): left out\n") and "to leave" not in again
+    assert "9 examples in" in again and "data.drop: 1 duplicates and 1 placeholders as responses" in again
+
+
+def test_tools_that_the_template_drops_are_a_warning(inspect, place):
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    (place / "tools.jsonl").write_text(json.dumps({"messages": turns, "tools": tools}))
+    for kind in ("sft", "prompts"):
+        shown = inspect(
+            "--data", "tools.jsonl", "--kind", kind, "--model", "model", "held_out=none", "batch=1"
+        )
+        warning = "without the row's tools, so the model does not see them; set chat_template=qwen"
+        assert warning in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

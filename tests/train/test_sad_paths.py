@@ -71,9 +71,9 @@ DATA = {
         r"bad\.jsonl:2: no column completion",
     ),
     "columns": (
-        '{"question": "a", "answer": "b"}\n',
+        '{"title": "a", "body": "b"}\n',
         [],
-        r"bad\.jsonl:1: the columns question, answer fit no format; accepted are",
+        r"bad\.jsonl:1: the columns title, body fit no format; accepted are",
     ),
     "empty row": ('{"prompt": "a", "completion": "b"}\n{}\n', [], r"bad\.jsonl:2: the row is empty"),
     "empty column": (

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
 from jaxft.data.epochs import epochs_of
-from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
+from jaxft.data.mixture import SourceRef, SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pairs import batches as planning
 from jaxft.data.pairs.formats import PairTokenSettings
@@ -88,7 +88,7 @@ class PairRows(DataSettings):
         kinds = ("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected")
         return PairTokenSettings(
             self.columns, self.format, self.max_length, self.too_long, self.template_settings,
-            self.extras, self.weight_column, kinds, self.order_by,
+            self.extras, self.weight_column, kinds, self.order_by, self.max_samples,
         )  # fmt: skip
 
     @property
@@ -167,8 +167,9 @@ class PairRows(DataSettings):
     def _read(self, tokenizer: Any, cache: Path | None) -> SplitRows[TokenisedPairs]:
         """Return all pairs, and which are for training and which are held out."""
 
-        def tokenise(ref: str) -> TokenisedPairs:
-            return tokenise_pairs(ref, self.token_settings, tokenizer, self.tokenising(cache))
+        def tokenise(source: SourceRef) -> TokenisedPairs:
+            settings = source.adapt(self).token_settings
+            return tokenise_pairs(source.ref, settings, tokenizer, self.tokenising(cache))
 
         def held_out(pairs: TokenisedPairs) -> np.ndarray:
             least = 2 if self.third == "mismatched" else 1

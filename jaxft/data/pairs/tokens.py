@@ -23,6 +23,7 @@ from jaxft.data.chat import MaskedTokens
 from jaxft.data.example import Chat, Completion
 from jaxft.data.formats import RowFormat
 from jaxft.data.invalid import InvalidRow, InvalidRows, valid
+from jaxft.data.left_out import has_placeholder
 from jaxft.data.pack import number_groups
 from jaxft.data.pairs.formats import (
     PairExample,
@@ -35,7 +36,7 @@ from jaxft.data.row_files import Row
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, Tokenising, tokenise_dataset
 from jaxft.data.tokens import TokenisedRows, last_targets, remedy_for_too_long, row_fields
 
-VERSION = ("pairs", 9)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 10)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,10 @@ class TokenisedPairs(TokenisedRows):
     def group_by(self, *pieces: int) -> Int[np.ndarray, " pairs"]:
         """Return a number for each pair, equal for pairs whose given pieces have the same tokens."""
         return number_groups(self.hashes[:, list(pieces)])
+
+    def content_hashes(self) -> UInt64[np.ndarray, " pairs"]:
+        """Return a number for each pair, equal for pairs of the same tokens."""
+        return self.group_by(*range(1 + len(self.kinds))).astype(np.uint64)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "TokenisedPairs":
         """Add the reference's log-probs of every pair, in order of kind and position in the response."""
@@ -132,6 +137,7 @@ def pair_columns(settings: PairTokenSettings) -> ColumnTypes:
         "prompt_end_moved": ColumnType(np.bool_),
         "weights": ColumnType(np.float64),
         "order": ColumnType(np.float64),
+        "placeholders": ColumnType(np.bool_),
         "source": ColumnType(np.int32),
         "number": ColumnType(np.int64),
     }
@@ -155,7 +161,7 @@ def tokenise_pairs(
     examples = _responses(found.examples, settings)
     checks = (chat.tools_warnings, chat.content_warnings)
     warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
-    return TokenisedPairs(**columns, kinds=settings.kinds, warnings=tuple(warnings))
+    return TokenisedPairs(**columns, kinds=settings.kinds, warnings=(*found.notes, *warnings))
 
 
 def _responses(rows: Sequence[Row], settings: PairTokenSettings) -> list[Chat | Completion]:
@@ -207,6 +213,9 @@ def _tokenise(
                 "extras": pair.extras,
                 "weights": pair.weight,
                 "order": pair.order,
+                "placeholders": any(
+                    has_placeholder(x) for kind, x in pair.responses.items() if x and kind != "rejected"
+                ),
                 **flags,
             }.items():
                 columns[name].append(value)
