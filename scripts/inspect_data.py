@@ -125,8 +125,8 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 def lengths_table(lengths: Mapping[str, np.ndarray]) -> Table:
     """Return minimum, percentiles, maximum and a histogram of the token counts of each part."""
     result = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("tokens, before any limit", "min", "p10", "p50", "p90", "p99", "max", "mean"):
-        result.add_column(column, justify="left" if column.startswith("tokens") else "right")
+    for column in ("lengths in tokens (no limit)", "min", "p10", "p50", "p90", "p99", "max", "mean"):
+        result.add_column(column, justify="left" if column.startswith("lengths") else "right")
     result.add_column("from min to max")
     for label, counts in lengths.items():
         numbers = [*np.percentile(counts, (0, 10, 50, 90, 99, 100)), np.mean(counts)]

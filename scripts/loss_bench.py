@@ -218,13 +218,13 @@ def race(chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.N
     from jaxft.train.settings import Scoring
     from jaxft.train.sweep import Sweep
 
-    settings = open_settings.resolve(args.config, args.set)
+    resolved = open_settings.resolve(args.config, args.set)
     for text in args.set:
         others = open_settings.resolve(args.config, [t for t in args.set if t != text])
-        _check_setting(text, describe(settings.value), describe(others.value))
-    settings, lines = open_settings.fitted(settings)
+        _check_setting(text, describe(resolved.value), describe(others.value))
+    resolved, lines = open_settings.fitted(resolved)
     print("\n".join(lines), end="\n" * bool(lines), flush=True)
-    run: Any = settings.value
+    run: Any = resolved.value
     run = replace(
         run, scoring=Scoring(), loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2))
     )

@@ -221,10 +221,10 @@ class Fit:
             chosen[self.limit] = self._length()
         if isinstance(data, Prompts) and "max_new" in names:
             chosen["max_new"] = self._new_tokens(chosen.get("max_prompt", data.max_prompt))
-        fit = replace(self, run=replace(self.run, data=replace(data, **chosen)))
+        fit = self._with_data(**chosen)
         if "batch" in names:
             chosen["batch"] = fit._batch(1 if "micro" in names else data.micro)
-            fit = replace(fit, run=replace(fit.run, data=replace(fit.data, batch=chosen["batch"], micro=1)))
+            fit = fit._with_data(batch=chosen["batch"], micro=1)
         return chosen | ({"micro": fit._micro()} if "micro" in names else {})
 
     def lines(self, chosen: Mapping[str, Any]) -> list[str]:
@@ -245,6 +245,10 @@ class Fit:
             f"{gib(memory)} (a microbatch may have {self.budget:,} tokens)"
         )
         return [*found, f"chosen from the rows: {_written(chosen)}"] if chosen else found
+
+    def _with_data(self, **changes: Any) -> "Fit":
+        data: Any = replace(self.data, **changes)
+        return replace(self, run=replace(self.run, data=data))
 
     def _cover_line(self, limit: int) -> str:
         covered, all_ = self.lengths.covered(limit), round_up(int(self.lengths.longest.max()), LENGTH_STEP)

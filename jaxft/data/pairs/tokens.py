@@ -353,4 +353,4 @@ def _shortened(
 def _are_equal(border: int, responses: dict[str, MaskedTokens]) -> bool:
     """Whether the chosen and the rejected response are the same tokens."""
     bodies = [responses[kind][0][border:] for kind in ("chosen", "rejected") if kind in responses]
-    return len(bodies) == 2 and np.array_equal(*bodies)
+    return len(bodies) == 2 and np.array_equal(bodies[0], bodies[1])
