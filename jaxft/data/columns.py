@@ -76,7 +76,7 @@ def column_of(fields: Mapping[str, Any], name: str) -> str:
 
 
 def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
-    """Return the only column with one of the COLUMN_SYNONYMS of a column that is not null; None without one."""
+    """Return the only column that is not null and has one of the COLUMN_SYNONYMS of a column, or None."""
     names = COLUMN_SYNONYMS.get(ours, ())
     found = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
     return found[0] if len(found) == 1 else None
@@ -94,8 +94,8 @@ def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
-    """Return data.columns as a command has it, with a row's own names: near ones and COLUMN_SYNONYMS, else the
-    next ones, as an example.
+    """Return data.columns as a command has it, with a row's own names: near ones and COLUMN_SYNONYMS, else
+    the next ones, as an example.
     """
     found = {column: name for column, name in misspelled(names, ours).items()}
     for column in ours:
