@@ -15,14 +15,13 @@ from jaxft.data.pack import round_up
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.prompt_rows import PromptRows, tokenise_prompts
-from jaxft.data.prompts import Prompts
+from jaxft.data.prompts import LENGTH_STEP, Prompts
 from jaxft.data.sft import Rows, RowStats
 from jaxft.data.source import SourceStats
 from jaxft.data.tokenise import Tokenising
 from jaxft.data.tokens import TokenisedExamples, tokenise_rows
 
 UNLIMITED = 2**30
-LENGTH_STEP = 64  # chosen limits are multiples of this
 MEASURED = 10_000  # rows; of a larger dataset parts at even distances are measured
 ALARMING = 0.1  # fraction of the rows
 ANSWERS = 1_000  # reference answers that are tokenised

@@ -188,7 +188,7 @@ def _tokenise(
                 count = len(done.part["number"])
                 if count:
                     largest = max(largest, int(done.part["ids"].max(initial=0)))
-                    add({**done.part, "source": np.full(count, sources[done.label])})
+                    add({**done.part, "source": np.array([sources[label] for label in done.labels])})
     check_rows(ref, total, unreadable, invalid)
     return {
         "total": total,
@@ -272,11 +272,12 @@ class CountedChunk(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """The columns of a chunk's examples. rows, unreadable: numbers of rows that can and cannot be read. left:
-    number of rows that have examples. examples: see first_rows.
+    """The columns of a chunk's examples. labels: what the name of each example's row begins with. rows,
+    unreadable: numbers of rows that can and cannot be read. left: number of rows that have examples.
+    examples: see first_rows.
     """
 
-    label: str
+    labels: list[str]
     part: ChunkColumns
     rows: int
     unreadable: int
@@ -321,10 +322,17 @@ def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk
     part = job.kind.tokenise(rows, format, job.tokenizer, invalid)
     index = part.pop("index")
     left = [rows[i] for i in index]
-    part["number"] = np.array([int(row.name.rpartition(":")[2]) for row in left], np.int64)
+    names = [row.name.rpartition(":") for row in left]
+    part["number"] = np.array([int(number) for _, _, number in names], np.int64)
     some = first_rows(left, job.kind.settings.columns)
     return TokenisedChunk(
-        chunk.label, part, len(rows), unreadable, len(np.unique(index)), invalid.tallies, some
+        [label for label, _, _ in names],
+        part,
+        len(rows),
+        unreadable,
+        len(np.unique(index)),
+        invalid.tallies,
+        some,
     )
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.lengths import LENGTH_STEP, RowLengths, measure, micro_tokens, percentile
+from jaxft.data.lengths import RowLengths, measure, micro_tokens, percentile
 from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Prompts
+from jaxft.data.prompts import LENGTH_STEP, Prompts
 from jaxft.data.rows import find_data
 from jaxft.data.sft import Rows
 from jaxft.distributed import processes
@@ -35,7 +35,7 @@ from jaxft.weights.pretrained import load_tokenizer
 
 COVERED = 99  # percent of the rows that are whole
 MICRO_TOKENS = 4096  # of a microbatch, unless the recipe itself has more
-STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
+RUN_STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
 BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
 NEW_TOKENS = 256  # of a completion, TRL's max_completion_length
 AUTO = ("lr=auto", "optim.lr=auto")
@@ -107,7 +107,7 @@ def fitted(
     remat = settings.knobs.get("remat", "projections")
     fit = Fit(run, lengths, _budget(settings), remat, devices or jax.device_count())
     chosen = fit.choose(names)
-    found = _with(settings, {name_of(settings, name): str(value) for name, value in chosen.items()})
+    found = _with(settings, {_name_of(settings, name): str(value) for name, value in chosen.items()})
     return found, [*lines, *replace(fit, run=found.value).lines(chosen)]
 
 
@@ -147,7 +147,7 @@ def _is_open(settings: Resolved, *names: str) -> bool:
     return not written & ({*names} | {f"optim.{name}" for name in names if name == "lr"})
 
 
-def name_of(settings: Resolved, name: str) -> str:
+def _name_of(settings: Resolved, name: str) -> str:
     """Return how a field of the data is set: by a knob of the recipe, or as data.NAME."""
     return name if name in settings.knobs else f"data.{name}"
 
@@ -176,14 +176,14 @@ def _recorded(settings: Resolved, root: Path) -> Chosen:
 def _budget(settings: Resolved) -> int:
     """Return the largest number of tokens of a microbatch: MICRO_TOKENS, or the recipe's own."""
     data: Any = settings.value.data
-    own = {name: settings.defaults.get(name, getattr(data, name, 1)) for name in _SIZES}
-    length = own["max_length"]
+
+    def own(name: str) -> int:
+        return settings.defaults.get(name, getattr(data, name))
+
+    rows, length = own("batch") // own("micro"), own("max_length")
     if isinstance(data, Prompts):
-        length = own["max_prompt"] + own["group"] * own["max_new"]
-    return max(MICRO_TOKENS, length * (own["batch"] // own["minibatches"] // own["micro"]))
-
-
-_SIZES = ("max_length", "max_prompt", "max_new", "group", "batch", "minibatches", "micro")
+        rows, length = rows // own("minibatches"), own("max_prompt") + own("group") * own("max_new")
+    return max(MICRO_TOKENS, rows * length)
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class Fit:
         return max(data.max_new, min(max(NEW_TOKENS, wanted), most))
 
     def _batch(self, multiple: int) -> int:
-        """Return the rows of a step, a power of two times `multiple`, for a run of about STEPS steps."""
+        """Return the rows of a step, a power of two times `multiple`, for a run of about RUN_STEPS steps."""
         data = self.data
         kept = self.lengths.kept(data.max_length)
         rows = float(np.count_nonzero(kept))
@@ -300,7 +300,7 @@ class Fit:
         rows *= (data.epochs or 1) * (1 - (data.held_out if isinstance(data.held_out, float) else 0))
         least, most = BATCHES[Rows if isinstance(data, Rows) else PairRows]
         least, most = max(least, self.devices, multiple), max(most, data.batch, self.devices)
-        wanted = max(least, min(most, rows / STEPS))
+        wanted = max(least, min(most, rows / RUN_STEPS))
         return multiple * 2 ** int(np.log2(wanted / multiple))
 
     def _micro(self) -> int:

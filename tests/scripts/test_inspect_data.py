@@ -18,7 +18,9 @@ from jaxft.data.token_text import token_pieces
 from jaxft.runs.config import load_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"
-CONFIGS = sorted(path.name for path in (SCRIPT.parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted(
+    path.name for path in (SCRIPT.parents[1] / "configs").glob("*.py") if path.stem != "pretrain"
+)
 ROWS = {  # one that fits the data of every config
     "rows": {"instruction": "why?", "response": "so"},
     "pairs": {"prompt": "why?", "chosen": "so", "rejected": "no"},
@@ -56,6 +58,9 @@ def inspect(place, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         out, err = capsys.readouterr()
+        err = "".join(
+            line for line in err.splitlines(True) if not line.startswith(("tokenising ", "reading "))
+        )
         assert stop.value.code == 0 if not err else stop.value.code == 1 and not out, (out, err)
         return out or err
 
@@ -114,11 +119,24 @@ def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, pla
     assert shown.count(f"{unit}.jsonl:") == 2 and "no invalid rows" in shown and "lengths" in shown
 
 
+def test_pretraining_shows_documents_by_their_files_and_learns_every_token(inspect, place):
+    (place / "docs" / "more").mkdir(parents=True)
+    for number in range(6):
+        (place / "docs" / "more" / f"{number}.md").write_text(f"# Why {number}?\n\nso")
+    args = ("--config", "configs/pretrain.py", "--model", "model", "--rows", "1")
+    shown = inspect(*args, "data=docs", "max_length=512")
+    assert re.search(r"\nmore/\d.md:1 and 4 after it: \d+ tokens", shown)
+    assert shown.count("⟦") == 1 and shown.count("<|eot_id|># Why ") == 0 < shown.count("⟦# Why ")
+    assert "5 examples in 1 rows of 512 tokens" in shown
+    assert "format text requires; the row has prompt, completion" in inspect(*args, "data=r.jsonl")
+
+
 def test_settings_may_follow_options(inspect, place):
     args = ("--config", "configs/sft.py", "--model", "model", "--rows", "1", "data=r.jsonl")
-    shown = inspect(*args, "data.loss_on=all").partition("r.jsonl:")[2]
+    shown = inspect(*args, "data.loss_on=all").partition("r.jsonl:")[2].partition("largest id")[0]
     assert "56 with loss" in shown
-    assert inspect(*args[:4], "data.loss_on=all", *args[4:]).partition("r.jsonl:")[2] == shown
+    again = inspect(*args[:4], "data.loss_on=all", *args[4:]).partition("r.jsonl:")[2]
+    assert again.partition("largest id")[0] == shown
 
 
 def test_single_responses_are_shown_by_their_label(inspect, place):
