@@ -7,8 +7,9 @@
 
 First come the invalid rows, counted by reason with the first of each, whatever data.invalid is; warnings;
 training rows that repeat one another, held-out rows that are also training rows, and responses such as N/A;
-and the settings that leave all these rows out. Then come lengths in tokens (these and repetitions of the
-first 200,000 rows, which are compared by their token ids).
+and the settings that leave all these rows out (repetitions of the first 200,000 rows, which are compared by
+their token ids). Then come lengths in tokens before any row is truncated, and what each max_length keeps and
+costs: time of an epoch and memory, relative to the one that is set.
 
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
 responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
@@ -20,7 +21,7 @@ import dataclasses
 import itertools
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,18 @@ from jaxft.data.inspection import (  # noqa: E402
     ShownPart,
     contents,
     inspect,
-    part_lengths,
 )
 from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
+from jaxft.data.lengths import RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
 from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.token_text import token_pieces  # noqa: E402
-from jaxft.runs import cli, config  # noqa: E402
+from jaxft.runs import cli  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
-from jaxft.train.settings import Run  # noqa: E402
+from jaxft.train import open_settings  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import extend, pretrained  # noqa: E402
 
@@ -88,7 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> tuple[Data, str]:
     """Return the settings of the dataset, and the model or folder that has the tokenizer."""
     if not args.data:
-        run = config.load_config(*cli.recipe_and_overrides(args.config, args.overrides), expected=Run)
+        resolved = open_settings.resolve(*cli.recipe_and_overrides(args.config, args.overrides))
+        run: Any = open_settings.fitted(resolved, devices=1)[0].value
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
@@ -120,10 +122,10 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 # Statistics of all rows
 
 
-def lengths_table(lengths: dict[str, list[int]]) -> Table:
+def lengths_table(lengths: Mapping[str, np.ndarray]) -> Table:
     """Return minimum, percentiles, maximum and a histogram of the token counts of each part."""
     result = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("lengths in tokens", "min", "p10", "p50", "p90", "p99", "max", "mean"):
+    for column in ("lengths in tokens (no limit)", "min", "p10", "p50", "p90", "p99", "max", "mean"):
         result.add_column(column, justify="left" if column.startswith("lengths") else "right")
     result.add_column("from min to max")
     for label, counts in lengths.items():
@@ -132,7 +134,21 @@ def lengths_table(lengths: dict[str, list[int]]) -> Table:
     return result
 
 
-def histogram(counts: list[int], bins: int = 20) -> str:
+def limits_table(data: Data, lengths: RowLengths) -> Table:
+    """Return what limits of the rows' lengths keep and cost."""
+    result = Table(box=None, pad_edge=False, header_style="dim")
+    name = data.length_settings[0]
+    for column in (name, "whole", "truncated", "left out", "tokens", "time", "memory"):
+        result.add_column(column, justify="right")
+    result.add_column(f"data.too_long={data.too_long}")
+    for cost in limit_costs(data, lengths):
+        counts = f"{cost.whole / len(lengths):.1%}", f"{cost.truncated:,}", f"{cost.dropped:,}"
+        sizes = f"{cost.tokens:,}", f"{cost.time:.2f} x", f"{cost.memory:.2f} x"
+        result.add_row(str(cost.limit), *counts, *sizes, "<- set" * (cost.limit == getattr(data, name)))
+    return result
+
+
+def histogram(counts: np.ndarray, bins: int = 20) -> str:
     """Return a line of bars, one for each of `bins` equal ranges of the counts; an empty range is a space."""
     heights, _ = np.histogram(counts, bins)
     top = heights.max()
@@ -281,7 +297,9 @@ def main() -> int:
         lines.append(f"to leave these rows out, set {proposed}")
     for line in (invalid_text(found, setting), *found.warnings, *summary, *lines):
         console.print(printable_text(line), soft_wrap=True, markup=False)
-    console.print(lengths_table(part_lengths(itertools.islice(found.train(), COMPARED))))
+    lengths = measure(data, tokenizer)
+    console.print(lengths_table(lengths.parts))
+    console.print(limits_table(data, lengths))
     for example in examples:
         show(console, tokenizer, example)
     console.rule()

@@ -214,16 +214,17 @@ def look(
 
 def race(chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
     """Train one adapter per loss in a sweep, and compare the results. Returns the exit code."""
-    from jaxft.runs import config
-    from jaxft.train import loop
+    from jaxft.train import loop, open_settings
     from jaxft.train.settings import Scoring
     from jaxft.train.sweep import Sweep
 
-    run = config.load_config(args.config, args.set)
+    resolved = open_settings.resolve(args.config, args.set)
     for text in args.set:
-        _check_setting(
-            text, describe(run), describe(config.load_config(args.config, [t for t in args.set if t != text]))
-        )
+        others = open_settings.resolve(args.config, [t for t in args.set if t != text])
+        _check_setting(text, describe(resolved.value), describe(others.value))
+    resolved, lines = open_settings.fitted(resolved)
+    print("\n".join(lines), end="\n" * bool(lines), flush=True)
+    run: Any = resolved.value
     run = replace(
         run, scoring=Scoring(), loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2))
     )

@@ -91,9 +91,8 @@ def main() -> int:
     from dataclasses import replace
 
     from jaxft.distributed import processes
-    from jaxft.runs import cli, config
-    from jaxft.train import loop
-    from jaxft.train.settings import Run
+    from jaxft.runs import cli
+    from jaxft.train import loop, open_settings
     from jaxft.train.sweep import Sweep
 
     processes.require_single_process("a sweep")
@@ -104,11 +103,12 @@ def main() -> int:
             "name=... is not possible: runs are named by their knobs, and --name names a sweep's folder"
         )
     name = args.name or "-".join([Path(recipe).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
-    runs = {}
+    runs, lines = {}, list[str]()
     for row in rows:
-        run = config.load_config(recipe, [*overrides, *row], expected=Run)
         label = ",".join(row)
-        runs[label] = replace(run, name=f"{name}/{label}")
+        settings, lines = open_settings.fitted(open_settings.resolve(recipe, [*overrides, *row]))
+        runs[label] = replace(settings.value, name=f"{name}/{label}")
+    print("\n".join(lines), end="\n" * bool(lines), flush=True)
     return loop.run(Sweep(name, runs, args.at_once))
 
 

@@ -33,7 +33,7 @@ SET_BY_JAXFT = (
     "joiner", "loop", "self",
 )  # fmt: skip
 # Other names of columns in public datasets, which are read where a row has none of a format's own.
-OTHER_NAMES = {
+COLUMN_SYNONYMS = {
     "prompt": ("question", "query", "problem", "input"),
     "completion": ("answer", "response", "output", "solution"),
     "response": ("answer", "completion", "solution"),
@@ -76,8 +76,8 @@ def column_of(fields: Mapping[str, Any], name: str) -> str:
 
 
 def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
-    """Return the only column with one of the OTHER_NAMES of a column that is not null; None without one."""
-    names = OTHER_NAMES.get(ours, ())
+    """Return the only column that is not null and has one of the COLUMN_SYNONYMS of a column, or None."""
+    names = COLUMN_SYNONYMS.get(ours, ())
     found = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
     return found[0] if len(found) == 1 else None
 
@@ -94,12 +94,12 @@ def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
-    """Return data.columns as a command has it, with a row's own names: near ones and OTHER_NAMES, else the
-    next ones, as an example.
+    """Return data.columns as a command has it, with a row's own names: near ones and COLUMN_SYNONYMS, else
+    the next ones, as an example.
     """
     found = {column: name for column, name in misspelled(names, ours).items()}
     for column in ours:
-        others = (name for name in names if str(name).strip().lower() in OTHER_NAMES.get(column, ()))
+        others = (name for name in names if str(name).strip().lower() in COLUMN_SYNONYMS.get(column, ()))
         found.setdefault(column, next((x for x in others if x not in found.values()), ""))
     left = [x for x in names if x not in found.values() and not str(x).lower().endswith(("id", "index"))]
     items = [f"{column}={found[column] or (left.pop(0) if left else '...')}" for column in ours]

@@ -13,7 +13,7 @@ Accepted formats (`format="auto"` uses the one whose columns are present):
 the columns "tools" (JSON schemas) and "chat_template_kwargs", and all of them "weight" (see loss_weights.py).
 
 Names may have upper case and spaces around them. Rows that fit no format, but would with one of the
-columns.OTHER_NAMES for each column that is missing, such as "question" and "answer", are read so.
+columns.COLUMN_SYNONYMS for each column that is missing, such as "question" and "answer", are read so.
 """
 
 import math
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jaxft.data.columns import (
-    OTHER_NAMES,
+    COLUMN_SYNONYMS,
     column_of,
     misspelled,
     other_name,
@@ -222,7 +222,7 @@ def _detect_as_named(row: Row, mapped: set[str], schemas: Schemas) -> tuple[str,
 def _detect_by_other_names(
     row: Row, mapped: set[str], schemas: Schemas
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the format that a row fits with the fewest OTHER_NAMES, and these."""
+    """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and these."""
     found = dict[str, dict[str, str]]()
     for format, required in schemas.required.items():
         ours_of = set(schemas.optional[format]) | {c for names in required for c in names}
@@ -258,9 +258,9 @@ def known_columns(schemas: Schemas) -> list[str]:
 
 
 def names_in_datasets(schemas: Schemas) -> list[str]:
-    """Return the names of columns that the formats are read from, with OTHER_NAMES."""
+    """Return the names of columns that the formats are read from, with COLUMN_SYNONYMS."""
     known = known_columns(schemas)
-    return [*known, *(name for ours in known for name in OTHER_NAMES.get(ours, ()))]
+    return [*known, *(name for ours in known for name in COLUMN_SYNONYMS.get(ours, ()))]
 
 
 def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:

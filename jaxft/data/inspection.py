@@ -215,7 +215,9 @@ def inspect_prompt_rows(data: Prompts, train: PromptRows, held: PromptRows) -> I
 
     invalid = add_counts(train.invalid, held.invalid)
     count = len(train) + len(held) + train.dropped + held.dropped + sum(kind.rows for kind in invalid)
-    empty = [side.names[i] for side in (train, held) for i in np.flatnonzero(side.placeholders[side.chosen])]
+    empty = [
+        side.names[int(i)] for side in (train, held) for i in np.flatnonzero(side.placeholders[side.chosen])
+    ]
     return Inspected(
         stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held), count, tuple(empty)
     )

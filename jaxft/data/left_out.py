@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 from jaxtyping import Bool, Int, UInt64
 
 from jaxft.data.example import Chat, Completion, Example
+from jaxft.data.flat import Flat
 
 DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")
 # What spreadsheets, pandas and annotators write where there is no response; in lower case.
@@ -62,11 +64,9 @@ def left_out_rows(
 
 
 def row_hashes(
-    ids: np.ndarray, learned: np.ndarray, bounds: Int[np.ndarray, " rows_plus_1"]
+    ids: Flat, learned: Flat, bounds: Int[np.ndarray, " rows_plus_1"]
 ) -> UInt64[np.ndarray, " rows"]:
     """Return a hash of each row's tokens and loss mask. bounds: where each row begins in them."""
-    import xxhash
-
     found = np.empty(len(bounds) - 1, np.uint64)
     for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         digest = xxhash.xxh3_64(np.ascontiguousarray(ids[start:end]).tobytes())

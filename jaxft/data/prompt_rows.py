@@ -26,6 +26,7 @@ from jaxft.data.mixture import Mixture
 from jaxft.data.row_files import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.tokenise import RowKind, Tokenising, tokenise_dataset
+from jaxft.data.tokens import remedy_for_too_long
 from jaxft.data.urls import file_name
 
 VERSION = ("prompts", 3)  # increase it when the same rows become other tokens
@@ -294,7 +295,7 @@ def _tokenise(
                 if settings.too_long == "error":
                     raise ValueError(
                         f"{row.name}: the prompt has {len(tokens)} tokens, more than "
-                        f"data.max_prompt={settings.max_prompt}; raise it or set data.too_long=drop"
+                        f"data.max_prompt={settings.max_prompt}; {remedy_for_too_long('max_prompt')}"
                     )
                 continue
             order.append(0.0 if column is None else number_of(row, column, "data.order_by"))

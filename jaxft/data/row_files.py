@@ -122,7 +122,7 @@ class TableRows:
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """Rows in memory. label: what their names begin with."""
+    """Rows in memory. label: what their names begin with, or the folder of several files."""
 
     loaded: tuple[Outcome, ...]
     label: str
@@ -133,7 +133,7 @@ class LoadedRows:
 
 
 @dataclass(frozen=True)
-class FirstRows:
+class ChunkStart:
     """The first `count` rows of a chunk."""
 
     chunk: Lines | GroupRows | TableRows | LoadedRows
@@ -149,7 +149,7 @@ class FirstRows:
         return islice(self.chunk.rows(), self.count)
 
 
-Chunk = Lines | GroupRows | TableRows | LoadedRows | FirstRows
+Chunk = Lines | GroupRows | TableRows | LoadedRows | ChunkStart
 Blocks = Callable[[bytes], object]  # receives the file's bytes, block by block
 
 
@@ -172,7 +172,7 @@ def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
     for chunk in chunks:
         size = _size(chunk)
         if size > most:
-            yield FirstRows(chunk.chunk if isinstance(chunk, FirstRows) else chunk, most)
+            yield ChunkStart(chunk.chunk if isinstance(chunk, ChunkStart) else chunk, most)
             return
         yield chunk
         most -= size
@@ -183,7 +183,7 @@ def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
 def _size(chunk: Chunk) -> int:
     """Return the number of a chunk's rows, with those that cannot be read."""
     match chunk:
-        case Lines() | FirstRows():
+        case Lines() | ChunkStart():
             return chunk.count
         case LoadedRows():
             return len(chunk.loaded)

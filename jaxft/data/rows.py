@@ -260,6 +260,9 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
             digest.update(how.sample_by.encode())
 
     def chunks() -> Iterator[Chunk]:
+        if all(path.suffix.lower() in TEXT_SUFFIXES for path in files):  # small files share chunks
+            rows = (row for scan in scans for chunk in scan.chunks() for row in chunk.rows())
+            return in_windows(rows, str(folder))
         return chain.from_iterable(scan.chunks() for scan in scans)
 
     known = [scan.rows for scan in scans if scan.rows is not None]
@@ -341,7 +344,8 @@ def _list_saved(path: Path) -> Listing:
         raise ValueError(
             f"{path}: not a readable folder of save_to_disk ({reason}); save the dataset again"
         ) from error
-    return replace(_list_table(data, str(path), path.name), folder=str(path.parent))
+    parts = path.parts[-2:] if (path.parent / SPLITS).is_file() else path.parts[-1:]  # FOLDER/SPLIT
+    return replace(_list_table(data, str(path), "/".join(parts)), folder=str(path.parent))
 
 
 def _list_table(data: Any, where: str, label: str) -> Listing:

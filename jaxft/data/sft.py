@@ -37,6 +37,7 @@ from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
+TEXT_PROMPT = 32  # tokens of the prompt that a text begins with, in samples
 Packing = bool | Literal["wrapped"]
 
 
@@ -48,8 +49,9 @@ class Rows(DataSettings):
     format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
     conversation), "completion" (only its last turn) or "all" (every token). Of a row with a prompt and a
     response, the first two train on the response; of a text row, all three train on every token.
-    max_length: tokens of a row. too_long: "truncate" keeps the start, "split" makes several examples of a
-    document, "drop" leaves the example out, "error" stops. packing: True packs several examples into a row
+    max_length: tokens of a row. too_long: "truncate" keeps the start, and leaves out an example of which only
+    its prompt would be left; "split" makes several examples of a document, "drop" leaves the example out,
+    "error" stops. packing: True packs several examples into a row
     of max_length tokens, and they do not attend to one another; "wrapped" concatenates documents and cuts
     them into rows of max_length tokens, which attend over all of their documents (needs too_long=split).
     weighting: "token" gives every target token of the optimizer batch the same weight, "sequence" every
@@ -213,7 +215,9 @@ class RowSource(FixedSource[Tokens]):
         return self._rows_of(step).names(self.split.rows.names)
 
     def prompts(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss."""
+        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss. Of a
+        text, all of which is learned, the prompt is the beginning.
+        """
         found: list[Prompt] = []
         for batch in self.held_out:
             for row in range(batch.ids.shape[1]):
@@ -226,6 +230,8 @@ class RowSource(FixedSource[Tokens]):
                         continue
                     first = int(targets[np.diff(targets, prepend=-1) > 1][-1])
                     end = int(targets[-1]) + 1
+                    if first == inside[0] + 1:
+                        first += min(TEXT_PROMPT, (end - first) // 2)
                     if len(found) < count and first > inside[0]:
                         found.append(Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist()))
         return found

@@ -6,6 +6,7 @@ returns their columns, which this process writes in the order of the rows, so th
 number of workers.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -89,13 +90,14 @@ class Tokenising(NamedTuple):
 
     cache: the folder of the cache, None for the default. invalid_limit: see InvalidRows. workers: processes;
     None for one per CPU, or this one alone for a small dataset. progress: whether to print the progress of a
-    long tokenisation.
+    long tokenisation. sample: tokenise about so many rows of a larger dataset, None for all.
     """
 
     cache: Path | None = None
     invalid_limit: float | None = None
     workers: int | None = None
     progress: bool = False
+    sample: int | None = None
 
 
 DEFAULT_TOKENISING = Tokenising()
@@ -128,6 +130,7 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     has no rows.
     """
     listing = list_chunks(ref, kind.used, kind.sample_by).first(kind.settings.max_samples)
+    listing = sampled(listing, how.sample)
     content = (listing.digest, listing.labels)
     key = files.content_key(content, tokenizer, kind.version, kind.key)
     stored, state = files.load_or_make(
@@ -146,6 +149,20 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     return TokenisedDataset(
         stored, names, facts["largest_id"], dropped, invalid.counts(), examples, notes, state
     )
+
+
+def sampled(listing: Listing, count: int | None) -> Listing:
+    """Return a dataset with chunks at even distances that have about `count` rows, None for all chunks. One
+    whose rows must be read to count them has all.
+    """
+    if count is None or listing.rows is None or listing.rows <= count:
+        return listing
+    every = listing.rows // count
+
+    def chunks() -> Iterator[Chunk]:
+        return itertools.islice(listing.chunks(), 0, None, every)
+
+    return replace(listing, digest=f"{listing.digest}/{every}", chunks=chunks, rows=None)
 
 
 def _tokenise(
@@ -171,7 +188,7 @@ def _tokenise(
                 count = len(done.part["number"])
                 if count:
                     largest = max(largest, int(done.part["ids"].max(initial=0)))
-                    add({**done.part, "source": np.full(count, sources[done.label])})
+                    add({**done.part, "source": np.array([sources[label] for label in done.labels])})
     check_rows(ref, total, unreadable, invalid)
     return {
         "total": total,
@@ -255,11 +272,12 @@ class CountedChunk(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """The columns of a chunk's examples. rows, unreadable: numbers of rows that can and cannot be read. left:
-    number of rows that have examples. examples: see first_rows.
+    """The columns of a chunk's examples. labels: what the name of each example's row begins with. rows,
+    unreadable: numbers of rows that can and cannot be read. left: number of rows that have examples.
+    examples: see first_rows.
     """
 
-    label: str
+    labels: list[str]
     part: ChunkColumns
     rows: int
     unreadable: int
@@ -304,10 +322,17 @@ def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk
     part = job.kind.tokenise(rows, format, job.tokenizer, invalid)
     index = part.pop("index")
     left = [rows[i] for i in index]
-    part["number"] = np.array([int(row.name.rpartition(":")[2]) for row in left], np.int64)
+    names = [row.name.rpartition(":") for row in left]
+    part["number"] = np.array([int(number) for _, _, number in names], np.int64)
     some = first_rows(left, job.kind.settings.columns)
     return TokenisedChunk(
-        chunk.label, part, len(rows), unreadable, len(np.unique(index)), invalid.tallies, some
+        [label for label, _, _ in names],
+        part,
+        len(rows),
+        unreadable,
+        len(np.unique(index)),
+        invalid.tallies,
+        some,
     )
 
 

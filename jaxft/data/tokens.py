@@ -23,7 +23,7 @@ from jaxft.data.row_text import DOCUMENT
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, TokenisedDataset, Tokenising, tokenise_dataset
 
-VERSION = 10  # increase it when the same rows become other tokens
+VERSION = 11  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)
@@ -262,11 +262,10 @@ def _tokenise(
     for number, (outcome, response) in enumerate(zip(tokenised, responses, strict=True)):
         with invalid.skip():
             tokens = valid(outcome)
-            long, name = len(tokens.ids) > settings.max_length, settings.order_by
-            if long and settings.too_long == "drop":
-                continue
+            name = settings.order_by
             tokens.learned[0] = False
-            _check_mask(rows[number].name, tokens.learned, settings)
+            if not _fits(rows[number].name, tokens.learned, settings):
+                continue
             order = 0.0 if name is None else formats.number_of(rows[number], name, "data.order_by")
             example = examples[number]
             assert not isinstance(example, InvalidRow)  # it was rendered
@@ -341,7 +340,8 @@ def _response_masks(
         yield None if found is None or isinstance(found, InvalidRow) else found[1]
 
 
-def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None:
+def _fits(name: str, learned: np.ndarray, settings: TokenSettings) -> bool:
+    """Whether data.too_long keeps a row: whole, truncated or split. Raises ValueError if it ends the run."""
     if not learned.any():
         raise InvalidRow(
             name,
@@ -351,23 +351,20 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
         )
     limit = settings.max_length
     if len(learned) <= limit:
-        return
-    remedy = "raise data.max_length or set data.too_long=drop"
-    if settings.too_long == "split":
-        if learned[1:].all():
-            return
+        return True
+    remedy = f"{remedy_for_too_long('max_length')}, or truncate"
+    if settings.too_long == "split" and not learned[1:].all():
         raise ValueError(
             f"{name}: {len(learned)} tokens are more than data.max_length={limit}, and data.too_long=split "
-            f"only splits text rows, not responses to a prompt; {remedy} or truncate"
-        )
-    if not learned[:limit].any():
-        raise InvalidRow(
-            name,
-            "prompt longer than data.max_length",
-            f"the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no "
-            "room for a response; raise data.max_length",
+            f"only splits text rows, not responses to a prompt; {remedy}"
         )
     if settings.too_long == "error":
-        raise ValueError(
-            f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy} or truncate"
-        )
+        raise ValueError(f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy}")
+    if settings.too_long == "truncate":
+        return bool(learned[:limit].any())  # a row without any of its response teaches nothing
+    return settings.too_long == "split"
+
+
+def remedy_for_too_long(limit: str) -> str:
+    """Return what to do about a row that is longer than the setting `limit`, such as "max_length"."""
+    return f"raise data.{limit} or set data.too_long=drop"

@@ -46,6 +46,7 @@ ACCURACY_DROP = 0.07  # a drop in held-out accuracy that matters
 # Fractions of labels that look flipped: from the first on a robust loss is suggested, from the second on they
 # are not believed.
 NOISY_LABELS, UNTRAINED = 0.1, 0.4
+MOST = 0.5  # fraction of the completions
 IDLE_STEPS = 5  # consecutive logged steps without a training signal
 LOSSES = "jaxft.objectives.preference_losses"
 
@@ -85,7 +86,7 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
     checks = {
         "faults": check_reward_faults,
         "idle": check_idle_steps,
-        "truncated": check_all_truncated,
+        "truncated": check_truncated_completions,
         "skipped": check_skipped_steps,
     }
     return run_alarms(checks, memory, entry, last)
@@ -294,16 +295,22 @@ def check_zero_gradient(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     )
 
 
-def check_all_truncated(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report consecutive rollouts of which no completion ended."""
-    if CLIPPED_RATIO not in n:
+def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
+    """Report consecutive rollouts whose completions mostly reach the limit of their length, of a shorter run
+    at its end.
+    """
+    streak, due = memory.get("streak", 0), memory.get("next", IDLE_STEPS)
+    if CLIPPED_RATIO in n:
+        streak = streak + 1 if n[CLIPPED_RATIO] >= MOST else 0
+    elif not last:
         return Alarms(memory, [], [])
-    return _report_streak(
-        memory,
-        n[CLIPPED_RATIO] == 1,
-        "no completion of the last {streak} logged steps ended before the limit. "
-        "Raise data.max_new, or check that the model has an end token",
+    if streak < due and not (last and streak and "next" not in memory):
+        return Alarms({**memory, "streak": streak}, [], [])
+    alarm = (
+        f"most completions of the last {streak} logged steps reached data.max_new without an end token, so "
+        "that rewards see unfinished text. Write a larger max_new=, or check that the model has an end token"
     )
+    return Alarms({"streak": streak, "next": REPEAT * streak}, [], [alarm])
 
 
 def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:

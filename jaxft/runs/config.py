@@ -102,19 +102,23 @@ Steps = tuple[str, ...]  # the field names that lead to a setting
 @dataclasses.dataclass(frozen=True)
 class Resolved:
     """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by
-    dotted keys; the recipe and the overrides as the command line has them.
+    dotted keys; the recipe and the overrides as the command line has them; the knobs' defaults; and the
+    settings that were chosen because the command leaves them open, see train/open_settings.py.
     """
 
     value: Any
     knobs: dict[str, Any]
     fields: dict[str, Any]
     line: tuple[str, ...] = ()
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    chosen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
-        were set, and the command line's recipe and overrides.
+        were set, the command line's recipe and overrides, and settings that were chosen.
         """
         command = {"knobs": self.knobs, "fields": self.fields, "line": list(self.line)}
+        command |= {"chosen": self.chosen} if self.chosen else {}
         return {**describe(self.value), "command": describe(command)}
 
 
@@ -149,7 +153,7 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     dotted = {key: text for key, text in texts.items() if key not in knobs}
     value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    return Resolved(value, defaults | given, found, (path, *overrides))
+    return Resolved(value, defaults | given, found, (path, *overrides), defaults)
 
 
 def recipe_defaults(path: str) -> Any:
@@ -310,7 +314,9 @@ def _renamed_value(key: str, text: str) -> str | None:
 # Dotted fields
 
 
-def _with_fields(root: Any, texts: dict[str, str], knobs: list[str], recipe: str) -> tuple[Any, dict[str, Any]]:
+def _with_fields(
+    root: Any, texts: dict[str, str], knobs: list[str], recipe: str
+) -> tuple[Any, dict[str, Any]]:
     """Return (the value with dotted fields replaced, the new values by dotted key)."""
     fields: dict[Steps, tuple[str, str]] = {}
     for key, text in texts.items():

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxft.data.invalid import invalid_lines
+from jaxft.data.lengths import limit_alarms
 from jaxft.distributed import processes, sharding, xla_flags
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.objectives.metrics import FloatMetrics
@@ -144,6 +145,9 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     if first:
         for line in dict.fromkeys(moved):
             found.message(f"changed since the last start: {line}")
+    for text in [] if first else limit_alarms(job.lead.run.data, job.info.stats, job.tokenizer):
+        for number in range(len(logs)):
+            found.alarm(number, first, text)
     for member, log in zip(job.members, logs, strict=True):
         log.listen(member.programs.objective.report.alarms)
     return found

@@ -158,7 +158,7 @@ class LoraKnobs(ModelKnobs):
 
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
-    rank: int | None = None  # of a fresh adapter, 16 by default; its alpha is twice that
+    rank: int | None = None  # of a fresh adapter, 16 by default; adapter.alpha is 32 for every rank
     lora_plus: float | None = None  # learning rate of the matrices b over that of a (LoRA+), such as 16
     general: str | None = GENERAL  # a text file whose loss before and after shows what the model forgets
 
@@ -255,7 +255,7 @@ class GpuKnobs(LoraOrFullKnobs):
 
     residual: DType | None = None
     remat: RematPolicy = "attention"
-    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning
+    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning; auto: by the model's width
 
     @property
     def learning_rate(self) -> float:
@@ -317,7 +317,7 @@ class SourceKnobs:
     held_out: str | float | None = (
         "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
     )
-    batch: int = 8
+    batch: int = 8  # with rows of your own from their number; also lengths and micro, see open_settings.py
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
     epochs: float | None = 1.0
     tokens: int | None = None  # the length of the run in tokens, with epochs=none
@@ -341,7 +341,7 @@ class SourceKnobs:
 class RowKnobs(SourceKnobs):
     """Rows with completions, for SFT, preferences and reward models."""
 
-    max_length: int = 512  # tokens of a row
+    max_length: int = 512  # tokens of a row; with rows of your own from their lengths
 
 
 @dataclass(frozen=True)
@@ -369,8 +369,8 @@ class PromptKnobs(SourceKnobs):
     """Prompts that the policy completes in groups while it trains."""
 
     group: int = 8  # completions of each prompt
-    max_prompt: int = 64  # tokens
-    max_new: int = 8  # tokens of a completion
+    max_prompt: int = 64  # tokens; with rows of your own from their lengths
+    max_new: int = 8  # tokens of a completion; with rows of your own at least 256
     temperature: float = 1.0
 
     @property

@@ -96,7 +96,7 @@ DIRT = {  # invalid rows of each kind of data, and why they are
         (turns("why?", 7), "content of a wrong type"),
         (turns("why?", "\ud800"), "unpaired surrogate"),
         (turns("why?"), "no assistant turn"),
-        (turns(LONG, "so"), "prompt longer than data.max_length"),
+        (turns("", "so"), "empty prompt"),
         ({"messages": [{"content": "why?"}]}, "message without role or content"),
     ],
     "pairs": [
@@ -104,7 +104,7 @@ DIRT = {  # invalid rows of each kind of data, and why they are
         ({"prompt": "why?", "chosen": "so", "rejected": " "}, "empty column 'rejected'"),
         ({"prompt": "why?", "chosen": "so"}, "missing column 'rejected'"),
         ({"prompt": "why?", "chosen": "so", "rejected": "\ud800"}, "unpaired surrogate"),
-        ({"prompt": LONG, "chosen": "so", "rejected": "no"}, "prompt longer than data.max_length"),
+        ({"prompt": [7], "chosen": "so", "rejected": "no"}, "message without role or content"),
         ({"prompt": "why?", "chosen": [], "rejected": "no"}, "column without messages"),
     ],
     "unpaired": [
@@ -112,7 +112,7 @@ DIRT = {  # invalid rows of each kind of data, and why they are
         ({"prompt": "why?", "completion": " ", "label": True}, "empty column 'completion'"),
         ({"prompt": "why?", "completion": "so"}, "missing column 'label' or 'kto_tag'"),
         ({"prompt": "why?", "completion": "\ud800", "label": True}, "unpaired surrogate"),
-        ({"prompt": LONG, "completion": "so", "label": True}, "prompt longer than data.max_length"),
+        ({"prompt": [7], "completion": "so", "label": True}, "message without role or content"),
         ({"prompt": "why?", "completion": [], "label": True}, "column without messages"),
     ],
     "prompts": [

@@ -144,7 +144,8 @@ def test_folders_of_save_to_disk_are_read_by_split(saved):
         rows = read_rows(str(saved / ref))
         return rows[0].name, rows[0].fields["text"], len(rows)
 
-    assert first("all") == ("train:1", "train 0", 20) and first("all:extra") == ("extra:1", "extra 0", 2)
+    assert first("all") == ("all/train:1", "train 0", 20)
+    assert first("all:extra") == ("all/extra:1", "extra 0", 2)
     assert first("one") == ("one:1", "extra 0", 2)
     with pytest.raises(ValueError, match="the folder has no split 'test'; it has train, validation, extra"):
         read_rows(str(saved / "all:test"))

@@ -310,15 +310,28 @@ def test_failing_rewards_raise_an_alarm_at_once_and_when_their_fraction_has_doub
         ({"grad_norm": 0.0, "frac_reward_zero_std": 1.0}, "had no training signal"),
         ({"reward_std": 0.0}, "had no training signal"),
         ({"frac_learned": 0.0}, "had no training signal"),
-        ({"completions/clipped_ratio": 1.0}, "no completion of the last"),
+        ({"completions/clipped_ratio": 0.6}, "Write a larger max_new="),
     ],
 )
 def test_rollouts_without_anything_to_learn_raise_an_alarm_after_five_in_a_row(entry, message):
     fine = {"frac_reward_zero_std": 1.0, "reward_std": 0.1, "grad_norm": 2.0, "frac_learned": 1.0}
-    fine["completions/clipped_ratio"] = 0.5
+    fine["completions/clipped_ratio"] = 0.4
     messages = rollout_alarms_of([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
     assert [i for i, alarms in enumerate(messages) if alarms] == [5, 10]
     assert all(message in messages[i][0] for i in (5, 10))
+
+
+def test_a_short_run_whose_completions_are_cut_raises_an_alarm_at_its_end_and_a_longer_one_only_once():
+    def alarms(ratios):
+        entries = [{"step": i, "completions/clipped_ratio": x} for i, x in enumerate(ratios, 1)]
+        memory, found = {}, []
+        for entry in [*entries, {"step": len(ratios), "eval_reward": 0.5}]:
+            memory, _, new = rollout_alarms(memory, entry, "eval_reward" in entry)
+            found.append(len(new))
+        return found
+
+    assert alarms([0.3, 0.9]) == [0, 0, 1] and alarms([0.9, 0.3]) == [0, 0, 0]
+    assert alarms([1.0] * 6) == [0, 0, 0, 0, 1, 0, 0]
 
 
 def test_a_gradient_of_exactly_zero_for_many_steps_raises_an_alarm_for_every_objective():

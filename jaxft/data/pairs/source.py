@@ -50,7 +50,8 @@ class PairRows(DataSettings):
 
     All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto",
     "plain" or a name of pairs/formats.py. max_length: tokens of a prompt and one response. too_long:
-    "truncate" keeps the start, "drop" leaves the pair out, "error" stops. weighting: "pair" gives every pair
+    "truncate" keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair
+    out, "error" stops. weighting: "pair" gives every pair
     of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of
     numbers that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches"
     stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
