@@ -307,7 +307,7 @@ def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk
     left = [rows[i] for i in index]
     names = [row.name.rpartition(":") for row in left]
     part["number"] = np.array([int(number) for _, _, number in names], np.int64)
-    some = first_rows(left, job.kind.settings.columns)
+    some = [] if format.name == "text" else first_rows(left, job.kind.settings.columns)  # it may be long
     return TokenisedChunk(
         [label for label, _, _ in names],
         part,
