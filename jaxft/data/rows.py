@@ -105,7 +105,10 @@ def evaluation_split(ref: str) -> str | None:
     """Return FOLDER:SPLIT, the split for evaluation of a folder as DatasetDict.save_to_disk writes; None
     without any.
     """
-    path = find_data(ref)
+    try:
+        path = find_data(ref)
+    except OSError:  # a list of files that is too long for a name
+        return None
     splits = saved_splits(path) if path is not None else []
     return next((f"{ref}:{name}" for name in _EVALUATION_SPLITS if name in splits), None)
 

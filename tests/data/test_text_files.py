@@ -159,6 +159,7 @@ def test_folders_of_save_to_disk_are_read_by_split(saved):
 def test_the_validation_split_of_a_folder_is_held_out_by_default(saved):
     folder = str(saved / "all")
     assert RowKnobs(folder).settings()["held_out"] == f"{folder}:validation" == evaluation_split(folder)
-    assert RowKnobs(str(saved / "none")).settings()["held_out"] == 0.05
+    for other in (str(saved / "none"), str(saved / "missing"), ",".join(f"{i}.jsonl" for i in range(99))):
+        assert RowKnobs(other).settings()["held_out"] == 0.05
     source = Rows(folder, held_out=f"{folder}:validation", batch=1).open(tiny("llama3"), cache=saved)
     assert (source.info.stats.examples, source.info.stats.held_out) == (20, 3)
