@@ -85,14 +85,6 @@ def test_lengths_of_rollouts_by_hand(answers, budget, expected):
     assert Fit(run, lengths, budget).choose(["max_prompt", "max_new", "micro"]) == expected
 
 
-def test_few_invalid_rows_are_left_out_and_more_end_the_run(place):
-    rows = Path("rows.jsonl").read_text()
-    Path("few.jsonl").write_text(rows + '{"instruction": "why?", "response": ""}\n')
-    Path("many.jsonl").write_text(rows + 2 * '{"instruction": "why?", "response": ""}\n')
-    assert settings_of("sft", *place, "data=few.jsonl").value.data.invalid == "drop"
-    assert settings_of("sft", *place, "data=many.jsonl").value.data.invalid == "error"
-
-
 def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):
     found = settings_of("sft", *place, "data=rows.jsonl", "name=mine")
     (folder := Path("runs/mine/checkpoints/4")).mkdir(parents=True)
