@@ -56,6 +56,7 @@ def main() -> int:
 
     if args.dry_run:
         from jaxft.plan import text
+        from jaxft.runs.trackers.tracker import check_trackers
         from jaxft.train.members import run_folder
         from jaxft.weights.extend import without_model_weights
 
@@ -63,6 +64,7 @@ def main() -> int:
             settings = config.resolve_config(recipe, overrides, expected=Run)
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
+            check_trackers(run.trackers)
             print(text.dry_run(run, settings.describe()))
         return 0
     settings = config.resolve_config(recipe, overrides, expected=Run)
