@@ -537,6 +537,52 @@ def test_a_project_is_that_of_the_setting_then_of_the_environment_then_jaxft(tmp
     assert tracked(tmp_path / "d", monkeypatch)["mlflow create"][0] == "17"
 
 
+REAL = {  # package -> variables, and files below the working directory that name the adapter's files
+    "wandb": ({"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, "r/wandb/offline-run-*/*.wandb"),
+    "mlflow": ({"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": "mlruns"}, None),
+    "trackio": ({"TRACKIO_DIR": "trackio"}, "trackio/team.db"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_the_trackers_own_packages_store_metrics_settings_and_adapter(tmp_path, name):
+    """In a process of its own, because they keep global state; without a server."""
+    pytest.importorskip(name)
+    variables, files = REAL[name]
+    (tmp_path / "r" / "adapter").mkdir(parents=True)
+    (tmp_path / "r" / "adapter" / "adapter_config.json").write_text("{}")
+    record = {"seed": 3, "optim": {"lr": 0.25}, "long": "x" * 9000}
+    record["tracking"] = {"project": "team", "group": "g", "tags": ["a"], "artifact": True}
+    (tmp_path / "r" / "config.json").write_text(json.dumps(record))
+    lines = (
+        "from pathlib import Path; from jaxft.runs.log import Log",
+        "for step, end in enumerate(('stopped', 'finished')):",
+        f"    log = Log(Path('r'), 2, step, True, ({name!r},))",
+        "    log.step(step + 1, {'loss': 1.5, 'kl': float('nan')}, {'mfu': 0.5})",
+        "    log.mark(end); log.close()",
+    )
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not uploaded" not in done.stderr
+    if files is not None:
+        found = b"".join(path.read_bytes() for path in tmp_path.glob(files))
+        assert b"adapter" in found and b"team" in found and b"0.25" in found
+        return
+    (run,) = (tmp_path / "mlruns").glob("*/*/params/optim.lr")
+    run = run.parents[1]
+    assert (run / "params" / "optim.lr").read_text() == "0.25"
+    assert [line.split()[1:] for line in (run / "metrics" / "loss").read_text().splitlines()] == [
+        ["1.5", "1"],
+        ["1.5", "2"],
+    ]
+    assert (run / "artifacts" / "adapter" / "adapter_config.json").exists()
+    assert (run / "tags" / "group").read_text() == "g" and (run / "tags" / "a").exists()
+
+
 def test_an_upload_that_fails_is_reported_and_ends_nothing(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no\nspace")
