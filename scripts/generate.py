@@ -170,7 +170,7 @@ def grammar_of(args: argparse.Namespace) -> str:
         schema = json.loads(Path(args.json_schema).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         detail = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"--json-schema {args.json_schema}: {detail}; give a file with a JSON schema") from error
+        raise ValueError(f"--json-schema {args.json_schema}: {detail}") from error
     if not isinstance(schema, dict):
         raise ValueError(f"--json-schema {args.json_schema}: a JSON schema is an object")
     return json_grammar(schema)

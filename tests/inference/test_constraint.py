@@ -44,7 +44,7 @@ def calls(format, *tools, **options):
 @pytest.mark.parametrize(
     ("grammar", "matching", "others"),
     [
-        (json_grammar(), ['{"a": [1, {"b": null}]}', '{\n  "é": 1\n}'], ["[1]", '{"a": 1', "{'a': 1}", "yes"]),
+        (json_grammar(), ['{"a": [1, {"b": null}]}', '{\n  "é": 1\n}'], ["[1]", '{"a": 1', "{'a': 1}"]),
         (json_grammar(), ["{}", "{\n" + " " * 24 + "}"], ["{\n" + " " * 25 + "}", "{  }", '{"a": 1} yes']),
         (json_grammar(ANSWER), ['{"a": "no", "n": 3}'], ['{"a": "no"}', '{"a": "no", "n": 10}', "{}"]),
         (regex_grammar("(yes|no)/[0-9]{2}"), ["yes/12"], ["yes/1", "yes/123", "perhaps"]),
@@ -135,7 +135,8 @@ def test_other_requests_keep_their_completions_and_nothing_is_compiled(running):
     form = schema_format(ANSWER)
 
     def text(seed, **options):
-        return running.client().chat.completions.create(**asked, seed=seed, **options).choices[0].message.content
+        found = running.client().chat.completions.create(**asked, seed=seed, **options)
+        return found.choices[0].message.content
 
     alone, constrained = [text(seed) for seed in range(6)], text(9, response_format=form)
     compiled = []

@@ -563,9 +563,8 @@ def test_the_trackers_own_packages_store_metrics_settings_and_adapter(tmp_path, 
         "    log.mark(end); log.close()",
     )
     environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not uploaded" not in done.stderr
     if files is not None:

@@ -1,8 +1,8 @@
 """MLflow. A restarted run continues the same MLflow run.
 
-MLFLOW_TRACKING_URI is the address of the server, and MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID the experiment
-without tracking.project. Without an address MLflow keeps a database in the working directory,
-for which the package mlflow is needed; the extra `track` installs its client alone, mlflow-skinny.
+MLFLOW_TRACKING_URI is the address of the server, and MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID the
+experiment without tracking.project. Without an address MLflow keeps a database in the working directory, for
+which the package mlflow is needed; the extra `track` installs its client alone, mlflow-skinny.
 """
 
 import math
@@ -35,8 +35,8 @@ PARAMS_BATCH, LONGEST_PARAM = 100, 500  # MLflow's limits, the second that of se
 
 
 class MLflow:
-    """Logs the run in a folder to an MLflow run. A server that fails during the run ends the logging there, not
-    the run. artifact: whether its adapter is uploaded at the end.
+    """Logs the run in a folder to an MLflow run. A server that fails during the run ends the logging there,
+    not the run. artifact: whether its adapter is uploaded at the end.
     """
 
     def __init__(self, mlflow: ModuleType, run_id: str, folder: Path, artifact: bool):
@@ -76,8 +76,8 @@ class MLflow:
 
 
 def open_tracker(folder: Path, start_step: int) -> Tracker:
-    """Open the run whose id is stored in the folder. A new one gets the settings in the folder's config.json as
-    parameters, which MLflow does not let a resumed run change.
+    """Open the run whose id is stored in the folder. A new one gets the settings in the folder's config.json
+    as parameters, which MLflow does not let a resumed run change.
 
     Raises ValueError if MLflow cannot be reached.
     """

@@ -26,9 +26,9 @@ RunEnd: TypeAlias = Literal["finished", "stopped", "failed"]  # stopped: by a si
 class Tracking:
     """How optional trackers file a run.
 
-    project: of W&B and Trackio, experiment of MLflow; None for that of WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or
-    MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together. tags: words to filter runs by.
-    artifact: upload the adapter at the end; full weights are never uploaded.
+    project: of W&B and Trackio, experiment of MLflow; None for that of WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
+    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together. tags: words to filter runs
+    by. artifact: upload the adapter at the end; full weights are never uploaded.
     """
 
     project: str | None = None
@@ -114,8 +114,8 @@ def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list
 
 
 def upload_adapter(tracker: str, folder: Path, send: Callable[[Path], object]) -> None:
-    """Send the adapter of a run, if it has one. A failure is reported on standard error and ends nothing, since
-    the run has its results.
+    """Send the adapter of a run, if it has one. A failure is reported on standard error and ends nothing,
+    since the run has its results.
     """
     if not (folder / ADAPTER).is_dir():
         return

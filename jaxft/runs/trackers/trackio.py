@@ -19,8 +19,8 @@ PACKAGES = ("trackio",)
 
 
 class Trackio:
-    """Logs the run in a folder to the open run of a trackio module. artifact: whether its adapter is stored at
-    the end.
+    """Logs the run in a folder to the open run of a trackio module. artifact: whether its adapter is stored
+    at the end.
     """
 
     def __init__(self, trackio: ModuleType, folder: Path, artifact: bool):

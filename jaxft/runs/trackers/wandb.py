@@ -35,8 +35,8 @@ class WandB:
         self._run.log({**with_perf(metrics, perf), "step": step})
 
     def close(self, end: RunEnd) -> None:
-        """Upload the adapter of a finished run, and finish the W&B run, which W&B shows as failed if this run is
-        not finished.
+        """Upload the adapter of a finished run, and finish the W&B run, which W&B shows as failed if this run
+        is not finished.
         """
         if end == "finished" and self._artifact:
             upload_adapter("wandb", self._folder, self._upload)
