@@ -150,7 +150,7 @@ class Scheduler:
         for request, _ in requests:
             self._check(request)
         tickets = [
-            Ticket(request, deliver, request.grammar and request.grammar.begin())
+            Ticket(request, deliver, request.grammar.begin() if request.grammar else None)
             for request, deliver in requests
         ]
         self._drop_cancelled()

@@ -125,7 +125,7 @@ def test_the_page_chats_with_the_chosen_model(tmp_path, monkeypatch, width):
     response = {"role": "assistant", "content": expected.message.content}
     assert found["turns"] == found["again"] == [messages[1], response] and found["boxes"] == 2
     assert found["log"][0] == ["user", "what is <i>a rank</i>?"]
-    truncated = ["Truncated: at 12 tokens (Tokens above)."]
+    truncated = ["Truncated at 12 tokens (Tokens above)."]
     assert found["notes"] == (truncated if expected.finish_reason == "length" else [])
     assert found["log"][-1][0] == "error" and "9999" in found["log"][-1][1] and found["kept"] == 3
     assert found["copied"] == 1 and found["cleared"] == 0 and found["wide"] <= 0
