@@ -56,6 +56,7 @@ def main() -> int:
     if args.dry_run:
         from jaxft.plan import dry_run
         from jaxft.runs import config
+        from jaxft.runs.trackers.tracker import check_trackers
         from jaxft.train.members import run_folder
         from jaxft.weights.extend import without_model_weights
 
@@ -63,6 +64,7 @@ def main() -> int:
             settings, lines = open_settings.fitted_here(open_settings.resolve(recipe, overrides))
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
+            check_trackers(run.trackers)
             found = dry_run.dry_run(run, config.recipe_defaults(recipe), settings.describe(), lines)
             print(dry_run.dry_run_json(found) if args.json else dry_run.dry_run_text(found))
         return 0

@@ -185,12 +185,12 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise ApiError(
-            400, 'tool_choice must be auto, none, required or {"type": "function", "function": {"name": ...}}',
-            "tool_choice",
+            400, 'tool_choice must be auto, none, required or {"type": "function", "function": '
+            '{"name": ...}}', "tool_choice",
         )  # fmt: skip
     chosen = tuple(tool for tool in functions_of(tools) if tool["name"] == name)
     if not chosen:
-        raise ApiError(400, f"tool_choice names {name!r:.60}, which is not one of the tools", "tool_choice")
+        raise ApiError(400, f"tool_choice names {name!r:.60}, which is none of the tools", "tool_choice")
     return RequiredCall(chosen[:1], True)
 
 
@@ -218,8 +218,8 @@ def _schema(value: Any) -> Mapping[str, Any] | None:
         return {"type": "object"}
     if kind != "json_schema":
         raise ApiError(
-            400, 'response_format must be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", '
-            '"json_schema": {"name": ..., "schema": ...}}', "response_format",
+            400, 'response_format must be {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}', "response_format",
         )  # fmt: skip
     named = value.get("json_schema")
     schema = named.get("schema") if isinstance(named, dict) else None

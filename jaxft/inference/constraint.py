@@ -116,7 +116,8 @@ def call_grammar(
 
 def either(first: str, second: str) -> str:
     """Return the grammar of what one of two grammars matches: a Lark grammar, and one of a single rule."""
-    return f"{re.sub(r'^start:', 'first:', first)}\nsecond: {second.removeprefix('start: ')}\nstart: first | second"
+    renamed = re.sub(r"^start:", "first:", first)
+    return f"{renamed}\nsecond: {second.removeprefix('start: ')}\nstart: first | second"
 
 
 def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Grammar:

@@ -8,6 +8,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Literal, NamedTuple
 
 import jax
@@ -148,7 +150,7 @@ class Scheduler:
         for request, _ in requests:
             self._check(request)
         tickets = [
-            Ticket(request, deliver, request.grammar and request.grammar.begin())
+            Ticket(request, deliver, request.grammar.begin() if request.grammar else None)
             for request, deliver in requests
         ]
         self._drop_cancelled()
@@ -370,3 +372,30 @@ def _deliver(ticket: Ticket, progress: NewTokens) -> None:
         ticket.deliver(progress)
     except Exception:
         ticket.cancel()
+
+
+def complete_requests(
+    programs: ServePrograms, params: Params, requests: Sequence[TokenRequest]
+) -> list[list[int]]:
+    """Complete requests with a scheduler of their own: token ids, up to and including a stop token.
+
+    Raises ValueError if one of them fails.
+    """
+    found, ended = [list[int]() for _ in requests], SimpleQueue[str]()
+
+    def deliver(tokens: list[int], progress: NewTokens) -> None:
+        tokens.extend(sampled.token for sampled in progress.tokens)
+        if progress.finish is not None:
+            ended.put(progress.error)
+
+    scheduler = Scheduler(programs, params, len(requests), log=lambda line: None)
+    scheduler.start()
+    try:
+        scheduler.submit([(one, partial(deliver, tokens)) for one, tokens in zip(requests, found)])
+        for _ in requests:
+            error = ended.get()
+            if error:
+                raise ValueError(error)
+    finally:
+        scheduler.close()
+    return found

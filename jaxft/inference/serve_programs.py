@@ -1,8 +1,8 @@
 """The compiled programs of the server: start a prompt in a row, decode a block of steps, settings by row.
 
 A state has R rows, each with its prompt's keys and its completion. All that a request chooses (temperature,
-top_k, top_p, limit, stop tokens, adapter, allowed tokens) is an array with a value per row, so that nothing is
-compiled while the server runs. Random keys are those of generate.py.
+top_k, top_p, limit, stop tokens, adapter, allowed tokens) is an array with a value per row, so that nothing
+is compiled while the server runs. Random keys are those of generate.py.
 """
 
 from collections.abc import Callable

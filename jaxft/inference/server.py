@@ -307,7 +307,7 @@ def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | N
         elif text and tools is not None:  # the model may call them instead
             text = either(call_grammar(model.tools, functions_of(tools), model.tokenizer), text)
         return compile_grammar(text, model.tokenizer, model.stop) if text else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         field = "tool_choice" if required is not None else "response_format"
         raise ApiError(400, f"{field}: {error}", field) from error
     except ImportError as error:

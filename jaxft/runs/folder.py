@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "data.workers",
     "data.tokens",
     "trackers",
+    "tracking",
     "samples",
     "scoring",
     "sampling",

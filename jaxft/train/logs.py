@@ -134,6 +134,7 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     overview = None
     if job.sweep is not None:
         record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
+        record["tracking"] = job.lead.record.get("tracking")
         runfolder.write_durable_json(job.folder / "config.json", record)
         overview = Log(job.folder, job.steps, first, trackers=trackers)
     found = Logs(logs, overview)

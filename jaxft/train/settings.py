@@ -19,6 +19,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.store import check_store_url
+from jaxft.runs.trackers.tracker import OPEN, Tracking
 from jaxft.short_names import REWARDS, ShortNames
 from jaxft.tree import regex
 
@@ -165,6 +166,7 @@ class Run:
     scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
+    tracking: Tracking = field(default_factory=Tracking)
     heads: dict[str, HeadSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -174,6 +176,9 @@ class Run:
                 f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "
                 "run; set one of them"
             )
+        unused = [name for name, value in vars(self.tracking).items() if value != getattr(Tracking(), name)]
+        if unused and not set(self.trackers) - set(OPEN):
+            raise ValueError(f"tracking.{unused[0]} needs a tracker; set trackers=wandb, mlflow or trackio")
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}; expected 0 or more")
         if self.start and self.adapter is None and self.quant is not None:

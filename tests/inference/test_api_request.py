@@ -28,7 +28,9 @@ BAD = {  # field of a chat request -> values
     "chat_template_kwargs": ["a", [1]],
     "logit_bias": [{"1": 2}],
     "frequency_penalty": [0.5, False],
-    "response_format": [3, "json", {"type": "yaml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}],
+    "response_format": [
+        3, "json", {"type": "yaml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}},
+    ],
     "temprature": [1],
 }
 
@@ -72,9 +74,8 @@ def test_the_defaults_are_those_of_openai_and_null_is_a_default():
     found = parse_chat(parse_json(json.dumps(fields).encode()), 16)
     sampling = found.choice.sampling
     assert (sampling.max_new, sampling.temperature, sampling.top_k, sampling.top_p) == (16, 1.0, None, None)
-    assert (
-        found.choice[1:] == (None, (), 1, None, None) and found.streaming == (False, False) and found.tools is None
-    )
+    assert found.choice[1:] == (None, (), 1, None, None)
+    assert found.streaming == (False, False) and found.tools is None
     asked = {
         "max_tokens": 3,
         "stop": "x",
@@ -84,9 +85,8 @@ def test_the_defaults_are_those_of_openai_and_null_is_a_default():
         "tool_choice": "none",
     }
     found = parse_chat({"messages": MESSAGES, "tools": [{}], **asked}, 16)
-    assert (
-        found.choice[1:] == (5, ("x",), 1, 4, None) and found.choice.sampling.max_new == 3 and found.tools is None
-    )
+    assert found.choice[1:] == (5, ("x",), 1, 4, None)
+    assert found.choice.sampling.max_new == 3 and found.tools is None
 
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}

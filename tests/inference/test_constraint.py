@@ -1,6 +1,8 @@
 """Constrained sampling: what grammars accept, and that completions of the server match them."""
 
 import json
+import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 import tiny_served as tiny
 import tiny_tokenizers
 from running_server import CHAT, MESSAGES, Running
+from scripts_in_process import call
 
 from jaxft.inference.constraint import (
     call_grammar,
@@ -19,6 +22,7 @@ from jaxft.inference.constraint import (
     regex_grammar,
 )
 from jaxft.inference.sampling import Sampling
+from jaxft.inference.scheduler import complete_requests
 from jaxft.inference.serve_programs import AllowedTokens, allowed_logits
 
 pytest.importorskip("llguidance")
@@ -44,7 +48,7 @@ def calls(format, *tools, **options):
 @pytest.mark.parametrize(
     ("grammar", "matching", "others"),
     [
-        (json_grammar(), ['{"a": [1, {"b": null}]}', '{\n  "é": 1\n}'], ["[1]", '{"a": 1', "{'a': 1}", "yes"]),
+        (json_grammar(), ['{"a": [1, {"b": null}]}', '{\n  "é": 1\n}'], ["[1]", '{"a": 1', "{'a': 1}"]),
         (json_grammar(), ["{}", "{\n" + " " * 24 + "}"], ["{\n" + " " * 25 + "}", "{  }", '{"a": 1} yes']),
         (json_grammar(ANSWER), ['{"a": "no", "n": 3}'], ['{"a": "no"}', '{"a": "no", "n": 10}', "{}"]),
         (regex_grammar("(yes|no)/[0-9]{2}"), ["yes/12"], ["yes/1", "yes/123", "perhaps"]),
@@ -135,7 +139,8 @@ def test_other_requests_keep_their_completions_and_nothing_is_compiled(running):
     form = schema_format(ANSWER)
 
     def text(seed, **options):
-        return running.client().chat.completions.create(**asked, seed=seed, **options).choices[0].message.content
+        found = running.client().chat.completions.create(**asked, seed=seed, **options)
+        return found.choices[0].message.content
 
     alone, constrained = [text(seed) for seed in range(6)], text(9, response_format=form)
     compiled = []
@@ -151,16 +156,69 @@ def test_other_requests_keep_their_completions_and_nothing_is_compiled(running):
     assert together == alone and [other.result() for other in others] == [constrained] * 3 and not compiled
 
 
-def test_a_required_call_is_a_call_with_arguments_that_fit():
-    """Of the scheduler, since the mark alone has more tokens than the server's limit leaves."""
-    model, (scheduler, _) = tiny.tool_models()["base"], tiny.scheduler()
+def test_requests_without_a_server_match_their_grammars():
+    model = tiny.tool_models()["base"]
     tool = {"name": "f", "parameters": NOW["parameters"]}
-    grammar = compile_grammar(call_grammar("llama3", [tool], model.tokenizer), model.tokenizer, model.stop)
-    request = tiny.TokenRequest((1, 2), Sampling(24, 1.0), stop=tiny.STOP, grammar=grammar)
-    found = tiny.complete(scheduler, [request])[0].ids
-    scheduler.close()
-    expected = '{"name": "f", "parameters": {}}'
-    assert expected.startswith(tiny.text_of(found))
+    expected = {
+        regex_grammar("(yes|no), [a-c]{2}"): re.compile("(yes|no), [a-c]{2}"),
+        call_grammar("llama3", [tool], model.tokenizer): re.compile(r'\{"name": "f", .*'),
+    }
+    requests = [
+        tiny.TokenRequest(
+            (1, 2), Sampling(24, 1.0), seed, 0, tiny.STOP,
+            grammar=compile_grammar(grammar, model.tokenizer, model.stop),
+        )
+        for grammar in expected
+        for seed in range(3)
+    ]  # fmt: skip
+    found = complete_requests(tiny.programs(), tiny.params(), requests)
+    assert [ids for ids in found[:3]] != [found[0]] * 3
+    for ids, pattern in zip(found, [pattern for pattern in expected.values() for _ in range(3)], strict=True):
+        assert pattern.fullmatch(tiny.text_of(ids)) and len(ids) <= 24
+    assert all(ids[-1] in tiny.STOP for ids in found[:3])
+
+
+def test_a_failure_of_a_request_without_a_server_is_an_error():
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        complete_requests(tiny.programs(), tiny.params(), [tiny.TokenRequest((), Sampling(2))])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json-schema", "nowhere.json"], "--json-schema nowhere.json: No such file or directory"),
+        (["--json-schema", "list.json"], "--json-schema list.json: a JSON schema is an object"),
+        (["--json-schema", "list.json", "--regex", "a"], "not allowed with argument --json-schema"),
+    ],
+)
+def test_a_wrong_option_of_generate_is_one_line(tmp_path, monkeypatch, capsys, options, message):
+    (tmp_path / "list.json").write_text("[1]")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(monkeypatch, capsys, "generate", "--prompt", "a", *options)
+    assert code and not out and message in err and len(err.splitlines()) == 1
+
+
+def test_without_llguidance_the_error_says_what_to_install(running, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    body = {"messages": MESSAGES, "response_format": {"type": "json_object"}}
+    status, reply, _ = running.send("POST", CHAT, body)
+    assert status == 501 and "pip install 'jaxft[serve]'" in reply["error"]["message"]
+
+
+@pytest.mark.slow
+def test_smollm2_completes_prompts_as_the_schema_says(tmp_path, monkeypatch, capsys):
+    """Also greedily, where free text would begin otherwise."""
+    (tmp_path / "schema.json").write_text(json.dumps(ANSWER))
+    monkeypatch.chdir(tmp_path)
+    prompts = [item for text in ("Is Paris in France?", "Name a colour.") for item in ("--prompt", text)]
+    code, out, err = call(
+        monkeypatch, capsys, "generate", *prompts, "--json-schema", "schema.json", "--max-new", "40", "--json"
+    )
+    results = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [result["finish"] for result in results] == ["stop", "stop"], err
+    for result in results:
+        found = json.loads(result["completion"])
+        assert found.keys() == {"a", "n"} and found["a"] in ("yes", "no") and 1 <= found["n"] <= 9
 
 
 TOOLS = [{"type": "function", "function": ADD}]

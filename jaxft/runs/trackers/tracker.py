@@ -1,17 +1,52 @@
 """The Tracker type, and how a run opens the optional ones by name."""
 
 import importlib
+import json
 import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from jaxft.runs import trackers
+from jaxft.runs.terminal import printable_line
 
 OPEN = ("tensorboard",)  # trackers that every run has; naming one changes nothing
 ALWAYS = ("tracker", "jsonl", "console", *OPEN)  # files of this folder that are not optional trackers
 
+PROJECT = "jaxft"  # where neither a setting nor the tracker's environment variable names one
+ADAPTER = "adapter"  # the folder of a run that is uploaded
+
 RunEnd: TypeAlias = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be resumed
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How optional trackers file a run.
+
+    project: of W&B and Trackio, experiment of MLflow; None for that of WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
+    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together. tags: words to filter runs
+    by. artifact: upload the adapter at the end; full weights are never uploaded.
+    """
+
+    project: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    artifact: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("project", "group"):
+            if getattr(self, name) == "":
+                raise ValueError(f"tracking.{name} is empty; give a name, or none")
+
+
+class TrackedRun(NamedTuple):
+    """A run's settings as its config.json has them, and how trackers file it."""
+
+    settings: dict[str, Any]
+    tracking: Tracking
 
 
 class Tracker(Protocol):
@@ -36,9 +71,28 @@ def with_perf(metrics: dict[str, float], perf: dict[str, float]) -> dict[str, fl
     return {**metrics, **{f"perf/{name}": value for name, value in perf.items()}}
 
 
-def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list[Tracker]:
-    """Open optional trackers, without those that every run has. Raises ValueError, before any is open, for
-    one that is unknown or whose package is missing.
+def tracked_run(folder: Path) -> TrackedRun:
+    """Read the run in a folder; without a config.json, one without settings."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    fields = settings.get("tracking") or {}
+    return TrackedRun(settings, Tracking(**{**fields, "tags": tuple(fields.get("tags", ()))}))
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names, as on the command line, without those that are None."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat_settings(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[prefix + name] = value
+    return found
+
+
+def check_trackers(names: tuple[str, ...]) -> list[ModuleType]:
+    """Import optional trackers and their packages. Raises ValueError for one that is unknown or whose package
+    is missing.
     """
     known = sorted(m.name for m in pkgutil.iter_modules(trackers.__path__) if m.name not in ALWAYS)
     for name in names:
@@ -49,7 +103,27 @@ def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list
     for module in modules:
         for package in module.PACKAGES:
             import_package(package)
-    return [module.open_tracker(folder, start_step) for module in modules]
+    return modules
+
+
+def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list[Tracker]:
+    """Open optional trackers, without those that every run has. Errors are those of check_trackers, raised
+    before any is open.
+    """
+    return [module.open_tracker(folder, start_step) for module in check_trackers(names)]
+
+
+def upload_adapter(tracker: str, folder: Path, send: Callable[[Path], object]) -> None:
+    """Send the adapter of a run, if it has one. A failure is reported on standard error and ends nothing,
+    since the run has its results.
+    """
+    if not (folder / ADAPTER).is_dir():
+        return
+    try:
+        send(folder / ADAPTER)
+    except Exception as error:  # of storage, network or account, which each package reports in its own way
+        text = printable_line(str(error))[:300] or type(error).__name__
+        print(f"trackers={tracker}: the adapter is not uploaded: {text}", file=sys.stderr)
 
 
 def import_package(package: str) -> ModuleType:
