@@ -328,28 +328,57 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_metrics(found: dict[str, Any], as_json: bool) -> None:
-    """Print the metrics: a line for each, and a column for each adapter if there are several."""
+    """Print the metrics with their 95 % intervals: a line for each, and a column for each adapter if there
+    are several.
+    """
+    from jaxft.intervals import interval_of
     from jaxft.runs.trackers.jsonl import json_value
 
     if as_json:
-        whole = {name: json_value(one.metrics) for name, one in found.items()}
+        whole = {name: json_value(with_intervals(one)) for name, one in found.items()}
         print(json.dumps(whole if len(found) > 1 else next(iter(whole.values()))))
         return
 
-    def shown(value: Any) -> str:
-        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    def shown(one: Any, metric: str) -> str:
+        value = one.metrics.get(metric)
+        text = "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        return f"{text} {interval_of(one.values[metric]).text()}" if metric in one.values else text
 
-    widths = [max(12, len(name) + 2) for name in found]
+    metrics = dict.fromkeys(metric for one in found.values() for metric in one.metrics)
+    columns = [[shown(one, metric) for metric in metrics] for one in found.values()]
+    widths = [
+        max(12, 2 + max(map(len, (name, *column)))) for name, column in zip(found, columns, strict=True)
+    ]
     if len(found) > 1:
         print(f"{'':32s}" + "".join(f"{name:>{width}s}" for name, width in zip(found, widths, strict=True)))
-    for metric in dict.fromkeys(metric for one in found.values() for metric in one.metrics):
-        values = [shown(one.metrics.get(metric)) for one in found.values()]
+    for metric, values in zip(metrics, zip(*columns, strict=True), strict=True):
         if len(values) == 1:
             print(f"{metric:32s} {values[0]}")
         else:
             print(
                 f"{metric:32s}" + "".join(f"{x:>{width}s}" for x, width in zip(values, widths, strict=True))
             )
+
+
+def with_intervals(one: Any) -> dict[str, Any]:
+    """Return the metrics of an Evaluated with its intervals as lists, by the metric's name."""
+    from jaxft.intervals import interval_of
+
+    intervals = {name: list(interval_of(values)) for name, values in one.values.items()}
+    return {**one.metrics, **({"intervals": intervals} if intervals else {})}
+
+
+def comparison_lines(found: dict[str, Any]) -> list[str]:
+    """Return the differences of the other adapters to the first one on the same rows, in sentences."""
+    from jaxft.intervals import paired
+
+    (first, base), *others = found.items()
+    return [
+        f"{name} against {first}, {metric}: {paired(base.values[metric], one.values[metric]).text()}"
+        for name, one in others
+        for metric in one.values
+        if metric in base.values
+    ]
 
 
 def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -376,6 +405,8 @@ def main() -> int:
         print(line, file=sys.stderr)
     if args.way != TASKS or args.json:
         print_metrics(found, args.json)
+        for line in () if args.json else comparison_lines(found):
+            print(line)
     else:
         for name, one in found.items():
             print((f"adapter {name}\n" if len(found) > 1 else "") + one.table)

@@ -2,6 +2,7 @@
 table.
 """
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.mixture import source_names
 from jaxft.distributed import processes, sync
+from jaxft.distributed.disk import write_durably
 from jaxft.models import families
 from jaxft.nn.lora import EVA
 from jaxft.runs import charts, report
@@ -17,10 +19,10 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
 from jaxft.runs.terminal import printable_line
-from jaxft.runs.trackers.jsonl import METRICS
+from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
 from jaxft.train import export, programs
 from jaxft.train.calibrate import calibrate_base, print_line
-from jaxft.train.compiled import Compiled
+from jaxft.train.compiled import Compiled, RowValues
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
@@ -58,6 +60,19 @@ def report_finished(job: Job, steps: int) -> int:
     if failed:
         print(f"{', '.join(failed)}: not finished, the steps or the held-out loss are not finite")
     return int(bool(failed))
+
+
+def write_held_out(job: Job, rows: list[RowValues]) -> None:
+    """Write held_out.jsonl of each member: the name and the values of each held-out row after the last step,
+    from which `jaxft compare` takes differences on the same rows. A member without any has no such file.
+    """
+    if not processes.is_first():
+        return
+    name = job.sources[0].held_out_name  # those of a sweep have the same held-out rows
+    for member, own in zip(job.members, rows, strict=True):
+        lines = [json.dumps({"row": name(at), **json_value(values)}) + "\n" for at, values in own.items()]
+        if lines:
+            write_durably(member.folder / HELD_OUT_ROWS, "".join(lines).encode())
 
 
 def export_members(

@@ -278,6 +278,11 @@ class PairSource(FixedSource[Pairs]):
             names.pop()
         return names
 
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the pair at a position of the slots of all held-out batches."""
+        batch, slot = divmod(position, self.held_out[0].index.size)
+        return self.pairs.tokenised.names[self.held_out[batch].index.flat[slot]]
+
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts with their chosen response."""
         prompts: list[Prompt] = []

@@ -1,0 +1,254 @@
+"""Which of several runs is best: repetitions with other seeds together, differences on the same held-out
+rows, and sentences that say what is chance.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.intervals import Paired, mean_interval, paired_fractions, paired_means, wilson
+from jaxft.objectives.metrics import WEIGHT
+from jaxft.runs import compare
+from jaxft.runs import metric_names as names
+from jaxft.runs.compare import Logged, first_and_last, held_out
+from jaxft.runs.folder import read_saved_json
+from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, read_entries
+
+ACCURACIES = (names.ACCURACY, names.REWARD_ACCURACY)
+SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition
+# Parts of config.json that follow from other settings, or that change nothing in what a run computes.
+NOT_SETTINGS = ("name", "seed", "command", "data_fingerprint", "loop", "samples", "trackers")
+MOST_DIFFERENCES = 8  # runs that are compared with the best one
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run: metrics at step 0 and at the end, its settings as in config.json ({} if unknown), and values of
+    held-out rows by name.
+    """
+
+    label: str
+    before: Logged
+    after: Logged
+    settings: Mapping[str, Any]
+    rows: Mapping[str, Mapping[str, float]]
+
+    @property
+    def seed(self) -> tuple[Any, Any]:
+        """The seeds of the run and of its data."""
+        return self.settings.get("seed"), _part(self.settings, "data").get("seed")
+
+
+class Criterion(NamedTuple):
+    """What makes a run the best one. key: of values of single rows, "" without any."""
+
+    title: str
+    metric: str
+    greater: bool
+    key: str
+
+
+def read_result(label: str, folder: Path) -> Result:
+    """Read a run's folder, whose metrics.jsonl has an entry."""
+    path = folder / "config.json"
+    settings = read_saved_json(path) if path.is_file() else {}
+    rows = {}
+    if (folder / HELD_OUT_ROWS).is_file():
+        for line in (folder / HELD_OUT_ROWS).read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            rows[values.pop("row")] = values
+    return Result(label, *first_and_last(read_entries(folder / METRICS)), settings, rows)
+
+
+def have_same_loss(results: Sequence[Result]) -> bool:
+    """Whether the held-out losses of the runs can be compared: one model, and one loss function with the same
+    knobs, or supervised runs, which are all evaluated by their cross-entropy.
+    """
+    weights = {str(result.settings.get("weights")) for result in results}
+    functions = {_loss_function(result.settings) for result in results}
+    return len(weights) == len(functions) == 1
+
+
+def _loss_function(settings: Mapping[str, Any]) -> str:
+    objective = _part(settings, "objective")
+    if objective.get("callable") == "jaxft.objectives.sft:sft":
+        return "sft"
+    return json.dumps(objective, sort_keys=True)
+
+
+def criterion(results: Sequence[Result]) -> Criterion | None:
+    """Return what the runs are ranked by: a score, a reward, the loss if it is the same function, or else the
+    accuracy; None if the runs have none of them in common.
+    """
+    scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
+    choices = [Criterion(title, name, True, "") for title, name in scores]
+    choices.append(Criterion("held-out reward", held_out(names.REWARD), True, ""))
+    if have_same_loss(results):
+        choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
+    choices += [Criterion(compare.ACCURACY, held_out(name), True, name) for name in ACCURACIES]
+    return next((c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)), None)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+# Repetitions
+
+
+def repetitions(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the runs that differ in nothing but seeds together, by the part of their labels that they share.
+    A run without settings is alone.
+    """
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        key = json.dumps(_without_seeds(result.settings), sort_keys=True) if result.settings else result.label
+        groups.setdefault(key, []).append(result)
+    return {_group_label(own): own for own in groups.values()}
+
+
+def _without_seeds(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    data = {name: value for name, value in _part(settings, "data").items() if name != "seed"}
+    return {**known, "data": data}
+
+
+def _group_label(results: Sequence[Result]) -> str:
+    if len(results) == 1:
+        return results[0].label
+    parts = [part for part in results[0].label.split(",") if part.partition("=")[0] not in SEEDS]
+    labels = [result.label for result in results]
+    if "=" in results[0].label:
+        return ",".join(parts) or "all seeds"
+    return ", ".join(labels[:2]) + (f" and {len(labels) - 2} more" if len(labels) > 2 else "")
+
+
+def repetition_table(groups: Mapping[str, Sequence[Result]], markdown: bool = False) -> str:
+    """Return a table of means and standard deviations over repetitions, "" without any repetition."""
+    if all(len(own) == 1 for own in groups.values()):
+        return ""
+    every = [result for own in groups.values() for result in own]
+    table = compare.Table.of(
+        [r.label for r in every], [r.before for r in every], [r.after for r in every], have_same_loss(every)
+    )
+    values = table.as_json()
+    titles = [title for title in table.titles if title != compare.PAIRS]
+    cells = [
+        [str(len(own)), *(_spread([values[result.label][title] for result in own]) for title in titles)]
+        for own in groups.values()
+    ]
+    draw = compare.markdown_table if markdown else compare.text_table
+    return draw(["runs", *titles], list(groups), cells) + "\n\nmean ± standard deviation over seeds"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [x for x in values if x is not None and math.isfinite(x)]
+    if not known:
+        return "-"
+    mean = compare.short_number(float(np.mean(known)))
+    return mean if len(known) == 1 else f"{mean} ± {compare.short_number(float(np.std(known, ddof=1)))}"
+
+
+# Differences
+
+
+def ranking_lines(results: Sequence[Result]) -> list[str]:
+    """Return sentences: which run or, over seeds, which setting is best, with its interval, and how far the
+    others are behind.
+    """
+    found = criterion(results) if len(results) > 1 else None
+    if found is None:
+        return []
+    groups = repetitions(results)
+    if len(groups) == 1:
+        (label, own), values = next(iter(groups.items())), [r.after[found.metric] for r in results]
+        return [f"{found.title} over {len(own)} seeds ({label}): {_mean_text(values)}"]
+    order = sorted(groups, key=lambda label: _mean(groups[label], found), reverse=found.greater)
+    best = groups[order[0]]
+    lines = [f"best of {len(groups)}: {order[0]}, by {found.title}: {value_text(best, found)}"]
+    shown = order[1 : 1 + MOST_DIFFERENCES]
+    lines += [f"  {label} against it: {difference_text(best, groups[label], found)}" for label in shown]
+    if len(order) > 1 + len(shown):
+        lines.append(f"  {len(order) - 1 - len(shown)} more are further behind")
+    if len(groups) > 2:
+        lines.append("the best of several has been lucky too: its value on new rows is likely a bit worse")
+    return lines
+
+
+def baseline_lines(results: Sequence[Result], baseline: str) -> list[str]:
+    """Return how each run differs from the one with the label `baseline`, in accuracy on the same pairs."""
+    (base,) = [result for result in results if result.label == baseline]
+    name = next((name for name in ACCURACIES if held_out(name) in base.after), None)
+    if name is None:
+        return []
+    found = Criterion(compare.ACCURACY, held_out(name), True, name)
+    return [
+        f"{result.label} against {baseline}, {found.title}: {difference_text([base], [result], found)}"
+        for result in results
+        if result is not base and found.metric in result.after
+    ]
+
+
+def _mean(results: Sequence[Result], by: Criterion) -> float:
+    return float(np.mean([result.after[by.metric] for result in results]))
+
+
+def value_text(results: Sequence[Result], by: Criterion) -> str:
+    """Return the value of a setting with its interval: over seeds, or over the held-out rows of a single run."""
+    values = [result.after[by.metric] for result in results]
+    if len(values) > 1:
+        return _mean_text(values)
+    (result,), (value,) = results, values
+    pairs = result.after.get(by.metric + names.PAIRS)
+    if pairs:
+        return f"{value:.3f} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
+    rows = [row for row in result.rows.values() if by.key in row]
+    if len(rows) > 1:
+        interval = mean_interval([row[by.key] for row in rows], [row.get(WEIGHT, 1.0) for row in rows])
+        return f"{value:.3f} {interval.text()} of {len(rows):,} rows"
+    return f"{value:.3f}"
+
+
+def _mean_text(values: Sequence[float]) -> str:
+    mean, interval = float(np.mean(values)), mean_interval(values)
+    spread = float(np.std(values, ddof=1))
+    return f"{mean:.3f} {interval.text()}, standard deviation {spread:.3f} over {len(values)} seeds"
+
+
+def difference_text(best: Sequence[Result], other: Sequence[Result], by: Criterion) -> str:
+    """Return the difference of two settings with its interval, and whether it may be chance: on the same
+    seeds where both have several, or else on the same held-out rows of two runs.
+    """
+    difference = _mean(other, by) - _mean(best, by)
+    seeds = [{result.seed: result.after[by.metric] for result in own} for own in (best, other)]
+    common = [seed for seed in seeds[0] if seed in seeds[1]]
+    if max(len(best), len(other)) > 1:
+        if len(common) < 2:
+            return f"{difference:+.3f}; run both with the same seeds for an interval"
+        found = paired_means(*([own[seed] for seed in common] for own in seeds))
+        return found.text("seeds")
+    paired = paired_rows(best[0], other[0], by.key)
+    if paired is None:
+        return f"{difference:+.3f}; without values of the same held-out rows there is no interval"
+    return paired.text("pairs" if by.title == compare.ACCURACY else "rows")
+
+
+def paired_rows(one: Result, other: Result, key: str) -> Paired | None:
+    """Compare two runs on the rows that both hold out; None for fewer than two."""
+    common = [row for row in one.rows if key in one.rows[row] and key in other.rows.get(row, {})]
+    if len(common) < 2:
+        return None
+    first, second = ([run.rows[row][key] for row in common] for run in (one, other))
+    if key in ACCURACIES:
+        return paired_fractions(first, second)
+    return paired_means(first, second, [one.rows[row].get(WEIGHT, 1.0) for row in common])
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
