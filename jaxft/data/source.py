@@ -114,7 +114,7 @@ class Source(Protocol[BoundTo]):
         """Return the first `count` held-out prompts, fewer if there are not as many."""
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of the held-out row whose value evaluation has at a position, see metrics.PerRow."""
+        """Return the name of the held-out row at a position of the values of metrics.PerRow."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores of this source, in addition to TrainState."""

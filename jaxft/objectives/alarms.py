@@ -237,7 +237,7 @@ def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last:
 
 
 def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report a finished run that prefers neither response of any held-out pair. accuracy: the metric's name."""
+    """Report a finished run of whose held-out pairs all are ties. accuracy: the metric's name."""
     pairs = n.get(HELD_OUT + accuracy + PAIRS)
     if not last or not pairs or HELD_OUT + accuracy in n:
         return Alarms(memory, [], [])

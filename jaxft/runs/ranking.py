@@ -128,14 +128,28 @@ def _group_label(results: Sequence[Result]) -> str:
     return ", ".join(labels[:2]) + (f" and {len(labels) - 2} more" if len(labels) > 2 else "")
 
 
-def repetition_table(groups: Mapping[str, Sequence[Result]], markdown: bool = False) -> str:
+def table_of(results: Sequence[Result]) -> compare.Table:
+    """Return the table of the runs."""
+    sides = [r.before for r in results], [r.after for r in results]
+    return compare.Table.of([r.label for r in results], *sides, have_same_loss(results))
+
+
+def texts(results: Sequence[Result], markdown: bool = False) -> list[str]:
+    """Return what is said about several runs: their table, that of repetitions, and which one is best."""
+    table = table_of(results)
+    lines = ranking_lines(results)
+    if markdown:
+        lines = [f"- {line.strip()}" for line in lines]
+    shown = [table.markdown() if markdown else table.text(), repetition_table(results, markdown)]
+    return [text for text in (*shown, "\n".join(lines)) if text]
+
+
+def repetition_table(results: Sequence[Result], markdown: bool = False) -> str:
     """Return a table of means and standard deviations over repetitions, "" without any repetition."""
+    groups = repetitions(results)
     if all(len(own) == 1 for own in groups.values()):
         return ""
-    every = [result for own in groups.values() for result in own]
-    table = compare.Table.of(
-        [r.label for r in every], [r.before for r in every], [r.after for r in every], have_same_loss(every)
-    )
+    table = table_of(results)
     values = table.as_json()
     titles = [title for title in table.titles if title != compare.PAIRS]
     cells = [
@@ -199,7 +213,7 @@ def _mean(results: Sequence[Result], by: Criterion) -> float:
 
 
 def value_text(results: Sequence[Result], by: Criterion) -> str:
-    """Return the value of a setting with its interval: over seeds, or over the held-out rows of a single run."""
+    """Return the value of a setting with its interval: over seeds, or over a single run's held-out rows."""
     values = [result.after[by.metric] for result in results]
     if len(values) > 1:
         return _mean_text(values)

@@ -1,5 +1,6 @@
 """The files of a run's folder that its report shows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,19 @@ class RunFiles:
     data: dict[str, Any]
 
 
-def folders_of_runs(paths: list[Path]) -> dict[str, Path]:
+def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the folders of runs and sweeps among several paths, and the other files and folders, which a
+    pattern such as runs/seeds/* matches too. A single path is not judged.
+    """
+    if len(paths) < 2:
+        return list(paths), []
+    others = [path for path in paths if path.exists() and not (path / METRICS).is_file()]
+    others = [path for path in others if path.is_file() or not sweep_members(path)]
+    kept = [path for path in paths if path not in others]
+    return (kept, others) if kept else (list(paths), [])
+
+
+def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """Return the folders of runs by name; that of a sweep is replaced by those of its members.
 
     Raises ValueError for a folder that is no run's, a run without any logged step and two runs of one name.
