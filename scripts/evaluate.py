@@ -166,15 +166,15 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     """Return the functions that --by and --regex name. Raises ValueError for an unknown name."""
     from jaxft.rl import rewards
     from jaxft.runs.parse import load_callable
-    from jaxft.train.settings import SCORE_FUNCTIONS
+    from jaxft.short_names import REWARDS
     from jaxft.tree import nearest, regex
 
     found = []
     for name in args.by:
-        if ":" not in name and name not in SCORE_FUNCTIONS:
-            near = ", ".join(nearest(name, list(SCORE_FUNCTIONS), 3)) or ", ".join(SCORE_FUNCTIONS)
+        if ":" not in name and name not in REWARDS:
+            near = ", ".join(nearest(name, list(REWARDS), 3)) or ", ".join(REWARDS)
             raise ValueError(f"--by {name}: no such score; near: {near}, or a function such as my.py:score")
-        fn = load_callable(SCORE_FUNCTIONS.get(name, name))
+        fn = load_callable(REWARDS.get(name, name))
         if not callable(fn):
             raise ValueError(f"--by {name}: not a function (prompt, completion, row) -> float; name one")
         found.append(fn)

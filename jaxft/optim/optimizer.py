@@ -25,9 +25,9 @@ from jaxft.optim.layerwise import (
 )
 from jaxft.optim.rules import UpdateRule, adamw, check_adam, mask_of_matrices
 from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
-from jaxft.optim.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
+from jaxft.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.tree import Grads, OptState, Params
 
 

@@ -2,6 +2,7 @@
 settings may name.
 """
 
+import ast
 import collections.abc
 import dataclasses
 import importlib
@@ -10,16 +11,18 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxft.data.shipped import ROOT
-from jaxft.optim.short_names import ShortNames
 from jaxft.runs.record import union_members
+from jaxft.short_names import ShortNames
 from jaxft.tree import nearest
 
 UNANNOTATED = inspect.Parameter.empty  # the annotation or the default that a parameter lacks
 CALLABLE = "package.module:name or file.py:name"
+SHOWN_NAMES = 8  # of functions that a message lists; of more it shows a few
 
 
 # Python files and functions
@@ -117,12 +120,24 @@ def load_callable(text: str) -> Any:
         try:
             value = getattr(value, part)
         except AttributeError:
-            functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            near = ", ".join(nearest(name, functions, 5)) or "no functions"
-            raise ValueError(f"{where} has no {name!r}; it has: {near}") from None
+            raise ValueError(f"{where} has no {name!r}; {_functions_of(module, name)}") from None
     if not callable(value) and not dataclasses.is_dataclass(value):
         raise ValueError(f"{text} has type {type(value).__name__}, not a function")
     return value
+
+
+def _functions_of(module: types.ModuleType, name: str) -> str:
+    """Return which functions a module has, for an error: all that a user's file defines, in its order; of a
+    package the nearest.
+    """
+    named = vars(module).items()
+    functions = [n for n, v in named if callable(v) and not isinstance(v, type) and not n.startswith("_")]
+    if not module.__name__.endswith(".py"):
+        return f"near: {', '.join(nearest(name, functions, 5)) or 'no functions'}"
+    tree = ast.parse(Path(str(module.__file__)).read_bytes())
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {alias.asname or alias.name for node in statements for alias in node.names}
+    return f"it has: {', '.join(n for n in functions if n not in imported) or 'no functions'}"
 
 
 # Values
@@ -134,7 +149,7 @@ def describe_kind(kind: Any) -> str:
     if len(members) > 1:
         return " or ".join(map(describe_kind, members))
     if short:
-        return f"one of {', '.join(short)}, or {CALLABLE}"
+        return f"{_some_of(short)}, or {CALLABLE}"
     kind = members[0]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -149,6 +164,12 @@ def describe_kind(kind: Any) -> str:
     if _is_callable(kind):
         return CALLABLE
     return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _some_of(short: Collection[str]) -> str:
+    if len(short) <= SHOWN_NAMES:
+        return f"one of {', '.join(short)}"
+    return f"one of {len(short)} names such as {', '.join(list(short)[:3])}"
 
 
 def short_names(kind: Any) -> dict[str, str]:
@@ -171,7 +192,10 @@ def parse_value(text: str, kind: Any) -> Any:
         return _parse_union(text, kind, members)
     short = short_names(kind)
     if short and ":" not in text and text not in short:
-        raise ValueError(f"{text!r} is none of {', '.join(short)}; use one, or {CALLABLE}")
+        known = f"none of {', '.join(short)}"
+        if len(short) > SHOWN_NAMES:
+            known = f"no known name, near: {', '.join(nearest(text, list(short), 5))}"
+        raise ValueError(f"{text!r} is {known}; use one, or {CALLABLE}")
     kind, text = members[0], short.get(text, text)
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if _is_callable(kind):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import jax.numpy as jnp
 
@@ -25,6 +25,18 @@ from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import exact, json_match
+from jaxft.short_names import (
+    ADVANTAGES,
+    COMBINATIONS,
+    ESTIMATORS,
+    FILTERS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    PREFERENCE_LOSSES,
+    REWARDS,
+    TOKEN_WEIGHTS,
+    ShortNames,
+)
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.extend import (
@@ -51,6 +63,17 @@ OWN_HELD_OUT = 0.05
 
 DType = Literal["bfloat16", "float32"]
 ReferenceSetting = Literal["start", "precomputed"]
+
+# Functions that recipes take: a short name, or a function of the user's own
+PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
+PolicyLossFunction = Annotated[Callable, ShortNames.of(POLICY_LOSSES)]
+KLFunction = Annotated[Callable, ShortNames.of(KL_ESTIMATORS)]
+RewardFunction = Annotated[Callable, ShortNames.of(REWARDS)]
+CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]
+AdvantageFunction = Annotated[Callable, ShortNames.of(ADVANTAGES)]
+EstimatorFunction = Annotated[Callable, ShortNames.of(ESTIMATORS)]
+TokenWeightsFunction = Annotated[Callable, ShortNames.of(TOKEN_WEIGHTS)]
+FilterFunction = Annotated[Callable, ShortNames.of(FILTERS)]
 
 
 # The model

@@ -15,16 +15,14 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
-from jaxft.optim.short_names import ShortNames
 from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.store import check_store_url
+from jaxft.short_names import REWARDS, ShortNames
 from jaxft.tree import regex
 
 LONGEST = 2**31 - 1  # steps; they are counted in int32
-# Score functions that settings and commands may name shortly
-SCORE_FUNCTIONS = {name: f"jaxft.rl.rewards:{name}" for name in ("exact", "number", "json_match")}
-ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(SCORE_FUNCTIONS)]
+ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(REWARDS)]
 
 
 @dataclass(frozen=True)
