@@ -136,7 +136,7 @@ class Rows(DataSettings):
         """Return the mask of the held-out examples; all pieces of a split document are on one side."""
         rows = int(examples.documents[-1]) + 1
         mask = np.zeros(rows, bool)
-        mask[pack.permutation(rows, self.seed, 0)[: self.held_out_count(rows)]] = True
+        mask[pack.permutation(rows, self.seed_of_split, 0)[: self.held_out_count(rows)]] = True
         return mask[examples.documents]
 
     def abstract(self, shards: int = 1) -> Tokens:

@@ -166,7 +166,11 @@ class Dataset(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of the split and the order."""
+        """Seed of the order, and of the split where seed_of_split is not another one."""
+
+    @property
+    def seed_of_split(self) -> int:
+        """The seed that a fraction of the rows is held out by."""
 
     @property
     def tokens(self) -> int | None:

@@ -195,16 +195,16 @@ def ranking_lines(results: Sequence[Result]) -> list[str]:
 
 
 def baseline_lines(results: Sequence[Result], baseline: str) -> list[str]:
-    """Return how each run differs from the one with the label `baseline`, in accuracy on the same pairs."""
-    (base,) = [result for result in results if result.label == baseline]
-    name = next((name for name in ACCURACIES if held_out(name) in base.after), None)
-    if name is None:
+    """Return how the accuracy of each setting differs from that of the setting with the label `baseline`."""
+    name = next((name for name in ACCURACIES if all(held_out(name) in r.after for r in results)), None)
+    groups = repetitions(results)
+    if name is None or baseline not in groups:
         return []
     found = Criterion(compare.ACCURACY, held_out(name), True, name)
     return [
-        f"{result.label} against {baseline}, {found.title}: {difference_text([base], [result], found)}"
-        for result in results
-        if result is not base and found.metric in result.after
+        f"{label} against {baseline}, {found.title}: {difference_text(groups[baseline], own, found)}"
+        for label, own in groups.items()
+        if label != baseline
     ]
 
 

@@ -61,7 +61,7 @@ def make_row_loss(model: Model) -> Callable[[LoadedWeights, Rows], Evaluated]:
 def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows) -> Evaluated:
     """Return loss (mean over the tokens with a loss, in nats), perplexity and token accuracy of all rows.
 
-    rows: `train` and `held_out` are the file. Raises ValueError for a loss that is not finite.
+    rows: settings whose held-out rows are evaluated. Raises ValueError for a loss that is not finite.
     """
     mesh = loaded.mesh
     source = rows.open(loaded.tokenizer, sharding.row_shards(mesh))
@@ -104,7 +104,8 @@ def make_pair_preferences(model: Model) -> Callable[[LoadedWeights, PairRows], E
 
 
 def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows) -> Evaluated:
-    """Return which response of each pair the model finds more likely, and the fractions of pairs.
+    """Return which response of each pair the model finds more likely, and the fractions of pairs: of the
+    held-out pairs, or of all if there are none.
 
     accuracy: log p(chosen) > log p(rejected); in all of them a tie counts 1/2, and one of ties alone is left
     out. accuracy_per_token: the same for the mean over the response's
@@ -112,8 +113,9 @@ def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: 
     the base's by more than that of the rejected one, which is DPO's reward accuracy.
     """
     source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
+    indices = source.pairs.held if rows.holds_out else range(len(source.keys))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
-    names, batches = source.pairs.tokenised.names, source.cover(range(len(source.keys)))
+    names, batches = source.pairs.tokenised.names, source.cover(indices)
     own, base = _response_logps(forward, loaded, loaded.params, batches), None
     if "adapter" in loaded.params:
         base = _response_logps(forward, loaded, {"base": loaded.params["base"]}, batches)

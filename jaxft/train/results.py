@@ -3,7 +3,9 @@ table.
 """
 
 import json
+import re
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,7 @@ def write_reports(
                 for end in (before, after)
             )
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
-            table = write_table(job.folder, job.sweep.name, job.steps, first, last, failed)
+            table = write_table(job.folder, job.sweep.name, job.steps, (first, last), failed)
     processes.barrier()  # the run is finished for all processes or for none
     logs.mark("finished")
     for line in _result_lines(job, logs, weights, (before, after), notes, table):
@@ -190,13 +192,27 @@ def _result_lines(
         generates = job.lead.programs.partition.model.generates
         assert weights[0] is not None
         return report.result_lines(job.folder, weights[0], before, after, notes[0], generates)
-    alarms = [
-        f"{member.label}: {alarm}"
-        for member, log in zip(job.members, logs.members, strict=True)
-        for alarm in log.alarms
-    ]
+    alarms = joint_alarms({m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)})
     where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
     return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
+
+
+def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return each alarm once, with the members that raised it; those that differ in numbers alone are the
+    same alarm, of which the first is shown.
+
+    alarms: of each member, by label.
+    """
+    found: dict[str, tuple[str, list[str]]] = {}
+    for label, own in alarms.items():
+        for alarm in own:
+            labels = found.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), (alarm, []))[1]
+            labels += [] if label in labels else [label]
+    return [
+        f"{labels[0]}: {alarm}"
+        + (f" (also {', '.join(labels[1:])}, with other numbers)" if len(labels) > 1 else "")
+        for alarm, labels in found.values()
+    ]
 
 
 def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Path:

@@ -171,14 +171,16 @@ class PairRows(DataSettings):
 
         def held_out(pairs: TokenisedPairs) -> np.ndarray:
             least = 2 if self.third == "mismatched" else 1
-            return held_out_pairs(pairs, self.seed, self.held_out_count(len(pairs), least))
+            return held_out_pairs(pairs, self.seed_of_split, self.held_out_count(len(pairs), least))
 
         split = split_sources(self, tokenise, held_out)
         if not self.unpaired:
             _require_both_responses(split.rows)
         if self.third == "mismatched":
             sides = split.train, split.held
-            split = replace(split, rows=mismatch_responses(split.rows, sides, self.seed, self.max_length))
+            split = replace(
+                split, rows=mismatch_responses(split.rows, sides, self.seed_of_split, self.max_length)
+            )
         return split
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
