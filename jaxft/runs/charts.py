@@ -3,16 +3,21 @@
 A run's pictures and its report show the same charts.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from jaxft.objectives.alarms import Entry
 from jaxft.runs import metric_names as names
-from jaxft.runs.plots import Panel, draw
+from jaxft.runs.plots import Panel, Points, draw
 from jaxft.runs.trackers.jsonl import read_entries
 
 X_AXIS = "optimizer step"
+FEWEST_TO_SMOOTH = 12  # points of a curve
+NOISE, MOST_SMOOTHING = 0.2, 0.95  # of what is left of the noise, over the curve's change; of a factor
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
@@ -199,6 +204,44 @@ def _values(entry: Entry, metric: str) -> list[float | None]:
     return [value]
 
 
+# Noise
+
+
+def smoothing_factor(curve: RunCurve) -> float:
+    """Return the factor f of an exponential moving average that a noisy curve is drawn with, 0 for none.
+
+    The noise is s = the standard deviation of neighbours' differences over sqrt(2), which a trend hardly
+    changes. The average leaves s sqrt((1 - f) / (1 + f)) of it in white noise; f is the smallest one that
+    leaves NOISE of the curve's change, from MOST_SMOOTHING on that one. The change is the range of the means
+    of eighths of the curve.
+    """
+    known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])
+    if curve.held_out or len(known) < FEWEST_TO_SMOOTH:
+        return 0.0
+    noise = float(np.diff(known).std() / math.sqrt(2))
+    means = [part.mean() for part in np.array_split(known, 8)]
+    allowed = NOISE * (max(means) - min(means))
+    if noise <= allowed:
+        return 0.0
+    left = (allowed / noise) ** 2
+    return min(MOST_SMOOTHING, (1 - left) / (1 + left))
+
+
+def smoothed(values: Sequence[float | None], factor: float) -> list[float | None]:
+    """Return the exponential moving average of a curve, from which the pull of its start at 0 is removed;
+    gaps stay gaps.
+    """
+    total = weight = 0.0
+    found: list[float | None] = []
+    for value in values:
+        if value is None:
+            found.append(None)
+            continue
+        total, weight = factor * total + (1 - factor) * value, factor * weight + (1 - factor)
+        found.append(total / weight)
+    return found
+
+
 # Pictures
 
 
@@ -218,13 +261,20 @@ def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str
 
 
 def chart_panel(chart: Chart, run: str) -> Panel:
-    """Return a chart of one run as a panel of a picture."""
-    curves = {}
+    """Return a chart of one run as a panel of a picture; a noisy curve is smoothed, with its values faint."""
+    curves, faint = {}, {}
     for curve in chart.curves[run]:
         label = ", ".join(part for part in (curve.label, side_label(curve)) if part)
-        points = [(x, y) for x, y in zip(curve.steps, curve.values, strict=True) if y is not None]
-        curves[label] = ([x for x, _ in points], [y for _, y in points])
-    return Panel(chart.kind.title, X_AXIS, chart.kind.unit, curves)
+        factor = smoothing_factor(curve)
+        if factor:
+            faint[label] = _known_points(curve.steps, curve.values)
+        curves[label] = _known_points(curve.steps, smoothed(curve.values, factor))
+    return Panel(chart.kind.title, X_AXIS, chart.kind.unit, curves, faint=faint)
+
+
+def _known_points(steps: Sequence[int], values: Sequence[float | None]) -> Points:
+    points = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def side_label(curve: RunCurve) -> str:
@@ -237,4 +287,5 @@ def pictures_section(folder: Path) -> str:
     files = draw_pictures(folder, read_entries(folder / "metrics.jsonl"), folder.name)
     titles = {"curves.png": "Curves", "training.png": "Learning rate, gradient norm, speed and memory"}
     lines = [f"![{titles[file]}]({file})" for file in files]
-    return "\n".join(["## Curves", "", *lines, ""]) if lines else ""
+    note = "Noisy curves are smoothed (exponential moving average); the faint lines are the values."
+    return "\n".join(["## Curves", "", *lines, "", note, ""]) if lines else ""

@@ -57,12 +57,22 @@ def read_result(label: str, folder: Path) -> Result:
     """Read a run's folder, whose metrics.jsonl has an entry."""
     path = folder / "config.json"
     settings = read_saved_json(path) if path.is_file() else {}
-    rows = {}
-    if (folder / HELD_OUT_ROWS).is_file():
-        for line in (folder / HELD_OUT_ROWS).read_text(encoding="utf-8").splitlines():
+    return Result(label, *first_and_last(read_entries(folder / METRICS)), settings, read_rows(folder))
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, float]]:
+    """Read the values of a run's held-out rows, by name; {} without any. A line that is not as jaxft writes
+    it is left out.
+    """
+    path, rows = folder / HELD_OUT_ROWS, {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
             values = json.loads(line)
-            rows[values.pop("row")] = values
-    return Result(label, *first_and_last(read_entries(folder / METRICS)), settings, rows)
+            name = values.pop("row")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        rows[str(name)] = {key: x for key, x in values.items() if isinstance(x, int | float)}
+    return rows
 
 
 def have_same_loss(results: Sequence[Result]) -> bool:
@@ -108,6 +118,8 @@ def repetitions(results: Sequence[Result]) -> dict[str, list[Result]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         key = json.dumps(_without_seeds(result.settings), sort_keys=True) if result.settings else result.label
+        if result.seed in [other.seed for other in groups.get(key, ())]:
+            key = f"{key} {result.label}"  # the same run again is no repetition
         groups.setdefault(key, []).append(result)
     return {_group_label(own): own for own in groups.values()}
 
@@ -146,18 +158,30 @@ def texts(results: Sequence[Result], markdown: bool = False) -> list[str]:
 
 def repetition_table(results: Sequence[Result], markdown: bool = False) -> str:
     """Return a table of means and standard deviations over repetitions, "" without any repetition."""
+    found = repetitions_as_cells(results)
+    if found is None:
+        return ""
+    titles, cells = found
+    draw = compare.markdown_table if markdown else compare.text_table
+    table = draw(titles, [label for label, *_ in cells], [row for _, *row in cells])
+    return f"{table}\n\nmean ± standard deviation over seeds"
+
+
+def repetitions_as_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]] | None:
+    """Return the titles and the rows of that table, each row with its label first; None without any
+    repetition.
+    """
     groups = repetitions(results)
     if all(len(own) == 1 for own in groups.values()):
-        return ""
+        return None
     table = table_of(results)
     values = table.as_json()
     titles = [title for title in table.titles if title != compare.PAIRS]
     cells = [
-        [str(len(own)), *(_spread([values[result.label][title] for result in own]) for title in titles)]
-        for own in groups.values()
+        [label, str(len(own)), *(_spread([values[r.label][title] for r in own]) for title in titles)]
+        for label, own in groups.items()
     ]
-    draw = compare.markdown_table if markdown else compare.text_table
-    return draw(["runs", *titles], list(groups), cells) + "\n\nmean ± standard deviation over seeds"
+    return ["runs", *titles], cells
 
 
 def _spread(values: Sequence[float | None]) -> str:
@@ -192,6 +216,15 @@ def ranking_lines(results: Sequence[Result]) -> list[str]:
     if len(groups) > 2:
         lines.append("the best of several has been lucky too: its value on new rows is likely a bit worse")
     return lines
+
+
+def best_labels(results: Sequence[Result]) -> set[str]:
+    """Return the label of the best of several runs, or those of the runs of the best setting over seeds."""
+    found, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
+    if found is None or len(groups) == 1:
+        return set()
+    best = (max if found.greater else min)(groups.values(), key=lambda own: _mean(own, found))
+    return {result.label for result in best}
 
 
 def baseline_lines(results: Sequence[Result], baseline: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from jaxft.objectives.alarms import Entry
 from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
 from jaxft.runs.log import ALARMS_JSON, METRICS
+from jaxft.runs.ranking import read_rows
 from jaxft.runs.report import Sample
 from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 
@@ -18,7 +19,7 @@ class RunFiles:
 
     entries: of metrics.jsonl. is_finished: summary.json is that of the last step, not of an earlier end from
     which the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
-    parameters: rows of the parameter table. data: see data.summary.
+    parameters: rows of the parameter table. data: see data.summary. rows: values of held-out rows by name.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RunFiles:
     completions: list[dict[str, Any]]
     parameters: list[dict[str, Any]]
     data: dict[str, Any]
+    rows: dict[str, dict[str, float]]
 
 
 def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -104,6 +106,7 @@ def read_run(name: str, folder: Path) -> RunFiles:
         completions=[dict(entry) for entry in read_entries(folder / COMPLETIONS)],
         parameters=_list(_json(folder / PARAMETERS_JSON), "rows", dict),
         data=_json(folder / DATA_JSON),
+        rows=read_rows(folder),
     )
 
 
