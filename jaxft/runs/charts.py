@@ -16,8 +16,8 @@ from jaxft.runs.plots import Panel, Points, draw
 from jaxft.runs.trackers.jsonl import read_entries
 
 X_AXIS = "optimizer step"
-FEWEST_TO_SMOOTH = 12  # points of a curve
-NOISE, MOST_SMOOTHING = 0.2, 0.95  # of what is left of the noise, over the curve's change; of a factor
+FEWEST_TO_SMOOTH = 16  # points of a curve
+NOISE, SHORTEST_PART = 0.06, 8  # what is left of the noise, over the curve's change; parts of a curve
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
@@ -212,19 +212,20 @@ def smoothing_factor(curve: RunCurve) -> float:
 
     The noise is s = the standard deviation of neighbours' differences over sqrt(2), which a trend hardly
     changes. The average leaves s sqrt((1 - f) / (1 + f)) of it in white noise; f is the smallest one that
-    leaves NOISE of the curve's change, from MOST_SMOOTHING on that one. The change is the range of the means
-    of eighths of the curve.
+    leaves NOISE of the curve's change, and at most one that averages over an eighth of the curve. The change
+    is the range of the means of these parts. Curves of held-out rows, which are the same every time, are
+    drawn as they are.
     """
     known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])
     if curve.held_out or len(known) < FEWEST_TO_SMOOTH:
         return 0.0
     noise = float(np.diff(known).std() / math.sqrt(2))
-    means = [part.mean() for part in np.array_split(known, 8)]
+    means = [part.mean() for part in np.array_split(known, SHORTEST_PART)]
     allowed = NOISE * (max(means) - min(means))
     if noise <= allowed:
         return 0.0
     left = (allowed / noise) ** 2
-    return min(MOST_SMOOTHING, (1 - left) / (1 + left))
+    return min(1 - SHORTEST_PART / len(known), (1 - left) / (1 + left))
 
 
 def smoothed(values: Sequence[float | None], factor: float) -> list[float | None]:

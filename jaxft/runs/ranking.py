@@ -269,31 +269,52 @@ def _mean_text(values: Sequence[float]) -> str:
 
 def difference_text(best: Sequence[Result], other: Sequence[Result], by: Criterion) -> str:
     """Return the difference of two settings with its interval, and whether it may be chance: on the same
-    seeds where both have several, or else on the same held-out rows of two runs.
+    held-out rows, and over the same seeds where both have several.
     """
-    difference = _mean(other, by) - _mean(best, by)
-    seeds = [{result.seed: result.after[by.metric] for result in own} for own in (best, other)]
-    common = [seed for seed in seeds[0] if seed in seeds[1]]
+    unit = "pairs" if by.title == compare.ACCURACY else "rows"
     if max(len(best), len(other)) > 1:
-        if len(common) < 2:
-            return f"{difference:+.3f}; run both with the same seeds for an interval"
-        found = paired_means(*([own[seed] for seed in common] for own in seeds))
-        return found.text("seeds")
-    paired = paired_rows(best[0], other[0], by.key)
+        return _difference_over_seeds(best, other, by, unit)
+    paired = paired_rows(best, other, by.key)
     if paired is None:
+        difference = _mean(other, by) - _mean(best, by)
         return f"{difference:+.3f}; without values of the same held-out rows there is no interval"
-    return paired.text("pairs" if by.title == compare.ACCURACY else "rows")
+    return paired.text(unit)
 
 
-def paired_rows(one: Result, other: Result, key: str) -> Paired | None:
-    """Compare two runs on the rows that both hold out; None for fewer than two."""
-    common = [row for row in one.rows if key in one.rows[row] and key in other.rows.get(row, {})]
+def _difference_over_seeds(best: Sequence[Result], other: Sequence[Result], by: Criterion, unit: str) -> str:
+    """Two settings with several seeds differ if both the seeds and the held-out rows say so: seeds alone
+    don't tell how much depends on which rows are held out, and rows alone not how much on luck in training.
+    """
+    runs = [{result.seed: result for result in own} for own in (best, other)]
+    common = [seed for seed in runs[0] if seed in runs[1]]
+    difference = f"{_mean(other, by) - _mean(best, by):+.3f}"
+    if len(common) < 2:
+        return f"{difference}; run both with the same seeds for an interval"
+    groups = [[own[seed] for seed in common] for own in runs]
+    over_seeds = paired_means(*([result.after[by.metric] for result in own] for own in groups))
+    over_rows = paired_rows(*groups, by.key)
+    text = f"{difference} {over_seeds.interval.text()} over {len(common)} seeds"
+    if over_rows is not None:
+        text += f", {over_rows.interval.text()} over the same {over_rows.rows:,} {unit}"
+    if over_seeds.distinguishable and (over_rows is None or over_rows.distinguishable):
+        return f"{text}: different"
+    return f"{text}: not distinguishable"
+
+
+def paired_rows(one: Sequence[Result], other: Sequence[Result], key: str) -> Paired | None:
+    """Compare two settings on the rows that all of their runs hold out, by the means over the runs; None for
+    fewer than two rows.
+    """
+    every = [*one, *other]
+    common = [row for row in one[0].rows if all(key in run.rows.get(row, {}) for run in every)]
     if len(common) < 2:
         return None
-    first, second = ([run.rows[row][key] for row in common] for run in (one, other))
-    if key in ACCURACIES:
+    first, second = (
+        [float(np.mean([run.rows[row][key] for run in own])) for row in common] for own in (one, other)
+    )
+    if key in ACCURACIES and len(every) == 2:
         return paired_fractions(first, second)
-    return paired_means(first, second, [one.rows[row].get(WEIGHT, 1.0) for row in common])
+    return paired_means(first, second, [one[0].rows[row].get(WEIGHT, 1.0) for row in common])
 
 
 def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:

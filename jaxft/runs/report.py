@@ -1,7 +1,8 @@
 """Texts for the user of a run: start-up lines, result lines and the model card."""
 
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -184,6 +185,23 @@ def metric_cell(evaluation: Evaluation, name: str) -> str:
         interval = Interval(*evaluation["intervals"][name])
         return f"{value:.4f} {interval.text()} of {evaluation['scored']:,} prompts"
     return f"{value:.4f}"
+
+
+def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """Return each alarm once, with the runs that raised it. Of those that differ in numbers alone the first
+    is returned, with a note.
+
+    alarms: of each run, by name.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, own in alarms.items():
+        for alarm in own:
+            found.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
+    joint = []
+    for same in found.values():
+        text = same[0][0] + (" (the others with other numbers)" if len({x for x, _ in same}) > 1 else "")
+        joint.append((text, list(dict.fromkeys(name for _, name in same))))
+    return joint
 
 
 def headlines(evaluation: Evaluation) -> dict[str, str]:

@@ -3,9 +3,7 @@ table.
 """
 
 import json
-import re
 import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,27 +190,12 @@ def _result_lines(
         generates = job.lead.programs.partition.model.generates
         assert weights[0] is not None
         return report.result_lines(job.folder, weights[0], before, after, notes[0], generates)
-    alarms = joint_alarms({m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)})
+    joint = report.joint_alarms(
+        {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
+    )
+    alarms = [f"{', '.join(labels)}: {alarm}" for alarm, labels in joint]
     where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
     return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
-
-
-def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return each alarm once, with the members that raised it; those that differ in numbers alone are the
-    same alarm, of which the first is shown.
-
-    alarms: of each member, by label.
-    """
-    found: dict[str, tuple[str, list[str]]] = {}
-    for label, own in alarms.items():
-        for alarm in own:
-            labels = found.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), (alarm, []))[1]
-            labels += [] if label in labels else [label]
-    return [
-        f"{labels[0]}: {alarm}"
-        + (f" (also {', '.join(labels[1:])}, with other numbers)" if len(labels) > 1 else "")
-        for alarm, labels in found.values()
-    ]
 
 
 def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Path:

@@ -1,5 +1,4 @@
-"""Which run is best: seeds are one setting, differences are those on the same rows, and chance is called so.
-"""
+"""Which run is best: seeds are one setting, differences are on the same rows, and chance is called so."""
 
 import json
 
@@ -97,11 +96,33 @@ def test_runs_that_differ_in_seeds_alone_are_one_setting_with_mean_and_spread():
         f"best of 2: loss=a, by held-out loss: 0.600 [{interval.low:.3f}, {interval.high:.3f}]"
     )
     assert lines[0].endswith("standard deviation 0.100 over 3 seeds")
-    expected = paired_means(values["loss=a"], values["loss=b"])
-    assert lines[1] == f"  loss=b against it: {expected.text('seeds')}"
+    interval = paired_means(values["loss=a"], values["loss=b"]).interval
+    assert lines[1] == f"  loss=b against it: +0.250 {interval.text()} over 3 seeds: not distinguishable"
     assert ranking.best_labels(results) == {f"loss=a,seed={seed}" for seed in range(3)}
     assert ranking.ranking_lines(results[:3])[0].startswith("held-out loss over 3 seeds (loss=a): 0.600 [")
     assert ranking.repetition_table(results[::3]) == "" and ranking.ranking_lines(results[:1]) == []
+
+
+def test_settings_differ_if_both_their_seeds_and_the_held_out_rows_say_so():
+    """Every seed gains the same pair of 20: no luck in training, but of the choice of the pairs."""
+    base, better = [1.0, 0.0] * 10, [1.0, 0.0] * 9 + [1.0, 1.0]
+    noise = [[1.0] * 20, [0.0] * 20]
+
+    def settings_of(label, wins, **more):
+        return [
+            with_wins(f"{label},seed={seed}", own, loss=label, seed=seed, **more)
+            for seed, own in enumerate(wins)
+        ]
+
+    one, all_won = settings_of("dpo", [base, base]), settings_of("all", [[1.0] * 20] * 2)
+    (_, line) = ranking.ranking_lines([*one, *settings_of("mine", [better, better])])
+    assert "-0.050 [-0.050, -0.050] over 2 seeds, " in line and line.endswith(
+        "the same 20 pairs: not distinguishable"
+    )
+    (_, line) = ranking.ranking_lines([*one, *all_won])
+    assert line.startswith("  dpo against it: -0.500") and line.endswith(": different")
+    (_, line) = ranking.ranking_lines([*settings_of("noise", noise), *all_won])
+    assert line.endswith("not distinguishable")  # of two seeds one is as good
 
 
 def test_seeds_that_only_one_setting_has_give_no_interval():

@@ -1,6 +1,8 @@
 """Whole sweeps: each member equals its separate run; non-finite members, resuming, user errors."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from safetensors.numpy import load_file
 from scripts_in_process import call
 from tiny_run import CONFIG as SFT_CONFIG
 from tiny_run import COUNT_COMPILES, Place, write_rows
+
+from jaxft.runs.config import load_config
+from jaxft.train.sweep import reason_to_separate, with_one_split
 
 KNOBS = (
     ("loss=loss,", "loss=partial(loss, beta=beta),"),
@@ -254,7 +259,7 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     "argv, message",
     [
         (["--over", "beta"], "--over beta: expected knob=a,b,... such as beta=0.05,0.1"),
-        (["--over", "beta=0.1,high"], "'high' is not a number; a sweep is over numeric knobs"),
+        (["--over", "beta=0.1,high"], "beta=high"),
         (["--over", "beta=0.1,0.10"], "a value is given twice"),
         (["--over", "beta=0.1,0.2", "name=mine"], "--name names a sweep's folder"),
         (
@@ -268,19 +273,8 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
             "the knobs have 2 (beta), 3 (lr) values",
         ),
         (
-            ["--over", "batch=4,8"],
+            ["--over", "batch=4,8", "--at-once", "2"],
             "differ in data.batch: 4 -> 8. The members of a sweep may differ only in name, objective",
-        ),
-        (["--over", "epochs=1,2"], "differ in data.epochs"),
-        (["--over", "lr=1,2", "full=true"], "leave out full=true"),
-        (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
-        (
-            ["--config", "sft.py", "--over", "lr=1,2", "neftune=5"],
-            "neftune is not possible in a sweep, whose members share one forward pass; set neftune=0, or",
-        ),
-        (
-            ["--over", "seed=1,2"],
-            "data.held_out=0.2 depends on the seed, and the seeds differ. Name a file, or set held_out=none",
         ),
         (
             ["--over", "lr=1,2", "--at-once", "2", "adapter.modules_to_save=norm,"],
@@ -321,6 +315,34 @@ def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused)
     line = refused("steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same")
     assert "these settings differ from the original run: optim.lr: 0.01 -> 0.5" in line
     assert "resuming after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
+
+
+def test_runs_that_cannot_share_a_program_say_why(place):
+    base = settings_of(place, "lr=1")
+    for changes, reason in (
+        (["batch=4"], "differ in data.batch: 8 -> 4"),
+        (["epochs=2"], "differ in data.epochs"),
+        (["full=true"], "leave out full=true"),
+        (["adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
+        (["loop.steps=3"], "differ in loop.steps"),
+        (["seed=1"], "data.held_out=0.2 depends on the seed, and the seeds differ. Set data.split_seed"),
+    ):
+        other = settings_of(place, "lr=1", *changes)
+        assert reason in reason_to_separate(
+            {"a": base, "b": other} if "full" not in changes[0] else {"b": other}
+        )
+    assert reason_to_separate({"a": base, "b": settings_of(place, "lr=2")}) == ""
+    seeds = with_one_split({"a": base, "b": settings_of(place, "seed=1")})
+    assert reason_to_separate(seeds) == "" and [run.data.seed_of_split for run in seeds.values()] == [0, 0]
+    noisy = settings_of(place, "lr=1", "neftune=5", config="sft.py")
+    assert "neftune is random" in reason_to_separate({"a": noisy})
+    sampled = replace(base, data=SimpleNamespace(unit="prompts"))
+    assert "samples completions" in reason_to_separate({"a": sampled})
+
+
+def settings_of(place, *overrides, config="config.py"):
+    with working_directory(place.folder):
+        return load_config(config, list(overrides))
 
 
 def test_without_held_out_rows_the_table_has_the_metrics_of_the_last_step(place):

@@ -101,7 +101,8 @@ function traces(chart) {
     };
     const factor = state.smoothing === null ? curve.smoothing : state.smoothing;
     if (factor > 0 && !few) {
-      found.push({ ...trace, opacity: 0.3, hoverinfo: "skip", showlegend: false });
+      const faint = { color: line.color, width: 1 };
+      found.push({ ...trace, line: faint, opacity: 0.25, hoverinfo: "skip", showlegend: false });
       trace.y = smoothed(curve.y, factor);
     }
     found.push(trace);

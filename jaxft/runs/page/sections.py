@@ -18,7 +18,7 @@ from jaxft.runs.page.markup import (
     value_text,
 )
 from jaxft.runs.page.run_files import RunFiles
-from jaxft.runs.report import same_prompts
+from jaxft.runs.report import joint_alarms, same_prompts
 from jaxft.runs.trackers.console import format_seconds
 
 SAMPLES = 24  # prompts in all
@@ -32,9 +32,7 @@ Runs = Sequence[RunFiles]
 
 def overview_section(runs: Runs) -> str:
     """What was trained, on what, how far, how long; the metrics before and after, and which run is best."""
-    results = [
-        ranking.Result(run.name, *compare.first_and_last(run.entries), run.settings, run.rows) for run in runs
-    ]
+    results = [result_of(run) for run in runs]
     parts = [facts_of_runs(runs), end_table(results)]
     details = []
     for run, result in zip(runs, results, strict=True):
@@ -49,6 +47,11 @@ def overview_section(runs: Runs) -> str:
     every = "\n".join(details)
     parts.append(folded("All held-out metrics", every) if len(details) > MOST_FOLDED else every)
     return section("overview", "Overview", "\n".join(parts))
+
+
+def result_of(run: RunFiles) -> ranking.Result:
+    """Return what runs are ranked by."""
+    return ranking.Result(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
 
 
 def facts_of_runs(runs: Runs) -> str:
@@ -146,18 +149,18 @@ def _part(record: Any, name: str) -> dict[str, Any]:
 
 
 def alarms_section(runs: Runs) -> str:
-    """The alarms of each run."""
-    lists = []
-    for run in runs:
-        title = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
-        items = "".join(f'<li class="alarm">{escaped(text)}</li>' for text in run.alarms)
-        lists.append(f"{title}<ul>{items}</ul>" if items else "")
+    """The alarms, each once with the runs that raised it."""
+    alarms = joint_alarms({run.name: run.alarms for run in runs})
+    items = []
+    for text, names in alarms:
+        by = "" if len(runs) == 1 else f"all {len(runs)} runs: " if len(names) == len(runs) > 2 else ""
+        by = by or ("" if len(runs) == 1 else f"{', '.join(names)}: ")
+        items.append(f'<li class="alarm"><strong>{escaped(by)}</strong>{escaped(text)}</li>')
     quiet = [escaped(run.name) for run in runs if not run.alarms]
-    if len(quiet) == len(runs):
-        lists = ["<p>No alarm was raised.</p>"]
-    elif quiet:
-        lists.append(f"<p>No alarm was raised in {', '.join(quiet)}.</p>")
-    return section("alarms", "Alarms", "\n".join(lists))
+    parts = [f"<ul>{''.join(items)}</ul>" if items else "<p>No alarm was raised.</p>"]
+    if items and quiet:
+        parts.append(f"<p>No alarm was raised in {', '.join(quiet)}.</p>")
+    return section("alarms", "Alarms", "\n".join(parts))
 
 
 def settings_section(runs: Runs) -> str:
