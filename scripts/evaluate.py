@@ -373,7 +373,7 @@ def print_metrics(found: dict[str, Any], as_json: bool) -> None:
     """Print the metrics with their 95 % intervals: a line for each, and a column for each adapter if there
     are several.
     """
-    from jaxft.intervals import interval_of
+    from jaxft.objectives.intervals import interval_of
     from jaxft.runs.trackers.jsonl import json_value
 
     if as_json:
@@ -404,7 +404,7 @@ def print_metrics(found: dict[str, Any], as_json: bool) -> None:
 
 def with_intervals(one: Any) -> dict[str, Any]:
     """Return the metrics of an Evaluated with its intervals as lists, by the metric's name."""
-    from jaxft.intervals import interval_of
+    from jaxft.objectives.intervals import interval_of
 
     intervals = {name: list(interval_of(values)) for name, values in one.values.items()}
     return {**one.metrics, **({"intervals": intervals} if intervals else {})}
@@ -412,7 +412,7 @@ def with_intervals(one: Any) -> dict[str, Any]:
 
 def comparison_lines(found: dict[str, Any]) -> list[str]:
     """Return the differences of the other adapters to the first one on the same rows, in sentences."""
-    from jaxft.intervals import paired
+    from jaxft.objectives.intervals import paired
 
     (first, base), *others = found.items()
     return [

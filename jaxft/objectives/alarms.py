@@ -9,14 +9,14 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxft.intervals import fraction_text
+from jaxft.objectives.intervals import fraction_text
 from jaxft.objectives.metrics import (
     GRAD_NORM,
     HELD_OUT,
     KL,
     LOSS,
     LOSS_SPIKES,
-    PAIRS,
+    PAIR_COUNT,
     SKIPPED,
     FloatMetrics,
 )
@@ -238,7 +238,7 @@ def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last:
 
 def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report a finished run of whose held-out pairs all are ties. accuracy: the metric's name."""
-    pairs = n.get(HELD_OUT + accuracy + PAIRS)
+    pairs = n.get(HELD_OUT + accuracy + PAIR_COUNT)
     if not last or not pairs or HELD_OUT + accuracy in n:
         return Alarms(memory, [], [])
     alarm = (
@@ -413,7 +413,7 @@ def _label_line(fraction: float, error: float) -> str:
 
 def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
     """An accuracy with its interval and its number of pairs."""
-    return fraction_text(entry[name], entry.get(name + PAIRS))
+    return fraction_text(entry[name], entry.get(name + PAIR_COUNT))
 
 
 def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) -> str:

@@ -13,7 +13,7 @@ LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accurac
 GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
 HELD_OUT = "eval_"  # prefix of metrics of held-out rows
 ROWS, WEIGHT = "rows/", "weight"  # prefix of values of single rows; of their weight among them
-PAIRS = "_pairs"  # ends the name of the number of pairs that an accuracy is of
+PAIR_COUNT = "_pairs"  # ends the name of the number of pairs that an accuracy is of
 FloatMetrics: TypeAlias = dict[str, float]  # by name, after division
 IGNORED_FRACTION = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
 
@@ -237,9 +237,9 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
 
 
 def pair_counts(metrics: Metrics) -> FloatMetrics:
-    """Return the number of pairs that each accuracy is of, by the accuracy's name with PAIRS at its end."""
+    """Return the number of pairs of each accuracy, by the accuracy's name with PAIR_COUNT at its end."""
     counts = {name: m.sums[2] for name, m in metrics.items() if isinstance(m, WinRate)}
-    return {name + PAIRS: float(count) for name, count in jax.device_get(counts).items() if count}
+    return {name + PAIR_COUNT: float(count) for name, count in jax.device_get(counts).items() if count}
 
 
 def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:

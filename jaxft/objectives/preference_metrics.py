@@ -36,7 +36,7 @@ SIMILAR = (
     0.9  # lengths are alike if the shorter response has at least this fraction of the longer one's tokens
 )
 
-ROUNDING = 1e-5  # of a log-prob that two programs compute in float32
+TIE_ROUNDING = 1e-5  # of a log-prob that two programs compute in float32
 
 
 def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metrics:
@@ -101,7 +101,7 @@ def _is_reference(response: Response) -> Bool[Array, "B P"]:
     """Whether a response's log-prob is the reference's up to rounding; False without a reference."""
     if response.reference is None:
         return jnp.zeros(response.logp.shape, bool)
-    return jnp.abs(response.logp - response.reference) <= ROUNDING * jnp.abs(response.reference)
+    return jnp.abs(response.logp - response.reference) <= TIE_ROUNDING * jnp.abs(response.reference)
 
 
 def longer_wins(longer: Float[Array, "B P"], dtype: DTypeLike) -> Float[Array, "B P"]:

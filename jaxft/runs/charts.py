@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxft.objectives.alarms import Entry
+from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.plots import Panel, Points, draw
 from jaxft.runs.trackers.jsonl import read_entries
@@ -41,12 +42,16 @@ class ChartKind:
 
 @dataclass(frozen=True)
 class RunCurve:
-    """A metric of a run by step, on training or held-out rows; None for a value that was not finite."""
+    """A metric of a run by step, on training or held-out rows; None for a value that was not finite.
+
+    intervals: of an accuracy whose number of pairs is known, None elsewhere.
+    """
 
     label: str
     held_out: bool
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
+    intervals: tuple[Interval | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ PAIR_CHARTS = (
         "Accuracy of the rewards",
         "fraction of pairs",
         (ChartLine(names.ACCURACY), ChartLine(names.REWARD_ACCURACY)),
-        "Pairs whose chosen response has the higher reward; 0.5 is chance.",
+        "Pairs whose chosen response has the higher reward; 0.5 is chance. Bars: 95 % intervals on held-out "
+        "pairs; nothing is drawn where all pairs are ties.",
     ),
     ChartKind(
         "Margin of the rewards",
@@ -186,12 +192,25 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
     found = []
     for line in kind.lines:
         for metric, held_out in ((line.metric, False), (names.HELD_OUT + line.metric, True)):
-            points = [(entry["step"], value) for entry in entries for value in _values(entry, metric)]
-            if any(value is not None for _, value in points):
-                steps, values = zip(*points, strict=True)
+            points = [
+                (entry["step"], value, _interval(entry, metric))
+                for entry in entries
+                for value in _values(entry, metric)
+            ]
+            if any(value is not None for _, value, _ in points):
+                steps, values, intervals = zip(*points, strict=True)
                 is_text = metric == names.GENERAL_LOSS  # no run trains on the general text
-                found.append(RunCurve(line.label, held_out or is_text, steps, values))
+                intervals = intervals if any(intervals) else ()
+                found.append(RunCurve(line.label, held_out or is_text, steps, values, intervals))
     return tuple(found)
+
+
+def _interval(entry: Entry, metric: str) -> Interval | None:
+    """The interval of an accuracy whose number of pairs is in the entry."""
+    value, pairs = entry.get(metric), entry.get(metric + names.PAIR_COUNT)
+    if not isinstance(value, int | float) or not isinstance(pairs, int | float):
+        return None
+    return wilson(value, pairs) if pairs > 0 and 0 <= value <= 1 else None
 
 
 def _values(entry: Entry, metric: str) -> list[float | None]:

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from jaxft.intervals import wilson
 from jaxft.objectives.alarms import Entry
+from jaxft.objectives.intervals import wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
 from jaxft.runs.plots import Panel, Points, draw
@@ -126,7 +126,7 @@ COLUMNS: dict[str, Column] = {
     LOSS: _last(held_out(names.LOSS)),
     RELATIVE_LOSS: _over_start(held_out(names.LOSS)),
     ACCURACY: _last(held_out(names.ACCURACY), held_out(names.REWARD_ACCURACY)),
-    PAIRS: _last(*(held_out(name) + names.PAIRS for name in (names.ACCURACY, names.REWARD_ACCURACY))),
+    PAIRS: _last(*(held_out(name) + names.PAIR_COUNT for name in (names.ACCURACY, names.REWARD_ACCURACY))),
     "token accuracy": _last(held_out(names.TOKEN_ACCURACY)),
     "margin": _last(held_out(names.REWARD_MARGIN)),
     "margin, nats": _gained(held_out(names.CHOSEN_LOGP), held_out(names.REJECTED_LOGP)),

@@ -12,7 +12,7 @@ from jaxft.objectives.metrics import (
     HELD_OUT,
     KL,
     LOSS,
-    PAIRS,
+    PAIR_COUNT,
     SKIPPED,
     TOKEN_ACCURACY,
 )
@@ -45,7 +45,7 @@ __all__ = [
     "MARGIN",
     "MEMORY",
     "MFU",
-    "PAIRS",
+    "PAIR_COUNT",
     "REJECTED_LOGP",
     "REJECTED_REWARD",
     "REWARD",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.intervals import Paired, mean_interval, paired_fractions, paired_means, wilson
+from jaxft.objectives.intervals import Paired, mean_interval, paired_fractions, paired_means, wilson
 from jaxft.objectives.metrics import WEIGHT
 from jaxft.runs import compare
 from jaxft.runs import metric_names as names
@@ -57,10 +57,10 @@ def read_result(label: str, folder: Path) -> Result:
     """Read a run's folder, whose metrics.jsonl has an entry."""
     path = folder / "config.json"
     settings = read_saved_json(path) if path.is_file() else {}
-    return Result(label, *first_and_last(read_entries(folder / METRICS)), settings, read_rows(folder))
+    return Result(label, *first_and_last(read_entries(folder / METRICS)), settings, read_held_out(folder))
 
 
-def read_rows(folder: Path) -> dict[str, dict[str, float]]:
+def read_held_out(folder: Path) -> dict[str, dict[str, float]]:
     """Read the values of a run's held-out rows, by name; {} without any. A line that is not as jaxft writes
     it is left out.
     """
@@ -208,7 +208,7 @@ def ranking_lines(results: Sequence[Result]) -> list[str]:
         return [f"{found.title} over {len(own)} seeds ({label}): {_mean_text(values)}"]
     order = sorted(groups, key=lambda label: _mean(groups[label], found), reverse=found.greater)
     best = groups[order[0]]
-    lines = [f"best of {len(groups)}: {order[0]}, by {found.title}: {value_text(best, found)}"]
+    lines = [f"best of {len(groups)}: {order[0]}, by {found.title}: {value_of_setting(best, found)}"]
     shown = order[1 : 1 + MOST_DIFFERENCES]
     lines += [f"  {label} against it: {difference_text(best, groups[label], found)}" for label in shown]
     if len(order) > 1 + len(shown):
@@ -245,13 +245,13 @@ def _mean(results: Sequence[Result], by: Criterion) -> float:
     return float(np.mean([result.after[by.metric] for result in results]))
 
 
-def value_text(results: Sequence[Result], by: Criterion) -> str:
+def value_of_setting(results: Sequence[Result], by: Criterion) -> str:
     """Return the value of a setting with its interval: over seeds, or over a single run's held-out rows."""
     values = [result.after[by.metric] for result in results]
     if len(values) > 1:
         return _mean_text(values)
     (result,), (value,) = results, values
-    pairs = result.after.get(by.metric + names.PAIRS)
+    pairs = result.after.get(by.metric + names.PAIR_COUNT)
     if pairs:
         return f"{value:.3f} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
     rows = [row for row in result.rows.values() if by.key in row]

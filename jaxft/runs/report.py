@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from jaxft.data.shipped import script_command
-from jaxft.intervals import Interval, wilson
 from jaxft.nn.lora import Adapter
+from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
-from jaxft.runs.metric_names import HELD_OUT, PAIRS, SCORES
+from jaxft.runs.metric_names import HELD_OUT, PAIR_COUNT, SCORES
 from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 from jaxft.weights.card import NO_CLASSIFIER, USE_SECTION
 
@@ -176,7 +176,7 @@ def metric_cell(evaluation: Evaluation, name: str) -> str:
     """Return a metric of an evaluation as text, "" without it. An accuracy or a score has its interval and
     the number of pairs or prompts.
     """
-    pairs, value = evaluation["metrics"].get(name + PAIRS), evaluation["metrics"].get(name)
+    pairs, value = evaluation["metrics"].get(name + PAIR_COUNT), evaluation["metrics"].get(name)
     if value is None:
         return ALL_TIES if pairs else ""
     if pairs:
@@ -212,7 +212,7 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
         for name in metrics
         if name.startswith(prefix)
     }
-    known = {name.removesuffix(PAIRS) for name in metrics}  # without a value if all pairs are ties
+    known = {name.removesuffix(PAIR_COUNT) for name in metrics}  # without a value if all pairs are ties
     return scores | {name: label for name, label in HEADLINES.items() if name in known}
 
 
@@ -304,7 +304,7 @@ def _results(card: ModelCard) -> list[str]:
     known = {**card.before["metrics"], **card.after["metrics"]}
     rows = [
         f"| {name} | {metric_cell(card.before, name)} | {metric_cell(card.after, name)} |"
-        for name in dict.fromkeys(name.removesuffix(PAIRS) for name in known)
+        for name in dict.fromkeys(name.removesuffix(PAIR_COUNT) for name in known)
     ]
     notes = [f"- {line}" for line in card.notes]
     return [

@@ -16,7 +16,7 @@ from jaxft.distributed import sharding
 from jaxft.models.model import Model
 from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY
 from jaxft.objectives.pair import response_sums
-from jaxft.objectives.preference_metrics import ROUNDING
+from jaxft.objectives.preference_metrics import TIE_ROUNDING
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import LoadedWeights
@@ -172,4 +172,4 @@ def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
 
 def _gain(logp: float, base: float) -> float:
     """How much a log-prob exceeds the base's; 0 for a difference of rounding."""
-    return logp - base if abs(logp - base) > ROUNDING * abs(base) else 0.0
+    return logp - base if abs(logp - base) > TIE_ROUNDING * abs(base) else 0.0

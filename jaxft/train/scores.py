@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
-from jaxft.intervals import Interval, interval_of
+from jaxft.objectives.intervals import Interval, interval_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.metric_names import SCORES

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from scipy import stats
 
-from jaxft.intervals import paired_fractions, paired_means
+from jaxft.objectives.intervals import paired_fractions, paired_means
 from jaxft.runs import ranking
 from jaxft.runs.ranking import Result
 
@@ -140,7 +140,8 @@ def test_the_values_of_held_out_rows_are_read_and_damaged_lines_left_out(tmp_pat
         json.dumps({"row": "a:1", "loss": 0.5}) + '\n{"row": 3\n[]\n{"x": 1}\n'
     )
     assert (
-        ranking.read_rows(tmp_path) == {"a:1": {"loss": 0.5}} and ranking.read_rows(tmp_path / "none") == {}
+        ranking.read_held_out(tmp_path) == {"a:1": {"loss": 0.5}}
+        and ranking.read_held_out(tmp_path / "none") == {}
     )
 
 

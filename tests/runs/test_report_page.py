@@ -12,6 +12,7 @@ import pytest
 from run_folders import metric_lines, write_lines, write_run, write_sweep
 from scripts_in_process import call
 
+from jaxft.objectives.intervals import wilson
 from jaxft.runs import charts
 from jaxft.runs.page import document, sections
 from jaxft.runs.page.curves_json import DARK_COLOURS, curves_json, thinned
@@ -475,6 +476,18 @@ def test_a_sweep_shows_what_differs_the_best_run_before_and_after_and_each_alarm
     alarms = Page(sections.alarms_section(runs)).text
     assert alarms.count("something is odd") == 1 and "all 4 runs" in alarms
     assert sections.effort(runs[0])["time of the steps"] == "0:06"
+
+
+def test_a_held_out_accuracy_has_bars_of_its_interval():
+    entries = [
+        {"step": 0, "eval_rewards/accuracies_pairs": 20.0},
+        {"step": 5, "eval_rewards/accuracies": 0.55, "eval_rewards/accuracies_pairs": 20.0},
+        {"step": 9, "eval_rewards/accuracies": 0.6, "rewards/accuracies": 0.5},
+    ]
+    (group,) = curves_json({"a": entries})["groups"]
+    training, held_out = group["charts"][0]["curves"]
+    assert training["bars"] == [] and held_out["x"] == [5, 9]  # ties have no point
+    assert held_out["bars"] == [[pytest.approx(x, abs=1e-4) for x in wilson(0.55, 20)], None]
 
 
 def test_alarms_that_differ_in_numbers_alone_are_one():

@@ -10,7 +10,7 @@ import tiny_llama
 from evaluate_place import PAIRS, TEXTS, bytes_of, chat, torch_loss, write, write_evaluate_place
 from scripts_in_process import call, load
 
-from jaxft.intervals import mean_interval, wilson
+from jaxft.objectives.intervals import mean_interval, wilson
 from jaxft.train.completion_scores import pass_at
 from jaxft.train.likelihood import Evaluated, PairScore, preference_metrics
 from jaxft.train.samples import decode_completion

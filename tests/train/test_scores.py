@@ -14,7 +14,7 @@ from tiny_run import Place, rows, write_place
 from jaxft.data.source import Prompt
 from jaxft.inference.decode import Decoding
 from jaxft.inference.sampling import Sampling
-from jaxft.intervals import mean_interval
+from jaxft.objectives.intervals import mean_interval
 from jaxft.train import samples
 from jaxft.train.samples import Completed, PromptText
 from jaxft.train.scores import check_scoring, held_out_prompts, make_scorer, position_lines

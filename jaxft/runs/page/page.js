@@ -99,6 +99,13 @@ function traces(chart) {
       mode: few || hasSymbols() ? "lines+markers" : "lines",
       marker: { size: 6, symbol: symbol(several ? curve.run : 0)[0], maxdisplayed: FEW },
     };
+    if (curve.bars.length) {
+      const side = (end, sign) => curve.bars.map((bar, i) => (bar ? sign * (bar[end] - curve.y[i]) : 0));
+      trace.error_y = {
+        type: "data", symmetric: false, array: side(1, 1), arrayminus: side(0, -1), thickness: 1, width: 3,
+        color: line.color,
+      };
+    }
     const factor = state.smoothing === null ? curve.smoothing : state.smoothing;
     if (factor > 0 && !few) {
       const faint = { color: line.color, width: 1 };

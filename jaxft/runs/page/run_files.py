@@ -8,7 +8,7 @@ from typing import Any
 from jaxft.objectives.alarms import Entry
 from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
 from jaxft.runs.log import ALARMS_JSON, METRICS
-from jaxft.runs.ranking import read_rows
+from jaxft.runs.ranking import read_held_out
 from jaxft.runs.report import Sample
 from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 
@@ -106,7 +106,7 @@ def read_run(name: str, folder: Path) -> RunFiles:
         completions=[dict(entry) for entry in read_entries(folder / COMPLETIONS)],
         parameters=_list(_json(folder / PARAMETERS_JSON), "rows", dict),
         data=_json(folder / DATA_JSON),
-        rows=read_rows(folder),
+        rows=read_held_out(folder),
     )
 
 

@@ -84,8 +84,8 @@ def end_table(results: Sequence[ranking.Result]) -> str:
     if spread:
         titles, cells = spread
         rows = [list(map(escaped, row)) for row in cells]
-        head = ["mean ± standard deviation over seeds", *map(escaped, titles)]
-        parts.append(html_table(head, rows, numeric=True))
+        parts.append("<h4>Mean ± standard deviation over seeds</h4>")
+        parts.append(html_table(["", *map(escaped, titles)], rows, numeric=True))
     lines = "".join(f"<li>{escaped(line.strip())}</li>" for line in ranking.ranking_lines(results))
     parts.append(f"<ul>{lines}</ul>" if lines else "")
     notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes())

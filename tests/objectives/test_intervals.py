@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxft.intervals import (
+from jaxft.objectives.intervals import (
     fraction_text,
     mean_interval,
     paired_fractions,
