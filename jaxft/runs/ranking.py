@@ -93,7 +93,7 @@ def _loss_function(settings: Mapping[str, Any]) -> str:
 
 def criterion(results: Sequence[Result]) -> Criterion | None:
     """Return what the runs are ranked by: a score, a reward, the loss if it is the same function, or else the
-    accuracy; None if the runs have none of them in common.
+    accuracy; None if the runs have none of them in common. One that is the same in all runs tells nothing.
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
     choices = [Criterion(title, name, True, "") for title, name in scores]
@@ -101,7 +101,8 @@ def criterion(results: Sequence[Result]) -> Criterion | None:
     if have_same_loss(results):
         choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
     choices += [Criterion(compare.ACCURACY, held_out(name), True, name) for name in ACCURACIES]
-    return next((c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)), None)
+    known = [c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)]
+    return next((c for c in known if len({r.after[c.metric] for r in results}) > 1), (known or [None])[-1])
 
 
 def _is_finite(value: float | None) -> bool:

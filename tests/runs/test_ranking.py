@@ -56,6 +56,14 @@ def test_losses_are_compared_if_they_are_of_one_function_only():
     assert ranking.have_same_loss(supervised)  # both are evaluated by their cross-entropy
 
 
+def test_a_score_ranks_before_the_loss_unless_it_is_the_same_in_all_runs():
+    one, two = run("a", {"eval_scores/x": 0.0, LOSS: 0.5}), run("b", {"eval_scores/x": 0.0, LOSS: 0.4})
+    assert ranking.criterion([one, two]).title == "held-out loss"
+    better = run("b", {"eval_scores/x": 0.1, LOSS: 0.6})
+    assert ranking.criterion([one, better]).title == "score x" and ranking.best_labels([one, better]) == {"b"}
+    assert ranking.criterion([run("a", {}), run("b", {})]) is None
+
+
 def test_the_difference_of_losses_is_that_of_the_same_rows_with_their_weights():
     rng = np.random.default_rng(0)
     first, gain, weight = rng.normal(2, 1, 30), rng.normal(0.1, 0.1, 30), rng.integers(1, 9, 30) / 9

@@ -95,6 +95,7 @@ def test_held_out_metrics_are_the_same_for_any_batch_size_and_mesh(place, loss):
                 assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_evaluate_on_a_held_out_fraction_has_the_numbers_of_the_run(place, monkeypatch, capsys):
     run(place, "steps=2", "seed=3", "name=fraction")  # held_out=0.2
     last = place.metrics("fraction")[-1]
@@ -109,13 +110,13 @@ def test_evaluate_on_a_held_out_fraction_has_the_numbers_of_the_run(place, monke
     assert found["accuracy_against_base"] == last["eval_rewards/accuracies"]
     for name in ("logps/chosen", "logps/rejected"):
         assert found[name] == pytest.approx(last[f"eval_{name}"], rel=1e-4)
-    rows = [json.loads(line) for line in (place.runs("fraction") / "held_out.jsonl").read_text().splitlines()]
+    path = place.runs("fraction") / "held_out.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({row["row"] for row in rows}) == found["pairs"]  # the values whose means are the metrics
     assert np.mean([row["rewards/accuracies"] for row in rows]) == last["eval_rewards/accuracies"]
     assert np.mean([row["rewards/margins"] for row in rows]) == pytest.approx(last["eval_rewards/margins"])
-    assert np.average([row["loss"] for row in rows], weights=[row["weight"] for row in rows]) == pytest.approx(
-        last["eval_loss"]
-    )
+    losses, weights = ([row[name] for row in rows] for name in ("loss", "weight"))
+    assert np.average(losses, weights=weights) == pytest.approx(last["eval_loss"])
 
 
 @pytest.mark.slow
