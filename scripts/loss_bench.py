@@ -244,7 +244,7 @@ def race(
     looked_up = (column for probe in probes.values() for column in probe.columns if column != "margin")
     extras = tuple(dict.fromkeys((*run.data.extras, *args.columns, *looked_up)))
     data = replace(run.data, third=thirds.pop() if thirds else run.data.third, extras=extras)
-    runs = {}
+    runs: dict[str, Any] = {}
     for loss in chosen:
         name = file_name(loss.label)
         one = replace(run, name=name, objective=objective_of(run, loss), data=data)

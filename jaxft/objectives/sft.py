@@ -27,8 +27,8 @@ class Outputs:
     entropy: Float[Array, "B M"]
     top1: Float[Array, "B M"]
     weight: Float[Array, "B M"]
+    segments: Int[Any, "B M"]  # which example of its row a target is in
     sources: Int[Any, "B M"] | None = None
-    segments: Int[Any, "B M"] | None = None  # of evaluation: which example of its row a target is in
     lse: Float[Array, "B M"] | None = None
     mean_logit: Float[Array, "B M"] | None = None
     source_names: tuple[str, ...] = static(default=())
@@ -116,8 +116,8 @@ def _outputs(lp: LogProbs, batch: Tokens, graded: Graded) -> Outputs:
     return Outputs(
         lp.logp,
         *without_gradient,
-        sources=batch.sources,
         segments=jnp.take_along_axis(batch.segments, batch.read, axis=1),
+        sources=batch.sources,
         lse=lp.lse if "lse" in graded else None,
         mean_logit=lp.mean_logit if "mean_logit" in graded else None,
         source_names=batch.source_names,

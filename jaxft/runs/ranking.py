@@ -291,9 +291,9 @@ def _difference_over_seeds(best: Sequence[Result], other: Sequence[Result], by: 
     difference = f"{_mean(other, by) - _mean(best, by):+.3f}"
     if len(common) < 2:
         return f"{difference}; run both with the same seeds for an interval"
-    groups = [[own[seed] for seed in common] for own in runs]
-    over_seeds = paired_means(*([result.after[by.metric] for result in own] for own in groups))
-    over_rows = paired_rows(*groups, by.key)
+    first, second = ([own[seed] for seed in common] for own in runs)
+    over_seeds = paired_means(*([result.after[by.metric] for result in own] for own in (first, second)))
+    over_rows = paired_rows(first, second, by.key)
     text = f"{difference} {over_seeds.interval.text()} over {len(common)} seeds"
     if over_rows is not None:
         text += f", {over_rows.interval.text()} over the same {over_rows.rows:,} {unit}"

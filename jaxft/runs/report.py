@@ -48,7 +48,7 @@ class Evaluation(TypedDict):
     metrics: dict[str, float]
     samples: list[Sample]
     scored: int
-    intervals: dict[str, Sequence[float]]
+    intervals: Mapping[str, Sequence[float]]
     score_faults: list[str]
     nonfinite: int
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jaxft.data.settings import DataSettings
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs import compare, ranking
@@ -115,7 +116,11 @@ def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
     first = next(iter(runs.values())).data.seed_of_split
     if all(run.data.seed_of_split == first for run in runs.values()):
         return dict(runs)
-    return {label: replace(run, data=replace(run.data, split_seed=first)) for label, run in runs.items()}
+    found = dict(runs)
+    for label, run in runs.items():
+        if isinstance(run.data, DataSettings):
+            found[label] = replace(run, data=replace(run.data, split_seed=first))
+    return found
 
 
 def reason_to_separate(runs: Mapping[str, Run]) -> str:
