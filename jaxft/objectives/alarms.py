@@ -9,7 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxft.objectives.intervals import fraction_text
+from jaxft.objectives.intervals import fraction_text, wilson
 from jaxft.objectives.metrics import (
     GRAD_NORM,
     HELD_OUT,
@@ -418,10 +418,14 @@ def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
 
 def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) -> str:
     """An accuracy before and after training, as text. ties: before, the policy was the reference."""
+    pairs, chance = last.get(name + PAIR_COUNT), ""
+    if pairs and wilson(last[name], pairs).has(0.5):
+        chance = " (not distinguishable from 0.5, chance)"
     after = accuracy_text(name, last)
     if ties:
-        return f"all ties before, {after} after"
-    return f"{first[name]:.2f} before, {after} after" if isinstance(first.get(name), float) else after
+        return f"all ties before, {after} after{chance}"
+    was = f"{first[name]:.2f} before, " if isinstance(first.get(name), float) else ""
+    return f"{was}{after}{' after' if was else ''}{chance}"
 
 
 def change(name: str, first: Entry, last: Entry, digits: int) -> str:

@@ -215,6 +215,8 @@ def test_the_summary_states_accuracy_margin_kl_length_and_label_noise():
     assert preference_summary(first, alone)[0].startswith(
         "held-out accuracy: 0.40 before, 0.90 [0.70, 0.97] of 20 pairs after"
     )  # without a reference
+    coin = {"eval_rewards/accuracies": 0.55, "eval_rewards/accuracies_pairs": 20.0}
+    assert preference_summary({}, coin)[0].endswith("of 20 pairs (not distinguishable from 0.5, chance)")
     assert (
         "robust" not in preference_summary({}, {"label_noise": 0.02})[0]
         and "too little" in preference_summary({}, {"label_noise": 0.45})[0]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxft.objectives.intervals import wilson
 from jaxft.runs import compare, metric_names, ranking
 from jaxft.runs.page.markup import (
     MOST_COLUMNS,
@@ -37,7 +38,8 @@ def overview_section(runs: Runs) -> str:
     details = []
     for run, result in zip(runs, results, strict=True):
         before, after = result.before, result.after
-        held = [name for name in {**before, **after} if name.startswith("eval_") or name == "general_loss"]
+        known = dict.fromkeys(name.removesuffix(metric_names.PAIR_COUNT) for name in {**before, **after})
+        held = [name for name in known if name.startswith("eval_") or name == "general_loss"]
         cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
         notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
         content = (f"<ul>{notes}</ul>" if notes else "") + html_table(
@@ -94,7 +96,13 @@ def end_table(results: Sequence[ranking.Result]) -> str:
 
 
 def _number(metrics: Mapping[str, float], name: str) -> str:
-    return number_text(metrics[name]) if name in metrics else "-"
+    """A metric as text; an accuracy has its interval and its number of pairs."""
+    value, pairs = metrics.get(name), metrics.get(name + metric_names.PAIR_COUNT)
+    if value is None:
+        return compare.TIES if pairs else "-"
+    if pairs and 0 <= value <= 1:
+        return f"{number_text(value)} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
+    return number_text(value)
 
 
 def run_facts(run: RunFiles) -> dict[str, Any]:
