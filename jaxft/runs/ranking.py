@@ -102,7 +102,8 @@ def criterion(results: Sequence[Result]) -> Criterion | None:
         choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
     choices += [Criterion(compare.ACCURACY, held_out(name), True, name) for name in ACCURACIES]
     known = [c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)]
-    return next((c for c in known if len({r.after[c.metric] for r in results}) > 1), (known or [None])[-1])
+    telling = [c for c in known if len({r.after[c.metric] for r in results}) > 1]
+    return next(iter((*telling, *known[-1:])), None)
 
 
 def _is_finite(value: float | None) -> bool:

@@ -113,13 +113,15 @@ def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
     """Return the runs so that all hold out the same rows: where a fraction of them is held out and the seeds
     differ, by the seed of the first run.
     """
-    first = next(iter(runs.values())).data.seed_of_split
-    if all(run.data.seed_of_split == first for run in runs.values()):
-        return dict(runs)
-    found = dict(runs)
+    first, found = next(iter(runs.values())).data, dict(runs)
     for label, run in runs.items():
-        if isinstance(run.data, DataSettings):
-            found[label] = replace(run, data=replace(run.data, split_seed=first))
+        is_fraction = isinstance(run.data.held_out, float) and run.data.holds_out
+        if (
+            isinstance(run.data, DataSettings)
+            and is_fraction
+            and run.data.seed_of_split != first.seed_of_split
+        ):
+            found[label] = replace(run, data=replace(run.data, split_seed=first.seed_of_split))
     return found
 
 

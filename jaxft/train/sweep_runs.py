@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxft.distributed import processes
 from jaxft.runs import folder as runfolder
+from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train import loop
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep, reason_to_separate, with_one_split, write_table
@@ -24,7 +25,7 @@ def train_sweep(
     runs = with_one_split(runs)
     reason = reason_to_separate(runs) if at_once is None else ""
     if not reason:
-        return loop.run(Sweep(name, runs, at_once or 1), root=root)
+        return loop.run(Sweep(name, runs, 1 if at_once is None else at_once), root=root)
     print(f"{len(runs)} runs, one after the other: {reason}", flush=True)
     return _train_each(name, runs, root)
 
@@ -40,8 +41,8 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
         print(f"\n{label}:", flush=True)
         try:
             code = loop.run(run, root=root)
-        except processes.AgreedError as error:  # it would be the same in another run, but for the first one
-            if not (folder / label / "metrics.jsonl").is_file():
+        except processes.AgreedError as error:
+            if not (folder / label / METRICS).is_file():  # its settings are at fault
                 raise
             print(error, flush=True)
             failed.append(label)

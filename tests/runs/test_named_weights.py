@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripts_in_process import load
@@ -111,3 +112,17 @@ def test_the_rows_that_a_run_held_out_are_those_of_its_recorded_settings(tmp_pat
     assert held_out_names(prompts, tokenizer) == set(split_prompts(prompts, tokenizer)[1].names)
     with pytest.raises(ValueError, match="data of type my.py:Data: its held-out rows are not known"):
         recorded_data(recorded(rows, "my.py:Data"))
+
+
+def test_a_run_that_holds_out_no_rows_needs_a_file():
+    rows_of = load("evaluate").rows_of
+    args = SimpleNamespace(file=None, run="runs/x", given=set())
+    for held_out in ("none", None, 0.0):
+        with pytest.raises(ValueError, match="runs/x: it holds out no rows .*; use --file"):
+            rows_of(args, {"data": {"held_out": held_out}})
+    assert rows_of(args, {"data": {"held_out": "held.jsonl"}}) == ("held.jsonl", None)
+    record = recorded(Rows("rows.jsonl", held_out=0.1))
+    assert rows_of(args, record) == ("rows.jsonl", Rows("rows.jsonl", held_out=0.1))
+    args.given = {"packing"}
+    with pytest.raises(ValueError, match="--packing applies only to --file"):
+        rows_of(args, record)
