@@ -317,14 +317,49 @@ def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused)
     assert "resuming after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
 
 
+@pytest.mark.slow
+def test_a_sweep_over_functions_and_seeds_holds_out_the_same_rows_and_names_the_best_setting(place):
+    module = "jaxft.objectives.preference_losses"
+    over = ["--over", f"loss={module}:dpo,{module}:ipo", "--over", "seed=0,3"]
+    out = sweep(place, "steps=3", "lr=0.002", *over, "--name", "functions")
+    members = json.loads((place.runs("functions") / "config.json").read_text())["members"]
+    assert members[1] == f"loss={module}-dpo,seed=3" and "one after the other" not in out
+    rows = []
+    for member in members:
+        lines = (place.runs(f"functions/{member}") / "held_out.jsonl").read_text().splitlines()
+        rows.append({json.loads(line)["row"] for line in lines})
+    assert rows[0] == rows[1] == rows[2] == rows[3] and len(rows[0]) > 1
+    steps = [place.metrics(f"functions/{member}")[1]["loss"] for member in members]
+    assert steps[0] != steps[1]  # other batches
+    assert "mean ± standard deviation over seeds" in out and f"best of 2: loss={module}-" in out
+    alone(place, "steps=3", "lr=0.002", f"loss={module}:ipo", "seed=3", "data.split_seed=0", "name=alone")
+    assert_same_run(place, f"functions/{members[3]}", "alone")
+
+
+@pytest.mark.slow
+def test_runs_that_cannot_share_a_program_train_one_after_the_other_into_one_table(place):
+    argv = ["steps=2", "--over", "batch=4,8", "--name", "batches"]
+    out = sweep(place, *argv)
+    assert "2 runs, one after the other: batch=8 and batch=4 differ in data.batch" in out
+    table = json.loads((place.runs("batches") / "summary.json").read_text())
+    assert set(table["members"]) == {"batch=4", "batch=8"} and table["steps"] == 2 and table["failed"] == []
+    assert table["ranking"][0].startswith("best of 2: batch=") and table["ranking"][0] in out
+    assert (place.runs("batches") / "curves.png").is_file()
+    alone(place, "steps=2", "batch=4", "name=batch-4")
+    assert_same_run(place, "batches/batch=4", "batch-4")
+    assert sweep(place, *argv).count("this run is finished (2 steps)") == 2
+    assert sweep(place, "steps=2", "--over", "batch=4,2", "--name", "batches", code=1) is not None
+    assert "this sweep has the members batch=4, batch=8, not batch=4, batch=2" in place.err()
+
+
 def test_runs_that_cannot_share_a_program_say_why(place):
     base = settings_of(place, "lr=1")
     for changes, reason in (
-        (["batch=4"], "differ in data.batch: 8 -> 4"),
+        (["batch=8"], "differ in data.batch: 4 -> 8"),
         (["epochs=2"], "differ in data.epochs"),
         (["full=true"], "leave out full=true"),
         (["adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
-        (["loop.steps=3"], "differ in loop.steps"),
+        (["loop.steps=5"], "differ in loop.steps"),
         (["seed=1"], "data.held_out=0.2 depends on the seed, and the seeds differ. Set data.split_seed"),
     ):
         other = settings_of(place, "lr=1", *changes)
