@@ -112,6 +112,7 @@ def _score(before: Logged, after: Logged) -> float | None:
     return next((after[name] for name in score_names(after)), None)
 
 
+ARROW = " → "  # from the value before training to that after it
 TIES = "ties"  # an accuracy where all pairs are ties
 LOSS, RELATIVE_LOSS, ACCURACY, PAIRS = "held-out loss", "loss over step 0", "accuracy", "pairs"
 # Title -> column. The held-out rows of all runs of a sweep are the same, so that sums of log-probs compare.
@@ -231,9 +232,9 @@ def _cell(title: str, start: Mapping[str, float | None], row: Mapping[str, float
         return "-" if value is None else f"{value:,.0f}"
     if title == ACCURACY and pairs:
         after = TIES if value is None else f"{short_number(value)} {wilson(value, pairs).text(2)}"
-        return f"{TIES if first is None else short_number(first)} → {after}"
+        return f"{TIES if first is None else short_number(first)}{ARROW}{after}"
     return (
-        f"{short_number(first)} → {short_number(value)}"
+        f"{short_number(first)}{ARROW}{short_number(value)}"
         if title in WITH_START and first is not None
         else short_number(value)
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.objectives.intervals import Paired, mean_interval, paired_fractions, paired_means, wilson
+from jaxft.objectives.intervals import Interval, Paired, mean_interval, paired_fractions, paired_means, wilson
 from jaxft.objectives.metrics import WEIGHT
 from jaxft.runs import compare
 from jaxft.runs import metric_names as names
@@ -207,7 +207,7 @@ def ranking_lines(results: Sequence[Result]) -> list[str]:
     groups = repetitions(results)
     if len(groups) == 1:
         (label, own), values = next(iter(groups.items())), [r.after[found.metric] for r in results]
-        return [f"{found.title} over {len(own)} seeds ({label}): {_mean_text(values)}"]
+        return [f"{found.title} over {len(own)} seeds ({label}): {_mean_text(values, found)}"]
     order = sorted(groups, key=lambda label: _mean(groups[label], found), reverse=found.greater)
     best = groups[order[0]]
     lines = [f"best of {len(groups)}: {order[0]}, by {found.title}: {value_of_setting(best, found)}"]
@@ -251,7 +251,7 @@ def value_of_setting(results: Sequence[Result], by: Criterion) -> str:
     """Return the value of a setting with its interval: over seeds, or over a single run's held-out rows."""
     values = [result.after[by.metric] for result in results]
     if len(values) > 1:
-        return _mean_text(values)
+        return _mean_text(values, by)
     (result,), (value,) = results, values
     pairs = result.after.get(by.metric + names.PAIR_COUNT)
     if pairs:
@@ -263,8 +263,10 @@ def value_of_setting(results: Sequence[Result], by: Criterion) -> str:
     return f"{value:.3f}"
 
 
-def _mean_text(values: Sequence[float]) -> str:
+def _mean_text(values: Sequence[float], by: Criterion) -> str:
     mean, interval = float(np.mean(values)), mean_interval(values)
+    if by.title == compare.ACCURACY:
+        interval = Interval(max(0.0, interval.low), min(1.0, interval.high))
     spread = float(np.std(values, ddof=1))
     return f"{mean:.3f} {interval.text()}, standard deviation {spread:.3f} over {len(values)} seeds"
 

@@ -473,6 +473,8 @@ def test_a_sweep_shows_what_differs_the_best_run_before_and_after_and_each_alarm
     assert "ties → 0.600 [0.39, 0.78]" in end.text and "0.600 ± 0.000" in end.text
     assert [own.get("class") for tag, own in end.elements if tag == "span"] == ["best", "best"]
     assert "best of 2: loss=ipo, by accuracy" in end.text
+    alone = Page(sections.end_table([sections.result_of(runs[0])]))
+    assert "before after held-out loss" in " ".join(alone.text.split()) and "ties → " not in alone.text
     alarms = Page(sections.alarms_section(runs)).text
     assert alarms.count("something is odd") == 1 and "all 4 runs" in alarms
     assert sections.effort(runs[0])["time of the steps"] == "0:06"

@@ -76,12 +76,21 @@ def end_table(results: Sequence[ranking.Result]) -> str:
     table = ranking.table_of(results)
     if not table.titles:
         return ""
-    best = ranking.best_labels(results)
-    rows = [
-        [f"{escaped(label)}{BEST if label in best else ''}", *map(escaped, row)]
-        for label, row in zip(table.labels, table.cells(), strict=True)
-    ]
-    parts = ["<h3>At the end</h3>", html_table(["", *map(escaped, table.titles)], rows, numeric=True)]
+    best, cells = ranking.best_labels(results), table.cells()
+    if len(results) == 1:  # a row per metric, which fits a narrow screen
+        sides = [cell.rpartition(compare.ARROW) for cell in cells[0]]
+        head = ["", "before", "after"]
+        rows = [
+            [escaped(title), escaped(before), escaped(after)]
+            for title, (before, _, after) in zip(table.titles, sides, strict=True)
+        ]
+    else:
+        head = ["", *map(escaped, table.titles)]
+        rows = [
+            [f"{escaped(label)}{BEST if label in best else ''}", *map(escaped, row)]
+            for label, row in zip(table.labels, cells, strict=True)
+        ]
+    parts = ["<h3>At the end</h3>", html_table(head, rows, numeric=True)]
     spread = ranking.repetitions_as_cells(results)
     if spread:
         titles, cells = spread
