@@ -113,16 +113,20 @@ def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
     """Return the runs so that all hold out the same rows: where a fraction of them is held out and the seeds
     differ, by the seed of the first run.
     """
-    first, found = next(iter(runs.values())).data, dict(runs)
-    for label, run in runs.items():
-        is_fraction = isinstance(run.data.held_out, float) and run.data.holds_out
-        if (
-            isinstance(run.data, DataSettings)
-            and is_fraction
-            and run.data.seed_of_split != first.seed_of_split
-        ):
-            found[label] = replace(run, data=replace(run.data, split_seed=first.seed_of_split))
-    return found
+    first = next(iter(runs.values())).data.seed_of_split
+    divided = [
+        run.data for run in runs.values() if isinstance(run.data.held_out, float) and run.data.holds_out
+    ]
+    if all(data.seed_of_split == first for data in divided):
+        return dict(runs)
+    return {label: _with_split_seed(run, first) for label, run in runs.items()}
+
+
+def _with_split_seed(run: Run, seed: int) -> Run:
+    """Return a run with another split of its rows; one with data of a user's own kind as it is."""
+    if not isinstance(run.data, DataSettings):
+        return run
+    return replace(run, data=replace(run.data, split_seed=seed))
 
 
 def reason_to_separate(runs: Mapping[str, Run]) -> str:
