@@ -8,7 +8,7 @@ A loss is file.py:name, package.module:name, or the bare name of one in jaxft.ob
 reference_free_losses; its knobs follow after commas. Curves are plotted in <out>/<name>.png. The exit code
 is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all together
 on one base, on the config's pairs (by default those in configs/data). Its table has the number of held-out
-pairs, 95 % intervals, losses relative to step 0 and the KL at which accuracies are compared; the differences
+pairs, 95 % intervals, losses relative to step 0, and accuracies at the same KL; the differences
 to the first loss of --against are those on the same pairs, or with --seeds over seeds. Table and picture are
 in <out>/<losses>-<hash of the settings>; a finished run with the same settings is not repeated.
 """
@@ -225,6 +225,7 @@ def race(
     baseline: the label of the loss that the others are compared with, "" for none.
     """
     from jaxft.runs import config, ranking
+    from jaxft.runs.trackers.jsonl import METRICS, read_entries
     from jaxft.train.settings import Scoring
     from jaxft.train.sweep_runs import train_sweep
 
@@ -264,7 +265,9 @@ def race(
     code = train_sweep(sweep, named, root=args.out)
     if baseline and code == 0:
         results = [ranking.read_result(label, args.out / sweep / label) for label in runs]
-        print("\n".join(["", *ranking.baseline_lines(results, file_name(baseline))]))
+        curves = {label: read_entries(args.out / sweep / label / METRICS) for label in runs}
+        lines = [*ranking.baseline_lines(results, file_name(baseline)), ranking.equal_kl_line(curves)]
+        print("\n".join(["", *filter(None, lines)]))
     return code
 
 

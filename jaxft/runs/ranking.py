@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxft.objectives.alarms import Entry
 from jaxft.objectives.intervals import Interval, Paired, mean_interval, paired_fractions, paired_means, wilson
 from jaxft.objectives.metrics import WEIGHT
 from jaxft.runs import compare
@@ -241,6 +242,33 @@ def baseline_lines(results: Sequence[Result], baseline: str) -> list[str]:
         for label, own in groups.items()
         if label != baseline
     ]
+
+
+def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
+    """Return the accuracies of runs at the same KL to the reference: the largest that all of them have
+    reached, interpolated between their evaluations; "" if a run has no KL or accuracy.
+
+    curves: entries of metrics.jsonl by label. A run that has moved further is likely to have a higher
+    accuracy, whatever its loss.
+    """
+    points = {label: _accuracy_by_kl(entries) for label, entries in curves.items()}
+    if len(points) < 2 or any(len(own) < 2 for own in points.values()):
+        return ""
+    kl = min(max(x for x, _ in own) for own in points.values())
+    if kl <= 0:
+        return ""
+    found = [f"{label} {np.interp(kl, *zip(*own, strict=True)):.3f}" for label, own in points.items()]
+    return f"accuracy at the same KL per token, {kl:.3g}, interpolated: {', '.join(found)}"
+
+
+def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
+    """The evaluations of a run as (KL, accuracy), in the order of the KL; ties have accuracy 1/2."""
+    name, found = held_out(names.ACCURACY), []
+    for entry in entries:
+        kl, accuracy = entry.get(held_out(names.KL)), entry.get(name, 0.5)
+        if name in entry or entry.get(name + names.PAIR_COUNT):
+            found += [(float(kl), float(accuracy))] if _is_finite(kl) and _is_finite(accuracy) else []
+    return sorted(found)
 
 
 def _mean(results: Sequence[Result], by: Criterion) -> float:

@@ -134,6 +134,21 @@ def test_settings_differ_if_both_their_seeds_and_the_held_out_rows_say_so():
     assert line.endswith("not distinguishable")  # of two seeds one is as good
 
 
+def test_accuracies_are_compared_at_the_kl_that_all_runs_reach():
+    def curve(*points):
+        return [
+            {"step": i, "eval_kl": kl, ACCURACY + "_pairs": 20.0, **({} if kl == 0 else {ACCURACY: accuracy})}
+            for i, (kl, accuracy) in enumerate(points)
+        ]
+
+    far, near = curve((0.0, 0), (0.01, 0.7), (0.02, 0.9)), curve((0.0, 0), (0.004, 0.6))
+    line = ranking.equal_kl_line({"far": far, "near": near})
+    assert line == "accuracy at the same KL per token, 0.004, interpolated: far 0.580, near 0.600"
+    assert (
+        ranking.equal_kl_line({"far": far}) == ranking.equal_kl_line({"far": far, "no": [{"step": 0}]}) == ""
+    )
+
+
 def test_seeds_that_only_one_setting_has_give_no_interval():
     results = [
         run("a,seed=0", {LOSS: 0.5}),
