@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.objectives.alarms import Entry
-from jaxft.objectives.intervals import Interval, Paired, mean_interval, paired_fractions, paired_means, wilson
+from jaxft.objectives.intervals import (
+    Interval,
+    Paired,
+    interval_of,
+    mean_interval,
+    paired,
+    paired_means,
+    wilson,
+)
 from jaxft.objectives.metrics import WEIGHT
 from jaxft.runs import compare
 from jaxft.runs import metric_names as names
@@ -97,7 +105,7 @@ def criterion(results: Sequence[Result]) -> Criterion | None:
     accuracy; None if the runs have none of them in common. One that is the same in all runs tells nothing.
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
-    choices = [Criterion(title, name, True, "") for title, name in scores]
+    choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
     choices.append(Criterion("held-out reward", held_out(names.REWARD), True, ""))
     if have_same_loss(results):
         choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
@@ -285,6 +293,9 @@ def value_of_setting(results: Sequence[Result], by: Criterion) -> str:
     if pairs:
         return f"{value:.3f} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
     rows = [row for row in result.rows.values() if by.key in row]
+    if by.key.startswith(names.SCORES) and rows:
+        interval = interval_of([row[by.key] for row in rows])
+        return f"{value:.3f} {interval.text()} of {len(rows):,} prompts"
     if len(rows) > 1:
         interval = mean_interval([row[by.key] for row in rows], [row.get(WEIGHT, 1.0) for row in rows])
         return f"{value:.3f} {interval.text()} of {len(rows):,} rows"
@@ -303,14 +314,16 @@ def difference_text(best: Sequence[Result], other: Sequence[Result], by: Criteri
     """Return the difference of two settings with its interval, and whether it may be chance: on the same
     held-out rows, and over the same seeds where both have several.
     """
-    unit = "pairs" if by.title == compare.ACCURACY else "rows"
+    unit = (
+        "pairs" if by.title == compare.ACCURACY else "prompts" if by.key.startswith(names.SCORES) else "rows"
+    )
     if max(len(best), len(other)) > 1:
         return _difference_over_seeds(best, other, by, unit)
-    paired = paired_rows(best, other, by.key)
-    if paired is None:
+    over_rows = paired_rows(best, other, by.key)
+    if over_rows is None:
         difference = _mean(other, by) - _mean(best, by)
         return f"{difference:+.3f}; without values of the same held-out rows there is no interval"
-    return paired.text(unit)
+    return over_rows.text(unit)
 
 
 def _difference_over_seeds(best: Sequence[Result], other: Sequence[Result], by: Criterion, unit: str) -> str:
@@ -344,8 +357,8 @@ def paired_rows(one: Sequence[Result], other: Sequence[Result], key: str) -> Pai
     first, second = (
         [float(np.mean([run.rows[row][key] for run in own])) for row in common] for own in (one, other)
     )
-    if key in ACCURACIES and len(every) == 2:
-        return paired_fractions(first, second)
+    if len(every) == 2 and (key in ACCURACIES or key.startswith(names.SCORES)):
+        return paired(first, second)  # fractions, unless a score is none
     return paired_means(first, second, [one[0].rows[row].get(WEIGHT, 1.0) for row in common])
 
 

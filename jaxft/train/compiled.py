@@ -24,6 +24,13 @@ RowValues = dict[int, FloatMetrics]  # of held-out rows by their position
 LAST_LOSS = "last_loss"
 
 
+class HeldOutValues(NamedTuple):
+    """Values of single held-out rows by their position, and scores of held-out prompts by name."""
+
+    rows: RowValues
+    prompts: dict[str, FloatMetrics]
+
+
 class HeldOut(NamedTuple):
     """An evaluation of held-out rows: metrics, and values of single rows by their position."""
 
@@ -70,13 +77,14 @@ class Compiled:
             return found
         return [{**own, **more.metrics} for own, more in zip(found, self.sample(states), strict=True)]
 
-    def evaluation(self, states: States) -> tuple[list[Evaluation], list[RowValues]]:
+    def evaluation(self, states: States) -> tuple[list[Evaluation], list[HeldOutValues]]:
         """Evaluate held-out rows, general text and sample completions, before the first and after the last
-        step, with averaged weights. Returns the evaluations and the values of single held-out rows.
+        step, with averaged weights. Returns the evaluations, and the values of single held-out rows and
+        prompts.
         """
         states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
-        held_out = self.evaluate(states)
+        held_out, sampled = self.evaluate(states), self.sample(states)
         evaluations = [
             Evaluation(
                 metrics={**own.named_metrics(), **more, **scored.metrics},
@@ -86,9 +94,10 @@ class Compiled:
                 score_faults=scored.faults,
                 nonfinite=scored.nonfinite,
             )
-            for own, more, scored in zip(held_out, general, self.sample(states), strict=True)
+            for own, more, scored in zip(held_out, general, sampled, strict=True)
         ]
-        return evaluations, [own.rows for own in held_out]
+        pairs = zip(held_out, sampled, strict=True)
+        return evaluations, [HeldOutValues(own.rows, scored.values) for own, scored in pairs]
 
 
 def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:

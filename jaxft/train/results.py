@@ -22,7 +22,7 @@ from jaxft.runs.terminal import printable_line
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
 from jaxft.train import export, programs
 from jaxft.train.calibrate import calibrate_base, print_line
-from jaxft.train.compiled import Compiled, RowValues
+from jaxft.train.compiled import Compiled, HeldOutValues
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
@@ -62,15 +62,16 @@ def report_finished(job: Job, steps: int) -> int:
     return int(bool(failed))
 
 
-def write_held_out(job: Job, rows: list[RowValues]) -> None:
+def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     """Write held_out.jsonl of each member: the name and the values of each held-out row after the last step,
     from which `jaxft compare` takes differences on the same rows. A member without any has no such file.
     """
     if not processes.is_first():
         return
     name = job.sources[0].held_out_name  # those of a sweep have the same held-out rows
-    for member, own in zip(job.members, rows, strict=True):
-        lines = [json.dumps({"row": name(at), **json_value(values)}) + "\n" for at, values in own.items()]
+    for member, (rows, prompts) in zip(job.members, values, strict=True):
+        named = [*((name(at), own) for at, own in rows.items()), *prompts.items()]
+        lines = [json.dumps({"row": row, **json_value(own)}) + "\n" for row, own in named]
         if lines:
             write_durably(member.folder / HELD_OUT_ROWS, "".join(lines).encode())
 

@@ -178,8 +178,8 @@ def evaluate_end(
     last: of last_faults. Logs an alarm for each member that is not finished. Raises AgreedError for a run
     alone that is not.
     """
-    after, rows = compiled.evaluation(states)
-    write_held_out(job, rows)
+    after, values = compiled.evaluation(states)
+    write_held_out(job, values)
     logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
     finished = []
     for number, (member, state, end) in enumerate(zip(job.members, states, after, strict=True)):

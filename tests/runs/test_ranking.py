@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 from scripts_in_process import call
 
-from jaxft.objectives.intervals import paired_fractions, paired_means
+from jaxft.objectives.intervals import paired_fractions, paired_means, wilson
 from jaxft.runs import ranking
 from jaxft.runs.ranking import Result
 
@@ -63,6 +63,14 @@ def test_a_score_ranks_before_the_loss_unless_it_is_the_same_in_all_runs():
     better = run("b", {"eval_scores/x": 0.1, LOSS: 0.6})
     assert ranking.criterion([one, better]).title == "score x" and ranking.best_labels([one, better]) == {"b"}
     assert ranking.criterion([run("a", {}), run("b", {})]) is None
+
+    def scored(label, right):
+        rows = {f"prompt {i}": {"scores/x": float(i < right)} for i in range(20)}
+        return run(label, {"eval_scores/x": right / 20, LOSS: 0.5}, rows)
+
+    lines = ranking.ranking_lines([scored("a", 9), scored("b", 8)])
+    assert lines[0] == f"best of 2: a, by score x: 0.450 {wilson(0.45, 20).text()} of 20 prompts"
+    assert lines[1].endswith("sign test p = 1: not distinguishable with 20 prompts")
 
 
 def test_the_difference_of_losses_is_that_of_the_same_rows_with_their_weights():

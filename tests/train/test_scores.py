@@ -175,6 +175,9 @@ def test_a_run_logs_scores_in_its_files_and_last_lines_and_evaluate_has_the_same
     shown = f"{expected:.4f} {mean_interval(lengths).text()} of 12 prompts"
     row = f"size of the completions of 12 held-out prompts         {shown}  {shown}"
     assert summary["after"]["metrics"]["eval_scores/pass@2/size"] == 1
+    lines = (place.runs("scored") / "held_out.jsonl").read_text().splitlines()
+    sizes = {row["row"]: row["scores/size"] for row in map(json.loads, lines) if "scores/size" in row}
+    assert sorted(sizes.values()) == sorted(lengths) and all(name.startswith("prompt ") for name in sizes)
     fault = "24 of 24 completions of held-out prompts have no score: reward odd returned NoneType None"
     assert row in place.out() and fault in place.out()
     card = (place.runs("scored") / "README.md").read_text()
