@@ -1,7 +1,6 @@
 """Whole sweeps: each member equals its separate run; non-finite members, resuming, user errors."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -371,7 +370,7 @@ def test_runs_that_cannot_share_a_program_say_why(place):
     assert reason_to_separate(seeds) == "" and [run.data.seed_of_split for run in seeds.values()] == [0, 0]
     noisy = settings_of(place, "lr=1", "neftune=5", config="sft.py")
     assert "neftune is random" in reason_to_separate({"a": noisy})
-    sampled = replace(base, data=SimpleNamespace(unit="prompts"))
+    sampled = SimpleNamespace(data=SimpleNamespace(unit="prompts"))
     assert "samples completions" in reason_to_separate({"a": sampled})
 
 
@@ -386,5 +385,6 @@ def test_without_held_out_rows_the_table_has_the_metrics_of_the_last_step(place)
     last = [line for line in place.metrics("bare/seed=0") if "loss" in line][-1]
     assert last["step"] == 2 and table == {
         "general loss": place.metrics("bare/seed=0")[-1]["general_loss"], "last step's loss": last["loss"],
+        "general loss before": place.metrics("bare/seed=0")[0]["general_loss"],
         "last step's accuracy": last["rewards/accuracies"], "last step's margin": last["rewards/margins"],
     }  # fmt: skip
