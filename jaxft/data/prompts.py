@@ -184,7 +184,7 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
             f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set "
             "data.held_out=none"
         )
-    held = np.isin(groups, permutation(distinct, data.seed, 0)[: data.held_out_count(distinct)])
+    held = np.isin(groups, permutation(distinct, data.seed_of_split, 0)[: data.held_out_count(distinct)])
     train = prompts.subset(np.flatnonzero(~held))
     train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
     return _mixed(data, train), prompts.subset(np.flatnonzero(held))

@@ -29,11 +29,12 @@ class DataSettings:
     train: a file, folder or hub dataset (see rows.py), or several (see mixture.py). held_out: a fraction of
     the rows, another file, or "none". format: how rows are read; each kind of data lists its own. columns:
     renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices.
-    micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
-    over the rows, fractions allowed. tokens: the length of the run in tokens, in place of epochs (none).
-    date: the date that chat templates print as today's.
-    chat_template_kwargs: further arguments of the chat template, "name=value", such as
-    enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
+    micro: number of microbatches that a step is computed in. seed: of the order, and of the split unless
+    split_seed is set. split_seed: of the split into training and held-out rows, so that runs with other seeds
+    hold out the same rows. epochs: passes over the rows, fractions allowed. tokens: the length of the run in
+    tokens, in place of epochs (none). date: the date that chat templates print as today's.
+    chat_template_kwargs: further arguments of the chat template, "name=value", such as enable_thinking=false;
+    a row's column of that name overrides them. system: a system message is a "turn" of
     its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: up
     to 1 % invalid rows of a dataset are left out, counted and reported, and more end the run with the error
     of the first ("few"); any ends it ("error"); or up to invalid_limit of them are left out ("drop").
@@ -62,10 +63,12 @@ class DataSettings:
     order_by: str | None = None
     max_samples: Annotated[int | None, at_least(1)] = None
     drop: tuple[str, ...] = ()
+    split_seed: int | None = None
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
         check_seed(self.seed, "data.seed")
+        check_seed(self.seed_of_split, "data.split_seed")
         self.require_choice("invalid", INVALID)
         if not {*self.drop} <= {*DROPPED}:
             raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
@@ -128,6 +131,11 @@ class DataSettings:
     def units_per_step(self) -> int:
         """Rows, pairs or prompts (see `unit`) of one optimizer step."""
         return self.batch
+
+    @property
+    def seed_of_split(self) -> int:
+        """The seed that a fraction of the rows is held out by."""
+        return self.seed if self.split_seed is None else self.split_seed
 
     @property
     def holds_out(self) -> bool:

@@ -138,7 +138,7 @@ class Rows(DataSettings):
             examples, held_plan, (row_count, size, reads), split.sources if names else None
         )
         held_out = tuple(replace(b, packed=self.packing is True, source_names=names) for b in held_out)
-        return RowSource(info, (shapes,), held_out, self, split, plan, epochs)
+        return RowSource(info, (shapes,), held_out, self, split, plan, held_plan, epochs)
 
     def _held_out_mask(self, examples: TokenisedExamples) -> np.ndarray:
         """Return the mask of the held-out examples. All pieces of a split document are on one side, unless it
@@ -148,7 +148,7 @@ class Rows(DataSettings):
         if rows == 1:
             return np.arange(len(examples)) >= len(examples) - self.held_out_count(len(examples))
         mask = np.zeros(rows, bool)
-        mask[pack.permutation(rows, self.seed, 0)[: self.held_out_count(rows)]] = True
+        mask[pack.permutation(rows, self.seed_of_split, 0)[: self.held_out_count(rows)]] = True
         return mask[examples.documents]
 
     def abstract(self, shards: int = 1) -> Tokens:
@@ -179,11 +179,14 @@ class RowStats(SourceStats):
 
 @dataclass(frozen=True)
 class RowSource(FixedSource[Tokens]):
-    """Batches of Tokens; see Source. plan: which examples share a row, by epoch."""
+    """Batches of Tokens; see Source. plan: which examples share a row, by epoch; held_plan: of the held-out
+    batches.
+    """
 
     settings: Rows
     split: SplitRows[TokenisedExamples]
     plan: Callable[[int], RowPlan]
+    held_plan: RowPlan
     epochs: Epochs
 
     def batch(self, step: int, state: TrainState | None = None) -> tuple[Tokens, Metrics]:
@@ -213,6 +216,14 @@ class RowSource(FixedSource[Tokens]):
     def member_names(self, step: int) -> list[list[str]]:
         """Return the names of the examples in each row of a batch, one by one."""
         return self._rows_of(step).names(self.split.rows.names)
+
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the example at position row * (T + 1) + its number in the row; of wrapped rows,
+        which have no single examples, those of the row.
+        """
+        row, number = divmod(position, self.held_out[0].ids.shape[-1] + 1)
+        members = self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0]
+        return ", ".join(members) if self.settings.packing == "wrapped" else members[number - 1]
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts; the response is the last run of tokens with a loss. Of a

@@ -113,6 +113,9 @@ class Source(Protocol[BoundTo]):
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts, fewer if there are not as many."""
 
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the held-out row at a position of the values of metrics.PerRow."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores of this source, in addition to TrainState."""
 
@@ -163,7 +166,11 @@ class Dataset(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of the split and the order."""
+        """Seed of the order, and of the split where seed_of_split is not another one."""
+
+    @property
+    def seed_of_split(self) -> int:
+        """The seed that a fraction of the rows is held out by."""
 
     @property
     def tokens(self) -> int | None:

@@ -9,7 +9,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxft.objectives.metrics import GRAD_NORM, HELD_OUT, KL, LOSS, LOSS_SPIKES, SKIPPED, FloatMetrics
+from jaxft.objectives.intervals import fraction_text, wilson
+from jaxft.objectives.metrics import (
+    GRAD_NORM,
+    HELD_OUT,
+    KL,
+    LOSS,
+    LOSS_SPIKES,
+    PAIR_COUNT,
+    SKIPPED,
+    FloatMetrics,
+)
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
     ACCURACY_BY_LENGTH,
@@ -75,6 +85,7 @@ def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bo
         "falling": partial(check_falling_logp, beta),
         "overfitting": check_overfitting,
         "length": partial(check_more_than_length, ACCURACY),
+        "ties": partial(check_all_ties, ACCURACY),
         "skipped": check_skipped_steps,
         "no gradient": check_zero_gradient,
     }
@@ -226,6 +237,18 @@ def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last:
     return Alarms(memory, [], [alarm])
 
 
+def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
+    """Report a finished run of whose held-out pairs all are ties. accuracy: the metric's name."""
+    pairs = n.get(HELD_OUT + accuracy + PAIR_COUNT)
+    if not last or not pairs or HELD_OUT + accuracy in n:
+        return Alarms(memory, [], [])
+    alarm = (
+        f"all {pairs:.0f} held-out pairs are ties: the model prefers neither response. "
+        "Train longer or with a higher optim.lr"
+    )
+    return Alarms(memory, [], [alarm])
+
+
 def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report steps with a non-finite loss, gradient or update: the first, and each time they have doubled."""
     total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
@@ -332,12 +355,9 @@ def preference_summary(first: Entry, last: Entry) -> list[str]:
     lines = []
     accuracy, margin, logp = HELD_OUT + ACCURACY, HELD_OUT + MARGIN, HELD_OUT + CHOSEN_LOGP
     if has_numbers(last, accuracy):
-        found = change(accuracy, first, last, 2)
-        if has_numbers(
-            last, HELD_OUT + KL
-        ):  # before training the policy is the reference, and no response wins
-            found = f"all ties before, {last[accuracy]:.2f} after"
-        lines.append(f"held-out accuracy: {found}{length_note(last)}")
+        # before training the policy is the reference, and no response wins
+        ties = has_numbers(last, HELD_OUT + KL)
+        lines.append(f"held-out accuracy: {accuracy_change(accuracy, first, last, ties)}{length_note(last)}")
     if has_numbers(last, margin):
         lines.append(f"held-out margin of the rewards: {change(margin, first, last, 3)}")
     if has_numbers(last, logp):
@@ -374,7 +394,7 @@ def _length_lines(last: Entry) -> list[str]:
         "shorter": "where it is shorter",
     }
     accuracies = [
-        f"{last[HELD_OUT + ACCURACY_BY_LENGTH[name]]:.2f} {where}"
+        f"{accuracy_text(HELD_OUT + ACCURACY_BY_LENGTH[name], last)} {where}"
         for name, where in groups.items()
         if has_numbers(last, HELD_OUT + ACCURACY_BY_LENGTH[name])
     ]
@@ -396,6 +416,23 @@ def _label_line(fraction: float, error: float) -> str:
         f"labels: about {percent} look flipped, +- {two_errors} (pairs of which the model, "
         f"before training on them, was certain of the opposite){advice}"
     )
+
+
+def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
+    """An accuracy with its interval and its number of pairs."""
+    return fraction_text(entry[name], entry.get(name + PAIR_COUNT))
+
+
+def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) -> str:
+    """An accuracy before and after training, as text. ties: before, the policy was the reference."""
+    pairs, chance = last.get(name + PAIR_COUNT), ""
+    if pairs and wilson(last[name], pairs).has(0.5):
+        chance = " (not distinguishable from 0.5, chance)"
+    after = accuracy_text(name, last)
+    if ties:
+        return f"all ties before, {after} after{chance}"
+    was = f"{first[name]:.2f} before, " if isinstance(first.get(name), float) else ""
+    return f"{was}{after}{' after' if was else ''}{chance}"
 
 
 def change(name: str, first: Entry, last: Entry, digits: int) -> str:

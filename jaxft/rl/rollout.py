@@ -140,6 +140,10 @@ class RolloutSource:
         """Return the first `count` held-out prompts."""
         return [Prompt(list(ids), []) for ids in self.eval_prompts.token_ids[:count]]
 
+    def held_out_name(self, position: int) -> str:
+        """Return the name of a held-out row; the evaluation of rollouts has no values of single rows."""
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing is sampled yet."""
         return {}
@@ -188,6 +192,10 @@ class BoundRollouts:
     def given(self, step: int) -> Batch:
         """Return the prompts of a step as rows of tokens without targets."""
         return self.source.given(step)
+
+    def held_out_name(self, position: int) -> str:
+        """Return the name of a held-out row."""
+        return self.source.held_out_name(position)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments of all scores so far."""

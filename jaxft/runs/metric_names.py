@@ -6,7 +6,16 @@ A held-out metric has the prefix HELD_OUT.
 
 from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD
 from jaxft.objectives.critic import VALUE_LOSS
-from jaxft.objectives.metrics import ENTROPY, GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, TOKEN_ACCURACY
+from jaxft.objectives.metrics import (
+    ENTROPY,
+    GRAD_NORM,
+    HELD_OUT,
+    KL,
+    LOSS,
+    PAIR_COUNT,
+    SKIPPED,
+    TOKEN_ACCURACY,
+)
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
     CHOSEN_LOGP,
@@ -36,6 +45,7 @@ __all__ = [
     "MARGIN",
     "MEMORY",
     "MFU",
+    "PAIR_COUNT",
     "REJECTED_LOGP",
     "REJECTED_REWARD",
     "REWARD",

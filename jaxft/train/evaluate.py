@@ -54,8 +54,13 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics of all batches: summed on the host and divided once."""
-    return metric.as_floats(sum_metrics(step, batches))
+    """Return the metrics of all batches, and the numbers of pairs: summed on the host and divided once."""
+    return held_out_floats(sum_metrics(step, batches))
+
+
+def held_out_floats(metrics: Metrics) -> dict[str, float]:
+    """Divide metrics of held-out rows; an accuracy has its number of pairs next to it."""
+    return {**metric.as_floats(metrics), **metric.pair_counts(metrics)}
 
 
 def sum_metrics(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metrics:
@@ -67,12 +72,12 @@ def sum_metrics(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> M
     return total or {}
 
 
-def evaluate_coupled(
+def coupled_metrics(
     forward: Callable[[Batch], Outputs], loss_metrics: Callable[[Outputs], Metrics], batches: Iterable[Batch]
-) -> dict[str, float]:
+) -> Metrics:
     """Return the metrics of an objective that couples rows: `loss_metrics` of the outputs of all batches."""
     outputs = [jax.device_get(forward(batch)) for batch in batches]
-    return metric.as_floats(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
+    return jax.device_get(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
 
 
 def general_rows(data: Dataset, general: str) -> Rows:

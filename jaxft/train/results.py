@@ -2,6 +2,7 @@
 table.
 """
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.mixture import source_names
 from jaxft.distributed import processes, sync
+from jaxft.distributed.disk import write_durably
 from jaxft.models import families
 from jaxft.nn.lora import EVA
 from jaxft.runs import charts, report
@@ -17,10 +19,10 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
 from jaxft.runs.terminal import printable_line
-from jaxft.runs.trackers.jsonl import METRICS
+from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
 from jaxft.train import export, programs
 from jaxft.train.calibrate import calibrate_base, print_line
-from jaxft.train.compiled import Compiled
+from jaxft.train.compiled import Compiled, HeldOutValues
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
@@ -58,6 +60,20 @@ def report_finished(job: Job, steps: int) -> int:
     if failed:
         print(f"{', '.join(failed)}: not finished, the steps or the held-out loss are not finite")
     return int(bool(failed))
+
+
+def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
+    """Write held_out.jsonl of each member: the name and the values of each held-out row after the last step,
+    from which `jaxft compare` takes differences on the same rows. A member without any has no such file.
+    """
+    if not processes.is_first():
+        return
+    name = job.sources[0].held_out_name  # those of a sweep have the same held-out rows
+    for member, (rows, prompts) in zip(job.members, values, strict=True):
+        named = [*((name(at), own) for at, own in rows.items()), *prompts.items()]
+        lines = [json.dumps({"row": row, **json_value(own)}) + "\n" for row, own in named]
+        if lines:
+            write_durably(member.folder / HELD_OUT_ROWS, "".join(lines).encode())
 
 
 def export_members(
@@ -135,7 +151,7 @@ def write_reports(
                 for end in (before, after)
             )
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
-            table = write_table(job.folder, job.sweep.name, job.steps, first, last, failed)
+            table = write_table(job.folder, job.sweep.name, job.steps, (first, last), failed)
     processes.barrier()  # the run is finished for all processes or for none
     logs.mark("finished")
     for line in _result_lines(job, logs, weights, (before, after), notes, table):
@@ -175,11 +191,10 @@ def _result_lines(
         generates = job.lead.programs.partition.model.generates
         assert weights[0] is not None
         return report.result_lines(job.folder, weights[0], before, after, notes[0], generates)
-    alarms = [
-        f"{member.label}: {alarm}"
-        for member, log in zip(job.members, logs.members, strict=True)
-        for alarm in log.alarms
-    ]
+    joint = report.joint_alarms(
+        {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
+    )
+    alarms = [f"{', '.join(labels)}: {alarm}" for alarm, labels in joint]
     where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
     return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
-from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics
+from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics
 from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
@@ -27,6 +27,7 @@ from jaxft.train.logs import Logs, early_end_lines
 from jaxft.train.members import Job, Member
 from jaxft.train.meter import Meters
 from jaxft.train.nonfinite import first_of_model, first_parameter
+from jaxft.train.results import write_held_out
 from jaxft.tree import Batch, Params
 
 EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "loss on general text"}
@@ -40,7 +41,7 @@ def evaluate_start(
     Raises AgreedError that names the first non-finite parameter or layer if a loss or the logits of a
     completion are not finite.
     """
-    before = compiled.evaluation(states)
+    before, _ = compiled.evaluation(states)
     check_selection(job, before)
     logs.step(0, [end["metrics"] for end in before])
     for number, (member, end) in enumerate(zip(job.members, before, strict=True)):
@@ -70,13 +71,15 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
     loop.patience has none.
     """
     for member, end in zip(job.members, before, strict=True):
-        loop, metrics = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
+        # an accuracy of ties alone has no value yet, and the number of its pairs
+        loop, known = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
+        metrics = list(dict.fromkeys(name.removesuffix(PAIR_COUNT) for name in known))
         if loop.best_metric and loop.best_metric not in metrics:
             near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics) or "none at all"
             raise processes.AgreedError(
                 f"loop.best_metric={loop.best_metric} is no metric of the evaluations; near: {near}"
             )
-        if selection_score(end["metrics"], loop) is None and loop.patience:
+        if selection_score(end["metrics"], loop) is None and loop.patience and not metrics:
             raise processes.AgreedError(
                 f"loop.patience={loop.patience} needs held-out rows; set data.held_out, or loop.patience=none"
             )
@@ -169,12 +172,14 @@ def faults(state: TrainState, steps: int, end: Evaluation) -> list[str]:
 def evaluate_end(
     job: Job, compiled: Compiled, states: States, last: list[list[str]] | None, logs: Logs
 ) -> tuple[list[Evaluation], list[bool]]:
-    """Evaluate and log the model after the last step; return the evaluations and which members are finished.
+    """Evaluate and log the model after the last step, and write the values of single held-out rows; return
+    the evaluations and which members are finished.
 
     last: of last_faults. Logs an alarm for each member that is not finished. Raises AgreedError for a run
     alone that is not.
     """
-    after = compiled.evaluation(states)
+    after, values = compiled.evaluation(states)
+    write_held_out(job, values)
     logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
     finished = []
     for number, (member, state, end) in enumerate(zip(job.members, states, after, strict=True)):

@@ -174,11 +174,16 @@ def test_far_margins_stay_finite():
     assert value.tolist() == [[1e4, 0]] and pull(jnp.ones_like(far))[0].tolist() == [[-1, 0]]
 
 
-def test_a_tie_has_loss_log_2_and_is_not_won():
+def test_a_tie_has_loss_log_2_and_counts_half_and_ties_alone_have_no_accuracy():
     batch = laid(random_pairs(4))
-    same = jnp.ones(batch.pair_weights.shape)
+    same, used = jnp.ones(batch.pair_weights.shape), batch.pair_weights > 0
     value, found = reward(None).loss(Outputs(same, same, batch), {})
-    assert float(value) == pytest.approx(np.log(2), rel=1e-6) and metrics.as_floats(found)["accuracy"] == 0
+    assert float(value) == pytest.approx(np.log(2), rel=1e-6)
+    assert "accuracy" not in metrics.as_floats(found) and metrics.pair_counts(found) == {"accuracy_pairs": 4}
+    first = np.flatnonzero(used.ravel())[0]
+    one_won = same.ravel().at[first].add(1).reshape(same.shape)
+    _, found = reward(None).loss(Outputs(one_won, same, batch), {})
+    assert metrics.as_floats(found)["accuracy"] == pytest.approx((1 + 3 / 2) / 4)
 
 
 # ---- laws

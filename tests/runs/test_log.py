@@ -88,6 +88,18 @@ def test_a_run_that_ends_early_has_the_alarms_of_a_last_step_and_a_resumed_one_h
     assert again.alarms == [alarm]
 
 
+def test_the_console_prints_an_accuracy_with_its_interval_and_its_number_of_pairs(tmp_path):
+    out = io.StringIO()
+    writer = Log(tmp_path, total_steps=2, console=Console(file=out, width=300))
+    writer.step(0, {"eval_loss": 0.69, "eval_rewards/accuracies_pairs": 20.0}, {})
+    writer.step(2, {"eval_rewards/accuracies": 0.55, "eval_rewards/accuracies_pairs": 20.0}, {})
+    writer.step(2, {"rewards/accuracies": 0.5}, {})
+    writer.close()
+    ties, after, training = out.getvalue().splitlines()
+    assert "accuracies" not in ties and after.endswith("accuracies 0.55 [0.34, 0.74] of 20 pairs")
+    assert training.endswith("rewards/accuracies 0.5")
+
+
 def test_a_line_half_written_is_dropped_though_it_is_json_so_far(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}')

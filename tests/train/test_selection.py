@@ -87,6 +87,18 @@ def test_a_run_without_the_metric_ends_before_training(loop, metrics, message):
         check_selection(job, [{"metrics": metrics}])
 
 
+def test_an_accuracy_that_is_absent_at_first_because_all_pairs_are_ties_can_select():
+    loop = Loop(best_metric="eval_rewards/accuracies", patience=1, eval_every=1)
+    job = SimpleNamespace(members=[SimpleNamespace(run=SimpleNamespace(loop=loop))])
+    ties = {"eval_loss": 0.69, "eval_rewards/accuracies_pairs": 20.0}
+    check_selection(job, [{"metrics": ties}])
+    with pytest.raises(AgreedError, match="near: eval_rewards/accuracies$"):
+        check_selection(
+            SimpleNamespace(members=[SimpleNamespace(run=SimpleNamespace(loop=Loop(best_metric="eval_x")))]),
+            [{"metrics": {"eval_rewards/accuracies_pairs": 20.0}}],
+        )
+
+
 def test_the_steps_since_the_last_entry_are_logged_where_patience_ends_a_run():
     loop = Loop(steps=600, log_every=10, eval_every=15, patience=2)
     member = SimpleNamespace(run=SimpleNamespace(loop=loop))

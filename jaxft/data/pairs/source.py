@@ -174,14 +174,16 @@ class PairRows(DataSettings):
 
         def held_out(pairs: TokenisedPairs) -> np.ndarray:
             least = 2 if self.third == "mismatched" else 1
-            return held_out_pairs(pairs, self.seed, self.held_out_count(len(pairs), least))
+            return held_out_pairs(pairs, self.seed_of_split, self.held_out_count(len(pairs), least))
 
         split = split_sources(self, tokenise, held_out)
         if not self.unpaired:
             _require_both_responses(split.rows)
         if self.third == "mismatched":
             sides = split.train, split.held
-            split = replace(split, rows=mismatch_responses(split.rows, sides, self.seed, self.max_length))
+            split = replace(
+                split, rows=mismatch_responses(split.rows, sides, self.seed_of_split, self.max_length)
+            )
         return split
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
@@ -280,6 +282,11 @@ class PairSource(FixedSource[Pairs]):
         while not names[-1]:  # the last rows of a batch with fewer pairs
             names.pop()
         return names
+
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the pair at a position of the slots of all held-out batches."""
+        batch, slot = divmod(position, self.held_out[0].index.size)
+        return self.pairs.tokenised.names[self.held_out[batch].index.flat[slot]]
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts with their chosen response."""

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.objectives.intervals import fraction_text
 from jaxft.runs import metric_names as names
 from jaxft.runs.terminal import printable_message
 
@@ -98,7 +99,7 @@ class ConsoleView:
         return format_seconds((self._total_steps - self._step) * (now - begin) / (last - first))
 
     def _line(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-        values = [format_metric(n, metrics[n]) for n in _displayed(metrics, 8)]
+        values = [_with_interval(n, metrics) for n in _displayed(metrics, 8)]
         values += [format_metric(n, value) for n, value in perf.items() if n not in HIDDEN]
         eta = [f"eta {self._eta()}"] if perf and step < self._total_steps else []
         return "  ".join([f"step {step}/{self._total_steps}", *values, *eta])
@@ -113,7 +114,7 @@ class ConsoleView:
             ProgressBar(total=max(1, self._total_steps), completed=self._step, width=width),
             Text(f"{self._step}/{self._total_steps}  {100 * done:.0f}%  {elapsed}"),
         )
-        metrics = [format_metric(n, self._metrics[n]) for n in _displayed(self._metrics, 10)]
+        metrics = [_with_interval(n, self._metrics) for n in _displayed(self._metrics, 10)]
         perf = [format_metric(n, value) for n, value in self._perf.items() if n not in HIDDEN]
         rows = [Text("  ".join(metrics)), Text("  ".join(perf), style="cyan")]
         if self._console.encoding.lower().startswith("utf") and len(self._losses) > 1:
@@ -136,12 +137,24 @@ def format_metric(name: str, value: float) -> str:
     return f"{label} {value:.2e}" if small or abs(value) >= 1e6 else f"{label} {value:.4g}"
 
 
+def _with_interval(name: str, metrics: dict[str, float]) -> str:
+    """A metric for people; an accuracy with its 95 % interval and number of pairs, where that is known."""
+    value, pairs = metrics[name], metrics.get(name + names.PAIR_COUNT)
+    if not pairs or not 0 <= value <= 1:
+        return format_metric(name, value)
+    return f"{SHORT_NAMES.get(name, name)} {fraction_text(value, pairs)}"
+
+
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
     """The names of at most `most` metrics in display order, and the number of skipped steps if any."""
     trained = {name: name.removeprefix(names.HELD_OUT) for name in metrics}
     first = [name for name in metrics if trained[name] in FIRST]
     first.sort(key=lambda name: (FIRST.index(trained[name]), name != trained[name]))
-    others = [name for name in metrics if trained[name] not in FIRST and name not in HIDDEN]
+    others = [
+        name
+        for name in metrics
+        if trained[name] not in FIRST and name not in HIDDEN and not name.endswith(names.PAIR_COUNT)
+    ]
     return (first + others)[:most] + ([names.SKIPPED] if metrics.get(names.SKIPPED) else [])
 
 
