@@ -38,8 +38,9 @@ class NullLog:
         self.first: Entry = {}
         self.last: Entry = {}
 
-    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Do nothing."""
+    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
+        """Return False."""
+        return False
 
     def sync(self) -> dict[str, Any]:
         """Do nothing."""
@@ -78,7 +79,7 @@ class Log:
         total_steps: int,
         start_step: int = 0,
         quiet: bool = False,
-        trackers: tuple[str, ...] = (),
+        trackers: tuple[str | Tracker, ...] = (),
         console: Console | None = None,
     ):
         self._folder, self._total_steps = Path(folder), total_steps
@@ -98,18 +99,17 @@ class Log:
         self._memory: dict[str, Any] = {}
         self._alarms: Callable[[dict[str, Any], Entry, bool], Alarms] | None = None
 
-    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Log the metrics after `step` optimizer steps; a step may be logged in parts. Raises OSError on a
-        full disk.
+    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
+        """Log the metrics after `step` optimizer steps; a step may be logged in parts. Return whether a
+        tracker ends the run. Raises OSError on a full disk.
 
         An entry that was logged before the restart is not repeated.
         """
         entry = json.loads(format_line(step, metrics, {}))
         if self._jsonl.has(entry):
-            return
+            return False
         try:
-            for tracker in self._trackers:
-                tracker.log(step, metrics, perf)
+            ends = [tracker.log(step, metrics, perf) for tracker in self._trackers]
         except OSError as error:
             text = f"cannot write metrics: {error.strerror}. Fix that and run the same command again"
             raise OSError(error.errno, text, str(self._folder)) from error
@@ -117,6 +117,7 @@ class Log:
             self._view.log(step, metrics, perf)
         for text in self._observe(entry):
             self.message(text)
+        return True in ends
 
     def sync(self) -> dict[str, Any]:
         """Return when metrics and completions are on disk, with what a checkpoint stores about them, see

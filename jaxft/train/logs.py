@@ -14,7 +14,7 @@ from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
-from jaxft.runs.trackers.tracker import RunEnd
+from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.contents import write_contents
@@ -27,10 +27,14 @@ from jaxft.weights.stop_tokens import stop_lines
 
 
 class Logs:
-    """The members' logs, in their order. overview: a log of the sweep itself, None for a run alone."""
+    """The members' logs, in their order. overview: a log of the sweep itself, None for a run alone.
+
+    ends: whether a callback has ended the run.
+    """
 
     def __init__(self, members: Sequence[Log | NullLog], overview: Log | NullLog | None = None):
         self.members, self._overview = members, overview
+        self.ends = False
         self._all = (*members, *([overview] if overview else []))
 
     def step(
@@ -40,7 +44,7 @@ class Logs:
         perf = perf or [{} for _ in metrics]
         for log, numbers, rates in zip(self.members, metrics, perf, strict=True):
             if numbers:
-                log.step(step, numbers, rates)
+                self.ends |= log.step(step, numbers, rates)
         if self._overview is not None:
             shown = {  # by number: eight labels don't fit a line
                 f"{name} {number}": numbers[name]
@@ -102,12 +106,18 @@ def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
     return {name: sum(own[name] for own in perf) if name in added else x for name, x in perf[0].items()}
 
 
-def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[str]) -> Logs:
+def open_logs(
+    job: Job,
+    first: int,
+    saved: dict[str, Any] | None,
+    changes: list[str],
+    callbacks: Sequence[Tracker] = (),
+) -> Logs:
     """Write the records, open the logs and print the start-up lines on process 0; others log nothing.
 
     first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since
-    the run began. Raises ValueError if the settings differ from those of the checkpoint, or allow fewer
-    steps than are done.
+    the run began. callbacks: trackers in addition to those of the settings. Raises ValueError if the settings
+    differ from those of the checkpoint, or allow fewer steps than are done.
     """
     if first > job.steps:
         raise ValueError(
@@ -121,7 +131,7 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     checked = check_attention(job.lead.programs, job.abstract_batch)
     if not processes.is_first():
         return Logs([NullLog() for _ in job.members])
-    trackers, logs, moved = job.lead.run.trackers, [], []
+    trackers, logs, moved = (*job.lead.run.trackers, *callbacks), [], []
     kernel = attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
     for number, member in enumerate(job.members):
         member.folder.mkdir(exist_ok=True)
@@ -196,9 +206,11 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
 
 
 def early_end_lines(job: Job) -> list[str]:
-    """Return a line about the step at which loop.patience ended a job, [] for one that it did not end."""
-    if job.steps == job.planned:
+    """Return a line about the step at which loop.patience or a callback ended a job, [] for another job."""
+    if job.ended_by is None:
         return []
+    if job.ended_by == "callback":
+        return [f"ended after step {job.steps} of {job.planned} by a callback; raise loop.steps to train on"]
     return [
         f"ended after step {job.steps} of {job.planned}: {job.lead.run.loop.patience} evaluations without a "
         "better held-out score (loop.patience); to train on, raise it or set it to none"

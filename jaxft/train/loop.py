@@ -1,6 +1,7 @@
 """The train loop: `run` takes a run, or a sweep of several, from its settings to its results."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
+from jaxft.runs.trackers.tracker import Tracker
 from jaxft.train.compiled import compile_run
 from jaxft.train.logs import announce, open_logs
 from jaxft.train.members import (
@@ -31,7 +33,8 @@ from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
 from jaxft.train.verdict import (
-    end_if_stalled,
+    end_by_callback,
+    end_if_due,
     ended_early,
     evaluate_during,
     evaluate_end,
@@ -39,11 +42,19 @@ from jaxft.train.verdict import (
     last_faults,
 )
 
+END_RUN = 1000  # the vote of a callback that ends the run; votes for a signal have its number
 
-def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
+
+def run(
+    settings: Run | Sweep,
+    record: Record | None = None,
+    root: Path = Path("runs"),
+    callbacks: Sequence[Tracker] = (),
+) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: of a run or a sweep. record: the same as JSON, for config.json. Returns 0 if finished, 1 if a
+    settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: trackers in addition
+    to those of the settings. Returns 0 if finished, 1 if a
     member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
@@ -64,7 +75,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         states, saved, first = checkpoints.restore(job.abstract_states) or (None, None, 0)
         job = ended_early(job, saved, first)
         with processes.agreement():
-            logs = stack.enter_context(closing(open_logs(job, first, saved, changes)))
+            logs = stack.enter_context(closing(open_logs(job, first, saved, changes, callbacks)))
             copies.take_over()  # of loop.store, now that no setting can be refused
         stack.enter_context(watchdog.guard())
 
@@ -87,7 +98,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         with Interrupt() as interrupt, closing(Trace(loop.profile, folder / "profile")) as trace:
             for step in range(first, job.steps):
                 done = step + 1
-                stopping = votes.cast(lambda: interrupt.signal)
+                stopping = votes.cast(lambda: END_RUN if logs.ends else interrupt.signal)
                 if job.info.samples and step % job.rollout_steps == 0:
                     watchdog.at(f"the rollout before step {done}")  # rewards may be slow functions
                 rows, batch, sampled = job.batch(step, states)
@@ -100,6 +111,8 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                 if done % loop.log_every == 0 or done == job.steps:
                     logs.step(done, *meters.read())
                 stop = stop or stopping()
+                if stop == END_RUN and done % job.rollout_steps == 0:
+                    job, stop = end_by_callback(job, saved, done, logs, meters), 0
                 if done == job.steps:
                     saved["last_faults"] = last_faults(compiled, states, rows[0])
                 if done % job.rollout_steps and done < job.steps:
@@ -109,7 +122,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                     watchdog.at(f"the evaluation after step {done}")
                     with meters.paused():
                         scores = evaluate_during(job, compiled, states, done, saved, logs)
-                    job = end_if_stalled(job, saved, done, logs, meters)
+                    job = end_if_due(job, saved, done, logs, meters)
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
                     checkpoints.save(done, states, job.to_save(meters.counters(), saved, logs.sync()), scores)

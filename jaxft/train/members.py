@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from jaxft.weights.peft import read_adapter
 from jaxft.weights.stop_tokens import stop_tokens
 
 Record = dict[str, Any]  # settings as JSON
+EndedBy = Literal["patience", "callback"]  # what ends a run before its planned steps
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
     sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
-    the settings, which is greater if loop.patience ended the job. stop: the token ids that end a completion.
-    general: batches of the general text. sweep: its settings, None for a single run. calibration: of the
-    base, None if it is not calibrated.
+    the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
+    that end a completion. general: batches of the general text. sweep: its settings, None for a single run.
+    calibration: of the base, None if it is not calibrated.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Job:
     general: tuple[Batch, ...]
     sweep: Sweep | None
     calibration: CalibrationPlan | None = None
+    ended_by: EndedBy | None = None
 
     @property
     def lead(self) -> Member:
@@ -141,6 +143,8 @@ class Job:
             "last_faults": saved.get("last_faults"),  # only of the last step
             "logged": logged,
             "sources": [source.state_dict() for source in self.sources],
+            "ended_by": self.ended_by,
+            "planned": self.planned,
         }
 
 
@@ -281,8 +285,9 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     """Return (steps of a finished run or 0, changes of settings since it began).
 
-    A run that loop.patience ended is finished unless its patience has been raised; one whose loop.steps has
-    been raised is not. Raises ValueError for changes that are not permitted.
+    A run that loop.patience ended is finished unless its patience has been raised, and one that a callback
+    ended unless loop.steps has been; one whose loop.steps has been raised is not. Raises ValueError for
+    changes that are not permitted.
     """
     steps = runfolder.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:
@@ -292,7 +297,8 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     changes = [line for m in job.members for line in runfolder.changes_since_start(m.folder, m.record)]
     patience, ended_by = job.lead.run.loop.patience, runfolder.patience_at_end(job.lead.folder)
     stalled = patience is not None and ended_by is not None and patience <= ended_by
-    is_finished = steps >= job.steps or stalled
+    planned = runfolder.planned_at_end(job.lead.folder)  # of a run that a callback ended
+    is_finished = steps >= job.steps or stalled or (planned is not None and job.steps <= planned)
     if is_finished:
         is_finished = not _damaged_results(job, checkpoints)
     return (steps if is_finished else 0), list(dict.fromkeys(changes))

@@ -47,6 +47,7 @@ def report_finished(job: Job, steps: int) -> int:
     more = "loop.steps, data.epochs or data.tokens"
     if steps < job.steps:
         more = "loop.patience or set it to none"
+        more = more if runfolder.planned_at_end(job.folder) is None else "loop.steps"
     print(f"to continue it, raise {more}; to start again, choose another {name}")
     for member in job.members:
         record, log = member.folder / "config.json", member.folder / METRICS
@@ -125,8 +126,12 @@ def write_reports(
                 "alarms": logs.members[number].alarms,
             }
             summary["files"] = runfolder.result_hashes(member.folder)
-            ended_by = {"patience": member.run.loop.patience} if job.steps < job.planned else {}
-            content: dict[str, Any] = {"steps": job.steps, **ended_by, **summary}
+            early = {
+                "patience": {"patience": member.run.loop.patience},
+                "callback": {"planned": job.planned},
+                None: {},
+            }[job.ended_by]
+            content: dict[str, Any] = {"steps": job.steps, **early, **summary}
             runfolder.sync_results(member.folder)
             runfolder.write_durable_json(member.folder / runfolder.SUMMARY, content)
         if job.sweep is not None:

@@ -98,17 +98,29 @@ def evaluate_during(
 
 
 def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
-    """Return the job, with `done` as its last step if loop.patience evaluations of every member were no
-    better than one before. saved: what the checkpoint at that step stores, None for a fresh run.
+    """Return the job, with `done` as its last step if a callback has ended it there, or loop.patience
+    evaluations of every member were no better than one before. saved: what the checkpoint at that step
+    stores, None for a fresh run.
     """
     patience, history = job.lead.run.loop.patience, (saved or {}).get("scores", [])
+    by_callback = saved is not None and saved.get("ended_by") == "callback"
+    if saved is not None and by_callback and done < job.steps and job.planned <= saved["planned"]:
+        return replace(job, steps=done, ended_by="callback")
     if not patience or done >= job.steps or not history:
         return job
     stalled = all(is_stalled(own, patience) for own in zip(*history, strict=True))
-    return replace(job, steps=done) if stalled else job
+    return replace(job, steps=done, ended_by="patience") if stalled else job
 
 
-def end_if_stalled(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
+def end_by_callback(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
+    """Return the job with `done` as its last step, because a callback has ended it; see end_if_due."""
+    if done == job.steps:
+        return job
+    saved.update(ended_by="callback", planned=job.planned)
+    return end_if_due(job, saved, done, logs, meters)
+
+
+def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
     """Return ended_early's job; where it ends, log the metrics since the last entry and the reason."""
     job = ended_early(job, saved, done)
     if done == job.steps:
