@@ -4,7 +4,7 @@ raised on the way.
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ class NullLog:
         self.alarms += texts
 
     def message(self, text: str) -> None:
+        """Do nothing."""
+
+    def progress(self, text: str) -> None:
+        """Do nothing."""
+
+    def tabulate(self, labels: Sequence[str]) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -181,6 +187,16 @@ class Log:
         """Print a line, above the live view where there is one."""
         if self._view is not None:
             self._view.message(text)
+
+    def progress(self, text: str) -> None:
+        """Show the progress of a phase inside the run; "" ends it."""
+        if self._view is not None:
+            self._view.progress(text)
+
+    def tabulate(self, labels: Sequence[str]) -> None:
+        """Show entries as a table from now on, see ConsoleView.tabulate."""
+        if self._view is not None:
+            self._view.tabulate(labels)
 
     def mark(self, end: RunEnd) -> None:
         """Set how the run ended, which `close` passes to the trackers; without it, failed."""

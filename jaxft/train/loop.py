@@ -1,6 +1,5 @@
 """The train loop: `run` takes a run, or a sweep of several, from its settings to its results."""
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -12,7 +11,9 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
+from jaxft.runs.trackers.console import duration
 from jaxft.runs.trackers.tracker import Tracker
+from jaxft.train.clock import Clock
 from jaxft.train.compiled import compile_run
 from jaxft.train.logs import announce, open_logs
 from jaxft.train.members import (
@@ -33,9 +34,9 @@ from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
 from jaxft.train.verdict import (
+    continued,
     end_by_callback,
     end_if_due,
-    ended_early,
     evaluate_during,
     evaluate_end,
     evaluate_start,
@@ -58,7 +59,7 @@ def run(
     member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
-    loop, folder = lead.loop, run_folder(settings, root)
+    loop, folder, clock = lead.loop, run_folder(settings, root), Clock()
     with ExitStack() as stack:
         # ---------- Settings, rows, shapes: a user error ends all processes here ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
@@ -73,21 +74,23 @@ def run(
 
         # ---------- The newest checkpoint; the log ----------
         states, saved, first = checkpoints.restore(job.abstract_states) or (None, None, 0)
-        job = ended_early(job, saved, first)
+        job = continued(job, saved, first)
         with processes.agreement():
-            logs = stack.enter_context(closing(open_logs(job, first, saved, changes, callbacks)))
+            logs = stack.enter_context(closing(open_logs(job, first, saved, changes, callbacks, clock)))
             copies.take_over()  # of loop.store, now that no setting can be refused
         stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
         watchdog.at("loading and compiling")
+        logs.message(f"rows and settings read in {duration(clock.at('loading'))}")
         job = precompute(job, partial(announce, watchdog, logs))
         states, frozen = load_members(job, states, partial(announce, watchdog, logs))
-        begin = time.perf_counter()
+        logs.message(f"weights loaded in {duration(clock.at('compiling'))}; compiling")
         job = bind_sources(job, frozen, saved)
-        compiled = compile_run(job, frozen) if job.sweep is None else compile_sweep(job, frozen)
+        compile_programs = compile_run if job.sweep is None else compile_sweep
+        compiled = compile_programs(job, frozen, clock).timed(clock)
         processes.barrier()  # collectives time out if another process is still compiling
-        logs.message(f"compiled in {time.perf_counter() - begin:.1f} s")
+        logs.message(f"compiled in {duration(clock.at('training'))}")
 
         # ---------- The model before training ----------
         saved = saved or evaluate_start(job, compiled, states, frozen, logs)
@@ -101,7 +104,8 @@ def run(
                 stopping = votes.cast(lambda: END_RUN if logs.ends else interrupt.signal)
                 if job.info.samples and step % job.rollout_steps == 0:
                     watchdog.at(f"the rollout before step {done}")  # rewards may be slow functions
-                rows, batch, sampled = job.batch(step, states)
+                with clock.within("sampling" if job.info.samples else "training"):
+                    rows, batch, sampled = job.batch(step, states)
                 watchdog.step(done)
                 trace.before(done)
                 states, metrics = compiled.step(states, frozen, batch)
@@ -125,9 +129,11 @@ def run(
                     job = end_if_due(job, saved, done, logs, meters)
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
+                    saved["seconds"] = clock.phases()
                     checkpoints.save(done, states, job.to_save(meters.counters(), saved, logs.sync()), scores)
                 if stop or done == job.steps:
                     break
+        clock.at("saving")
         checkpoints.wait()
         watchdog.at(f"final evaluation and export (after step {done})")
         if stop:

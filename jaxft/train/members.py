@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft.batch import TrainState, widened
 from jaxft.data.cache import template_fingerprint
-from jaxft.data.source import Source, SourceInfo
+from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.rl.programs import BoundRun
@@ -62,7 +62,7 @@ class Job:
     sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
     the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
     that end a completion. general: batches of the general text. sweep: its settings, None for a single run.
-    calibration: of the base, None if it is not calibrated.
+    calibration: of the base, None if it is not calibrated. eval_limit: see evaluate.evaluation_limit.
     """
 
     folder: Path
@@ -76,6 +76,7 @@ class Job:
     sweep: Sweep | None
     calibration: CalibrationPlan | None = None
     ended_by: EndedBy | None = None
+    eval_limit: int | None = None
 
     @property
     def lead(self) -> Member:
@@ -86,6 +87,17 @@ class Job:
     def info(self) -> SourceInfo:
         """The facts about the rows that are the same for all members."""
         return self.sources[0].info
+
+    @property
+    def held_out(self) -> tuple[Batch, ...]:
+        """The held-out batches that are evaluated."""
+        batches = self.sources[0].held_out
+        return tuple(batches[number] for number in spread(len(batches), self.eval_limit))
+
+    def limit_evaluation(self, most: int | None) -> "Job":
+        """Return the job with this eval_limit."""
+        sources = tuple(source.limit_evaluation(most) for source in self.sources)
+        return replace(self, sources=sources, eval_limit=most)
 
     @property
     def rollout_steps(self) -> int:
@@ -145,6 +157,8 @@ class Job:
             "sources": [source.state_dict() for source in self.sources],
             "ended_by": self.ended_by,
             "planned": self.planned,
+            "seconds": saved.get("seconds", {}),  # see clock.Clock
+            "eval_limit": self.eval_limit,
         }
 
 
@@ -197,7 +211,8 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         )
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
-    return Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
+    job = Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
+    return job.limit_evaluation(evaluate.evaluation_limit(lead, sources[0], steps))
 
 
 def _check_weights(run: Run, programs: Programs) -> None:

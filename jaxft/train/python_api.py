@@ -417,7 +417,7 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
             with contextlib.redirect_stderr(printed):
                 args = script.arguments(argv, [score for score in scores if callable(score)])
         except SystemExit as error:
-            raise ValueError(printed.getvalue().strip().removeprefix("error: ")) from error
+            raise ValueError(printed.getvalue().removeprefix("error: ").partition("; see ")[0]) from error
         (found,) = script.evaluate(args).values()
         return found
 

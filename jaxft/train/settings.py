@@ -37,7 +37,10 @@ class Loop:
     metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
     greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
     loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
-    after this many evaluations without a better best_metric. max_bad: non-finite steps in a row that end the
+    after this many evaluations without a better best_metric. eval_fraction: the most that all evaluations of
+    held-out rows together may compute, as a fraction of what training does (see train/evaluate.py); where the
+    held-out rows are a fraction of the rows and would take more, fewer of them are evaluated. None: all of
+    them. A file of held-out rows is always evaluated in full. max_bad: non-finite steps in a row that end the
     run; one that ends with any is not finished either. store: a folder in an object store, gs://bucket/path
     or s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
     another machine fetches it from there (see runs/mirror.py).
@@ -53,6 +56,7 @@ class Loop:
     best_metric: str | None = None
     greater_is_better: bool | None = None
     patience: int | None = None
+    eval_fraction: float | None = 0.2
     save_every: int = 100
     keep_last: int = 2
     keep_best: int = 1
@@ -71,6 +75,8 @@ class Loop:
                 raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
         if self.store is not None:
             check_store_url(self.store, "loop.store")
+        if self.eval_fraction is not None and not self.eval_fraction > 0:
+            raise ValueError(f"loop.eval_fraction={self.eval_fraction}; expected more than 0, or none")
         if self.keep_best < 0:
             raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         for name in ("eval_scores", "patience"):

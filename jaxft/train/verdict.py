@@ -46,7 +46,7 @@ def evaluate_start(
     for number, (member, end) in enumerate(zip(job.members, before, strict=True)):
         for name in nonfinite_losses(end["metrics"]):
             of_text, objective = name == GENERAL_LOSS, member.programs.objective
-            batches = job.general if of_text else job.sources[0].held_out
+            batches = job.general if of_text else job.held_out
             objective = (objective.text or objective) if of_text else objective
             where = first_of_model(member, states[number], frozen[number], objective, batches)
             raise processes.AgreedError(
@@ -110,6 +110,15 @@ def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
         return job
     stalled = all(is_stalled(own, patience) for own in zip(*history, strict=True))
     return replace(job, steps=done, ended_by="patience") if stalled else job
+
+
+def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
+    """Return the job as it goes on after `done` steps: ended_early's, whose evaluations read the same rows as
+    before. saved: what the checkpoint at that step stores, None for a fresh run.
+    """
+    if saved is not None:
+        job = job.limit_evaluation(saved.get("eval_limit"))
+    return ended_early(job, saved, done)
 
 
 def end_by_callback(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
