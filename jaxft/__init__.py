@@ -23,7 +23,6 @@ _LAZY = {
     "Error": ("jaxft.train.python_api", "Error"),
     "Result": ("jaxft.train.python_api", "Result"),
     "Prepared": ("jaxft.train.python_api", "Prepared"),
-    "NnxModel": ("jaxft.models.nnx_module", "NnxModel"),
 }
 __all__ = [*_LAZY]
 

@@ -148,9 +148,9 @@ def write_reports(
             table = write_table(job.folder, job.sweep.name, job.steps, first, last, failed)
     processes.barrier()  # the run is finished for all processes or for none
     logs.mark("finished")
-    for line in _result_lines(job, logs, weights, (before, after), notes, table):
+    took = time_line({**perf[0], "tokens": sum(own["tokens"] for own in perf)})
+    for line in _result_lines(job, logs, weights, (before, after), [[*own, took] for own in notes], table):
         logs.message(line)
-    logs.message(time_line({**perf[0], "tokens": sum(own["tokens"] for own in perf)}))
 
 
 def _perf(logs: Logs, number: int) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _result_lines(
     notes: list[list[str]],
     table: str,
 ) -> list[str]:
-    """The lines printed at the end."""
+    """The lines printed at the end. notes: of each member, at last about the time of all."""
     if job.sweep is None:
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates
@@ -208,7 +208,7 @@ def _result_lines(
         for alarm in log.alarms
     ]
     where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
-    return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
+    return [*alarms, f"\n{table}", notes[0][-1], f"{where}, each member's folder next to them"]
 
 
 def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Path:
