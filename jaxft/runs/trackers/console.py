@@ -101,8 +101,8 @@ class ConsoleView:
             self.message(self._row("step", "", [_shorten(label) for label in labels]))
 
     def progress(self, text: str) -> None:
-        """Show the progress of a phase inside the run; "" ends it. Without a live view, a long phase has a line
-        now and then.
+        """Show the progress of a phase inside the run; "" ends it. Without a live view, a long phase has a
+        line now and then.
         """
         now = time.monotonic()
         if not (text and self._status):
