@@ -23,8 +23,9 @@ class _Train(types.ModuleType):
 
         recipe: the name of one such as "sft", a Python file, or a function that returns a Run. rows: a list
         of dicts, or any iterable of them such as a datasets.Dataset, in place of `data`. callbacks: functions
-        (step, metrics), or objects with the methods of a Tracker (jaxft/runs/trackers/tracker.py); one that
-        returns True ends the run after this step, and the model as it is then is evaluated and exported.
+        (step, metrics), or objects with the methods of a Tracker (jaxft/runs/trackers/tracker.py), called
+        with each entry of the log, on the first of several processes. One that returns True ends the run
+        after this step or, with several processes, the next; the model is then evaluated and exported.
         settings: dotted settings, {"optim.clip": 1.0}, which `**{"optim.clip": 1.0}` sets too. root: the
         folder of the run's folder. knobs: as on the command line (`jaxft train sft --help`); functions and
         lists are values too.

@@ -51,7 +51,7 @@ from jaxft.runs.loaded_weights import LoadedWeights, load_named
 from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_settings
 from jaxft.runs.report import same_prompts
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
-from jaxft.runs.trackers.tracker import FunctionTracker, Tracker
+from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import loop, members
 from jaxft.train.reference import precompute
 from jaxft.train.settings import Run
@@ -170,7 +170,7 @@ def train_recipe(
         resolved = resolve_settings(recipe, rows, joined(settings, knobs))
         run, folder = resolved.value, members.run_folder(resolved.value, Path(root))
         with processes.started(run.hosts, cli.print_error):
-            code = loop.run(run, resolved.describe(), Path(root), [as_tracker(one) for one in callbacks])
+            code = loop.run(run, resolved.describe(), Path(root), [Callback(one) for one in callbacks])
     if code > 128:
         text = f"{folder}: stopped by {signal_name(code - 128)} and saved; the same call resumes"
         raise KeyboardInterrupt(text) if code == 130 else Error(text)
@@ -182,18 +182,6 @@ def joined(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
     for name in settings.keys() & knobs.keys():
         raise ValueError(f"{name} is given twice: in settings and as {name}=")
     return {**settings, **knobs}
-
-
-def as_tracker(callback: Any) -> Tracker:
-    """Return a callback as a tracker. Raises ValueError for what is neither a function nor a Tracker."""
-    if callable(callback):
-        return FunctionTracker(callback)
-    if not {"log", "close"} <= {*dir(callback)}:
-        raise ValueError(
-            "a callback is a function (step, metrics), or an object with the methods log(step, metrics, "
-            f"perf) and close(end); got {type(callback).__name__}"
-        )
-    return callback
 
 
 @dataclass(frozen=True)

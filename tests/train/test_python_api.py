@@ -9,12 +9,16 @@ from functools import partial
 import numpy as np
 import pytest
 from prepared import finished_run, working_directory
+from process_group import ProcessGroup
 from tiny_run import rows, write_place, write_rows
 
 import jaxft
 from jaxft.data.shipped import ROOT
 from jaxft.objectives.preference_losses import ipo
+from jaxft.rl.rewards import exact
 from jaxft.runs.config import ObjectText, resolve_config
+from jaxft.runs.log import Log
+from jaxft.runs.trackers.tracker import Callback
 from jaxft.train.python_api import resolve_settings, rows_file, setting_text
 
 SETTINGS = {"lr": 0.02, "steps": 3, "optim.clip": 0.5, "loop.eval_every": 2, "samples": 1}
@@ -80,6 +84,36 @@ def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(pla
         assert scores.metrics["<lambda>"] == len(sample["prompt"])
 
 
+class Recorder:
+    """A callback that is an object."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, step, metrics, perf):
+        self.calls.append((step, metrics, perf))
+        return step == 3
+
+    def close(self, end):
+        self.calls.append(end)
+
+
+def test_a_callback_is_a_tracker_and_its_errors_keep_their_cause(tmp_path):
+    recorder = Recorder()
+    log = Log(tmp_path, 5, quiet=True, trackers=(Callback(recorder),))
+    assert [log.step(step, {"loss": 1.5}, {"seconds": 0.5}) for step in (2, 3)] == [False, True]
+    log.mark("finished")
+    log.close()
+    assert recorder.calls == [(step, {"loss": 1.5}, {"seconds": 0.5}) for step in (2, 3)] + ["finished"]
+
+    def fails(step, metrics):
+        raise OSError("full")
+
+    with pytest.raises(RuntimeError, match="^a callback raised OSError after step 1: full") as raised:
+        Log(tmp_path / "b", 5, quiet=True, trackers=(Callback(fails),)).step(1, {}, {})
+    assert isinstance(raised.value.__cause__, OSError)
+
+
 def test_a_callback_ends_the_run_and_the_same_call_returns_its_result(place, trained):
     with working_directory(place):
         call = partial(jaxft.train, "config.py", rows(), [lambda step, metrics: step == 2], name="ended")
@@ -129,6 +163,10 @@ def test_a_recipe_may_be_a_function_and_a_setting_any_object():
     loss = lambda pair: pair.chosen  # noqa: E731
     resolved = resolve_settings(recipe, None, {"loss": loss, "lr": 2, "several": ["a", "b"]})
     assert resolved.knobs == {"lr": 2.0, "loss": loss, "several": ("a", "b")} and resolved.line == ()
+    rewards = resolve_settings(
+        "grpo", None, {"rewards": [loss, "jaxft.rl.rewards:exact"]}
+    ).value.data.rules.rewards
+    assert rewards == (loss, exact)
     record = resolve_settings("dpo", None, {"loss": partial(ipo, beta=0.3)}).describe()
     assert record["command"]["knobs"]["loss"]["args"]["beta"] == 0.3
 
@@ -174,3 +212,21 @@ def test_importing_jaxft_imports_neither_jax_nor_any_other_part():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['jaxft']"
+
+
+CALLBACK = """
+from jaxft.runs.trackers.tracker import Callback
+from jaxft.train import loop
+run = loop.run
+loop.run = lambda *args: run(*args, callbacks=[Callback(lambda step, metrics: step == 2)])
+"""
+
+
+@pytest.mark.slow
+def test_a_callback_ends_all_processes_after_the_same_step(tmp_path):
+    """It is called on the first process alone, whose vote the others learn of with the next step."""
+    write_place(tmp_path)
+    two = ProcessGroup(tmp_path)
+    assert two.run("steps=6", "name=two", "mesh.data=-1", hook=CALLBACK) == [0, 0], two.output()
+    assert json.loads((tmp_path / "runs/two/summary.json").read_text())["steps"] == 3
+    assert "ended after step 3 of 6 by a callback" in two.first.out()

@@ -2,10 +2,9 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from jaxft.runs import trackers
 
@@ -33,18 +32,37 @@ class Tracker(Protocol):
         """Flush and finish. end: how the run ended."""
 
 
-class FunctionTracker:
-    """A function (step, metrics) as a tracker."""
+class Callback:
+    """A function (step, metrics), or the methods of an object that has those of a Tracker, as a tracker.
 
-    def __init__(self, function: Callable[[int, dict[str, float]], object]):
-        self._function = function
+    Metrics contain timings and memory as perf/name. An error that it raises becomes a RuntimeError, which
+    keeps its traceback. Raises ValueError for anything else than these two.
+    """
+
+    def __init__(self, callback: Any):
+        is_function = callable(callback)
+        if not is_function and not {"log", "close"} <= {*dir(callback)}:
+            raise ValueError(
+                "a callback is a function (step, metrics), or an object with the methods log(step, metrics, "
+                f"perf) and close(end); got {type(callback).__name__}"
+            )
+        self._callback, self._is_function = callback, is_function
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
-        """Call the function; True ends the run."""
-        return self._function(step, with_perf(metrics, perf)) is True
+        """Call it; True ends the run."""
+        try:
+            if self._is_function:
+                return self._callback(step, with_perf(metrics, perf)) is True
+            return self._callback.log(step, metrics, perf) is True
+        except Exception as error:
+            raise RuntimeError(
+                f"a callback raised {type(error).__name__} after step {step}: {error}"
+            ) from error
 
     def close(self, end: RunEnd) -> None:
-        """Do nothing."""
+        """Close an object."""
+        if not self._is_function:
+            self._callback.close(end)
 
 
 def with_perf(metrics: dict[str, float], perf: dict[str, float]) -> dict[str, float]:
