@@ -87,8 +87,7 @@ def run(
         states, frozen = load_members(job, states, partial(announce, watchdog, logs))
         logs.message(f"weights loaded in {duration(clock.at('compiling'))}; compiling")
         job = bind_sources(job, frozen, saved)
-        compile_programs = compile_run if job.sweep is None else compile_sweep
-        compiled = compile_programs(job, frozen, clock).timed(clock)
+        compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, clock).timed(clock)
         processes.barrier()  # collectives time out if another process is still compiling
         logs.message(f"compiled in {duration(clock.at('training'))}")
 

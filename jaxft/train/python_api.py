@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft.batch import TrainState
 from jaxft.data.cache import row_cache_folder
@@ -55,6 +56,7 @@ from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import loop, members
 from jaxft.train.reference import precompute
 from jaxft.train.settings import Run
+from jaxft.train.step import TrainStep
 from jaxft.tree import Batch, Metrics, Params
 
 GivenRows = Iterable[Mapping[str, Any]]
@@ -432,8 +434,8 @@ class Prepared:
     run: its settings. model, tokenizer: of the policy. objective: a value of pure functions;
     `objective(params, rows, key, aux)` returns (loss, metrics). source: the batches. state: step, trainable
     parameters, optimizer state and aux. frozen: the other parameters; `jaxft.tree.combine(state.trainable,
-    frozen)` has all. steps: of the run. step: the recipe's own train step, jitted: (state, frozen, batch) ->
-    (state, metrics); it donates the state.
+    frozen)` has all. steps: of the run. mesh: on several devices, use `with jax.set_mesh(parts.mesh):` around
+    programs of your own.
     """
 
     run: Run
@@ -444,14 +446,19 @@ class Prepared:
     state: TrainState
     frozen: Params
     steps: int
-    step: Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+    mesh: Mesh
+    train_step: TrainStep
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Return the state after the recipe's own train step, jitted, and metrics. The state is donated."""
+        with jax.set_mesh(self.mesh):
+            return self.train_step(state, self.frozen, batch)
 
     def batch(self, step: int, state: TrainState | None = None) -> Batch:
         """Return the batch [micro, rows, ...] of a step on the devices. state: of rollouts, which sample from
         it; the first one by default.
         """
-        mesh = sharding.make_mesh(self.run.mesh)
-        return sharding.shard_batch(mesh, self.source.batch(step, state or self.state)[0])
+        return sharding.shard_batch(self.mesh, self.source.batch(step, state or self.state)[0])
 
 
 def prepare_recipe(
@@ -462,7 +469,7 @@ def prepare_recipe(
     parts = jaxft.prepare("sft", rows, held_out="none")
     state = parts.state
     for step in range(parts.steps):
-        state, metrics = parts.step(state, parts.frozen, parts.batch(step))
+        state, metrics = parts.step(state, parts.batch(step))
     """
     with one_line(), tempfile.TemporaryDirectory() as folder:
         resolved = resolve_settings(recipe, rows, joined({**(settings or {})}, knobs))
@@ -475,7 +482,7 @@ def prepare_recipe(
         p = job.lead.programs
         return Prepared(
             run, p.partition.model, job.tokenizer, p.objective, job.sources[0], state, frozen, job.steps,
-            p.train_step,
+            p.mesh, p.train_step,
         )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def test_a_callback_ends_the_run_and_the_same_call_returns_its_result(place, tra
 def test_own_steps_are_the_steps_of_the_run(place, trained):
     with working_directory(place):
         parts = jaxft.prepare("config.py", rows(), **SETTINGS)
-        state, metrics = parts.step(parts.state, parts.frozen, parts.batch(0))
+        state, metrics = parts.step(parts.state, parts.batch(0))
         loss = float(metrics["loss"].total / metrics["loss"].weight)
         assert loss == pytest.approx(trained[0].metrics["loss"][1], rel=1e-6) and int(state.step) == 1
 

@@ -138,7 +138,7 @@ class ConsoleView:
     def _line(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
         most = MOST_OF_ROLLOUTS if names.REWARD in metrics else MOST
         values = [format_metric(n, metrics[n]) for n in _displayed(metrics, most)]
-        rates = [format_metric(n, value) for n, value in perf.items() if n not in HIDDEN]
+        rates = _rates(perf)
         eta = [f"eta {self._eta()}"] if names.SPEED in perf and step < self._total_steps else []
         if self._columns:
             return "\n".join(self._rows(step, metrics, [*rates, *eta]))
@@ -177,8 +177,7 @@ class ConsoleView:
                 table.add_row(label, *("" if x is None else f"{x:.4g}" for x in cells))
             return Group(bar, table, *[Text(self._status)] * bool(self._status))
         metrics = [format_metric(n, self._metrics[n]) for n in _displayed(self._metrics, 10)]
-        perf = [format_metric(n, value) for n, value in self._perf.items() if n not in HIDDEN]
-        rows = [Text("  ".join(metrics)), Text("  ".join(perf), style="cyan")]
+        rows = [Text("  ".join(metrics)), Text("  ".join(_rates(self._perf)), style="cyan")]
         if self._console.encoding.lower().startswith("utf") and len(self._losses) > 1:
             rows.append(Text(f"loss {sparkline(list(self._losses))}", style="green"))
         rows.append(Text(self._status, style="dim"))
@@ -208,6 +207,13 @@ def format_metric(name: str, value: float) -> str:
         return f"{label} {value:.2e}"
     small = value != 0 and abs(value) < 1e-3
     return f"{label} {value:.2e}" if small or abs(value) >= 1e6 else f"{label} {value:.4g}"
+
+
+def _rates(perf: dict[str, float]) -> list[str]:
+    """Speed and memory, and the time of an evaluation if it is a second or more."""
+    times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
+    shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
+    return [format_metric(name, value) for name, value in shown.items()]
 
 
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
