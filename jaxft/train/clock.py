@@ -13,7 +13,7 @@ from jaxft.runs.trackers.console import duration
 Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
 TOTAL = "total"
 SHORTEST = 1.0  # seconds of a phase that is listed
-Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 class Clock:
@@ -57,7 +57,7 @@ class Clock:
 
         return call
 
-    def over(self, text: str, items: Sequence[Item]) -> Iterator[Item]:
+    def over(self, text: str, items: Sequence[Done]) -> Iterator[Done]:
         """Yield the items, and show how many are done: "text: 3 of 14"."""
         count = self.counter(text, len(items))
         for item in items:

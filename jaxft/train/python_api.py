@@ -72,7 +72,7 @@ class Error(Exception):
 
 
 @contextlib.contextmanager
-def one_line() -> Iterator[None]:
+def errors_as_lines() -> Iterator[None]:
     """Raise a user's error in the body as Error, with the line that a command prints; others as they are."""
     try:
         yield
@@ -168,18 +168,19 @@ def train_recipe(
     knobs: dict[str, Any],
 ) -> "Result":
     """Train a recipe or resume it; return its result. See jaxft.train."""
-    with one_line():
-        resolved = resolve_settings(recipe, rows, joined(settings, knobs))
+    with errors_as_lines():
+        trackers = [Callback(one) for one in callbacks]
+        resolved = resolve_settings(recipe, rows, together(settings, knobs))
         run, folder = resolved.value, members.run_folder(resolved.value, Path(root))
         with processes.started(run.hosts, cli.print_error):
-            code = loop.run(run, resolved.describe(), Path(root), [Callback(one) for one in callbacks])
+            code = loop.run(run, resolved.describe(), Path(root), trackers)
     if code > 128:
         text = f"{folder}: stopped by {signal_name(code - 128)} and saved; the same call resumes"
         raise KeyboardInterrupt(text) if code == 130 else Error(text)
     return Result(folder)
 
 
-def joined(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
+def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
     """Return dotted settings and knobs together. Raises ValueError for one that is in both."""
     for name in settings.keys() & knobs.keys():
         raise ValueError(f"{name} is given twice: in settings and as {name}=")
@@ -309,7 +310,7 @@ class LoadedModel:
         prompts: the user's turn as a string, a list of messages, or a row of columns. Prompts are rendered
         with the settings of the run that trained the model. temperature: 0 is greedy.
         """
-        with one_line():
+        with errors_as_lines():
             return self._generate(prompts, Sampling(max_new, temperature, top_k, top_p), seed)
 
     def _generate(self, prompts: Sequence[Any], sampling: Sampling, seed: int) -> list[str]:
@@ -371,7 +372,7 @@ def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = 
         model = jaxft.load("runs/sft")
         model.generate(["Who are you?"])
     """
-    with one_line():
+    with errors_as_lines():
         mesh = sharding.make_mesh(sharding.MeshShape())
         named = named_weights(**source_options(source))
         with jax.set_mesh(mesh):
@@ -391,7 +392,7 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
         jaxft.evaluate(result, pairs).metrics["accuracy"]
         jaxft.evaluate("runs/sft", rows, by=lambda prompt, completion, row: len(completion) < 80).metrics
     """
-    with one_line():
+    with errors_as_lines():
         script = command_script("evaluate")
         argv = [f"--{name}={value}" for name, value in source_options(source).items() if value is not None]
         if rows is not None:
@@ -471,8 +472,8 @@ def prepare_recipe(
     for step in range(parts.steps):
         state, metrics = parts.step(state, parts.batch(step))
     """
-    with one_line(), tempfile.TemporaryDirectory() as folder:
-        resolved = resolve_settings(recipe, rows, joined({**(settings or {})}, knobs))
+    with errors_as_lines(), tempfile.TemporaryDirectory() as folder:
+        resolved = resolve_settings(recipe, rows, together({**(settings or {})}, knobs))
         run: Run = resolved.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
             job = members.prepare(run, resolved.describe(), Path(folder))
