@@ -18,6 +18,7 @@ from jaxft.objectives.preference_losses import ipo
 from jaxft.rl.rewards import exact
 from jaxft.runs.config import ObjectText, resolve_config
 from jaxft.runs.log import Log
+from jaxft.runs.trackers.console import duration
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train.python_api import resolve_settings, rows_file, setting_text
 
@@ -71,6 +72,17 @@ def test_callbacks_get_every_entry_of_the_log_and_the_result_has_them_as_columns
         assert result.metrics["eval_loss"][3] == result.after["eval_loss"] < result.before["eval_loss"]
         assert result.samples[0].keys() == {"prompt", "before", "after", "reference"}
         assert (result.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_finished_run_has_its_time_tokens_and_hardware_in_summary_and_card(place, trained):
+    with working_directory(place):
+        perf, card = trained[0].summary["perf"], (trained[0].folder / "README.md").read_text()
+    seconds = perf["seconds"]
+    assert perf["tokens"] == trained[0].metrics["num_tokens"][-1] and perf["hardware"].startswith("1 x cpu (")
+    assert {"rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"} <= seconds.keys()
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=0.01)
+    assert f"- Training took {duration(sum(seconds.values()))}" in card
+    assert "mlx-lm" in card and "for 554 tokens on 1 x cpu" in card
 
 
 def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(place, trained):
