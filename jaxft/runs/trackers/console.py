@@ -74,6 +74,7 @@ class ConsoleView:
         self._losses: collections.deque[float] = collections.deque(maxlen=48)
         self._status, self._next_line = "", 0.0  # of a phase inside the run
         self._columns: tuple[str, ...] = ()
+        self._needs_head = False  # of the table
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=2)
@@ -96,9 +97,7 @@ class ConsoleView:
         """Show entries of a sweep from now on: a line has one column for each label, from metrics that end in
         its number, "loss 1".
         """
-        self._columns = tuple(labels)
-        if self._live is None:
-            self.message(self._row("step", "", [_shorten(label) for label in labels]))
+        self._columns, self._needs_head = tuple(labels), True
 
     def progress(self, text: str) -> None:
         """Show the progress of a phase inside the run; "" ends it. Without a live view, a long phase has a
@@ -147,12 +146,13 @@ class ConsoleView:
     def _rows(self, step: int, metrics: dict[str, float], rates: list[str]) -> list[str]:
         """Return a line of a sweep's table for each metric of all members."""
         kinds = dict.fromkeys(name.rpartition(" ")[0] for name in metrics)
-        lines = []
+        head = [self._row("step", "", [_shorten(label) for label in self._columns])] * self._needs_head
+        self._needs_head, lines = False, []
         for kind in kinds:
             cells = [metrics.get(f"{kind} {number}") for number in range(1, len(self._columns) + 1)]
             texts = ["" if value is None else f"{value:.4g}" for value in cells]
             lines.append(self._row(f"{step}/{self._total_steps}", SHORT_NAMES.get(kind, kind), texts))
-        return [*lines[:-1], "  ".join([lines[-1], *rates])] if lines else []
+        return [*head, *lines[:-1], "  ".join([lines[-1], *rates])]
 
     def _row(self, first: str, kind: str, cells: Sequence[str]) -> str:
         widths = [max(len(_shorten(label)), 8) for label in self._columns]
