@@ -89,7 +89,7 @@ def run(
         job = bind_sources(job, frozen, saved)
         compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, clock).timed(clock)
         processes.barrier()  # collectives time out if another process is still compiling
-        logs.message(f"compiled in {duration(clock.at('training'))}")
+        logs.message(f"compiled in {clock.at('training'):.1f} s")
 
         # ---------- The model before training ----------
         saved = saved or evaluate_start(job, compiled, states, frozen, logs)
