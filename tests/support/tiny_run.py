@@ -53,7 +53,7 @@ def config(
         adapter=None if full else Adapter(rank=4, dropout=dropout),
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
-        loop=Loop(steps=steps, save_every=1),
+        loop=Loop(steps=steps, save_every=1, eval_fraction=None),
         samples=2,
         sampling=Sampling(max_new=4),
         seed=seed,
