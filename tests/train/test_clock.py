@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from prepared import prepare
+from tiny_run import write_place
 
 from jaxft.data.source import spread
 from jaxft.runs.trackers.console import duration
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
+from jaxft.train.logs import eval_limit_lines
 from jaxft.train.settings import Loop
+from jaxft.train.verdict import continued
 
 
 def clock(*times):
@@ -77,3 +81,17 @@ def test_evaluations_of_a_short_run_compute_at_most_a_fifth_of_what_training_doe
 def test_the_rows_that_are_read_are_spread_over_all():
     assert spread(10, None) == spread(10, 12) == [*range(10)]
     assert spread(10, 4) == [0, 2, 5, 7] and len({*spread(97, 31)}) == 31
+
+
+def test_a_short_run_says_which_part_of_the_held_out_rows_it_reads_and_goes_on_with_the_same(tmp_path):
+    write_place(tmp_path)
+    job = prepare(tmp_path, "steps=3", "data.held_out=0.5", "loop.eval_fraction=0.2")
+    batches = job.sources[0].held_out
+    assert job.eval_limit == 1 < len(batches) and [one is batches[0] for one in job.held_out] == [True]
+    (line,) = eval_limit_lines(job)
+    assert line.startswith(
+        f"evaluations read 1 of {len(batches)} batches of held-out rows and compute at most 20 %"
+    )
+    assert eval_limit_lines(continued(job, {"eval_limit": None}, 1)) == []
+    longer = prepare(tmp_path, "steps=9", "data.held_out=0.5", "loop.eval_fraction=0.2")
+    assert longer.eval_limit == 2 and len(continued(longer, {"eval_limit": 1}, 3).held_out) == 1
