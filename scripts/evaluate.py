@@ -19,7 +19,7 @@ prints lm-evaluation-harness's table, and a run's folder gets its results as JSO
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def arguments() -> argparse.Namespace:
-    """Parse and check the command line, and fill in the defaults of options that were not given."""
+def arguments(
+    argv: list[str] | None = None, scores: Sequence[Callable[..., float]] = ()
+) -> argparse.Namespace:
+    """Parse and check the command line, and fill in the defaults of options that were not given.
+
+    argv: its arguments, by default those of this process. scores: functions, as if --by had named them.
+    """
     from jaxft.runs.cli import check_weights_options
 
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.by += scores
     if not (args.run or args.model or args.adapter):
         parser.error("nothing to evaluate; use --run, --model or --adapter")
     if args.tasks is not None and (args.by or args.regex is not None):
@@ -174,6 +180,9 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
 
     found = []
     for name in args.by:
+        if callable(name):
+            found.append(name)
+            continue
         if ":" not in name and name not in REWARDS:
             near = ", ".join(nearest(name, list(REWARDS), 3)) or ", ".join(REWARDS)
             raise ValueError(f"--by {name}: no such score; near: {near}, or a function such as my.py:score")

@@ -64,6 +64,7 @@ LOSSES = "jaxft.objectives.preference_losses"
 GENERAL_LOSS = "general_loss"
 # Rollout metrics that the alarms read, computed in rl/.
 FRAC_LEARNED, REWARD_STD, CLIPPED_RATIO = "frac_learned", "reward_std", "completions/clipped_ratio"
+ZERO_STD = "frac_reward_zero_std"  # groups whose rewards are all equal
 FAULTS_RAISED, FAULTS_NOT_A_NUMBER = "reward_faults/raised", "reward_faults/not_a_number"
 
 

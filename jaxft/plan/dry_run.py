@@ -27,8 +27,8 @@ EXPLAINED = "Settings (* differs from the default of its section; `jaxft setting
 class DryRun:
     """A run that is not started: its settings and their record, parameters, settings of XLA, and plan.
 
-    changed: settings that differ from the recipe's own defaults, as (name, default, value). notes: lines about
-    settings that follow from the rows.
+    changed: settings that differ from the recipe's own defaults, as (name, default, value). notes: lines
+    about settings that follow from the rows.
     """
 
     name: str
@@ -115,5 +115,6 @@ def wrapped(items: Sequence[str]) -> list[str]:
 
 def dry_run_json(d: DryRun) -> str:
     """Return the record of the settings with the parameter table and the plan, as one JSON object."""
-    facts = {"parameters": [row._asdict() for row in d.parameters], "plan": d.plan.json(), "notes": [*d.notes]}
+    parameters = [row._asdict() for row in d.parameters]
+    facts = {"parameters": parameters, "plan": d.plan.json(), "notes": [*d.notes]}
     return json.dumps({**d.record, **facts}, indent=2)

@@ -35,7 +35,7 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
         numbers = {k: x for k, x in entry.items() if isinstance(x, int | float) and k != "step"}
         if any(name.startswith(names.HELD_OUT) for name in entry):
             evaluations.append(numbers)
-        elif "perf" in entry:
+        elif names.LOSS in entry:
             step = numbers
     return evaluations[:2][-1], {**step, **evaluations[-1]}
 

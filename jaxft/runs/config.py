@@ -29,6 +29,7 @@ from jaxft.runs.parse import (
     describe_kind,
     find_recipe,
     format_error,
+    is_callable,
     parse_value,
     run_file,
     short_names,
@@ -41,6 +42,7 @@ from jaxft.tree import nearest
 __all__ = [
     "RENAMED",
     "Knob",
+    "ObjectText",
     "Resolved",
     "describe",
     "differences",
@@ -49,6 +51,7 @@ __all__ = [
     "load_config",
     "recipe_knobs",
     "resolve_config",
+    "resolve_texts",
     "with_fields",
 ]
 
@@ -95,8 +98,23 @@ RENAMED: dict[str, str] = {
 }
 
 KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
+Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
 LONGEST_KIND = 60  # characters in the help's table; a longer entry moves only its own comment
 Steps = tuple[str, ...]  # the field names that lead to a setting
+
+
+class ObjectText(str):
+    """A setting's value that is a Python object, not a text to parse; as a string it is the object's name."""
+
+    value: Any
+
+    @classmethod
+    def of(cls, value: Any) -> "ObjectText":
+        """Return the value under its own name, or that of its type."""
+        named = inspect.isroutine(value) or isinstance(value, type)
+        text = cls(value.__qualname__ if named else type(value).__qualname__)
+        text.value = value
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +145,25 @@ def load_config(path: str, overrides: list[str], expected: type = object) -> Any
     return resolve_config(path, overrides, expected).value
 
 
-def resolve_config(path: str, overrides: list[str], expected: type = object) -> Resolved:
+def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object) -> Resolved:
     """Call a file's `config` with the knobs among the overrides, then replace the fields that the others
     name.
 
     Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
     `config` must return.
     """
-    fn, _ = _config_function(path)
+    return resolve_texts(recipe, _split(overrides), tuple(overrides), expected)
+
+
+def resolve_texts(
+    recipe: Recipe, texts: dict[str, str], line: tuple[str, ...] | None, expected: type = object
+) -> Resolved:
+    """Return what `resolve_config` does for the values of settings by name, of which each is a text or an
+    ObjectText. line: the overrides of the same command line, None if there is none.
+    """
+    fn, _ = _config_function(recipe)
+    path = recipe if isinstance(recipe, str) else fn.__qualname__
     knobs = _knobs(fn)
-    texts = _split(overrides)
     given = {
         key: _parse_as(key, text, knobs[key].kind, knobs[key].default)
         for key, text in texts.items()
@@ -153,7 +180,9 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     dotted = {key: text for key, text in texts.items() if key not in knobs}
     value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    return Resolved(value, defaults | given, found, (path, *overrides), defaults)
+    is_line = line is not None and isinstance(recipe, str)
+    line_of_run = (path, *(line or ())) if is_line else ()
+    return Resolved(value, defaults | given, found, line_of_run, defaults)
 
 
 def recipe_defaults(path: str) -> Any:
@@ -166,12 +195,12 @@ def recipe_defaults(path: str) -> Any:
         return None
 
 
-def knob_names(path: str) -> list[str]:
+def knob_names(recipe: Recipe) -> list[str]:
     """The knobs of a config file, in order."""
-    return list(recipe_knobs(path))
+    return list(recipe_knobs(recipe))
 
 
-def recipe_knobs(path: str) -> "dict[str, Knob]":
+def recipe_knobs(path: Recipe) -> "dict[str, Knob]":
     """The knobs of a config file by name, in order."""
     return _knobs(_config_function(path)[0])
 
@@ -187,7 +216,11 @@ def with_fields(value: Any, *overrides: str) -> Any:
 # Knobs
 
 
-def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
+def _config_function(path: Recipe) -> tuple[Callable, types.ModuleType | None]:
+    if inspect.isfunction(path):
+        return path, inspect.getmodule(path)
+    if not isinstance(path, str):
+        raise ValueError(f"a recipe is a name, a Python file or a function, not {type(path).__name__}")
     module = run_file(find_recipe(path))
     fn = vars(module).get("config")
     if not inspect.isfunction(fn):
@@ -274,6 +307,8 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
 
 def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
     """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    if isinstance(text, ObjectText):
+        return _object_as(key, text, kind)
     if kind in (UNANNOTATED, Any):
         if now is UNANNOTATED or now is None:
             raise ValueError(
@@ -296,6 +331,26 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
         remedy = f"; {other_tools}" if other_tools else ""
         raise ValueError(f"{key}={text}: {error}{shown}{remedy}") from error
+
+
+def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
+    """Return the object of a setting if its annotation takes it; a list of objects, or one alone, becomes a
+    tuple where one is annotated, and its strings are parsed.
+    """
+    value, members = text.value, union_members(kind)
+    origins = [typing.get_origin(member) or member for member in members]
+    if tuple in origins:
+        items = value if isinstance(value, list | tuple) else (value,)
+        own = typing.get_args(members[origins.index(tuple)])[0]
+        return tuple(
+            parse_value(x, own) if isinstance(x, str) else _object_as(key, ObjectText.of(x), own)
+            for x in items
+        )
+    classes = tuple(origin for origin in origins if isinstance(origin, type))
+    takes_any = kind in (UNANNOTATED, Any) or Any in members
+    if takes_any or isinstance(value, classes) or (is_callable(kind) and callable(value)):
+        return value
+    raise ValueError(f"{key}={text}: expected {describe_kind(kind)}")
 
 
 def _renamed_value(key: str, text: str) -> str | None:
@@ -405,6 +460,7 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 def help_text(path: str) -> str:
     """The docstring of a config file and its knobs with their defaults, types and comments."""
     fn, module = _config_function(path)
+    assert module is not None
     rows = []
     for name, knob in _knobs(fn).items():
         required = knob.written is None

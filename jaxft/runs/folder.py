@@ -194,6 +194,13 @@ def patience_at_end(folder: Path) -> int | None:
     return found if type(found) is int else None
 
 
+def planned_at_end(folder: Path) -> int | None:
+    """The planned steps of a finished run that a callback ended before them; None if none did."""
+    path = folder / SUMMARY
+    found = read_saved_json(path).get("planned") if path.exists() else None
+    return found if type(found) is int else None
+
+
 def failed_members(folder: Path) -> list[str]:
     """The labels of a sweep's members that ended with steps or losses that are not finite."""
     path = folder / SUMMARY

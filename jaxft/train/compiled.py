@@ -1,7 +1,7 @@
 """The compiled programs of a run: step, evaluation of held-out rows and general text, sampling of prompts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from jaxft.inference.decode import Decoding
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
 from jaxft.runs.report import Evaluation
 from jaxft.train import samples, scores
+from jaxft.train.clock import Clock
 from jaxft.train.evaluate import held_out_floats
 from jaxft.train.members import Job
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
@@ -22,6 +23,7 @@ from jaxft.tree import Batch, Metrics, Params
 States = tuple[TrainState, ...]  # of the members of a job
 RowValues = dict[int, FloatMetrics]  # of held-out rows by their position
 LAST_LOSS = "last_loss"
+EVALUATING = "batches of held-out rows evaluated"
 
 
 class HeldOutValues(NamedTuple):
@@ -67,6 +69,11 @@ class Compiled:
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
+    def timed(self, clock: Clock) -> "Compiled":
+        """Return the same programs, whose time counts as evaluation or sampling."""
+        evaluation = {name: clock.timed("evaluation", vars(self)[name]) for name in ("evaluate", "general")}
+        return replace(self, **evaluation, sample=clock.timed("sampling", self.sample))
+
     def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
         """Metrics of the held-out rows under their names in the log, with averaged weights. scores: and the
         scores of completions.
@@ -100,15 +107,15 @@ class Compiled:
         return evaluations, [HeldOutValues(own.rows, scored.values) for own, scored in pairs]
 
 
-def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
-    """Compile the programs of a run alone."""
+def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
+    """Compile the programs of a run alone. clock: shows the progress of evaluation and sampling."""
     p, run, source, (own,) = job.lead.programs, job.lead.run, job.sources[0], frozen
-    held_out = compile_eval(p, p.eval_step, own, source.held_out)
+    held_out = compile_eval(p, p.eval_step, own, job.held_out, partial(clock.over, EVALUATING))
     general = compile_eval(p, p.text_step, own, job.general)
     params = tree.combine(p.state.trainable, p.frozen)
     decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
     prompts = scores.held_out_prompts(run, source)
-    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
+    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
     texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
     score = scores.make_scorer(run.scoring, run.samples, texts)
     train_step = compile_step(p, *source.shapes)

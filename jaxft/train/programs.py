@@ -1,6 +1,6 @@
 """The programs of a run as shapes: the jitted steps, and the shardings of everything that they work on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -265,20 +265,24 @@ def compile_averaged(p: Programs) -> Callable[[TrainState], TrainState]:
 
 
 def compile_eval(
-    p: Programs, step: jax.stages.Wrapped, frozen: Params, batches: tuple[Batch, ...]
+    p: Programs,
+    step: jax.stages.Wrapped,
+    frozen: Params,
+    batches: tuple[Batch, ...],
+    over: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
 ) -> Callable[[TrainState], Metrics]:
     """Return `metrics(state)` of held-out batches, not yet divided, compiled for their one shape; {} without
-    any.
+    any. over: yields the batches, and shows the progress.
     """
     if not batches:
         return lambda state: {}
     metrics = compile_metrics(p, step, frozen, batches[0], len(batches))
-    return lambda state: metrics(state, batches)
+    return lambda state: metrics(state, over(batches))
 
 
 def compile_metrics(
     p: Programs, step: jax.stages.Wrapped, frozen: Params, shape: Batch, count: int
-) -> Callable[[TrainState, Sequence[Batch]], Metrics]:
+) -> Callable[[TrainState, Iterable[Batch]], Metrics]:
     """Return `metrics(state, batches)`, not yet divided, of `count` batches of one shape [1, rows, ...]
     together.
     """
@@ -300,7 +304,7 @@ def compile_metrics(
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
     loss = jax.jit(loss_metrics).lower(jax.tree.map(all_rows, shapes), loss_aux).compile()
 
-    def coupled(state: TrainState, batches: Sequence[Batch]) -> Metrics:
+    def coupled(state: TrainState, batches: Iterable[Batch]) -> Metrics:
         loss_aux = jax.device_get(state.aux.get("loss", {}))
         return evaluate.coupled_metrics(
             partial(on_batch, state), lambda outputs: loss(outputs, loss_aux), batches

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from jaxft.bounds import at_least, check_bounds
+from jaxft.bounds import above, at_least, check_bounds
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
@@ -39,7 +39,10 @@ class Loop:
     selects the best checkpoint; None for eval_loss, of rollouts eval_reward. greater_is_better: whether a
     greater best_metric is better. None: lower is better for names that end in loss or kl, greater for
     accuracies, margins, rewards and scores; others need it. patience: the run ends after this many
-    evaluations without a better best_metric. max_bad: non-finite steps in a row that end the run; one that
+    evaluations without a better best_metric. eval_fraction: the most that all evaluations of held-out rows
+    together may compute, as a fraction of what training does (see train/evaluate.py); where the held-out rows
+    are a fraction of the rows and would take more, fewer of them are evaluated. None: all of them. A file of
+    held-out rows is always evaluated in full. max_bad: non-finite steps in a row that end the run; one that
     ends with any is not finished either. store: a folder in an object store, gs://bucket/path or
     s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
     another machine fetches it from there (see runs/mirror.py). profile: first and last step of a profiler
@@ -55,6 +58,7 @@ class Loop:
     best_metric: str | None = None
     greater_is_better: bool | None = None
     patience: Annotated[int | None, at_least(1)] = None
+    eval_fraction: Annotated[float | None, above(0)] = 0.2
     save_every: Annotated[int, at_least(1)] = 100
     keep_last: Annotated[int, at_least(1)] = 2
     keep_best: Annotated[int, at_least(0)] = 1

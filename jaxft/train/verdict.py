@@ -47,7 +47,7 @@ def evaluate_start(
     for number, (member, end) in enumerate(zip(job.members, before, strict=True)):
         for name in nonfinite_losses(end["metrics"]):
             of_text, objective = name == GENERAL_LOSS, member.programs.objective
-            batches = job.general if of_text else job.sources[0].held_out
+            batches = job.general if of_text else job.held_out
             objective = (objective.text or objective) if of_text else objective
             where = first_of_model(member, states[number], frozen[number], objective, batches)
             raise processes.AgreedError(
@@ -101,17 +101,38 @@ def evaluate_during(
 
 
 def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
-    """Return the job, with `done` as its last step if loop.patience evaluations of every member were no
-    better than one before. saved: what the checkpoint at that step stores, None for a fresh run.
+    """Return the job, with `done` as its last step if a callback has ended it there, or loop.patience
+    evaluations of every member were no better than one before. saved: what the checkpoint at that step
+    stores, None for a fresh run.
     """
     patience, history = job.lead.run.loop.patience, (saved or {}).get("scores", [])
+    by_callback = saved is not None and saved.get("ended_by") == "callback"
+    if saved is not None and by_callback and done < job.steps and job.planned <= saved["planned"]:
+        return replace(job, steps=done, ended_by="callback")
     if not patience or done >= job.steps or not history:
         return job
     stalled = all(is_stalled(own, patience) for own in zip(*history, strict=True))
-    return replace(job, steps=done) if stalled else job
+    return replace(job, steps=done, ended_by="patience") if stalled else job
 
 
-def end_if_stalled(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
+def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
+    """Return the job as it goes on after `done` steps: ended_early's, whose evaluations read the same rows as
+    before. saved: what the checkpoint at that step stores, None for a fresh run.
+    """
+    if saved is not None:
+        job = job.limit_evaluation(saved.get("eval_limit"))
+    return ended_early(job, saved, done)
+
+
+def end_by_callback(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
+    """Return the job with `done` as its last step, because a callback has ended it; see end_if_due."""
+    if done == job.steps:
+        return job
+    saved.update(ended_by="callback", planned=job.planned)
+    return end_if_due(job, saved, done, logs, meters)
+
+
+def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
     """Return ended_early's job; where it ends, log the metrics since the last entry and the reason."""
     job = ended_early(job, saved, done)
     if done == job.steps:
