@@ -74,7 +74,7 @@ class Optim:
     default. eps: added to the root of the average square; None for the optimizer's default. weight_decay:
     decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
     value.
-    schedule: one of schedules.py or your own. schedule_kwargs: options of the schedule, such as decay:0.1.
+    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
     warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
     lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
     leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
@@ -86,16 +86,16 @@ class Optim:
     skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations above the
     mean of the N steps before it, see spikes.py.
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
-    results are the same, except for the random bits of stochastic rounding. fused_backward: update each layer
-    inside the backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step
-    and clip=none, since the global norm is known only at the end; if a gradient or an update is not finite,
-    the layers above it have been updated already.
+    results are the same, except for the random bits of stochastic rounding. fused_backward:
+    update layers inside the backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
+    clip=none, since the global norm is known only at the end; if a gradient or an update is not finite, the
+    layers above it have been updated already.
     """
 
     lr: float = 2e-4
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
-    warmup: Annotated[float, FRACTION] = 0.05
+    warmup: Annotated[float, at_least(0)] = 0.05
     end: Annotated[float, FRACTION] = 0.1
     b1: Annotated[float | None, BELOW_ONE] = None
     b2: Annotated[float | None, BELOW_ONE] = None
@@ -143,6 +143,8 @@ def _check_ranges(o: Optim) -> None:
     """Raise ValueError for a number that is out of range."""
     if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
         raise ValueError(f"optim.lr={o.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
+    if not 0 <= o.warmup <= 1:
+        raise ValueError(f"optim.warmup={o.warmup} is a fraction of the steps; use 0 to 1")
     for pattern, factor in o.lr_groups:
         if not 0 <= factor < float("inf"):
             raise ValueError(
