@@ -87,9 +87,9 @@ class Optim:
     mean of the N steps before it, see spikes.py.
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
     results are the same, except for the random bits of stochastic rounding. fused_backward:
-    update layers inside the backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
-    clip=none, since the global norm is known only at the end; if a gradient or an update is not finite, the
-    layers above it have been updated already.
+    update layers inside the backward pass, so that only one layer's gradient is in memory. It needs one
+    microbatch per step and clip=none, since the global norm is known only at the end; if a gradient or an
+    update is not finite, the layers above it have been updated already.
     """
 
     lr: float = 2e-4
