@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import tree
-from jaxft.bounds import BELOW_ONE, FRACTION, INSIDE_ZERO_AND_ONE, above, at_least, check_bounds
+from jaxft.bounds import BELOW_ONE, INSIDE_ZERO_AND_ONE, ZERO_TO_ONE, above, at_least, check_bounds
 from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
 from jaxft.optim.averaging import Averaging, ema
 from jaxft.optim.layerwise import (
@@ -96,7 +96,7 @@ class Optim:
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
     warmup: Annotated[float, at_least(0)] = 0.05
-    end: Annotated[float, FRACTION] = 0.1
+    end: Annotated[float, ZERO_TO_ONE] = 0.1
     b1: Annotated[float | None, BELOW_ONE] = None
     b2: Annotated[float | None, BELOW_ONE] = None
     eps: float | None = None
