@@ -74,7 +74,7 @@ class Optim:
     default. eps: added to the root of the average square; None for the optimizer's default. weight_decay:
     decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
     value.
-    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
+    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as decay:0.1.
     warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
     lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
     leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
