@@ -180,7 +180,7 @@ def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(w
         used |= {
             ref for ref in (run.data.train, run.data.held_out, run.general) if str(ref).startswith("configs/")
         }
-    expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css)$", file)}
+    expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css|json)$", file)}
     expected |= {
         f"jaxft/shipped/{file}"
         for file in tracked
