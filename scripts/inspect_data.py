@@ -34,6 +34,7 @@ from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from jaxft.data import prompts  # noqa: E402
+from jaxft.data.chat import HIDDEN_CALLS  # noqa: E402
 from jaxft.data.inspection import (  # noqa: E402
     Inspected,
     ShownExample,
@@ -41,6 +42,7 @@ from jaxft.data.inspection import (  # noqa: E402
     contents,
     inspect,
 )
+from jaxft.data.invalid import DROP  # noqa: E402
 from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.lengths import RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
@@ -180,19 +182,21 @@ def invalid_text(found: Inspected, setting: str) -> str:
     if not found.invalid:
         return "no invalid rows"
     count = sum(row.rows for row in found.invalid)
-    effect = f"a run ends at the first, and with {setting} leaves them out" if setting else "left out"
+    effect = f"a run ends at the first; set {setting}" if setting else "a run leaves them out"
     header = f"{count} of {found.rows} rows are invalid ({count / found.rows:.1%}): {effect}"
     return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in found.invalid)])
 
 
 def invalid_setting(found: Inspected, data: Data, tokenizer: Any) -> str:
-    """Return the setting with which a run leaves the invalid rows out, "" if it does so already."""
+    """Return the setting that keeps a run from ending at an invalid row, "" if it leaves them out already."""
     if not found.invalid:
         return ""
+    if any(row.reason == HIDDEN_CALLS for row in found.invalid):
+        return "chat_template=qwen"
     fraction = np.ceil(100 * sum(row.rows for row in found.invalid) / found.rows) / 100
-    for limit in (data.invalid_limit, max(fraction, data.invalid_limit), 1.0):  # it holds for each dataset
+    limits = (data.invalid_limit, max(fraction, data.invalid_limit), 1.0)  # which hold for each dataset
+    for tried in (data, *(dataclasses.replace(data, invalid=DROP, invalid_limit=float(x)) for x in limits)):
         try:
-            tried = dataclasses.replace(data, invalid="drop", invalid_limit=float(limit))
             if isinstance(tried, Prompts):
                 prompts.split_prompts(tried, tokenizer)
             else:
@@ -200,8 +204,9 @@ def invalid_setting(found: Inspected, data: Data, tokenizer: Any) -> str:
             break
         except ValueError:
             continue
+    limit = tried.invalid_limit
     more = f" data.invalid_limit={limit:g}" if limit > data.invalid_limit else ""
-    return f"data.invalid=drop{more}" if more or data.invalid != "drop" else ""
+    return f"data.invalid={DROP}{more}" if tried is not data else ""
 
 
 def repetition_lines(found: Inspected) -> tuple[list[str], str]:
@@ -294,7 +299,7 @@ def main() -> int:
     proposed = " ".join(filter(None, (setting, drop)))
     summary = [statistics.pop(name) for name in ("summary", "learned") if name in statistics]
     if proposed:
-        lines.append(f"to leave these rows out, set {proposed}")
+        lines.append(f"to train without these rows, set {proposed}")
     for line in (invalid_text(found, setting), *found.warnings, *summary, *lines):
         console.print(printable_text(line), soft_wrap=True, markup=False)
     lengths = measure(data, tokenizer)

@@ -32,13 +32,15 @@ SET_BY_JAXFT = (
     "generation_indices", "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler",
     "joiner", "loop", "self",
 )  # fmt: skip
-# Other names of columns in public datasets, which are read where a row has none of a format's own.
+# Other names of columns in public datasets, which are read where a row lacks a format's own.
 COLUMN_SYNONYMS = {
     "prompt": ("question", "query", "problem", "input"),
     "completion": ("answer", "response", "output", "solution"),
     "response": ("answer", "completion", "solution"),
     "system": ("system_prompt",),
+    "input": ("context",),
 }
+FURTHER = ("system", "input")  # those of them that a row may lack
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 NEAR = 0.75  # similarity of names that may be a misspelling of one another
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -80,6 +82,14 @@ def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
     names = COLUMN_SYNONYMS.get(ours, ())
     found = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
     return found[0] if len(found) == 1 else None
+
+
+def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[str, str]:
+    """Return the optional columns that a row has by another name only, with these names."""
+    found = {
+        ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
+    }
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
 
 
 def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:

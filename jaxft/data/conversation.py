@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from jaxft.data.columns import (
     dialogue_of,
+    further_columns,
     instruction_of,
     is_dialogue,
     is_open_dialogue,
@@ -172,15 +173,22 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
 
 
 def with_prompt(row: Row, format: str = "auto") -> Row:
-    """Return the row with the columns that are spelled with other cases or spaces, and, if it has no prompt,
-    with the one that has another name for it, such as question. All other columns stay.
+    """Return the row with the columns that are spelled with other cases or spaces, and with those that it has
+    only by another name, such as question for the prompt. All other columns stay.
     """
-    known = respelled(tuple(row.fields), _KNOWN)
-    fields = {**row.fields, **{ours: row.fields[theirs] for ours, theirs in known.items()}}
-    name = other_prompt(Row(row.name, fields)) if format in ("auto", PLAIN, "prompt") else None
-    if name is not None:
-        fields["prompt"] = fields[name]
-    return Row(row.name, fields) if known or name is not None else row
+    found = respelled(tuple(row.fields), _KNOWN)
+    fields = {**row.fields, **{ours: row.fields[theirs] for ours, theirs in found.items()}}
+    if format in ("auto", PLAIN):
+        name = other_prompt(Row(row.name, fields))
+        found = found if name is None else {**found, "prompt": name}
+    if format == "auto":
+        optional = ("system", "input") if fields.get("instruction") is not None else ("system",)
+        found = {**found, **further_columns(fields, optional)}
+    return (
+        Row(row.name, {**fields, **{ours: fields[theirs] for ours, theirs in found.items()}})
+        if found
+        else row
+    )
 
 
 def other_prompt(row: Row) -> str | None:

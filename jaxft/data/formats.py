@@ -17,14 +17,16 @@ columns.COLUMN_SYNONYMS for each column that is missing, such as "question" and 
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jaxft.data.columns import (
     COLUMN_SYNONYMS,
+    FURTHER,
     column_of,
+    further_columns,
     misspelled,
     other_name,
     respelled,
@@ -172,6 +174,7 @@ def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], sch
     chosen, others = format, tuple[tuple[str, str], ...]()
     if format in ("auto", PLAIN):
         chosen, others = _most_common_format(counts, set(mapping), schemas)
+        others = tuple(item for item in others if not (plain and item[0] in FURTHER))
     if chosen not in schemas.required:
         known = ", ".join(schemas.required)
         raise ValueError(f"data.format={format!r}; use auto, {PLAIN} or one of {known}")
@@ -200,16 +203,21 @@ def _most_common_format(
     counts: ColumnCounts, mapped: set[str], schemas: Schemas
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the format that most rows fit, and the columns with other names that it needs if no row fits
-    one without. Raises the first row's InvalidRow if none fits one with these either.
+    one without, and further ones of its rows. Raises the first row's InvalidRow if none fits one with these
+    either.
     """
     for detect in (_detect_as_named, _detect_by_other_names):
         votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        rows = defaultdict[Any, list[Row]](list)
         for count, row in counts.rows.values():
-            format = attempt(detect, row, mapped, schemas)
-            if not isinstance(format, InvalidRow):
-                votes[format] += count
+            found = attempt(detect, row, mapped, schemas)
+            if not isinstance(found, InvalidRow):
+                votes[found] += count
+                rows[found].append(row)
         if votes:
-            return votes.most_common(1)[0][0]
+            format, columns = best = votes.most_common(1)[0][0]
+            each = (further_columns(row.fields, schemas.optional[format]) for row in rows[best])
+            return format, (*columns, *dict.fromkeys(item for more in each for item in more.items()))
     if counts.first is None:
         raise ValueError("no rows to read the format from")
     return _detect_as_named(valid(counts.first), mapped, schemas)
@@ -235,12 +243,7 @@ def _detect_by_other_names(
     best = [format for format, others in found.items() if len(others) == fewest]
     if len(best) != 1:
         raise InvalidRow(row.name, "columns of no format", "no format fits with other names of columns")
-    columns = found[best[0]]
-    for ours in schemas.optional[best[0]]:
-        theirs = other_name(row.fields, ours)
-        if row.fields.get(ours) is None and theirs is not None:
-            columns[ours] = theirs
-    return best[0], tuple(columns.items())
+    return best[0], tuple(found[best[0]].items())
 
 
 def describe_schemas(schemas: Schemas) -> str:

@@ -84,7 +84,7 @@ def find_data(ref: str) -> Path | None:
         candidates.append(ROOT / ref)
     found = next((path for path in candidates if path.exists()), None)
     folder, _, split = ref.rpartition(":")
-    if found is None and folder and split.isidentifier():
+    if found is None and folder and split:
         parent = find_data(folder)
         if parent is not None and split in saved_splits(parent):
             return parent / split
@@ -97,14 +97,18 @@ def saved_splits(path: Path) -> list[str]:
         names = json.loads((path / SPLITS).read_bytes())["splits"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
-    return [x for x in names if isinstance(x, str) and (path / x / SAVED[1]).is_file()]
+    known = (x for x in names if isinstance(x, str) and re.fullmatch(r"\w[\w.-]*", x))
+    return [x for x in known if (path / x / SAVED[1]).is_file()]
 
 
 def evaluation_split(ref: str) -> str | None:
     """Return FOLDER:SPLIT, the split for evaluation of a folder as DatasetDict.save_to_disk writes; None
     without any.
     """
-    path = find_data(ref)
+    try:
+        path = find_data(ref)
+    except OSError:  # a list of files that is too long for a name
+        return None
     splits = saved_splits(path) if path is not None else []
     return next((f"{ref}:{name}" for name in _EVALUATION_SPLITS if name in splits), None)
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
-from jaxft.data.invalid import INVALID
+from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
 from jaxft.data.left_out import DROPPED
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
@@ -34,11 +34,12 @@ class DataSettings:
     date: the date that chat templates print as today's.
     chat_template_kwargs: further arguments of the chat template, "name=value", such as
     enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
-    its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: an
-    invalid row ends the run ("error"), or is left out, counted and reported ("drop"). invalid_limit: the
-    largest fraction of a dataset's rows that "drop" leaves out. workers: processes that tokenise the rows;
-    none: one per CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers;
-    every epoch goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
+    its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: up
+    to 1 % invalid rows of a dataset are left out, counted and reported, and more end the run with the error
+    of the first ("few"); any ends it ("error"); or up to invalid_limit of them are left out ("drop").
+    invalid_limit: a fraction of a dataset's rows. workers: processes that tokenise the rows; none: one per
+    CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers; every epoch
+    goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
     max_samples: rows that are read of each dataset, the first ones; none: all. drop: rows that are left out
     and counted, any of "duplicates" and "placeholders" (see left_out.py).
     """
@@ -55,7 +56,7 @@ class DataSettings:
     date: str = DATE
     chat_template_kwargs: tuple[str, ...] = ()
     system: str = TURN
-    invalid: str = "error"
+    invalid: str = FEW
     invalid_limit: float = 0.05
     workers: int | None = None
     order_by: str | None = None
@@ -120,11 +121,12 @@ class DataSettings:
     @property
     def allowed_invalid(self) -> float | None:
         """The largest fraction of a dataset's rows that may be left out as invalid, None for none at all."""
-        return self.invalid_limit if self.invalid == "drop" else None
+        return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
     def tokenising(self, cache: Path | None) -> Tokenising:
         """How this machine tokenises the rows. cache: see Dataset.open."""
-        return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first())
+        few = self.invalid == FEW
+        return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
 
     def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""

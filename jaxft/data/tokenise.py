@@ -88,15 +88,17 @@ class RowKind:
 class Tokenising(NamedTuple):
     """Settings that the tokens do not depend on.
 
-    cache: the folder of the cache, None for the default. invalid_limit: see InvalidRows. workers: processes;
-    None for one per CPU, or this one alone for a small dataset. progress: whether to print the progress of a
-    long tokenisation. sample: tokenise about so many rows of a larger dataset, None for all.
+    cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
+    workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
+    print the progress of a long tokenisation. sample: tokenise about so many rows of a larger dataset, None
+    for all.
     """
 
     cache: Path | None = None
     invalid_limit: float | None = None
     workers: int | None = None
     progress: bool = False
+    names_first: bool = False
     sample: int | None = None
 
 
@@ -138,7 +140,7 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
         kind.stored,
         partial(_tokenise, ref, listing, kind, tokenizer, how),
     )
-    facts, invalid = stored.facts, InvalidRows(how.invalid_limit)
+    facts, invalid = stored.facts, InvalidRows(how.invalid_limit, how.names_first)
     invalid.merge(_tallies(facts["invalid"], listing.folder))
     names = RowNames(listing.labels, stored.columns["source"], stored.columns["number"])
     invalid.check(ref, facts["total"] + facts["unreadable"])
@@ -174,7 +176,8 @@ def _tokenise(
     add: Callable[[ChunkColumns], None],
 ) -> StoredFacts:
     """Tokenise all chunks; see cache.load_or_make."""
-    invalid, sources = InvalidRows(how.invalid_limit), {x: i for i, x in enumerate(listing.labels)}
+    invalid = InvalidRows(how.invalid_limit, how.names_first)
+    sources = {x: i for i, x in enumerate(listing.labels)}
     total, unreadable, left, largest, some = 0, 0, 0, 0, list[Row]()
     with start_workers(worker_count(how.workers, listing.size), (kind, tokenizer, how.invalid_limit)) as run:
         format, chunks, rows = _format_of(ref, listing, kind, run, how)
@@ -183,6 +186,7 @@ def _tokenise(
                 progress.add(done.rows + done.unreadable)
                 invalid.merge(done.invalid)
                 total, unreadable = total + done.rows, unreadable + done.unreadable
+                invalid.check_begun(ref, total + unreadable, rows)
                 left += done.left
                 some = first_rows([*some, *done.examples], kind.settings.columns)
                 count = len(done.part["number"])
@@ -212,7 +216,7 @@ def _format_of(
     if kind.schemas is None or (fixed and listing.size > ROW_CHUNK_BYTES):
         counts = ColumnCounts()
         return _choose(counts, kind), listing.chunks(), listing.rows
-    invalid, counts, total = InvalidRows(how.invalid_limit), ColumnCounts(), 0
+    invalid, counts, total = InvalidRows(how.invalid_limit, how.names_first), ColumnCounts(), 0
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
         chunks = [LoadedRows(tuple(chunk.rows()), chunk.label) for chunk in listing.chunks()]
@@ -324,7 +328,7 @@ def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk
     left = [rows[i] for i in index]
     names = [row.name.rpartition(":") for row in left]
     part["number"] = np.array([int(number) for _, _, number in names], np.int64)
-    some = first_rows(left, job.kind.settings.columns)
+    some = [] if format.name == "text" else first_rows(left, job.kind.settings.columns)  # it may be long
     return TokenisedChunk(
         [label for label, _, _ in names],
         part,

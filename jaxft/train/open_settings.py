@@ -39,7 +39,6 @@ RUN_STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows mo
 BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
 NEW_TOKENS = 256  # of a completion, TRL's max_completion_length
 AUTO = ("lr=auto", "optim.lr=auto")
-FEW_INVALID = 0.01  # of the rows; so few are left out and reported, and more end a run
 Data = Rows | PairRows | Prompts
 Chosen = dict[str, str]  # settings and their values, as on a command line
 
@@ -134,7 +133,7 @@ def _open_names(settings: Resolved) -> list[str]:
         return []
     is_prompts = isinstance(data, Prompts)
     names = ("max_prompt", "max_new", "micro") if is_prompts else ("max_length", "batch", "micro")
-    return [name for name in (*names, "invalid") if _is_open(settings, name, f"data.{name}")]
+    return [name for name in names if _is_open(settings, name, f"data.{name}")]
 
 
 def _ships(data: str) -> bool:
@@ -211,12 +210,9 @@ class Fit:
         """The setting that limits the rows."""
         return self.data.length_settings[0]
 
-    def choose(self, names: list[str]) -> dict[str, Any]:
+    def choose(self, names: list[str]) -> dict[str, int]:
         """Return values for settings of the data."""
-        data, chosen = self.data, dict[str, Any]()
-        invalid = self.lengths.invalid
-        if "invalid" in names and 0 < invalid <= FEW_INVALID * (len(self.lengths) + invalid):
-            chosen["invalid"] = "drop"
+        data, chosen = self.data, dict[str, int]()
         if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
             chosen[self.limit] = self._length()
         if isinstance(data, Prompts) and "max_new" in names:

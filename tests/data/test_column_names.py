@@ -29,6 +29,8 @@ def contents(fields, columns=()):
         ({"question": "q", "answer": "a"}, ["q", "a"]),
         ({"Question ": "q", "Answer": "a", "id": 3}, ["q", "a"]),
         ({"system_prompt": "s", "question": "q", "response": "a"}, ["s", "q", "a"]),  # OpenOrca
+        ({"instruction": "q", "context": "x", "response": "a", "category": "c"}, ["q\n\nx", "a"]),  # dolly
+        ({"prompt": "q", "completion": "a", "system_prompt": "s"}, ["s", "q", "a"]),
         ({"problem": "q", "level": "5", "solution": "a"}, ["q", "a"]),  # MATH
         ({"prompt": "q", "response": "a"}, ["q", "a"]),
         ({"input": "q", "output": "a"}, ["q", "a"]),
@@ -38,6 +40,8 @@ def contents(fields, columns=()):
 )
 def test_other_spellings_and_words_for_columns_are_read(fields, expected):
     assert contents(fields) == expected
+    *turns, _ = expected
+    assert [message["content"] for message in prompt_of(Row("r:1", fields)).messages] == turns
 
 
 def test_columns_that_are_renamed_are_not_read_by_their_own_names():

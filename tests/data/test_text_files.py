@@ -159,6 +159,28 @@ def test_folders_of_save_to_disk_are_read_by_split(saved):
 def test_the_validation_split_of_a_folder_is_held_out_by_default(saved):
     folder = str(saved / "all")
     assert RowKnobs(folder).settings()["held_out"] == f"{folder}:validation" == evaluation_split(folder)
-    assert RowKnobs(str(saved / "none")).settings()["held_out"] == 0.05
+    for other in (str(saved / "none"), str(saved / "missing"), ",".join(f"{i}.jsonl" for i in range(99))):
+        assert RowKnobs(other).settings()["held_out"] == 0.05
     source = Rows(folder, held_out=f"{folder}:validation", batch=1).open(tiny("llama3"), cache=saved)
     assert (source.info.stats.examples, source.info.stats.held_out) == (20, 3)
+
+
+def test_a_document_is_limited_as_a_line_of_json_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxft.data.row_text.LINE_BYTES", 100)
+    path = tmp_path / "long.txt"
+    path.write_text("short line\n\n" * 30)
+    with pytest.raises(ValueError, match=r"long.txt:1: the text has more than .*data.sample_by=paragraph or"):
+        texts(path)
+    assert len(texts(path, "paragraph")) == len(texts(path, "line")) == 30
+    path.write_text("x" * 1000)
+    with pytest.raises(ValueError, match=r"long.txt:1: the text has more than"):
+        texts(path, "line")
+
+
+def test_text_that_is_not_of_its_encoding_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é ok".encode() + b"\n<|endoftext|>\n\xe9\xff damaged")
+    with pytest.raises(ValueError, match=r"a\.txt:3: the text that begins here has bytes that are not UTF-8"):
+        read_rows(str(tmp_path / "a.txt"))
+    (tmp_path / "b.txt").write_bytes("a\nb".encode("utf-16") + b"\x00")
+    with pytest.raises(ValueError, match=r"b\.txt: not utf-16-le text .*; convert the file to UTF-8"):
+        read_rows(str(tmp_path / "b.txt"))

@@ -14,6 +14,7 @@ import pytest
 from scripts_in_process import load
 
 from jaxft.data import shipped
+from jaxft.data.mixture import parse_sources
 from jaxft.data.shipped import COMMANDS, ROOT
 from jaxft.runs import commands, completion, config, parse, report, streams
 from jaxft.train.recipes import SHIPPED
@@ -177,9 +178,8 @@ def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(w
     used = {part for ref in SHIPPED for part in (ref, ref.replace(".jsonl", "_held_out.jsonl"))}
     for name in RECIPES:
         run = config.load_config(name, [])
-        used |= {
-            ref for ref in (run.data.train, run.data.held_out, run.general) if str(ref).startswith("configs/")
-        }
+        named = [str(ref) for ref in (run.data.train, run.data.held_out, run.general)]
+        used |= {source.ref for ref in named if ref.startswith("configs/") for source in parse_sources(ref)}
     expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css)$", file)}
     expected |= {
         f"jaxft/shipped/{file}"

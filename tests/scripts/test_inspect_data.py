@@ -262,10 +262,8 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
     for limit, setting in (("0.9", ""), ("0.5", " data.invalid_limit=0.84")):
         shown = inspect(*args, f"invalid_limit={limit}")
         setting = f"data.invalid=drop{setting}"
-        first = (
-            f"5 of 6 rows are invalid (83.3%): a run ends at the first, and with {setting} leaves them out\n"
-        )
-        assert shown.startswith(first) and f"to leave these rows out, set {setting}\n" in shown
+        first = f"5 of 6 rows are invalid (83.3%): a run ends at the first; set {setting}\n"
+        assert shown.startswith(first) and f"to train without these rows, set {setting}\n" in shown
         for line in (
             "      2  empty column 'chosen': bad_pairs.jsonl:3: column 'chosen' is empty",
             "      1  empty column 'rejected': bad_pairs.jsonl:4:",
@@ -282,8 +280,8 @@ def test_rows_to_leave_out_and_warnings_come_first_with_the_setting_that_leaves_
     args = ("--data", "mess.csv", "--model", "model", "held_out=none", "batch=1")
     shown = inspect(*args)
     order = [
-        "1 of 12 rows are invalid (8.3%): a run ends at the first, and with data.invalid=drop "
-        "data.invalid_limit=0.09 leaves them out\n",
+        "1 of 12 rows are invalid (8.3%): a run ends at the first; set data.invalid=drop "
+        "data.invalid_limit=0.09\n",
         "note: the columns of mess.csv are separated by semicolons\n",
         "note: mess.csv: columns are read by other names: Question as prompt, Answer as completion",
         "11 examples in ",
@@ -298,8 +296,23 @@ def test_rows_to_leave_out_and_warnings_come_first_with_the_setting_that_leaves_
     assert shown.count("11 examples") == shown.count("response tokens are learned") == 1
     settings = ("invalid=drop", "invalid_limit=0.09", "drop=duplicates,placeholders")
     again = inspect(*args, *settings)
-    assert again.startswith("1 of 12 rows are invalid (8.3%): left out\n") and "to leave" not in again
+    assert again.startswith("1 of 12 rows are invalid (8.3%): a run leaves them out\n")
+    assert "to train without" not in again
     assert "9 examples in" in again and "data.drop: 1 duplicates and 1 placeholders as responses" in again
+
+
+def test_tool_calls_that_the_template_drops_are_no_rows_to_leave_out(inspect, place):
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    good = [{"messages": [turns[0], {"role": "assistant", "content": "so"}]}] * 2
+    (place / "calls.jsonl").write_text("\n".join(map(json.dumps, [{"messages": turns}, *good])))
+    shown = inspect("--data", "calls.jsonl", "--model", "model", "held_out=none", "batch=1")
+    assert shown.startswith(
+        "1 of 3 rows are invalid (33.3%): a run ends at the first; set chat_template=qwen\n"
+    )
 
 
 def test_tools_that_the_template_drops_are_a_warning(inspect, place):

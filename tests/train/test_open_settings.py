@@ -56,7 +56,7 @@ def test_lengths_of_own_rows_cover_99_percent_within_the_models_context(place):
 def test_rows_that_ship_and_settings_that_are_given_leave_everything_as_it_is(place):
     shipped, lines = fitted(resolve("sft", ["data=configs/data/finetuning.jsonl"]), devices=1)
     assert shipped.chosen == {} and lines == [] and shipped.value.data.max_length == 512
-    given = ["max_length=128", "batch=6", "data.micro=2", "data.invalid=error", "lr=0.1"]
+    given = ["max_length=128", "batch=6", "data.micro=2", "lr=0.1"]
     found = settings_of("sft", *place, "data=rows.jsonl", *given)
     assert found.chosen == {} and found.value.data.max_length == 128 and found.value.optim.lr == 0.1
 
@@ -83,14 +83,6 @@ def test_lengths_of_rollouts_by_hand(answers, budget, expected):
     lengths = RowLengths(prompts, none, (), none.sum(1), np.array(answers, np.int64))
     run = config.load_config("grpo", [])  # 8 prompts in groups of 8
     assert Fit(run, lengths, budget).choose(["max_prompt", "max_new", "micro"]) == expected
-
-
-def test_few_invalid_rows_are_left_out_and_more_end_the_run(place):
-    rows = Path("rows.jsonl").read_text()
-    Path("few.jsonl").write_text(rows + '{"instruction": "why?", "response": ""}\n')
-    Path("many.jsonl").write_text(rows + 2 * '{"instruction": "why?", "response": ""}\n')
-    assert settings_of("sft", *place, "data=few.jsonl").value.data.invalid == "drop"
-    assert settings_of("sft", *place, "data=many.jsonl").value.data.invalid == "error"
 
 
 def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):
