@@ -229,8 +229,7 @@ class Fit:
         limit = getattr(data, self.limit)
         shown = ", ".join(f"{p} % up to {percentile(longest, p):,}" for p in (50, 90, 99))
         found = [f"tokens of {len(longest):,} {what}s: {shown}, the longest {longest.max():,}"]
-        if data.too_long != "split":
-            found.append(self._cover_line(limit))
+        found.append(self._cover_line(limit))
         if isinstance(data, Prompts) and "max_new" in chosen:
             found.append(self._new_tokens_line())
         tokens = micro_tokens(data, self.lengths, limit)
@@ -247,6 +246,8 @@ class Fit:
         return replace(self, run=replace(self.run, data=data))
 
     def _cover_line(self, limit: int) -> str:
+        if self.data.too_long == "split":
+            return f"longer {self.data.unit} are split (data.too_long), so that no token is lost"
         covered, all_ = self.lengths.covered(limit), round_up(int(self.lengths.longest.max()), LENGTH_STEP)
         if covered == 1:
             return f"{self.limit}={limit} covers all {self.data.unit}"

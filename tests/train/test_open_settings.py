@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_llama import tiny_torch, write_folder
+from tiny_run import ROOT, Place, write_place, write_rows
 
 from jaxft.data.lengths import RowLengths
 from jaxft.runs import config
@@ -140,6 +141,28 @@ def test_documents_that_are_split_keep_the_recipes_length():
 
 def test_the_smallest_batch_has_a_row_of_every_device():
     assert replace(fit_of([100] * 40, ROWS), devices=8).choose(NAMES)["batch"] == 8
+
+
+@pytest.mark.slow
+def test_a_run_prints_and_stores_what_was_chosen_and_has_an_alarm_if_it_cuts_many_rows(tmp_path):
+    write_place(tmp_path)
+    (tmp_path / "config.py").write_text((ROOT / "configs" / "sft.py").read_text())
+    write_rows(
+        tmp_path / "own.jsonl", [{"prompt": "why?", "completion": "b" * (5 * i)} for i in range(1, 41)]
+    )
+    place = Place(tmp_path)
+    options = ["model=base", "data=own.jsonl", "general=none", "samples=0", "dtype=float32", "lr=0.01"]
+    assert place.run(*options, "name=a", "loop.steps=2") == 0, place.err()
+    assert "chosen from the rows: max_length=256 batch=1 micro=1" in place.out()
+    assert "alarm" not in place.out()
+    record = json.loads((place.runs("a") / "config.json").read_text())
+    assert record["command"]["chosen"] == {"max_length": "256", "batch": "1", "micro": "1"}
+    assert place.run(*options, "name=a", "loop.steps=3") == 0, place.err()
+    assert place.checkpoints("a")[-1] == 3
+    assert place.run(*options, "name=b", "loop.steps=1", "max_length=64") == 0, place.err()
+    assert "alarm after step 0:" in place.out() and "more tokens than max_length=64" in place.out()
+    (alarm,) = json.loads((place.runs("b") / "summary.json").read_text())["alarms"]
+    assert "max_length=256 covers 99 %" in alarm
 
 
 # ---- the learning rate
