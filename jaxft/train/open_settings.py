@@ -34,6 +34,7 @@ from jaxft.train.settings import Run
 from jaxft.weights.pretrained import load_tokenizer
 
 COVERED = 99  # percent of the rows that are whole
+LITTLE = 1.1  # times the memory of activations
 MICRO_TOKENS = 4096  # of a microbatch, unless the recipe itself has more
 RUN_STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
 BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
@@ -270,12 +271,19 @@ class Fit:
         )
 
     def _length(self) -> int:
-        """Return a limit that covers most rows, at least the recipe's, within budget and context."""
+        """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory: at
+        least the recipe's, within budget and context.
+        """
         data, context = self.data, self.run.model.config.max_positions
         most = min(context, self.budget // max(1, len(self.lengths.kinds)))
         if isinstance(data, Prompts):
             most = min(context, self.budget) - LENGTH_STEP
-        wanted = round_up(percentile(self.lengths.longest, COVERED), LENGTH_STEP)
+        wanted, all_ = (round_up(percentile(self.lengths.longest, p), LENGTH_STEP) for p in (COVERED, 100))
+        fit = self._with_data(max_new=NEW_TOKENS) if isinstance(data, Prompts) else self
+        if micro_tokens(fit.data, self.lengths, all_) <= LITTLE * micro_tokens(
+            fit.data, self.lengths, wanted
+        ):
+            wanted = all_
         return min(max(getattr(data, self.limit), wanted), max(1, most // LENGTH_STEP) * LENGTH_STEP)
 
     def _new_tokens(self, max_prompt: int) -> int:
