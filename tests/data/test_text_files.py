@@ -101,6 +101,16 @@ def test_files_of_rows_win_over_text_files_of_their_folder_with_a_note(tmp_path)
     assert "1 text files, such as chapter.txt, are not read: it has files of rows, such as r.jsonl" in note
 
 
+def test_a_folder_with_files_for_evaluation_is_read_whole_with_a_note(tmp_path):
+    for name in ("train-00000", "test-00000", "contest"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "row"}')
+    (note,) = list_chunks(str(tmp_path)).notes
+    assert "test-00000.jsonl is read for training as train-00000.jsonl is" in note
+    assert f"held_out={tmp_path / 'test-00000.jsonl'}" in note
+    (tmp_path / "train-00000.jsonl").rename(tmp_path / "rows.jsonl")
+    assert len(read_rows(str(tmp_path))) == 3 and not list_chunks(str(tmp_path)).notes
+
+
 def test_what_a_row_of_text_is_changes_the_tokens_in_the_cache(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\nfour")
     counts = []
