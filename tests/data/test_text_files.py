@@ -9,6 +9,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.row_text import SAMPLE_BY
 from jaxft.data.rows import evaluation_split, list_chunks, read_rows
 from jaxft.data.sft import Rows
+from jaxft.data.text_encoding import sniff_encoding
 from jaxft.train.recipes import RowKnobs
 
 RECORDS = [["prompt", "completion"], ["Où, ça?", "là; “ici”"], ["wie groß", "2 | 3"], ["q\n2", 'say "a"']]
@@ -60,6 +61,12 @@ def test_damaged_utf_8_is_not_taken_for_cp1252(tmp_path, damage):
     path.write_bytes(b"prompt,completion\na,b\nc," + damage + b"\n")
     with pytest.raises(ValueError, match=r"r\.csv:3: not UTF-8"):
         read_rows(str(path))
+
+
+def test_cp1252_is_found_far_into_a_file(tmp_path):
+    rows = ["prompt,completion", *["plain,text"] * 600_000, "wie groß,fünf"]
+    (tmp_path / "r.csv").write_bytes("\n".join(rows).encode("cp1252"))
+    assert sniff_encoding(tmp_path / "r.csv") == "cp1252"
 
 
 def test_json_lines_in_utf_16_are_read_with_a_note(tmp_path):
