@@ -11,7 +11,7 @@ from tiny_run import ROOT, Place, write_place, write_rows
 
 from jaxft.data.lengths import RowLengths
 from jaxft.runs import config
-from jaxft.train.open_settings import Fit, fitted, learning_rate, resolve
+from jaxft.train.open_settings import Fit, activation_bytes, fitted, learning_rate, resolve
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,15 @@ def test_all_rows_are_covered_if_that_takes_little_more_memory():
 def test_documents_that_are_split_keep_the_recipes_length():
     chosen = fit_of([5000] * 40, {**ROWS, "too_long": "split"}).choose(NAMES)
     assert "max_length" not in chosen
+
+
+def test_bytes_of_activations_by_hand():
+    model = config.load_config(
+        "sft", []
+    ).model  # 30 layers of width 576, mlp 1536, 9 heads and 3 kv heads of 64
+    widths = 576 + 192 + 192 + 576 + 576 + 1536 + 1536  # q, k, v, attention, o, gate, up in bfloat16
+    assert activation_bytes(model, "projections") == 30 * (2 * widths + 4 * 576)
+    assert activation_bytes(model, "full") == 30 * 4 * 576  # the residual stream in float32
 
 
 def test_the_smallest_batch_has_a_row_of_every_device():
