@@ -8,9 +8,9 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \\
         batch={devices} micro=1
 
-No weights, network or devices are used, and no rows but those of data=FILE, whose lengths are planned, or those
-of --hours and --price. Compiling for NVIDIA GPUs needs jax's CUDA plugin (pip install 'jaxft[cuda12]'), for
-TPUs libtpu (pip install 'jaxft[tpu]').
+No weights, network or devices are used, and no rows but those of data=FILE, whose lengths are planned, or
+those of --hours and --price. Compiling for NVIDIA GPUs needs jax's CUDA plugin (pip install 'jaxft[cuda12]'),
+for TPUs libtpu (pip install 'jaxft[tpu]').
 
 All programs of the run are compiled: the train step, evaluation, sampling and others. --train-only, several
 machines and --search compile only the train step.
