@@ -18,6 +18,8 @@ from jaxft.objectives.preference_losses import ipo
 from jaxft.rl.rewards import exact
 from jaxft.runs.config import ObjectText, resolve_config
 from jaxft.runs.log import Log
+from jaxft.runs.page.run_files import read_run
+from jaxft.runs.page.sections import effort
 from jaxft.runs.trackers.console import duration
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import open_settings
@@ -83,6 +85,9 @@ def test_a_finished_run_has_its_time_tokens_and_hardware_in_summary_and_card(pla
     assert {"rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"} <= seconds.keys()
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=0.01)
     assert f"- Training took {duration(sum(seconds.values()))}" in card
+    with working_directory(place):
+        facts = effort(read_run("api", trained[0].folder))
+    assert facts["time in total"].startswith(duration(sum(seconds.values()))) and facts["tokens"] == "554"
     assert "mlx-lm" in card and "for 554 tokens on 1 x cpu" in card
 
 
