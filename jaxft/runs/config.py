@@ -51,7 +51,6 @@ __all__ = [
     "load_config",
     "recipe_knobs",
     "resolve_config",
-    "resolve_texts",
     "with_fields",
 ]
 
@@ -97,22 +96,23 @@ RENAMED: dict[str, str] = {
     "jaxft.objectives.reference_free": "jaxft.objectives.reference_free_losses",
 }
 
-KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
 Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
+KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
 LONGEST_KIND = 60  # characters in the help's table; a longer entry moves only its own comment
 Steps = tuple[str, ...]  # the field names that lead to a setting
 
 
 class ObjectText(str):
-    """A setting's value that is a Python object, not a text to parse; as a string it is the object's name."""
+    """An override whose value is a Python object: the text is only how messages name it."""
 
     value: Any
 
     @classmethod
-    def of(cls, value: Any) -> "ObjectText":
-        """Return the value under its own name, or that of its type."""
+    def of(cls, value: Any, key: str = "") -> "ObjectText":
+        """Return `key=NAME`, or without a key the object's own name or that of its type."""
         named = inspect.isroutine(value) or isinstance(value, type)
-        text = cls(value.__qualname__ if named else type(value).__qualname__)
+        name = value.__qualname__ if named else type(value).__qualname__
+        text = cls(f"{key}={name}" if key else name)
         text.value = value
         return text
 
@@ -127,7 +127,7 @@ class Resolved:
     value: Any
     knobs: dict[str, Any]
     fields: dict[str, Any]
-    line: tuple[str, ...] = ()
+    line: tuple[Any, ...] = ()
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     chosen: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -135,7 +135,9 @@ class Resolved:
         """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
         were set, the command line's recipe and overrides, and settings that were chosen.
         """
-        command = {"knobs": self.knobs, "fields": self.fields, "line": list(self.line)}
+        is_line = all(isinstance(part, str) and not isinstance(part, ObjectText) for part in self.line)
+        line = list(self.line) if is_line else []  # Python's objects are on no command line
+        command = {"knobs": self.knobs, "fields": self.fields, "line": line}
         command |= {"chosen": self.chosen} if self.chosen else {}
         return {**describe(self.value), "command": describe(command)}
 
@@ -147,23 +149,15 @@ def load_config(path: str, overrides: list[str], expected: type = object) -> Any
 
 def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object) -> Resolved:
     """Call a file's `config` with the knobs among the overrides, then replace the fields that the others
-    name.
+    name. recipe: a file or its name, or the function itself. overrides: some may be an ObjectText.
 
     Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
     `config` must return.
     """
-    return resolve_texts(recipe, _split(overrides), tuple(overrides), expected)
-
-
-def resolve_texts(
-    recipe: Recipe, texts: dict[str, str], line: tuple[str, ...] | None, expected: type = object
-) -> Resolved:
-    """Return what `resolve_config` does for the values of settings by name, of which each is a text or an
-    ObjectText. line: the overrides of the same command line, None if there is none.
-    """
     fn, _ = _config_function(recipe)
     path = recipe if isinstance(recipe, str) else fn.__qualname__
     knobs = _knobs(fn)
+    texts = _split(overrides)
     given = {
         key: _parse_as(key, text, knobs[key].kind, knobs[key].default)
         for key, text in texts.items()
@@ -180,9 +174,7 @@ def resolve_texts(
     dotted = {key: text for key, text in texts.items() if key not in knobs}
     value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    is_line = line is not None and isinstance(recipe, str)
-    line_of_run = (path, *(line or ())) if is_line else ()
-    return Resolved(value, defaults | given, found, line_of_run, defaults)
+    return Resolved(value, defaults | given, found, (recipe, *overrides), defaults)
 
 
 def recipe_defaults(path: str) -> Any:
@@ -200,9 +192,9 @@ def knob_names(recipe: Recipe) -> list[str]:
     return list(recipe_knobs(recipe))
 
 
-def recipe_knobs(path: Recipe) -> "dict[str, Knob]":
+def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
     """The knobs of a config file by name, in order."""
-    return _knobs(_config_function(path)[0])
+    return _knobs(_config_function(recipe)[0])
 
 
 def with_fields(value: Any, *overrides: str) -> Any:
@@ -285,6 +277,8 @@ def _split(overrides: list[str]) -> dict[str, str]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r}: an override is knob=value or section.field=value")
+        if isinstance(override, ObjectText):
+            text = ObjectText.of(override.value)
         if key in texts:
             raise ValueError(f"{key} is given twice: {texts[key]} and {text}")
         texts[key] = text

@@ -8,11 +8,9 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from jaxft.runs.bug_report import processor
-from jaxft.runs.trackers.console import duration
+from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
 Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
-TOTAL = "total"
-SHORTEST = 1.0  # seconds of a phase that is listed
 Done = TypeVar("Done")
 
 
@@ -114,12 +112,4 @@ def hardware() -> str:
 
 def time_line(perf: dict[str, Any]) -> str:
     """Return the line about a finished run's time, tokens and hardware. perf: as in summary.json."""
-    phases = [
-        f"{phase} {duration(seconds)}"
-        for phase, seconds in perf["seconds"].items()
-        if phase != TOTAL and seconds >= SHORTEST
-    ]
-    parts = f" ({', '.join(phases)})" if phases else ""
-    return (
-        f"took {duration(perf['seconds'][TOTAL])}{parts} for {perf['tokens']:,} tokens on {perf['hardware']}"
-    )
+    return f"took {time_by_phase(perf['seconds'])} for {perf['tokens']:,} tokens on {perf['hardware']}"

@@ -26,7 +26,7 @@ from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
 from jaxft.nn.scan import REMAT, RematPolicy
 from jaxft.runs import config
-from jaxft.runs.config import Resolved
+from jaxft.runs.config import Recipe, Resolved
 from jaxft.runs.folder import read_saved_json
 from jaxft.runs.mirror import CHECKPOINTS
 from jaxft.train.recipes import SHIPPED
@@ -69,7 +69,7 @@ def objective_kind(run: Run) -> str:
     return "SFT"
 
 
-def resolve(recipe: str, overrides: list[str]) -> Resolved:
+def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
     """Return the settings of a command that returns a Run. The learning rate is chosen where it is "auto", or
     where the command names another model than the recipe's and no rate.
     """

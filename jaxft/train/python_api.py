@@ -45,7 +45,7 @@ from jaxft.models.model import Model
 from jaxft.nn.quant import QuantKind
 from jaxft.objectives.objective import Objective
 from jaxft.runs import cli
-from jaxft.runs.config import ObjectText, Recipe, Resolved, knob_names, resolve_texts
+from jaxft.runs.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.folder import SUMMARY, read_record, read_saved_json
 from jaxft.runs.interrupt import signal_name
 from jaxft.runs.loaded_weights import LoadedWeights, load_named
@@ -53,7 +53,7 @@ from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_setting
 from jaxft.runs.report import same_prompts
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
-from jaxft.train import loop, members
+from jaxft.train import loop, members, open_settings
 from jaxft.train.reference import precompute
 from jaxft.train.settings import Run
 from jaxft.train.step import TrainStep
@@ -121,10 +121,21 @@ def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str,
     for name in ROW_SETTINGS:
         if name in settings and not isinstance(settings[name], PLAIN_VALUES):
             settings = {**settings, name: rows_file(settings[name])}
-    texts = {name: setting_text(value) for name, value in settings.items()}
-    plain = not any(isinstance(text, ObjectText) for text in texts.values())
-    line = tuple(f"{name}={text}" for name, text in texts.items())
-    return resolve_texts(recipe, texts, line if plain else None, expected=Run)
+    return open_settings.resolve(recipe, [override(name, value) for name, value in settings.items()])
+
+
+def override(name: str, value: Any) -> str:
+    """Return a setting as an override of a command line, or as an ObjectText."""
+    text = setting_text(value)
+    return ObjectText.of(text.value, name) if isinstance(text, ObjectText) else f"{name}={text}"
+
+
+def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
+    """Return the settings with those that follow from the rows, and print lines about these."""
+    found, lines = open_settings.fitted(settings, root=Path(root))
+    for line in lines if processes.is_first() else ():
+        print(line, flush=True)
+    return found
 
 
 def rows_file(rows: GivenRows) -> str:
@@ -171,9 +182,10 @@ def train_recipe(
     with errors_as_lines():
         trackers = [Callback(one) for one in callbacks]
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
-        run, folder = resolved.value, members.run_folder(resolved.value, Path(root))
-        with processes.started(run.hosts, cli.print_error):
-            code = loop.run(run, resolved.describe(), Path(root), trackers)
+        folder = members.run_folder(resolved.value, Path(root))
+        with processes.started(resolved.value.hosts, cli.print_error):
+            resolved = fit_to_rows(resolved, root)
+            code = loop.run(resolved.value, resolved.describe(), Path(root), trackers)
     if code > 128:
         text = f"{folder}: stopped by {signal_name(code - 128)} and saved; the same call resumes"
         raise KeyboardInterrupt(text) if code == 130 else Error(text)
@@ -473,7 +485,7 @@ def prepare_recipe(
         state, metrics = parts.step(state, parts.batch(step))
     """
     with errors_as_lines(), tempfile.TemporaryDirectory() as folder:
-        resolved = resolve_settings(recipe, rows, together({**(settings or {})}, knobs))
+        resolved = fit_to_rows(resolve_settings(recipe, rows, together({**(settings or {})}, knobs)))
         run: Run = resolved.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
             job = members.prepare(run, resolved.describe(), Path(folder))

@@ -18,9 +18,12 @@ from jaxft.objectives.preference_losses import ipo
 from jaxft.rl.rewards import exact
 from jaxft.runs.config import ObjectText, resolve_config
 from jaxft.runs.log import Log
+from jaxft.runs.page.run_files import read_run
+from jaxft.runs.page.sections import effort
 from jaxft.runs.trackers.console import duration
 from jaxft.runs.trackers.tracker import Callback
-from jaxft.train.python_api import resolve_settings, rows_file, setting_text
+from jaxft.train import open_settings
+from jaxft.train.python_api import fit_to_rows, resolve_settings, rows_file, setting_text
 
 SETTINGS = {"lr": 0.02, "steps": 3, "optim.clip": 0.5, "loop.eval_every": 2, "samples": 1}
 
@@ -82,6 +85,9 @@ def test_a_finished_run_has_its_time_tokens_and_hardware_in_summary_and_card(pla
     assert {"rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"} <= seconds.keys()
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=0.01)
     assert f"- Training took {duration(sum(seconds.values()))}" in card
+    with working_directory(place):
+        facts = effort(read_run("api", trained[0].folder))
+    assert facts["time in total"].startswith(duration(sum(seconds.values()))) and facts["tokens"] == "554"
     assert "mlx-lm" in card and "for 554 tokens on 1 x cpu" in card
 
 
@@ -174,11 +180,20 @@ def recipe(lr: float = 1.0, loss: object = None, several: tuple[str, ...] = ()):
 def test_a_recipe_may_be_a_function_and_a_setting_any_object():
     loss = lambda pair: pair.chosen  # noqa: E731
     resolved = resolve_settings(recipe, None, {"loss": loss, "lr": 2, "several": ["a", "b"]})
-    assert resolved.knobs == {"lr": 2.0, "loss": loss, "several": ("a", "b")} and resolved.line == ()
+    assert resolved.knobs == {"lr": 2.0, "loss": loss, "several": ("a", "b")}
+    assert resolved.describe()["command"]["line"] == []  # no command line says this
     resolved = resolve_settings("grpo", None, {"rewards": [loss, "jaxft.rl.rewards:exact"]})
     assert resolved.knobs["rewards"] == (loss, exact)
     record = resolve_settings("dpo", None, {"loss": partial(ipo, beta=0.3)}).describe()
     assert record["command"]["knobs"]["loss"]["args"]["beta"] == 0.3
+
+
+def test_lengths_follow_from_rows_in_memory_as_from_those_of_a_command(place):
+    with working_directory(place):
+        found = fit_to_rows(resolve_settings("sft", rows(), {"model": "base"}))
+        command = ["model=base", f"data={found.value.data.train}"]
+        expected, _ = open_settings.fitted(open_settings.resolve("sft", command))
+    assert found.chosen.keys() >= {"max_length", "lr"} and found.describe() == expected.describe()
 
 
 def test_rows_in_memory_are_a_file_that_is_named_by_their_content(monkeypatch, tmp_path):

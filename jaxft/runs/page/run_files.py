@@ -20,6 +20,7 @@ class RunFiles:
     entries: of metrics.jsonl. is_finished: summary.json is that of the last step, not of an earlier end from
     which the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
     parameters: rows of the parameter table. data: see data.summary. rows: values of held-out rows by name.
+    seconds: of each phase of a finished run.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RunFiles:
     parameters: list[dict[str, Any]]
     data: dict[str, Any]
     rows: dict[str, dict[str, float]]
+    seconds: dict[str, float]
 
 
 def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -107,7 +109,15 @@ def read_run(name: str, folder: Path) -> RunFiles:
         parameters=_list(_json(folder / PARAMETERS_JSON), "rows", dict),
         data=_json(folder / DATA_JSON),
         rows=read_held_out(folder),
+        seconds=_seconds(summary.get("perf")),
     )
+
+
+def _seconds(perf: Any) -> dict[str, float]:
+    """The seconds in a summary's perf, {} for anything else."""
+    found = perf.get("seconds") if isinstance(perf, dict) else None
+    items = found.items() if isinstance(found, dict) else ()
+    return {name: float(x) for name, x in items if isinstance(x, int | float) and not isinstance(x, bool)}
 
 
 def _json(path: Path) -> dict[str, Any]:

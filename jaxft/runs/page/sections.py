@@ -20,7 +20,7 @@ from jaxft.runs.page.markup import (
 )
 from jaxft.runs.page.run_files import RunFiles
 from jaxft.runs.report import joint_alarms, same_prompts
-from jaxft.runs.trackers.console import format_seconds
+from jaxft.runs.trackers.console import TOTAL, format_seconds, time_by_phase
 
 SAMPLES = 24  # prompts in all
 COMPLETION_STEPS, COMPLETIONS = 4, 48  # steps of a run whose completions are shown; completions in all
@@ -141,7 +141,7 @@ def run_facts(run: RunFiles) -> dict[str, Any]:
 
 
 def effort(run: RunFiles) -> dict[str, Any]:
-    """Return what a run took: tokens, time of its steps, speed, hardware."""
+    """Return what a run took: tokens, time in total and of its steps, speed, hardware."""
     perf = [_part(entry, "perf").get(metric_names.SECONDS) for entry in run.entries]
     seconds = sum(x for x in perf if isinstance(x, int | float))
     counts = [entry[metric_names.TOKENS] for entry in run.entries if metric_names.TOKENS in entry]
@@ -149,6 +149,8 @@ def effort(run: RunFiles) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if isinstance(tokens, int | float):
         facts["tokens"] = f"{tokens:,.0f}"
+    if TOTAL in run.seconds:
+        facts["time in total"] = time_by_phase(run.seconds)
     if seconds:
         speed = f", {tokens / seconds:,.0f} tokens per second" if tokens else ""
         facts["time of the steps"] = f"{format_seconds(seconds)}{speed}"

@@ -56,6 +56,7 @@ PERCENTAGES = (names.CLIPPED_RATIO, names.ZERO_STD)
 CLIPPED_STEPS = "clip_ratio"  # metrics of a policy loss that are 0 in a run with one update per rollout
 MOST, MOST_OF_ROLLOUTS = 8, 10  # metrics of a line
 FIRST_PROGRESS, EVERY_PROGRESS = 3.0, 10.0  # seconds before the first line about a phase, and between two
+TOTAL, SHORTEST_PHASE = "total", 1.0  # the time of all phases; seconds of a phase that is listed
 LABEL_WIDTH = 14  # of a column of a sweep's table
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -260,6 +261,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, left = divmod(minutes, 60)
     return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def time_by_phase(seconds: dict[str, float]) -> str:
+    """A run's time with its longer phases: 3 min 24 s (loading 3.3 s, training 3 min 20 s)."""
+    phases = [
+        f"{phase} {duration(x)}" for phase, x in seconds.items() if phase != TOTAL and x >= SHORTEST_PHASE
+    ]
+    return duration(seconds[TOTAL]) + (f" ({', '.join(phases)})" if phases else "")
 
 
 def format_seconds(seconds: float) -> str:
