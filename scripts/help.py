@@ -31,8 +31,8 @@ def overview() -> str:
     from jaxft.runs import documentation
 
     lines = [
-        own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, and with the name"),
-        "of a command its arguments. Topics:",
+        own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, and with the"),
+        "name of a command its arguments. Topics:",
     ]
     known = documentation.topics()
     for file, title in documentation.DOCUMENTS.items():
