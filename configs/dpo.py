@@ -38,7 +38,7 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(),
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION_PAIRS),
     name: str = "dpo",
-    lr: float = 5e-5,
+    lr: float = 5e-5,  # auto: by the model's width, and the default with another model
     loss: PairLossFunction = dpo,
     beta: float = 0.1,
     reference: ReferenceSetting | None = None,  # start, or precomputed with full=true

@@ -58,7 +58,7 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: RolloutKnobs = RolloutKnobs(OPINIONS, epochs=0.6),
     name: str = "grpo",
-    lr: float = 5e-4,
+    lr: float = 5e-4,  # auto: by the model's width, and the default with another model
     rewards: tuple[RewardFunction, ...] = (exact,),
     reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
     combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds those with a score

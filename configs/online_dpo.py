@@ -28,7 +28,7 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: PromptKnobs = PromptKnobs(OPINIONS, batch=16, group=4, epochs=2.0),
     name: str = "online_dpo",
-    lr: float = 1e-4,
+    lr: float = 1e-4,  # auto: by the model's width, and the default with another model
     reward: str | RewardFunction = exact,
     loss: PairLossFunction = dpo,
     beta: float = 0.1,

@@ -88,7 +88,7 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: RolloutKnobs = RolloutKnobs(PAIRS, epochs=0.75, group=4, max_prompt=256, max_new=32, passes=2),
     name: str = "ppo",
-    lr: float = 3e-4,
+    lr: float = 3e-4,  # auto: by the model's width, and the default with another model
     reward: str | RewardFunction = "runs/reward",
     critic: Literal["fresh", "reward", "shared", "full"] | None = None,
     loss: PolicyLossFunction = clipped,

@@ -51,28 +51,31 @@ def main() -> int:
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 
     from jaxft.distributed import processes
-    from jaxft.runs import config
-    from jaxft.train import loop
-    from jaxft.train.settings import Run
+    from jaxft.train import loop, open_settings
 
     if args.dry_run:
         from jaxft.plan import dry_run
+        from jaxft.runs import config
+        from jaxft.runs.trackers.tracker import check_trackers
         from jaxft.train.members import run_folder
         from jaxft.weights.extend import without_model_weights
 
         with without_model_weights():
-            settings = config.resolve_config(recipe, overrides, expected=Run)
+            settings, lines = open_settings.fitted_here(open_settings.resolve(recipe, overrides))
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
-            found = dry_run.dry_run(run, config.recipe_defaults(recipe), settings.describe())
+            check_trackers(run.trackers)
+            found = dry_run.dry_run(run, config.recipe_defaults(recipe), settings.describe(), lines)
             print(dry_run.dry_run_json(found) if args.json else dry_run.dry_run_text(found))
         return 0
     if args.json:
         parser.error("--json is the format of --dry-run; add that, or leave --json out")
-    settings = config.resolve_config(recipe, overrides, expected=Run)
-    run, record = settings.value, settings.describe()
-    with processes.started(run.hosts, cli.print_error):
-        return loop.run(run, record)
+    settings = open_settings.resolve(recipe, overrides)
+    with processes.started(settings.value.hosts, cli.print_error):
+        settings, lines = open_settings.fitted(settings)
+        for line in lines if processes.is_first() else ():
+            print(line, flush=True)
+        return loop.run(settings.value, settings.describe())
 
 
 if __name__ == "__main__":

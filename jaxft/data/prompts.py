@@ -15,7 +15,14 @@ from jaxtyping import Int
 from jaxft.batch import Rollout, Tokens
 from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, one_of
 from jaxft.data.conversation import PROMPT_FORMATS
-from jaxft.data.mixture import held_out_refs, make_mixture, parse_sources, sources_with_metrics
+from jaxft.data.left_out import left_out_rows
+from jaxft.data.mixture import (
+    SourceRef,
+    held_out_sources,
+    make_mixture,
+    parse_sources,
+    sources_with_metrics,
+)
 from jaxft.data.pack import RowShape, ascending, number_groups, permutation, round_up
 from jaxft.data.prompt_rows import PromptRows, PromptTokenSettings, tokenise_prompts
 from jaxft.data.settings import DataSettings
@@ -93,8 +100,9 @@ class Prompts(DataSettings):
     def token_settings(self) -> PromptTokenSettings:
         """The settings that the tokens of a prompt depend on."""
         return PromptTokenSettings(
-            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings, self.order_by
-        )
+            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings,
+            self.order_by, self.max_samples,
+        )  # fmt: skip
 
     @property
     def max_length(self) -> int:
@@ -151,33 +159,49 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any, cache: Path | None = N
 
 
 def _read_all(
-    refs: Sequence[str], names: tuple[str, ...], data: Prompts, tokenizer: Any, cache: Path | None
+    sources: Sequence[SourceRef], names: tuple[str, ...], data: Prompts, tokenizer: Any, cache: Path | None
 ) -> PromptRows:
     """Read the prompts of all datasets. names: their names in metrics, () for a single one."""
-    parts = [read_prompts(ref, data, tokenizer, cache) for ref in refs]
+    parts = [read_prompts(source.ref, source.adapt(data), tokenizer, cache) for source in sources]
     return replace(reduce(PromptRows.concatenate, parts), source_names=names)
 
 
 def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> tuple[PromptRows, PromptRows]:
     """Return the training and the held-out prompts. All rows with the same prompt are on one side."""
-    refs = [source.ref for source in parse_sources(data.train)]
-    prompts = _read_all(refs, sources_with_metrics(data.train), data, tokenizer, cache)
+    prompts = _read_all(parse_sources(data.train), sources_with_metrics(data.train), data, tokenizer, cache)
     if not data.holds_out:
+        prompts = _without_dropped(data, prompts)
         return _mixed(data, prompts), prompts.subset(np.arange(0))
     if isinstance(data.held_out, str):
-        refs, names = held_out_refs(data.held_out), sources_with_metrics(data.held_out)
-        return _mixed(data, prompts), _read_all(refs, names, data, tokenizer, cache)
-    groups = number_groups(prompts.hashes[:, :1])
+        sources, names = held_out_sources(data.held_out), sources_with_metrics(data.held_out)
+        held_out = _read_all(sources, names, data, tokenizer, cache)
+        return _mixed(data, _without_dropped(data, prompts, held_out)), held_out
+    prompts = _without_dropped(data, prompts)
+    groups = number_groups(prompts.hashes[prompts.chosen, :1])
     distinct = int(groups.max()) + 1
     if distinct < 2:
         raise ValueError(
             f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set "
             "data.held_out=none"
         )
-    held = np.isin(groups, permutation(distinct, data.seed, 0)[: data.held_out_count(distinct)])
+    held = np.isin(groups, permutation(distinct, data.seed_of_split, 0)[: data.held_out_count(distinct)])
     train = prompts.subset(np.flatnonzero(~held))
     train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
     return _mixed(data, train), prompts.subset(np.flatnonzero(held))
+
+
+def _without_dropped(data: Prompts, prompts: PromptRows, held_out: PromptRows | None = None) -> PromptRows:
+    """Return the prompts without those that data.drop leaves out: also those that a held-out file has."""
+    if not data.drop:
+        return prompts
+    fixed = np.zeros((0, 2), np.uint64) if held_out is None else held_out.hashes[held_out.chosen]
+    hashes = np.concatenate([fixed, prompts.hashes])[:, 1]
+    placeholders = np.concatenate([np.zeros(len(fixed), bool), prompts.placeholders])
+    out, clause = left_out_rows(data.drop, hashes, placeholders, np.arange(len(hashes)) < len(fixed))
+    chosen = np.flatnonzero(~out[len(fixed) :])
+    if not len(chosen):
+        raise ValueError(f"data.train={data.train}: data.drop={','.join(data.drop)} leaves no prompt")
+    return replace(prompts, chosen=chosen, left_out=clause)
 
 
 def _mixed(data: Prompts, train: PromptRows) -> PromptRows:

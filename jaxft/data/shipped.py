@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent if IS_CLONE else PACKAGE / "shipped"  # the folder of conf
 # Title of a group of commands -> command of `jaxft` -> the script that it runs.
 COMMAND_GROUPS = {
     "Data and recipes": {"list": "list", "settings": "settings", "inspect": "inspect_data"},
-    "Train": {"train": "train", "sweep": "sweep", "plan": "plan"},
+    "Train": {"train": "train", "sweep": "sweep", "plan": "plan", "convert": "convert"},
     "Use a model": {
         "generate": "generate",
         "chat": "chat",

@@ -82,7 +82,8 @@ def started(hosts: Hosts, print_error: Callable[[BaseException], int]) -> Iterat
     single = found is None
     try:
         if found is not None:
-            _join(found, hosts)
+            if not jax.distributed.is_initialized():  # a program may start several runs
+                _join(found, hosts)
             single = not is_multi_process()
         _check_counts(hosts)
         yield

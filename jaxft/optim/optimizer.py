@@ -75,13 +75,13 @@ class Optim:
     decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
     value.
     schedule: one of schedules.py or your own. schedule_kwargs: its options, such as decay:0.1.
-    warmup: fraction of the steps with a rising learning rate. end: the schedule's last value as a fraction of
-    lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
-    leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
-    of the LoRA matrices b as a multiple of that of the matrices a (LoRA+, Hayou et al. 2024,
-    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches. As in PEFT, it is
-    also that of an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table
-    has 1e-6.
+    warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end: the
+    schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.
+    lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
+    pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
+    matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
+    lr_groups matches. As in PEFT, it is also that of an adapter's vectors (DoRA's magnitudes, norms, biases),
+    and a pair on the embedding table has 1e-6.
     ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
     skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations above the
     mean of the N steps before it, see spikes.py.
@@ -143,8 +143,11 @@ def _check_ranges(o: Optim) -> None:
     """Raise ValueError for a number that is out of range."""
     if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
         raise ValueError(f"optim.lr={o.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
-    if not 0 <= o.warmup <= 1:
-        raise ValueError(f"optim.warmup={o.warmup} is a fraction of the steps; use 0 to 1")
+    if o.warmup >= 1 and not (o.warmup < 2**31 and o.warmup == int(o.warmup)):
+        raise ValueError(
+            f"optim.warmup={o.warmup}: use a fraction of the steps, from 0 to below 1, or a whole number of "
+            "steps"
+        )
     for pattern, factor in o.lr_groups:
         if not 0 <= factor < float("inf"):
             raise ValueError(
@@ -221,7 +224,8 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
 
 def make_schedule(o: Optim, steps: int) -> optax.Schedule:
     """Build the schedule of a run of `steps` steps. Raises ValueError for arguments that it does not take."""
-    arguments = (o.lr, o.end, round(o.warmup * steps), steps)
+    warmup = round(o.warmup * steps) if o.warmup < 1 else int(o.warmup)
+    arguments = (o.lr, o.end, warmup, steps)
     try:
         return promoting(o.schedule(*arguments, **dict(o.schedule_kwargs)))
     except TypeError as error:

@@ -27,7 +27,8 @@ EXPLAINED = "Settings (* differs from the default of its section; `jaxft setting
 class DryRun:
     """A run that is not started: its settings and their record, parameters, settings of XLA, and plan.
 
-    changed: settings that differ from the recipe's own defaults, as (name, default, value).
+    changed: settings that differ from the recipe's own defaults, as (name, default, value). notes: lines
+    about settings that follow from the rows.
     """
 
     name: str
@@ -39,9 +40,10 @@ class DryRun:
     table: str
     xla: Sequence[str]
     plan: Plan
+    notes: Sequence[str] = ()
 
 
-def dry_run(run: Run, recipe: Run | None, record: dict[str, Any]) -> DryRun:
+def dry_run(run: Run, recipe: Run | None, record: dict[str, Any], notes: Sequence[str] = ()) -> DryRun:
     """Plan a run for the devices of this machine. recipe: the same recipe without any setting, None if it
     cannot be called so.
     """
@@ -61,6 +63,7 @@ def dry_run(run: Run, recipe: Run | None, record: dict[str, Any]) -> DryRun:
         table=table,
         xla=xla_flags.settings_lines(os.environ),
         plan=plan(run, machines.local()),
+        notes=notes,
     )
 
 
@@ -86,6 +89,7 @@ def dry_run_text(d: DryRun) -> str:
     size = "more than the device has" if d.plan.total is None else f"{d.plan.total / GIB:.2f} GiB"
     lines = [f"{d.name}: {d.table.splitlines()[-1]}", f"planned: {size} per device on {d.plan.machine}{fits}"]
     lines.append(f"command: {shlex.join(d.record['command']['line'])}")
+    lines += d.notes
     if d.changed:
         lines += ["", "Changed from the recipe's defaults"]
         lines += [f"  {name}: {old or 'unset'} -> {new or 'unset'}" for name, old, new in d.changed]
@@ -111,5 +115,6 @@ def wrapped(items: Sequence[str]) -> list[str]:
 
 def dry_run_json(d: DryRun) -> str:
     """Return the record of the settings with the parameter table and the plan, as one JSON object."""
-    facts = {"parameters": [row._asdict() for row in d.parameters], "plan": d.plan.json()}
+    parameters = [row._asdict() for row in d.parameters]
+    facts = {"parameters": parameters, "plan": d.plan.json(), "notes": [*d.notes]}
     return json.dumps({**d.record, **facts}, indent=2)

@@ -116,6 +116,8 @@ def quiet() -> None:
     streams.open_missing()
     folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir is None:
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(folder))
     # A cache that cannot be read or written only costs time.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     xla_flags.apply_settings()

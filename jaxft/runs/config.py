@@ -29,6 +29,7 @@ from jaxft.runs.parse import (
     describe_kind,
     find_recipe,
     format_error,
+    is_callable,
     parse_value,
     run_file,
     short_names,
@@ -40,13 +41,17 @@ from jaxft.tree import nearest
 
 __all__ = [
     "RENAMED",
+    "Knob",
+    "ObjectText",
     "Resolved",
     "describe",
     "differences",
     "help_text",
     "knob_names",
     "load_config",
+    "recipe_knobs",
     "resolve_config",
+    "with_fields",
 ]
 
 # Old name of a setting -> its new name. Keys: a knob, a dotted field or a section (`optim.in_turn`), a
@@ -91,27 +96,49 @@ RENAMED: dict[str, str] = {
     "jaxft.objectives.reference_free": "jaxft.objectives.reference_free_losses",
 }
 
+Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
 KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
 LONGEST_KIND = 60  # characters in the help's table; a longer entry moves only its own comment
 Steps = tuple[str, ...]  # the field names that lead to a setting
 
 
+class ObjectText(str):
+    """An override whose value is a Python object: the text is only how messages name it."""
+
+    value: Any
+
+    @classmethod
+    def of(cls, value: Any, key: str = "") -> "ObjectText":
+        """Return `key=NAME`, or without a key the object's own name or that of its type."""
+        named = inspect.isroutine(value) or isinstance(value, type)
+        name = value.__qualname__ if named else type(value).__qualname__
+        text = cls(f"{key}={name}" if key else name)
+        text.value = value
+        return text
+
+
 @dataclasses.dataclass(frozen=True)
 class Resolved:
     """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by
-    dotted keys; the recipe and the overrides as the command line has them.
+    dotted keys; the recipe and the overrides as the command line has them; the knobs' defaults; and the
+    settings that were chosen because the command leaves them open, see train/open_settings.py.
     """
 
     value: Any
     knobs: dict[str, Any]
     fields: dict[str, Any]
-    line: tuple[str, ...] = ()
+    line: tuple[Any, ...] = ()
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    chosen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
-        were set, and the command line's recipe and overrides.
+        were set, the command line's recipe and overrides, and settings that were chosen.
         """
-        command = {"knobs": self.knobs, "fields": self.fields, "line": list(self.line)}
+        is_line = all(isinstance(part, str) and not isinstance(part, ObjectText) for part in self.line)
+        line = list(self.line) if is_line else []  # Python's objects are on no command line
+        command = {"knobs": self.knobs, "fields": self.fields, "line": line}
+        command |= {"chosen": self.chosen} if self.chosen else {}
         return {**describe(self.value), "command": describe(command)}
 
 
@@ -120,14 +147,15 @@ def load_config(path: str, overrides: list[str], expected: type = object) -> Any
     return resolve_config(path, overrides, expected).value
 
 
-def resolve_config(path: str, overrides: list[str], expected: type = object) -> Resolved:
+def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object) -> Resolved:
     """Call a file's `config` with the knobs among the overrides, then replace the fields that the others
-    name.
+    name. recipe: a file or its name, or the function itself. overrides: some may be an ObjectText.
 
     Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
     `config` must return.
     """
-    fn, _ = _config_function(path)
+    fn, _ = _config_function(recipe)
+    path = recipe if isinstance(recipe, str) else fn.__qualname__
     knobs = _knobs(fn)
     texts = _split(overrides)
     given = {
@@ -143,17 +171,10 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     if not dataclasses.is_dataclass(root) or isinstance(root, type) or not isinstance(root, expected):
         name = "frozen dataclass such as Run" if expected is object else expected.__name__
         raise ValueError(f"{path}: config returned type {type(root).__name__}; expected a {name}")
-    fields: dict[Steps, tuple[str, str]] = {}
-    for key, text in texts.items():
-        if key not in knobs:
-            steps = _steps(root, key, list(knobs), (text, Path(path).stem))
-            if steps in fields:
-                raise ValueError(f"{key} and {fields[steps][0]} are the same field")
-            fields[steps] = (key, text)
-    value = _replace(root, fields)
+    dotted = {key: text for key, text in texts.items() if key not in knobs}
+    value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    found = {".".join(steps): _get(value, steps) for steps in fields}
-    return Resolved(value, defaults | given, found, (path, *overrides))
+    return Resolved(value, defaults | given, found, (recipe, *overrides), defaults)
 
 
 def recipe_defaults(path: str) -> Any:
@@ -166,20 +187,32 @@ def recipe_defaults(path: str) -> Any:
         return None
 
 
-def knob_names(path: str) -> list[str]:
-    """The names of the knobs of a config file, in order."""
-    return list(recipe_knobs(path))
+def knob_names(recipe: Recipe) -> list[str]:
+    """The knobs of a config file, in order."""
+    return list(recipe_knobs(recipe))
 
 
-def recipe_knobs(path: str) -> dict[str, "Knob"]:
+def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
     """The knobs of a config file by name, in order."""
-    return _knobs(_config_function(path)[0])
+    return _knobs(_config_function(recipe)[0])
+
+
+def with_fields(value: Any, *overrides: str) -> Any:
+    """Return a config's value with dotted fields replaced, as a command line does.
+
+    Example: with_fields(run, "optim.schedule=linear", "loop.steps=100").
+    """
+    return _with_fields(value, _split(list(overrides)), [], "recipe")[0]
 
 
 # Knobs
 
 
-def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
+def _config_function(path: Recipe) -> tuple[Callable, types.ModuleType | None]:
+    if inspect.isfunction(path):
+        return path, inspect.getmodule(path)
+    if not isinstance(path, str):
+        raise ValueError(f"a recipe is a name, a Python file or a function, not {type(path).__name__}")
     module = run_file(find_recipe(path))
     fn = vars(module).get("config")
     if not inspect.isfunction(fn):
@@ -244,6 +277,8 @@ def _split(overrides: list[str]) -> dict[str, str]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r}: an override is knob=value or section.field=value")
+        if isinstance(override, ObjectText):
+            text = ObjectText.of(override.value)
         if key in texts:
             raise ValueError(f"{key} is given twice: {texts[key]} and {text}")
         texts[key] = text
@@ -266,6 +301,8 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
 
 def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
     """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    if isinstance(text, ObjectText):
+        return _object_as(key, text, kind)
     if kind in (UNANNOTATED, Any):
         if now is UNANNOTATED or now is None:
             raise ValueError(
@@ -290,6 +327,26 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         raise ValueError(f"{key}={text}: {error}{shown}{remedy}") from error
 
 
+def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
+    """Return the object of a setting if its annotation takes it; a list of objects, or one alone, becomes a
+    tuple where one is annotated, and its strings are parsed.
+    """
+    value, members = text.value, union_members(kind)
+    origins = [typing.get_origin(member) or member for member in members]
+    if tuple in origins:
+        items = value if isinstance(value, list | tuple) else (value,)
+        own = typing.get_args(members[origins.index(tuple)])[0]
+        return tuple(
+            parse_value(x, own) if isinstance(x, str) else _object_as(key, ObjectText.of(x), own)
+            for x in items
+        )
+    classes = tuple(origin for origin in origins if isinstance(origin, type))
+    takes_any = kind in (UNANNOTATED, Any) or Any in members
+    if takes_any or isinstance(value, classes) or (is_callable(kind) and callable(value)):
+        return value
+    raise ValueError(f"{key}={text}: expected {describe_kind(kind)}")
+
+
 def _renamed_value(key: str, text: str) -> str | None:
     """Return `key=value` with the new name of a value that was renamed."""
     if f"{key}={text}" in RENAMED:
@@ -304,6 +361,20 @@ def _renamed_value(key: str, text: str) -> str | None:
 
 
 # Dotted fields
+
+
+def _with_fields(
+    root: Any, texts: dict[str, str], knobs: list[str], recipe: str
+) -> tuple[Any, dict[str, Any]]:
+    """Return (the value with dotted fields replaced, the new values by dotted key)."""
+    fields: dict[Steps, tuple[str, str]] = {}
+    for key, text in texts.items():
+        steps = _steps(root, key, knobs, (text, recipe))
+        if steps in fields:
+            raise ValueError(f"{key} and {fields[steps][0]} are the same field")
+        fields[steps] = (key, text)
+    value = _replace(root, fields)
+    return value, {".".join(steps): _get(value, steps) for steps in fields}
 
 
 def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps:
@@ -383,6 +454,7 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 def help_text(path: str) -> str:
     """The docstring of a config file and its knobs with their defaults, types and comments."""
     fn, module = _config_function(path)
+    assert module is not None
     rows = []
     for name, knob in _knobs(fn).items():
         required = knob.written is None

@@ -146,6 +146,9 @@ _OPTIMIZERS = {
     **dict.fromkeys(
         ("adamw_8bit", "adamw_bnb_8bit", "ao_adamw_8bit", "adamw_torch_8bit"), "optim.optimizer=adamw_8bit"
     ),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "optim.optimizer=adamw"),
+    "paged_adamw_8bit": "optim.optimizer=adamw_8bit",
+    **dict.fromkeys(("paged_lion", "paged_lion_32bit", "paged_lion_8bit"), "optim.optimizer=lion"),
     "adafactor": "optim.optimizer=adafactor",
     "lion": "optim.optimizer=lion",
     "lion_32bit": "optim.optimizer=lion",
@@ -195,9 +198,8 @@ OPTIONS: tuple[Option, ...] = tuple(
         _together("model_revision:tafu revision:tafu", "model", "write model=org/name@revision"),
         _same("adapter_name_or_path:f lora_model_dir:a", "start", "runs/other"),
         _mapped("dtype:tfu torch_dtype:tfu model_dtype:tfu", "dtype",
-                {"float32": "dtype=float32", "auto": "", "bfloat16": "", "float16": ""},
-                "dtype is the compute dtype, bfloat16 by default; there is no float16, which bfloat16 "
-                "replaces"),
+                {"bfloat16": "dtype=bfloat16", "float32": "", "auto": "", "float16": ""},
+                "dtype is the compute dtype, bfloat16 by default; trained weights are stored in float32"),
         _mapped("bf16:tafu bfloat16:tafu", "dtype", {"true": "dtype=bfloat16", "auto": "", "false": "",
                 "full": ""},
                 "bfloat16 is the default"),
@@ -233,6 +235,13 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "is_qwen_derived_model:a is_falcon_derived_model:a use_fast_tokenizer:f "
                   "tokenizer_use_fast:a tokenizer_legacy:a low_cpu_mem_usage:afu device_map:tafup "
                   "cls_model_config:a fix_tokenizer:fu text_only:au", "read from the model's files"),
+        _unneeded("num_labels:taf num_completions_to_print:ta strict:a log_unique_prompts:t "
+                  "log_multimodal:t is_preprocess:a",
+                  "nothing that a run depends on"),
+        _absent("formatting_func:tu compute_metrics:tfu callbacks:tfu data_collator:tfu "
+                "preprocess_logits_for_metrics:tfu optimizers:tfu",
+                "code; write rows in their final form, scores as functions (score=my.py:name), losses as "
+                "loss=my.py:name"),
         _unneeded("trust_remote_code:tafu", "jaxft runs no code from a model's or a dataset's repository"),
         _unneeded("hub_token:tafu hf_hub_token:f token:tafu hf_use_auth_token:a use_auth_token:tau "
                   "ms_hub_token:f om_hub_token:f", "set HF_TOKEN in the environment"),
@@ -327,7 +336,8 @@ OPTIONS: tuple[Option, ...] = tuple(
                 "shorten the file, or train on fewer rows with loop.steps or epochs below 1"),
         _absent("dataset_exact_deduplication:a", "jaxft inspect lists repeated rows; remove them"),
         _unneeded("dataset_prepared_path:a tokenized_path:f overwrite_cache:f push_dataset_to_hub:a "
-                  "streaming:tafu buffer_size:af dataset_streaming:tu preprocessing_batch_size:f "
+                  "streaming:tafu buffer_size:af "
+                  "streaming_multipack_buffer_size:a dataset_streaming:tu preprocessing_batch_size:f "
                   "dataset_keep_in_memory:a skip_prepare_dataset:tau dataset_kwargs:tafu "
                   "remove_unused_columns:tafu data_shared_file_system:f remove_columns:tafu "
                   "ignore_pad_token_for_loss:f preprocess_iterable:a",
@@ -337,8 +347,10 @@ OPTIONS: tuple[Option, ...] = tuple(
         _unneeded("dataloader_num_workers:tafu dataloader_pin_memory:tafu dataloader_prefetch_factor:tafu "
                   "dataloader_persistent_workers:tafu dataloader_drop_last:tafu dataloader_in_order:tafu",
                   "batches are prepared while the step runs, from files in memory"),
-        _absent("disable_shuffling:f curriculum_sampling:a shuffle_dataset:ta shuffle_merged_datasets:a",
+        _absent("disable_shuffling:f curriculum_sampling:a",
                 "every epoch is shuffled; data.order_by=COLUMN orders it by a column of numbers"),
+        _absent("shuffle_dataset:ta shuffle_merged_datasets:a",
+                "every epoch is shuffled; data.order_by=COLUMN orders it by a column of numbers", "true"),
         # Batches and length
         _together("per_device_train_batch_size:tafu micro_batch_size:tafu batch_size:tafu "
                   "gradient_accumulation_steps:tafu auto_find_batch_size:tafu", "batch",
@@ -355,8 +367,8 @@ OPTIONS: tuple[Option, ...] = tuple(
         # Optimizer
         _same("learning_rate:tafu", "lr", 1e-4),
         _mapped("optim:tafu optimizer:tafu", "optim.optimizer", _OPTIMIZERS,
-                "there are adamw, adamw_8bit, adafactor, lion, muon, schedule_free_adamw and optax:NAME; a "
-                "paged one is adamw_8bit with optim.layerwise=true"),
+                "there are adamw, adamw_8bit, adafactor, lion, muon, schedule_free_adamw and optax:NAME; the "
+                "state is never paged, optim.layerwise=true needs less memory"),
         _same("optim_args:tafu", "optim.optimizer_kwargs", "b1:0.9"),
         _same("adam_beta1:tafu", "optim.b1", 0.9),
         _same("adam_beta2:tafu", "optim.b2", 0.95),
@@ -372,8 +384,8 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("cosine_min_lr_ratio:a", "optim.end", 0.1),
         _absent("cosine_constant_lr_ratio:a lr_quadratic_warmup:a lr_div_factor:a relora:a "
                 "jagged_restart_steps:a", "use a schedule of your own, optim.schedule=file.py:name"),
-        _same("warmup_ratio:tafu", "optim.warmup", 0.03, "a fraction of the steps"),
-        _together("warmup_steps:tafu", "optim.warmup", "a fraction of the steps: warmup_steps / steps"),
+        _same("warmup_ratio:tafu", "optim.warmup", 0.03, "below 1 a fraction of the steps"),
+        _same("warmup_steps:tafu", "optim.warmup", 100, "from 1 on a number of steps"),
         _same("loraplus_lr_ratio:af", "lora_plus", 16),
         _unneeded("loraplus_lr_embedding:af", "1e-6, PEFT's default"),
         _absent("embedding_lr:au embedding_lr_scale:a lr_groups:a embedding_learning_rate:u",

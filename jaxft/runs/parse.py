@@ -173,7 +173,7 @@ def describe_kind(kind: Any) -> str:
         return "true or false"
     if kind in (None, type(None)):
         return "none"
-    if _is_callable(kind):
+    if is_callable(kind):
         return CALLABLE
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
@@ -190,9 +190,10 @@ def short_names(kind: Any) -> dict[str, str]:
     return {name: full for mark in marks if isinstance(mark, ShortNames) for name, full in mark.pairs}
 
 
-def _is_callable(kind: Any) -> bool:
-    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-    return collections.abc.Callable in (kind, typing.get_origin(kind))
+def is_callable(kind: Any) -> bool:
+    """Whether an annotation, or a member of a union, is that of a function."""
+    members = union_members(kind)
+    return collections.abc.Callable in (*members, *map(typing.get_origin, members))
 
 
 def can_be_written(kind: Any) -> bool:
@@ -203,7 +204,7 @@ def can_be_written(kind: Any) -> bool:
     kind = members[0]
     if typing.get_origin(kind) is tuple:
         return all(can_be_written(item) for item in typing.get_args(kind) if item is not ...)
-    return kind in (bool, int, float, str, Path) or typing.get_origin(kind) is Literal or _is_callable(kind)
+    return kind in (bool, int, float, str, Path) or typing.get_origin(kind) is Literal or is_callable(kind)
 
 
 def parse_value(text: str, kind: Any) -> Any:
@@ -221,7 +222,7 @@ def parse_value(text: str, kind: Any) -> Any:
         raise ValueError(f"{text!r} is {known}; use one, or {CALLABLE}")
     kind, text = members[0], short.get(text, text)
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if _is_callable(kind):
+    if is_callable(kind):
         return load_callable(text)
     if origin is Literal:
         for choice in args:
@@ -260,7 +261,7 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
         try:
             return parse_value(text, member)
         except ValueError:
-            if _is_callable(member) and ":" in text:
+            if is_callable(member) and ":" in text:
                 raise
     raise _expected(text, kind)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from jaxft.bounds import at_least, check_bounds
+from jaxft.bounds import above, at_least, check_bounds
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
@@ -19,6 +19,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.store import check_store_url
+from jaxft.runs.trackers.tracker import OPEN, Tracking
 from jaxft.short_names import REWARDS, ShortNames
 from jaxft.tree import regex
 
@@ -38,7 +39,10 @@ class Loop:
     metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
     greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
     loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
-    after this many evaluations without a better best_metric. max_bad: non-finite steps in a row that end the
+    after this many evaluations without a better best_metric. eval_fraction: the most that all evaluations of
+    held-out rows together may compute, as a fraction of what training does (see train/evaluate.py); where the
+    held-out rows are a fraction of the rows and would take more, fewer of them are evaluated. None: all of
+    them. A file of held-out rows is always evaluated in full. max_bad: non-finite steps in a row that end the
     run; one that ends with any is not finished either. store: a folder in an object store, gs://bucket/path
     or s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
     another machine fetches it from there (see runs/mirror.py).
@@ -54,6 +58,7 @@ class Loop:
     best_metric: str | None = None
     greater_is_better: bool | None = None
     patience: Annotated[int | None, at_least(1)] = None
+    eval_fraction: Annotated[float | None, above(0)] = 0.2
     save_every: Annotated[int, at_least(1)] = 100
     keep_last: Annotated[int, at_least(1)] = 2
     keep_best: Annotated[int, at_least(0)] = 1
@@ -166,6 +171,7 @@ class Run:
     scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
+    tracking: Tracking = field(default_factory=Tracking)
     heads: dict[str, HeadSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -175,6 +181,9 @@ class Run:
                 f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "
                 "run; set one of them"
             )
+        unused = [name for name, value in vars(self.tracking).items() if value != getattr(Tracking(), name)]
+        if unused and not set(self.trackers) - set(OPEN):
+            raise ValueError(f"tracking.{unused[0]} needs a tracker; set trackers=wandb, mlflow or trackio")
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}; expected 0 or more")
         if self.start and self.adapter is None and self.quant is not None:

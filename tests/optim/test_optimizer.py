@@ -82,7 +82,7 @@ def test_the_neutral_parts_of_an_optimizer_update_everything_as_the_rest():
         ({"b1": 1.0}, "optim.b1=1.0; expected at least 0 and below 1, or none"),
         ({"b2": -0.1}, "optim.b2=-0.1; expected at least 0"),
         ({"eps": 0.0}, "optim.eps=0.0 is not above 0"),
-        ({"warmup": 2.0}, "optim.warmup=2.0 is a fraction of the steps"),
+        ({"warmup": 2.5}, "optim.warmup=2.5: use a fraction of the steps"),
     ],
 )
 def test_hyper_parameters_that_do_not_fit_are_refused(settings, message):

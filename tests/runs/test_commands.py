@@ -16,6 +16,7 @@ from scripts_in_process import load
 
 from jaxft import bounds
 from jaxft.data import shipped
+from jaxft.data.mixture import parse_sources
 from jaxft.data.shipped import COMMANDS, ROOT
 from jaxft.runs import commands, config, parse, record, report, setting_sources, settings_list, streams
 from jaxft.train.recipes import SHIPPED
@@ -221,10 +222,9 @@ def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(w
     used = {part for ref in SHIPPED for part in (ref, ref.replace(".jsonl", "_held_out.jsonl"))}
     for name in RECIPES:
         run = config.load_config(name, [])
-        used |= {
-            ref for ref in (run.data.train, run.data.held_out, run.general) if str(ref).startswith("configs/")
-        }
-    expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css)$", file)}
+        named = [str(ref) for ref in (run.data.train, run.data.held_out, run.general)]
+        used |= {source.ref for ref in named if ref.startswith("configs/") for source in parse_sources(ref)}
+    expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css|json)$", file)}
     expected |= {
         f"jaxft/shipped/{file}"
         for file in tracked

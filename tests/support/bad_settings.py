@@ -35,6 +35,8 @@ SETTINGS = [
     ("loop.watch=everything", "loop.watch"),
     ("loop.store=/mnt/runs", "loop.store"), ("loop.store=s3://", "loop.store"),
     ("loop.store=s3://bucket/../x", "loop.store"), ("loop.store=https://host/x", "gs://bucket/path"),
+    ("tracking.project=x", "tracking.project"), ("trackers=tensorboard tracking.tags=a", "tracking.tags"),
+    ("trackers=wandb tracking.group=", "tracking.group"),
     ("samples=-1", "samples"), ("sampling.max_new=0", "max_new"), ("sampling.max_new=-3", "max_new"),
     ("sampling.max_new=256", "sampling.max_new"), ("sampling.max_new=2147483648", "max_new"),
     ("sampling.temperature=-1", "temperature"), ("sampling.temperature=inf", "temperature"),
@@ -112,6 +114,10 @@ SETTINGS = [
 
 # Command lines of other scripts; MODEL is the folder of a tiny model.
 COMMANDS = [
+    ("convert missing.yml", "missing.yml"),
+    ("convert rows.jsonl", "convert reads YAML"),
+    ("convert config.py", "calls none of"),
+    ("convert config.py --devices 0", "--devices"),
     ("generate --model MODEL --prompt x --seed -1", "--seed"),
     ("generate --model MODEL --prompt x --seed 9223372036854775808", "--seed"),
     ("generate --model MODEL --prompt x --seed 99999999999999999999", "--seed"),
@@ -202,6 +208,7 @@ COMMANDS = [
     ("train sft lrr=1", "near: lr"),
     ("train sft lr=1 lr=2", "lr is given twice"),
     ("train sft --dry-run name=../out", "name='../out'"),
+    ("train sft --dry-run trackers=neptune", "'neptune'"),
     ("train nothing --help", "nothing"),
     ("inspect_data", "no recipe"),
     ("inspect_data nothing", "nothing"),
@@ -223,6 +230,8 @@ COMMANDS = [
     ("generate --model MODEL --prompt x --dtype float8", "--dtype"),
     ("generate --model MODEL --prompt x --quant nf5", "nf5"),
     ("generate --model MODEL --prompt x --raw --system merge", "--raw"),
+    ("generate --model MODEL --prompt x --json-schema missing.json", "missing.json"),
+    ("generate --model MODEL --prompt x --json-object --regex x", "--regex"),
     ("generate --model MODEL --file empty.txt", "empty.txt"),
     ("generate --model MODEL --file binary.txt", "binary.txt"),
     ("generate --model MODEL --file rows.jsonl --columns prompt=nothing,x", "columns"),
@@ -308,5 +317,5 @@ QUICK_COMMANDS = (
     "inspect_data --data rows.jsonl --model MODEL --row rows.jsonl:0", "plan sft --devices h100:0",
     "sweep sft --over lr=1,1", "train", "train nothing", "train base", "train sft lrr=1",
     "quantize --model MODEL --out out --calibrate rows.jsonl --tokens 3", "loss_bench --loss dpo,betta=1",
-    "list --source nothing", "settings zyx", "help zyx", "env x", "completion csh",
+    "convert missing.yml", "list --source nothing", "settings zyx", "help zyx", "env x", "completion csh",
 )  # fmt: skip

@@ -1,0 +1,161 @@
+"""A conversion under way: options that are left, settings that are found, and lines about the rest."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, short_value
+from jaxft.runs.option_names import AXOLOTL, FACTORY, PEFT, TRL, UNSLOTH, Option, as_text, find_options
+
+LOOKUP = {  # tool -> the tools whose options its files have, most specific first; then any
+    TRL: (TRL, PEFT),
+    UNSLOTH: (UNSLOTH, TRL, PEFT),
+    AXOLOTL: (AXOLOTL,),
+    FACTORY: (FACTORY,),
+}
+
+
+@dataclass
+class Draft:
+    """What is known so far of a conversion.
+
+    method: what the file trains by, in its tool's word. recipe: of jaxft. full: whether all weights are
+    trained. all: the options of the file. options: those that no rule has taken yet, by name. settings: knob
+    or field -> text. same, otherwise, lost, unneeded: options that are expressed as they are, otherwise or
+    not at all (with a remark), or that need no setting. defaults: settings that are the tool's defaults.
+    """
+
+    source: ForeignConfig
+    devices: int
+    method: str
+    recipe: str
+    full: bool
+    all: tuple[GivenOption, ...]
+    options: dict[str, GivenOption]
+    settings: dict[str, str] = field(default_factory=dict)
+    same: list[GivenOption] = field(default_factory=list)
+    otherwise: list[tuple[GivenOption, str]] = field(default_factory=list)
+    lost: list[tuple[GivenOption, str]] = field(default_factory=list)
+    unneeded: list[GivenOption] = field(default_factory=list)
+    defaults: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, *names: str) -> GivenOption | None:
+        """Remove and return the first of these options that the file gives, None without one."""
+        return next((self.options.pop(name) for name in names if name in self.options), None)
+
+    def peek(self, *names: str) -> Any:
+        """Return the value of the first of these options that the file gives, None without one."""
+        return next((self.options[name].value for name in names if name in self.options), None)
+
+    def number(self, *names: str) -> float | None:
+        """Return an option as a number and leave it; None if it is missing or no number."""
+        value = self.peek(*names)
+        try:
+            return None if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            return None
+
+    def put(self, override: str) -> None:
+        """Set `setting=value`; the last one counts."""
+        name, _, text = override.partition("=")
+        self.settings[name] = text
+
+    def express(self, option: GivenOption | None, overrides: Iterable[str], note: str = "") -> None:
+        """Set what an option becomes. note: how it differs; without one it is the same."""
+        overrides = list(overrides)
+        for override in overrides:
+            self.put(override)
+        if option is None:
+            return
+        if note:
+            written = " ".join(overrides)
+            self.otherwise.append((option, f"{written}; {note}" if written else note))
+        else:
+            self.same.append(option)
+
+    def lose(self, option: GivenOption | None, why: str) -> None:
+        """Report an option that cannot be expressed."""
+        if option is not None:
+            self.lost.append((option, why))
+
+    def drop(self, *names: str) -> None:
+        """Take options that need no setting."""
+        self.unneeded += [self.options.pop(name) for name in names if name in self.options]
+
+    def default(self, override: str) -> None:
+        """Set `setting=value` because the tool does so by default."""
+        name, _, text = override.partition("=")
+        self.settings[name] = self.defaults[name] = text
+
+    def missing(self) -> list[GivenOption]:
+        """Return the options of the file that no list has."""
+        told = {option.name for option in (*self.same, *self.unneeded)}
+        told |= {option.name for option, _ in (*self.otherwise, *self.lost)}
+        return [option for option in self.all if option.name not in told]
+
+
+def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
+    """Return the rows of the table for a name in a file of this tool."""
+    for lookup in (*LOOKUP[tool], None):
+        found = find_options(name.rpartition(".")[2], lookup, recipe)
+        if found:
+            return found
+    return ()
+
+
+def by_table(draft: Draft, option: GivenOption) -> None:
+    """Convert one option by its row in the table."""
+    if isinstance(option.value, Expression):
+        draft.lose(option, f"an expression, which is not run{_meant(draft, option)}")
+        return
+    rows = table_rows(draft.source.tool, option.name, draft.recipe)
+    if not rows:
+        draft.lose(option, f"not an option of {draft.source.tool} that jaxft knows; nothing is set for it")
+        return
+    row = rows[0]
+    try:
+        if row.kind == "unneeded":
+            draft.unneeded.append(option)
+            return
+        overrides = row.overrides(option.value)
+    except ValueError as error:
+        draft.lose(option, str(error))
+        return
+    if row.kind == "absent":
+        draft.unneeded.append(option)
+    else:
+        draft.express(option, overrides, _difference(row, option.value))
+
+
+def _meant(draft: Draft, option: GivenOption) -> str:
+    rows = table_rows(draft.source.tool, option.name, draft.recipe)
+    setting = rows[0].setting if rows else None
+    return f"; set {setting}= yourself" if setting else ""
+
+
+def _difference(row: Option, value: Any) -> str:
+    """A remark about a value that trains a little differently here, "" for most."""
+    text = as_text(value).lower()
+    if row.setting == "optim.optimizer":
+        if text.startswith("paged"):
+            return "the same update; its state stays on the device"
+        if text == "adafactor":
+            return "without the first moment, and not scaled by the parameter"
+    if row.name in ("fp16", "float16") and text == "true":
+        return "bfloat16 in place of float16"
+    if row.setting == "quant" and text == "true" and row.name == "load_in_8bit":
+        return "a scale per output channel, where bitsandbytes has outliers in 16 bits"
+    return ""
+
+
+def run_name(text: str) -> str:
+    """Return a run's name for the last part of a path: ./outputs/My Run is My-Run."""
+    last = text.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "converted"
+
+
+def short(option: GivenOption) -> str:
+    """An option in one line without its line number."""
+    return f"{option.name}: {short_value(option.value)}"

@@ -1,0 +1,232 @@
+"""Python files and notebooks with TRL's configuration dataclasses, as options.
+
+The file is parsed and never executed: a value is a literal, arithmetic of numbers, or a name that the file
+sets to one of these. Any other value is an Expression, which convert reports.
+"""
+
+import ast
+import json
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxft.runs.convert.command_lines import read_commands, trainer_of
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count
+from jaxft.runs.option_names import TRL, UNSLOTH
+
+CONFIGS = {  # class or function -> the trainer, "" for one of any trainer
+    "SFTConfig": "sft", "DPOConfig": "dpo", "GRPOConfig": "grpo", "RLOOConfig": "rloo", "KTOConfig": "kto",
+    "RewardConfig": "reward", "ORPOConfig": "orpo", "CPOConfig": "cpo", "OnlineDPOConfig": "online_dpo",
+    "PPOConfig": "ppo", "GKDConfig": "gkd", "BCOConfig": "bco", "TrainingArguments": "",
+    "UnslothTrainingArguments": "", "LoraConfig": "", "BitsAndBytesConfig": "", "ModelConfig": "",
+    "ScriptArguments": "", "get_peft_model": "", "Seq2SeqTrainingArguments": "",
+}  # fmt: skip
+TRAINER_CLASSES = {
+    "SFTTrainer": "sft", "DPOTrainer": "dpo", "GRPOTrainer": "grpo", "RLOOTrainer": "rloo",
+    "KTOTrainer": "kto", "RewardTrainer": "reward", "ORPOTrainer": "orpo", "CPOTrainer": "cpo",
+    "OnlineDPOTrainer": "online_dpo", "PPOTrainer": "ppo", "GKDTrainer": "gkd", "BCOTrainer": "bco",
+}  # fmt: skip
+PASSED_ON = (  # arguments of trainers that are objects of the file
+    "model", "args", "processing_class", "tokenizer", "peft_config", "train_dataset", "eval_dataset",
+    "quantization_config",
+)  # fmt: skip
+PARSERS = {"TrlParser", "HfArgumentParser"}  # a file that calls one reads its options from a command line
+IN_CODE = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", "formatting_func",
+           "compute_metrics", "data_collator", "callbacks")  # fmt: skip
+LARGEST_NUMBER = 1e18
+ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}  # fmt: skip
+
+
+def notebook_code(file: Path, text: str) -> str:
+    """Return the code cells of a notebook, without lines of its shell. Raises ValueError for other JSON."""
+    try:
+        cells = json.loads(text)["cells"]
+        sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not a notebook") from error
+    lines = [line for source in sources for line in "".join(source).split("\n")]
+    return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
+
+
+def read_python(file: Path, text: str) -> ForeignConfig:
+    """Return the options of the calls of CONFIGS in a Python file, or else of a command in its docstring.
+
+    Raises ValueError with one line for a file that cannot be parsed, or has none of them.
+    """
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise ValueError(f"{file}:{error.lineno}: syntax error: {error.msg}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{file}: not a Python file that can be parsed") from error
+    try:
+        options, trainers, notes = _options(tree)
+    except RecursionError as error:
+        raise ValueError(f"{file}: an expression is nested too deeply") from error
+    calls = {_name(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    if calls & PARSERS or not calls & CONFIGS.keys():
+        source = _docstring(file, tree)
+        taken = {option.name for option in source.options}
+        further = [option for option in options if option.name in IN_CODE and option.name not in taken]
+        trainer = next((trainer for trainer in trainers if trainer), source.trainer)
+        return replace(source, options=(*source.options, *further), trainer=trainer)
+    imported = {name.split(".")[0] for name in _imports(tree)}
+    tool = UNSLOTH if "unsloth" in imported else TRL
+    lora = bool(calls & {"LoraConfig", "get_peft_model"}) or None
+    check_count(file, tuple(options))
+    trainer = next((trainer for trainer in trainers if trainer), trainer_of(file.name))
+    return ForeignConfig(file, tool, tuple(options), trainer, lora or False, None, tuple(notes))
+
+
+def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
+    """Read the first command of a file's texts, as TRL's scripts have them."""
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            value = node.value.value
+            if isinstance(value, str) and "--" in value:
+                source = read_commands(file, value, node.lineno)
+                note = "the options are those of the command in the file's docstring"
+                return replace(source, notes=(note, *source.notes))
+    known = ", ".join(name for name in CONFIGS if name.endswith("Config"))
+    raise ValueError(f"{file}: it calls none of {known} with options, and has no command in its docstring")
+
+
+def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
+    """Return (options, trainers, notes) of all calls of a file."""
+    names = _assignments(tree)
+    options: list[GivenOption] = []
+    trainers: list[str] = []
+    notes: list[str] = []
+    for node in sorted(
+        (n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
+    ):
+        name, owner = _name(node.func), _owner(node.func)
+        if name in CONFIGS:
+            trainers.append(CONFIGS[name])
+            options += _keywords(node, names)
+        elif name in TRAINER_CLASSES:
+            trainers.append(TRAINER_CLASSES[name])
+            options += [option for option in _keywords(node, names) if option.name not in PASSED_ON]
+            options += _model(node, names)
+        elif name == "from_pretrained" and owner.startswith(("AutoModelFor", "Fast")):
+            options += _model(node, names)
+            options += [option for option in _keywords(node, names) if option.name != "model_name"]
+        elif name == "load_dataset" and not any(option.name == "dataset_name" for option in options):
+            options += _dataset(node, names)
+    unique = {option.name: option for option in options}
+    return list(unique.values()), trainers, notes
+
+
+def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
+    for keyword in node.keywords:
+        line = keyword.value.lineno
+        if keyword.arg is None:
+            yield GivenOption("**" + ast.unparse(keyword.value), Expression(ast.unparse(keyword.value)), line)
+        else:
+            value = _value(keyword.value, names)
+            yield GivenOption(keyword.arg, value, line)
+
+
+def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
+    """The name of the model: the first argument, or `model`, if it is a text."""
+    named = [k.value for k in node.keywords if k.arg in ("model", "model_name")]
+    argument = next(iter([*named, *node.args]), None)
+    value = None if argument is None else _value(argument, names)
+    if isinstance(value, str):
+        yield GivenOption("model_name_or_path", value, node.lineno)
+
+
+def _dataset(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
+    """The dataset of datasets.load_dataset(path, name, split=..., data_files=...)."""
+    arguments = {k.arg: _value(k.value, names) for k in node.keywords if k.arg}
+    path, config = (
+        _value(node.args[i], names) if len(node.args) > i else arguments.get(name)
+        for i, name in enumerate(("path", "name"))
+    )
+    files = arguments.get("data_files")
+    if isinstance(files, dict):
+        files = files.get("train")
+    if isinstance(files, str | list) and path in ("json", "csv", "parquet", "text", "arrow"):
+        path = ",".join(files) if isinstance(files, list) else files
+    if isinstance(path, str):
+        yield GivenOption("dataset_name", path, node.lineno)
+    if isinstance(config, str):
+        yield GivenOption("dataset_config", config, node.lineno)
+    split = arguments.get("split")
+    if isinstance(split, str) and path != files:
+        yield GivenOption("dataset_train_split", split, node.lineno)
+
+
+def _assignments(tree: ast.Module) -> dict[str, Any]:
+    """Return names that the file sets once, to a literal. Another assignment makes a name unknown."""
+    names: dict[str, Any] = {}
+    seen: set[str] = set()
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        value: ast.expr | None = None
+        if isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        elif isinstance(node, ast.AnnAssign):
+            targets, value = [node.target], node.value
+        elif isinstance(node, ast.AugAssign | ast.For):
+            targets = [node.target]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                known = value is not None and target.id not in seen
+                names[target.id] = _value(value, names) if value and known else Expression(target.id)
+                seen.add(target.id)
+    return names
+
+
+def _value(node: ast.expr, names: dict[str, Any]) -> Any:
+    """Return the value of an expression without running it, or an Expression."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError):
+        pass
+    unknown = Expression(ast.unparse(node))
+    if isinstance(node, ast.Name):
+        return names.get(node.id, unknown)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+        return node.attr
+    if isinstance(node, ast.List | ast.Tuple):
+        items = [_value(item, names) for item in node.elts]
+        return unknown if any(isinstance(item, Expression) for item in items) else items
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else _value(key, names) for key in node.keys]
+        values = [_value(value, names) for value in node.values]
+        return dict(zip(keys, values, strict=True)) if all(isinstance(k, str) for k in keys) else unknown
+    if isinstance(node, ast.JoinedStr):
+        parts = [_value(part.value if isinstance(part, ast.FormattedValue) else part, names)
+                 for part in node.values]  # fmt: skip
+        return "".join(map(str, parts)) if all(isinstance(p, str | int | float) for p in parts) else unknown
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        sides = [_value(side, names) for side in (node.left, node.right)]
+        if all(isinstance(side, int | float) and abs(side) < LARGEST_NUMBER for side in sides):
+            try:
+                return ARITHMETIC[type(node.op)](*sides)
+            except (ArithmeticError, ValueError):
+                return unknown
+    return unknown
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _owner(node: ast.expr) -> str:
+    """The name before the dot, such as AutoModelForCausalLM in AutoModelForCausalLM.from_pretrained."""
+    return _name(node.value) if isinstance(node, ast.Attribute) else ""

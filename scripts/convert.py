@@ -1,0 +1,58 @@
+"""Convert a configuration of Axolotl, LLaMA-Factory, TRL or Unsloth to a command or a recipe.
+
+    python scripts/convert.py qlora.yml                  # prints the command that trains the same
+    python scripts/convert.py train.py --out mine.py     # writes a recipe; jaxft train mine.py
+    python scripts/convert.py train.sh --devices 4       # the rows of a step are those of 4 devices
+
+FILE is Axolotl's, LLaMA-Factory's or TRL's YAML, a shell script that starts one of them (trl sft --...,
+accelerate launch, llamafactory-cli train, axolotl train), or a Python file or notebook with SFTConfig(...),
+DPOConfig(...), LoraConfig(...) and the like. It is read and never executed. The command goes to stdout;
+stderr lists by line which options are expressed otherwise, and which cannot be.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("file", metavar="FILE", help="a .yml, .yaml, .py, .ipynb or .sh file")
+    parser.add_argument("--out", metavar="RECIPE.py", help="write a recipe in place of printing the command")
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="devices that the tool used (default: the file's, or 1)"
+    )
+    return parser
+
+
+def main() -> int:
+    """Convert the file; print the command or write the recipe, and report on stderr."""
+    from jaxft.runs.convert import report, settings
+
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.devices is not None and args.devices < 1:
+        parser.error(f"--devices must be at least 1, got {args.devices}")
+    conversion = settings.convert(settings.read(Path(args.file)), args.devices)
+    lines = report.conversion_lines(conversion)
+    if args.out is None:
+        print(report.command(conversion), flush=True)
+    else:
+        from jaxft.runs.convert import recipe_file
+
+        recipe_file.write_recipe(Path(args.out), conversion, lines)
+        lines.append(f"wrote {args.out}; jaxft train {args.out}")
+    print("\n".join(lines), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,215 @@
+"""`jaxft convert`: what configurations of other tools become, that none of their options is lost without a
+word, and that the recipe and the command train the same.
+"""
+
+import shlex
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from foreign_configs import COMMAND, DPO, FACTORY, FACTORY_INFO, GRPO_SCRIPT, QLORA, SFT_SCRIPT
+from scripts_in_process import load
+
+from jaxft.optim.optimizer import Optim, make_schedule
+from jaxft.runs.config import describe, differences, load_config
+from jaxft.runs.convert import recipe_file, report, settings
+
+FILES = {
+    "qlora.yml": QLORA, "dpo.yaml": DPO, "factory.yaml": FACTORY, "run.sh": COMMAND, "sft.py": SFT_SCRIPT,
+    "grpo.py": GRPO_SCRIPT,
+}  # fmt: skip
+
+
+@pytest.fixture
+def converted(tmp_path, monkeypatch):
+    """Write one of FILES, or another text, into the working directory, and convert it."""
+    monkeypatch.chdir(tmp_path)
+
+    def convert(name, text=None, devices=None):
+        (tmp_path / name).write_text(FILES[name] if text is None else text)
+        return settings.convert(settings.read(tmp_path / name), devices)
+
+    return convert
+
+
+def remarks(pairs):
+    """Option -> remark."""
+    return {option.name: remark for option, remark in pairs}
+
+
+def test_axolotl_qlora(converted):
+    c = converted("qlora.yml")
+    assert c.recipe == "sft" and set(c.settings) == {
+        "model=my-org/base-7b", "quant=nf4", "data=rows/answers.jsonl", "held_out=0.05", "name=first-try",
+        "max_length=2048", "data.packing=true", "rank=32", "adapter.alpha=16", "adapter.dropout=0.05",
+        "adapter.targets=all-linear", "batch=8", "micro=4", "epochs=3", "optim.optimizer=adamw",
+        "optim.schedule=cosine", "optim.end=0", "lr=2e-4", "remat=full", "optim.warmup=10",
+        "optim.weight_decay=0.0", "data.too_long=drop",
+    }  # fmt: skip
+    assert set(remarks(c.lost)) == {"evals_per_epoch", "my_own_key"}
+    assert "Alpaca's preamble" in remarks(c.otherwise)["datasets"]
+    assert [option.name for option in c.empty] == ["dataset_prepared_path", "wandb_project"]
+    assert c.defaults == ("data.too_long=drop",)
+
+
+def test_axolotl_dpo_with_columns_of_its_own(converted):
+    c = converted("dpo.yaml")
+    expected = {
+        "data=my-org/pairs", "data.columns=prompt=conversation,chosen=better", "chat_template=llama3",
+        "quant=int8", "beta=0.2", "reference=precomputed", "mesh.data=1", "mesh.fsdp=-1", "held_out=none",
+        "adapter.targets=q_proj,v_proj", "max_length=512", "epochs=1", "optim.warmup=0.03", "batch=2",
+    }  # fmt: skip
+    assert c.recipe == "dpo" and expected <= set(c.settings)
+    assert "narrator" in remarks(c.otherwise)["datasets"]
+    assert set(remarks(c.lost)) == {"fsdp_config.fsdp_offload_params"}
+
+
+def test_llama_factory_reads_its_list_of_datasets(converted, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(FACTORY_INFO)
+    c = converted("factory.yaml")
+    expected = {
+        "data=data/mine.json,my-org/other:test", "data.columns=instruction=question,response=answer",
+        "rank=8", "adapter.alpha=16", "adapter.targets=all-linear", "batch=8", "micro=8", "name=one",
+        "data.packing=false", "optim.warmup=0.1", "mesh.fsdp=-1", "loop.save_every=500",
+    }  # fmt: skip
+    assert expected <= set(c.settings) and set(remarks(c.lost)) == {"max_samples"}
+
+
+def test_llama_factory_without_its_list_says_that_the_files_are_guessed(converted):
+    c = converted("factory.yaml")
+    assert "data=data/mine.json,data/other.json" in c.settings
+    assert "guess" in remarks(c.lost)["dataset"]
+
+
+def test_a_command_with_variables_and_devices(converted):
+    c = converted("run.sh")
+    expected = {
+        "model=my-org/base-1b", "data=my-org/pairs/plain", "held_out=my-org/pairs/plain:test", "batch=32",
+        "micro=4", "loop.steps=100", "optim.warmup=7", "loss=jaxft.objectives.preference_losses:ipo",
+        "beta=0.3", "rank=4", "adapter.targets=q_proj,v_proj", "name=run-a", "loop.eval_every=20", "lr=1e-6",
+        "optim.schedule=linear", "mesh.fsdp=-1",
+    }  # fmt: skip
+    assert c.recipe == "dpo" and expected <= set(c.settings)
+    assert remarks(c.lost) == {"seed": "an expression, which is not run; set seed= yourself"}
+
+
+def test_a_python_file_is_read_and_never_executed(converted, tmp_path):
+    c = converted("sft.py")
+    expected = {
+        "model=my-org/base-1b", "data=rows.jsonl", "quant=fp4", "lr=0.0001", "epochs=2", "batch=4",
+        "max_length=512", "data.packing=true", "data.loss_on=assistant", "optim.schedule=constant",
+        "optim.warmup=0.05", "optim.optimizer=adamw_8bit", "rank=8", "adapter.alpha=16", "name=mine",
+        "adapter.targets=all-linear", "adapter.rslora=true", "quant.double=false",
+    }  # fmt: skip
+    assert c.recipe == "sft" and expected <= set(c.settings)
+    assert set(remarks(c.lost)) == {"run_name", "**further", "formatting_func"}
+    assert not (tmp_path / "executed").exists()
+
+
+def test_rollouts_count_prompts(converted):
+    c = converted("grpo.py", devices=2)
+    # 8 completions x 2 devices x 4 = 64 of a rollout, 4 of each prompt; 4 / 2 = 2 steps of 2 microbatches
+    expected = {
+        "batch=16", "minibatches=2", "micro=2", "group=4", "max_new=256", "passes=2", "eps_low=0.1",
+        "eps_high=0.1", "adapter=none", "token_weights=jaxft.rl.token_weights:constant_length",
+        "advantage=jaxft.rl.advantages:centred",
+    }  # fmt: skip
+    assert c.recipe == "grpo" and expected <= set(c.settings)
+    assert set(remarks(c.lost)) == {"reward_funcs"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_option_is_in_one_of_the_lists(converted, name):
+    c = converted(name)
+    listed = {option.name for option in (*c.same, *c.unneeded, *c.empty)}
+    listed |= {option.name for option, _ in (*c.otherwise, *c.lost)}
+    assert {option.name.partition(".")[0] for option in c.source.options} == {
+        name.partition(".")[0] for name in listed
+    }
+    assert not any(remark == "not converted" for _, remark in c.lost)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_recipe_and_the_command_are_the_same_run(converted, name, tmp_path):
+    c = converted(name)
+    files = ("model=", "chat_template=")
+    c = replace(c, settings=tuple(text for text in c.settings if not text.startswith(files)))
+    command = shlex.split(report.command(c).replace("\\\n", " "))
+    assert command[:3] == ["jaxft", "train", c.recipe]
+    recipe_file.write_recipe(tmp_path / "mine.py", c, report.conversion_lines(c))
+    text = (tmp_path / "mine.py").read_text()
+    assert text.endswith("\n") and max(map(len, text.splitlines())) <= 110
+    of_file, of_command = load_config(str(tmp_path / "mine.py"), []), load_config(c.recipe, command[3:])
+    assert differences(describe(of_command), describe(of_file)) == []
+
+
+@pytest.mark.parametrize(("kind", "warmup"), [("cosine", 10), ("linear", 0)])
+def test_the_learning_rate_ends_where_theirs_does(converted, kind, warmup):
+    text = FACTORY.replace("cosine", kind).replace("warmup_ratio: 0.1", f"warmup_steps: {warmup}")
+    run = load_config("sft", [s for s in converted("factory.yaml", text).settings if s.startswith("optim.")])
+    steps = np.arange(100)
+    done = np.clip((steps - warmup) / (100 - warmup), 0, 1)  # transformers' get_scheduler
+    falling = (1 + np.cos(np.pi * done)) / 2 if kind == "cosine" else 1 - done
+    theirs = np.where(steps < warmup, steps / max(1, warmup), falling)
+    ours = make_schedule(Optim(**{**vars(run.optim), "lr": 1.0}), 100)
+    # the peak is the last step of our warm-up, and one step later in theirs
+    np.testing.assert_allclose([float(ours(i)) for i in steps], theirs, atol=0.11 if warmup else 0.011)
+    assert float(ours(99)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yml", "base_model: [", "a.yml:1: not YAML"),
+        ("a.yml", "base_model: !!python/object/apply:os.system [touch executed]", "not YAML: could not"),
+        ("a.yml", "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n"
+                                            for a, b in zip("abcdefgh", "bcdefghi")), "more values"),
+        ("a.yml", "a: &a [*a]", "more values"),
+        ("a.yml", "[" * 3000, "nested too deeply|not YAML"),
+        ("a.yml", "", "the file is empty"),
+        ("a.yml", "- 1\n- 2", "a list of options"),
+        ("a.yml", "name: x", "neither Axolotl's"),
+        ("a.yml", "model: {_component_: torchtune.models.x}\n", "torchtune's"),
+        ("a.yml", "base_model: x\nrl: ebft", "no recipe for ebft"),
+        ("a.yml", "x: " + "a" * 2**20, "larger than 1 MiB"),
+        ("a.py", "def f(:", "a.py:1: syntax error"),
+        ("a.py", "print(1)", "calls none of"),
+        ("a.py", "x = " + "(" * 300 + ")" * 300, "a.py"),
+        ("a.py", "f(SFTConfig(lr=" + "-" * 5000 + "1))", "a.py"),
+        ("a.ipynb", "{}", "not a notebook"),
+        ("a.sh", "echo hello", "no command that starts a trainer"),
+        ("a.sh", "axolotl train missing.yml", "missing.yml, which is not here"),
+        ("a.toml", "x = 1", "convert reads YAML"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_line(converted, tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        converted(name, text)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert not (tmp_path / "executed").exists()
+
+
+def test_numbers_are_computed_and_nothing_else_is(converted):
+    text = (
+        "from trl import SFTConfig\nN = 4\nN += 1\nSFTConfig(learning_rate=2 * 1e-4, max_length=N, seed=9**9)"
+    )
+    c = converted("a.py", text)
+    assert "lr=0.0002" in c.settings
+    assert set(remarks(c.lost)) == {"max_length", "seed"}
+
+
+def test_the_command_prints_the_command_and_the_report(converted, capsys, monkeypatch, tmp_path):
+    converted("qlora.yml")
+    main = load("convert").main
+    monkeypatch.setattr(sys, "argv", ["convert", "qlora.yml"])
+    assert main() == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("jaxft train sft model=my-org/base-7b") and "my_own_key" not in out
+    line = QLORA.splitlines().index("my_own_key: 3") + 1
+    assert f"line {line} my_own_key: 3 -> not an option of Axolotl" in err
+    monkeypatch.setattr(sys, "argv", ["convert", "qlora.yml", "--out", "mine.py"])
+    assert main() == 0 and (tmp_path / "mine.py").is_file()
+    with pytest.raises(ValueError, match="the file exists"):
+        main()
