@@ -257,7 +257,8 @@ def test_slurm_script_starts_one_task_per_gpu_and_requeues_resumable_runs(tmp_pa
         (
             "registry.example.com#jaxft:cuda",
             ["--container-image=registry.example.com#jaxft:cuda",
-             "--container-mounts={root}:{root},{cache}:/cache", "--container-workdir={root}", "jaxft", "train"],
+             "--container-mounts={root}:{root},{cache}:/cache", "--container-workdir={root}",
+             "jaxft", "train"],
         ),
         (
             "/images/jaxft.sif",
