@@ -8,18 +8,16 @@ second copy. 26 steps, about 2 minutes and 2 GB on a 2-core CPU. In half of the 
 configs/data/extraction_pairs.jsonl the message lacks a part, and the better completion has null there; in
 the others the worse one has null for a value that is given. The completions differ in a few tokens, so that
 DPO soon lowers the probability of the better one as well: its learning rate is low, and 2e-4 needs
-DPO-Positive, loss=jaxft.objectives.preference_losses:dpop. The first loss is log 2 = 0.6931. After
+DPO-Positive, loss=dpop. The first loss is log 2 = 0.6931. After
 configs/sft.py json_match of 60 held-out messages is 0.42 to 0.63, depending on the CPU's rounding; expect it
 to rise by about 0.07, and with DPO-Positive by about 0.22.
 
-`loss` is any loss of jaxft.objectives.preference_losses that has a beta, such as
-loss=jaxft.objectives.preference_losses:ipo, or your own, such as loss=configs/examples/my_losses.py:mine. A
-loss that is declared reference-free runs no reference.
+`loss` is any loss of jaxft.objectives.preference_losses that has a beta, such as loss=ipo, or your own, such
+as loss=configs/examples/my_losses.py:mine. A loss that is declared reference-free runs no reference.
 
 Hardware: 2 CPU cores, 2 GB; 2 minutes.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from jaxft.data.pairs.source import PairRows
@@ -28,6 +26,7 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.train.recipes import (
     EXTRACTION_PAIRS,
     LoraOrFullKnobs,
+    PairLossFunction,
     ReferenceSetting,
     ScoredRowKnobs,
     choose_reference,
@@ -39,8 +38,8 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(),
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION_PAIRS),
     name: str = "dpo",
-    lr: float = 5e-5,
-    loss: Callable = dpo,
+    lr: float = 5e-5,  # auto: by the model's width, and the default with another model
+    loss: PairLossFunction = dpo,
     beta: float = 0.1,
     reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
     moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper

@@ -16,7 +16,6 @@ Advantages, token weights and losses combine freely. Named methods, and what to 
 
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -29,18 +28,28 @@ from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules, shape_scores
 from jaxft.rl.token_weights import token_mean
-from jaxft.train.recipes import OPINIONS, LoraKnobs, RolloutKnobs
+from jaxft.train.recipes import (
+    OPINIONS,
+    AdvantageFunction,
+    CombineFunction,
+    EstimatorFunction,
+    FilterFunction,
+    LoraKnobs,
+    PolicyLossFunction,
+    RewardFunction,
+    RolloutKnobs,
+    TokenWeightsFunction,
+)
 from jaxft.train.settings import Loop, Run
 
 METHODS = {
-    "GRPO": "token_weights=jaxft.rl.token_weights:sequence_mean",
-    "Dr. GRPO": "advantage=jaxft.rl.advantages:centred token_weights=jaxft.rl.token_weights:constant_length",
-    "DAPO": "filter=jaxft.rl.advantages:nonconstant_groups eps_high=0.28 overlong=2",
-    "GSPO": "loss=jaxft.objectives.policy_losses:gspo token_weights=jaxft.rl.token_weights:sequence_mean",
-    "RLOO": "advantage=jaxft.rl.advantages:rloo loss=jaxft.objectives.policy_losses:policy_gradient "
-    "token_weights=jaxft.rl.token_weights:sequence_sum beta=0.05 kl_in=rewards",
-    "REINFORCE++": "estimate=jaxft.rl.estimators:reinforce beta=0.01 kl_in=rewards",
-    "REINFORCE++ with the group's mean as baseline": "estimate=jaxft.rl.estimators:group_whitened",
+    "GRPO": "token_weights=sequence_mean",
+    "Dr. GRPO": "advantage=centred token_weights=constant_length",
+    "DAPO": "filter=nonconstant_groups eps_high=0.28 overlong=2",
+    "GSPO": "loss=gspo token_weights=sequence_mean",
+    "RLOO": "advantage=rloo loss=policy_gradient token_weights=sequence_sum beta=0.05 kl_in=rewards",
+    "REINFORCE++": "estimate=reinforce beta=0.01 kl_in=rewards",
+    "REINFORCE++ with the group's mean as baseline": "estimate=group_whitened",
 }
 __doc__ = str(__doc__) + "\n".join(f"    {name}:\n        {settings}" for name, settings in METHODS.items())
 
@@ -49,19 +58,19 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: RolloutKnobs = RolloutKnobs(OPINIONS, epochs=0.6),
     name: str = "grpo",
-    lr: float = 5e-4,
-    rewards: tuple[Callable, ...] = (exact,),
+    lr: float = 5e-4,  # auto: by the model's width, and the default with another model
+    rewards: tuple[RewardFunction, ...] = (exact,),
     reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
-    combine: Callable = weighted_sum,  # of several rewards; sum_of_known takes those that returned a score
+    combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds those with a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
     missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
     overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over so many tokens before max_new
-    advantage: Callable | None = None,  # jaxft.rl.advantages:grpo by default
-    estimate: Callable | None = None,  # an advantage estimator of jaxft.rl.estimators, instead of advantage
-    token_weights: Callable = token_mean,
-    filter: Callable | None = None,  # which completions to train on
+    advantage: AdvantageFunction | None = None,  # grpo by default
+    estimate: EstimatorFunction | None = None,  # an advantage estimator, instead of advantage
+    token_weights: TokenWeightsFunction = token_mean,
+    filter: FilterFunction | None = None,  # which completions to train on
     train_on_truncated: bool = True,  # whether to train on completions without an end token
-    loss: Callable = clipped,
+    loss: PolicyLossFunction = clipped,
     eps_low: float | None = None,  # clipping bounds, the loss's own by default
     eps_high: float | None = None,
     beta: float = 0.0,  # of a KL penalty; 0 runs no reference
@@ -74,7 +83,7 @@ def config(
         raise ValueError(
             "policy_gradient is for completions of the current policy, and passes x minibatches = "
             f"{prompts.passes * prompts.minibatches} steps change it; "
-            "use loss=jaxft.objectives.policy_losses:unclipped"
+            "use loss=unclipped"
         )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards needs a beta above 0")

@@ -24,7 +24,7 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "kto",
-    lr: float = 1e-4,
+    lr: float = 1e-4,  # auto: by the model's width, and the default with another model
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,

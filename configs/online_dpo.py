@@ -3,7 +3,7 @@ preference loss.
 
     python scripts/train.py --config configs/online_dpo.py
     python scripts/train.py --config configs/online_dpo.py reward=runs/reward data=prompts.jsonl
-    python scripts/train.py --config configs/online_dpo.py loss=jaxft.objectives.preference_losses:ipo
+    python scripts/train.py --config configs/online_dpo.py loss=ipo
 
 SmolLM2-135M-Instruct on the opinions in configs/data, 40 steps; after half of them 67 % of the held-out
 completions are right, 3 % at the start (in float32). `reward` is a function of (prompt, completion, row), or
@@ -13,7 +13,6 @@ on. The reference is the policy at step 0.
 Hardware: 2 CPU cores, 3 GB; 14 minutes.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from jaxft.objectives.preference import preference
@@ -21,7 +20,7 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rewards import exact
 from jaxft.rl.rules import Rules
-from jaxft.train.recipes import OPINIONS, LoraKnobs, PromptKnobs
+from jaxft.train.recipes import OPINIONS, LoraKnobs, PairLossFunction, PromptKnobs, RewardFunction
 from jaxft.train.settings import Loop, Run
 
 
@@ -29,9 +28,9 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: PromptKnobs = PromptKnobs(OPINIONS, batch=16, group=4, epochs=2.0),
     name: str = "online_dpo",
-    lr: float = 1e-4,
-    reward: str | Callable = exact,
-    loss: Callable = dpo,
+    lr: float = 1e-4,  # auto: by the model's width, and the default with another model
+    reward: str | RewardFunction = exact,
+    loss: PairLossFunction = dpo,
     beta: float = 0.1,
 ) -> Run:
     """Direct preference optimisation on the policy's own completions."""

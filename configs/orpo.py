@@ -24,7 +24,7 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "orpo",
-    lr: float = 1e-3,
+    lr: float = 1e-3,  # auto: by the model's width, and the default with another model
     beta: float = 0.1,
 ) -> Run:
     """Odds ratio preference optimisation."""

@@ -42,7 +42,7 @@ from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules, shape_scores
-from jaxft.train.recipes import PAIRS, LoraKnobs, RolloutKnobs
+from jaxft.train.recipes import PAIRS, KLFunction, LoraKnobs, PolicyLossFunction, RewardFunction, RolloutKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -88,11 +88,11 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: RolloutKnobs = RolloutKnobs(PAIRS, epochs=0.75, group=4, max_prompt=256, max_new=32, passes=2),
     name: str = "ppo",
-    lr: float = 3e-4,
-    reward: str | Callable = "runs/reward",
+    lr: float = 3e-4,  # auto: by the model's width, and the default with another model
+    reward: str | RewardFunction = "runs/reward",
     critic: Literal["fresh", "reward", "shared", "full"] | None = None,
-    loss: Callable = clipped,
-    kl: Callable = k1,  # estimator of the KL in the rewards: k1, k2 or k3 of jaxft.objectives.kl
+    loss: PolicyLossFunction = clipped,
+    kl: KLFunction = k1,  # estimator of the KL in the rewards
     kl_coef: float = 0.05,
     kl_target: float | None = None,  # nats per completion, which an adaptive coefficient aims for
     target_kl: float

@@ -6,8 +6,8 @@
 
 The settings are DAPO's: no KL penalty and so no reference, eps_high=0.28, the same weight for every token,
 no training on groups whose completions all have the same score, and a penalty for completions that almost
-reach max_new tokens. For Dr. GRPO add advantage=jaxft.rl.advantages:centred
-token_weights=jaxft.rl.token_weights:constant_length eps_high=0.2 overlong=none. Other rewards and methods:
+reach max_new tokens. For Dr. GRPO add advantage=centred token_weights=constant_length
+eps_high=0.2 overlong=none. Other rewards and methods:
 configs/grpo.py.
 
 Plan for one H100: 31.1 GiB, 4.4 s for each of the four optimizer steps of a rollout of 64 x 8 completions;
@@ -18,7 +18,6 @@ measured.
 Hardware: a GPU of 40 GB; 35 minutes plus sampling on an H100 (planned).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +29,13 @@ from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules, shape_scores
 from jaxft.rl.token_weights import token_mean
-from jaxft.train.recipes import GpuKnobs, RolloutKnobs
+from jaxft.train.recipes import (
+    AdvantageFunction,
+    GpuKnobs,
+    RewardFunction,
+    RolloutKnobs,
+    TokenWeightsFunction,
+)
 from jaxft.train.settings import Run
 
 
@@ -48,9 +53,9 @@ def config(
     ),
     columns: tuple[str, ...] = ("prompt=question",),
     name: str = "qwen25_1p5b_grpo",
-    rewards: tuple[Callable, ...] = (number,),
-    advantage: Callable = grpo,
-    token_weights: Callable = token_mean,
+    rewards: tuple[RewardFunction, ...] = (number,),
+    advantage: AdvantageFunction = grpo,
+    token_weights: TokenWeightsFunction = token_mean,
     eps_high: float = 0.28,
     overlong: int | None = 128,  # the penalty falls to -1 over this many tokens before max_new, or none
     beta: float = 0.0,  # coefficient of a KL penalty in the loss; with 0 there is no reference

@@ -26,7 +26,7 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(general=None),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "reward",
-    lr: float = 2e-4,
+    lr: float = 2e-4,  # auto: by the model's width, and the default with another model
     margin: str
     | None = None,  # a column of the rows: by how much the chosen reward should exceed the rejected one
     center: float = 0.01,  # weight of the term that keeps rewards around 0

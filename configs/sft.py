@@ -22,7 +22,7 @@ def config(
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION, batch=1, epochs=1.0),
     loss: SftKnobs = SftKnobs(),
     name: str = "sft",
-    lr: float = 1.5e-3,
+    lr: float = 1.5e-3,  # auto: by the model's width, and the default with another model
 ) -> Run:
     """LoRA supervised fine-tuning."""
     return Run(

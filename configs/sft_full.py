@@ -22,7 +22,7 @@ def config(
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION, batch=2, epochs=1.0),
     loss: SftKnobs = SftKnobs(),
     name: str = "sft_full",
-    lr: float = 5e-5,
+    lr: float = 5e-5,  # auto: by the model's width, and the default with another model
     train: str = "base/.*",  # a path pattern; base/layers/.* freezes the embedding table and the last norm
 ) -> Run:
     """Full fine-tuning."""

@@ -23,7 +23,7 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "simpo",
-    lr: float = 5e-4,
+    lr: float = 5e-4,  # auto: by the model's width, and the default with another model
     beta: float = 2.0,
     gamma: float = 1.0,
 ) -> Run:

@@ -37,6 +37,7 @@ class Tokens:
     sources: Int[Any, "B M"] | None = None  # where each target's row is from, an index of source_names
     source_names: tuple[str, ...] = static(default=())
     packed: bool = static(default=True)  # a row may have several segments, or padding before its first token
+    max_length: ClassVar[int] = 0  # as in Pairs
     sampled_length: ClassVar[None] = None  # as in Rollout
 
 
@@ -69,6 +70,7 @@ class Pairs:
     sources: Int[Any, "B P"] | None = None  # where each pair is from, an index of source_names
     source_names: tuple[str, ...] = static(default=())
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
+    max_length: int = static(default=0)  # most tokens of a response with its prompt; 0 if unknown
     sampled_length: int | None = static(default=None)  # as in Rollout
     packed: ClassVar[bool] = True  # as in Tokens
 
@@ -99,6 +101,7 @@ class Rollout:
     branches: Int[Any, "B T"] | None = None
     # most tokens of a completion; fixes the angles of dynamic and longrope
     sampled_length: int | None = static(default=None)
+    max_length: ClassVar[int] = 0  # as in Pairs
     packed: ClassVar[bool] = True  # as in Tokens
 
 

@@ -1,9 +1,13 @@
-"""Compare runs, finished or running: a table of their metrics, and their curves in one picture.
+"""Compare runs: a table of their metrics, what is chance, and curves in a picture.
 
     python scripts/compare.py runs/a runs/b runs/c
+    python scripts/compare.py runs/dpo-beta-seed                    # a sweep, with all of its members
     python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"
 
 The metrics are those of each run's metrics.jsonl at the first and the last evaluation of the held-out rows.
+Runs that differ in nothing but seeds are one setting, with mean and standard deviation. The best run or
+setting is named, and how far the others are behind, with 95 % intervals: over the seeds, or on the same
+held-out rows. Files that a pattern such as runs/seeds/* also matches are skipped.
 """
 
 import argparse
@@ -19,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("runs", nargs="+", help="folders of runs or sweeps")
     parser.add_argument("--out", type=Path, help="write OUT.png and OUT.json (default: only print the table)")
     parser.add_argument("--title", default="", help="the title of the picture")
     return parser
@@ -27,8 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
-    from jaxft.runs import compare
+    from jaxft.runs import compare, ranking
     from jaxft.runs.fetched import local_folder
+    from jaxft.runs.page.run_files import folders_of_runs, runs_among
     from jaxft.runs.trackers.jsonl import Entry, read_entries
 
     def curve_metrics(entry: Entry) -> Entry:
@@ -36,24 +41,22 @@ def main() -> int:
         return {name: value for name, value in entry.items() if name == "step" or compare.is_drawn(name)}
 
     args = make_parser().parse_args()
-    runs = [local_folder(run) for run in args.runs]
-    missing = next((run for run in runs if not (run / "metrics.jsonl").is_file()), None)
-    if missing:
-        raise ValueError(f"{missing}: has no metrics.jsonl; use the folder of a run, such as runs/sft")
-    entries = {run.name: read_entries(run / "metrics.jsonl") for run in runs}
-    if len(entries) < len(runs):
-        names = ", ".join(run.name for run in runs)
-        raise ValueError(f"two of the runs have the same name ({names}); rename one of the folders")
+    runs, others = runs_among([local_folder(run) for run in args.runs])
+    if others:
+        print(f"skipped, no runs: {', '.join(map(str, others))}", file=sys.stderr)
+    folders = folders_of_runs(runs)
+    entries = {name: read_entries(folder / "metrics.jsonl") for name, folder in folders.items()}
     empty = next((name for name, lines in entries.items() if not lines), None)
     if empty:
         raise ValueError(f"{empty}: metrics.jsonl is empty; wait for the first step")
-    sides = [compare.first_and_last(lines) for lines in entries.values()]
-    table = compare.Table.of(tuple(entries), [before for before, _ in sides], [after for _, after in sides])
-    print(table.text())
+    results = [ranking.read_result(name, folder) for name, folder in folders.items()]
+    table = ranking.table_of(results)
+    print("\n\n".join(ranking.texts(results)))
     if args.out:
         compare.draw(args.out.with_suffix(".png"), compare.panels(entries), args.title)
         curves = {name: [curve_metrics(entry) for entry in lines] for name, lines in entries.items()}
-        text = json.dumps({"runs": table.as_json(), "curves": curves}, indent=1)
+        found = {"runs": table.as_json(), "ranking": ranking.ranking_lines(results), "curves": curves}
+        text = json.dumps(found, indent=1)
         args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return 0
 

@@ -1,4 +1,4 @@
-"""Print the code that makes a shell complete commands, recipes and knobs.
+"""Print the code that makes a shell complete commands, recipes, settings and their values.
 
     eval "$(jaxft completion bash)"              # in ~/.bashrc
     eval "$(jaxft completion zsh)"               # in ~/.zshrc

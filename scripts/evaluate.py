@@ -1,6 +1,6 @@
 """Evaluate a run, a model or adapters: on the rows of a file, or on tasks of lm-evaluation-harness.
 
-    python scripts/evaluate.py --run runs/sft                             # on the run's own held-out file
+    python scripts/evaluate.py --run runs/sft                             # on the run's own held-out rows
     python scripts/evaluate.py --model REF [--adapter FOLDER] --file rows.jsonl      # loss and perplexity
     python scripts/evaluate.py --run runs/dpo --file pairs.jsonl          # accuracy on preference pairs
     python scripts/evaluate.py --run runs/sft --file rows.jsonl --by json_match --by my.py:score
@@ -19,7 +19,7 @@ prints lm-evaluation-harness's table, and a run's folder gets its results as JSO
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--model", help="the base model (default: the adapter's own)")
     add_adapters(parser)
-    parser.add_argument("--file", help="rows or pairs (default: the held-out file of the run)")
+    parser.add_argument("--file", help="rows or pairs (default: the held-out rows of the run)")
     parser.add_argument("--columns", help="renames columns, as data.columns: prompt=question")
     parser.add_argument("--batch", type=int, default=8, help="rows at a time (default 8; --samples if more)")
     add_compute_options(parser)
@@ -92,12 +92,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def arguments() -> argparse.Namespace:
-    """Parse and check the command line, and fill in the defaults of options that were not given."""
+def arguments(
+    argv: list[str] | None = None, scores: Sequence[Callable[..., float]] = ()
+) -> argparse.Namespace:
+    """Parse and check the command line, and fill in the defaults of options that were not given.
+
+    argv: its arguments, by default those of this process. scores: functions, as if --by had named them.
+    """
     from jaxft.runs.cli import check_weights_options
 
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.by += scores
     if not (args.run or args.model or args.adapter):
         parser.error("nothing to evaluate; use --run, --model or --adapter")
     if args.tasks is not None and (args.by or args.regex is not None):
@@ -107,6 +113,7 @@ def arguments() -> argparse.Namespace:
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         found = "is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
         parser.error(f"--out {args.out}: {found}; name a file in an existing folder")
+    args.given = set()
     way = TASKS if args.tasks is not None else COMPLETIONS if args.by or args.regex is not None else ROWS
     for name, (default, ways) in OPTIONS.items():
         value = vars(args)[name]
@@ -118,6 +125,8 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{option} applies only to {' and '.join(ways)}; remove it, or {remedy}")
         if not given:
             setattr(args, name, default)
+        else:
+            args.given.add(name)
     check_weights_options(parser, args)
     least = {"samples": 1, "limit": 1, "max_length": 1, "num_fewshot": 0}
     for name, value in least.items():
@@ -166,15 +175,18 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     """Return the functions that --by and --regex name. Raises ValueError for an unknown name."""
     from jaxft.rl import rewards
     from jaxft.runs.parse import load_callable
-    from jaxft.train.settings import SCORE_FUNCTIONS
+    from jaxft.short_names import REWARDS
     from jaxft.tree import nearest, regex
 
     found = []
     for name in args.by:
-        if ":" not in name and name not in SCORE_FUNCTIONS:
-            near = ", ".join(nearest(name, list(SCORE_FUNCTIONS), 3)) or ", ".join(SCORE_FUNCTIONS)
+        if callable(name):
+            found.append(name)
+            continue
+        if ":" not in name and name not in REWARDS:
+            near = ", ".join(nearest(name, list(REWARDS), 3)) or ", ".join(REWARDS)
             raise ValueError(f"--by {name}: no such score; near: {near}, or a function such as my.py:score")
-        fn = load_callable(SCORE_FUNCTIONS.get(name, name))
+        fn = load_callable(REWARDS.get(name, name))
         if not callable(fn):
             raise ValueError(f"--by {name}: not a function (prompt, completion, row) -> float; name one")
         found.append(fn)
@@ -184,17 +196,27 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     return found
 
 
-def file_of(args: argparse.Namespace, record: dict[str, Any] | None) -> str:
-    """Return --file, or the file of held-out rows of the run. Raises ValueError if it has none."""
+def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[str, Any]:
+    """Return --file, or where the run's held-out rows are: a file, or the rows that it trained on with the
+    settings that hold out a fraction of them. The settings are None for a file.
+
+    Raises ValueError if the run has no held-out rows, and for options that would read them in another way.
+    """
     if args.file:
-        return args.file
+        return args.file, None
     held_out = (record or {"data": {}})["data"].get("held_out")
-    if not isinstance(held_out, str) or held_out == "none":
+    if isinstance(held_out, str) and held_out != "none":
+        return held_out, None
+    if not record or not isinstance(held_out, float) or not held_out:
+        raise ValueError(f"{args.run}: it holds out no rows (data.held_out={held_out}); use --file")
+    for name in sorted({"columns", "too_long", "packing", "max_length"} & args.given):
         raise ValueError(
-            f"{args.run}: its held-out rows are not a file of their own (data.held_out={held_out}); use "
-            "--file"
+            f"--{name.replace('_', '-')} applies only to --file; the rows that the run held out "
+            f"(data.held_out={held_out}) are read as in its training"
         )
-    return held_out
+    from jaxft.runs.named_weights import recorded_data
+
+    return record["data"]["train"], recorded_data(record)
 
 
 def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -203,14 +225,16 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     data: settings of the rows of each.
     """
     from jaxft.data.formats import split_column
-    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.mixture import held_out_sources
     from jaxft.data.pairs.source import PairRows
     from jaxft.data.rows import read_rows
     from jaxft.data.sft import Rows
     from jaxft.train.likelihood import make_pair_preferences, make_row_loss
 
     model = next(iter(loaded.values())).model
-    row, limit = next(iter(read_rows(held_out_refs(args.file)[0]))), model.config.max_positions
+    if args.split is not None:
+        return evaluate_split(args, loaded)
+    row, limit = next(iter(read_rows(held_out_sources(args.file)[0].ref))), model.config.max_positions
     length = args.max_length or (min(limit, 1024) if args.packing else limit)
     if length > limit:
         raise ValueError(f"--max-length {length} exceeds the model's {limit} positions; use at most {limit}")
@@ -236,17 +260,44 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     return found
 
 
+def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate the rows of which the run held out a fraction, as its own evaluations do."""
+    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.sft import Rows
+    from jaxft.train.likelihood import make_pair_preferences, make_row_loss
+
+    model, rows = next(iter(loaded.values())).model, args.split
+    if isinstance(rows, PairRows):
+        preferences = make_pair_preferences(model)
+        return {name: preferences(one, rows) for name, one in loaded.items()}
+    if not isinstance(rows, Rows):
+        raise ValueError(
+            f"{args.run}: its held-out rows are prompts without responses; score completions by --by"
+        )
+    if args.out:
+        raise ValueError(
+            "--out writes the results of pairs or completions, and these rows have a loss; remove it"
+        )
+    row_loss = make_row_loss(model)
+    return {name: row_loss(one, rows) for name, one in loaded.items()}
+
+
 def evaluate_completions(
     args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any], functions: list[Any]
 ) -> dict[str, Any]:
     """Return the scores of completions by the name of the adapter. data: settings of the rows of each."""
-    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.mixture import held_out_sources, parse_sources
     from jaxft.data.rows import read_rows
     from jaxft.inference.sampling import Sampling
+    from jaxft.runs.named_weights import held_out_names
     from jaxft.train.completion_scores import Completing, make_completion_scorer, scored_prompts
 
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
-    rows = [row for ref in held_out_refs(args.file) for row in read_rows(ref)]
+    sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)
+    rows = [row for source in sources for row in read_rows(source.ref)]
+    if args.split is not None:
+        names = held_out_names(args.split, next(iter(loaded.values())).tokenizer)
+        rows = [row for row in rows if row.name in names]
     found, scorers = {}, dict[Any, Any]()
     for name, one in loaded.items():
         template, settings = template_settings(data[name]), data[name]
@@ -269,7 +320,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and evaluate it: an Evaluated or a HarnessResult by the name of the adapter."""
     import jax
 
-    from jaxft.data.mixture import held_out_refs
+    from jaxft.data.mixture import held_out_sources
     from jaxft.data.rows import read_rows
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
@@ -290,9 +341,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.way == TASKS:
         tasks = harness.load_tasks(args.names, args.include_path)
     else:
-        args.file = file_of(args, next(iter(named.values())).record)
-        for ref in held_out_refs(args.file):
-            next(iter(read_rows(ref)))  # raises for what cannot be read, before weights are loaded
+        args.file, args.split = rows_of(args, next(iter(named.values())).record)
+        for source in held_out_sources(args.file) if args.split is None else ():
+            next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded
     for name, weights in named.items():
         if weights.record and "loss_on" in weights.record["data"]:
             data[name]["loss_on"] = weights.record["data"]["loss_on"]
@@ -328,28 +379,57 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_metrics(found: dict[str, Any], as_json: bool) -> None:
-    """Print the metrics: a line for each, and a column for each adapter if there are several."""
+    """Print the metrics with their 95 % intervals: a line for each, and a column for each adapter if there
+    are several.
+    """
+    from jaxft.objectives.intervals import interval_of
     from jaxft.runs.trackers.jsonl import json_value
 
     if as_json:
-        whole = {name: json_value(one.metrics) for name, one in found.items()}
+        whole = {name: json_value(with_intervals(one)) for name, one in found.items()}
         print(json.dumps(whole if len(found) > 1 else next(iter(whole.values()))))
         return
 
-    def shown(value: Any) -> str:
-        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    def shown(one: Any, metric: str) -> str:
+        value = one.metrics.get(metric)
+        text = "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        return f"{text} {interval_of(one.values[metric]).text()}" if metric in one.values else text
 
-    widths = [max(12, len(name) + 2) for name in found]
+    metrics = dict.fromkeys(metric for one in found.values() for metric in one.metrics)
+    columns = [[shown(one, metric) for metric in metrics] for one in found.values()]
+    widths = [
+        max(12, 2 + max(map(len, (name, *column)))) for name, column in zip(found, columns, strict=True)
+    ]
     if len(found) > 1:
         print(f"{'':32s}" + "".join(f"{name:>{width}s}" for name, width in zip(found, widths, strict=True)))
-    for metric in dict.fromkeys(metric for one in found.values() for metric in one.metrics):
-        values = [shown(one.metrics.get(metric)) for one in found.values()]
+    for metric, values in zip(metrics, zip(*columns, strict=True), strict=True):
         if len(values) == 1:
             print(f"{metric:32s} {values[0]}")
         else:
             print(
                 f"{metric:32s}" + "".join(f"{x:>{width}s}" for x, width in zip(values, widths, strict=True))
             )
+
+
+def with_intervals(one: Any) -> dict[str, Any]:
+    """Return the metrics of an Evaluated with its intervals as lists, by the metric's name."""
+    from jaxft.objectives.intervals import interval_of
+
+    intervals = {name: list(interval_of(values)) for name, values in one.values.items()}
+    return {**one.metrics, **({"intervals": intervals} if intervals else {})}
+
+
+def comparison_lines(found: dict[str, Any]) -> list[str]:
+    """Return the differences of the other adapters to the first one on the same rows, in sentences."""
+    from jaxft.objectives.intervals import paired
+
+    (first, base), *others = found.items()
+    return [
+        f"{name} against {first}, {metric}: {paired(base.values[metric], one.values[metric]).text()}"
+        for name, one in others
+        for metric in one.values
+        if metric in base.values
+    ]
 
 
 def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -376,6 +456,8 @@ def main() -> int:
         print(line, file=sys.stderr)
     if args.way != TASKS or args.json:
         print_metrics(found, args.json)
+        for line in () if args.json else comparison_lines(found):
+            print(line)
     else:
         for name, one in found.items():
             print((f"adapter {name}\n" if len(found) > 1 else "") + one.table)

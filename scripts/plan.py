@@ -8,8 +8,9 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \\
         batch={devices} micro=1
 
-No weights, network or devices are used, and rows only with --hours or --price. Compiling for NVIDIA GPUs
-needs jax's CUDA plugin (pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]').
+No weights, network or devices are used, and no rows but those of data=FILE, whose lengths are planned, or
+those of --hours and --price. Compiling for NVIDIA GPUs needs jax's CUDA plugin (pip install 'jaxft[cuda12]'),
+for TPUs libtpu (pip install 'jaxft[tpu]').
 
 All programs of the run are compiled: the train step, evaluation, sampling and others. --train-only, several
 machines and --search compile only the train step.
@@ -88,6 +89,7 @@ def print_plans(args: argparse.Namespace) -> int:
     from jaxft.plan import machines, plan, programs, search
     from jaxft.plan import text as plan_text
     from jaxft.runs import cli, config
+    from jaxft.train import open_settings
 
     plan.set_quick(args.quick)
     names = [name for name in args.devices if "=" not in name]  # overrides may follow --devices
@@ -101,6 +103,12 @@ def print_plans(args: argparse.Namespace) -> int:
     for name in names:
         machine = machines.machine(name)
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
+        settings, lines = open_settings.fitted_here(
+            open_settings.resolve(recipe, given), len(machine.devices)
+        )
+        given += [f"{key}={value}" for key, value in settings.chosen.items()]
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
         if args.search:
             load = partial(config.load_config, recipe)
             command = search.Command(load, given, knobs)

@@ -31,9 +31,12 @@ def main() -> int:
     """Write the page and print where it is."""
     from jaxft.runs.fetched import is_fetched, local_folder
     from jaxft.runs.page.document import write_report
+    from jaxft.runs.page.run_files import runs_among
 
     args = make_parser().parse_args()
-    runs = [local_folder(run) for run in args.runs]
+    runs, others = runs_among([local_folder(run) for run in args.runs])
+    if others:
+        print(f"skipped, no runs: {', '.join(map(str, others))}", file=sys.stderr)
     beside = len(runs) == 1 and not is_fetched(runs[0])
     out = args.out or (runs[0] if beside else Path()) / "report.html"
     if out.is_dir():

@@ -141,7 +141,11 @@ def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> l
 
 
 def print_scores(scores: list[tuple[str, float, float]], as_json: bool, adapter: str) -> None:
-    """Print the rewards of each pair, and the accuracy. adapter: its name, "" if there are not several."""
+    """Print the rewards of each pair, and the accuracy with its 95 % interval. adapter: its name, "" if there
+    are not several.
+    """
+    from jaxft.objectives.intervals import wilson
+
     by = {"adapter": adapter} if adapter else {}
     if adapter and not as_json:
         print(f"adapter {adapter}")
@@ -149,14 +153,31 @@ def print_scores(scores: list[tuple[str, float, float]], as_json: bool, adapter:
         if as_json:
             print(json.dumps({"pair": number, "row": name, **by, "chosen": chosen, "rejected": rejected}))
         else:
-            wrong = "" if chosen > rejected else "wrong"
+            wrong = "" if chosen > rejected else "wrong" if chosen < rejected else "tie"
             print(f"{name:16s}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {wrong}")
     won = sum(chosen > rejected for _, chosen, rejected in scores)
+    ties = sum(chosen == rejected for _, chosen, rejected in scores)
+    accuracy, tied = (won + ties / 2) / len(scores), f", {ties} ties count 1/2" if ties else ""
+    shown = f"{accuracy:.2f} {wilson(accuracy, len(scores)).text(2)}{tied}"
     print(
         f"{adapter + ': ' if adapter else ''}the chosen completion has the higher reward in {won} of "
-        f"{len(scores)} pairs ({won / len(scores):.2f})",
+        f"{len(scores)} pairs ({shown if ties < len(scores) else 'all are ties'})",
         file=sys.stderr,
     )
+
+
+def comparison_lines(found: dict[str, list[tuple[str, float, float]]]) -> list[str]:
+    """Return the differences of the other adapters' accuracies to that of the first one on the same pairs."""
+    from jaxft.objectives.intervals import paired_fractions
+
+    wins = {
+        name: [
+            1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0 for _, chosen, rejected in scores
+        ]
+        for name, scores in found.items()
+    }
+    (first, base), *others = wins.items()
+    return [f"{name} against {first}: {paired_fractions(base, own).text('pairs')}" for name, own in others]
 
 
 def main() -> int:
@@ -165,6 +186,8 @@ def main() -> int:
     found = rewards(args)
     for name, scores in found.items():
         print_scores(scores, args.json, name if len(found) > 1 else "")
+    for line in comparison_lines(found):
+        print(line, file=sys.stderr)
     return 0
 
 

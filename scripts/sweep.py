@@ -1,18 +1,21 @@
-"""Train a recipe with several values of its knobs, all together on one base.
+"""Train a recipe with several values of its knobs, on one base if that can be.
 
     python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
+    python scripts/sweep.py --config configs/dpo.py --over loss=dpo,ipo --over seed=0,1,2
     python scripts/sweep.py --config configs/sft.py --over rank=4,16,64 --name ranks epochs=1
 
 Every combination is a run with its own adapter, optimizer, clipping, log and PEFT export in
-runs/<name>/<knob=value,...>/. The base is in memory once and the reference runs once; each run has the same
-result as with scripts/train.py alone. The knobs may change objective, optimizer, seed and adapter rank;
-common settings follow as knob=value or section.field=value. The same command resumes a stopped sweep.
-SIGTERM or Ctrl-C finishes the step, saves and exits with code 143 or 130.
+runs/<name>/<knob=value,...>/. Where objective, optimizer, seed and adapter rank alone differ, the base is in
+memory once and the reference runs once; each run has the same result as with scripts/train.py alone. Others,
+such as batch=4,8, and those that sample completions, are trained one after the other. All hold out the same
+rows; runs that differ in seeds alone are one setting, with mean and spread, and the best one is named with
+its interval. Common settings follow as knob=value or section.field=value. The same command resumes a stopped
+sweep. SIGTERM or Ctrl-C finishes the step, saves and exits with code 143 or 130.
 """
 
 import argparse
 import itertools
-import math
+import re
 import sys
 from pathlib import Path
 
@@ -41,8 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--at-once",
         type=int,
-        default=1,
-        help="adapters per forward pass, a divisor of their number (default 1)",
+        help="adapters per forward pass, a divisor of their number (default 1); only for runs in one program",
     )
     parser.add_argument(
         "overrides", nargs="*", help="the recipe, then knob=value or section.field=value for all runs"
@@ -51,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def values(over: list[str], together: bool) -> list[list[str]]:
-    """Return the overrides of each run. Raises ValueError for duplicates and values that are not numbers."""
+    """Return the overrides of each run. Raises ValueError for duplicates."""
     knobs: dict[str, list[str]] = {}
     for text in over:
         knob, equals, given = text.partition("=")
@@ -60,9 +62,7 @@ def values(over: list[str], together: bool) -> list[list[str]]:
         if knob in knobs:
             raise ValueError(f"--over {knob} is given twice; put all its values into one --over")
         knobs[knob] = given.split(",")
-        for value in knobs[knob]:
-            _number(text, value)
-        if len(set(map(float, knobs[knob]))) < len(knobs[knob]):
+        if len(set(map(_comparable, knobs[knob]))) < len(knobs[knob]):
             raise ValueError(f"--over {text}: a value is given twice; remove it")
     if together and len({len(v) for v in knobs.values()}) > 1:
         counts = ", ".join(f"{len(v)} ({k})" for k, v in knobs.items())
@@ -76,13 +76,17 @@ def values(over: list[str], together: bool) -> list[list[str]]:
     return found
 
 
-def _number(text: str, value: str) -> None:
+def _comparable(value: str) -> float | str:
+    """Return a number, so that 0.1 and 0.10 are the same value; other text as it is."""
     try:
-        ok = math.isfinite(float(value))
+        return float(value)
     except ValueError:
-        ok = False
-    if not ok:
-        raise ValueError(f"--over {text}: {value!r} is not a number; a sweep is over numeric knobs")
+        return value.strip()
+
+
+def label_of(row: list[str]) -> str:
+    """Return the name of a run and its folder, from its knobs."""
+    return re.sub(r"[^\w.=+,-]+", "-", ",".join(row))
 
 
 def main() -> int:
@@ -91,10 +95,9 @@ def main() -> int:
     from dataclasses import replace
 
     from jaxft.distributed import processes
-    from jaxft.runs import cli, config
-    from jaxft.train import loop
-    from jaxft.train.settings import Run
-    from jaxft.train.sweep import Sweep
+    from jaxft.runs import cli
+    from jaxft.train import open_settings
+    from jaxft.train.sweep_runs import train_sweep
 
     processes.require_single_process("a sweep")
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
@@ -104,12 +107,13 @@ def main() -> int:
             "name=... is not possible: runs are named by their knobs, and --name names a sweep's folder"
         )
     name = args.name or "-".join([Path(recipe).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
-    runs = {}
+    runs, lines = {}, list[str]()
     for row in rows:
-        run = config.load_config(recipe, [*overrides, *row], expected=Run)
-        label = ",".join(row)
-        runs[label] = replace(run, name=f"{name}/{label}")
-    return loop.run(Sweep(name, runs, args.at_once))
+        settings, lines = open_settings.fitted(open_settings.resolve(recipe, [*overrides, *row]))
+        label = label_of(row)
+        runs[label] = replace(settings.value, name=f"{name}/{label}")
+    print("\n".join(lines), end="\n" * bool(lines), flush=True)
+    return train_sweep(name, runs, args.at_once)
 
 
 if __name__ == "__main__":

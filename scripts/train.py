@@ -26,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, parameters and planned memory, then exit"
     )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object instead")
     parser.add_argument(
         "-h", "--help", action="store_true", help="print this help, and with a recipe its knobs"
     )
@@ -50,25 +51,31 @@ def main() -> int:
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 
     from jaxft.distributed import processes
-    from jaxft.runs import config
-    from jaxft.train import loop
-    from jaxft.train.settings import Run
+    from jaxft.train import loop, open_settings
 
     if args.dry_run:
-        from jaxft.plan import text
+        from jaxft.plan import dry_run
+        from jaxft.runs import config
+        from jaxft.runs.trackers.tracker import check_trackers
         from jaxft.train.members import run_folder
         from jaxft.weights.extend import without_model_weights
 
         with without_model_weights():
-            settings = config.resolve_config(recipe, overrides, expected=Run)
+            settings, lines = open_settings.fitted_here(open_settings.resolve(recipe, overrides))
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
-            print(text.dry_run(run, settings.describe()))
+            check_trackers(run.trackers)
+            found = dry_run.dry_run(run, config.recipe_defaults(recipe), settings.describe(), lines)
+            print(dry_run.dry_run_json(found) if args.json else dry_run.dry_run_text(found))
         return 0
-    settings = config.resolve_config(recipe, overrides, expected=Run)
-    run, record = settings.value, settings.describe()
-    with processes.started(run.hosts, cli.print_error):
-        return loop.run(run, record)
+    if args.json:
+        parser.error("--json is the format of --dry-run; add that, or leave --json out")
+    settings = open_settings.resolve(recipe, overrides)
+    with processes.started(settings.value.hosts, cli.print_error):
+        settings, lines = open_settings.fitted(settings)
+        for line in lines if processes.is_first() else ():
+            print(line, flush=True)
+        return loop.run(settings.value, settings.describe())
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ CORRUPT_FILE = (  # what zipfile, numpy and pyarrow raise for flipped bits
     TypeError, zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
 NAMING = ("source", "number")  # the columns of a row's name
+_NO_TOKENS = (*NAMING, "placeholders")  # columns that say nothing about the tokens
 _TAIL = struct.Struct("<Q16s")  # bytes of the JSON, checksum
 
 
@@ -48,8 +49,8 @@ Make = Callable[[Callable[[ChunkColumns], None]], StoredFacts]
 
 
 class StoredRows(NamedTuple):
-    """The columns of a file and its facts: those that `make` returned, and `digest`, a hash of all columns
-    but NAMING.
+    """The columns of a file and its facts: those that `make` returned, and `digest`, a hash of the columns
+    with tokens, their masks and weights.
     """
 
     columns: dict[str, Flat]
@@ -178,7 +179,7 @@ def _write_file(path: Path, columns: ColumnTypes, make: Make) -> None:
 def _write(file: BinaryIO, columns: ColumnTypes, make: Make) -> None:
     import pyarrow
 
-    digests = {name: hashlib.sha256() for name in columns if name not in NAMING}
+    digests = {name: hashlib.sha256() for name in columns if name not in _NO_TOKENS}
     with _writing():
         writer = pyarrow.ipc.new_file(file, _schema(columns))
 

@@ -50,6 +50,8 @@ OVERLAP = 1 << 10  # characters that one piece shares with the next
 TOO_LONG = "text that is too long to tokenise"
 TOO_MANY = "more tokens than are allowed"
 SPARE_TOKENS = 64  # at the end of the beginning of a text, which may change with what follows
+HIDDEN_CALLS = "tool calls that the chat template hides"
+SHOW_TOOLS = "set chat_template=qwen, which shows tools and calls, or use a tokenizer whose template does"
 NOTHING = "nothing"  # a text that is only read, such as by a reward model: a template may hide parts of it
 
 
@@ -225,7 +227,7 @@ def tools_warnings(
     except REJECTIONS:
         return ()
     lost = f"{chat.name}: {template.name} renders the prompt without the row's tools, so the model does not "
-    return (f"warning: {lost}see them; use a tokenizer whose template has tools",) if same else ()
+    return (f"warning: {lost}see them; {SHOW_TOOLS}",) if same else ()
 
 
 def content_warnings(
@@ -549,11 +551,14 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
         unlearned = [i for i, weight in chat.weights.items() if loss_on == "all" and not weight]
         hidden = render_turns(template, chat, unlearned)[1] if unlearned else []
     except HiddenPart as error:
-        remedy = "use a tokenizer whose template does, fix or remove the row"
+        has_calls = "tool call" in str(error)
+        remedy = SHOW_TOOLS if has_calls else "use a tokenizer whose template does"
+        remedy += ", fix or remove the row"
         if targets and min(targets) < chat.response:
             remedy += ", or set data.loss_on=completion if that turn is not part of the last response"
         problem = f"{template.name} hides what is learned: {error}; {remedy}"
-        raise InvalidRow(chat.name, "turn that the chat template hides", problem) from error
+        reason = HIDDEN_CALLS if has_calls else "turn that the chat template hides"
+        raise InvalidRow(chat.name, reason, problem) from error
     except REJECTIONS as error:
         problem = rejection(template, chat.messages, chat.tools, error, "row")
         raise InvalidRow(chat.name, "row that the chat template rejects", problem) from error

@@ -1,11 +1,15 @@
-"""Columns of a row as text, messages and tools.
+"""Columns of a row by their names, and as text, messages and tools.
 
 Formats of public datasets are accepted: messages, tools or arguments of a tool call as a JSON string,
 ShareGPT's "from" and "value", LLaMA-Factory's "function_call" and "observation" turns. Errors name the row.
 """
 
+import difflib
 import json
 import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from jaxft.data.example import Message
@@ -28,13 +32,91 @@ SET_BY_JAXFT = (
     "generation_indices", "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler",
     "joiner", "loop", "self",
 )  # fmt: skip
+# Other names of columns in public datasets, which are read where a row lacks a format's own.
+COLUMN_SYNONYMS = {
+    "prompt": ("question", "query", "problem", "input"),
+    "completion": ("answer", "response", "output", "solution"),
+    "response": ("answer", "completion", "solution"),
+    "system": ("system_prompt",),
+    "input": ("context",),
+}
+FURTHER = ("system", "input")  # those of them that a row may lack
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+NEAR = 0.75  # similarity of names that may be a misspelling of one another
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def is_set_by_jaxft(argument: str) -> bool:
     """Whether jaxft, the tokenizer or Jinja sets this variable of a chat template, such as bos_token."""
     return argument in SET_BY_JAXFT or argument.endswith(("_token", "_tokens"))
+
+
+# ---- names
+
+
+@lru_cache(maxsize=1024)
+def respelled(names: tuple[str, ...], known: frozenset[str]) -> dict[str, str]:
+    """Return the known columns that a row's names spell with other cases or spaces around them, with these
+    names: {"prompt": " Prompt"}. Names that the row has as they are, or in two spellings, are left out.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        ours = str(name).strip().lower()
+        if name not in known and ours in known and ours not in names:
+            found.setdefault(ours, []).append(name)
+    return {ours: theirs[0] for ours, theirs in found.items() if len(theirs) == 1}
+
+
+def column_of(fields: Mapping[str, Any], name: str) -> str:
+    """Return the column that a setting names: of that name, else the only one that differs from it in case
+    and spaces around it, else the name itself.
+    """
+    if name in fields:
+        return name
+    found = [column for column in fields if str(column).strip().lower() == name.strip().lower()]
+    return found[0] if len(found) == 1 else name
+
+
+def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
+    """Return the only column that is not null and has one of the COLUMN_SYNONYMS of a column, or None."""
+    names = COLUMN_SYNONYMS.get(ours, ())
+    found = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
+    return found[0] if len(found) == 1 else None
+
+
+def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[str, str]:
+    """Return the optional columns that a row has by another name only, with these names."""
+    found = {
+        ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
+    }
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+
+
+def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    """Return the known columns that a row's names nearly spell, with these names."""
+    known = [column for column in known if column not in names]
+    found: dict[str, str] = {}
+    for name in names:
+        near = difflib.get_close_matches(str(name).strip().lower(), known, 1, NEAR)
+        if near:
+            found.setdefault(near[0], name)
+    return found
+
+
+def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
+    """Return data.columns as a command has it, with a row's own names: near ones and COLUMN_SYNONYMS, else
+    the next ones, as an example.
+    """
+    found = {column: name for column, name in misspelled(names, ours).items()}
+    for column in ours:
+        others = (name for name in names if str(name).strip().lower() in COLUMN_SYNONYMS.get(column, ()))
+        found.setdefault(column, next((x for x in others if x not in found.values()), ""))
+    left = [x for x in names if x not in found.values() and not str(x).lower().endswith(("id", "index"))]
+    items = [f"{column}={found[column] or (left.pop(0) if left else '...')}" for column in ours]
+    return shlex.quote(f"data.columns={','.join(items)}")
+
+
+# ---- text
 
 
 def text_of(row: Row, column: str, empty: bool = False) -> str:
@@ -158,7 +240,7 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
             row.name,
             "message of an unknown role",
             f"{where} has {role} {item[role][:40]!r}; use {', '.join(KNOWN_ROLES)} or one of their "
-            "other names (configs/README.md#rows-for-sft)",
+            "other names (python scripts/help.py rows-for-sft)",
         )
     read = (role, content, "function_call", "weight", "train")
     rest = {k: v for k, v in item.items() if k not in read and v is not None}

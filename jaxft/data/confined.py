@@ -2,9 +2,9 @@
 
 Limits of time and memory apply to all threads of a process (limits.py). A training run or a server therefore
 starts one further process, which does not import JAX, and calls these functions there. It ends with its
-parent, and another takes its place if it dies. Processes that tokenise rows have no other work: they are
-confined themselves, and call the functions directly. A process that sends nothing for SILENT_SECONDS, for
-example because it was stopped, is killed.
+parent, and another takes its place if it dies; a call during which something else kills it is made once more.
+Processes that tokenise rows have no other work: they are confined themselves, and call the functions
+directly. A process that sends nothing for SILENT_SECONDS, for example because it was stopped, is killed.
 """
 
 import atexit
@@ -60,8 +60,9 @@ def call(function: Callable[..., Value], *args: object) -> Value:
 def call_all(function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
     """Return function(*args) for the arguments of each call, in a confined process; raise the first error.
 
-    function: of a module. Arguments and results are copied. Raises TooSlow or Died if the process ends, and
-    Silent if it is killed. Calls of several threads wait for one another.
+    function: of a module, called again if something kills the process, such as the system for lack of memory.
+    Arguments and results are copied. Raises TooSlow or Died if the process ends, and Silent if it is killed
+    here. Calls of several threads wait for one another.
     """
     if _confined:
         return [function(*args) for args in calls]
@@ -79,6 +80,14 @@ class _Process:
 
     def call_all(self, function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
         """See `call_all`."""
+        try:
+            return self._call_all(function, calls)
+        except Died as error:
+            if error.code != -signal.SIGKILL:
+                raise
+            return self._call_all(function, calls)
+
+    def _call_all(self, function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
         outcomes = list[tuple[bool, Any]]()  # whether a call failed; its result or error
         done, silent = threading.Event(), threading.Event()
         with self.lock:

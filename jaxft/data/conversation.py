@@ -13,11 +13,15 @@ from typing import NamedTuple
 
 from jaxft.data.columns import (
     dialogue_of,
+    further_columns,
     instruction_of,
     is_dialogue,
     is_open_dialogue,
     json_of,
     messages_of,
+    other_name,
+    respelled,
+    suggested_columns,
     template_arguments_of,
     text_of,
     tools_of,
@@ -31,6 +35,10 @@ from jaxft.data.rows import Row
 PLAIN = "plain"  # the value of data.format for which strings are plain text
 PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations")
 PROMPT_FORMATS = ("auto", PLAIN, *PROMPT_COLUMNS, "implicit")
+_KNOWN = frozenset((
+    *PROMPT_COLUMNS, "input", "history", "system", "tools", "chat_template_kwargs", "completion", "response",
+    "output", "chosen", "rejected",
+))  # fmt: skip
 
 Turns = list[Message]
 Columns = dict[str, str]  # kind of response -> its column
@@ -143,6 +151,7 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
     format: one of PROMPT_FORMATS: "auto", "plain", the column of the prompt, or "implicit" for the common
     beginning of chosen and rejected. Raises InvalidRow, for example if columns have different prompts.
     """
+    row = with_prompt(row, format)
     if format == PLAIN:
         _require_column(row, "prompt" in row.fields)
         return Completion(row.name, _plain_prompt(row), "")
@@ -163,6 +172,41 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
     return chat_of(row, split.prompt, len(split.prompt), split.instruction, len(split.prompt))
 
 
+def with_prompt(row: Row, format: str = "auto") -> Row:
+    """Return the row with the columns that are spelled with other cases or spaces, and with those that it has
+    only by another name, such as question for the prompt. All other columns stay.
+    """
+    found = respelled(tuple(row.fields), _KNOWN)
+    fields = {**row.fields, **{ours: row.fields[theirs] for ours, theirs in found.items()}}
+    if format in ("auto", PLAIN):
+        name = other_prompt(Row(row.name, fields))
+        found = found if name is None else {**found, "prompt": name}
+    if format == "auto":
+        optional = ("system", "input") if fields.get("instruction") is not None else ("system",)
+        found = {**found, **further_columns(fields, optional)}
+    return (
+        Row(row.name, {**fields, **{ours: fields[theirs] for ours, theirs in found.items()}})
+        if found
+        else row
+    )
+
+
+def other_prompt(row: Row) -> str | None:
+    """Return the column that is read as the prompt of a row without one, None for a row with one."""
+    has = {column for column, value in row.fields.items() if value is not None}
+    if has & {*PROMPT_COLUMNS}:
+        return None
+    if {"chosen", "rejected"} <= has and not holds_responses(row):
+        return None  # whole conversations, whose common beginning is the prompt
+    return other_name(row.fields, "prompt")
+
+
+def holds_responses(row: Row) -> bool:
+    """Whether chosen and rejected are responses as text, and no dialogues that begin with a prompt."""
+    values = [json_of(row, column) for column in ("chosen", "rejected")]
+    return all(isinstance(value, str) and not is_dialogue(value) for value in values)
+
+
 def _readings(row: Row, format: str) -> list[_Reading]:
     """Return every way in which SFT or preferences would read the row's prompt."""
 
@@ -171,8 +215,7 @@ def _readings(row: Row, format: str) -> list[_Reading]:
 
     compared = ("chosen", "rejected")
     if format == "implicit" or (format == "auto" and not any(map(has, PROMPT_COLUMNS)) and has(*compared)):
-        texts = all(isinstance(row.fields.get(c), str) and not is_dialogue(row.fields[c]) for c in compared)
-        if format == "auto" and "prompt" in row.fields and texts:
+        if format == "auto" and "prompt" in row.fields and has(*compared) and holds_responses(row):
             text_of(row, "prompt")  # raises: the prompt is null, and these texts are responses to it
         _require_column(row, has(*compared))
         return [_Reading(None, compared)]
@@ -214,11 +257,12 @@ def _describe(reading: _Reading) -> str:
 
 def _require_column(row: Row, present: bool) -> None:
     if not present:
+        suggestion = suggested_columns([str(name) for name in row.fields], ["prompt"])
         raise InvalidRow(
             row.name,
             "no prompt",
             f"the columns {', '.join(map(str, row.fields))} include no prompt; add prompt, messages or "
-            "instruction, or rename columns with data.columns=prompt=...",
+            f"instruction, or rename a column, for example with {suggestion}",
         )
 
 

@@ -11,18 +11,32 @@ Accepted formats (`format="auto"` uses the one whose columns are present):
 `format="plain"` takes the strings of prompt and completion as plain text. `columns=("prompt=question",
 "completion=answer")` renames columns: left jaxft's name, right the dataset's. All formats but text may have
 the columns "tools" (JSON schemas) and "chat_template_kwargs", and all of them "weight" (see loss_weights.py).
+
+Names may have upper case and spaces around them. Rows that fit no format, but would with one of the
+columns.COLUMN_SYNONYMS for each column that is missing, such as "question" and "answer", are read so.
 """
 
 import math
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from jaxft.data.columns import text_of
+from jaxft.data.columns import (
+    COLUMN_SYNONYMS,
+    FURTHER,
+    column_of,
+    further_columns,
+    misspelled,
+    other_name,
+    respelled,
+    suggested_columns,
+    text_of,
+)
 from jaxft.data.conversation import PLAIN, chat_of, chats_of, plain_texts, response_index, split_row
 from jaxft.data.example import Example, Text
-from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
+from jaxft.data.invalid import InvalidRow, Value, attempt, similar_names, valid
 from jaxft.data.loss_weights import row_weight
 from jaxft.data.rows import Row
 
@@ -35,21 +49,32 @@ class Schemas:
     """The formats of one kind of rows.
 
     required: the columns of each format; a tuple lists the accepted names of one column. optional: further
-    columns that a format may have. strings: the formats that may be plain text. example: a value of
-    data.columns for error messages.
+    columns that a format may have. strings: the formats that may be plain text. example: the columns of one
+    format, for error messages.
     """
 
     required: dict[str, tuple[tuple[str, ...], ...]]
     optional: dict[str, tuple[str, ...]]
     strings: tuple[str, ...]
-    example: str
+    example: tuple[str, ...]
 
 
 class RowFormat(NamedTuple):
-    """The format of a dataset. plain: its strings are plain text, without a chat template."""
+    """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
+    theirs) of columns with other names, in addition to data.columns.
+    """
 
     name: str
     plain: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
+
+    def note(self) -> list[str]:
+        """Return a line about columns with other names, [] without any."""
+        if not self.columns:
+            return []
+        read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)
+        setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.columns)
+        return [f"columns are read by other names: {read} (data.columns={setting})"]
 
 
 SFT_SCHEMAS = Schemas(
@@ -68,7 +93,7 @@ SFT_SCHEMAS = Schemas(
         "conversations": CHAT_COLUMNS,
     },
     strings=("text", "prompt-completion"),
-    example="prompt=...,completion=...",
+    example=("prompt", "completion"),
 )
 
 
@@ -101,7 +126,24 @@ def normalise_as(
     def convert(row: Row | InvalidRow) -> Example:
         return replace(_example(valid(row), format), weight=row_weight(valid(row)))
 
-    return (attempt(convert, row) for row in rename_rows(format, rows, columns, SFT_SCHEMAS))
+    found = (attempt(convert, row) for row in rename_rows(format, rows, columns, SFT_SCHEMAS))
+    return by_their_names(found, format, columns)
+
+
+def by_their_names(
+    outcomes: Iterable[Value | InvalidRow], format: RowFormat, columns: Sequence[str]
+) -> Iterator[Value | InvalidRow]:
+    """Yield the outcomes; errors call renamed columns as the file does."""
+    theirs = {ours: name.strip() for ours, name in (*map(split_column, columns), *format.columns)}
+
+    def named(text: str) -> str:
+        return re.sub(r"column '(\w+)'", lambda m: f"column {theirs.get(m[1], m[1])!r}", text)
+
+    for outcome in outcomes:
+        if theirs and isinstance(outcome, InvalidRow):
+            yield InvalidRow(outcome.name, named(outcome.reason), named(outcome.problem))
+        else:
+            yield outcome
 
 
 # ---- which format
@@ -128,9 +170,9 @@ class ColumnCounts:
 
 def count_columns(rows: Iterable[Row], columns: Sequence[str], schemas: Schemas) -> ColumnCounts:
     """Count the columns of rows after they are renamed by `columns` (see data.columns)."""
-    counts, mapping = ColumnCounts(), _column_mapping(columns, schemas)
+    counts, naming = ColumnCounts(), _Names.of(columns, schemas)
     for row in rows:
-        renamed = attempt(_rename, row, mapping, schemas)
+        renamed = attempt(_rename, row, naming)
         if isinstance(renamed, Row):
             present = {column: None if x is None else True for column, x in renamed.fields.items()}
             renamed = Row(renamed.name, present)
@@ -147,9 +189,10 @@ def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], sch
     Raises the first row's InvalidRow if no row fits any format.
     """
     mapping, plain = _column_mapping(columns, schemas), format == PLAIN
-    chosen = format
+    chosen, others = format, tuple[tuple[str, str], ...]()
     if format in ("auto", PLAIN):
-        chosen = _most_common_format(counts, set(mapping), schemas)
+        chosen, others = _most_common_format(counts, set(mapping), schemas)
+        others = tuple(item for item in others if not (plain and item[0] in FURTHER))
     if chosen not in schemas.required:
         known = ", ".join(schemas.required)
         raise ValueError(f"data.format={format!r}; use auto, {PLAIN} or one of {known}")
@@ -158,33 +201,67 @@ def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], sch
             f"data.format={PLAIN} is for {' and '.join(schemas.strings)} rows, and these rows have format "
             f"{chosen}; set data.format=auto"
         )
-    return RowFormat(chosen, plain)
+    return RowFormat(chosen, plain, others)
 
 
 def rename_rows(
     format: RowFormat, rows: Iterable[Row], columns: Sequence[str], schemas: Schemas
 ) -> Iterator[Row | InvalidRow]:
     """Yield the rows with renamed columns, or an InvalidRow for one without a column that format requires."""
-    mapping = _column_mapping(columns, schemas)
+    names = _Names.of(columns, schemas)
+    names = names._replace(others=format.columns)
 
     def rename(row: Row) -> Row:
-        return _require_columns(_rename(row, mapping, schemas), format.name, schemas)
+        return _require_columns(_rename(row, names), format.name, schemas)
 
     return (attempt(rename, row) for row in rows)
 
 
-def _most_common_format(counts: ColumnCounts, mapped: set[str], schemas: Schemas) -> str:
-    """Return the format that most rows fit. Raises the first row's InvalidRow if none fits one."""
-    votes: Counter[str] = Counter()
-    for count, row in counts.rows.values():
-        format = attempt(_detect, row, mapped, schemas)
-        if not isinstance(format, InvalidRow):
-            votes[format] += count
-    if votes:
-        return votes.most_common(1)[0][0]
+def _most_common_format(
+    counts: ColumnCounts, mapped: set[str], schemas: Schemas
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the format that most rows fit, and the columns with other names that it needs if no row fits
+    one without, and further ones of its rows. Raises the first row's InvalidRow if none fits one with these
+    either.
+    """
+    for detect in (_detect_as_named, _detect_by_other_names):
+        votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        rows = defaultdict[Any, list[Row]](list)
+        for count, row in counts.rows.values():
+            found = attempt(detect, row, mapped, schemas)
+            if not isinstance(found, InvalidRow):
+                votes[found] += count
+                rows[found].append(row)
+        if votes:
+            format, columns = best = votes.most_common(1)[0][0]
+            each = (further_columns(row.fields, schemas.optional[format]) for row in rows[best])
+            return format, (*columns, *dict.fromkeys(item for more in each for item in more.items()))
     if counts.first is None:
         raise ValueError("no rows to read the format from")
-    return _detect(valid(counts.first), mapped, schemas)
+    return _detect_as_named(valid(counts.first), mapped, schemas)
+
+
+def _detect_as_named(row: Row, mapped: set[str], schemas: Schemas) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return _detect(row, mapped, schemas), ()
+
+
+def _detect_by_other_names(
+    row: Row, mapped: set[str], schemas: Schemas
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and these."""
+    found = dict[str, dict[str, str]]()
+    for format, required in schemas.required.items():
+        ours_of = set(schemas.optional[format]) | {c for names in required for c in names}
+        missing = [names for names in required if not any(row.fields.get(c) is not None for c in names)]
+        others = {names[0]: other_name(row.fields, names[0]) for names in missing}
+        taken = [theirs for theirs in others.values() if theirs is not None]
+        if missing and len({*taken}) == len(missing) and mapped <= ours_of:
+            found[format] = dict(zip(others, taken, strict=True))
+    fewest = min(map(len, found.values()), default=0)
+    best = [format for format, others in found.items() if len(others) == fewest]
+    if len(best) != 1:
+        raise InvalidRow(row.name, "columns of no format", "no format fits with other names of columns")
+    return best[0], tuple(found[best[0]].items())
 
 
 def describe_schemas(schemas: Schemas) -> str:
@@ -199,6 +276,12 @@ def known_columns(schemas: Schemas) -> list[str]:
         {c for group in schemas.required.values() for names in group for c in names}
         | {c for o in schemas.optional.values() for c in o}
     )
+
+
+def names_in_datasets(schemas: Schemas) -> list[str]:
+    """Return the names of columns that the formats are read from, with COLUMN_SYNONYMS."""
+    known = known_columns(schemas)
+    return [*known, *(name for ours in known for name in COLUMN_SYNONYMS.get(ours, ()))]
 
 
 def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
@@ -229,25 +312,54 @@ def split_column(item: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def _rename(row: Row, mapping: dict[str, str], schemas: Schemas) -> Row:
-    if not mapping:
+class _Names(NamedTuple):
+    """How columns are renamed. mapping: data.columns. others: (ours, theirs) of columns with other names.
+    known: all columns that the formats may have. optional: those that a row may lack.
+    """
+
+    mapping: dict[str, str]
+    known: frozenset[str]
+    optional: frozenset[str]
+    spellings: frozenset[str]
+    others: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, columns: Sequence[str], schemas: Schemas) -> "_Names":
+        mapping = _column_mapping(columns, schemas)
+        alike = [names for group in schemas.required.values() for names in group if {*names} & {*mapping}]
+        return cls(
+            mapping,
+            frozenset(known_columns(schemas)),
+            frozenset(c for extra in schemas.optional.values() for c in extra),
+            frozenset(c for names in alike for c in names),
+        )
+
+
+def _rename(row: Row, names: _Names) -> Row:
+    """Return the row with the columns that data.columns, their spelling or their other names say.
+
+    spellings of a mapped column, such as output for response, are removed.
+    """
+    known = respelled(tuple(row.fields), names.known)
+    if known:
+        mapped = [column_of(row.fields, theirs) for theirs in names.mapping.values()]
+        respelt = {theirs: ours for ours, theirs in known.items() if theirs not in mapped}
+        row = Row(row.name, {respelt.get(name, name): value for name, value in row.fields.items()})
+    for ours, theirs in names.others:
+        if row.fields.get(ours) is None and theirs in row.fields:
+            row = Row(row.name, {ours if name == theirs else name: x for name, x in row.fields.items()})
+    if not names.mapping:
         return row
+    mapping = {ours: column_of(row.fields, theirs) for ours, theirs in names.mapping.items()}
     for ours, theirs in mapping.items():
-        if theirs not in row.fields and not any(ours in extra for extra in schemas.optional.values()):
+        if theirs not in row.fields and ours not in names.optional:
             raise InvalidRow(
                 row.name,
                 f"missing column {theirs!r}",
                 f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
                 f"{', '.join(map(str, row.fields))}",
             )
-    spellings = {
-        c
-        for group in schemas.required.values()
-        for names in group
-        if set(names) & set(mapping)
-        for c in names
-    }
-    others = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in spellings}
+    others = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in names.spellings}
     return Row(row.name, others | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
 
 
@@ -282,11 +394,14 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
             "columns of two formats",
             f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
         )
+    near = misspelled(list(row.fields), [c for names in needed.values() for group in names for c in group])
+    meant = f"did you mean {' and '.join(f'{ours} for {theirs!r}' for ours, theirs in near.items())}? "
     raise InvalidRow(
         row.name,
         "columns of no format",
-        f"the columns {columns} fit no format; accepted are {describe_schemas(schemas)}; rename "
-        f"columns with data.columns={schemas.example}",
+        f"the columns {columns} fit no format; {meant if near else ''}accepted are "
+        f"{describe_schemas(schemas)}; rename columns, for example with "
+        f"{suggested_columns(list(row.fields), list(near) or schemas.example)}",
     )
 
 
@@ -298,7 +413,8 @@ def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:
             row.name,
             f"missing column {' or '.join(map(repr, missing))}",
             f"no column {' or '.join(missing)}, which format {format} requires; the row has "
-            f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}",
+            f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}; rename "
+            f"columns, for example with {suggested_columns(list(fields), missing[:1])}",
         )
     return row
 

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.batch import Tokens
-from jaxft.data import prompts
+from jaxft.data import chat, prompts
 from jaxft.data.invalid import InvalidCount, add_counts
+from jaxft.data.mixture import SplitRows
 from jaxft.data.overlaps import Content
 from jaxft.data.pairs.source import PairRows, PairSource
 from jaxft.data.prompt_rows import PromptRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows, RowSource
+from jaxft.data.source import SourceInfo
 
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
@@ -48,7 +50,9 @@ class ShownExample(NamedTuple):
 class Inspected(NamedTuple):
     """A dataset: statistics of its valid rows by name, counts of its invalid rows, and its examples.
 
-    of_step(step) yields the examples of that step's batch; train() and held_out() yield all of them.
+    rows: their number, with invalid and dropped ones. placeholders: names of the rows whose response is a
+    placeholder. warnings: lines for the start of a run. of_step(step) yields the examples of that step's
+    batch; train() and held_out() yield all of them.
     """
 
     statistics: dict[str, Any]
@@ -56,6 +60,9 @@ class Inspected(NamedTuple):
     of_step: Callable[[int], Iterator[ShownExample]]
     train: Callable[[], Iterator[ShownExample]]
     held_out: Callable[[], Iterator[ShownExample]]
+    rows: int
+    placeholders: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
@@ -102,8 +109,17 @@ def inspect_rows(source: RowSource, stats: dict[str, Any], invalid: tuple[Invali
         return (example(int(index)) for index in members)
 
     return Inspected(
-        stats, invalid, of_step, lambda: all_of(source.split.train), lambda: all_of(source.split.held)
-    )
+        stats, invalid, of_step, lambda: all_of(source.split.train), lambda: all_of(source.split.held),
+        *_counted(source.split, source.info),
+    )  # fmt: skip
+
+
+def _counted(split: SplitRows, info: SourceInfo) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """Return the fields of Inspected from `rows` on."""
+    rows, used = split.rows, np.concatenate([split.train, split.held])
+    count = int(rows.begins_row.sum()) + rows.dropped + sum(kind.rows for kind in rows.invalid)
+    found = used[rows.placeholders[used] & rows.begins_row[used]]
+    return count, tuple(rows.names[int(index)] for index in found), info.warnings
 
 
 def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]:
@@ -153,13 +169,18 @@ def inspect_pairs(source: PairSource, stats: dict[str, Any], invalid: tuple[Inva
         return (example(int(index), 1 / source.pairs.settings.batch) for index in members)
 
     return Inspected(
-        stats, invalid, of_step, lambda: all_of(source.pairs.train), lambda: all_of(source.pairs.held)
-    )
+        stats, invalid, of_step, lambda: all_of(source.pairs.train), lambda: all_of(source.pairs.held),
+        *_counted(source.pairs.split, source.info),
+    )  # fmt: skip
 
 
 def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
     """Return a dataset of prompts for rollouts, without a loss."""
-    return inspect_prompt_rows(data, *prompts.split_prompts(data, tokenizer))
+    train, held = prompts.split_prompts(data, tokenizer)
+    examples, how = (*train.examples, *held.examples), (tokenizer, data.template_settings)
+    warnings = chat.tools_warnings(examples, *how) + chat.content_warnings(examples, *how)
+    notes = tuple(dict.fromkeys(train.notes + held.notes))
+    return inspect_prompt_rows(data, train, held)._replace(warnings=notes + warnings)
 
 
 def inspect_prompt_rows(data: Prompts, train: PromptRows, held: PromptRows) -> Inspected:
@@ -168,6 +189,8 @@ def inspect_prompt_rows(data: Prompts, train: PromptRows, held: PromptRows) -> I
         "prompts": len(train),
         "held_out": len(held),
         "dropped": train.dropped,
+        "summary": f"{len(train)} prompts, {len(held)} held out, {train.dropped} dropped as too long"
+        f"{train.left_out}",
         "fingerprint": prompts.prompts_fingerprint(data, train, held),
     }
 
@@ -191,7 +214,13 @@ def inspect_prompt_rows(data: Prompts, train: PromptRows, held: PromptRows) -> I
         return (example(side, number) for number in range(len(side)))
 
     invalid = add_counts(train.invalid, held.invalid)
-    return Inspected(stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held))
+    count = len(train) + len(held) + train.dropped + held.dropped + sum(kind.rows for kind in invalid)
+    empty = [
+        side.names[int(i)] for side in (train, held) for i in np.flatnonzero(side.placeholders[side.chosen])
+    ]
+    return Inspected(
+        stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held), count, tuple(empty)
+    )
 
 
 def contents(examples: Iterable[ShownExample]) -> Iterator[Content]:

@@ -1,4 +1,5 @@
-"""Invalid rows: the error of a row, and whether it ends the run or only excludes the row (`data.invalid`).
+"""Invalid rows: the error of a row, and whether it ends the run or only excludes the row (`data.invalid`):
+FEW leaves out up to FEW_ROWS of a dataset, as most public ones need, and takes more for a mistake.
 
 Code that reads, normalises, renders or tokenises a row raises InvalidRow. Loops over rows pass these errors
 on as values (`attempt`, `valid`) up to `InvalidRows.skip`, which raises or collects them.
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-INVALID = ("error", "drop")
+FEW, ERROR, DROP = INVALID = ("few", "error", "drop")
+FEW_ROWS = 0.01  # the fraction of a dataset's rows that FEW leaves out
 HINT = "data.invalid=drop leaves invalid rows out"
 
 Value = TypeVar("Value")
@@ -49,11 +51,12 @@ class Tally(NamedTuple):
 class InvalidRows:
     """Counts a dataset's invalid rows in `tallies` by reason, or raises the first.
 
-    limit: the largest fraction of rows that may be left out (data.invalid=drop); None raises the first.
+    limit: the largest fraction of rows that may be left out; None raises the first. names_first: whether more
+    are the error of the first of them, else one that counts them by reason.
     """
 
-    def __init__(self, limit: float | None):
-        self.limit = limit
+    def __init__(self, limit: float | None, names_first: bool = False):
+        self.limit, self.names_first = limit, names_first
         self.tallies: dict[str, Tally] = {}
 
     @property
@@ -73,7 +76,7 @@ class InvalidRows:
         """Add the counts of later rows of the dataset, or raise the first of their errors."""
         for reason, (rows, first) in tallies.items():
             if self.limit is None:
-                raise InvalidRow(first.name, first.reason, f"{first.problem}; {HINT}") from first
+                raise _with_hint(first) from first
             known = self.tallies.get(reason, Tally(0, first))
             self.tallies[reason] = Tally(known.rows + rows, known.first)
 
@@ -85,6 +88,14 @@ class InvalidRows:
         except InvalidRow as error:
             self.add(error)
 
+    def check_begun(self, ref: str, seen: int, total: int | None) -> None:
+        """Raise the error of `check` as soon as it is certain, or likely where the total is unknown.
+
+        seen: rows of the dataset that are read. total: all of them, None if it is not known.
+        """
+        if self.names_first and (total is not None or self.total > max(100, seen // 2)):
+            self.check(ref, seen if total is None else total)
+
     def check(self, ref: str, total: int) -> None:
         """Raise ValueError if all `total` rows of dataset `ref` are invalid, or a fraction above `limit`."""
         if self.limit is None or not self.tallies:
@@ -92,6 +103,9 @@ class InvalidRows:
         count, allowed = self.total, math.floor(self.limit * total + 1e-9)  # 0.29 * 100 is just below 29
         if count <= allowed and count < total:
             return
+        if self.names_first:
+            first = next(iter(self.tallies.values())).first
+            raise _with_hint(first) from first
         allows = f"data.invalid_limit={self.limit:g} allows {allowed}" if count < total else "none is left"
         remedy = "fix the rows, correct data.format or data.columns, or raise data.invalid_limit"
         reasons = self.counts()
@@ -100,6 +114,10 @@ class InvalidRows:
         raise ValueError(
             f"{ref}: {count} of {total} rows are invalid, {allows}; {remedy}: {'; '.join(listed)}"
         )
+
+
+def _with_hint(error: InvalidRow) -> InvalidRow:
+    return InvalidRow(error.name, error.reason, f"{error.problem}; {HINT}")
 
 
 def attempt(function: Callable[..., Value], *args: object) -> Value | InvalidRow:
@@ -143,7 +161,7 @@ def invalid_lines(counts: Sequence[InvalidCount]) -> list[str]:
     if not counts:
         return []
     total = sum(count for _, count, _ in counts)
-    header = f"{total} invalid rows left out (data.invalid=drop):"
+    header = f"{total} invalid rows left out (data.invalid):"
     return ["\n".join([header, *(f"{count:7,d}  {reason}: {first}" for reason, count, first in counts)])]
 
 

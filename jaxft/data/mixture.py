@@ -1,17 +1,23 @@
 """Mix several sources of rows by weights, as in data=a.jsonl,b.parquet:0.3,org/name:train:0.2.
 
+A source's columns and format, where they differ from data.columns and data.format, are written behind it:
+data=a.jsonl:prompt=question:completion=answer,b.csv:format=instruction:0.3.
+
 Which rows of each source an epoch contains is a pure function of (numbers of rows, weights, seed, epoch).
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxft.data.left_out import left_out_rows
 from jaxft.data.pack import permutation, ranges
 from jaxft.data.rows import SUFFIXES, find_data
 from jaxft.data.settings import DataSettings
@@ -19,6 +25,9 @@ from jaxft.data.tokens import TokenisedRows
 from jaxft.data.urls import file_name, without_secrets
 
 SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
+SomeSettings = TypeVar("SomeSettings", bound=Any)
+OPTIONS = ("format", "max_samples")  # options of a source that are not names of columns
+_OPTION = re.compile(r"[A-Za-z_]\w*=[^/?#]+")
 
 
 # ---- names and weights
@@ -29,31 +38,39 @@ class SourceRef:
     """A dataset, see rows.read_rows.
 
     share: its fraction of an epoch's rows; None: every row once. name: the last part of its metrics' names.
+    options: settings of its rows in place of those of the run, of OPTIONS and "columns".
     """
 
     ref: str
     share: float | None
     name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def adapt(self, settings: SomeSettings) -> SomeSettings:
+        """Return the run's settings of tokenised rows with the options of this source."""
+        return replace(settings, **self.options)
 
 
 def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ...]:
     """Return the sources that a setting names, separated by commas, with their fractions of an epoch.
 
-    A source's weight is a number after a colon. If all sources have weights, these are divided by their sum;
-    if only some have, their weights are fractions, and the others divide the rest evenly. Raises ValueError
-    for other weights, and for a source that is named twice.
+    A source's weight is a number after a colon, and an option NAME=VALUE after one. If all sources have
+    weights, these are divided by their sum; if only some have, their weights are fractions, and the others
+    divide the rest evenly. Raises ValueError for other weights, and for a source that is named twice.
     """
     if "," not in text or _find(text) is not None:
-        head, weight = _split_weight(text, setting)
+        bare, options = _split_options(text, setting)
+        head, weight = _split_weight(bare, setting)
         if weight is not None and _find(head) is not None:
             raise ValueError(
                 f"{setting}={text}: a weight needs several sources, as in a.jsonl:0.7,b.jsonl:0.3; remove it"
             )
-        return (SourceRef(text, None, _name(text)),)
+        return (SourceRef(bare, None, _name(bare), options),)
     items = [item.strip() for item in text.split(",")]
     if not all(items):
         raise ValueError(f"{setting}={text}: no source before or after a comma; name one, or remove it")
-    found = [_split_weight(item, setting) for item in items]
+    with_options = [_split_options(item, setting) for item in items]
+    found = [_split_weight(bare, setting) for bare, _ in with_options]
     refs = [ref for ref, _ in found]
     files = [path.resolve() if (path := _find(ref)) else ref for ref in refs]
     twice = next((ref for ref, file in zip(refs, files, strict=True) if files.count(file) > 1), None)
@@ -65,7 +82,7 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
         for name, ref in zip(names, refs, strict=True)
     ]
     shares = _shares(text, setting, refs, [weight for _, weight in found])
-    return tuple(map(SourceRef, refs, shares, names))
+    return tuple(map(SourceRef, refs, shares, names, (options for _, options in with_options)))
 
 
 def _find(ref: str) -> Path | None:
@@ -76,12 +93,52 @@ def _find(ref: str) -> Path | None:
         return None
 
 
-def held_out_refs(text: str) -> list[str]:
+def held_out_sources(text: str) -> tuple[SourceRef, ...]:
     """Return the datasets that data.held_out names. Raises ValueError if it gives one a weight."""
     sources = parse_sources(text, "data.held_out")
     if any(source.share is not None for source in sources):
         raise ValueError(f"data.held_out={text}: held-out rows have no weights; remove them")
-    return [source.ref for source in sources]
+    return sources
+
+
+def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
+    """Return a dataset, with its weight, and its options: settings of its rows by name.
+
+    Columns are items "ours=theirs" as in data.columns; OPTIONS have other values.
+    """
+    parts, bare = list[str](), item
+    weight = ""
+    while _find(bare) is None:
+        head, _, tail = bare.rpartition(":")
+        if head and _OPTION.fullmatch(tail):
+            parts.insert(0, tail)
+        elif (parts or _OPTION.fullmatch(head.rpartition(":")[2])) and not weight and _is_number(tail):
+            weight = f":{tail}"  # before the options, or after them
+        else:
+            break
+        bare = head
+    if _OPTION.fullmatch(bare) and _find(bare) is None:
+        raise ValueError(
+            f"{setting}: {bare} is no dataset; columns of a source are behind it with colons, as in "
+            "a.jsonl:prompt=question:completion=answer"
+        )
+    options: dict[str, Any] = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name not in OPTIONS:
+            options["columns"] = (*options.get("columns", ()), part)
+        elif name == "max_samples" and not (value.isdecimal() and int(value)):
+            raise ValueError(f"{setting}: {item} has max_samples={value}; use a whole number above 0")
+        else:
+            options[name] = int(value) if name == "max_samples" else value
+    return f"{bare}{weight}", options
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _split_weight(item: str, setting: str) -> tuple[str, float | None]:
@@ -204,6 +261,7 @@ class SplitRows(Generic[SomeRows]):
 
     sources: for each example, the index of its source in data.train or, if data.held_out names files, in
     data.held_out. train_names, held_names: the names of several sources, for their metrics; () for one.
+    left_out: a clause that counts what data.drop has left out of both.
     """
 
     rows: SomeRows
@@ -213,6 +271,7 @@ class SplitRows(Generic[SomeRows]):
     train_names: tuple[str, ...]
     held_names: tuple[str, ...]
     mixture: Mixture | None
+    left_out: str = ""
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " n"]:
         """Return the training examples of an epoch; a row of a mixture may be among them more than once."""
@@ -225,24 +284,26 @@ class SplitRows(Generic[SomeRows]):
 
     @property
     def summary(self) -> str:
-        """How many rows an epoch takes from each source, as text; "" for sources without weights."""
+        """How many rows an epoch takes from sources with weights, and how many data.drop has left out."""
         if self.mixture is None:
-            return ""
+            return self.left_out
         each = zip(self.mixture.counts, self.mixture.rows, self.train_names, strict=True)
         parts = [f"{count} rows from the {len(rows)} of {name}" for count, rows, name in each]
-        return f"; an epoch takes {', '.join(parts)}"
+        return f"; an epoch takes {', '.join(parts)}{self.left_out}"
 
 
 def split_sources(
-    settings: DataSettings, tokenise: Callable[[str], SomeRows], held_out: Callable[[SomeRows], np.ndarray]
+    settings: DataSettings,
+    tokenise: Callable[[SourceRef], SomeRows],
+    held_out: Callable[[SomeRows], np.ndarray],
 ) -> SplitRows[SomeRows]:
     """Read all sources and split them into training and held-out rows.
 
-    tokenise(ref): reads a dataset. held_out(examples): a mask of those of one source to hold out if
+    tokenise(source): reads a dataset. held_out(examples): a mask of those of one source to hold out if
     data.held_out is a fraction. Raises ValueError if no training row has a weight.
     """
     sources = parse_sources(settings.train)
-    parts = [tokenise(source.ref) for source in sources]
+    parts = [tokenise(source) for source in sources]
     masks = [
         _held_out_mask(settings, source.ref, part, held_out)
         for source, part in zip(sources, parts, strict=True)
@@ -250,7 +311,7 @@ def split_sources(
     numbers = [np.full(len(part), number, np.int16) for number, part in enumerate(parts)]
     names = held_names = sources_with_metrics(settings.train)
     if isinstance(settings.held_out, str) and settings.holds_out:
-        held_parts = [tokenise(ref) for ref in held_out_refs(settings.held_out)]
+        held_parts = [tokenise(source) for source in held_out_sources(settings.held_out)]
         held_names = sources_with_metrics(settings.held_out)
         parts += held_parts
         masks += [np.ones(len(part), bool) for part in held_parts]
@@ -259,16 +320,32 @@ def split_sources(
     for part in parts[1:]:
         rows = rows.concatenate(part)
     mask, starts = np.concatenate(masks), np.cumsum([0, *map(len, parts)])
-    if not rows.weights[~mask].any():
+    from_file = np.arange(len(rows)) >= starts[len(sources)]
+    out, clause = _left_out(settings, rows, from_file)
+    if not rows.weights[~(mask | out)].any():
         raise ValueError(
             f"data.train={settings.train}: every training row has weight 0, so that nothing would be "
             "learned; give some rows a weight above 0, or rename the column if it is no weight of the loss"
         )
-    own = [starts[i] + np.flatnonzero(~masks[i] & parts[i].begins_row) for i in range(len(sources))]
+    begins = np.flatnonzero(~mask & ~out & rows.begins_row)
+    own = [begins[(begins >= a) & (begins < b)] for a, b in pairwise(starts[: len(sources) + 1])]
     return SplitRows(
-        rows, np.flatnonzero(~mask), np.flatnonzero(mask), np.concatenate(numbers), names, held_names,
-        make_mixture(own, sources, settings.seed),
+        rows, np.flatnonzero(~mask & ~out), np.flatnonzero(mask & ~out), np.concatenate(numbers), names,
+        held_names, make_mixture(own, sources, settings.seed), clause,
     )  # fmt: skip
+
+
+def _left_out(settings: DataSettings, rows: SomeRows, from_file: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the mask of the examples that data.drop leaves out, and a clause that counts their rows.
+
+    from_file: mask of the examples of files that data.held_out names.
+    """
+    if not settings.drop:
+        return np.zeros(len(rows), bool), ""
+    begins = rows.begins_row
+    hashes = rows.content_hashes()
+    out, clause = left_out_rows(settings.drop, hashes, rows.placeholders[begins], from_file[begins])
+    return out[np.cumsum(begins) - 1], clause
 
 
 def _held_out_mask(
@@ -276,7 +353,7 @@ def _held_out_mask(
 ) -> np.ndarray:
     if not settings.holds_out or isinstance(settings.held_out, str):
         return np.zeros(len(part), bool)
-    if part.begins_row.sum() < 2:
+    if len(part) < 2:
         raise ValueError(
             f"{ref}: data.held_out={settings.held_out} cannot split a single row; set data.held_out=none"
         )

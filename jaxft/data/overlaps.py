@@ -73,6 +73,11 @@ def _hashes(content: Content) -> tuple[bytes, bytes | None]:
     return xxhash.xxh3_128_digest(whole), xxhash.xxh3_128_digest(prompt) if prompt else None
 
 
+def has_duplicates(found: Overlaps) -> bool:
+    """Whether data.drop=duplicates would leave rows out."""
+    return bool(found.duplicates.count or found.leaked.count)
+
+
 def overlap_lines(found: Overlaps) -> list[str]:
     """Return a line for each kind of overlap, or a single line that there is none."""
     texts = {

@@ -48,7 +48,13 @@ class RowProgress:
         speed = f"{rate:,.0f} rows/s"
         if self._total is None:
             return f"{self._phase}: {self._rows:,} rows, {speed}"
-        minutes, left = divmod(round((self._total - self._rows) / rate), 60)
-        hours, minutes = divmod(minutes, 60)
-        eta = f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+        if self._rows == self._total:
+            return f"{self._phase}: {self._rows:,} rows in {_clock_time(seconds)}, {speed}"
+        eta = _clock_time((self._total - self._rows) / rate)
         return f"{self._phase}: {self._rows:,} of {self._total:,} rows, {speed}, eta {eta}"
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

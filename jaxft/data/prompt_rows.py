@@ -11,21 +11,25 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 
 from jaxft.data import chat
 from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
-from jaxft.data.conversation import prompt_of
+from jaxft.data.columns import column_of
+from jaxft.data.conversation import other_prompt, prompt_of
 from jaxft.data.example import Chat, Completion, Message, as_given
 from jaxft.data.flat import Flat, Made, RowNames
 from jaxft.data.formats import RowFormat, number_of, split_column
 from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, add_counts, attempt, valid
+from jaxft.data.left_out import has_placeholder
 from jaxft.data.mixture import Mixture
 from jaxft.data.row_files import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.tokenise import RowKind, Tokenising, tokenise_dataset
+from jaxft.data.tokens import remedy_for_too_long
+from jaxft.data.urls import file_name
 
-VERSION = ("prompts", 2)  # increase it when the same rows become other tokens
+VERSION = ("prompts", 3)  # increase it when the same rows become other tokens
 PROMPT_COLUMN_TYPES: ColumnTypes = {
     "ids": ColumnType(np.int32, "counts"),
     "counts": ColumnType(np.int32),
@@ -33,6 +37,7 @@ PROMPT_COLUMN_TYPES: ColumnTypes = {
     "field_bytes": ColumnType(np.int32),
     "hashes": ColumnType(np.uint64, width=2),
     "order": ColumnType(np.float64),
+    "placeholders": ColumnType(np.bool_),
     "source": ColumnType(np.int32),
     "number": ColumnType(np.int64),
 }
@@ -48,6 +53,7 @@ class PromptTokenSettings:
     too_long: str
     template: TemplateSettings
     order_by: str | None = None
+    max_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,10 @@ class PromptRows:
     the columns of its row as JSON. hashes: of the tokens, and of tokens and columns together. largest_id: the
     largest token id. dropped: number of prompts that were left out as too long. invalid: the invalid rows
     that were left out. examples: prompts that warnings are derived from. order: the numbers of data.order_by,
-    0 without it. sources: the index of each prompt's source in source_names, which is () for a single source.
-    mixture: the weights of the sources, if they have any; its indices are positions in `chosen`.
+    0 without it. placeholders: mask of prompts that are placeholders (see left_out.py). sources: the index of
+    each prompt's source in source_names, which is () for a single source. formats: data.format of each
+    source. notes: see TokenisedDataset. left_out: a clause that counts the prompts that data.drop has left
+    out. mixture: the weights of the sources, if they have any; its indices are positions in `chosen`.
     """
 
     settings: PromptTokenSettings
@@ -100,7 +108,11 @@ class PromptRows:
     invalid: tuple[InvalidCount, ...]
     examples: tuple[Chat | Completion, ...]
     order: Float[np.ndarray, " all"]
+    placeholders: Bool[np.ndarray, " all"]
     sources: Int[np.ndarray, " all"]
+    formats: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    left_out: str = ""
     source_names: tuple[str, ...] = ()
     mixture: Mixture | None = None
 
@@ -131,12 +143,13 @@ class PromptRows:
         """Read the prompts with these indices."""
         names = tuple(self._name(i) for i in numbers)
         fields = tuple(self._fields(i) for i in numbers)
+        of_prompts = self.sources[self.chosen[np.asarray(numbers, np.int64)]]
         prompts = (
-            prompt_of(Row(name, columns), self.settings.format)
-            for name, columns in zip(names, fields, strict=True)
+            prompt_of(Row(name, columns), self.formats[source])
+            for name, columns, source in zip(names, fields, of_prompts, strict=True)
         )
         ids = tuple(self._ids(i) for i in numbers)
-        sources = self.sources[self.chosen[np.asarray(numbers, np.int64)]] if self.source_names else ()
+        sources = of_prompts if self.source_names else ()
         return TokenisedPrompts(
             ids, names, tuple(prompts), fields, self.settings.template, tuple(map(int, sources)),
             self.source_names,
@@ -162,6 +175,9 @@ class PromptRows:
             dropped=self.dropped + other.dropped,
             invalid=add_counts(self.invalid, other.invalid),
             examples=self.examples + other.examples,
+            formats=self.formats + other.formats,
+            notes=self.notes + other.notes,
+            placeholders=np.concatenate([self.placeholders, other.placeholders]),
             order=np.concatenate([self.order, other.order]),
             sources=np.concatenate([self.sources, sources]),
         )
@@ -198,7 +214,10 @@ def tokenise_prompts(ref: str, settings: PromptTokenSettings, tokenizer: Any, ho
             f"{settings.max_prompt}; raise it"
         )
     columns = found.stored.columns
-    examples = [prompt_of(rename_columns(row, settings.columns), settings.format) for row in found.examples]
+    renamed = [rename_columns(row, settings.columns) for row in found.examples]
+    examples = [prompt_of(row, settings.format) for row in renamed]
+    others = dict.fromkeys(filter(None, map(other_prompt, renamed)))
+    notes = [f"note: {file_name(ref)}: {x} is read as the prompt (data.columns=prompt={x})" for x in others]
 
     def offsets(counts: str) -> Int[np.ndarray, " all_plus_1"]:
         return np.concatenate([[0], np.cumsum(np.asarray(columns[counts]), dtype=np.int64)])
@@ -217,7 +236,10 @@ def tokenise_prompts(ref: str, settings: PromptTokenSettings, tokenizer: Any, ho
         invalid=found.invalid,
         examples=tuple(examples),
         order=np.asarray(columns["order"]),
+        placeholders=np.asarray(columns["placeholders"]),
         sources=np.zeros(len(found.names), np.int64),
+        formats=(settings.format,),
+        notes=(*found.notes, *notes),
     )
 
 
@@ -229,6 +251,7 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
     fields = dict(row.fields)
     for item in columns:
         ours, theirs = split_column(item)
+        theirs = column_of(row.fields, theirs)
         if theirs not in row.fields:
             raise InvalidRow(
                 row.name,
@@ -257,7 +280,7 @@ def _tokenise(
     found = [prompt for prompt in examples if not isinstance(prompt, InvalidRow)]
     tokenised = chat.example_prompt_ids(found, tokenizer, settings.template)
     index, ids, texts, hashes = list[int](), list[np.ndarray](), list[np.ndarray](), list[list[int]]()
-    order, column = list[float](), settings.order_by
+    order, column, empty = list[float](), settings.order_by, list[bool]()
     for number, (outcome, example) in enumerate(zip(renamed, examples, strict=True)):
         with invalid.skip():
             row = valid(outcome)
@@ -272,11 +295,12 @@ def _tokenise(
                 if settings.too_long == "error":
                     raise ValueError(
                         f"{row.name}: the prompt has {len(tokens)} tokens, more than "
-                        f"data.max_prompt={settings.max_prompt}; raise it or set data.too_long=drop"
+                        f"data.max_prompt={settings.max_prompt}; {remedy_for_too_long('max_prompt')}"
                     )
                 continue
             order.append(0.0 if column is None else number_of(row, column, "data.order_by"))
             index.append(number)
+            empty.append(has_placeholder(example))
             ids.append(np.asarray(tokens, np.int32))
             texts.append(np.frombuffer(json.dumps(row.fields, default=_json_of).encode(), np.uint8))
             of_ids = xxhash.xxh3_64(ids[-1].tobytes())
@@ -290,6 +314,7 @@ def _tokenise(
         "field_bytes": np.array([len(x) for x in texts], np.int32),
         "hashes": np.array(hashes, np.uint64).reshape(-1, 2),
         "order": np.array(order, np.float64),
+        "placeholders": np.array(empty, np.bool_),
         "index": np.array(index, np.int64),
     }
 

@@ -2,20 +2,27 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Rollout, Tokens
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, one_of
 from jaxft.data.conversation import PROMPT_FORMATS
-from jaxft.data.mixture import held_out_refs, make_mixture, parse_sources, sources_with_metrics
+from jaxft.data.left_out import left_out_rows
+from jaxft.data.mixture import (
+    SourceRef,
+    held_out_sources,
+    make_mixture,
+    parse_sources,
+    sources_with_metrics,
+)
 from jaxft.data.pack import RowShape, ascending, number_groups, permutation, round_up
 from jaxft.data.prompt_rows import PromptRows, PromptTokenSettings, tokenise_prompts
 from jaxft.data.settings import DataSettings
@@ -38,23 +45,23 @@ class Prompts(DataSettings):
     next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU over
     which rows are divided. kv_cache: how the sampler stores keys
     and values, "compute" for the compute dtype. passes: how often the policy is trained on a rollout (PPO's
-    epochs, GRPO's iterations), each time in `minibatches` optimizer steps of `micro` microbatches. Other
+    epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of `micro` microbatches each. Other
     fields: see DataSettings.
     """
 
-    max_prompt: int = 256
-    max_new: int = 128
-    too_long: str = "drop"
-    batch: int = 16
-    group: int = 1
-    eval_group: int = 1
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    max_prompt: Annotated[int, at_least(1)] = 256
+    max_new: Annotated[int, at_least(1)] = 128
+    too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
+    batch: Annotated[int, at_least(1)] = 16
+    group: Annotated[int, at_least(1)] = 1
+    eval_group: Annotated[int, at_least(1)] = 1
+    temperature: Annotated[float, at_least(0)] = 1.0
+    top_k: Annotated[int | None, at_least(1)] = None
+    top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
     decode_rows: int | None = None
     kv_cache: CacheFormat = "compute"
-    passes: int = 1
-    minibatches: int = 1
+    passes: Annotated[int, at_least(1)] = 1
+    minibatches: Annotated[int, at_least(1)] = 1
     unit: ClassVar[str] = "prompts"
     packing: ClassVar[bool] = True
 
@@ -68,14 +75,11 @@ class Prompts(DataSettings):
                 f"data.tokens={self.tokens}: the lengths of completions are not known before "
                 "they are sampled; use data.epochs or loop.steps"
             )
-        self.require_at_least(1, "max_prompt", "max_new", "group", "eval_group", "passes", "minibatches")
         if self.batch % (self.minibatches * self.micro):
             raise ValueError(
                 f"data.batch={self.batch} prompts are not divisible into data.minibatches={self.minibatches} "
                 f"of data.micro={self.micro} microbatches; use a multiple of {self.minibatches * self.micro}"
             )
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"data.temperature={self.temperature}; use a number of at least 0 (greedy)")
         if self.group > 1 and self.temperature == 0:
             raise ValueError(
                 f"data.temperature=0 samples the same completion {self.group} times; raise it, or set "
@@ -91,17 +95,14 @@ class Prompts(DataSettings):
                 f"data.decode_rows={self.decode_rows} is less than data.group={self.group}, but all "
                 f"completions of a prompt begin together; use at least {self.group}, or none for all"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"data.top_k={self.top_k}; use at least 1, or none")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"data.top_p={self.top_p}; use a number above 0 and at most 1, or none")
 
     @property
     def token_settings(self) -> PromptTokenSettings:
         """The settings that the tokens of a prompt depend on."""
         return PromptTokenSettings(
-            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings, self.order_by
-        )
+            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings,
+            self.order_by, self.max_samples,
+        )  # fmt: skip
 
     @property
     def max_length(self) -> int:
@@ -158,33 +159,49 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any, cache: Path | None = N
 
 
 def _read_all(
-    refs: Sequence[str], names: tuple[str, ...], data: Prompts, tokenizer: Any, cache: Path | None
+    sources: Sequence[SourceRef], names: tuple[str, ...], data: Prompts, tokenizer: Any, cache: Path | None
 ) -> PromptRows:
     """Read the prompts of all datasets. names: their names in metrics, () for a single one."""
-    parts = [read_prompts(ref, data, tokenizer, cache) for ref in refs]
+    parts = [read_prompts(source.ref, source.adapt(data), tokenizer, cache) for source in sources]
     return replace(reduce(PromptRows.concatenate, parts), source_names=names)
 
 
 def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> tuple[PromptRows, PromptRows]:
     """Return the training and the held-out prompts. All rows with the same prompt are on one side."""
-    refs = [source.ref for source in parse_sources(data.train)]
-    prompts = _read_all(refs, sources_with_metrics(data.train), data, tokenizer, cache)
+    prompts = _read_all(parse_sources(data.train), sources_with_metrics(data.train), data, tokenizer, cache)
     if not data.holds_out:
+        prompts = _without_dropped(data, prompts)
         return _mixed(data, prompts), prompts.subset(np.arange(0))
     if isinstance(data.held_out, str):
-        refs, names = held_out_refs(data.held_out), sources_with_metrics(data.held_out)
-        return _mixed(data, prompts), _read_all(refs, names, data, tokenizer, cache)
-    groups = number_groups(prompts.hashes[:, :1])
+        sources, names = held_out_sources(data.held_out), sources_with_metrics(data.held_out)
+        held_out = _read_all(sources, names, data, tokenizer, cache)
+        return _mixed(data, _without_dropped(data, prompts, held_out)), held_out
+    prompts = _without_dropped(data, prompts)
+    groups = number_groups(prompts.hashes[prompts.chosen, :1])
     distinct = int(groups.max()) + 1
     if distinct < 2:
         raise ValueError(
             f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set "
             "data.held_out=none"
         )
-    held = np.isin(groups, permutation(distinct, data.seed, 0)[: data.held_out_count(distinct)])
+    held = np.isin(groups, permutation(distinct, data.seed_of_split, 0)[: data.held_out_count(distinct)])
     train = prompts.subset(np.flatnonzero(~held))
     train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
     return _mixed(data, train), prompts.subset(np.flatnonzero(held))
+
+
+def _without_dropped(data: Prompts, prompts: PromptRows, held_out: PromptRows | None = None) -> PromptRows:
+    """Return the prompts without those that data.drop leaves out: also those that a held-out file has."""
+    if not data.drop:
+        return prompts
+    fixed = np.zeros((0, 2), np.uint64) if held_out is None else held_out.hashes[held_out.chosen]
+    hashes = np.concatenate([fixed, prompts.hashes])[:, 1]
+    placeholders = np.concatenate([np.zeros(len(fixed), bool), prompts.placeholders])
+    out, clause = left_out_rows(data.drop, hashes, placeholders, np.arange(len(hashes)) < len(fixed))
+    chosen = np.flatnonzero(~out[len(fixed) :])
+    if not len(chosen):
+        raise ValueError(f"data.train={data.train}: data.drop={','.join(data.drop)} leaves no prompt")
+    return replace(prompts, chosen=chosen, left_out=clause)
 
 
 def _mixed(data: Prompts, train: PromptRows) -> PromptRows:

@@ -31,8 +31,6 @@ def rejection(
         raise UnusableTemplate(
             f"{template.name} fails ({reason.rstrip('.')}); use another tokenizer"
         ) from error
-    if "None" in reason and any(message["content"] is None for message in messages):
-        reason += " (the content of a turn of tool calls is null; not every template renders that)"
     remedies = [
         _remedy_for_system(template, messages, tools),
         _remedy_for_ids(template, messages, tools),

@@ -1,32 +1,71 @@
-"""Read the rows of a CSV file; a malformed record makes one row invalid."""
+"""Read the rows of a CSV or TSV file; a malformed record makes one row invalid."""
 
 import csv
+import io
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from jaxft.data.invalid import InvalidRow, attempt
 from jaxft.data.limits import LINE_BYTES
 from jaxft.data.row_files import Outcome, row_of
+from jaxft.data.text_encoding import UTF8, encoding_note, sniff_encoding
 
 MALFORMED_CSV = "malformed CSV"
+CSV_SUFFIXES = (".csv", ".tsv")
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SAMPLE = 1 << 16  # characters by which the delimiter is chosen
+_SAMPLE_RECORDS = 20
 
 
-def read_csv(path: Path) -> Iterator[Outcome]:
-    """Read the rows of a CSV file."""
+class CsvText(NamedTuple):
+    """How the text of a CSV file is read."""
+
+    encoding: str = UTF8
+    delimiter: str = ","
+
+    def notes(self, path: Path) -> list[str]:
+        """Return lines about what its suffix does not say."""
+        usual = "\t" if path.suffix == ".tsv" else ","
+        if self.delimiter == usual:
+            return encoding_note(path, self.encoding)
+        line = f"the columns of {path.name} are separated by {_DELIMITERS[self.delimiter]}"
+        return [*encoding_note(path, self.encoding), line]
+
+
+def sniff_csv(path: Path) -> CsvText:
+    """Return the encoding and the delimiter of a CSV file: of those that divide its header, the one with
+    which most of the first records have as many fields as the header.
+    """
+    encoding = sniff_encoding(path)
+    with path.open(newline="", encoding=encoding, errors="replace") as file:
+        sample = file.read(_SAMPLE)
+    usual, fits = "\t" if path.suffix == ".tsv" else ",", dict[str, float]()
+    for delimiter in dict.fromkeys((usual, *_DELIMITERS)):  # of several that fit alike, the first is taken
+        try:
+            records = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter)
+            widths = [len(record) for record in islice(records, _SAMPLE_RECORDS)]
+        except csv.Error:  # a field that is larger than the limit
+            continue
+        if widths and widths[0] > 1:
+            fits[delimiter] = widths.count(widths[0]) / len(widths)
+    return CsvText(encoding, max(fits, key=fits.__getitem__) if fits else usual)
+
+
+def read_csv(path: Path, text: CsvText) -> Iterator[Outcome]:
+    """Read the rows of a CSV file. Spaces around the names of columns are removed."""
     csv.field_size_limit(LINE_BYTES)
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        records = _csv_records(path, file)
+    errors = "surrogateescape" if text.encoding == UTF8 else "strict"
+    with path.open(newline="", encoding=text.encoding, errors=errors) as file:
+        records = _csv_records(path, file, text.delimiter)
         _, header = next(records, (1, []))
         if isinstance(header, InvalidRow):
             raise ValueError(str(header)) from header
+        header = [name.strip() for name in header]
         if not header:
             raise ValueError(f"{path}:1: the file has no header; begin it with a line of column names")
-        if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
-            raise ValueError(
-                f"{path}:1: the header is a single column, {header[0]!r}; separate the columns with commas"
-            )
         if len(set(header)) < len(header):
             raise ValueError(f"{path}:1: the header {header} repeats a column name; rename one of them")
         for line, values in records:
@@ -44,7 +83,7 @@ def read_csv(path: Path) -> Iterator[Outcome]:
                 yield attempt(row_of, fields, where, f"{path.name}:{line}")
 
 
-def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, list[str] | InvalidRow]]:
+def _csv_records(path: Path, file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str] | InvalidRow]]:
     """Yield (first line, fields or InvalidRow) of each record of a CSV file.
 
     A record with a wrong quote may have swallowed others, so reading continues at its second line.
@@ -65,13 +104,16 @@ def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, list[str] | In
     while True:
         taken.clear()
         try:
-            values: list[str] | InvalidRow = next(csv.reader(lines(), strict=True))
+            values: list[str] | InvalidRow = next(csv.reader(lines(), delimiter=delimiter, strict=True))
             "".join(taken).encode("utf-8", "surrogateescape").decode()
             yield line, values
             line += len(taken)
         except StopIteration:
             return
         except UnicodeDecodeError as error:
+            if error.encoding != "utf-8":  # a character of UTF-16 or cp1252, after which no line is certain
+                problem = f"not {error.encoding} text ({error.reason}) from line {line} on"
+                raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
             problem = f"not UTF-8 text ({error.reason} at byte {error.start} of the row)"
             yield line, InvalidRow(f"{path}:{line}", "not UTF-8", f"{problem}; convert the file to UTF-8")
             line += len(taken)

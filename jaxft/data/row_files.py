@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ class TableRows:
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """Rows in memory. label: what their names begin with."""
+    """Rows in memory. label: what their names begin with, or the folder of several files."""
 
     loaded: tuple[Outcome, ...]
     label: str
@@ -132,7 +132,24 @@ class LoadedRows:
         return iter(self.loaded)
 
 
-Chunk = Lines | GroupRows | TableRows | LoadedRows
+@dataclass(frozen=True)
+class ChunkStart:
+    """The first `count` rows of a chunk."""
+
+    chunk: Lines | GroupRows | TableRows | LoadedRows
+    count: int
+
+    @property
+    def label(self) -> str:
+        """What the names of the rows begin with."""
+        return self.chunk.label
+
+    def rows(self) -> Iterator[Outcome]:
+        """Read the rows."""
+        return islice(self.chunk.rows(), self.count)
+
+
+Chunk = Lines | GroupRows | TableRows | LoadedRows | ChunkStart
 Blocks = Callable[[bytes], object]  # receives the file's bytes, block by block
 
 
@@ -148,6 +165,30 @@ def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[LoadedRows]:
             window, size = [], 0
     if window:
         yield LoadedRows(tuple(window), label)
+
+
+def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
+    """Yield chunks of the first `most` rows."""
+    for chunk in chunks:
+        size = _size(chunk)
+        if size > most:
+            yield ChunkStart(chunk.chunk if isinstance(chunk, ChunkStart) else chunk, most)
+            return
+        yield chunk
+        most -= size
+        if not most:
+            return
+
+
+def _size(chunk: Chunk) -> int:
+    """Return the number of a chunk's rows, with those that cannot be read."""
+    match chunk:
+        case Lines() | ChunkStart():
+            return chunk.count
+        case LoadedRows():
+            return len(chunk.loaded)
+        case _:
+            return chunk.stop - chunk.start
 
 
 @contextmanager
@@ -277,6 +318,23 @@ def _read_lines(chunk: Lines) -> Iterator[Outcome]:
             else:  # editors leave blank lines at the end; elsewhere they are errors
                 problem = "the row is empty (a blank line between rows); remove it"
                 yield InvalidRow(f"{path}:{number}", "empty row", problem)
+
+
+def read_wide_lines(path: Path, encoding: str) -> Iterator[Outcome]:
+    """Read the rows of a JSONL file in UTF-16 or UTF-32."""
+    with path.open(encoding=encoding) as file:
+        try:
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), 1):
+                if len(line) > LINE_BYTES:
+                    raise ValueError(
+                        f"{path}:{number}: the line has more than {LINE_BYTES >> 20} MiB; convert the file "
+                        "to UTF-8, or split the row"
+                    )
+                if line.strip():
+                    yield attempt(_line, path, number, line.rstrip().encode("utf-8", "surrogatepass"))
+        except UnicodeDecodeError as error:
+            problem = f"not {encoding} text ({error.reason})"
+            raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
 
 
 def _line(path: Path, number: int, text: bytes) -> Row:

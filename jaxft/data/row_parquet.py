@@ -69,6 +69,9 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
     file: from open_parquet, of `source`. used: the names of columns that are read, None for all.
     """
     names, rows = file.schema_arrow.names, file.metadata.row_group(group).num_rows
+    if used is not None:  # names of columns may be spelled with other cases, see columns.respelled
+        known = {name.strip().lower() for name in used}
+        used = {name for name in names if name.strip().lower() in known}
     columns = tuple(name for name in names if used is None or name in used)
     found = _columns(file, group, used)
     packed = RATIO * sum(c.packed for c in found)

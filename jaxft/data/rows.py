@@ -1,42 +1,51 @@
-"""Read the rows of JSONL, JSON, CSV or Parquet files, of a folder of those, or of a dataset on the hub.
+"""Read the rows of JSONL, JSON, CSV, TSV, Parquet or text files, of a folder of those, of a folder that
+datasets' save_to_disk has written, or of a dataset on the hub.
 
 pyarrow and datasets are imported where they are used: local text files need neither.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from jaxft.data.invalid import InvalidRows, attempt
 from jaxft.data.remote import RemoteFile, remote_batches, remote_files
-from jaxft.data.row_csv import read_csv
+from jaxft.data.row_csv import CSV_SUFFIXES, read_csv, sniff_csv
 from jaxft.data.row_files import (
     CHUNK_ROWS,
     Chunk,
     Outcome,
     Row,
     TableRows,
+    first_chunks,
     has_json_lines,
     in_windows,
     named_errors,
     read_json,
+    read_wide_lines,
     row_of,
     rows_of_batch,
     scan_groups,
     scan_lines,
     without_added_nulls,
 )
+from jaxft.data.row_text import DOCUMENT, TEXT_SUFFIXES, read_text, text_files
 from jaxft.data.shipped import ROOT
+from jaxft.data.text_encoding import encoding_note, sniff_encoding, wide_encoding
 from jaxft.data.urls import is_remote
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".json", *CSV_SUFFIXES, ".parquet")
+SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
+SPLITS = "dataset_dict.json"  # of a folder with a dataset for each split, as DatasetDict.save_to_disk writes
+SAVED = ("dataset_info.json", "state.json")  # of a folder that Dataset.save_to_disk has written
+_EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class Listing:
 
     labels: what the names of its rows begin with, such as file names. folder: of the files, "" without any.
     digest: a hash of the contents. size: bytes of the files, of local Parquet files as they are unpacked.
-    chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it.
+    chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it. notes: lines
+    about how the files are read where they don't say it, such as their encoding.
     """
 
     labels: tuple[str, ...]
@@ -54,14 +64,53 @@ class Listing:
     size: int
     chunks: Callable[[], Iterator[Chunk]]
     rows: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def first(self, most: int | None) -> "Listing":
+        """Return the listing of the first `most` rows, None for all."""
+        if most is None:
+            return self
+        rows = None if self.rows is None else min(self.rows, most)
+        return replace(self, chunks=lambda: first_chunks(self.chunks(), most), rows=rows)
 
 
 def find_data(ref: str) -> Path | None:
-    """Return the file or folder `ref` in the working directory, else in ROOT, or None if it is in neither."""
+    """Return the file or folder `ref` in the working directory, else in ROOT, or None if it is in neither.
+
+    FOLDER:SPLIT is the folder of a split that DatasetDict.save_to_disk has written.
+    """
     candidates = [Path(ref).expanduser()]
     if not candidates[0].is_absolute():
         candidates.append(ROOT / ref)
-    return next((path for path in candidates if path.exists()), None)
+    found = next((path for path in candidates if path.exists()), None)
+    folder, _, split = ref.rpartition(":")
+    if found is None and folder and split:
+        parent = find_data(folder)
+        if parent is not None and split in saved_splits(parent):
+            return parent / split
+    return found
+
+
+def saved_splits(path: Path) -> list[str]:
+    """Return the names of the splits in a folder that DatasetDict.save_to_disk has written, [] for others."""
+    try:
+        names = json.loads((path / SPLITS).read_bytes())["splits"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
+    known = (x for x in names if isinstance(x, str) and re.fullmatch(r"\w[\w.-]*", x))
+    return [x for x in known if (path / x / SAVED[1]).is_file()]
+
+
+def evaluation_split(ref: str) -> str | None:
+    """Return FOLDER:SPLIT, the split for evaluation of a folder as DatasetDict.save_to_disk writes; None
+    without any.
+    """
+    try:
+        path = find_data(ref)
+    except OSError:  # a list of files that is too long for a name
+        return None
+    splits = saved_splits(path) if path is not None else []
+    return next((f"{ref}:{name}" for name in _EVALUATION_SPLITS if name in splits), None)
 
 
 def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
@@ -91,10 +140,11 @@ def check_rows(ref: str, readable: int, unreadable: int, invalid: InvalidRows) -
         raise ValueError(f"{ref}: the dataset has no rows; add at least one")
 
 
-def list_chunks(ref: str, used: tuple[str, ...] | None = None) -> Listing:
+def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = DOCUMENT) -> Listing:
     """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once.
 
     used: the columns that are read from Parquet files, None for all; others have the value NOT_READ.
+    sample_by: what is a row of a text file, see row_text.py.
     """
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")
@@ -102,13 +152,15 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None) -> Listing:
         return _list_remote(remote_files(ref), used)
     path = find_data(ref)
     if path is not None:
-        return _list_files(_files(path), used)
+        return _list_local(path, used, sample_by)
+    _require_split(ref)
     if Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
         return _list_hub(ref)
     places = " or ".join(map(str, dict.fromkeys([Path.cwd(), ROOT])))
     raise FileNotFoundError(
         f"data {ref!r} not found in {places}; use a file ({', '.join(SUFFIXES)}), a "
-        "folder of such files, a hub dataset org/name[/config][:split], or https:// or hf:// (Parquet)"
+        "folder of such files or of save_to_disk, a hub dataset org/name[/config][:split], or https:// or "
+        "hf:// (Parquet)"
     )
 
 
@@ -130,17 +182,66 @@ def _list_remote(files: list[RemoteFile], used: tuple[str, ...] | None) -> Listi
     return Listing(labels, "", digest.hexdigest(), sum(file.size for file in files), chunks)
 
 
-def _files(path: Path) -> list[Path]:
+def _list_local(path: Path, used: tuple[str, ...] | None, sample_by: str) -> Listing:
+    if path.is_dir() and (path / SPLITS).is_file():
+        splits = saved_splits(path)
+        if "train" not in splits and len(splits) != 1:
+            raise ValueError(
+                f"{path}: the folder has the splits {', '.join(splits) or 'none'}, and no train; choose one "
+                f"with data={path}:SPLIT"
+            )
+        path = path / ("train" if "train" in splits else splits[0])
+    if path.is_dir() and all((path / name).is_file() for name in SAVED):
+        return _list_saved(path)
+    folder, files, notes = _files(path)
+    return _list_files(folder, files, _How(used, sample_by), notes)
+
+
+def _require_split(ref: str) -> None:
+    """Raise ValueError for a split that a folder of splits lacks."""
+    folder, _, split = ref.rpartition(":")
+    path = find_data(folder) if folder else None
+    splits = saved_splits(path) if path is not None else []
+    if splits:
+        raise ValueError(f"{folder}: the folder has no split {split!r}; it has {', '.join(splits)}")
+
+
+def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
+    """Return the folder of a dataset, its files, and notes about files that are not read."""
     if not path.is_dir():
-        return [_regular(path)]
+        return path.parent, [_regular(path)], []
     files = sorted(
-        p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith((".", "dataset_info"))
+        p for p in path.iterdir() if p.suffix in ROW_SUFFIXES and not p.name.startswith((".", "dataset_info"))
     )
-    if not files:
+    texts = text_files(path)
+    if not files and not texts:
         raise FileNotFoundError(
             f"{path}: the folder has no data files; add {' or '.join('*' + s for s in SUFFIXES)}"
         )
-    return [_regular(file) for file in files]
+    if not files:
+        return path, texts, _split_notes(path, texts)
+    about = ("readme", "license", "licence", "notice", "citation", "changelog")
+    unread = [text for text in texts if not text.stem.lower().startswith(about)]
+    note = (
+        f"{path.name}: its {len(unread)} text files, such as {unread[0].name}, are not read" if unread else ""
+    )
+    notes = [f"{note}: it has files of rows, such as {files[0].name}"] if note else []
+    return path, [_regular(file) for file in files], [*notes, *_split_notes(path, files)]
+
+
+def _split_notes(folder: Path, files: list[Path]) -> list[str]:
+    """Return a line if files of a folder are named as a split for training and others as one for evaluation:
+    all of them are read.
+    """
+    words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
+    train = [name for name, found in words.items() if "train" in found]
+    others = [name for name, found in words.items() if found & {*_EVALUATION_SPLITS}]
+    if not (train and others):
+        return []
+    how = f"set data={folder / train[0]} held_out={folder / others[0]}"
+    return [
+        f"{folder.name}: {others[0]} is read for training as {train[0]} is; if it is for evaluation, {how}"
+    ]
 
 
 def _regular(path: Path) -> Path:
@@ -150,52 +251,83 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _list_files(files: list[Path], used: tuple[str, ...] | None) -> Listing:
-    digest, readers, counts, size = xxhash.xxh3_128(), [], list[int | None](), 0
+class _How(NamedTuple):
+    """used, sample_by: see list_chunks."""
+
+    used: tuple[str, ...] | None
+    sample_by: str
+
+
+class _Scanned(NamedTuple):
+    """A file that was read once. chunks, rows, size, notes: as in Listing."""
+
+    chunks: Callable[[], Iterable[Chunk]]
+    size: int
+    rows: int | None = None
+    notes: Sequence[str] = ()
+
+
+def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) -> Listing:
+    digest, scans, labels = xxhash.xxh3_128(), list[_Scanned](), list[str]()
     for path in files:
+        is_text = path.suffix.lower() in TEXT_SUFFIXES
+        labels.append(path.relative_to(folder).as_posix() if is_text else path.name)
         with named_errors(path):
-            reader, count, unpacked = _scan_file(path, used, digest.update)
-            readers.append(reader)
-            counts.append(count)
-            size += unpacked
+            scans.append(_scan_file(path, labels[-1], how, digest.update))
         digest.update(path.stat().st_size.to_bytes(8, "little"))
+        if is_text and how.sample_by != DOCUMENT:
+            digest.update(how.sample_by.encode())
 
     def chunks() -> Iterator[Chunk]:
-        return chain.from_iterable(reader() for reader in readers)
+        if all(path.suffix.lower() in TEXT_SUFFIXES for path in files):  # small files share chunks
+            rows = (row for scan in scans for chunk in scan.chunks() for row in chunk.rows())
+            return in_windows(rows, str(folder))
+        return chain.from_iterable(scan.chunks() for scan in scans)
 
-    known = [count for count in counts if count is not None]
-    labels, rows = tuple(path.name for path in files), sum(known) if len(known) == len(counts) else None
-    return Listing(labels, str(files[0].parent), digest.hexdigest(), size, chunks, rows)
+    known = [scan.rows for scan in scans if scan.rows is not None]
+    rows = sum(known) if len(known) == len(scans) else None
+    size, notes = sum(scan.size for scan in scans), [*notes, *(note for s in scans for note in s.notes)]
+    few = [*notes[:5], *([f"and {len(notes) - 5} files more like that"] if len(notes) > 5 else [])]
+    return Listing(tuple(labels), str(folder), digest.hexdigest(), size, chunks, rows, tuple(few))
 
 
-def _scan_file(
-    path: Path, used: tuple[str, ...] | None, report: Callable[[bytes], object]
-) -> tuple[Callable[[], Iterable[Chunk]], int | None, int]:
-    """Read a file once; return a function that lists its chunks, the number of rows and the size (see
-    Listing).
-
-    used: see list_chunks. report: receives the file's bytes.
-    """
+def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], object]) -> _Scanned:
+    """Read a file once. report: receives the file's bytes."""
+    size = path.stat().st_size
     if path.suffix == ".jsonl" or (path.suffix == ".json" and has_json_lines(path)):
+        encoding = wide_encoding(path)
+        if encoding is not None:  # its bytes cannot be divided into lines
+            _scan_bytes(path, report)
+            read: Reader = partial(read_wide_lines, encoding=encoding)
+            return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
         lines = scan_lines(path, report)
-        return lambda: lines, sum(chunk.count for chunk in lines), path.stat().st_size
+        return _Scanned(lambda: lines, size, sum(chunk.count for chunk in lines))
     _scan_bytes(path, report)
-    match path.suffix:
-        case ".json":
-            return lambda: _windows(path, read_json), None, path.stat().st_size
-        case ".csv":
-            return lambda: _windows(path, read_csv), None, path.stat().st_size
-        case ".parquet":
-            chunks = tuple(scan_groups(path, used))
-            plans = {chunk.group: chunk.plan for chunk in chunks}
-            return lambda: chunks, None, max(path.stat().st_size, sum(plan.size for plan in plans.values()))
-        case suffix:
-            raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
+    suffix = path.suffix.lower() if path.suffix.lower() in TEXT_SUFFIXES else path.suffix
+    if suffix == ".json":
+        return _Scanned(lambda: _windows(path, label, read_json), size)
+    if suffix in CSV_SUFFIXES:
+        text = sniff_csv(path)
+        return _Scanned(
+            lambda: _windows(path, label, partial(read_csv, text=text)), size, None, text.notes(path)
+        )
+    if suffix in TEXT_SUFFIXES:
+        encoding = sniff_encoding(path)
+        read = partial(read_text, label=label, encoding=encoding, sample_by=how.sample_by)
+        return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
+    if suffix == ".parquet":
+        chunks = tuple(scan_groups(path, how.used))
+        plans = {chunk.group: chunk.plan for chunk in chunks}
+        return _Scanned(lambda: chunks, max(size, sum(plan.size for plan in plans.values())))
+    raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
 
-def _windows(path: Path, read: Callable[[Path], Iterator[Outcome]]) -> Iterator[Chunk]:
+Reader = Callable[[Path], Iterator[Outcome]]
+
+
+def _windows(path: Path, label: str, read: Reader) -> Iterator[Chunk]:
     with named_errors(path):
-        yield from in_windows(read(path), path.name)
+        yield from in_windows(read(path), label)
 
 
 def _list_hub(ref: str) -> Listing:
@@ -217,8 +349,29 @@ def _list_hub(ref: str) -> Listing:
             f"data {ref!r} is not a local file and cannot be loaded from the hub ({reason}); use "
             "org/name[/config][:split]"
         ) from error
-    label, where = f"{name}:{split}", f"{dataset}:{split}"
-    digest = xxhash.xxh3_128(where.encode())
+    return _list_table(data, f"{dataset}:{split}", f"{name}:{split}")
+
+
+def _list_saved(path: Path) -> Listing:
+    """Return the chunks of a folder that Dataset.save_to_disk has written."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # its errors have no common type
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: not a readable folder of save_to_disk ({reason}); save the dataset again"
+        ) from error
+    parts = path.parts[-2:] if (path.parent / SPLITS).is_file() else path.parts[-1:]  # FOLDER/SPLIT
+    return replace(_list_table(data, str(path), "/".join(parts)), folder=str(path.parent))
+
+
+def _list_table(data: Any, where: str, label: str) -> Listing:
+    """Return the chunks of a dataset of the package datasets. where, label: see TableRows."""
+    import datasets
+
+    digest = xxhash.xxh3_128(label.encode())
     stored = data.cache_files if isinstance(data, datasets.Dataset) else []
     if not stored:
         return _list_items(list(data), where, label)

@@ -1,15 +1,16 @@
 """The settings that every kind of training data has, and their checks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+from jaxft.bounds import ZERO_TO_ONE, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
-from jaxft.data.invalid import INVALID
-from jaxft.data.template_settings import DATE, TURN, TemplateSettings
+from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
+from jaxft.data.left_out import DROPPED
+from jaxft.data.template_settings import DATE, SYSTEM, TURN, TemplateSettings
 from jaxft.data.tokenise import Tokenising
 from jaxft.distributed.sync import is_first
 from jaxft.nn.layer_attention import AttentionLayers
@@ -25,57 +26,57 @@ def check_seed(seed: int, setting: str) -> None:
 class DataSettings:
     """Where rows come from and how many an optimizer step uses.
 
-    train: a file, folder or hub dataset (see rows.py). held_out: a fraction of the rows, another file, or
-    "none". format: how rows are read; each kind of data lists its own. columns: renames columns,
-    "ours=theirs". batch: rows of one optimizer step, over all devices.
-    micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
-    over the rows, fractions allowed. tokens: the length of the run in tokens, in place of epochs (none).
-    date: the date that chat templates print as today's.
-    chat_template_kwargs: further arguments of the chat template, "name=value", such as
-    enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
-    its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: an
-    invalid row ends the run ("error"), or is left out, counted and reported ("drop"). invalid_limit: the
-    largest fraction of a dataset's rows that "drop" leaves out. workers: processes that tokenise the rows;
-    none: one per CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers;
-    every epoch goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
+    train: a file, folder or hub dataset (see rows.py), or several (see mixture.py). held_out: a fraction of
+    the rows, another file, or "none". format: how rows are read; each kind of data lists its own. columns:
+    renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices.
+    micro: number of microbatches that a step is computed in. seed: of the order, and of the split unless
+    split_seed is set. split_seed: of the split into training and held-out rows, so that runs with other seeds
+    hold out the same rows. epochs: passes over the rows, fractions allowed. tokens: the length of the run in
+    tokens, in place of epochs (none). date: the date that chat templates print as today's.
+    chat_template_kwargs: further arguments of the chat template, "name=value", such as enable_thinking=false;
+    a row's column of that name overrides them. system: a system message is a "turn" of
+    its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: up
+    to 1 % invalid rows of a dataset are left out, counted and reported, and more end the run with the error
+    of the first ("few"); any ends it ("error"); or up to invalid_limit of them are left out ("drop").
+    invalid_limit: a fraction of a dataset's rows. workers: processes that tokenise the rows; none: one per
+    CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers; every epoch
+    goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
+    max_samples: rows that are read of each dataset, the first ones; none: all. drop: rows that are left out
+    and counted, any of "duplicates" and "placeholders" (see left_out.py).
     """
 
     train: str
     held_out: str | float | None = 0.05
     format: str = "auto"
     columns: tuple[str, ...] = ()
-    batch: int = 8
-    micro: int = 1
+    batch: Annotated[int, at_least(1)] = 8
+    micro: Annotated[int, at_least(1)] = 1
     seed: int = 0
-    epochs: float | None = 1.0
-    tokens: int | None = None
+    epochs: Annotated[float | None, above(0)] = 1.0
+    tokens: Annotated[int | None, at_least(1)] = None
     date: str = DATE
     chat_template_kwargs: tuple[str, ...] = ()
-    system: str = TURN
-    invalid: str = "error"
-    invalid_limit: float = 0.05
-    workers: int | None = None
+    system: Annotated[str, one_of(SYSTEM)] = TURN
+    invalid: Annotated[str, one_of(INVALID)] = FEW
+    invalid_limit: Annotated[float, ZERO_TO_ONE] = 0.05
+    workers: Annotated[int | None, at_least(1)] = None
     order_by: str | None = None
+    max_samples: Annotated[int | None, at_least(1)] = None
+    drop: tuple[str, ...] = ()
+    split_seed: int | None = None
 
     def __post_init__(self) -> None:
-        self.require_at_least(1, "batch", "micro")
+        check_bounds(self, "data")
         check_seed(self.seed, "data.seed")
+        check_seed(self.seed_of_split, "data.split_seed")
         self.require_choice("invalid", INVALID)
-        if self.workers is not None:
-            self.require_at_least(1, "workers")
+        if not {*self.drop} <= {*DROPPED}:
+            raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
             raise ValueError(
                 f"data.format={PLAIN} renders no chat template, so data.chat_template_kwargs and data.system "
                 "have no effect; remove them, or set data.format=auto"
             )
-        if not 0 <= self.invalid_limit <= 1:
-            raise ValueError(
-                f"data.invalid_limit={self.invalid_limit}; use a fraction of the rows, from 0 to 1"
-            )
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"data.epochs={self.epochs}; use a number above 0")
-        if self.tokens is not None:
-            self.require_at_least(1, "tokens")
         if (self.epochs is None) == (self.tokens is None):
             raise ValueError(
                 f"data.epochs={self.epochs} and data.tokens={self.tokens}: set exactly one of them, and the "
@@ -111,11 +112,12 @@ class DataSettings:
     @property
     def allowed_invalid(self) -> float | None:
         """The largest fraction of a dataset's rows that may be left out as invalid, None for none at all."""
-        return self.invalid_limit if self.invalid == "drop" else None
+        return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
     def tokenising(self, cache: Path | None) -> Tokenising:
         """How this machine tokenises the rows. cache: see Dataset.open."""
-        return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first())
+        few = self.invalid == FEW
+        return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
 
     def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""
@@ -129,6 +131,11 @@ class DataSettings:
     def units_per_step(self) -> int:
         """Rows, pairs or prompts (see `unit`) of one optimizer step."""
         return self.batch
+
+    @property
+    def seed_of_split(self) -> int:
+        """The seed that a fraction of the rows is held out by."""
+        return self.seed if self.split_seed is None else self.split_seed
 
     @property
     def holds_out(self) -> bool:

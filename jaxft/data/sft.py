@@ -5,15 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import numpy as np
 
 from jaxft.batch import Tokens, TrainState
+from jaxft.bounds import at_least, one_of
 from jaxft.data import chat, pack
 from jaxft.data.epochs import Epochs, epochs_of
-from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
+from jaxft.data.mixture import SourceRef, SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan
 from jaxft.data.row_batches import (
     fill_rows,
@@ -23,6 +24,7 @@ from jaxft.data.row_batches import (
     tokens_per_row,
     weights_of_members,
 )
+from jaxft.data.row_text import DOCUMENT, SAMPLE_BY
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, learned_line, length_percentiles
 from jaxft.data.tokens import (
@@ -35,6 +37,7 @@ from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
+TEXT_PROMPT = 32  # tokens of the prompt that a text begins with, in samples
 Packing = bool | Literal["wrapped"]
 
 
@@ -46,26 +49,30 @@ class Rows(DataSettings):
     format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
     conversation), "completion" (only its last turn) or "all" (every token). Of a row with a prompt and a
     response, the first two train on the response; of a text row, all three train on every token.
-    max_length: tokens of a row. too_long: "truncate" keeps the start, "split" makes several examples of a
-    document, "drop" leaves the example out, "error" stops. packing: True packs several examples into a row
+    max_length: tokens of a row. too_long: "truncate" keeps the start, and leaves out an example of which only
+    its prompt would be left; "split" makes several examples of a document, "drop" leaves the example out,
+    "error" stops. packing: True packs several examples into a row
     of max_length tokens, and they do not attend to one another; "wrapped" concatenates documents and cuts
     them into rows of max_length tokens, which attend over all of their documents (needs too_long=split).
     weighting: "token" gives every target token of the optimizer batch the same weight, "sequence" every
-    example; a column `weight` multiplies them. Other fields: see DataSettings; batch counts packed rows, or
-    examples without packing.
+    example; a column `weight` multiplies them. sample_by: what is a row of a text file: "document" (all of
+    it, or the parts between lines <|endoftext|>), "paragraph" or "line". Other fields: see DataSettings;
+    batch counts packed rows, or examples without packing.
     """
 
-    loss_on: str = "assistant"
-    max_length: int = 1024
-    too_long: str = "truncate"
+    loss_on: Annotated[str, one_of(chat.LOSS_ON)] = "assistant"
+    max_length: Annotated[int, at_least(2)] = 1024
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
     packing: Packing = True
-    weighting: str = "token"
+    weighting: Annotated[str, one_of(WEIGHTING)] = "token"
+    sample_by: Annotated[str, one_of(SAMPLE_BY)] = DOCUMENT
     unit: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (("loss_on", chat.LOSS_ON), ("too_long", TOO_LONG), ("weighting", WEIGHTING)):
-            self.require_choice(name, choices)
+        choices = {"loss_on": chat.LOSS_ON, "too_long": TOO_LONG, "weighting": WEIGHTING}
+        for name, known in {**choices, "sample_by": SAMPLE_BY}.items():
+            self.require_choice(name, known)
         self.require_at_least(3 if self.too_long == "split" else 2, "max_length")
         if self.packing not in (True, False, "wrapped"):
             raise ValueError(f"data.packing={self.packing!r}; use true, false or wrapped")
@@ -80,7 +87,7 @@ class Rows(DataSettings):
         """The settings that the tokens of a row depend on."""
         return TokenSettings(
             self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.template_settings,
-            self.order_by,
+            self.order_by, self.sample_by, self.max_samples,
         )  # fmt: skip
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RowSource":
@@ -91,8 +98,9 @@ class Rows(DataSettings):
         row_count = _rows_per_microbatch(self, shards)
         wrapped = self.packing == "wrapped"
 
-        def tokenise(ref: str) -> TokenisedExamples:
-            return tokenise_rows(ref, self.token_settings, tokenizer, self.tokenising(cache))
+        def tokenise(source: SourceRef) -> TokenisedExamples:
+            settings = source.adapt(self).token_settings
+            return tokenise_rows(source.ref, settings, tokenizer, self.tokenising(cache))
 
         split = split_sources(self, tokenise, self._held_out_mask)
         examples, train, held = split.rows, split.train, split.held
@@ -130,13 +138,17 @@ class Rows(DataSettings):
             examples, held_plan, (row_count, size, reads), split.sources if names else None
         )
         held_out = tuple(replace(b, packed=self.packing is True, source_names=names) for b in held_out)
-        return RowSource(info, (shapes,), held_out, self, split, plan, epochs)
+        return RowSource(info, (shapes,), held_out, self, split, plan, held_plan, epochs)
 
     def _held_out_mask(self, examples: TokenisedExamples) -> np.ndarray:
-        """Return the mask of the held-out examples; all pieces of a split document are on one side."""
+        """Return the mask of the held-out examples. All pieces of a split document are on one side, unless it
+        is the only one, of which the end is held out.
+        """
         rows = int(examples.documents[-1]) + 1
+        if rows == 1:
+            return np.arange(len(examples)) >= len(examples) - self.held_out_count(len(examples))
         mask = np.zeros(rows, bool)
-        mask[pack.permutation(rows, self.seed, 0)[: self.held_out_count(rows)]] = True
+        mask[pack.permutation(rows, self.seed_of_split, 0)[: self.held_out_count(rows)]] = True
         return mask[examples.documents]
 
     def abstract(self, shards: int = 1) -> Tokens:
@@ -167,11 +179,14 @@ class RowStats(SourceStats):
 
 @dataclass(frozen=True)
 class RowSource(FixedSource[Tokens]):
-    """Batches of Tokens; see Source. plan: which examples share a row, by epoch."""
+    """Batches of Tokens; see Source. plan: which examples share a row, by epoch; held_plan: of the held-out
+    batches.
+    """
 
     settings: Rows
     split: SplitRows[TokenisedExamples]
     plan: Callable[[int], RowPlan]
+    held_plan: RowPlan
     epochs: Epochs
 
     def batch(self, step: int, state: TrainState | None = None) -> tuple[Tokens, Metrics]:
@@ -202,8 +217,18 @@ class RowSource(FixedSource[Tokens]):
         """Return the names of the examples in each row of a batch, one by one."""
         return self._rows_of(step).names(self.split.rows.names)
 
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the example at position row * (T + 1) + its number in the row; of wrapped rows,
+        which have no single examples, those of the row.
+        """
+        row, number = divmod(position, self.held_out[0].ids.shape[-1] + 1)
+        members = self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0]
+        return ", ".join(members) if self.settings.packing == "wrapped" else members[number - 1]
+
     def prompts(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss."""
+        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss. Of a
+        text, all of which is learned, the prompt is the beginning.
+        """
         found: list[Prompt] = []
         for batch in self.held_out:
             for row in range(batch.ids.shape[1]):
@@ -216,6 +241,8 @@ class RowSource(FixedSource[Tokens]):
                         continue
                     first = int(targets[np.diff(targets, prepend=-1) > 1][-1])
                     end = int(targets[-1]) + 1
+                    if first == inside[0] + 1:
+                        first += min(TEXT_PROMPT, (end - first) // 2)
                     if len(found) < count and first > inside[0]:
                         found.append(Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist()))
         return found

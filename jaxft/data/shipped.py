@@ -10,31 +10,29 @@ PACKAGE = Path(__file__).resolve().parents[1]
 IS_CLONE = not (PACKAGE / "shipped").is_dir()
 ROOT = PACKAGE.parent if IS_CLONE else PACKAGE / "shipped"  # the folder of configs/ and scripts/
 
-# Command of `jaxft` -> the script that it runs.
-COMMANDS = {
-    "list": "list",
-    "train": "train",
-    "convert": "convert",
-    "inspect": "inspect_data",
-    "generate": "generate",
-    "chat": "chat",
-    "serve": "serve",
-    "score": "score",
-    "evaluate": "evaluate",
-    "export": "export",
-    "quantize": "quantize",
-    "extend": "extend",
-    "combine": "combine",
-    "extract": "extract",
-    "sweep": "sweep",
-    "compare": "compare",
-    "report": "report",
-    "push": "push",
-    "loss-bench": "loss_bench",
-    "plan": "plan",
-    "env": "env",
-    "completion": "completion",
+# Title of a group of commands -> command of `jaxft` -> the script that it runs.
+COMMAND_GROUPS = {
+    "Data and recipes": {"list": "list", "settings": "settings", "inspect": "inspect_data"},
+    "Train": {"train": "train", "sweep": "sweep", "plan": "plan", "convert": "convert"},
+    "Use a model": {
+        "generate": "generate",
+        "chat": "chat",
+        "serve": "serve",
+        "score": "score",
+        "evaluate": "evaluate",
+    },
+    "Ship a model": {
+        "export": "export",
+        "push": "push",
+        "quantize": "quantize",
+        "combine": "combine",
+        "extract": "extract",
+        "extend": "extend",
+    },
+    "Study": {"report": "report", "compare": "compare", "loss-bench": "loss_bench"},
+    "Help": {"help": "help", "env": "env", "completion": "completion"},
 }
+COMMANDS = {command: script for group in COMMAND_GROUPS.values() for command, script in group.items()}
 COMMAND_OF = {script: command for command, script in COMMANDS.items()}
 SCRIPT = re.compile(
     rf"(?:python )?\bscripts/({'|'.join(COMMAND_OF)})\.py\b(?: --config configs/(\w+)\.py\b)?"

@@ -53,8 +53,10 @@ class SourceInfo:
     depend on. preview: the first training row as text. steps_per_rollout: optimizer steps between two points
     where the run may be saved. samples: whether batches are sampled from the model, which takes as long as an
     evaluation. dependencies: fingerprints of other models that the batches depend on, by their name in the
-    run's record. learned_ends: token id -> number of training and held-out sequences whose last target it is,
-    without truncated ones. warnings: lines for the start of a run.
+    run's record. eval_cost: the work of evaluating held-out rows, relative to that of training on as many:
+    without gradients a third, of sampled completions their number. learned_ends: token id -> number of
+    training and held-out sequences whose last target it is, without truncated ones. warnings: lines for the
+    start of a run.
     """
 
     steps: int
@@ -64,6 +66,7 @@ class SourceInfo:
     stats: SourceStats
     steps_per_rollout: int = 1
     samples: bool = False
+    eval_cost: float = 1 / 3
     dependencies: dict[str, str] = field(default_factory=dict)
     learned_ends: dict[int, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -107,11 +110,19 @@ class Source(Protocol[BoundTo]):
     def evaluate(self, state: TrainState) -> dict[str, float] | None:
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
+    def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
+        """Return the source whose `evaluate` reads at most so many held-out rows, None for all. Where the
+        train loop evaluates on `held_out`, nothing changes.
+        """
+
     def row_names(self, step: int) -> list[str]:
         """Return the names of the dataset rows in each row of a batch."""
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts, fewer if there are not as many."""
+
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the held-out row at a position of the values of metrics.PerRow."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores of this source, in addition to TrainState."""
@@ -163,7 +174,11 @@ class Dataset(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of the split and the order."""
+        """Seed of the order, and of the split where seed_of_split is not another one."""
+
+    @property
+    def seed_of_split(self) -> int:
+        """The seed that a fraction of the rows is held out by."""
 
     @property
     def tokens(self) -> int | None:
@@ -211,9 +226,20 @@ class FixedSource(Generic[SomeBatch]):
         """Return None: the train loop evaluates the objective on `held_out`."""
         return None
 
+    def limit_evaluation(self, most: int | None) -> Any:
+        """Return the source itself: the train loop chooses among the batches of `held_out`."""
+        return self
+
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing changes during a run."""
         return {}
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """Return `most` of the indices below `count`, at equal distances; all of them if they are no more."""
+    if most is None or count <= most:
+        return [*range(count)]
+    return [number * count // most for number in range(most)]
 
 
 def learned_line(tokens: int, targets: int, detail: str) -> str:

@@ -50,7 +50,9 @@ class Template:
     does. last_ends: those of them that end the last turn of a conversation. arguments: further arguments that
     it is rendered with. merges: whether a system message is put in front of the first user turn. failure: why
     it renders not even a question with a response, "" if it does. last_tokens: ids of the tokens that end the
-    last turn. tool_use: the template of conversations with tools, None if it is this one.
+    last turn. tool_use: the template of conversations with tools, None if it is this one. needs_content: it
+    rejects a content that is null, as that of a turn of tool calls is, or renders it as the word None, and
+    gets an empty text in its place.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Template:
     failure: str = ""
     last_tokens: tuple[int, ...] = ()
     tool_use: "Template | None" = None
+    needs_content: bool = False
 
     @cached_property
     def closing(self) -> re.Pattern | None:
@@ -165,7 +168,9 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool
     failures = []
     for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
         try:
-            found = _probed_after(bare, system, list(PROBE_TOOLS) if tools else None)
+            given = list(PROBE_TOOLS) if tools else None
+            needing = replace(bare, needs_content=_needs_content(bare, system, given))
+            found = _probed_after(needing, system, given)
             last = (bare.special.findall(end)[-1] for end in found.last_ends)
             return replace(found, last_tokens=tuple(map(tokenizer.convert_tokens_to_ids, last)))
         except UnusableTemplate:
@@ -265,6 +270,21 @@ def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> 
     return []
 
 
+def _needs_content(bare: Template, system: list[Message], tools: list | None) -> bool:
+    """Whether a turn of tool calls is rendered only with an empty text as its content, or better: null is
+    rejected, or becomes the word None.
+    """
+    texts, asked = list[str | None](), [*system, {"role": "user", "content": PROBES[0]}]
+    for content in (None, ""):
+        turn = {"role": "assistant", "content": content, "tool_calls": [_probe_call(0)]}
+        try:
+            texts.append(render_messages(bare, [*asked, turn], tools))
+        except REJECTIONS:
+            texts.append(None)
+    null, empty = texts
+    return empty is not None and (null is None or null.count("None") > empty.count("None"))
+
+
 def _probe_call(number: int) -> dict[str, Any]:
     function = {"name": f"Zk9y{number}", "arguments": {"Jv5u": "Wm3t"}}
     return {"id": f"call0000{number}", "type": "function", "function": function}
@@ -310,6 +330,8 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     template that concatenates them, such as DeepSeek-R1's.
     """
     conversation = with_merged_system(messages) if template.merges else list(messages)
+    if template.needs_content:
+        conversation = [m if m["content"] is not None else {**m, "content": ""} for m in conversation]
     variables = {**template.variables, "date_string": template.date, **template.arguments}
     call = (conversation, tools, template.source, options, variables)
     (rendered,) = call_confined(template, _run, [call])

@@ -6,6 +6,7 @@ returns their columns, which this process writes in the order of the rows, so th
 number of workers.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +31,7 @@ from jaxft.data.formats import ColumnCounts, RowFormat, Schemas
 from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, Tally
 from jaxft.data.progress import RowProgress
 from jaxft.data.row_files import ROW_CHUNK_BYTES, Chunk, LoadedRows, Row
+from jaxft.data.row_text import DOCUMENT
 from jaxft.data.rows import Listing, check_rows, list_chunks
 from jaxft.distributed.threads import cores
 
@@ -48,6 +50,10 @@ class RowSettings(Protocol):
     def format(self) -> str:
         """See data.format."""
 
+    @property
+    def max_samples(self) -> int | None:
+        """See data.max_samples."""
+
 
 @dataclass(frozen=True)
 class RowKind:
@@ -56,7 +62,7 @@ class RowKind:
     version: of the code, and key: the settings that the tokens depend on; both are part of the cache key.
     stored: the columns that `tokenise` returns, and those of files.NAMING. schemas: the accepted formats,
     None if rows need no common one and any column may be used. further: columns that settings name, in
-    addition to those of the formats.
+    addition to those of the formats. sample_by: see list_chunks.
     tokenise(rows, format, tokenizer, invalid): the columns of the examples; "index" is the index in `rows` of
     each example's row. Rows that are too long or invalid have no example.
     """
@@ -68,6 +74,7 @@ class RowKind:
     schemas: Schemas | None
     tokenise: Callable[[Sequence[Row], RowFormat, Any, InvalidRows], ChunkColumns]
     further: tuple[str, ...] = ()
+    sample_by: str = DOCUMENT
 
     @property
     def used(self) -> tuple[str, ...] | None:
@@ -75,21 +82,24 @@ class RowKind:
         if self.schemas is None:
             return None
         theirs = (formats.split_column(item)[1] for item in self.settings.columns)
-        return tuple(dict.fromkeys([*formats.known_columns(self.schemas), *theirs, *self.further]))
+        return tuple(dict.fromkeys([*formats.names_in_datasets(self.schemas), *theirs, *self.further]))
 
 
 class Tokenising(NamedTuple):
     """Settings that the tokens do not depend on.
 
-    cache: the folder of the cache, None for the default. invalid_limit: see InvalidRows. workers: processes;
-    None for one per CPU, or this one alone for a small dataset. progress: whether to print the progress of a
-    long tokenisation.
+    cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
+    workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
+    print the progress of a long tokenisation. sample: tokenise about so many rows of a larger dataset, None
+    for all.
     """
 
     cache: Path | None = None
     invalid_limit: float | None = None
     workers: int | None = None
     progress: bool = False
+    names_first: bool = False
+    sample: int | None = None
 
 
 DEFAULT_TOKENISING = Tokenising()
@@ -100,8 +110,9 @@ class TokenisedDataset:
     """A tokenised dataset.
 
     names: the row of each example. largest_id: the largest token id. dropped: number of rows that were left
-    out as too long. invalid: the invalid rows that were left out. examples: see first_rows. state: whether
-    the columns were in the cache, see cache.load_or_make.
+    out as too long. invalid: the invalid rows that were left out. examples: see first_rows. notes: lines
+    about how the rows were read where neither files nor settings say it. state: whether the columns were in
+    the cache, see cache.load_or_make.
     """
 
     stored: StoredRows
@@ -110,6 +121,7 @@ class TokenisedDataset:
     dropped: int
     invalid: tuple[InvalidCount, ...]
     examples: tuple[Row, ...]
+    notes: tuple[str, ...]
     state: str
 
 
@@ -119,7 +131,8 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, and if the dataset
     has no rows.
     """
-    listing = list_chunks(ref, kind.used)
+    listing = list_chunks(ref, kind.used, kind.sample_by).first(kind.settings.max_samples)
+    listing = sampled(listing, how.sample)
     content = (listing.digest, listing.labels)
     key = files.content_key(content, tokenizer, kind.version, kind.key)
     stored, state = files.load_or_make(
@@ -127,13 +140,31 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
         kind.stored,
         partial(_tokenise, ref, listing, kind, tokenizer, how),
     )
-    facts, invalid = stored.facts, InvalidRows(how.invalid_limit)
+    facts, invalid = stored.facts, InvalidRows(how.invalid_limit, how.names_first)
     invalid.merge(_tallies(facts["invalid"], listing.folder))
     names = RowNames(listing.labels, stored.columns["source"], stored.columns["number"])
     invalid.check(ref, facts["total"] + facts["unreadable"])
     dropped = facts["total"] + facts["unreadable"] - invalid.total - facts["left"]
     examples = tuple(Row(name, fields) for name, fields in facts["examples"])
-    return TokenisedDataset(stored, names, facts["largest_id"], dropped, invalid.counts(), examples, state)
+    read = [f"{_name(listing)}: {note}" for note in facts["notes"]]
+    notes = tuple(f"note: {line}" for line in (*listing.notes, *read))
+    return TokenisedDataset(
+        stored, names, facts["largest_id"], dropped, invalid.counts(), examples, notes, state
+    )
+
+
+def sampled(listing: Listing, count: int | None) -> Listing:
+    """Return a dataset with chunks at even distances that have about `count` rows, None for all chunks. One
+    whose rows must be read to count them has all.
+    """
+    if count is None or listing.rows is None or listing.rows <= count:
+        return listing
+    every = listing.rows // count
+
+    def chunks() -> Iterator[Chunk]:
+        return itertools.islice(listing.chunks(), 0, None, every)
+
+    return replace(listing, digest=f"{listing.digest}/{every}", chunks=chunks, rows=None)
 
 
 def _tokenise(
@@ -145,7 +176,8 @@ def _tokenise(
     add: Callable[[ChunkColumns], None],
 ) -> StoredFacts:
     """Tokenise all chunks; see cache.load_or_make."""
-    invalid, sources = InvalidRows(how.invalid_limit), {x: i for i, x in enumerate(listing.labels)}
+    invalid = InvalidRows(how.invalid_limit, how.names_first)
+    sources = {x: i for i, x in enumerate(listing.labels)}
     total, unreadable, left, largest, some = 0, 0, 0, 0, list[Row]()
     with start_workers(worker_count(how.workers, listing.size), (kind, tokenizer, how.invalid_limit)) as run:
         format, chunks, rows = _format_of(ref, listing, kind, run, how)
@@ -154,18 +186,20 @@ def _tokenise(
                 progress.add(done.rows + done.unreadable)
                 invalid.merge(done.invalid)
                 total, unreadable = total + done.rows, unreadable + done.unreadable
+                invalid.check_begun(ref, total + unreadable, rows)
                 left += done.left
                 some = first_rows([*some, *done.examples], kind.settings.columns)
                 count = len(done.part["number"])
                 if count:
                     largest = max(largest, int(done.part["ids"].max(initial=0)))
-                    add({**done.part, "source": np.full(count, sources[done.label])})
+                    add({**done.part, "source": np.array([sources[label] for label in done.labels])})
     check_rows(ref, total, unreadable, invalid)
     return {
         "total": total,
         "unreadable": unreadable,
         "left": left,
         "largest_id": largest,
+        "notes": format.note(),
         "examples": some,
         "invalid": _portable(invalid.tallies, listing.folder),
     }
@@ -182,7 +216,7 @@ def _format_of(
     if kind.schemas is None or (fixed and listing.size > ROW_CHUNK_BYTES):
         counts = ColumnCounts()
         return _choose(counts, kind), listing.chunks(), listing.rows
-    invalid, counts, total = InvalidRows(how.invalid_limit), ColumnCounts(), 0
+    invalid, counts, total = InvalidRows(how.invalid_limit, how.names_first), ColumnCounts(), 0
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
         chunks = [LoadedRows(tuple(chunk.rows()), chunk.label) for chunk in listing.chunks()]
@@ -242,11 +276,12 @@ class CountedChunk(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """The columns of a chunk's examples. rows, unreadable: numbers of rows that can and cannot be read. left:
-    number of rows that have examples. examples: see first_rows.
+    """The columns of a chunk's examples. labels: what the name of each example's row begins with. rows,
+    unreadable: numbers of rows that can and cannot be read. left: number of rows that have examples.
+    examples: see first_rows.
     """
 
-    label: str
+    labels: list[str]
     part: ChunkColumns
     rows: int
     unreadable: int
@@ -291,10 +326,17 @@ def tokenise_chunk(chunk: Chunk, job: _Job, format: RowFormat) -> TokenisedChunk
     part = job.kind.tokenise(rows, format, job.tokenizer, invalid)
     index = part.pop("index")
     left = [rows[i] for i in index]
-    part["number"] = np.array([int(row.name.rpartition(":")[2]) for row in left], np.int64)
-    some = first_rows(left, job.kind.settings.columns)
+    names = [row.name.rpartition(":") for row in left]
+    part["number"] = np.array([int(number) for _, _, number in names], np.int64)
+    some = [] if format.name == "text" else first_rows(left, job.kind.settings.columns)  # it may be long
     return TokenisedChunk(
-        chunk.label, part, len(rows), unreadable, len(np.unique(index)), invalid.tallies, some
+        [label for label, _, _ in names],
+        part,
+        len(rows),
+        unreadable,
+        len(np.unique(index)),
+        invalid.tallies,
+        some,
     )
 
 

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 
 from jaxft.data import cache as files
 from jaxft.data import chat, formats
@@ -16,12 +16,14 @@ from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
 from jaxft.data.example import Chat, Completion, Example
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, add_counts, valid
+from jaxft.data.left_out import has_placeholder, row_hashes
 from jaxft.data.pack import split_lengths
 from jaxft.data.row_files import Row
+from jaxft.data.row_text import DOCUMENT
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, TokenisedDataset, Tokenising, tokenise_dataset
 
-VERSION = 9  # increase it when the same rows become other tokens
+VERSION = 11  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class TokenSettings:
     too_long: str
     template: TemplateSettings
     order_by: str | None = None
+    sample_by: str = DOCUMENT
+    max_samples: int | None = None
 
 
 SFT_COLUMNS: ColumnTypes = {
@@ -48,6 +52,7 @@ SFT_COLUMNS: ColumnTypes = {
     "ends": ColumnType(np.int32),
     "weights": ColumnType(np.float64),
     "order": ColumnType(np.float64),
+    "placeholders": ColumnType(np.bool_),
     "pieces": ColumnType(np.int32),
     "mass": ColumnType(np.float64),
     "token_weights": ColumnType(np.float32, "weight_counts"),
@@ -65,8 +70,9 @@ class TokenisedRows:
     targets of each example. truncated: mask of truncated examples. responses: number of tokens of each
     example's responses before truncation; learned_responses: how many of them are targets with a weight above
     0. ends: the last target of each example that is not whitespace. weights: a factor of the weights of an
-    example's targets. order: the numbers of data.order_by, 0 without it. names: the row of each example.
-    digest: a hash of all columns. largest_id: the largest token id. dropped: number of rows that were left
+    example's targets. order: the numbers of data.order_by, 0 without it. placeholders: mask of the examples
+    whose response is a placeholder (see left_out.py). names: the row of each example. digest: a hash of the
+    columns, see cache.StoredRows. largest_id: the largest token id. dropped: number of rows that were left
     out as too long. invalid: the invalid rows that were left out. warnings: lines for the start of a run.
     cache: whether the cache had the columns, see cache.load_or_make.
     """
@@ -81,6 +87,7 @@ class TokenisedRows:
     ends: Int[np.ndarray, " examples"]
     weights: Float[np.ndarray, " examples"]
     order: Float[np.ndarray, " examples"]
+    placeholders: Bool[np.ndarray, " examples"]
     names: RowNames
     digest: str
     largest_id: int
@@ -101,6 +108,11 @@ class TokenisedRows:
     def begins_row(self) -> Bool[np.ndarray, " examples"]:
         """Mask of the examples that begin a row: all but the later pieces of split rows."""
         return np.ones(len(self), bool)
+
+    def content_hashes(self) -> UInt64[np.ndarray, " rows"]:
+        """Return a hash of the tokens and the loss mask of each row, whose first examples are begins_row."""
+        bounds = np.append(self.offsets[:-1][self.begins_row], self.offsets[-1])
+        return row_hashes(self.ids, self.learned, bounds)
 
     def concatenate(self, other: Self) -> Self:
         """Return the examples of both, the other's last."""
@@ -171,13 +183,16 @@ def tokenise_rows(
         schemas=formats.SFT_SCHEMAS,
         tokenise=partial(_tokenise, settings=settings),
         further=(settings.order_by,) if settings.order_by else (),
+        sample_by=settings.sample_by,
     )
     found = tokenise_dataset(ref, kind, tokenizer, how)
     some = found.examples
     examples = list(formats.normalise_each(some, settings.format, settings.columns)) if some else []
     checks = (chat.tools_warnings, chat.content_warnings, chat.prompt_warnings)
     warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
-    return TokenisedExamples(**row_fields(ref, found, settings.max_length), warnings=tuple(warnings))
+    return TokenisedExamples(
+        **row_fields(ref, found, settings.max_length), warnings=(*found.notes, *warnings)
+    )
 
 
 def row_fields(ref: str, found: TokenisedDataset, max_length: int) -> dict[str, Any]:
@@ -247,16 +262,16 @@ def _tokenise(
     for number, (outcome, response) in enumerate(zip(tokenised, responses, strict=True)):
         with invalid.skip():
             tokens = valid(outcome)
-            long, name = len(tokens.ids) > settings.max_length, settings.order_by
-            if long and settings.too_long == "drop":
-                continue
+            name = settings.order_by
             tokens.learned[0] = False
-            _check_mask(rows[number].name, tokens.learned, settings)
+            if not _fits(rows[number].name, tokens.learned, settings):
+                continue
             order = 0.0 if name is None else formats.number_of(rows[number], name, "data.order_by")
             example = examples[number]
             assert not isinstance(example, InvalidRow)  # it was rendered
+            row = {"order": order, "index": number, "placeholders": has_placeholder(example)}
             for found in _examples_of(tokens, response, example, settings):
-                for column, value in {**found, "order": order, "index": number}.items():
+                for column, value in {**found, **row}.items():
                     columns[column].append(value)
     for column in ("ids", "learned", "token_weights"):
         columns[column] = np.concatenate(columns[column]) if columns[column] else []
@@ -325,7 +340,8 @@ def _response_masks(
         yield None if found is None or isinstance(found, InvalidRow) else found[1]
 
 
-def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None:
+def _fits(name: str, learned: np.ndarray, settings: TokenSettings) -> bool:
+    """Whether data.too_long keeps a row: whole, truncated or split. Raises ValueError if it ends the run."""
     if not learned.any():
         raise InvalidRow(
             name,
@@ -335,23 +351,20 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
         )
     limit = settings.max_length
     if len(learned) <= limit:
-        return
-    remedy = "raise data.max_length or set data.too_long=drop"
-    if settings.too_long == "split":
-        if learned[1:].all():
-            return
+        return True
+    remedy = f"{remedy_for_too_long('max_length')}, or truncate"
+    if settings.too_long == "split" and not learned[1:].all():
         raise ValueError(
             f"{name}: {len(learned)} tokens are more than data.max_length={limit}, and data.too_long=split "
-            f"only splits text rows, not responses to a prompt; {remedy} or truncate"
-        )
-    if not learned[:limit].any():
-        raise InvalidRow(
-            name,
-            "prompt longer than data.max_length",
-            f"the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no "
-            "room for a response; raise data.max_length",
+            f"only splits text rows, not responses to a prompt; {remedy}"
         )
     if settings.too_long == "error":
-        raise ValueError(
-            f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy} or truncate"
-        )
+        raise ValueError(f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy}")
+    if settings.too_long == "truncate":
+        return bool(learned[:limit].any())  # a row without any of its response teaches nothing
+    return settings.too_long == "split"
+
+
+def remedy_for_too_long(limit: str) -> str:
+    """Return what to do about a row that is longer than the setting `limit`, such as "max_length"."""
+    return f"raise data.{limit} or set data.too_long=drop"

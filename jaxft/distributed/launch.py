@@ -9,13 +9,19 @@ from pathlib import Path
 PORT = 8476  # default port of the coordinator
 MOST_PROCESSES = 1 << 17
 JAXFT_VARIABLES = ("JAXFT_COORDINATOR", "JAXFT_PROCESSES", "JAXFT_PROCESS")
-SLURM = (
-    "SLURM_JOB_ID",
-    "SLURM_STEP_NODELIST",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-)  # set by srun, not by sbatch alone
+NUMBER = r"\d{1,18}"
+SLURM = {  # set by srun, not by sbatch alone; JAX takes coordinator and index from them
+    "SLURM_JOB_ID": NUMBER,
+    "SLURM_STEP_NODELIST": r"[\w.-]+(\[\d.*)?(,.*)?",
+    "SLURM_NTASKS": NUMBER,
+    "SLURM_PROCID": NUMBER,
+    "SLURM_LOCALID": NUMBER,
+}
+OPEN_MPI = {  # likewise
+    "OMPI_MCA_orte_hnp_uri": r"\d{1,18}\..*tcp(://|6://\[).+",
+    "OMPI_COMM_WORLD_RANK": NUMBER,
+    "OMPI_COMM_WORLD_LOCAL_RANK": NUMBER,
+}
 GOOGLE = "0x1ae0"  # PCI vendor of a TPU
 
 
@@ -191,6 +197,8 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
             f"Open MPI sets no address of rank 0; set {JAXFT_VARIABLES[0]}=host:port of rank 0 "
             f"(mpirun -x {JAXFT_VARIABLES[0]}=...)"
         )
+    if size > 1:
+        _check_detectable("Open MPI", environ, OPEN_MPI)
     local = _local_gpus(
         environ,
         _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -199,11 +207,24 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
     return _checked(Launch("Open MPI", None, size, _number(environ, "OMPI_COMM_WORLD_RANK"), local))
 
 
+def _check_detectable(launcher: str, environ: Mapping[str, str], patterns: Mapping[str, str]) -> None:
+    """Raise ValueError for variables that JAX would fail on, unless JAXFT_COORDINATOR replaces them."""
+    for name, pattern in patterns.items():
+        text = environ.get(name, "")
+        if not re.fullmatch(pattern, text, re.ASCII) and not environ.get(JAXFT_VARIABLES[0]):
+            raise ValueError(
+                f"{name}={text:.60} is malformed ({launcher}); set {JAXFT_VARIABLES[0]}=host:port of process "
+                f"0, {JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]}"
+            )
+
+
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
     """A task of srun. The only task of a node uses all of its GPUs; JAX's default would be the first one."""
     if any(name not in environ for name in SLURM):
         return None
-    size, rank, local = (_number(environ, name) for name in SLURM[2:])
+    size, rank, local = (_number(environ, name) for name in list(SLURM)[2:])
+    if size != 1:
+        _check_detectable("SLURM", environ, SLURM)
     local_gpus = _local_gpus(environ, local, _tasks_on_node(environ))
     return _checked(Launch("SLURM", None, size, rank, local_gpus))
 

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.bounds import above, at_least, check_bounds
 from jaxft.distributed import exit, launch, sharding, sync
 from jaxft.distributed.exit import shorten_error
 from jaxft.distributed.sync import is_first
@@ -28,10 +29,11 @@ JOINING = 60  # seconds added to JAX's own timeout, so that our message comes be
 class Hosts:
     """Settings of a multi-process run and of the watchdog.
 
-    coordinator: host:port of process 0. Set it together with `processes` (their number) and `process` (the
-    index of this one) if no launcher is detected; the environment variables JAXFT_COORDINATOR,
-    JAXFT_PROCESSES and JAXFT_PROCESS do the same. Without `coordinator`, `processes` is an assertion, as
-    `devices` (the global device count) always is: the run ends if the actual number differs.
+    coordinator: host:port of process 0. Set it together with `processes` and `process` if no launcher is
+    detected; the environment variables JAXFT_COORDINATOR, JAXFT_PROCESSES and JAXFT_PROCESS do the same.
+    processes: number of processes; without `coordinator` the run ends if the actual number differs. process:
+    index of this process. devices: number of all processes' devices; the run ends if the actual number
+    differs.
     start_seconds: timeout of joining at the start; if a process does not join, the others exit with code 75.
     heartbeat_seconds: a process without a heartbeat for this long counts as lost. stop_seconds: timeout of
     the shutdown.
@@ -41,20 +43,21 @@ class Hosts:
     """
 
     coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
-    devices: int | None = None
-    start_seconds: int = 300
-    heartbeat_seconds: int = 100
-    stop_seconds: int = 300
-    step_seconds: float | None = None
-    phase_seconds: float = 7200.0
+    processes: Annotated[int | None, at_least(1)] = None
+    process: Annotated[int | None, at_least(0)] = None
+    devices: Annotated[int | None, at_least(1)] = None
+    start_seconds: Annotated[int, at_least(1)] = 300
+    heartbeat_seconds: Annotated[int, at_least(1)] = 100
+    stop_seconds: Annotated[int, at_least(1)] = 300
+    step_seconds: Annotated[float | None, above(0)] = None
+    phase_seconds: Annotated[float, above(0)] = 7200.0
 
     def __post_init__(self) -> None:
+        check_bounds(self, "hosts")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("coordinator", "process") and value is not None and not 0 < value < 2**31:
-                raise ValueError(f"hosts.{field.name}={value}: must be positive and below 2^31")
+            if isinstance(value, int | float) and value >= 2**31:
+                raise ValueError(f"hosts.{field.name}={value}; expected below 2^31")
         if self.process is not None and self.coordinator is None:
             raise ValueError(
                 f"hosts.process={self.process} needs hosts.coordinator=host:port of process 0; set both"
@@ -79,7 +82,8 @@ def started(hosts: Hosts, print_error: Callable[[BaseException], int]) -> Iterat
     single = found is None
     try:
         if found is not None:
-            _join(found, hosts)
+            if not jax.distributed.is_initialized():  # a program may start several runs
+                _join(found, hosts)
             single = not is_multi_process()
         _check_counts(hosts)
         yield

@@ -62,8 +62,9 @@ class MeshShape:
 
     slices: groups of devices with slow links between them (TPU slices, hosts); parameters are replicated
     across them.
-    data: data parallelism within a group. fsdp: shards of parameters, gradients and optimizer state. context:
-    shards of the time axis, and of the parameters. tensor: shards of every matmul, within a host.
+    data: copies of the parameters within a group, each with its own rows. fsdp: shards of parameters,
+    gradients and optimizer state. context: shards of the time axis, and of the parameters. tensor: shards of
+    every matmul, within a host.
     """
 
     data: int = -1

@@ -16,24 +16,20 @@ LONGEST_MESSAGE = 500
 
 ALL_FIELDS = (
     "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n", "stream", "stream_options",
-    "logprobs",
+    "logprobs", "response_format",
 )  # fmt: skip
 CHAT_FIELDS = (
-    *ALL_FIELDS, "messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs",
-    "chat_template_kwargs",
+    *ALL_FIELDS, "messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens",
+    "top_logprobs", "chat_template_kwargs",
 )  # fmt: skip
 COMPLETION_FIELDS = (*ALL_FIELDS, "prompt")
 # Fields that do not change the completion.
-IGNORED = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "parallel_tool_calls",
-)  # fmt: skip
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Fields that would change the completion, with the values that do not.
 ONLY: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -62,7 +58,7 @@ class ChoiceSettings(NamedTuple):
     """How the completions of a request are sampled and returned.
 
     seed: None for a random one. stop: strings. top: the number of most likely tokens in logprobs, None
-    without logprobs.
+    without logprobs. schema: the JSON schema that the text fits, None for any text.
     """
 
     sampling: Sampling
@@ -70,6 +66,16 @@ class ChoiceSettings(NamedTuple):
     stop: tuple[str, ...]
     n: int
     top: int | None
+    schema: Mapping[str, Any] | None = None
+
+
+class RequiredCall(NamedTuple):
+    """That the response must be calls of tools. tools: those that it may call, as {"name", "parameters"}.
+    is_single: whether it is exactly one call.
+    """
+
+    tools: tuple[Mapping[str, Any], ...]
+    is_single: bool
 
 
 class Streaming(NamedTuple):
@@ -81,7 +87,9 @@ class Streaming(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatBody:
-    """A request of /v1/chat/completions. messages, tools, arguments: see data/columns.py."""
+    """A request of /v1/chat/completions. messages, tools, arguments: see data/columns.py. required: None if
+    the model chooses whether to call a tool.
+    """
 
     model: str | None
     choice: ChoiceSettings
@@ -89,6 +97,7 @@ class ChatBody:
     messages: list[Any]
     tools: list[Any] | None
     arguments: dict[str, Any]
+    required: RequiredCall | None = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +144,6 @@ def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
     tools = body.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ApiError(400, "tools must be a list of JSON schemas", "tools")
-    tool_choice = body.get("tool_choice") or "auto"
-    if tool_choice not in ("auto", "none"):
-        raise ApiError(400, "tool_choice must be auto or none; others are not supported", "tool_choice")
     arguments = body.get("chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
         raise ApiError(400, "chat_template_kwargs must be an object", "chat_template_kwargs")
@@ -150,7 +156,8 @@ def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
     new = next((limit for limit in limits if limit is not None), most_new)
     return ChatBody(
         _text(body, "model"), _choice(body, new, 1, top), _streaming(body), messages,
-        None if tool_choice == "none" or not tools else tools, arguments,
+        None if body.get("tool_choice") == "none" or not tools else tools, arguments,
+        _required_call(body, tools or []),
     )  # fmt: skip
 
 
@@ -162,6 +169,63 @@ def parse_completion(body: Mapping[str, Any], most_new: int) -> CompletionBody:
     top = _integer(body, "logprobs", 0, MOST_TOP)
     choice = _choice(body, most_new if new is None else new, len(prompts), top)
     return CompletionBody(_text(body, "model"), choice, _streaming(body), prompts)
+
+
+def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCall | None:
+    """Return the call that tool_choice requires. Raises ApiError."""
+    _boolean(body, "parallel_tool_calls")
+    choice, is_single = body.get("tool_choice") or "auto", body.get("parallel_tool_calls") is False
+    if choice in ("auto", "none"):
+        return None
+    if choice == "required":
+        if not tools:
+            raise ApiError(400, "tool_choice is required, but there are no tools", "tool_choice")
+        return RequiredCall(functions_of(tools), is_single)
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise ApiError(
+            400, 'tool_choice must be auto, none, required or {"type": "function", "function": '
+            '{"name": ...}}', "tool_choice",
+        )  # fmt: skip
+    chosen = tuple(tool for tool in functions_of(tools) if tool["name"] == name)
+    if not chosen:
+        raise ApiError(400, f"tool_choice names {name!r:.60}, which is none of the tools", "tool_choice")
+    return RequiredCall(chosen[:1], True)
+
+
+def functions_of(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return tools as {"name", "parameters"}, with any object for missing parameters. Raises ApiError."""
+    found = []
+    for number, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ApiError(400, f"tools[{number}] must be a function with a name", "tools")
+        parameters = function.get("parameters") or {"type": "object"}
+        if not isinstance(parameters, dict):
+            raise ApiError(400, f"tools[{number}]: parameters must be a JSON schema", "tools")
+        found.append({"name": name, "parameters": {"type": "object", **parameters}})
+    return tuple(found)
+
+
+def _schema(value: Any) -> Mapping[str, Any] | None:
+    """Return the JSON schema of a response_format, None for text. Raises ApiError."""
+    kind = value.get("type") if isinstance(value, dict) else value
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise ApiError(
+            400, 'response_format must be {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}', "response_format",
+        )  # fmt: skip
+    named = value.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise ApiError(400, "response_format.json_schema.schema must be a JSON schema", "response_format")
+    return schema
 
 
 def _check_names(body: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -190,7 +254,8 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
         )
     except ValueError as error:
         raise ApiError(400, str(error), str(error).partition(" ")[0]) from error
-    return ChoiceSettings(sampling, _integer(body, "seed", 0, 2**63 - 1), _stops(body.get("stop")), n, top)
+    seed, schema = _integer(body, "seed", 0, 2**63 - 1), _schema(body.get("response_format"))
+    return ChoiceSettings(sampling, seed, _stops(body.get("stop")), n, top, schema)
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from functools import partial
 
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece, PlacedToken
+from jaxft.inference.constraint import Grammar
 from jaxft.inference.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
 from jaxft.inference.served_model import ServedModel
 from jaxft.inference.text_stream import TextStream, token_decoder
@@ -117,9 +118,12 @@ class Generation:
 
 
 def token_requests(
-    model: ServedModel, choice: ChoiceSettings, prompts: Sequence[tuple[int, ...]]
+    model: ServedModel,
+    choice: ChoiceSettings,
+    prompts: Sequence[tuple[int, ...]],
+    grammar: Grammar | None = None,
 ) -> list[TokenRequest]:
-    """Return the request of each choice, those of a prompt together.
+    """Return the request of each choice, those of a prompt together. grammar: what each must match.
 
     Choice i of prompt j has the random key of prompt j * n + i of generate.py: with n=1 a request's
     completions equal those of generate.py with the same prompts and seed.
@@ -127,7 +131,7 @@ def token_requests(
     seed = secrets.randbits(31) if choice.seed is None else choice.seed
     top = bool(choice.top)
     return [
-        TokenRequest(prompt, choice.sampling, seed, j * choice.n + i, model.stop, model.adapter, top)
+        TokenRequest(prompt, choice.sampling, seed, j * choice.n + i, model.stop, model.adapter, top, grammar)
         for j, prompt in enumerate(prompts)
         for i in range(choice.n)
     ]
@@ -156,12 +160,13 @@ def submit_choices(
     choice: ChoiceSettings,
     prompts: Sequence[tuple[int, ...]],
     has_tools: bool = False,
+    grammar: Grammar | None = None,
 ) -> Generation:
     """Queue all choices of a request; see Scheduler.submit for errors. Runs in an event loop.
 
-    has_tools: as in choice_texts.
+    has_tools, grammar: as in choice_texts and token_requests.
     """
-    requests = token_requests(model, choice, prompts)
+    requests = token_requests(model, choice, prompts, grammar)
     texts = choice_texts(model, choice, len(requests), has_tools)
     generation = Generation(texts, sum(map(len, prompts)), len(requests))
     generation.tickets = scheduler.submit(

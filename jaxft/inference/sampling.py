@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.batch import Tokens
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, check_bounds
 from jaxft.tree import struct
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -18,26 +19,24 @@ NONFINITE = -2  # in place of a token whose logits are not finite; the completio
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled. temperature 0 is greedy; top_k, top_p None do not truncate the
-    distribution.
+    """How the next token is sampled.
+
+    max_new: the largest number of tokens of a completion. temperature: 0 is greedy. top_k: sample from this
+    many of the likeliest tokens; None for all. top_p: sample from the likeliest tokens whose probabilities
+    add up to this; None for all.
     """
 
-    max_new: int = 64
+    max_new: Annotated[int, at_least(1)] = 64
     temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    top_k: Annotated[int | None, at_least(1)] = None
+    top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
 
     def __post_init__(self):
-        if self.max_new < 1:
-            raise ValueError(f"max_new must be at least 1, got {self.max_new}")
+        check_bounds(self)
         if self.max_new >= 2**31:
             raise ValueError(f"max_new must be below 2^31, got {self.max_new}")
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or none, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, or none; got {self.top_p}")
 
 
 def without_stop(tokens: Sequence[int] | np.ndarray, stop: Collection[int]) -> list[int]:

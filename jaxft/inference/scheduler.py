@@ -8,13 +8,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxft.inference.constraint import Constraint, Grammar
 from jaxft.inference.sampling import NONFINITE, Sampling, row_sampling
-from jaxft.inference.serve_programs import NO_TOKEN, SampledRows, ServedRows, ServePrograms, new_row
+from jaxft.inference.serve_programs import (
+    NO_TOKEN,
+    AllowedTokens,
+    SampledRows,
+    ServedRows,
+    ServePrograms,
+    all_allowed,
+    new_row,
+)
 from jaxft.nn.lora_rows import BASE
 from jaxft.tree import Params
 
@@ -29,7 +40,7 @@ class TokenRequest:
 
     prompt: token ids. sampling: max_new may be at most that of the programs. seed, number: the random key is
     that of prompt `number` of generate.py with this seed. stop: token ids. adapter: see nn/lora_rows.py. top:
-    whether log-probs of the most likely tokens are needed.
+    whether log-probs of the most likely tokens are needed. grammar: what the completion must match.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +50,7 @@ class TokenRequest:
     stop: tuple[int, ...] = ()
     adapter: int = BASE
     top: bool = False
+    grammar: Grammar | None = None
 
 
 class SampledToken(NamedTuple):
@@ -73,10 +85,13 @@ class Stopped(RuntimeError):
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way. `cancelled` may be set by any thread; its row is then free after the block."""
+    """A request on its way. constraint: which of its tokens may come next, None for any. `cancelled` may be
+    set by any thread; its row is then free after the block.
+    """
 
     request: TokenRequest
     deliver: Deliver
+    constraint: Constraint | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -134,7 +149,10 @@ class Scheduler:
             )
         for request, _ in requests:
             self._check(request)
-        tickets = [Ticket(request, deliver) for request, deliver in requests]
+        tickets = [
+            Ticket(request, deliver, request.grammar.begin() if request.grammar else None)
+            for request, deliver in requests
+        ]
         self._drop_cancelled()
         with self.changed:
             if self.refusal:
@@ -252,6 +270,8 @@ class Scheduler:
             array[0] = value
         settings.limit[0], settings.adapter[0] = request.sampling.max_new, request.adapter
         settings.top[0], settings.stops[0, : len(request.stop)] = request.top, request.stop
+        if ticket.constraint is not None:
+            _set_allowed(new.allowed, 0, ticket.constraint)
         self.state, found = programs.start[size](self.params, self.state, new)
         self.counts[row] = 0
         self._collect(row, jax.tree.map(lambda x: np.asarray(x)[0][None], found))
@@ -266,10 +286,22 @@ class Scheduler:
             return
         last = int(np.flatnonzero(live)[-1])
         rows = min(rows for rows in self.programs.decode if rows > last)
-        self.state, found = self.programs.decode[rows](self.params, self.state, live)
+        self.state, found = self.programs.decode[rows](self.params, self.state, live, self._allowed())
         found = jax.device_get(found)
         for row in map(int, np.flatnonzero(live)):
             self._collect(row, jax.tree.map(lambda x, row=row: x[row], found))
+
+    def _allowed(self) -> AllowedTokens:
+        """Return the tokens that rows may have next."""
+        constraints = {
+            row: ticket.constraint for row, ticket in enumerate(self.rows) if ticket and ticket.constraint
+        }
+        if not constraints:
+            return self.programs.all_allowed
+        allowed = all_allowed(self.programs.serving, len(self.rows))
+        for row, constraint in constraints.items():
+            _set_allowed(allowed, row, constraint)
+        return allowed
 
     def _collect(self, row: int, found: SampledRows) -> None:
         """Deliver the tokens of a row. found: arrays [N, ...]."""
@@ -285,6 +317,10 @@ class Scheduler:
             tokens.append(SampledToken(token, float(found.logps[i]), tuple(top) if request.top else ()))
         self.counts[row] += len(tokens)
         self.tokens += len(tokens)
+        if ticket.constraint is not None:
+            error = ticket.constraint.accept([t.token for t in tokens if t.token not in request.stop])
+            if error:
+                return self._end(row, NewTokens(tuple(tokens), "error", error))
         finish: Finish | None = None
         if tokens and tokens[-1].token in request.stop:
             finish = "stop"
@@ -324,9 +360,42 @@ class Scheduler:
         _deliver(ticket, progress)
 
 
+def _set_allowed(allowed: AllowedTokens, row: int, constraint: Constraint) -> None:
+    """Set the tokens that may come next in a row."""
+    words = constraint.allowed()[: allowed.words.shape[1]]
+    allowed.rows[row], allowed.words[row, : len(words)] = True, words
+
+
 def _deliver(ticket: Ticket, progress: NewTokens) -> None:
     """Call the request's function; a failure of it concerns this request only, which is cancelled."""
     try:
         ticket.deliver(progress)
     except Exception:
         ticket.cancel()
+
+
+def complete_requests(
+    programs: ServePrograms, params: Params, requests: Sequence[TokenRequest]
+) -> list[list[int]]:
+    """Complete requests with a scheduler of their own: token ids, up to and including a stop token.
+
+    Raises ValueError if one of them fails.
+    """
+    found, ended = [list[int]() for _ in requests], SimpleQueue[str]()
+
+    def deliver(tokens: list[int], progress: NewTokens) -> None:
+        tokens.extend(sampled.token for sampled in progress.tokens)
+        if progress.finish is not None:
+            ended.put(progress.error)
+
+    scheduler = Scheduler(programs, params, len(requests), log=lambda line: None)
+    scheduler.start()
+    try:
+        scheduler.submit([(one, partial(deliver, tokens)) for one, tokens in zip(requests, found)])
+        for _ in requests:
+            error = ended.get()
+            if error:
+                raise ValueError(error)
+    finally:
+        scheduler.close()
+    return found

@@ -1,8 +1,8 @@
 """The compiled programs of the server: start a prompt in a row, decode a block of steps, settings by row.
 
 A state has R rows, each with its prompt's keys and its completion. All that a request chooses (temperature,
-top_k, top_p, limit, stop tokens, adapter) is an array with a value per row, so that nothing is compiled while
-the server runs. Random keys are those of generate.py.
+top_k, top_p, limit, stop tokens, adapter, allowed tokens) is an array with a value per row, so that nothing
+is compiled while the server runs. Random keys are those of generate.py.
 """
 
 from collections.abc import Callable
@@ -38,6 +38,7 @@ from jaxft.tree import Params, struct
 
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
 NO_TOKEN = -1
+WORD = 32  # bits of a word of AllowedTokens
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,29 @@ class SampledRows:
 
 
 @struct
+class AllowedTokens:
+    """Tokens that rows may sample next, for completions that must match a grammar.
+
+    rows [R]: whether a row is constrained. words [R, W], uint32: bit t % 32 of word t // 32 is set for each
+    allowed token t; unused in other rows.
+    """
+
+    rows: Any
+    words: Any
+
+
+@struct
 class NewRow:
-    """A prompt to start, padded on the left. seed: uint32. number: of the prompt among those of its seed."""
+    """A prompt to start, padded on the left. seed: uint32. number: of the prompt among those of its seed.
+    allowed: the first tokens that its completion may have.
+    """
 
     tokens: Tokens
     row: Any
     seed: Any
     number: Any
     settings: RequestSettings
+    allowed: AllowedTokens
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,11 @@ class Serving:
         """The number of most likely tokens."""
         return min(MOST_TOP, self.model.config.vocab)
 
+    @property
+    def words(self) -> int:
+        """The number of words that have a bit for each token."""
+        return -(-self.model.config.vocab // WORD)
+
 
 def empty_settings(s: Serving, rows: int) -> RequestSettings:
     """Return settings of rows without a request, as NumPy arrays."""
@@ -146,6 +167,22 @@ def empty_settings(s: Serving, rows: int) -> RequestSettings:
         sampling, np.full(rows, sizes.new, np.int32), np.full((rows, sizes.stops), NO_TOKEN, np.int32),
         np.full(rows, BASE, np.int32), np.zeros(rows, bool),
     )  # fmt: skip
+
+
+def all_allowed(s: Serving, rows: int) -> AllowedTokens:
+    """Return that no row is constrained, as NumPy arrays."""
+    return AllowedTokens(np.zeros(rows, bool), np.zeros((rows, s.words), np.uint32))
+
+
+def allowed_logits(logits: Array, allowed: AllowedTokens) -> Array:
+    """Return the logits with -inf for tokens that a constrained row may not sample."""
+
+    def masked() -> Array:
+        bits = allowed.words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None] & 1
+        is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
+        return jnp.where(is_allowed | ~allowed.rows[:, None], logits, -jnp.inf)
+
+    return jax.lax.cond(allowed.rows.any(), masked, lambda: logits)
 
 
 def empty_rows(s: Serving) -> ServedRows:
@@ -164,14 +201,21 @@ def empty_rows(s: Serving) -> ServedRows:
 
 
 def sample_next(
-    s: Serving, params: Params, h_RD: Array, settings: RequestSettings, at: tuple[Array, Array]
+    s: Serving,
+    params: Params,
+    h_RD: Array,
+    settings: RequestSettings,
+    allowed: AllowedTokens,
+    at: tuple[Array, Array],
 ) -> SampledRows:
     """Sample the next token of each row. at: random keys [R] and counts of earlier tokens [R].
 
-    A token whose logits are not finite is NONFINITE.
+    Log-probs are those of the model, also in a constrained row. A token whose logits are not finite is
+    NONFINITE.
     """
     logits = row_logits(s.model, params, h_RD)
-    tokens = sample_rows(logits, settings.sampling, jax.vmap(jax.random.fold_in)(*at))
+    keys = jax.vmap(jax.random.fold_in)(*at)
+    tokens = sample_rows(allowed_logits(logits, allowed), settings.sampling, keys)
     norm = jax.nn.logsumexp(logits, -1)[:, None]
     logps = (jnp.take_along_axis(logits, tokens[:, None], 1) - norm)[:, 0].astype(jnp.float32)
     tokens = jnp.where(jnp.abs(logits).max(-1) < jnp.inf, tokens, NONFINITE)
@@ -204,7 +248,7 @@ def start_row(s: Serving, params: Params, state: ServedRows, new: NewRow) -> tup
     )
     key = jax.vmap(jax.random.fold_in)(key, jnp.zeros_like(new.number))  # completion 0 of the prompt
     none = jnp.zeros_like(new.number)
-    found = sample_next(s, params, h_1TD[:, -1], new.settings, (key, none))
+    found = sample_next(s, params, h_1TD[:, -1], new.settings, new.allowed, (key, none))
 
     def put(old: Array, x: Array) -> Array:
         return old.at[new.row].set(x, mode="drop")
@@ -221,12 +265,15 @@ def start_row(s: Serving, params: Params, state: ServedRows, new: NewRow) -> tup
 
 
 def decode_block(
-    s: Serving, rows: int, params: Params, state: ServedRows, live: Array
+    s: Serving, rows: int, params: Params, state: ServedRows, live: Array, allowed: AllowedTokens
 ) -> tuple[ServedRows, SampledRows]:
     """Sample up to `block` tokens of the first `rows` rows; return arrays [rows, block, ...].
 
-    live [R]: false for rows whose requests were cancelled. All live rows must be among the first.
+    live [R]: false for rows whose requests were cancelled. All live rows must be among the first. If a row is
+    constrained, one token: only the caller knows which may follow it.
     """
+    allowed = jax.tree.map(lambda x: x[:rows], allowed)
+    steps = jnp.where(allowed.rows.any(), 1, s.sizes.block)
     part = state_of_rows(replace(state, live=state.live & live), rows)
     params, groups = {**params, "rows": part.settings.adapter}, equal_groups(rows, 1)
     columns = jnp.arange(s.sizes.block, dtype=jnp.int32)
@@ -238,13 +285,13 @@ def decode_block(
 
     def unfinished(carry: tuple[Array, ServedRows, SampledRows]) -> Array:
         i, now, _ = carry
-        return (i < s.sizes.block) & now.live.any()
+        return (i < steps) & now.live.any()
 
     def step(carry: tuple[Array, ServedRows, SampledRows]) -> tuple[Array, ServedRows, SampledRows]:
         i, now, out = carry
         at = NextToken(now.lengths + now.counts - 1, now.counts, groups)
         h_RD, cache = s.model.decode(params, now.cache, now.last, at)
-        found = sample_next(s, params, h_RD, now.settings, (now.keys, now.counts))
+        found = sample_next(s, params, h_RD, now.settings, allowed, (now.keys, now.counts))
         here = (columns[None] == i) & now.live[:, None]
 
         def put(old: Array, x: Array) -> Array:
@@ -287,12 +334,15 @@ def _with_state_of_rows(state: ServedRows, part: ServedRows, rows: int) -> Serve
 
 @dataclass(frozen=True)
 class ServePrograms:
-    """Compiled programs. start: by the padded length of a prompt. decode: by the number of first rows."""
+    """Compiled programs. start: by the padded length of a prompt. decode: by the number of first rows.
+    all_allowed: for `decode` without constrained rows, on the device.
+    """
 
     serving: Serving
     empty: Callable[[], ServedRows]
     start: dict[int, Any]
     decode: dict[int, Any]
+    all_allowed: AllowedTokens
 
 
 def serve_tracers(
@@ -314,8 +364,10 @@ def serve_tracers(
         new = replicated_shapes(new_row(s, [0] * size, size), mesh)
         out["start", size] = partial(jitted(partial(start_row, s)).trace, params, state, new)
     live = replicated_shapes(np.zeros(s.sizes.rows, bool), mesh)
+    allowed = replicated_shapes(all_allowed(s, s.sizes.rows), mesh)
     for rows in row_levels(s.sizes.rows, mesh):
-        out["decode", rows] = partial(jitted(partial(decode_block, s, rows)).trace, params, state, live)
+        traced = jitted(partial(decode_block, s, rows)).trace
+        out["decode", rows] = partial(traced, params, state, live, allowed)
     return out
 
 
@@ -324,11 +376,13 @@ def compile_server(s: Serving, params: Params, mesh: Mesh | None = None) -> Serv
     options = compiler_options(first_device(mesh).platform)
     tracers = serve_tracers(s, params, mesh)
     found = {name: trace().lower().compile(options) for name, trace in tracers.items()}
+    where = None if mesh is None else sharding.replicated(mesh)
     return ServePrograms(
         s,
         found[("empty",)],
         {name[1]: program for name, program in found.items() if name[0] == "start"},
         {name[1]: program for name, program in found.items() if name[0] == "decode"},
+        jax.device_put(all_allowed(s, s.sizes.rows), where),
     )
 
 
@@ -337,5 +391,5 @@ def new_row(s: Serving, prompt: list[int], size: int) -> NewRow:
     one = np.zeros(1, np.int32)
     return NewRow(
         left_pad([prompt], 1, size), np.full(1, s.sizes.rows, np.int32), np.zeros(1, np.uint32), one,
-        empty_settings(s, 1),
+        empty_settings(s, 1), all_allowed(s, 1),
     )  # fmt: skip

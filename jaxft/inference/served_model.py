@@ -44,8 +44,8 @@ def chat_prompt(
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation that ends before an assistant turn.
 
-    Raises ValueError for messages that are wrong, or that the model's chat template rejects, and for a text
-    of more tokens than `most`, of which only the beginning is tokenised.
+    Raises ValueError for messages that are wrong, or that the model's chat template rejects, for tools that
+    it does not render, and for a text of more tokens than `most`, of which only the beginning is tokenised.
     """
     if model.plain:
         raise ValueError(
@@ -62,9 +62,24 @@ def chat_prompt(
             raise ValueError("the last message is an assistant message; end with a user or tool message")
         chat = prompt_of(row, "messages")
         assert isinstance(chat, Chat)
-        return _prompt(model, replace(chat, plain=roles in ONE_INSTRUCTION), most)
+        chat = replace(chat, plain=roles in ONE_INSTRUCTION)
+        ids = _prompt(model, chat, most)
     except InvalidRow as error:
         raise ValueError(error.problem) from error
+    if chat.tools and ids == _without_tools(model, chat):
+        raise ValueError(
+            f"the chat template of {model.name} drops tools, so the model would not see them; omit tools, or "
+            "train and serve a run with a template that renders them, such as chat_template=qwen"
+        )
+    return ids
+
+
+def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
+    """Return the token ids of a conversation without its tools, None if the template rejects that."""
+    try:
+        return _prompt(model, replace(chat, tools=None), None)
+    except (InvalidRow, ValueError):
+        return None
 
 
 def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:

@@ -25,11 +25,13 @@ from jaxft.inference.api_request import (
     ApiError,
     ChatBody,
     CompletionBody,
+    functions_of,
     parse_chat,
     parse_completion,
     parse_json,
 )
 from jaxft.inference.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
+from jaxft.inference.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
 from jaxft.inference.generation import Generation, submit_choices
 from jaxft.inference.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
@@ -270,24 +272,46 @@ async def _arriving(bodies: dict[asyncio.Timeout, None], limit: asyncio.Timeout)
         bodies.pop(limit, None)
 
 
-ParsedRequest = tuple[ChatBody | CompletionBody, list[tuple[int, ...]]]
+ParsedRequest = tuple[ChatBody | CompletionBody, list[tuple[int, ...]], Grammar | None]
 
 
 def _chat_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
     sizes = service.scheduler.programs.serving.sizes
     found = parse_chat(body, sizes.new)
     model = service.model(found.model)
-    return found, [chat_prompt(model, found.messages, found.tools, found.arguments, sizes.prompt)]
+    prompt = chat_prompt(model, found.messages, found.tools, found.arguments, sizes.prompt)
+    return found, [prompt], _grammar(model, found)
 
 
 def _text_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
     sizes = service.scheduler.programs.serving.sizes
     found = parse_completion(body, sizes.new)
     model = service.model(found.model)
-    return found, [
+    prompts = [
         text_prompt(model, prompt, sizes.prompt) if isinstance(prompt, str) else token_prompt(model, prompt)
         for prompt in found.prompts
     ]
+    return found, prompts, _grammar(model, found)
+
+
+def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | None:
+    """Return what the response must match, None for anything. Raises ApiError."""
+    schema, tools, required, text = body.choice.schema, None, None, ""
+    if isinstance(body, ChatBody):
+        tools, required = body.tools, body.required
+    try:
+        if schema is not None:
+            text = json_grammar(schema)
+        if required is not None:
+            text = call_grammar(model.tools, required.tools, model.tokenizer, required.is_single)
+        elif text and tools is not None:  # the model may call them instead
+            text = either(call_grammar(model.tools, functions_of(tools), model.tokenizer), text)
+        return compile_grammar(text, model.tokenizer, model.stop) if text else None
+    except (ValueError, RecursionError) as error:
+        field = "tool_choice" if required is not None else "response_format"
+        raise ApiError(400, f"{field}: {error}", field) from error
+    except ImportError as error:
+        raise ApiError(501, str(error)) from error
 
 
 async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, request: Any) -> Any:
@@ -296,10 +320,10 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
     fields = await _read(service, request)
     try:
-        body, prompts = await asyncio.to_thread(prompts_of, service, fields)
+        body, prompts, grammar = await asyncio.to_thread(prompts_of, service, fields)
         model, is_chat = service.model(body.model), isinstance(body, ChatBody)
         has_tools = isinstance(body, ChatBody) and body.tools is not None
-        generation = submit_choices(service.scheduler, model, body.choice, prompts, has_tools)
+        generation = submit_choices(service.scheduler, model, body.choice, prompts, has_tools, grammar)
     except ValueError as error:
         raise ApiError(400, str(error)) from error
     except QueueFull as error:

@@ -146,8 +146,15 @@ def example_angles(
 
 def batch_angles(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> list[Angles]:
     """Return cos and sin [B, T, E/2] of a batch's rows for each LayerKind; for sampled completions the angles
-    of the sampler (generation_angles). tokens: Tokens, Pairs or Rollout.
+    of the sampler (generation_angles). tokens: Tokens, Pairs or Rollout. Raises ValueError for pairs that
+    share a prompt, whose angles would depend on the length of the other response.
     """
+    shared = tokens.branches is not None and tokens.sampled_length is None
+    if shared and varies_with_length(a, tokens.max_length):
+        raise ValueError(
+            "pairs share prompts, but the model's rope depends on the length of a text; use "
+            "data.layout=plain, or open the pairs by jaxft.data.source.open_for"
+        )
     positions = constrain(tokens.positions, "rows", "time")
     depends_on_length = any(needs_lengths(kind.rope) for kind in a.kinds)
     if tokens.sampled_length is None or tokens.branches is None or not depends_on_length:

@@ -12,7 +12,7 @@ of their gradients are then zero, so that they stay zero in training; they are n
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
+from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
 from jaxft.nn import dora, replaced
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
 from jaxft.nn.param import Specs, spec_paths
@@ -38,19 +39,22 @@ AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
 class Adapter:
     """LoRA settings, named as in PEFT.
 
+    rank: inner dimension of the pairs of matrices a and b. alpha: their product is scaled by alpha / rank.
+    dropout: fraction of an adapter's inputs that are dropped in training.
     targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate",
     "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one such name, or a
-    regular expression over whole parameter paths. rslora scales by alpha / sqrt(rank).
+    regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
 
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
     that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
 
-    Trained in full in addition, and saved with the adapter: modules_to_save, modules such as "lm_head",
-    "embed_tokens", "norm" or "mlp" ("score", the head of a reward model, always is); bias, the biases of all
-    or of the adapted layers; trainable_token_indices, the rows of these tokens in the embedding table, with
-    token_head also in a head of its own (a tied head has the same rows). With them, targets may be empty.
+    Trained in full in addition, and saved with the adapter (targets may be empty with them).
+    modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
+    model, always is). bias: the biases of all or of the adapted layers. trainable_token_indices: the rows of
+    these tokens in the embedding table. token_head: also in a head of its own (a tied head has the same
+    rows).
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
@@ -58,12 +62,12 @@ class Adapter:
     from the error of a calibrated base, see weights/lora_start.py; "eva" starts from the inputs of the layers
     on the run's own rows and gives modules other ranks with the same sum, see weights/eva.py. eva_rho: the
     largest rank of a module, as a multiple of its own. eva_tokens: how many tokens of the run's first batches
-    are read for it.
+    "eva" reads.
     """
 
-    rank: int = 16
+    rank: Annotated[int, at_least(1)] = 16
     alpha: float = 32.0
-    dropout: float = 0.0
+    dropout: Annotated[float, BELOW_ONE] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
@@ -76,16 +80,13 @@ class Adapter:
     token_head: bool = True
     dora: bool = False
     init: AdapterInit = "default"
-    eva_rho: float = 2.0
-    eva_tokens: int = 16384
+    eva_rho: Annotated[float, between(1, 1000)] = 2.0
+    eva_tokens: Annotated[int, at_least(1)] = 16384
 
     def __post_init__(self):
+        check_bounds(self, "adapter")
         if self.init != EVA and (self.eva_rho, self.eva_tokens) != (Adapter.eva_rho, Adapter.eva_tokens):
             raise ValueError("adapter.eva_rho and adapter.eva_tokens need adapter.init=eva; leave them out")
-        if not 1.0 <= self.eva_rho <= 1000.0:
-            raise ValueError(f"adapter.eva_rho must be from 1 to 1000, got {self.eva_rho}")
-        if self.eva_tokens < 1:
-            raise ValueError(f"adapter.eva_tokens must be at least 1, got {self.eva_tokens}")
         if not self.token_head and not self.trainable_token_indices:
             raise ValueError("adapter.token_head=false needs adapter.trainable_token_indices; leave it out")
         if self.changes_base and (self.dora or self.replaces_weights):
@@ -93,12 +94,8 @@ class Adapter:
                 f"adapter.init={self.init} changes the base; it needs adapter.dora=false, and no "
                 "modules_to_save, bias or trainable_token_indices"
             )
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank must be at least 1, got {self.rank}")
         if not 0.0 < abs(self.alpha) < 3.4e38 or not abs(self.scale) > 1e-37:  # of float32
             raise ValueError(f"adapter.alpha must be a finite number other than 0, got {self.alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"adapter.dropout must be in [0, 1), got {self.dropout}")
         layers = self.layers_to_transform or ()
         if len(set(layers)) < len(layers):
             raise ValueError(

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxft.bounds import at_least, check_bounds
 from jaxft.distributed.threads import map_in_threads
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant_formats import FORMATS, FormatName
@@ -32,15 +33,16 @@ class Quant:
     kind: int8 or fp8 (E4M3; both with a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and
     for affine4 an offset, per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ,
     GGUF or scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits
-    too. block and double default to the usual values of the kind. targets: "all-linear" (every linear layer
-    of the blocks) or a regular expression over parameter paths, which may match embed and head too; norms are
-    never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8 (see nn.fp8); by default where the
-    device has such matmuls, true emulates them on other devices, false dequantises the weights on all.
+    too. block: inputs that share a scale; block and double default to the usual values of the kind. targets:
+    "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may
+    match embed and head too; norms are never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8
+    (see nn.fp8); by default where the device has such matmuls, true emulates them on other devices, false
+    dequantises the weights on all.
 
     calibrate: round the layers' weights so that their outputs change least on some rows (see
     weights/layerwise.py): "run" for the run's own training rows, or a file, a folder or a hub dataset.
-    calibrate_tokens: how many tokens of them. codes: the name of the calibrated codes in the cache, which a
-    run sets.
+    calibrate_tokens: how many tokens of these rows. codes: the name of the calibrated codes in the cache,
+    which a run sets.
     """
 
     kind: str = "nf4"
@@ -49,7 +51,7 @@ class Quant:
     targets: str = "all-linear"
     fp8_matmul: bool | None = None
     calibrate: str | None = None
-    calibrate_tokens: int = 16384
+    calibrate_tokens: Annotated[int, at_least(1)] = 16384
     codes: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,8 +67,7 @@ class Quant:
                 f"quant.calibrate={self.calibrate} rounds weights, and quant=checkpoint stores them as the "
                 "files do; set quant.calibrate=none, or another quant"
             )
-        if self.calibrate_tokens < 1:
-            raise ValueError(f"quant.calibrate_tokens={self.calibrate_tokens}; expected at least 1")
+        check_bounds(self, "quant")
         if self.codes is not None and self.calibrate is None:
             raise ValueError("quant.codes is set by runs with quant.calibrate; leave it out")
         if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):

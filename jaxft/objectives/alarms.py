@@ -9,7 +9,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxft.objectives.metrics import GRAD_NORM, HELD_OUT, KL, LOSS, LOSS_SPIKES, SKIPPED, FloatMetrics
+from jaxft.objectives.intervals import fraction_text, wilson
+from jaxft.objectives.metrics import (
+    GRAD_NORM,
+    HELD_OUT,
+    KL,
+    LOSS,
+    LOSS_SPIKES,
+    PAIR_COUNT,
+    SKIPPED,
+    FloatMetrics,
+)
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
     ACCURACY_BY_LENGTH,
@@ -46,6 +56,7 @@ ACCURACY_DROP = 0.07  # a drop in held-out accuracy that matters
 # Fractions of labels that look flipped: from the first on a robust loss is suggested, from the second on they
 # are not believed.
 NOISY_LABELS, UNTRAINED = 0.1, 0.4
+MOST = 0.5  # fraction of the completions
 IDLE_STEPS = 5  # consecutive logged steps without a training signal
 LOSSES = "jaxft.objectives.preference_losses"
 
@@ -53,6 +64,7 @@ LOSSES = "jaxft.objectives.preference_losses"
 GENERAL_LOSS = "general_loss"
 # Rollout metrics that the alarms read, computed in rl/.
 FRAC_LEARNED, REWARD_STD, CLIPPED_RATIO = "frac_learned", "reward_std", "completions/clipped_ratio"
+ZERO_STD = "frac_reward_zero_std"  # groups whose rewards are all equal
 FAULTS_RAISED, FAULTS_NOT_A_NUMBER = "reward_faults/raised", "reward_faults/not_a_number"
 
 
@@ -74,6 +86,7 @@ def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bo
         "falling": partial(check_falling_logp, beta),
         "overfitting": check_overfitting,
         "length": partial(check_more_than_length, ACCURACY),
+        "ties": partial(check_all_ties, ACCURACY),
         "skipped": check_skipped_steps,
         "no gradient": check_zero_gradient,
     }
@@ -85,7 +98,7 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
     checks = {
         "faults": check_reward_faults,
         "idle": check_idle_steps,
-        "truncated": check_all_truncated,
+        "truncated": check_truncated_completions,
         "skipped": check_skipped_steps,
     }
     return run_alarms(checks, memory, entry, last)
@@ -225,6 +238,18 @@ def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last:
     return Alarms(memory, [], [alarm])
 
 
+def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
+    """Report a finished run of whose held-out pairs all are ties. accuracy: the metric's name."""
+    pairs = n.get(HELD_OUT + accuracy + PAIR_COUNT)
+    if not last or not pairs or HELD_OUT + accuracy in n:
+        return Alarms(memory, [], [])
+    alarm = (
+        f"all {pairs:.0f} held-out pairs are ties: the model prefers neither response. "
+        "Train longer or with a higher optim.lr"
+    )
+    return Alarms(memory, [], [alarm])
+
+
 def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report steps with a non-finite loss, gradient or update: the first, and each time they have doubled."""
     total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
@@ -294,16 +319,22 @@ def check_zero_gradient(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     )
 
 
-def check_all_truncated(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report consecutive rollouts of which no completion ended."""
-    if CLIPPED_RATIO not in n:
+def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
+    """Report consecutive rollouts whose completions mostly reach the limit of their length, of a shorter run
+    at its end.
+    """
+    streak, due = memory.get("streak", 0), memory.get("next", IDLE_STEPS)
+    if CLIPPED_RATIO in n:
+        streak = streak + 1 if n[CLIPPED_RATIO] >= MOST else 0
+    elif not last:
         return Alarms(memory, [], [])
-    return _report_streak(
-        memory,
-        n[CLIPPED_RATIO] == 1,
-        "no completion of the last {streak} logged steps ended before the limit. "
-        "Raise data.max_new, or check that the model has an end token",
+    if streak < due and not (last and streak and "next" not in memory):
+        return Alarms({**memory, "streak": streak}, [], [])
+    alarm = (
+        f"most completions of the last {streak} logged steps reached data.max_new without an end token, so "
+        "that rewards see unfinished text. Write a larger max_new=, or check that the model has an end token"
     )
+    return Alarms({"streak": streak, "next": REPEAT * streak}, [], [alarm])
 
 
 def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:
@@ -325,12 +356,9 @@ def preference_summary(first: Entry, last: Entry) -> list[str]:
     lines = []
     accuracy, margin, logp = HELD_OUT + ACCURACY, HELD_OUT + MARGIN, HELD_OUT + CHOSEN_LOGP
     if has_numbers(last, accuracy):
-        found = change(accuracy, first, last, 2)
-        if has_numbers(
-            last, HELD_OUT + KL
-        ):  # before training the policy is the reference, and no response wins
-            found = f"all ties before, {last[accuracy]:.2f} after"
-        lines.append(f"held-out accuracy: {found}{length_note(last)}")
+        # before training the policy is the reference, and no response wins
+        ties = has_numbers(last, HELD_OUT + KL)
+        lines.append(f"held-out accuracy: {accuracy_change(accuracy, first, last, ties)}{length_note(last)}")
     if has_numbers(last, margin):
         lines.append(f"held-out margin of the rewards: {change(margin, first, last, 3)}")
     if has_numbers(last, logp):
@@ -367,7 +395,7 @@ def _length_lines(last: Entry) -> list[str]:
         "shorter": "where it is shorter",
     }
     accuracies = [
-        f"{last[HELD_OUT + ACCURACY_BY_LENGTH[name]]:.2f} {where}"
+        f"{accuracy_text(HELD_OUT + ACCURACY_BY_LENGTH[name], last)} {where}"
         for name, where in groups.items()
         if has_numbers(last, HELD_OUT + ACCURACY_BY_LENGTH[name])
     ]
@@ -389,6 +417,23 @@ def _label_line(fraction: float, error: float) -> str:
         f"labels: about {percent} look flipped, +- {two_errors} (pairs of which the model, "
         f"before training on them, was certain of the opposite){advice}"
     )
+
+
+def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
+    """An accuracy with its interval and its number of pairs."""
+    return fraction_text(entry[name], entry.get(name + PAIR_COUNT))
+
+
+def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) -> str:
+    """An accuracy before and after training, as text. ties: before, the policy was the reference."""
+    pairs, chance = last.get(name + PAIR_COUNT), ""
+    if pairs and wilson(last[name], pairs).has(0.5):
+        chance = " (not distinguishable from 0.5, chance)"
+    after = accuracy_text(name, last)
+    if ties:
+        return f"all ties before, {after} after{chance}"
+    was = f"{first[name]:.2f} before, " if isinstance(first.get(name), float) else ""
+    return f"{was}{after}{' after' if was else ''}{chance}"
 
 
 def change(name: str, first: Entry, last: Entry, digits: int) -> str:

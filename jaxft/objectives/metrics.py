@@ -12,6 +12,8 @@ from jaxft.tree import Metrics, struct
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
 GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
 HELD_OUT = "eval_"  # prefix of metrics of held-out rows
+ROWS, WEIGHT = "rows/", "weight"  # prefix of values of single rows; of their weight among them
+PAIR_COUNT = "_pairs"  # ends the name of the number of pairs that an accuracy is of
 FloatMetrics: TypeAlias = dict[str, float]  # by name, after division
 IGNORED_FRACTION = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
 
@@ -32,6 +34,44 @@ class Sum:
         """Return the mean of `values` under weights, or over the elements where a mask is True."""
         w = weight.astype(values.dtype)
         return Sum(jnp.sum(w * values), jnp.sum(w))
+
+
+@struct
+class WinRate:
+    """The fraction of pairs that are won, of which a tie counts 1/2; no value where all pairs are ties.
+
+    sums: [won, tied, pairs]. TRL counts a tie as lost, so that a policy that equals its reference has
+    accuracy 0; here it has none.
+    """
+
+    sums: Stored
+
+    @staticmethod
+    def of(margin: Float[Array, "..."], tied: Bool[Array, "..."], where: Bool[Array, "..."]) -> "WinRate":
+        """Return the fraction of margins above 0 where a mask is True; NaN if one is NaN."""
+        w = where.astype(margin.dtype)
+        tie = tied.astype(margin.dtype)
+        won = jnp.where(jnp.isnan(margin), margin, jnp.where(tied, 0, (margin > 0).astype(margin.dtype)))
+        return WinRate(jnp.stack([jnp.sum(jnp.where(where, won, 0)), jnp.sum(w * tie), jnp.sum(w)]))
+
+    def value(self) -> float | None:
+        """The fraction; None without pairs or if all are ties."""
+        won, tied, pairs = (float(s) for s in self.sums)
+        return None if tied == pairs else (won + tied / 2) / pairs
+
+
+@struct
+class PerRow:
+    """A value of each held-out row, in their order; only evaluation computes one. weights: 0 for no row."""
+
+    values: Stored
+    weights: Stored
+
+    @staticmethod
+    def of(values: Float[Array, "..."], weights: Shaped[Array, "..."]) -> "PerRow":
+        """Return the values of the rows whose weight is above 0."""
+        w = weights.astype(values.dtype)
+        return PerRow(jnp.where(w > 0, values, 0).ravel(), w.ravel())
 
 
 @struct
@@ -146,8 +186,8 @@ def losses_by_source(
     }
 
 
-SUMS = (Sum, Correlation, LabelNoise)  # added element by element
-Metric = Sum | Max | Min | Correlation | LabelNoise
+SUMS = (Sum, WinRate, Correlation, LabelNoise)  # added element by element
+Metric = Sum | WinRate | PerRow | Max | Min | Correlation | LabelNoise
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
@@ -158,6 +198,8 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 def _add(a: Any, b: Any) -> Metric:
     if isinstance(a, SUMS):
         return jax.tree.map(lambda x, y: x + y, a, b)
+    if isinstance(a, PerRow):  # the last axis, as those of a sweep have one of members
+        return jax.tree.map(lambda x, y: np.concatenate([x, y], -1), a, b)
     on_host = not isinstance(a.value, jax.Array)  # numpy on the host, where nothing may be compiled
     if isinstance(a, Max):
         return Max((np if on_host else jnp).maximum(a.value, b.value))
@@ -168,7 +210,7 @@ def neutral(like: Metrics) -> Metrics:
     """Return the metrics of no rows, with the shapes and dtypes of `like` (arrays or abstract ones)."""
 
     def neutral_of(m: Any) -> Metric:
-        if isinstance(m, SUMS):
+        if isinstance(m, (*SUMS, PerRow)):
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m)
         fill = -jnp.inf if isinstance(m, Max) else jnp.inf
         return type(m)(jnp.full(m.value.shape, fill, m.value.dtype))
@@ -179,19 +221,40 @@ def neutral(like: Metrics) -> Metrics:
 def as_floats(metrics: Metrics) -> dict[str, float]:
     """Divide: return each metric as a number, and an estimate's standard error as `name_error`.
 
-    A mean over nothing is left out.
+    A mean over nothing, and an accuracy of ties alone, is left out.
     """
     out = {}
     for name, m in jax.device_get(metrics).items():
         if isinstance(m, Sum):
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)
-        elif isinstance(m, Correlation | LabelNoise):
+        elif isinstance(m, WinRate | Correlation | LabelNoise):
             found = {name: m.value()} | ({f"{name}_error": m.error()} if isinstance(m, LabelNoise) else {})
             out.update({key: value for key, value in found.items() if value is not None})
-        else:
+        elif not isinstance(m, PerRow):
             out[name] = float(m.value)
     return out
+
+
+def pair_counts(metrics: Metrics) -> FloatMetrics:
+    """Return the number of pairs of each accuracy, by the accuracy's name with PAIR_COUNT at its end."""
+    counts = {name: m.sums[2] for name, m in metrics.items() if isinstance(m, WinRate)}
+    return {name + PAIR_COUNT: float(count) for name, count in jax.device_get(counts).items() if count}
+
+
+def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:
+    """Return the values of each row that evaluation computes, by the position of the row; with WEIGHT, that
+    of its loss among all rows.
+    """
+    found: dict[int, FloatMetrics] = {}
+    for name, m in jax.device_get(metrics).items():
+        if isinstance(m, PerRow):
+            for at in np.flatnonzero(m.weights).tolist():
+                row = found.setdefault(at, {})
+                row[name.removeprefix(ROWS)] = float(m.values[at])
+                if name == ROWS + LOSS:
+                    row[WEIGHT] = float(m.weights[at])
+    return dict(sorted(found.items()))
 
 
 def to_json(metrics: Metrics) -> dict[str, list[Any]]:

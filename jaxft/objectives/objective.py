@@ -111,8 +111,9 @@ class Objective(NamedTuple):
     score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's own
         parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
         batch, of arrays or shapes, with every field that a training batch has.
-    eval_loss: the loss of held-out rows, None for `loss`. text: the objective that evaluates general text,
-        None for this one. one_pass(params, batch, key, aux) -> (loss, metrics): the same result as
+    eval_loss: the loss of held-out rows, perhaps with values of single rows among its metrics, None for
+        `loss`; eval_one_pass: the same as `one_pass` is of `loss`. text: the objective that evaluates general
+        text, None for this one. one_pass(params, batch, key, aux) -> (loss, metrics): the same result as
         loss(forward(...)) at less cost; None to compute it so.
     """
 
@@ -124,6 +125,7 @@ class Objective(NamedTuple):
     frozen_policy: Callable[[Batch], Bool[Array, ""]] = never_frozen
     batch_spec: Callable[[Batch], Batch] = same_batch
     eval_loss: Callable[[Outputs, Aux], tuple[Array, Metrics]] | None = None
+    eval_one_pass: Callable[[Params, Batch, Array | None, Aux], tuple[Array, Metrics]] | None = None
     text: "Objective | None" = None
     one_pass: Callable[[Params, Batch, Array | None, Aux], tuple[Array, Metrics]] | None = None
     facts: Facts = Facts()
@@ -139,4 +141,6 @@ class Objective(NamedTuple):
 
     def for_evaluation(self) -> "Objective":
         """Return the objective with the loss of held-out rows as its loss."""
-        return self if self.eval_loss is None else self._replace(loss=self.eval_loss, one_pass=None)
+        if self.eval_loss is None:
+            return self
+        return self._replace(loss=self.eval_loss, one_pass=self.eval_one_pass)

@@ -40,6 +40,7 @@ from jaxft.objectives.preference_metrics import (
     REFERENCE_RANK_ERROR,
     pair_metrics,
     pair_token_metrics,
+    pair_values,
 )
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
@@ -158,16 +159,21 @@ def preference(
         constants = (reference_logp, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit)
         return Outputs(lp.logp, *jax.lax.stop_gradient(constants), without_fields(batch, UNUSED))
 
-    def pair_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+    def pair_loss(outputs: Outputs, aux: Aux, by_row: bool = False) -> tuple[Array, Metrics]:
         pair = pair_batch(outputs.batch, outputs.logp, outputs.log_sum_p2, outputs.reference)
         state = aux.get("loss", {})
         values = _checked_values(loss, pair, state)
         used = pair.weight > 0
         value = jnp.sum(jnp.where(used, pair.weight * values, 0))
+
+        def scaled_reward(response: Response) -> Array:
+            return beta * reward(response)
+
         metrics = {
             **mean_losses(values, pair.weight, outputs.batch.sources, outputs.batch.source_names),
-            **pair_metrics(pair, lambda response: beta * reward(response)),
+            **pair_metrics(pair, scaled_reward),
             **pair_token_metrics(pair, outputs.mean_logit, outputs.entropy, outputs.top1),
+            **(pair_values(pair, values, scaled_reward) if by_row else {}),
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()} | _rank_error(aux)
         if outputs.reference is not None:
@@ -176,7 +182,8 @@ def preference(
         return value, jax.lax.stop_gradient(metrics)
 
     def eval_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        return pair_loss(outputs, {**aux, "loss": declared.eval_state(aux["loss"])})
+        state = {"loss": declared.eval_state(aux["loss"])} if declared.init else {}
+        return pair_loss(outputs, {**aux, **state}, by_row=True)
 
     def init(trainable: Params, at_base: bool) -> Aux:
         start = _moving_reference(ema, trainable) if ema else _reference_copy(kind, trainable, at_base)
@@ -199,7 +206,7 @@ def preference(
         init,
         update,
         score,
-        eval_loss=eval_loss if declared.init else None,
+        eval_loss=eval_loss,
         text=sft(model),
         facts=Facts(coupled=declared.coupled, reference=kind),
         report=Report(partial(preference_alarms, implicit_beta), preference_summary),

@@ -4,9 +4,20 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from jaxft.objectives.metrics import ENTROPY, KL, TOKEN_ACCURACY, Correlation, LabelNoise, Sum
+from jaxft.objectives.metrics import (
+    ENTROPY,
+    KL,
+    LOSS,
+    ROWS,
+    TOKEN_ACCURACY,
+    Correlation,
+    LabelNoise,
+    PerRow,
+    Sum,
+    WinRate,
+)
 from jaxft.objectives.pair import PairBatch, Response
 from jaxft.tree import Metrics
 
@@ -25,10 +36,16 @@ SIMILAR = (
     0.9  # lengths are alike if the shorter response has at least this fraction of the longer one's tokens
 )
 
+TIE_ROUNDING = 1e-5  # of a log-prob that two programs compute in float32
+
 
 def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metrics:
     """Means over pairs of equal weight: accuracy, margin, rewards and log-probs, and how margins relate to
     length.
+
+    An accuracy counts a tie as 1/2, and does not exist where all pairs are ties (see WinRate), as before the
+    first step, when the policy is the reference. A tie has equal rewards, or log-probs of both responses that
+    are those of the reference up to rounding.
     """
     chosen, rejected = pair.chosen, pair.rejected
     used = pair.weight > 0
@@ -36,10 +53,10 @@ def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metric
     both = has_chosen & has_rejected
     chosen_reward, rejected_reward = reward(chosen), reward(rejected)
     margin = chosen_reward - rejected_reward
-    won = jnp.where(jnp.isnan(margin), margin, (margin > 0).astype(margin.dtype))
+    tied = (margin == 0) | (_is_reference(chosen) & _is_reference(rejected))
     longer = chosen.length - rejected.length
     out: Metrics = {
-        ACCURACY: Sum.of(won, both),
+        ACCURACY: WinRate.of(margin, tied, both),
         MARGIN: Sum.of(margin, both),
         MARGIN_LENGTH_CORRELATION: Correlation.of(longer, margin, both),
         LONGER_WINS: Sum.of(longer_wins(longer, margin.dtype), both),
@@ -51,13 +68,40 @@ def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metric
     }
     groups["alike"] = ~(groups["longer"] | groups["shorter"])
     for name, where in groups.items():
-        out[ACCURACY_BY_LENGTH[name]] = Sum.of(won, both & where)
+        out[ACCURACY_BY_LENGTH[name]] = WinRate.of(margin, tied, both & where)
     return out | {
         CHOSEN_REWARD: Sum.of(chosen_reward, has_chosen),
         CHOSEN_LOGP: Sum.of(chosen.logp, has_chosen),
         REJECTED_REWARD: Sum.of(rejected_reward, has_rejected),
         REJECTED_LOGP: Sum.of(rejected.logp, has_rejected),
     }
+
+
+def pair_values(pair: PairBatch, losses: Float[Array, "B P"], reward: Callable[[Response], Array]) -> Metrics:
+    """Return the loss of each pair; where it has both responses, its margin, and 1 if it is won, 0 if it is
+    lost and 1/2 for a tie.
+    """
+    used = pair.weight > 0
+    both = used & (pair.chosen.present > 0) & (pair.rejected.present > 0)
+    margin = reward(pair.chosen) - reward(pair.rejected)
+    tied = (margin == 0) | (_is_reference(pair.chosen) & _is_reference(pair.rejected))
+    return {
+        ROWS + LOSS: PerRow.of(losses, pair.weight),
+        ROWS + MARGIN: PerRow.of(margin, both),
+        ROWS + ACCURACY: PerRow.of(wins(margin, tied), both),
+    }
+
+
+def wins(margin: Float[Array, "B P"], tied: Bool[Array, "B P"]) -> Float[Array, "B P"]:
+    """Return 1 for a margin above 0, 1/2 for a tie, else 0."""
+    return jnp.where(tied, 0.5, (margin > 0).astype(margin.dtype))
+
+
+def _is_reference(response: Response) -> Bool[Array, "B P"]:
+    """Whether a response's log-prob is the reference's up to rounding; False without a reference."""
+    if response.reference is None:
+        return jnp.zeros(response.logp.shape, bool)
+    return jnp.abs(response.logp - response.reference) <= TIE_ROUNDING * jnp.abs(response.reference)
 
 
 def longer_wins(longer: Float[Array, "B P"], dtype: DTypeLike) -> Float[Array, "B P"]:

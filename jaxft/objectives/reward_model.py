@@ -13,7 +13,9 @@ from jaxft.objectives.alarms import (
     Alarms,
     Entry,
     Memory,
+    accuracy_change,
     change,
+    check_all_ties,
     check_more_than_length,
     check_skipped_steps,
     check_zero_gradient,
@@ -22,9 +24,20 @@ from jaxft.objectives.alarms import (
     run_alarms,
 )
 from jaxft.objectives.logprobs import LanguageModel
-from jaxft.objectives.metrics import HELD_OUT, Correlation, Max, Min, Sum, mean_losses
+from jaxft.objectives.metrics import (
+    HELD_OUT,
+    LOSS,
+    ROWS,
+    Correlation,
+    Max,
+    Min,
+    PerRow,
+    Sum,
+    WinRate,
+    mean_losses,
+)
 from jaxft.objectives.objective import Objective, Report
-from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins
+from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
 from jaxft.objectives.read_positions import read_scores
 from jaxft.tree import Aux, Metrics, Params, struct
 
@@ -84,16 +97,18 @@ def reward(
         chosen, rejected = (r_BPA[..., batch.kinds.index(kind)] for kind in ("chosen", "rejected"))
         return Outputs(chosen, rejected, without_fields(batch, UNUSED))
 
-    def reward_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+    def reward_loss(outputs: Outputs, aux: Aux, by_row: bool = False) -> tuple[Array, Metrics]:
         chosen, rejected, dtype = outputs.chosen, outputs.rejected, outputs.chosen.dtype
         weight = outputs.batch.pair_weights.astype(dtype)
         ahead = jnp.zeros((), dtype) if margin is None else _column(outputs.batch, margin).astype(dtype)
         values = loss(chosen, rejected, ahead) + center * jnp.square(chosen + rejected)
         value = jnp.sum(jnp.where(weight > 0, weight * values, 0))
         losses = mean_losses(values, weight, outputs.batch.sources, outputs.batch.source_names)
-        return value, jax.lax.stop_gradient({**losses, **_metrics(outputs)})
+        rows = _values(outputs, values) if by_row else {}
+        return value, jax.lax.stop_gradient({**losses, **_metrics(outputs), **rows})
 
-    return Objective(forward, reward_loss, report=Report(reward_alarms, reward_summary))
+    eval_loss = partial(reward_loss, by_row=True)
+    return Objective(forward, reward_loss, eval_loss=eval_loss, report=Report(reward_alarms, reward_summary))
 
 
 def _column(batch: Pairs, name: str) -> Rewards:
@@ -106,11 +121,10 @@ def _column(batch: Pairs, name: str) -> Rewards:
 
 
 def _metrics(outputs: Outputs) -> Metrics:
-    """Means over pairs of equal weight; a tie is not won."""
+    """Means over pairs of equal weight; a tie counts 1/2 in the accuracy, see WinRate."""
     chosen, rejected, batch = outputs.chosen, outputs.rejected, outputs.batch
     used = batch.pair_weights > 0
     margin = chosen - rejected
-    won = jnp.where(jnp.isnan(margin), margin, (margin > 0).astype(margin.dtype))
     lengths = [
         batch.lengths[..., batch.kinds.index(kind)].astype(margin.dtype) for kind in ("chosen", "rejected")
     ]
@@ -120,7 +134,7 @@ def _metrics(outputs: Outputs) -> Metrics:
         return Sum.of(jnp.where(used, values, 0), used)
 
     return {
-        ACCURACY: mean(won),
+        ACCURACY: WinRate.of(margin, margin == 0, used),
         MARGIN: mean(margin),
         MEAN_REWARD: mean((chosen + rejected) / 2),
         MIN_REWARD: Min(jnp.min(jnp.where(used, jnp.minimum(chosen, rejected), jnp.inf))),
@@ -130,12 +144,20 @@ def _metrics(outputs: Outputs) -> Metrics:
     }
 
 
+def _values(outputs: Outputs, losses: Rewards) -> Metrics:
+    """Return loss and margin of each pair, and 1 if it is won, 0 if it is lost and 1/2 for a tie."""
+    weight, margin = outputs.batch.pair_weights, outputs.chosen - outputs.rejected
+    found = {LOSS: losses, MARGIN: margin, ACCURACY: wins(margin, margin == 0)}
+    return {ROWS + name: PerRow.of(values, weight) for name, values in found.items()}
+
+
 def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
     """Alarms of a reward run: non-finite steps, and a model that is no better than preferring one length."""
     checks: dict[str, AlarmCheck] = {
         "skipped": check_skipped_steps,
         "no gradient": check_zero_gradient,
         "length": partial(check_more_than_length, ACCURACY),
+        "ties": partial(check_all_ties, ACCURACY),
     }
     return run_alarms(checks, memory, entry, last)
 
@@ -146,7 +168,9 @@ def reward_summary(first: Entry, last: Entry) -> list[str]:
     mean, low, high = (HELD_OUT + name for name in (MEAN_REWARD, MIN_REWARD, MAX_REWARD))
     correlation = HELD_OUT + MARGIN_LENGTH_CORRELATION
     if has_numbers(last, HELD_OUT + ACCURACY):
-        lines.append(f"held-out accuracy: {change(HELD_OUT + ACCURACY, first, last, 2)}{length_note(last)}")
+        lines.append(
+            f"held-out accuracy: {accuracy_change(HELD_OUT + ACCURACY, first, last)}{length_note(last)}"
+        )
     if has_numbers(last, HELD_OUT + MARGIN):
         lines.append(f"held-out margin of the rewards: {change(HELD_OUT + MARGIN, first, last, 3)}")
     if has_numbers(last, mean, low, high):

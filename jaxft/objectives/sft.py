@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
 from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs
-from jaxft.objectives.metrics import ENTROPY, LOSS, TOKEN_ACCURACY, Sum, losses_by_source
+from jaxft.objectives.metrics import ENTROPY, LOSS, ROWS, TOKEN_ACCURACY, PerRow, Sum, losses_by_source
 from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_loss
 from jaxft.objectives.target_loss import TargetLoss
@@ -27,10 +27,12 @@ class Outputs:
     entropy: Float[Array, "B M"]
     top1: Float[Array, "B M"]
     weight: Float[Array, "B M"]
+    segments: Int[Any, "B M"]  # which example of its row a target is in
     sources: Int[Any, "B M"] | None = None
     lse: Float[Array, "B M"] | None = None
     mean_logit: Float[Array, "B M"] | None = None
     source_names: tuple[str, ...] = static(default=())
+    row_length: int = static(default=0)
 
 
 def sft(
@@ -73,7 +75,7 @@ def sft(
 
     def eval_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         value = -jnp.sum(outputs.weight * outputs.logp)
-        return value, _metrics(value, outputs, TargetLoss())
+        return value, {**_metrics(value, outputs, TargetLoss()), **_example_losses(outputs)}
 
     def one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
         # The weights are known beforehand, so the head's gradient is computed while a chunk's logits are in
@@ -82,6 +84,12 @@ def sft(
         total, lp = weighted_read_loss(model, params, h, reads, token_loss)
         return total, _metrics(total, _outputs(lp, batch, ()), token_loss)
 
+    def eval_one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
+        reads, h = (batch.read, batch.targets, batch.token_weights), model.hidden(params, batch, key, **noise)
+        total, lp = weighted_read_loss(model, params, h, reads, token_loss)
+        outputs = _outputs(lp, batch, ())
+        return total, {**_metrics(total, outputs, token_loss), **_example_losses(outputs)}
+
     def score(params: Params, batch: Tokens, aux: Aux) -> Scores:
         return Scores(logprobs(params, batch, None).logp)
 
@@ -89,7 +97,8 @@ def sft(
         forward,
         loss,
         score=score,
-        eval_loss=None if token_loss.is_plain else eval_loss,
+        eval_loss=eval_loss,
+        eval_one_pass=eval_one_pass if token_loss.is_plain else None,
         one_pass=one_pass,
         facts=Facts(noise=neftune > 0),
     )
@@ -107,10 +116,12 @@ def _outputs(lp: LogProbs, batch: Tokens, graded: Graded) -> Outputs:
     return Outputs(
         lp.logp,
         *without_gradient,
+        segments=jnp.take_along_axis(batch.segments, batch.read, axis=1),
         sources=batch.sources,
         lse=lp.lse if "lse" in graded else None,
         mean_logit=lp.mean_logit if "mean_logit" in graded else None,
         source_names=batch.source_names,
+        row_length=batch.ids.shape[1],
     )
 
 
@@ -127,3 +138,15 @@ def _metrics(loss: Array, outputs: Outputs, token_loss: TargetLoss) -> Metrics:
     if not token_loss.is_plain:
         metrics[NLL] = Sum(-jnp.sum(weight * outputs.logp), jnp.sum(weight))
     return jax.lax.stop_gradient(metrics)
+
+
+def _example_losses(outputs: Outputs) -> Metrics:
+    """Return the mean cross-entropy of each example, at position row * (T + 1) + its number in that row."""
+    B, slots = outputs.logp.shape[0], outputs.row_length + 1
+    at = outputs.segments + slots * jnp.arange(B, dtype=outputs.segments.dtype)[:, None]
+    loss, weight = (
+        jax.ops.segment_sum(x.ravel(), at.ravel(), B * slots)
+        for x in (-outputs.weight * outputs.logp, outputs.weight)
+    )
+    mean = loss / jnp.where(weight > 0, weight, 1)
+    return jax.lax.stop_gradient({ROWS + LOSS: PerRow.of(mean, weight)})

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import tree
+from jaxft.bounds import BELOW_ONE, INSIDE_ZERO_AND_ONE, ZERO_TO_ONE, above, at_least, check_bounds
 from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
 from jaxft.optim.averaging import Averaging, ema
 from jaxft.optim.layerwise import (
@@ -25,9 +26,9 @@ from jaxft.optim.layerwise import (
 )
 from jaxft.optim.rules import UpdateRule, adamw, check_adam, mask_of_matrices
 from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
-from jaxft.optim.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
+from jaxft.short_names import OPTIMIZERS, SCHEDULES, ShortNames
 from jaxft.tree import Grads, OptState, Params
 
 
@@ -66,43 +67,44 @@ MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)
 class Optim:
     """Optimizer settings.
 
-    optimizer: a function `(schedule, specs, weight_decay, **hyper) -> UpdateRule |
-    optax.GradientTransformation` with its hyper-parameters as keyword arguments: adamw, adafactor, muon,
-    schedule_free_adamw, those of low_precision, your own, or `partial(adamw, b1=0.8)`; or one of optax, such
-    as `lion` or `optax:lamb`. b1, b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None
-    for its default.
-    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
+    lr: the highest learning rate, after the warmup. optimizer: a function of rules.py, muon.py or
+    low_precision.py, one of optax such as `optax:lamb`, or your own. It is called as `(schedule, specs,
+    weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation` with its hyper-parameters as keyword
+    arguments. b1, b2: decay of the averages of gradients and of their squares; None for the optimizer's
+    default. eps: added to the root of the average square; None for the optimizer's default. weight_decay:
+    decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
+    value.
+    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as decay:0.1.
     warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end: the
     schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.
     lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
     pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
     matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
-    lr_groups matches. As in PEFT, it is
-    also that of an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table
-    has 1e-6.
+    lr_groups matches. As in PEFT, it is also that of an adapter's vectors (DoRA's magnitudes, norms, biases),
+    and a pair on the embedding table has 1e-6.
     ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
     skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations above the
     mean of the N steps before it, see spikes.py.
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
-    results are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
-    backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
-    clip=none, since the global norm is known only at the end; if a gradient or an update is not finite, the
-    layers above it have been updated already.
+    results are the same, except for the random bits of stochastic rounding. fused_backward:
+    update layers inside the backward pass, so that only one layer's gradient is in memory. It needs one
+    microbatch per step and clip=none, since the global norm is known only at the end; if a gradient or an
+    update is not finite, the layers above it have been updated already.
     """
 
     lr: float = 2e-4
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
-    warmup: float = 0.05
-    end: float = 0.1
-    b1: float | None = None
-    b2: float | None = None
+    warmup: Annotated[float, at_least(0)] = 0.05
+    end: Annotated[float, ZERO_TO_ONE] = 0.1
+    b1: Annotated[float | None, BELOW_ONE] = None
+    b2: Annotated[float | None, BELOW_ONE] = None
     eps: float | None = None
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    clip: Annotated[float | None, above(0)] = 1.0
     lr_groups: tuple[tuple[str, float], ...] = ()
-    lora_plus: float | None = None
-    ema: float | None = None
+    lora_plus: Annotated[float | None, above(0)] = None
+    ema: Annotated[float | None, INSIDE_ZERO_AND_ONE] = None
     skip_spikes: tuple[float, int] | None = None
     optimizer_kwargs: tuple[tuple[str, float | None], ...] = ()
     schedule_kwargs: tuple[tuple[str, float], ...] = ()
@@ -110,6 +112,7 @@ class Optim:
     fused_backward: bool = False
 
     def __post_init__(self) -> None:
+        check_bounds(self, "optim")
         check_adam(**{"b1": 0.0, "b2": 0.0, "eps": 1.0, **self._adam})
         _check_ranges(self)
         if self.fused_backward and self.clip is not None:
@@ -140,26 +143,16 @@ def _check_ranges(o: Optim) -> None:
     """Raise ValueError for a number that is out of range."""
     if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
         raise ValueError(f"optim.lr={o.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
-    if not 0 <= o.weight_decay < float("inf"):
-        raise ValueError(f"optim.weight_decay={o.weight_decay} must be finite and at least 0")
-    if not 0 <= o.end <= 1:
-        raise ValueError(f"optim.end={o.end} is a fraction of optim.lr; use 0 to 1")
-    if not (0 <= o.warmup < 1 or (1 <= o.warmup < 2**31 and o.warmup == int(o.warmup))):
+    if o.warmup >= 1 and not (o.warmup < 2**31 and o.warmup == int(o.warmup)):
         raise ValueError(
             f"optim.warmup={o.warmup}: use a fraction of the steps, from 0 to below 1, or a whole number of "
             "steps"
         )
-    if o.clip is not None and not 0 < o.clip < float("inf"):
-        raise ValueError(f"optim.clip={o.clip} is not finite and above 0; use a positive norm, or none")
     for pattern, factor in o.lr_groups:
         if not 0 <= factor < float("inf"):
             raise ValueError(
                 f"optim.lr_groups has factor {factor} for {pattern!r}; it must be finite and at least 0"
             )
-    if o.lora_plus is not None and not 0 < o.lora_plus < float("inf"):
-        raise ValueError(f"optim.lora_plus={o.lora_plus} is not finite and above 0; use a ratio such as 16")
-    if o.ema is not None and not 0 < o.ema < 1:
-        raise ValueError(f"optim.ema={o.ema} is not between 0 and 1; use a decay such as 0.999, or none")
     if o.skip_spikes is not None and not (0 < o.skip_spikes[0] < float("inf") and o.skip_spikes[1] >= 4):
         raise ValueError(
             f"optim.skip_spikes={o.skip_spikes[0]},{o.skip_spikes[1]}: use a number of standard deviations "

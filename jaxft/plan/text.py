@@ -1,21 +1,15 @@
 """Reports of plans: one in detail, or several as a table with the limit of useful devices."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from jaxft.distributed import sharding, xla_flags
-from jaxft.plan import machines
+from jaxft.distributed import xla_flags
 from jaxft.plan.flops import Flops
 from jaxft.plan.machines import GIB
-from jaxft.plan.plan import PROGRAM_PARTS, Plan, plan
+from jaxft.plan.plan import PROGRAM_PARTS, Plan
 from jaxft.plan.roofline import ASSUMED, Estimate
-from jaxft.train import partition, programs
-from jaxft.train.settings import Run
 
 
 def plan_report(p: Plan) -> str:
@@ -107,18 +101,6 @@ def _time_lines(f: Flops, e: Estimate) -> list[str]:
             f"take {e.without_fp8:.3f} s instead of {e.compute:.3f}"
         )
     return [*lines, f"assumed: {ASSUMED}"]
-
-
-def dry_run(run: Run, record: dict[str, Any]) -> str:
-    """Return the resolved settings, the parameter table, the settings of XLA, and the plan for the devices of
-    this machine.
-    """
-    mesh = sharding.make_mesh(run.mesh)
-    with jax.set_mesh(mesh):
-        table = partition.parameter_table(programs.abstract(run)[0].partition, mesh)
-    defaults = xla_flags.settings_lines(os.environ)
-    report = plan_report(plan(run, machines.local()))
-    return "\n".join([json.dumps(record, indent=2), table, *defaults, report])
 
 
 def _verdict(p: Plan) -> str:

@@ -11,14 +11,15 @@ from jaxft.objectives.alarms import (
     FAULTS_RAISED,
     FRAC_LEARNED,
     REWARD_STD,
+    ZERO_STD,
 )
 from jaxft.objectives.metrics import Max, Min, Sum
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl.completions import Completions, Faults, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores
+from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Metrics
 
-REWARD, ZERO_STD = "reward", "frac_reward_zero_std"
 NO_SCORE = "frac_unscorable"  # a fraction of the completions
 MEAN_LENGTH, MIN_LENGTH, MAX_LENGTH = (f"completions/{name}_length" for name in ("mean", "min", "max"))
 TERMINATED_LENGTHS = {name: f"completions/{name}_terminated_length" for name in ("mean", "min", "max")}

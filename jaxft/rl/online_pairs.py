@@ -5,13 +5,14 @@ Online DPO: Guo et al. 2024 (arXiv:2402.04792).
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Pairs, Rollout, TrainState
+from jaxft.bounds import at_least
 from jaxft.data import prompts
 from jaxft.data.pack import RowShape
 from jaxft.nn.layer_attention import AttentionLayers
@@ -43,7 +44,7 @@ class OnlinePairs(Rollouts):
     ValueError.
     """
 
-    group: int = 2
+    group: Annotated[int, at_least(1)] = 2
 
     def __post_init__(self) -> None:
         if self.group < 2:

@@ -158,11 +158,15 @@ def pad_token_of(ref: str, adapter: str | Path | None = None) -> int | None:
     """Return the token at which a reward model is never read.
 
     transformers reads a classifier at the last token that isn't pad_token_id of its configuration; an
-    adapter's tokenizer has it instead.
+    adapter's tokenizer has it instead. None for an id that no text has, such as -1. Raises ValueError for
+    anything but an integer or null.
     """
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
         return pretrained.load_tokenizer(str(adapter)).pad_token_id
-    return pretrained.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
+    pad = pretrained.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
+    if pad is not None and type(pad) is not int:
+        raise ValueError(f"{ref}: pad_token_id={pad!r:.60} in config.json is no token id. Use one, or null.")
+    return pad if pad in range(1 << 31) else None
 
 
 def require_classifier(ref: str) -> None:

@@ -19,7 +19,7 @@ from jaxft.data import chat, prompts
 from jaxft.data.invalid import add_counts
 from jaxft.data.prompt_rows import PromptRows
 from jaxft.data.prompts import Prompts
-from jaxft.data.source import Prompt, SourceInfo, SourceStats
+from jaxft.data.source import Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
 from jaxft.objectives.objective import Objective
@@ -63,7 +63,10 @@ class Rollouts(Prompts):
 
 @dataclass(frozen=True)
 class RolloutSource:
-    """The tokenised prompts of a run; see data.source.Source. `bind` compiles the sampler and the scorer."""
+    """The tokenised prompts of a run; see data.source.Source. `bind` compiles the sampler and the scorer.
+
+    most_evaluated: held-out prompts that an evaluation reads, None for all.
+    """
 
     data: Rollouts
     tokenizer: Any
@@ -71,6 +74,7 @@ class RolloutSource:
     eval_prompts: PromptRows
     shards: int
     held_out: tuple[()] = ()
+    most_evaluated: int | None = None
 
     @cached_property
     def info(self) -> SourceInfo:
@@ -126,6 +130,10 @@ class RolloutSource:
         """Raise ValueError: only a bound source can sample completions."""
         raise ValueError(UNBOUND)
 
+    def limit_evaluation(self, most: int | None) -> "RolloutSource":
+        """Return the source whose evaluations read at most so many held-out prompts."""
+        return replace(self, most_evaluated=most)
+
     def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
         """Return the indices of the prompts that a rollout uses."""
         return prompts.prompts_of_rollout(self.data, self.train, number)
@@ -139,6 +147,10 @@ class RolloutSource:
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts."""
         return [Prompt(list(ids), []) for ids in self.eval_prompts.token_ids[:count]]
+
+    def held_out_name(self, position: int) -> str:
+        """Return the name of a held-out row; the evaluation of rollouts has no values of single rows."""
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing is sampled yet."""
@@ -189,6 +201,14 @@ class BoundRollouts:
         """Return the prompts of a step as rows of tokens without targets."""
         return self.source.given(step)
 
+    def held_out_name(self, position: int) -> str:
+        """Return the name of a held-out row."""
+        return self.source.held_out_name(position)
+
+    def limit_evaluation(self, most: int | None) -> "BoundRollouts":
+        """Return the source whose evaluations read at most so many held-out prompts."""
+        return replace(self, source=self.source.limit_evaluation(most))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the moments of all scores so far."""
         return {"moments": self.moments.tolist()}
@@ -210,9 +230,9 @@ class BoundRollouts:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Score data.eval_group completions of each held-out prompt, always sampled with the same keys."""
         eval_prompts, size = self.source.eval_prompts, self.data.batch
+        numbers = spread(len(eval_prompts), self.source.most_evaluated)
         chosen = [
-            eval_prompts.select(range(start, min(start + size, len(eval_prompts))))
-            for start in range(0, len(eval_prompts), size)
+            eval_prompts.select(numbers[start : start + size]) for start in range(0, len(numbers), size)
         ]
         if not chosen:
             return {}
@@ -312,7 +332,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
         f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "
-        f"{data.max_new} tokens is used for {data.steps_per_rollout} steps"
+        f"{data.max_new} tokens is used for {data.steps_per_rollout} steps{train.left_out}"
     )
     if tokenizer.eos_token_id is None:
         summary += (
@@ -335,11 +355,14 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
         steps_per_rollout=data.steps_per_rollout,
         samples=True,
+        eval_cost=data.eval_group / data.group,
         fingerprint=prompts.prompts_fingerprint(data, train, eval_prompts),
         preview=tokenizer.decode(train.token_ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
-        warnings=chat.tools_warnings(examples, *how) + chat.content_warnings(examples, *how),
+        warnings=tuple(dict.fromkeys(train.notes + eval_prompts.notes))
+        + chat.tools_warnings(examples, *how)
+        + chat.content_warnings(examples, *how),
     )
 
 

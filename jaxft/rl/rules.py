@@ -4,9 +4,11 @@ weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from jaxft.bounds import at_least, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.completions import Completions, Faults, ScoredCompletions
@@ -28,13 +30,13 @@ class Rules:
     estimate: the advantage estimator, see estimators.py.
     token_weights: the weight of each completion's tokens in an optimizer batch, see token_weights.py.
     reward_weights: one for each reward, 1 by default.
-    combine(scores [G, N, K], reward_weights) -> scores [G, N]: of K rewards.
-    shape(scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or None.
-    scale(scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or None.
+    combine: (scores [G, N, K], reward_weights) -> scores [G, N] of K rewards.
+    shape: (scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or None.
+    scale: (scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or None.
         Metrics show the scores before scaling.
-    filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups; or None for all.
-        It sees the scores before `shape`, so that a group with equal rewards does not pass because of its
-        lengths.
+    filter: (scores) -> mask of completions to train on, such as advantages.nonconstant_groups; or None for
+        all. It sees the scores before `shape`, so that a group with equal rewards does not pass because of
+        its lengths.
     train_on_truncated: whether to train on completions without an end token, cut off at max_new.
     warm_up: number of rollouts at the start that train the critic alone.
     """
@@ -48,9 +50,10 @@ class Rules:
     scale: Scale | None = None
     filter: Filter | None = None
     train_on_truncated: bool = True
-    warm_up: int = 0
+    warm_up: Annotated[int, at_least(0)] = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, "data.rules")
         if not self.rewards:
             raise ValueError("a rollout needs a reward. Set rewards=module:function.")
         rewards = tuple(r if isinstance(r, Reward) else FunctionReward(r) for r in self.rewards)
@@ -65,8 +68,6 @@ class Rules:
             raise ValueError(f"reward_weights={self.reward_weights} must be finite.")
         if not self.reward_weights:
             object.__setattr__(self, "reward_weights", (1.0,) * count)
-        if self.warm_up < 0:
-            raise ValueError(f"warm_up={self.warm_up} rollouts. Use a number of at least 0.")
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))
         if self.filter is not None:
             require_signature(self.filter, "filter", ("scores",))

@@ -1,17 +1,21 @@
 """Facts for a bug report: versions, processor, memory, devices, flags and attention kernels."""
 
 import contextlib
+import json
 import os
 import platform
 import re
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import jax
 import jax.numpy as jnp
 
-from jaxft.data.shipped import IS_CLONE
+from jaxft.data.shipped import IS_CLONE, ROOT
 from jaxft.nn.attention import AttentionNeeds, kernel_for
 from jaxft.runs.cli import backend_error
 from jaxft.runs.environment import FLAGS, commit, versions
@@ -26,7 +30,7 @@ def bug_report() -> dict[str, Any]:
     If JAX cannot start its backend, the error is one of the facts ("device_error").
     """
     found = {
-        "jaxft": {"commit": commit(), "installed": not IS_CLONE},
+        "jaxft": {"commit": commit(), "installed": installation()},
         "system": platform.platform(),
         "cpu": processor(),
         "memory_gib": memory(),
@@ -39,6 +43,17 @@ def bug_report() -> dict[str, Any]:
     except (RuntimeError, AssertionError) as error:  # a plugin that doesn't fit the driver, no such device
         reason = backend_error(error) or printable_line(str(error))
         return {**found, "devices": {}, "device_error": reason}
+
+
+def installation() -> str:
+    """Return how jaxft is installed: "wheel", "editable" (`pip install -e .` of this clone) or "no"."""
+    if not IS_CLONE:
+        return "wheel"
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError):
+        origin = json.loads(metadata.distribution("jaxft").read_text("direct_url.json") or "{}")
+        if origin["dir_info"]["editable"] and url2pathname(urlsplit(origin["url"]).path) == str(ROOT):
+            return "editable"
+    return "no"
 
 
 def processor() -> dict[str, Any]:

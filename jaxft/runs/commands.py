@@ -7,16 +7,17 @@ import sys
 import types
 from importlib import metadata
 
-from jaxft.data.shipped import COMMANDS, ROOT
+from jaxft.data.shipped import COMMAND_GROUPS, COMMANDS, ROOT
 from jaxft.runs import cli, completion
 
 USAGE = """usage: jaxft COMMAND [argument ...]
 
-Fine-tune and align language models in JAX. Commands:
+Fine-tune and align language models in JAX.
 
 {commands}
 
-`jaxft COMMAND --help` lists a command's arguments, `jaxft train RECIPE --help` the knobs of a recipe."""
+`jaxft COMMAND --help` lists a command's arguments, `jaxft train RECIPE --help` the knobs of a recipe,
+`jaxft settings` all settings, and `jaxft help` the topics of the documentation."""
 
 
 def main() -> int:
@@ -39,9 +40,11 @@ def main() -> int:
 
 
 def usage() -> str:
-    """Return all commands, each with the first sentence of its script's docstring."""
-    width = max(map(len, COMMANDS))
-    return USAGE.format(commands="\n".join(f"  {name:{width}}  {summary(name)}" for name in COMMANDS))
+    """Return all commands by group, each with the first sentence of its script's docstring."""
+    width, lines = max(map(len, COMMANDS)), list[str]()
+    for title, names in COMMAND_GROUPS.items():
+        lines += [f"{title}:", *(f"  {name:{width}}  {summary(name)}" for name in names), ""]
+    return USAGE.format(commands="\n".join(lines).rstrip())
 
 
 def summary(command: str) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from jaxft.objectives.alarms import Entry
+from jaxft.objectives.intervals import wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
 from jaxft.runs.plots import Panel, Points, draw
@@ -34,12 +35,21 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
         numbers = {k: x for k, x in entry.items() if isinstance(x, int | float) and k != "step"}
         if any(name.startswith(names.HELD_OUT) for name in entry):
             evaluations.append(numbers)
-        elif "perf" in entry:
+        elif names.LOSS in entry:
             step = numbers
     return evaluations[:2][-1], {**step, **evaluations[-1]}
 
 
 # The table
+
+
+def _over_start(name: str) -> Column:
+    """The value at the end over that at step 0."""
+
+    def column(before: Logged, after: Logged) -> float | None:
+        return after[name] / before[name] if name in after and before.get(name, 0) > 0 else None
+
+    return column
 
 
 def _last(*choices: str) -> Column:
@@ -92,11 +102,19 @@ def score_names(metrics: Logged) -> list[str]:
     return [name for name in metrics if name.startswith(held_out(names.SCORES))]
 
 
+def score_title(name: str) -> str:
+    """The title of a mean score of held-out completions."""
+    return f"score {name.removeprefix(held_out(names.SCORES))}"
+
+
 def _score(before: Logged, after: Logged) -> float | None:
     """The mean score of held-out completions by the first function."""
     return next((after[name] for name in score_names(after)), None)
 
 
+ARROW = " → "  # from the value before training to that after it
+TIES = "ties"  # an accuracy where all pairs are ties
+LOSS, RELATIVE_LOSS, ACCURACY, PAIRS = "held-out loss", "loss over step 0", "accuracy", "pairs"
 # Title -> column. The held-out rows of all runs of a sweep are the same, so that sums of log-probs compare.
 COLUMNS: dict[str, Column] = {
     "held-out reward": _last(held_out(names.REWARD)),
@@ -106,8 +124,10 @@ COLUMNS: dict[str, Column] = {
     "score": _score,
     "KL per completion": _last(held_out(names.COMPLETION_KL)),
     "tokens per completion": _last(held_out(names.COMPLETION_LENGTH)),
-    "held-out loss": _last(held_out(names.LOSS)),
-    "accuracy": _last(held_out(names.ACCURACY), held_out(names.REWARD_ACCURACY)),
+    LOSS: _last(held_out(names.LOSS)),
+    RELATIVE_LOSS: _over_start(held_out(names.LOSS)),
+    ACCURACY: _last(held_out(names.ACCURACY), held_out(names.REWARD_ACCURACY)),
+    PAIRS: _last(*(held_out(name) + names.PAIR_COUNT for name in (names.ACCURACY, names.REWARD_ACCURACY))),
     "token accuracy": _last(held_out(names.TOKEN_ACCURACY)),
     "margin": _last(held_out(names.REWARD_MARGIN)),
     "margin, nats": _gained(held_out(names.CHOSEN_LOGP), held_out(names.REJECTED_LOGP)),
@@ -119,10 +139,14 @@ COLUMNS: dict[str, Column] = {
     "last step's margin": _last(names.MARGIN, names.REWARD_MARGIN),
     "skipped steps": _last(names.SKIPPED),
 }
+# Columns whose cells have the value at step 0 too.
+WITH_START = (LOSS, ACCURACY, "held-out reward", "score", "token accuracy", "margin", "general loss")
 # Metrics of the last training step, which the table has where there are no held-out rows.
 TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, names.REWARD_MARGIN)
 NOTES = {
-    "accuracy": "accuracy: fraction of held-out pairs whose chosen completion has the higher reward",
+    ACCURACY: "accuracy: fraction of held-out pairs whose chosen completion has the higher reward; a tie "
+    "counts 1/2; in brackets its 95 % interval",
+    RELATIVE_LOSS: "loss over step 0: losses of different functions don't compare with one another",
     "margin": "margin: chosen reward minus rejected reward, mean over held-out pairs",
     "margin, nats": "margin: growth of the log-prob difference of a pair's completions since step 0, mean",
     "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",
@@ -139,62 +163,108 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Table:
-    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks it."""
+    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks it;
+    starts: the same at step 0.
+    """
 
     labels: tuple[str, ...]
     titles: tuple[str, ...]
     rows: tuple[tuple[float | None, ...], ...]
+    starts: tuple[tuple[float | None, ...], ...]
 
     @staticmethod
-    def of(labels: Sequence[str], before: Sequence[Logged], after: Sequence[Logged]) -> "Table":
-        """Build the table from the metrics at step 0 and at the end."""
+    def of(
+        labels: Sequence[str], before: Sequence[Logged], after: Sequence[Logged], same_loss: bool = True
+    ) -> "Table":
+        """Build the table from the metrics at step 0 and at the end. same_loss: the runs have the same loss
+        function.
+        """
         sides = list(zip(before, after, strict=True))
         columns = {title: [column(*side) for side in sides] for title, column in COLUMNS.items()}
-        if any(x is not None for x in columns["accuracy"]):
+        if any(x is not None for x in columns[ACCURACY]):
             del columns["token accuracy"]
-        if any(x is not None for x in columns["held-out loss"]):
+        if any(x is not None for x in columns[LOSS]):
             columns = {t: values for t, values in columns.items() if not t.startswith("last step")}
         if not any(columns["skipped steps"]):
             del columns["skipped steps"]
+        if same_loss:
+            del columns[RELATIVE_LOSS]
         known = {t: values for t, values in columns.items() if any(x is not None for x in values)}
-        rows = tuple(zip(*known.values(), strict=True)) or ((),) * len(labels)
-        return Table(tuple(labels), tuple(known), rows)
+        starts = {title: [COLUMNS[title](first, first) for first in before] for title in known}
+        rows, first = (tuple(zip(*x.values(), strict=True)) or ((),) * len(labels) for x in (known, starts))
+        return Table(tuple(labels), tuple(known), rows, first)
+
+    def cells(self) -> list[list[str]]:
+        """Return the cells as text: `start → value`, an accuracy with its interval."""
+        sides = [
+            tuple(dict(zip(self.titles, side, strict=True)) for side in both)
+            for both in zip(self.starts, self.rows, strict=True)
+        ]
+        return [[_cell(title, start, row) for title in self.titles] for start, row in sides]
 
     def text(self) -> str:
         """The table for a terminal or a log, with the meaning of its columns."""
-        table = RichTable("", box=box.SIMPLE, pad_edge=False)
-        for title in self.titles:
-            table.add_column(title, justify="right")
-        for label, row in zip(self.labels, self.rows, strict=True):
-            table.add_row(label, *map(_short, row))
-        file, width = io.StringIO(), 40 + 16 * len(self.titles) + max(map(len, self.labels))
-        Console(file=file, width=width, no_color=True).print(table)
-        lines = [line.rstrip() for line in file.getvalue().splitlines()]
-        return "\n".join([*(line for line in lines if line), *self.notes()])
+        return "\n".join([text_table(self.titles, self.labels, self.cells()), *self.notes()])
 
     def markdown(self) -> str:
         """The same in Markdown."""
-        head = [
-            "| |" + "".join(f" {title} |" for title in self.titles),
-            "|---" * (1 + len(self.titles)) + "|",
-        ]
-        rows = [
-            f"| {label} |" + "".join(f" {_short(x)} |" for x in row)
-            for label, row in zip(self.labels, self.rows, strict=True)
-        ]
-        return "\n".join([*head, *rows, "", *(f"- {note}" for note in self.notes())])
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        return f"{markdown_table(self.titles, self.labels, self.cells())}\n\n{notes}"
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
-        """Return the unrounded values, by label and title."""
-        pairs = zip(self.labels, self.rows, strict=True)
-        return {label: dict(zip(self.titles, row, strict=True)) for label, row in pairs}
+        """Return the unrounded values, by label and title, and those at step 0 as `title before`."""
+        found = {}
+        for label, row, start in zip(self.labels, self.rows, self.starts, strict=True):
+            before = {f"{t} before": x for t, x in zip(self.titles, start, strict=True) if t in WITH_START}
+            found[label] = {**dict(zip(self.titles, row, strict=True)), **before}
+        return found
 
     def notes(self) -> list[str]:
         """Return what the columns mean that need it."""
-        return [NOTES[title] for title in self.titles if title in NOTES]
+        arrow = ["before → after training"] if any(title in WITH_START for title in self.titles) else []
+        return [*arrow, *(NOTES[title] for title in self.titles if title in NOTES)]
 
 
-def _short(x: float | None) -> str:
+def _cell(title: str, start: Mapping[str, float | None], row: Mapping[str, float | None]) -> str:
+    """A cell of the table. start, row: the values at step 0 and at the end, by title."""
+    first, value, pairs = start[title], row[title], row.get(PAIRS)
+    if title == PAIRS:
+        return "-" if value is None else f"{value:,.0f}"
+    if title == ACCURACY and pairs:
+        after = TIES if value is None else f"{short_number(value)} {wilson(value, pairs).text(2)}"
+        return f"{TIES if first is None else short_number(first)}{ARROW}{after}"
+    return (
+        f"{short_number(first)}{ARROW}{short_number(value)}"
+        if title in WITH_START and first is not None
+        else short_number(value)
+    )
+
+
+def text_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table for a terminal or a log."""
+    table = RichTable("", box=box.SIMPLE, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for label, row in zip(labels, cells, strict=True):
+        table.add_row(label, *row)
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    file, width = io.StringIO(), 40 + sum(widths) + 4 * len(titles) + max(map(len, labels))
+    Console(file=file, width=width, no_color=True).print(table)
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    return "\n".join(line for line in lines if line)
+
+
+def markdown_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    head = ["| |" + "".join(f" {title} |" for title in titles), "|---" * (1 + len(titles)) + "|"]
+    rows = [
+        f"| {label} |" + "".join(f" {x} |" for x in row) for label, row in zip(labels, cells, strict=True)
+    ]
+    return "\n".join([*head, *rows])
+
+
+def short_number(x: float | None) -> str:
+    """Return a number with about four digits, "-" for None."""
     if x is None or not math.isfinite(x):
         return "-" if x is None else str(x)
     return f"{x:.3g}" if abs(x) < 1e-3 and x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
@@ -324,10 +394,13 @@ def panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
 # Files
 
 
-def write(folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[Entry]]) -> None:
-    """Write README.md with the table, and curves.png."""
+def write(
+    folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[Entry]], text: str | None = None
+) -> None:
+    """Write README.md with the table, or `text` in place of it, and curves.png."""
     draw(folder / "curves.png", panels(curves), name)
     links = "\n".join(f"- [{label}](<{label}/README.md>)" for label in table.labels)
     picture = "![Curves of all runs](curves.png)"
-    text = f"# {name}\n\n{table.markdown()}\n\n{picture}\n\nThe runs, each with its adapter:\n{links}\n"
-    (folder / CARD).write_text(text, encoding="utf-8")
+    content = table.markdown() if text is None else text
+    page = f"# {name}\n\n{content}\n\n{picture}\n\nThe runs, each with its adapter:\n{links}\n"
+    (folder / CARD).write_text(page, encoding="utf-8")

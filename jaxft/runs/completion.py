@@ -1,7 +1,6 @@
-"""Shell completion of `jaxft`: commands, options, recipes and their knobs, without importing jax."""
+"""Shell completion of `jaxft`: commands, options, recipes, their settings and values, without jax."""
 
 import argparse
-import ast
 import glob
 import os
 import sys
@@ -9,7 +8,8 @@ import types
 from pathlib import Path
 from typing import Any
 
-from jaxft.data.shipped import COMMANDS, PACKAGE, ROOT
+from jaxft.data.shipped import COMMANDS, ROOT
+from jaxft.runs import documentation, setting_sources
 
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
 
@@ -29,7 +29,7 @@ def complete_command_line() -> None:
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
-    """Return the parser of a command's script, with completions for recipes, knobs and runs."""
+    """Return the parser of a command's script, with completions for recipes, settings and runs."""
     path = ROOT / "scripts" / f"{COMMANDS[command]}.py"
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
@@ -38,9 +38,13 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = module.make_parser()
     for action in parser._actions:
         if action.dest in RECIPE:
-            completer: Any = recipes_and_knobs
+            completer: Any = recipes_and_settings
         elif action.dest in ("run", "runs"):
             completer = run_folders
+        elif action.dest == "topic":
+            completer = topics_and_commands
+        elif action.dest == "words":
+            completer = names_of_settings
         else:
             continue
         vars(action)["completer"] = completer  # argcomplete's interface
@@ -53,51 +57,53 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
     return [folder for folder in found if folder.startswith(prefix)]
 
 
-def recipes_and_knobs(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the recipes and Python files that begin with `prefix`; after a recipe, its knobs."""
-    knob, equals, value = prefix.partition("=")
-    if equals:
-        return [f"{knob}={path}" for path in files(value)]
+def topics_and_commands(**_: Any) -> list[str]:
+    """Return what `jaxft help` takes."""
+    return [*COMMANDS, *(topic.name for topic in documentation.topics())]
+
+
+def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return what `jaxft settings` takes: recipes, then the names of settings."""
+    recipe = next(iter(parsed_args.words or ()), parsed_args.config)
+    path = ROOT / "configs" / f"{recipe or 'sft'}.py"
+    recipes = [] if parsed_args.words else [file.stem for file in path.parent.glob("*.py")]
+    return [*recipes, *(s.name for s in (*setting_sources.knobs(path), *setting_sources.dotted_fields(path)))]
+
+
+def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return the recipes and Python files that begin with `prefix`; after a recipe, its knobs and dotted
+    fields, and after one of these and `=` its values.
+    """
     given = [parsed_args.config, *(parsed_args.overrides or ())]
     recipe = next((item for item in given if item and "=" not in item and item != prefix), None)
-    if recipe is None:
+    name, equals, value = prefix.partition("=")
+    if recipe is None and not equals:
         names = [path.stem for path in (ROOT / "configs").glob("*.py")]
         return [*names, *(path for path in files(prefix) if path.endswith((".py", "/")))]
     shipped = ROOT / "configs" / f"{recipe}.py"
-    path = shipped if shipped.is_file() else Path(recipe)
-    return [f"{name}=" for name in knobs(path)] if path.is_file() else []
+    path = shipped if shipped.is_file() else Path(recipe or "")
+    if equals:
+        return [f"{name}={text}" for text in values(name, value, path)]
+    if not path.is_file():
+        return []
+    knobs, fields = setting_sources.knobs(path), setting_sources.dotted_fields(path)
+    if prefix:
+        return list(dict.fromkeys(f"{setting.name}=" for setting in (*knobs, *fields)))
+    sections = dict.fromkeys(f"{field.name.partition('.')[0]}." for field in fields if "." in field.name)
+    return [*(f"{knob.name}=" for knob in knobs), *sections]
+
+
+def values(name: str, prefix: str, recipe: Path) -> list[str]:
+    """Return the values of a setting that begin with `prefix`; files too, where it takes any text."""
+    known = (*setting_sources.knobs(recipe), *setting_sources.dotted_fields(recipe))
+    kind = next((setting.kind for setting in known if setting.name == name), None)
+    if kind is None:
+        return files(prefix)
+    before, comma, last = prefix.rpartition(",")
+    found = [f"{before}{comma}{choice}" for choice in setting_sources.choices(kind)]
+    return [*found, *(files(prefix) if setting_sources.takes_text(kind) else [])]
 
 
 def files(prefix: str) -> list[str]:
     """Return the files and folders whose path begins with `prefix`, folders with a slash."""
     return [path + "/" * os.path.isdir(path) for path in glob.glob(glob.escape(prefix) + "*")]
-
-
-def knobs(recipe: Path) -> list[str]:
-    """Return the knobs of a recipe, read from its source: the parameters of config(...), and the fields of
-    those that are groups of knobs.
-    """
-    try:
-        tree = ast.parse(recipe.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return []
-    shared = ast.parse((PACKAGE / "train" / "recipes.py").read_text(encoding="utf-8"))
-    classes = {node.name: node for node in (*shared.body, *tree.body) if isinstance(node, ast.ClassDef)}
-    config = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "config"), None)
-    found = []
-    for argument in (*config.args.args, *config.args.kwonlyargs) if config else ():
-        kind = argument.annotation
-        group = kind.id if isinstance(kind, ast.Name) else ""
-        found += fields_of(group, classes) if group in classes else [argument.arg]
-    return found
-
-
-def fields_of(name: str, classes: dict[str, ast.ClassDef]) -> list[str]:
-    """Return the fields of a dataclass and its bases, in order."""
-    bases = [base.id for base in classes[name].bases if isinstance(base, ast.Name) and base.id in classes]
-    own = [
-        n.target.id
-        for n in classes[name].body
-        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-    ]
-    return list(dict.fromkeys([*(field for base in bases for field in fields_of(base, classes)), *own]))

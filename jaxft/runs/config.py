@@ -29,16 +29,20 @@ from jaxft.runs.parse import (
     describe_kind,
     find_recipe,
     format_error,
+    is_callable,
     parse_value,
     run_file,
+    short_names,
     short_path,
 )
-from jaxft.runs.record import describe, differences
+from jaxft.runs.record import describe, differences, union_members
+from jaxft.runs.unknown_names import advice
 from jaxft.tree import nearest
 
 __all__ = [
     "RENAMED",
     "Knob",
+    "ObjectText",
     "Resolved",
     "describe",
     "differences",
@@ -92,26 +96,49 @@ RENAMED: dict[str, str] = {
     "jaxft.objectives.reference_free": "jaxft.objectives.reference_free_losses",
 }
 
+Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
+KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
 LONGEST_KIND = 60  # characters in the help's table; a longer entry moves only its own comment
 Steps = tuple[str, ...]  # the field names that lead to a setting
+
+
+class ObjectText(str):
+    """An override whose value is a Python object: the text is only how messages name it."""
+
+    value: Any
+
+    @classmethod
+    def of(cls, value: Any, key: str = "") -> "ObjectText":
+        """Return `key=NAME`, or without a key the object's own name or that of its type."""
+        named = inspect.isroutine(value) or isinstance(value, type)
+        name = value.__qualname__ if named else type(value).__qualname__
+        text = cls(f"{key}={name}" if key else name)
+        text.value = value
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
     """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by
-    dotted keys; the recipe and the overrides as the command line has them.
+    dotted keys; the recipe and the overrides as the command line has them; the knobs' defaults; and the
+    settings that were chosen because the command leaves them open, see train/open_settings.py.
     """
 
     value: Any
     knobs: dict[str, Any]
     fields: dict[str, Any]
-    line: tuple[str, ...] = ()
+    line: tuple[Any, ...] = ()
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    chosen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
-        were set, and the command line's recipe and overrides.
+        were set, the command line's recipe and overrides, and settings that were chosen.
         """
-        command = {"knobs": self.knobs, "fields": self.fields, "line": list(self.line)}
+        is_line = all(isinstance(part, str) and not isinstance(part, ObjectText) for part in self.line)
+        line = list(self.line) if is_line else []  # Python's objects are on no command line
+        command = {"knobs": self.knobs, "fields": self.fields, "line": line}
+        command |= {"chosen": self.chosen} if self.chosen else {}
         return {**describe(self.value), "command": describe(command)}
 
 
@@ -120,14 +147,15 @@ def load_config(path: str, overrides: list[str], expected: type = object) -> Any
     return resolve_config(path, overrides, expected).value
 
 
-def resolve_config(path: str, overrides: list[str], expected: type = object) -> Resolved:
+def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object) -> Resolved:
     """Call a file's `config` with the knobs among the overrides, then replace the fields that the others
-    name.
+    name. recipe: a file or its name, or the function itself. overrides: some may be an ObjectText.
 
     Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
     `config` must return.
     """
-    fn, _ = _config_function(path)
+    fn, _ = _config_function(recipe)
+    path = recipe if isinstance(recipe, str) else fn.__qualname__
     knobs = _knobs(fn)
     texts = _split(overrides)
     given = {
@@ -144,19 +172,29 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
         name = "frozen dataclass such as Run" if expected is object else expected.__name__
         raise ValueError(f"{path}: config returned type {type(root).__name__}; expected a {name}")
     dotted = {key: text for key, text in texts.items() if key not in knobs}
-    value, found = _with_fields(root, dotted, list(knobs))
+    value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    return Resolved(value, defaults | given, found, (path, *overrides))
+    return Resolved(value, defaults | given, found, (recipe, *overrides), defaults)
 
 
-def knob_names(path: str) -> list[str]:
+def recipe_defaults(path: str) -> Any:
+    """Return the value of a config without any setting; None if it has a knob without a default, or refuses
+    its defaults.
+    """
+    try:
+        return load_config(path, [])
+    except (ValueError, OSError):
+        return None
+
+
+def knob_names(recipe: Recipe) -> list[str]:
     """The knobs of a config file, in order."""
-    return list(recipe_knobs(path))
+    return list(recipe_knobs(recipe))
 
 
-def recipe_knobs(path: str) -> "dict[str, Knob]":
+def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
     """The knobs of a config file by name, in order."""
-    return _knobs(_config_function(path)[0])
+    return _knobs(_config_function(recipe)[0])
 
 
 def with_fields(value: Any, *overrides: str) -> Any:
@@ -164,13 +202,17 @@ def with_fields(value: Any, *overrides: str) -> Any:
 
     Example: with_fields(run, "optim.schedule=linear", "loop.steps=100").
     """
-    return _with_fields(value, _split(list(overrides)), [])[0]
+    return _with_fields(value, _split(list(overrides)), [], "recipe")[0]
 
 
 # Knobs
 
 
-def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
+def _config_function(path: Recipe) -> tuple[Callable, types.ModuleType | None]:
+    if inspect.isfunction(path):
+        return path, inspect.getmodule(path)
+    if not isinstance(path, str):
+        raise ValueError(f"a recipe is a name, a Python file or a function, not {type(path).__name__}")
     module = run_file(find_recipe(path))
     fn = vars(module).get("config")
     if not inspect.isfunction(fn):
@@ -189,9 +231,19 @@ class Knob:
     group: str | None = None
     comment: str = ""
 
+    @property
+    def written_kind(self) -> str:
+        """How a value is written."""
+        return describe_kind(type(self.default) if self.kind in (UNANNOTATED, Any) else self.kind)
+
+    @property
+    def written(self) -> str | None:
+        """The default as on the command line, None without one."""
+        return None if self.default is UNANNOTATED else as_written(self.default, self.kind)
+
 
 def _knobs(fn: Callable) -> dict[str, Knob]:
-    hints, comments = _hints(fn), _comments(fn)
+    hints, comments = type_hints(fn), _comments(fn)
     found: dict[str, Knob] = {}
     for name, p in inspect.signature(fn).parameters.items():
         default, members = (
@@ -199,7 +251,7 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
             {name: Knob(hints.get(name, UNANNOTATED), p.default, None, comments.get(name, ""))},
         )
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            kinds, notes = _hints(type(default)), _comments(type(default))
+            kinds, notes = type_hints(type(default)), _comments(type(default))
             members = {
                 f.name: Knob(kinds[f.name], getattr(default, f.name), name, notes.get(f.name, ""))
                 for f in dataclasses.fields(default)
@@ -211,7 +263,8 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
     return found
 
 
-def _hints(thing: Any) -> dict[str, Any]:
+def type_hints(thing: Any) -> dict[str, Any]:
+    """Return the annotations of a function or class with their marks. Raises ValueError for unknown names."""
     try:
         return typing.get_type_hints(thing, include_extras=True)
     except NameError as error:
@@ -224,6 +277,8 @@ def _split(overrides: list[str]) -> dict[str, str]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r}: an override is knob=value or section.field=value")
+        if isinstance(override, ObjectText):
+            text = ObjectText.of(override.value)
         if key in texts:
             raise ValueError(f"{key} is given twice: {texts[key]} and {text}")
         texts[key] = text
@@ -246,6 +301,8 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
 
 def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
     """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    if isinstance(text, ObjectText):
+        return _object_as(key, text, kind)
     if kind in (UNANNOTATED, Any):
         if now is UNANNOTATED or now is None:
             raise ValueError(
@@ -263,8 +320,31 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
             raise
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
-        shown = f" (now {_as_written(now) or 'empty'})" if plain else ""
-        raise ValueError(f"{key}={text}: {error}{shown}") from error
+        shown = f" (now {as_written(now) or 'empty'})" if plain else ""
+        is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
+        other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
+        remedy = f"; {other_tools}" if other_tools else ""
+        raise ValueError(f"{key}={text}: {error}{shown}{remedy}") from error
+
+
+def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
+    """Return the object of a setting if its annotation takes it; a list of objects, or one alone, becomes a
+    tuple where one is annotated, and its strings are parsed.
+    """
+    value, members = text.value, union_members(kind)
+    origins = [typing.get_origin(member) or member for member in members]
+    if tuple in origins:
+        items = value if isinstance(value, list | tuple) else (value,)
+        own = typing.get_args(members[origins.index(tuple)])[0]
+        return tuple(
+            parse_value(x, own) if isinstance(x, str) else _object_as(key, ObjectText.of(x), own)
+            for x in items
+        )
+    classes = tuple(origin for origin in origins if isinstance(origin, type))
+    takes_any = kind in (UNANNOTATED, Any) or Any in members
+    if takes_any or isinstance(value, classes) or (is_callable(kind) and callable(value)):
+        return value
+    raise ValueError(f"{key}={text}: expected {describe_kind(kind)}")
 
 
 def _renamed_value(key: str, text: str) -> str | None:
@@ -283,11 +363,13 @@ def _renamed_value(key: str, text: str) -> str | None:
 # Dotted fields
 
 
-def _with_fields(root: Any, texts: dict[str, str], knobs: list[str]) -> tuple[Any, dict[str, Any]]:
+def _with_fields(
+    root: Any, texts: dict[str, str], knobs: list[str], recipe: str
+) -> tuple[Any, dict[str, Any]]:
     """Return (the value with dotted fields replaced, the new values by dotted key)."""
     fields: dict[Steps, tuple[str, str]] = {}
     for key, text in texts.items():
-        steps = _steps(root, key, knobs)
+        steps = _steps(root, key, knobs, (text, recipe))
         if steps in fields:
             raise ValueError(f"{key} and {fields[steps][0]} are the same field")
         fields[steps] = (key, text)
@@ -295,8 +377,11 @@ def _with_fields(root: Any, texts: dict[str, str], knobs: list[str]) -> tuple[An
     return value, {".".join(steps): _get(value, steps) for steps in fields}
 
 
-def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
-    """Split a dotted key into field names; the root may be named by its class, as in `run.name`."""
+def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps:
+    """Split a dotted key into field names; the root may be named by its class, as in `run.name`.
+
+    use: the value that the key is given, and the recipe's name, for the advice in an error.
+    """
     steps = tuple(key.split("."))
     own = [f.name for f in dataclasses.fields(root)]
     if len(steps) > 1 and steps[0] not in own and steps[0] == type(root).__name__.lower():
@@ -314,6 +399,9 @@ def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
             _refuse_renamed(key, steps)
             candidates = [f"{here}.{n}" if here else n for n in names]
             candidates += [] if i else [*knobs, *_all_fields(root)]
+            other_tools = advice(step, *use)
+            if other_tools and all(name.rpartition(".")[2] != step for name in candidates):
+                raise ValueError(f"{key}={use[0]}: {other_tools}")
             close = nearest(key, list(dict.fromkeys(candidates)))
             raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")
         node = getattr(node, step)
@@ -354,7 +442,7 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
             raise ValueError(f"{keys}: one contains the other; set only one")
         if () in below:
             key, text = below[()]
-            values[name] = _parse_as(key, text, _hints(type(node)).get(name, UNANNOTATED), now)
+            values[name] = _parse_as(key, text, type_hints(type(node)).get(name, UNANNOTATED), now)
         else:
             values[name] = _replace(now, below)
     return dataclasses.replace(node, **values) if values else node
@@ -366,19 +454,17 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 def help_text(path: str) -> str:
     """The docstring of a config file and its knobs with their defaults, types and comments."""
     fn, module = _config_function(path)
+    assert module is not None
     rows = []
     for name, knob in _knobs(fn).items():
-        required = knob.default is UNANNOTATED
-        kind = type(knob.default) if knob.kind in (UNANNOTATED, Any) else knob.kind
-        setting = name if required else f"{name}={_as_written(knob.default)}"
-        rows.append((setting, describe_kind(kind) + ", required" * required, knob.comment))
+        required = knob.written is None
+        setting = name if required else f"{name}={knob.written}"
+        rows.append((setting, knob.written_kind + ", required" * required, knob.comment))
     widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
     width = [max(each, default=0) for each in widths]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
     doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
-    return "\n".join(
-        [own_commands(doc), "", "Knobs (knob=value; other settings as section.field=value):", *table]
-    )
+    return "\n".join([own_commands(doc), "", own_commands(KNOBS.format(name=Path(path).stem)), *table])
 
 
 def _comments(definition: Any) -> dict[str, str]:
@@ -410,12 +496,21 @@ def _comments(definition: Any) -> dict[str, str]:
     return found
 
 
-def _as_written(value: Any) -> str:
-    """Format a value as on the command line."""
+def as_written(value: Any, kind: Any = None) -> str:
+    """Format a value as on the command line. kind: its annotation, whose short names are used.
+
+    >>> as_written((0.9, None))
+    '0.9,none'
+    """
     if isinstance(value, tuple):
         if any(isinstance(item, str) and ("," in item or item != item.strip()) for item in value):
             return json.dumps(value)
-        return ",".join(map(_as_written, value)) + "," * (len(value) == 1)
+        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+        return ",".join(as_written(part, item) for part in value) + "," * (len(value) == 1)
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return str(describe(value).get("callable")) if callable(value) else str(value)
+    if not callable(value):
+        return str(value)
+    full = str(describe(value).get("callable"))
+    names = {long: short for k in (kind, *union_members(kind)) for short, long in short_names(k).items()}
+    return names.get(full, full)

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "data.workers",
     "data.tokens",
     "trackers",
+    "tracking",
     "samples",
     "scoring",
     "sampling",
@@ -190,6 +191,13 @@ def patience_at_end(folder: Path) -> int | None:
     """The loop.patience that ended a finished run before its planned steps; None if none did."""
     path = folder / SUMMARY
     found = read_saved_json(path).get("patience") if path.exists() else None
+    return found if type(found) is int else None
+
+
+def planned_at_end(folder: Path) -> int | None:
+    """The planned steps of a finished run that a callback ended before them; None if none did."""
+    path = folder / SUMMARY
+    found = read_saved_json(path).get("planned") if path.exists() else None
     return found if type(found) is int else None
 
 

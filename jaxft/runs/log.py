@@ -4,7 +4,7 @@ raised on the way.
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ class NullLog:
         self.first: Entry = {}
         self.last: Entry = {}
 
-    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Do nothing."""
+    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
+        """Return False."""
+        return False
 
     def sync(self) -> dict[str, Any]:
         """Do nothing."""
@@ -61,6 +62,12 @@ class NullLog:
     def message(self, text: str) -> None:
         """Do nothing."""
 
+    def progress(self, text: str) -> None:
+        """Do nothing."""
+
+    def tabulate(self, labels: Sequence[str]) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -78,7 +85,7 @@ class Log:
         total_steps: int,
         start_step: int = 0,
         quiet: bool = False,
-        trackers: tuple[str, ...] = (),
+        trackers: tuple[str | Tracker, ...] = (),
         console: Console | None = None,
     ):
         self._folder, self._total_steps = Path(folder), total_steps
@@ -98,18 +105,17 @@ class Log:
         self._memory: dict[str, Any] = {}
         self._alarms: Callable[[dict[str, Any], Entry, bool], Alarms] | None = None
 
-    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Log the metrics after `step` optimizer steps; a step may be logged in parts. Raises OSError on a
-        full disk.
+    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
+        """Log the metrics after `step` optimizer steps; a step may be logged in parts. Return whether a
+        tracker ends the run. Raises OSError on a full disk.
 
         An entry that was logged before the restart is not repeated.
         """
         entry = json.loads(format_line(step, metrics, {}))
         if self._jsonl.has(entry):
-            return
+            return False
         try:
-            for tracker in self._trackers:
-                tracker.log(step, metrics, perf)
+            ends = [tracker.log(step, metrics, perf) for tracker in self._trackers]
         except OSError as error:
             text = f"cannot write metrics: {error.strerror}. Fix that and run the same command again"
             raise OSError(error.errno, text, str(self._folder)) from error
@@ -117,6 +123,7 @@ class Log:
             self._view.log(step, metrics, perf)
         for text in self._observe(entry):
             self.message(text)
+        return True in ends
 
     def sync(self) -> dict[str, Any]:
         """Return when metrics and completions are on disk, with what a checkpoint stores about them, see
@@ -180,6 +187,16 @@ class Log:
         """Print a line, above the live view where there is one."""
         if self._view is not None:
             self._view.message(text)
+
+    def progress(self, text: str) -> None:
+        """Show the progress of a phase inside the run; "" ends it."""
+        if self._view is not None:
+            self._view.progress(text)
+
+    def tabulate(self, labels: Sequence[str]) -> None:
+        """Show entries as a table from now on, see ConsoleView.tabulate."""
+        if self._view is not None:
+            self._view.tabulate(labels)
 
     def mark(self, end: RunEnd) -> None:
         """Set how the run ended, which `close` passes to the trackers; without it, failed."""

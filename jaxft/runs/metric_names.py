@@ -4,9 +4,18 @@ computes it.
 A held-out metric has the prefix HELD_OUT.
 """
 
-from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD
+from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD, ZERO_STD
 from jaxft.objectives.critic import VALUE_LOSS
-from jaxft.objectives.metrics import ENTROPY, GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, TOKEN_ACCURACY
+from jaxft.objectives.metrics import (
+    ENTROPY,
+    GRAD_NORM,
+    HELD_OUT,
+    KL,
+    LOSS,
+    PAIR_COUNT,
+    SKIPPED,
+    TOKEN_ACCURACY,
+)
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
     CHOSEN_LOGP,
@@ -27,6 +36,7 @@ __all__ = [
     "COMPLETION_LENGTH",
     "ENTROPY",
     "EPOCH",
+    "EVALUATION_SECONDS",
     "GENERAL_LOSS",
     "GRAD_NORM",
     "HELD_OUT",
@@ -36,12 +46,14 @@ __all__ = [
     "MARGIN",
     "MEMORY",
     "MFU",
+    "PAIR_COUNT",
     "REJECTED_LOGP",
     "REJECTED_REWARD",
     "REWARD",
     "REWARD_ACCURACY",
     "REWARD_MARGIN",
     "REWARD_STD",
+    "SAMPLING_SECONDS",
     "SCORES",
     "SECONDS",
     "SKIPPED",
@@ -49,6 +61,7 @@ __all__ = [
     "TOKENS",
     "TOKEN_ACCURACY",
     "VALUE_LOSS",
+    "ZERO_STD",
 ]
 
 # Of rollouts (jaxft/rl)
@@ -60,3 +73,4 @@ COMPLETION_LENGTH = "completions/mean_length"
 SCORES = "scores/"  # prefix of the mean scores of held-out completions, by the name of the function
 LEARNING_RATE, EPOCH, TOKENS = "learning_rate", "epoch", "num_tokens"
 SECONDS, SPEED, MFU, MEMORY = "seconds", "tokens_per_second", "mfu", "memory_gib"
+EVALUATION_SECONDS, SAMPLING_SECONDS = "evaluation_seconds", "sampling_seconds"  # of an evaluation

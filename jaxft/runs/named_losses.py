@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxft.objectives import preference_losses, reference_free_losses
 from jaxft.objectives.pair import declaration, loss_signature
 from jaxft.runs.parse import UNANNOTATED, find_file, load_callable, parse_value
+from jaxft.short_names import PREFERENCE_LOSSES
 from jaxft.tree import nearest
 
 
@@ -80,27 +80,13 @@ def loss_beta(loss: NamedLoss) -> float:
 
 
 def _function(name: str) -> tuple[Callable, Path]:
-    """Return the loss `file.py:name`, `package.module:name` or a bare name of jaxft's, and its file."""
-    if ":" in name:
-        fn = load_callable(name)
-        where = name.rpartition(":")[0]
-        if where.endswith(".py"):
-            return fn, find_file(where)
-        return fn, Path(inspect.getfile(sys.modules[where]))
-    modules = (preference_losses, reference_free_losses)
-    available = {n: (m, fn) for m in modules for n, fn in vars(m).items() if _is_loss_of(fn, m.__name__)}
-    if name not in available:
-        near = ", ".join(nearest(name, list(available), 5))
+    """Return the loss `file.py:name`, `package.module:name` or a short name of jaxft's, and its file."""
+    if ":" not in name and name not in PREFERENCE_LOSSES:
+        near = ", ".join(nearest(name, list(PREFERENCE_LOSSES), 5))
         raise ValueError(f"no loss is called {name!r}; near: {near}. Use file.py:name for a loss in a file")
-    return available[name][1], Path(inspect.getfile(available[name][0]))
-
-
-def _is_loss_of(fn: Any, module: str) -> bool:
-    """Return whether `fn` is a public preference loss defined in `module`."""
-    fn = declaration(fn).fn if callable(fn) else fn
-    if not inspect.isfunction(fn) or fn.__module__ != module or fn.__name__.startswith("_"):
-        return False
-    return next(iter(inspect.signature(fn).parameters), "") == "pair"
+    full = PREFERENCE_LOSSES.get(name, name)
+    fn, where = load_callable(full), full.rpartition(":")[0]
+    return fn, find_file(where) if where.endswith(".py") else Path(inspect.getfile(sys.modules[where]))
 
 
 def _knob_value(item: str, text: str, kind: Any, default: Any) -> Any:

@@ -1,9 +1,13 @@
 """The weights that a command line names: a run, a model, an adapter, or an adapter on its own base."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Prompts, split_prompts
+from jaxft.data.sft import Rows
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.weights import adapters, hub
 from jaxft.weights.peft_refusals import read_adapter_config
@@ -90,3 +94,26 @@ def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -
     found = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
     items = data.get("columns", ()) if columns is None else columns.split(",")
     return {**format, **found, "columns": tuple(item.strip() for item in items if item.strip())}
+
+
+def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
+    """Return the data settings with which a run divided its rows into training and held-out ones.
+
+    record: its settings. Raises ValueError for a kind of data that is not jaxft's.
+    """
+    data, kinds = record["data"], {"jaxft.data.sft:Rows": Rows, "jaxft.data.pairs.source:PairRows": PairRows}
+    kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
+    if kind is None:
+        raise ValueError(f"data of type {data.get('type')}: its held-out rows are not known here; use --file")
+    known = {field.name for field in fields(kind)}
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items() if name in known}
+    return kind(**values)
+
+
+def held_out_names(data: Rows | PairRows | Prompts, tokenizer: Any) -> set[str]:
+    """Return the names of the rows that a fraction of the rows holds out, with these settings."""
+    if isinstance(data, Prompts):
+        return set(split_prompts(data, tokenizer)[1].names)
+    source: Any = data.open(tokenizer)
+    split = source.pairs.split if isinstance(data, PairRows) else source.split
+    return {split.rows.names[i] for i in split.held}

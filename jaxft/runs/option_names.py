@@ -139,12 +139,6 @@ def _absent(names: str, note: str, harmless: str = "") -> Iterator[Option]:
     return _options(names, setting=None, note=note, kind="absent", values=off)
 
 
-_LOSSES = "jaxft.objectives.preference_losses"
-_FREE = "jaxft.objectives.reference_free_losses"
-_POLICY = "jaxft.objectives.policy_losses"
-_ADVANTAGES = "jaxft.rl.advantages"
-_WEIGHTS = "jaxft.rl.token_weights"
-
 _OPTIMIZERS = {
     **dict.fromkeys(
         ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_apex_fused", "adamw"), ""
@@ -176,14 +170,14 @@ _SCHEDULES = {
 _DPO_LOSSES = {
     "sigmoid": "",
     **{
-        name: f"loss={_LOSSES}:{name}"
+        name: f"loss={name}"
         for name in (
             "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
             "apo_zero", "apo_down", "discopop", "sigmoid_norm",
         )
     },
-    "sft": f"loss={_LOSSES}:nll",
-    "aot_pair": f"loss={_LOSSES}:aot",
+    "sft": "loss=nll",
+    "aot_pair": "loss=aot",
 }  # fmt: skip
 _TEMPLATES = {
     **{name: f"chat_template={name}" for name in ("chatml", "llama3", "gemma", "zephyr")},
@@ -573,7 +567,7 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("rl_beta:a dpo_beta:a pref_beta:f", "beta", 0.1, "", "dpo"),
         _mapped("loss_type:t", "loss", _DPO_LOSSES, "", "dpo"),
         _mapped("pref_loss:f", "loss",
-                {"sigmoid": "", "hinge": f"loss={_LOSSES}:hinge", "ipo": f"loss={_LOSSES}:ipo",
+                {"sigmoid": "", "hinge": "loss=hinge", "ipo": "loss=ipo",
                  "kto_pair": "", "orpo": "", "simpo": ""}, "orpo and simpo are recipes", "dpo"),
         _together("rl:a stage:af", None,
                   "a recipe: sft, dpo, kto, orpo, simpo, reward, grpo, ppo or online_dpo"),
@@ -597,7 +591,7 @@ OPTIONS: tuple[Option, ...] = tuple(
               "undesirable_weight", 1.0, "", "kto"),
         _same("simpo_gamma:taf", "gamma", 1.0, "", "simpo"),
         _same("orpo_alpha:a", "beta", 0.1, "", "orpo"),
-        _together("cpo_alpha:ta", "loss", f"loss={_FREE}:cpo", "dpo"),
+        _together("cpo_alpha:ta", "loss", "loss=cpo", "dpo"),
         _same("center_rewards_coefficient:ta", "center", 0.01, "", "reward"),
         # Rollouts
         _same("num_generations:ta", "group", 8, "", "grpo"),
@@ -610,15 +604,15 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("epsilon_high:ta", "eps_high", 0.28, "", "grpo"),
         _same("beta:ta", "beta", 0.04, "", "grpo"),
         _mapped("loss_type:ta", "token_weights",
-                {"dapo": "", "bnpo": "", "grpo": f"token_weights={_WEIGHTS}:sequence_mean",
-                 "dr_grpo": f"token_weights={_WEIGHTS}:constant_length", "cispo": f"loss={_POLICY}:cispo",
-                 "sapo": f"loss={_POLICY}:sapo", "vespo": f"loss={_POLICY}:vespo"}, "", "grpo"),
+                {"dapo": "", "bnpo": "", "grpo": "token_weights=sequence_mean",
+                 "dr_grpo": "token_weights=constant_length", "cispo": "loss=cispo",
+                 "sapo": "loss=sapo", "vespo": "loss=vespo"}, "", "grpo"),
         _mapped("scale_rewards:ta", "advantage",
-                {"true": "", "group": "", "batch": f"advantage={_ADVANTAGES}:grpo_batch",
-                 "false": f"advantage={_ADVANTAGES}:centred", "none": f"advantage={_ADVANTAGES}:centred"},
+                {"true": "", "group": "", "batch": "advantage=grpo_batch",
+                 "false": "advantage=centred", "none": "advantage=centred"},
                 "", "grpo"),
         _mapped("importance_sampling_level:ta", "loss",
-                {"token": "", "sequence": f"loss={_POLICY}:gspo"}, "", "grpo"),
+                {"token": "", "sequence": "loss=gspo"}, "", "grpo"),
         _mapped("mask_truncated_completions:ta", "train_on_truncated",
                 {"true": "train_on_truncated=false", "false": ""}, "", "grpo"),
         _same("reward_weights:ta", "reward_weights", [1.0], "", "grpo"),
@@ -629,7 +623,7 @@ OPTIONS: tuple[Option, ...] = tuple(
         _together("reward_model:tf reward_model_path:t reward_model_name_or_path:t", "reward_model",
                   "reward_model=org/name, or runs/reward", "grpo"),
         _mapped("multi_objective_aggregation:ta", "combine",
-                {"sum_then_normalize": "", "normalize_then_sum": f"combine={_ADVANTAGES}:normalised_sum"},
+                {"sum_then_normalize": "", "normalize_then_sum": "combine=normalised_sum"},
                 "", "grpo"),
         _same("missing_eos_penalty:t", "missing_eos", 1.0, "", "grpo"),
         _together("steps_per_generation:ta generation_batch_size:ta", "minibatches",

@@ -2,6 +2,7 @@
 settings may name.
 """
 
+import ast
 import collections.abc
 import dataclasses
 import importlib
@@ -10,16 +11,20 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxft.bounds import bounds_of, choices_of
 from jaxft.data.shipped import ROOT
-from jaxft.optim.short_names import ShortNames
 from jaxft.runs.record import union_members
+from jaxft.runs.unknown_names import settings_file
+from jaxft.short_names import ShortNames
 from jaxft.tree import nearest
 
 UNANNOTATED = inspect.Parameter.empty  # the annotation or the default that a parameter lacks
 CALLABLE = "package.module:name or file.py:name"
+SHOWN_NAMES = 8  # of functions that a message lists; of more it shows a few
 
 
 # Python files and functions
@@ -41,7 +46,11 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Resolve the name of a recipe in configs/ or the path of a file. Raises FileNotFoundError."""
+    """Resolve the name of a recipe in configs/ or the path of a file. Raises FileNotFoundError, or ValueError
+    for a file of another tool's settings.
+    """
+    if refusal := settings_file(name):
+        raise ValueError(refusal)
     if Path(name).suffix or len(Path(name).parts) > 1 or Path(name).is_file():
         return find_file(name)
     if name in recipe_names():
@@ -117,12 +126,24 @@ def load_callable(text: str) -> Any:
         try:
             value = getattr(value, part)
         except AttributeError:
-            functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            near = ", ".join(nearest(name, functions, 5)) or "no functions"
-            raise ValueError(f"{where} has no {name!r}; it has: {near}") from None
+            raise ValueError(f"{where} has no {name!r}; {_functions_of(module, name)}") from None
     if not callable(value) and not dataclasses.is_dataclass(value):
         raise ValueError(f"{text} has type {type(value).__name__}, not a function")
     return value
+
+
+def _functions_of(module: types.ModuleType, name: str) -> str:
+    """Return which functions a module has, for an error: all that a user's file defines, in its order; of a
+    package the nearest.
+    """
+    named = vars(module).items()
+    functions = [n for n, v in named if callable(v) and not isinstance(v, type) and not n.startswith("_")]
+    if not module.__name__.endswith(".py"):
+        return f"near: {', '.join(nearest(name, functions, 5)) or 'no functions'}"
+    tree = ast.parse(Path(str(module.__file__)).read_bytes())
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {alias.asname or alias.name for node in statements for alias in node.names}
+    return f"it has: {', '.join(n for n in functions if n not in imported) or 'no functions'}"
 
 
 # Values
@@ -130,25 +151,37 @@ def load_callable(text: str) -> Any:
 
 def describe_kind(kind: Any) -> str:
     """Describe how a value of an annotation is written on the command line, for help and errors."""
-    members, short = union_members(kind), short_names(kind)
+    members, short, bounds = union_members(kind), short_names(kind), bounds_of(kind)
+    if known := choices_of(kind):
+        return f"one of {', '.join(known)}"
+    if bounds is not None:
+        return f"{describe_kind(typing.get_args(kind)[0])}, {bounds}"
     if len(members) > 1:
         return " or ".join(map(describe_kind, members))
     if short:
-        return f"one of {', '.join(short)}, or {CALLABLE}"
+        return f"{_some_of(short)}, or {CALLABLE}"
     kind = members[0]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
     if origin is tuple:
-        items = dict.fromkeys(describe_kind(a) for a in args if a is not ...)
-        return "a list a,b of " + " and ".join(items)
+        pairs = any(typing.get_origin(a) is tuple for a in args)
+        parts = typing.get_args(args[0]) if pairs else args
+        items = dict.fromkeys(describe_kind(a) for a in parts if a is not ...)
+        return f"a list {'a:b,c:d' if pairs else 'a,b'} of " + " and ".join(items)
     if kind is bool:
         return "true or false"
     if kind in (None, type(None)):
         return "none"
-    if _is_callable(kind):
+    if is_callable(kind):
         return CALLABLE
     return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _some_of(short: Collection[str]) -> str:
+    if len(short) <= SHOWN_NAMES:
+        return f"one of {', '.join(short)}"
+    return f"one of {len(short)} names such as {', '.join(list(short)[:3])}"
 
 
 def short_names(kind: Any) -> dict[str, str]:
@@ -157,9 +190,21 @@ def short_names(kind: Any) -> dict[str, str]:
     return {name: full for mark in marks if isinstance(mark, ShortNames) for name, full in mark.pairs}
 
 
-def _is_callable(kind: Any) -> bool:
-    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-    return collections.abc.Callable in (kind, typing.get_origin(kind))
+def is_callable(kind: Any) -> bool:
+    """Whether an annotation, or a member of a union, is that of a function."""
+    members = union_members(kind)
+    return collections.abc.Callable in (*members, *map(typing.get_origin, members))
+
+
+def can_be_written(kind: Any) -> bool:
+    """Return whether a value of an annotation can be written on the command line."""
+    members = union_members(kind)
+    if len(members) > 1:
+        return any(can_be_written(member) for member in members if member is not type(None))
+    kind = members[0]
+    if typing.get_origin(kind) is tuple:
+        return all(can_be_written(item) for item in typing.get_args(kind) if item is not ...)
+    return kind in (bool, int, float, str, Path) or typing.get_origin(kind) is Literal or is_callable(kind)
 
 
 def parse_value(text: str, kind: Any) -> Any:
@@ -171,10 +216,13 @@ def parse_value(text: str, kind: Any) -> Any:
         return _parse_union(text, kind, members)
     short = short_names(kind)
     if short and ":" not in text and text not in short:
-        raise ValueError(f"{text!r} is none of {', '.join(short)}; use one, or {CALLABLE}")
+        known = f"none of {', '.join(short)}"
+        if len(short) > SHOWN_NAMES:
+            known = f"no known name, near: {', '.join(nearest(text, list(short), 5))}"
+        raise ValueError(f"{text!r} is {known}; use one, or {CALLABLE}")
     kind, text = members[0], short.get(text, text)
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if _is_callable(kind):
+    if is_callable(kind):
         return load_callable(text)
     if origin is Literal:
         for choice in args:
@@ -213,7 +261,7 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
         try:
             return parse_value(text, member)
         except ValueError:
-            if _is_callable(member) and ":" in text:
+            if is_callable(member) and ":" in text:
                 raise
     raise _expected(text, kind)
 

@@ -25,7 +25,7 @@ STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 @dataclass(frozen=True)
 class Panel:
     """Axes with a curve a label. dashed: further curves in the label's colour; level: a horizontal line to
-    compare with.
+    compare with. faint: values behind a smoothed curve.
     """
 
     title: str
@@ -34,6 +34,7 @@ class Panel:
     curves: Mapping[str, Points]
     dashed: Mapping[str, Points] = field(default_factory=dict)
     level: float | None = None
+    faint: Mapping[str, Points] = field(default_factory=dict)
 
 
 def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> None:
@@ -90,6 +91,8 @@ def _panel(ax: Any, panel: Panel, labels: list[str]) -> None:
         marker = {"marker": "o", "markersize": 3.5} if len(x) < 12 else {}
         number = labels.index(label)
         ax.plot(x, y, **_look(number), **marker, zorder=3 + 1 / (1 + number))  # the first one on top
+    for label, (x, y) in panel.faint.items():
+        ax.plot(x, y, color=_look(labels.index(label))["color"], linewidth=0.7, alpha=0.3, zorder=2)
     for label, (x, y) in panel.dashed.items():
         ax.plot(x, y, **{**_look(labels.index(label)), "linestyle": "--", "linewidth": 1.0, "alpha": 0.7})
     ax.set_title(panel.title, fontsize=9)

@@ -1,22 +1,29 @@
 """Texts for the user of a run: start-up lines, result lines and the model card."""
 
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
 from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
-from jaxft.runs.metric_names import HELD_OUT, SCORES
+from jaxft.objectives.intervals import Interval, wilson
+from jaxft.runs import metric_names as names
+from jaxft.runs.metric_names import HELD_OUT, PAIR_COUNT, SCORES
 from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 from jaxft.weights.card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
-    "eval_loss": "loss on held-out rows",
-    "eval_reward": "reward of held-out prompts",
-    "general_loss": "loss on general text",
+    HELD_OUT + names.LOSS: "loss on held-out rows",
+    HELD_OUT + names.ACCURACY: "accuracy on held-out pairs",
+    HELD_OUT + names.REWARD_ACCURACY: "accuracy on held-out pairs",
+    HELD_OUT + names.REWARD: "reward of held-out prompts",
+    names.GENERAL_LOSS: "loss on general text",
 }
+INTERVALS = "In brackets: the 95 % interval for that number of pairs or prompts."
+ALL_TIES = "all ties"  # an accuracy where the model prefers neither response of any pair
 
 
 class Sample(TypedDict):
@@ -34,13 +41,14 @@ class Evaluation(TypedDict):
     """The evaluation before the first step or after the last one.
 
     samples: completions of held-out prompts that are shown. scored: number of prompts whose completions were
-    scored. score_faults: lines about completions without a score. nonfinite: number of prompts of which a
-    completion ended because of non-finite logits.
+    scored. intervals: of the metrics that are means over these prompts. score_faults: lines about completions
+    without a score. nonfinite: number of prompts of which a completion ended because of non-finite logits.
     """
 
     metrics: dict[str, float]
     samples: list[Sample]
     scored: int
+    intervals: Mapping[str, Sequence[float]]
     score_faults: list[str]
     nonfinite: int
 
@@ -144,14 +152,56 @@ def result_lines(
         lines.append(f"\nprompt:   {_short(old['prompt'])}\nbefore:   {_short(old['completion'])}")
         lines.append(f"after:    {_short(new['completion'])}")
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
-    lines.append("")
-    for name, label in headlines(after).items():
-        was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
-        lines.append(f"{label}: {was}{after['metrics'][name]:.4f} after")
+    lines += ["", *before_and_after(before, after)]
     script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
     command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
     return [*lines, *notes, where, command]
+
+
+def before_and_after(before: Evaluation, after: Evaluation) -> list[str]:
+    """Return a table of the most important metrics before and after training, with 95 % intervals."""
+    rows = [
+        (label, metric_cell(before, name), metric_cell(after, name))
+        for name, label in headlines(after).items()
+    ]
+    if not rows:
+        return []
+    table = [("", "before", "after"), *rows]
+    first, second = (2 + max(len(row[column]) for row in table) for column in (0, 1))
+    return [f"{label:{first}}{old:{second}}{new}".rstrip() for label, old, new in table]
+
+
+def metric_cell(evaluation: Evaluation, name: str) -> str:
+    """Return a metric of an evaluation as text, "" without it. An accuracy or a score has its interval and
+    the number of pairs or prompts.
+    """
+    pairs, value = evaluation["metrics"].get(name + PAIR_COUNT), evaluation["metrics"].get(name)
+    if value is None:
+        return ALL_TIES if pairs else ""
+    if pairs:
+        return f"{value:.4f} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
+    if name in evaluation.get("intervals", {}):
+        interval = Interval(*evaluation["intervals"][name])
+        return f"{value:.4f} {interval.text()} of {evaluation['scored']:,} prompts"
+    return f"{value:.4f}"
+
+
+def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """Return each alarm once, with the runs that raised it. Of those that differ in numbers alone the first
+    is returned, with a note.
+
+    alarms: of each run, by name.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, own in alarms.items():
+        for alarm in own:
+            found.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
+    joint = []
+    for same in found.values():
+        text = same[0][0] + (" (the others with other numbers)" if len({x for x, _ in same}) > 1 else "")
+        joint.append((text, list(dict.fromkeys(name for _, name in same))))
+    return joint
 
 
 def headlines(evaluation: Evaluation) -> dict[str, str]:
@@ -162,7 +212,8 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
         for name in metrics
         if name.startswith(prefix)
     }
-    return scores | {name: label for name, label in HEADLINES.items() if name in metrics}
+    known = {name.removesuffix(PAIR_COUNT) for name in metrics}  # without a value if all pairs are ties
+    return scores | {name: label for name, label in HEADLINES.items() if name in known}
 
 
 def _short(text: str) -> str:
@@ -250,21 +301,21 @@ def _description(card: ModelCard) -> list[str]:
 
 
 def _results(card: ModelCard) -> list[str]:
-    before, after = card.before["metrics"], card.after["metrics"]
-    rows = [f"| {name} | {_cell(before, name)} | {_cell(after, name)} |" for name in {**before, **after}]
+    known = {**card.before["metrics"], **card.after["metrics"]}
+    rows = [
+        f"| {name} | {metric_cell(card.before, name)} | {metric_cell(card.after, name)} |"
+        for name in dict.fromkeys(name.removesuffix(PAIR_COUNT) for name in known)
+    ]
     notes = [f"- {line}" for line in card.notes]
     return [
         "| held-out metric | before | after |",
         "|---|---|---|",
         *rows,
         "",
+        *([INTERVALS, ""] if any("[" in row for row in rows) else []),
         *notes,
         *([""] if notes else []),
     ]
-
-
-def _cell(metrics: dict[str, float], name: str) -> str:
-    return f"{metrics[name]:.4f}" if name in metrics else ""
 
 
 def _usage(card: ModelCard) -> list[str]:
@@ -323,13 +374,13 @@ def completions_section(folder: Path, count: int = 5) -> str:
         return ""
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
     shown = [entry for step in steps for entry in [e for e in entries if e["step"] == step][:count]]
-    names = list(shown[0]["rewards"])
+    by_function = list(shown[0]["rewards"])
     lines = ["## Sampled completions", ""]
-    lines.append(f"| step | prompt | completion |{''.join(f' {name} |' for name in names)} reward |")
-    lines.append("|---" * (4 + len(names)) + "|")
+    lines.append(f"| step | prompt | completion |{''.join(f' {name} |' for name in by_function)} reward |")
+    lines.append("|---" * (4 + len(by_function)) + "|")
     for entry in shown:
         prompt = entry["prompt"] if isinstance(entry["prompt"], str) else entry["prompt"][-1]["content"]
-        rewards = [*(entry["rewards"][name] for name in names), entry["reward"]]
+        rewards = [*(entry["rewards"][name] for name in by_function), entry["reward"]]
         numbers = " | ".join("none" if x is None else f"{x:.3f}" for x in rewards)
         lines.append(
             f"| {entry['step']} | {_in_table(prompt)} | {_in_table(entry['completion'])} | {numbers} |"

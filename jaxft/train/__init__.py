@@ -1,1 +1,44 @@
-"""Training: settings, the loop, the step and everything it compiles."""
+"""Training: settings, the loop, the step and everything it compiles. `jaxft.train(...)` trains a recipe."""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+
+class _Train(types.ModuleType):
+    """This package as a function: `jaxft.train` is both, whichever is imported first."""
+
+    def __call__(
+        self,
+        recipe: str | Callable[..., Any],
+        rows: Iterable[Mapping[str, Any]] | None = None,
+        callbacks: Sequence[Any] = (),
+        settings: Mapping[str, Any] | None = None,
+        root: str = "runs",
+        **knobs: Any,
+    ) -> Any:
+        """Train a recipe as `jaxft train` does, or resume it, and return its Result.
+
+        recipe: the name of one such as "sft", a Python file, or a function that returns a Run. rows: a list
+        of dicts, or any iterable of them such as a datasets.Dataset, in place of `data`. callbacks: functions
+        (step, metrics), or objects with the methods of a Tracker (jaxft/runs/trackers/tracker.py), called
+        with each entry of the log, on the first of several processes. One that returns True ends the run
+        after this step or, with several processes, the next; the model is then evaluated and exported.
+        settings: dotted settings, {"optim.clip": 1.0}, which `**{"optim.clip": 1.0}` sets too. root: the
+        folder of the run's folder. knobs: as on the command line (`jaxft train sft --help`); functions and
+        lists are values too.
+
+        The same call resumes a run that was stopped, and returns the result of one that is finished. Raises
+        jaxft.Error with one line for a wrong setting, row or file, KeyboardInterrupt after Ctrl-C.
+
+            result = jaxft.train("sft", rows, name="mine", lr=5e-4, loss_on="completion")
+            result = jaxft.train("dpo", pairs, loss=my_loss, callbacks=[lambda step, metrics: print(step)])
+        """
+        importlib.import_module("jaxft.runs.cli").quiet()  # before jax is imported
+        api = importlib.import_module("jaxft.train.python_api")
+        return api.train_recipe(recipe, rows, callbacks, {**(settings or {})}, root, knobs)
+
+
+sys.modules[__name__].__class__ = _Train

@@ -1,8 +1,9 @@
 """The compiled programs of a run: step, evaluation of held-out rows and general text, sampling of prompts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 
@@ -10,15 +11,42 @@ from jaxft import tree
 from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
 from jaxft.inference.decode import Decoding
-from jaxft.objectives.metrics import LOSS, FloatMetrics
+from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
 from jaxft.runs.report import Evaluation
 from jaxft.train import samples, scores
+from jaxft.train.clock import Clock
+from jaxft.train.evaluate import held_out_floats
 from jaxft.train.members import Job
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
 from jaxft.tree import Batch, Metrics, Params
 
 States = tuple[TrainState, ...]  # of the members of a job
+RowValues = dict[int, FloatMetrics]  # of held-out rows by their position
 LAST_LOSS = "last_loss"
+EVALUATING = "batches of held-out rows evaluated"
+
+
+class HeldOutValues(NamedTuple):
+    """Values of single held-out rows by their position, and scores of held-out prompts by name."""
+
+    rows: RowValues
+    prompts: dict[str, FloatMetrics]
+
+
+class HeldOut(NamedTuple):
+    """An evaluation of held-out rows: metrics, and values of single rows by their position."""
+
+    metrics: FloatMetrics
+    rows: RowValues
+
+    @staticmethod
+    def of(total: Metrics) -> "HeldOut":
+        """Divide metrics that are summed over all batches."""
+        return HeldOut(held_out_floats(total), row_values(total))
+
+    def named_metrics(self) -> FloatMetrics:
+        """Return the metrics under their names in the log."""
+        return {HELD_OUT + name: value for name, value in self.metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -28,61 +56,66 @@ class Compiled:
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     averaged(states) -> the states with the weights that are evaluated and exported, which are averages with
     optim.ema and schedule-free optimizers; all members but step take such states. evaluate and general:
-    metrics of the held-out rows and of the general text, {} without any. sample: completions of held-out
+    metrics of the held-out rows and of the general text, {} without any; evaluate also the values of single
+    rows, see HeldOut. sample: completions of held-out
     prompts and their scores. last_loss(states, batch): the loss of a training batch in a forward pass without
     dropout; {} with held-out rows, whose loss is computed after the last step anyway.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
-    evaluate: Callable[[States], list[dict[str, float]]]
+    evaluate: Callable[[States], list[HeldOut]]
     general: Callable[[States], list[dict[str, float]]]
     sample: Callable[[States], list[scores.Scored]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
-    def held_out_metrics(self, states: States, scores: bool = False) -> list[dict[str, float]]:
+    def timed(self, clock: Clock) -> "Compiled":
+        """Return the same programs, whose time counts as evaluation or sampling."""
+        evaluation = {name: clock.timed("evaluation", vars(self)[name]) for name in ("evaluate", "general")}
+        return replace(self, **evaluation, sample=clock.timed("sampling", self.sample))
+
+    def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
         """Metrics of the held-out rows under their names in the log, with averaged weights. scores: and the
         scores of completions.
         """
         states = self.averaged(states)
-        found = self._held_out_metrics(states)
+        found = [own.named_metrics() for own in self.evaluate(states)]
         if not scores:
             return found
         return [{**own, **more.metrics} for own, more in zip(found, self.sample(states), strict=True)]
 
-    def _held_out_metrics(self, states: States) -> list[dict[str, float]]:
-        return [
-            {f"eval_{name}": value for name, value in metrics.items()} for metrics in self.evaluate(states)
-        ]
-
-    def evaluation(self, states: States) -> list[Evaluation]:
+    def evaluation(self, states: States) -> tuple[list[Evaluation], list[HeldOutValues]]:
         """Evaluate held-out rows, general text and sample completions, before the first and after the last
-        step, with averaged weights.
+        step, with averaged weights. Returns the evaluations, and the values of single held-out rows and
+        prompts.
         """
         states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
-        held_out = self._held_out_metrics(states)
-        return [
+        held_out, sampled = self.evaluate(states), self.sample(states)
+        evaluations = [
             Evaluation(
-                metrics={**own, **more, **scored.metrics},
+                metrics={**own.named_metrics(), **more, **scored.metrics},
                 samples=scored.samples,
                 scored=scored.scored,
+                intervals=scored.intervals,
                 score_faults=scored.faults,
                 nonfinite=scored.nonfinite,
             )
-            for own, more, scored in zip(held_out, general, self.sample(states), strict=True)
+            for own, more, scored in zip(held_out, general, sampled, strict=True)
         ]
+        pairs = zip(held_out, sampled, strict=True)
+        return evaluations, [HeldOutValues(own.rows, scored.values) for own, scored in pairs]
 
 
-def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
-    """Compile the programs of a run alone."""
+def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
+    """Compile the programs of a run alone. clock: shows the progress of evaluation and sampling."""
     p, run, source, (own,) = job.lead.programs, job.lead.run, job.sources[0], frozen
-    held_out = compile_eval(p, p.eval_step, own, source.held_out)
+    held_out = compile_eval(p, p.eval_step, own, job.held_out, partial(clock.over, EVALUATING))
     general = compile_eval(p, p.text_step, own, job.general)
     params = tree.combine(p.state.trainable, p.frozen)
     decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
     prompts = scores.held_out_prompts(run, source)
-    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
+    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
     texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
     score = scores.make_scorer(run.scoring, run.samples, texts)
     train_step = compile_step(p, *source.shapes)
@@ -91,9 +124,9 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
         state, metrics = train_step(states[0], frozen[0], sharding.shard_batch(p.mesh, batch))
         return (state,), metrics
 
-    def evaluate(states: States) -> list[dict[str, float]]:
+    def evaluate(states: States) -> list[HeldOut]:
         metrics = source.evaluate(states[0])
-        return [held_out(states[0]) if metrics is None else metrics]
+        return [HeldOut.of(held_out(states[0])) if metrics is None else HeldOut(metrics, {})]
 
     def sample(states: States) -> list[scores.Scored]:
         return [score(complete(tree.combine(states[0].trainable, own)))]
@@ -102,14 +135,17 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     if not source.held_out:
         of_rows = compile_metrics(p, p.eval_step, own, *microbatch_shape(source.shapes[-1]))
         last_loss = partial(
-            losses_of_batch, lambda states, rows: [of_rows(states[0], rows)], source.shapes[-1]
+            losses_of_batch, lambda states, rows: [as_floats(of_rows(states[0], rows))], source.shapes[-1]
         )
     average = compile_averaged(p)
 
     def averaged(states: States) -> States:
         return (average(states[0]),)
 
-    return Compiled(step, evaluate, lambda states: [general(states[0])], sample, last_loss, averaged)
+    def general_text(states: States) -> list[FloatMetrics]:
+        return [as_floats(general(states[0]))]
+
+    return Compiled(step, evaluate, general_text, sample, last_loss, averaged)
 
 
 def no_losses(states: States, batch: Batch) -> list[FloatMetrics]:

@@ -129,7 +129,7 @@ def _scored(
     columns = [(prompt.row, prompt.columns) for prompt in prompts for _ in range(samples)]
     texts = [text for own in found.texts for text in own]
     metrics: dict[str, float] = {"prompts": len(prompts), "completions": len(texts)}
-    notes, scores = [], {}
+    notes, scores, by_row = [], {}, {}
     for name, reward in zip(unique_names(rewards), rewards, strict=True):
         values, faults = call_reward(reward, given, texts, columns)
         missing = int(np.isnan(values).sum())
@@ -138,11 +138,13 @@ def _scored(
         if missing:
             notes.append(f"{missing} of {len(values)} completions have no score: {faults.first}")
         scores[name] = values.reshape(len(prompts), samples)
-        metrics[name] = float(np.nanmean(values))
-        metrics |= {f"pass@{k}/{name}": value for k, value in pass_at(scores[name], passes).items()}
+        metrics[name], by_row[name] = float(np.nanmean(values)), prompt_means(scores[name])
+        for k, estimates in pass_at(scores[name], passes).items():
+            metric = f"pass@{k}/{name}"
+            metrics[metric], by_row[metric] = float(np.nanmean(estimates)), estimates
     metrics[COMPLETION_LENGTH] = float(found.lengths.mean())
     metrics[CLIPPED_RATIO] = float(1 - found.ended.mean())
-    return Evaluated(metrics, _results(prompts, found, scores), notes)
+    return Evaluated(metrics, _results(prompts, found, scores), notes, by_row)
 
 
 def _results(
@@ -202,22 +204,29 @@ def sample_texts(
     return SampledTexts(texts, (sampled >= 0).sum(-1), ended)
 
 
-def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, float]:
-    """Return pass@k, the probability that one of k completions of a prompt is correct, for each k.
+def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
+    """Return the mean score of each prompt's completions that have one (not NaN); NaN if none has."""
+    return [math.nan if np.isnan(own).all() else float(np.nanmean(own)) for own in scores]
+
+
+def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, list[float]]:
+    """Return an estimate of pass@k for each prompt, the probability that one of k completions of it is
+    correct, for each k.
 
     scores: of G completions of n prompts; from CORRECT on a completion is correct, NaN is no score. Of a
-    prompt's g scored completions, c are correct: the mean of 1 - C(g - c, k) / C(g, k) over the prompts with
-    g >= k is the unbiased estimate of Chen et al. 2021 (arXiv:2107.03374). A k without such a prompt is left
-    out.
+    prompt's g scored completions, c are correct: 1 - C(g - c, k) / C(g, k), NaN if g < k, whose mean over the
+    other prompts is the unbiased estimate of Chen et al. 2021 (arXiv:2107.03374). A k that is too large for
+    every prompt is left out.
     """
     found = {}
     for k in ks:
         known = [own[~np.isnan(own)] for own in scores]
         estimates = [
             1 - math.comb(len(own) - int((own >= CORRECT).sum()), k) / math.comb(len(own), k)
-            for own in known
             if len(own) >= k
+            else math.nan
+            for own in known
         ]
-        if estimates:
-            found[k] = float(np.mean(estimates))
+        if not np.isnan(estimates).all():
+            found[k] = estimates
     return found

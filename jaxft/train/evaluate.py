@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.data.sft import Rows, RowSource
-from jaxft.data.source import Dataset
+from jaxft.data.source import Dataset, Source
 from jaxft.distributed import processes
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import HELD_OUT, LOSS
@@ -25,7 +25,7 @@ from jaxft.runs.metric_names import (
     SCORES,
     TOKEN_ACCURACY,
 )
-from jaxft.train.settings import Loop
+from jaxft.train.settings import Loop, Run
 from jaxft.tree import Aux, Batch, Metrics, Params
 
 LOWER_IS_BETTER = ("loss", "kl")  # ends of names
@@ -54,8 +54,13 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics of all batches: summed on the host and divided once."""
-    return metric.as_floats(sum_metrics(step, batches))
+    """Return the metrics of all batches, and the numbers of pairs: summed on the host and divided once."""
+    return held_out_floats(sum_metrics(step, batches))
+
+
+def held_out_floats(metrics: Metrics) -> dict[str, float]:
+    """Divide metrics of held-out rows; an accuracy has its number of pairs next to it."""
+    return {**metric.as_floats(metrics), **metric.pair_counts(metrics)}
 
 
 def sum_metrics(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metrics:
@@ -67,12 +72,12 @@ def sum_metrics(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> M
     return total or {}
 
 
-def evaluate_coupled(
+def coupled_metrics(
     forward: Callable[[Batch], Outputs], loss_metrics: Callable[[Outputs], Metrics], batches: Iterable[Batch]
-) -> dict[str, float]:
+) -> Metrics:
     """Return the metrics of an objective that couples rows: `loss_metrics` of the outputs of all batches."""
     outputs = [jax.device_get(forward(batch)) for batch in batches]
-    return metric.as_floats(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
+    return jax.device_get(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
 
 
 def general_rows(data: Dataset, general: str) -> Rows:
@@ -93,6 +98,26 @@ def general_rows(data: Dataset, general: str) -> Rows:
 def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: int = 1) -> RowSource | None:
     """Return the source of the general text, None without one."""
     return None if general is None else general_rows(data, general).open(tokenizer, shards)
+
+
+def evaluation_limit(run: Run, source: Source[Any], steps: int) -> int | None:
+    """Return how many held-out batches, or prompts if the source samples, an evaluation reads so that all
+    evaluations together compute at most loop.eval_fraction of what training does; None for all of them.
+
+    There is an evaluation before and after training, and one every loop.eval_every steps. Only held-out rows
+    that are a fraction of the rows are limited; there is always one.
+    """
+    fraction, info = run.loop.eval_fraction, source.info
+    if fraction is None or not isinstance(run.data.held_out, float) or not info.stats.held_out:
+        return None
+    times = 2 + (0 if run.loop.eval_every is None else (steps - 1) // run.loop.eval_every)
+    if info.samples:
+        total, one, per_step = info.stats.held_out, 1, run.data.units_per_step
+    else:
+        total, one = len(source.held_out), source.held_out[0].ids.size
+        per_step = math.prod(source.shapes[-1].ids.shape)
+    most = max(1, int(fraction * steps * per_step / (times * info.eval_cost * one)))
+    return None if most >= total else most
 
 
 def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,13 +30,15 @@ class HarnessFlags:
 
 class HarnessResult(NamedTuple):
     """metrics: by "task/metric". table: lm-evaluation-harness's own. report: its results as a JSON object,
-    with the responses to each row under "samples". notes: lines for the user.
+    with the responses to each row under "samples". notes: lines for the user. values: none; the table has
+    standard errors.
     """
 
     metrics: dict[str, float]
     table: str
     report: dict[str, Any]
     notes: list[str]
+    values: Mapping[str, Sequence[float]] = {}
 
 
 def require_harness() -> None:

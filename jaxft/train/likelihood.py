@@ -1,7 +1,7 @@
 """How likely a model finds rows: loss and perplexity, and which response of a pair it prefers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jaxft.distributed import sharding
 from jaxft.models.model import Model
 from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY
 from jaxft.objectives.pair import response_sums
+from jaxft.objectives.preference_metrics import TIE_ROUNDING
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import LoadedWeights
@@ -41,11 +42,14 @@ class PairScore(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """Metrics by name, results of single rows as JSON objects, and lines for the user."""
+    """Metrics by name, results of single rows as JSON objects, lines for the user, and a value per row of
+    metrics that are means over rows: of an accuracy 1, 0, or 1/2 for a tie; NaN for no value.
+    """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     notes: list[str]
+    values: Mapping[str, Sequence[float]] = {}
 
 
 def make_row_loss(model: Model) -> Callable[[LoadedWeights, Rows], Evaluated]:
@@ -57,7 +61,7 @@ def make_row_loss(model: Model) -> Callable[[LoadedWeights, Rows], Evaluated]:
 def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows) -> Evaluated:
     """Return loss (mean over the tokens with a loss, in nats), perplexity and token accuracy of all rows.
 
-    rows: `train` and `held_out` are the file. Raises ValueError for a loss that is not finite.
+    rows: settings whose held-out rows are evaluated. Raises ValueError for a loss that is not finite.
     """
     mesh = loaded.mesh
     source = rows.open(loaded.tokenizer, sharding.row_shards(mesh))
@@ -100,15 +104,18 @@ def make_pair_preferences(model: Model) -> Callable[[LoadedWeights, PairRows], E
 
 
 def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows) -> Evaluated:
-    """Return which response of each pair the model finds more likely, and the fractions of pairs.
+    """Return which response of each pair the model finds more likely, and the fractions of pairs: of the
+    held-out pairs, or of all if there are none.
 
-    accuracy: log p(chosen) > log p(rejected). accuracy_per_token: the same for the mean over the response's
+    accuracy: log p(chosen) > log p(rejected); in all of them a tie counts 1/2, and one of ties alone is left
+    out. accuracy_per_token: the same for the mean over the response's
     tokens. With an adapter also accuracy_against_base: the adapter raises log p of the chosen response above
     the base's by more than that of the rejected one, which is DPO's reward accuracy.
     """
     source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
+    indices = source.pairs.held if rows.holds_out else range(len(source.keys))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
-    names, batches = source.pairs.tokenised.names, source.cover(range(len(source.keys)))
+    names, batches = source.pairs.tokenised.names, source.cover(indices)
     own, base = _response_logps(forward, loaded, loaded.params, batches), None
     if "adapter" in loaded.params:
         base = _response_logps(forward, loaded, {"base": loaded.params["base"]}, batches)
@@ -121,7 +128,8 @@ def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: 
             )
         scores.append(PairScore(names[number], *logps, *lengths, base[number][0] if base else None))
     rows_of_file = [score._asdict() for score in scores]
-    return Evaluated(preference_metrics(scores), rows_of_file, list(invalid_lines(source.info.stats.invalid)))
+    notes = list(invalid_lines(source.info.stats.invalid))
+    return Evaluated(preference_metrics(scores), rows_of_file, notes, pair_wins(scores))
 
 
 def _response_logps(
@@ -141,15 +149,27 @@ def _response_logps(
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
     """Return the means over pairs; see pair_preferences."""
-    wins = {
-        "accuracy": [x.chosen > x.rejected for x in scores],
-        "accuracy_per_token": [x.chosen / x.chosen_tokens > x.rejected / x.rejected_tokens for x in scores],
-        "accuracy_against_base": [
-            x.chosen - x.base[0] > x.rejected - x.base[1] for x in scores if x.base is not None
-        ],
-    }
     metrics: dict[str, float] = {"pairs": len(scores)}
-    metrics |= {name: float(np.mean(values)) for name, values in wins.items() if values}
+    metrics |= {name: float(np.mean(values)) for name, values in pair_wins(scores).items()}
     metrics["logps/chosen"] = float(np.mean([x.chosen for x in scores]))
     metrics["logps/rejected"] = float(np.mean([x.rejected for x in scores]))
     return metrics
+
+
+def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
+    """Return, by accuracy, 1 for each pair that is won, 0 for a lost one and 1/2 for a tie. An accuracy of
+    ties alone is left out.
+    """
+    margins = {
+        "accuracy": [x.chosen - x.rejected for x in scores],
+        "accuracy_per_token": [x.chosen / x.chosen_tokens - x.rejected / x.rejected_tokens for x in scores],
+        "accuracy_against_base": [
+            _gain(x.chosen, x.base[0]) - _gain(x.rejected, x.base[1]) for x in scores if x.base is not None
+        ],
+    }
+    return {name: ((np.sign(x) + 1) / 2).tolist() for name, x in margins.items() if any(x)}
+
+
+def _gain(logp: float, base: float) -> float:
+    """How much a log-prob exceeds the base's; 0 for a difference of rounding."""
+    return logp - base if abs(logp - base) > TIE_ROUNDING * abs(base) else 0.0

@@ -1,22 +1,23 @@
 """The logs of a job: of a run alone, or of each of a sweep's members with an overview for the console."""
 
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxft.data.invalid import invalid_lines
-from jaxft.distributed import processes, sharding, xla_flags
+from jaxft.data.lengths import limit_alarms
+from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
-from jaxft.runs.trackers.tracker import RunEnd
+from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
+from jaxft.train.clock import Clock
 from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
 from jaxft.train.scores import position_lines
@@ -27,22 +28,32 @@ from jaxft.weights.stop_tokens import stop_lines
 
 
 class Logs:
-    """The members' logs, in their order. overview: a log of the sweep itself, None for a run alone."""
+    """The members' logs, in their order. overview: a log of the sweep itself, None for a run alone.
 
-    def __init__(self, members: Sequence[Log | NullLog], overview: Log | NullLog | None = None):
-        self.members, self._overview = members, overview
+    ends: whether a callback has ended the run. clock: of the run; an entry without speeds gets the seconds of
+    its evaluation.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Log | NullLog],
+        overview: Log | NullLog | None = None,
+        clock: Clock | None = None,
+    ):
+        self.members, self._overview, self.clock = members, overview, clock or Clock()
+        self.ends = False
         self._all = (*members, *([overview] if overview else []))
 
     def step(
         self, step: int, metrics: Sequence[FloatMetrics], perf: Sequence[FloatMetrics] | None = None
     ) -> None:
         """Log each member's metrics after `step` optimizer steps; a member without any logs nothing."""
-        perf = perf or [{} for _ in metrics]
+        perf = perf or [self.clock.recent()] * len(metrics)
         for log, numbers, rates in zip(self.members, metrics, perf, strict=True):
             if numbers:
-                log.step(step, numbers, rates)
+                self.ends |= log.step(step, numbers, rates)
         if self._overview is not None:
-            shown = {  # by number: eight labels don't fit a line
+            shown = {  # by number: labels may be long, see ConsoleView.tabulate
                 f"{name} {number}": numbers[name]
                 for name in ("loss", "eval_loss")
                 for number, numbers in enumerate(metrics, 1)
@@ -58,6 +69,10 @@ class Logs:
     def message(self, text: str) -> None:
         """Print a line."""
         (self._overview or self.members[0]).message(text)
+
+    def progress(self, text: str) -> None:
+        """Show the progress of a phase inside the run; "" ends it."""
+        (self._overview or self.members[0]).progress(text)
 
     def ends_at(self, step: int) -> None:
         """Make `step` the last step of the run in all logs."""
@@ -102,12 +117,20 @@ def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
     return {name: sum(own[name] for own in perf) if name in added else x for name, x in perf[0].items()}
 
 
-def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[str]) -> Logs:
+def open_logs(
+    job: Job,
+    first: int,
+    saved: dict[str, Any] | None,
+    changes: list[str],
+    callbacks: Sequence[Tracker],
+    clock: Clock,
+) -> Logs:
     """Write the records, open the logs and print the start-up lines on process 0; others log nothing.
 
     first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since
-    the run began. Raises ValueError if the settings differ from those of the checkpoint, or allow fewer
-    steps than are done.
+    the run began. callbacks: trackers in addition to those of the settings. Raises ValueError if the settings
+    differ from those of the checkpoint, or allow fewer steps than are done. clock: of the run, which goes on
+    with the seconds of the checkpoint.
     """
     if first > job.steps:
         raise ValueError(
@@ -120,22 +143,25 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
         ]
     checked = check_attention(job.lead.programs, job.abstract_batch)
     if not processes.is_first():
-        return Logs([NullLog() for _ in job.members])
-    trackers, logs, moved = job.lead.run.trackers, [], []
+        return Logs([NullLog() for _ in job.members], clock=clock)
+    trackers: tuple[str | Tracker, ...] = (*job.lead.run.trackers, *callbacks)
+    logs, moved = [], []
     kernel = attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
     for number, member in enumerate(job.members):
         member.folder.mkdir(exist_ok=True)
         runfolder.check_paths(member.folder)
         moved += runfolder.write_record(member.folder, member.record, first, kernel)
         write_contents(job, number, first)
-        own = {"trackers": trackers} if job.sweep is None else {"quiet": True}
-        logs.append(Log(member.folder, job.steps, first, **own))
+        alone = job.sweep is None
+        logs.append(Log(member.folder, job.steps, first, not alone, trackers if alone else ()))
     overview = None
     if job.sweep is not None:
         record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
+        record["tracking"] = job.lead.record.get("tracking")
         runfolder.write_durable_json(job.folder / "config.json", record)
         overview = Log(job.folder, job.steps, first, trackers=trackers)
-    found = Logs(logs, overview)
+    found = Logs(logs, overview, clock)
+    clock.resume((saved or {}).get("seconds", {}), found.progress)
     for line in startup_lines(job, first, list(dict.fromkeys(changes))) + checked:
         found.message(line)
     for log, logged in zip(logs, (saved or {}).get("logged", []), strict=False):  # older ones have none
@@ -144,8 +170,13 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     if first:
         for line in dict.fromkeys(moved):
             found.message(f"changed since the last start: {line}")
+    for text in [] if first else limit_alarms(job.lead.run.data, job.info.stats, job.tokenizer):
+        for number in range(len(logs)):
+            found.alarm(number, first, text)
     for member, log in zip(job.members, logs, strict=True):
         log.listen(member.programs.objective.report.alarms)
+    if overview is not None:
+        overview.tabulate([member.label for member in job.members])
     return found
 
 
@@ -158,7 +189,6 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         programs.model_summary(lead.programs),
         [
             attention_summary(lead.programs, job.abstract_batch),
-            *xla_flags.settings_lines(os.environ),
             f"{info.stats.summary}; {job.planned} steps",
             info.stats.learned,
             *invalid_lines(info.stats.invalid),
@@ -171,6 +201,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines += lead.run.data.start_lines(lead.programs.objective, lead.run.model.attention)
     lines += stop_lines(job.stop, info.learned_ends, job.tokenizer)
     lines += position_lines(lead.run, job.sources[0])
+    lines += eval_limit_lines(job)
     lines += early_end_lines(job)
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
     lines += untying_notes(lead.run.model, lead.run.adapter)
@@ -195,10 +226,23 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     return lines
 
 
-def early_end_lines(job: Job) -> list[str]:
-    """Return a line about the step at which loop.patience ended a job, [] for one that it did not end."""
-    if job.steps == job.planned:
+def eval_limit_lines(job: Job) -> list[str]:
+    """Return a line if evaluations read a part of the held-out rows only."""
+    if job.eval_limit is None:
         return []
+    fraction, sampled = job.lead.run.loop.eval_fraction, job.info.samples
+    total = job.info.stats.held_out if sampled else len(job.sources[0].held_out)
+    unit = "held-out prompts" if sampled else "batches of held-out rows"
+    why = "" if fraction is None else f" and compute at most {100 * fraction:g} % of what training does"
+    return [f"evaluations read {job.eval_limit} of {total} {unit}{why} (loop.eval_fraction=none reads all)"]
+
+
+def early_end_lines(job: Job) -> list[str]:
+    """Return a line about the step at which loop.patience or a callback ended a job, [] for another job."""
+    if job.ended_by is None:
+        return []
+    if job.ended_by == "callback":
+        return [f"ended after step {job.steps} of {job.planned} by a callback; raise loop.steps to train on"]
     return [
         f"ended after step {job.steps} of {job.planned}: {job.lead.run.loop.patience} evaluations without a "
         "better held-out score (loop.patience); to train on, raise it or set it to none"

@@ -1,6 +1,6 @@
 """The train loop: `run` takes a run, or a sweep of several, from its settings to its results."""
 
-import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,9 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
+from jaxft.runs.trackers.console import duration
+from jaxft.runs.trackers.tracker import Tracker
+from jaxft.train.clock import Clock
 from jaxft.train.compiled import compile_run
 from jaxft.train.logs import announce, open_logs
 from jaxft.train.members import (
@@ -31,23 +34,32 @@ from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
 from jaxft.train.verdict import (
-    end_if_stalled,
-    ended_early,
+    continued,
+    end_by_callback,
+    end_if_due,
     evaluate_during,
     evaluate_end,
     evaluate_start,
     last_faults,
 )
 
+END_RUN = 1000  # the vote of a callback that ends the run; votes for a signal have its number
 
-def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
+
+def run(
+    settings: Run | Sweep,
+    record: Record | None = None,
+    root: Path = Path("runs"),
+    callbacks: Sequence[Tracker] = (),
+) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: of a run or a sweep. record: the same as JSON, for config.json. Returns 0 if finished, 1 if a
+    settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: trackers in addition
+    to those of the settings. Returns 0 if finished, 1 if a
     member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
-    loop, folder = lead.loop, run_folder(settings, root)
+    loop, folder, clock = lead.loop, run_folder(settings, root), Clock()
     with ExitStack() as stack:
         # ---------- Settings, rows, shapes: a user error ends all processes here ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
@@ -62,21 +74,22 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
         # ---------- The newest checkpoint; the log ----------
         states, saved, first = checkpoints.restore(job.abstract_states) or (None, None, 0)
-        job = ended_early(job, saved, first)
+        job = continued(job, saved, first)
         with processes.agreement():
-            logs = stack.enter_context(closing(open_logs(job, first, saved, changes)))
+            logs = stack.enter_context(closing(open_logs(job, first, saved, changes, callbacks, clock)))
             copies.take_over()  # of loop.store, now that no setting can be refused
         stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
         watchdog.at("loading and compiling")
+        logs.message(f"rows and settings read in {duration(clock.at('loading'))}")
         job = precompute(job, partial(announce, watchdog, logs))
         states, frozen = load_members(job, states, partial(announce, watchdog, logs))
-        begin = time.perf_counter()
+        logs.message(f"weights loaded in {duration(clock.at('compiling'))}; compiling")
         job = bind_sources(job, frozen, saved)
-        compiled = compile_run(job, frozen) if job.sweep is None else compile_sweep(job, frozen)
+        compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, clock).timed(clock)
         processes.barrier()  # collectives time out if another process is still compiling
-        logs.message(f"compiled in {time.perf_counter() - begin:.1f} s")
+        logs.message(f"compiled in {clock.at('training'):.1f} s")
 
         # ---------- The model before training ----------
         saved = saved or evaluate_start(job, compiled, states, frozen, logs)
@@ -87,10 +100,11 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         with Interrupt() as interrupt, closing(Trace(loop.profile, folder / "profile")) as trace:
             for step in range(first, job.steps):
                 done = step + 1
-                stopping = votes.cast(lambda: interrupt.signal)
+                stopping = votes.cast(lambda: END_RUN if logs.ends else interrupt.signal)
                 if job.info.samples and step % job.rollout_steps == 0:
                     watchdog.at(f"the rollout before step {done}")  # rewards may be slow functions
-                rows, batch, sampled = job.batch(step, states)
+                with clock.within("sampling" if job.info.samples else "training"):
+                    rows, batch, sampled = job.batch(step, states)
                 watchdog.step(done)
                 trace.before(done)
                 states, metrics = compiled.step(states, frozen, batch)
@@ -100,6 +114,8 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                 if done % loop.log_every == 0 or done == job.steps:
                     logs.step(done, *meters.read())
                 stop = stop or stopping()
+                if stop == END_RUN and done % job.rollout_steps == 0:
+                    job, stop = end_by_callback(job, saved, done, logs, meters), 0
                 if done == job.steps:
                     saved["last_faults"] = last_faults(compiled, states, rows[0])
                 if done % job.rollout_steps and done < job.steps:
@@ -109,12 +125,14 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                     watchdog.at(f"the evaluation after step {done}")
                     with meters.paused():
                         scores = evaluate_during(job, compiled, states, done, saved, logs)
-                    job = end_if_stalled(job, saved, done, logs, meters)
+                    job = end_if_due(job, saved, done, logs, meters)
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
+                    saved["seconds"] = clock.phases()
                     checkpoints.save(done, states, job.to_save(meters.counters(), saved, logs.sync()), scores)
                 if stop or done == job.steps:
                     break
+        clock.at("saving")
         checkpoints.wait()
         watchdog.at(f"final evaluation and export (after step {done})")
         if stop:

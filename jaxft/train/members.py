@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jaxft.batch import TrainState, widened
 from jaxft.data.cache import template_fingerprint
-from jaxft.data.source import Source, SourceInfo
+from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.rl.programs import BoundRun
@@ -37,6 +37,7 @@ from jaxft.weights.peft import read_adapter
 from jaxft.weights.stop_tokens import stop_tokens
 
 Record = dict[str, Any]  # settings as JSON
+EndedBy = Literal["patience", "callback"]  # what ends a run before its planned steps
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
     sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
-    the settings, which is greater if loop.patience ended the job. stop: the token ids that end a completion.
-    general: batches of the general text. sweep: its settings, None for a single run. calibration: of the
-    base, None if it is not calibrated.
+    the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
+    that end a completion. general: batches of the general text. sweep: its settings, None for a single run.
+    calibration: of the base, None if it is not calibrated. eval_limit: see evaluate.evaluation_limit.
     """
 
     folder: Path
@@ -74,6 +75,8 @@ class Job:
     general: tuple[Batch, ...]
     sweep: Sweep | None
     calibration: CalibrationPlan | None = None
+    ended_by: EndedBy | None = None
+    eval_limit: int | None = None
 
     @property
     def lead(self) -> Member:
@@ -84,6 +87,17 @@ class Job:
     def info(self) -> SourceInfo:
         """The facts about the rows that are the same for all members."""
         return self.sources[0].info
+
+    @property
+    def held_out(self) -> tuple[Batch, ...]:
+        """The held-out batches that are evaluated."""
+        batches = self.sources[0].held_out
+        return tuple(batches[number] for number in spread(len(batches), self.eval_limit))
+
+    def limit_evaluation(self, most: int | None) -> "Job":
+        """Return the job with this eval_limit."""
+        sources = tuple(source.limit_evaluation(most) for source in self.sources)
+        return replace(self, sources=sources, eval_limit=most)
 
     @property
     def rollout_steps(self) -> int:
@@ -141,6 +155,10 @@ class Job:
             "last_faults": saved.get("last_faults"),  # only of the last step
             "logged": logged,
             "sources": [source.state_dict() for source in self.sources],
+            "ended_by": self.ended_by,
+            "planned": self.planned,
+            "seconds": saved.get("seconds", {}),  # see clock.Clock
+            "eval_limit": self.eval_limit,
         }
 
 
@@ -193,7 +211,8 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         )
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
-    return Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
+    job = Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
+    return job.limit_evaluation(evaluate.evaluation_limit(lead, sources[0], steps))
 
 
 def _check_weights(run: Run, programs: Programs) -> None:
@@ -281,8 +300,9 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     """Return (steps of a finished run or 0, changes of settings since it began).
 
-    A run that loop.patience ended is finished unless its patience has been raised; one whose loop.steps has
-    been raised is not. Raises ValueError for changes that are not permitted.
+    A run that loop.patience ended is finished unless its patience has been raised, and one that a callback
+    ended unless loop.steps has been; one whose loop.steps has been raised is not. Raises ValueError for
+    changes that are not permitted.
     """
     steps = runfolder.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:
@@ -292,7 +312,8 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     changes = [line for m in job.members for line in runfolder.changes_since_start(m.folder, m.record)]
     patience, ended_by = job.lead.run.loop.patience, runfolder.patience_at_end(job.lead.folder)
     stalled = patience is not None and ended_by is not None and patience <= ended_by
-    is_finished = steps >= job.steps or stalled
+    planned = runfolder.planned_at_end(job.lead.folder)  # of a run that a callback ended
+    is_finished = steps >= job.steps or stalled or (planned is not None and job.steps <= planned)
     if is_finished:
         is_finished = not _damaged_results(job, checkpoints)
     return (steps if is_finished else 0), list(dict.fromkeys(changes))

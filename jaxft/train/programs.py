@@ -1,6 +1,6 @@
 """The programs of a run as shapes: the jitted steps, and the shardings of everything that they work on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -265,26 +265,34 @@ def compile_averaged(p: Programs) -> Callable[[TrainState], TrainState]:
 
 
 def compile_eval(
-    p: Programs, step: jax.stages.Wrapped, frozen: Params, batches: tuple[Batch, ...]
-) -> Callable[[TrainState], dict[str, float]]:
-    """Return `metrics(state)` of held-out batches, compiled for their one shape; {} without any."""
+    p: Programs,
+    step: jax.stages.Wrapped,
+    frozen: Params,
+    batches: tuple[Batch, ...],
+    over: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+) -> Callable[[TrainState], Metrics]:
+    """Return `metrics(state)` of held-out batches, not yet divided, compiled for their one shape; {} without
+    any. over: yields the batches, and shows the progress.
+    """
     if not batches:
         return lambda state: {}
     metrics = compile_metrics(p, step, frozen, batches[0], len(batches))
-    return lambda state: metrics(state, batches)
+    return lambda state: metrics(state, over(batches))
 
 
 def compile_metrics(
     p: Programs, step: jax.stages.Wrapped, frozen: Params, shape: Batch, count: int
-) -> Callable[[TrainState, Sequence[Batch]], dict[str, float]]:
-    """Return `metrics(state, batches)` of `count` batches of one shape [1, rows, ...] together."""
+) -> Callable[[TrainState, Iterable[Batch]], Metrics]:
+    """Return `metrics(state, batches)`, not yet divided, of `count` batches of one shape [1, rows, ...]
+    together.
+    """
     compiled = step.lower(p.state.trainable, p.frozen, sharded_batch(p, shape), p.state.aux).compile()
 
     def on_batch(state: TrainState, batch: Batch) -> Any:
         return compiled(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
 
     if step is p.text_step or not p.objective.facts.coupled:
-        return lambda state, batches: evaluate.evaluate(partial(on_batch, state), batches)
+        return lambda state, batches: evaluate.sum_metrics(partial(on_batch, state), batches)
 
     def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype)
@@ -296,9 +304,9 @@ def compile_metrics(
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
     loss = jax.jit(loss_metrics).lower(jax.tree.map(all_rows, shapes), loss_aux).compile()
 
-    def coupled(state: TrainState, batches: Sequence[Batch]) -> dict[str, float]:
+    def coupled(state: TrainState, batches: Iterable[Batch]) -> Metrics:
         loss_aux = jax.device_get(state.aux.get("loss", {}))
-        return evaluate.evaluate_coupled(
+        return evaluate.coupled_metrics(
             partial(on_batch, state), lambda outputs: loss(outputs, loss_aux), batches
         )
 

@@ -3,16 +3,19 @@
 A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/config.py).
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import jax.numpy as jnp
 
+from jaxft.data.rows import evaluation_split
 from jaxft.data.source import Dataset
 from jaxft.distributed.sharding import MeshShape
+from jaxft.distributed.sync import is_first
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
@@ -25,6 +28,18 @@ from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import exact, json_match
+from jaxft.short_names import (
+    ADVANTAGES,
+    COMBINATIONS,
+    ESTIMATORS,
+    FILTERS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    PREFERENCE_LOSSES,
+    REWARDS,
+    TOKEN_WEIGHTS,
+    ShortNames,
+)
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.extend import (
@@ -52,6 +67,17 @@ OWN_HELD_OUT = 0.05
 DType = Literal["bfloat16", "float32"]
 ReferenceSetting = Literal["start", "precomputed"]
 
+# Functions that recipes take: a short name, or a function of the user's own
+PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
+PolicyLossFunction = Annotated[Callable, ShortNames.of(POLICY_LOSSES)]
+KLFunction = Annotated[Callable, ShortNames.of(KL_ESTIMATORS)]
+RewardFunction = Annotated[Callable, ShortNames.of(REWARDS)]
+CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]
+AdvantageFunction = Annotated[Callable, ShortNames.of(ADVANTAGES)]
+EstimatorFunction = Annotated[Callable, ShortNames.of(ESTIMATORS)]
+TokenWeightsFunction = Annotated[Callable, ShortNames.of(TOKEN_WEIGHTS)]
+FilterFunction = Annotated[Callable, ShortNames.of(FILTERS)]
+
 
 # The model
 
@@ -75,7 +101,7 @@ class ModelKnobs:
     @property
     def weights(self) -> str:
         """Where the base comes from: the model, or a copy in the cache with the new tokens and template."""
-        return extended_ref(self.model, self.extension)
+        return _extended(self.model, self.extension)
 
     @property
     def extension(self) -> Extension | None:
@@ -105,7 +131,7 @@ class ModelKnobs:
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
         """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
         weights, merged = start_of_full(self.model, start)
-        base = extended_ref(weights, self.extension)
+        base = _extended(weights, self.extension)
         extended = replace(
             self,
             model=base,
@@ -118,13 +144,21 @@ class ModelKnobs:
         return extended, merged
 
 
+def _extended(model: str, extension: Extension | None) -> str:
+    """Return where the extended model is; print that a damaged copy of it was written again."""
+    folder, lines = extended_ref(model, extension)
+    if lines and is_first():
+        print(*lines, sep="\n", file=sys.stderr)
+    return folder
+
+
 @dataclass(frozen=True)
 class LoraKnobs(ModelKnobs):
     """A frozen base model with a LoRA adapter on every linear layer."""
 
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
-    rank: int | None = None  # of a fresh adapter, 16 by default; its alpha is twice that
+    rank: int | None = None  # of a fresh adapter, 16 by default; adapter.alpha is 32 for every rank
     lora_plus: float | None = None  # learning rate of the matrices b over that of a (LoRA+), such as 16
     general: str | None = GENERAL  # a text file whose loss before and after shows what the model forgets
 
@@ -221,7 +255,7 @@ class GpuKnobs(LoraOrFullKnobs):
 
     residual: DType | None = None
     remat: RematPolicy = "attention"
-    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning
+    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning; auto: by the model's width
 
     @property
     def learning_rate(self) -> float:
@@ -281,9 +315,9 @@ class SourceKnobs:
 
     data: str = FINETUNING  # a file, a folder or org/name[:split]
     held_out: str | float | None = (
-        "auto"  # a fraction, a file or none; auto: 0.05, or the file that ships with the rows
+        "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
     )
-    batch: int = 8
+    batch: int = 8  # with rows of your own from their number, see configs/README.md
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
     epochs: float | None = 1.0
     tokens: int | None = None  # the length of the run in tokens, with epochs=none
@@ -294,7 +328,8 @@ class SourceKnobs:
         known = {field.name: getattr(self, field.name) for field in fields(self)}
         train, held_out = known.pop("data"), known.pop("held_out")
         if held_out == "auto":
-            held_out = train.replace(".jsonl", "_held_out.jsonl") if train in SHIPPED else OWN_HELD_OUT
+            shipped = train.replace(".jsonl", "_held_out.jsonl") if train in SHIPPED else None
+            held_out = shipped or evaluation_split(train) or OWN_HELD_OUT
         return {"train": train, "held_out": held_out, **known}
 
     def source(self, make: Callable[..., Dataset], **more: Any) -> dict[str, Any]:
@@ -306,7 +341,7 @@ class SourceKnobs:
 class RowKnobs(SourceKnobs):
     """Rows with completions, for SFT, preferences and reward models."""
 
-    max_length: int = 512  # tokens of a row
+    max_length: int = 512  # tokens of a row; with rows of your own from their lengths
 
 
 @dataclass(frozen=True)
@@ -334,8 +369,8 @@ class PromptKnobs(SourceKnobs):
     """Prompts that the policy completes in groups while it trains."""
 
     group: int = 8  # completions of each prompt
-    max_prompt: int = 64  # tokens
-    max_new: int = 8  # tokens of a completion
+    max_prompt: int = 64  # tokens; with rows of your own from their lengths
+    max_new: int = 8  # tokens of a completion; with rows of your own at least 256
     temperature: float = 1.0
 
     @property

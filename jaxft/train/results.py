@@ -2,32 +2,38 @@
 table.
 """
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.mixture import source_names
-from jaxft.distributed import processes, sync
+from jaxft.distributed import devices, processes, sync
+from jaxft.distributed.disk import write_durably
 from jaxft.models import families
 from jaxft.nn.lora import EVA
 from jaxft.runs import charts, report
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.metric_names import TOKENS
 from jaxft.runs.report import Evaluation
 from jaxft.runs.terminal import printable_line
-from jaxft.runs.trackers.jsonl import METRICS
+from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
 from jaxft.train import export, programs
 from jaxft.train.calibrate import calibrate_base, print_line
-from jaxft.train.compiled import Compiled
+from jaxft.train.clock import hardware, time_line
+from jaxft.train.compiled import Compiled, HeldOutValues
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import Logs
-from jaxft.train.members import Job, Member
+from jaxft.train.members import EndedBy, Job, Member
 from jaxft.train.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights import hf, hf_write, hub
-from jaxft.weights.adapter_limits import loading_notes
+from jaxft.weights.adapter_limits import loading_notes, mlx_note
 from jaxft.weights.adapters import read_adapter_settings
 from jaxft.weights.card import Card, base_name, front_matter, write_card
 from jaxft.weights.lora_start import read_start
@@ -47,6 +53,7 @@ def report_finished(job: Job, steps: int) -> int:
     more = "loop.steps, data.epochs or data.tokens"
     if steps < job.steps:
         more = "loop.patience or set it to none"
+        more = more if runfolder.planned_at_end(job.folder) is None else "loop.steps"
     print(f"to continue it, raise {more}; to start again, choose another {name}")
     for member in job.members:
         record, log = member.folder / "config.json", member.folder / METRICS
@@ -58,6 +65,20 @@ def report_finished(job: Job, steps: int) -> int:
     if failed:
         print(f"{', '.join(failed)}: not finished, the steps or the held-out loss are not finite")
     return int(bool(failed))
+
+
+def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
+    """Write held_out.jsonl of each member: the name and the values of each held-out row after the last step,
+    from which `jaxft compare` takes differences on the same rows. A member without any has no such file.
+    """
+    if not processes.is_first():
+        return
+    name = job.sources[0].held_out_name  # those of a sweep have the same held-out rows
+    for member, (rows, prompts) in zip(job.members, values, strict=True):
+        named = [*((name(at), own) for at, own in rows.items()), *prompts.items()]
+        lines = [json.dumps({"row": row, **json_value(own)}) + "\n" for row, own in named]
+        if lines:
+            write_durably(member.folder / HELD_OUT_ROWS, "".join(lines).encode())
 
 
 def export_members(
@@ -111,22 +132,27 @@ def write_reports(
         ]
         for m, folder, log, end in zip(job.members, weights, logs.members, after, strict=True)
     ]
-    table = ""
+    table, perf = "", [_perf(logs, number) for number in range(len(job.members))]
     if processes.is_first():
         for number, member in enumerate(job.members):
             folder = weights[number]
             if folder is not None:
-                card = _card(job, number, folder, (before[number], after[number]), notes[number])
+                own = [*notes[number], *_card_notes(member, folder), f"Training {time_line(perf[number])}."]
+                card = _card(job, number, folder, (before[number], after[number]), own)
                 (member.folder / runfolder.CARD).write_text(report.model_card(card), encoding="utf-8")
             summary = {
                 "before": before[number],
                 "after": after[number],
                 "notes": [line for line in notes[number] if line not in logs.members[number].alarms],
                 "alarms": logs.members[number].alarms,
+                "perf": perf[number],
             }
             summary["files"] = runfolder.result_hashes(member.folder)
-            ended_by = {"patience": member.run.loop.patience} if job.steps < job.planned else {}
-            content: dict[str, Any] = {"steps": job.steps, **ended_by, **summary}
+            early: dict[EndedBy | None, dict[str, int | None]] = {
+                "patience": {"patience": member.run.loop.patience},
+                "callback": {"planned": job.planned},
+            }
+            content: dict[str, Any] = {"steps": job.steps, **early.get(job.ended_by, {}), **summary}
             runfolder.sync_results(member.folder)
             runfolder.write_durable_json(member.folder / runfolder.SUMMARY, content)
         if job.sweep is not None:
@@ -135,11 +161,28 @@ def write_reports(
                 for end in (before, after)
             )
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
-            table = write_table(job.folder, job.sweep.name, job.steps, first, last, failed)
+            table = write_table(job.folder, job.sweep.name, job.steps, (first, last), failed)
     processes.barrier()  # the run is finished for all processes or for none
     logs.mark("finished")
-    for line in _result_lines(job, logs, weights, (before, after), notes, table):
+    took = time_line({**perf[0], "tokens": sum(own["tokens"] for own in perf)})
+    for line in _result_lines(job, logs, weights, (before, after), [[*own, took] for own in notes], table):
         logs.message(line)
+
+
+def _perf(logs: Logs, number: int) -> dict[str, Any]:
+    """Return how long a member's run took, its tokens, memory and hardware, for summary.json."""
+    log = logs.members[number]
+    return {
+        "seconds": {name: round(seconds, 3) for name, seconds in logs.clock.seconds().items()},
+        "tokens": int(log.last.get(TOKENS, 0)),
+        "memory_gib": round(devices.memory_gib(jax.local_devices()[0]), 3),
+        "hardware": hardware(),
+    }
+
+
+def _card_notes(member: Member, folder: Path) -> list[str]:
+    """Return a line about a program that loads no adapter at all, for the model card of one."""
+    return [] if folder.name != "adapter" or member.run.adapter is None else [mlx_note(folder)]
 
 
 def _loading(member: Member, folder: Path | None) -> list[str]:
@@ -169,19 +212,18 @@ def _result_lines(
     notes: list[list[str]],
     table: str,
 ) -> list[str]:
-    """The lines printed at the end."""
+    """The lines printed at the end. notes: of each member, at last about the time of all."""
     if job.sweep is None:
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates
         assert weights[0] is not None
         return report.result_lines(job.folder, weights[0], before, after, notes[0], generates)
-    alarms = [
-        f"{member.label}: {alarm}"
-        for member, log in zip(job.members, logs.members, strict=True)
-        for alarm in log.alarms
-    ]
+    joint = report.joint_alarms(
+        {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
+    )
+    alarms = [f"{', '.join(labels)}: {alarm}" for alarm, labels in joint]
     where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
-    return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
+    return [*alarms, f"\n{table}", notes[0][-1], f"{where}, each member's folder next to them"]
 
 
 def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Path:

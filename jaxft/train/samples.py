@@ -13,6 +13,7 @@ from jaxft.inference.decode import Decoding
 from jaxft.inference.engine import compile_engine, slots_for
 from jaxft.inference.sampling import NONFINITE, without_stop
 from jaxft.runs.report import Sample
+from jaxft.train.clock import Clock
 from jaxft.tree import Params
 
 COMPLETIONS_AT_ONCE = 32  # that are in progress
@@ -94,14 +95,21 @@ def prompt_texts(prompts: list[Prompt], tokenizer: Any, stop: Collection[int]) -
 
 
 def compile_sampler(
-    decoding: Decoding, prompts: list[Prompt], tokenizer: Any, params: Params, mesh: Mesh | None = None
+    decoding: Decoding,
+    prompts: list[Prompt],
+    tokenizer: Any,
+    params: Params,
+    mesh: Mesh | None = None,
+    clock: Clock | None = None,
 ) -> Callable[[Params], list[Completed]]:
     """Return `complete(params)`: each prompt with the model's completion and the row's response, as text;
     with `decoding.group` completions, one after the other.
 
     Compiled once for `params`, the shapes of the parameters. At most COMPLETIONS_AT_ONCE completions, or
-    those of one prompt, are in progress at the same time. mesh: None for a single device.
+    those of one prompt, are in progress at the same time. mesh: None for a single device. clock: shows the
+    progress.
     """
+    shown = clock or Clock()
     if not prompts:
         return lambda params: []
     ids, stop = [prompt.ids for prompt in prompts], decoding.stop
@@ -119,7 +127,8 @@ def compile_sampler(
         return Completed(text.prompt, completion, text.reference, finish)
 
     def complete(params: Params) -> list[Completed]:
-        found = engine.complete(params, ids, jax.random.key(0)).tokens
+        ended = shown.counter("completions of held-out prompts", len(ids) * decoding.group)
+        found = engine.complete(params, ids, jax.random.key(0), ended=ended).tokens
         return [completed(text, row) for text, rows in zip(texts, found, strict=True) for row in rows]
 
     return complete

@@ -1,5 +1,8 @@
 """Score completions of held-out prompts, before and after training, against the responses in their rows."""
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,11 +10,12 @@ import numpy as np
 
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
+from jaxft.objectives.intervals import Interval, interval_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.report import Sample
-from jaxft.train.completion_scores import pass_at
+from jaxft.train.completion_scores import pass_at, prompt_means
 from jaxft.train.samples import Completed, PromptText
 from jaxft.train.settings import LONGEST, Run, Scoring
 
@@ -20,13 +24,17 @@ class Scored(NamedTuple):
     """Held-out completions of a model.
 
     samples: those that logs and cards show. scored: number of prompts whose completions were scored. metrics:
-    mean score by each function, and pass@k. faults: a line for each function that returned no score for some
-    completions. nonfinite: number of prompts of which a completion ended because of non-finite logits.
+    mean score by each function, and pass@k. intervals: of these means over the prompts. values: of each
+    prompt, by a name that is the same in every run that has the prompt. faults: a line for
+    each function that returned no score for some completions. nonfinite: number of prompts of which a
+    completion ended because of non-finite logits.
     """
 
     samples: list[Sample]
     scored: int
     metrics: FloatMetrics
+    intervals: dict[str, Interval]
+    values: dict[str, FloatMetrics]
     faults: list[str]
     nonfinite: int
 
@@ -99,22 +107,41 @@ def make_scorer(
                 "rows, or set scoring.by= to nothing"
             )
 
+    prompt_names = [_prompt_name(text, number) for number, text in enumerate(texts[: scoring.prompts])]
+    prompt_names = prompt_names if functions else []
+
     def score(completions: Sequence[Completed]) -> Scored:
         shown = [one.shown() for one in completions[::group][:samples]]
         metrics: FloatMetrics = {}
+        intervals: dict[str, Interval] = {}
+        of_prompts: dict[str, FloatMetrics] = {name: {} for name in prompt_names}
         faults = []
         prompts = len(texts[: scoring.prompts]) if functions else 0
         scored = [one.completion for one in completions[: prompts * group]]
         for name, (values, fault) in zip(names, call(scored, group), strict=True):
             known = np.array(values)[~np.isnan(values)]
+            by_prompt, metric = np.array(values).reshape(prompts, group), f"{HELD_OUT}{SCORES}{name}"
             if len(known):
-                metrics[f"{HELD_OUT}{SCORES}{name}"] = float(known.mean())
-            for k, value in pass_at(np.array(values).reshape(prompts, group), scoring.pass_at).items():
-                metrics[f"{HELD_OUT}{SCORES}pass@{k}/{name}"] = value
+                metrics[metric] = float(known.mean())
+                means = prompt_means(by_prompt)
+                intervals[metric] = interval_of(means)
+                for prompt, mean in zip(prompt_names, means, strict=True):
+                    of_prompts[prompt] |= {} if math.isnan(mean) else {f"{SCORES}{name}": mean}
+            for k, estimates in pass_at(by_prompt, scoring.pass_at).items():
+                metric = f"{HELD_OUT}{SCORES}pass@{k}/{name}"
+                metrics[metric], intervals[metric] = float(np.nanmean(estimates)), interval_of(estimates)
             if fault:
                 missing = f"{len(values) - len(known)} of {len(values)}"
                 faults.append(f"{missing} completions of held-out prompts have no score: {fault}")
         broken = np.array([one.finish == "nonfinite" for one in completions]).reshape(-1, group).any(1)
-        return Scored(shown, prompts, metrics, faults, int(broken.sum()))
+        intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # of one prompt
+        of_prompts = {prompt: own for prompt, own in of_prompts.items() if own}
+        return Scored(shown, prompts, metrics, intervals, of_prompts, faults, int(broken.sum()))
 
     return score
+
+
+def _prompt_name(text: PromptText, number: int) -> str:
+    """Return a name of a held-out prompt from its text and response; `number` tells equal ones apart."""
+    digest = hashlib.sha256(json.dumps([text.prompt, text.reference, number]).encode()).hexdigest()
+    return f"prompt {digest[:16]}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from jaxft.bounds import above, at_least, check_bounds
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
@@ -15,29 +16,33 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
-from jaxft.optim.short_names import ShortNames
 from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.store import check_store_url
+from jaxft.runs.trackers.tracker import OPEN, Tracking
+from jaxft.short_names import REWARDS, ShortNames
 from jaxft.tree import regex
 
 LONGEST = 2**31 - 1  # steps; they are counted in int32
-# Score functions that settings and commands may name shortly
-SCORE_FUNCTIONS = {name: f"jaxft.rl.rewards:{name}" for name in ("exact", "number", "json_match")}
-ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(SCORE_FUNCTIONS)]
+ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(REWARDS)]
 
 
 @dataclass(frozen=True)
 class Loop:
     """Length of a run and its intervals, in optimizer steps, and debugging.
 
-    steps: None for data.epochs. log_every: a logged metric is the mean over this many steps. keep_last,
-    keep_best: how many of the newest checkpoints to retain, and of those with the best held-out score.
+    steps: length of the run; None for data.epochs. log_every: a logged metric is the mean over this many
+    steps. eval_every: steps between evaluations of the held-out rows; None for before and after training
+    only. save_every: steps between checkpoints. keep_last: how many of the newest checkpoints to retain.
+    keep_best: how many checkpoints with the best held-out score to retain.
     eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
     metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
     greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
     loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
-    after this many evaluations without a better best_metric. max_bad: non-finite steps in a row that end the
+    after this many evaluations without a better best_metric. eval_fraction: the most that all evaluations of
+    held-out rows together may compute, as a fraction of what training does (see train/evaluate.py); where the
+    held-out rows are a fraction of the rows and would take more, fewer of them are evaluated. None: all of
+    them. A file of held-out rows is always evaluated in full. max_bad: non-finite steps in a row that end the
     run; one that ends with any is not finished either. store: a folder in an object store, gs://bucket/path
     or s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
     another machine fetches it from there (see runs/mirror.py).
@@ -46,33 +51,31 @@ class Loop:
     run folder and log the first layer that is not finite, see train/nonfinite.py.
     """
 
-    steps: int | None = None
-    log_every: int = 1
-    eval_every: int | None = None
+    steps: Annotated[int | None, at_least(1)] = None
+    log_every: Annotated[int, at_least(1)] = 1
+    eval_every: Annotated[int | None, at_least(1)] = None
     eval_scores: bool = False
     best_metric: str | None = None
     greater_is_better: bool | None = None
-    patience: int | None = None
-    save_every: int = 100
-    keep_last: int = 2
-    keep_best: int = 1
-    max_bad: int = 5
+    patience: Annotated[int | None, at_least(1)] = None
+    eval_fraction: Annotated[float | None, above(0)] = 0.2
+    save_every: Annotated[int, at_least(1)] = 100
+    keep_last: Annotated[int, at_least(1)] = 2
+    keep_best: Annotated[int, at_least(0)] = 1
+    max_bad: Annotated[int, at_least(1)] = 5
     profile: tuple[int, int] | None = None
     watch: Literal["layers"] | None = None
     debug_nonfinite: bool = False
     store: str | None = None
 
     def __post_init__(self) -> None:
+        check_bounds(self, "loop")
         for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"loop.{name}={value}; expected at least 1")
             if value is not None and value > LONGEST:
                 raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
         if self.store is not None:
             check_store_url(self.store, "loop.store")
-        if self.keep_best < 0:
-            raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         for name in ("eval_scores", "patience"):
             if getattr(self, name) and self.eval_every is None:
                 raise ValueError(
@@ -105,18 +108,15 @@ class Scoring:
     """
 
     by: tuple[ScoreFunction, ...] = ()
-    prompts: int | None = None
+    prompts: Annotated[int | None, at_least(1)] = None
     regex: str | None = None
-    samples: int = 1
+    samples: Annotated[int, at_least(1)] = 1
     pass_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.prompts is not None and self.prompts < 1:
-            raise ValueError(f"scoring.prompts={self.prompts}; expected at least 1, or none for all")
+        check_bounds(self, "scoring")
         if self.regex is not None:
             regex(self.regex, "scoring.regex")  # raises for an expression that cannot be compiled
-        if self.samples < 1:
-            raise ValueError(f"scoring.samples={self.samples}; expected at least 1")
         if any(k < 1 or k > self.samples for k in self.pass_at):
             raise ValueError(
                 f"scoring.pass_at={','.join(map(str, self.pass_at))}; expected numbers from 1 to "
@@ -137,6 +137,7 @@ class Run:
     """The settings of a run. `objective(model)` returns the objective, `data.open(tokenizer)` the source of
     batches.
 
+    name: results are in runs/NAME. objective: the function of a model that makes the objective.
     weights: where the base comes from (see weights.hub). adapter: LoRA settings; None trains the base.
     start: a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into
     the base. train: a regular expression over parameter paths that selects the trainable parameters
@@ -144,7 +145,9 @@ class Run:
     dtype of trainable base weights; in bfloat16 their gradients are bfloat16 too, summed over tokens and
     microbatches in float32, and updates are rounded stochastically. general: a text file whose loss
     before and after training shows forgetting. samples: number of held-out prompts that are completed and
-    shown before and after training. scoring: functions that score such completions. heads: further models
+    shown before and after training. scoring: functions that score such completions. seed: of fresh weights,
+    dropout and sampling. trackers: wandb, trackio, mlflow, or files of your own; every run writes
+    TensorBoard's files. heads: further models
     with scalar heads on the base, by name (see models/heads.py).
     """
 
@@ -168,6 +171,7 @@ class Run:
     scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
+    tracking: Tracking = field(default_factory=Tracking)
     heads: dict[str, HeadSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -177,6 +181,9 @@ class Run:
                 f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "
                 "run; set one of them"
             )
+        unused = [name for name, value in vars(self.tracking).items() if value != getattr(Tracking(), name)]
+        if unused and not set(self.trackers) - set(OPEN):
+            raise ValueError(f"tracking.{unused[0]} needs a tracker; set trackers=wandb, mlflow or trackio")
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}; expected 0 or more")
         if self.start and self.adapter is None and self.quant is not None:

@@ -6,11 +6,13 @@ summary.json), curves.png and the checkpoints of all members.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jaxft.data.settings import DataSettings
 from jaxft.nn.lora_specs import adapter_specs
-from jaxft.runs import compare
+from jaxft.objectives.metrics import FloatMetrics
+from jaxft.runs import compare, ranking
 from jaxft.runs import folder as runfolder
 from jaxft.runs.record import describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
@@ -88,10 +90,10 @@ class Sweep:
             )
         self._check_differences()
         held_out = runs[0].data.held_out
-        if len({run.data.seed for run in runs}) > 1 and isinstance(held_out, float) and held_out:
+        if len({run.data.seed_of_split for run in runs}) > 1 and isinstance(held_out, float) and held_out:
             raise ValueError(
                 f"data.held_out={held_out} depends on the seed, and the seeds differ. "
-                "Name a file, or set held_out=none."
+                "Set data.split_seed, name a file, or set held_out=none."
             )
 
     def _check_differences(self) -> None:
@@ -107,26 +109,72 @@ class Sweep:
                     )
 
 
+def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """Return the runs so that all hold out the same rows: where a fraction of them is held out and the seeds
+    differ, by the seed of the first run.
+    """
+    first = next(iter(runs.values())).data.seed_of_split
+    divided = [
+        run.data for run in runs.values() if isinstance(run.data.held_out, float) and run.data.holds_out
+    ]
+    if all(data.seed_of_split == first for data in divided):
+        return dict(runs)
+    return {label: _with_split_seed(run, first) for label, run in runs.items()}
+
+
+def _with_split_seed(run: Run, seed: int) -> Run:
+    """Return a run with another split of its rows; one with data of a user's own kind as it is."""
+    if not isinstance(run.data, DataSettings):
+        return run
+    return replace(run, data=replace(run.data, split_seed=seed))
+
+
+def reason_to_separate(runs: Mapping[str, Run]) -> str:
+    """Return why runs cannot be trained together in one program, "" if they can."""
+    lead = next(iter(runs.values()))
+    if lead.data.unit == "prompts":
+        return "each samples completions of its own"
+    try:
+        Sweep("", runs)
+        facts = [run.objective(run.model).facts for run in runs.values()]
+    except ValueError as error:
+        return str(error)
+    if any(one.noise for one in facts):
+        return "neftune is random, and they would share one forward pass"
+    kinds = sorted({one.reference for one in facts} - {"none"})
+    return f"their references are of different kinds ({', '.join(kinds)})" if len(kinds) > 1 else ""
+
+
 def write_table(
     folder: Path,
     name: str,
     steps: int,
-    before: Mapping[str, dict[str, float]],
-    after: Mapping[str, dict[str, float]],
+    ends: tuple[Mapping[str, FloatMetrics], Mapping[str, FloatMetrics]],
     failed: list[str],
 ) -> str:
-    """Write the members' results side by side: README.md, summary.json, curves.png. Returns the table.
+    """Write the members' results side by side: README.md, summary.json, curves.png. Returns the table, and
+    which member is best.
 
-    before, after: metrics of each member, by label. failed: labels of members that are not finished.
+    ends: metrics of each member before and after training, by label. failed: labels of members that are not
+    finished.
     """
+    before, after = ends
     curves = {label: read_entries(folder / label / METRICS) for label in before}
-    ends = [{**after[label], **_of_training(curves[label])} for label in before]
-    table = compare.Table.of(list(before), list(before.values()), ends)
-    compare.write(folder, name, table, curves)
+    results = [
+        replace(
+            ranking.read_result(label, folder / label),
+            before=before[label],
+            after={**after[label], **_of_training(curves[label])},
+        )
+        for label in before
+    ]
+    table, text = ranking.table_of(results), "\n\n".join(ranking.texts(results, markdown=True))
+    compare.write(folder, name, table, curves, text)
     summary = {"steps": steps, "members": table.as_json(), "failed": failed}
+    summary["ranking"] = ranking.ranking_lines(results)
     runfolder.sync_results(folder)
     runfolder.write_durable_json(folder / runfolder.SUMMARY, summary)
-    return table.text()
+    return "\n\n".join(ranking.texts(results))
 
 
 def _of_training(entries: list[dict]) -> dict[str, float]:

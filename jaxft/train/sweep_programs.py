@@ -1,6 +1,6 @@
 """The compiled programs of a sweep: one step, one evaluation for all members."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,16 @@ from jaxft.inference.decode import Decoding
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.train import evaluate, samples, scores
-from jaxft.train.compiled import Compiled, States, losses_of_batch, microbatch_shape, no_losses
+from jaxft.train.clock import Clock
+from jaxft.train.compiled import (
+    EVALUATING,
+    Compiled,
+    HeldOut,
+    States,
+    losses_of_batch,
+    microbatch_shape,
+    no_losses,
+)
 from jaxft.train.members import Job
 from jaxft.train.multi_adapter import (
     MultiAdapter,
@@ -31,8 +40,8 @@ from jaxft.train.programs import compile_averaged, sharded_batch
 from jaxft.tree import Batch, Metrics, Params
 
 
-def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
-    """Compile the programs of a sweep's members together."""
+def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
+    """Compile the programs of a sweep's members together. clock: shows the progress of evaluation."""
     assert job.sweep is not None
     p, at_once = job.lead.programs, job.sweep.at_once
     objectives = [member.programs.objective for member in job.members]
@@ -44,14 +53,27 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
         make_step(adapters, job), donate_argnums=0, out_shardings=(shardings, sharding.replicated(p.mesh))
     )
     compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
-    held_out = compile_sweep_eval(adapters, job, shared, job.sources[0].held_out)
+    over = partial(clock.over, EVALUATING)
+    totals = compile_sweep_eval(adapters, job, shared, job.held_out, over)
+
+    def held_out(states: States) -> list[HeldOut]:
+        return [HeldOut.of(total) for total in totals(states)]
+
     last_loss = no_losses
     if not job.sources[0].held_out:
         one_micro, count = microbatch_shape(job.sources[0].shapes[-1])
         of_rows = compile_sweep_metrics(adapters, job, shared, one_micro, count)
-        last_loss = partial(losses_of_batch, of_rows, job.sources[0].shapes[-1])
+
+        def floats_of_rows(states: States, batches: Sequence[Batch]) -> list[FloatMetrics]:
+            return [metrics.as_floats(total) for total in of_rows(states, batches)]
+
+        last_loss = partial(losses_of_batch, floats_of_rows, job.sources[0].shapes[-1])
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
-    general = compile_sweep_eval(texts, job, shared, job.general)
+    text_totals = compile_sweep_eval(texts, job, shared, job.general, iter)
+
+    def general(states: States) -> list[FloatMetrics]:
+        return [metrics.as_floats(total) for total in text_totals(states)]
+
     threads.trim_heap()
 
     def joint_step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
@@ -90,19 +112,27 @@ def _own_batches(batch: Batch, count: int) -> list[Batch]:
 
 
 def compile_sweep_eval(
-    adapters: MultiAdapter, job: Job, frozen: Any, batches: tuple[Batch, ...]
-) -> Callable[[States], list[FloatMetrics]]:
-    """Return `metrics(states)` of held-out batches, compiled for their one shape."""
+    adapters: MultiAdapter,
+    job: Job,
+    frozen: Any,
+    batches: tuple[Batch, ...],
+    over: Callable[[Sequence[Batch]], Iterable[Batch]],
+) -> Callable[[States], list[Metrics]]:
+    """Return `metrics(states)` of held-out batches, not yet divided, compiled for their one shape. over:
+    see compile_eval.
+    """
     if not batches:
         return lambda states: [{} for _ in job.members]
     of_batches = compile_sweep_metrics(adapters, job, frozen, batches[0], len(batches))
-    return lambda states: of_batches(states, batches)
+    return lambda states: of_batches(states, over(batches))
 
 
 def compile_sweep_metrics(
     adapters: MultiAdapter, job: Job, frozen: Any, shape: Batch, batch_count: int
-) -> Callable[[States, Sequence[Batch]], list[FloatMetrics]]:
-    """Return `metrics(states, batches)` of `batch_count` batches of one shape [1, rows, ...] together."""
+) -> Callable[[States, Iterable[Batch]], list[Metrics]]:
+    """Return `metrics(states, batches)`, not yet divided, of `batch_count` batches of one shape [1, rows,
+    ...] together.
+    """
     count = len(job.members)
     mesh, states = job.lead.programs.mesh, job.abstract_states
     step = jax.jit(make_adapters_eval_step(adapters), out_shardings=sharding.replicated(mesh))
@@ -113,8 +143,8 @@ def compile_sweep_metrics(
         own, aux = [s.trainable for s in states], [s.aux for s in states]
         return compiled(own, frozen, sharding.shard_batch(mesh, batch), aux)
 
-    def read(total: Metrics) -> list[FloatMetrics]:
-        return [metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]
+    def read(total: Metrics) -> list[Metrics]:
+        return [jax.tree.map(lambda x, k=k: x[k], total) for k in range(count)]
 
     if not adapters.coupled:
         return lambda states, batches: read(evaluate.sum_metrics(partial(on_batch, states), batches))
@@ -126,7 +156,7 @@ def compile_sweep_metrics(
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _loss_aux(states))
     compute_metrics = jax.jit(partial(loss_metrics, adapters)).lower(shapes, loss_aux).compile()
 
-    def coupled(states: States, batches: Sequence[Batch]) -> list[FloatMetrics]:
+    def coupled(states: States, batches: Iterable[Batch]) -> list[Metrics]:
         outputs = [jax.device_get(on_batch(states, batch)) for batch in batches]
         joined = jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
         return read(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
-from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics
+from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics
 from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
@@ -27,6 +27,7 @@ from jaxft.train.logs import Logs, early_end_lines
 from jaxft.train.members import Job, Member
 from jaxft.train.meter import Meters
 from jaxft.train.nonfinite import first_of_model, first_parameter
+from jaxft.train.results import write_held_out
 from jaxft.tree import Batch, Params
 
 EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "loss on general text"}
@@ -40,13 +41,13 @@ def evaluate_start(
     Raises AgreedError that names the first non-finite parameter or layer if a loss or the logits of a
     completion are not finite.
     """
-    before = compiled.evaluation(states)
+    before, _ = compiled.evaluation(states)
     check_selection(job, before)
     logs.step(0, [end["metrics"] for end in before])
     for number, (member, end) in enumerate(zip(job.members, before, strict=True)):
         for name in nonfinite_losses(end["metrics"]):
             of_text, objective = name == GENERAL_LOSS, member.programs.objective
-            batches = job.general if of_text else job.sources[0].held_out
+            batches = job.general if of_text else job.held_out
             objective = (objective.text or objective) if of_text else objective
             where = first_of_model(member, states[number], frozen[number], objective, batches)
             raise processes.AgreedError(
@@ -70,13 +71,15 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
     loop.patience has none.
     """
     for member, end in zip(job.members, before, strict=True):
-        loop, metrics = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
+        # an accuracy of ties alone has no value yet, and the number of its pairs
+        loop, known = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
+        metrics = list(dict.fromkeys(name.removesuffix(PAIR_COUNT) for name in known))
         if loop.best_metric and loop.best_metric not in metrics:
             near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics) or "none at all"
             raise processes.AgreedError(
                 f"loop.best_metric={loop.best_metric} is no metric of the evaluations; near: {near}"
             )
-        if selection_score(end["metrics"], loop) is None and loop.patience:
+        if selection_score(end["metrics"], loop) is None and loop.patience and not metrics:
             raise processes.AgreedError(
                 f"loop.patience={loop.patience} needs held-out rows; set data.held_out, or loop.patience=none"
             )
@@ -98,17 +101,38 @@ def evaluate_during(
 
 
 def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
-    """Return the job, with `done` as its last step if loop.patience evaluations of every member were no
-    better than one before. saved: what the checkpoint at that step stores, None for a fresh run.
+    """Return the job, with `done` as its last step if a callback has ended it there, or loop.patience
+    evaluations of every member were no better than one before. saved: what the checkpoint at that step
+    stores, None for a fresh run.
     """
     patience, history = job.lead.run.loop.patience, (saved or {}).get("scores", [])
+    by_callback = saved is not None and saved.get("ended_by") == "callback"
+    if saved is not None and by_callback and done < job.steps and job.planned <= saved["planned"]:
+        return replace(job, steps=done, ended_by="callback")
     if not patience or done >= job.steps or not history:
         return job
     stalled = all(is_stalled(own, patience) for own in zip(*history, strict=True))
-    return replace(job, steps=done) if stalled else job
+    return replace(job, steps=done, ended_by="patience") if stalled else job
 
 
-def end_if_stalled(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
+def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
+    """Return the job as it goes on after `done` steps: ended_early's, whose evaluations read the same rows as
+    before. saved: what the checkpoint at that step stores, None for a fresh run.
+    """
+    if saved is not None:
+        job = job.limit_evaluation(saved.get("eval_limit"))
+    return ended_early(job, saved, done)
+
+
+def end_by_callback(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
+    """Return the job with `done` as its last step, because a callback has ended it; see end_if_due."""
+    if done == job.steps:
+        return job
+    saved.update(ended_by="callback", planned=job.planned)
+    return end_if_due(job, saved, done, logs, meters)
+
+
+def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
     """Return ended_early's job; where it ends, log the metrics since the last entry and the reason."""
     job = ended_early(job, saved, done)
     if done == job.steps:
@@ -169,12 +193,14 @@ def faults(state: TrainState, steps: int, end: Evaluation) -> list[str]:
 def evaluate_end(
     job: Job, compiled: Compiled, states: States, last: list[list[str]] | None, logs: Logs
 ) -> tuple[list[Evaluation], list[bool]]:
-    """Evaluate and log the model after the last step; return the evaluations and which members are finished.
+    """Evaluate and log the model after the last step, and write the values of single held-out rows; return
+    the evaluations and which members are finished.
 
     last: of last_faults. Logs an alarm for each member that is not finished. Raises AgreedError for a run
     alone that is not.
     """
-    after = compiled.evaluation(states)
+    after, values = compiled.evaluation(states)
+    write_held_out(job, values)
     logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
     finished = []
     for number, (member, state, end) in enumerate(zip(job.members, states, after, strict=True)):

@@ -29,7 +29,7 @@ def loading_notes(settings: Adapter, tied: bool, folder: Path, ref: str) -> list
     tied: whether the base's head is tied to its embeddings. folder: of the adapter, for the command. ref: of
     the base.
     """
-    export = f"{script_command('export')} --adapter {shlex.quote(str(folder))}"
+    export = _export(folder)
     merge = f"{export} --out merged"
     replaced = {
         "DoRA": settings.dora,
@@ -71,8 +71,16 @@ def loading_notes(settings: Adapter, tied: bool, folder: Path, ref: str) -> list
             f"llama.cpp's convert_lora_to_gguf.py ignores {ignored}; write the adapter's file with "
             f"{export} --gguf F16 --adapter-only --out adapter.gguf"
         )
-    lines.append(f"mlx-lm loads no adapters in PEFT's layout; use the merged model: {merge}")
     return lines
+
+
+def mlx_note(folder: Path) -> str:
+    """Return the line about mlx-lm, which loads no adapter as it is."""
+    return f"mlx-lm loads no adapters in PEFT's layout; use the merged model: {_export(folder)} --out merged"
+
+
+def _export(folder: Path) -> str:
+    return f"{script_command('export')} --adapter {shlex.quote(str(folder))}"
 
 
 def _named(features: dict[str, bool]) -> str:

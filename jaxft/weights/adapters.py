@@ -46,11 +46,13 @@ def read_adapter_settings(start: str, model: Model) -> Adapter:
 
 
 def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
-    """Return the settings of a fresh adapter (rank 16 if None, alpha twice the rank), or of the adapter that
-    `start` names.
+    """Return the settings of a fresh adapter (rank 16 if None), or of the adapter that `start` names.
+
+    A fresh adapter has the same alpha for every rank, so that the best learning rate is about the same too
+    (https://thinkingmachines.ai/blog/lora).
     """
     if start is None:
-        return Adapter(rank=16 if rank is None else rank, alpha=2.0 * (16 if rank is None else rank))
+        return Adapter() if rank is None else Adapter(rank=rank)
     if rank is not None:
         raise ValueError(
             f"rank={rank} is for a fresh adapter, and the adapter in {start} has its own rank; set "

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -25,7 +24,6 @@ from jaxft import tree
 from jaxft.data.named_templates import BOS, find_template
 from jaxft.data.template import template_of
 from jaxft.distributed.disk import publish
-from jaxft.distributed.sync import is_first
 from jaxft.distributed.temporary import temporary_folder
 from jaxft.models import families
 from jaxft.models.model import Model
@@ -164,18 +162,19 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
     return str(out)
 
 
-def extended_ref(ref: str, extension: Extension | None) -> str:
-    """Return a folder in the cache with the model `ref` and an extension; for None `ref`.
+def extended_ref(ref: str, extension: Extension | None) -> tuple[str, list[str]]:
+    """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged one that
+    it replaces; for None `ref`.
 
     The folder is written once for these files and this extension, also if several processes call this. If
     the extension adds no tokens, it has links to the weights of `ref`, which has to stay where it is, or to
     be named again. The weights of a GGUF file are copied. Raises ValueError as extend_model does.
     """
     if extension is None:
-        return ref
+        return ref, []
     drafts = _DRAFTS.get()
     if drafts is not None:
-        return _draft(drafts, ref, extension)
+        return _draft(drafts, ref, extension), []
     located = hub.locate(ref)
     files = hub.files_of(located)
     names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
@@ -188,8 +187,6 @@ def extended_ref(ref: str, extension: Extension | None) -> str:
     base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
     out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
     damage = folder_damage(out) if out.is_dir() else None
-    if damage is not None and is_first():
-        print(f"the model with new tokens cannot be used: {damage}; it is written again", file=sys.stderr)
     if damage is not None or not out.is_dir():
         with cached_folder(out) as part:
             if not _link_model(part, ref, extension):
@@ -197,7 +194,8 @@ def extended_ref(ref: str, extension: Extension | None) -> str:
     for file in files:
         if (out / file.name).is_symlink():
             _link(out / file.name, file)  # the model may have been moved
-    return str(out)
+    replaced = f"the model with new tokens cannot be used: {damage}; it is written again"
+    return str(out), [] if damage is None else [replaced]
 
 
 def _link_model(out: Path, ref: str, extension: Extension) -> bool:

@@ -130,7 +130,7 @@ def _group_size(settings: dict[str, Any], where: str) -> int | None:
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
         raise ValueError(
-            f"{where}: {settings['quant_method']} weights of {bits} bits, but jaxft reads those of 4 bits"
+            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads those of 4"
         )
     if type(group) is not int or group == 0 or group < -1:
         raise ValueError(

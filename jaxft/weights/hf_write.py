@@ -157,6 +157,8 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json in the source's style, without fields that no longer apply, and
     generation_config.json, whose EOS tokens are its own and those of the config.
+
+    A pad_token_id that the model does not have, such as -1, is null: transformers refuses to load others.
     """
     config, generation = families.config_to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref
@@ -168,6 +170,10 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
     config["vocab_size"] = model.config.vocab
     generation.setdefault("bos_token_id", config.get("bos_token_id"))
     generation["eos_token_id"] = joined_eos(generation.get("eos_token_id"), model.config.eos)
+    if generation.get("pad_token_id") not in range(model.config.vocab):
+        generation.pop("pad_token_id", None)
+    if config.get("pad_token_id", 0) not in range(model.config.vocab):
+        config["pad_token_id"] = None  # not removed, since some families have a default
     return _with_rope_of_4(config), generation
 
 

@@ -58,11 +58,17 @@ DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"
 
 def read_config(located: hub.Located) -> dict[str, Any]:
     """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata; of
-    a multimodal model that of its text decoder.
+    a multimodal model that of its text decoder. Raises ValueError if it is malformed.
     """
     if located.kind == "gguf":
         return gguf_config.gguf_config(gguf_header.read_gguf_header(located.path))
-    return text_config(read_model_json(located.path / "config.json"))
+    config = text_config(read_model_json(located.path / "config.json"))
+    quantised = config.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
+        raise ValueError(
+            f"{located.path / 'config.json'}: quantization_config must be an object, got {quantised!r:.60}"
+        )
+    return config
 
 
 def model_for(ref: str, **options: Any) -> Model:

@@ -57,10 +57,6 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
     for path in paths:
         with _open(path), path.open("rb") as file:  # the library has checked the header
             size = int.from_bytes(file.read(8), "little")
-            if size > HEADER_BYTES:
-                raise ValueError(
-                    f"{path}: its header has {size >> 20} MiB, above the limit; use another file"
-                )
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
@@ -75,8 +71,13 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
 def _open(path: Path) -> safe_open:
     if not path.is_file():
         raise ValueError(f"{path}: not a regular file; use a safetensors file")
-    if not path.stat().st_size:
+    total = path.stat().st_size
+    if not total:
         raise ValueError(f"{path}: not a complete safetensors file (it is empty); download it again")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if HEADER_BYTES < size < total:  # the library would read it
+        raise ValueError(f"{path}: its header has {size >> 20} MiB, above the limit; use another file")
     try:
         return safe_open(path, framework="np")
     except SafetensorError as e:
@@ -210,14 +211,16 @@ def write_model_json(path: Path, value: dict[str, Any], sort: bool = False) -> N
 
 def read_model_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not JSON (it is not a regular file)")
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
-    except (ValueError, RecursionError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e})") from e
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON (a number has thousands of digits)") from e
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value

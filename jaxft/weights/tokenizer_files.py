@@ -47,6 +47,8 @@ def reading_failed(folder: Path, error: Exception) -> str:
         except (ValueError, RecursionError) as e:
             return f"{name} is not a complete JSON file ({e}); download it again"
     reason = " ".join(str(error).split())[:300]
+    if "contains custom code" in reason:
+        reason = "it is code in the folder, which jaxft never runs"
     return f"no tokenizer could be loaded from {folder} ({reason}); it needs a tokenizer.json"
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
+from jaxft.data import tokenise as tokenise_module
 from jaxft.data.invalid import InvalidRow, InvalidRows, add_counts, invalid_lines
 from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
@@ -96,7 +97,7 @@ DIRT = {  # invalid rows of each kind of data, and why they are
         (turns("why?", 7), "content of a wrong type"),
         (turns("why?", "\ud800"), "unpaired surrogate"),
         (turns("why?"), "no assistant turn"),
-        (turns(LONG, "so"), "prompt longer than data.max_length"),
+        (turns("", "so"), "empty prompt"),
         ({"messages": [{"content": "why?"}]}, "message without role or content"),
     ],
     "pairs": [
@@ -104,7 +105,7 @@ DIRT = {  # invalid rows of each kind of data, and why they are
         ({"prompt": "why?", "chosen": "so", "rejected": " "}, "empty column 'rejected'"),
         ({"prompt": "why?", "chosen": "so"}, "missing column 'rejected'"),
         ({"prompt": "why?", "chosen": "so", "rejected": "\ud800"}, "unpaired surrogate"),
-        ({"prompt": LONG, "chosen": "so", "rejected": "no"}, "prompt longer than data.max_length"),
+        ({"prompt": [7], "chosen": "so", "rejected": "no"}, "message without role or content"),
         ({"prompt": "why?", "chosen": [], "rejected": "no"}, "column without messages"),
     ],
     "unpaired": [
@@ -112,12 +113,12 @@ DIRT = {  # invalid rows of each kind of data, and why they are
         ({"prompt": "why?", "completion": " ", "label": True}, "empty column 'completion'"),
         ({"prompt": "why?", "completion": "so"}, "missing column 'label' or 'kto_tag'"),
         ({"prompt": "why?", "completion": "\ud800", "label": True}, "unpaired surrogate"),
-        ({"prompt": LONG, "completion": "so", "label": True}, "prompt longer than data.max_length"),
+        ({"prompt": [7], "completion": "so", "label": True}, "message without role or content"),
         ({"prompt": "why?", "completion": [], "label": True}, "column without messages"),
     ],
     "prompts": [
         ({"prompt": " ", "answer": "so"}, "empty column 'prompt'"),
-        ({"question": "why?"}, "no prompt"),
+        ({"title": "why?"}, "no prompt"),
         ({"prompt": "\ud800"}, "unpaired surrogate"),
         (turns("why?", 7), "content of a wrong type"),
         ({"messages": []}, "empty row"),
@@ -242,12 +243,44 @@ def test_the_limit_is_a_fraction_of_all_rows_of_a_dataset(count, tmp_path):
 # ---- what is printed
 
 
+def test_few_invalid_rows_are_left_out_by_default_and_more_are_the_error_of_the_first(tmp_path):
+    good = [json.dumps({"prompt": f"{i}", "completion": "b"}) for i in range(300)]
+    bad = ['{"prompt": "a", "completion": " "}', "[]", '{"prompt": "a"}', "{"]
+
+    def rows(count):
+        lines = [*good[:100], *bad[:count], *good[100:]]
+        (tmp_path / f"{count}.jsonl").write_text("\n".join(lines))
+        data = Rows(str(tmp_path / f"{count}.jsonl"), held_out="none", workers=1)
+        return data.open(tiny("chatml"), cache=tmp_path).info.stats
+
+    stats = rows(3)  # 1 % of 303
+    assert stats.examples == 300 and sum(count.rows for count in stats.invalid) == 3
+    for _ in range(2):  # the second from the cache
+        with pytest.raises(
+            InvalidRow, match=r"4.jsonl:102: the row is a list.*; data.invalid=drop leaves inv"
+        ):
+            rows(4)
+
+
+def test_a_mistake_of_settings_ends_a_long_run_early(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxft.data.row_files.ROW_CHUNK_BYTES", 5_000)
+    seen, tokenise = [], tokenise_module.tokenise_chunk
+    monkeypatch.setattr(
+        tokenise_module, "tokenise_chunk", lambda *a, **k: seen.append(1) or tokenise(*a, **k)
+    )
+    lines = [json.dumps({"prompt": " ", "completion": "b" * 90}) for _ in range(2000)]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InvalidRow, match="r.jsonl:1: column 'prompt' is empty"):
+        Rows(str(tmp_path / "r.jsonl"), held_out="none", workers=1).open(tiny("chatml"), cache=tmp_path)
+    assert len(seen) == 1
+
+
 def test_the_first_of_each_reason_is_named_the_most_frequent_first():
     invalid = InvalidRows(1.0)
     for i, reason in enumerate(("b", "a", "a"), 1):
         invalid.add(InvalidRow(f"r:{i}", reason, "x"))
     assert invalid_lines(invalid.counts()) == [
-        "3 invalid rows left out (data.invalid=drop):\n      2  a: r:2: x\n      1  b: r:1: x"
+        "3 invalid rows left out (data.invalid):\n      2  a: r:2: x\n      1  b: r:1: x"
     ]
     assert invalid_lines(()) == []
 

@@ -58,6 +58,76 @@ def rows_of_epochs(s, epochs):
     return found
 
 
+# ---- columns and formats of a source
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "options"),
+    [
+        ("a.jsonl:prompt=q", None, {"columns": ("prompt=q",)}),
+        ("a.jsonl:prompt=q:completion=my answer", None, {"columns": ("prompt=q", "completion=my answer")}),
+        ("b.jsonl:0.5,a.jsonl:0.5:prompt=q", 0.5, {"columns": ("prompt=q",)}),
+        ("b.jsonl:3,a.jsonl:prompt=q:format=plain:1", 0.25, {"columns": ("prompt=q",), "format": "plain"}),
+        ("b.jsonl,a.jsonl:max_samples=7", None, {"max_samples": 7}),
+        ("org/name/config:train:prompt=q", None, {"columns": ("prompt=q",)}),
+        ("https://host:8080/a.parquet?key=b=c", None, {}),
+        ("https://host:8080/a.parquet?key=b=c:format=text", None, {"format": "text"}),
+    ],
+)
+def test_options_of_a_source_are_behind_it(sources, text, share, options):
+    source = parse_sources(text)[-1]
+    assert (source.share, source.options) == (share, options)
+    assert source.ref in ("a.jsonl", "org/name/config:train", "https://host:8080/a.parquet?key=b=c")
+
+
+def test_a_file_whose_name_looks_like_an_option_is_a_file(sources):
+    (sources / "x:prompt=q").write_text("")
+    assert [(s.ref, s.options) for s in parse_sources("x:prompt=q")] == [("x:prompt=q", {})]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("a.jsonl:prompt=q,completion=a", "completion=a is no dataset; columns of a source are behind it"),
+        ("a.jsonl:max_samples=none", "a.jsonl:max_samples=none has max_samples=none; use a whole number"),
+        ("a.jsonl:promt=prompt", "unknown column 'promt'; use one of prompt"),
+        ("a.jsonl:prompt=question", "a.jsonl:1: no column 'question', which data.columns=prompt=question"),
+        ("a.jsonl:format=alpaca", "data.format='alpaca'; use auto, plain or one of"),
+    ],
+)
+def test_wrong_options_of_a_source_are_one_line(sources, text, error):
+    with pytest.raises(ValueError, match=re.escape(error)) as raised:
+        sft(sources, text)
+    assert "\n" not in str(raised.value)
+
+
+def test_sources_with_columns_and_formats_of_their_own_are_as_if_they_had_the_usual_ones(sources):
+    def write(name, rows):
+        (sources / name).write_text("\n".join(map(json.dumps, rows)))
+
+    usual = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(6)]
+    write("usual.jsonl", usual[:3])
+    write("also.jsonl", usual[3:])
+    write("mine.jsonl", [{"title": r["prompt"], "body": r["completion"], "text": "x"} for r in usual[:3]])
+    write("theirs.jsonl", [{**r, "text": "other"} for r in usual[3:]])
+    mixed = "mine.jsonl:prompt=title:completion=body,theirs.jsonl:format=prompt-completion"
+    source, expected = (sft(sources, x, format="auto") for x in (mixed, "usual.jsonl,also.jsonl"))
+    assert np.array_equal(source.split.rows.ids, expected.split.rows.ids)
+    assert source.split.train_names == ("mine", "theirs")
+    alone = sft(sources, "mine.jsonl:prompt=title:completion=body", format="auto", columns=("text=none",))
+    assert np.array_equal(alone.split.rows.ids, expected.split.rows.ids[: len(alone.split.rows.ids)])
+    held = sft(sources, "usual.jsonl", format="auto", held_out="mine.jsonl:prompt=title:completion=body")
+    assert held.info.stats.held_out == 3
+    pairs = [{"q": r["prompt"], "chosen": "yes", "rejected": "no"} for r in usual]
+    write("pairs.jsonl", pairs)
+    found = PairRows("pairs.jsonl:prompt=q,a_pairs.jsonl", batch=1, held_out="none")
+    assert found.open(tiny("chatml"), cache=sources / "cache").info.stats.examples == 76
+    rollouts = Prompts("pairs.jsonl:prompt=q,mine.jsonl:format=plain:prompt=body", batch=1, held_out="none")
+    train, _ = prompts.split_prompts(rollouts, tiny("chatml"), sources / "cache")
+    one, other = (train.select([i]) for i in (0, 6))
+    assert one.prompts[0].messages[0]["content"] == "q 0" and other.prompts[0].prompt == "a 0"
+
+
 # ---- names and weights
 
 

@@ -5,8 +5,10 @@ batches, references.
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.sft import Rows
 from jaxft.data.source import open_for
-from jaxft.nn.layer_attention import uniform
+from jaxft.nn.layer_attention import batch_angles, uniform
 from jaxft.nn.rope import Rope
 
 
@@ -327,8 +329,8 @@ def test_keys_are_of_the_tokens(folder):
         ({"layout": "rows"}, "data.layout='rows'; use one of auto, branches, plain"),
         ({"third": "silver"}, "data.third='silver'; use one of none, mismatched, gold"),
         ({"extras": ("a", "a")}, "data.extras=a,a names a column twice"),
-        ({"batch": 0}, "data.batch=0; use at least 1"),
-        ({"epochs": 0.0}, "data.epochs=0.0; use a number above 0"),
+        ({"batch": 0}, "data.batch=0; expected at least 1"),
+        ({"epochs": 0.0}, "data.epochs=0.0; expected above 0"),
         ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
         (
             {"batch": 3, "micro": 4},
@@ -417,8 +419,14 @@ def test_responses_whose_rope_depends_on_their_length_do_not_share_a_prompt(fold
     assert dataclasses.replace(rows, max_length=65).for_attention(uniform(2, 8, Rope())).layout == "auto"
     with pytest.raises(ValueError, match="data.layout=branches: .* use data.layout=plain"):
         dataclasses.replace(rows, max_length=65, layout="branches").for_attention(varying)
-    opened = open_for(varying, dataclasses.replace(rows, max_length=65), tiny("plain"))
-    assert opened.batch(0)[0].branches is None
+    longer = dataclasses.replace(rows, max_length=65)
+    assert open_for(varying, longer, tiny("plain")).batch(0)[0].branches is None
+    for data, refused in ((rows, False), (longer, True)):  # opened without a model
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data.abstract())
+        assert shapes.branches is not None
+        with pytest.raises(ValueError, match="pairs share prompts, but") if refused else nullcontext():
+            jax.eval_shape(lambda batch: batch_angles(varying, batch, jnp.float32), shapes)
+        assert data.open(tiny("plain")).shapes[-1].max_length == data.max_length
     (line,) = beyond.start_lines(None, varying)
     assert line.startswith("responses don't share prompts (data.layout=plain)")
     assert within.start_lines(None, varying) == []

@@ -235,19 +235,11 @@ def test_too_long_pairs_are_dropped_and_counted(folder):
         long_rows(folder)(2, "drop")
 
 
-def test_truncation_keeps_the_start_and_never_removes_a_whole_response(folder):
+@pytest.mark.parametrize("limit", [20, 51])  # the prompt of the second row has 51 tokens
+def test_truncation_keeps_the_start_and_drops_a_pair_without_a_whole_response(folder, limit):
     make = long_rows(folder)
-    with pytest.raises(
-        ValueError,
-        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=20 leaves no room for a "
-        "response; raise data.max_length; data.invalid=drop leaves invalid rows out$",
-    ):
-        make(20, "truncate")
-    with pytest.raises(
-        ValueError,
-        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=51 leaves no room for",
-    ):
-        make(51, "truncate")
+    s = make(limit, "truncate")
+    assert s.info.stats.dropped == 1 and s.info.stats.examples == 2 and not s.info.stats.invalid
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}])
     s = make(20, "truncate")
     ((_, _, (chosen, rejected)),) = epoch(s).values()
@@ -257,18 +249,18 @@ def test_truncation_keeps_the_start_and_never_removes_a_whole_response(folder):
 
 def test_too_long_error_names_row_and_response(folder):
     with pytest.raises(
-        ValueError, match=r"r.jsonl:1: chosen: \d+ tokens with the prompt are more than data.max_length=20"
+        ValueError,
+        match=r"r.jsonl:1: \d+ tokens of a response with its prompt are more than data.max_length=20; "
+        "raise data.max_length or set data.too_long=drop, or truncate$",
     ):
         long_rows(folder)(20, "error")
 
 
-def test_responses_that_truncation_makes_equal_are_an_error(folder):
-    write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "b" * 30 + "c"}])
-    with pytest.raises(
-        ValueError,
-        match="r.jsonl:1: chosen and rejected are the same tokens when truncated to data.max_length=20",
-    ):
-        source(folder, "none", format="plain", max_length=20, held_out="none", batch=1)
+def test_pairs_that_truncation_makes_equal_are_dropped_and_equal_ones_an_error(folder):
+    alike = {"prompt": "a", "chosen": "b" * 30, "rejected": "b" * 30 + "c"}
+    write(folder / "r.jsonl", [alike, {"prompt": "a", "chosen": "b", "rejected": "c"}])
+    s = source(folder, "none", format="plain", max_length=20, held_out="none", batch=1)
+    assert s.info.stats.dropped == 1 and s.info.stats.examples == 1
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b", "rejected": " b "}])
     with pytest.raises(ValueError, match="r.jsonl:1: chosen and rejected are the same tokens; change one"):
         source(folder, "llama3", held_out="none", batch=1)  # its template strips

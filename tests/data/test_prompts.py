@@ -41,7 +41,7 @@ def test_settings_out_of_range_are_refused(settings, message):
     [
         ({"prompt": ""}, "bad.jsonl:1: the row is empty"),
         ({"prompt": " ", "answer": 1}, "bad.jsonl:1: column 'prompt' is empty"),
-        ({"question": "why?"}, "bad.jsonl:1: "),
+        ({"title": "why?"}, "bad.jsonl:1: the columns title include no prompt; add prompt, messages or"),
         ({"prompt": 7}, "bad.jsonl:1: "),
         ({"messages": [{"role": "user", "content": " "}]}, "bad.jsonl:1: "),
         ({"messages": [{"role": "assistant", "content": "so"}]}, "bad.jsonl:1: "),

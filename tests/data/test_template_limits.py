@@ -120,6 +120,17 @@ def stopped():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_once(path):
+    if not Path(path).exists():
+        Path(path).touch()
+        killed()
+    return os.getpid()
+
+
 def dead():
     os.write(2, b"traceback\nout of luck\n")
     os._exit(3)
@@ -127,7 +138,12 @@ def dead():
 
 @pytest.mark.parametrize(
     ("function", "error"),
-    [(uninterrupted, limits.TooSlow), (stopped, confined.Silent), (dead, confined.Died)],
+    [
+        (uninterrupted, limits.TooSlow),
+        (stopped, confined.Silent),
+        (dead, confined.Died),
+        (killed, confined.Died),
+    ],  # fmt: skip
 )
 def test_a_process_that_ends_during_a_call_is_replaced(small, monkeypatch, function, error):
     confined.call(os.getpid)  # starts it
@@ -135,10 +151,18 @@ def test_a_process_that_ends_during_a_call_is_replaced(small, monkeypatch, funct
     with pytest.raises(error) as caught:
         confined.call(function)
     if error is confined.Died:
-        assert (caught.value.code, caught.value.reason) == (3, "out of luck")
+        ends = {dead: (3, "out of luck"), killed: (-signal.SIGKILL, "")}
+        assert (caught.value.code, caught.value.reason) == ends[function]
     monkeypatch.undo()
     first = confined.call(os.getpid)
     assert first == confined.call(os.getpid) != os.getpid()
+
+
+def test_a_call_whose_process_something_else_kills_is_made_once_more(tmp_path):
+    """Such as the system, for lack of memory."""
+    first = confined.call(os.getpid)
+    again = confined.call(killed_once, str(tmp_path / "called"))
+    assert again == confined.call(os.getpid) != first
 
 
 def test_the_process_starts_where_the_working_directory_has_changed(tmp_path, monkeypatch):

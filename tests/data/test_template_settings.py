@@ -196,7 +196,6 @@ def test_markers_that_enclose_the_header_of_a_turn_do_not_make_it_a_target():
             (Q, call(id="a" * 9), turn("tool", "3"), A),
             "length 9!; give every tool call an id of 9 letters and digits, and its result the same id",
         ),
-        ("granite3", (Q, call(), A), "the content of a turn of tool calls is null.*; fix or remove the row"),
     ],
 )
 def test_a_rejected_row_is_one_line_with_the_reason_and_the_remedy(name, messages, message):

@@ -165,7 +165,7 @@ def test_all_pieces_of_a_document_are_on_one_side_of_the_split(texts):
         ({"max_length": 2}, "data.max_length=2; use at least 3"),
         ({"tokens": 5}, "data.epochs=1.0 and data.tokens=5: set exactly one of them"),
         ({"epochs": None}, "data.epochs=None and data.tokens=None: set exactly one of them"),
-        ({"tokens": 0, "epochs": None}, "data.tokens=0; use at least 1"),
+        ({"tokens": 0, "epochs": None}, "data.tokens=0; expected at least 1"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(texts, options, error):

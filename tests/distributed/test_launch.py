@@ -47,6 +47,7 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+MPI_URI = "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}  # a pod of an indexed job
 FOUR = {"SLURM_STEP_TASKS_PER_NODE": "4(x4)"}
 EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
@@ -96,7 +97,9 @@ EXPLICIT = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS":
             Launch("SkyPilot", f"10.0.0.1:{launch.PORT}", 2, 1),
         ),
         ({"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NUM_NODES": "1"}, None),
-        ({**MPI, "OMPI_MCA_orte_hnp_uri": "1;tcp://a:1"}, Launch("Open MPI", None, 4, 3, (1,))),
+        ({**MPI, "OMPI_MCA_orte_hnp_uri": MPI_URI}, Launch("Open MPI", None, 4, 3, (1,))),
+        ({**SLURM, "SLURM_STEP_NODELIST": "n001,m[2-3]"}, Launch("SLURM", None, 16, 9, (1,))),
+        ({**SLURM, **EXPLICIT, "SLURM_JOB_ID": "x"}, Launch("explicit, SLURM", "h:1", 2, 1, (1,))),
         ({**MPI, "JAXFT_COORDINATOR": "h:1"}, Launch("explicit, Open MPI", "h:1", 4, 3, (1,))),
         (EXPLICIT, Launch("explicit", "h:1", 2, 1)),
         ({**EXPLICIT, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}, None),
@@ -153,6 +156,10 @@ def test_settings_take_precedence_over_the_environment():
         (NONE, {**EXPLICIT, "JAXFT_PROCESS": "one"}, "JAXFT_PROCESS=one"),
         (NONE, MPI, "JAXFT_COORDINATOR=host:port"),
         (NONE, {**TORCHRUN, "RANK": ""}, "RANK=''"),
+        (NONE, {**SLURM, "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x is malformed (SLURM); set JAXFT_COORDINATOR"),
+        (NONE, {**SLURM, "SLURM_STEP_NODELIST": "[[["}, "SLURM_STEP_NODELIST=[[[ is malformed"),
+        (NONE, {**SLURM, "SLURM_NTASKS": ""}, "SLURM_NTASKS= is malformed"),
+        (NONE, {**MPI, "OMPI_MCA_orte_hnp_uri": "garbage"}, "OMPI_MCA_orte_hnp_uri=garbage is malformed"),
         (NONE, POD, "JAXFT_COORDINATOR=host:port of pod 0"),
         (
             NONE,
@@ -257,8 +264,8 @@ def test_slurm_script_starts_one_task_per_gpu_and_requeues_resumable_runs(tmp_pa
         (
             "registry.example.com#jaxft:cuda",
             ["--container-image=registry.example.com#jaxft:cuda",
-             "--container-mounts={root}:{root},{cache}:/cache", "--container-workdir={root}",
-             "jaxft", "train"],
+             "--container-mounts={root}:{root},{cache}:/cache", "--container-workdir={root}", "jaxft",
+             "train"],
         ),
         (
             "/images/jaxft.sif",

@@ -23,11 +23,14 @@ BAD = {  # field of a chat request -> values
     "logprobs": [3, "yes"],
     "top_logprobs": [2],
     "tools": [{}, ["a"]],
-    "tool_choice": ["required", {"type": "function"}, 3],
+    "tool_choice": ["required", {"type": "function"}, {"function": {"name": "f"}}, 3],
+    "parallel_tool_calls": [1, "no"],
     "chat_template_kwargs": ["a", [1]],
     "logit_bias": [{"1": 2}],
     "frequency_penalty": [0.5, False],
-    "response_format": [{"type": "json_object"}],
+    "response_format": [
+        3, "json", {"type": "yaml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}},
+    ],
     "temprature": [1],
 }
 
@@ -71,9 +74,8 @@ def test_the_defaults_are_those_of_openai_and_null_is_a_default():
     found = parse_chat(parse_json(json.dumps(fields).encode()), 16)
     sampling = found.choice.sampling
     assert (sampling.max_new, sampling.temperature, sampling.top_k, sampling.top_p) == (16, 1.0, None, None)
-    assert (
-        found.choice[1:] == (None, (), 1, None) and found.streaming == (False, False) and found.tools is None
-    )
+    assert found.choice[1:] == (None, (), 1, None, None)
+    assert found.streaming == (False, False) and found.tools is None
     asked = {
         "max_tokens": 3,
         "stop": "x",
@@ -83,9 +85,39 @@ def test_the_defaults_are_those_of_openai_and_null_is_a_default():
         "tool_choice": "none",
     }
     found = parse_chat({"messages": MESSAGES, "tools": [{}], **asked}, 16)
-    assert (
-        found.choice[1:] == (5, ("x",), 1, 4) and found.choice.sampling.max_new == 3 and found.tools is None
-    )
+    assert found.choice[1:] == (5, ("x",), 1, 4, None)
+    assert found.choice.sampling.max_new == 3 and found.tools is None
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}
+NOW = {"type": "function", "function": {"name": "now"}}
+ADD_CALL = {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}
+NOW_CALL = {"name": "now", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"tool_choice": "auto"}, None),
+        ({"tool_choice": "required"}, ((ADD_CALL, NOW_CALL), False)),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, ((ADD_CALL, NOW_CALL), True)),
+        ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, ((NOW_CALL,), True)),
+    ],
+)
+def test_tool_choice_names_the_functions_of_which_one_must_be_called(fields, expected):
+    assert parse_chat({"messages": MESSAGES, "tools": [ADD, NOW], **fields}, 16).required == expected
+
+
+def test_a_response_format_is_a_json_schema():
+    schema = {"type": "array"}
+    for value, expected in (
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}, schema),
+    ):
+        assert parse_chat({"messages": MESSAGES, "response_format": value}, 16).choice.schema == expected
+        assert parse_completion({"prompt": "a", "response_format": value}, 16).choice.schema == expected
 
 
 def test_prompts_are_texts_or_token_ids():

@@ -2,6 +2,8 @@
 settings and adapters compiles nothing.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,7 +232,7 @@ def test_a_failure_of_the_device_ends_its_requests_only():
         return programs.decode[4](*args)
 
     found, lines = tiny.scheduler(
-        programs_=serve_programs.ServePrograms(programs.serving, programs.empty, programs.start, {4: broken})
+        programs_=replace(programs, decode={4: broken})
     )
     first, second = (tiny.complete(found, [tiny.request(PROMPTS[0], seed)])[0] for seed in (1, 1))
     found.close()
@@ -246,9 +248,7 @@ def test_requests_end_with_a_device_that_does_not_recover():
         raise RuntimeError("halted")
 
     found, lines = tiny.scheduler(
-        programs_=serve_programs.ServePrograms(
-            programs.serving, lambda: states.pop()(), programs.start, {4: broken}
-        )
+        programs_=replace(programs, empty=lambda: states.pop()(), decode={4: broken})
     )
     ended = tiny.complete(found, [tiny.request(PROMPTS[0])] * 6)
     assert {one.finish for one in ended} == {"error"} and "halted" in ended[-1].progress[-1].error

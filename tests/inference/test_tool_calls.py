@@ -177,7 +177,7 @@ def test_the_format_is_that_of_the_template():
 def running():
     from running_server import Running  # skips without openai and uvicorn
 
-    found = Running()
+    found = Running(models=tiny.tool_models())
     yield found
     found.close()
     assert not found.lines

@@ -185,18 +185,26 @@ def test_a_model_no_better_than_a_rule_by_length_raises_an_alarm_at_the_end():
     assert report_of([{**entry, "eval_rewards/accuracies": 0.61}], total=9)[1] == []
 
 
+def test_a_run_that_ends_with_ties_alone_raises_an_alarm():
+    entry = {"step": 9, "eval_rewards/accuracies_pairs": 20.0, "eval_length/accuracy_if_longer_wins": 0.4}
+    (reported,) = report_of([entry], total=9)[1]
+    assert "all 20 held-out pairs are ties" in reported[1] and report_of([entry], total=20)[1] == []
+    assert report_of([{**entry, "eval_rewards/accuracies": 0.7}], total=9)[1] == []
+
+
 def test_the_summary_states_accuracy_margin_kl_length_and_label_noise():
     first = {"eval_rewards/accuracies": 0.4, "eval_rewards/margins": 0.0, "eval_logps/chosen": -80.0}
     last = {
         "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.8, "eval_logps/chosen": -79.0,
-        "eval_kl": 0.0123,
+        "eval_kl": 0.0123, "eval_rewards/accuracies_pairs": 20.0,
         "eval_length/accuracy_if_longer_wins": 0.55, "eval_length/margin_correlation": 0.25,
         "label_noise": 0.21, "label_noise_error": 0.033,
         "eval_rewards/accuracies_chosen_longer": 0.95, "eval_rewards/accuracies_chosen_shorter": 0.85,
     }  # fmt: skip
     reported = "\n".join(preference_summary(first, last))
     for part in (
-        "all ties before, 0.90 after; always preferring the longer response gives 0.55",
+        "all ties before, 0.90 [0.70, 0.97] of 20 pairs after; always preferring the longer response ",
+        "gives 0.55",
         "0.000 before, 0.800 after", "-80.0 before, -79.0 after", "0.0123 nats per token",
         "correlation 0.25", "0.95 where the chosen response is longer",
         "0.85 where it is shorter", "about 21 % look flipped, +- 7 ", "robust",
@@ -205,8 +213,10 @@ def test_the_summary_states_accuracy_margin_kl_length_and_label_noise():
     assert "alike" not in reported and preference_summary({}, {}) == []
     alone = {name: value for name, value in last.items() if name != "eval_kl"}
     assert preference_summary(first, alone)[0].startswith(
-        "held-out accuracy: 0.40 before, 0.90 after"
+        "held-out accuracy: 0.40 before, 0.90 [0.70, 0.97] of 20 pairs after"
     )  # without a reference
+    coin = {"eval_rewards/accuracies": 0.55, "eval_rewards/accuracies_pairs": 20.0}
+    assert preference_summary({}, coin)[0].endswith("of 20 pairs (not distinguishable from 0.5, chance)")
     assert (
         "robust" not in preference_summary({}, {"label_noise": 0.02})[0]
         and "too little" in preference_summary({}, {"label_noise": 0.45})[0]
@@ -310,15 +320,28 @@ def test_failing_rewards_raise_an_alarm_at_once_and_when_their_fraction_has_doub
         ({"grad_norm": 0.0, "frac_reward_zero_std": 1.0}, "had no training signal"),
         ({"reward_std": 0.0}, "had no training signal"),
         ({"frac_learned": 0.0}, "had no training signal"),
-        ({"completions/clipped_ratio": 1.0}, "no completion of the last"),
+        ({"completions/clipped_ratio": 0.6}, "Write a larger max_new="),
     ],
 )
 def test_rollouts_without_anything_to_learn_raise_an_alarm_after_five_in_a_row(entry, message):
     fine = {"frac_reward_zero_std": 1.0, "reward_std": 0.1, "grad_norm": 2.0, "frac_learned": 1.0}
-    fine["completions/clipped_ratio"] = 0.5
+    fine["completions/clipped_ratio"] = 0.4
     messages = rollout_alarms_of([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
     assert [i for i, alarms in enumerate(messages) if alarms] == [5, 10]
     assert all(message in messages[i][0] for i in (5, 10))
+
+
+def test_a_short_run_whose_completions_are_cut_raises_an_alarm_at_its_end_and_a_longer_one_only_once():
+    def alarms(ratios):
+        entries = [{"step": i, "completions/clipped_ratio": x} for i, x in enumerate(ratios, 1)]
+        memory, found = {}, []
+        for entry in [*entries, {"step": len(ratios), "eval_reward": 0.5}]:
+            memory, _, new = rollout_alarms(memory, entry, "eval_reward" in entry)
+            found.append(len(new))
+        return found
+
+    assert alarms([0.3, 0.9]) == [0, 0, 1] and alarms([0.9, 0.3]) == [0, 0, 0]
+    assert alarms([1.0] * 6) == [0, 0, 0, 0, 1, 0, 0]
 
 
 def test_a_gradient_of_exactly_zero_for_many_steps_raises_an_alarm_for_every_objective():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxft.objectives import metrics
-from jaxft.objectives.metrics import Correlation, LabelNoise, Max, Min, Sum
+from jaxft.objectives.metrics import Correlation, LabelNoise, Max, Min, Sum, WinRate
 
 RNG = np.random.default_rng(0)
 PARTS = [
@@ -59,6 +59,19 @@ def test_max_and_min_are_those_of_all_rows():
     found = metrics.as_floats(functools.reduce(metrics.add, PARTS))
     assert found["longest"] == max(float(p["longest"].value) for p in PARTS)
     assert found["shortest"] == min(float(p["shortest"].value) for p in PARTS)
+
+
+def test_a_win_rate_counts_a_tie_as_half_and_has_no_value_for_ties_alone():
+    margin, where = jnp.array([0.5, -1.0, 0.0, 0.0, 3.0, 9.0]), jnp.array([True] * 5 + [False])
+    whole = {"a": WinRate.of(margin, margin == 0, where)}
+    assert metrics.as_floats(whole) == {"a": (2 + 2 / 2) / 5} and metrics.pair_counts(whole) == {"a_pairs": 5}
+    parts = [{"a": WinRate.of(margin[i], margin[i] == 0, where[i])} for i in (slice(0, 3), slice(3, 6))]
+    same(metrics.add(*parts), whole)
+    ties = {"a": WinRate.of(jnp.zeros(3), jnp.ones(3, bool), jnp.ones(3, bool))}
+    assert metrics.as_floats(ties) == {} and metrics.pair_counts(ties) == {"a_pairs": 3}
+    assert metrics.as_floats(metrics.neutral(ties)) == metrics.pair_counts(metrics.neutral(ties)) == {}
+    lost = WinRate.of(jnp.array([jnp.nan, 1.0]), jnp.zeros(2, bool), jnp.ones(2, bool))
+    assert np.isnan(metrics.as_floats({"a": lost})["a"])
 
 
 def test_a_mean_over_nothing_is_left_out_and_never_nan():

@@ -26,9 +26,12 @@ from jaxft.batch import widened
 from jaxft.distributed import sharding
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
+from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-from jaxft.objectives.preference import mean_logp, preference
+from jaxft.objectives.pair import PairBatch, PairTokens, Response
+from jaxft.objectives.preference import implicit_reward, mean_logp, preference
+from jaxft.objectives.preference_metrics import pair_metrics
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -93,6 +96,30 @@ def test_a_shared_prompt_equals_the_prompt_before_each_response(loss):
     assert plain.branches is None
     found = loss_gradients_metrics(objective, whole, mask, micro(laid(pool), 1), {})
     assert_same(found, loss_gradients_metrics(objective, whole, mask, micro(plain, 1), {}))
+
+
+def accuracy_of(gained):
+    """The accuracy and its number of pairs, where log-probs of chosen responses gain `gained` over those of
+    the reference.
+    """
+    known = jnp.asarray(np.random.default_rng(3).normal(-90, 30, (1, len(gained))))
+    ones = jnp.ones_like(known)
+    chosen = Response(known + jnp.asarray(gained)[None] * jnp.abs(known), known, 5 * ones, 5 * ones, ones)
+    rejected = Response(known - 1, known - 1, 5 * ones, 5 * ones, ones)
+    empty = {name: jnp.zeros((1, 0)) for name in ("logp", "reference", "log_sum_p2")}
+    tokens = PairTokens(**empty, response=jnp.zeros((1, 0), int), position=jnp.zeros((1, 0), int))
+    pair = PairBatch({"chosen": chosen, "rejected": rejected}, tokens, {}, ones)
+    found = pair_metrics(pair, implicit_reward)
+    counts = {name: n for name, n in metrics.pair_counts(found).items() if name == "rewards/accuracies_pairs"}
+    return metrics.as_floats(found).get("rewards/accuracies"), counts
+
+
+def test_accuracy_is_absent_where_the_policy_is_the_reference_up_to_rounding():
+    """TRL counts ties as lost, so that its accuracy starts at 0."""
+    six = {"rewards/accuracies_pairs": 6}
+    assert accuracy_of([0.0] * 6) == (None, six)
+    assert accuracy_of([1e-6, -1e-6, 0.0, 2e-6, -3e-6, 1e-6]) == (None, six)
+    assert accuracy_of([0.1, 0.2, -0.1, 0.0, 1e-6, -1e-6]) == (pytest.approx((2 + 3 / 2) / 6), six)
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradient():

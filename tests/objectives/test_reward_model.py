@@ -1,5 +1,6 @@
 """Reward models: transformers' rewards, Bradley-Terry of torch, laws of the objective, heads on one base."""
 
+import json
 from dataclasses import replace
 from functools import cache, partial
 
@@ -173,11 +174,16 @@ def test_far_margins_stay_finite():
     assert value.tolist() == [[1e4, 0]] and pull(jnp.ones_like(far))[0].tolist() == [[-1, 0]]
 
 
-def test_a_tie_has_loss_log_2_and_is_not_won():
+def test_a_tie_has_loss_log_2_and_counts_half_and_ties_alone_have_no_accuracy():
     batch = laid(random_pairs(4))
-    same = jnp.ones(batch.pair_weights.shape)
+    same, used = jnp.ones(batch.pair_weights.shape), batch.pair_weights > 0
     value, found = reward(None).loss(Outputs(same, same, batch), {})
-    assert float(value) == pytest.approx(np.log(2), rel=1e-6) and metrics.as_floats(found)["accuracy"] == 0
+    assert float(value) == pytest.approx(np.log(2), rel=1e-6)
+    assert "accuracy" not in metrics.as_floats(found) and metrics.pair_counts(found) == {"accuracy_pairs": 4}
+    first = np.flatnonzero(used.ravel())[0]
+    one_won = same.ravel().at[first].add(1).reshape(same.shape)
+    _, found = reward(None).loss(Outputs(one_won, same, batch), {})
+    assert metrics.as_floats(found)["accuracy"] == pytest.approx((1 + 3 / 2) / 4)
 
 
 # ---- laws
@@ -401,3 +407,17 @@ def test_anything_but_a_classifier_with_one_label_is_refused(classifier, tmp_pat
     (headless / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="score.weight, the head of a classifier, is missing"):
         reward_models.load_reward_model(str(headless), one_device())
+
+
+def test_a_padding_id_is_a_token_id_or_none(classifier, tmp_path):
+    """It is compared with the ids of texts, so that -1 and ids beyond the vocabulary, which files have, pad
+    nothing.
+    """
+    config = json.loads((classifier[1] / "config.json").read_text())
+    for written, pad in ((-1, None), (1 << 40, None), (None, None), (320, 320), (7, 7)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": written}))
+        assert reward_models.pad_token_of(str(tmp_path)) == pad
+    for written in ("x" * 99, [7], True, 7.0):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": written}))
+        with pytest.raises(ValueError, match=r"pad_token_id=.{1,60} in config.json is no token id. Use"):
+            reward_models.pad_token_of(str(tmp_path))

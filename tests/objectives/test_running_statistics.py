@@ -19,6 +19,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.metrics import row_values
 from jaxft.objectives.pair import declaration, pair_batch
 from jaxft.objectives.preference import EMAReference, preference, reference_params
 from jaxft.optim.optimizer import from_optax
@@ -36,24 +37,27 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
     if "loss" in aux:
         aux = {"loss": {key: jnp.full_like(x, 3.0) for key, x in aux["loss"].items()}}
     trainable, frozen = tree.partition(table, ONLY_W)
-    step, found = evaluate.make_eval_step(objective), []
+    step, evaluated, found = evaluate.make_eval_step(objective), objective.for_evaluation(), []
     for size in (1, 2, 8):
         batches = [
             jax.tree.map(lambda x, i=i, n=size: jnp.asarray(x[None, i : i + n]), whole)
             for i in range(0, 8, size)
         ]
         see = lambda batch: step(trainable, frozen, batch, aux)  # noqa: E731
-        together = lambda seen: objective.loss(jax.tree.map(jnp.asarray, seen), aux)[1]  # noqa: E731
+        together = lambda seen: evaluated.loss(jax.tree.map(jnp.asarray, seen), aux)[1]  # noqa: E731
         with jax.disable_jit():
-            found.append(
-                evaluate.evaluate_coupled(see, together, batches)
+            total = (
+                evaluate.coupled_metrics(see, together, batches)
                 if objective.facts.coupled
-                else evaluate.evaluate(see, batches)
+                else evaluate.sum_metrics(see, batches)
             )
+        rows = {(at, key): x for at, own in row_values(total).items() for key, x in own.items()}
+        assert sum(key == "loss" for _, key in rows) == 11
+        found.append({**evaluate.held_out_floats(total), **rows})
     for other in found[1:]:
         assert other.keys() == found[0].keys()
         for key, value in other.items():
-            np.testing.assert_allclose(value, found[0][key], rtol=1e-10, atol=1e-12, err_msg=key)
+            np.testing.assert_allclose(value, found[0][key], rtol=1e-10, atol=1e-12, err_msg=str(key))
 
 
 BAD = 39  # a token without a log-prob, which only bad rows have

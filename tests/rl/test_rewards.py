@@ -186,7 +186,7 @@ def test_rules_wrap_plain_functions_once():
         ({"filter": advantages.opo}, "filter=opo can't be called with (scores)"),
         ({"reward_weights": (math.nan,)}, "reward_weights=(nan,) must be finite"),
         ({"reward_weights": (1.0, 2.0)}, "reward_weights has 2 entries for 1 rewards (exact)"),
-        ({"warm_up": -1}, "warm_up=-1 rollouts"),
+        ({"warm_up": -1}, "data.rules.warm_up=-1; expected at least 0"),
     ],
 )
 def test_rules_refuse_functions_and_numbers_that_do_not_fit(settings, message):

@@ -7,15 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import typing
 import zipfile
 from pathlib import Path
 
 import pytest
 from scripts_in_process import load
 
+from jaxft import bounds
 from jaxft.data import shipped
+from jaxft.data.mixture import parse_sources
 from jaxft.data.shipped import COMMANDS, ROOT
-from jaxft.runs import commands, completion, config, parse, report, streams
+from jaxft.runs import commands, config, parse, record, report, setting_sources, settings_list, streams
 from jaxft.train.recipes import SHIPPED
 
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -41,6 +44,8 @@ def test_every_script_is_a_command_and_help_shows_it_in_a_line(monkeypatch, caps
     assert sorted(COMMANDS.values()) == sorted(SCRIPTS)
     code, out, _ = jaxft(monkeypatch, capsys, "--help")
     lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")]
+    titles = [line for line in out.splitlines() if line[:1].isupper() and line.endswith(":")]
+    assert titles == [f"{title}:" for title in shipped.COMMAND_GROUPS]
     assert code == 0 and [name for name, _ in lines] == list(COMMANDS)
     assert all(10 < len(text) < 100 and "scripts/" not in text for _, text in lines)
     assert jaxft(monkeypatch, capsys)[1] == out
@@ -122,9 +127,44 @@ def test_the_commands_in_the_readmes_exist_and_so_do_their_recipes(name):
 # Completion
 
 
+def values_of(kind):
+    """The values that an annotation lists, by its type: what setting_sources.choices reads from source."""
+    found = [*parse.short_names(kind), *bounds.choices_of(kind)]
+    for member in record.union_members(kind):
+        origin, args = typing.get_origin(member), typing.get_args(member)
+        if member is not kind and (member is bool or origin is not None):
+            found += values_of(member)
+        elif member is type(None):
+            found.append("none")
+        elif member is bool:
+            found += ["true", "false"]
+        elif origin is typing.Literal:
+            found += map(str, args)
+        elif origin is tuple:
+            found += values_of(args[0])
+    return list(dict.fromkeys(found))
+
+
+def kind_of(run, name):
+    """The annotation of a dotted field."""
+    *sections, last = name.split(".")
+    for section in sections:
+        run = getattr(run, section)
+    return None if run is None else config.type_hints(type(run))[last]
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_knobs_that_are_completed_are_the_recipe_s(name):
-    assert completion.knobs(ROOT / "configs" / f"{name}.py") == config.knob_names(name)
+def test_what_is_completed_are_the_recipe_s_settings_and_their_values(name):
+    file, run = ROOT / "configs" / f"{name}.py", config.load_config(name, [])
+    knobs, fields = setting_sources.knobs(file), setting_sources.dotted_fields(file)
+    assert [knob.name for knob in knobs] == config.knob_names(name)
+    assert [field.name for field in fields] == [s.name for s in settings_list.settings_of(run)]
+    for field in fields:
+        if kind := kind_of(run, field.name):
+            assert setting_sources.choices(field.kind) == values_of(kind), field.name
+    for knob, known in zip(knobs, config.recipe_knobs(name).values(), strict=True):
+        if knob.kind is not None:
+            assert setting_sources.choices(knob.kind) == values_of(known.kind), knob.name
 
 
 COMPLETIONS = {
@@ -133,6 +173,11 @@ COMPLETIONS = {
     "jaxft train sft lr=1 ba": ["batch="],
     "jaxft train --config dpo be": ["beta="],
     "jaxft train sft data=ro": ["rows.jsonl "],
+    "jaxft train sft optim.warm": ["optim.warmup="],
+    "jaxft train sft optim.layerwise=": ["true", "false"],
+    "jaxft train dpo loss=ip": ["ipo "],
+    "jaxft train sft data.packing=w": ["wrapped "],
+    "jaxft train dpo data.too_long=dr": ["drop "],
     "jaxft generate --run ": ["runs/a "],
     "jaxft generate --quant nf": ["nf4 "],
     "jaxft train min": ["mine.py "],
@@ -177,9 +222,8 @@ def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(w
     used = {part for ref in SHIPPED for part in (ref, ref.replace(".jsonl", "_held_out.jsonl"))}
     for name in RECIPES:
         run = config.load_config(name, [])
-        used |= {
-            ref for ref in (run.data.train, run.data.held_out, run.general) if str(ref).startswith("configs/")
-        }
+        named = [str(ref) for ref in (run.data.train, run.data.held_out, run.general)]
+        used |= {source.ref for ref in named if ref.startswith("configs/") for source in parse_sources(ref)}
     expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css|json)$", file)}
     expected |= {
         f"jaxft/shipped/{file}"
@@ -187,24 +231,32 @@ def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(w
         if re.match(r"(configs|scripts)/(examples/|launch/)?[\w.]+$", file)
     }
     expected |= {f"jaxft/shipped/{file}" for file in used}
-    assert {name for name in names if ".dist-info/" not in name} == {
-        n for n in expected if not n.endswith(".md")
-    }
+    expected |= {"jaxft/README.md", "jaxft/shipped/scripts/bench/README.md"}
+    assert {name for name in names if ".dist-info/" not in name} == expected
     assert wheel.stat().st_size < 1.5e6
+
+
+def test_the_wheels_description_has_no_relative_link(wheel):
+    files = zipfile.ZipFile(wheel)
+    (name,) = [name for name in files.namelist() if name.endswith("/METADATA")]
+    text = files.read(name).decode()
+    assert "## Your own loss" in text and "all families (`jaxft help models`)" in text
+    assert not re.search(r"\]\((?!https?:)", text) and "<img" not in text
 
 
 INSTALLED = """
 import sys
 from pathlib import Path
 from jaxft.data.shipped import IS_CLONE, ROOT, own_commands
-from jaxft.runs import bug_report, commands, config, environment
+from jaxft.runs import bug_report, commands, config, documentation, environment
 from jaxft.data.rows import read_rows
 assert not IS_CLONE and ROOT.parent.name == "jaxft" and environment.commit() is None
 run = config.load_config("sft", [])
 assert read_rows(run.data.train) and run.objective.__module__ == "jaxft.objectives.sft"
 loss = config.load_config("dpo", ["loss=configs/examples/my_losses.py:mine"])
 assert own_commands("scripts/train.py") == "jaxft train"
-assert bug_report.bug_report()["jaxft"]["installed"]
+assert {"models", "rows-for-sft", "what-fits-where"} <= {topic.name for topic in documentation.topics()}
+assert bug_report.bug_report()["jaxft"]["installed"] == "wheel"
 sys.argv = ["jaxft", "train", "sfd"]
 commands.main()
 """

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_folders import write_run
 
 from jaxft.runs.compare import Table, panels, write
 from jaxft.runs.plots import Panel, draw
@@ -21,13 +22,16 @@ def test_log_probs_are_reported_as_gains_since_step_0():
     assert table.titles == ("held-out loss", "accuracy", "margin, nats", "chosen, nats", "KL per token")
     assert table.as_json()["a"] == {
         "held-out loss": 0.5, "accuracy": 0.9, "margin, nats": 15.0, "chosen, nats": 3.0, "KL per token": 0.2,
+        "held-out loss before": 0.69, "accuracy before": 0.4,
     }  # fmt: skip
     assert table.as_json()["b"]["margin, nats"] == 0.0
 
 
 def test_scores_of_held_out_completions_have_a_column_and_a_panel():
     before, after = {"eval_scores/mine": 0.0, "eval_loss": 2.0}, {"eval_scores/mine": 0.9, "eval_loss": 1.0}
-    assert Table.of(("a",), (before,), (after,)).as_json()["a"] == {"score": 0.9, "held-out loss": 1.0}
+    assert Table.of(("a",), (before,), (after,)).as_json()["a"] == {
+        "score": 0.9, "held-out loss": 1.0, "score before": 0.0, "held-out loss before": 2.0,
+    }  # fmt: skip
     entries = [{"step": 0, **before}, {"step": 1, "loss": 1.5}, {"step": 4, **after}]
     first = panels({"a": entries, "b": [{"step": 0, "eval_loss": 2.0}]})[0]
     assert first.title == "mine, held out" and first.curves == {"a": ([0, 4], [0.0, 0.9])}
@@ -37,14 +41,24 @@ def test_a_column_is_there_if_one_run_has_its_number_and_the_others_show_a_dash(
     table = Table.of(("a", "sft"), (BEFORE, SUPERVISED), (AFTER, SUPERVISED))
     assert "general loss" in table.titles and "token accuracy" not in table.titles
     (line,) = [line for line in table.text().splitlines() if line.startswith(" sft")]
-    assert line.split() == ["sft", "3.000", "-", "-", "-", "-", "3.500"]
-    assert "| sft | 3.000 | - | - | - | - | 3.500 |" in table.markdown()
+    assert line.split() == [*["sft", "3.000", "→", "3.000", "-", "-", "-", "-", "3.500", "→", "3.500"]]
+    assert "| sft | 3.000 → 3.000 | - | - | - | - | 3.500 → 3.500 |" in table.markdown()
     assert Table.of(("a",), (SUPERVISED,), (SUPERVISED,)).titles == (
         "held-out loss",
         "token accuracy",
         "general loss",
     )
     assert Table.of(("a", "b"), ({}, {}), ({}, {})).rows == ((), ())
+
+
+def test_an_accuracy_has_its_value_before_its_interval_and_its_number_of_pairs():
+    pairs = {"eval_rewards/accuracies_pairs": 20.0}
+    ties, after = {"eval_loss": 0.69, **pairs}, {**AFTER, "eval_rewards/accuracies": 0.55, **pairs}
+    table = Table.of(("a", "b"), (ties, {**BEFORE, **pairs}), (after, after))
+    cells = [dict(zip(table.titles, row, strict=True)) for row in table.cells()]
+    assert [row["accuracy"] for row in cells] == ["ties → 0.550 [0.34, 0.74]", "0.400 → 0.550 [0.34, 0.74]"]
+    assert cells[0]["pairs"] == "20" and cells[0]["held-out loss"] == "0.690 → 0.500"
+    assert table.as_json()["a"]["accuracy before"] is None and "95 % interval" in table.text()
 
 
 def lines(*steps):
@@ -152,11 +166,28 @@ def test_runs_are_compared_by_a_command(compared):
     assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_sweep_is_its_members_and_other_files_are_skipped(compared):
+    members = Path("runs/seeds")
+    for name in ("seed=0", "seed=1"):
+        write_run(members / name, "dpo")
+    (members / "config.json").write_text(json.dumps({"members": ["seed=0", "seed=1"]}))
+    (members / "README.md").write_text("# seeds")
+    (members / "checkpoints").mkdir()
+    (members / "metrics.jsonl").write_text('{"step": 1, "loss 1": 2.0}\n')  # of the sweep itself
+    code, out, err = compared("runs/seeds")
+    assert code == 0 and "seed=0" in out and "seed=1" in out and "held-out loss" in out and not err
+    code, by_pattern, err = compared(*map(str, sorted(members.iterdir())))
+    assert code == 0 and by_pattern == out
+    assert err.startswith("skipped, no runs: runs/seeds/README.md, runs/seeds/checkpoints")
+    assert compared("runs/a", "runs/seeds")[1].count("seed=") >= 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [
         (("runs/none",), "runs/none: has no metrics.jsonl"),
-        (("runs/a", "runs/a"), "two of the runs have the same name"),
+        (("runs/a", "runs/none"), "runs/none: has no metrics.jsonl"),
+        (("runs/a", "runs/a"), "both are called a"),
     ],
 )
 def test_a_folder_without_metrics_is_a_one_line_error(compared, arguments, reported):

@@ -2,6 +2,7 @@
 setting.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -20,7 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.optim.short_names import OPTIMIZERS, SCHEDULES, ShortNames
+from jaxft import short_names
+from jaxft.objectives import preference_losses, reference_free_losses
+from jaxft.objectives.pair import PairBatch, declaration
 from jaxft.runs import config
 from jaxft.runs.config import (
     RENAMED,
@@ -32,6 +35,7 @@ from jaxft.runs.config import (
     resolve_config,
 )
 from jaxft.runs.parse import parse_value
+from jaxft.short_names import ShortNames
 
 TOY = '''
 """A toy recipe.
@@ -181,7 +185,7 @@ def test_an_override_sets_its_value_and_nothing_else(toy, override, get, target)
         (["shape=1,x"], r"shape=1,x: expected int"),
         (["optim.betas=0.9"], r"optim.betas=0.9: expected 2 values separated by ',', got 1"),
         (["optim.groups=b"], r"optim.groups=b: expected 2 values separated by ':', got 1"),
-        (["optim=adamw"], r"optim=adamw: this is a section; set its fields: lr, clip"),
+        (["rows=a"], r"rows=a: this is a section; set its fields: train, batch"),
         (["optim.clip.x=1"], r"optim.clip.x: optim.clip is none and has no field 'x'"),
         (["optim.kind.x=1"], r"optim.kind is a str"),
         (["extra=1"], r"extra=1: such a value cannot be written on the command line"),
@@ -259,9 +263,57 @@ def test_a_setting_may_have_short_names_for_functions():
             parse_value("lino", one)
     with pytest.raises(ValueError, match="'lino' is none of lion; use one, or package.module:name"):
         parse_value("lino", kind)
-    for names, ending in ((OPTIMIZERS, ""), (SCHEDULES, "_schedule")):
-        for short, long in names.items():
-            assert parse_value(long, Callable).__name__ == short + ending
+
+
+TABLES = {name: table for name, table in vars(short_names).items() if name.isupper()}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_short_name_is_the_name_of_its_function(table):
+    for short, full in TABLES[table].items():
+        loss_or_function = parse_value(full, Callable)
+        name = declaration(loss_or_function).fn.__name__
+        assert name == short + "_schedule" * (table == "SCHEDULES")
+
+
+def losses_of(module):
+    """Public functions of a module that map a PairBatch to losses."""
+    for name, value in vars(module).items():
+        fn = declaration(value).fn if callable(value) else value
+        if inspect.isfunction(fn) and fn.__module__ == module.__name__ and not name.startswith("_"):
+            kinds = inspect.get_annotations(fn)
+            if kinds.get("pair") is PairBatch and kinds.get("return") is preference_losses.PairLoss:
+                yield name, f"{module.__name__}:{name}"
+
+
+def test_every_preference_loss_has_a_short_name():
+    found = dict(losses_of(preference_losses)) | dict(losses_of(reference_free_losses))
+    del found["log_odds"]  # a part of ORPO, no loss
+    assert found == short_names.PREFERENCE_LOSSES
+
+
+@pytest.mark.parametrize(
+    ("recipe", "short", "full"),
+    [
+        ("dpo", "loss=ipo", "loss=jaxft.objectives.preference_losses:ipo"),
+        ("online_dpo", "reward=json_match", "reward=jaxft.rl.rewards:json_match"),
+        ("grpo", "rewards=exact,number", "rewards=jaxft.rl.rewards:exact,jaxft.rl.rewards:number"),
+        ("grpo", "loss=gspo", "loss=jaxft.objectives.policy_losses:gspo"),
+    ],
+)
+def test_a_short_name_makes_the_same_run_as_the_full_one(recipe, short, full):
+    assert describe(load_config(recipe, [short])) == describe(load_config(recipe, [full]))
+    if "exact" not in short:  # the recipe's own reward
+        assert describe(load_config(recipe, [short])) != describe(load_config(recipe, []))
+
+
+def test_a_wrong_name_of_many_is_answered_with_the_nearest_and_a_file_with_all_of_its_own(toy):
+    with pytest.raises(ValueError, match=r"^loss=ippo: 'ippo' is no known name, near: ipo, .*file.py:name"):
+        load_config("dpo", ["loss=ippo"])
+    with pytest.raises(
+        ValueError, match=r"^loss=toy.py:mine: toy.py has no 'mine'; it has: plain, other, config$"
+    ):
+        load_config(toy, ["loss=toy.py:mine"])
 
 
 def write(folder: Path, text: str) -> str:

@@ -88,6 +88,18 @@ def test_a_run_that_ends_early_has_the_alarms_of_a_last_step_and_a_resumed_one_h
     assert again.alarms == [alarm]
 
 
+def test_the_console_prints_an_accuracy_with_its_interval_and_its_number_of_pairs(tmp_path):
+    out = io.StringIO()
+    writer = Log(tmp_path, total_steps=2, console=Console(file=out, width=300))
+    writer.step(0, {"eval_loss": 0.69, "eval_rewards/accuracies_pairs": 20.0}, {})
+    writer.step(2, {"eval_rewards/accuracies": 0.55, "eval_rewards/accuracies_pairs": 20.0}, {})
+    writer.step(2, {"rewards/accuracies": 0.5}, {})
+    writer.close()
+    ties, after, training = out.getvalue().splitlines()
+    assert "accuracies" not in ties and after.endswith("accuracies 0.55 [0.34, 0.74] of 20 pairs")
+    assert training.endswith("rewards/accuracies 0.5")
+
+
 def test_a_line_half_written_is_dropped_though_it_is_json_so_far(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}')
@@ -364,20 +376,23 @@ def fake_mlflow(calls):
 
     class Client:
         def get_experiment_by_name(self, name):
-            assert name == "jaxft"
+            calls.append(("mlflow experiment", name))
 
         def create_experiment(self, name):
             return "new"
 
-        def create_run(self, experiment, run_name):
-            calls.append(("mlflow create", experiment, run_name))
+        def create_run(self, experiment, run_name, tags):
+            calls.append(("mlflow create", experiment, run_name, tags))
             return types.SimpleNamespace(info=types.SimpleNamespace(run_id="run 7"))
 
         def update_run(self, run_id, status):
             assert (run_id, status) == ("run 7", "RUNNING")
 
-        def log_batch(self, run_id, metrics):
-            calls.append(("mlflow", run_id, metrics))
+        def log_batch(self, run_id, metrics=(), params=()):
+            calls.append(("mlflow params", dict(params)) if params else ("mlflow", run_id, metrics))
+
+        def log_artifacts(self, run_id, folder, name):
+            calls.append(("mlflow artifact", Path(folder), name))
 
         def set_terminated(self, run_id, status):
             calls.append(("mlflow end", run_id, status))
@@ -388,7 +403,7 @@ def fake_mlflow(calls):
 
     return types.SimpleNamespace(
         MlflowClient=Client,
-        entities=types.SimpleNamespace(Metric=metric),
+        entities=types.SimpleNamespace(Metric=metric, Param=lambda key, value: (key, value)),
         exceptions=types.SimpleNamespace(MlflowException=OSError),
     )
 
@@ -415,21 +430,7 @@ def test_an_mlflow_server_that_fails_ends_a_start_in_one_line_but_no_run(tmp_pat
 
 def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
     calls: list[tuple] = []
-    run = types.SimpleNamespace(
-        define_metric=lambda name, step_metric: calls.append(("define", name, step_metric)),
-        log=lambda values: calls.append(("wandb", values)),
-        finish=lambda exit_code: calls.append(("wandb finish", exit_code)),
-    )
-    wandb = types.SimpleNamespace(
-        init=lambda **settings: calls.append(("init", settings["id"], settings["resume"])) or run
-    )
-    trackio = types.SimpleNamespace(
-        init=lambda **settings: calls.append(("trackio init", settings["name"], settings["resume"])),
-        log=lambda values, step: calls.append(("trackio", step, values)),
-        finish=lambda: calls.append(("trackio finish",)),
-    )
-    for name, module in {"wandb": wandb, "trackio": trackio, "mlflow": fake_mlflow(calls)}.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    install_fakes(monkeypatch, calls)
     chosen = ("wandb", "trackio", "mlflow", "tensorboard")
     for first, end in enumerate(("failed", "stopped", "finished")):
         writer = Log(tmp_path / "r", 5, start_step=first, quiet=True, trackers=chosen)
@@ -444,7 +445,7 @@ def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monk
         "step": 3,
     }
     assert {k: v for k, v in logged["trackio"].items() if k != "kl"} == {"loss": 1.5, "perf/mfu": 0.5}
-    assert [c for c in calls if c[0] == "mlflow create"] == [("mlflow create", "new", "r")]
+    assert [c for c in calls if c[0] == "mlflow create"] == [("mlflow create", "new", "r", {})]
     assert [c[1:] for c in calls if c[0] == "mlflow"] == [
         ("run 7", [("loss", 1.5, step), ("perf/mfu", 0.5, step)]) for step in (1, 2, 3)
     ]
@@ -453,8 +454,158 @@ def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monk
     assert len(list((tmp_path / "r" / "tensorboard").iterdir())) >= 1
     assert [c[1] for c in calls if c[0] == "wandb finish"] == [1, 1, 0]
     assert [c[0] for c in calls].count("trackio finish") == 3
-    identities = {c[1] for c in calls if c[0] == "init"}
-    assert len(identities) == 1 and ("trackio init", "r", "allow") in calls
+    assert len({c[1]["id"] for c in calls if c[0] == "init"}) == 1
+    assert {c[1]["resume"] for c in calls if c[0] in ("init", "trackio init")} == {"allow"}
+
+
+def install_fakes(monkeypatch, calls):
+    """Replace the packages of the trackers by ones that record what is sent."""
+
+    class Artifact:
+        def __init__(self, name, type):
+            self.name, self.type = name, type
+
+        def add_dir(self, folder):
+            self.folder = Path(folder)
+
+    run = types.SimpleNamespace(
+        id="w1",
+        define_metric=lambda name, step_metric: calls.append(("define", name, step_metric)),
+        log=lambda values: calls.append(("wandb", values)),
+        log_artifact=lambda one: calls.append(("wandb artifact", one.name, one.type, one.folder)),
+        finish=lambda exit_code: calls.append(("wandb finish", exit_code)),
+    )
+    wandb = types.SimpleNamespace(
+        init=lambda **settings: calls.append(("init", settings)) or run, Artifact=Artifact
+    )
+    trackio = types.SimpleNamespace(
+        init=lambda **settings: calls.append(("trackio init", settings)),
+        log=lambda values, step: calls.append(("trackio", step, values)),
+        log_artifact=lambda path, name, type: calls.append(("trackio artifact", name, type, Path(path))),
+        finish=lambda: calls.append(("trackio finish",)),
+    )
+    for name, module in {"wandb": wandb, "trackio": trackio, "mlflow": fake_mlflow(calls)}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def tracked(folder, monkeypatch, end="finished", **settings):
+    """Calls of the trackers by name, for a run with an adapter and these settings in its config.json."""
+    calls: list[tuple] = []
+    install_fakes(monkeypatch, calls)
+    (folder / "adapter").mkdir(parents=True)
+    record = {"seed": 3, "optim": {"lr": 0.1, "b1": None}, "tracking": settings}
+    (folder / "config.json").write_text(json.dumps(record))
+    writer = Log(folder, 5, quiet=True, trackers=("wandb", "trackio", "mlflow"))
+    writer.mark(end)
+    writer.close()
+    return {call[0]: call[1:] for call in calls}
+
+
+@pytest.fixture
+def no_variables(monkeypatch):
+    for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_trackers_get_the_settings_where_a_run_is_filed_and_the_adapter_at_the_end(tmp_path, monkeypatch):
+    folder = tmp_path / "r"
+    found = tracked(folder, monkeypatch, project="team", group="lr", tags=["a", "b"])
+    (wandb,), (trackio,) = found["init"], found["trackio init"]
+    assert (wandb["project"], wandb["group"], wandb["tags"]) == ("team", "lr", ("a", "b"))
+    assert wandb["config"]["optim"]["lr"] == 0.1 and wandb["allow_val_change"]
+    assert (trackio["project"], trackio["group"], trackio["name"]) == ("team", "lr", "r")
+    assert trackio["config"]["optim.lr"] == 0.1 and "optim.b1" not in trackio["config"]
+    assert found["mlflow experiment"] == ("team",)
+    assert found["mlflow create"][2] == {"a": "true", "b": "true", "group": "lr"}
+    assert found["mlflow params"][0]["optim.lr"] == "0.1" and found["mlflow params"][0]["seed"] == "3"
+    adapter = folder / "adapter"
+    assert found["wandb artifact"] == ("w1-adapter", "model", adapter)
+    assert found["trackio artifact"] == ("r-adapter", "model", adapter)
+    assert found["mlflow artifact"] == (adapter, "adapter")
+
+
+@pytest.mark.usefixtures("no_variables")
+@pytest.mark.parametrize("options", [{"end": "failed"}, {"end": "stopped"}, {"artifact": False}])
+def test_no_adapter_is_uploaded_of_a_run_that_is_not_finished_or_without_the_setting(
+    tmp_path, monkeypatch, options
+):
+    assert not [name for name in tracked(tmp_path / "r", monkeypatch, **options) if "artifact" in name]
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_a_project_is_that_of_the_setting_then_of_the_environment_then_jaxft(tmp_path, monkeypatch):
+    def projects(name, **settings):
+        found = tracked(tmp_path / name, monkeypatch, **settings)
+        return found["init"][0]["project"], found["mlflow experiment"][0]
+
+    assert projects("a") == ("jaxft", "jaxft")
+    monkeypatch.setenv("WANDB_PROJECT", "w")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "m")
+    assert projects("b") == ("w", "m")
+    assert projects("c", project="team") == ("team", "team")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "17")
+    assert tracked(tmp_path / "d", monkeypatch)["mlflow create"][0] == "17"
+
+
+REAL = {  # package -> variables, and files below the working directory that name the adapter's files
+    "wandb": ({"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, "r/wandb/offline-run-*/*.wandb"),
+    "mlflow": ({"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": "mlruns"}, None),
+    "trackio": ({"TRACKIO_DIR": "trackio"}, "trackio/team.db"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_the_trackers_own_packages_store_metrics_settings_and_adapter(tmp_path, name):
+    """In a process of its own, because they keep global state; without a server."""
+    pytest.importorskip(name)
+    variables, files = REAL[name]
+    (tmp_path / "r" / "adapter").mkdir(parents=True)
+    (tmp_path / "r" / "adapter" / "adapter_config.json").write_text("{}")
+    record = {"seed": 3, "optim": {"lr": 0.25}, "long": "x" * 9000}
+    record["tracking"] = {"project": "team", "group": "g", "tags": ["a"], "artifact": True}
+    (tmp_path / "r" / "config.json").write_text(json.dumps(record))
+    lines = (
+        "from pathlib import Path; from jaxft.runs.log import Log",
+        "for step, end in enumerate(('stopped', 'finished')):",
+        f"    log = Log(Path('r'), 2, step, True, ({name!r},))",
+        "    log.step(step + 1, {'loss': 1.5, 'kl': float('nan')}, {'mfu': 0.5})",
+        "    log.mark(end); log.close()",
+    )
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not uploaded" not in done.stderr
+    if files is not None:
+        found = b"".join(path.read_bytes() for path in tmp_path.glob(files))
+        assert b"adapter" in found and b"team" in found and b"0.25" in found
+        return
+    (run,) = (tmp_path / "mlruns").glob("*/*/params/optim.lr")
+    run = run.parents[1]
+    assert (run / "params" / "optim.lr").read_text() == "0.25"
+    assert [line.split()[1:] for line in (run / "metrics" / "loss").read_text().splitlines()] == [
+        ["1.5", "1"],
+        ["1.5", "2"],
+    ]
+    assert (run / "artifacts" / "adapter" / "adapter_config.json").exists()
+    assert (run / "tags" / "group").read_text() == "g" and (run / "tags" / "a").exists()
+
+
+def test_an_upload_that_fails_is_reported_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no\nspace")
+
+    module = fake_mlflow([])
+    monkeypatch.setattr(module.MlflowClient, "log_artifacts", fail)
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    (tmp_path / "adapter").mkdir()
+    writer = Log(tmp_path, 5, quiet=True, trackers=("mlflow",))
+    writer.mark("finished")
+    writer.close()
+    assert "trackers=mlflow: the adapter is not uploaded: no space" in capsys.readouterr().err
 
 
 MINE = """

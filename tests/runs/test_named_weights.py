@@ -1,12 +1,20 @@
 """--run, --model and --adapter: the base of an adapter is its own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripts_in_process import load
+from tiny_pairs import make_rows, write
+from tiny_tokenizers import tiny
 
-from jaxft.runs.named_weights import named_weights, prompt_settings
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Prompts, split_prompts
+from jaxft.data.sft import Rows
+from jaxft.runs.named_weights import held_out_names, named_weights, prompt_settings, recorded_data
+from jaxft.runs.record import describe
 from jaxft.weights import hub
 
 
@@ -78,3 +86,43 @@ def test_a_run_keeps_its_columns_without_the_option(script):
     assert prompt_settings(record, given)["columns"] == ("chosen=good", "rejected=bad")
     given = load(script).make_parser().parse_args([*argv, "--columns", "chosen=best"]).columns
     assert prompt_settings(record, given)["columns"] == ("chosen=best",)
+
+
+def recorded(data, kind=None):
+    """The data settings as config.json has them."""
+    record = json.loads(json.dumps(describe(data)))
+    return {"data": {"type": kind or f"{type(data).__module__}:{type(data).__qualname__}", **record}}
+
+
+def test_the_rows_that_a_run_held_out_are_those_of_its_recorded_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "pairs.jsonl", make_rows(20))
+    path, tokenizer = str(tmp_path / "pairs.jsonl"), tiny("llama3")
+    pairs = PairRows(path, held_out=0.2, seed=3, max_length=64, columns=("prompt=prompt",))
+    rows = Rows(
+        path, held_out=0.2, split_seed=3, max_length=64, format="plain", columns=("completion=chosen",)
+    )
+    for data in (pairs, rows):
+        again = recorded_data(recorded(data))
+        assert again == data
+        names = held_out_names(again, tokenizer)
+        other = held_out_names(recorded_data(recorded(replace(data, split_seed=4))), tokenizer)
+        assert len(names) == len(other) == 4 and names != other
+    prompts = recorded_data(recorded(Prompts(path, held_out=0.2), "jaxft.rl.rollout:Rollouts"))
+    assert held_out_names(prompts, tokenizer) == set(split_prompts(prompts, tokenizer)[1].names)
+    with pytest.raises(ValueError, match="data of type my.py:Data: its held-out rows are not known"):
+        recorded_data(recorded(rows, "my.py:Data"))
+
+
+def test_a_run_that_holds_out_no_rows_needs_a_file():
+    rows_of = load("evaluate").rows_of
+    args = SimpleNamespace(file=None, run="runs/x", given=set())
+    for held_out in ("none", None, 0.0):
+        with pytest.raises(ValueError, match="runs/x: it holds out no rows .*; use --file"):
+            rows_of(args, {"data": {"held_out": held_out}})
+    assert rows_of(args, {"data": {"held_out": "held.jsonl"}}) == ("held.jsonl", None)
+    record = recorded(Rows("rows.jsonl", held_out=0.1))
+    assert rows_of(args, record) == ("rows.jsonl", Rows("rows.jsonl", held_out=0.1))
+    args.given = {"packing"}
+    with pytest.raises(ValueError, match="--packing applies only to --file"):
+        rows_of(args, record)

@@ -10,7 +10,7 @@ import pytest
 from jaxft.data.shipped import COMMANDS, ROOT
 
 NOTEBOOK = ROOT / "configs" / "examples" / "quickstart.ipynb"
-TINY = "loop.steps=2 held_out=0.02 samples=1 sampling.max_new=8 general=none"
+TINY = {"loop.steps": 2, "held_out": 0.02, "samples": 1, "sampling.max_new": 8, "general": None}
 
 
 def cells(kind):
@@ -21,12 +21,15 @@ def test_the_notebook_is_stored_without_outputs_and_names_commands_and_recipes_t
     lines = [line for cell in cells("code") for line in cell["source"]]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells("code"))
     started = [line.removeprefix("!jaxft ").split() for line in lines if line.startswith("!jaxft ")]
-    assert {"train", "inspect", "generate"} <= {name for name, *_ in started} <= COMMANDS.keys()
-    for name, recipe, *_ in (words for words in started if words[0] in ("train", "inspect")):
-        assert (ROOT / "configs" / f"{recipe}.py").is_file(), name
+    assert {"env", "inspect"} <= {name for name, *_ in started} <= COMMANDS.keys()
+    recipes = [recipe for name, recipe, *_ in (words for words in started if words[0] == "inspect")]
+    called = re.findall(r'jaxft\.train\("(\w+)"', "".join(lines))
+    assert called == ["sft", "dpo", "sft"]
+    for recipe in recipes + called:
+        assert (ROOT / "configs" / f"{recipe}.py").is_file(), recipe
 
 
-@pytest.mark.slow  # three runs of two steps, and two commands that generate
+@pytest.mark.slow  # three runs of two steps, and their completions
 def test_the_notebook_runs(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -51,4 +54,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert not wrong
     for name in ("sft", "sft_dpo", "mine"):
         assert (folder / "runs" / name / "adapter" / "adapter_model.safetensors").is_file(), name
-    assert sum(text.count("--- completion") for text in printed) == 4
+    shown = [
+        out.data["text/plain"] for cell in notebook.cells for out in cell.get("outputs", ()) if "data" in out
+    ]
+    assert any("eval_rewards/accuracies" in text for text in shown) and any("exact" in text for text in shown)

@@ -74,7 +74,7 @@ def test_a_name_may_mean_different_things_by_tool_and_recipe():
     assert [o.setting for o in find_options("r", "PEFT")] == ["rank"] and not find_options("r", "Axolotl")
     (sft,), (dpo,) = (find_options("loss_type", "TRL", recipe) for recipe in ("sft", "dpo"))
     assert sft.overrides("dft") == ("dft=true",)
-    assert dpo.overrides("ipo") == ("loss=jaxft.objectives.preference_losses:ipo",)
+    assert dpo.overrides("ipo") == ("loss=ipo",)
     with pytest.raises(ValueError, match="loss_type=xyz has no equivalent"):
         dpo.overrides("xyz")
 

@@ -11,6 +11,7 @@ import pytest
 from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.optimizer import make_optimizer
 from jaxft.runs.config import load_config
+from jaxft.runs.option_names import find_options
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = {
@@ -53,6 +54,55 @@ def test_every_setting_of_the_table_exists(monkeypatch):
                     make_optimizer(run.optim, SPECS, 200)
             except ValueError as error:
                 pytest.fail(f"{option}: {recipe} {' '.join(overrides)}: {error}")
+
+
+# In the table of configs/README.md, but no options of the tools in option_names.py: values of
+# lr_scheduler_type and their arguments, functions, classes, and options of optimizers.
+NO_OPTIONS = set(
+    re.findall(
+        r"\w+",
+        "setup_chat_format resize_token_embeddings torch adjust_lr_fn CPUOffloadOptimizer cosine_with_min_lr "
+        "min_lr_rate cosine_with_restarts num_cycles warmup_stable_decay num_decay_steps inverse_sqrt "
+        "polynomial reduce_lr_on_plateau TrainableTokensConfig EvaConfig add_weighted_adapter freeze gs s3 "
+        "EarlyStoppingCallback",
+    )
+)
+
+
+def named_options(cell):
+    """(name, value or None) of the options in a cell, without those of torchtune, marked (t)."""
+    for span, torchtune in re.findall(r"`(\w[^`]*)`( \(t\))?", cell):
+        found = re.match(r"(\w+)\b\s*(?:[=:]\s*\"?([\w.]+)\"?)?", span)
+        if not torchtune:
+            yield found[1], found[2]
+
+
+def settings_in_table(option, value):
+    """The settings that a row of option_names.py names for a value, or for any."""
+    if value is not None and option.kind == "same":
+        try:
+            return {text.partition("=")[0] for text in option.overrides(value)}
+        except ValueError:
+            return set()
+    texts = " ".join([*option.values.values(), f"{option.setting}=", option.note])
+    return set(re.findall(r"([\w.]+)=", texts)) - {"None"}
+
+
+def test_the_readmes_table_says_what_the_table_of_options_says():
+    checked, unknown = 0, set()
+    for _, settings, (cell, _, note) in ROWS:
+        here = {o.partition("=")[0] for _, overrides in settings for o in overrides}
+        here |= set(re.findall(r"([\w.]+)=", note))
+        recipe = settings[0][0].removesuffix(".py") if settings else "sft"
+        for name, value in named_options(cell):
+            options = find_options(name, recipe=recipe)
+            unknown |= set() if options else {name}
+            theirs = {s.rpartition(".")[2] for option in options for s in settings_in_table(option, value)}
+            ours = {setting.rpartition(".")[2] for setting in here}
+            elsewhere = {"scripts/push.py", "loop.store"} & here  # commands, and values that are URLs
+            assert not options or not theirs or theirs & ours or elsewhere or not settings, (name, theirs)
+            checked += bool(options)
+    assert unknown == NO_OPTIONS and checked > 100
 
 
 def adapter_settings():

@@ -12,6 +12,7 @@ import pytest
 from run_folders import metric_lines, write_lines, write_run, write_sweep
 from scripts_in_process import call
 
+from jaxft.objectives.intervals import wilson
 from jaxft.runs import charts
 from jaxft.runs.page import document, sections
 from jaxft.runs.page.curves_json import DARK_COLOURS, curves_json, thinned
@@ -19,6 +20,7 @@ from jaxft.runs.page.document import write_report
 from jaxft.runs.page.markup import record_table, token_view
 from jaxft.runs.page.run_files import folders_of_runs
 from jaxft.runs.plots import COLOURS
+from jaxft.runs.report import joint_alarms
 
 MEGABYTES_3 = 3_000_000
 
@@ -414,3 +416,86 @@ def test_tokens_show_the_text_and_those_with_a_loss_by_weight():
         ("b", "w1"),
         ("b", "w4"),
     ]
+
+
+# Noise, best runs, what differs
+
+
+def curve_of(values, held_out=False):
+    return charts.RunCurve("", held_out, tuple(range(len(values))), tuple(values))
+
+
+def test_smoothing_leaves_a_small_part_of_the_noise_and_nothing_of_a_clean_curve():
+    trend = 2 * np.exp(-np.arange(400) / 100)
+    noise = np.random.default_rng(0).normal(0, 0.3, 400)
+    factor = charts.smoothing_factor(curve_of(trend + noise))
+    averaged = np.array(charts.smoothed(list(trend + noise), factor)) - charts.smoothed(list(trend), factor)
+    assert 0.8 < factor < 1 - 8 / 400 and averaged[50:].std() < 0.09 * (trend.max() - trend.min())
+    assert charts.smoothing_factor(curve_of(trend)) == 0
+    assert charts.smoothing_factor(curve_of(trend + noise, held_out=True)) == 0
+    assert charts.smoothing_factor(curve_of((trend + noise)[:10])) == 0
+    assert charts.smoothing_factor(curve_of(noise[:40])) <= 1 - 8 / 40  # no trend at all
+    assert charts.smoothed([1.0, None, 3.0], 0.5) == [1.0, None, (0.25 + 1.5) / 0.75]
+    panel = charts.chart_panel(
+        charts.Chart(charts.single_chart("a", "b", "c"), {"r": (curve_of(trend + noise),)}), "r"
+    )
+    assert panel.faint["training rows"][1] == (trend + noise).tolist() != panel.curves["training rows"][1]
+
+
+def test_a_sweep_shows_what_differs_the_best_run_before_and_after_and_each_alarm_once(no_plotly, tmp_path):
+    folder = tmp_path / "sweep"
+    for seed, loss in itertools.product((0, 1), ("dpo", "ipo")):
+        run = write_run(folder / f"loss={loss},seed={seed}", "dpo", lr=1e-4)
+        settings = json.loads((run / "config.json").read_text())
+        settings["objective"] = {"callable": "m:preference", "args": {"loss": {"callable": f"m:{loss}"}}}
+        settings |= {"seed": seed}
+        (run / "config.json").write_text(json.dumps(settings))
+        lines = metric_lines("dpo", 6)
+        del lines[0]["eval_rewards/accuracies"]
+        for line in (lines[0], lines[-1]):
+            line["eval_rewards/accuracies_pairs"] = 20.0
+        lines[-1]["eval_rewards/accuracies"] = {"dpo": 0.5, "ipo": 0.6}[loss]
+        write_lines(run / "metrics.jsonl", lines)
+    labels = sorted(path.name for path in folder.iterdir())
+    (folder / "config.json").write_text(json.dumps({"members": labels}))
+    page, _ = report(folder)
+    runs = [document.read_run(label, folder / label) for label in labels]
+    facts = sections.facts_of_runs(runs)
+    shared, _, differing = facts.partition("<h3>Differences</h3>")
+    assert "all 4 runs" in shared and "learning rate" in shared and "hardware" not in shared
+    assert [name in differing for name in ("loss", "seed", "learning rate", "steps")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    end = Page(sections.end_table([sections.result_of(run) for run in runs]))
+    assert "ties → 0.600 [0.39, 0.78]" in end.text and "0.600 ± 0.000" in end.text
+    assert [own.get("class") for tag, own in end.elements if tag == "span"] == ["best", "best"]
+    assert "best of 2: loss=ipo, by accuracy" in end.text
+    alone = Page(sections.end_table([sections.result_of(runs[0])]))
+    assert "before after held-out loss" in " ".join(alone.text.split()) and "ties → " not in alone.text
+    alarms = Page(sections.alarms_section(runs)).text
+    assert alarms.count("something is odd") == 1 and "all 4 runs" in alarms
+    assert sections.effort(runs[0])["time of the steps"] == "0:06"
+
+
+def test_a_held_out_accuracy_has_bars_of_its_interval():
+    entries = [
+        {"step": 0, "eval_rewards/accuracies_pairs": 20.0},
+        {"step": 5, "eval_rewards/accuracies": 0.55, "eval_rewards/accuracies_pairs": 20.0},
+        {"step": 9, "eval_rewards/accuracies": 0.6, "rewards/accuracies": 0.5},
+    ]
+    (group,) = curves_json({"a": entries})["groups"]
+    training, held_out = group["charts"][0]["curves"]
+    assert training["bars"] == [] and held_out["x"] == [5, 9]  # ties have no point
+    assert held_out["bars"] == [[pytest.approx(x, abs=1e-4) for x in wilson(0.55, 20)], None]
+
+
+def test_alarms_that_differ_in_numbers_alone_are_one():
+    one, other = (
+        "alarm after step 6: accuracy is 0.53, chance is 0.55",
+        "alarm after step 6: accuracy is 0.5, chance is 0.55",
+    )
+    joint = joint_alarms({"a": [one, "x"], "b": [other], "c": [one]})
+    assert joint == [(f"{one} (the others with other numbers)", ["a", "b", "c"]), ("x", ["a"])]

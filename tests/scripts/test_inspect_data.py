@@ -18,7 +18,9 @@ from jaxft.data.token_text import token_pieces
 from jaxft.runs.config import load_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"
-CONFIGS = sorted(path.name for path in (SCRIPT.parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted(
+    path.name for path in (SCRIPT.parents[1] / "configs").glob("*.py") if path.stem != "pretrain"
+)
 ROWS = {  # one that fits the data of every config
     "rows": {"instruction": "why?", "response": "so"},
     "pairs": {"prompt": "why?", "chosen": "so", "rejected": "no"},
@@ -56,6 +58,9 @@ def inspect(place, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         out, err = capsys.readouterr()
+        err = "".join(
+            line for line in err.splitlines(True) if not line.startswith(("tokenising ", "reading "))
+        )
         assert stop.value.code == 0 if not err else stop.value.code == 1 and not out, (out, err)
         return out or err
 
@@ -114,11 +119,24 @@ def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, pla
     assert shown.count(f"{unit}.jsonl:") == 2 and "no invalid rows" in shown and "lengths" in shown
 
 
+def test_pretraining_shows_documents_by_their_files_and_learns_every_token(inspect, place):
+    (place / "docs" / "more").mkdir(parents=True)
+    for number in range(6):
+        (place / "docs" / "more" / f"{number}.md").write_text(f"# Why {number}?\n\nso")
+    args = ("--config", "configs/pretrain.py", "--model", "model", "--rows", "1")
+    shown = inspect(*args, "data=docs", "max_length=512")
+    assert re.search(r"\nmore/\d.md:1 and 4 after it: \d+ tokens", shown)
+    assert shown.count("⟦") == 1 and shown.count("<|eot_id|># Why ") == 0 < shown.count("⟦# Why ")
+    assert "5 examples in 1 rows of 512 tokens" in shown
+    assert "format text requires; the row has prompt, completion" in inspect(*args, "data=r.jsonl")
+
+
 def test_settings_may_follow_options(inspect, place):
     args = ("--config", "configs/sft.py", "--model", "model", "--rows", "1", "data=r.jsonl")
-    shown = inspect(*args, "data.loss_on=all").partition("r.jsonl:")[2]
+    shown = inspect(*args, "data.loss_on=all").partition("r.jsonl:")[2].partition("largest id")[0]
     assert "56 with loss" in shown
-    assert inspect(*args[:4], "data.loss_on=all", *args[4:]).partition("r.jsonl:")[2] == shown
+    again = inspect(*args[:4], "data.loss_on=all", *args[4:]).partition("r.jsonl:")[2]
+    assert again.partition("largest id")[0] == shown
 
 
 def test_single_responses_are_shown_by_their_label(inspect, place):
@@ -241,12 +259,11 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
     rows += [{**ROWS["pairs"], "rejected": " "}, {**ROWS["pairs"], "chosen": " "}]
     (place / "bad_pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n[]")
     args = ("--data", "bad_pairs.jsonl", "--kind", "pairs", "--model", "model", "held_out=none", "batch=1")
-    for limit, effect in (
-        ("0.9", "data.invalid=drop leaves them out\n"),
-        ("0.5", "data.invalid=drop ends it too: they are more than data.invalid_limit=0.5 of the rows\n"),
-    ):
+    for limit, setting in (("0.9", ""), ("0.5", " data.invalid_limit=0.84")):
         shown = inspect(*args, f"invalid_limit={limit}")
-        assert f"5 invalid rows: data.invalid=error ends a run at the first, {effect}" in shown
+        setting = f"data.invalid=drop{setting}"
+        first = f"5 of 6 rows are invalid (83.3%): a run ends at the first; set {setting}\n"
+        assert shown.startswith(first) and f"to train without these rows, set {setting}\n" in shown
         for line in (
             "      2  empty column 'chosen': bad_pairs.jsonl:3: column 'chosen' is empty",
             "      1  empty column 'rejected': bad_pairs.jsonl:4:",
@@ -257,6 +274,59 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
         assert shown.count("⟦") == 2
 
 
+def test_rows_to_leave_out_and_warnings_come_first_with_the_setting_that_leaves_them_out(inspect, place):
+    rows = ["Question;Answer", "why 1;so", "why 1;so", "why 2;N/A", "why 3;", "why 4;yes", "why 5;no"]
+    (place / "mess.csv").write_text("\n".join([*rows, *(f"more {i};so {i}" for i in range(6))]))
+    args = ("--data", "mess.csv", "--model", "model", "held_out=none", "batch=1")
+    shown = inspect(*args)
+    order = [
+        "1 of 12 rows are invalid (8.3%): a run ends at the first; set data.invalid=drop "
+        "data.invalid_limit=0.09\n",
+        "note: the columns of mess.csv are separated by semicolons\n",
+        "note: mess.csv: columns are read by other names: Question as prompt, Answer as completion",
+        "11 examples in ",
+        "repeat another one: 1; the first is mess.csv:3",
+        "responses that are placeholders, such as N/A: 1; the first is mess.csv:4\n",
+        "set data.invalid=drop data.invalid_limit=0.09 data.drop=duplicates,placeholders\n",
+        "lengths in tokens",
+        "largest id",
+    ]
+    places = [shown.find(text) for text in order]
+    assert min(places) == places[0] == 0 and places == sorted(places)
+    assert shown.count("11 examples") == shown.count("response tokens are learned") == 1
+    settings = ("invalid=drop", "invalid_limit=0.09", "drop=duplicates,placeholders")
+    again = inspect(*args, *settings)
+    assert again.startswith("1 of 12 rows are invalid (8.3%): a run leaves them out\n")
+    assert "to train without" not in again
+    assert "9 examples in" in again and "data.drop: 1 duplicates and 1 placeholders as responses" in again
+
+
+def test_tool_calls_that_the_template_drops_are_no_rows_to_leave_out(inspect, place):
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    good = [{"messages": [turns[0], {"role": "assistant", "content": "so"}]}] * 2
+    (place / "calls.jsonl").write_text("\n".join(map(json.dumps, [{"messages": turns}, *good])))
+    shown = inspect("--data", "calls.jsonl", "--model", "model", "held_out=none", "batch=1")
+    assert shown.startswith(
+        "1 of 3 rows are invalid (33.3%): a run ends at the first; set chat_template=qwen\n"
+    )
+
+
+def test_tools_that_the_template_drops_are_a_warning(inspect, place):
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    (place / "tools.jsonl").write_text(json.dumps({"messages": turns, "tools": tools}))
+    for kind in ("sft", "prompts"):
+        shown = inspect(
+            "--data", "tools.jsonl", "--kind", kind, "--model", "model", "held_out=none", "batch=1"
+        )
+        warning = "without the row's tools, so the model does not see them; set chat_template=qwen"
+        assert warning in " ".join(shown.split())
+
+
 @pytest.mark.parametrize(
     ("args", "error"),
     [
@@ -264,7 +334,7 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
         (["--data", "none.jsonl"], "data 'none.jsonl' not found"),
         (["--data", "r.jsonl", "max_lenth=3"], "near: max_length"),
         (["--data", "r.jsonl", "max_length=x"], "max_length=x: expected int"),
-        (["--data", "r.jsonl", "max_length=4"], "leaves no room for a response"),
+        (["--data", "r.jsonl", "max_length=4"], "rows were dropped because they are longer than"),
     ],
 )
 def test_an_error_is_one_line_or_a_traceback_on_request(inspect, monkeypatch, args, error):

@@ -24,6 +24,9 @@ CONFIGS = [
     *(({"model_type": value}, "config.json") for value in ("mamba", "", 3, ["llama"], {"a": 1})),
     *(({"quantization_config": {"quant_method": value}}, "quant_method")
       for value in ("hqq", ["gptq"], {"a": 1}, 3, "")),
+    *(({"quantization_config": value}, "quantization_config must be an object") for value in ("x", [1], 4)),
+    ({"quantization_config": {"quant_method": "gptq", "bits": "4"}}, "gptq weights of '4' bits"),
+    ('{"vocab_size": ' + "9" * 5000 + "}", "config.json: not JSON (a number has thousands of digits)"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"attention_bias": True}, "proj.bias"),
     ({"mlp_bias": True}, "down_proj.bias"),
@@ -43,7 +46,6 @@ CONFIG_TEXTS = [
     DEEP,
     '{"a": ' + DEEP + "}",
     "\xff\xfe",
-    '{"vocab_size": ' + "9" * 5000 + "}",
 ]
 
 # Parts of a tokenizer.json that make a text or the memory grow without limit.
@@ -149,7 +151,8 @@ RUNS = [
 QUICK_CONFIGS = (
     '{"vocab_size": -1}', '{"hidden_size": 1099511627776}', '{"num_hidden_layers": 300}',
     '{"rms_norm_eps": null}', '{"rope_scaling": {"factor": 2}, "rope_parameters": null}',
-    '{"model_type": "mamba"}', '{"quantization_config": {"quant_method": "hqq"}}', '{"hidden_act": "gelu"}',
+    '{"model_type": "mamba"}', '{"quantization_config": {"quant_method": "hqq"}}',
+    '{"quantization_config": "x"}', '{"vocab_size": ' + 85 * "9" + "...", '{"hidden_act": "gelu"}',
     '{"attention_bias": true}', '{"eos_token_id": [1, [1]]}', "{", "null", DEEP[:100] + "...",
 )  # fmt: skip
 QUICK_TEMPLATES = (

@@ -70,7 +70,7 @@ GOOD_LINES = "".join(json.dumps(GOOD["sft"]) + "\n" for _ in range(2))
 FILES = [
     ("sft", "rows.jsonl", "", "rows.jsonl"), ("sft", "rows.jsonl", "\n\n\n", "rows.jsonl"),
     ("sft", "rows.jsonl", b"\xff\xfe{\x00", "rows.jsonl:1"),
-    ("sft", "rows.jsonl", GOOD_LINES.encode("utf-16"), "rows.jsonl"),
+    ("sft", "rows.jsonl", GOOD_LINES.encode("utf-16") + b"\x00", "rows.jsonl"),
     ("sft", "rows.jsonl", GOOD_LINES + "\n" + GOOD_LINES, "rows.jsonl:3"),
     ("sft", "rows.jsonl", b"\x1f\x8b\x08\x00", "rows.jsonl:1"),
     ("sft", "rows.json", "", "rows.json"), ("sft", "rows.json", "[]", "rows.json"),
@@ -89,7 +89,7 @@ FILES = [
     ("sft", "rows.csv", "x;y\na;b\n", "rows.csv"),
     ("sft", "rows.parquet", "", "rows.parquet"), ("sft", "rows.parquet", "PAR1", "rows.parquet"),
     ("sft", "rows.parquet", b"PAR1" + bytes(64) + b"PAR1", "rows.parquet"),
-    ("sft", "rows.txt", "a", "rows.txt"),
+    ("sft", "rows.txt", "", "rows.txt"),
     ("sft", "rows.jsonl.gz", b"\x1f\x8b\x08\x00", "rows.jsonl.gz"),
     ("sft", "rows", GOOD_LINES, "unknown file type"),
     ("sft", "rows.arrow", "ARROW1", "rows.arrow"), ("sft", "rows.pkl", b"\x80\x04.", "rows.pkl"),

@@ -134,7 +134,7 @@ PHI3 = (
 def gemma(turns, index):
     if any((turn.role == "user") != (i % 2 == 0) for i, turn in enumerate(turns)):
         raise Rejected
-    return text_alone("<end_of_turn>", strip=True, none_is_text=True)(turns, index)
+    return text_alone("<end_of_turn>", strip=True)(turns, index)
 
 
 # ---- Qwen 2.5 and 3: tool calls, and thoughts of the last answer alone
@@ -303,7 +303,7 @@ TEMPLATES = {
     "chatml": Stock(CHATML, text_alone("<|im_end|>"), "<|im_end|>", special=_IM),
     "smollm2": Stock(SMOLLM2, text_alone("<|im_end|>"), "<|im_end|>", special=_IM),
     "llama3.0": Stock(
-        LLAMA30, text_alone("<|eot_id|>", strip=True, none_is_text=True), "<|end_of_text|>", special=_LLAMA
+        LLAMA30, text_alone("<|eot_id|>", strip=True), "<|end_of_text|>", special=_LLAMA
     ),
     "llama3.1": Stock(LLAMA31, llama31, "<|eot_id|>", special=_LLAMA),
     "mistral": Stock(MISTRAL, mistral, "</s>", special=_MISTRAL),

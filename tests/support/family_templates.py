@@ -46,7 +46,7 @@ GEMMA3 = """{{ bos_token }}
 
 def gemma3(turns, index):
     rest = without_system(turns)
-    if not alternate(rest) or any(turn.content is None for turn in rest):
+    if not alternate(rest):
         raise Rejected
     return text_alone("<end_of_turn>", strip=True)(turns, index)
 
@@ -54,7 +54,7 @@ def gemma3(turns, index):
 def gemma2_merged(turns, index):
     if not alternate(without_system(turns)):
         raise Rejected
-    return text_alone("<end_of_turn>", strip=True, none_is_text=True)(turns, index)
+    return text_alone("<end_of_turn>", strip=True)(turns, index)
 
 
 # ---- Mistral: ids of 9 characters, tools before the last question, the system message in the last turn alone

@@ -10,6 +10,7 @@ from jaxft.distributed import sharding
 from jaxft.runs import folder as runfolder
 from jaxft.runs.config import resolve_config
 from jaxft.train import loop, members
+from jaxft.train.clock import Clock
 from jaxft.train.compiled import compile_run
 from jaxft.train.settings import Run
 
@@ -47,7 +48,7 @@ def load_and_compile(folder, *overrides):
     job = prepare(folder, *overrides)
     with working_directory(folder), jax.set_mesh(sharding.make_mesh(job.lead.run.mesh)):
         _, frozen = members.load_members(job, None, print)
-        compile_run(members.bind_sources(job, frozen, None), frozen)
+        compile_run(members.bind_sources(job, frozen, None), frozen, Clock())
 
 
 def resume(folder, *overrides):

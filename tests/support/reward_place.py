@@ -37,7 +37,7 @@ def config(
         start=start,
         quant=None if quant == "none" else Quant(quant, 16),
         optim=optimizer.Optim(lr=lr, schedule=schedules.constant_schedule, warmup=0.0),
-        loop=Loop(steps=steps, save_every=1),
+        loop=Loop(steps=steps, save_every=1, eval_fraction=None),
         samples=samples,
         seed=seed,
     )

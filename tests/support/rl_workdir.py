@@ -86,7 +86,7 @@ def config(
         heads={"critic": critic_head} if ppo else {},
         adapter=Adapter(rank=4),
         optim=Optim(lr=lr),
-        loop=Loop(steps=steps, save_every=save, eval_every=2),
+        loop=Loop(steps=steps, save_every=save, eval_every=2, eval_fraction=None),
         samples=2,
         seed=seed,
     )

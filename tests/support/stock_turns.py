@@ -80,12 +80,10 @@ def as_json(value):
     return json.dumps(value, ensure_ascii=False)
 
 
-def text_alone(end, strip=False, none_is_text=False):
-    """A template that concatenates content and drops all else."""
+def text_alone(end, strip=False):
+    """A template that concatenates content and drops all else. It gets "" in place of null."""
 
     def shown(turns, index):
-        if any(turn.content is None for turn in turns) and not none_is_text:
-            raise Rejected
         turn = turns[index]
         if turn.calls or (turn.thought and turn.key):
             return HIDDEN

@@ -53,7 +53,7 @@ def config(
         adapter=None if full else Adapter(rank=4, dropout=dropout),
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
-        loop=Loop(steps=steps, save_every=1),
+        loop=Loop(steps=steps, save_every=1, eval_fraction=None),
         samples=2,
         sampling=Sampling(max_new=4),
         seed=seed,
@@ -124,9 +124,10 @@ interrupt.Interrupt.__enter__, export.export_run = begin, end
 """  # noqa: E501
 
 
-def without_command(card):
-    """A model card without the command line of its run, which options that change no result may be in."""
-    return re.sub("(?m)^    jaxft train .*$", "", card)
+def reproducible(text):
+    """A run's text without its command line, which options that change no result may be in, and its times."""
+    text = re.sub("(?m)^    jaxft train .*$", "", text)
+    return re.sub(r'(?m)^- Training took .*$|^  "perf": \{\n(.*\n)*?  \},\n', "", text)
 
 
 def kill_hook(name, step, saved, number=signal.SIGKILL):
@@ -255,7 +256,7 @@ class Place:
             "metrics": self.metrics(name),
             "files": {p.name: p.read_bytes() for p in out.iterdir() if p not in texts},
             **{
-                str(p.relative_to(folder)): without_command(p.read_text().replace(hidden, "NAME"))
+                str(p.relative_to(folder)): reproducible(p.read_text().replace(hidden, "NAME"))
                 for p in texts
                 if p.exists()
             },

@@ -22,6 +22,9 @@ from jaxft.weights.gains import with_gains
 from jaxft.weights.lora_start import init_magnitudes
 
 TOKENIZER = tiny_tokenizers.tiny("chatml")
+TOOL_TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny_tokenizers.CHATML.replace(
+    "message['content']", "(message['content'] or '')"
+)
 STOP = (TOKENIZER.eos_token_id, *range(20, len(TOKENIZER), 60))
 SIZES = ServeSizes(rows=4, prompt=128, new=24, stops=16, block=3)
 ADAPTERS = {
@@ -109,6 +112,14 @@ def models(tokenizer=TOKENIZER):
         name: ServedModel(name, tokenizer, STOP, len(TOKENIZER), number, tools="hermes")
         for name, number in names.items()
     }
+
+
+@functools.cache
+def tool_models():
+    """`models` with a chat template that renders tools."""
+    tokenizer = tiny_tokenizers.tiny.__wrapped__("chatml")
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return models(tokenizer)
 
 
 def scheduler(queue=64, programs_=None):

@@ -1,12 +1,15 @@
 """Runs on preference pairs: the reference cache, held-out metrics, meshes, custom losses, errors."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dpo_place import write_pair_place
-from prepared import load_and_compile
+from prepared import load_and_compile, working_directory
+from scripts_in_process import call
 from tiny_run import COUNT_COMPILES, Place
 
 F = "jaxft.objectives.reference_free_losses"
@@ -90,6 +93,30 @@ def test_held_out_metrics_are_the_same_for_any_batch_size_and_mesh(place, loss):
         for name in one.keys() - {"num_tokens"}:
             if not any(word in name for word in chance):
                 assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_evaluate_on_a_held_out_fraction_has_the_numbers_of_the_run(place, monkeypatch, capsys):
+    run(place, "steps=2", "seed=3", "name=fraction")  # held_out=0.2
+    last = place.metrics("fraction")[-1]
+    with working_directory(place.folder):
+        argv = ("evaluate", "--run", "runs/fraction", "--dtype", "float32")
+        code, out, err = call(monkeypatch, capsys, *argv, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        code, _, err = call(monkeypatch, capsys, *argv, "--max-length", "32")
+        assert code == 1 and "--max-length applies only to --file; the rows that the run held out" in err
+    assert found["pairs"] == last["eval_rewards/accuracies_pairs"]
+    assert found["accuracy_against_base"] == last["eval_rewards/accuracies"]
+    for name in ("logps/chosen", "logps/rejected"):
+        assert found[name] == pytest.approx(last[f"eval_{name}"], rel=1e-4)
+    path = place.runs("fraction") / "held_out.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["row"] for row in rows}) == found["pairs"]  # the values whose means are the metrics
+    assert np.mean([row["rewards/accuracies"] for row in rows]) == last["eval_rewards/accuracies"]
+    assert np.mean([row["rewards/margins"] for row in rows]) == pytest.approx(last["eval_rewards/margins"])
+    losses, weights = ([row[name] for row in rows] for name in ("loss", "weight"))
+    assert np.average(losses, weights=weights) == pytest.approx(last["eval_loss"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import tiny_llama
 from evaluate_place import PAIRS, TEXTS, bytes_of, chat, torch_loss, write, write_evaluate_place
 from scripts_in_process import call, load
 
+from jaxft.objectives.intervals import mean_interval, wilson
 from jaxft.train.completion_scores import pass_at
 from jaxft.train.likelihood import Evaluated, PairScore, preference_metrics
 from jaxft.train.samples import decode_completion
@@ -108,9 +109,18 @@ def test_accuracy_against_the_base_compares_what_the_responses_gained():
         PairScore("d", -8.0, -2.0, 4, 2, (-13.0, -3.0)),
     ]
     found = preference_metrics(scores)
-    assert found["accuracy_against_base"] == 2 / 4
-    assert found["accuracy"] == 1 / 4
-    assert found["accuracy_per_token"] == 2 / 4  # -2 and -3, -1 and -2, equal, -2 and -1
+    assert found["accuracy_against_base"] == (2 + 1 / 2) / 4
+    assert found["accuracy"] == (1 + 1 / 2) / 4
+    assert found["accuracy_per_token"] == (2 + 1 / 2) / 4  # -2 and -3, -1 and -2, equal, -2 and -1
+
+
+def test_an_adapter_that_computes_its_base_has_no_accuracy_against_it():
+    """Two programs round differently: 1e-6 of a log-prob is a tie."""
+    scores = [
+        PairScore("a", -40.0, -90.0, 2, 3, (-40.00004, -90.0)),
+        PairScore("b", -5.0, -2.0, 5, 1, (-5.0, -2.0)),
+    ]
+    assert "accuracy_against_base" not in preference_metrics(scores)
 
 
 def test_completions_are_scored_against_the_answers_of_rows(place, evaluate, tmp_path):
@@ -132,6 +142,8 @@ def test_completions_are_scored_against_the_answers_of_rows(place, evaluate, tmp
     argv = ("--file", str(tmp_path / "known.jsonl"), "--by", "exact", "--by", f"{tmp_path}/mine.py:short")
     found = evaluate(*argv, *options)
     assert found["exact"] == 0.75 and found["short"] == pytest.approx((4 + 6 + 5) / 3)
+    assert found["intervals"]["exact"] == pytest.approx(wilson(0.75, 4))
+    assert found["intervals"]["short"] == pytest.approx(mean_interval([4, 6, 5]))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["scores"]["exact"] for row in rows] == [1, 1, 0, 1] and rows[1]["scores"]["short"] is None
 
@@ -147,7 +159,7 @@ def test_several_completions_of_a_prompt_have_pass_at_k_lengths_and_ends(place, 
     passed = np.array([len(row["completion"]) <= 9 for row in rows], float)
     assert [row["scores"]["matches"] for row in rows] == passed.tolist() and 0 < passed.sum() < 9
     assert found["matches"] == pytest.approx(passed.mean()) == pytest.approx(found["pass@1/matches"])
-    assert found["pass@2/matches"] == pytest.approx(pass_at(passed.reshape(3, 3), (2,))[2])
+    assert found["pass@2/matches"] == pytest.approx(np.mean(pass_at(passed.reshape(3, 3), (2,))[2]))
     clipped = np.mean([row["finish"] == "length" for row in rows])
     assert found["completions/clipped_ratio"] == pytest.approx(clipped)
     assert 1 <= found["completions/mean_length"] <= 12 and len({row["completion"] for row in rows}) > 3
@@ -162,7 +174,8 @@ def test_pass_at_k_is_the_mean_over_all_subsets_of_k_completions():
             known = [x >= 1 for x in own if not np.isnan(x)]
             if len(known) >= k:
                 means.append(np.mean([any(part) for part in itertools.combinations(known, k)]))
-        assert found[k] == pytest.approx(np.mean(means))
+        assert np.nanmean(found[k]) == pytest.approx(np.mean(means))
+        assert np.isnan(found[k]).sum() == len(scores) - len(means)
     assert pass_at(scores[2:3], (4,)) == {}
 
 

@@ -13,6 +13,7 @@ import pytest
 from host_weights import load_on_host
 from scripts_in_process import SCRIPTS, call
 from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxft.models.adapted import adapted
 from jaxft.nn import lora_specs
@@ -20,7 +21,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.runs import folder as runfolder
 from jaxft.train import export
-from jaxft.weights import hf_write, peft_write, pretrained
+from jaxft.weights import hf_write, hub, peft_write, pretrained
 from jaxft.weights.merge import merge_files
 
 torch = pytest.importorskip("torch")
@@ -111,6 +112,22 @@ def test_without_an_adapter_the_base_is_copied_bit_for_bit(script, world, tmp_pa
     assert script("export", "--model", "base", "--out", tmp_path / "copy", "--dtype", "float32")[0] == 0
     copy, base = load(tmp_path / "copy").state_dict(), load(world[0] / "base").state_dict()
     assert copy.keys() == base.keys() and all(torch.equal(copy[name], base[name]) for name in base)
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_not_exported(tmp_path):
+    """transformers would not load the model; a padding token of its own stays."""
+    base = write_folder(tmp_path / "base", tiny_torch())
+    model = pretrained.model_for(str(base))
+    for written, exported in ((320, None), (-1, None), (7, 7)):
+        for file in ("config.json", "generation_config.json"):
+            settings = json.loads((base / file).read_text())
+            (base / file).write_text(json.dumps({**settings, "pad_token_id": written}))
+        out = tmp_path / f"out{written}"
+        out.mkdir()
+        hf_write.save_configs(out, model, None, hub.locate(str(base)))
+        assert json.loads((out / "config.json").read_text())["pad_token_id"] == exported
+        assert json.loads((out / "generation_config.json").read_text()).get("pad_token_id") == exported
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(out)))
 
 
 def test_peak_memory_of_merging_is_a_fraction_of_the_model(world, tmp_path):

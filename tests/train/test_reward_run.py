@@ -74,7 +74,7 @@ def test_a_run_its_adapter_and_its_merged_model_have_the_same_scores(place):
         script(place, "score.py", *model, *argv)
         found[way] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
     assert "the chosen completion has the higher reward in" in place.err()
-    assert "1 invalid rows left out (data.invalid=drop):" in place.err()
+    assert "1 invalid rows left out (data.invalid):" in place.err()
     assert [row["row"] for row in found["run"]][2:4] == ["dirty.jsonl:3", "dirty.jsonl:5"]
     script(place, "export.py", "--run", "runs/scored", "--out", "merged", "--dtype", "float32")
     script(place, "score.py", "--model", "merged", *argv)

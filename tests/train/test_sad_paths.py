@@ -71,9 +71,9 @@ DATA = {
         r"bad\.jsonl:2: no column completion",
     ),
     "columns": (
-        '{"question": "a", "answer": "b"}\n',
+        '{"title": "a", "body": "b"}\n',
         [],
-        r"bad\.jsonl:1: the columns question, answer fit no format; accepted are",
+        r"bad\.jsonl:1: the columns title, body fit no format; accepted are",
     ),
     "empty row": ('{"prompt": "a", "completion": "b"}\n{}\n', [], r"bad\.jsonl:2: the row is empty"),
     "empty column": (
@@ -89,7 +89,7 @@ DATA = {
     "long prompt": (
         json.dumps({"prompt": "a" * 70, "completion": "b"}) + "\n",
         [],
-        r"bad\.jsonl:1.*(mask|prompt)",
+        r"bad\.jsonl: all 1 rows were dropped because they are longer than data.max_length=64",
     ),
     "no answer": (
         '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
@@ -145,7 +145,7 @@ def test_rows_that_are_left_out_are_in_the_first_lines_of_a_run(place):
     with working_directory(place.folder), jax.set_mesh(job.lead.programs.mesh):
         (line,) = [line for line in startup_lines(job, 0, []) if "left out" in line]
     header, *reasons = line.splitlines()
-    assert header == "2 invalid rows left out (data.invalid=drop):" and len(reasons) == 2
+    assert header == "2 invalid rows left out (data.invalid):" and len(reasons) == 2
     assert reasons[0].startswith("      1  malformed JSON: dirty.jsonl:41: malformed JSON, ")
     assert reasons[1].startswith(
         "      1  empty column 'completion': dirty.jsonl:42: column 'completion' is empty"
@@ -167,7 +167,7 @@ SETTINGS = {
     "micro": (["batch=6", "micro=4"], r"data\.batch=6 is not divisible by data\.micro=4"),
     "name": (["name=../out"], r"name='\.\./out' is not the name of a folder"),
     "samples": (["samples=-1"], r"samples=-1; expected 0 or more"),
-    "epochs": (["epochs=inf"], r"data\.epochs=inf; use a number above 0"),
+    "epochs": (["epochs=inf"], r"data\.epochs=inf; expected above 0, or none"),
     "mesh": (["mesh.data=3"], r"needs 3 devices, got 4", 4),
     "heads on a mesh": (
         ["mesh.tensor=4", "mesh.data=1"],

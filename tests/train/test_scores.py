@@ -14,6 +14,7 @@ from tiny_run import Place, rows, write_place
 from jaxft.data.source import Prompt
 from jaxft.inference.decode import Decoding
 from jaxft.inference.sampling import Sampling
+from jaxft.objectives.intervals import mean_interval
 from jaxft.train import samples
 from jaxft.train.samples import Completed, PromptText
 from jaxft.train.scores import check_scoring, held_out_prompts, make_scorer, position_lines
@@ -110,7 +111,7 @@ def test_rows_without_responses_cannot_be_scored(prompts, rollouts, message):
 
 
 def test_settings_of_scoring_are_checked():
-    with pytest.raises(ValueError, match="scoring.prompts=0; expected at least 1, or none for all"):
+    with pytest.raises(ValueError, match="scoring.prompts=0; expected at least 1, or none"):
         Scoring(prompts=0)
     with pytest.raises(ValueError, match="scoring.regex: '.' is not a valid regular expression"):
         Scoring(regex="(")
@@ -171,12 +172,16 @@ def test_a_run_logs_scores_in_its_files_and_last_lines_and_evaluate_has_the_same
     expected = sum(lengths) / 12
     evaluated = [line["eval_scores/size"] for line in place.metrics("scored") if "eval_scores/size" in line]
     assert evaluated == [expected, expected]  # before the first and after the last step
-    shown = f"size of the completions of 12 held-out prompts: {expected:.4f} before, {expected:.4f} after"
+    shown = f"{expected:.4f} {mean_interval(lengths).text()} of 12 prompts"
+    row = f"size of the completions of 12 held-out prompts         {shown}  {shown}"
     assert summary["after"]["metrics"]["eval_scores/pass@2/size"] == 1
+    lines = (place.runs("scored") / "held_out.jsonl").read_text().splitlines()
+    sizes = {row["row"]: row["scores/size"] for row in map(json.loads, lines) if "scores/size" in row}
+    assert sorted(sizes.values()) == sorted(lengths) and all(name.startswith("prompt ") for name in sizes)
     fault = "24 of 24 completions of held-out prompts have no score: reward odd returned NoneType None"
-    assert shown in place.out() and fault in place.out()
+    assert row in place.out() and fault in place.out()
     card = (place.runs("scored") / "README.md").read_text()
-    assert f"| eval_scores/size | {expected:.4f} | {expected:.4f} |" in card and f"- {fault}" in card
+    assert f"| eval_scores/size | {shown} | {shown} |" in card and f"- {fault}" in card
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     last = [line for line in place.metrics("scored") if "eval_loss" in line][-1]

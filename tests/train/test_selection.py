@@ -10,7 +10,7 @@ from jaxft.distributed.processes import AgreedError
 from jaxft.train.evaluate import is_greater_better, is_stalled, selection_score
 from jaxft.train.members import Job
 from jaxft.train.settings import Loop
-from jaxft.train.verdict import check_selection, end_if_stalled
+from jaxft.train.verdict import check_selection, end_if_due
 
 METRICS = {"eval_loss": 2.0, "eval_reward": 3.0, "eval_rewards/accuracies": 0.75, "eval_kl": 0.5}
 METRICS |= {"eval_rewards/rejected": -1.0, "eval_completions/clipped_ratio": 0.25}
@@ -87,13 +87,25 @@ def test_a_run_without_the_metric_ends_before_training(loop, metrics, message):
         check_selection(job, [{"metrics": metrics}])
 
 
+def test_an_accuracy_that_is_absent_at_first_because_all_pairs_are_ties_can_select():
+    loop = Loop(best_metric="eval_rewards/accuracies", patience=1, eval_every=1)
+    job = SimpleNamespace(members=[SimpleNamespace(run=SimpleNamespace(loop=loop))])
+    ties = {"eval_loss": 0.69, "eval_rewards/accuracies_pairs": 20.0}
+    check_selection(job, [{"metrics": ties}])
+    with pytest.raises(AgreedError, match="near: eval_rewards/accuracies$"):
+        check_selection(
+            SimpleNamespace(members=[SimpleNamespace(run=SimpleNamespace(loop=Loop(best_metric="eval_x")))]),
+            [{"metrics": {"eval_rewards/accuracies_pairs": 20.0}}],
+        )
+
+
 def test_the_steps_since_the_last_entry_are_logged_where_patience_ends_a_run():
     loop = Loop(steps=600, log_every=10, eval_every=15, patience=2)
     member = SimpleNamespace(run=SimpleNamespace(loop=loop))
     job = Job(Path("run"), (member,), (), 600, 600, None, (), (), None)
     logs, meters = Mock(), Mock(read=Mock(return_value=("metrics", "perf")))
-    assert end_if_stalled(job, {"scores": [[1.0], [2.0]]}, 30, logs, meters) is job and not logs.mock_calls
-    ended = end_if_stalled(job, {"scores": [[1.0], [2.0], [1.5]]}, 45, logs, meters)
+    assert end_if_due(job, {"scores": [[1.0], [2.0]]}, 30, logs, meters) is job and not logs.mock_calls
+    ended = end_if_due(job, {"scores": [[1.0], [2.0], [1.5]]}, 45, logs, meters)
     assert (ended.steps, ended.planned) == (45, 600)
     logged, end, message = logs.mock_calls
     assert [logged, end] == [call.step(45, "metrics", "perf"), call.ends_at(45)]

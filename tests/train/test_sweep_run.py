@@ -1,6 +1,7 @@
 """Whole sweeps: each member equals its separate run; non-finite members, resuming, user errors."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from safetensors.numpy import load_file
 from scripts_in_process import call
 from tiny_run import CONFIG as SFT_CONFIG
 from tiny_run import COUNT_COMPILES, Place, write_rows
+
+from jaxft.runs.config import load_config
+from jaxft.train.sweep import reason_to_separate, with_one_split
 
 KNOBS = (
     ("loss=loss,", "loss=partial(loss, beta=beta),"),
@@ -254,7 +258,7 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     "argv, message",
     [
         (["--over", "beta"], "--over beta: expected knob=a,b,... such as beta=0.05,0.1"),
-        (["--over", "beta=0.1,high"], "'high' is not a number; a sweep is over numeric knobs"),
+        (["--over", "beta=0.1,high"], "beta=high"),
         (["--over", "beta=0.1,0.10"], "a value is given twice"),
         (["--over", "beta=0.1,0.2", "name=mine"], "--name names a sweep's folder"),
         (
@@ -268,19 +272,8 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
             "the knobs have 2 (beta), 3 (lr) values",
         ),
         (
-            ["--over", "batch=4,8"],
+            ["--over", "batch=4,8", "--at-once", "2"],
             "differ in data.batch: 4 -> 8. The members of a sweep may differ only in name, objective",
-        ),
-        (["--over", "epochs=1,2"], "differ in data.epochs"),
-        (["--over", "lr=1,2", "full=true"], "leave out full=true"),
-        (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
-        (
-            ["--config", "sft.py", "--over", "lr=1,2", "neftune=5"],
-            "neftune is not possible in a sweep, whose members share one forward pass; set neftune=0, or",
-        ),
-        (
-            ["--over", "seed=1,2"],
-            "data.held_out=0.2 depends on the seed, and the seeds differ. Name a file, or set held_out=none",
         ),
         (
             ["--over", "lr=1,2", "--at-once", "2", "adapter.modules_to_save=norm,"],
@@ -323,11 +316,75 @@ def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused)
     assert "resuming after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
 
 
+@pytest.mark.slow
+def test_a_sweep_over_functions_and_seeds_holds_out_the_same_rows_and_names_the_best_setting(place):
+    module = "jaxft.objectives.preference_losses"
+    over = ["--over", f"loss={module}:dpo,{module}:ipo", "--over", "seed=0,3"]
+    out = sweep(place, "steps=3", "lr=0.002", *over, "--name", "functions")
+    members = json.loads((place.runs("functions") / "config.json").read_text())["members"]
+    assert members[1] == f"loss={module}-dpo,seed=3" and "one after the other" not in out
+    rows = []
+    for member in members:
+        lines = (place.runs(f"functions/{member}") / "held_out.jsonl").read_text().splitlines()
+        rows.append({json.loads(line)["row"] for line in lines})
+    assert rows[0] == rows[1] == rows[2] == rows[3] and len(rows[0]) > 1
+    steps = [place.metrics(f"functions/{member}")[1]["loss"] for member in members]
+    assert steps[0] != steps[1]  # other batches
+    assert "mean ± standard deviation over seeds" in out and f"best of 2: loss={module}-" in out
+    alone(place, "steps=3", "lr=0.002", f"loss={module}:ipo", "seed=3", "data.split_seed=0", "name=alone")
+    assert_same_run(place, f"functions/{members[3]}", "alone")
+
+
+@pytest.mark.slow
+def test_runs_that_cannot_share_a_program_train_one_after_the_other_into_one_table(place):
+    argv = ["steps=2", "--over", "batch=4,8", "--name", "batches"]
+    out = sweep(place, *argv)
+    assert "2 runs, one after the other: batch=8 and batch=4 differ in data.batch" in out
+    table = json.loads((place.runs("batches") / "summary.json").read_text())
+    assert set(table["members"]) == {"batch=4", "batch=8"} and table["steps"] == 2 and table["failed"] == []
+    assert table["ranking"][0].startswith("best of 2: batch=") and table["ranking"][0] in out
+    assert (place.runs("batches") / "curves.png").is_file()
+    alone(place, "steps=2", "batch=4", "name=batch-4")
+    assert_same_run(place, "batches/batch=4", "batch-4")
+    assert sweep(place, *argv).count("this run is finished (2 steps)") == 2
+    assert sweep(place, "steps=2", "--over", "batch=4,2", "--name", "batches", code=1) is not None
+    assert "this sweep has the members batch=4, batch=8, not batch=4, batch=2" in place.err()
+
+
+def test_runs_that_cannot_share_a_program_say_why(place):
+    base = settings_of(place, "lr=1")
+    for changes, reason in (
+        (["batch=8"], "differ in data.batch: 4 -> 8"),
+        (["epochs=2"], "differ in data.epochs"),
+        (["full=true"], "leave out full=true"),
+        (["adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
+        (["loop.steps=5"], "differ in loop.steps"),
+        (["seed=1"], "data.held_out=0.2 depends on the seed, and the seeds differ. Set data.split_seed"),
+    ):
+        other = settings_of(place, "lr=1", *changes)
+        assert reason in reason_to_separate(
+            {"a": base, "b": other} if "full" not in changes[0] else {"b": other}
+        )
+    assert reason_to_separate({"a": base, "b": settings_of(place, "lr=2")}) == ""
+    seeds = with_one_split({"a": base, "b": settings_of(place, "seed=1")})
+    assert reason_to_separate(seeds) == "" and [run.data.seed_of_split for run in seeds.values()] == [0, 0]
+    noisy = settings_of(place, "lr=1", "neftune=5", config="sft.py")
+    assert "neftune is random" in reason_to_separate({"a": noisy})
+    sampled = SimpleNamespace(data=SimpleNamespace(unit="prompts"))
+    assert "samples completions" in reason_to_separate({"a": sampled})
+
+
+def settings_of(place, *overrides, config="config.py"):
+    with working_directory(place.folder):
+        return load_config(config, list(overrides))
+
+
 def test_without_held_out_rows_the_table_has_the_metrics_of_the_last_step(place):
     sweep(place, "held_out=none", "steps=2", "--over", "seed=0,1", "--name", "bare")
     table = json.loads((place.runs("bare") / "summary.json").read_text())["members"]["seed=0"]
     last = [line for line in place.metrics("bare/seed=0") if "loss" in line][-1]
     assert last["step"] == 2 and table == {
         "general loss": place.metrics("bare/seed=0")[-1]["general_loss"], "last step's loss": last["loss"],
+        "general loss before": place.metrics("bare/seed=0")[0]["general_loss"],
         "last step's accuracy": last["rewards/accuracies"], "last step's margin": last["rewards/margins"],
     }  # fmt: skip

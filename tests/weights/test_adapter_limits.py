@@ -26,7 +26,7 @@ CASES = [
 @pytest.mark.parametrize("changes, tied, vllm, llama", CASES, ids=str)
 def test_each_limit_has_a_line_with_the_way_that_works(changes, tied, vllm, llama):
     lines = loading_notes(Adapter(**{"rank": 16, **changes}), tied, Path("runs/a b/adapter"), "org/base")
-    for program, words in (("vLLM", vllm), ("llama.cpp", llama), ("mlx-lm", "PEFT's layout")):
+    for program, words in (("vLLM", vllm), ("llama.cpp", llama)):
         (own,) = [line for line in lines if line.startswith(program)] or [None]
         assert (own is None) == (words is None) and (words is None or words in own), (own, words)
     for line in lines:

@@ -19,6 +19,7 @@ from jaxft.distributed import temporary
 from jaxft.distributed.temporary import temporary_folder
 from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
+from jaxft.train.recipes import ModelKnobs
 from jaxft.weights import codes, extend, file_hash
 from jaxft.weights.cached_folder import HASHES, cached_folder, folder_damage
 from jaxft.weights.extend import Extension, extended_ref
@@ -173,18 +174,19 @@ def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_
 
 def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp_path, capsys, monkeypatch):
     base = str(write_folder(tmp_path / "base", tiny_torch()))
-    out = Path(extended_ref(base, Extension(("<tool>",))))
+    knobs = ModelKnobs(base, add_tokens=("<tool>",))
+    out = Path(knobs.weights)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     fingerprint = runfolder.weights_fingerprint(str(out))
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(extend, "extend_model", None)  # not called
-        assert extended_ref(base, Extension(("<tool>",))) == str(out) and not capsys.readouterr().err
+        assert knobs.weights == str(out) and not capsys.readouterr().err
     flip(out / "model.safetensors")
     settings = {"weights": str(out), "weights_fingerprint": fingerprint}
     with pytest.raises(ValueError, match="start the run's command again, which writes them"):
         runfolder._base_weights(tmp_path, settings)
-    assert extended_ref(base, Extension(("<tool>",))) == str(out)
+    assert knobs.weights == str(out)
     said = f"{out / 'model.safetensors'} has changed since it was written; it is written again"
     assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
@@ -194,7 +196,7 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
     flip(out / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json has changed .*Start the run's command again"):
         runfolder._base_weights(tmp_path, settings)
-    linked = Path(extended_ref(base, Extension(template="chatml")))
+    linked = Path(extended_ref(base, Extension(template="chatml"))[0])
     assert folder_damage(linked) is None
     assert set(json.loads((linked / HASHES).read_text())) == {
         path.name for path in linked.iterdir() if not path.is_symlink() and path.name != HASHES

@@ -264,8 +264,8 @@ def test_lanczos_finds_the_directions_of_a_whole_decomposition(monkeypatch):
     [
         ({"eva_rho": 3.0}, "need adapter.init=eva"),
         ({"eva_tokens": 5}, "need adapter.init=eva"),
-        ({"init": "eva", "eva_rho": 0.5}, "adapter.eva_rho must be from 1"),
-        ({"init": "eva", "eva_tokens": 0}, "adapter.eva_tokens must be at least 1"),
+        ({"init": "eva", "eva_rho": 0.5}, "adapter.eva_rho=0.5; expected from 1 to 1000"),
+        ({"init": "eva", "eva_tokens": 0}, "adapter.eva_tokens=0; expected at least 1"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(settings, words):

@@ -229,6 +229,17 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_that_is_code_is_not_run(tmp_path):
+    write_folder(tmp_path / "model", tiny_torch())
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    code = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings | code))
+    (tmp_path / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"\(it is code in the folder, which jaxft never runs\)") as raised:
+        pretrained.load_tokenizer(str(tmp_path / "model"))
+    assert "trust_remote_code" not in str(raised.value) and not (tmp_path / "ran").exists()
+
+
 def test_steps_of_published_tokenizers_are_within_the_limits(tmp_path):
     """Gemma 3, Phi-3, Llama 3, DeepSeek-V3, T5, and as many added tokens as models of speech have."""
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}

@@ -3,7 +3,8 @@
 Accepted formats (`format="auto"` uses the one whose columns are present):
 
     preference              {"prompt", "chosen", "rejected"}
-    implicit                {"chosen", "rejected"}, whole conversations: their common beginning is the prompt
+    implicit                {"chosen", "rejected"}, whole conversations: their common beginning is the prompt;
+                            or responses to a prompt of another name, such as "question"
     ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
     instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
     unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
@@ -26,10 +27,13 @@ from jaxft.data.conversation import (
     SplitRow,
     Turns,
     chats_of,
+    holds_responses,
+    other_prompt,
     plain_texts,
     require_difference,
     response_index,
     split_row,
+    with_prompt,
 )
 from jaxft.data.example import Chat, Completion
 from jaxft.data.formats import TEMPLATE_COLUMNS, RowFormat, Schemas
@@ -73,7 +77,7 @@ PAIR_SCHEMAS = Schemas(
         for name in _PROMPT_COLUMNS
     },
     strings=("preference", "unpaired"),
-    example="prompt=...,chosen=...,rejected=...",
+    example=("prompt", "chosen", "rejected"),
 )
 
 
@@ -93,6 +97,7 @@ class PairTokenSettings:
     weight_column: str | None = None
     kinds: tuple[str, ...] = ("chosen", "rejected")
     order_by: str | None = None
+    max_samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,7 @@ def normalise_pairs_as(
         return _pair(valid(row), format.name, settings)
 
     renamed = formats.rename_rows(format, rows, settings.columns, pair_schemas(settings))
-    return (attempt(convert, row) for row in renamed)
+    return formats.by_their_names((attempt(convert, row) for row in renamed), format, settings.columns)
 
 
 def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:
@@ -204,6 +209,8 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
 def _split(row: Row, format: str, columns: Columns) -> SplitRow:
     """Return the row's prompt and responses, which are checked."""
     prompt_column = _PROMPT_COLUMNS[format]
+    if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
+        row, prompt_column = with_prompt(row), "prompt"
     require_difference(row, {kind: row.fields[column] for kind, column in columns.items()})
     split = split_row(row, prompt_column, {k: c for k, c in columns.items() if c != prompt_column})
     ending = [kind for kind, column in columns.items() if column == prompt_column]

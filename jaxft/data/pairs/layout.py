@@ -19,12 +19,15 @@ from jaxft.data.pairs.tokens import TokenisedPairs
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The shape of a microbatch and how its rows are filled. columns: names of TokenisedPairs.extras."""
+    """The shape of a microbatch and how its rows are filled. columns: names of TokenisedPairs.extras.
+    max_length: as in Pairs.
+    """
 
     rows: int
     shape: RowShape
     branches: bool
     columns: tuple[str, ...] = ()
+    max_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def fill_pairs(pairs: TokenisedPairs, plan: RowPlan, layout: PairLayout, means: 
         last=_last_columns(runs, layout, (row, slot), len(pairs.kinds)),
         branches=branches if layout.branches else None,
         kinds=pairs.kinds,
+        max_length=layout.max_length,
     )
 
 
@@ -217,7 +221,7 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
         pair_weights=number, index=array(slots),
         columns=dict.fromkeys(layout.columns, number),
         reference=array(layout.shape.reads, dtype=np.float32) if reference else None,
-        branches=ids if layout.branches else None, kinds=kinds,
+        branches=ids if layout.branches else None, kinds=kinds, max_length=layout.max_length,
     )  # fmt: skip
 
 

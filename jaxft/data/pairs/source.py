@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
+from jaxft.bounds import at_least, one_of
 from jaxft.data.epochs import epochs_of
-from jaxft.data.mixture import SplitRows, sources_with_metrics, split_sources
+from jaxft.data.mixture import SourceRef, SplitRows, sources_with_metrics, split_sources
 from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pairs import batches as planning
 from jaxft.data.pairs.formats import PairTokenSettings
@@ -49,7 +50,8 @@ class PairRows(DataSettings):
 
     All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto",
     "plain" or a name of pairs/formats.py. max_length: tokens of a prompt and one response. too_long:
-    "truncate" keeps the start, "drop" leaves the pair out, "error" stops. weighting: "pair" gives every pair
+    "truncate" keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair
+    out, "error" stops. weighting: "pair" gives every pair
     of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of
     numbers that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches"
     stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
@@ -59,14 +61,14 @@ class PairRows(DataSettings):
     batch counts pairs.
     """
 
-    max_length: int = 1024
-    too_long: str = "truncate"
-    weighting: str = "pair"
+    max_length: Annotated[int, at_least(2)] = 1024
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
+    weighting: Annotated[str, one_of(WEIGHTING)] = "pair"
     weight_column: str | None = None
     extras: tuple[str, ...] = ()
-    layout: str = "auto"
+    layout: Annotated[str, one_of(LAYOUTS)] = "auto"
     unpaired: bool = False
-    third: str | None = None
+    third: Annotated[str | None, one_of(THIRD)] = None
     unit: ClassVar[str] = "pairs"
     packing: ClassVar[bool] = True
 
@@ -77,7 +79,6 @@ class PairRows(DataSettings):
         )  # fmt: skip
         for name, known in choices:
             self.require_choice(name, known)
-        self.require_at_least(2, "max_length")
         if len(set(self.extras)) < len(self.extras):
             raise ValueError(f"data.extras={','.join(self.extras)} names a column twice; name each once")
 
@@ -87,7 +88,7 @@ class PairRows(DataSettings):
         kinds = ("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected")
         return PairTokenSettings(
             self.columns, self.format, self.max_length, self.too_long, self.template_settings,
-            self.extras, self.weight_column, kinds, self.order_by,
+            self.extras, self.weight_column, kinds, self.order_by, self.max_samples,
         )  # fmt: skip
 
     @property
@@ -124,7 +125,8 @@ class PairRows(DataSettings):
         """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
 
         A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step
-        sees nor the fingerprint.
+        sees nor the fingerprint. The model is not known here: one whose rope depends on the length of a text
+        refuses pairs that share prompts, see `for_attention`.
         """
         row_count = _row_count(self, shards)
         split = self._read(tokenizer, cache)
@@ -150,7 +152,7 @@ class PairRows(DataSettings):
         orders = [order(epoch) for epoch in range(epochs.locate(steps - 1)[0] + 1)]
         assigned = [planning.assign_rows(batches, tokens, row_count) for batches in orders]
         shape = planning.row_shape(tokens, tokenised.reads.sum(1), assigned, row_count)
-        layout = PairLayout(shards, shape, branches, self.extras)
+        layout = PairLayout(shards, shape, branches, self.extras, self.max_length)
         pairs = PlannedPairs(self, split, row_count, layout, order)
         info = SourceInfo(
             steps=steps,
@@ -166,19 +168,22 @@ class PairRows(DataSettings):
     def _read(self, tokenizer: Any, cache: Path | None) -> SplitRows[TokenisedPairs]:
         """Return all pairs, and which are for training and which are held out."""
 
-        def tokenise(ref: str) -> TokenisedPairs:
-            return tokenise_pairs(ref, self.token_settings, tokenizer, self.tokenising(cache))
+        def tokenise(source: SourceRef) -> TokenisedPairs:
+            settings = source.adapt(self).token_settings
+            return tokenise_pairs(source.ref, settings, tokenizer, self.tokenising(cache))
 
         def held_out(pairs: TokenisedPairs) -> np.ndarray:
             least = 2 if self.third == "mismatched" else 1
-            return held_out_pairs(pairs, self.seed, self.held_out_count(len(pairs), least))
+            return held_out_pairs(pairs, self.seed_of_split, self.held_out_count(len(pairs), least))
 
         split = split_sources(self, tokenise, held_out)
         if not self.unpaired:
             _require_both_responses(split.rows)
         if self.third == "mismatched":
             sides = split.train, split.held
-            split = replace(split, rows=mismatch_responses(split.rows, sides, self.seed, self.max_length))
+            split = replace(
+                split, rows=mismatch_responses(split.rows, sides, self.seed_of_split, self.max_length)
+            )
         return split
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
@@ -190,7 +195,7 @@ class PairRows(DataSettings):
         row_count = _row_count(self, shards)
         length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
         shape = RowShape(length, length, self.batch - row_count + 1)
-        layout = PairLayout(shards, shape, self.layout != "plain", self.extras)
+        layout = PairLayout(shards, shape, self.layout != "plain", self.extras, self.max_length)
         shapes = pair_batch_shapes(layout, self.kinds, self.micro, reference)
         return with_sources(shapes, sources_with_metrics(self.train))
 
@@ -277,6 +282,11 @@ class PairSource(FixedSource[Pairs]):
         while not names[-1]:  # the last rows of a batch with fewer pairs
             names.pop()
         return names
+
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the pair at a position of the slots of all held-out batches."""
+        batch, slot = divmod(position, self.held_out[0].index.size)
+        return self.pairs.tokenised.names[self.held_out[batch].index.flat[slot]]
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts with their chosen response."""

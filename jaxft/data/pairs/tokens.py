@@ -23,6 +23,7 @@ from jaxft.data.chat import MaskedTokens
 from jaxft.data.example import Chat, Completion
 from jaxft.data.formats import RowFormat
 from jaxft.data.invalid import InvalidRow, InvalidRows, valid
+from jaxft.data.left_out import has_placeholder
 from jaxft.data.pack import number_groups
 from jaxft.data.pairs.formats import (
     PairExample,
@@ -33,9 +34,9 @@ from jaxft.data.pairs.formats import (
 )
 from jaxft.data.row_files import Row
 from jaxft.data.tokenise import DEFAULT_TOKENISING, RowKind, Tokenising, tokenise_dataset
-from jaxft.data.tokens import TokenisedRows, last_targets, row_fields
+from jaxft.data.tokens import TokenisedRows, last_targets, remedy_for_too_long, row_fields
 
-VERSION = ("pairs", 8)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 10)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,10 @@ class TokenisedPairs(TokenisedRows):
     def group_by(self, *pieces: int) -> Int[np.ndarray, " pairs"]:
         """Return a number for each pair, equal for pairs whose given pieces have the same tokens."""
         return number_groups(self.hashes[:, list(pieces)])
+
+    def content_hashes(self) -> UInt64[np.ndarray, " pairs"]:
+        """Return a number for each pair, equal for pairs of the same tokens."""
+        return self.group_by(*range(1 + len(self.kinds))).astype(np.uint64)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "TokenisedPairs":
         """Add the reference's log-probs of every pair, in order of kind and position in the response."""
@@ -132,6 +137,7 @@ def pair_columns(settings: PairTokenSettings) -> ColumnTypes:
         "prompt_end_moved": ColumnType(np.bool_),
         "weights": ColumnType(np.float64),
         "order": ColumnType(np.float64),
+        "placeholders": ColumnType(np.bool_),
         "source": ColumnType(np.int32),
         "number": ColumnType(np.int64),
     }
@@ -155,7 +161,7 @@ def tokenise_pairs(
     examples = _responses(found.examples, settings)
     checks = (chat.tools_warnings, chat.content_warnings)
     warnings = [line for check in checks for line in check(examples, tokenizer, settings.template)]
-    return TokenisedPairs(**columns, kinds=settings.kinds, warnings=tuple(warnings))
+    return TokenisedPairs(**columns, kinds=settings.kinds, warnings=(*found.notes, *warnings))
 
 
 def _responses(rows: Sequence[Row], settings: PairTokenSettings) -> list[Chat | Completion]:
@@ -207,6 +213,9 @@ def _tokenise(
                 "extras": pair.extras,
                 "weights": pair.weight,
                 "order": pair.order,
+                "placeholders": any(
+                    has_placeholder(x) for kind, x in pair.responses.items() if x and kind != "rejected"
+                ),
                 **flags,
             }.items():
                 columns[name].append(value)
@@ -243,18 +252,23 @@ def _pair_tokens(
     responses = {
         kind: _mask_from_border(f"{name}: {kind}", border, response) for kind, response in responses.items()
     }
-    long = any(len(ids) > settings.max_length for ids, _ in responses.values())
-    if long and settings.too_long == "drop":
-        return None
+    if _are_equal(border, responses):
+        raise InvalidRow(
+            name,
+            "responses of the same tokens",
+            "chosen and rejected are the same tokens; change one or remove the row",
+        )
+    longest = max(len(ids) for ids, _ in responses.values())
     total = sum(int(learned.sum()) for _, learned in responses.values())
-    responses = {
-        kind: _truncated(f"{name}: {kind}", border, response, settings)
-        for kind, response in responses.items()
-    }
-    _require_different_tokens(name, border, responses, settings.max_length if long else None)
+    truncated = longest > settings.max_length
+    if truncated:
+        kept = _shortened(name, longest, responses, settings)
+        if kept is None or _are_equal(border, kept):
+            return None
+        responses = kept
     targets = sum(int(learned.sum()) for _, learned in responses.values())
     counts = {"responses": total, "learned_responses": targets}
-    return border, responses, {"truncated": long, "prompt_end_moved": moved, **counts}
+    return border, responses, {"truncated": truncated, "prompt_end_moved": moved, **counts}
 
 
 def _append_pieces(
@@ -319,41 +333,24 @@ def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedT
     return ids[:end], learned[:end]
 
 
-def _truncated(name: str, border: int, response: MaskedTokens, settings: PairTokenSettings) -> MaskedTokens:
-    ids, learned = response
+def _shortened(
+    name: str, longest: int, responses: dict[str, MaskedTokens], settings: PairTokenSettings
+) -> dict[str, MaskedTokens] | None:
+    """Return the sequences of a pair that is too long truncated, None for a pair that is left out, because of
+    data.too_long=drop or because its prompt leaves nothing of a response. longest: tokens of a sequence.
+    """
     limit = settings.max_length
-    if len(ids) <= limit:
-        return response
-    remedy = "raise data.max_length or set data.too_long=drop"
-    if not learned[:limit].any():
-        raise InvalidRow(
-            name,
-            "prompt longer than data.max_length",
-            f"the prompt has {border} tokens, and data.max_length={limit} leaves no room for a "
-            "response; raise data.max_length",
-        )
     if settings.too_long == "error":
         raise ValueError(
-            f"{name}: {len(ids)} tokens with the prompt are more than data.max_length={limit}; {remedy} or "
-            "truncate"
+            f"{name}: {longest} tokens of a response with its prompt are more than data.max_length={limit}; "
+            f"{remedy_for_too_long('max_length')}, or truncate"
         )
-    return ids[:limit], learned[:limit]
+    kept = {kind: (ids[:limit], learned[:limit]) for kind, (ids, learned) in responses.items()}
+    whole = settings.too_long == "truncate" and all(learned.any() for _, learned in kept.values())
+    return kept if whole else None
 
 
-def _require_different_tokens(
-    name: str, border: int, responses: dict[str, MaskedTokens], truncated_to: int | None
-) -> None:
+def _are_equal(border: int, responses: dict[str, MaskedTokens]) -> bool:
+    """Whether the chosen and the rejected response are the same tokens."""
     bodies = [responses[kind][0][border:] for kind in ("chosen", "rejected") if kind in responses]
-    if len(bodies) == 2 and np.array_equal(bodies[0], bodies[1]):
-        if truncated_to is None:
-            raise InvalidRow(
-                name,
-                "responses of the same tokens",
-                "chosen and rejected are the same tokens; change one or remove the row",
-            )
-        raise InvalidRow(
-            name,
-            "responses of the same tokens",
-            f"chosen and rejected are the same tokens when truncated to "
-            f"data.max_length={truncated_to}; raise data.max_length or set data.too_long=drop",
-        )
+    return len(bodies) == 2 and np.array_equal(bodies[0], bodies[1])

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.objectives.alarms import Entry
-from jaxft.runs.charts import STEP_CHARTS, X_AXIS, Chart, RunCurve, learning_kinds, make_charts, side_label
+from jaxft.runs.charts import (
+    STEP_CHARTS,
+    X_AXIS,
+    Chart,
+    RunCurve,
+    learning_kinds,
+    make_charts,
+    side_label,
+    smoothing_factor,
+)
 from jaxft.runs.plots import COLOURS
 from jaxft.runs.terminal import printable_message
 
@@ -60,11 +69,15 @@ def chart_json(chart: Chart, most: int) -> dict[str, Any]:
 def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
     """Return a curve of the run with that number."""
     x, y = thinned(curve.steps, curve.values, most)
+    whole = len(x) == len(curve.intervals)
+    bars = [[float(f"{end:.4g}") for end in one] if one else None for one in curve.intervals] if whole else []
     return {
         "run": run,
         "label": printable_message(curve.label),
         "rows": side_label(curve),
         "heldOut": curve.held_out,
+        "bars": bars,
+        "smoothing": round(smoothing_factor(curve), 3),
         "x": x,
         "y": [None if value is None else float(f"{value:.6g}") for value in y],
     }

@@ -27,11 +27,12 @@ CONTENT_POLICY = (
 CURVES_HTML = """<section id="curves"><h2>Curves</h2>
 <form id="controls" hidden>
 <fieldset id="runs"><legend>Runs</legend></fieldset>
-<label>Smoothing <input id="smoothing" type="range" min="0" max="0.98" step="0.02" value="0"></label>
+<label><input id="by-noise" type="checkbox" checked> Smoothing by noise</label>
+<label>or by <input id="smoothing" type="range" min="0" max="0.98" step="0.02" value="0"></label>
 <label><input id="logarithmic" type="checkbox"> Logarithmic y axes</label>
 </form>
 <p class="note" id="curves-note">Drag over a chart to zoom into these steps in all charts; double-click to
-zoom out.</p>
+zoom out. A curve is smoothed by its noise (exponential moving average); the faint line has its values.</p>
 <noscript><p class="note">The curves need JavaScript. The folders of the runs have them as pictures too,
 curves.png and training.png.</p></noscript>
 <div id="charts"></div>

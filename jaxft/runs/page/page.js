@@ -15,7 +15,8 @@ const PRINTED_WIDTH = 330; // pixels of a chart on paper, two in a row
 
 const data = JSON.parse(document.getElementById("curves-data").textContent);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const state = { hidden: new Set(), smoothing: 0, logarithmic: false, printing: false, range: null };
+// smoothing: null is each curve's own, which follows from its noise
+const state = { hidden: new Set(), smoothing: null, logarithmic: false, printing: false, range: null };
 const charts = []; // {div, chart}
 
 function theme() {
@@ -98,9 +99,18 @@ function traces(chart) {
       mode: few || hasSymbols() ? "lines+markers" : "lines",
       marker: { size: 6, symbol: symbol(several ? curve.run : 0)[0], maxdisplayed: FEW },
     };
-    if (state.smoothing > 0 && !few) {
-      found.push({ ...trace, opacity: 0.3, hoverinfo: "skip", showlegend: false });
-      trace.y = smoothed(curve.y, state.smoothing);
+    if (curve.bars.length) {
+      const side = (end, sign) => curve.bars.map((bar, i) => (bar ? sign * (bar[end] - curve.y[i]) : 0));
+      trace.error_y = {
+        type: "data", symmetric: false, array: side(1, 1), arrayminus: side(0, -1), thickness: 1, width: 3,
+        color: line.color,
+      };
+    }
+    const factor = state.smoothing === null ? curve.smoothing : state.smoothing;
+    if (factor > 0 && !few) {
+      const faint = { color: line.color, width: 1 };
+      found.push({ ...trace, line: faint, opacity: 0.25, hoverinfo: "skip", showlegend: false });
+      trace.y = smoothed(curve.y, factor);
     }
     found.push(trace);
   }
@@ -225,10 +235,16 @@ function buildControls() {
       " Solid lines are held-out rows where a chart has them, dotted ones training rows; of two quantities, " +
       "the second one (rejected) is dashed.";
   }
-  document.getElementById("smoothing").addEventListener("input", (event) => {
-    state.smoothing = Number(event.target.value);
+  const slider = document.getElementById("smoothing"), byNoise = document.getElementById("by-noise");
+  const smooth = () => {
+    state.smoothing = byNoise.checked ? null : Number(slider.value);
     draw();
+  };
+  slider.addEventListener("input", () => {
+    byNoise.checked = false;
+    smooth();
   });
+  byNoise.addEventListener("change", smooth);
   document.getElementById("logarithmic").addEventListener("change", (event) => {
     state.logarithmic = event.target.checked;
     draw();

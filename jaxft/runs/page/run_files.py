@@ -1,5 +1,6 @@
 """The files of a run's folder that its report shows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from jaxft.objectives.alarms import Entry
 from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
 from jaxft.runs.log import ALARMS_JSON, METRICS
+from jaxft.runs.ranking import read_held_out
 from jaxft.runs.report import Sample
 from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 
@@ -17,7 +19,8 @@ class RunFiles:
 
     entries: of metrics.jsonl. is_finished: summary.json is that of the last step, not of an earlier end from
     which the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
-    parameters: rows of the parameter table. data: see data.summary.
+    parameters: rows of the parameter table. data: see data.summary. rows: values of held-out rows by name.
+    seconds: of each phase of a finished run.
     """
 
     name: str
@@ -33,9 +36,23 @@ class RunFiles:
     completions: list[dict[str, Any]]
     parameters: list[dict[str, Any]]
     data: dict[str, Any]
+    rows: dict[str, dict[str, float]]
+    seconds: dict[str, float]
 
 
-def folders_of_runs(paths: list[Path]) -> dict[str, Path]:
+def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the folders of runs and sweeps among several paths, and the other files and folders, which a
+    pattern such as runs/seeds/* matches too. A single path is not judged.
+    """
+    if len(paths) < 2:
+        return list(paths), []
+    others = [path for path in paths if path.exists() and not (path / METRICS).is_file()]
+    others = [path for path in others if path.is_file() or not sweep_members(path)]
+    kept = [path for path in paths if path not in others]
+    return (kept, others) if kept else (list(paths), [])
+
+
+def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """Return the folders of runs by name; that of a sweep is replaced by those of its members.
 
     Raises ValueError for a folder that is no run's, a run without any logged step and two runs of one name.
@@ -91,7 +108,16 @@ def read_run(name: str, folder: Path) -> RunFiles:
         completions=[dict(entry) for entry in read_entries(folder / COMPLETIONS)],
         parameters=_list(_json(folder / PARAMETERS_JSON), "rows", dict),
         data=_json(folder / DATA_JSON),
+        rows=read_held_out(folder),
+        seconds=_seconds(summary.get("perf")),
     )
+
+
+def _seconds(perf: Any) -> dict[str, float]:
+    """The seconds in a summary's perf, {} for anything else."""
+    found = perf.get("seconds") if isinstance(perf, dict) else None
+    items = found.items() if isinstance(found, dict) else ()
+    return {name: float(x) for name, x in items if isinstance(x, int | float) and not isinstance(x, bool)}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxft.runs import compare
+from jaxft.objectives.intervals import wilson
+from jaxft.runs import compare, metric_names, ranking
 from jaxft.runs.page.markup import (
     MOST_COLUMNS,
     escaped,
@@ -18,34 +19,27 @@ from jaxft.runs.page.markup import (
     value_text,
 )
 from jaxft.runs.page.run_files import RunFiles
-from jaxft.runs.report import same_prompts
+from jaxft.runs.report import joint_alarms, same_prompts
+from jaxft.runs.trackers.console import TOTAL, format_seconds, time_by_phase
 
 SAMPLES = 24  # prompts in all
 COMPLETION_STEPS, COMPLETIONS = 4, 48  # steps of a run whose completions are shown; completions in all
 KINDS_OF_DATA = 4  # datasets that are shown
+BEST = ' <span class="best">best</span>'
 MOST_FOLDED = 3  # runs whose metrics are folded one by one
 
 Runs = Sequence[RunFiles]
 
 
 def overview_section(runs: Runs) -> str:
-    """What was trained, on what, how far; the metrics at the end, and those before."""
-    facts = {run.name: run_facts(run) for run in runs}
-    ends = [compare.first_and_last(run.entries) for run in runs]
-    names = [run.name for run in runs]
-    table = compare.Table.of(names, [before for before, _ in ends], [after for _, after in ends])
-    rows = [
-        [escaped(label), *(number_text(x) if x is not None else "-" for x in row)]
-        for label, row in zip(table.labels, table.rows, strict=True)
-    ]
-    parts = [record_table(facts)]
-    if table.titles:
-        parts += ["<h3>At the end</h3>", html_table(["", *map(escaped, table.titles)], rows, numeric=True)]
-        notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes())
-        parts.append(f'<ul class="note">{notes}</ul>' if notes else "")
+    """What was trained, on what, how far, how long; the metrics before and after, and which run is best."""
+    results = [result_of(run) for run in runs]
+    parts = [facts_of_runs(runs), end_table(results)]
     details = []
-    for run, (before, after) in zip(runs, ends, strict=True):
-        held = [name for name in {**before, **after} if name.startswith("eval_") or name == "general_loss"]
+    for run, result in zip(runs, results, strict=True):
+        before, after = result.before, result.after
+        known = dict.fromkeys(name.removesuffix(metric_names.PAIR_COUNT) for name in {**before, **after})
+        held = [name for name in known if name.startswith("eval_") or name == "general_loss"]
         cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
         notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
         content = (f"<ul>{notes}</ul>" if notes else "") + html_table(
@@ -57,8 +51,67 @@ def overview_section(runs: Runs) -> str:
     return section("overview", "Overview", "\n".join(parts))
 
 
+def result_of(run: RunFiles) -> ranking.Result:
+    """Return what runs are ranked by."""
+    return ranking.Result(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
+
+
+def facts_of_runs(runs: Runs) -> str:
+    """The facts of a run; of several, those that they share, and then those in which they differ."""
+    facts = {run.name: run_facts(run) for run in runs}
+    if len(runs) == 1:
+        return record_table(facts)
+    first = next(iter(facts.values()))
+    shared = {name for name in first if all(own.get(name) == first[name] for own in facts.values())}
+    same = {name: value for name, value in first.items() if name in shared}
+    differing = {
+        run: {name: value for name, value in own.items() if name not in shared} for run, own in facts.items()
+    }
+    table = record_table(differing, only_differences=True)
+    return record_table({f"all {len(runs)} runs": same}) + (table and f"<h3>Differences</h3>{table}")
+
+
+def end_table(results: Sequence[ranking.Result]) -> str:
+    """The metrics before and after training, the best run marked; those over seeds; what is chance."""
+    table = ranking.table_of(results)
+    if not table.titles:
+        return ""
+    best, cells = ranking.best_labels(results), table.cells()
+    if len(results) == 1:  # a row per metric, which fits a narrow screen
+        sides = [cell.rpartition(compare.ARROW) for cell in cells[0]]
+        head = ["", "before", "after"]
+        rows = [
+            [escaped(title), escaped(before), escaped(after)]
+            for title, (before, _, after) in zip(table.titles, sides, strict=True)
+        ]
+    else:
+        head = ["", *map(escaped, table.titles)]
+        rows = [
+            [f"{escaped(label)}{BEST if label in best else ''}", *map(escaped, row)]
+            for label, row in zip(table.labels, cells, strict=True)
+        ]
+    parts = ["<h3>At the end</h3>", html_table(head, rows, numeric=True)]
+    spread = ranking.repetitions_as_cells(results)
+    if spread:
+        titles, cells = spread
+        rows = [list(map(escaped, row)) for row in cells]
+        parts.append("<h4>Mean ± standard deviation over seeds</h4>")
+        parts.append(html_table(["", *map(escaped, titles)], rows, numeric=True))
+    lines = "".join(f"<li>{escaped(line.strip())}</li>" for line in ranking.ranking_lines(results))
+    parts.append(f"<ul>{lines}</ul>" if lines else "")
+    notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes())
+    parts.append(f'<ul class="note">{notes}</ul>' if notes else "")
+    return "\n".join(parts)
+
+
 def _number(metrics: Mapping[str, float], name: str) -> str:
-    return number_text(metrics[name]) if name in metrics else "-"
+    """A metric as text; an accuracy has its interval and its number of pairs."""
+    value, pairs = metrics.get(name), metrics.get(name + metric_names.PAIR_COUNT)
+    if value is None:
+        return compare.TIES if pairs else "-"
+    if pairs and 0 <= value <= 1:
+        return f"{number_text(value)} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
+    return number_text(value)
 
 
 def run_facts(run: RunFiles) -> dict[str, Any]:
@@ -80,9 +133,32 @@ def run_facts(run: RunFiles) -> dict[str, Any]:
         "training data": data.get("train"),
         "batch": data.get("batch"),
         "learning rate": optim.get("lr"),
+        "seed": settings.get("seed"),
         "steps": f"{last:,}" if run.is_finished else f"{last:,} so far; not finished",
+        **effort(run),
         "alarms": len(run.alarms),
     }
+
+
+def effort(run: RunFiles) -> dict[str, Any]:
+    """Return what a run took: tokens, time in total and of its steps, speed, hardware."""
+    perf = [_part(entry, "perf").get(metric_names.SECONDS) for entry in run.entries]
+    seconds = sum(x for x in perf if isinstance(x, int | float))
+    counts = [entry[metric_names.TOKENS] for entry in run.entries if metric_names.TOKENS in entry]
+    tokens, devices = (counts or [None])[-1], run.environment.get("devices")
+    facts: dict[str, Any] = {}
+    if isinstance(tokens, int | float):
+        facts["tokens"] = f"{tokens:,.0f}"
+    if TOTAL in run.seconds:
+        facts["time in total"] = time_by_phase(run.seconds)
+    if seconds:
+        speed = f", {tokens / seconds:,.0f} tokens per second" if tokens else ""
+        facts["time of the steps"] = f"{format_seconds(seconds)}{speed}"
+    if isinstance(devices, list) and devices:
+        count = run.environment.get("processes") or 1
+        hosts = f", {count} processes" if count != 1 else ""
+        facts["hardware"] = f"{', '.join(dict.fromkeys(map(str, devices)))} ({len(devices)}){hosts}"
+    return facts
 
 
 def _part(record: Any, name: str) -> dict[str, Any]:
@@ -92,18 +168,18 @@ def _part(record: Any, name: str) -> dict[str, Any]:
 
 
 def alarms_section(runs: Runs) -> str:
-    """The alarms of each run."""
-    lists = []
-    for run in runs:
-        title = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
-        items = "".join(f'<li class="alarm">{escaped(text)}</li>' for text in run.alarms)
-        lists.append(f"{title}<ul>{items}</ul>" if items else "")
+    """The alarms, each once with the runs that raised it."""
+    alarms = joint_alarms({run.name: run.alarms for run in runs})
+    items = []
+    for text, names in alarms:
+        by = "" if len(runs) == 1 else f"all {len(runs)} runs: " if len(names) == len(runs) > 2 else ""
+        by = by or ("" if len(runs) == 1 else f"{', '.join(names)}: ")
+        items.append(f'<li class="alarm"><strong>{escaped(by)}</strong>{escaped(text)}</li>')
     quiet = [escaped(run.name) for run in runs if not run.alarms]
-    if len(quiet) == len(runs):
-        lists = ["<p>No alarm was raised.</p>"]
-    elif quiet:
-        lists.append(f"<p>No alarm was raised in {', '.join(quiet)}.</p>")
-    return section("alarms", "Alarms", "\n".join(lists))
+    parts = [f"<ul>{''.join(items)}</ul>" if items else "<p>No alarm was raised.</p>"]
+    if items and quiet:
+        parts.append(f"<p>No alarm was raised in {', '.join(quiet)}.</p>")
+    return section("alarms", "Alarms", "\n".join(parts))
 
 
 def settings_section(runs: Runs) -> str:

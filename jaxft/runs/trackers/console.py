@@ -5,6 +5,7 @@ import collections
 import math
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.objectives.intervals import fraction_text
 from jaxft.runs import metric_names as names
 from jaxft.runs.terminal import printable_message
 
@@ -21,6 +23,12 @@ SHORT_NAMES = {
     names.TOKEN_ACCURACY: "accuracy",
     names.GENERAL_LOSS: "general loss",
     names.HELD_OUT + names.LOSS: "eval loss",
+    names.REWARD_STD: "reward std",
+    names.COMPLETION_LENGTH: "length",
+    names.CLIPPED_RATIO: "truncated",
+    names.ZERO_STD: "equal groups",
+    names.EVALUATION_SECONDS: "evaluated in",
+    names.SAMPLING_SECONDS: "sampled in",
 }
 # These come first, the others in the order that they are logged in. A held-out metric counts by its name
 # without eval_.
@@ -28,6 +36,10 @@ FIRST = (
     names.LOSS,
     names.GENERAL_LOSS,
     names.REWARD,
+    names.REWARD_STD,
+    names.COMPLETION_LENGTH,
+    names.CLIPPED_RATIO,
+    names.ZERO_STD,
     names.COMPLETION_KL,
     names.ACCURACY,
     names.MARGIN,
@@ -40,6 +52,12 @@ FIRST = (
 )
 # Shown by the progress bar already, or of interest only if unusual.
 HIDDEN = (names.EPOCH, names.TOKENS, names.SKIPPED, names.SECONDS)
+PERCENTAGES = (names.CLIPPED_RATIO, names.ZERO_STD)
+CLIPPED_STEPS = "clip_ratio"  # metrics of a policy loss that are 0 in a run with one update per rollout
+MOST, MOST_OF_ROLLOUTS = 8, 10  # metrics of a line
+FIRST_PROGRESS, EVERY_PROGRESS = 3.0, 10.0  # seconds before the first line about a phase, and between two
+TOTAL, SHORTEST_PHASE = "total", 1.0  # the time of all phases; seconds of a phase that is listed
+LABEL_WIDTH = 14  # of a column of a sweep's table
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -56,6 +74,9 @@ class ConsoleView:
         self._metrics: dict[str, float] = {}
         self._perf: dict[str, float] = {}
         self._losses: collections.deque[float] = collections.deque(maxlen=48)
+        self._status, self._next_line = "", 0.0  # of a phase inside the run
+        self._columns: tuple[str, ...] = ()
+        self._needs_head = False  # of the table
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=2)
@@ -68,11 +89,29 @@ class ConsoleView:
             self._pace.append((step, time.monotonic()))
         self._step = step
         self._metrics = {**self._metrics, **metrics}
-        self._perf = perf or self._perf
+        self._perf = perf if names.SPEED in perf else self._perf
         if names.LOSS in metrics:
             self._losses.append(float(metrics[names.LOSS]))
         if self._live is None:
             self.message(self._line(step, metrics, perf))
+
+    def tabulate(self, labels: Sequence[str]) -> None:
+        """Show entries of a sweep from now on: a line has one column for each label, from metrics that end in
+        its number, "loss 1".
+        """
+        self._columns, self._needs_head = tuple(labels), True
+
+    def progress(self, text: str) -> None:
+        """Show the progress of a phase inside the run; "" ends it. Without a live view, a long phase has a
+        line now and then.
+        """
+        now = time.monotonic()
+        if not (text and self._status):
+            self._next_line = now + FIRST_PROGRESS
+        self._status = text
+        if text and self._live is None and now >= self._next_line:
+            self._next_line = now + EVERY_PROGRESS
+            self.message(text)
 
     def ends_at(self, step: int) -> None:
         """Show the progress of a run whose last step is `step`."""
@@ -98,10 +137,29 @@ class ConsoleView:
         return format_seconds((self._total_steps - self._step) * (now - begin) / (last - first))
 
     def _line(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-        values = [format_metric(n, metrics[n]) for n in _displayed(metrics, 8)]
-        values += [format_metric(n, value) for n, value in perf.items() if n not in HIDDEN]
-        eta = [f"eta {self._eta()}"] if perf and step < self._total_steps else []
-        return "  ".join([f"step {step}/{self._total_steps}", *values, *eta])
+        most = MOST_OF_ROLLOUTS if names.REWARD in metrics else MOST
+        values = [_with_interval(n, metrics) for n in _displayed(metrics, most)]
+        rates = _rates(perf)
+        eta = [f"eta {self._eta()}"] if names.SPEED in perf and step < self._total_steps else []
+        if self._columns:
+            return "\n".join(self._rows(step, metrics, [*rates, *eta]))
+        return "  ".join([f"step {step}/{self._total_steps}", *values, *rates, *eta, *remarks(metrics)])
+
+    def _rows(self, step: int, metrics: dict[str, float], rates: list[str]) -> list[str]:
+        """Return a line of a sweep's table for each metric of all members."""
+        kinds = dict.fromkeys(name.rpartition(" ")[0] for name in metrics)
+        head = [self._row("step", "", [_shorten(label) for label in self._columns])] * self._needs_head
+        self._needs_head, lines = False, []
+        for kind in kinds:
+            cells = [metrics.get(f"{kind} {number}") for number in range(1, len(self._columns) + 1)]
+            texts = ["" if value is None else f"{value:.4g}" for value in cells]
+            lines.append(self._row(f"{step}/{self._total_steps}", SHORT_NAMES.get(kind, kind), texts))
+        return [*head, *lines[:-1], "  ".join([lines[-1], *rates])]
+
+    def _row(self, first: str, kind: str, cells: Sequence[str]) -> str:
+        widths = [max(len(_shorten(label)), 8) for label in self._columns]
+        padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([f"{first:<{len(str(self._total_steps)) * 2 + 1}}  {kind:<9}", *padded])
 
     def _view(self) -> Group:
         bar = Table.grid(padding=(0, 2))
@@ -113,12 +171,25 @@ class ConsoleView:
             ProgressBar(total=max(1, self._total_steps), completed=self._step, width=width),
             Text(f"{self._step}/{self._total_steps}  {100 * done:.0f}%  {elapsed}"),
         )
-        metrics = [format_metric(n, self._metrics[n]) for n in _displayed(self._metrics, 10)]
-        perf = [format_metric(n, value) for n, value in self._perf.items() if n not in HIDDEN]
-        rows = [Text("  ".join(metrics)), Text("  ".join(perf), style="cyan")]
+        if self._columns:
+            kinds = dict.fromkeys(name.rpartition(" ")[0] for name in self._metrics)
+            table = Table("", *(SHORT_NAMES.get(kind, kind) for kind in kinds), box=None)
+            for number, label in enumerate(self._columns, 1):
+                cells = (self._metrics.get(f"{kind} {number}") for kind in kinds)
+                table.add_row(label, *("" if x is None else f"{x:.4g}" for x in cells))
+            return Group(bar, table, *[Text(self._status)] * bool(self._status))
+        metrics = [_with_interval(n, self._metrics) for n in _displayed(self._metrics, 10)]
+        rows = [Text("  ".join(metrics)), Text("  ".join(_rates(self._perf)), style="cyan")]
         if self._console.encoding.lower().startswith("utf") and len(self._losses) > 1:
             rows.append(Text(f"loss {sparkline(list(self._losses))}", style="green"))
+        rows.append(Text(self._status, style="dim"))
         return Group(bar, *[row for row in rows if row.plain])
+
+
+def remarks(metrics: dict[str, float]) -> list[str]:
+    """Return a remark on a step from which nothing could be learned."""
+    equal = metrics.get(names.ZERO_STD) == 1 and not metrics.get(names.GRAD_NORM)
+    return ["(nothing learned: the rewards of every group are equal)"] if equal else []
 
 
 def format_metric(name: str, value: float) -> str:
@@ -130,10 +201,29 @@ def format_metric(name: str, value: float) -> str:
         return f"{value:,.0f} tok/s"
     if name == names.MEMORY:
         return f"{value:.2f} GiB"
+    if name in PERCENTAGES:
+        return f"{label} {100 * value:.0f}%"
+    if name in (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS):
+        return f"{label} {duration(value)}"
     if name == names.LEARNING_RATE:
         return f"{label} {value:.2e}"
     small = value != 0 and abs(value) < 1e-3
     return f"{label} {value:.2e}" if small or abs(value) >= 1e6 else f"{label} {value:.4g}"
+
+
+def _with_interval(name: str, metrics: dict[str, float]) -> str:
+    """A metric for people; an accuracy with its 95 % interval and number of pairs, where that is known."""
+    value, pairs = metrics[name], metrics.get(name + names.PAIR_COUNT)
+    if not pairs or not 0 <= value <= 1:
+        return format_metric(name, value)
+    return f"{SHORT_NAMES.get(name, name)} {fraction_text(value, pairs)}"
+
+
+def _rates(perf: dict[str, float]) -> list[str]:
+    """Speed and memory, and the time of an evaluation if it is a second or more."""
+    times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
+    shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
+    return [format_metric(name, value) for name, value in shown.items()]
 
 
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
@@ -141,7 +231,12 @@ def _displayed(metrics: dict[str, float], most: int) -> list[str]:
     trained = {name: name.removeprefix(names.HELD_OUT) for name in metrics}
     first = [name for name in metrics if trained[name] in FIRST]
     first.sort(key=lambda name: (FIRST.index(trained[name]), name != trained[name]))
-    others = [name for name in metrics if trained[name] not in FIRST and name not in HIDDEN]
+    others = [
+        name
+        for name in metrics
+        if trained[name] not in FIRST and name not in HIDDEN and not name.endswith(names.PAIR_COUNT)
+    ]
+    others = [name for name in others if metrics[name] or not trained[name].startswith(CLIPPED_STEPS)]
     return (first + others)[:most] + ([names.SKIPPED] if metrics.get(names.SKIPPED) else [])
 
 
@@ -153,6 +248,27 @@ def sparkline(values: list[float]) -> str:
     low, high = min(known), max(known)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((v - low) * scale)] if math.isfinite(v) else " " for v in values)
+
+
+def _shorten(label: str) -> str:
+    return label if len(label) <= LABEL_WIDTH else f"{label[: LABEL_WIDTH - 1]}…"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 4.2 s, 3 min 27 s, 1 h 03 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def time_by_phase(seconds: dict[str, float]) -> str:
+    """A run's time with its longer phases: 3 min 24 s (loading 3.3 s, training 3 min 20 s)."""
+    phases = [
+        f"{phase} {duration(x)}" for phase, x in seconds.items() if phase != TOTAL and x >= SHORTEST_PHASE
+    ]
+    return duration(seconds[TOTAL]) + (f" ({', '.join(phases)})" if phases else "")
 
 
 def format_seconds(seconds: float) -> str:

@@ -16,6 +16,7 @@ from jaxft.objectives.alarms import Entry
 from jaxft.runs.trackers.tracker import RunEnd
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
+HELD_OUT_ROWS = "held_out.jsonl"  # values of single held-out rows after the last step
 
 
 def json_value(value: Any) -> Any:

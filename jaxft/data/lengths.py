@@ -1,0 +1,205 @@
+"""Tokens of a dataset's rows before a limit truncates or drops them, and what each limit keeps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxft.data.mixture import parse_sources
+from jaxft.data.pack import round_up
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
+from jaxft.data.prompt_rows import PromptRows, tokenise_prompts
+from jaxft.data.prompts import LENGTH_STEP, Prompts
+from jaxft.data.sft import Rows, RowStats
+from jaxft.data.source import SourceStats
+from jaxft.data.tokenise import Tokenising
+from jaxft.data.tokens import TokenisedExamples, tokenise_rows
+
+UNLIMITED = 2**30
+MEASURED = 10_000  # rows; of a larger dataset parts at even distances are measured
+ALARMING = 0.1  # fraction of the rows
+ANSWERS = 1_000  # reference answers that are tokenised
+NO_ANSWERS = np.zeros(0, np.int64)
+ANSWER_COLUMNS = ("answer", "solution", "response", "completion", "output", "target", "ground_truth")
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Tokens of each row's prompt and responses, without any limit.
+
+    responses: a column for each of `kinds`, none for prompts of rollouts. targets: tokens of each row that
+    have a loss. answers: tokens of the reference answers that rows of prompts have.
+    """
+
+    prompts: Int[np.ndarray, " rows"]
+    responses: Int[np.ndarray, "rows A"]
+    kinds: tuple[str, ...]
+    targets: Int[np.ndarray, " rows"]
+    answers: Int[np.ndarray, " answers"]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def longest(self) -> Int[np.ndarray, " rows"]:
+        """Tokens of each row's longest sequence: what data.max_length, or data.max_prompt, limits."""
+        return self.prompts + self.responses.max(1, initial=0)
+
+    @property
+    def parts(self) -> dict[str, Int[np.ndarray, " rows"]]:
+        """Tokens of each part that has any, by name."""
+        several = len(self.kinds) > 1
+        parts = {"prompt": self.prompts, **dict(zip(self.kinds, self.responses.T, strict=True))}
+        parts |= {} if several else {"with loss": self.targets}
+        parts |= {"answer": self.answers, "prompt with longest response" if several else "all": self.longest}
+        return {name: counts for name, counts in parts.items() if counts.any()}
+
+    def covered(self, limit: int) -> float:
+        """Return the fraction of the rows that are whole with this limit."""
+        return float((self.longest <= limit).mean())
+
+    def kept(self, limit: int) -> Int[np.ndarray, " rows"]:
+        """Return the tokens of each row that are left: 0 if the limit leaves nothing of a response."""
+        room = limit - self.prompts[:, None]
+        tokens = self.prompts + np.minimum(self.responses, room).sum(1)
+        return np.where(self.prompts < limit + (not self.kinds), tokens, 0)
+
+
+def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None = None) -> RowLengths:
+    """Tokenise the training rows, or load their tokens from the cache, without a limit of their length.
+
+    Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
+    """
+    how = data.tokenising(cache)._replace(sample=MEASURED, invalid_limit=1.0, names_first=False)
+    sources = parse_sources(data.train)
+    return reduce(_concatenate, [_measure_one(x.ref, x.adapt(data), tokenizer, how) for x in sources])
+
+
+def _measure_one(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising) -> RowLengths:
+    if isinstance(data, Prompts):
+        free = replace(data.token_settings, max_prompt=UNLIMITED)
+        return _of_prompts(tokenise_prompts(ref, free, tokenizer, how), tokenizer)
+    if isinstance(data, PairRows):
+        pairs = replace(data.token_settings, max_length=UNLIMITED, too_long="truncate")
+        return _of_pairs(tokenise_pairs(ref, pairs, tokenizer, how))
+    rows = replace(data.token_settings, max_length=UNLIMITED, too_long="truncate")
+    return _of_examples(tokenise_rows(ref, rows, tokenizer, how))
+
+
+def _of_examples(rows: TokenisedExamples) -> RowLengths:
+    learned = np.flatnonzero(np.asarray(rows.learned))
+    first = learned[np.searchsorted(learned, rows.offsets[:-1])] - rows.offsets[:-1]
+    prompts = np.where(first > 1, first, 0)  # the first token of a text never has a loss, and is no prompt
+    responses = (rows.lengths - prompts)[:, None]
+    return RowLengths(prompts, responses, ("response",), rows.reads, NO_ANSWERS)
+
+
+def _of_pairs(pairs: TokenisedPairs) -> RowLengths:
+    counts = pairs.counts
+    return RowLengths(counts[:, 0], counts[:, 1:], pairs.kinds, pairs.reads.sum(1), NO_ANSWERS)
+
+
+def _of_prompts(rows: PromptRows, tokenizer: Any) -> RowLengths:
+    some = [rows.fields[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS))]
+    texts = [text for text in map(_reference_answer, some) if text]
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    none, answers = np.zeros((len(rows), 0), np.int64), np.array(counts, np.int64)
+    return RowLengths(rows.lengths, none, (), none.sum(1), answers)
+
+
+def _reference_answer(fields: dict[str, Any]) -> str | None:
+    """Return the first column of a row that is a reference answer."""
+    return next((fields[name] for name in ANSWER_COLUMNS if isinstance(fields.get(name), str)), None)
+
+
+def _concatenate(a: RowLengths, b: RowLengths) -> RowLengths:
+    return RowLengths(
+        np.concatenate([a.prompts, b.prompts]),
+        np.concatenate([a.responses, b.responses]),
+        a.kinds,
+        np.concatenate([a.targets, b.targets]),
+        np.concatenate([a.answers, b.answers]),
+    )
+
+
+def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+    """Return the tokens of the largest microbatch with a limit of the rows' lengths."""
+    rows = -(-data.units_per_step // data.micro)
+    if isinstance(data, Prompts):
+        return rows * (min(limit, int(lengths.longest.max())) + data.group * data.max_new)
+    if isinstance(data, Rows):
+        return rows * limit
+    kept = lengths.kept(limit)
+    return max(int(rows * kept.mean()), int(kept.max()))
+
+
+@dataclass(frozen=True)
+class LimitCost:
+    """What a limit of the rows' lengths keeps and costs.
+
+    whole, truncated, dropped: numbers of rows. tokens: of an epoch. time, memory: of an epoch, and for the
+    activations of the largest microbatch, relative to the setting's own limit.
+    """
+
+    limit: int
+    whole: int
+    truncated: int
+    dropped: int
+    tokens: int
+    time: float
+    memory: float
+
+
+def limit_costs(data: Rows | PairRows | Prompts, lengths: RowLengths) -> list[LimitCost]:
+    """Return the costs of limits that cover 50, 90, 95, 99 and 100 % of the rows, and of the present one."""
+    now = getattr(data, data.length_settings[0])
+    covering = [round_up(percentile(lengths.longest, p), LENGTH_STEP) for p in (50, 90, 95, 99, 100)]
+    found, sizes = [], {limit: _epoch_tokens(data, lengths, limit) for limit in {now, *covering}}
+    for limit, tokens in sorted(sizes.items()):
+        whole = int((lengths.longest <= limit).sum())
+        left = whole if data.too_long in ("drop", "error") else int(np.count_nonzero(lengths.kept(limit)))
+        time = tokens / max(1, sizes[now])
+        memory = micro_tokens(data, lengths, limit) / micro_tokens(data, lengths, now)
+        found.append(LimitCost(limit, whole, left - whole, len(lengths) - left, tokens, time, memory))
+    return found
+
+
+def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+    """Return the tokens that an epoch trains on, of rollouts with completions of full length."""
+    if data.too_long == "split":
+        return int(lengths.longest.sum())
+    kept = lengths.kept(limit)
+    if data.too_long != "truncate":
+        kept = np.where(lengths.longest <= limit, kept, 0)
+    further = data.group * data.max_new if isinstance(data, Prompts) else 0
+    return int(kept.sum() + further * np.count_nonzero(kept))
+
+
+def limit_alarms(data: object, stats: SourceStats, tokenizer: Any) -> list[str]:
+    """Return an alarm with a remedy if more than ALARMING of the rows are truncated or left out."""
+    if not isinstance(data, Rows | PairRows | Prompts):
+        return []
+    truncated = stats.truncated if isinstance(stats, RowStats) else 0
+    rows = stats.examples + stats.held_out + stats.dropped
+    if stats.dropped + truncated <= ALARMING * rows:
+        return []
+    name, unit = data.length_settings[0], data.unit
+    now, lengths = getattr(data, name), measure(data, tokenizer)
+    better = round_up(percentile(lengths.longest, 99), LENGTH_STEP)
+    dropped = f"{100 * stats.dropped / rows:.0f} % of the {unit} are left out"
+    cut = f"{100 * truncated / rows:.0f} % are truncated" if truncated else ""
+    remedy = f"{name}={better} covers 99 % of them and needs "
+    remedy += f"{micro_tokens(data, lengths, better) / micro_tokens(data, lengths, now):.1f} x the memory"
+    leave_out = "; data.too_long=drop leaves all of these out" if truncated else ""
+    found = " and ".join(text for text in (dropped * bool(stats.dropped), cut) if text)
+    return [f"{found}, because they have more tokens than {name}={now}. {remedy}{leave_out}"]
+
+
+def percentile(counts: Sequence[int] | Int[np.ndarray, " n"], percent: float) -> int:
+    """Return the smallest of the counts that at least so many percent of them do not exceed."""
+    return int(np.percentile(counts, percent, method="inverted_cdf"))

@@ -1,0 +1,160 @@
+"""Confidence intervals of fractions and means, and comparisons of two models on the same rows.
+
+All intervals are two-sided at 95 %.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LEVEL = 0.95
+NORMAL = 1.959963984540054  # 97.5 % of a standard normal distribution are below
+
+
+class Interval(NamedTuple):
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+    def text(self, digits: int = 3) -> str:
+        """Return the interval as `[low, high]`."""
+        return f"[{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    def has(self, value: float) -> bool:
+        """Whether a value is inside."""
+        return self.low <= value <= self.high
+
+
+class Paired(NamedTuple):
+    """The mean difference of two models on the same rows.
+
+    rows: their number. p: of the sign test, None for values that are no fractions. distinguishable: the
+    difference is unlikely to be chance.
+    """
+
+    rows: int
+    difference: float
+    interval: Interval
+    p: float | None
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether p < 0.05, or without p whether the interval leaves out 0."""
+        return not self.interval.has(0) if self.p is None else self.p < 1 - LEVEL
+
+    def text(self, unit: str = "rows") -> str:
+        """Return the difference, its interval, and a verdict in words."""
+        test = "" if self.p is None else f", sign test p = {self.p:.2g}"
+        verdict = "different" if self.distinguishable else f"not distinguishable with {self.rows:,} {unit}"
+        return f"{self.difference:+.3f} {self.interval.text()}{test}: {verdict}"
+
+
+def wilson(fraction: float, count: float) -> Interval:
+    """Return the interval of a fraction of `count` independent trials.
+
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). E. B. Wilson 1927, Probable
+    inference, the law of succession, and statistical inference, JASA 22, 209-212. It stays within [0, 1] and
+    covers well for small counts (Brown, Cai & DasGupta 2001, Statistical Science 16, 101-133). Of values
+    between 0 and 1 that are not all 0 or 1, such as ties that count 1/2, it is somewhat too wide.
+    """
+    if count <= 0 or not 0 <= fraction <= 1:
+        raise ValueError(f"a fraction must be in [0, 1] and its count above 0, got {fraction} of {count}")
+    square = NORMAL**2
+    centre = fraction + square / (2 * count)
+    half = NORMAL * math.sqrt(fraction * (1 - fraction) / count + square / (4 * count**2))
+    size = 1 + square / count
+    return Interval(max(0.0, (centre - half) / size), min(1.0, (centre + half) / size))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Return the two-sided p-value that wins and losses are equally likely: min(1, 2 P(X <= min(wins,
+    losses))), X ~ Binomial(wins + losses, 1/2).
+
+    Of two models' correct answers on the same rows this is McNemar's exact test (McNemar 1947, Psychometrika
+    12, 153-157): only rows that one of them has right and the other wrong count.
+    """
+    n, least = wins + losses, min(wins, losses)
+    tail = sum(math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(least + 1))
+    return min(1.0, 2 * tail)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def mean_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
+    """Return the interval of the mean of independent values: mean -+ t s / sqrt(n), where s is their standard
+    deviation and t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom.
+
+    weights: of a weighted mean m = sum w x / sum w, such as losses of rows weighted by their tokens. Then s
+    is that of the linearised values w (x - m) / mean(w) (Cochran 1977, Sampling Techniques, 6.3). Infinite
+    for fewer than two values.
+    """
+    x = np.asarray(values, np.float64)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
+    mean, n = float((w * x).sum() / w.sum()), len(x)
+    if n < 2:
+        return Interval(-math.inf, math.inf)
+    from scipy.special import stdtrit  # not at the top: most commands do not need it
+
+    spread = np.sqrt(np.square(w * (x - mean) / w.mean()).sum() / (n - 1))
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2) * spread / math.sqrt(n))
+    return Interval(mean - half, mean + half)
+
+
+def interval_of(values: Sequence[float]) -> Interval:
+    """Return the interval of the mean of a value per row: Wilson's if all are 0, 1 or 1/2, else Student's.
+    NaN is no value.
+    """
+    known = [x for x in values if not math.isnan(x)]
+    return wilson(float(np.mean(known)), len(known)) if _are_wins(known) else mean_interval(known)
+
+
+def paired(one: Sequence[float], other: Sequence[float]) -> Paired:
+    """Compare values of the same rows: paired_fractions if all are 0, 1 or 1/2, else paired_means. Rows where
+    one of them is NaN are left out.
+    """
+    known = [(x, y) for x, y in zip(one, other, strict=True) if not math.isnan(x + y)]
+    first, second = [x for x, _ in known], [y for _, y in known]
+    compare = paired_fractions if _are_wins(first + second) else paired_means
+    return compare(first, second)
+
+
+def _are_wins(values: Sequence[float]) -> bool:
+    return set(values) <= {0.0, 0.5, 1.0}
+
+
+def paired_means(
+    one: Sequence[float], other: Sequence[float], weights: Sequence[float] | None = None
+) -> Paired:
+    """Return mean(other) - mean(one) of values of the same rows, with mean_interval of their differences."""
+    differences = np.asarray(other, np.float64) - np.asarray(one, np.float64)
+    w = np.ones_like(differences) if weights is None else np.asarray(weights, np.float64)
+    mean = float((w * differences).sum() / w.sum())
+    return Paired(len(differences), mean, mean_interval(differences.tolist(), w.tolist()), None)
+
+
+def paired_fractions(one: Sequence[float], other: Sequence[float]) -> Paired:
+    """Return the difference of two models' accuracies on the same rows; values are 1 for right, 0 for wrong
+    and 1/2 for a tie.
+
+    p: sign_test of the rows where they differ. interval: sum d / (n + 2) -+ z sqrt(1 + sum d^2 - (sum d)^2 /
+    (n + 2)) / (n + 2) for differences d, the Wald interval with 1/2 added to each cell of the table of right
+    and wrong (Agresti & Min 2005, Statistics in Medicine 24, 729-740, "Wald+2").
+    """
+    differences = np.asarray(other, np.float64) - np.asarray(one, np.float64)
+    n, total = len(differences) + 2, float(differences.sum())
+    half = NORMAL * math.sqrt(max(0.0, 1 + float(np.square(differences).sum()) - total**2 / n)) / n
+    interval = Interval(max(-1.0, total / n - half), min(1.0, total / n + half))
+    p = sign_test(int((differences > 0).sum()), int((differences < 0).sum()))
+    return Paired(len(differences), total / len(differences), interval, p)
+
+
+def fraction_text(fraction: float, count: float | None, digits: int = 2) -> str:
+    """Return a fraction with its interval and the number of pairs; the fraction alone where it is unknown."""
+    if not count:
+        return f"{fraction:.{digits}f}"
+    return f"{fraction:.{digits}f} {wilson(fraction, count).text(digits)} of {count:,.0f} pairs"

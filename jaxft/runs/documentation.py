@@ -1,0 +1,87 @@
+"""The sections of the README files as topics of `jaxft help`, in a clone or an installed wheel."""
+
+import re
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import NamedTuple
+
+from jaxft.data.shipped import IS_CLONE, PACKAGE, ROOT
+
+# File, from the root of the clone -> what it is about. The wheel has README.md as its description.
+DOCUMENTS = {
+    "README.md": "Overview",
+    "configs/README.md": "Recipes and settings",
+    "scripts/README.md": "Commands",
+    "scripts/bench/README.md": "Measurements",
+    "jaxft/README.md": "The code",
+}
+
+
+class Topic(NamedTuple):
+    """A section of a README file: heading, name in links, file, and text with the heading."""
+
+    title: str
+    name: str
+    file: str
+    text: str
+
+
+def read_document(file: str) -> str:
+    """Return the text of one of DOCUMENTS."""
+    if file == "README.md" and not IS_CLONE:
+        return (metadata.distribution("jaxft").read_text("METADATA") or "").partition("\n\n")[2]
+    path = PACKAGE / "README.md" if file == "jaxft/README.md" else ROOT / file
+    return path.read_text(encoding="utf-8")
+
+
+def topics() -> list[Topic]:
+    """Return all sections, in the order of DOCUMENTS."""
+    return [topic for file in DOCUMENTS for topic in sections(file, read_document(file))]
+
+
+def sections(file: str, text: str) -> Iterator[Topic]:
+    """Yield the sections of a Markdown file; a section contains those below it."""
+    code = [match.span() for match in re.finditer(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)]
+    headings = [
+        match
+        for match in re.finditer(r"^(#+) (.+)$", text, re.MULTILINE)
+        if not any(start <= match.start() < end for start, end in code)
+    ]
+    for place, heading in enumerate(headings):
+        following = (h.start() for h in headings[place + 1 :] if len(h[1]) <= len(heading[1]))
+        end = len(text) if len(heading[1]) == 1 else next(following, len(text))
+        yield Topic(heading[2], link_name(heading[2]), file, text[heading.start() : end].strip())
+
+
+def link_name(title: str) -> str:
+    """Return the name of a heading in links, as GitHub makes it.
+
+    >>> link_name("Deploy to llama.cpp, Ollama and vLLM")
+    'deploy-to-llamacpp-ollama-and-vllm'
+    """
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def with_topics(text: str) -> str:
+    """Return Markdown whose links to sections name topics, without pictures and links to other files.
+
+    >>> with_topics("see [rows](configs/README.md#rows-for-sft) in [the code](jaxft/loop.py)")
+    'see rows (`jaxft help rows-for-sft`) in the code'
+    """
+    text = re.sub(r"<!--.*?-->\n?|<img [^>]*>[ \n]?", "", text)
+    text = re.sub(r"\[([^\]]+)\]\((?!https?:)[^)#]*#([\w-]+)\)", r"\1 (`jaxft help \2`)", text)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
+
+def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
+    """Return the topic of this name; else those that have all words in their titles; else in their texts. A
+    word is the beginning of one there.
+    """
+    named = [topic for topic in known if topic.name == link_name(" ".join(words))]
+    if named:
+        return named[:1]
+
+    patterns = [re.compile(rf"\b{re.escape(word)}", re.IGNORECASE) for word in words]
+    return [topic for topic in known if all(p.search(topic.title) for p in patterns)] or [
+        topic for topic in known if topic.text[:2] == "##" and all(p.search(topic.text) for p in patterns)
+    ]

@@ -1,0 +1,151 @@
+"""The settings of a run as `jaxft settings` lists them: name, default, type, and what the docstring of their
+section says.
+"""
+
+import dataclasses
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.models.model import Model
+from jaxft.runs.config import as_written, recipe_knobs, type_hints
+from jaxft.runs.option_names import OPTIONS
+from jaxft.runs.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
+from jaxft.runs.record import union_members
+
+REQUIRED = dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A knob or a dotted field. kind: how its values are written. default: as written, None where a recipe
+    must set it. text: what it does. section: what its section is. names: of functions, if they are too many
+    for `kind`.
+    """
+
+    name: str
+    kind: str
+    default: str | None
+    text: str
+    section: str = dataclasses.field(default="", compare=False)
+    names: tuple[str, ...] = ()
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """Options of other tools that are this setting."""
+        last = self.name.rpartition(".")[2]
+        return tuple(option.name for option in OPTIONS if option.setting in (self.name, last))
+
+
+def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
+    """Yield the settings of a section, a dataclass or an instance of one, and of the sections in it.
+
+    An instance's values are the defaults. A section that is None is listed with the defaults of its class.
+    """
+    cls = section if isinstance(section, type) else type(section)
+    texts, hints = descriptions(cls), type_hints(cls)
+    for field in dataclasses.fields(cls):
+        value = _default(field) if section is cls else getattr(section, field.name)
+        kind, name = hints[field.name], f"{prefix}{field.name}"
+        if not field.init or isinstance(value, Model):
+            continue
+        inner = _section(value, kind)
+        if inner is not None:
+            yield from settings_of(inner, f"{name}.")
+        elif can_be_written(kind):
+            default = None if value is REQUIRED else as_written(value, kind)
+            about = first_sentence(" ".join((cls.__doc__ or "").split("\n\n")[0].split()))
+            yield Setting(name, describe_kind(kind), default, texts.get(field.name, ""), about)
+
+
+def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
+    """Yield the knobs of a recipe. A knob without a comment in its file is described as the field of the same
+    name.
+    """
+    texts = {setting.name.rpartition(".")[2]: setting.text for setting in fields}
+    for name, knob in recipe_knobs(recipe).items():
+        names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
+        more = names if len(names) > SHOWN_NAMES else ()
+        yield Setting(name, knob.written_kind, knob.written, knob.comment or texts.get(name, ""), names=more)
+
+
+def by_section(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
+    """Return heading -> settings, with a heading such as `optim: Optimizer settings` for each section."""
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        prefix = setting.name.rpartition(".")[0]
+        groups.setdefault(f"{prefix or 'run'}: {setting.section}", []).append(setting)
+    return groups
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is REQUIRED else field.default_factory()
+
+
+def _section(value: Any, kind: Any) -> Any:
+    """Return the section that a field holds, an instance or a class; None if it is no section."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return None if callable(value) else value
+    classes = [c for c in union_members(kind) if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    return classes[0] if value in (None, REQUIRED) and classes and classes[0] is not Model else None
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """Return field -> its description in the docstrings of a dataclass and its bases.
+
+    Docstrings describe fields as `name: text. other, third: text.`
+    """
+    name, found = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
+    for base in reversed(inspect.getmro(cls)):
+        doc = " ".join((vars(base).get("__doc__") or "").split())
+        parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", doc)
+        for label, text in zip(parts[1::2], parts[2::2], strict=True):
+            found |= dict.fromkeys(label.split(", "), text.strip())
+    return found
+
+
+def matching(settings: Iterable[Setting], word: str) -> list[Setting]:
+    """Return the settings whose name, description or name in another tool contains a word."""
+    word = word.lower().lstrip("-")
+    plain = word.replace("-", "_")
+    return [
+        s
+        for s in settings
+        if plain in s.name.lower()
+        or re.search(rf"\b{re.escape(word)}", s.text, re.IGNORECASE)
+        or plain in (name.lower() for name in s.other_names)
+    ]
+
+
+def listed(groups: Mapping[str, Iterable[Setting]], in_full: bool) -> str:
+    """Return settings as text, a heading and a table for each group. in_full: with whole descriptions instead
+    of their first sentences.
+    """
+    width = min(max(shutil.get_terminal_size((110, 20)).columns, 60), 140)
+    return "\n\n".join(
+        "\n".join([heading, *(line for s in group for line in _lines(s, width, in_full))])
+        for heading, group in groups.items()
+        if group
+    )
+
+
+def _lines(setting: Setting, width: int, in_full: bool) -> list[str]:
+    text = setting.text.rstrip(".") if in_full else first_sentence(setting.text)
+    left = f"  {setting.name}" + ("" if setting.default is None else f"={setting.default}")
+    kind = setting.kind + ", set by the recipe" * (setting.default is None)
+    if in_full and setting.names:
+        kind += f". Names: {', '.join(setting.names)}"
+    column = min(34, width // 3)
+    body = textwrap.wrap(f"{kind}: {text}" if text else kind, width - column - 2)
+    if len(left) > column:
+        return [left, *(f"{'':{column}}  {line}" for line in body)]
+    return [f"{left:{column}}  {body[0]}", *(f"{'':{column}}  {line}" for line in body[1:])]
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a description, which ends at a full stop before a capital letter."""
+    return re.split(r"(?<=[.])\s+(?=[A-Z\"(])", text)[0].rstrip(".")

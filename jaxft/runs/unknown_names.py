@@ -1,0 +1,92 @@
+"""What to write for names and files of other tools: `learning_rate=1e-4`, `--lr 1e-4`, `lora.yml`.
+
+TRL, Axolotl, LLaMA-Factory and Unsloth have other names for the same settings (see option_names.py), pass
+them as `--name value`, and read YAML or JSON.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxft.runs.option_names import Option, find_options, normalised
+
+SETTINGS_FILES = (".yml", ".yaml", ".json")  # of other tools
+
+
+def advice(name: str, text: str | None = None, recipe: str | None = None) -> str | None:
+    """Return in one line what to write for an option of another tool; None for an unknown name, and for one
+    that is a setting of the recipe too.
+
+    text: its value on the command line, None for any. recipe: the recipe's name.
+
+    >>> advice("learning_rate", "1e-4")
+    'learning_rate is lr here; write lr=1e-4'
+    """
+    options = find_options(name, recipe=recipe)
+    lines = dict.fromkeys(_line(option, text, recipe) for option in options)
+    return "; or ".join(line for line in lines if line) or None
+
+
+def _line(option: Option, text: str | None, recipe: str | None) -> str:
+    """Return the advice of one row of the table, "" for none."""
+    elsewhere = option.recipe not in ("sft", recipe)
+    if option.name == option.setting:
+        return f"{option.name} is a setting of recipes such as {option.recipe}" if elsewhere else ""
+    if text is None or option.kind != "same" or option.setting is None:
+        return option.describe()
+    try:
+        written = " ".join(option.overrides(text))
+    except ValueError:  # the value has no equivalent
+        return option.describe()
+    if not written:
+        return f"{option.name}={text} is the default here; leave it out"
+    where = f", in recipes such as {option.recipe}" if elsewhere else ""
+    note = f" ({option.note})" if option.note else ""
+    return f"{option.name} is {option.setting} here{where}; write {written}{note}"
+
+
+def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | None:
+    """Return what to write for the options of a command line that are not among `options`; None if all are.
+
+    >>> options_as_settings(["sft", "--lr", "1e-4"], ["--help"])
+    '--lr 1e-4: settings are written without dashes; write lr=1e-4'
+    """
+    recipe = next((word for word in argv if word[:1] != "-" and "=" not in word), "")
+    if refusal := settings_file(recipe):
+        return refusal
+    given, plain, lines = list[str](), list[str](), list[str]()
+    for place, word in enumerate(argv):
+        option, equals, text = word.partition("=")
+        if not option.startswith("--") or option in options or option == "--":
+            continue
+        if known := [name for name in options if normalised(name) == normalised(option)]:  # --dry_run
+            return f"unrecognized argument {option}; write {known[0]}"
+        following = argv[place + 1] if place + 1 < len(argv) else "--"
+        has_value = not following.startswith("--") and "=" not in following
+        value = text if equals else following if has_value else "true"
+        given.append(f"{option} {value}" if equals or has_value else option)
+        if found := advice(option, value, Path(recipe).stem):
+            lines.append(found)
+        else:
+            plain.append(f"{normalised(option)}={value}")
+    if plain:
+        lines.append(f"settings are written without dashes; write {' '.join(plain)}")
+    return f"{' '.join(given)}: {'; '.join(lines)}" if given else None
+
+
+def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:
+    """Return the options nearest to the first one that is not among `options`; None if all are."""
+    unknown = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
+    wrong = next((option for option in unknown if option not in options), None)
+    near = difflib.get_close_matches(wrong, options, 3, 0.3) if wrong else []
+    return f"unrecognized argument {wrong}; near: {', '.join(near)}" if near else None
+
+
+def settings_file(path: str) -> str | None:
+    """Return what to do with a file of another tool's settings in place of a recipe; None for other files."""
+    if Path(path).suffix.lower() not in SETTINGS_FILES:
+        return None
+    return (
+        f"{path}: a recipe is a Python file, and this is a file of settings; `python scripts/convert.py "
+        f"{path}` prints the command for an Axolotl, LLaMA-Factory or TRL file"
+    )

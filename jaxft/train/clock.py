@@ -1,0 +1,115 @@
+"""How long each phase of a run takes, over all of its starts, and lines about the progress of a phase."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+
+from jaxft.runs.bug_report import processor
+from jaxft.runs.trackers.console import TOTAL, time_by_phase
+
+Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
+Done = TypeVar("Done")
+
+
+class Clock:
+    """Seconds of each phase; the first is reading and tokenising the rows. A phase inside another one is not
+    counted in that. now: returns the time in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now, self._phase, self._since = now, "rows", now()
+        self._seconds: dict[str, float] = {}
+        self._recent: dict[str, float] = {}
+        self._show: Callable[[str], None] = _show_nothing
+
+    def resume(self, seconds: dict[str, float], show: Callable[[str], None]) -> None:
+        """Add the seconds of earlier starts. show: called with the progress of a phase, "" at its end."""
+        for phase, earlier in seconds.items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + earlier
+        self._show = show
+
+    def at(self, phase: Phase) -> float:
+        """Begin a phase, which ends the one before; return the seconds of that."""
+        return self._switch(phase)
+
+    @contextlib.contextmanager
+    def within(self, phase: Phase) -> Iterator[None]:
+        """Count the body as a phase inside the present one."""
+        outer = self._phase
+        self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+            self._show("")
+
+    def timed(self, phase: Phase, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, whose calls are counted as a phase."""
+
+        def call(*args: Any) -> Any:
+            with self.within(phase):
+                return function(*args)
+
+        return call
+
+    def over(self, text: str, items: Sequence[Done]) -> Iterator[Done]:
+        """Yield the items, and show how many are done: "text: 3 of 14"."""
+        count = self.counter(text, len(items))
+        for item in items:
+            yield item
+            count(1)
+
+    def counter(self, text: str, total: int) -> Callable[[int], None]:
+        """Return a function that is called with the number of further items that are done."""
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self._show(f"{text}: {done} of {total}")
+
+        return count
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase and of all together."""
+        self._switch(self._phase)
+        return {**self._seconds, TOTAL: sum(self._seconds.values())}
+
+    def phases(self) -> dict[str, float]:
+        """Return the seconds of each phase, which a checkpoint stores."""
+        return {phase: seconds for phase, seconds in self.seconds().items() if phase != TOTAL}
+
+    def recent(self) -> dict[str, float]:
+        """Return the seconds of evaluation and sampling since the last call, as timings of a log entry."""
+        found = {f"{phase}_seconds": self._recent.pop(phase, 0.0) for phase in ("evaluation", "sampling")}
+        return {name: seconds for name, seconds in found.items() if seconds}
+
+    def _switch(self, phase: str) -> float:
+        now = self._now()
+        spent, before = now - self._since, self._phase
+        for seconds in (self._seconds, self._recent):
+            seconds[before] = seconds.get(before, 0.0) + spent
+        self._phase, self._since = phase, now
+        return spent
+
+
+def _show_nothing(text: str) -> None:
+    return
+
+
+def hardware() -> str:
+    """Return the devices of all processes in words, and of CPUs the processor's name."""
+    kinds = [device.device_kind for device in jax.devices()]
+    counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    if jax.devices()[0].platform != "cpu":
+        return counts
+    found = processor()
+    return f"{counts} ({found['name']}, {found['cores']} cores)"
+
+
+def time_line(perf: dict[str, Any]) -> str:
+    """Return the line about a finished run's time, tokens and hardware. perf: as in summary.json."""
+    return f"took {time_by_phase(perf['seconds'])} for {perf['tokens']:,} tokens on {perf['hardware']}"

@@ -1,0 +1,356 @@
+"""Settings that a command leaves open: lengths and batches that follow from the user's rows, and a learning
+rate that follows from a model other than the recipe's.
+
+They are added to the command as if the user had written them, so that a run's record, a dry run and a plan
+have them. Rows that ship with jaxft leave a recipe as it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.data.lengths import RowLengths, measure, micro_tokens, percentile
+from jaxft.data.mixture import parse_sources
+from jaxft.data.pack import round_up
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import LENGTH_STEP, Prompts
+from jaxft.data.rows import find_data
+from jaxft.data.sft import Rows
+from jaxft.distributed import processes
+from jaxft.models.dense_config import DenseConfig
+from jaxft.models.model import Model
+from jaxft.nn.scan import REMAT, RematPolicy
+from jaxft.runs import config
+from jaxft.runs.config import Recipe, Resolved
+from jaxft.runs.folder import read_saved_json
+from jaxft.runs.mirror import CHECKPOINTS
+from jaxft.train.recipes import SHIPPED
+from jaxft.train.settings import Run
+from jaxft.weights.pretrained import load_tokenizer
+
+COVERED = 99  # percent of the rows that are whole
+LITTLE = 1.1  # times the memory of activations
+MICRO_TOKENS = 4096  # of a microbatch, unless the recipe itself has more
+RUN_STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
+BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
+NEW_TOKENS = 256  # of a completion, TRL's max_completion_length
+AUTO = ("lr=auto", "optim.lr=auto")
+Data = Rows | PairRows | Prompts
+Chosen = dict[str, str]  # settings and their values, as on a command line
+
+
+# The learning rate
+
+# The best rates that Thinking Machines measured for AdamW and cross-entropy in fine-tuning of Llama models:
+# RATE x 10 for LoRA with alpha=32 x (2000 / width) ** EXPONENT (https://thinkingmachines.ai/blog/lora, and
+# get_lr of their tinker-cookbook). Other objectives have fractions of them, those of TRL's defaults: 2e-5 for
+# SFT, 1e-6 for DPO, KTO and GRPO, and 1e-4 with LoRA for reward models.
+RATE, OF_LORA, WIDTH, EXPONENT = 5e-5, 10, 2000, 0.781
+OF_OBJECTIVE = {"SFT": 1.0, "preferences": 0.05, "a reward model": 0.2, "reinforcement learning": 0.05}
+
+
+def learning_rate(run: Run) -> float:
+    """Return the learning rate of lr=auto, with two digits."""
+    full = RATE * OF_OBJECTIVE[objective_kind(run)] * (WIDTH / run.model.config.width) ** EXPONENT
+    return float(f"{full * (OF_LORA if run.adapter else 1):.1e}")
+
+
+def objective_kind(run: Run) -> str:
+    """Return the row of OF_OBJECTIVE that a run belongs to."""
+    if isinstance(run.data, Prompts):
+        return "reinforcement learning"
+    if isinstance(run.data, PairRows):
+        return "preferences" if run.model.generates else "a reward model"
+    return "SFT"
+
+
+def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
+    """Return the settings of a command that returns a Run. The learning rate is chosen where it is "auto", or
+    where the command names another model than the recipe's and no rate.
+    """
+    found = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
+    names = [text.partition("=")[0] for text in overrides if text in AUTO]
+    if not names and _is_open(found, "lr") and "lr" in found.knobs:
+        changes_model = found.knobs.get("model") != found.defaults.get("model")
+        names = ["lr"] if changes_model else []
+    chosen = {name: str(learning_rate(found.value)) for name in names}
+    return _with(replace(found, line=(recipe, *overrides)), chosen)
+
+
+# Lengths and batches
+
+
+def fitted(
+    settings: Resolved, devices: int | None = None, root: Path = Path("runs")
+) -> tuple[Resolved, list[str]]:
+    """Return the settings with those that follow from the rows, and lines about them for the start of a run.
+
+    Every process calls it. devices: of the run, by default those of this machine. root: the folder of runs; a
+    run that has a checkpoint keeps what it began with.
+    """
+    run, lines = settings.value, _rate_lines(settings)
+    recorded = processes.from_first_process(lambda: _recorded(settings, root))
+    if recorded:
+        return _with(settings, recorded), [*lines, f"as the run began: {_written(recorded)}"]
+    names = _open_names(settings)
+    if not names:
+        return settings, lines
+    try:
+        lengths = processes.first_then_others(partial(_measure, run))
+    except (ValueError, OSError):
+        return settings, lines  # the run reads the rows too, and its error has the remedy
+    remat = settings.knobs.get("remat", "projections")
+    fit = Fit(run, lengths, _budget(settings), remat, devices or jax.device_count())
+    chosen = fit.choose(names)
+    found = _with(settings, {_name_of(settings, name): str(value) for name, value in chosen.items()})
+    return found, [*lines, *replace(fit, run=found.value).lines(chosen)]
+
+
+def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
+    """Return what `fitted` does, with the recipe's own lengths if the rows are not files of this machine."""
+    refs = [source.ref for source in parse_sources(settings.value.data.train)]
+    if not all(map(find_data, refs)):
+        return settings, _rate_lines(settings)
+    return fitted(settings, devices)
+
+
+def _measure(run: Run) -> RowLengths:
+    data: Any = run.data
+    return measure(data, load_tokenizer(run.weights))
+
+
+def _open_names(settings: Resolved) -> list[str]:
+    """Return the settings that follow from the rows: of a recipe whose own rows ship with jaxft and whose
+    numbers are for those, and only for other rows.
+    """
+    data, default = settings.value.data, settings.defaults.get("data")
+    is_own = isinstance(default, str) and _ships(default) and not _ships(data.train)
+    if not is_own or not isinstance(data, Rows | PairRows | Prompts):
+        return []
+    is_prompts = isinstance(data, Prompts)
+    names = ("max_prompt", "max_new", "micro") if is_prompts else ("max_length", "batch", "micro")
+    return [name for name in names if _is_open(settings, name, f"data.{name}")]
+
+
+def _ships(data: str) -> bool:
+    """Whether a dataset is among the rows that ship with jaxft."""
+    return all(source.ref in SHIPPED for source in parse_sources(data))
+
+
+def _is_open(settings: Resolved, *names: str) -> bool:
+    written = {text.partition("=")[0].removeprefix("run.") for text in settings.line[1:]}
+    return not written & ({*names} | {f"optim.{name}" for name in names if name == "lr"})
+
+
+def _name_of(settings: Resolved, name: str) -> str:
+    """Return how a field of the data is set: by a knob of the recipe, or as data.NAME."""
+    return name if name in settings.knobs else f"data.{name}"
+
+
+def _with(settings: Resolved, more: Chosen) -> Resolved:
+    """Return the settings with more of them chosen."""
+    if not more:
+        return settings
+    recipe, *overrides = settings.line
+    chosen = {**settings.chosen, **more}
+    written = [text for text in overrides if text not in AUTO]
+    found = config.resolve_config(recipe, [*written, *(f"{k}={v}" for k, v in chosen.items())], Run)
+    return replace(found, line=settings.line, chosen=chosen)
+
+
+def _recorded(settings: Resolved, root: Path) -> Chosen:
+    """Return what was chosen when a run began that has a checkpoint and was started by the same command."""
+    folder = root / settings.value.name
+    if not _open_names(settings) or not any(folder.glob(f"{CHECKPOINTS}/*")):
+        return {}
+    command = read_saved_json(folder / "config.json").get("command", {})
+    same = command.get("line") == list(settings.line)
+    return command.get("chosen", {}) if same else {}
+
+
+def _budget(settings: Resolved) -> int:
+    """Return the largest number of tokens of a microbatch: MICRO_TOKENS, or the recipe's own."""
+    data: Any = settings.value.data
+
+    def own(name: str) -> int:
+        return settings.defaults.get(name, getattr(data, name))
+
+    rows, length = own("batch") // own("micro"), own("max_length")
+    if isinstance(data, Prompts):
+        rows, length = rows // own("minibatches"), own("max_prompt") + own("group") * own("max_new")
+    return max(MICRO_TOKENS, rows * length)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run, the lengths of its rows, and what its settings may cost.
+
+    budget: the largest number of tokens of a microbatch. remat: of the model. devices: over which rows may
+    be divided.
+    """
+
+    run: Run
+    lengths: RowLengths
+    budget: int
+    remat: RematPolicy = "projections"
+    devices: int = 1
+
+    @property
+    def data(self) -> Data:
+        """The settings of the rows."""
+        data: Any = self.run.data
+        return data
+
+    @property
+    def limit(self) -> str:
+        """The setting that limits the rows."""
+        return self.data.length_settings[0]
+
+    def choose(self, names: list[str]) -> dict[str, int]:
+        """Return values for settings of the data."""
+        data, chosen = self.data, dict[str, int]()
+        if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
+            chosen[self.limit] = self._length()
+        if isinstance(data, Prompts) and "max_new" in names:
+            chosen["max_new"] = self._new_tokens(chosen.get("max_prompt", data.max_prompt))
+        fit = self._with_data(**chosen)
+        if "batch" in names:
+            chosen["batch"] = fit._batch(1 if "micro" in names else data.micro)
+            fit = fit._with_data(batch=chosen["batch"], micro=1)
+        return chosen | ({"micro": fit._micro()} if "micro" in names else {})
+
+    def lines(self, chosen: Mapping[str, Any]) -> list[str]:
+        """Return lines about the lengths of the rows, the chosen settings and what others would cost."""
+        data, longest, what = self.data, self.lengths.longest, self.data.unit.removesuffix("s")
+        limit = getattr(data, self.limit)
+        shown = ", ".join(f"{p} % up to {percentile(longest, p):,}" for p in (50, 90, 99))
+        found = [f"tokens of {len(longest):,} {what}s: {shown}, the longest {longest.max():,}"]
+        found.append(self._cover_line(limit))
+        if isinstance(data, Prompts) and "max_new" in chosen:
+            found.append(self._new_tokens_line())
+        tokens = micro_tokens(data, self.lengths, limit)
+        memory = activation_bytes(self.run.model, self.remat) * tokens
+        found.append(
+            f"a step has {data.units_per_step} {what}{'s' * (data.units_per_step > 1)} in {data.micro} "
+            f"microbatch{'es' * (data.micro > 1)} of at most {tokens:,} tokens, whose activations take "
+            f"{gib(memory)} (a microbatch may have {self.budget:,} tokens)"
+        )
+        return [*found, f"chosen from the rows: {_written(chosen)}"] if chosen else found
+
+    def _with_data(self, **changes: Any) -> "Fit":
+        data: Any = replace(self.data, **changes)
+        return replace(self, run=replace(self.run, data=data))
+
+    def _cover_line(self, limit: int) -> str:
+        if self.data.too_long == "split":
+            return f"longer {self.data.unit} are split (data.too_long), so that no token is lost"
+        covered, all_ = self.lengths.covered(limit), round_up(int(self.lengths.longest.max()), LENGTH_STEP)
+        if covered == 1:
+            return f"{self.limit}={limit} covers all {self.data.unit}"
+        tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, all_)]
+        others = {"truncate": "truncated", "drop": "left out", "error": "errors"}[self.data.too_long]
+        return (
+            f"{self.limit}={limit} covers {100 * covered:.1f} % of the {self.data.unit}, the others are "
+            f"{others} (data.too_long); {self.limit}={all_} covers all and needs "
+            f"{tokens[1] / tokens[0]:.1f} x the memory for activations"
+        )
+
+    def _new_tokens_line(self) -> str:
+        data, answers = self.data, self.lengths.answers
+        assert isinstance(data, Prompts)
+        if not len(answers):
+            return f"max_new={data.max_new}: the rows have no reference answers whose lengths it could follow"
+        return (
+            f"max_new={data.max_new} covers {100 * (answers <= data.max_new).mean():.1f} % of the reference "
+            f"answers, of which 50 % have up to {percentile(answers, 50):,} tokens"
+        )
+
+    def _length(self) -> int:
+        """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory: at
+        least the recipe's, within budget and context.
+        """
+        data, context = self.data, self.run.model.config.max_positions
+        most = min(context, self.budget // max(1, len(self.lengths.kinds)))
+        if isinstance(data, Prompts):
+            most = min(context, self.budget) - LENGTH_STEP
+        wanted, all_ = (round_up(percentile(self.lengths.longest, p), LENGTH_STEP) for p in (COVERED, 100))
+        fit = self._with_data(max_new=NEW_TOKENS) if isinstance(data, Prompts) else self
+        if micro_tokens(fit.data, self.lengths, all_) <= LITTLE * micro_tokens(
+            fit.data, self.lengths, wanted
+        ):
+            wanted = all_
+        return min(max(getattr(data, self.limit), wanted), max(1, most // LENGTH_STEP) * LENGTH_STEP)
+
+    def _new_tokens(self, max_prompt: int) -> int:
+        """Return a length of completions: that of the reference answers, at least NEW_TOKENS if they fit."""
+        data, answers = self.data, self.lengths.answers
+        assert isinstance(data, Prompts)
+        wanted = round_up(percentile(answers, COVERED), LENGTH_STEP) if len(answers) else 0
+        fits = (self.budget - max_prompt) // data.group // 8 * 8
+        most = min(fits, self.run.model.config.max_positions - max_prompt)
+        return max(data.max_new, min(max(NEW_TOKENS, wanted), most))
+
+    def _batch(self, multiple: int) -> int:
+        """Return the rows of a step, a power of two times `multiple`, for a run of about RUN_STEPS steps."""
+        data = self.data
+        kept = self.lengths.kept(data.max_length)
+        rows = float(np.count_nonzero(kept))
+        if isinstance(data, Rows) and data.packing:
+            rows = kept.sum() / data.max_length
+        rows *= (data.epochs or 1) * (1 - (data.held_out if isinstance(data.held_out, float) else 0))
+        least, most = BATCHES[Rows if isinstance(data, Rows) else PairRows]
+        least, most = max(least, self.devices, multiple), max(most, data.batch, self.devices)
+        wanted = max(least, min(most, rows / RUN_STEPS))
+        return multiple * 2 ** int(np.log2(wanted / multiple))
+
+    def _micro(self) -> int:
+        """Return the least number of microbatches that are within the budget, or else the most."""
+        data = self.data
+        units = data.units_per_step
+        limit = getattr(data, self.limit)
+        divisors = [
+            n for n in range(1, units + 1) if units % n == 0 and units // n >= min(units, self.devices)
+        ]
+        sizes = [micro_tokens(replace(data, micro=n), self.lengths, limit) for n in divisors]
+        fits = [n for n, size in zip(divisors, sizes, strict=True) if size <= self.budget]
+        return (fits or divisors[-1:])[0]
+
+
+def activation_bytes(model: Model, remat: RematPolicy) -> int:
+    """Estimate the bytes that all layers store of each token for the backward pass; 0 if it is not known."""
+    c, saved = model.config, REMAT[remat].saved
+    if not isinstance(c, DenseConfig):
+        return 0
+    heads, keys, size = c.heads * c.head_dim, c.kv_heads * c.head_dim, model.dtype.itemsize
+    widths = {"q": heads, "k": keys, "v": keys, "attn_out": heads, "o": c.width, "gate": c.mlp, "up": c.mlp}
+    stored = (
+        sum(widths.values()) + c.mlp + 2 * c.width if saved is None else sum(widths.get(n, 0) for n in saved)
+    )
+    return c.layers * (size * stored + model.residual.itemsize * c.width // REMAT[remat].layers)
+
+
+def gib(size: float) -> str:
+    """Format a number of bytes."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _written(chosen: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in chosen.items())
+
+
+def _rate_lines(settings: Resolved) -> list[str]:
+    """Return a line about a learning rate that was chosen."""
+    name = next((name for name in ("lr", "optim.lr") if name in settings.chosen), None)
+    if name is None:
+        return []
+    run: Run = settings.value
+    kind = "LoRA" if run.adapter else "full fine-tuning"
+    return [
+        f"{name}={settings.chosen[name]} (auto: {objective_kind(run)}, {kind}, a model of width "
+        f"{run.model.config.width})"
+    ]

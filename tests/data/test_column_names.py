@@ -1,0 +1,129 @@
+"""Names of columns as public files have them: other cases, spaces, misspellings, and other words."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_tokenizers import tiny
+
+from jaxft.data import formats
+from jaxft.data.conversation import prompt_of
+from jaxft.data.pairs.formats import PairTokenSettings, normalise_pairs
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Prompts, split_prompts
+from jaxft.data.rows import Row
+from jaxft.data.sft import Rows
+
+
+def contents(fields, columns=()):
+    (example,) = formats.normalise_rows([Row("r:1", fields)], columns=columns)
+    return [message["content"] for message in example.messages]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"Prompt": "q", " COMPLETION ": "a"}, ["q", "a"]),
+        ({"Instruction": "q", "Input": "", "Output": "a", "System": "s"}, ["s", "q", "a"]),
+        ({"question": "q", "answer": "a"}, ["q", "a"]),
+        ({"Question ": "q", "Answer": "a", "id": 3}, ["q", "a"]),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, ["s", "q", "a"]),  # OpenOrca
+        ({"instruction": "q", "context": "x", "response": "a", "category": "c"}, ["q\n\nx", "a"]),  # dolly
+        ({"prompt": "q", "completion": "a", "system_prompt": "s"}, ["s", "q", "a"]),
+        ({"problem": "q", "level": "5", "solution": "a"}, ["q", "a"]),  # MATH
+        ({"prompt": "q", "response": "a"}, ["q", "a"]),
+        ({"input": "q", "output": "a"}, ["q", "a"]),
+        ({"instruction": "q", "input": "x", "answer": "a"}, ["q\n\nx", "a"]),
+        ({"prompt": "q", "completion": "a", "answer": "x"}, ["q", "a"]),  # its own names first
+    ],
+)
+def test_other_spellings_and_words_for_columns_are_read(fields, expected):
+    assert contents(fields) == expected
+    *turns, _ = expected
+    assert [message["content"] for message in prompt_of(Row("r:1", fields)).messages] == turns
+
+
+def test_columns_that_are_renamed_are_not_read_by_their_own_names():
+    fields = {"Prompt": "x", "question": "q", "Reply ": "a"}
+    assert contents(fields, ("prompt=question", "completion=reply")) == ["q", "a"]
+    assert contents({"Prompt": "q", "answer": "a"}, ("prompt=Prompt",)) == ["q", "a"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        (
+            {"instuction": "q", "reponse": "a"},
+            r"did you mean instruction for 'instuction' and response for 'reponse'\? accepted are .*; rename "
+            r"columns, for example with data.columns=instruction=instuction,response=reponse$",
+        ),
+        ({"title": "q", "body": "a"}, "with data.columns=prompt=title,completion=body$"),
+        (
+            {"id": 1, "My Question": "q", "body": "a"},
+            "with 'data.columns=prompt=My Question,completion=body'$",
+        ),
+        (
+            {"question": "q", "answer": "a", "response": "b"},
+            "with data.columns=prompt=question,completion=answer$",
+        ),
+        ({"Prompt": "q", "prompt ": "x", "completion": "a"}, "did you mean prompt for 'Prompt'"),
+    ],
+)
+def test_unknown_columns_are_an_error_with_the_setting_that_reads_them(fields, error):
+    with pytest.raises(ValueError, match=error) as raised:
+        formats.normalise_rows([Row("r:1", fields)])
+    assert "\n" not in str(raised.value)
+
+
+def test_the_other_names_are_those_that_most_rows_have():
+    rows = [Row(f"r:{i}", {"question": "q", "answer" if i else "solution": "a"}) for i in range(3)]
+    found = list(formats.normalise_each(rows))
+    assert [hasattr(example, "messages") for example in found] == [False, True, True]
+    assert found[0].problem.startswith("no column completion, which format prompt-completion requires")
+
+
+def test_errors_call_columns_as_the_file_does():
+    rows = [Row("r:1", {"Question": "q", "Answer ": ""}), Row("r:2", {"Question": "q", "Answer ": "a"})]
+    for columns in ((), ("prompt=Question", "completion=Answer")):
+        (error, _) = formats.normalise_each(rows, columns=columns)
+        assert (error.reason, error.problem[:26]) == ("empty column 'Answer'", "column 'Answer' is empty; ")
+    pair = Row("r:1", {"q": "q", "better": " ", "rejected": "b"})
+    settings = PairTokenSettings(columns=("prompt=q", "chosen=better"))
+    with pytest.raises(ValueError, match="r:1: .*column 'better' is empty"):
+        normalise_pairs([pair], settings)
+
+
+def test_pairs_and_prompts_are_read_by_other_names_too():
+    row = Row("r:1", {"system": "s", "question": "q", "chosen": "a", "rejected": "b"})  # orca_dpo_pairs
+    (pair,) = normalise_pairs([row], PairTokenSettings())
+    assert [[m["content"] for m in chat.messages] for chat in pair.responses.values()] == [
+        ["s", "q", "a"], ["s", "q", "b"],
+    ]  # fmt: skip
+    assert [m["content"] for m in prompt_of(row).messages] == ["s", "q"]
+    dialogue = {k: f"\n\nHuman: p\n\nAssistant: {k}" for k in ("chosen", "rejected")}
+    for fields in (dialogue, {"question": "other", **dialogue}):
+        assert prompt_of(Row("r:1", fields)).messages[0]["content"] == "p"
+        (pair,) = normalise_pairs([Row("r:1", fields)], PairTokenSettings())
+        assert pair.responses["chosen"].messages[0]["content"] == "p"
+    (one,) = normalise_pairs([Row("r:1", {"prompt": "q", "response": "a", "label": 1})], PairTokenSettings())
+    assert one.responses["chosen"].messages[-1]["content"] == "a" and one.responses["rejected"] is None
+
+
+def test_runs_note_the_names_that_they_read_also_from_the_cache_and_from_parquet(tmp_path):
+    rows = [{"Question": f"q {i}", "Answer": "a", "unused": "u"} for i in range(4)]
+    table, lines = tmp_path / "r.parquet", tmp_path / "r.jsonl"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    note = "columns are read by other names: Question as prompt, Answer as completion (data.columns=prompt="
+    for path in (table, lines, lines):
+        source = Rows(str(path), held_out="none", batch=1).open(tiny("chatml"), cache=tmp_path)
+        assert source.info.warnings[0].startswith(f"note: {path.name}: {note}")
+        assert "q 0" in source.info.preview
+    train, _ = split_prompts(Prompts(str(lines), held_out="none", batch=1), tiny("chatml"), tmp_path)
+    assert train.notes == ("note: r.jsonl: Question is read as the prompt (data.columns=prompt=Question)",)
+    assert train.fields[0]["Answer"] == "a" and train.fields[0]["unused"] == "u"
+    pairs = [{"Prompt": f"q {i}", "Chosen": "a", "Rejected": "b"} for i in range(4)]
+    lines.write_text("\n".join(map(json.dumps, pairs)))
+    source = PairRows(str(lines), held_out="none", batch=1).open(tiny("chatml"), cache=tmp_path)
+    assert "q 0" in source.info.preview

@@ -1,0 +1,109 @@
+"""Lengths of rows before any limit: what each limit keeps is what a source opened with it has."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_tokenizers import tiny
+
+from jaxft.data.lengths import limit_alarms, limit_costs, measure, percentile
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Prompts, split_prompts
+from jaxft.data.row_files import ROW_CHUNK_BYTES
+from jaxft.data.rows import list_chunks
+from jaxft.data.sft import Rows
+from jaxft.data.source import SourceStats
+from jaxft.data.tokenise import sampled
+
+LENGTHS = [(3 + 7 * i % 40, 2 + 5 * i % 60) for i in range(60)]  # characters, and so about as many tokens
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write(tmp_path / "r.jsonl", [{"prompt": "a" * p, "completion": "b" * c} for p, c in LENGTHS])
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    made = [{"prompt": "a" * p, "chosen": "b" * c, "rejected": "d" * (c % 9 + 1)} for p, c in LENGTHS]
+    return write(tmp_path / "pairs.jsonl", made)
+
+
+def test_lengths_are_those_without_a_limit(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{"prompt": "a" * 50, "completion": "b" * 30}, {"text": "c" * 9}][:1])
+    found = measure(Rows(path, format="plain", max_length=8, held_out="none"), tiny("none"), tmp_path)
+    # a byte is a token; <s> begins the prompt and </s> ends the response
+    assert (found.prompts.tolist(), found.responses.tolist(), found.targets.tolist()) == ([51], [[31]], [31])
+    assert found.longest.tolist() == [82] and found.covered(81) == 0 and found.covered(82) == 1
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+@pytest.mark.parametrize("limit", [12, 40, 64])
+def test_what_a_limit_keeps_is_what_a_source_with_it_has(rows, pairs, tmp_path, limit, too_long):
+    for make, path in ((Rows, rows), (PairRows, pairs)):
+        options = {"format": "plain", "held_out": "none", "too_long": too_long, "max_length": limit}
+        data = make(path, batch=60, **options)
+        stats = data.open(tiny("none"), cache=tmp_path).info.stats
+        (cost,) = [x for x in limit_costs(data, measure(data, tiny("none"), tmp_path)) if x.limit == limit]
+        assert (cost.dropped, cost.truncated, cost.tokens) == (stats.dropped, stats.truncated, stats.tokens)
+        assert stats.dropped + stats.truncated and cost.whole + cost.truncated == stats.examples
+
+
+def test_a_limit_of_prompts_leaves_out_what_a_source_leaves_out(rows, tmp_path):
+    data = Prompts(rows, format="plain", held_out="none", max_prompt=20, group=2, max_new=8)
+    train, _ = split_prompts(data, tiny("none"), tmp_path)
+    found = measure(data, tiny("none"), tmp_path)
+    (cost,) = [x for x in limit_costs(data, found) if x.limit == 20]
+    assert cost.dropped == train.dropped > 0 and cost.tokens == train.lengths.sum() + len(train) * 2 * 8
+    assert len(found.answers) == len(LENGTHS) and found.answers.max() == max(c for _, c in LENGTHS)
+
+
+def test_invalid_rows_have_no_length(tmp_path):
+    path = write(
+        tmp_path / "r.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
+    )
+    found = measure(Rows(path, format="plain"), tiny("none"), tmp_path)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+def test_an_alarm_names_a_limit_that_has_none(rows, tmp_path, too_long, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+
+    def alarms(limit):
+        data = Rows(rows, format="plain", held_out="none", too_long=too_long, max_length=limit)
+        return limit_alarms(data, data.open(tiny("none")).info.stats, tiny("none"))
+
+    (text,) = alarms(40)
+    assert "more tokens than max_length=40. max_length=128 covers 99 %" in text
+    assert ("data.too_long=drop" in text) == (too_long == "truncate") and "left out" in text
+    assert alarms(128) == []
+
+
+def test_an_alarm_about_dropped_prompts_has_their_fraction(rows):
+    data = Prompts(rows, format="plain", held_out="none", max_prompt=20)
+    few = SourceStats(examples=80, held_out=10, dropped=10, invalid=(), largest_id=1, summary="", learned="")
+    assert limit_alarms(data, few, tiny("none")) == []
+    many = SourceStats(examples=7, held_out=0, dropped=93, invalid=(), largest_id=1, summary="", learned="")
+    (text,) = limit_alarms(data, many, tiny("none"))
+    assert text.startswith("93 % of the prompts are left out") and "max_prompt=64 covers 99 %" in text
+
+
+def test_a_percentile_is_a_count_that_occurs():
+    assert [percentile([1, 2, 10], p) for p in (0, 33, 34, 67, 100)] == [1, 1, 2, 10, 10]
+
+
+def test_a_sample_of_a_large_dataset_is_spread_over_it(tmp_path):
+    count = 4 * ROW_CHUNK_BYTES // 1000
+    path = write(tmp_path / "r.jsonl", ({"text": f"{i:985d}"} for i in range(count)))
+    whole = list_chunks(path)
+    part = sampled(whole, count // 2)
+    names = [row.name for chunk in part.chunks() for row in chunk.rows()]
+    assert sampled(whole, count) is whole and part.digest != whole.digest
+    assert 0.3 * count < len(names) < 0.7 * count and int(names[-1].split(":")[-1]) > 0.7 * count
+    assert np.array_equal(names, [row.name for chunk in part.chunks() for row in chunk.rows()])

@@ -1,0 +1,156 @@
+"""`jaxft settings` lists every setting of a run as it can be written; names and files of other tools are
+errors that say what to write.
+"""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+from scripts_in_process import call
+
+from jaxft.data.shipped import ROOT
+from jaxft.runs import config, settings_list
+from jaxft.runs.record import describe, differences
+from jaxft.runs.unknown_names import advice, options_as_settings
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+@dataclass(frozen=True)
+class Base:
+    """Settings of a toy. lr: the rate.
+
+    a, b: of both. Not one: text. c: the third (see x): more. It goes on
+    in a second line.
+    """
+
+    lr: float = 1.0
+    a: int = 1
+    b: int = 2
+    c: int = 3
+
+
+@dataclass(frozen=True)
+class Derived(Base):
+    """A toy. b: its own text."""
+
+    d: bool = False
+
+
+def test_a_field_is_described_by_the_nearest_docstring():
+    assert settings_list.descriptions(Derived) == {
+        "lr": "the rate.",
+        "a": "of both. Not one: text.",
+        "b": "its own text.",
+        "c": "the third (see x): more. It goes on in a second line.",
+    }
+
+
+@pytest.fixture(scope="module")
+def settings():
+    """Recipe -> the settings of its run, and its run."""
+    runs = {recipe: config.load_config(recipe, []) for recipe in RECIPES}
+    return {recipe: (list(settings_list.settings_of(run)), run) for recipe, run in runs.items()}
+
+
+# Functions with arguments, and a list or text that is empty: what is written has another type.
+NOT_WRITTEN = ("objective", "data.rules.estimate", "data.rules.shape", "adapter.exclude_modules")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_setting_has_a_description_and_its_default_is_read_back(recipe, settings):
+    found, run = settings[recipe]
+    assert len(found) > 90 and [s.name for s in found if not s.text or not s.kind] == []
+    none = [name for name in ("adapter", "quant") if getattr(run, name) is None]
+    lines = [
+        f"{s.name}={s.default}"
+        for s in found
+        if s.name not in NOT_WRITTEN and s.name.partition(".")[0] not in none
+    ]
+    assert differences(describe(run), describe(config.load_config(recipe, lines))) == []
+
+
+def test_settings_are_found_by_name_by_description_and_by_other_tools_names(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "settings", "--config", "sft", "warmup")
+    names = [line.split("=")[0].strip() for line in out.splitlines() if line.startswith("  ") and "=" in line]
+    assert code == 0 and {"optim.warmup", "optim.lr"} <= set(names) and "loop.steps" not in names
+    code, out, _ = call(monkeypatch, capsys, "settings", "learning_rate")
+    assert code == 0 and out.startswith("learning_rate is lr here") and "  optim.lr=" in out
+    code, out, _ = call(monkeypatch, capsys, "settings", "dpo", "loss")
+    assert code == 0 and "  loss=dpo " in out and "sppo_hard" in out
+    code, out, _ = call(monkeypatch, capsys, "settings", "sft", "optim.clip=0.5", "clip")
+    assert code == 0 and "  optim.clip=0.5 " in out
+    code, out, err = call(monkeypatch, capsys, "settings", "wramup")
+    assert code == 1 and not out and "'wramup'" in err and "near: optim.warmup" in err
+
+
+def test_without_a_recipe_the_settings_of_all_kinds_of_data_are_listed(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "settings")
+    assert code == 0
+    for name in ("loop.steps", "data.invalid", "data.packing", "data.layout", "data.passes", "quant.kind"):
+        assert out.count(f"\n  {name}=") == 1, name
+
+
+# Names of other tools
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("sft", "learning_rate=1e-4", "learning_rate is lr here; write lr=1e-4"),
+        ("sft", "lora_r=8", "lora_r is rank here; write rank=8"),
+        ("sft", "load_in_4bit=true", "write quant=nf4"),
+        ("dpo", "loss_type=ipo", "loss_type is loss here; write loss=ipo"),
+        ("sft", "num_generations=4", "group here, in recipes such as grpo; write group=4"),
+        ("sft", "optim=adamw_8bit", "write optim.optimizer=adamw_8bit"),
+        ("sft", "torch_compile=true", "nothing to set"),
+        ("sft", "deepspeed=zero3.json", "mesh.fsdp=-1"),
+        ("sft", "top_k=4", "unknown key 'top_k'; near: .*sampling.top_k"),
+        ("sft", "no_such_name=4", "unknown key 'no_such_name'; near: "),
+    ],
+)
+def test_a_name_of_another_tool_is_an_error_that_says_what_to_write(recipe, override, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config.load_config(recipe, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sft", "--lr", "1e-4"], "--lr 1e-4: .* write lr=1e-4;"),
+        (["sft", "--data", "f.jsonl"], "write data=f.jsonl;"),
+        (["sft", "--optim.clip=1", "lr=2"], "write optim.clip=1;"),
+        (["--config", "sft", "--learning_rate", "1e-4"], "learning_rate is lr here; write lr=1e-4"),
+        (["sft", "--bf16", "--lr", "3"], "write dtype=bfloat16 .*; .* write lr=3;"),
+        (["sft", "--data", "f", "--lr", "3"], "--data f --lr 3: .* write data=f lr=3;"),
+        (["dpo", "--loss_type", "ipo"], "--loss_type ipo: loss_type is loss here; write loss=ipo;"),
+        (["sft", "--dry_run"], "write --dry-run;"),
+    ],
+)
+def test_an_option_of_another_tool_is_an_error_that_says_what_to_write(monkeypatch, capsys, argv, message):
+    code, out, err = call(monkeypatch, capsys, "train", *argv)
+    assert code == 2 and not out and err.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(err)
+
+
+def test_an_option_that_a_command_lacks_is_answered_with_the_nearest(monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "generate", "--prompt", "a", "--max-nwe", "3")
+    assert code == 2 and "--max-nwe; near: --max-new" in err
+
+
+@pytest.mark.parametrize("name", ["lora.yml", "qlora.yaml", "args.json"])
+def test_a_file_of_settings_is_not_run_as_a_recipe(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("adapter: lora\n")
+    code, out, err = call(monkeypatch, capsys, "train", name)
+    assert code == 1 and not out and re.search(rf"convert(\.py)? {name}`", err) and err.count("\n") == 1
+    code, out, err = call(monkeypatch, capsys, "train", name, "--lr", "1e-4")
+    assert code == 2 and re.search(rf"convert(\.py)? {name}`", err) and err.count("\n") == 1
+
+
+def test_advice_knows_a_setting_of_the_same_name():
+    assert advice("max_length", "5") is None
+    assert advice("beta", "1", "sft").startswith("beta is a setting of recipes such as dpo")
+    assert options_as_settings(["sft", "lr=1"], ["--help"]) is None

@@ -1,0 +1,59 @@
+"""Bounds of settings: what an annotation declares is checked, shown, and the same for every section."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+
+from jaxft.bounds import (
+    ABOVE_ZERO_TO_ONE,
+    BELOW_ONE,
+    INSIDE_ZERO_AND_ONE,
+    ZERO_TO_ONE,
+    above,
+    at_least,
+    between,
+    check_bounds,
+    one_of,
+)
+from jaxft.runs.parse import describe_kind
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text", "inside", "outside"),
+    [
+        (at_least(1), "at least 1", (1, 7), (0, -1, float("inf"), float("nan"))),
+        (above(0), "above 0", (1e-9, 3), (0, -1, float("inf"))),
+        (between(2, 4), "from 2 to 4", (2, 4), (1.9, 4.1)),
+        (ZERO_TO_ONE, "from 0 to 1", (0, 1), (-0.1, 1.1)),
+        (BELOW_ONE, "at least 0 and below 1", (0, 0.9), (1, -0.1)),
+        (ABOVE_ZERO_TO_ONE, "above 0 and at most 1", (0.1, 1), (0, 1.1)),
+        (INSIDE_ZERO_AND_ONE, "above 0 and below 1", (0.5,), (0, 1)),
+    ],
+)
+def test_bounds_contain_what_their_text_says(bounds, text, inside, outside):
+    assert str(bounds) == text
+    assert all(map(bounds.contain, inside)) and not any(map(bounds.contain, outside))
+
+
+@dataclass(frozen=True)
+class Section:
+    rank: Annotated[int, at_least(1)] = 4
+    rate: Annotated[float | None, ZERO_TO_ONE] = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "section")
+
+
+def test_a_section_refuses_numbers_out_of_bounds_and_takes_none():
+    assert Section(rate=None).rank == 4
+    with pytest.raises(ValueError, match=r"^section.rank=0; expected at least 1$"):
+        Section(0)
+    with pytest.raises(ValueError, match=r"^section.rate=1.5; expected from 0 to 1, or none$"):
+        Section(rate=1.5)
+
+
+def test_the_type_of_a_setting_is_shown_with_its_bounds():
+    assert describe_kind(Annotated[int, at_least(1)]) == "int, at least 1"
+    assert describe_kind(Annotated[float | None, ZERO_TO_ONE]) == "float or none, from 0 to 1"
+    assert describe_kind(Annotated[str | None, one_of((None, "gold"))]) == "one of none, gold"

@@ -1,0 +1,97 @@
+"""Times of a run's phases, and how many held-out rows its evaluations read."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from prepared import prepare
+from tiny_run import write_place
+
+from jaxft.data.source import spread
+from jaxft.runs.trackers.console import duration
+from jaxft.train.clock import Clock, time_line
+from jaxft.train.evaluate import evaluation_limit
+from jaxft.train.logs import eval_limit_lines
+from jaxft.train.settings import Loop
+from jaxft.train.verdict import continued
+
+
+def clock(*times):
+    return Clock(iter(times).__next__)
+
+
+def test_an_inner_phase_is_not_counted_in_the_outer_one_and_earlier_starts_are_added():
+    own = clock(0, 2, 3, 7, 10)
+    shown = []
+    own.resume({"training": 100.0, "evaluation": 1.0}, shown.append)
+    assert own.at("training") == 2  # rows
+    with own.within("evaluation"):  # from 3 to 7
+        assert [*own.over("rows", "ab")] == ["a", "b"]
+    assert own.seconds() == {"training": 104.0, "evaluation": 5.0, "rows": 2, "total": 111.0}
+    assert own.recent() == {"evaluation_seconds": 4} and own.recent() == {}
+    assert shown == ["rows: 1 of 2", "rows: 2 of 2", ""]
+
+
+def test_the_last_line_has_time_tokens_and_hardware():
+    seconds = {"rows": 0.4, "loading": 3.26, "training": 200.0, "total": 203.66}
+    line = time_line({"seconds": seconds, "tokens": 91000, "hardware": "8 x H100"})
+    assert line == "took 3 min 24 s (loading 3.3 s, training 3 min 20 s) for 91,000 tokens on 8 x H100"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@dataclass
+class Shape:
+    shape: tuple
+
+    @property
+    def size(self):
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+
+def limit(steps, loop=None, held_out=0.05, batches=100, **info):
+    """The limit of a run whose training batches are [2, 4, 64] and held-out batches [1, 4, 64]."""
+    batch = SimpleNamespace(ids=Shape((1, 4, 64)))
+    stats = SimpleNamespace(held_out=4 * batches)
+    source = SimpleNamespace(
+        info=SimpleNamespace(stats=stats, **{"samples": False, "eval_cost": 1 / 3, **info}),
+        held_out=(batch,) * batches,
+        shapes=(SimpleNamespace(ids=Shape((2, 4, 64))),),
+    )
+    data = SimpleNamespace(held_out=held_out, units_per_step=8)
+    return evaluation_limit(SimpleNamespace(loop=loop or Loop(), data=data), source, steps)
+
+
+def test_evaluations_of_a_short_run_compute_at_most_a_fifth_of_what_training_does():
+    assert limit(10) == 6  # 2 x 6 batches of a third of the work of 12 half steps: 2 of 10 steps
+    assert limit(10, Loop(eval_every=3)) == 2  # five of them
+    assert limit(10, Loop(eval_fraction=0.4)) == 12
+    assert limit(1) == 1  # never nothing
+    assert limit(1000) is limit(10, Loop(eval_fraction=None)) is limit(10, held_out="file.jsonl") is None
+    assert limit(10, samples=True, eval_cost=0.5) == 16  # prompts: 2 x 16 x 0.5 of the 80 trained on
+    assert limit(10, Loop(), batches=6) is None
+
+
+def test_the_rows_that_are_read_are_spread_over_all():
+    assert spread(10, None) == spread(10, 12) == [*range(10)]
+    assert spread(10, 4) == [0, 2, 5, 7] and len({*spread(97, 31)}) == 31
+
+
+def test_a_short_run_says_which_part_of_the_held_out_rows_it_reads_and_goes_on_with_the_same(tmp_path):
+    write_place(tmp_path)
+    job = prepare(tmp_path, "steps=3", "data.held_out=0.5", "loop.eval_fraction=0.2")
+    batches = job.sources[0].held_out
+    assert job.eval_limit == 1 < len(batches) and [one is batches[0] for one in job.held_out] == [True]
+    (line,) = eval_limit_lines(job)
+    assert line.startswith(
+        f"evaluations read 1 of {len(batches)} batches of held-out rows and compute at most 20 %"
+    )
+    assert eval_limit_lines(continued(job, {"eval_limit": None}, 1)) == []
+    longer = prepare(tmp_path, "steps=9", "data.held_out=0.5", "loop.eval_fraction=0.2")
+    assert longer.eval_limit == 2 and len(continued(longer, {"eval_limit": 1}, 3).held_out) == 1

@@ -1,0 +1,217 @@
+"""What a command leaves open follows from its rows and its model, and everything else is as it was."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_llama import tiny_torch, write_folder
+from tiny_run import ROOT, Place, write_place, write_rows
+
+from jaxft.data.lengths import RowLengths
+from jaxft.runs import config
+from jaxft.train.open_settings import Fit, activation_bytes, fitted, learning_rate, resolve
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    write_folder(folder, tiny_torch())
+    return folder
+
+
+@pytest.fixture
+def place(base, tmp_path, monkeypatch):
+    """A working directory with rows of 100 to 1,090 characters, of which 1 of 100 has 9,000."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    lengths = [9000, *(100 + 10 * i for i in range(99))]
+    rows = [{"instruction": "why?", "response": "b" * n} for n in lengths]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"prompt": "a" * (n // 8), "answer": "b" * 90} for n in lengths]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return [f"model={base}", "general=none"]
+
+
+def settings_of(recipe, *overrides):
+    """The settings after the rows are read, without those of a start."""
+    return fitted(resolve(recipe, list(overrides)), devices=1)[0]
+
+
+# ---- lengths and batches
+
+
+def test_lengths_of_own_rows_cover_99_percent_within_the_models_context(place):
+    found, lines = fitted(resolve("sft", [*place, "data=rows.jsonl"]), devices=1)
+    context = found.value.model.config.max_positions
+    text = "\n".join(lines)
+    assert found.chosen["max_length"] == str(found.value.data.max_length) and context < 1090
+    assert found.value.data.max_length == context // 64 * 64  # 99 % need more, which the tiny model hasn't
+    assert f"max_length={found.value.data.max_length} covers" in text and "covers all and needs" in text
+    record = found.describe()
+    assert record["command"]["chosen"] == found.chosen and record["data"]["max_length"] == context
+    assert record["command"]["line"] == ["sft", *place, "data=rows.jsonl"]
+
+
+def test_rows_that_ship_and_settings_that_are_given_leave_everything_as_it_is(place):
+    shipped, lines = fitted(resolve("sft", ["data=configs/data/finetuning.jsonl"]), devices=1)
+    assert shipped.chosen == {} and lines == [] and shipped.value.data.max_length == 512
+    given = ["max_length=128", "batch=6", "data.micro=2", "lr=0.1"]
+    found = settings_of("sft", *place, "data=rows.jsonl", *given)
+    assert found.chosen == {} and found.value.data.max_length == 128 and found.value.optim.lr == 0.1
+
+
+def test_lengths_of_prompts_and_completions_fit_the_models_context(place):
+    data = settings_of("grpo", *place, "data=prompts.jsonl").value.data
+    # 99 % of the prompts have up to 1080 // 8 characters; TRL's 256 new tokens leave no room in 256
+    assert (data.max_prompt, data.max_new) == (192, 64)
+
+
+@pytest.mark.parametrize(
+    ("answers", "budget", "expected"),
+    [
+        ([], 4096, {"max_prompt": 192, "max_new": 256, "micro": 8}),  # TRL's max_completion_length
+        ([3] * 99 + [500], 4096, {"max_prompt": 192, "max_new": 256, "micro": 8}),
+        ([300] * 50, 4096, {"max_prompt": 192, "max_new": 320, "micro": 8}),
+        ([900] * 50, 4096, {"max_prompt": 192, "max_new": 488, "micro": 8}),  # 192 + 8 * 488 = 4096
+        ([], 5000, {"max_prompt": 192, "max_new": 256, "micro": 4}),  # two rows of 192 + 8 * 256
+    ],
+)
+def test_lengths_of_rollouts_by_hand(answers, budget, expected):
+    prompts = np.array([100] * 98 + [190, 900])  # all of them would take a third more memory
+    none = np.zeros((100, 0), np.int64)
+    lengths = RowLengths(prompts, none, (), none.sum(1), np.array(answers, np.int64))
+    run = config.load_config("grpo", [])  # 8 prompts in groups of 8
+    assert Fit(run, lengths, budget).choose(["max_prompt", "max_new", "micro"]) == expected
+
+
+def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):
+    found = settings_of("sft", *place, "data=rows.jsonl", "name=mine")
+    (folder := Path("runs/mine/checkpoints/4")).mkdir(parents=True)
+    record = json.loads(json.dumps(found.describe()))
+    record["command"]["chosen"]["max_length"] = "192"
+    (folder.parents[1] / "config.json").write_text(json.dumps(record))
+    assert settings_of("sft", *place, "data=rows.jsonl", "name=mine").value.data.max_length == 192
+    other = settings_of("sft", *place, "data=rows.jsonl", "name=mine", "batch=2")
+    assert other.value.data.max_length == found.value.data.max_length  # another command, whose rows count
+    folder.rmdir()
+    assert settings_of("sft", *place, "data=rows.jsonl", "name=mine").chosen == found.chosen
+
+
+def test_rows_that_cannot_be_read_leave_their_error_to_the_run(place):
+    assert settings_of("sft", *place, "data=missing.jsonl", "lr=0.1").chosen == {}
+
+
+def fit_of(longest, data, budget=4096, context=8192):
+    """A fit of rows whose prompts have no tokens."""
+    run = config.load_config("sft", [])
+    run = replace(run, model=replace(run.model, config=replace(run.model.config, max_positions=context)))
+    none, responses = np.zeros(len(longest), np.int64), np.array(longest)[:, None]
+    lengths = RowLengths(none, responses, ("response",), responses[:, 0], none[:0])
+    return Fit(replace(run, data=replace(run.data, **data)), lengths, budget)
+
+
+NAMES = ["max_length", "batch", "micro"]
+ROWS = {"max_length": 512, "batch": 1, "held_out": "none", "epochs": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("longest", "options", "expected"),
+    [
+        # short rows: the recipe's own length, and 100 * 4 / 512 rows of a step
+        ([100] * 512 * 4, {}, {"max_length": 512, "batch": 4, "micro": 1}),
+        ([900] * 99 + [5000], {}, {"max_length": 960, "batch": 1, "micro": 1}),
+        # 99 % have up to 5000, more than the budget, and more than the context
+        ([900] * 90 + [5000] * 10, {}, {"max_length": 4096, "batch": 1, "micro": 1}),
+        ([5000] * 3000, {"context": 2000}, {"max_length": 1984, "batch": 8, "micro": 4}),
+        ([3000] * 3000, {"budget": 3 * 3008}, {"max_length": 3008, "batch": 8, "micro": 4}),
+    ],
+)
+def test_lengths_batches_and_microbatches_by_hand(longest, options, expected):
+    fit = fit_of(longest, ROWS, **options)
+    assert fit.choose(NAMES) == expected
+    assert expected["batch"] // expected["micro"] * expected["max_length"] <= fit.budget
+
+
+def test_all_rows_are_covered_if_that_takes_little_more_memory():
+    assert fit_of([900] * 99 + [1000], ROWS).choose(NAMES)["max_length"] == 1024  # 960 for 99 %
+    assert fit_of([900] * 99 + [1100], ROWS).choose(NAMES)["max_length"] == 960
+
+
+def test_documents_that_are_split_keep_the_recipes_length():
+    chosen = fit_of([5000] * 40, {**ROWS, "too_long": "split"}).choose(NAMES)
+    assert "max_length" not in chosen
+
+
+def test_bytes_of_activations_by_hand():
+    model = config.load_config(
+        "sft", []
+    ).model  # 30 layers of width 576, mlp 1536, 9 heads and 3 kv heads of 64
+    widths = 576 + 192 + 192 + 576 + 576 + 1536 + 1536  # q, k, v, attention, o, gate, up in bfloat16
+    assert activation_bytes(model, "projections") == 30 * (2 * widths + 4 * 576)
+    assert activation_bytes(model, "full") == 30 * 4 * 576  # the residual stream in float32
+
+
+def test_the_smallest_batch_has_a_row_of_every_device():
+    assert replace(fit_of([100] * 40, ROWS), devices=8).choose(NAMES)["batch"] == 8
+
+
+@pytest.mark.slow
+def test_a_run_prints_and_stores_what_was_chosen_and_has_an_alarm_if_it_cuts_many_rows(tmp_path):
+    write_place(tmp_path)
+    (tmp_path / "config.py").write_text((ROOT / "configs" / "sft.py").read_text())
+    write_rows(
+        tmp_path / "own.jsonl", [{"prompt": "why?", "completion": "b" * (5 * i)} for i in range(1, 41)]
+    )
+    place = Place(tmp_path)
+    options = ["model=base", "data=own.jsonl", "general=none", "samples=0", "dtype=float32", "lr=0.01"]
+    assert place.run(*options, "name=a", "loop.steps=2") == 0, place.err()
+    assert "chosen from the rows: max_length=256 batch=1 micro=1" in place.out()
+    assert "alarm" not in place.out()
+    record = json.loads((place.runs("a") / "config.json").read_text())
+    assert record["command"]["chosen"] == {"max_length": "256", "batch": "1", "micro": "1"}
+    assert place.run(*options, "name=a", "loop.steps=3") == 0, place.err()
+    assert place.checkpoints("a")[-1] == 3
+    assert place.run(*options, "name=b", "loop.steps=1", "max_length=64") == 0, place.err()
+    assert "alarm after step 0:" in place.out() and "more tokens than max_length=64" in place.out()
+    (alarm,) = json.loads((place.runs("b") / "summary.json").read_text())["alarms"]
+    assert "max_length=256 covers 99 %" in alarm
+
+
+# ---- the learning rate
+
+
+@pytest.mark.parametrize(
+    ("command", "rate"),
+    [
+        # 5e-5 * (2000 / 576) ** 0.781 = 1.3e-4 for cross-entropy and all weights of SmolLM2-135M
+        (["sft"], 1.3e-3),
+        (["sft", "rank=64"], 1.3e-3),
+        (["sft_full"], 1.3e-4),
+        (["dpo"], 6.6e-5),
+        (["dpo", "full=true"], 6.6e-6),
+        (["reward"], 2.6e-4),
+        (["grpo"], 6.6e-5),
+        (["llama31_8b_sft"], 2.9e-4),  # 5e-4 * (2000 / 4096) ** 0.781
+    ],
+)
+def test_lr_auto_is_a_table_by_width_adapter_and_objective(command, rate):
+    recipe, *overrides = command
+    found = resolve(recipe, [*overrides, "lr=auto"])
+    assert found.value.optim.lr == rate and found.chosen == {"lr": str(rate)}
+    assert found.describe()["optim"]["lr"] == rate and found.line == (recipe, *overrides, "lr=auto")
+
+
+def test_another_model_than_the_recipes_has_the_rate_of_its_width(base):
+    found = resolve("sft", [f"model={base}"])
+    assert found.value.optim.lr == learning_rate(found.value) == float(found.chosen["lr"])
+    assert resolve("sft", []).value.optim.lr == 1.5e-3 and resolve("sft", []).chosen == {}
+    for given in ("lr=0.1", "optim.lr=0.1"):
+        assert resolve("sft", [f"model={base}", given]).value.optim.lr == 0.1
+    assert resolve("sft", ["optim.lr=auto"]).value.optim.lr == 1.3e-3
+
+
+def test_alpha_does_not_depend_on_the_rank(base):
+    adapters = [resolve("sft", [f"rank={rank}"]).value.adapter for rank in (8, 64)]
+    assert [(a.rank, a.alpha, a.scale) for a in adapters] == [(8, 32, 4), (64, 32, 0.5)]
