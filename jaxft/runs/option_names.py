@@ -259,8 +259,18 @@ OPTIONS: tuple[Option, ...] = tuple(
         _absent("rope_scaling:tafu shift_attn:f s2_attention:a use_pose:a",
                 "there is no setting for longer contexts; use a model with them, or edit rope_scaling in a "
                 "copy of its config.json"),
-        _absent("mixture_of_depths:f router_aux_loss_coef:tafu moe_aux_loss_coef:f",
+        _absent("mixture_of_depths:f router_aux_loss_coef:tafu moe_aux_loss_coef:f quantize_moe_experts:a "
+                "experts_implementation:a llama4_linearized_experts:a",
                 "mixtures of experts are not supported", "0.001 0.0 0"),
+        _absent("processor_type:a freeze_mm_modules:a image_max_pixels:f image_min_pixels:f "
+                "video_max_pixels:f video_fps:f video_maxlen:f freeze_vision_tower:f "
+                "freeze_multi_modal_projector:f freeze_language_model:f",
+                "images and video are not supported; of Gemma 3 the text decoder is", "true"),
+        _absent("qat:a quantization:a",
+                "there is no quantisation-aware training; after the run: jaxft quantize"),
+        _together("export_dir:f export_size:f export_device:f export_legacy_format:f "
+                  "export_quantization_bit:f merge_lora:a",
+                  None, "after the run: jaxft export --run runs/NAME --out merged"),
         # Rows
         _same("dataset:tfu dataset_name:tfu", "data", "org/name:train",
               "a file, a folder or org/name[:split]; several with commas"),
@@ -480,7 +490,10 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "the fastest attention that fits is chosen, and printed"),
         _unneeded("torch_compile:tafu torch_compile_backend:tafu torch_compile_mode:tafu "
                   "torch_compile_options:au deepcompile:a", "every step is compiled"),
-        _unneeded("tf32:tafu use_cache:tafu bf16_full_eval:tafu fp16_full_eval:tafu "
+        _unneeded("tokenizer_use_mistral_common:a experimental_skip_move_to_device:a infer_backend:f "
+                  "flex_attn_compile_kwargs:a flash_optimum:a fp8_backend:f "
+                  "fp8_enable_fsdp_float8_all_gather:af "
+                  "tf32:tafu use_cache:tafu bf16_full_eval:tafu fp16_full_eval:tafu "
                   "torch_empty_cache_steps:tafu gc_steps:a gc_collect_steps:a use_cpu:tafu "
                   "ddp_timeout:tafu ddp_bucket_cap_mb:tafu ddp_broadcast_buffers:tafu "
                   "ddp_find_unused_parameters:tafu ddp_backend:tafu ddp_static_graph:tafu local_rank:tafu "

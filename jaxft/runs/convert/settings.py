@@ -240,6 +240,8 @@ def _adapter(draft: Draft) -> None:
         modules = draft.take("lora_target_modules")
         draft.express(linear, ["adapter.targets=all-linear"])
         draft.express(modules, ["adapter.targets=all-linear"], "lora_target_linear has all linear layers")
+    elif linear is not None:
+        draft.unneeded.append(linear)
     named = draft.peek("target_modules", "lora_target_modules", "lora_target")
     if linear is None and named is None and draft.source.tool == TRL:
         draft.default("adapter.targets=q_proj,v_proj")
