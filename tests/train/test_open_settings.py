@@ -212,6 +212,11 @@ def test_another_model_than_the_recipes_has_the_rate_of_its_width(base):
     assert resolve("sft", ["optim.lr=auto"]).value.optim.lr == 1.3e-3
 
 
+def test_full_fine_tuning_has_a_rate_of_its_own():
+    assert resolve("dpo", ["full=true"]).value.optim.lr == 6.6e-6  # the recipe's 5e-5 is for LoRA
+    assert resolve("llama31_8b_sft", ["full=true"]).value.optim.lr == 1e-5  # it has rates for both
+
+
 def test_alpha_does_not_depend_on_the_rank(base):
     adapters = [resolve("sft", [f"rank={rank}"]).value.adapter for rank in (8, 64)]
     assert [(a.rank, a.alpha, a.scale) for a in adapters] == [(8, 32, 4), (64, 32, 0.5)]
