@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from process_group import ProcessGroup
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
 
@@ -177,6 +178,18 @@ def test_a_run_prints_and_stores_what_was_chosen_and_has_an_alarm_if_it_cuts_man
     assert "alarm after step 0:" in place.out() and "more tokens than max_length=64" in place.out()
     (alarm,) = json.loads((place.runs("b") / "summary.json").read_text())["alarms"]
     assert "max_length=256 covers 99 %" in alarm
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same_and_print_it_once(tmp_path):
+    write_place(tmp_path)
+    (tmp_path / "config.py").write_text((ROOT / "configs" / "sft.py").read_text())
+    write_rows(tmp_path / "own.jsonl", [{"prompt": "why?", "completion": "b" * n} for n in range(5, 205, 5)])
+    group = ProcessGroup(tmp_path)
+    options = ["model=base", "data=own.jsonl", "general=none", "samples=0", "dtype=float32", "lr=0.01"]
+    assert group.run(*options, "name=a", "loop.steps=1") == [0, 0], group.output()
+    assert "chosen from the rows: max_length=256 batch=8 micro=1" in group.first.out()
+    assert "chosen" not in group.workdirs[1].out()
 
 
 # ---- the learning rate
