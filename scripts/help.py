@@ -32,7 +32,7 @@ def overview() -> str:
 
     lines = [own_commands("`python scripts/help.py TOPIC` prints a section of the documentation. Topics:")]
     known = documentation.topics()
-    for file, title in documentation.FILES.items():
+    for file, title in documentation.DOCUMENTS.items():
         names = [topic.name for topic in known if topic.file == file and topic.text.startswith("##")]
         wrapped = textwrap.wrap("  ".join(names), 106, break_on_hyphens=False)
         lines += ["", title, *(f"  {line}" for line in wrapped)]

@@ -1,22 +1,28 @@
 """Plan a run for a machine that you do not have: memory, traffic and time of its compiled programs.
 
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:1 quant=nf4 batch=1 micro=1
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices l4 --price 0.8 quant=nf4 data=a.jsonl
+    python scripts/plan.py        # which models and methods fit which hardware, without any extra
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:4x4x4 full=true batch=64 micro=1
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:8 --search full=true batch=32
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \\
         batch={devices} micro=1
 
-No weights, network or devices are used, and no rows but those of data=FILE, whose lengths are planned.
-Compiling for NVIDIA GPUs needs jax's CUDA plugin (pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install
-'jaxft[tpu]').
+No weights, network or devices are used, and no rows but those of data=FILE, whose lengths are planned, or
+those of --hours and --price. Compiling for NVIDIA GPUs needs jax's CUDA plugin (pip install 'jaxft[cuda12]'),
+for TPUs libtpu (pip install 'jaxft[tpu]').
 
 All programs of the run are compiled: the train step, evaluation, sampling and others. --train-only, several
 machines and --search compile only the train step.
 
 --devices: h100:1 is one GPU, h100:8 a host with eight, h100:2x8 two such hosts, v5e:4x4 a TPU slice,
-2xv5e:4x4 two slices. Chips are h100, h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Several machines are
-compared in a table; {devices} in an override is the number of devices. --search exits with 1 if no choice
-fits.
+2xv5e:4x4 two slices. Chips are t4, l4, a10g, rtx3090, rtx4090, rtx5090, l40s, a100-40, a100-80, h100, h200,
+b200, mi300x (its program is an H200's), v5e, v5p and v6e, in any spelling; 24gb is a GPU of that memory.
+Several machines are compared in a table; {devices} in an override is the number of devices. --search exits
+with 1 if no choice fits.
+
+--hours prints the hours of the run, from its steps: its rows and epochs, or loop.steps. --price adds their
+cost, for a price per device and hour in any currency.
 
 --quick compiles TPU programs with little optimisation, in a tenth of the time. On several chips such a
 program needs up to a sixth less memory; start the run with JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 to get it.
@@ -28,6 +34,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -40,7 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="RECIPE", help="a recipe such as sft, or a file with config(...) -> Run"
     )
-    parser.add_argument("--devices", required=True, nargs="+", help="one or several machines, such as h100:1")
+    parser.add_argument("--devices", nargs="+", help="one or several machines, such as h100:1, 3090 or 24gb")
+    parser.add_argument("--hours", action="store_true", help="print the hours of the run, for its rows")
+    parser.add_argument("--price", type=float, help="of a device and hour: print the run's hours and cost")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line per plan, in bytes and seconds"
     )
@@ -58,7 +67,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Compile the programs and print the plans."""
-    args = make_parser().parse_intermixed_args()
+    parser = make_parser()
+    args = parser.parse_intermixed_args()
+    if args.price is not None and not 0 <= args.price < 1e6:
+        parser.error(f"--price {args.price}: expected the price of a device and hour, such as 2.5")
+    if args.devices is None and (args.config or args.overrides):
+        parser.error("the following arguments are required: --devices, such as h100:1 or 24gb")
+    if args.devices is None:
+        from jaxft.plan.fits import fits_report
+
+        print(fits_report())
+        return 0
     from jaxft.weights.extend import without_model_weights
 
     with without_model_weights():
@@ -104,17 +123,30 @@ def print_plans(args: argparse.Namespace) -> int:
             continue
         train_only = args.train_only or len(names) > 1
         select = programs.train_programs if train_only else programs.all_programs
-        each = plan.plans(config.load_config(recipe, given), machine, select)
+        run = config.load_config(recipe, given)
+        each = plan.plans(run, machine, select)
         found.append(next(one for one in each if one.flops is not None))  # the largest train step
-        print(
-            json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.plan_report(found[-1]),
-            flush=True,
-        )
+        cost = run_cost(run, found[-1], args.price) if args.hours or args.price is not None else None
+        record = {**plan_text.record(found[-1], each), **(cost.json() if cost else {})}
+        print(json.dumps(record) if args.json else plan_text.plan_report(found[-1]), flush=True)
+        if cost and not args.json:
+            print("\n".join(cost.lines()), flush=True)
         if len(each) > 1 and not args.json:
             print(plan_text.programs_report(each), flush=True)
     if len(found) > 1 and not args.json:
         print(plan_text.scaling_report(found))
     return code
+
+
+def run_cost(run: Any, step: Any, price: float | None) -> Any:
+    """Return the cost of a run whose train step is planned, None if its time is unknown."""
+    from jaxft.plan import costs
+    from jaxft.weights import pretrained
+
+    if step.estimate is None:
+        return None
+    steps = costs.steps_of(run, partial(pretrained.load_tokenizer, run.weights))
+    return costs.Cost(steps, step.estimate.step, step.devices, price)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a recipe with several values of its knobs, all together on one base if they can be.
+"""Train a recipe with several values of its knobs, on one base if that can be.
 
     python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
     python scripts/sweep.py --config configs/dpo.py --over loss=dpo,ipo --over seed=0,1,2

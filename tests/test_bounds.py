@@ -8,8 +8,8 @@ import pytest
 from jaxft.bounds import (
     ABOVE_ZERO_TO_ONE,
     BELOW_ONE,
-    FRACTION,
     INSIDE_ZERO_AND_ONE,
+    ZERO_TO_ONE,
     above,
     at_least,
     between,
@@ -25,7 +25,7 @@ from jaxft.runs.parse import describe_kind
         (at_least(1), "at least 1", (1, 7), (0, -1, float("inf"), float("nan"))),
         (above(0), "above 0", (1e-9, 3), (0, -1, float("inf"))),
         (between(2, 4), "from 2 to 4", (2, 4), (1.9, 4.1)),
-        (FRACTION, "from 0 to 1", (0, 1), (-0.1, 1.1)),
+        (ZERO_TO_ONE, "from 0 to 1", (0, 1), (-0.1, 1.1)),
         (BELOW_ONE, "at least 0 and below 1", (0, 0.9), (1, -0.1)),
         (ABOVE_ZERO_TO_ONE, "above 0 and at most 1", (0.1, 1), (0, 1.1)),
         (INSIDE_ZERO_AND_ONE, "above 0 and below 1", (0.5,), (0, 1)),
@@ -39,7 +39,7 @@ def test_bounds_contain_what_their_text_says(bounds, text, inside, outside):
 @dataclass(frozen=True)
 class Section:
     rank: Annotated[int, at_least(1)] = 4
-    rate: Annotated[float | None, FRACTION] = None
+    rate: Annotated[float | None, ZERO_TO_ONE] = None
 
     def __post_init__(self) -> None:
         check_bounds(self, "section")
@@ -55,5 +55,5 @@ def test_a_section_refuses_numbers_out_of_bounds_and_takes_none():
 
 def test_the_type_of_a_setting_is_shown_with_its_bounds():
     assert describe_kind(Annotated[int, at_least(1)]) == "int, at least 1"
-    assert describe_kind(Annotated[float | None, FRACTION]) == "float or none, from 0 to 1"
+    assert describe_kind(Annotated[float | None, ZERO_TO_ONE]) == "float or none, from 0 to 1"
     assert describe_kind(Annotated[str | None, one_of((None, "gold"))]) == "one of none, gold"

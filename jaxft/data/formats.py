@@ -17,6 +17,7 @@ columns.COLUMN_SYNONYMS for each column that is missing, such as "question" and 
 """
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,7 @@ from jaxft.data.columns import (
 )
 from jaxft.data.conversation import PLAIN, chat_of, chats_of, plain_texts, response_index, split_row
 from jaxft.data.example import Example, Text
-from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
+from jaxft.data.invalid import InvalidRow, Value, attempt, similar_names, valid
 from jaxft.data.loss_weights import row_weight
 from jaxft.data.rows import Row
 
@@ -125,7 +126,24 @@ def normalise_as(
     def convert(row: Row | InvalidRow) -> Example:
         return replace(_example(valid(row), format), weight=row_weight(valid(row)))
 
-    return (attempt(convert, row) for row in rename_rows(format, rows, columns, SFT_SCHEMAS))
+    found = (attempt(convert, row) for row in rename_rows(format, rows, columns, SFT_SCHEMAS))
+    return by_their_names(found, format, columns)
+
+
+def by_their_names(
+    outcomes: Iterable[Value | InvalidRow], format: RowFormat, columns: Sequence[str]
+) -> Iterator[Value | InvalidRow]:
+    """Yield the outcomes; errors call renamed columns as the file does."""
+    theirs = {ours: name.strip() for ours, name in (*map(split_column, columns), *format.columns)}
+
+    def named(text: str) -> str:
+        return re.sub(r"column '(\w+)'", lambda m: f"column {theirs.get(m[1], m[1])!r}", text)
+
+    for outcome in outcomes:
+        if theirs and isinstance(outcome, InvalidRow):
+            yield InvalidRow(outcome.name, named(outcome.reason), named(outcome.problem))
+        else:
+            yield outcome
 
 
 # ---- which format

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data.invalid import InvalidCount
 from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
 from jaxft.data.pairs.source import PairRows
@@ -34,8 +33,7 @@ class RowLengths:
     """Tokens of each row's prompt and responses, without any limit.
 
     responses: a column for each of `kinds`, none for prompts of rollouts. targets: tokens of each row that
-    have a loss. answers: tokens of the reference answers that rows of prompts have. invalid: number of
-    further rows that are invalid.
+    have a loss. answers: tokens of the reference answers that rows of prompts have.
     """
 
     prompts: Int[np.ndarray, " rows"]
@@ -43,7 +41,6 @@ class RowLengths:
     kinds: tuple[str, ...]
     targets: Int[np.ndarray, " rows"]
     answers: Int[np.ndarray, " answers"]
-    invalid: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -76,9 +73,9 @@ class RowLengths:
 def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None = None) -> RowLengths:
     """Tokenise the training rows, or load their tokens from the cache, without a limit of their length.
 
-    Invalid rows are only counted. Raises ValueError or OSError for a dataset that cannot be read.
+    Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
     """
-    how = data.tokenising(cache)._replace(sample=MEASURED, invalid_limit=1.0)
+    how = data.tokenising(cache)._replace(sample=MEASURED, invalid_limit=1.0, names_first=False)
     sources = parse_sources(data.train)
     return reduce(_concatenate, [_measure_one(x.ref, x.adapt(data), tokenizer, how) for x in sources])
 
@@ -99,13 +96,12 @@ def _of_examples(rows: TokenisedExamples) -> RowLengths:
     first = learned[np.searchsorted(learned, rows.offsets[:-1])] - rows.offsets[:-1]
     prompts = np.where(first > 1, first, 0)  # the first token of a text never has a loss, and is no prompt
     responses = (rows.lengths - prompts)[:, None]
-    return RowLengths(prompts, responses, ("response",), rows.reads, NO_ANSWERS, _count(rows.invalid))
+    return RowLengths(prompts, responses, ("response",), rows.reads, NO_ANSWERS)
 
 
 def _of_pairs(pairs: TokenisedPairs) -> RowLengths:
     counts = pairs.counts
-    targets, invalid = pairs.reads.sum(1), _count(pairs.invalid)
-    return RowLengths(counts[:, 0], counts[:, 1:], pairs.kinds, targets, NO_ANSWERS, invalid)
+    return RowLengths(counts[:, 0], counts[:, 1:], pairs.kinds, pairs.reads.sum(1), NO_ANSWERS)
 
 
 def _of_prompts(rows: PromptRows, tokenizer: Any) -> RowLengths:
@@ -113,11 +109,7 @@ def _of_prompts(rows: PromptRows, tokenizer: Any) -> RowLengths:
     texts = [text for text in map(_reference_answer, some) if text]
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     none, answers = np.zeros((len(rows), 0), np.int64), np.array(counts, np.int64)
-    return RowLengths(rows.lengths, none, (), none.sum(1), answers, _count(rows.invalid))
-
-
-def _count(invalid: Sequence[InvalidCount]) -> int:
-    return sum(count.rows for count in invalid)
+    return RowLengths(rows.lengths, none, (), none.sum(1), answers)
 
 
 def _reference_answer(fields: dict[str, Any]) -> str | None:
@@ -132,7 +124,6 @@ def _concatenate(a: RowLengths, b: RowLengths) -> RowLengths:
         a.kinds,
         np.concatenate([a.targets, b.targets]),
         np.concatenate([a.answers, b.answers]),
-        a.invalid + b.invalid,
     )
 
 

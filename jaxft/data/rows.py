@@ -219,14 +219,29 @@ def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
             f"{path}: the folder has no data files; add {' or '.join('*' + s for s in SUFFIXES)}"
         )
     if not files:
-        return path, texts, []
+        return path, texts, _split_notes(path, texts)
     about = ("readme", "license", "licence", "notice", "citation", "changelog")
     unread = [text for text in texts if not text.stem.lower().startswith(about)]
     note = (
         f"{path.name}: its {len(unread)} text files, such as {unread[0].name}, are not read" if unread else ""
     )
     notes = [f"{note}: it has files of rows, such as {files[0].name}"] if note else []
-    return path, [_regular(file) for file in files], notes
+    return path, [_regular(file) for file in files], [*notes, *_split_notes(path, files)]
+
+
+def _split_notes(folder: Path, files: list[Path]) -> list[str]:
+    """Return a line if files of a folder are named as a split for training and others as one for evaluation:
+    all of them are read.
+    """
+    words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
+    train = [name for name, found in words.items() if "train" in found]
+    others = [name for name, found in words.items() if found & {*_EVALUATION_SPLITS}]
+    if not (train and others):
+        return []
+    how = f"set data={folder / train[0]} held_out={folder / others[0]}"
+    return [
+        f"{folder.name}: {others[0]} is read for training as {train[0]} is; if it is for evaluation, {how}"
+    ]
 
 
 def _regular(path: Path) -> Path:

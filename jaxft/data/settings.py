@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from jaxft.bounds import FRACTION, above, at_least, check_bounds, one_of
+from jaxft.bounds import ZERO_TO_ONE, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
@@ -58,7 +58,7 @@ class DataSettings:
     chat_template_kwargs: tuple[str, ...] = ()
     system: Annotated[str, one_of(SYSTEM)] = TURN
     invalid: Annotated[str, one_of(INVALID)] = FEW
-    invalid_limit: Annotated[float, FRACTION] = 0.05
+    invalid_limit: Annotated[float, ZERO_TO_ONE] = 0.05
     workers: Annotated[int | None, at_least(1)] = None
     order_by: str | None = None
     max_samples: Annotated[int | None, at_least(1)] = None

@@ -8,9 +8,8 @@ from typing import Any
 from jaxft.data.columns import is_set_by_jaxft
 
 DATE = "26 Jul 2024"  # Llama 3's default; a template that prints today's date would change tokens at midnight
-TURN = "turn"
-MERGE = "merge"
-SYSTEM = (TURN, MERGE)  # the choices of data.system
+SYSTEM = ("turn", "merge")  # the choices of data.system
+TURN, MERGE = SYSTEM
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 UTF8 = "utf-8-sig"  # with a byte order mark or without
 CP1252 = "cp1252"  # of Excel and editors on Windows in Western Europe and America
 _BLOCK = 1 << 16
-_SAMPLE = 16 << 20  # bytes by which cp1252 is told from damaged UTF-8
+_SAMPLE = 4 << 20  # bytes around the first that are not UTF-8, by which cp1252 is told from damaged UTF-8
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_HIGH = re.compile(rb"[\x80-\xff]")
+_HIGH = bytes(range(0x80, 0x100))
 _PAIR = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 # In cp1252: letters that touch an ASCII letter, and signs such as quotes and dashes; not its unused codes.
 _USUAL = re.compile(
@@ -53,11 +53,12 @@ def sniff_encoding(path: Path) -> str:
             decoder.decode(b"", final=True)
             return UTF8
         except UnicodeDecodeError:
-            file.seek(0)
+            file.seek(max(0, file.tell() - _SAMPLE // 2))
             sample = file.read(_SAMPLE)
-    high, usual = len(_HIGH.findall(sample)), len(_USUAL.findall(sample))
-    is_text = not _PAIR.search(sample) and b"\0" not in sample
-    return CP1252 if is_text and usual >= 0.9 * high and high <= 0.2 * len(sample) and usual else UTF8
+    high = len(sample) - len(sample.translate(None, _HIGH))
+    if high > 0.2 * len(sample) or b"\0" in sample or _PAIR.search(sample):
+        return UTF8
+    return CP1252 if len(_USUAL.findall(sample)) >= max(1, 0.9 * high) else UTF8
 
 
 def encoding_note(path: Path, encoding: str) -> list[str]:

@@ -98,8 +98,8 @@ class Tokenising(NamedTuple):
     invalid_limit: float | None = None
     workers: int | None = None
     progress: bool = False
-    sample: int | None = None
     names_first: bool = False
+    sample: int | None = None
 
 
 DEFAULT_TOKENISING = Tokenising()

@@ -21,8 +21,13 @@ PEAK_BF16 = {
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA A10G": 70e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 5090": 209e12,
     "NVIDIA GeForce RTX 4090": 165e12,
     "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla T4": 8.1e12,  # no bfloat16 matmuls: the rate of float32
+    "AMD Instinct MI300X": 1307e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
@@ -37,6 +42,7 @@ PEAK_FP8 = {
     "NVIDIA H100 NVL": 1671e12,
     "NVIDIA H100": 1979e12,
     "NVIDIA B200": 4500e12,
+    "AMD Instinct MI300X": 2615e12,
 }
 # Device kinds whose FP8 matmuls XLA uses: NVIDIA GPUs of compute capability 9.0 (Hopper) and above
 # (Blackwell), which the devices of an abstract mesh do not state, and TPU v7. Ada GPUs (8.9) have FP8 matmuls

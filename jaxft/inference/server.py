@@ -299,9 +299,9 @@ def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | N
     schema, tools, required, text = body.choice.schema, None, None, ""
     if isinstance(body, ChatBody):
         tools, required = body.tools, body.required
-    if schema is not None:
-        text = json_grammar(schema)
     try:
+        if schema is not None:
+            text = json_grammar(schema)
         if required is not None:
             text = call_grammar(model.tools, required.tools, model.tokenizer, required.is_single)
         elif text and tools is not None:  # the model may call them instead

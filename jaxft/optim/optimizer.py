@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import tree
-from jaxft.bounds import BELOW_ONE, FRACTION, INSIDE_ZERO_AND_ONE, above, at_least, check_bounds
+from jaxft.bounds import BELOW_ONE, INSIDE_ZERO_AND_ONE, ZERO_TO_ONE, above, at_least, check_bounds
 from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
 from jaxft.optim.averaging import Averaging, ema
 from jaxft.optim.layerwise import (
@@ -67,35 +67,36 @@ MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)
 class Optim:
     """Optimizer settings.
 
-    optimizer: a function `(schedule, specs, weight_decay, **hyper) -> UpdateRule |
-    optax.GradientTransformation` with its hyper-parameters as keyword arguments: adamw, adafactor, muon,
-    schedule_free_adamw, those of low_precision, your own, or `partial(adamw, b1=0.8)`; or one of optax, such
-    as `lion` or `optax:lamb`. b1, b2, eps, optimizer_kwargs (pairs of a name and a value): passed to it; None
-    for its default.
-    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as (("decay", 0.1),).
+    lr: the highest learning rate, after the warmup. optimizer: a function of rules.py, muon.py or
+    low_precision.py, one of optax such as `optax:lamb`, or your own. It is called as `(schedule, specs,
+    weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation` with its hyper-parameters as keyword
+    arguments. b1, b2: decay of the averages of gradients and of their squares; None for the optimizer's
+    default. eps: added to the root of the average square; None for the optimizer's default. weight_decay:
+    decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
+    value.
+    schedule: one of schedules.py or your own. schedule_kwargs: its options, such as decay:0.1.
     warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end: the
     schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.
     lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
     pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
     matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
-    lr_groups matches. As in PEFT, it is
-    also that of an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table
-    has 1e-6.
+    lr_groups matches. As in PEFT, it is also that of an adapter's vectors (DoRA's magnitudes, norms, biases),
+    and a pair on the embedding table has 1e-6.
     ema: decay of a moving average of the trained weights, which is evaluated and exported in their place.
     skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations above the
     mean of the N steps before it, see spikes.py.
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
-    results are the same, except for the random bits of stochastic rounding. fused_backward: update each layer
-    inside the backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step
-    and clip=none, since the global norm is known only at the end; if a gradient or an update is not finite,
-    the layers above it have been updated already.
+    results are the same, except for the random bits of stochastic rounding. fused_backward:
+    update layers inside the backward pass, so that only one layer's gradient is in memory. It needs one
+    microbatch per step and clip=none, since the global norm is known only at the end; if a gradient or an
+    update is not finite, the layers above it have been updated already.
     """
 
     lr: float = 2e-4
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
     warmup: Annotated[float, at_least(0)] = 0.05
-    end: Annotated[float, FRACTION] = 0.1
+    end: Annotated[float, ZERO_TO_ONE] = 0.1
     b1: Annotated[float | None, BELOW_ONE] = None
     b2: Annotated[float | None, BELOW_ONE] = None
     eps: float | None = None

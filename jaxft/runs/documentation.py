@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxft.data.shipped import IS_CLONE, PACKAGE, ROOT
 
 # File, from the root of the clone -> what it is about. The wheel has README.md as its description.
-FILES = {
+DOCUMENTS = {
     "README.md": "Overview",
     "configs/README.md": "Recipes and settings",
     "scripts/README.md": "Commands",
@@ -27,7 +27,7 @@ class Topic(NamedTuple):
 
 
 def read_document(file: str) -> str:
-    """Return the text of one of FILES."""
+    """Return the text of one of DOCUMENTS."""
     if file == "README.md" and not IS_CLONE:
         return (metadata.distribution("jaxft").read_text("METADATA") or "").partition("\n\n")[2]
     path = PACKAGE / "README.md" if file == "jaxft/README.md" else ROOT / file
@@ -35,8 +35,8 @@ def read_document(file: str) -> str:
 
 
 def topics() -> list[Topic]:
-    """Return all sections, in the order of FILES."""
-    return [topic for file in FILES for topic in sections(file, read_document(file))]
+    """Return all sections, in the order of DOCUMENTS."""
+    return [topic for file in DOCUMENTS for topic in sections(file, read_document(file))]
 
 
 def sections(file: str, text: str) -> Iterator[Topic]:

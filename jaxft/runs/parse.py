@@ -18,7 +18,7 @@ from typing import Any, Literal
 from jaxft.bounds import bounds_of, choices_of
 from jaxft.data.shipped import ROOT
 from jaxft.runs.record import union_members
-from jaxft.runs.unknown_names import refuse_settings_file
+from jaxft.runs.unknown_names import settings_file
 from jaxft.short_names import ShortNames
 from jaxft.tree import nearest
 
@@ -49,7 +49,8 @@ def find_recipe(name: str) -> Path:
     """Resolve the name of a recipe in configs/ or the path of a file. Raises FileNotFoundError, or ValueError
     for a file of another tool's settings.
     """
-    refuse_settings_file(name)
+    if refusal := settings_file(name):
+        raise ValueError(refusal)
     if Path(name).suffix or len(Path(name).parts) > 1 or Path(name).is_file():
         return find_file(name)
     if name in recipe_names():

@@ -265,7 +265,10 @@ def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
     kl = min(max(x for x, _ in own) for own in points.values())
     if kl <= 0:
         return ""
-    found = [f"{label} {np.interp(kl, *zip(*own, strict=True)):.3f}" for label, own in points.items()]
+    found = []
+    for label, own in points.items():
+        reached, accuracies = np.array(own).T
+        found.append(f"{label} {np.interp(kl, reached, accuracies):.3f}")
     return f"accuracy at the same KL per token, {kl:.3g}, interpolated: {', '.join(found)}"
 
 
@@ -273,9 +276,11 @@ def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
     """The evaluations of a run as (KL, accuracy), in the order of the KL; ties have accuracy 1/2."""
     name, found = held_out(names.ACCURACY), []
     for entry in entries:
-        kl, accuracy = entry.get(held_out(names.KL)), entry.get(name, 0.5)
-        if name in entry or entry.get(name + names.PAIR_COUNT):
-            found += [(float(kl), float(accuracy))] if _is_finite(kl) and _is_finite(accuracy) else []
+        kl, accuracy = entry.get(held_out(names.KL)), entry.get(name)
+        if name not in entry and entry.get(name + names.PAIR_COUNT):
+            accuracy = 0.5
+        if kl is not None and accuracy is not None:  # null stands for a value that was not finite
+            found.append((float(kl), float(accuracy)))
     return sorted(found)
 
 

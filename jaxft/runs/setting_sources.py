@@ -13,8 +13,8 @@ from typing import NamedTuple
 from jaxft import short_names
 from jaxft.data.shipped import PACKAGE
 
-RUN = PACKAGE / "train" / "settings.py"
-PLAIN = ("bool", "int", "float", "str", "Path")
+RUN_FILE = PACKAGE / "train" / "settings.py"
+WRITABLE = ("bool", "int", "float", "str", "Path")
 STATEMENT = re.compile(r"@|class |def |from |\w+(?:: [^=\n]+)? = ")  # at the beginning of a line
 
 
@@ -107,7 +107,7 @@ def members(kind: Definition) -> list[Definition]:
     return [kind]
 
 
-def section(kind: Definition) -> Definition | None:
+def section_class(kind: Definition) -> Definition | None:
     """Return the dataclass among the members of an annotation, None without one."""
     for member in members(kind):
         found = resolve(member.node, member.file)
@@ -148,7 +148,7 @@ def knobs(recipe: Path) -> list[SettingSource]:
     found = []
     for argument in (*config.args.args, *config.args.kwonlyargs):
         kind = Definition(argument.annotation, recipe) if argument.annotation else None
-        group = section(kind) if kind else None
+        group = section_class(kind) if kind else None
         inner = fields_of(group) if group else {argument.arg: kind}
         found += [SettingSource(name, annotation) for name, annotation in inner.items()]
     return found
@@ -156,13 +156,13 @@ def knobs(recipe: Path) -> list[SettingSource]:
 
 def dotted_fields(recipe: Path) -> list[SettingSource]:
     """Return the fields of a recipe's run that the command line can set."""
-    run = resolve(ast.Name("Run"), RUN)
+    run = resolve(ast.Name("Run"), RUN_FILE)
     return list(_fields_below(run, "", data_class(recipe))) if run else []
 
 
 def _fields_below(cls: Definition, prefix: str, data: Definition | None) -> Iterator[SettingSource]:
     for name, kind in fields_of(cls).items():
-        inner = data if prefix + name == "data" else section(kind)
+        inner = data if prefix + name == "data" else section_class(kind)
         if inner is not None:
             yield from _fields_below(inner, f"{prefix}{name}.", data)
         elif any(is_writable(member) for member in members(kind)):
@@ -194,7 +194,7 @@ def is_writable(kind: Definition) -> bool:
             parts = [part for item in items for part in members(Definition(item, file))]
             return all(is_writable(part) for part in parts if not isinstance(part.node, ast.Constant))
         return outer in ("Literal", "Callable", "Annotated")
-    return ast.unparse(node) in (*PLAIN, "Callable")
+    return ast.unparse(node) in (*WRITABLE, "Callable")
 
 
 def choices(kind: Definition) -> list[str]:
@@ -228,11 +228,11 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
     if ast.unparse(mark.func) == "ShortNames.of":
         return list(vars(short_names).get(ast.unparse(mark.args[0]), ()))
     listed = resolve(mark.args[0], file) if ast.unparse(mark.func) == "one_of" else None
-    texts = [text_of(item, listed.file) for item in listed.node.elts] if listed else []  # type: ignore[attr-defined]
+    texts = [constant_text(item, listed.file) for item in listed.node.elts] if listed else []  # type: ignore[attr-defined]
     return [text for text in texts if text]
 
 
-def text_of(item: ast.expr, file: Path) -> str:
+def constant_text(item: ast.expr, file: Path) -> str:
     """Return a constant in a list of choices as it is written, "" for other expressions."""
     found = resolve(item, file)
     node = found.node if found else item

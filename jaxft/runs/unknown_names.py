@@ -45,27 +45,33 @@ def _line(option: Option, text: str | None, recipe: str | None) -> str:
     return f"{option.name} is {option.setting} here{where}; write {written}{note}"
 
 
-def option_as_setting(argv: Sequence[str], options: Sequence[str], recipe: str | None = None) -> str | None:
-    """Return what to write for the first option of a command line that is not one of `options`; None if all
-    are.
+def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | None:
+    """Return what to write for the options of a command line that are not among `options`; None if all are.
 
-    >>> option_as_setting(["sft", "--lr", "1e-4"], ["--help"])
+    >>> options_as_settings(["sft", "--lr", "1e-4"], ["--help"])
     '--lr 1e-4: settings are written without dashes; write lr=1e-4'
     """
+    recipe = next((word for word in argv if word[:1] != "-" and "=" not in word), "")
+    if refusal := settings_file(recipe):
+        return refusal
+    given, plain, lines = list[str](), list[str](), list[str]()
     for place, word in enumerate(argv):
         option, equals, text = word.partition("=")
         if not option.startswith("--") or option in options or option == "--":
             continue
-        following = argv[place + 1] if place + 1 < len(argv) else "--"
-        value = text if equals else None if following.startswith("--") or "=" in following else following
-        shown = option if value is None else f"{option} {value}"
-        known = [name for name in options if normalised(name) == normalised(option)]
-        if known:  # --dry_run
+        if known := [name for name in options if normalised(name) == normalised(option)]:  # --dry_run
             return f"unrecognized argument {option}; write {known[0]}"
-        given = "true" if value is None else value
-        found, written = advice(option, given, recipe), f"{normalised(option)}={given}"
-        return f"{shown}: {found or f'settings are written without dashes; write {written}'}"
-    return None
+        following = argv[place + 1] if place + 1 < len(argv) else "--"
+        has_value = not following.startswith("--") and "=" not in following
+        value = text if equals else following if has_value else "true"
+        given.append(f"{option} {value}" if equals or has_value else option)
+        if found := advice(option, value, Path(recipe).stem):
+            lines.append(found)
+        else:
+            plain.append(f"{normalised(option)}={value}")
+    if plain:
+        lines.append(f"settings are written without dashes; write {' '.join(plain)}")
+    return f"{' '.join(given)}: {'; '.join(lines)}" if given else None
 
 
 def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:
@@ -76,10 +82,11 @@ def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:
     return f"unrecognized argument {wrong}; near: {', '.join(near)}" if near else None
 
 
-def refuse_settings_file(path: str) -> None:
-    """Raise ValueError for a file of another tool's settings in place of a recipe."""
-    if Path(path).suffix.lower() in SETTINGS_FILES:
-        raise ValueError(
-            f"{path}: a recipe is a Python file, and this is a file of settings; scripts/convert.py {path} "
-            "prints the command for an Axolotl or LLaMA-Factory file"
-        )
+def settings_file(path: str) -> str | None:
+    """Return what to do with a file of another tool's settings in place of a recipe; None for other files."""
+    if Path(path).suffix.lower() not in SETTINGS_FILES:
+        return None
+    return (
+        f"{path}: a recipe is a Python file, and this is a file of settings; `python scripts/convert.py "
+        f"{path}` prints the command for an Axolotl, LLaMA-Factory or TRL file"
+    )

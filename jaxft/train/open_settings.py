@@ -34,6 +34,7 @@ from jaxft.train.settings import Run
 from jaxft.weights.pretrained import load_tokenizer
 
 COVERED = 99  # percent of the rows that are whole
+LITTLE = 1.1  # times the memory of activations
 MICRO_TOKENS = 4096  # of a microbatch, unless the recipe itself has more
 RUN_STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
 BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
@@ -210,9 +211,9 @@ class Fit:
         """The setting that limits the rows."""
         return self.data.length_settings[0]
 
-    def choose(self, names: list[str]) -> dict[str, Any]:
+    def choose(self, names: list[str]) -> dict[str, int]:
         """Return values for settings of the data."""
-        data, chosen = self.data, dict[str, Any]()
+        data, chosen = self.data, dict[str, int]()
         if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
             chosen[self.limit] = self._length()
         if isinstance(data, Prompts) and "max_new" in names:
@@ -229,8 +230,7 @@ class Fit:
         limit = getattr(data, self.limit)
         shown = ", ".join(f"{p} % up to {percentile(longest, p):,}" for p in (50, 90, 99))
         found = [f"tokens of {len(longest):,} {what}s: {shown}, the longest {longest.max():,}"]
-        if data.too_long != "split":
-            found.append(self._cover_line(limit))
+        found.append(self._cover_line(limit))
         if isinstance(data, Prompts) and "max_new" in chosen:
             found.append(self._new_tokens_line())
         tokens = micro_tokens(data, self.lengths, limit)
@@ -247,6 +247,8 @@ class Fit:
         return replace(self, run=replace(self.run, data=data))
 
     def _cover_line(self, limit: int) -> str:
+        if self.data.too_long == "split":
+            return f"longer {self.data.unit} are split (data.too_long), so that no token is lost"
         covered, all_ = self.lengths.covered(limit), round_up(int(self.lengths.longest.max()), LENGTH_STEP)
         if covered == 1:
             return f"{self.limit}={limit} covers all {self.data.unit}"
@@ -269,12 +271,19 @@ class Fit:
         )
 
     def _length(self) -> int:
-        """Return a limit that covers most rows, at least the recipe's, within budget and context."""
+        """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory: at
+        least the recipe's, within budget and context.
+        """
         data, context = self.data, self.run.model.config.max_positions
         most = min(context, self.budget // max(1, len(self.lengths.kinds)))
         if isinstance(data, Prompts):
             most = min(context, self.budget) - LENGTH_STEP
-        wanted = round_up(percentile(self.lengths.longest, COVERED), LENGTH_STEP)
+        wanted, all_ = (round_up(percentile(self.lengths.longest, p), LENGTH_STEP) for p in (COVERED, 100))
+        fit = self._with_data(max_new=NEW_TOKENS) if isinstance(data, Prompts) else self
+        if micro_tokens(fit.data, self.lengths, all_) <= LITTLE * micro_tokens(
+            fit.data, self.lengths, wanted
+        ):
+            wanted = all_
         return min(max(getattr(data, self.limit), wanted), max(1, most // LENGTH_STEP) * LENGTH_STEP)
 
     def _new_tokens(self, max_prompt: int) -> int:

@@ -317,7 +317,7 @@ class SourceKnobs:
     held_out: str | float | None = (
         "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
     )
-    batch: int = 8  # with rows of your own from their number; also lengths and micro, see open_settings.py
+    batch: int = 8  # with rows of your own from their number, see configs/README.md
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
     epochs: float | None = 1.0
     tokens: int | None = None  # the length of the run in tokens, with epochs=none

@@ -34,21 +34,21 @@ class Loop:
     steps: length of the run; None for data.epochs. log_every: a logged metric is the mean over this many
     steps. eval_every: steps between evaluations of the held-out rows; None for before and after training
     only. save_every: steps between checkpoints. keep_last: how many of the newest checkpoints to retain.
-    keep_best: how many checkpoints with the best held-out score to retain. eval_scores: complete and score
-    held-out prompts (see Scoring) at every evaluation too. best_metric: the metric of the evaluations that
-    selects the best checkpoint; None for eval_loss, of rollouts eval_reward. greater_is_better: whether a
-    greater best_metric is better. None: lower is better for names that end in loss or kl, greater for
-    accuracies, margins, rewards and scores; others need it. patience: the run ends after this many
-    evaluations without a better best_metric. eval_fraction: the most that all evaluations of held-out rows
-    together may compute, as a fraction of what training does (see train/evaluate.py); where the held-out rows
-    are a fraction of the rows and would take more, fewer of them are evaluated. None: all of them. A file of
-    held-out rows is always evaluated in full. max_bad: non-finite steps in a row that end the run; one that
-    ends with any is not finished either. store: a folder in an object store, gs://bucket/path or
-    s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
-    another machine fetches it from there (see runs/mirror.py). profile: first and last step of a profiler
-    trace (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per layer and kind of
-    parameter. debug_nonfinite: write the first non-finite step into the run folder and log the first layer
-    that is not finite, see train/nonfinite.py.
+    keep_best: how many checkpoints with the best held-out score to retain.
+    eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
+    metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
+    greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
+    loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
+    after this many evaluations without a better best_metric. eval_fraction: the most that all evaluations of
+    held-out rows together may compute, as a fraction of what training does (see train/evaluate.py); where the
+    held-out rows are a fraction of the rows and would take more, fewer of them are evaluated. None: all of
+    them. A file of held-out rows is always evaluated in full. max_bad: non-finite steps in a row that end the
+    run; one that ends with any is not finished either. store: a folder in an object store, gs://bucket/path
+    or s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
+    another machine fetches it from there (see runs/mirror.py).
+    profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
+    update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
+    run folder and log the first layer that is not finite, see train/nonfinite.py.
     """
 
     steps: Annotated[int | None, at_least(1)] = None
@@ -137,17 +137,18 @@ class Run:
     """The settings of a run. `objective(model)` returns the objective, `data.open(tokenizer)` the source of
     batches.
 
-    name: results are in runs/NAME. weights: where the base comes from (see weights.hub). adapter: LoRA
-    settings; None trains the base. start: a PEFT folder, or a run's, with the adapter to start from; without
-    `adapter` it is merged into the base. train: a regular expression over parameter paths that selects the
-    trainable parameters instead of the default. quant: how the frozen base is stored; None for the compute
-    dtype. params: the dtype of trainable base weights; in bfloat16 their gradients are bfloat16 too, summed
-    over tokens and microbatches in float32, and updates are rounded stochastically. general: a text file
-    whose loss before and after training shows forgetting. samples: number of held-out prompts that are
-    completed and shown before and after training. scoring: functions that score such completions. seed: of
-    fresh weights, dropout and sampling. trackers: wandb, trackio, mlflow, or files of your own; every run
-    writes TensorBoard's files. objective: the function of a model that makes the objective. heads: further
-    models with scalar heads on the base, by name (see models/heads.py).
+    name: results are in runs/NAME. objective: the function of a model that makes the objective.
+    weights: where the base comes from (see weights.hub). adapter: LoRA settings; None trains the base.
+    start: a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into
+    the base. train: a regular expression over parameter paths that selects the trainable parameters
+    instead of the default. quant: how the frozen base is stored; None for the compute dtype. params: the
+    dtype of trainable base weights; in bfloat16 their gradients are bfloat16 too, summed over tokens and
+    microbatches in float32, and updates are rounded stochastically. general: a text file whose loss
+    before and after training shows forgetting. samples: number of held-out prompts that are completed and
+    shown before and after training. scoring: functions that score such completions. seed: of fresh weights,
+    dropout and sampling. trackers: wandb, trackio, mlflow, or files of your own; every run writes
+    TensorBoard's files. heads: further models
+    with scalar heads on the base, by name (see models/heads.py).
     """
 
     name: str

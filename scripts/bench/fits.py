@@ -25,27 +25,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from jaxft.plan.fits import HARDWARE, MODELS, OBJECTIVES, TRAINING, rows_of_fits  # noqa: E402
+
 LENGTH = 2048  # tokens per device: one row, or a pair with two responses and a prompt of half of it each
-MODELS = {
-    "1B": "meta-llama/Llama-3.2-1B-Instruct",
-    "8B": "meta-llama/Llama-3.1-8B-Instruct",
-    "70B": "meta-llama/Llama-3.3-70B-Instruct",
-    "405B": "meta-llama/Llama-3.1-405B-Instruct",
-    "Qwen3-8B": "Qwen/Qwen3-8B",
-    "Qwen3-32B": "Qwen/Qwen3-32B",
-    "Gemma-3-27B": "google/gemma-3-27b-it",
-}
 ONLY = {"405B": ("LoRA", "sft", "v5p")}  # (method, objective, chip) of models that are not tried with all
-METHODS = ("full", "LoRA", "QLoRA")
-GPUS = ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8")
-HARDWARE = {
-    "rtx4090": ("RTX 4090 24 GB", GPUS[:4]),
-    "a100-40": ("A100 40 GB", GPUS),
-    "h100": ("H100 80 GB", GPUS),
-    "v5e": ("TPU v5e 16 GB", ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v6e": ("TPU v6e 32 GB", ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v5p": ("TPU v5p 95 GB", ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
-}
 SETTINGS = {
     ("full", "sft"): [
         "full=true", "params=bfloat16", "fused_backward=true", "optimizer=adafactor",
@@ -72,8 +55,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("fits.json"))
     parser.add_argument("--hardware", nargs="+", choices=HARDWARE, default=list(HARDWARE), metavar="CHIP")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="SIZE")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--objectives", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
+    parser.add_argument("--methods", nargs="+", choices=TRAINING, default=list(TRAINING))
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--again", action="store_true", help="recompile cells of an older jax or older code")
     parser.add_argument(
         "--add",
@@ -162,50 +145,14 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
             return
 
 
-def smallest(
-    cells: dict[str, Any], chip: str, model: str, method: str, objective: str
-) -> dict[str, Any] | None:
-    """Return the smallest size that fits; {} if none does, None if a size is not yet compiled."""
-    for size in HARDWARE[chip][1]:
-        found = cells.get(f"{chip}:{size} {model} {method} {objective}")
-        if found is None:
-            return None
-        if found["fits"]:
-            return {**found, "name": size}
-    return {}
-
-
-def cell_text(one: dict[str, Any] | None) -> str:
-    """Return the text of a cell: GiB per device, and the number of devices if more than one."""
-    if one is None:
-        return ""
-    if not one:
-        return "–"
-    size = f"{one['total'] / 2**30:.1f}"
-    return size if one["devices"] == 1 else f"{size} × {one['devices']}"
-
-
 def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
     """Return Markdown with a row per model, method and objective, and a column per chip."""
     lines = [
         "| | | | " + " | ".join(HARDWARE[chip][0] for chip in a.hardware) + " |",
         "|---" * (3 + len(a.hardware)) + "|",
     ]
-    for model in a.models:
-        for method in a.methods:
-            for objective in a.objectives:
-                row = []
-                for chip in a.hardware:
-                    found = smallest(cells, chip, model, method, objective)
-                    first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else found
-                    if found and first:  # SFT and DPO both have to fit
-                        found = max(found, first, key=lambda one: (one["devices"], one["total"]))
-                    row.append(cell_text(found))
-                if any(row):
-                    objectives = "SFT" if objective == "sft" else "SFT + DPO"
-                    name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
-                    lines.append(f"| {' | '.join([name, method, objectives, *row])} |")
-    return "\n".join(lines)
+    rows = rows_of_fits(cells, a.hardware, a.models, a.methods, a.objectives)
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def write(path: Path, cells: dict[str, Any]) -> None:

@@ -83,6 +83,17 @@ def test_the_other_names_are_those_that_most_rows_have():
     assert found[0].problem.startswith("no column completion, which format prompt-completion requires")
 
 
+def test_errors_call_columns_as_the_file_does():
+    rows = [Row("r:1", {"Question": "q", "Answer ": ""}), Row("r:2", {"Question": "q", "Answer ": "a"})]
+    for columns in ((), ("prompt=Question", "completion=Answer")):
+        (error, _) = formats.normalise_each(rows, columns=columns)
+        assert (error.reason, error.problem[:26]) == ("empty column 'Answer'", "column 'Answer' is empty; ")
+    pair = Row("r:1", {"q": "q", "better": " ", "rejected": "b"})
+    settings = PairTokenSettings(columns=("prompt=q", "chosen=better"))
+    with pytest.raises(ValueError, match="r:1: .*column 'better' is empty"):
+        normalise_pairs([pair], settings)
+
+
 def test_pairs_and_prompts_are_read_by_other_names_too():
     row = Row("r:1", {"system": "s", "question": "q", "chosen": "a", "rejected": "b"})  # orca_dpo_pairs
     (pair,) = normalise_pairs([row], PairTokenSettings())

@@ -9,6 +9,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.row_text import SAMPLE_BY
 from jaxft.data.rows import evaluation_split, list_chunks, read_rows
 from jaxft.data.sft import Rows
+from jaxft.data.text_encoding import sniff_encoding
 from jaxft.train.recipes import RowKnobs
 
 RECORDS = [["prompt", "completion"], ["Où, ça?", "là; “ici”"], ["wie groß", "2 | 3"], ["q\n2", 'say "a"']]
@@ -62,6 +63,12 @@ def test_damaged_utf_8_is_not_taken_for_cp1252(tmp_path, damage):
         read_rows(str(path))
 
 
+def test_cp1252_is_found_far_into_a_file(tmp_path):
+    rows = ["prompt,completion", *["plain,text"] * 600_000, "wie groß,fünf"]
+    (tmp_path / "r.csv").write_bytes("\n".join(rows).encode("cp1252"))
+    assert sniff_encoding(tmp_path / "r.csv") == "cp1252"
+
+
 def test_json_lines_in_utf_16_are_read_with_a_note(tmp_path):
     rows = [{"text": f"ö {i}"} for i in range(3)]
     (tmp_path / "r.jsonl").write_text("\r\n".join(json.dumps(row) for row in rows), encoding="utf-16")
@@ -99,6 +106,16 @@ def test_files_of_rows_win_over_text_files_of_their_folder_with_a_note(tmp_path)
     (tmp_path / "chapter.txt").write_text("text")
     (note,) = list_chunks(str(tmp_path)).notes
     assert "1 text files, such as chapter.txt, are not read: it has files of rows, such as r.jsonl" in note
+
+
+def test_a_folder_with_files_for_evaluation_is_read_whole_with_a_note(tmp_path):
+    for name in ("train-00000", "test-00000", "contest"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "row"}')
+    (note,) = list_chunks(str(tmp_path)).notes
+    assert "test-00000.jsonl is read for training as train-00000.jsonl is" in note
+    assert f"held_out={tmp_path / 'test-00000.jsonl'}" in note
+    (tmp_path / "train-00000.jsonl").rename(tmp_path / "rows.jsonl")
+    assert len(read_rows(str(tmp_path))) == 3 and not list_chunks(str(tmp_path)).notes
 
 
 def test_what_a_row_of_text_is_changes_the_tokens_in_the_cache(tmp_path):

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -254,6 +256,110 @@ def test_slurm_script_starts_one_task_per_gpu_and_requeues_resumable_runs(tmp_pa
     command = calls["srun"]
     run = parse_run(command[command.index(str(ROOT / "scripts" / "train.py")) + 1 :])
     assert (run.hosts.processes, run.hosts.devices) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("image", "start"),
+    [
+        (
+            "registry.example.com#jaxft:cuda",
+            ["--container-image=registry.example.com#jaxft:cuda",
+             "--container-mounts={root}:{root},{cache}:/cache", "--container-workdir={root}", "jaxft",
+             "train"],
+        ),
+        (
+            "/images/jaxft.sif",
+            ["apptainer", "exec", "--nv", "--bind", "{root},{cache}:/cache", "--pwd", "{root}",
+             "/images/jaxft.sif", "jaxft", "train"],
+        ),
+    ],
+)  # fmt: skip
+def test_slurm_script_starts_the_tasks_in_a_container(tmp_path, image, start):
+    environ = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    environ |= {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "8", "JAXFT_IMAGE": image}
+    cache = tmp_path / "cache"
+    environ |= {"JAXFT_CACHE_FOLDER": str(cache)}
+    returned, calls = shell([str(FILES / "slurm.sbatch")], tmp_path, {"srun": 0, "scontrol": 0}, **environ)
+    command = calls["srun"]
+    expected = [text.format(root=ROOT, cache=cache) for text in start]
+    assert returned == 0 and cache.is_dir() and command[2 : 2 + len(expected)] == expected
+    run = parse_run(command[2 + len(expected) :])
+    assert (run.hosts.processes, run.hosts.devices) == (16, 16)
+
+
+def ray_train():
+    """The module scripts/launch/ray_train.py."""
+    return SimpleNamespace(**runpy.run_path(str(FILES / "ray_train.py")))
+
+
+def test_a_user_error_of_one_node_counts_before_a_restart():
+    overall = ray_train().overall
+    assert [overall(codes) for codes in ([0, 0], [75, 0], [143, 1], [2, 75], [0, 137])] == [0, 75, 1, 2, 137]
+
+
+def test_ray_starts_one_process_per_node_and_restarts_a_bounded_number_of_times(monkeypatch, tmp_path):
+    calls, outcomes = [], []
+
+    class Ray(types.ModuleType):
+        """Runs remote functions at once, with the next outcome as the exit code of all processes."""
+
+        init = staticmethod(lambda: None)
+        get = staticmethod(lambda value: value)
+        exceptions = SimpleNamespace(RayError=ConnectionError)
+
+        @staticmethod
+        def remote(function):
+            def run(*arguments):
+                if function.__name__ == "address":
+                    return "10.0.0.1:1234"
+                calls.append(arguments)
+                if outcomes[0] is None:
+                    raise ConnectionError("node died")
+                return outcomes[0]
+
+            return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=run))
+
+    group = SimpleNamespace(ready=lambda: None)
+    placement = types.ModuleType("placement_group")
+    placement.placement_group = lambda bundles, strategy: group
+    placement.remove_placement_group = lambda _: outcomes.pop(0)
+    strategies = types.ModuleType("scheduling_strategies")
+    strategies.PlacementGroupSchedulingStrategy = lambda *_: None
+    for name, module in {
+        "ray": Ray("ray"), "ray.util": types.ModuleType("util"), "ray.util.placement_group": placement,
+        "ray.util.scheduling_strategies": strategies,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    main = ray_train().main
+    outcomes[:] = [75, None, 0, "unused"]  # a stalled run, a lost node, success
+    assert main(["2", "8", "llama31_8b_sft", "micro=1"]) == 0 and outcomes == ["unused"]
+    arguments, environ = calls[-1]
+    assert detect(NONE, environ) == Launch("explicit", "10.0.0.1:1234", 2, 1)
+    run = parse_run(["--config", f"configs/{arguments[0]}.py", *arguments[1:]])
+    assert (run.hosts.processes, run.hosts.devices) == (2, 16)
+    monkeypatch.setenv("JAXFT_RESTARTS", "1")
+    outcomes[:] = [75, 143, "unused"]
+    assert main(["2", "8", "sft"]) == 143 and outcomes == ["unused"]
+    outcomes[:] = [1, "unused"]
+    assert main(["2", "8", "sft"]) == 1 and outcomes == ["unused"]
+    assert main(["two", "8", "sft"]) == 2
+
+
+def test_rayjob_matches_ray_train_and_the_settings():
+    job = yaml.safe_load((FILES / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    words = job["spec"]["entrypoint"].split()
+    assert words[:3] == ["python", "-m", "jaxft.shipped.scripts.launch.ray_train"]
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    (worker,) = workers["template"]["spec"]["containers"]
+    assert int(words[3]) == workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
+    assert int(words[4]) == worker["resources"]["limits"]["nvidia.com/gpu"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    mounts = {mount["name"] for mount in worker["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in workers["template"]["spec"]["volumes"]}
+    run = parse_run(["--config", f"configs/{words[5]}.py", *words[6:], "hosts.devices=16"])
+    assert run.hosts.start_seconds == 900
 
 
 def test_skypilot_task_matches_its_schema_and_the_settings(tmp_path):

@@ -16,7 +16,9 @@ from jaxft.plan import machines
 @pytest.mark.parametrize(
     "name",
     [
-        "h100",
+        "h1000",
+        "12gb",
+        "v5e",
         "h100:0x",
         "b300:8",
         "h100:2x2x2",
@@ -48,6 +50,40 @@ def test_a_machine_that_does_not_exist_raises(name, message):
         machines.machine(name)
 
 
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("H100", "h100"), ("RTX-3090", "rtx3090"), ("3090", "rtx3090"), ("GeForce RTX 5090", "rtx5090"),
+        ("A100 80GB", "a100-80"), ("a100-40", "a100-40"), ("24GB", "rtx3090"), ("80gb", "a100-80"),
+        ("AMD MI300X", "mi300x"), ("a100", None), ("gb", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_chip_has_many_spellings(spelling, name):
+    assert machines.chip_name(spelling) == name
+
+
+def test_a_gpu_alone_is_one_gpu_and_reaches_the_compiler(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machines, "_gpu_devices", lambda kind, sizes: asked.append((kind, sizes)) or [None])
+    for name in ("L40S", "24gb:2", "RTX 4090:2x4", "mi300x:8"):
+        machines.machine(name)
+    # an MI300X's program is that of an H200
+    assert asked == [("l40s", [1]), ("rtx3090", [2]), ("rtx4090", [2, 4]), ("h200", [8])]
+
+
+def test_a_chip_that_is_compiled_for_another_has_its_own_peak_and_memory():
+    device = SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
+    amd = machines.Machine("mi300x:1", machines.CHIPS["mi300x"], [device])
+    own = machines.Machine("h200:1", machines.CHIPS["h200"], [device])
+    assert amd.peak == 1307e12 and own.peak == devices.peak_flops(device) and amd.peak_fp8 == 2615e12
+    assert "compiled for h200" in amd.notes[0] and not own.notes
+
+
+def test_longer_kinds_come_before_their_prefixes():
+    kinds = list(devices.PEAK_BF16)  # the first that a device's kind begins with counts
+    assert not [(a, b) for i, a in enumerate(kinds) for b in kinds[i + 1 :] if b.startswith(a)]
+
+
 def test_a100_variants_are_distinguished_by_memory_for_any_memory_fraction(monkeypatch):
     for fraction in ("0.75", "0.5", "0.9"):
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
@@ -62,6 +98,7 @@ def test_a100_variants_are_distinguished_by_memory_for_any_memory_fraction(monke
 
 def test_every_chip_has_a_peak_and_every_gpu_a_compilation_target():
     gpus = {name for name, chip in machines.CHIPS.items() if not chip.kind.startswith("TPU")}
+    gpus -= {name for name, chip in machines.CHIPS.items() if chip.compiled_for in machines.CHIPS}
     assert {path.stem for path in machines.TARGETS.glob("*.txtpb")} == gpus
     for name, chip in machines.CHIPS.items():
         assert any(chip.kind.startswith(kind) or kind.startswith(chip.kind) for kind in devices.PEAK_BF16), (

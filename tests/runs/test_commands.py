@@ -224,7 +224,7 @@ def test_the_wheel_has_the_package_the_recipes_their_rows_and_the_scripts_only(w
         run = config.load_config(name, [])
         named = [str(ref) for ref in (run.data.train, run.data.held_out, run.general)]
         used |= {source.ref for ref in named if ref.startswith("configs/") for source in parse_sources(ref)}
-    expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css)$", file)}
+    expected = {file for file in tracked if re.match(r"jaxft/.*\.(py|txtpb|html|js|css|json)$", file)}
     expected |= {
         f"jaxft/shipped/{file}"
         for file in tracked

@@ -8,7 +8,7 @@ from scripts_in_process import call
 
 from jaxft.data.shipped import ROOT
 from jaxft.runs import documentation
-from jaxft.runs.documentation import FILES, find_topics, sections, with_topics
+from jaxft.runs.documentation import DOCUMENTS, find_topics, sections, with_topics
 
 TEXT = """# A
 one
@@ -35,9 +35,11 @@ def test_links_to_sections_become_topics_and_others_plain_text():
     assert with_topics(text) == "a (`jaxft help b-c`) d (`jaxft help e`) f [h](https://i#j) m"
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", DOCUMENTS)
 def test_every_link_to_a_section_names_one_that_exists(file):
-    names = {name: {topic.name for topic in documentation.topics() if topic.file == name} for name in FILES}
+    names = {
+        name: {topic.name for topic in documentation.topics() if topic.file == name} for name in DOCUMENTS
+    }
     text = documentation.read_document(file)
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
         target = (ROOT / file).parent.joinpath(path).resolve() if path else ROOT / file

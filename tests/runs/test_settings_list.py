@@ -2,6 +2,7 @@
 errors that say what to write.
 """
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from scripts_in_process import call
 from jaxft.data.shipped import ROOT
 from jaxft.runs import config, settings_list
 from jaxft.runs.record import describe, differences
-from jaxft.runs.unknown_names import advice, option_as_setting
+from jaxft.runs.unknown_names import advice, options_as_settings
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -121,7 +122,9 @@ def test_a_name_of_another_tool_is_an_error_that_says_what_to_write(recipe, over
         (["sft", "--data", "f.jsonl"], "write data=f.jsonl;"),
         (["sft", "--optim.clip=1", "lr=2"], "write optim.clip=1;"),
         (["--config", "sft", "--learning_rate", "1e-4"], "learning_rate is lr here; write lr=1e-4"),
-        (["sft", "--bf16", "--lr", "3"], "write dtype=bfloat16"),
+        (["sft", "--bf16", "--lr", "3"], "write dtype=bfloat16 .*; .* write lr=3;"),
+        (["sft", "--data", "f", "--lr", "3"], "--data f --lr 3: .* write data=f lr=3;"),
+        (["dpo", "--loss_type", "ipo"], "--loss_type ipo: loss_type is loss here; write loss=ipo;"),
         (["sft", "--dry_run"], "write --dry-run;"),
     ],
 )
@@ -142,10 +145,12 @@ def test_a_file_of_settings_is_not_run_as_a_recipe(monkeypatch, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("adapter: lora\n")
     code, out, err = call(monkeypatch, capsys, "train", name)
-    assert code == 1 and not out and f"convert.py {name}" in err and err.count("\n") == 1
+    assert code == 1 and not out and re.search(rf"convert(\.py)? {name}`", err) and err.count("\n") == 1
+    code, out, err = call(monkeypatch, capsys, "train", name, "--lr", "1e-4")
+    assert code == 2 and re.search(rf"convert(\.py)? {name}`", err) and err.count("\n") == 1
 
 
 def test_advice_knows_a_setting_of_the_same_name():
     assert advice("max_length", "5") is None
     assert advice("beta", "1", "sft").startswith("beta is a setting of recipes such as dpo")
-    assert option_as_setting(["sft", "lr=1"], ["--help"]) is None
+    assert options_as_settings(["sft", "lr=1"], ["--help"]) is None

@@ -96,7 +96,8 @@ def test_several_adapters_are_columns_of_a_table_by_one_program(place, run, tmp_
     options = ("--file", "rows.jsonl", "--regex", ".*[aeiou].*", "--max-new", "6", "--dtype", "float32")
     out = tmp_path / "out.jsonl"
     adapters = ("--adapter", "a", "--adapter", "long-name=b")
-    table = run("evaluate", *adapters, *options, "--out", str(out)).splitlines()
+    *table, difference = run("evaluate", *adapters, *options, "--out", str(out)).splitlines()
+    assert difference.startswith("long-name against a, matches: ") and "with 4 rows" in difference
     assert compiled == [1] and table[0].split() == ["a", "long-name"]
     assert len({len(line) for line in table}) == 1 and table[1].split() == ["prompts", "4", "4"]
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_llama import tiny_torch, write_folder
+from tiny_run import ROOT, Place, write_place, write_rows
 
 from jaxft.data.lengths import RowLengths
 from jaxft.runs import config
-from jaxft.train.open_settings import Fit, fitted, learning_rate, resolve
+from jaxft.train.open_settings import Fit, activation_bytes, fitted, learning_rate, resolve
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_lengths_of_own_rows_cover_99_percent_within_the_models_context(place):
 def test_rows_that_ship_and_settings_that_are_given_leave_everything_as_it_is(place):
     shipped, lines = fitted(resolve("sft", ["data=configs/data/finetuning.jsonl"]), devices=1)
     assert shipped.chosen == {} and lines == [] and shipped.value.data.max_length == 512
-    given = ["max_length=128", "batch=6", "data.micro=2", "data.invalid=error", "lr=0.1"]
+    given = ["max_length=128", "batch=6", "data.micro=2", "lr=0.1"]
     found = settings_of("sft", *place, "data=rows.jsonl", *given)
     assert found.chosen == {} and found.value.data.max_length == 128 and found.value.optim.lr == 0.1
 
@@ -78,7 +79,7 @@ def test_lengths_of_prompts_and_completions_fit_the_models_context(place):
     ],
 )
 def test_lengths_of_rollouts_by_hand(answers, budget, expected):
-    prompts = np.array([100] * 98 + [190, 3000])
+    prompts = np.array([100] * 98 + [190, 900])  # all of them would take a third more memory
     none = np.zeros((100, 0), np.int64)
     lengths = RowLengths(prompts, none, (), none.sum(1), np.array(answers, np.int64))
     run = config.load_config("grpo", [])  # 8 prompts in groups of 8
@@ -133,13 +134,49 @@ def test_lengths_batches_and_microbatches_by_hand(longest, options, expected):
     assert expected["batch"] // expected["micro"] * expected["max_length"] <= fit.budget
 
 
+def test_all_rows_are_covered_if_that_takes_little_more_memory():
+    assert fit_of([900] * 99 + [1000], ROWS).choose(NAMES)["max_length"] == 1024  # 960 for 99 %
+    assert fit_of([900] * 99 + [1100], ROWS).choose(NAMES)["max_length"] == 960
+
+
 def test_documents_that_are_split_keep_the_recipes_length():
     chosen = fit_of([5000] * 40, {**ROWS, "too_long": "split"}).choose(NAMES)
     assert "max_length" not in chosen
 
 
+def test_bytes_of_activations_by_hand():
+    model = config.load_config(
+        "sft", []
+    ).model  # 30 layers of width 576, mlp 1536, 9 heads and 3 kv heads of 64
+    widths = 576 + 192 + 192 + 576 + 576 + 1536 + 1536  # q, k, v, attention, o, gate, up in bfloat16
+    assert activation_bytes(model, "projections") == 30 * (2 * widths + 4 * 576)
+    assert activation_bytes(model, "full") == 30 * 4 * 576  # the residual stream in float32
+
+
 def test_the_smallest_batch_has_a_row_of_every_device():
     assert replace(fit_of([100] * 40, ROWS), devices=8).choose(NAMES)["batch"] == 8
+
+
+@pytest.mark.slow
+def test_a_run_prints_and_stores_what_was_chosen_and_has_an_alarm_if_it_cuts_many_rows(tmp_path):
+    write_place(tmp_path)
+    (tmp_path / "config.py").write_text((ROOT / "configs" / "sft.py").read_text())
+    write_rows(
+        tmp_path / "own.jsonl", [{"prompt": "why?", "completion": "b" * (5 * i)} for i in range(1, 41)]
+    )
+    place = Place(tmp_path)
+    options = ["model=base", "data=own.jsonl", "general=none", "samples=0", "dtype=float32", "lr=0.01"]
+    assert place.run(*options, "name=a", "loop.steps=2") == 0, place.err()
+    assert "chosen from the rows: max_length=256 batch=1 micro=1" in place.out()
+    assert "alarm" not in place.out()
+    record = json.loads((place.runs("a") / "config.json").read_text())
+    assert record["command"]["chosen"] == {"max_length": "256", "batch": "1", "micro": "1"}
+    assert place.run(*options, "name=a", "loop.steps=3") == 0, place.err()
+    assert place.checkpoints("a")[-1] == 3
+    assert place.run(*options, "name=b", "loop.steps=1", "max_length=64") == 0, place.err()
+    assert "alarm after step 0:" in place.out() and "more tokens than max_length=64" in place.out()
+    (alarm,) = json.loads((place.runs("b") / "summary.json").read_text())["alarms"]
+    assert "max_length=256 covers 99 %" in alarm
 
 
 # ---- the learning rate

@@ -149,7 +149,7 @@ def normalise_pairs_as(
         return _pair(valid(row), format.name, settings)
 
     renamed = formats.rename_rows(format, rows, settings.columns, pair_schemas(settings))
-    return (attempt(convert, row) for row in renamed)
+    return formats.by_their_names((attempt(convert, row) for row in renamed), format, settings.columns)
 
 
 def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:

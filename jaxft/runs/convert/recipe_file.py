@@ -13,7 +13,7 @@ from jaxft.runs.convert.settings import Conversion
 from jaxft.runs.parse import parse_value
 from jaxft.runs.terminal import printable_line
 
-HARDWARE = "not known; not measured"  # the line that jaxft list reads
+UNKNOWN_HARDWARE = "not known; not measured"  # the line that jaxft list reads
 
 
 class Edit(NamedTuple):
@@ -99,7 +99,7 @@ def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: l
     ]
     text = (
         f'"""The settings of {name}, a configuration of {conversion.source.tool}, by jaxft convert.\n\n'
-        f'Hardware: {HARDWARE}.\n"""\n\n' + "\n".join(comments)
+        f'Hardware: {UNKNOWN_HARDWARE}.\n"""\n\n' + "\n".join(comments)
     )
     first = tree.body[0]
     return Edit(0, _offset(source, first.end_lineno or 1, first.end_col_offset or 0), text)

@@ -1,0 +1,78 @@
+"""RunSteps, hours and money of a planned run, and the table of what fits where."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from scripts_in_process import load
+
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Prompts
+from jaxft.data.sft import Rows
+from jaxft.plan import fits
+from jaxft.plan.costs import Cost, RunSteps, duration, steps_of
+
+TEXT = "x" * 60  # with the column's other text 64 characters, or 16 tokens
+
+
+def run(data, steps=None):
+    """What steps_of reads of a Run."""
+    return SimpleNamespace(data=data, loop=SimpleNamespace(steps=steps))
+
+
+def unavailable():
+    """A tokenizer that is on the hub."""
+    raise OSError("no network")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """100 rows of text, pairs and prompts."""
+    file = tmp_path / "rows.jsonl"
+    row = {"prompt": TEXT, "chosen": "good", "rejected": "", "completion": ""}
+    file.write_text(json.dumps(row) + "\n" + (json.dumps(row) + "\n") * 99)
+    return str(file)
+
+
+def test_steps_of_the_loop_come_first(rows):
+    assert steps_of(run(Rows(rows), steps=7), unavailable) == RunSteps(7, "loop.steps")
+
+
+def test_pairs_and_prompts_are_counted_without_a_tokenizer(rows):
+    # 100 rows, 20 held out: 80 x 3 epochs / 8
+    pairs = steps_of(run(PairRows(rows, held_out=0.2, epochs=3.0, batch=8)), unavailable)
+    assert pairs.count == 30 and "80 rows" in pairs.source
+    # 80 prompts / 16 of a rollout, each 2 passes of 4 steps
+    prompts = Prompts(rows, held_out=0.2, epochs=1.0, batch=16, passes=2, minibatches=4)
+    assert steps_of(run(prompts), unavailable).count == 5 * 8
+
+
+def test_tokens_of_packed_rows_are_estimated_from_characters(rows):
+    # 100 rows x 64 characters / 4 = 1600 tokens; a step has 2 x 100
+    found = steps_of(run(Rows(rows, held_out=None, batch=2, max_length=100)), unavailable)
+    assert found.count == 8 and "4 characters per token" in found.source
+    assert steps_of(run(Rows(rows, held_out=None, batch=2, packing=False)), unavailable).count == 50
+
+
+def test_money_is_hours_times_devices_times_price():
+    cost = Cost(RunSteps(1800, "3 epochs of 10 rows"), seconds=4.0, devices=8, price=2.5)
+    assert cost.hours == 2.0 and cost.money == 40.0
+    assert cost.lines()[1] == "cost: 40.00 (2.0 hours x 8 devices x 2.5 an hour)"
+    assert Cost(RunSteps(1, ""), 1.0, 1).money is None and len(Cost(RunSteps(1, ""), 1.0, 1).lines()) == 1
+    assert [duration(h) for h in (0.5, 2.0, 96.0)] == ["30.0 minutes", "2.0 hours", "4.0 days"]
+
+
+def test_plan_alone_prints_what_fits_without_jax_or_an_extra(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan"])
+    assert load("plan").main() == 0
+    out = capsys.readouterr().out
+    assert "Llama-3.1-8B" in out and "RTX 4090 24 GB" in out and max(map(len, out.splitlines())) <= 120
+    assert len(fits.stored_cells()) == 263
+
+
+def test_plan_of_a_recipe_needs_devices(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan", "sft"])
+    with pytest.raises(SystemExit):
+        load("plan").main()
+    assert "--devices, such as h100:1 or 24gb" in capsys.readouterr().err
