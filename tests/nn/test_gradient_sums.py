@@ -28,9 +28,11 @@ WIDTH, VOCAB, TIME = 32, 64, 256
 ADAPTERS = {
     "untied": Adapter(rank=4, dora=True, targets=("q", "down"), trainable_token_indices=(0, 1, 5)),
     "tied": Adapter(rank=4, targets=("q", "down", "embed", "head")),
+    "tied-by-token": Adapter(rank=4, targets=("q", "down", "embed", "head")),
     "norms": Adapter(rank=4, targets=("q", "down"), bias="all"),  # of queries and keys; in microbatches
 }
-MICROBATCHES = {"untied": 1, "tied": 1, "norms": 4}
+MICROBATCHES = {"untied": 1, "tied": 1, "tied-by-token": 1, "norms": 4}
+BY_TOKEN = {"tied-by-token", "norms"}  # the loss reads the head's log-probs, as that of preferences does
 DTYPES = [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]  # computed, stored
 
 
@@ -42,7 +44,7 @@ def model_of(name, dtype):
     if name == "norms":
         model = qwen3(Qwen3Config(**sizes, tied=False), jnp.dtype(dtype))
     else:
-        model = llama(LlamaConfig(**sizes, mlp_bias=True, tied=name == "tied"), jnp.dtype(dtype))
+        model = llama(LlamaConfig(**sizes, mlp_bias=True, tied=name != "untied"), jnp.dtype(dtype))
     return adapted(model, ADAPTERS[name])
 
 
@@ -70,22 +72,30 @@ def batch_of(tokens):
 
 @dataclass(frozen=True)
 class AllHeads:
-    """A loss of all heads: the language model's by both ways of reading it, and a scalar one."""
+    """A loss of the language model's head, read in one of two ways, and of a scalar one.
+
+    Of a head that is read in both, the gradients of a 16-bit dtype are rounded, then added by jax in that
+    dtype: three roundings, of which two are the same if the losses are multiples of one another.
+    """
 
     model: Model
+    by_token: bool
     facts: Facts = Facts()
 
     def __call__(self, params, batch, key, aux):
         h = self.model.hidden(params, batch)
-        known, _ = weighted_loss(self.model, params, h, batch.targets, batch.token_weights)
-        other = token_logps(self.model, params, h, batch.targets).logp
+        if self.by_token:
+            logp = token_logps(self.model, params, h, batch.targets).logp
+            loss = -jnp.sum(batch.token_weights * logp)
+        else:
+            loss, _ = weighted_loss(self.model, params, h, batch.targets, batch.token_weights)
         values = jnp.square(scores(params, h) - 1)
-        return known + jnp.sum(batch.token_weights * (values - 0.5 * other)), {}
+        return loss + jnp.sum(batch.token_weights * values), {}
 
 
 def gradients(name, tokens, compute, stored):
     params = jax.tree.map(lambda x: x.astype(stored), parameters(name))
-    objective, parts = AllHeads(model_of(name, compute)), MICROBATCHES[name]
+    objective, parts = AllHeads(model_of(name, compute), name in BY_TOKEN), MICROBATCHES[name]
     batch = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch_of(tokens))
     frozen = jax.tree.map(lambda x: None, params)
     summed = jax.jit(lambda p, b: accumulate_gradients(objective, (p, frozen), b, jax.random.key(0), {})[0])
