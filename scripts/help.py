@@ -30,7 +30,10 @@ def overview() -> str:
     from jaxft.data.shipped import own_commands
     from jaxft.runs import documentation
 
-    lines = [own_commands("`python scripts/help.py TOPIC` prints a section of the documentation. Topics:")]
+    lines = [
+        own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, and with the"),
+        "name of a command its arguments. Topics:",
+    ]
     known = documentation.topics()
     for file, title in documentation.DOCUMENTS.items():
         names = [topic.name for topic in known if topic.file == file and topic.text.startswith("##")]

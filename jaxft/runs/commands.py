@@ -26,8 +26,7 @@ def main() -> int:
         completion.complete_command_line()
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(usage())
-        return 0
+        return cli.one_line_errors(print_usage)
     if name == "--version":
         print(f"jaxft {metadata.version('jaxft')}")
         return 0
@@ -36,6 +35,12 @@ def main() -> int:
         print(cli.usage_error(f"jaxft has no command {name!r}; near: {near}", "jaxft"), file=sys.stderr)
         return cli.WRONG_USAGE
     run_script(name, argv)
+    return 0
+
+
+def print_usage() -> int:
+    """Print all commands, and return the exit code."""
+    print(usage())
     return 0
 
 
