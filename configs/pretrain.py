@@ -25,7 +25,7 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(),
     rows: RowKnobs = RowKnobs(f"{FINETUNING}:text=response", batch=1, epochs=3.0),
     name: str = "pretrain",
-    lr: float | None = None,  # none: 5e-4 for LoRA, 3e-5 in full
+    lr: float | None = None,  # none: 5e-4 for LoRA, 2e-5 in full
 ) -> Run:
     """Continued pre-training."""
     return Run(
@@ -33,7 +33,7 @@ def config(
         **base.sections(),
         objective=sft,
         data=Rows(**rows.settings(), format="text", packing="wrapped", too_long="split"),
-        optim=base.optim(lr if lr is not None else 3e-5 if base.full else 5e-4),
+        optim=base.optim(lr if lr is not None else 2e-5 if base.full else 5e-4),
         loop=Loop(eval_every=30, save_every=30),
         seed=rows.seed,
     )

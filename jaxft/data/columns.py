@@ -282,7 +282,13 @@ def _content(row: Row, where: str, content: Any) -> str | None:
                 "content that is no text",
                 f'{where} has a content part without a type; use {{"type": "text", "text": ...}}',
             )
-        content = "".join(str(p.get("text", "")) for p in content)
+        if not all(isinstance(p.get("text"), str) for p in content):
+            raise InvalidRow(
+                row.name,
+                "content of a wrong type",
+                f'{where} has a content part whose text is no string; use {{"type": "text", "text": ...}}',
+            )
+        content = "".join(p["text"] for p in content)
     if content is not None and not isinstance(content, str):
         raise InvalidRow(
             row.name,

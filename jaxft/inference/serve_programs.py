@@ -177,12 +177,9 @@ def all_allowed(s: Serving, rows: int) -> AllowedTokens:
 def allowed_logits(logits: Array, allowed: AllowedTokens) -> Array:
     """Return the logits with -inf for tokens that a constrained row may not sample."""
 
-    def masked() -> Array:
-        bits = allowed.words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None] & 1
-        is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
-        return jnp.where(is_allowed | ~allowed.rows[:, None], logits, -jnp.inf)
-
-    return jax.lax.cond(allowed.rows.any(), masked, lambda: logits)
+    bits = allowed.words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None] & 1
+    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
+    return jnp.where(is_allowed | ~allowed.rows[:, None], logits, -jnp.inf)
 
 
 def empty_rows(s: Serving) -> ServedRows:
@@ -215,7 +212,11 @@ def sample_next(
     """
     logits = row_logits(s.model, params, h_RD)
     keys = jax.vmap(jax.random.fold_in)(*at)
-    tokens = sample_rows(allowed_logits(logits, allowed), settings.sampling, keys)
+    tokens = jax.lax.cond(  # a choice between logits would copy them in every step
+        allowed.rows.any(),
+        lambda: sample_rows(allowed_logits(logits, allowed), settings.sampling, keys),
+        lambda: sample_rows(logits, settings.sampling, keys),
+    )
     norm = jax.nn.logsumexp(logits, -1)[:, None]
     logps = (jnp.take_along_axis(logits, tokens[:, None], 1) - norm)[:, 0].astype(jnp.float32)
     tokens = jnp.where(jnp.abs(logits).max(-1) < jnp.inf, tokens, NONFINITE)

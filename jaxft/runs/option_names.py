@@ -259,8 +259,18 @@ OPTIONS: tuple[Option, ...] = tuple(
         _absent("rope_scaling:tafu shift_attn:f s2_attention:a use_pose:a",
                 "there is no setting for longer contexts; use a model with them, or edit rope_scaling in a "
                 "copy of its config.json"),
-        _absent("mixture_of_depths:f router_aux_loss_coef:tafu moe_aux_loss_coef:f",
+        _absent("mixture_of_depths:f router_aux_loss_coef:tafu moe_aux_loss_coef:f quantize_moe_experts:a "
+                "experts_implementation:a llama4_linearized_experts:a",
                 "mixtures of experts are not supported", "0.001 0.0 0"),
+        _absent("processor_type:a freeze_mm_modules:a image_max_pixels:f image_min_pixels:f "
+                "video_max_pixels:f video_fps:f video_maxlen:f freeze_vision_tower:f "
+                "freeze_multi_modal_projector:f freeze_language_model:f",
+                "images and video are not supported; of Gemma 3 the text decoder is", "true"),
+        _absent("qat:a quantization:a",
+                "there is no quantisation-aware training; after the run: jaxft quantize"),
+        _together("export_dir:f export_size:f export_device:f export_legacy_format:f "
+                  "export_quantization_bit:f merge_lora:a",
+                  None, "after the run: jaxft export --run runs/NAME --out merged"),
         # Rows
         _same("dataset:tfu dataset_name:tfu", "data", "org/name:train",
               "a file, a folder or org/name[:split]; several with commas"),
@@ -332,9 +342,9 @@ OPTIONS: tuple[Option, ...] = tuple(
         _together("interleave_probs:f", "data", "data=a.jsonl:0.3,b.jsonl:0.7"),
         _mapped("mix_strategy:f", "data", {"concat": ""}, "an epoch has every row once, or with "
                 "weights (data=a.jsonl:0.3) each source's fraction"),
-        _absent("max_samples:af fraction:taf dataset_shard_num:a shards:taf",
-                "shorten the file, or train on fewer rows with loop.steps or epochs below 1"),
-        _absent("dataset_exact_deduplication:a", "jaxft inspect lists repeated rows; remove them"),
+        _same("max_samples:af", "data.max_samples", 1000, "the first rows of each dataset"),
+        _absent("fraction:taf dataset_shard_num:a shards:taf", "data.max_samples=1000 reads the first rows"),
+        _mapped("dataset_exact_deduplication:a", "data.drop", {"true": "data.drop=duplicates", "false": ""}),
         _unneeded("dataset_prepared_path:a tokenized_path:f overwrite_cache:f push_dataset_to_hub:a "
                   "streaming:tafu buffer_size:af "
                   "streaming_multipack_buffer_size:a dataset_streaming:tu preprocessing_batch_size:f "
@@ -480,7 +490,10 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "the fastest attention that fits is chosen, and printed"),
         _unneeded("torch_compile:tafu torch_compile_backend:tafu torch_compile_mode:tafu "
                   "torch_compile_options:au deepcompile:a", "every step is compiled"),
-        _unneeded("tf32:tafu use_cache:tafu bf16_full_eval:tafu fp16_full_eval:tafu "
+        _unneeded("tokenizer_use_mistral_common:a experimental_skip_move_to_device:a infer_backend:f "
+                  "flex_attn_compile_kwargs:a flash_optimum:a fp8_backend:f "
+                  "fp8_enable_fsdp_float8_all_gather:af "
+                  "tf32:tafu use_cache:tafu bf16_full_eval:tafu fp16_full_eval:tafu "
                   "torch_empty_cache_steps:tafu gc_steps:a gc_collect_steps:a use_cpu:tafu "
                   "ddp_timeout:tafu ddp_bucket_cap_mb:tafu ddp_broadcast_buffers:tafu "
                   "ddp_find_unused_parameters:tafu ddp_backend:tafu ddp_static_graph:tafu local_rank:tafu "
@@ -524,7 +537,13 @@ OPTIONS: tuple[Option, ...] = tuple(
         _mapped("report_to:tfu", "trackers",
                 {"wandb": "trackers=wandb", "mlflow": "trackers=mlflow", "trackio": "trackers=trackio",
                  "tensorboard": "", "none": "", "all": "", "[]": ""}, "every run writes TensorBoard's files"),
-        _together("wandb_project:a use_wandb:a", "trackers", "trackers=wandb; the project is jaxft"),
+        _together("wandb_project:a mlflow_experiment_name:a trackio_project_name:a", "tracking.project",
+                  "with trackers=wandb, mlflow or trackio"),
+        _options("project:tafu", setting="tracking.project", example="mine", values={"huggingface": ""}),
+        _mapped("use_wandb:a", "trackers", {"true": "trackers=wandb", "false": ""}),
+        _mapped("wandb_log_model:a", "tracking.artifact",
+                {"end": "tracking.artifact=true", "checkpoint": "tracking.artifact=true",
+                 "false": "tracking.artifact=false"}, "the adapter is uploaded at the end by default"),
         _mapped("use_mlflow:a", "trackers", {"true": "trackers=mlflow", "false": ""}),
         _mapped("use_trackio:a", "trackers", {"true": "trackers=trackio", "false": ""}),
         _unneeded("use_tensorboard:a plot_loss:f logging_dir:fu logging_first_step:tafu "
@@ -532,11 +551,9 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "include_tokens_per_second:au include_tkps:a disable_tqdm:tafu print_param_status:f "
                   "include_effective_tokens_per_second:f log_completions:tau",
                   "every run writes TensorBoard's files, curves, tokens per second and its completions"),
-        _absent("wandb_entity:a wandb_watch:a wandb_log_model:a wandb_run_id:a wandb_mode:a "
-                "mlflow_tracking_uri:a mlflow_experiment_name:a hf_mlflow_log_artifacts:a "
-                "trackio_project_name:a project:tafu trackio_space_id:tafu",
-                "set by the tracker's own environment variables, such as WANDB_ENTITY and WANDB_MODE",
-                "huggingface"),
+        _absent("wandb_entity:a wandb_watch:a wandb_run_id:a wandb_mode:a mlflow_tracking_uri:a "
+                "hf_mlflow_log_artifacts:a trackio_space_id:tafu",
+                "set by the tracker's own environment variables, such as WANDB_ENTITY and WANDB_MODE"),
         _absent("use_swanlab:af swanlab_project:af swanlab_run_name:f use_comet:a comet_project_name:a "
                 "comet_workspace:a",
                 "trackers are wandb, mlflow, trackio, or a file of your own"),

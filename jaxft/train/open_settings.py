@@ -71,13 +71,14 @@ def objective_kind(run: Run) -> str:
 
 def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
     """Return the settings of a command that returns a Run. The learning rate is chosen where it is "auto", or
-    where the command names another model than the recipe's and no rate.
+    where the command names no rate, and another model than the recipe's or full=true.
     """
     found = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
     names = [text.partition("=")[0] for text in overrides if text in AUTO]
     if not names and _is_open(found, "lr") and "lr" in found.knobs:
-        changes_model = found.knobs.get("model") != found.defaults.get("model")
-        names = ["lr"] if changes_model else []
+        changed = [x for x in ("model", "full") if found.knobs.get(x) != found.defaults.get(x)]
+        follows = found.knobs["lr"] is None and changed == ["full"]  # the recipe has a rate for either
+        names = ["lr"] if changed and not follows else []
     chosen = {name: str(learning_rate(found.value)) for name in names}
     return _with(replace(found, line=(recipe, *overrides)), chosen)
 

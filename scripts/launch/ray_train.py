@@ -23,11 +23,13 @@ TRAIN = [sys.executable, "-c", "from jaxft.runs.commands import main; raise Syst
 
 
 def address() -> str:
-    """Return this node's address with a free port, for the coordinator."""
+    """Return this node's address in the Ray cluster with a free port, for the coordinator."""
+    import ray
+
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    return f"{socket.gethostbyname(socket.gethostname())}:{port}"
+    return f"{ray.util.get_node_ip_address()}:{port}"
 
 
 def train(arguments: list[str], environ: dict[str, str]) -> int:

@@ -141,6 +141,13 @@ def test_an_empty_last_question_is_invalid_at_every_stage_and_an_earlier_one_at_
             {"messages": [{"role": "user", "content": [{"text": "q"}]}, MESSAGES[1]]},
             r"messages\[0\] has a content part without a type",
         ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": [{"type": "text", **part}]}, MESSAGES[1]]},
+                r"messages\[0\] has a content part whose text is no string",
+            )
+            for part in ({"text": {"a": 1}}, {"text": 3}, {"text": None}, {})
+        ),
     ],
 )
 def test_what_is_no_text_is_named(fields, message):

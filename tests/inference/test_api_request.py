@@ -29,7 +29,11 @@ BAD = {  # field of a chat request -> values
     "logit_bias": [{"1": 2}],
     "frequency_penalty": [0.5, False],
     "response_format": [
-        3, "json", {"type": "yaml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}},
+        3,
+        "json",
+        {"type": "yaml"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {}},
     ],
     "temprature": [1],
 }

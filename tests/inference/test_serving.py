@@ -231,9 +231,7 @@ def test_a_failure_of_the_device_ends_its_requests_only():
             raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
         return programs.decode[4](*args)
 
-    found, lines = tiny.scheduler(
-        programs_=replace(programs, decode={4: broken})
-    )
+    found, lines = tiny.scheduler(programs_=replace(programs, decode={4: broken}))
     first, second = (tiny.complete(found, [tiny.request(PROMPTS[0], seed)])[0] for seed in (1, 1))
     found.close()
     assert first.finish == "error" and "out of memory" in first.progress[-1].error

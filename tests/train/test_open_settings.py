@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from process_group import ProcessGroup
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
 
@@ -179,6 +180,18 @@ def test_a_run_prints_and_stores_what_was_chosen_and_has_an_alarm_if_it_cuts_man
     assert "max_length=256 covers 99 %" in alarm
 
 
+@pytest.mark.slow
+def test_two_processes_choose_the_same_and_print_it_once(tmp_path):
+    write_place(tmp_path)
+    (tmp_path / "config.py").write_text((ROOT / "configs" / "sft.py").read_text())
+    write_rows(tmp_path / "own.jsonl", [{"prompt": "why?", "completion": "b" * n} for n in range(5, 205, 5)])
+    group = ProcessGroup(tmp_path)
+    options = ["model=base", "data=own.jsonl", "general=none", "samples=0", "dtype=float32", "lr=0.01"]
+    assert group.run(*options, "name=a", "loop.steps=1") == [0, 0], group.output()
+    assert "chosen from the rows: max_length=256 batch=8 micro=1" in group.first.out()
+    assert "chosen" not in group.workdirs[1].out()
+
+
 # ---- the learning rate
 
 
@@ -210,6 +223,11 @@ def test_another_model_than_the_recipes_has_the_rate_of_its_width(base):
     for given in ("lr=0.1", "optim.lr=0.1"):
         assert resolve("sft", [f"model={base}", given]).value.optim.lr == 0.1
     assert resolve("sft", ["optim.lr=auto"]).value.optim.lr == 1.3e-3
+
+
+def test_full_fine_tuning_has_a_rate_of_its_own():
+    assert resolve("dpo", ["full=true"]).value.optim.lr == 6.6e-6  # the recipe's 5e-5 is for LoRA
+    assert resolve("llama31_8b_sft", ["full=true"]).value.optim.lr == 1e-5  # it has rates for both
 
 
 def test_alpha_does_not_depend_on_the_rank(base):

@@ -328,7 +328,7 @@ def test_a_sweep_over_functions_and_seeds_holds_out_the_same_rows_and_names_the_
         lines = (place.runs(f"functions/{member}") / "held_out.jsonl").read_text().splitlines()
         rows.append({json.loads(line)["row"] for line in lines})
     assert rows[0] == rows[1] == rows[2] == rows[3] and len(rows[0]) > 1
-    steps = [place.metrics(f"functions/{member}")[1]["loss"] for member in members]
+    steps = [place.metrics(f"functions/{member}")[2]["loss"] for member in members]
     assert steps[0] != steps[1]  # other batches
     assert "mean ± standard deviation over seeds" in out and f"best of 2: loss={module}-" in out
     alone(place, "steps=3", "lr=0.002", f"loss={module}:ipo", "seed=3", "data.split_seed=0", "name=alone")

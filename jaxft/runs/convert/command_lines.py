@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count, read_text
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count, read_config_text
 from jaxft.runs.convert.yaml_files import read_yaml, yaml_options
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH
 
-DEVICE_OPTIONS = ("num_processes", "nproc_per_node", "nproc-per-node", "num_gpus")  # of launchers
+DEVICE_OPTIONS = ("num_processes", "nproc_per_node", "num_gpus")  # of launchers
 ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
 SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 TRAINERS = (
@@ -163,7 +163,7 @@ def _config(file: Path, name: str, tool: str) -> ForeignConfig:
     for folder in (Path.cwd(), file.parent, *list(file.resolve().parents)[:4]):
         if (folder / name).is_file():
             path = folder / name
-            text = read_text(path)
+            text = read_config_text(path)
             if tool == AXOLOTL:
                 return ForeignConfig(path, tool, yaml_options(path, text))
             return read_yaml(path, text)
@@ -179,6 +179,7 @@ def _arguments(words: Sequence[str]) -> list[tuple[str, Any]]:
             break
         if word.startswith("-") and not _is_number(word):
             name, equals, value = word.lstrip("-").partition("=")
+            name = name.replace("-", "_")
             values = [value] if equals else []
             found.append((name, values))
         elif values is None:
@@ -193,7 +194,7 @@ def _arguments(words: Sequence[str]) -> list[tuple[str, Any]]:
 def _argument(name: str, values: list[str]) -> tuple[str, Any]:
     values = [value.rstrip(",") for value in values]  # "q_proj", "v_proj"
     if not values:
-        off = re.match(r"no[_-](.+)", name)
+        off = re.match(r"no_(.+)", name)
         return (off[1], False) if off else (name, True)
     parsed = [Expression(value) if SHELL_VARIABLE.search(value) else _value(value) for value in values]
     return name, parsed[0] if len(parsed) == 1 else parsed
