@@ -30,10 +30,11 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
     """
     if run.loop.steps is not None:
         return RunSteps(run.loop.steps, "loop.steps")
-    length = f"{run.data.epochs:g} epochs" if run.data.epochs is not None else f"{run.data.tokens:,} tokens"
-    refs = [source.ref for source in parse_sources(run.data.train)]
+    data: Any = run.data
+    length = f"{data.epochs:g} epochs" if data.epochs is not None else f"{data.tokens:,} tokens"
+    refs = [source.ref for source in parse_sources(data.train)]
     rows = [row for ref in refs for row in read_rows(ref)]
-    trained = len(rows) - (run.data.held_out_count(len(rows)) if _is_fraction(run.data.held_out) else 0)
+    trained = len(rows) - (data.held_out_count(len(rows)) if _is_fraction(data.held_out) else 0)
     try:
         loaded = tokenizer()
     except OSError:  # the model's files are not here
@@ -69,11 +70,11 @@ class Cost:
         """Return lines of a report."""
         lines = [
             f"time: {self.steps.count:,} steps ({self.steps.source}) x {self.seconds:.3f} s = "
-            f"{duration(self.hours)}, without loading, compiling, evaluation and sampling"
+            f"{hours_text(self.hours)}, without loading, compiling, evaluation and sampling"
         ]
         if self.money is not None:
             each = f"{self.devices} device{'s' * (self.devices > 1)} x {self.price:g} an hour"
-            lines.append(f"cost: {self.money:.2f} ({duration(self.hours)} x {each})")
+            lines.append(f"cost: {self.money:.2f} ({hours_text(self.hours)} x {each})")
         return lines
 
     def json(self) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class Cost:
         }
 
 
-def duration(hours: float) -> str:
+def hours_text(hours: float) -> str:
     """Return hours as text with a unit that suits them."""
     if hours < 1:
         return f"{60 * hours:.1f} minutes"

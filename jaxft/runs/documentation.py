@@ -36,10 +36,10 @@ def read_document(file: str) -> str:
 
 def topics() -> list[Topic]:
     """Return all sections, in the order of DOCUMENTS."""
-    return [topic for file in DOCUMENTS for topic in sections(file, read_document(file))]
+    return [topic for file in DOCUMENTS for topic in topics_of(file, read_document(file))]
 
 
-def sections(file: str, text: str) -> Iterator[Topic]:
+def topics_of(file: str, text: str) -> Iterator[Topic]:
     """Yield the sections of a Markdown file; a section contains those below it."""
     code = [match.span() for match in re.finditer(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)]
     headings = [

@@ -342,9 +342,9 @@ OPTIONS: tuple[Option, ...] = tuple(
         _together("interleave_probs:f", "data", "data=a.jsonl:0.3,b.jsonl:0.7"),
         _mapped("mix_strategy:f", "data", {"concat": ""}, "an epoch has every row once, or with "
                 "weights (data=a.jsonl:0.3) each source's fraction"),
-        _absent("max_samples:af fraction:taf dataset_shard_num:a shards:taf",
-                "shorten the file, or train on fewer rows with loop.steps or epochs below 1"),
-        _absent("dataset_exact_deduplication:a", "jaxft inspect lists repeated rows; remove them"),
+        _same("max_samples:af", "data.max_samples", 1000, "the first rows of each dataset"),
+        _absent("fraction:taf dataset_shard_num:a shards:taf", "data.max_samples=1000 reads the first rows"),
+        _mapped("dataset_exact_deduplication:a", "data.drop", {"true": "data.drop=duplicates", "false": ""}),
         _unneeded("dataset_prepared_path:a tokenized_path:f overwrite_cache:f push_dataset_to_hub:a "
                   "streaming:tafu buffer_size:af "
                   "streaming_multipack_buffer_size:a dataset_streaming:tu preprocessing_batch_size:f "
@@ -537,7 +537,13 @@ OPTIONS: tuple[Option, ...] = tuple(
         _mapped("report_to:tfu", "trackers",
                 {"wandb": "trackers=wandb", "mlflow": "trackers=mlflow", "trackio": "trackers=trackio",
                  "tensorboard": "", "none": "", "all": "", "[]": ""}, "every run writes TensorBoard's files"),
-        _together("wandb_project:a use_wandb:a", "trackers", "trackers=wandb; the project is jaxft"),
+        _together("wandb_project:a mlflow_experiment_name:a trackio_project_name:a", "tracking.project",
+                  "with trackers=wandb, mlflow or trackio"),
+        _options("project:tafu", setting="tracking.project", example="mine", values={"huggingface": ""}),
+        _mapped("use_wandb:a", "trackers", {"true": "trackers=wandb", "false": ""}),
+        _mapped("wandb_log_model:a", "tracking.artifact",
+                {"end": "tracking.artifact=true", "checkpoint": "tracking.artifact=true",
+                 "false": "tracking.artifact=false"}, "the adapter is uploaded at the end by default"),
         _mapped("use_mlflow:a", "trackers", {"true": "trackers=mlflow", "false": ""}),
         _mapped("use_trackio:a", "trackers", {"true": "trackers=trackio", "false": ""}),
         _unneeded("use_tensorboard:a plot_loss:f logging_dir:fu logging_first_step:tafu "
@@ -545,11 +551,9 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "include_tokens_per_second:au include_tkps:a disable_tqdm:tafu print_param_status:f "
                   "include_effective_tokens_per_second:f log_completions:tau",
                   "every run writes TensorBoard's files, curves, tokens per second and its completions"),
-        _absent("wandb_entity:a wandb_watch:a wandb_log_model:a wandb_run_id:a wandb_mode:a "
-                "mlflow_tracking_uri:a mlflow_experiment_name:a hf_mlflow_log_artifacts:a "
-                "trackio_project_name:a project:tafu trackio_space_id:tafu",
-                "set by the tracker's own environment variables, such as WANDB_ENTITY and WANDB_MODE",
-                "huggingface"),
+        _absent("wandb_entity:a wandb_watch:a wandb_run_id:a wandb_mode:a mlflow_tracking_uri:a "
+                "hf_mlflow_log_artifacts:a trackio_space_id:tafu",
+                "set by the tracker's own environment variables, such as WANDB_ENTITY and WANDB_MODE"),
         _absent("use_swanlab:af swanlab_project:af swanlab_run_name:f use_comet:a comet_project_name:a "
                 "comet_workspace:a",
                 "trackers are wandb, mlflow, trackio, or a file of your own"),

@@ -15,7 +15,8 @@ from jaxft.data.shipped import PACKAGE
 
 RUN_FILE = PACKAGE / "train" / "settings.py"
 WRITABLE = ("bool", "int", "float", "str", "Path")
-STATEMENT = re.compile(r"@|class |def |from |\w+(?:: [^=\n]+)? = ")  # at the beginning of a line
+ASSIGNED = r"(?:\w+(?:, \w+)*(?:: [^=\n]+)? = )+"  # `A = `, `A: int = `, `A, B = C = `
+STATEMENT = re.compile(rf"@|class |def |from |{ASSIGNED}")  # at the beginning of a line
 
 
 class Definition(NamedTuple):
@@ -62,8 +63,8 @@ def defined_names(source: str) -> list[str]:
     if match := re.match(r"from \S+ import (.*)", source, re.DOTALL):
         names = re.sub(r"#.*|[()]", "", match[1]).split(",")
         return [name.split()[-1] for name in names if name.strip()]
-    match = re.match(r"(\w+)(?:: [^=\n]+)? = ", source)
-    return [match[1]] if match else []
+    match = re.match(ASSIGNED, source)
+    return re.findall(r"\w+", re.sub(r": [^=]+", " ", match[0])) if match else []
 
 
 @functools.cache
@@ -79,15 +80,15 @@ def definition(name: str, file: Path) -> ast.AST | None:
     return node.value if isinstance(node, ast.Assign | ast.AnnAssign) else node
 
 
-def resolve(name: ast.AST, file: Path) -> Definition | None:
+def defined_as(name: ast.AST, file: Path) -> Definition | None:
     """Return what a name, or a name in an imported module, is defined as in jaxft or in the file itself."""
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):  # processes.Hosts
         statement = definition(name.value.id, file)
         if isinstance(statement, ast.ImportFrom):
-            return resolve(ast.Name(name.attr), module_file(f"{statement.module}.{name.value.id}"))
+            return defined_as(ast.Name(name.attr), module_file(f"{statement.module}.{name.value.id}"))
     found = definition(name.id, file) if isinstance(name, ast.Name) else None
     if isinstance(found, ast.ImportFrom) and (found.module or "").startswith("jaxft."):
-        return resolve(name, module_file(found.module or ""))
+        return defined_as(name, module_file(found.module or ""))
     return None if found is None or isinstance(found, ast.ImportFrom) else Definition(found, file)
 
 
@@ -102,7 +103,7 @@ def members(kind: Definition) -> list[Definition]:
     if isinstance(node, ast.BinOp):
         return [m for side in (node.left, node.right) for m in members(Definition(side, file))]
     if isinstance(node, ast.Name | ast.Attribute):
-        found = resolve(node, file)
+        found = defined_as(node, file)
         return members(found) if found and not isinstance(found.node, ast.ClassDef) else [kind]
     return [kind]
 
@@ -110,7 +111,7 @@ def members(kind: Definition) -> list[Definition]:
 def section_class(kind: Definition) -> Definition | None:
     """Return the dataclass among the members of an annotation, None without one."""
     for member in members(kind):
-        found = resolve(member.node, member.file)
+        found = defined_as(member.node, member.file)
         if found and isinstance(found.node, ast.ClassDef) and found.node.name != "Model":
             marks = [ast.unparse(mark) for mark in found.node.decorator_list]
             if any(mark.startswith("dataclass") for mark in marks):
@@ -122,7 +123,7 @@ def base_classes(cls: Definition) -> Iterator[Definition]:
     """Yield a class's bases in jaxft and theirs, then the class itself."""
     assert isinstance(cls.node, ast.ClassDef)
     for base in cls.node.bases:
-        found = resolve(base, cls.file)
+        found = defined_as(base, cls.file)
         if found and isinstance(found.node, ast.ClassDef):
             yield from base_classes(found)
     yield cls
@@ -156,7 +157,7 @@ def knobs(recipe: Path) -> list[SettingSource]:
 
 def dotted_fields(recipe: Path) -> list[SettingSource]:
     """Return the fields of a recipe's run that the command line can set."""
-    run = resolve(ast.Name("Run"), RUN_FILE)
+    run = defined_as(ast.Name("Run"), RUN_FILE)
     return list(_fields_below(run, "", data_class(recipe))) if run else []
 
 
@@ -174,7 +175,7 @@ def data_class(recipe: Path) -> Definition | None:
     config = definition("config", recipe)
     for node in ast.walk(config) if config else ():
         is_class = isinstance(node, ast.Name) and node.id[:1].isupper()
-        found = resolve(node, recipe) if is_class else None
+        found = defined_as(node, recipe) if is_class else None
         if found and isinstance(found.node, ast.ClassDef):
             names = [base.node.name for base in base_classes(found)]  # type: ignore[attr-defined]
             if "DataSettings" in names:
@@ -227,14 +228,14 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
         return []
     if ast.unparse(mark.func) == "ShortNames.of":
         return list(vars(short_names).get(ast.unparse(mark.args[0]), ()))
-    listed = resolve(mark.args[0], file) if ast.unparse(mark.func) == "one_of" else None
+    listed = defined_as(mark.args[0], file) if ast.unparse(mark.func) == "one_of" else None
     texts = [constant_text(item, listed.file) for item in listed.node.elts] if listed else []  # type: ignore[attr-defined]
     return [text for text in texts if text]
 
 
 def constant_text(item: ast.expr, file: Path) -> str:
     """Return a constant in a list of choices as it is written, "" for other expressions."""
-    found = resolve(item, file)
+    found = defined_as(item, file)
     node = found.node if found else item
     constant = ast.literal_eval(node) if isinstance(node, ast.Constant) else ""
     return "none" if constant is None else str(constant)

@@ -8,7 +8,7 @@ from scripts_in_process import call
 
 from jaxft.data.shipped import ROOT
 from jaxft.runs import documentation
-from jaxft.runs.documentation import DOCUMENTS, find_topics, sections, with_topics
+from jaxft.runs.documentation import DOCUMENTS, find_topics, topics_of, with_topics
 
 TEXT = """# A
 one
@@ -24,7 +24,7 @@ three
 
 
 def test_a_section_ends_at_the_next_heading_of_its_level_outside_of_code():
-    found = {topic.name: topic.text for topic in sections("a.md", TEXT)}
+    found = {topic.name: topic.text for topic in topics_of("a.md", TEXT)}
     assert list(found) == ["a", "b-cd", "e", "f"] and found["a"] == TEXT.strip()
     assert found["b-cd"] == "## B, c.d\ntwo\n```\n# no heading\n```\n### E\nthree"
     assert found["e"] == "### E\nthree" and found["f"] == "## F"
@@ -65,7 +65,7 @@ def test_help_lists_all_topics_and_prints_one(monkeypatch, capsys):
 
 
 def test_words_find_topics_by_title_and_then_by_text():
-    known = list(sections("a.md", TEXT))
+    known = list(topics_of("a.md", TEXT))
     assert [t.name for t in find_topics(["c.d"], known)] == ["b-cd"]
     assert [t.name for t in find_topics(["thr"], known)] == ["b-cd", "e"]
     assert find_topics(["hree"], known) == []

@@ -9,6 +9,11 @@ from jaxft.data.named_templates import find_template
 from jaxft.runs.config import resolve_config
 from jaxft.runs.option_names import OPTIONS, as_text, find_options
 
+NEEDED = {  # overrides that are valid only with another one
+    "adapter.init=loftq": "quant=nf4",
+    "data.packing=wrapped": "data.too_long=split",
+    "tracking.": "trackers=wandb",
+}
 LOADS_FILES = ("model", "start", "data", "chat_template", "add_tokens", "add_special_tokens")
 
 
@@ -37,9 +42,8 @@ def check(overrides, recipe):
     except ValueError as error:
         assert "unknown key" not in str(error), error
         for override in overrides:
-            with_quant = ["quant=nf4"] if override == "adapter.init=loftq" else []
-            wrapped = ["data.too_long=split"] if override == "data.packing=wrapped" else []
-            resolve_config(recipe, [override, *with_quant, *wrapped])
+            needed = [other for start, other in NEEDED.items() if override.startswith(start)]
+            resolve_config(recipe, [override, *needed])
 
 
 def test_chat_templates_of_the_table_exist():

@@ -150,9 +150,9 @@ def rollouts(draft: Draft) -> None:
         draft.put(f"eps_high={low:g}")
     level, kind = draft.take("importance_sampling_level"), draft.peek("loss_type")
     if level is not None and as_text(level.value).startswith("sequence"):
-        draft.express(level, ["loss=jaxft.objectives.policy_losses:gspo"])
+        draft.express(level, ["loss=gspo"])
         if kind in (None, "grpo"):
-            draft.put("token_weights=jaxft.rl.token_weights:sequence_mean")
+            draft.put("token_weights=sequence_mean")
     elif level is not None:
         draft.same.append(level)
     rewards = draft.take("reward_funcs")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count, read_text
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count, read_config_text
 from jaxft.runs.convert.yaml_files import read_yaml, yaml_options
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH
 
@@ -163,7 +163,7 @@ def _config(file: Path, name: str, tool: str) -> ForeignConfig:
     for folder in (Path.cwd(), file.parent, *list(file.resolve().parents)[:4]):
         if (folder / name).is_file():
             path = folder / name
-            text = read_text(path)
+            text = read_config_text(path)
             if tool == AXOLOTL:
                 return ForeignConfig(path, tool, yaml_options(path, text))
             return read_yaml(path, text)

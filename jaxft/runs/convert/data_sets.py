@@ -78,17 +78,10 @@ def _axolotl(draft: Draft) -> None:
         return
     items = option.value if isinstance(option.value, list) else [option.value]
     items = [item if isinstance(item, Mapping) else {"path": item} for item in items]
-    pretraining = option.name == "pretraining_dataset"
-    refs, columns, remarks = [], list[str](), list[str]()
-    for item in items:
-        refs.append(_reference(item))
-        remarks += _axolotl_type(draft, item, columns)
-    pretraining = pretraining or all(str(item.get("type", "")) == "completion" for item in items)
-    overrides = [f"data={','.join(refs)}"]
-    if columns:
-        overrides.append(f"data.columns={','.join(dict.fromkeys(columns))}")
+    columns: list[list[str]] = [[] for _ in items]
+    remarks = [line for item, own in zip(items, columns) for line in _axolotl_type(draft, item, own)]
+    overrides = _with_columns("data", list(map(_reference, items)), columns)
     if option.name == "pretraining_dataset":
-        overrides += ["data.packing=wrapped", "data.too_long=split"]
         draft.drop("sample_packing", "pretrain_multipack_attn", "pretraining_sample_concatenation")
         remarks.append("documents are cut into rows of max_length tokens, and attend to one another")
     draft.express(option, overrides, "; ".join(dict.fromkeys(remarks)))
@@ -145,6 +138,14 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
         if options.get(name) not in (None, False, "turn"):
             remarks.append(f"{name}={short_value(options[name])}: {effect}")
     return remarks
+
+
+def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> list[str]:
+    """Return the overrides of datasets: columns of several datasets are written behind each."""
+    if len(refs) == 1 and columns[0] and setting == "data":
+        return [f"data={refs[0]}", f"data.columns={','.join(dict.fromkeys(columns[0]))}"]
+    parts = [":".join([ref, *dict.fromkeys(own)]) for ref, own in zip(refs, columns, strict=True)]
+    return [f"{setting}={','.join(parts)}"]
 
 
 def _reference(item: Mapping) -> str:
@@ -211,21 +212,19 @@ def _factory(draft: Draft) -> None:
         value = option.value
         names = [str(item).strip() for item in (value if isinstance(value, list) else str(value).split(","))]
         info, where = _dataset_info(draft)
-        refs, columns = [], list[str]()
+        refs, columns = list[str](), list[list[str]]()
         missing = [name for name in names if name not in info]
         for each in names:
             entry = info.get(each)
             refs.append(_factory_reference(draft, entry, where) if entry is not None else f"data/{each}.json")
-            columns += _factory_columns(entry or {}, draft.method)
+            columns.append(_factory_columns(entry or {}, draft.method))
         shares = draft.take("interleave_probs") if setting == "data" else None
         if shares is not None:
             parts = [text.strip() for text in as_text(shares.value).split(",")]
             if len(parts) == len(refs):
-                refs = [f"{ref}:{part}" for ref, part in zip(refs, parts, strict=True)]
-            draft.express(shares, [f"data={','.join(refs)}"])
-        overrides = [f"{setting}={','.join(refs)}"]
-        if columns and setting == "data":
-            overrides.append(f"data.columns={','.join(dict.fromkeys(columns))}")
+                columns = [[*own, part] for own, part in zip(columns, parts, strict=True)]
+            draft.express(shares, [])
+        overrides = _with_columns(setting, refs, columns)
         if missing:
             draft.lose(option, f"{', '.join(missing)}: no {INFO} here has them; {' '.join(overrides)} is a "
                        "guess, write your files in their place")  # fmt: skip
@@ -235,8 +234,6 @@ def _factory(draft: Draft) -> None:
             draft.express(option, overrides)
     draft.drop("dataset_dir", "media_dir")
     if draft.method == "pt":
-        draft.put("data.packing=wrapped")
-        draft.put("data.too_long=split")
         draft.drop("packing", "neat_packing")
 
 

@@ -11,6 +11,7 @@ from jaxft.data.shipped import ROOT
 from jaxft.runs.config import Knob, recipe_knobs
 from jaxft.runs.convert.settings import Conversion
 from jaxft.runs.parse import parse_value
+from jaxft.runs.record import describe
 from jaxft.runs.terminal import printable_line
 
 UNKNOWN_HARDWARE = "not known; not measured"  # the line that jaxft list reads
@@ -67,16 +68,16 @@ class _Code(NamedTuple):
         """Return the source of a knob's value, whose text is as on the command line."""
         parsed = parse_value(text, knob.kind)
         if callable(parsed):
-            return cls._function(text)
+            return cls._function(parsed)
         if isinstance(parsed, tuple) and parsed and all(map(callable, parsed)):
-            parts = [cls._function(item) for item in text.split(",")]
+            parts = [cls._function(item) for item in parsed]
             imports = tuple(line for part in parts for line in part.imports)
             return cls(f"({''.join(f'{part.text}, ' for part in parts).rstrip()})", imports)
         return cls(_literal(parsed))
 
     @classmethod
-    def _function(cls, text: str) -> "_Code":
-        module, _, name = text.rpartition(":")
+    def _function(cls, function: Any) -> "_Code":
+        module, _, name = str(describe(function)["callable"]).rpartition(":")
         return cls(name, (f"from {module} import {name}",))
 
 

@@ -10,7 +10,8 @@ from jaxft.runs.terminal import printable_line
 
 LINE = 100  # characters of a line of the command
 METHOD = {"sft": "SFT", "sft_full": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO",
-          "reward": "a reward model", "grpo": "GRPO", "ppo": "PPO", "online_dpo": "online DPO"}  # fmt: skip
+          "reward": "a reward model", "grpo": "GRPO", "ppo": "PPO", "online_dpo": "online DPO",
+          "pretrain": "continued pre-training"}  # fmt: skip
 
 
 def command(conversion: Conversion) -> str:

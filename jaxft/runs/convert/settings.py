@@ -9,30 +9,32 @@ from jaxft.runs.convert import batches, data_sets
 from jaxft.runs.convert.command_lines import read_commands
 from jaxft.runs.convert.draft import Draft, by_table, run_name
 from jaxft.runs.convert.python_files import notebook_code, read_python
-from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, read_text, sections
+from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, option_parts, read_config_text
 from jaxft.runs.convert.yaml_files import read_yaml
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 RECIPES = {  # a tool's name of a method -> the recipe
-    "sft": "sft", "pt": "sft", "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "simpo": "simpo",
+    "sft": "sft", "pt": "pretrain", "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo",
+    "simpo": "simpo",
     "cpo": "dpo", "bco": "kto", "rm": "reward", "reward": "reward", "grpo": "grpo", "gdpo": "grpo",
     "rloo": "grpo", "ppo": "ppo", "online_dpo": "online_dpo",
 }  # fmt: skip
 METHOD_SETTINGS = {  # methods that are a recipe with further settings
-    "ipo": ("loss=jaxft.objectives.preference_losses:ipo",),
-    "cpo": ("loss=jaxft.objectives.reference_free_losses:cpo",),
-    "gdpo": ("combine=jaxft.rl.advantages:normalised_sum",),
-    "rloo": ("advantage=jaxft.rl.advantages:rloo", "token_weights=jaxft.rl.token_weights:sequence_sum"),
+    "ipo": ("loss=ipo",),
+    "cpo": ("loss=cpo",),
+    "gdpo": ("combine=normalised_sum",),
+    "rloo": ("advantage=rloo", "token_weights=sequence_sum"),
 }  # fmt: skip
 FULL = {  # how a recipe trains all weights
-    "dpo": "full=true", "reward": "full=true",
+    **dict.fromkeys(("dpo", "reward", "pretrain"), "full=true"),
     **dict.fromkeys(("kto", "orpo", "simpo", "grpo", "ppo", "online_dpo"), "adapter=none"),
 }  # fmt: skip
 LEARNING_RATES = {  # of TRL's configurations
     "sft": "2e-5", "reward": "1e-4", "online_dpo": "5e-7",
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "grpo", "ppo"), "1e-6"),
 }  # fmt: skip
-INTERVALS = {"eval_steps": "loop.eval_every", "save_steps": "loop.save_every",
+PROJECTS = {"wandb_project": "wandb", "mlflow_experiment_name": "mlflow", "trackio_project_name": "trackio"}
+STEP_INTERVALS = {"eval_steps": "loop.eval_every", "save_steps": "loop.save_every",
              "logging_steps": "loop.log_every"}  # fmt: skip
 LORA_SETTINGS = (
     "lora_r", "lora_rank", "r", "lora_alpha", "lora_dropout", "target_modules", "lora_target_modules",
@@ -74,7 +76,7 @@ def read(file: Path) -> ForeignConfig:
 
     Raises ValueError or OSError with one line for a file that is none.
     """
-    text = read_text(file)
+    text = read_config_text(file)
     if file.suffix in (".yml", ".yaml"):
         return read_yaml(file, text)
     if file.suffix == ".py":
@@ -95,7 +97,7 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
     ValueError for a method without a recipe.
     """
     empty = tuple(option for option in source.options if option.empty)
-    given = [each for option in source.options if not option.empty for each in sections(option)]
+    given = [each for option in source.options if not option.empty for each in option_parts(option)]
     options = {option.name: option for option in given}
     method = _method(source, options)
     if method not in RECIPES:
@@ -149,7 +151,8 @@ def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
     if source.tool == AXOLOTL:
         if value("process_reward_model") == "true":
             return "process_reward_model"
-        return value("rl") or ("reward" if value("reward_model") == "true" else "sft")
+        trained = "pt" if "pretraining_dataset" in options else "sft"
+        return value("rl") or ("reward" if value("reward_model") == "true" else trained)
     if source.tool == FACTORY:
         stage = value("stage") or "sft"
         return value("pref_loss") if stage == "dpo" and value("pref_loss") in ("orpo", "simpo") else stage
@@ -363,7 +366,7 @@ def _evaluation(draft: Draft) -> None:
         draft.lose(saving, "intervals are in steps: loop.save_every=100; the last step is always saved")
     else:
         draft.express(saving, [])
-    for name, setting in INTERVALS.items():
+    for name, setting in STEP_INTERVALS.items():
         steps, option = draft.number(name), draft.take(name)
         if option is None:
             continue
@@ -407,9 +410,10 @@ def _names(draft: Draft) -> None:
             draft.express(option, [f"name={run_name(as_text(option.value))}"], "the name of the run's folder")
         else:
             draft.express(option, [], "trackers show the name of the run's folder")
-    project = draft.take("wandb_project")
-    if project is not None:
-        draft.express(project, ["trackers=wandb"], "the project is jaxft")
+    for name, tracker in PROJECTS.items():
+        project = draft.take(name)
+        if project is not None:
+            draft.express(project, [f"trackers={tracker}", f"tracking.project={as_text(project.value)}"])
     report = draft.peek("report_to")
     if isinstance(report, list):
         known = [name for name in report if name in ("wandb", "mlflow", "trackio")]
@@ -431,7 +435,7 @@ def _names(draft: Draft) -> None:
 def _defaults(draft: Draft) -> dict[str, str]:
     """The defaults of a tool that differ from the recipe's, for settings that the file leaves out."""
     tool, recipe = draft.source.tool, draft.recipe
-    pairs = recipe not in ("sft", "sft_full")
+    packs = recipe in ("sft", "sft_full")
     found = {"optim.warmup": "0", "held_out": "none"}
     if tool == AXOLOTL:
         found |= {"optim.schedule": "cosine", "optim.end": "0", "optim.warmup": "0.03", "epochs": "1"}
@@ -448,8 +452,10 @@ def _defaults(draft: Draft) -> dict[str, str]:
         del found["epochs"]
     if recipe == "sft_full":
         found["optim.weight_decay"] = "0"
-    if not pairs and draft.method != "pt":
+    if packs:
         found["data.packing"] = "false"
+    if recipe == "pretrain":
+        found.pop("data.too_long", None)
     if recipe in ("grpo", "online_dpo", "ppo"):
         del found["max_length"]
         found.pop("data.too_long", None)
@@ -462,8 +468,14 @@ def _defaults(draft: Draft) -> dict[str, str]:
 
 def _keep_known(draft: Draft) -> None:
     """Report settings that the recipe does not have, such as the packing of pairs."""
+    if "trackers" not in draft.settings:
+        for name in ("tracking.project", "tracking.artifact"):
+            if draft.settings.pop(name, None) is not None:
+                draft.notes.append(f"{name} is left out; it needs trackers=wandb, mlflow or trackio")
     if draft.recipe in ("sft", "sft_full"):
         return
+    if draft.recipe == "pretrain":
+        draft.settings.pop("data.too_long", None)
     for name in ("data.packing", "data.loss_on", "label_smoothing", "neftune", "dft"):
         text = draft.settings.pop(name, None)
         if text is not None and text not in ("false", "0", "0.0"):

@@ -66,7 +66,7 @@ def short_value(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
-def read_text(file: Path) -> str:
+def read_config_text(file: Path) -> str:
     """Return a file's text. Raises ValueError for a folder, and a file that is too large or not UTF-8."""
     if file.exists() and not file.is_file():
         raise ValueError(f"{file}: not a file; name a configuration")
@@ -80,7 +80,9 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file}: byte {error.start} is not UTF-8; save it as UTF-8") from error
 
 
-def sections(option: GivenOption, lines: Mapping[str, int] = MappingProxyType({})) -> Iterator[GivenOption]:
+def option_parts(
+    option: GivenOption, lines: Mapping[str, int] = MappingProxyType({})
+) -> Iterator[GivenOption]:
     """The options of a section with dotted names, or the option itself if it is none of NESTED.
 
     lines: dotted name -> its line; others have the section's.
@@ -88,7 +90,7 @@ def sections(option: GivenOption, lines: Mapping[str, int] = MappingProxyType({}
     if option.name.partition(".")[0] in NESTED and isinstance(option.value, Mapping) and option.value:
         for key, value in option.value.items():
             name = f"{option.name}.{key}"
-            yield from sections(GivenOption(name, value, lines.get(name, option.line)), lines)
+            yield from option_parts(GivenOption(name, value, lines.get(name, option.line)), lines)
     else:
         yield option
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from jaxft.runs.convert.source import ForeignConfig, GivenOption, check_count, sections
+from jaxft.runs.convert.source import ForeignConfig, GivenOption, check_count, option_parts
 from jaxft.runs.option_names import AXOLOTL, FACTORY, TRL
 
 MOST_NODES = 20_000  # with those that aliases repeat
@@ -56,7 +56,7 @@ def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
     options: list[GivenOption] = []
     for key, value in content.items():
         name = str(key)
-        options += sections(GivenOption(name, value, lines.get(name)), lines)
+        options += option_parts(GivenOption(name, value, lines.get(name)), lines)
     check_count(file, tuple(options))
     return tuple(options)
 
