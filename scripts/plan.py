@@ -71,6 +71,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.price is not None and not 0 <= args.price < 1e6:
         parser.error(f"--price {args.price}: expected the price of a device and hour, such as 2.5")
+    if args.search and (args.hours or args.price is not None):
+        parser.error("--hours and --price are for one choice of settings; leave out --search")
     if args.devices is None and (args.config or args.overrides):
         parser.error("the following arguments are required: --devices, such as h100:1 or 24gb")
     if args.devices is None:

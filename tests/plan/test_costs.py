@@ -63,6 +63,24 @@ def test_money_is_hours_times_devices_times_price():
     assert [hours_text(h) for h in (0.5, 2.0, 96.0)] == ["30.0 minutes", "2.0 hours", "4.0 days"]
 
 
+def test_a_plan_with_a_price_has_the_cost_of_its_train_step(rows):
+    plan = load("plan")
+    step = SimpleNamespace(estimate=SimpleNamespace(step=3.6), devices=2)
+    planned = SimpleNamespace(data=Rows(rows), loop=SimpleNamespace(steps=500), weights="org/name")
+    assert plan.run_cost(planned, step, 4.0).json() == {
+        "steps": 500, "steps_from": "loop.steps", "hours": 0.5, "cost": 4.0
+    }  # fmt: skip
+    assert plan.run_cost(planned, SimpleNamespace(estimate=None, devices=2), 4.0) is None
+
+
+@pytest.mark.parametrize("argv", [["--price", "-1"], ["--search", "--hours"]])
+def test_options_of_cost_that_cannot_be_used_are_errors(monkeypatch, capsys, argv):
+    monkeypatch.setattr(sys, "argv", ["plan", "sft", "--devices", "h100:1", *argv])
+    with pytest.raises(SystemExit):
+        load("plan").main()
+    assert argv[0] in capsys.readouterr().err or "--hours" in argv
+
+
 def test_plan_alone_prints_what_fits_without_jax_or_an_extra(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan"])
     assert load("plan").main() == 0

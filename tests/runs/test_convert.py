@@ -191,6 +191,21 @@ def test_a_file_that_cannot_be_read_is_one_line(converted, tmp_path, name, text,
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    "value", ["1e999", "-1", "[1, 2]", "{a: b}", ".nan", "9" * 40, "true", "x y", "2024-01-01"]
+)
+def test_any_value_of_any_option_converts_or_is_one_line(converted, value):
+    for name in ("qlora.yml", "factory.yaml"):
+        lines = FILES[name].splitlines()
+        for number, line in enumerate(lines):
+            if line[:1] not in (" ", "-"):
+                changed = [*lines[:number], f"{line.partition(':')[0]}: {value}", *lines[number + 1 :]]
+                try:
+                    report.conversion_lines(converted(name, "\n".join(changed)))
+                except ValueError as error:
+                    assert "\n" not in str(error) and name in str(error), error
+
+
 def test_numbers_are_computed_and_nothing_else_is(converted):
     text = (
         "from trl import SFTConfig\nN = 4\nN += 1\nSFTConfig(learning_rate=2 * 1e-4, max_length=N, seed=9**9)"

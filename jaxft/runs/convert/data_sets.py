@@ -196,8 +196,8 @@ def _trl(draft: Draft) -> None:
         draft.express(text, [f"data.columns=text={as_text(text.value)}"])
     elif text is not None:
         draft.same.append(text)
-    both = {"assistant_only_loss", "completion_only_loss"} & draft.options.keys()
-    if draft.recipe in ("sft", "sft_full") and not both:
+    chosen = {"assistant_only_loss", "completion_only_loss"} & draft.options.keys()
+    if draft.recipe in ("sft", "sft_full") and not chosen and text is None:
         draft.notes.append(
             "TRL trains on all of a conversation unless assistant_only_loss=True, jaxft on the assistant's "
             "turns: add data.loss_on=all for the same"

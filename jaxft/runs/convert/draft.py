@@ -1,5 +1,6 @@
 """A conversion under way: options that are left, settings that are found, and lines about the rest."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, short_value
 from jaxft.runs.option_names import AXOLOTL, FACTORY, PEFT, TRL, UNSLOTH, Option, as_text, find_options
 
+LARGEST_NUMBER = 2**53
 LOOKUP = {  # tool -> the tools whose options its files have, most specific first; then any
     TRL: (TRL, PEFT),
     UNSLOTH: (UNSLOTH, TRL, PEFT),
@@ -50,12 +52,13 @@ class Draft:
         return next((self.options[name].value for name in names if name in self.options), None)
 
     def number(self, *names: str) -> float | None:
-        """Return an option as a number and leave it; None if it is missing or no number."""
+        """Return an option as a number and leave it; None if it is missing or no finite number."""
         value = self.peek(*names)
         try:
-            return None if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+            found = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
             return None
+        return found if abs(found) < LARGEST_NUMBER else None
 
     def put(self, override: str) -> None:
         """Set `setting=value`; the last one counts."""

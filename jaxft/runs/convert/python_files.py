@@ -35,7 +35,6 @@ PASSED_ON = (  # arguments of trainers that are objects of the file
 PARSERS = {"TrlParser", "HfArgumentParser"}  # a file that calls one reads its options from a command line
 IN_CODE = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", "formatting_func",
            "compute_metrics", "data_collator", "callbacks")  # fmt: skip
-LARGEST_NUMBER = 1e18
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
@@ -207,7 +206,7 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
         return "".join(map(str, parts)) if all(isinstance(p, str | int | float) for p in parts) else unknown
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         sides = [_value(side, names) for side in (node.left, node.right)]
-        if all(isinstance(side, int | float) and abs(side) < LARGEST_NUMBER for side in sides):
+        if all(isinstance(side, int | float) and abs(side) < 2**53 for side in sides):
             try:
                 return ARITHMETIC[type(node.op)](*sides)
             except (ArithmeticError, ValueError):
