@@ -21,7 +21,7 @@ _LAZY = {
     "load": ("jaxft.train.python_api", "load_model"),
     "evaluate": ("jaxft.train.python_api", "evaluate_model"),
     "Error": ("jaxft.train.python_api", "Error"),
-    "Result": ("jaxft.train.python_api", "Result"),
+    "Result": ("jaxft.train.python_api", "RunResult"),
     "Prepared": ("jaxft.train.python_api", "Prepared"),
 }
 __all__ = [*_LAZY]

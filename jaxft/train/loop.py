@@ -11,7 +11,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.trackers.console import duration
+from jaxft.runs.trackers.console import time_in_words
 from jaxft.runs.trackers.tracker import Tracker
 from jaxft.train.clock import Clock
 from jaxft.train.compiled import compile_run
@@ -82,10 +82,10 @@ def run(
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
         watchdog.at("loading and compiling")
-        logs.message(f"rows and settings read in {duration(clock.at('loading'))}")
+        logs.message(f"rows and settings read in {time_in_words(clock.at('loading'))}")
         job = precompute(job, partial(announce, watchdog, logs))
         states, frozen = load_members(job, states, partial(announce, watchdog, logs))
-        logs.message(f"weights loaded in {duration(clock.at('compiling'))}; compiling")
+        logs.message(f"weights loaded in {time_in_words(clock.at('compiling'))}; compiling")
         job = bind_sources(job, frozen, saved)
         compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, clock).timed(clock)
         processes.barrier()  # collectives time out if another process is still compiling

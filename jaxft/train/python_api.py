@@ -177,7 +177,7 @@ def train_recipe(
     settings: dict[str, Any],
     root: str,
     knobs: dict[str, Any],
-) -> "Result":
+) -> "RunResult":
     """Train a recipe or resume it; return its result. See jaxft.train."""
     with errors_as_lines():
         trackers = [Callback(one) for one in callbacks]
@@ -189,7 +189,7 @@ def train_recipe(
     if code > 128:
         text = f"{folder}: stopped by {signal_name(code - 128)} and saved; the same call resumes"
         raise KeyboardInterrupt(text) if code == 130 else Error(text)
-    return Result(folder)
+    return RunResult(folder)
 
 
 def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """A finished run in its folder, from `jaxft.train`; `jaxft.Result(Path("runs/sft"))` is an earlier one.
 
     result = jaxft.train("sft", rows, name="mine")
@@ -364,7 +364,7 @@ class LoadedModel:
 
 def source_options(source: Any) -> dict[str, Any]:
     """Return a run, a model or an adapter as the options run, model and adapter of a command."""
-    if isinstance(source, Result):
+    if isinstance(source, RunResult):
         return {"run": source.folder, "model": None, "adapter": None}
     path = Path(source)
     is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()

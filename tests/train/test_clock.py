@@ -8,7 +8,7 @@ from prepared import prepare
 from tiny_run import write_place
 
 from jaxft.data.source import spread
-from jaxft.runs.trackers.console import duration
+from jaxft.runs.trackers.console import time_in_words
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
 from jaxft.train.logs import eval_limit_lines
@@ -43,7 +43,7 @@ def test_the_last_line_has_time_tokens_and_hardware():
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min")],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert time_in_words(seconds) == text
 
 
 @dataclass

@@ -20,7 +20,7 @@ from jaxft.runs.config import ObjectText, resolve_config
 from jaxft.runs.log import Log
 from jaxft.runs.page.run_files import read_run
 from jaxft.runs.page.sections import effort
-from jaxft.runs.trackers.console import duration
+from jaxft.runs.trackers.console import time_in_words
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import open_settings
 from jaxft.train.python_api import fit_to_rows, resolve_settings, rows_file, setting_text
@@ -84,10 +84,12 @@ def test_a_finished_run_has_its_time_tokens_and_hardware_in_summary_and_card(pla
     assert perf["tokens"] == trained[0].metrics["num_tokens"][-1] and perf["hardware"].startswith("1 x cpu (")
     assert {"rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"} <= seconds.keys()
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=0.01)
-    assert f"- Training took {duration(sum(seconds.values()))}" in card
+    assert f"- Training took {time_in_words(sum(seconds.values()))}" in card
     with working_directory(place):
         facts = effort(read_run("api", trained[0].folder))
-    assert facts["time in total"].startswith(duration(sum(seconds.values()))) and facts["tokens"] == "554"
+    assert (
+        facts["time in total"].startswith(time_in_words(sum(seconds.values()))) and facts["tokens"] == "554"
+    )
     assert "mlx-lm" in card and "for 554 tokens on 1 x cpu" in card
 
 

@@ -204,7 +204,7 @@ def format_metric(name: str, value: float) -> str:
     if name in PERCENTAGES:
         return f"{label} {100 * value:.0f}%"
     if name in (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS):
-        return f"{label} {duration(value)}"
+        return f"{label} {time_in_words(value)}"
     if name == names.LEARNING_RATE:
         return f"{label} {value:.2e}"
     small = value != 0 and abs(value) < 1e-3
@@ -254,7 +254,7 @@ def _shorten(label: str) -> str:
     return label if len(label) <= LABEL_WIDTH else f"{label[: LABEL_WIDTH - 1]}…"
 
 
-def duration(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
     """A time in words: 4.2 s, 3 min 27 s, 1 h 03 min."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
@@ -266,9 +266,11 @@ def duration(seconds: float) -> str:
 def time_by_phase(seconds: dict[str, float]) -> str:
     """A run's time with its longer phases: 3 min 24 s (loading 3.3 s, training 3 min 20 s)."""
     phases = [
-        f"{phase} {duration(x)}" for phase, x in seconds.items() if phase != TOTAL and x >= SHORTEST_PHASE
+        f"{phase} {time_in_words(x)}"
+        for phase, x in seconds.items()
+        if phase != TOTAL and x >= SHORTEST_PHASE
     ]
-    return duration(seconds[TOTAL]) + (f" ({', '.join(phases)})" if phases else "")
+    return time_in_words(seconds[TOTAL]) + (f" ({', '.join(phases)})" if phases else "")
 
 
 def format_seconds(seconds: float) -> str:
