@@ -26,7 +26,7 @@ from jaxft.data.urls import file_name, without_secrets
 
 SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
 SomeSettings = TypeVar("SomeSettings", bound=Any)
-OPTIONS = ("format", "max_samples")  # options of a source that are not names of columns
+SOURCE_OPTIONS = ("format", "max_samples")  # options of a source that are not names of columns
 _OPTION = re.compile(r"[A-Za-z_]\w*=[^/?#]+")
 
 
@@ -38,7 +38,7 @@ class SourceRef:
     """A dataset, see rows.read_rows.
 
     share: its fraction of an epoch's rows; None: every row once. name: the last part of its metrics' names.
-    options: settings of its rows in place of those of the run, of OPTIONS and "columns".
+    options: settings of its rows in place of those of the run, of SOURCE_OPTIONS and "columns".
     """
 
     ref: str
@@ -104,7 +104,7 @@ def held_out_sources(text: str) -> tuple[SourceRef, ...]:
 def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
     """Return a dataset, with its weight, and its options: settings of its rows by name.
 
-    Columns are items "ours=theirs" as in data.columns; OPTIONS have other values.
+    Columns are items "ours=theirs" as in data.columns; SOURCE_OPTIONS have other values.
     """
     parts, bare = list[str](), item
     weight = ""
@@ -125,7 +125,7 @@ def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for part in parts:
         name, _, value = part.partition("=")
-        if name not in OPTIONS:
+        if name not in SOURCE_OPTIONS:
             options["columns"] = (*options.get("columns", ()), part)
         elif name == "max_samples" and not (value.isdecimal() and int(value)):
             raise ValueError(f"{setting}: {item} has max_samples={value}; use a whole number above 0")

@@ -9,18 +9,18 @@ from pathlib import Path
 PORT = 8476  # default port of the coordinator
 MOST_PROCESSES = 1 << 17
 JAXFT_VARIABLES = ("JAXFT_COORDINATOR", "JAXFT_PROCESSES", "JAXFT_PROCESS")
-NUMBER = r"\d{1,18}"
+WHOLE_NUMBER = r"\d{1,18}"
 SLURM = {  # set by srun, not by sbatch alone; JAX takes coordinator and index from them
-    "SLURM_JOB_ID": NUMBER,
+    "SLURM_JOB_ID": WHOLE_NUMBER,
     "SLURM_STEP_NODELIST": r"[\w.-]+(\[\d.*)?(,.*)?",
-    "SLURM_NTASKS": NUMBER,
-    "SLURM_PROCID": NUMBER,
-    "SLURM_LOCALID": NUMBER,
+    "SLURM_NTASKS": WHOLE_NUMBER,
+    "SLURM_PROCID": WHOLE_NUMBER,
+    "SLURM_LOCALID": WHOLE_NUMBER,
 }
 OPEN_MPI = {  # likewise
     "OMPI_MCA_orte_hnp_uri": r"\d{1,18}\..*tcp(://|6://\[).+",
-    "OMPI_COMM_WORLD_RANK": NUMBER,
-    "OMPI_COMM_WORLD_LOCAL_RANK": NUMBER,
+    "OMPI_COMM_WORLD_RANK": WHOLE_NUMBER,
+    "OMPI_COMM_WORLD_LOCAL_RANK": WHOLE_NUMBER,
 }
 GOOGLE = "0x1ae0"  # PCI vendor of a TPU
 

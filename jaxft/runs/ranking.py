@@ -36,7 +36,7 @@ MOST_DIFFERENCES = 8  # runs that are compared with the best one
 
 
 @dataclass(frozen=True)
-class Result:
+class RankedRun:
     """A run: metrics at step 0 and at the end, its settings as in config.json ({} if unknown), and values of
     held-out rows by name.
     """
@@ -62,11 +62,11 @@ class Criterion(NamedTuple):
     key: str
 
 
-def read_result(label: str, folder: Path) -> Result:
+def read_result(label: str, folder: Path) -> RankedRun:
     """Read a run's folder, whose metrics.jsonl has an entry."""
     path = folder / "config.json"
     settings = read_saved_json(path) if path.is_file() else {}
-    return Result(label, *first_and_last(read_entries(folder / METRICS)), settings, read_held_out(folder))
+    return RankedRun(label, *first_and_last(read_entries(folder / METRICS)), settings, read_held_out(folder))
 
 
 def read_held_out(folder: Path) -> dict[str, dict[str, float]]:
@@ -84,7 +84,7 @@ def read_held_out(folder: Path) -> dict[str, dict[str, float]]:
     return rows
 
 
-def have_same_loss(results: Sequence[Result]) -> bool:
+def have_same_loss(results: Sequence[RankedRun]) -> bool:
     """Whether the held-out losses of the runs can be compared: one model, and one loss function with the same
     knobs, or supervised runs, which are all evaluated by their cross-entropy.
     """
@@ -100,7 +100,7 @@ def _loss_function(settings: Mapping[str, Any]) -> str:
     return json.dumps(objective, sort_keys=True)
 
 
-def criterion(results: Sequence[Result]) -> Criterion | None:
+def criterion(results: Sequence[RankedRun]) -> Criterion | None:
     """Return what the runs are ranked by: a score, a reward, the loss if it is the same function, or else the
     accuracy; None if the runs have none of them in common. One that is the same in all runs tells nothing.
     """
@@ -122,11 +122,11 @@ def _is_finite(value: float | None) -> bool:
 # Repetitions
 
 
-def repetitions(results: Sequence[Result]) -> dict[str, list[Result]]:
+def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
     """Return the runs that differ in nothing but seeds together, by the part of their labels that they share.
     A run without settings is alone.
     """
-    groups: dict[str, list[Result]] = {}
+    groups: dict[str, list[RankedRun]] = {}
     for result in results:
         key = json.dumps(_without_seeds(result.settings), sort_keys=True) if result.settings else result.label
         if result.seed in [other.seed for other in groups.get(key, ())]:
@@ -141,7 +141,7 @@ def _without_seeds(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, "data": data}
 
 
-def _group_label(results: Sequence[Result]) -> str:
+def _group_label(results: Sequence[RankedRun]) -> str:
     if len(results) == 1:
         return results[0].label
     parts = [part for part in results[0].label.split(",") if part.partition("=")[0] not in SEEDS]
@@ -151,13 +151,13 @@ def _group_label(results: Sequence[Result]) -> str:
     return ", ".join(labels[:2]) + (f" and {len(labels) - 2} more" if len(labels) > 2 else "")
 
 
-def table_of(results: Sequence[Result]) -> compare.Table:
+def table_of(results: Sequence[RankedRun]) -> compare.Table:
     """Return the table of the runs."""
     sides = [r.before for r in results], [r.after for r in results]
     return compare.Table.of([r.label for r in results], *sides, have_same_loss(results))
 
 
-def texts(results: Sequence[Result], markdown: bool = False) -> list[str]:
+def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
     """Return what is said about several runs: their table, that of repetitions, and which one is best."""
     table = table_of(results)
     lines = ranking_lines(results)
@@ -167,7 +167,7 @@ def texts(results: Sequence[Result], markdown: bool = False) -> list[str]:
     return [text for text in (*shown, "\n".join(lines)) if text]
 
 
-def repetition_table(results: Sequence[Result], markdown: bool = False) -> str:
+def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> str:
     """Return a table of means and standard deviations over repetitions, "" without any repetition."""
     found = repetitions_as_cells(results)
     if found is None:
@@ -178,7 +178,7 @@ def repetition_table(results: Sequence[Result], markdown: bool = False) -> str:
     return f"{table}\n\nmean ± standard deviation over seeds"
 
 
-def repetitions_as_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]] | None:
+def repetitions_as_cells(results: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]] | None:
     """Return the titles and the rows of that table, each row with its label first; None without any
     repetition.
     """
@@ -206,7 +206,7 @@ def _spread(values: Sequence[float | None]) -> str:
 # Differences
 
 
-def ranking_lines(results: Sequence[Result]) -> list[str]:
+def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
     """Return sentences: which run or, over seeds, which setting is best, with its interval, and how far the
     others are behind.
     """
@@ -229,7 +229,7 @@ def ranking_lines(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def best_labels(results: Sequence[Result]) -> set[str]:
+def best_labels(results: Sequence[RankedRun]) -> set[str]:
     """Return the label of the best of several runs, or those of the runs of the best setting over seeds."""
     found, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
     if found is None or len(groups) == 1:
@@ -238,7 +238,7 @@ def best_labels(results: Sequence[Result]) -> set[str]:
     return {result.label for result in best}
 
 
-def baseline_lines(results: Sequence[Result], baseline: str) -> list[str]:
+def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
     """Return how the accuracy of each setting differs from that of the setting with the label `baseline`."""
     name = next((name for name in ACCURACIES if all(held_out(name) in r.after for r in results)), None)
     groups = repetitions(results)
@@ -284,11 +284,11 @@ def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
     return sorted(found)
 
 
-def _mean(results: Sequence[Result], by: Criterion) -> float:
+def _mean(results: Sequence[RankedRun], by: Criterion) -> float:
     return float(np.mean([result.after[by.metric] for result in results]))
 
 
-def value_of_setting(results: Sequence[Result], by: Criterion) -> str:
+def value_of_setting(results: Sequence[RankedRun], by: Criterion) -> str:
     """Return the value of a setting with its interval: over seeds, or over a single run's held-out rows."""
     values = [result.after[by.metric] for result in results]
     if len(values) > 1:
@@ -315,7 +315,7 @@ def _mean_text(values: Sequence[float], by: Criterion) -> str:
     return f"{mean:.3f} {interval.text()}, standard deviation {spread:.3f} over {len(values)} seeds"
 
 
-def difference_text(best: Sequence[Result], other: Sequence[Result], by: Criterion) -> str:
+def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> str:
     """Return the difference of two settings with its interval, and whether it may be chance: on the same
     held-out rows, and over the same seeds where both have several.
     """
@@ -331,7 +331,9 @@ def difference_text(best: Sequence[Result], other: Sequence[Result], by: Criteri
     return over_rows.text(unit)
 
 
-def _difference_over_seeds(best: Sequence[Result], other: Sequence[Result], by: Criterion, unit: str) -> str:
+def _difference_over_seeds(
+    best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion, unit: str
+) -> str:
     """Two settings with several seeds differ if both the seeds and the held-out rows say so: seeds alone
     don't tell how much depends on which rows are held out, and rows alone not how much on luck in training.
     """
@@ -351,7 +353,7 @@ def _difference_over_seeds(best: Sequence[Result], other: Sequence[Result], by: 
     return f"{text}: not distinguishable"
 
 
-def paired_rows(one: Sequence[Result], other: Sequence[Result], key: str) -> Paired | None:
+def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], key: str) -> Paired | None:
     """Compare two settings on the rows that all of their runs hold out, by the means over the runs; None for
     fewer than two rows.
     """

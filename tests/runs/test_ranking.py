@@ -8,7 +8,7 @@ from scripts_in_process import call
 
 from jaxft.objectives.intervals import paired_fractions, paired_means, wilson
 from jaxft.runs import ranking
-from jaxft.runs.ranking import Result
+from jaxft.runs.ranking import RankedRun
 
 ACCURACY, LOSS = "eval_rewards/accuracies", "eval_loss"
 
@@ -18,7 +18,7 @@ def run(label, after, rows=None, loss="dpo", seed=0, **args):
     data = {"train": "rows.jsonl", "seed": seed}
     settings = {"weights": "base", "objective": objective, "data": data, "seed": seed, "name": label}
     before = {ACCURACY + "_pairs": 20.0, LOSS: 0.69} if ACCURACY in after else {LOSS: 3.0}
-    return Result(label, before, after, settings, rows or {})
+    return RankedRun(label, before, after, settings, rows or {})
 
 
 def with_wins(label, wins, **settings):

@@ -51,9 +51,9 @@ def overview_section(runs: Runs) -> str:
     return section("overview", "Overview", "\n".join(parts))
 
 
-def result_of(run: RunFiles) -> ranking.Result:
+def result_of(run: RunFiles) -> ranking.RankedRun:
     """Return what runs are ranked by."""
-    return ranking.Result(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
+    return ranking.RankedRun(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
 
 
 def facts_of_runs(runs: Runs) -> str:
@@ -71,7 +71,7 @@ def facts_of_runs(runs: Runs) -> str:
     return record_table({f"all {len(runs)} runs": same}) + (table and f"<h3>Differences</h3>{table}")
 
 
-def end_table(results: Sequence[ranking.Result]) -> str:
+def end_table(results: Sequence[ranking.RankedRun]) -> str:
     """The metrics before and after training, the best run marked; those over seeds; what is chance."""
     table = ranking.table_of(results)
     if not table.titles:
