@@ -120,6 +120,13 @@ def test_rollouts_count_prompts(converted):
     assert set(remarks(c.lost)) == {"reward_funcs"}
 
 
+def test_rollouts_have_no_dropout(converted):
+    command = "trl grpo --model_name_or_path org/name --dataset_name org/rows --use_peft"
+    assert not any("dropout" in text for text in converted("a.sh", command).settings)
+    c = converted("a.sh", f"{command} --lora_dropout 0.1")
+    assert "without dropout" in remarks(c.lost)["lora_dropout"] and "rank=16" in c.settings
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_option_is_in_one_of_the_lists(converted, name):
     c = converted(name)

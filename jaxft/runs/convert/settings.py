@@ -236,7 +236,13 @@ def _adapter(draft: Draft) -> None:
     if alpha is None:
         alpha = 2 * rank if factory else 8 if draft.source.lora else 32 if draft.source.tool == TRL else 16
         draft.default(f"adapter.alpha={alpha:g}")
-    if draft.source.tool == TRL and not draft.source.lora and "lora_dropout" not in draft.options:
+    samples = draft.recipe in ("grpo", "ppo", "online_dpo")
+    dropout = draft.take("lora_dropout") if samples else None
+    if dropout is not None and as_text(dropout.value) in ("0", "0.0"):
+        draft.unneeded.append(dropout)
+    else:
+        draft.lose(dropout, "0 is used: completions are sampled without dropout, and log-probs must agree")
+    if draft.source.tool == TRL and not (draft.source.lora or samples or "lora_dropout" in draft.options):
         draft.default("adapter.dropout=0.05")
     linear = draft.take("lora_target_linear")
     if linear is not None and linear.value is True:
