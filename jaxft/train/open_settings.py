@@ -48,10 +48,10 @@ Chosen = dict[str, str]  # settings and their values, as on a command line
 
 # The best rates that Thinking Machines measured for AdamW and cross-entropy in fine-tuning of Llama models:
 # RATE x 10 for LoRA with alpha=32 x (2000 / width) ** EXPONENT (https://thinkingmachines.ai/blog/lora, and
-# get_lr of their tinker-cookbook). Other objectives have fractions of them, those of TRL's defaults: 2e-5 for
-# SFT, 1e-6 for DPO, KTO and GRPO, and 1e-4 with LoRA for reward models.
+# get_lr of their tinker-cookbook). Other objectives have fractions of them. Those of TRL's defaults are 0.05
+# for DPO, KTO and GRPO and 0.2 for reward models; DPO of SmolLM2 learns faster with more (scripts/bench).
 RATE, OF_LORA, WIDTH, EXPONENT = 5e-5, 10, 2000, 0.781
-OF_OBJECTIVE = {"SFT": 1.0, "preferences": 0.05, "a reward model": 0.2, "reinforcement learning": 0.05}
+OF_OBJECTIVE = {"SFT": 1.0, "preferences": 0.1, "a reward model": 0.2, "reinforcement learning": 0.05}
 
 
 def learning_rate(run: Run) -> float:

@@ -202,8 +202,8 @@ def test_two_processes_choose_the_same_and_print_it_once(tmp_path):
         (["sft"], 1.3e-3),
         (["sft", "rank=64"], 1.3e-3),
         (["sft_full"], 1.3e-4),
-        (["dpo"], 6.6e-5),
-        (["dpo", "full=true"], 6.6e-6),
+        (["dpo"], 1.3e-4),
+        (["dpo", "full=true"], 1.3e-5),
         (["reward"], 2.6e-4),
         (["grpo"], 6.6e-5),
         (["llama31_8b_sft"], 2.9e-4),  # 5e-4 * (2000 / 4096) ** 0.781
@@ -226,7 +226,7 @@ def test_another_model_than_the_recipes_has_the_rate_of_its_width(base):
 
 
 def test_full_fine_tuning_has_a_rate_of_its_own():
-    assert resolve("dpo", ["full=true"]).value.optim.lr == 6.6e-6  # the recipe's 5e-5 is for LoRA
+    assert resolve("dpo", ["full=true"]).value.optim.lr == 1.3e-5  # the recipe's 5e-5 is for LoRA
     assert resolve("llama31_8b_sft", ["full=true"]).value.optim.lr == 1e-5  # it has rates for both
 
 
