@@ -526,7 +526,8 @@ OPTIONS: tuple[Option, ...] = tuple(
         _together("save_steps:tafu", "loop.save_every", "steps between checkpoints, loop.save_every=100"),
         _together("evals_per_epoch:a saves_per_epoch:a eval_strategy:tafu evaluation_strategy:au "
                   "save_strategy:tafu",
-                  "loop.eval_every", "intervals are in steps: loop.eval_every=100 loop.save_every=100"),
+                  "loop.eval_every", "intervals are in steps or, below 1, fractions of the run: "
+                  "loop.eval_every=0.25 loop.save_every=0.25"),
         _same("save_total_limit:tafu", "loop.keep_last", 2),
         _mapped("load_best_model_at_end:tafu", "loop.keep_best", {"true": "loop.keep_best=1", "false": ""},
                 "the best step's weights are in best/"),

@@ -25,7 +25,7 @@ from jaxft.runs.metric_names import (
     SCORES,
     TOKEN_ACCURACY,
 )
-from jaxft.train.settings import Loop, Run
+from jaxft.train.settings import Loop, Run, steps_between
 from jaxft.tree import Aux, Batch, Metrics, Params
 
 LOWER_IS_BETTER = ("loss", "kl")  # ends of names
@@ -110,7 +110,8 @@ def evaluation_limit(run: Run, source: Source[Any], steps: int) -> int | None:
     fraction, info = run.loop.eval_fraction, source.info
     if fraction is None or not isinstance(run.data.held_out, float) or not info.stats.held_out:
         return None
-    times = 2 + (0 if run.loop.eval_every is None else (steps - 1) // run.loop.eval_every)
+    every = run.loop.eval_every
+    times = 2 + (0 if every is None else (steps - 1) // steps_between(every, steps))
     if info.samples:
         total, one, per_step = info.stats.held_out, 1, run.data.units_per_step
     else:

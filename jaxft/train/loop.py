@@ -30,7 +30,7 @@ from jaxft.train.meter import Meters, Trace
 from jaxft.train.nonfinite import NonfiniteRecorder
 from jaxft.train.reference import precompute
 from jaxft.train.results import export_best, export_members, report_finished, write_reports
-from jaxft.train.settings import Run
+from jaxft.train.settings import Run, steps_between
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
 from jaxft.train.verdict import (
@@ -150,6 +150,9 @@ def run(
         return 0 if all(finished) else 1
 
 
-def due(every: int | None, done: int, job: Job) -> bool:
+def due(every: float | None, done: int, job: Job) -> bool:
     """Whether a multiple of `every` was reached since the last step at which the run could be saved."""
-    return every is not None and done // every > (done - job.rollout_steps) // every
+    if every is None:
+        return False
+    steps = steps_between(every, job.steps)
+    return done // steps > (done - job.rollout_steps) // steps

@@ -1,5 +1,6 @@
 """The settings of a run: everything that a config returns."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,14 +28,24 @@ LONGEST = 2**31 - 1  # steps; they are counted in int32
 ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(REWARDS)]
 
 
+def steps_between(every: float, steps: int) -> int:
+    """Return an interval in steps; below 1 it is a fraction of the run, as transformers' `eval_steps`.
+
+    >>> steps_between(0.25, 90)
+    23
+    """
+    return math.ceil(every * steps) if every < 1 else int(every)
+
+
 @dataclass(frozen=True)
 class Loop:
     """Length of a run and its intervals, in optimizer steps, and debugging.
 
     steps: length of the run; None for data.epochs. log_every: a logged metric is the mean over this many
-    steps. eval_every: steps between evaluations of the held-out rows; None for before and after training
-    only. save_every: steps between checkpoints. keep_last: how many of the newest checkpoints to retain.
-    keep_best: how many checkpoints with the best held-out score to retain.
+    steps. eval_every: steps between evaluations of the held-out rows, below 1 as a fraction of the run's
+    steps; None for before and after training only. save_every: the same between checkpoints. keep_last: how
+    many of the newest checkpoints to retain. keep_best: how many checkpoints with the best held-out score to
+    retain.
     eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
     metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
     greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
@@ -53,13 +64,13 @@ class Loop:
 
     steps: Annotated[int | None, at_least(1)] = None
     log_every: Annotated[int, at_least(1)] = 1
-    eval_every: Annotated[int | None, at_least(1)] = None
+    eval_every: Annotated[int | float | None, above(0)] = None
     eval_scores: bool = False
     best_metric: str | None = None
     greater_is_better: bool | None = None
     patience: Annotated[int | None, at_least(1)] = None
     eval_fraction: Annotated[float | None, above(0)] = 0.2
-    save_every: Annotated[int, at_least(1)] = 100
+    save_every: Annotated[int | float, above(0)] = 100
     keep_last: Annotated[int, at_least(1)] = 2
     keep_best: Annotated[int, at_least(0)] = 1
     max_bad: Annotated[int, at_least(1)] = 5
@@ -74,6 +85,8 @@ class Loop:
             value = getattr(self, name)
             if value is not None and value > LONGEST:
                 raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
+            if value is not None and value > 1 and value != int(value):
+                raise ValueError(f"loop.{name}={value}; expected whole steps, or a fraction below 1")
         if self.store is not None:
             check_store_url(self.store, "loop.store")
         for name in ("eval_scores", "patience"):

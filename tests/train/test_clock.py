@@ -70,7 +70,7 @@ def limit(steps, loop=None, held_out=0.05, batches=100, **info):
 
 def test_evaluations_of_a_short_run_compute_at_most_a_fifth_of_what_training_does():
     assert limit(10) == 6  # 2 x 6 batches of a third of the work of 12 half steps: 2 of 10 steps
-    assert limit(10, Loop(eval_every=3)) == 2  # five of them
+    assert limit(10, Loop(eval_every=3)) == limit(10, Loop(eval_every=0.3)) == 2  # five of them
     assert limit(10, Loop(eval_fraction=0.4)) == 12
     assert limit(1) == 1  # never nothing
     assert limit(1000) is limit(10, Loop(eval_fraction=None)) is limit(10, held_out="file.jsonl") is None

@@ -8,6 +8,7 @@ import pytest
 
 from jaxft.distributed.processes import AgreedError
 from jaxft.train.evaluate import is_greater_better, is_stalled, selection_score
+from jaxft.train.loop import due
 from jaxft.train.members import Job
 from jaxft.train.settings import Loop
 from jaxft.train.verdict import check_selection, end_if_due
@@ -110,3 +111,16 @@ def test_the_steps_since_the_last_entry_are_logged_where_patience_ends_a_run():
     logged, end, message = logs.mock_calls
     assert [logged, end] == [call.step(45, "metrics", "perf"), call.ends_at(45)]
     assert message.args[0].startswith("ended after step 45 of 600: 2 evaluations without a better")
+
+
+def test_an_interval_below_1_is_a_fraction_of_the_run():
+    def evaluations(every, steps):
+        job = SimpleNamespace(steps=steps, rollout_steps=1)
+        return [done for done in range(1, steps + 1) if due(every, done, job)]
+
+    assert evaluations(0.25, 8) == evaluations(2, 8) == [2, 4, 6, 8]
+    assert evaluations(0.001, 3) == [1, 2, 3] and evaluations(None, 3) == []
+    with pytest.raises(ValueError, match=r"loop.eval_every=1.5; expected whole steps, or a fraction"):
+        Loop(eval_every=1.5)
+    with pytest.raises(ValueError, match=r"loop.save_every=0; expected above 0"):
+        Loop(save_every=0)

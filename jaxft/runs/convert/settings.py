@@ -364,29 +364,28 @@ def _evaluation(draft: Draft) -> None:
         draft.unneeded += [option for name in ("eval_steps", "per_device_eval_batch_size")
                            if (option := draft.take(name)) is not None]  # fmt: skip
     if strategy is not None and as_text(strategy.value) == "epoch":
-        draft.lose(strategy, "intervals are in steps: loop.eval_every=100")
+        _per_epoch(draft, strategy, "loop.eval_every", 1)
     else:
         draft.express(strategy, [])
     saving = draft.take("save_strategy")
-    if saving is not None and as_text(saving.value) in ("epoch", "no", "best"):
-        draft.lose(saving, "intervals are in steps: loop.save_every=100; the last step is always saved")
+    if saving is not None and as_text(saving.value) == "epoch":
+        _per_epoch(draft, saving, "loop.save_every", 1)
+    elif saving is not None and as_text(saving.value) in ("no", "best"):
+        draft.lose(saving, "loop.save_every= is an interval; the last step is always saved")
     else:
         draft.express(saving, [])
     for name, setting in STEP_INTERVALS.items():
         steps, option = draft.number(name), draft.take(name)
         if option is None:
             continue
-        if steps is None or steps != int(steps) or steps < 1:
-            total = draft.settings.get("loop.steps")
-            if steps is not None and 0 < steps < 1 and total:
-                draft.express(option, [f"{setting}={max(1, round(steps * int(total)))}"], "in steps")
-            else:
-                draft.lose(option, f"a fraction of the run; {setting}= takes steps")
+        if steps is not None and (steps == int(steps) >= 1 or (0 < steps < 1 and name != "logging_steps")):
+            draft.express(option, [f"{setting}={as_text(option.value)}"])
         else:
-            draft.express(option, [f"{setting}={int(steps)}"])
+            draft.lose(option, f"{setting}= takes steps")
     for name in ("evals_per_epoch", "saves_per_epoch"):
-        option, setting = draft.take(name), "loop.eval_every" if name[0] == "e" else "loop.save_every"
-        draft.lose(option, f"{setting}= takes steps, and the steps of an epoch depend on the rows")
+        times, option = draft.number(name), draft.take(name)
+        if option is not None:
+            _per_epoch(draft, option, "loop.eval_every" if name[0] == "e" else "loop.save_every", times)
     patience = draft.take("early_stopping_patience", "early_stopping_steps")
     if patience is not None and "loop.eval_every" in draft.settings:
         draft.express(patience, [f"loop.patience={as_text(patience.value)}"])
@@ -402,6 +401,15 @@ def _evaluation(draft: Draft) -> None:
         draft.express(metric, best)
     if greater is not None:
         draft.same.append(greater)
+
+
+def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
+    """Set an interval to a fraction of the run, for so many times an epoch."""
+    epochs = draft.number("num_train_epochs") or draft.number("num_epochs")
+    if not epochs or not times or times * epochs <= 1 or "loop.steps" in draft.settings:
+        draft.lose(option, f"{setting}= takes steps, or below 1 a fraction of the run")
+    else:
+        draft.express(option, [f"{setting}={1 / (times * epochs):.4g}"], "a fraction of the run")
 
 
 def _names(draft: Draft) -> None:
