@@ -9,18 +9,18 @@ from pathlib import Path
 PORT = 8476  # default port of the coordinator
 MOST_PROCESSES = 1 << 17
 JAXFT_VARIABLES = ("JAXFT_COORDINATOR", "JAXFT_PROCESSES", "JAXFT_PROCESS")
-WHOLE_NUMBER = r"\d{1,18}"
+_NUMBER = r"\d{1,18}"
 SLURM = {  # set by srun, not by sbatch alone; JAX takes coordinator and index from them
-    "SLURM_JOB_ID": WHOLE_NUMBER,
+    "SLURM_JOB_ID": _NUMBER,
     "SLURM_STEP_NODELIST": r"[\w.-]+(\[\d.*)?(,.*)?",
-    "SLURM_NTASKS": WHOLE_NUMBER,
-    "SLURM_PROCID": WHOLE_NUMBER,
-    "SLURM_LOCALID": WHOLE_NUMBER,
+    "SLURM_NTASKS": _NUMBER,
+    "SLURM_PROCID": _NUMBER,
+    "SLURM_LOCALID": _NUMBER,
 }
 OPEN_MPI = {  # likewise
     "OMPI_MCA_orte_hnp_uri": r"\d{1,18}\..*tcp(://|6://\[).+",
-    "OMPI_COMM_WORLD_RANK": WHOLE_NUMBER,
-    "OMPI_COMM_WORLD_LOCAL_RANK": WHOLE_NUMBER,
+    "OMPI_COMM_WORLD_RANK": _NUMBER,
+    "OMPI_COMM_WORLD_LOCAL_RANK": _NUMBER,
 }
 GOOGLE = "0x1ae0"  # PCI vendor of a TPU
 
@@ -108,7 +108,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name)
     if text is None or text == "":
         return None
-    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+    if not re.fullmatch(_NUMBER, text, re.ASCII):
         raise ValueError(f"{name}={text:.60}: expected a non-negative integer below 10^18")
     return int(text)
 

@@ -114,7 +114,7 @@ def test_max_samples_reads_the_first_rows_of_each_dataset_in_chunks_of_any_size(
         first = [row for chunk in listing.first(count).chunks() for row in chunk.rows()]
         assert [row.fields for row in first] == items[:count]
     assert any(isinstance(chunk, Lines) for chunk in listing.chunks()) == (suffix == "jsonl")
-    with pytest.raises(ValueError, match="data.max_samples=0; use at least 1"):
+    with pytest.raises(ValueError, match="data.max_samples=0; expected at least 1"):
         Rows(str(path), max_samples=0)
 
 
