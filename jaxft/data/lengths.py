@@ -21,7 +21,7 @@ from jaxft.data.tokenise import Tokenising
 from jaxft.data.tokens import TokenisedExamples, tokenise_rows
 
 UNLIMITED = 2**30
-MEASURED = 10_000  # rows; of a larger dataset parts at even distances are measured
+MEASURED = 10_000  # rows; of a larger dataset so many at even distances
 ALARMING = 0.1  # fraction of the rows
 ANSWERS = 1_000  # reference answers that are tokenised
 NO_ANSWERS = np.zeros(0, np.int64)
@@ -33,7 +33,9 @@ class RowLengths:
     """Tokens of each row's prompt and responses, without any limit.
 
     responses: a column for each of `kinds`, none for prompts of rollouts. targets: tokens of each row that
-    have a loss. answers: tokens of the reference answers that rows of prompts have.
+    have a loss. answers: tokens of the reference answers that rows of prompts have. read: rows that
+    were read, also invalid ones. total: of the dataset, of which these are a sample if `read` is less; None
+    if it is not known.
     """
 
     prompts: Int[np.ndarray, " rows"]
@@ -41,9 +43,28 @@ class RowLengths:
     kinds: tuple[str, ...]
     targets: Int[np.ndarray, " rows"]
     answers: Int[np.ndarray, " answers"]
+    read: int = 0
+    total: int | None = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether the dataset has, or may have, rows that are not measured."""
+        return self.total is None or self.total > self.read
+
+    @property
+    def scale(self) -> float:
+        """How many rows of the dataset each of these stands for, at least."""
+        return max(1.0, (self.total or 0) / max(1, self.read))
+
+    @property
+    def described(self) -> str:
+        """Which rows these are, in words without their unit: "100", or "a sample of 10,000 of 60,000"."""
+        if self.total is None:
+            return f"the first {self.read:,}"
+        return f"a sample of {self.read:,} of {self.total:,}" if self.is_sample else f"{len(self):,}"
 
     @property
     def longest(self) -> Int[np.ndarray, " rows"]:
@@ -75,9 +96,15 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
 
     Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
     """
-    how = data.tokenising(cache)._replace(sample=MEASURED, invalid_limit=1.0, names_first=False)
+    counts: list[tuple[int, int | None]] = []
+    how = data.tokenising(cache)._replace(
+        sample=MEASURED, invalid_limit=1.0, names_first=False, count=lambda *found: counts.append(found)
+    )
     sources = parse_sources(data.train)
-    return reduce(_concatenate, [_measure_one(x.ref, x.adapt(data), tokenizer, how) for x in sources])
+    found = reduce(_concatenate, [_measure_one(x.ref, x.adapt(data), tokenizer, how) for x in sources])
+    totals = [total for _, total in counts if total is not None]
+    total = sum(totals) if len(totals) == len(counts) else None
+    return replace(found, read=sum(read for read, _ in counts), total=total)
 
 
 def _measure_one(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising) -> RowLengths:

@@ -7,11 +7,11 @@ non-finite step show.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +149,31 @@ class ChunkStart:
         return islice(self.chunk.rows(), self.count)
 
 
-Chunk = Lines | GroupRows | TableRows | LoadedRows | ChunkStart
+@dataclass(frozen=True)
+class ChunkSample:
+    """Those rows of a chunk that belong to `count` rows at even distances of a dataset of `total` rows.
+
+    before: rows of the dataset that are before the chunk.
+    """
+
+    chunk: Lines | GroupRows | TableRows | LoadedRows | ChunkStart
+    before: int
+    total: int
+    count: int
+
+    @property
+    def label(self) -> str:
+        """What the names of the rows begin with."""
+        return self.chunk.label
+
+    def rows(self) -> Iterator[Outcome]:
+        """Read the chunk and return some of its rows."""
+        for number, row in enumerate(self.chunk.rows(), self.before):
+            if number * self.count // self.total < (number + 1) * self.count // self.total:
+                yield row
+
+
+Chunk = Lines | GroupRows | TableRows | LoadedRows | ChunkStart | ChunkSample
 Blocks = Callable[[bytes], object]  # receives the file's bytes, block by block
 
 
@@ -167,10 +191,44 @@ def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[LoadedRows]:
         yield LoadedRows(tuple(window), label)
 
 
+def spread_chunks(chunks: Sequence[Any], count: int, least: int) -> list[ChunkSample]:
+    """Return chunks with `count` rows at even distances, of at least `least` chunks at even distances."""
+    rows = sum(map(chunk_size, chunks))
+    parts = min(len(chunks), max(least, -(-len(chunks) * count // rows)))
+    chosen = [chunks[i * len(chunks) // parts] for i in range(parts)]
+    ends = list(accumulate(map(chunk_size, chosen)))
+    befores = [0, *ends[:-1]]
+    return [
+        ChunkSample(chunk, before, ends[-1], min(count, ends[-1]))
+        for chunk, before in zip(chosen, befores, strict=True)
+    ]
+
+
+def spread_rows(
+    chunks: Iterable[Chunk], count: int, report: Callable[[int], object]
+) -> tuple[list[Outcome], int]:
+    """Read all rows and return at most `count` of them, at even distances, and the number of all.
+
+    report: called with the number of further rows that are read.
+    """
+    kept, every, total = list[Outcome](), 1, 0
+    for chunk in chunks:
+        before = total
+        for row in chunk.rows():
+            if total % every == 0:
+                kept.append(row)
+            total += 1
+            if len(kept) == 2 * count:
+                kept, every = kept[::2], 2 * every
+        report(total - before)
+    most = min(count, len(kept))
+    return [kept[i * len(kept) // most] for i in range(most)], total
+
+
 def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
     """Yield chunks of the first `most` rows."""
     for chunk in chunks:
-        size = _size(chunk)
+        size = chunk_size(chunk)
         if size > most:
             yield ChunkStart(chunk.chunk if isinstance(chunk, ChunkStart) else chunk, most)
             return
@@ -180,11 +238,13 @@ def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
             return
 
 
-def _size(chunk: Chunk) -> int:
+def chunk_size(chunk: Chunk) -> int:
     """Return the number of a chunk's rows, with those that cannot be read."""
     match chunk:
         case Lines() | ChunkStart():
             return chunk.count
+        case ChunkSample():
+            return chunk.count * chunk_size(chunk.chunk) // chunk.total
         case LoadedRows():
             return len(chunk.loaded)
         case _:

@@ -24,6 +24,7 @@ from jaxft.data.row_files import (
     Outcome,
     Row,
     TableRows,
+    chunk_size,
     first_chunks,
     has_json_lines,
     in_windows,
@@ -318,7 +319,8 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
     if suffix == ".parquet":
         chunks = tuple(scan_groups(path, how.used))
         plans = {chunk.group: chunk.plan for chunk in chunks}
-        return _Scanned(lambda: chunks, max(size, sum(plan.size for plan in plans.values())))
+        unpacked, rows = sum(plan.size for plan in plans.values()), sum(map(chunk_size, chunks))
+        return _Scanned(lambda: chunks, max(size, unpacked), rows)
     raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
 

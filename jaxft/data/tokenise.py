@@ -6,7 +6,6 @@ returns their columns, which this process writes in the order of the rows, so th
 number of workers.
 """
 
-import itertools
 import multiprocessing
 import os
 import signal
@@ -30,12 +29,22 @@ from jaxft.data.flat import RowNames
 from jaxft.data.formats import ColumnCounts, RowFormat, Schemas
 from jaxft.data.invalid import InvalidCount, InvalidRow, InvalidRows, Tally
 from jaxft.data.progress import RowProgress
-from jaxft.data.row_files import ROW_CHUNK_BYTES, Chunk, LoadedRows, Row
+from jaxft.data.row_files import (
+    ROW_CHUNK_BYTES,
+    Chunk,
+    LoadedRows,
+    Row,
+    in_windows,
+    spread_chunks,
+    spread_rows,
+)
 from jaxft.data.row_text import DOCUMENT
 from jaxft.data.rows import Listing, check_rows, list_chunks
+from jaxft.data.urls import is_remote
 from jaxft.distributed.threads import cores
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
+LEAST_PARTS = 32  # chunks that a sample is spread over, if there are as many
 SMALL_DATASET = 8  # chunks; up to here one process is faster, because further ones take time to start
 
 
@@ -90,8 +99,9 @@ class Tokenising(NamedTuple):
 
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
     workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
-    print the progress of a long tokenisation. sample: tokenise about so many rows of a larger dataset, None
-    for all.
+    print the progress of a long tokenisation. sample: tokenise so many rows of a larger dataset, at even
+    distances; None for all. count: called with the number of rows of a sample, and of the dataset's, None if
+    that is not known.
     """
 
     cache: Path | None = None
@@ -100,6 +110,7 @@ class Tokenising(NamedTuple):
     progress: bool = False
     names_first: bool = False
     sample: int | None = None
+    count: Callable[[int, int | None], object] | None = None
 
 
 DEFAULT_TOKENISING = Tokenising()
@@ -132,8 +143,7 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     has no rows.
     """
     listing = list_chunks(ref, kind.used, kind.sample_by).first(kind.settings.max_samples)
-    listing = sampled(listing, how.sample)
-    content = (listing.digest, listing.labels)
+    content = (listing.digest, listing.labels, *([] if how.sample is None else [how.sample]))
     key = files.content_key(content, tokenizer, kind.version, kind.key)
     stored, state = files.load_or_make(
         files.row_cache_folder(how.cache) / f"{key}.arrow",
@@ -143,28 +153,38 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     facts, invalid = stored.facts, InvalidRows(how.invalid_limit, how.names_first)
     invalid.merge(_tallies(facts["invalid"], listing.folder))
     names = RowNames(listing.labels, stored.columns["source"], stored.columns["number"])
-    invalid.check(ref, facts["total"] + facts["unreadable"])
-    dropped = facts["total"] + facts["unreadable"] - invalid.total - facts["left"]
+    read = facts["total"] + facts["unreadable"]
+    if how.sample is not None and how.count is not None:
+        how.count(read, read if read < how.sample else facts["rows"])
+    invalid.check(ref, read)
+    dropped = read - invalid.total - facts["left"]
     examples = tuple(Row(name, fields) for name, fields in facts["examples"])
-    read = [f"{_name(listing)}: {note}" for note in facts["notes"]]
-    notes = tuple(f"note: {line}" for line in (*listing.notes, *read))
+    own = [f"{_name(listing)}: {note}" for note in facts["notes"]]
+    notes = tuple(f"note: {line}" for line in (*listing.notes, *own))
     return TokenisedDataset(
         stored, names, facts["largest_id"], dropped, invalid.counts(), examples, notes, state
     )
 
 
-def sampled(listing: Listing, count: int | None) -> Listing:
-    """Return a dataset with chunks at even distances that have about `count` rows, None for all chunks. One
-    whose rows must be read to count them has all.
+def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> tuple[Listing, int | None]:
+    """Return a dataset of `count` rows at even distances of a larger one, and the number of all rows.
+
+    Where the rows must be read to count them, all are read; of files on the network only the first ones,
+    and their number stays unknown. progress: see Tokenising.
     """
-    if count is None or listing.rows is None or listing.rows <= count:
-        return listing
-    every = listing.rows // count
-
-    def chunks() -> Iterator[Chunk]:
-        return itertools.islice(listing.chunks(), 0, None, every)
-
-    return replace(listing, digest=f"{listing.digest}/{every}", chunks=chunks, rows=None)
+    if is_remote(ref):
+        return listing.first(count), None
+    if listing.rows is None:
+        with RowProgress(f"reading {_name(listing)}", None, progress) as shown:
+            rows, total = spread_rows(listing.chunks(), count, shown.add)
+        chunks = [*in_windows(rows, listing.folder or listing.labels[0])]
+        size = listing.size * len(rows) // max(1, total)
+        return replace(listing, size=size, chunks=lambda: iter(chunks), rows=len(rows)), total
+    if listing.rows <= count:
+        return listing, listing.rows
+    parts = spread_chunks([*listing.chunks()], count, LEAST_PARTS)
+    size = listing.size * count // listing.rows
+    return replace(listing, size=size, chunks=lambda: iter(parts), rows=count), listing.rows
 
 
 def _tokenise(
@@ -176,12 +196,16 @@ def _tokenise(
     add: Callable[[ChunkColumns], None],
 ) -> StoredFacts:
     """Tokenise all chunks; see cache.load_or_make."""
+    all_rows = None
+    if how.sample is not None:
+        listing, all_rows = sampled(ref, listing, how.sample, how.progress)
     invalid = InvalidRows(how.invalid_limit, how.names_first)
     sources = {x: i for i, x in enumerate(listing.labels)}
     total, unreadable, left, largest, some = 0, 0, 0, 0, list[Row]()
     with start_workers(worker_count(how.workers, listing.size), (kind, tokenizer, how.invalid_limit)) as run:
         format, chunks, rows = _format_of(ref, listing, kind, run, how)
-        with RowProgress(f"tokenising {_name(listing)}", rows, how.progress) as progress:
+        doing = "tokenising" if how.sample is None else "measuring the lengths of"
+        with RowProgress(f"{doing} {_name(listing)}", rows, how.progress) as progress:
             for done in run(partial(tokenise_chunk, format=format), chunks):
                 progress.add(done.rows + done.unreadable)
                 invalid.merge(done.invalid)
@@ -196,6 +220,7 @@ def _tokenise(
     check_rows(ref, total, unreadable, invalid)
     return {
         "total": total,
+        "rows": all_rows,
         "unreadable": unreadable,
         "left": left,
         "largest_id": largest,

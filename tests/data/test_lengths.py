@@ -3,9 +3,12 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny_tokenizers import tiny
 
+from jaxft.data import lengths
 from jaxft.data.lengths import limit_alarms, limit_costs, measure, percentile
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
@@ -98,12 +101,49 @@ def test_a_percentile_is_a_count_that_occurs():
     assert [percentile([1, 2, 10], p) for p in (0, 33, 34, 67, 100)] == [1, 1, 2, 10, 10]
 
 
-def test_a_sample_of_a_large_dataset_is_spread_over_it(tmp_path):
-    count = 4 * ROW_CHUNK_BYTES // 1000
-    path = write(tmp_path / "r.jsonl", ({"text": f"{i:985d}"} for i in range(count)))
+def write_as(kind, path, count):
+    """Write rows 0, 1, ... with short texts of one length."""
+    texts = [f"{i:07d}" for i in range(count)]
+    if kind == "jsonl":
+        return write(path / "r.jsonl", ({"text": text} for text in texts))
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path / "r.parquet", row_group_size=count // 3)
+    elif kind == "csv":
+        (path / "r.csv").write_text("text\n" + "".join(f"x{text}\n" for text in texts))
+    else:
+        (path / "r.json").write_text(json.dumps([{"text": text} for text in texts]))
+    return str(path / f"r.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "json"])
+def test_a_sample_has_so_many_rows_at_even_distances(tmp_path, kind):
+    path = write_as(kind, tmp_path, 1000)
+    listing, total = sampled(path, list_chunks(path), 90)
+    rows = [row for chunk in listing.chunks() for row in chunk.rows()]
+    numbers = np.array([int(row.fields["text"].lstrip("x")) for row in rows])
+    assert len(numbers) == listing.rows == 90 and total == 1000
+    assert (np.diff(numbers) > 0).all() and np.diff(numbers).max() <= 16 and numbers[-1] - numbers[0] > 970
+    whole, total = sampled(path, list_chunks(path), 1000)
+    assert sum(1 for chunk in whole.chunks() for _ in chunk.rows()) == total == 1000
+
+
+def test_a_sample_of_a_large_file_reads_a_part_of_it(tmp_path):
+    count = 40 * ROW_CHUNK_BYTES // 50_000
+    path = write(tmp_path / "r.jsonl", ({"text": f"{i:050000d}"} for i in range(count)))
     whole = list_chunks(path)
-    part = sampled(whole, count // 2)
-    names = [row.name for chunk in part.chunks() for row in chunk.rows()]
-    assert sampled(whole, count) is whole and part.digest != whole.digest
-    assert 0.3 * count < len(names) < 0.7 * count and int(names[-1].split(":")[-1]) > 0.7 * count
-    assert np.array_equal(names, [row.name for chunk in part.chunks() for row in chunk.rows()])
+    listing, total = sampled(path, whole, 10)
+    names = [row.name for chunk in listing.chunks() for row in chunk.rows()]
+    assert (len(names), total) == (10, count) and len([*listing.chunks()]) == 32 < len([*whole.chunks()])
+    assert int(names[-1].split(":")[-1]) > 0.8 * count and listing.size < whole.size // 50
+
+
+def test_lengths_of_a_large_dataset_are_those_of_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths, "MEASURED", 50)
+    path = write_as("jsonl", tmp_path, 1000)
+    for _ in ("measured", "from the cache"):
+        found = measure(Rows(path, format="text", held_out="none"), tiny("none"), tmp_path)
+        assert len(found) == 50 and found.is_sample and found.scale == 20
+        assert found.described == "a sample of 50 of 1,000"
+    monkeypatch.setattr(lengths, "MEASURED", 1000)
+    found = measure(Rows(path, format="text", held_out="none"), tiny("none"), tmp_path)
+    assert len(found) == 1000 and not found.is_sample and found.described == "1,000"
