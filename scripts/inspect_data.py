@@ -303,6 +303,8 @@ def main() -> int:
     for line in (invalid_text(found, setting), *found.warnings, *summary, *lines):
         console.print(printable_text(line), soft_wrap=True, markup=False)
     lengths = measure(data, tokenizer)
+    if lengths.is_sample:
+        console.print(f"lengths, and what limits leave, of {lengths.described} {data.unit}:", soft_wrap=True)
     console.print(lengths_table(lengths.parts))
     console.print(limits_table(data, lengths))
     for example in examples:

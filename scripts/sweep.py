@@ -17,6 +17,7 @@ import argparse
 import itertools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -89,6 +90,14 @@ def label_of(row: list[str]) -> str:
     return re.sub(r"[^\w.=+,-]+", "-", ",".join(row))
 
 
+def lines_of_runs(about: Mapping[str, list[str]]) -> list[str]:
+    """Return lines about each run, by label, as one list: those of all runs once, others with the label."""
+    first, *others = about.values()
+    if all(lines == first for lines in others):
+        return first
+    return [f"{label}: {line}" for label, lines in about.items() for line in lines]
+
+
 def main() -> int:
     """Load the config once for each combination and train them together."""
     args = make_parser().parse_intermixed_args()
@@ -107,12 +116,14 @@ def main() -> int:
             "name=... is not possible: runs are named by their knobs, and --name names a sweep's folder"
         )
     name = args.name or "-".join([Path(recipe).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
-    runs, lines = {}, list[str]()
+    runs, about = {}, dict[str, list[str]]()
     for row in rows:
-        settings, lines = open_settings.fitted(open_settings.resolve(recipe, [*overrides, *row]))
-        label = label_of(row)
-        runs[label] = replace(settings.value, name=f"{name}/{label}")
-    print("\n".join(lines), end="\n" * bool(lines), flush=True)
+        label, settings = label_of(row), open_settings.resolve(recipe, [*overrides, *row])
+        named = replace(settings, value=replace(settings.value, name=f"{name}/{label}"))
+        fitted, about[label] = open_settings.fitted(named)
+        runs[label] = replace(fitted.value, name=f"{name}/{label}")
+    for line in lines_of_runs(about):
+        print(line, flush=True)
     return train_sweep(name, runs, args.at_once)
 
 

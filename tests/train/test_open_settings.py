@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from process_group import ProcessGroup
+from scripts_in_process import load
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
 
 from jaxft.data.lengths import RowLengths
 from jaxft.runs import config
-from jaxft.train.open_settings import Fit, activation_bytes, fitted, learning_rate, resolve
+from jaxft.train.open_settings import Fit, activation_bytes, fitted, fitted_here, learning_rate, resolve
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_rows_that_ship_and_settings_that_are_given_leave_everything_as_it_is(pl
 def test_lengths_of_prompts_and_completions_fit_the_models_context(place):
     data = settings_of("grpo", *place, "data=prompts.jsonl").value.data
     # 99 % of the prompts have up to 1080 // 8 characters; TRL's 256 new tokens leave no room in 256
-    assert (data.max_prompt, data.max_new) == (192, 64)
+    assert (data.max_prompt, data.max_new) == (128, 128)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,25 @@ def test_lengths_of_rollouts_by_hand(answers, budget, expected):
     assert Fit(run, lengths, budget).choose(["max_prompt", "max_new", "micro"]) == expected
 
 
+def rollouts(longest, **data):
+    """A fit of prompts that all have so many tokens, for a model with a context of 8,192."""
+    run, none = config.load_config("grpo", []), np.zeros((100, 0), np.int64)
+    lengths = RowLengths(np.full(100, longest), none, (), none.sum(1), none.sum(1)[:0])
+    return Fit(replace(run, data=replace(run.data, **data)), lengths, 4096)
+
+
+@pytest.mark.parametrize(
+    ("longest", "group", "max_prompt"),
+    [(3034, 8, 2048), (100, 32, 128), (4032, 8, 2048), (1500, 4, 1536), (3034, 4, 3072)],
+)
+def test_long_prompts_and_large_groups_leave_completions_of_256_tokens(longest, group, max_prompt):
+    fit = rollouts(longest, group=group, eval_group=1)
+    chosen = fit.choose(["max_prompt", "max_new", "micro"])
+    assert (chosen["max_new"], chosen["max_prompt"]) == (256, max_prompt)
+    said = "\n".join(fit._with_data(**chosen).lines(chosen))
+    assert ("has more than these 4,096 tokens" in said) == (min(longest, max_prompt) + group * 256 > 4096)
+
+
 def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):
     found = settings_of("sft", *place, "data=rows.jsonl", "name=mine")
     (folder := Path("runs/mine/checkpoints/4")).mkdir(parents=True)
@@ -94,14 +114,54 @@ def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):
     record["command"]["chosen"]["max_length"] = "192"
     (folder.parents[1] / "config.json").write_text(json.dumps(record))
     assert settings_of("sft", *place, "data=rows.jsonl", "name=mine").value.data.max_length == 192
-    other = settings_of("sft", *place, "data=rows.jsonl", "name=mine", "batch=2")
-    assert other.value.data.max_length == found.value.data.max_length  # another command, whose rows count
+    for more in ("epochs=3", "loop.steps=7"):  # which may change
+        kept = settings_of("sft", *place, "data=rows.jsonl", "name=mine", more).value.data
+        assert (kept.max_length, kept.batch) == (192, found.value.data.batch)
+    other = settings_of("sft", *place, "data=rows.jsonl", "name=mine", "data.max_length=64").value.data
+    assert (other.max_length, other.batch) == (64, found.value.data.batch)  # the command has the last word
     folder.rmdir()
     assert settings_of("sft", *place, "data=rows.jsonl", "name=mine").chosen == found.chosen
 
 
+def test_a_run_of_a_sweep_keeps_what_it_began_with(place):
+    settings = resolve("sft", [*place, "data=rows.jsonl"])
+    named = replace(settings, value=replace(settings.value, name="grid/lr=0.1"))
+    record = fitted(named, devices=1)[0].describe() | {"command": None}
+    del record["command"]
+    record["data"]["batch"] = 2
+    for folder in ("runs/grid/checkpoints/4", "runs/grid/lr=0.1"):  # the runs share the checkpoints
+        Path(folder).mkdir(parents=True)
+    Path("runs/grid/lr=0.1/config.json").write_text(json.dumps(record))
+    assert fitted(named, devices=8)[0].value.data.batch == 2
+
+
+def test_lines_about_the_runs_of_a_sweep_are_printed_once_if_they_are_equal():
+    lines_of_runs = load("sweep").lines_of_runs
+    assert lines_of_runs({"a=1": ["x", "y"], "a=2": ["x", "y"]}) == ["x", "y"]
+    assert lines_of_runs({"a=1": ["x"], "a=2": ["y"]}) == ["a=1: x", "a=2: y"]
+
+
 def test_rows_that_cannot_be_read_leave_their_error_to_the_run(place):
     assert settings_of("sft", *place, "data=missing.jsonl", "lr=0.1").chosen == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["data=org/rows"], "org/rows is no file of this machine"),
+        (["data=rows.jsonl", "model=none/here"], "the tokenizer of none/here is not on this machine"),
+        (["data=broken.jsonl"], "broken.jsonl:1: malformed JSON"),
+    ],
+)
+def test_a_plan_says_which_lengths_it_leaves_to_the_run(place, options, reason):
+    Path("broken.jsonl").write_text("{")
+    named = [text for text in options if text.startswith("data=")]
+    settings = resolve("sft", [*place, *named])
+    if len(options) > len(named):
+        settings = replace(settings, value=replace(settings.value, weights="none/here"))
+    found, lines = fitted_here(settings, devices=1)
+    assert "max_length" not in found.chosen and found.value.data.max_length == 512
+    assert lines[-1].startswith("lengths are chosen when the run starts: ") and reason in lines[-1]
 
 
 def fit_of(longest, data, budget=4096, context=8192):
@@ -152,6 +212,17 @@ def test_bytes_of_activations_by_hand():
     widths = 576 + 192 + 192 + 576 + 576 + 1536 + 1536  # q, k, v, attention, o, gate, up in bfloat16
     assert activation_bytes(model, "projections") == 30 * (2 * widths + 4 * 576)
     assert activation_bytes(model, "full") == 30 * 4 * 576  # the residual stream in float32
+
+
+def test_a_sample_counts_as_all_rows_it_stands_for():
+    fit = fit_of([100] * 512, ROWS)  # 100 rows of a step's 512 tokens; four times as many in the dataset
+    assert fit.choose(NAMES)["batch"] == 1
+    fit = replace(fit, lengths=replace(fit.lengths, read=512, total=4 * 512))
+    chosen = fit.choose(NAMES)
+    assert chosen["batch"] == 4
+    first, second = fit.lines(chosen)[:2]
+    assert first.startswith("tokens of a sample of 512 of 2,048 rows: 50 % up to 100")
+    assert second == "max_length=512 covers the sample"
 
 
 def test_the_smallest_batch_has_a_row_of_every_device():
