@@ -8,9 +8,10 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \\
         batch={devices} micro=1
 
-No weights, network or devices are used, and no rows but those of data=FILE, whose lengths are planned, or
-those of --hours and --price. Compiling for NVIDIA GPUs needs jax's CUDA plugin (pip install 'jaxft[cuda12]'),
-for TPUs libtpu (pip install 'jaxft[tpu]').
+No weights or devices are used, and no rows but those of data=FILE, whose lengths are planned, or those of
+--hours and --price; lengths of other rows are chosen when the run starts. Nothing is downloaded but the
+configuration of model=org/name, and for --hours and --price a dataset on the hub. Compiling for NVIDIA GPUs
+needs jax's CUDA plugin (pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]').
 
 All programs of the run are compiled: the train step, evaluation, sampling and others. --train-only, several
 machines and --search compile only the train step.
@@ -143,11 +144,17 @@ def print_plans(args: argparse.Namespace) -> int:
 def run_cost(run: Any, step: Any, price: float | None) -> Any:
     """Return the cost of a run whose train step is planned, None if its time is unknown."""
     from jaxft.plan import costs
-    from jaxft.weights import pretrained
+    from jaxft.weights import hub, pretrained
 
     if step.estimate is None:
         return None
-    steps = costs.steps_of(run, partial(pretrained.load_tokenizer, run.weights))
+
+    def tokenizer() -> Any:
+        if not hub.is_here(run.weights):
+            raise OSError(f"{run.weights} is not on this machine")  # a plan downloads nothing
+        return pretrained.load_tokenizer(run.weights)
+
+    steps = costs.steps_of(run, tokenizer)
     return costs.Cost(steps, step.estimate.step, step.devices, price)
 
 

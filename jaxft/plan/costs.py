@@ -1,13 +1,16 @@
-"""RunSteps, hours and money of a run on planned devices."""
+"""Steps, hours and money of a run on planned devices."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
+from jaxft.data.invalid import InvalidRow, InvalidRows
 from jaxft.data.mixture import parse_sources
+from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
-from jaxft.data.rows import read_rows
+from jaxft.data.rows import check_rows, list_chunks
 from jaxft.data.sft import Rows
 from jaxft.train.settings import Run
 
@@ -30,18 +33,18 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
     """
     if run.loop.steps is not None:
         return RunSteps(run.loop.steps, "loop.steps")
-    data: Any = run.data
-    length = f"{data.epochs:g} epochs" if data.epochs is not None else f"{data.tokens:,} tokens"
-    refs = [source.ref for source in parse_sources(data.train)]
-    rows = [row for ref in refs for row in read_rows(ref)]
-    trained = len(rows) - (data.held_out_count(len(rows)) if _is_fraction(data.held_out) else 0)
+    data = run.data
+    if not isinstance(data, Rows | PairRows | Prompts):
+        return RunSteps(data.open(tokenizer()).info.steps, "the run's data")
+    length = f"{data.tokens:,} tokens"
+    if data.epochs is not None:
+        length = f"{data.epochs:g} epoch{'s' * (data.epochs != 1)}"
     try:
         loaded = tokenizer()
     except OSError:  # the model's files are not here
-        return RunSteps(
-            _estimated(run, rows, trained), f"{length} of {trained:,} rows, at 4 characters per token"
-        )
-    return RunSteps(run.data.open(loaded).info.steps, f"{length} of {trained:,} rows")
+        return _estimated(data, length)
+    info = data.open(loaded).info
+    return RunSteps(info.steps, f"{length} of {info.stats.examples:,} {data.unit}")
 
 
 @dataclass(frozen=True)
@@ -94,19 +97,41 @@ def hours_text(hours: float) -> str:
     return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:.1f} days"
 
 
-def _is_fraction(held_out: Any) -> bool:
-    return isinstance(held_out, int | float) and held_out > 0
+class _Counted(NamedTuple):
+    """Rows of a dataset that can be read, and their characters."""
+
+    rows: int
+    characters: int
 
 
-def _estimated(run: Run, rows: list[Any], trained: int) -> int:
+def _count(data: Rows | PairRows | Prompts, ref: str) -> _Counted:
+    """Count the rows of a dataset that the run reads. Raises ValueError if too many are invalid."""
+    invalid = InvalidRows(data.allowed_invalid, names_first=True)
+    rows = characters = 0
+    listing = list_chunks(ref).first(data.max_samples)
+    for row in chain.from_iterable(chunk.rows() for chunk in listing.chunks()):
+        if isinstance(row, InvalidRow):
+            invalid.add(row)
+        else:
+            rows, characters = rows + 1, characters + sum(len(str(x)) for x in row.fields.values())
+    check_rows(ref, rows, invalid.total, invalid)
+    return _Counted(rows, characters)
+
+
+def _estimated(data: Rows | PairRows | Prompts, length: str) -> RunSteps:
     """Return the steps of rows that are not tokenised."""
-    data: Any = run.data
-    characters = sum(len(str(value)) for row in rows for value in row.fields.values())
-    tokens = characters / CHARACTERS * trained / max(1, len(rows))
+    parts = [_count(source.adapt(data), source.ref) for source in parse_sources(data.train)]
+    rows, characters = (sum(values) for values in zip(*parts, strict=True))
+    is_fraction = isinstance(data.held_out, int | float) and data.held_out > 0
+    trained = rows - (data.held_out_count(rows) if is_fraction else 0)
+    source = f"{length} of {trained:,} {data.unit}, at {CHARACTERS} characters per token"
+    source += f", with those that data.drop={','.join(data.drop)} leaves out" if data.drop else ""
+    tokens, epochs = characters / CHARACTERS * trained / rows, data.epochs or 1.0
     if data.tokens is not None:
-        return max(1, math.ceil(data.tokens / (data.batch * data.max_length)))
-    epochs = data.epochs or 1.0
-    if isinstance(data, Rows) and data.packing:
-        return max(1, math.ceil(epochs * tokens / (data.batch * data.max_length)))
-    rollouts = max(1, math.ceil(epochs * trained / data.batch))
-    return rollouts * data.passes * data.minibatches if isinstance(data, Prompts) else rollouts
+        steps = math.ceil(data.tokens / (data.batch * data.max_length))
+    elif isinstance(data, Rows) and data.packing:
+        steps = math.ceil(epochs * tokens / (data.batch * data.max_length))
+    else:
+        steps = math.ceil(epochs * trained / data.batch)
+    each = data.passes * data.minibatches if isinstance(data, Prompts) else 1
+    return RunSteps(max(1, steps) * each, source)

@@ -1,4 +1,4 @@
-"""RunSteps, hours and money of a planned run, and the table of what fits where."""
+"""Steps, hours and money of a planned run, and the table of what fits where."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from scripts_in_process import load
+from tiny_tokenizers import tiny
 
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
@@ -42,7 +43,7 @@ def test_steps_of_the_loop_come_first(rows):
 def test_pairs_and_prompts_are_counted_without_a_tokenizer(rows):
     # 100 rows, 20 held out: 80 x 3 epochs / 8
     pairs = steps_of(run(PairRows(rows, held_out=0.2, epochs=3.0, batch=8)), unavailable)
-    assert pairs.count == 30 and "80 rows" in pairs.source
+    assert pairs.count == 30 and "80 pairs" in pairs.source
     # 80 prompts / 16 of a rollout, each 2 passes of 4 steps
     prompts = Prompts(rows, held_out=0.2, epochs=1.0, batch=16, passes=2, minibatches=4)
     assert steps_of(run(prompts), unavailable).count == 5 * 8
@@ -53,6 +54,24 @@ def test_tokens_of_packed_rows_are_estimated_from_characters(rows):
     found = steps_of(run(Rows(rows, held_out=None, batch=2, max_length=100)), unavailable)
     assert found.count == 8 and "4 characters per token" in found.source
     assert steps_of(run(Rows(rows, held_out=None, batch=2, packing=False)), unavailable).count == 50
+
+
+def test_steps_are_of_the_rows_that_a_run_reads(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": f"{number:07d} {TEXT}"}) for number in range(200)]
+    file.write_text("\n".join([*lines[:100], "{", *lines[100:]]) + "\n")  # one of 201 rows is invalid
+    options = {"held_out": None, "batch": 2, "packing": False}
+    for tokenizer in (unavailable, lambda: tiny("none")):
+        found = steps_of(run(Rows(str(file), **options)), tokenizer)
+        assert found.count == 100 and found.source.startswith("1 epoch of 200 rows")
+        found = steps_of(run(Rows(str(file), epochs=2.0, max_samples=20, **options)), tokenizer)
+        assert found.count == 20 and found.source.startswith("2 epochs of 20 rows")
+        with pytest.raises(ValueError, match="rows.jsonl:101: malformed JSON"):
+            steps_of(run(Rows(str(file), invalid="error", **options)), tokenizer)
+    file.write_text("\n".join([lines[0]] * 100 + lines[1:]) + "\n")
+    drop = Rows(str(file), drop=("duplicates",), **options)
+    assert steps_of(run(drop), lambda: tiny("none")).count == 100
+    assert "with those that data.drop=duplicates leaves out" in steps_of(run(drop), unavailable).source
 
 
 def test_money_is_hours_times_devices_times_price():
