@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+INT32 = 2**31 - 1  # the largest number of 32 bits, in which steps and seconds are counted
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -33,7 +35,7 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        low, high = f"{self.least:g}", f"{self.most:g}"
+        low, high = f"{self.least:g}", "2^31 - 1" if self.most == INT32 else f"{self.most:g}"
         if self.most == math.inf:
             return f"above {low}" if self.open_least else f"at least {low}"
         if not self.open_least and not self.open_most:
@@ -57,6 +59,12 @@ def between(least: float, most: float) -> Bounds:
     return Bounds(least, most)
 
 
+def count_from(least: int) -> Bounds:
+    """Numbers from `least` on that 32 bits hold."""
+    return Bounds(least, INT32)
+
+
+ABOVE_ZERO = Bounds(0.0, INT32, open_least=True)  # that 32 bits hold
 ZERO_TO_ONE = Bounds(0.0, 1.0)
 BELOW_ONE = Bounds(0.0, 1.0, open_most=True)
 ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)

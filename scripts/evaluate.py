@@ -268,7 +268,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
 
     model, rows = next(iter(loaded.values())).model, args.split
     if isinstance(rows, PairRows):
-        preferences = make_pair_preferences(model)
+        preferences = make_pair_preferences(model, args.check)
         return {name: preferences(one, rows) for name, one in loaded.items()}
     if not isinstance(rows, Rows):
         raise ValueError(
@@ -278,7 +278,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
         raise ValueError(
             "--out writes the results of pairs or completions, and these rows have a loss; remove it"
         )
-    row_loss = make_row_loss(model)
+    row_loss = make_row_loss(model, args.check)
     return {name: row_loss(one, rows) for name, one in loaded.items()}
 
 
@@ -296,7 +296,7 @@ def evaluate_completions(
     sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)
     rows = [row for source in sources for row in read_rows(source.ref)]
     if args.split is not None:
-        names = held_out_names(args.split, next(iter(loaded.values())).tokenizer)
+        names = held_out_names(args.split, next(iter(loaded.values())).tokenizer, args.check)
         rows = [row for row in rows if row.name in names]
     found, scorers = {}, dict[Any, Any]()
     for name, one in loaded.items():
@@ -326,7 +326,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.distributed import sharding
     from jaxft.inference.sampling import Sampling
     from jaxft.runs.loaded_weights import load_each
-    from jaxft.runs.named_weights import prompt_settings
+    from jaxft.runs.named_weights import check_recorded_rows, prompt_settings
     from jaxft.runs.served import named_adapters
     from jaxft.train import harness
     from jaxft.train.harness_model import HarnessSettings, generation_config_notes
@@ -341,7 +341,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.way == TASKS:
         tasks = harness.load_tasks(args.names, args.include_path)
     else:
-        args.file, args.split = rows_of(args, next(iter(named.values())).record)
+        record = next(iter(named.values())).record
+        args.file, args.split = rows_of(args, record)
+        args.check = partial(check_recorded_rows, record)  # called where there is a split
         for source in held_out_sources(args.file) if args.split is None else ():
             next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded
     for name, weights in named.items():

@@ -6,6 +6,7 @@ from typing import Annotated
 import pytest
 
 from jaxft.bounds import (
+    ABOVE_ZERO,
     ABOVE_ZERO_TO_ONE,
     BELOW_ONE,
     INSIDE_ZERO_AND_ONE,
@@ -14,9 +15,12 @@ from jaxft.bounds import (
     at_least,
     between,
     check_bounds,
+    count_from,
     one_of,
 )
+from jaxft.distributed.processes import Hosts
 from jaxft.runs.parse import describe_kind
+from jaxft.train.settings import Loop
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,8 @@ from jaxft.runs.parse import describe_kind
     [
         (at_least(1), "at least 1", (1, 7), (0, -1, float("inf"), float("nan"))),
         (above(0), "above 0", (1e-9, 3), (0, -1, float("inf"))),
+        (count_from(1), "from 1 to 2^31 - 1", (1, 2**31 - 1), (0, 2**31)),
+        (ABOVE_ZERO, "above 0 and at most 2^31 - 1", (0.1, 2**31 - 1), (0, 2.0**31)),
         (between(2, 4), "from 2 to 4", (2, 4), (1.9, 4.1)),
         (ZERO_TO_ONE, "from 0 to 1", (0, 1), (-0.1, 1.1)),
         (BELOW_ONE, "at least 0 and below 1", (0, 0.9), (1, -0.1)),
@@ -51,6 +57,17 @@ def test_a_section_refuses_numbers_out_of_bounds_and_takes_none():
         Section(0)
     with pytest.raises(ValueError, match=r"^section.rate=1.5; expected from 0 to 1, or none$"):
         Section(rate=1.5)
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [(Loop, "steps"), (Loop, "save_every"), (Hosts, "stop_seconds")]
+)
+def test_numbers_that_32_bits_do_not_hold_are_refused(section, name):
+    with pytest.raises(
+        ValueError, match=rf"^{section.__name__.lower()}\.{name}=2147483648; expected .* 2\^31 - 1"
+    ):
+        section(**{name: 2**31})
+    assert getattr(section(**{name: 2**31 - 1}), name) == 2**31 - 1
 
 
 def test_the_type_of_a_setting_is_shown_with_its_bounds():

@@ -10,14 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.bounds import above, at_least, check_bounds
+from jaxft.bounds import ABOVE_ZERO, check_bounds, count_from
 from jaxft.distributed import exit, launch, sharding, sync
 from jaxft.distributed.exit import shorten_error
 from jaxft.distributed.sync import is_first
@@ -43,21 +43,17 @@ class Hosts:
     """
 
     coordinator: str | None = None
-    processes: Annotated[int | None, at_least(1)] = None
-    process: Annotated[int | None, at_least(0)] = None
-    devices: Annotated[int | None, at_least(1)] = None
-    start_seconds: Annotated[int, at_least(1)] = 300
-    heartbeat_seconds: Annotated[int, at_least(1)] = 100
-    stop_seconds: Annotated[int, at_least(1)] = 300
-    step_seconds: Annotated[float | None, above(0)] = None
-    phase_seconds: Annotated[float, above(0)] = 7200.0
+    processes: Annotated[int | None, count_from(1)] = None
+    process: Annotated[int | None, count_from(0)] = None
+    devices: Annotated[int | None, count_from(1)] = None
+    start_seconds: Annotated[int, count_from(1)] = 300
+    heartbeat_seconds: Annotated[int, count_from(1)] = 100
+    stop_seconds: Annotated[int, count_from(1)] = 300
+    step_seconds: Annotated[float | None, ABOVE_ZERO] = None
+    phase_seconds: Annotated[float, ABOVE_ZERO] = 7200.0
 
     def __post_init__(self) -> None:
         check_bounds(self, "hosts")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and value >= 2**31:
-                raise ValueError(f"hosts.{field.name}={value}; expected below 2^31")
         if self.process is not None and self.coordinator is None:
             raise ValueError(
                 f"hosts.process={self.process} needs hosts.coordinator=host:port of process 0; set both"

@@ -321,20 +321,22 @@ def check_zero_gradient(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report consecutive rollouts whose completions mostly reach the limit of their length, of a shorter run
-    at its end.
+    at its end. A run is shorter if its logged steps are too few for such a streak.
     """
     streak, due = memory.get("streak", 0), memory.get("next", IDLE_STEPS)
     if CLIPPED_RATIO in n:
         streak = streak + 1 if n[CLIPPED_RATIO] >= MOST else 0
+        memory = {**memory, "seen": memory.get("seen", 0) + 1}
     elif not last:
         return Alarms(memory, [], [])
-    if streak < due and not (last and streak and "next" not in memory):
+    is_short = memory.get("seen", 0) < IDLE_STEPS
+    if streak < due and not (last and streak and is_short):
         return Alarms({**memory, "streak": streak}, [], [])
     alarm = (
         f"most completions of the last {streak} logged steps reached data.max_new without an end token, so "
         "that rewards see unfinished text. Write a larger max_new=, or check that the model has an end token"
     )
-    return Alarms({"streak": streak, "next": REPEAT * streak}, [], [alarm])
+    return Alarms({**memory, "streak": streak, "next": REPEAT * streak}, [], [alarm])
 
 
 def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:

@@ -59,7 +59,11 @@ def wilson(fraction: float, count: float) -> Interval:
     inference, the law of succession, and statistical inference, JASA 22, 209-212. It stays within [0, 1] and
     covers well for small counts (Brown, Cai & DasGupta 2001, Statistical Science 16, 101-133). Of values
     between 0 and 1 that are not all 0 or 1, such as ties that count 1/2, it is somewhat too wide.
+
+    [NaN, NaN] of NaN, the accuracy of a model that is not finite.
     """
+    if math.isnan(fraction):
+        return Interval(math.nan, math.nan)
     if count <= 0 or not 0 <= fraction <= 1:
         raise ValueError(f"a fraction must be in [0, 1] and its count above 0, got {fraction} of {count}")
     square = NORMAL**2

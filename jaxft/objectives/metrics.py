@@ -1,5 +1,6 @@
 """Metrics that add: steps, microbatches and evaluation batches are summed, and only the log divides."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -191,19 +192,23 @@ Metric = Sum | WinRate | PerRow | Max | Min | Correlation | LabelNoise
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-    """Combine the metrics of two parts of a batch."""
+    """Combine the metrics of two parts of a batch; join_rows does values of single rows."""
     return {name: _add(a[name], b[name]) for name in a}
 
 
 def _add(a: Any, b: Any) -> Metric:
     if isinstance(a, SUMS):
         return jax.tree.map(lambda x, y: x + y, a, b)
-    if isinstance(a, PerRow):  # the last axis, as those of a sweep have one of members
-        return jax.tree.map(lambda x, y: np.concatenate([x, y], -1), a, b)
     on_host = not isinstance(a.value, jax.Array)  # numpy on the host, where nothing may be compiled
     if isinstance(a, Max):
         return Max((np if on_host else jnp).maximum(a.value, b.value))
     return Min((np if on_host else jnp).minimum(a.value, b.value))
+
+
+def join_rows(parts: Sequence[Metrics]) -> Metrics:
+    """Return the values of single rows of all parts, which have nothing else, in their order."""
+    # the last axis, as those of a sweep have one of members
+    return jax.tree.map(lambda *x: np.concatenate(x, -1), *parts)
 
 
 def neutral(like: Metrics) -> Metrics:

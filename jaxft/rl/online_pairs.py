@@ -44,13 +44,9 @@ class OnlinePairs(Rollouts):
     ValueError.
     """
 
-    group: Annotated[int, at_least(1)] = 2
+    group: Annotated[int, at_least(2)] = 2  # a pair needs two completions
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise ValueError(
-                f"data.group={self.group}: a pair needs at least 2 completions of a prompt. Raise it."
-            )
         super().__post_init__()
         rules = self.rules
         applied = Rules(

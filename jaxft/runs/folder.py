@@ -36,7 +36,9 @@ MAY_CHANGE = (
     "mesh",
     "hosts",
 )
-MUST_STAY = ("loop.best_metric", "loop.greater_is_better")  # the scores of all checkpoints are compared
+# Settings among them that may not, as the scores of all checkpoints are compared, and of the same rows; each
+# with its default, with which a run goes on that began before it existed.
+MUST_STAY = {"loop.best_metric": "None", "loop.greater_is_better": "None", "loop.eval_fraction": "0.2"}
 HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
@@ -222,7 +224,8 @@ def permitted_changes(folder: Path | str, old: dict[str, Any], new: dict[str, An
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     found = differences(old, json.loads(json.dumps(new)))
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
-    fixed = [line for line in found if line.startswith(MUST_STAY) and not line.endswith("absent -> None")]
+    began_before = [f"{name}: absent -> {default}" for name, default in MUST_STAY.items()]
+    fixed = [line for line in found if line.startswith(tuple(MUST_STAY)) and line not in began_before]
     refused = [line for line in found if not permitted.match(line) or line in fixed]
     if refused:
         refused = _explained(refused, new)

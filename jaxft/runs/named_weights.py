@@ -1,16 +1,19 @@
 """The weights that a command line names: a run, a model, an adapter, or an adapter on its own base."""
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Prompts, split_prompts
+from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.weights import adapters, hub
 from jaxft.weights.peft_refusals import read_adapter_config
+
+Check: TypeAlias = Callable[[str], None]  # is called with the fingerprint of rows, and raises for wrong ones
 
 
 class NamedWeights(NamedTuple):
@@ -110,10 +113,34 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     return kind(**values)
 
 
-def held_out_names(data: Rows | PairRows | Prompts, tokenizer: Any) -> set[str]:
-    """Return the names of the rows that a fraction of the rows holds out, with these settings."""
+def any_rows(fingerprint: str) -> None:
+    """Accept all rows."""
+
+
+def check_recorded_rows(record: dict[str, Any], fingerprint: str) -> None:
+    """Raise ValueError if rows that are read with recorded_data are others than those of the run, since of
+    others it may have trained on some that the same fraction now holds out.
+
+    record: its settings; one without a fingerprint passes. fingerprint: of the source of the rows.
+    """
+    if record.get("data_fingerprint", fingerprint) != fingerprint:
+        data = record["data"]
+        raise ValueError(
+            f"the rows of data={data['train']}, or how they become tokens, have changed since the run "
+            f"{record.get('name')} began, so that data.held_out={data['held_out']} may hold out rows that it "
+            "was trained on; restore them, or name rows by --file"
+        )
+
+
+def held_out_names(data: Rows | PairRows | Prompts, tokenizer: Any, check: Check = any_rows) -> set[str]:
+    """Return the names of the rows that a fraction of the rows holds out, with these settings. check: is
+    called with the fingerprint of the rows.
+    """
     if isinstance(data, Prompts):
-        return set(split_prompts(data, tokenizer)[1].names)
+        train, held = split_prompts(data, tokenizer)
+        check(prompts_fingerprint(data, train, held))
+        return set(held.names)
     source: Any = data.open(tokenizer)
+    check(source.info.fingerprint)
     split = source.pairs.split if isinstance(data, PairRows) else source.split
     return {split.rows.names[i] for i in split.held}

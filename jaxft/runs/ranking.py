@@ -31,7 +31,7 @@ from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, read_entries
 ACCURACIES = (names.ACCURACY, names.REWARD_ACCURACY)
 SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition
 # Parts of config.json that follow from other settings, or that change nothing in what a run computes.
-NOT_SETTINGS = ("name", "seed", "command", "data_fingerprint", "loop", "samples", "trackers")
+NOT_SETTINGS = ("name", "seed", "command", "data_fingerprint", "loop", "samples", "trackers", "tracking")
 MOST_DIFFERENCES = 8  # runs that are compared with the best one
 
 

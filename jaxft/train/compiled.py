@@ -56,14 +56,14 @@ class Compiled:
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     averaged(states) -> the states with the weights that are evaluated and exported, which are averages with
     optim.ema and schedule-free optimizers; all members but step take such states. evaluate and general:
-    metrics of the held-out rows and of the general text, {} without any; evaluate also the values of single
-    rows, see HeldOut. sample: completions of held-out
-    prompts and their scores. last_loss(states, batch): the loss of a training batch in a forward pass without
-    dropout; {} with held-out rows, whose loss is computed after the last step anyway.
+    metrics of the held-out rows and of the general text, {} without any; evaluate(states, True) also the
+    values of single rows, see HeldOut. sample: completions of held-out prompts and their scores.
+    last_loss(states, batch): the loss of a training batch in a forward pass without dropout; {} with held-out
+    rows, whose loss is computed after the last step anyway.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
-    evaluate: Callable[[States], list[HeldOut]]
+    evaluate: Callable[[States, bool], list[HeldOut]]
     general: Callable[[States], list[dict[str, float]]]
     sample: Callable[[States], list[scores.Scored]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
@@ -79,7 +79,7 @@ class Compiled:
         scores of completions.
         """
         states = self.averaged(states)
-        found = [own.named_metrics() for own in self.evaluate(states)]
+        found = [own.named_metrics() for own in self.evaluate(states, False)]
         if not scores:
             return found
         return [{**own, **more.metrics} for own, more in zip(found, self.sample(states), strict=True)]
@@ -91,7 +91,7 @@ class Compiled:
         """
         states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
-        held_out, sampled = self.evaluate(states), self.sample(states)
+        held_out, sampled = self.evaluate(states, True), self.sample(states)
         evaluations = [
             Evaluation(
                 metrics={**own.named_metrics(), **more, **scored.metrics},
@@ -124,9 +124,9 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         state, metrics = train_step(states[0], frozen[0], sharding.shard_batch(p.mesh, batch))
         return (state,), metrics
 
-    def evaluate(states: States) -> list[HeldOut]:
+    def evaluate(states: States, with_rows: bool) -> list[HeldOut]:
         metrics = source.evaluate(states[0])
-        return [HeldOut.of(held_out(states[0])) if metrics is None else HeldOut(metrics, {})]
+        return [HeldOut.of(held_out(states[0], with_rows)) if metrics is None else HeldOut(metrics, {})]
 
     def sample(states: States) -> list[scores.Scored]:
         return [score(complete(tree.combine(states[0].trainable, own)))]
@@ -135,7 +135,9 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
     if not source.held_out:
         of_rows = compile_metrics(p, p.eval_step, own, *microbatch_shape(source.shapes[-1]))
         last_loss = partial(
-            losses_of_batch, lambda states, rows: [as_floats(of_rows(states[0], rows))], source.shapes[-1]
+            losses_of_batch,
+            lambda states, rows: [as_floats(of_rows(states[0], rows, False))],
+            source.shapes[-1],
         )
     average = compile_averaged(p)
 
@@ -143,7 +145,7 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         return (average(states[0]),)
 
     def general_text(states: States) -> list[FloatMetrics]:
-        return [as_floats(general(states[0]))]
+        return [as_floats(general(states[0], False))]
 
     return Compiled(step, evaluate, general_text, sample, last_loss, averaged)
 

@@ -12,7 +12,7 @@ from jaxft.data.sft import Rows, RowSource
 from jaxft.data.source import Dataset, Source
 from jaxft.distributed import processes
 from jaxft.objectives import metrics as metric
-from jaxft.objectives.metrics import HELD_OUT, LOSS
+from jaxft.objectives.metrics import HELD_OUT, LOSS, PerRow
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.runs.metric_names import (
     ACCURACY,
@@ -63,13 +63,22 @@ def held_out_floats(metrics: Metrics) -> dict[str, float]:
     return {**metric.as_floats(metrics), **metric.pair_counts(metrics)}
 
 
-def sum_metrics(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metrics:
-    """Return the metrics of all batches on the host, not yet divided."""
+def sum_metrics(
+    step: Callable[[Batch], Metrics], batches: Iterable[Batch], with_rows: bool = False
+) -> Metrics:
+    """Return the metrics of all batches on the host, not yet divided.
+
+    with_rows: and the values of single rows.
+    """
     total: Metrics | None = None
+    rows: list[Metrics] = []  # joined once: joining them batch by batch is quadratic in their number
     for batch in batches:
-        found = jax.device_get(step(batch))
-        total = found if total is None else metric.add(total, found)
-    return total or {}
+        found = step(batch)
+        sums = jax.device_get({name: m for name, m in found.items() if not isinstance(m, PerRow)})
+        total = sums if total is None else metric.add(total, sums)
+        if with_rows:
+            rows.append(jax.device_get({name: m for name, m in found.items() if isinstance(m, PerRow)}))
+    return {**(total or {}), **(metric.join_rows(rows) if rows else {})}
 
 
 def coupled_metrics(

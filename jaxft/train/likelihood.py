@@ -20,6 +20,7 @@ from jaxft.objectives.preference_metrics import TIE_ROUNDING
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import LoadedWeights
+from jaxft.runs.named_weights import Check, any_rows
 from jaxft.train.evaluate import evaluate, make_eval_step
 from jaxft.tree import Params
 from jaxft.weights.pretrained import check_token_id
@@ -52,19 +53,22 @@ class Evaluated(NamedTuple):
     values: Mapping[str, Sequence[float]] = {}
 
 
-def make_row_loss(model: Model) -> Callable[[LoadedWeights, Rows], Evaluated]:
-    """Return `row_loss(loaded, rows)`, whose program is compiled once for all weights of a model."""
+def make_row_loss(model: Model, check: Check = any_rows) -> Callable[[LoadedWeights, Rows], Evaluated]:
+    """Return `row_loss(loaded, rows)`, whose program is compiled once for all weights of a model. check: is
+    called with the fingerprint of the rows.
+    """
     eval_step = jax.jit(make_eval_step(sft(model)))
-    return lambda loaded, rows: _row_loss(eval_step, loaded, rows)
+    return lambda loaded, rows: _row_loss(eval_step, loaded, rows, check)
 
 
-def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows) -> Evaluated:
+def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows, check: Check) -> Evaluated:
     """Return loss (mean over the tokens with a loss, in nats), perplexity and token accuracy of all rows.
 
     rows: settings whose held-out rows are evaluated. Raises ValueError for a loss that is not finite.
     """
     mesh = loaded.mesh
     source = rows.open(loaded.tokenizer, sharding.row_shards(mesh))
+    check(source.info.fingerprint)
     stats = source.info.stats
     check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
     found = evaluate(
@@ -90,8 +94,12 @@ def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows) 
     return Evaluated(metrics, [], notes)
 
 
-def make_pair_preferences(model: Model) -> Callable[[LoadedWeights, PairRows], Evaluated]:
-    """Return `preferences(loaded, rows)`, whose programs are compiled once for all weights of a model."""
+def make_pair_preferences(
+    model: Model, check: Check = any_rows
+) -> Callable[[LoadedWeights, PairRows], Evaluated]:
+    """Return `preferences(loaded, rows)`, whose programs are compiled once for all weights of a model. check:
+    is called with the fingerprint of the rows.
+    """
 
     def forward(params: Params, batch: Pairs) -> dict[str, Any]:
         rows = jax.tree.map(lambda x: x[0], batch)
@@ -100,10 +108,12 @@ def make_pair_preferences(model: Model) -> Callable[[LoadedWeights, PairRows], E
         return response_sums(logps, rows.responses, rows.kinds, rows.pair_weights.shape[1])
 
     compiled = jax.jit(forward)
-    return lambda loaded, rows: _pair_preferences(compiled, loaded, rows)
+    return lambda loaded, rows: _pair_preferences(compiled, loaded, rows, check)
 
 
-def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows) -> Evaluated:
+def _pair_preferences(
+    forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows, check: Check
+) -> Evaluated:
     """Return which response of each pair the model finds more likely, and the fractions of pairs: of the
     held-out pairs, or of all if there are none.
 
@@ -113,6 +123,7 @@ def _pair_preferences(forward: Callable[..., Any], loaded: LoadedWeights, rows: 
     the base's by more than that of the rejected one, which is DPO's reward accuracy.
     """
     source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
+    check(source.info.fingerprint)
     indices = source.pairs.held if rows.holds_out else range(len(source.keys))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
     names, batches = source.pairs.tokenised.names, source.cover(indices)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxft.batch import TrainState, widened
+from jaxft.bounds import INT32
 from jaxft.data.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
@@ -27,7 +28,7 @@ from jaxft.train.calibrate import CalibrationPlan, plan_run
 from jaxft.train.eva import FirstRows, first_batches
 from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.scores import check_scoring
-from jaxft.train.settings import LONGEST, Run
+from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import hub, pretrained
@@ -180,7 +181,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         _check_token_ids(source, lead)
     check_scoring(lead, sources[0])
     steps = lead.loop.steps or min(source.info.steps for source in sources)
-    if steps > LONGEST:
+    if steps > INT32:
         raise ValueError(
             f"the run would have {steps} steps, more than 2^31 - 1; lower data.epochs or data.tokens"
         )

@@ -270,21 +270,21 @@ def compile_eval(
     frozen: Params,
     batches: tuple[Batch, ...],
     over: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
-) -> Callable[[TrainState], Metrics]:
-    """Return `metrics(state)` of held-out batches, not yet divided, compiled for their one shape; {} without
-    any. over: yields the batches, and shows the progress.
+) -> Callable[[TrainState, bool], Metrics]:
+    """Return `metrics(state, with_rows)` of held-out batches, not yet divided, compiled for their one shape;
+    {} without any. over: yields the batches, and shows the progress.
     """
     if not batches:
-        return lambda state: {}
+        return lambda state, with_rows: {}
     metrics = compile_metrics(p, step, frozen, batches[0], len(batches))
-    return lambda state: metrics(state, over(batches))
+    return lambda state, with_rows: metrics(state, over(batches), with_rows)
 
 
 def compile_metrics(
     p: Programs, step: jax.stages.Wrapped, frozen: Params, shape: Batch, count: int
-) -> Callable[[TrainState, Iterable[Batch]], Metrics]:
-    """Return `metrics(state, batches)`, not yet divided, of `count` batches of one shape [1, rows, ...]
-    together.
+) -> Callable[[TrainState, Iterable[Batch], bool], Metrics]:
+    """Return `metrics(state, batches, with_rows)`, not yet divided, of `count` batches of one shape [1, rows,
+    ...] together. with_rows: and the values of single rows.
     """
     compiled = step.lower(p.state.trainable, p.frozen, sharded_batch(p, shape), p.state.aux).compile()
 
@@ -292,7 +292,9 @@ def compile_metrics(
         return compiled(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
 
     if step is p.text_step or not p.objective.facts.coupled:
-        return lambda state, batches: evaluate.sum_metrics(partial(on_batch, state), batches)
+        return lambda state, batches, with_rows: evaluate.sum_metrics(
+            partial(on_batch, state), batches, with_rows
+        )
 
     def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype)
@@ -304,7 +306,7 @@ def compile_metrics(
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
     loss = jax.jit(loss_metrics).lower(jax.tree.map(all_rows, shapes), loss_aux).compile()
 
-    def coupled(state: TrainState, batches: Iterable[Batch]) -> Metrics:
+    def coupled(state: TrainState, batches: Iterable[Batch], with_rows: bool) -> Metrics:
         loss_aux = jax.device_get(state.aux.get("loss", {}))
         return evaluate.coupled_metrics(
             partial(on_batch, state), lambda outputs: loss(outputs, loss_aux), batches

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxft.bounds import INT32
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
 from jaxft.objectives.intervals import Interval, interval_of
@@ -17,7 +18,7 @@ from jaxft.runs.metric_names import SCORES
 from jaxft.runs.report import Sample
 from jaxft.train.completion_scores import pass_at, prompt_means
 from jaxft.train.samples import Completed, PromptText
-from jaxft.train.settings import LONGEST, Run, Scoring
+from jaxft.train.settings import Run, Scoring
 
 
 class Scored(NamedTuple):
@@ -41,7 +42,7 @@ class Scored(NamedTuple):
 
 def held_out_prompts(run: Run, source: Source[Any]) -> list[Prompt]:
     """Return the held-out prompts that are completed before and after training, to be shown or scored."""
-    scored = (run.scoring.prompts or LONGEST) if run.scoring.functions else 0
+    scored = (run.scoring.prompts or INT32) if run.scoring.functions else 0
     return source.prompts(max(run.samples, scored))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from jaxft.bounds import above, at_least, check_bounds
+from jaxft.bounds import ABOVE_ZERO, above, at_least, check_bounds, count_from
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
@@ -24,7 +24,6 @@ from jaxft.runs.trackers.tracker import OPEN, Tracking
 from jaxft.short_names import REWARDS, ShortNames
 from jaxft.tree import regex
 
-LONGEST = 2**31 - 1  # steps; they are counted in int32
 ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(REWARDS)]
 
 
@@ -62,18 +61,18 @@ class Loop:
     run folder and log the first layer that is not finite, see train/nonfinite.py.
     """
 
-    steps: Annotated[int | None, at_least(1)] = None
-    log_every: Annotated[int, at_least(1)] = 1
-    eval_every: Annotated[int | float | None, above(0)] = None
+    steps: Annotated[int | None, count_from(1)] = None
+    log_every: Annotated[int, count_from(1)] = 1
+    eval_every: Annotated[int | float | None, ABOVE_ZERO] = None
     eval_scores: bool = False
     best_metric: str | None = None
     greater_is_better: bool | None = None
-    patience: Annotated[int | None, at_least(1)] = None
+    patience: Annotated[int | None, count_from(1)] = None
     eval_fraction: Annotated[float | None, above(0)] = 0.2
-    save_every: Annotated[int | float, above(0)] = 100
-    keep_last: Annotated[int, at_least(1)] = 2
+    save_every: Annotated[int | float, ABOVE_ZERO] = 100
+    keep_last: Annotated[int, count_from(1)] = 2
     keep_best: Annotated[int, at_least(0)] = 1
-    max_bad: Annotated[int, at_least(1)] = 5
+    max_bad: Annotated[int, count_from(1)] = 5
     profile: tuple[int, int] | None = None
     watch: Literal["layers"] | None = None
     debug_nonfinite: bool = False
@@ -83,8 +82,6 @@ class Loop:
         check_bounds(self, "loop")
         for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad", "patience"):
             value = getattr(self, name)
-            if value is not None and value > LONGEST:
-                raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
             if value is not None and value > 1 and value != int(value):
                 raise ValueError(f"loop.{name}={value}; expected whole steps, or a fraction below 1")
         if self.store is not None:

@@ -56,8 +56,8 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     over = partial(clock.over, EVALUATING)
     totals = compile_sweep_eval(adapters, job, shared, job.held_out, over)
 
-    def held_out(states: States) -> list[HeldOut]:
-        return [HeldOut.of(total) for total in totals(states)]
+    def held_out(states: States, with_rows: bool) -> list[HeldOut]:
+        return [HeldOut.of(total) for total in totals(states, with_rows)]
 
     last_loss = no_losses
     if not job.sources[0].held_out:
@@ -65,14 +65,14 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
         of_rows = compile_sweep_metrics(adapters, job, shared, one_micro, count)
 
         def floats_of_rows(states: States, batches: Sequence[Batch]) -> list[FloatMetrics]:
-            return [metrics.as_floats(total) for total in of_rows(states, batches)]
+            return [metrics.as_floats(total) for total in of_rows(states, batches, False)]
 
         last_loss = partial(losses_of_batch, floats_of_rows, job.sources[0].shapes[-1])
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
     text_totals = compile_sweep_eval(texts, job, shared, job.general, iter)
 
     def general(states: States) -> list[FloatMetrics]:
-        return [metrics.as_floats(total) for total in text_totals(states)]
+        return [metrics.as_floats(total) for total in text_totals(states, False)]
 
     threads.trim_heap()
 
@@ -117,21 +117,21 @@ def compile_sweep_eval(
     frozen: Any,
     batches: tuple[Batch, ...],
     over: Callable[[Sequence[Batch]], Iterable[Batch]],
-) -> Callable[[States], list[Metrics]]:
-    """Return `metrics(states)` of held-out batches, not yet divided, compiled for their one shape. over:
-    see compile_eval.
+) -> Callable[[States, bool], list[Metrics]]:
+    """Return `metrics(states, with_rows)` of held-out batches, not yet divided, compiled for their one shape.
+    over: see compile_eval.
     """
     if not batches:
-        return lambda states: [{} for _ in job.members]
+        return lambda states, with_rows: [{} for _ in job.members]
     of_batches = compile_sweep_metrics(adapters, job, frozen, batches[0], len(batches))
-    return lambda states: of_batches(states, over(batches))
+    return lambda states, with_rows: of_batches(states, over(batches), with_rows)
 
 
 def compile_sweep_metrics(
     adapters: MultiAdapter, job: Job, frozen: Any, shape: Batch, batch_count: int
-) -> Callable[[States, Iterable[Batch]], list[Metrics]]:
-    """Return `metrics(states, batches)`, not yet divided, of `batch_count` batches of one shape [1, rows,
-    ...] together.
+) -> Callable[[States, Iterable[Batch], bool], list[Metrics]]:
+    """Return `metrics(states, batches, with_rows)`, not yet divided, of `batch_count` batches of one shape
+    [1, rows, ...] together. with_rows: see compile_metrics.
     """
     count = len(job.members)
     mesh, states = job.lead.programs.mesh, job.abstract_states
@@ -147,7 +147,9 @@ def compile_sweep_metrics(
         return [jax.tree.map(lambda x, k=k: x[k], total) for k in range(count)]
 
     if not adapters.coupled:
-        return lambda states, batches: read(evaluate.sum_metrics(partial(on_batch, states), batches))
+        return lambda states, batches, with_rows: read(
+            evaluate.sum_metrics(partial(on_batch, states), batches, with_rows)
+        )
 
     def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, batch_count * x.shape[1], *x.shape[2:]), x.dtype)
@@ -156,7 +158,7 @@ def compile_sweep_metrics(
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _loss_aux(states))
     compute_metrics = jax.jit(partial(loss_metrics, adapters)).lower(shapes, loss_aux).compile()
 
-    def coupled(states: States, batches: Iterable[Batch]) -> list[Metrics]:
+    def coupled(states: States, batches: Iterable[Batch], with_rows: bool) -> list[Metrics]:
         outputs = [jax.device_get(on_batch(states, batch)) for batch in batches]
         joined = jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
         return read(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))))

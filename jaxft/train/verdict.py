@@ -117,7 +117,8 @@ def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
 
 def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
     """Return the job as it goes on after `done` steps: ended_early's, whose evaluations read the same rows as
-    before. saved: what the checkpoint at that step stores, None for a fresh run.
+    before: their limit depends on loop.steps and loop.eval_every, which may change. saved: what the
+    checkpoint at that step stores, None for a fresh run.
     """
     if saved is not None:
         job = job.limit_evaluation(saved.get("eval_limit"))

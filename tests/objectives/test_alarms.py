@@ -1,6 +1,7 @@
 """Alarms that fire where they should and nowhere else, and the summary of a preference run."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -292,6 +293,12 @@ def test_a_healthy_run_has_no_alarms(place):
     assert "in theory 0.6931" in place.out() and "held-out margin of the rewards: 0.000 before" in place.out()
 
 
+def test_the_accuracy_of_a_model_that_is_not_finite_is_shown_as_nan():
+    accuracy = "eval_rewards/accuracies"
+    (line,) = preference_summary({accuracy: 0.5}, {accuracy: math.nan, accuracy + "_pairs": 20.0})
+    assert line == "held-out accuracy: 0.50 before, nan [nan, nan] of 20 pairs after"
+
+
 def rollout_alarms_of(entries):
     """The alarms of each entry of a run that learns from rollouts."""
     memory, out = {}, []
@@ -342,6 +349,7 @@ def test_a_short_run_whose_completions_are_cut_raises_an_alarm_at_its_end_and_a_
 
     assert alarms([0.3, 0.9]) == [0, 0, 1] and alarms([0.9, 0.3]) == [0, 0, 0]
     assert alarms([1.0] * 6) == [0, 0, 0, 0, 1, 0, 0]
+    assert sum(alarms([0.1] * 20 + [0.9])) == 0 == sum(alarms([0.1] * 2 + [0.9] * 3))
 
 
 def test_a_gradient_of_exactly_zero_for_many_steps_raises_an_alarm_for_every_objective():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxft.objectives import metrics
-from jaxft.objectives.metrics import Correlation, LabelNoise, Max, Min, Sum, WinRate
+from jaxft.objectives.metrics import Correlation, LabelNoise, Max, Min, PerRow, Sum, WinRate
+from jaxft.train.evaluate import sum_metrics
 
 RNG = np.random.default_rng(0)
 PARTS = [
@@ -33,6 +34,17 @@ def test_any_order_and_grouping_gives_the_same():
     for order in itertools.permutations(PARTS):
         same(functools.reduce(metrics.add, order), whole)
     same(metrics.add(metrics.add(*PARTS[:2]), metrics.add(*PARTS[2:])), whole)
+
+
+def test_values_of_single_rows_are_copied_once_however_many_batches_there_are(monkeypatch):
+    one = {"loss": Sum(jnp.float32(2), jnp.float32(1)), "rows/loss": PerRow.of(jnp.arange(4.0), jnp.ones(4))}
+    copied, join = [], np.concatenate
+    monkeypatch.setattr(np, "concatenate", lambda parts, *a: copied.append(join(parts, *a)) or copied[-1])
+    total = sum_metrics(lambda batch: one, range(50), with_rows=True)
+    assert sum(x.size for x in copied) == 2 * 50 * 4 and metrics.as_floats(total) == {"loss": 2.0}
+    found = metrics.row_values(total)
+    assert [row["loss"] for row in found.values()] == [0.0, 1.0, 2.0, 3.0] * 50
+    assert sum_metrics(lambda batch: one, range(50)).keys() == {"loss"} and len(copied) == 2
 
 
 def test_neutral_changes_nothing():

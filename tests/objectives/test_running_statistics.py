@@ -49,7 +49,7 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
             total = (
                 evaluate.coupled_metrics(see, together, batches)
                 if objective.facts.coupled
-                else evaluate.sum_metrics(see, batches)
+                else evaluate.sum_metrics(see, batches, with_rows=True)
             )
         rows = {(at, key): x for at, own in row_values(total).items() for key, x in own.items()}
         assert sum(key == "loss" for _, key in rows) == 11

@@ -1,6 +1,7 @@
 """Runs side by side: the table's numbers, which columns and curves it has, and that a picture is one."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -57,6 +58,8 @@ def test_an_accuracy_has_its_value_before_its_interval_and_its_number_of_pairs()
     table = Table.of(("a", "b"), (ties, {**BEFORE, **pairs}), (after, after))
     cells = [dict(zip(table.titles, row, strict=True)) for row in table.cells()]
     assert [row["accuracy"] for row in cells] == ["ties → 0.550 [0.34, 0.74]", "0.400 → 0.550 [0.34, 0.74]"]
+    diverged = Table.of(("x",), (after,), ({**after, "eval_rewards/accuracies": math.nan},))
+    assert "0.550 → nan [nan, nan]" in diverged.markdown() and "nan" in diverged.text()
     assert cells[0]["pairs"] == "20" and cells[0]["held-out loss"] == "0.690 → 0.500"
     assert table.as_json()["a"]["accuracy before"] is None and "95 % interval" in table.text()
 

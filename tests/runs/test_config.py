@@ -5,6 +5,7 @@ setting.
 import inspect
 import json
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -34,8 +35,10 @@ from jaxft.runs.config import (
     load_config,
     resolve_config,
 )
+from jaxft.runs.folder import permitted_changes
 from jaxft.runs.parse import parse_value
 from jaxft.short_names import ShortNames
+from jaxft.train.settings import Loop
 
 TOY = '''
 """A toy recipe.
@@ -575,3 +578,18 @@ def test_the_config_module_names_what_the_contract_promises():
 def test_an_error_does_not_show_functions_as_the_present_value():
     with pytest.raises(ValueError, match="rewards=nothing:f: .*file.py:name$"):
         load_config("configs/grpo.py", ["rewards=nothing:f"])
+
+
+def test_settings_that_decide_which_scores_are_compared_stay_as_they_are(tmp_path):
+    new = {"loop": describe(Loop(eval_fraction=None))}
+    refusal = (
+        "cannot resume, these settings differ from the original run: loop.eval_fraction: 0.2 -> None. Restore"
+    )
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        permitted_changes(tmp_path, {"loop": describe(Loop())}, new)
+    before = {"loop": {"steps": None}}  # of a run that began before there were other settings
+    assert "loop.eval_fraction: absent -> 0.2" in permitted_changes(
+        tmp_path, before, {"loop": describe(Loop())}
+    )
+    with pytest.raises(ValueError, match="loop.eval_fraction: absent -> 0.5"):
+        permitted_changes(tmp_path, before, {"loop": describe(Loop(eval_fraction=0.5))})

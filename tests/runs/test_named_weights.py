@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,15 @@ from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny
 
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Prompts, split_prompts
+from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
-from jaxft.runs.named_weights import held_out_names, named_weights, prompt_settings, recorded_data
+from jaxft.runs.named_weights import (
+    check_recorded_rows,
+    held_out_names,
+    named_weights,
+    prompt_settings,
+    recorded_data,
+)
 from jaxft.runs.record import describe
 from jaxft.weights import hub
 
@@ -108,8 +115,22 @@ def test_the_rows_that_a_run_held_out_are_those_of_its_recorded_settings(tmp_pat
         names = held_out_names(again, tokenizer)
         other = held_out_names(recorded_data(recorded(replace(data, split_seed=4))), tokenizer)
         assert len(names) == len(other) == 4 and names != other
+        source = data.open(tokenizer)
+        record = {**recorded(data), "name": "mine", "data_fingerprint": source.info.fingerprint}
+        assert held_out_names(again, tokenizer, partial(check_recorded_rows, record)) == names
     prompts = recorded_data(recorded(Prompts(path, held_out=0.2), "jaxft.rl.rollout:Rollouts"))
     assert held_out_names(prompts, tokenizer) == set(split_prompts(prompts, tokenizer)[1].names)
+    train_and_held = split_prompts(prompts, tokenizer)
+    unchanged = prompts_fingerprint(prompts, *train_and_held)
+    records = [record, {**recorded(prompts), "data_fingerprint": unchanged}]
+    for data, known in zip((rows, prompts), records, strict=True):
+        held_out_names(data, tokenizer, partial(check_recorded_rows, known))
+    write(tmp_path / "pairs.jsonl", make_rows(25))  # five rows are appended
+    for data, known in zip((rows, prompts), records, strict=True):
+        with pytest.raises(
+            ValueError, match=r"the rows of data=.*pairs.jsonl, or .* have changed since the run"
+        ):
+            held_out_names(data, tokenizer, partial(check_recorded_rows, known))
     with pytest.raises(ValueError, match="data of type my.py:Data: its held-out rows are not known"):
         recorded_data(recorded(rows, "my.py:Data"))
 

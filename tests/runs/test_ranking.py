@@ -102,6 +102,7 @@ def test_runs_that_differ_in_seeds_alone_are_one_setting_with_mean_and_spread():
     for result in results:  # one loss function
         result.settings["objective"]["args"] = {}
         result.settings["optim"] = {"lr": 1e-3 if result.label.startswith("loss=a") else 1e-4}
+        result.settings["tracking"] = {"tags": [result.label]}  # how runs are filed changes nothing
     groups = ranking.repetitions(results)
     assert {label: len(own) for label, own in groups.items()} == {"loss=a": 3, "loss=b": 3}
     assert "0.600 ± 0.100" in ranking.repetition_table(

@@ -28,7 +28,8 @@ class Tracking:
 
     project: of W&B and Trackio, experiment of MLflow; None for that of WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
     or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together. tags: words to filter runs
-    by. artifact: upload the adapter at the end; full weights are never uploaded.
+    by. artifact: upload the adapter at the end; full weights, and adapters of a sweep's members, are never
+    uploaded.
     """
 
     project: str | None = None
