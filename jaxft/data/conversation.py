@@ -176,19 +176,30 @@ def with_prompt(row: Row, format: str = "auto") -> Row:
     """Return the row with the columns that are spelled with other cases or spaces, and with those that it has
     only by another name, such as question for the prompt. All other columns stay.
     """
-    found = respelled(tuple(row.fields), _KNOWN)
-    fields = {**row.fields, **{ours: row.fields[theirs] for ours, theirs in found.items()}}
-    if format in ("auto", PLAIN):
-        name = other_prompt(Row(row.name, fields))
-        found = found if name is None else {**found, "prompt": name}
+    row = _respelled(row)
+    return _with_columns(row, other_columns(row, format))
+
+
+def other_columns(row: Row, format: str = "auto") -> dict[str, str]:
+    """Return the columns that a row has only by another name, with these names: {"prompt": "question"}."""
+    row = _respelled(row)
+    name = other_prompt(row) if format in ("auto", PLAIN) else None
+    found = {} if name is None else {"prompt": name}
     if format == "auto":
-        optional = ("system", "input") if fields.get("instruction") is not None else ("system",)
-        found = {**found, **further_columns(fields, optional)}
-    return (
-        Row(row.name, {**fields, **{ours: fields[theirs] for ours, theirs in found.items()}})
-        if found
-        else row
-    )
+        optional = ("system", "input") if row.fields.get("instruction") is not None else ("system",)
+        found |= further_columns(row.fields, optional)
+    return found
+
+
+def _respelled(row: Row) -> Row:
+    return _with_columns(row, respelled(tuple(row.fields), _KNOWN))
+
+
+def _with_columns(row: Row, columns: dict[str, str]) -> Row:
+    """Return the row with further columns, copies of those that `columns` names."""
+    if not columns:
+        return row
+    return Row(row.name, {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items()}})
 
 
 def other_prompt(row: Row) -> str | None:

@@ -314,7 +314,8 @@ def split_column(item: str) -> tuple[str, str]:
 
 class _Names(NamedTuple):
     """How columns are renamed. mapping: data.columns. others: (ours, theirs) of columns with other names.
-    known: all columns that the formats may have. optional: those that a row may lack.
+    known: all columns that the formats may have. optional: those that a row may lack. spellings: all names of
+    a mapped column, such as response and output.
     """
 
     mapping: dict[str, str]
@@ -338,7 +339,7 @@ class _Names(NamedTuple):
 def _rename(row: Row, names: _Names) -> Row:
     """Return the row with the columns that data.columns, their spelling or their other names say.
 
-    spellings of a mapped column, such as output for response, are removed.
+    Other spellings of a mapped column, such as output for response, are removed.
     """
     known = respelled(tuple(row.fields), names.known)
     if known:

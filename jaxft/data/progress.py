@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from jaxft.durations import clock_time
+
 FIRST, EVERY, EVERY_ON_TERMINAL = 3.0, 10.0, 0.5  # seconds before the first line, and between two lines
 
 
@@ -49,12 +51,6 @@ class RowProgress:
         if self._total is None:
             return f"{self._phase}: {self._rows:,} rows, {speed}"
         if self._rows == self._total:
-            return f"{self._phase}: {self._rows:,} rows in {_clock_time(seconds)}, {speed}"
-        eta = _clock_time((self._total - self._rows) / rate)
+            return f"{self._phase}: {self._rows:,} rows in {clock_time(seconds)}, {speed}"
+        eta = clock_time((self._total - self._rows) / rate)
         return f"{self._phase}: {self._rows:,} of {self._total:,} rows, {speed}, eta {eta}"
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

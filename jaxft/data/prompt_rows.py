@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 from jaxft.data import chat
 from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
 from jaxft.data.columns import column_of
-from jaxft.data.conversation import other_prompt, prompt_of
+from jaxft.data.conversation import other_columns, prompt_of
 from jaxft.data.example import Chat, Completion, Message, as_given
 from jaxft.data.flat import Flat, Made, RowNames
 from jaxft.data.formats import RowFormat, number_of, split_column
@@ -216,8 +216,9 @@ def tokenise_prompts(ref: str, settings: PromptTokenSettings, tokenizer: Any, ho
     columns = found.stored.columns
     renamed = [rename_columns(row, settings.columns) for row in found.examples]
     examples = [prompt_of(row, settings.format) for row in renamed]
-    others = dict.fromkeys(filter(None, map(other_prompt, renamed)))
-    notes = [f"note: {file_name(ref)}: {x} is read as the prompt (data.columns=prompt={x})" for x in others]
+    others = dict.fromkeys(item for row in renamed for item in other_columns(row, settings.format).items())
+    read = RowFormat(settings.format, columns=tuple(others)).note()
+    notes = [f"note: {file_name(ref)}: {note}" for note in read]
 
     def offsets(counts: str) -> Int[np.ndarray, " all_plus_1"]:
         return np.concatenate([[0], np.cumsum(np.asarray(columns[counts]), dtype=np.int64)])

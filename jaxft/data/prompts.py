@@ -169,14 +169,16 @@ def _read_all(
 def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> tuple[PromptRows, PromptRows]:
     """Return the training and the held-out prompts. All rows with the same prompt are on one side."""
     prompts = _read_all(parse_sources(data.train), sources_with_metrics(data.train), data, tokenizer, cache)
+    nothing = prompts.subset(np.arange(0))
     if not data.holds_out:
-        prompts = _without_dropped(data, prompts)
-        return _mixed(data, prompts), prompts.subset(np.arange(0))
+        prompts, nothing = _without_dropped(data, prompts, nothing)
+        return _mixed(data, prompts), nothing
     if isinstance(data.held_out, str):
         sources, names = held_out_sources(data.held_out), sources_with_metrics(data.held_out)
         held_out = _read_all(sources, names, data, tokenizer, cache)
-        return _mixed(data, _without_dropped(data, prompts, held_out)), held_out
-    prompts = _without_dropped(data, prompts)
+        prompts, held_out = _without_dropped(data, prompts, held_out)
+        return _mixed(data, prompts), held_out
+    prompts, _ = _without_dropped(data, prompts, nothing)
     groups = number_groups(prompts.hashes[prompts.chosen, :1])
     distinct = int(groups.max()) + 1
     if distinct < 2:
@@ -190,18 +192,24 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
     return _mixed(data, train), prompts.subset(np.flatnonzero(held))
 
 
-def _without_dropped(data: Prompts, prompts: PromptRows, held_out: PromptRows | None = None) -> PromptRows:
-    """Return the prompts without those that data.drop leaves out: also those that a held-out file has."""
+def _without_dropped(
+    data: Prompts, prompts: PromptRows, held_out: PromptRows
+) -> tuple[PromptRows, PromptRows]:
+    """Return the prompts, and those of a held-out file, without those that data.drop leaves out; prompts that
+    the file has are duplicates.
+    """
     if not data.drop:
-        return prompts
-    fixed = np.zeros((0, 2), np.uint64) if held_out is None else held_out.hashes[held_out.chosen]
-    hashes = np.concatenate([fixed, prompts.hashes])[:, 1]
-    placeholders = np.concatenate([np.zeros(len(fixed), bool), prompts.placeholders])
-    out, clause = left_out_rows(data.drop, hashes, placeholders, np.arange(len(hashes)) < len(fixed))
-    chosen = np.flatnonzero(~out[len(fixed) :])
-    if not len(chosen):
-        raise ValueError(f"data.train={data.train}: data.drop={','.join(data.drop)} leaves no prompt")
-    return replace(prompts, chosen=chosen, left_out=clause)
+        return prompts, held_out
+    sides, count = (held_out, prompts), len(held_out)
+    hashes = np.concatenate([side.hashes[side.chosen, 1] for side in sides])
+    placeholders = np.concatenate([side.placeholders[side.chosen] for side in sides])
+    out, clause = left_out_rows(data.drop, hashes, placeholders, np.arange(len(hashes)) < count)
+    train, held = prompts.chosen[~out[count:]], held_out.chosen[~out[:count]]
+    for setting, left, before in (("train", train, prompts), ("held_out", held, held_out)):
+        if len(before) and not len(left):
+            value = getattr(data, setting)
+            raise ValueError(f"data.{setting}={value}: data.drop={','.join(data.drop)} leaves no prompt")
+    return replace(prompts, chosen=train, left_out=clause), replace(held_out, chosen=held)
 
 
 def _mixed(data: Prompts, train: PromptRows) -> PromptRows:

@@ -12,6 +12,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.rows import check_rows, list_chunks
 from jaxft.data.sft import Rows
+from jaxft.durations import time_in_words
 from jaxft.train.settings import Run
 
 CHARACTERS = 4  # of a token, where the rows cannot be tokenised
@@ -73,11 +74,11 @@ class Cost:
         """Return lines of a report."""
         lines = [
             f"time: {self.steps.count:,} steps ({self.steps.source}) x {self.seconds:.3f} s = "
-            f"{hours_text(self.hours)}, without loading, compiling, evaluation and sampling"
+            f"{time_in_words(3600 * self.hours)}, without loading, compiling, evaluation and sampling"
         ]
         if self.money is not None:
             each = f"{self.devices} device{'s' * (self.devices > 1)} x {self.price:g} an hour"
-            lines.append(f"cost: {self.money:.2f} ({hours_text(self.hours)} x {each})")
+            lines.append(f"cost: {self.money:.2f} ({time_in_words(3600 * self.hours)} x {each})")
         return lines
 
     def json(self) -> dict[str, Any]:
@@ -88,13 +89,6 @@ class Cost:
             "hours": self.hours,
             "cost": self.money,
         }
-
-
-def hours_text(hours: float) -> str:
-    """Return hours as text with a unit that suits them."""
-    if hours < 1:
-        return f"{60 * hours:.1f} minutes"
-    return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:.1f} days"
 
 
 class _Counted(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxft.distributed import xla_flags
+from jaxft.durations import time_in_words
 from jaxft.plan.flops import Flops
 from jaxft.plan.machines import GIB
 from jaxft.plan.plan import PROGRAM_PARTS, Plan
@@ -39,7 +40,9 @@ def plan_report(p: Plan) -> str:
         if p.largest_arrays
         else []
     )
-    lines.append(f"compiled in {p.compile_seconds:.1f} s" + (" (from the cache)" if p.from_cache else ""))
+    lines.append(
+        f"compiled in {time_in_words(p.compile_seconds)}" + (" (from the cache)" if p.from_cache else "")
+    )
     lines += (
         [f"{p.unknown_loops} loops of unknown length are counted as one iteration"] if p.unknown_loops else []
     )

@@ -93,13 +93,14 @@ def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str
             keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             lines += [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys]
         elif name == "devices" and old != new:
-            lines.append(f"devices: {_count(old)} -> {_count(new)}")
+            lines.append(f"devices: {device_counts(old)} -> {device_counts(new)}")
         elif old != new and name in before:  # earlier versions of jaxft recorded less
             lines.append(f"{name}: {old} -> {new}")
     return lines
 
 
-def _count(devices: Any) -> str:
+def device_counts(devices: Any) -> str:
+    """Return the kinds of devices with their numbers: 8 x NVIDIA H100. devices: the kind of each."""
     if not isinstance(devices, list) or not devices:
         return "none"
     kinds = {str(kind): sum(str(other) == str(kind) for other in devices) for kind in devices}

@@ -110,9 +110,9 @@ def criterion(results: Sequence[RankedRun]) -> Criterion | None:
     if have_same_loss(results):
         choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
     choices += [Criterion(compare.ACCURACY, held_out(name), True, name) for name in ACCURACIES]
-    known = [c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)]
-    telling = [c for c in known if len({r.after[c.metric] for r in results}) > 1]
-    return next(iter((*telling, *known[-1:])), None)
+    finite = [c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)]
+    telling = [c for c in finite if len({r.after[c.metric] for r in results}) > 1]
+    return next(iter((*telling, *finite[-1:])), None)
 
 
 def _is_finite(value: float | None) -> bool:
@@ -132,13 +132,13 @@ def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
         if result.seed in [other.seed for other in groups.get(key, ())]:
             key = f"{key} {result.label}"  # the same run again is no repetition
         groups.setdefault(key, []).append(result)
-    return {_group_label(own): own for own in groups.values()}
+    return {_group_label(group): group for group in groups.values()}
 
 
 def _without_seeds(settings: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
     data = {name: value for name, value in _part(settings, "data").items() if name != "seed"}
-    return {**known, "data": data}
+    return {**kept, "data": data}
 
 
 def _group_label(results: Sequence[RankedRun]) -> str:
@@ -169,10 +169,10 @@ def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
 
 def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> str:
     """Return a table of means and standard deviations over repetitions, "" without any repetition."""
-    found = repetitions_as_cells(results)
-    if found is None:
+    repeated = repetitions_as_cells(results)
+    if repeated is None:
         return ""
-    titles, cells = found
+    titles, cells = repeated
     draw = compare.markdown_table if markdown else compare.text_table
     table = draw(titles, [label for label, *_ in cells], [row for _, *row in cells])
     return f"{table}\n\nmean ± standard deviation over seeds"
@@ -183,24 +183,24 @@ def repetitions_as_cells(results: Sequence[RankedRun]) -> tuple[list[str], list[
     repetition.
     """
     groups = repetitions(results)
-    if all(len(own) == 1 for own in groups.values()):
+    if all(len(group) == 1 for group in groups.values()):
         return None
     table = table_of(results)
     values = table.as_json()
     titles = [title for title in table.titles if title != compare.PAIRS]
     cells = [
-        [label, str(len(own)), *(_spread([values[r.label][title] for r in own]) for title in titles)]
-        for label, own in groups.items()
+        [label, str(len(group)), *(_spread([values[r.label][title] for r in group]) for title in titles)]
+        for label, group in groups.items()
     ]
     return ["runs", *titles], cells
 
 
 def _spread(values: Sequence[float | None]) -> str:
-    known = [x for x in values if x is not None and math.isfinite(x)]
-    if not known:
+    finite = [x for x in values if x is not None and math.isfinite(x)]
+    if not finite:
         return "-"
-    mean = compare.short_number(float(np.mean(known)))
-    return mean if len(known) == 1 else f"{mean} ± {compare.short_number(float(np.std(known, ddof=1)))}"
+    mean = compare.short_number(float(np.mean(finite)))
+    return mean if len(finite) == 1 else f"{mean} ± {compare.short_number(float(np.std(finite, ddof=1)))}"
 
 
 # Differences
@@ -210,18 +210,18 @@ def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
     """Return sentences: which run or, over seeds, which setting is best, with its interval, and how far the
     others are behind.
     """
-    found = criterion(results) if len(results) > 1 else None
-    if found is None:
+    by = criterion(results) if len(results) > 1 else None
+    if by is None:
         return []
     groups = repetitions(results)
     if len(groups) == 1:
-        (label, own), values = next(iter(groups.items())), [r.after[found.metric] for r in results]
-        return [f"{found.title} over {len(own)} seeds ({label}): {_mean_text(values, found)}"]
-    order = sorted(groups, key=lambda label: _mean(groups[label], found), reverse=found.greater)
+        (label, group), values = next(iter(groups.items())), [r.after[by.metric] for r in results]
+        return [f"{by.title} over {len(group)} seeds ({label}): {_mean_text(values, by)}"]
+    order = sorted(groups, key=lambda label: _mean(groups[label], by), reverse=by.greater)
     best = groups[order[0]]
-    lines = [f"best of {len(groups)}: {order[0]}, by {found.title}: {value_of_setting(best, found)}"]
+    lines = [f"best of {len(groups)}: {order[0]}, by {by.title}: {value_of_setting(best, by)}"]
     shown = order[1 : 1 + MOST_DIFFERENCES]
-    lines += [f"  {label} against it: {difference_text(best, groups[label], found)}" for label in shown]
+    lines += [f"  {label} against it: {difference_text(best, groups[label], by)}" for label in shown]
     if len(order) > 1 + len(shown):
         lines.append(f"  {len(order) - 1 - len(shown)} more are further behind")
     if len(groups) > 2:
@@ -231,10 +231,10 @@ def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
 
 def best_labels(results: Sequence[RankedRun]) -> set[str]:
     """Return the label of the best of several runs, or those of the runs of the best setting over seeds."""
-    found, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
-    if found is None or len(groups) == 1:
+    by, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
+    if by is None or len(groups) == 1:
         return set()
-    best = (max if found.greater else min)(groups.values(), key=lambda own: _mean(own, found))
+    best = (max if by.greater else min)(groups.values(), key=lambda group: _mean(group, by))
     return {result.label for result in best}
 
 
@@ -244,10 +244,10 @@ def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
     groups = repetitions(results)
     if name is None or baseline not in groups:
         return []
-    found = Criterion(compare.ACCURACY, held_out(name), True, name)
+    by = Criterion(compare.ACCURACY, held_out(name), True, name)
     return [
-        f"{label} against {baseline}, {found.title}: {difference_text(groups[baseline], own, found)}"
-        for label, own in groups.items()
+        f"{label} against {baseline}, {by.title}: {difference_text(groups[baseline], group, by)}"
+        for label, group in groups.items()
         if label != baseline
     ]
 
@@ -260,28 +260,28 @@ def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
     accuracy, whatever its loss.
     """
     points = {label: _accuracy_by_kl(entries) for label, entries in curves.items()}
-    if len(points) < 2 or any(len(own) < 2 for own in points.values()):
+    if len(points) < 2 or any(len(curve) < 2 for curve in points.values()):
         return ""
-    kl = min(max(x for x, _ in own) for own in points.values())
+    kl = min(max(x for x, _ in curve) for curve in points.values())
     if kl <= 0:
         return ""
-    found = []
-    for label, own in points.items():
-        reached, accuracies = np.array(own).T
-        found.append(f"{label} {np.interp(kl, reached, accuracies):.3f}")
-    return f"accuracy at the same KL per token, {kl:.3g}, interpolated: {', '.join(found)}"
+    texts = []
+    for label, curve in points.items():
+        reached, accuracies = np.array(curve).T
+        texts.append(f"{label} {np.interp(kl, reached, accuracies):.3f}")
+    return f"accuracy at the same KL per token, {kl:.3g}, interpolated: {', '.join(texts)}"
 
 
 def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
     """The evaluations of a run as (KL, accuracy), in the order of the KL; ties have accuracy 1/2."""
-    name, found = held_out(names.ACCURACY), []
+    name, points = held_out(names.ACCURACY), []
     for entry in entries:
         kl, accuracy = entry.get(held_out(names.KL)), entry.get(name)
         if name not in entry and entry.get(name + names.PAIR_COUNT):
             accuracy = 0.5
         if kl is not None and accuracy is not None:  # null stands for a value that was not finite
-            found.append((float(kl), float(accuracy)))
-    return sorted(found)
+            points.append((float(kl), float(accuracy)))
+    return sorted(points)
 
 
 def _mean(results: Sequence[RankedRun], by: Criterion) -> float:
@@ -337,13 +337,13 @@ def _difference_over_seeds(
     """Two settings with several seeds differ if both the seeds and the held-out rows say so: seeds alone
     don't tell how much depends on which rows are held out, and rows alone not how much on luck in training.
     """
-    runs = [{result.seed: result for result in own} for own in (best, other)]
+    runs = [{result.seed: result for result in group} for group in (best, other)]
     common = [seed for seed in runs[0] if seed in runs[1]]
     difference = f"{_mean(other, by) - _mean(best, by):+.3f}"
     if len(common) < 2:
         return f"{difference}; run both with the same seeds for an interval"
-    first, second = ([own[seed] for seed in common] for own in runs)
-    over_seeds = paired_means(*([result.after[by.metric] for result in own] for own in (first, second)))
+    first, second = ([group[seed] for seed in common] for group in runs)
+    over_seeds = paired_means(*([result.after[by.metric] for result in group] for group in (first, second)))
     over_rows = paired_rows(first, second, by.key)
     text = f"{difference} {over_seeds.interval.text()} over {len(common)} seeds"
     if over_rows is not None:
@@ -362,7 +362,7 @@ def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], key: str) 
     if len(common) < 2:
         return None
     first, second = (
-        [float(np.mean([run.rows[row][key] for run in own])) for row in common] for own in (one, other)
+        [float(np.mean([run.rows[row][key] for run in group])) for row in common] for group in (one, other)
     )
     if len(every) == 2 and (key in ACCURACIES or key.startswith(names.SCORES)):
         return paired(first, second)  # fractions, unless a score is none
@@ -370,5 +370,5 @@ def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], key: str) 
 
 
 def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = record.get(name)
-    return found if isinstance(found, dict) else {}
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}

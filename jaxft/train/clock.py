@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from jaxft.runs.bug_report import processor
+from jaxft.runs.environment import device_counts
 from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
 Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
@@ -102,8 +103,7 @@ def _show_nothing(text: str) -> None:
 
 def hardware() -> str:
     """Return the devices of all processes in words, and of CPUs the processor's name."""
-    kinds = [device.device_kind for device in jax.devices()]
-    counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    counts = device_counts([device.device_kind for device in jax.devices()])
     if jax.devices()[0].platform != "cpu":
         return counts
     found = processor()

@@ -13,6 +13,7 @@ from jaxft.distributed.watchdog import Watchdog
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
+from jaxft.runs.environment import device_counts
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
@@ -184,8 +185,9 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     """Return the lines printed before anything is loaded. first: steps done before."""
     lead, info = job.lead, job.info
     rows = programs.step_rows(lead.run.data, sharding.row_shards(lead.programs.mesh))
+    kinds = device_counts([device.device_kind for device in jax.devices()])
     lines = report.header_lines(
-        f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
+        f"devices: {kinds}, processes: {jax.process_count()}",
         programs.model_summary(lead.programs),
         [
             attention_summary(lead.programs, job.abstract_batch),

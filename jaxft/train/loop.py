@@ -9,9 +9,9 @@ import jax
 
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
+from jaxft.durations import time_in_words
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.trackers.console import time_in_words
 from jaxft.runs.trackers.tracker import Tracker
 from jaxft.train.clock import Clock
 from jaxft.train.compiled import compile_run
@@ -89,7 +89,7 @@ def run(
         job = bind_sources(job, frozen, saved)
         compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, clock).timed(clock)
         processes.barrier()  # collectives time out if another process is still compiling
-        logs.message(f"compiled in {clock.at('training'):.1f} s")
+        logs.message(f"compiled in {time_in_words(clock.at('training'))}")
 
         # ---------- The model before training ----------
         saved = saved or evaluate_start(job, compiled, states, frozen, logs)

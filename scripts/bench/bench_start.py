@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPILED = re.compile(r"compiled in ([\d.]+) s")
+COMPILED = re.compile(r"compiled in (?:(\d+) min )?([\d.]+) s")
 STEP = re.compile(r"step +(\d+)")
 Phases = dict[str, np.ndarray]  # seconds and CPU seconds by phase
 
@@ -66,7 +66,7 @@ def phases(root: Path, overrides: list[str], cache: Path) -> Phases:
             now = np.array([time.perf_counter() - begin, cpu_seconds(process.pid)])
             at.setdefault("header", now)
             if found := COMPILED.search(line):
-                compilation, at["compiled"] = float(found[1]), now
+                compilation, at["compiled"] = 60 * int(found[1] or 0) + float(found[2]), now
             elif found := STEP.match(line.strip()):
                 at[found[1]] = now
                 if found[1] == "1":

@@ -121,9 +121,28 @@ def test_runs_note_the_names_that_they_read_also_from_the_cache_and_from_parquet
         assert source.info.warnings[0].startswith(f"note: {path.name}: {note}")
         assert "q 0" in source.info.preview
     train, _ = split_prompts(Prompts(str(lines), held_out="none", batch=1), tiny("chatml"), tmp_path)
-    assert train.notes == ("note: r.jsonl: Question is read as the prompt (data.columns=prompt=Question)",)
+    read = "columns are read by other names: Question as prompt (data.columns=prompt=Question)"
+    assert train.notes == (f"note: r.jsonl: {read}",)
     assert train.fields[0]["Answer"] == "a" and train.fields[0]["unused"] == "u"
     pairs = [{"Prompt": f"q {i}", "Chosen": "a", "Rejected": "b"} for i in range(4)]
     lines.write_text("\n".join(map(json.dumps, pairs)))
     source = PairRows(str(lines), held_out="none", batch=1).open(tiny("chatml"), cache=tmp_path)
     assert "q 0" in source.info.preview
+
+
+@pytest.mark.parametrize(
+    ("fields", "read"),
+    [
+        ({"question": "q", "system_prompt": "s"}, "question as prompt, system_prompt as system"),
+        ({"prompt": "q", "system_prompt": "s"}, "system_prompt as system"),
+        ({"instruction": "q", "context": "c"}, "context as input"),
+    ],
+)
+def test_prompts_note_the_same_names_as_sft(tmp_path, fields, read):
+    path = tmp_path / "r.jsonl"
+    response = "response" if "instruction" in fields else "completion"
+    path.write_text("\n".join(json.dumps({**fields, "n": i, response: "a"}) for i in range(4)))
+    source = Rows(str(path), held_out="none", batch=1).open(tiny("chatml"), cache=tmp_path)
+    train, _ = split_prompts(Prompts(str(path), held_out="none", batch=1), tiny("chatml"), tmp_path)
+    assert all(f"other names: {read} (" in note for note in (source.info.warnings[0], *train.notes))
+    assert len(train.notes) == 1

@@ -62,6 +62,18 @@ def test_training_rows_that_a_held_out_file_has_are_left_out_and_the_file_is_who
     assert "1 duplicates" in chosen.left_out
 
 
+def test_placeholders_in_a_held_out_file_are_left_out_of_rows_and_prompts_alike(tmp_path):
+    train = write(tmp_path / "train.jsonl", sft(("a", "1"), ("b", "2"), ("N/A", "N/A")))
+    held = write(tmp_path / "held.jsonl", sft(("x", "1"), ("N/A", "N/A"), ("y", "2")))
+    how = {"held_out": held, "drop": ("placeholders",), **HOW}
+    source = Rows(train, **how).open(tiny("chatml"), cache=tmp_path)
+    assert names(source, source.split.held) == ["1", "3"]
+    chosen, others = split_prompts(Prompts(train, **how), tiny("chatml"), tmp_path)
+    assert list(chosen.names) == ["train.jsonl:1", "train.jsonl:2"]
+    assert list(others.names) == ["held.jsonl:1", "held.jsonl:3"]
+    assert "2 placeholders" in chosen.left_out and "2 placeholders" in source.info.stats.summary
+
+
 def test_a_duplicate_in_another_source_is_left_out_of_a_mixture_too(tmp_path):
     a = write(tmp_path / "a.jsonl", sft(*((str(i), "x") for i in range(8))))
     b = write(tmp_path / "b.jsonl", sft(*((str(i), "x") for i in range(4, 12))))

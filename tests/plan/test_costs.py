@@ -12,7 +12,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
 from jaxft.plan import fits
-from jaxft.plan.costs import Cost, RunSteps, hours_text, steps_of
+from jaxft.plan.costs import Cost, RunSteps, steps_of
 
 TEXT = "x" * 60  # with the column's other text 64 characters, or 16 tokens
 
@@ -77,9 +77,8 @@ def test_steps_are_of_the_rows_that_a_run_reads(tmp_path):
 def test_money_is_hours_times_devices_times_price():
     cost = Cost(RunSteps(1800, "3 epochs of 10 rows"), seconds=4.0, devices=8, price=2.5)
     assert cost.hours == 2.0 and cost.money == 40.0
-    assert cost.lines()[1] == "cost: 40.00 (2.0 hours x 8 devices x 2.5 an hour)"
+    assert cost.lines()[1] == "cost: 40.00 (2 h 00 min x 8 devices x 2.5 an hour)"
     assert Cost(RunSteps(1, ""), 1.0, 1).money is None and len(Cost(RunSteps(1, ""), 1.0, 1).lines()) == 1
-    assert [hours_text(h) for h in (0.5, 2.0, 96.0)] == ["30.0 minutes", "2.0 hours", "4.0 days"]
 
 
 def test_a_plan_with_a_price_has_the_cost_of_its_train_step(rows):

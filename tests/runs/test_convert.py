@@ -139,6 +139,12 @@ def test_every_option_is_in_one_of_the_lists(converted, name):
     assert not any(remark == "not converted" for _, remark in c.lost)
 
 
+@pytest.mark.parametrize("file", ["answers.tsv", "notes.md", "answers.jsonl"])
+def test_every_kind_of_file_that_is_read_is_a_file_and_has_no_split(converted, file):
+    text = QLORA.replace("rows/answers.jsonl", f"{file}\n    split: validation")
+    assert f"data={file}" in converted("qlora.yml", text).settings
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_recipe_and_the_command_are_the_same_run(converted, name, tmp_path):
     c = converted(name)
@@ -148,6 +154,7 @@ def test_the_recipe_and_the_command_are_the_same_run(converted, name, tmp_path):
     assert command[:3] == ["jaxft", "train", c.recipe]
     recipe_file.write_recipe(tmp_path / "mine.py", c, report.conversion_lines(c))
     text = (tmp_path / "mine.py").read_text()
+    assert "longest response" not in text  # of the recipe's own rows
     assert text.endswith("\n") and max(map(len, text.splitlines())) <= 110
     of_file, of_command = load_config(str(tmp_path / "mine.py"), []), load_config(c.recipe, command[3:])
     assert differences(describe(of_command), describe(of_file)) == []

@@ -8,7 +8,7 @@ from prepared import prepare
 from tiny_run import write_place
 
 from jaxft.data.source import spread
-from jaxft.runs.trackers.console import time_in_words
+from jaxft.durations import clock_time, time_in_words
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
 from jaxft.train.logs import eval_limit_lines
@@ -40,10 +40,23 @@ def test_the_last_line_has_time_tokens_and_hardware():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (3599.7, "1 h 00 min"),
+        (3700, "1 h 01 min"),
+        (259_100, "71 h 58 min"),
+        (345_600, "4.0 days"),
+    ],
 )
 def test_durations(seconds, text):
     assert time_in_words(seconds) == text
+
+
+def test_times_of_a_clock():
+    assert [clock_time(x) for x in (6.6, 187, 3599.7, 3700)] == ["0:07", "3:07", "1:00:00", "1:01:40"]
 
 
 @dataclass

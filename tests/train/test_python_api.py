@@ -14,13 +14,13 @@ from tiny_run import rows, write_place, write_rows
 
 import jaxft
 from jaxft.data.shipped import ROOT
+from jaxft.durations import time_in_words
 from jaxft.objectives.preference_losses import ipo
 from jaxft.rl.rewards import exact
 from jaxft.runs.config import ObjectText, resolve_config
 from jaxft.runs.log import Log
 from jaxft.runs.page.run_files import read_run
 from jaxft.runs.page.sections import effort
-from jaxft.runs.trackers.console import time_in_words
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import open_settings
 from jaxft.train.python_api import fit_to_rows, resolve_settings, rows_file, setting_text

@@ -59,29 +59,29 @@ def schedule(draft: Draft) -> None:
 def _mapping(value: Any) -> dict[str, Any]:
     """Return a dict, also one that a command line has as JSON; {} for anything else."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        arguments = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _kind(draft: Draft, kind: GivenOption) -> None:
     text = as_text(kind.value).lower()
-    known = {
+    schedules = {
         "cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
         "cosine_with_restarts": "cosine_with_restarts", "warmup_stable_decay": "wsd",
         "cosine_with_min_lr": "cosine",
     }  # fmt: skip
-    if text not in known:
+    if text not in schedules:
         why = (
             "there are cosine, linear, constant, cosine_with_restarts and wsd; or optim.schedule=file.py:name"
         )
         draft.lose(kind, why)
         return
-    end = [] if known[text] == "constant" else ["optim.end=0"]
+    end = [] if schedules[text] == "constant" else ["optim.end=0"]
     warmup = ["optim.warmup=0"] if text == "constant" else []
     draft.express(
-        kind, [f"optim.schedule={known[text]}", *end, *warmup],
+        kind, [f"optim.schedule={schedules[text]}", *end, *warmup],
         "jaxft's schedules end at 10 % of lr by default, theirs at 0" if end else "",
     )  # fmt: skip
 

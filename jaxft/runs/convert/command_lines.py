@@ -33,16 +33,18 @@ def read_commands(file: Path, text: str, first_line: int = 1) -> ForeignConfig:
 
     first_line: the line of the file where the text begins. Raises ValueError for a text without one.
     """
-    found = [(command, at) for command in _commands(text, first_line) if (at := _trainer(command.words)) >= 0]
-    if not found:
+    trainers = [
+        (command, at) for command in _commands(text, first_line) if (at := _trainer(command.words)) >= 0
+    ]
+    if not trainers:
         raise ValueError(
             f"{file}: no command that starts a trainer, such as trl sft, llamafactory-cli train, axolotl "
             "train or python sft.py --model_name_or_path org/name"
         )
-    command, at = found[0]
+    command, at = trainers[0]
     source = _source(file, command, at)
-    if len(found) > 1:
-        rest = ", ".join(str(other.line) for other, _ in found[1:8])
+    if len(trainers) > 1:
+        rest = ", ".join(str(other.line) for other, _ in trainers[1:8])
         note = f"the command of line {command.line} is converted; others begin in lines {rest}"
         source = replace(source, notes=(*source.notes, note))
     check_count(file, source.options)
@@ -172,7 +174,7 @@ def _config(file: Path, name: str, tool: str) -> ForeignConfig:
 
 def _arguments(words: Sequence[str]) -> list[tuple[str, Any]]:
     """Return (name, value) of `--name value ...`, `--name=value`, `name=value` and `--flag`."""
-    found: list[tuple[str, Any]] = []
+    arguments: list[tuple[str, Any]] = []
     values: list[str] | None = None
     for word in words:
         if word in ("&&", "||", ";", "|", "&", ">", ">>", "2>&1"):
@@ -181,14 +183,14 @@ def _arguments(words: Sequence[str]) -> list[tuple[str, Any]]:
             name, equals, value = word.lstrip("-").partition("=")
             name = name.replace("-", "_")
             values = [value] if equals else []
-            found.append((name, values))
+            arguments.append((name, values))
         elif values is None:
             key, equals, value = word.partition("=")
             if equals and key.replace("_", "").isalnum():
-                found.append((key, [value]))
+                arguments.append((key, [value]))
         else:
             values.append(word)
-    return [_argument(name, values) for name, values in found]
+    return [_argument(name, values) for name, values in arguments]
 
 
 def _argument(name: str, values: list[str]) -> tuple[str, Any]:

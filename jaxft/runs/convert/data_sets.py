@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.columns import KNOWN_ROLES, ROLES
+from jaxft.data.rows import SUFFIXES
 from jaxft.runs.convert.draft import Draft, table_rows
 from jaxft.runs.convert.source import LARGEST_FILE, short_value
 from jaxft.runs.option_names import AXOLOTL, FACTORY, as_text
@@ -59,10 +60,10 @@ def templates(draft: Draft) -> None:
     if option is None:
         return
     name = as_text(option.value).lower()
-    own = name in ("tokenizer_default", "jinja", "default")
+    of_model = name in ("tokenizer_default", "jinja", "default")
     if draft.source.tool == FACTORY:
         draft.express(option, [], "the model's own chat template; for a base model add chat_template=chatml")
-    elif own:
+    elif of_model:
         draft.express(option, [])
     else:
         (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
@@ -109,10 +110,10 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
     else:
         words = str(kind).split(":")[0].split(".")
         names = (".".join(words), *reversed(words))
-        known = next((AXOLOTL_TYPES[name] for name in names if name in AXOLOTL_TYPES), None)
-        if kind and known is None:
+        renamed = next((AXOLOTL_TYPES[name] for name in names if name in AXOLOTL_TYPES), None)
+        if kind and renamed is None:
             remarks.append(f"type {kind} is unknown; name its columns by data.columns=")
-        columns += known.split(",") if known else []
+        columns += renamed.split(",") if renamed else []
         if words[0] in ("alpaca", "alpaca_instruct", "alpaca_chat"):
             remarks.append("prompts are rendered by the chat template (or `### Instruction:` without one), "
                            "without Alpaca's preamble")  # fmt: skip
@@ -157,7 +158,7 @@ def _reference(item: Mapping) -> str:
         local = [name if "/" in str(name) or path in ("json", "csv", "parquet", "text", "arrow", "")
                  else f"{path.rstrip('/')}/{name}" for name in map(str, names)]  # fmt: skip
         return ",".join(local)
-    if path.startswith((".", "/", "~")) or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    if path.startswith((".", "/", "~")) or Path(path).suffix in SUFFIXES:
         return path
     config, split = item.get("name"), item.get("split")
     return path + (f"/{config}" if config else "") + (f":{split}" if split and split != "train" else "")
@@ -245,11 +246,11 @@ def _dataset_info(draft: Draft) -> tuple[dict[str, Any], Path]:
         path = base / folder / INFO
         if path.is_file() and path.stat().st_size <= LARGEST_FILE:
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                listed = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: not JSON: {error}") from error
-            if isinstance(found, dict):
-                return {name: entry for name, entry in found.items() if isinstance(entry, dict)}, path.parent
+            if isinstance(listed, dict):
+                return {name: entry for name, entry in listed.items() if isinstance(entry, dict)}, path.parent
     return {}, near
 
 
@@ -267,9 +268,9 @@ def _factory_reference(draft: Draft, entry: Mapping, folder: Path) -> str:
 def _factory_columns(entry: Mapping, stage: str) -> list[str]:
     """Return our columns=theirs of an entry of dataset_info.json. In stage pt the prompt is the text."""
     columns = entry.get("columns")
-    found = []
+    renamed = []
     for theirs, name in columns.items() if isinstance(columns, Mapping) else ():
         ours = "text" if (stage, theirs) == ("pt", "prompt") else FACTORY_COLUMNS.get(theirs)
         if ours and isinstance(name, str) and name not in (ours, FACTORY_SAME.get(ours)):
-            found.append(f"{ours}={name}")
-    return found
+            renamed.append(f"{ours}={name}")
+    return renamed

@@ -55,10 +55,10 @@ class Draft:
         """Return an option as a number and leave it; None if it is missing or no finite number."""
         value = self.peek(*names)
         try:
-            found = math.nan if isinstance(value, bool) else float(value)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             return None
-        return found if abs(found) < LARGEST_NUMBER else None
+        return number if abs(number) < LARGEST_NUMBER else None
 
     def put(self, override: str) -> None:
         """Set `setting=value`; the last one counts."""
@@ -102,9 +102,9 @@ class Draft:
 def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
     """Return the rows of the table for a name in a file of this tool."""
     for lookup in (*LOOKUP[tool], None):
-        found = find_options(name.rpartition(".")[2], lookup, recipe)
-        if found:
-            return found
+        rows = find_options(name.rpartition(".")[2], lookup, recipe)
+        if rows:
+            return rows
     return ()
 
 

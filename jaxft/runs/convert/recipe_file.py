@@ -36,7 +36,7 @@ def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
 
 def recipe_text(conversion: Conversion, lines: list[str]) -> str:
     """Return the source of a recipe whose Run has a conversion's settings. lines: its comments."""
-    source = (ROOT / "configs" / f"{conversion.recipe}.py").read_bytes()
+    source = _without_remarks((ROOT / "configs" / f"{conversion.recipe}.py").read_bytes())
     tree = ast.parse(source)
     knobs = recipe_knobs(conversion.recipe)
     given = dict(setting.partition("=")[::2] for setting in conversion.settings)
@@ -55,6 +55,12 @@ def recipe_text(conversion: Conversion, lines: list[str]) -> str:
         source = source[: edit.start] + edit.text.encode() + source[edit.end :]
     compile(source, "recipe", "exec")
     return source.decode()
+
+
+def _without_remarks(source: bytes) -> bytes:
+    """Return a recipe without the comments in what it returns, which are about its own rows."""
+    head, returned, tail = source.rpartition(b"\n    return ")
+    return head + returned + re.sub(rb"  # .*", b"", tail)
 
 
 class _Code(NamedTuple):

@@ -101,8 +101,8 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
     options = {option.name: option for option in given}
     method = _method(source, options)
     if method not in RECIPES:
-        known = ", ".join(sorted(RECIPES))
-        raise ValueError(f"{source.file}: jaxft has no recipe for {method}; it converts {known}")
+        convertible = ", ".join(sorted(RECIPES))
+        raise ValueError(f"{source.file}: jaxft has no recipe for {method}; it converts {convertible}")
     count = devices or source.devices or 1
     draft = Draft(source, count, method, RECIPES[method], False, tuple(given), options)
     for option in given:
@@ -430,10 +430,10 @@ def _names(draft: Draft) -> None:
             draft.express(project, [f"trackers={tracker}", f"tracking.project={as_text(project.value)}"])
     report = draft.peek("report_to")
     if isinstance(report, list):
-        known = [name for name in report if name in ("wandb", "mlflow", "trackio")]
+        trackers = [name for name in report if name in ("wandb", "mlflow", "trackio")]
         rest = [name for name in report if name not in ("wandb", "mlflow", "trackio", "tensorboard")]
         option = draft.take("report_to")
-        draft.express(option, [f"trackers={','.join(known)}"] if known else [])
+        draft.express(option, [f"trackers={','.join(trackers)}"] if trackers else [])
         if rest:
             draft.lose(option, f"no tracker is called {', '.join(map(as_text, rest))}")
     target = as_text(draft.peek("hub_model_id") or "org/name")
@@ -450,34 +450,34 @@ def _defaults(draft: Draft) -> dict[str, str]:
     """The defaults of a tool that differ from the recipe's, for settings that the file leaves out."""
     tool, recipe = draft.source.tool, draft.recipe
     packs = recipe in ("sft", "sft_full")
-    found = {"optim.warmup": "0", "held_out": "none"}
+    defaults = {"optim.warmup": "0", "held_out": "none"}
     if tool == AXOLOTL:
-        found |= {"optim.schedule": "cosine", "optim.end": "0", "optim.warmup": "0.03", "epochs": "1"}
-        found |= {"data.too_long": "drop", "max_length": "512"}
+        defaults |= {"optim.schedule": "cosine", "optim.end": "0", "optim.warmup": "0.03", "epochs": "1"}
+        defaults |= {"data.too_long": "drop", "max_length": "512"}
     elif tool == FACTORY:
-        found |= {"optim.schedule": "linear", "optim.end": "0", "epochs": "3", "lr": "5e-5"}
-        found |= {"max_length": "2048"}
+        defaults |= {"optim.schedule": "linear", "optim.end": "0", "epochs": "3", "lr": "5e-5"}
+        defaults |= {"max_length": "2048"}
     else:
-        found |= {"optim.schedule": "linear", "optim.end": "0", "epochs": "3", "max_length": "1024"}
-        found["lr"] = LEARNING_RATES[recipe.removesuffix("_full")]
+        defaults |= {"optim.schedule": "linear", "optim.end": "0", "epochs": "3", "max_length": "1024"}
+        defaults["lr"] = LEARNING_RATES[recipe.removesuffix("_full")]
     if draft.settings.get("optim.schedule") == "constant":
-        del found["optim.end"]
+        del defaults["optim.end"]
     if "loop.steps" in draft.settings:
-        del found["epochs"]
+        del defaults["epochs"]
     if recipe == "sft_full":
-        found["optim.weight_decay"] = "0"
+        defaults["optim.weight_decay"] = "0"
     if packs:
-        found["data.packing"] = "false"
+        defaults["data.packing"] = "false"
     if recipe == "pretrain":
-        found.pop("data.too_long", None)
+        defaults.pop("data.too_long", None)
     if recipe in ("grpo", "online_dpo", "ppo"):
-        del found["max_length"]
-        found.pop("data.too_long", None)
-        found |= {"max_new": "512", "max_prompt": "1024"} if recipe == "grpo" else {}
-        found |= {"group": "2" if draft.method == "rloo" else "8"} if recipe == "grpo" else {}
+        del defaults["max_length"]
+        defaults.pop("data.too_long", None)
+        defaults |= {"max_new": "512", "max_prompt": "1024"} if recipe == "grpo" else {}
+        defaults |= {"group": "2" if draft.method == "rloo" else "8"} if recipe == "grpo" else {}
     if recipe == "simpo":
-        found |= {"beta": "0.1", "gamma": "0.5"}
-    return found
+        defaults |= {"beta": "0.1", "gamma": "0.5"}
+    return defaults
 
 
 def _keep_known(draft: Draft) -> None:
@@ -499,6 +499,6 @@ def _keep_known(draft: Draft) -> None:
 def _ordered(settings: dict[str, str]) -> list[tuple[str, str]]:
     """Model and rows first, then knobs, then dotted fields."""
     first = ("model", "data", "held_out", "start", "name")
-    known = [(name, settings[name]) for name in first if name in settings]
+    ordered = [(name, settings[name]) for name in first if name in settings]
     rest = [(name, text) for name, text in settings.items() if name not in first]
-    return known + sorted(rest, key=lambda pair: "." in pair[0])
+    return ordered + sorted(rest, key=lambda pair: "." in pair[0])

@@ -25,7 +25,7 @@ class Expression:
 class GivenOption(NamedTuple):
     """An option as a file has it. name: with dots for sections, such as fsdp_config.fsdp_offload_params.
 
-    line: its line in the file, counted from 1. expression: whether its value is an expression, not a literal.
+    value: an Expression where it is no literal. line: in the file, counted from 1.
     """
 
     name: str

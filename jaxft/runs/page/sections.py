@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxft.durations import clock_time
 from jaxft.objectives.intervals import wilson
 from jaxft.runs import compare, metric_names, ranking
+from jaxft.runs.environment import device_counts
 from jaxft.runs.page.markup import (
     MOST_COLUMNS,
     escaped,
@@ -20,7 +22,7 @@ from jaxft.runs.page.markup import (
 )
 from jaxft.runs.page.run_files import RunFiles
 from jaxft.runs.report import joint_alarms, same_prompts
-from jaxft.runs.trackers.console import TOTAL, format_seconds, time_by_phase
+from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
 SAMPLES = 24  # prompts in all
 COMPLETION_STEPS, COMPLETIONS = 4, 48  # steps of a run whose completions are shown; completions in all
@@ -153,11 +155,11 @@ def effort(run: RunFiles) -> dict[str, Any]:
         facts["time in total"] = time_by_phase(run.seconds)
     if seconds:
         speed = f", {tokens / seconds:,.0f} tokens per second" if tokens else ""
-        facts["time of the steps"] = f"{format_seconds(seconds)}{speed}"
+        facts["time of the steps"] = f"{clock_time(seconds)}{speed}"
     if isinstance(devices, list) and devices:
         count = run.environment.get("processes") or 1
         hosts = f", {count} processes" if count != 1 else ""
-        facts["hardware"] = f"{', '.join(dict.fromkeys(map(str, devices)))} ({len(devices)}){hosts}"
+        facts["hardware"] = f"{device_counts(devices)}{hosts}"
     return facts
 
 

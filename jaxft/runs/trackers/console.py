@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.durations import clock_time, time_in_words
 from jaxft.objectives.intervals import fraction_text
 from jaxft.runs import metric_names as names
 from jaxft.runs.terminal import printable_message
@@ -134,7 +135,7 @@ class ConsoleView:
         if len(self._pace) < 2:
             return "-"
         (first, begin), (last, now) = self._pace[0], self._pace[-1]
-        return format_seconds((self._total_steps - self._step) * (now - begin) / (last - first))
+        return clock_time((self._total_steps - self._step) * (now - begin) / (last - first))
 
     def _line(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
         most = MOST_OF_ROLLOUTS if names.REWARD in metrics else MOST
@@ -164,7 +165,7 @@ class ConsoleView:
     def _view(self) -> Group:
         bar = Table.grid(padding=(0, 2))
         done = self._step / self._total_steps if self._total_steps else 1.0
-        elapsed = f"{format_seconds(time.monotonic() - self._begin)} elapsed, eta {self._eta()}"
+        elapsed = f"{clock_time(time.monotonic() - self._begin)} elapsed, eta {self._eta()}"
         width = max(10, min(40, self._console.width - 50))
         bar.add_row(
             Text(self._name, style="bold"),
@@ -254,15 +255,6 @@ def _shorten(label: str) -> str:
     return label if len(label) <= LABEL_WIDTH else f"{label[: LABEL_WIDTH - 1]}…"
 
 
-def time_in_words(seconds: float) -> str:
-    """A time in words: 4.2 s, 3 min 27 s, 1 h 03 min."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def time_by_phase(seconds: dict[str, float]) -> str:
     """A run's time with its longer phases: 3 min 24 s (loading 3.3 s, training 3 min 20 s)."""
     phases = [
@@ -271,10 +263,3 @@ def time_by_phase(seconds: dict[str, float]) -> str:
         if phase != TOTAL and x >= SHORTEST_PHASE
     ]
     return time_in_words(seconds[TOTAL]) + (f" ({', '.join(phases)})" if phases else "")
-
-
-def format_seconds(seconds: float) -> str:
-    """3:07, or 1:03:07 from an hour up."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
