@@ -253,7 +253,8 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
             new, 1.0 if temperature is None else temperature, top_k if top_k and top_k > 0 else None, top_p
         )
     except ValueError as error:
-        raise ApiError(400, str(error), str(error).partition(" ")[0]) from error
+        name = str(error).partition(" ")[0].partition("=")[0]
+        raise ApiError(400, str(error), name) from error
     seed, schema = _integer(body, "seed", 0, 2**63 - 1), _schema(body.get("response_format"))
     return ChoiceSettings(sampling, seed, _stops(body.get("stop")), n, top, schema)
 

@@ -26,7 +26,7 @@ def sgd(schedule, specs, weight_decay):
 
 def run(losses, norms, freeze=False):
     """(states, logged metrics) of steps whose loss and gradient norm are given."""
-    settings = Optim(lr=0.5, optimizer=sgd, warmup=1.0, clip=None)
+    settings = Optim(lr=0.5, optimizer=sgd, warmup=40, clip=None)
     inner = make_optimizer(settings, SPECS, 40)
     inner = freezable(lambda specs: make_optimizer(settings, specs, 40), SPECS) if freeze else inner
     optimizer = skip_spikes(inner, SIGMA, WINDOW)

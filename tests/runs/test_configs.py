@@ -174,7 +174,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
         ),
         (
             ["loss=jaxft.objectives.policy_losses:policy_gradient", "passes=2"],
-            "2 steps change it; use loss=jaxft.objectives.policy_losses:unclipped",
+            "2 steps change it; use loss=unclipped",
         ),
         (["kl_in=rewards"], "kl_in=rewards needs a beta above 0"),
         (

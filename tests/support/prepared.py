@@ -8,11 +8,9 @@ import jax
 
 from jaxft.distributed import sharding
 from jaxft.runs import folder as runfolder
-from jaxft.runs.config import resolve_config
-from jaxft.train import loop, members
+from jaxft.train import loop, members, open_settings
 from jaxft.train.clock import Clock
 from jaxft.train.compiled import compile_run
-from jaxft.train.settings import Run
 
 
 @contextlib.contextmanager
@@ -29,7 +27,7 @@ def prepare(folder, *overrides, devices=1):
     Raises what the script prints in one line. devices: their number.
     """
     with working_directory(folder, devices):
-        settings = resolve_config("config.py", list(overrides), expected=Run)
+        settings, _ = open_settings.fitted(open_settings.resolve("config.py", list(overrides)))
         run = settings.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
             return members.prepare(run, settings.describe(), runfolder.folder_of(Path("runs"), run.name))
@@ -38,7 +36,7 @@ def prepare(folder, *overrides, devices=1):
 def finished_run(folder, config, *overrides, devices=1):
     """Train the run of a configuration in a folder to its end, and return the run's folder."""
     with working_directory(folder, devices):
-        settings = resolve_config(config, list(overrides))
+        settings, _ = open_settings.fitted(open_settings.resolve(config, list(overrides)))
         assert loop.run(settings.value, settings.describe(), Path("runs")) == 0
     return folder / "runs" / settings.value.name
 

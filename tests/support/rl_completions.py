@@ -48,5 +48,7 @@ def stored_prompts(count):
         invalid=(),
         examples=(),
         order=np.zeros(count),
+        placeholders=np.zeros(count, bool),
         sources=np.zeros(count, int),
+        formats=("plain",),
     )
