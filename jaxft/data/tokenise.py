@@ -100,8 +100,8 @@ class Tokenising(NamedTuple):
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
     workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
     print the progress of a long tokenisation. sample: tokenise so many rows of a larger dataset, at even
-    distances; None for all. counted: called with the number of rows of a sample, and of the dataset's, None if
-    that is not known.
+    distances; None for all. counted: called with the number of rows of a sample, and of the dataset's, None
+    if that is not known.
     """
 
     cache: Path | None = None
