@@ -98,7 +98,7 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
     """
     counts: list[tuple[int, int | None]] = []
     how = data.tokenising(cache)._replace(
-        sample=MEASURED, invalid_limit=1.0, names_first=False, count=lambda *found: counts.append(found)
+        sample=MEASURED, invalid_limit=1.0, names_first=False, counted=lambda *found: counts.append(found)
     )
     sources = parse_sources(data.train)
     found = reduce(_concatenate, [_measure_one(x.ref, x.adapt(data), tokenizer, how) for x in sources])

@@ -136,7 +136,7 @@ class LoadedRows:
 class ChunkStart:
     """The first `count` rows of a chunk."""
 
-    chunk: Lines | GroupRows | TableRows | LoadedRows
+    chunk: "Lines | GroupRows | TableRows | LoadedRows | ChunkSample"
     count: int
 
     @property

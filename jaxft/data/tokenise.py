@@ -100,8 +100,8 @@ class Tokenising(NamedTuple):
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
     workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
     print the progress of a long tokenisation. sample: tokenise so many rows of a larger dataset, at even
-    distances; None for all. count: called with the number of rows of a sample, and of the dataset's, None if
-    that is not known.
+    distances; None for all. counted: called with the number of rows of a sample, and of the dataset's, None
+    if that is not known.
     """
 
     cache: Path | None = None
@@ -110,7 +110,7 @@ class Tokenising(NamedTuple):
     progress: bool = False
     names_first: bool = False
     sample: int | None = None
-    count: Callable[[int, int | None], object] | None = None
+    counted: Callable[[int, int | None], object] | None = None
 
 
 DEFAULT_TOKENISING = Tokenising()
@@ -154,8 +154,8 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     invalid.merge(_tallies(facts["invalid"], listing.folder))
     names = RowNames(listing.labels, stored.columns["source"], stored.columns["number"])
     read = facts["total"] + facts["unreadable"]
-    if how.sample is not None and how.count is not None:
-        how.count(read, read if read < how.sample else facts["rows"])
+    if how.sample is not None and how.counted is not None:
+        how.counted(read, read if read < how.sample else facts["rows"])
     invalid.check(ref, read)
     dropped = read - invalid.total - facts["left"]
     examples = tuple(Row(name, fields) for name, fields in facts["examples"])

@@ -37,7 +37,7 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
     data = run.data
     if not isinstance(data, Rows | PairRows | Prompts):
         return RunSteps(data.open(tokenizer()).info.steps, "the run's data")
-    length = f"{data.tokens:,} tokens"
+    length = f"{data.tokens or 0:,} tokens"
     if data.epochs is not None:
         length = f"{data.epochs:g} epoch{'s' * (data.epochs != 1)}"
     try:
