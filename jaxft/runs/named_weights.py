@@ -13,7 +13,7 @@ from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.weights import adapters, hub
 from jaxft.weights.peft_refusals import read_adapter_config
 
-Check: TypeAlias = Callable[[str], None]  # is called with the fingerprint of rows, and raises for wrong ones
+FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprint of wrong rows
 
 
 class NamedWeights(NamedTuple):
@@ -132,7 +132,9 @@ def check_recorded_rows(record: dict[str, Any], fingerprint: str) -> None:
         )
 
 
-def held_out_names(data: Rows | PairRows | Prompts, tokenizer: Any, check: Check = any_rows) -> set[str]:
+def held_out_names(
+    data: Rows | PairRows | Prompts, tokenizer: Any, check: FingerprintCheck = any_rows
+) -> set[str]:
     """Return the names of the rows that a fraction of the rows holds out, with these settings. check: is
     called with the fingerprint of the rows.
     """

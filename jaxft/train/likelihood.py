@@ -20,7 +20,7 @@ from jaxft.objectives.preference_metrics import TIE_ROUNDING
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import LoadedWeights
-from jaxft.runs.named_weights import Check, any_rows
+from jaxft.runs.named_weights import FingerprintCheck, any_rows
 from jaxft.train.evaluate import evaluate, make_eval_step
 from jaxft.tree import Params
 from jaxft.weights.pretrained import check_token_id
@@ -53,7 +53,9 @@ class Evaluated(NamedTuple):
     values: Mapping[str, Sequence[float]] = {}
 
 
-def make_row_loss(model: Model, check: Check = any_rows) -> Callable[[LoadedWeights, Rows], Evaluated]:
+def make_row_loss(
+    model: Model, check: FingerprintCheck = any_rows
+) -> Callable[[LoadedWeights, Rows], Evaluated]:
     """Return `row_loss(loaded, rows)`, whose program is compiled once for all weights of a model. check: is
     called with the fingerprint of the rows.
     """
@@ -61,7 +63,9 @@ def make_row_loss(model: Model, check: Check = any_rows) -> Callable[[LoadedWeig
     return lambda loaded, rows: _row_loss(eval_step, loaded, rows, check)
 
 
-def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows, check: Check) -> Evaluated:
+def _row_loss(
+    eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows, check: FingerprintCheck
+) -> Evaluated:
     """Return loss (mean over the tokens with a loss, in nats), perplexity and token accuracy of all rows.
 
     rows: settings whose held-out rows are evaluated. Raises ValueError for a loss that is not finite.
@@ -95,7 +99,7 @@ def _row_loss(eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows, 
 
 
 def make_pair_preferences(
-    model: Model, check: Check = any_rows
+    model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, PairRows], Evaluated]:
     """Return `preferences(loaded, rows)`, whose programs are compiled once for all weights of a model. check:
     is called with the fingerprint of the rows.
@@ -112,7 +116,7 @@ def make_pair_preferences(
 
 
 def _pair_preferences(
-    forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows, check: Check
+    forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows, check: FingerprintCheck
 ) -> Evaluated:
     """Return which response of each pair the model finds more likely, and the fractions of pairs: of the
     held-out pairs, or of all if there are none.
