@@ -117,13 +117,13 @@ def any_rows(fingerprint: str) -> None:
     """Accept all rows."""
 
 
-def check_recorded_rows(record: dict[str, Any], fingerprint: str) -> None:
+def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None:
     """Raise ValueError if rows that are read with recorded_data are others than those of the run, since of
     others it may have trained on some that the same fraction now holds out.
 
-    record: its settings; one without a fingerprint passes. fingerprint: of the source of the rows.
+    record: its settings; None and one without a fingerprint pass. fingerprint: of the source of the rows.
     """
-    if record.get("data_fingerprint", fingerprint) != fingerprint:
+    if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
         data = record["data"]
         raise ValueError(
             f"the rows of data={data['train']}, or how they become tokens, have changed since the run "

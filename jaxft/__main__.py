@@ -1,0 +1,8 @@
+"""`python -m jaxft` is the command `jaxft`."""
+
+import sys
+
+from jaxft.runs.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())
