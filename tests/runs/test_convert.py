@@ -253,6 +253,12 @@ def of_rows(conversion):
          "data=org/name data.max_samples=50 held_out=none"),
         ("ds = load_dataset('org/name')", "ds['train']", "ds['test'].select(range(100))",
          "data=org/name held_out=org/name:test:max_samples=100"),
+        ("a = load_dataset('org/name', split='train[:90%]')\n"
+         "b = load_dataset('org/name', split='train[90%:]')",
+         "a", "b", "data=org/name held_out=0.1"),
+        ("a = load_dataset('org/name', split='train[20%:]')\n"
+         "b = load_dataset('org/name', split='train[:20%]')",
+         "a", "b", "data=org/name held_out=0.2"),
         ("ds = load_dataset('org/name')", "ds['train'].select(range(9))", "ds['test']",
          "data=org/name:max_samples=9 held_out=org/name:test"),
     ],
@@ -269,6 +275,7 @@ def test_rows_are_followed_to_the_trainer(converted, rows, train, held, expected
         ("ds", "ds"), ("ds", "ds.select(range(10))"), ("ds.select(range(10, 99))", "ds.select(range(10))"),
         ("ds", "ds.train_test_split(0.1)['test']"),
         ("ds", "load_dataset('json', data_files='a.jsonl')['train']"),
+        ("ds", "load_dataset('json', data_files=['./a.jsonl', 'b.jsonl'], split='train')"),
         ("ds", "made_elsewhere()"),
     ],
 )  # fmt: skip
@@ -314,6 +321,9 @@ def test_early_stopping_and_the_folder_of_a_python_file(converted):
     )
     c = converted("a.py", text)
     assert {"loop.patience=3", "name=dpo-out", "beta=0.2"} <= set(c.settings) and not c.lost
+    named = text.replace("EarlyStoppingCallback(early_stopping_patience=3)", "stop")
+    c = converted("a.py", f"stop = EarlyStoppingCallback(3)\n{named}")
+    assert "loop.patience=3" in c.settings and not c.lost
     c = converted("a.py", text.replace("[Early", "[mine, Early"))
     assert "loop.patience=3" in c.settings and set(remarks(c.lost)) == {"callbacks"}
 

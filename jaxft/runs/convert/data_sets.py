@@ -224,6 +224,8 @@ def _rows_of_code(draft: Draft) -> None:
             first = draft.options.pop("max_samples")
             rows = [f"{file}:max_samples={first.value}" for file in draft.settings["data"].split(",")]
             draft.express(first, [f"data={','.join(rows)}"])
+    elif held is not None and isinstance(held.value, float):
+        draft.express(held, [f"held_out={held.value:g}"], "random rows of the split, not a slice of it")
     elif held is not None:
         draft.lose(held, "held_out=FILE, or a fraction of the rows")
     seed = draft.take("test_split_seed")

@@ -104,7 +104,7 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
 
 def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
     """Return (options, trainers, notes) of all calls of a file."""
-    names = _assignments(tree)
+    names, stoppers = _assignments(tree), _stoppers(tree)
     options: list[GivenOption] = []
     trainers: list[str] = []
     notes: list[str] = []
@@ -119,7 +119,7 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
             options += _keywords(node, names)
         elif name in TRAINER_CLASSES:
             trainers.append(TRAINER_CLASSES[name])
-            told = {*PASSED_ON, *(["callbacks"] if _stops_early(node) else [])}
+            told = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
             options += [option for option in _keywords(node, names) if option.name not in told]
             options += _model(node, names)
         elif name == "from_pretrained" and owner.startswith(("AutoModelFor", "Fast")):
@@ -154,12 +154,19 @@ def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[G
             yield GivenOption(name, ast.unparse(argument), argument.lineno, remark)
 
 
-def _stops_early(node: ast.Call) -> bool:
+def _stoppers(tree: ast.Module) -> set[str]:
+    """Return EarlyStoppingCallback calls, and names that the file sets to one, as source."""
+    found = {ast.unparse(node) for node in ast.walk(tree)
+             if isinstance(node, ast.Call) and call_name(node.func) == "EarlyStoppingCallback"}  # fmt: skip
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    return found | {ast.unparse(target) for node in assigned if ast.unparse(node.value) in found
+                    for target in node.targets}  # fmt: skip
+
+
+def _stops_early(node: ast.Call, stoppers: set[str]) -> bool:
     """Whether a trainer's callbacks are EarlyStoppingCallbacks alone, whose arguments are options."""
     given = next((k.value for k in node.keywords if k.arg == "callbacks"), None)
-    return isinstance(given, ast.List) and all(
-        isinstance(each, ast.Call) and call_name(each.func) == "EarlyStoppingCallback" for each in given.elts
-    )
+    return isinstance(given, ast.List) and all(ast.unparse(each) in stoppers for each in given.elts)
 
 
 def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:

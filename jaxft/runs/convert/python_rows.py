@@ -7,6 +7,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from os.path import normpath
 from typing import Any
 
 from jaxft.runs.convert.source import GivenOption
@@ -51,10 +52,21 @@ class Rows:
     calls: tuple[ast.Call, ...] = ()
     parts: tuple[str, ...] = ()
 
-    @property
-    def source(self) -> tuple[str, str | None, str]:
-        """The dataset and its split, without what is done to it."""
-        return self.reference, self.config, "" if self.is_file else self.split or "train"
+    def overlaps(self, other: "Rows") -> bool:
+        """Whether rows of both have the same file, or split of a dataset."""
+        if self.is_file and other.is_file:
+            return not set(map(normpath, self._names())).isdisjoint(map(normpath, other._names()))
+        split = self.split or "train"
+        return (self.path, self.config, split) == (other.path, other.config, other.split or "train")
+
+    def rest(self, other: "Rows") -> float | None:
+        """The fraction that `other` has if both are a split's parts, such as [:90%] and [90%:], else None."""
+        first, last = (re.fullmatch(r"\w+\[(:?)(\d{1,2})%(:?)\]", rows.part) for rows in (self, other))
+        if first is None or last is None or first[2] != last[2] or {first[1], last[1]} != {"", ":"}:
+            return None
+        if first[1] == first[3] or last[1] == last[3] or not self.overlaps(other):
+            return None
+        return (int(first[2]) if last[1] else 100 - int(first[2])) / 100 or None
 
     @property
     def is_file(self) -> bool:
@@ -96,7 +108,8 @@ def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[Give
     options: list[GivenOption] = []
     train, held = (follow.rows(given.get(name)) for name in ("train_dataset", "eval_dataset"))
     if train is None:
-        train = next((rows for call in calls if (rows := follow.rows(call)) and rows.load is call), None)
+        loads = (call for call in calls if call_name(call.func) == "load_dataset")
+        train = next(filter(None, map(follow.rows, loads)), None)
         if train is not None and "train_dataset" in given:
             node = given["train_dataset"]
             remark = f"{UNTRACED}; data= is the first of the file"
@@ -121,6 +134,8 @@ def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[Give
     }  # fmt: skip
     changes = {id(call): call for rows in (train, held) if rows for call in rows.calls}
     sampled = {id(rows.shuffled) for rows in (train, held) if rows and rows.shuffled is not None}
+    if train is not None and held is not None and train.rest(held) is not None:
+        changes = {key: call for key, call in changes.items() if call not in (train.load, held.load)}
     for call in sorted(changes.values(), key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0)):
         options.append(_change(call, id(call) in sampled, value))
     if train is not None:
@@ -174,7 +189,7 @@ def _evaluation(node: ast.expr, train: Rows | None, held: Rows | None) -> Iterat
     text, line = ast.unparse(node), node.lineno
     if held is None or not held.known:
         yield GivenOption("eval_dataset", text, line, f"{UNTRACED}; held_out=FILE, or a fraction of the rows")
-    elif train is None or held.source != train.source:
+    elif train is None or not held.overlaps(train):
         item: dict[str, Any] = {"path": held.reference}
         if held.config is not None:
             item["name"] = held.config
@@ -189,6 +204,8 @@ def _evaluation(node: ast.expr, train: Rows | None, held: Rows | None) -> Iterat
         if train.divided is not held.divided:
             remark = "another train_test_split than train_dataset's; held_out= is the split of that"
             yield GivenOption("eval_dataset", text, line, remark)
+    elif (fraction := train.rest(held)) is not None:
+        yield GivenOption("eval_dataset", fraction, line)
     else:
         remark = "training rows, or a part of them; held_out=0.1 holds out rows that are not trained on"
         yield GivenOption("eval_dataset", text, line, remark)
@@ -272,7 +289,7 @@ class _Followed:
     def _part(self, rows: Rows | None, key: Any) -> Rows | None:
         if rows is None:
             return None
-        if isinstance(key, int) and key < len(rows.parts):
+        if type(key) is int and 0 <= key < len(rows.parts):
             return self._split(replace(rows, parts=()), rows.parts[key])
         if not isinstance(key, str):
             return None
