@@ -221,6 +221,120 @@ def test_any_value_of_any_option_converts_or_is_one_line(converted, value):
                     assert "\n" not in str(error) and name in str(error), error
 
 
+TRAINER = (
+    "DPOTrainer(args=DPOConfig('out', eval_strategy='steps', eval_steps=5), train_dataset={}, "
+    "eval_dataset={})"
+)
+
+
+def code(rows, train, held):
+    """A script whose trainer has rows and held-out rows."""
+    return f"{rows}\n{TRAINER.format(train, held)}\n"
+
+
+def of_rows(conversion):
+    """The settings about rows."""
+    return {text for text in conversion.settings if text.startswith(("data", "held_out="))}
+
+
+@pytest.mark.parametrize(
+    ("rows", "train", "held", "expected"),
+    [
+        ("ds = load_dataset('json', data_files='a.jsonl', split='train').train_test_split(test_size=0.1, "
+         "seed=42)", "ds['train']", "ds['test']", "data=a.jsonl held_out=0.1 data.split_seed=42"),
+        ("ds = load_dataset('org/name')\nds = ds['train'].train_test_split(0.2)", "ds['train']", "ds['test']",
+         "data=org/name held_out=0.2"),
+        ("ds = load_dataset('org/name', split='train').train_test_split(train_size=0.9)\n"
+         "train, test = ds['train'], ds['test']", "train", "test", "data=org/name held_out=0.1"),
+        ("f = {'train': 'a.jsonl', 'test': 'b.jsonl'}\n"
+         "train = load_dataset('json', data_files=f, split='train')\n"
+         "test = load_dataset('json', data_files=f, split='test')", "train", "test",
+         "data=a.jsonl held_out=b.jsonl"),
+        ("ds = load_dataset('json', data_files={'train': 'a.jsonl', 'test': ['b.jsonl', 'c.jsonl']})",
+         "ds['train']", "ds['test']", "data=a.jsonl held_out=b.jsonl,c.jsonl"),
+        ("a, b = load_dataset('org/name', 'plain', split=['train', 'validation'])", "a", "b",
+         "data=org/name/plain held_out=org/name/plain:validation"),
+        ("ds = load_dataset('org/name', split='train').select(range(1000))", "ds", "None",
+         "data=org/name data.max_samples=1000 held_out=none"),
+        ("ds = load_dataset('org/name', split='train[:50]')", "ds", "None",
+         "data=org/name data.max_samples=50 held_out=none"),
+        ("ds = load_dataset('org/name')", "ds['train']", "ds['test'].select(range(100))",
+         "data=org/name held_out=org/name:test:max_samples=100"),
+        ("a = load_dataset('org/name', split='train[:90%]')\n"
+         "b = load_dataset('org/name', split='train[90%:]')",
+         "a", "b", "data=org/name held_out=0.1"),
+        ("a = load_dataset('org/name', split='train[20%:]')\n"
+         "b = load_dataset('org/name', split='train[:20%]')",
+         "a", "b", "data=org/name held_out=0.2"),
+        ("ds = load_dataset('org/name')", "ds['train'].select(range(9))", "ds['test']",
+         "data=org/name:max_samples=9 held_out=org/name:test"),
+    ],
+)  # fmt: skip
+def test_rows_are_followed_to_the_trainer(converted, rows, train, held, expected):
+    c = converted("a.py", code(rows, train, held))
+    assert of_rows(c) == set(expected.split()) and not c.lost
+    assert not any(text.startswith("held_out") for text in c.defaults if text != "held_out=none")
+
+
+@pytest.mark.parametrize(
+    ("train", "held"),
+    [
+        ("ds", "ds"), ("ds", "ds.select(range(10))"), ("ds.select(range(10, 99))", "ds.select(range(10))"),
+        ("ds", "ds.train_test_split(0.1)['test']"),
+        ("ds", "load_dataset('json', data_files='a.jsonl')['train']"),
+        ("ds", "load_dataset('json', data_files=['./a.jsonl', 'b.jsonl'], split='train')"),
+        ("ds", "made_elsewhere()"),
+    ],
+)  # fmt: skip
+def test_held_out_is_never_the_training_file(converted, train, held):
+    c = converted("a.py", code("ds = load_dataset('json', data_files='a.jsonl', split='train')", train, held))
+    assert "data=a.jsonl" in c.settings and "held_out=none" in c.settings
+    (line,) = [option.line for option, _ in c.lost if option.name == "eval_dataset"]
+    assert line == 2
+
+
+def test_held_out_of_a_command_is_never_the_training_file(converted):
+    c = converted("a.sh", "trl sft --model_name_or_path a/b --dataset_name rows.jsonl --eval_strategy steps")
+    assert "held_out=none" in c.settings
+
+
+def test_each_change_of_rows_is_reported_with_its_line(converted):
+    rows = (
+        "ds = load_dataset('org/name', split='train')\nds = ds.filter(good)\nds = ds.map(first)\n"
+        "ds = (\n    ds.map(second, batched=True)\n    .shuffle(seed=1)\n)\n"
+        "other = load_dataset('org/other')\n"
+        "ds = ds.rename_column('better', 'chosen')"
+    )
+    c = converted("a.py", code(rows, "ds", "None"))
+    lines = {(option.line, str(option.value)) for option, _ in c.lost}
+    assert lines == {
+        (2, "filter(good)"), (3, "map(first)"), (5, "map(second, batched=True)"),
+        (8, "load_dataset('org/other')"), (9, "rename_column('better', 'chosen')"),
+    }  # fmt: skip
+    assert "data.columns=chosen=better" in " ".join(remark for _, remark in c.lost)
+    assert "dataset.shuffle" in [option.name for option in c.unneeded]
+
+
+def test_the_first_rows_of_shuffled_ones_are_reported(converted):
+    rows = "ds = load_dataset('org/name', split='train').shuffle(seed=1).select(range(8))"
+    c = converted("a.py", code(rows, "ds", "None"))
+    assert "data.max_samples=8" in c.settings and "first rows" in remarks(c.lost)["dataset.shuffle"]
+
+
+def test_early_stopping_and_the_folder_of_a_python_file(converted):
+    text = (
+        "from trl import DPOConfig\nDPOTrainer(callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],"
+        "\nargs=DPOConfig('dpo-out', beta=0.2, eval_strategy='steps', eval_steps=5))"
+    )
+    c = converted("a.py", text)
+    assert {"loop.patience=3", "name=dpo-out", "beta=0.2"} <= set(c.settings) and not c.lost
+    named = text.replace("EarlyStoppingCallback(early_stopping_patience=3)", "stop")
+    c = converted("a.py", f"stop = EarlyStoppingCallback(3)\n{named}")
+    assert "loop.patience=3" in c.settings and not c.lost
+    c = converted("a.py", text.replace("[Early", "[mine, Early"))
+    assert "loop.patience=3" in c.settings and set(remarks(c.lost)) == {"callbacks"}
+
+
 def test_numbers_are_computed_and_nothing_else_is(converted):
     text = (
         "from trl import SFTConfig\nN = 4\nN += 1\nSFTConfig(learning_rate=2 * 1e-4, max_length=N, seed=9**9)"

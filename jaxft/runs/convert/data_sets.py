@@ -186,12 +186,20 @@ def _trl(draft: Draft) -> None:
         for further in (config, split):
             if further is not None:
                 draft.same.append(further)
-        if evaluated and test is not None:
-            draft.express(test, [f"held_out={_reference({**item, 'split': as_text(test.value)})}"])
+        held = "" if test is None else _reference({**item, "split": as_text(test.value)})
+        if evaluated and test is not None and held == _reference(named):
+            draft.lose(test, "the training rows; held_out=0.1 holds out rows that are not trained on")
+        elif evaluated and test is not None:
+            draft.express(test, [f"held_out={held}"])
         elif test is not None:
             draft.unneeded.append(test)
-        elif evaluated:
-            draft.default(f"held_out={_reference({**item, 'split': 'test'})}")
+        elif evaluated and not {"eval_dataset", "test_split_size"} & {
+            given.name for given in draft.source.options
+        }:  # fmt: skip
+            default = _reference({**item, "split": "test"})
+            if default != _reference(item):  # a file has no split
+                draft.default(f"held_out={default}")
+    _rows_of_code(draft)
     text = draft.take("dataset_text_field")
     if text is not None and as_text(text.value) != "text":
         draft.express(text, [f"data.columns=text={as_text(text.value)}"])
@@ -203,6 +211,30 @@ def _trl(draft: Draft) -> None:
             "TRL trains on all of a conversation unless assistant_only_loss=True, jaxft on the assistant's "
             "turns: add data.loss_on=all for the same"
         )
+
+
+def _rows_of_code(draft: Draft) -> None:
+    """Options that Python code gives of its rows; see python_rows.py."""
+    held = draft.take("eval_dataset")
+    if held is not None and isinstance(held.value, Mapping):
+        count = held.value.get("max_samples")
+        files = _reference(held.value).split(",")
+        held_out = ",".join(files if count is None else [f"{file}:max_samples={count}" for file in files])
+        draft.express(held, [f"held_out={held_out}"])
+        if "max_samples" in draft.options:  # data.max_samples= would also be of the held-out rows
+            first = draft.options.pop("max_samples")
+            rows = [f"{file}:max_samples={first.value}" for file in draft.settings["data"].split(",")]
+            draft.express(first, [f"data={','.join(rows)}"])
+    elif held is not None and isinstance(held.value, float):
+        draft.express(held, [f"held_out={held.value:g}"], "random rows of the split, not a slice of it")
+    elif held is not None:
+        draft.lose(held, "held_out=FILE, or a fraction of the rows")
+    seed = draft.take("test_split_seed")
+    if seed is not None and type(seed.value) is int:
+        draft.express(seed, [f"data.split_seed={seed.value}"])
+    elif seed is not None:
+        draft.lose(seed, "data.split_seed= takes a whole number")
+    draft.drop(*[name for name in draft.options if name.startswith("dataset.")])
 
 
 def _factory(draft: Draft) -> None:

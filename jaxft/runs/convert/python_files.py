@@ -9,10 +9,12 @@ import json
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxft.runs.convert.command_lines import read_commands, trainer_of
+from jaxft.runs.convert.python_rows import call_name, row_options
 from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, check_count
 from jaxft.runs.option_names import TRL, UNSLOTH
 
@@ -34,7 +36,9 @@ PASSED_ON = (  # arguments of trainers that are objects of the file
 )  # fmt: skip
 PARSERS = {"TrlParser", "HfArgumentParser"}  # a file that calls one reads its options from a command line
 IN_CODE = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", "formatting_func",
-           "compute_metrics", "data_collator", "callbacks")  # fmt: skip
+           "compute_metrics", "data_collator", "callbacks", "early_stopping_patience", "max_samples",
+           "eval_dataset", "test_split_size", "test_split_seed")  # fmt: skip
+OF_ROWS = ("eval_dataset", "dataset.load_dataset", "dataset_config", "dataset_train_split")
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
@@ -67,11 +71,14 @@ def read_python(file: Path, text: str) -> ForeignConfig:
         options, trainers, notes = _options(tree)
     except RecursionError as error:
         raise ValueError(f"{file}: an expression is nested too deeply") from error
-    calls = {_name(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    calls = {call_name(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     if calls & PARSERS or not calls & CONFIGS.keys():
         source = _docstring(file, tree)
         taken = {option.name for option in source.options}
-        further = [option for option in options if option.name in IN_CODE and option.name not in taken]
+        of_code = [option for option in options if option.name in IN_CODE or option.name[:8] == "dataset."]
+        if taken & {"dataset_name", "datasets"}:  # the command's rows, and load_dataset is given these
+            of_code = [option for option in of_code if option.name not in OF_ROWS]
+        further = [option for option in of_code if option.name not in taken]
         trainer = next((trainer for trainer in trainers if trainer), source.trainer)
         return replace(source, options=(*source.options, *further), trainer=trainer)
     imported = {name.split(".")[0] for name in _imports(tree)}
@@ -97,26 +104,31 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
 
 def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
     """Return (options, trainers, notes) of all calls of a file."""
-    names = _assignments(tree)
+    names, stoppers = _assignments(tree), _stoppers(tree)
     options: list[GivenOption] = []
     trainers: list[str] = []
     notes: list[str] = []
     for node in sorted(
         (n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
     ):
-        name, owner = _name(node.func), _owner(node.func)
+        name, owner = call_name(node.func), _owner(node.func)
         if name in CONFIGS:
             trainers.append(CONFIGS[name])
+            if CONFIGS[name] or name.endswith("TrainingArguments"):
+                options += _positional(node, names, "output_dir")
             options += _keywords(node, names)
         elif name in TRAINER_CLASSES:
             trainers.append(TRAINER_CLASSES[name])
-            options += [option for option in _keywords(node, names) if option.name not in PASSED_ON]
+            told = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
+            options += [option for option in _keywords(node, names) if option.name not in told]
             options += _model(node, names)
         elif name == "from_pretrained" and owner.startswith(("AutoModelFor", "Fast")):
             options += _model(node, names)
             options += [option for option in _keywords(node, names) if option.name != "model_name"]
-        elif name == "load_dataset" and not any(option.name == "dataset_name" for option in options):
-            options += _dataset(node, names)
+        elif name == "EarlyStoppingCallback":
+            options += _positional(node, names, "early_stopping_patience")
+            options += _keywords(node, names)
+    options += row_options(tree, partial(_value, names=names))
     unique = {option.name: option for option in options}
     return list(unique.values()), trainers, notes
 
@@ -131,6 +143,32 @@ def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
             yield GivenOption(keyword.arg, value, line)
 
 
+def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[GivenOption]:
+    """The arguments without a name. first: the name of the first one."""
+    for index, argument in enumerate(node.args):
+        if index == 0:
+            yield GivenOption(first, _value(argument, names), argument.lineno)
+        else:
+            name = f"{call_name(node.func)}.argument_{index + 1}"
+            remark = "an argument without a name; write its name in the file"
+            yield GivenOption(name, ast.unparse(argument), argument.lineno, remark)
+
+
+def _stoppers(tree: ast.Module) -> set[str]:
+    """Return EarlyStoppingCallback calls, and names that the file sets to one, as source."""
+    found = {ast.unparse(node) for node in ast.walk(tree)
+             if isinstance(node, ast.Call) and call_name(node.func) == "EarlyStoppingCallback"}  # fmt: skip
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    return found | {ast.unparse(target) for node in assigned if ast.unparse(node.value) in found
+                    for target in node.targets}  # fmt: skip
+
+
+def _stops_early(node: ast.Call, stoppers: set[str]) -> bool:
+    """Whether a trainer's callbacks are EarlyStoppingCallbacks alone, whose arguments are options."""
+    given = next((k.value for k in node.keywords if k.arg == "callbacks"), None)
+    return isinstance(given, ast.List) and all(ast.unparse(each) in stoppers for each in given.elts)
+
+
 def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
     """The name of the model: the first argument, or `model`, if it is a text."""
     named = [k.value for k in node.keywords if k.arg in ("model", "model_name")]
@@ -138,27 +176,6 @@ def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
     value = None if argument is None else _value(argument, names)
     if isinstance(value, str):
         yield GivenOption("model_name_or_path", value, node.lineno)
-
-
-def _dataset(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
-    """The dataset of datasets.load_dataset(path, name, split=..., data_files=...)."""
-    arguments = {k.arg: _value(k.value, names) for k in node.keywords if k.arg}
-    path, config = (
-        _value(node.args[i], names) if len(node.args) > i else arguments.get(name)
-        for i, name in enumerate(("path", "name"))
-    )
-    files = arguments.get("data_files")
-    if isinstance(files, dict):
-        files = files.get("train")
-    if isinstance(files, str | list) and path in ("json", "csv", "parquet", "text", "arrow"):
-        path = ",".join(files) if isinstance(files, list) else files
-    if isinstance(path, str):
-        yield GivenOption("dataset_name", path, node.lineno)
-    if isinstance(config, str):
-        yield GivenOption("dataset_config", config, node.lineno)
-    split = arguments.get("split")
-    if isinstance(split, str) and path != files:
-        yield GivenOption("dataset_train_split", split, node.lineno)
 
 
 def _assignments(tree: ast.Module) -> dict[str, Any]:
@@ -222,10 +239,6 @@ def _imports(tree: ast.Module) -> Iterator[str]:
             yield node.module or ""
 
 
-def _name(node: ast.expr) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-
-
 def _owner(node: ast.expr) -> str:
     """The name before the dot, such as AutoModelForCausalLM in AutoModelForCausalLM.from_pretrained."""
-    return _name(node.value) if isinstance(node, ast.Attribute) else ""
+    return call_name(node.value) if isinstance(node, ast.Attribute) else ""

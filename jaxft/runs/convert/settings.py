@@ -106,7 +106,9 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
     count = devices or source.devices or 1
     draft = Draft(source, count, method, RECIPES[method], False, tuple(given), options)
     for option in given:
-        if isinstance(option.value, Expression) and option.name != "reward_funcs":
+        if option.remark:
+            draft.lose(draft.options.pop(option.name), option.remark)
+        elif isinstance(option.value, Expression) and option.name != "reward_funcs":
             by_table(draft, draft.options.pop(option.name))
     _choose_training(draft)
     rules: tuple[Callable[[Draft], None], ...] = (

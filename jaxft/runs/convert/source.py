@@ -25,12 +25,14 @@ class Expression:
 class GivenOption(NamedTuple):
     """An option as a file has it. name: with dots for sections, such as fsdp_config.fsdp_offload_params.
 
-    value: an Expression where it is no literal. line: in the file, counted from 1.
+    value: an Expression where it is no literal. line: its line in the file, counted from 1. remark: why it
+    cannot be expressed, "" for an option that is converted.
     """
 
     name: str
     value: Any
     line: int | None = None
+    remark: str = ""
 
     @property
     def empty(self) -> bool:
