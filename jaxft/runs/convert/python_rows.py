@@ -30,7 +30,7 @@ UNTRACED = "these rows are not followed back to one load_dataset"
 
 
 @dataclass(frozen=True)
-class Rows:
+class DatasetCall:
     """Rows of one load_dataset call.
 
     split: of the dataset. part: a slice of it, such as [:90%]. divided: the train_test_split call, and half:
@@ -52,14 +52,14 @@ class Rows:
     calls: tuple[ast.Call, ...] = ()
     parts: tuple[str, ...] = ()
 
-    def overlaps(self, other: "Rows") -> bool:
+    def overlaps(self, other: "DatasetCall") -> bool:
         """Whether rows of both have the same file, or split of a dataset."""
         if self.is_file and other.is_file:
             return not set(map(normpath, self._names())).isdisjoint(map(normpath, other._names()))
         split = self.split or "train"
         return (self.path, self.config, split) == (other.path, other.config, other.split or "train")
 
-    def rest(self, other: "Rows") -> float | None:
+    def rest(self, other: "DatasetCall") -> float | None:
         """The fraction that `other` has if both are a split's parts, such as [:90%] and [90%:], else None."""
         first, last = (re.fullmatch(r"\w+\[(:?)(\d{1,2})%(:?)\]", rows.part) for rows in (self, other))
         if first is None or last is None or first[2] != last[2] or {first[1], last[1]} != {"", ":"}:
@@ -146,7 +146,7 @@ def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[Give
     return _numbered(options)
 
 
-def _train(train: Rows) -> Iterator[GivenOption]:
+def _train(train: DatasetCall) -> Iterator[GivenOption]:
     line = train.load.lineno
     if not train.known:
         yield _named(train.load, "data_files has no files that convert can find; set data=")
@@ -164,7 +164,7 @@ def _train(train: Rows) -> Iterator[GivenOption]:
         yield _named(train.divided, REMARKS["train_test_split"])
 
 
-def _divided(call: ast.Call, value: Callable[[ast.expr], Any], held: Rows | None) -> Iterator[GivenOption]:
+def _divided(call: ast.Call, value: Callable[[ast.expr], Any], held: DatasetCall | None) -> Iterator[GivenOption]:
     """The fraction and the seed of train_test_split, whose first part is trained on."""
     given = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg}
     size = value(call.args[0]) if call.args else given.get("test_size")
@@ -184,7 +184,7 @@ def _divided(call: ast.Call, value: Callable[[ast.expr], Any], held: Rows | None
             yield GivenOption("test_split_seed", given["seed"], line)
 
 
-def _evaluation(node: ast.expr, train: Rows | None, held: Rows | None) -> Iterator[GivenOption]:
+def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | None) -> Iterator[GivenOption]:
     """The rows of eval_dataset=, if they are not the other part of train_test_split."""
     text, line = ast.unparse(node), node.lineno
     if held is None or not held.known:
@@ -269,7 +269,7 @@ class _Followed:
         elif isinstance(target, ast.Name | ast.Subscript):
             self.assigned.setdefault(ast.unparse(target), []).append((line, value))
 
-    def rows(self, node: ast.expr | None) -> Rows | None:
+    def rows(self, node: ast.expr | None) -> DatasetCall | None:
         """Return the rows of an expression, None if it is anything else."""
         if isinstance(node, ast.Name | ast.Subscript):
             above = [each for each in self.assigned.get(ast.unparse(node), ()) if each[0] < node.lineno]
@@ -286,7 +286,7 @@ class _Followed:
             return None if rows is None else self._called(rows, node)
         return None
 
-    def _part(self, rows: Rows | None, key: Any) -> Rows | None:
+    def _part(self, rows: DatasetCall | None, key: Any) -> DatasetCall | None:
         if rows is None:
             return None
         if type(key) is int and 0 <= key < len(rows.parts):
@@ -297,7 +297,7 @@ class _Followed:
             return replace(rows, half=key) if key in ("train", "test") else None
         return replace(rows, split=key) if rows.split is None else None
 
-    def _called(self, rows: Rows, node: ast.Call) -> Rows:
+    def _called(self, rows: DatasetCall, node: ast.Call) -> DatasetCall:
         name = call_name(node.func)
         if name == "train_test_split" and rows.divided is None:
             return replace(rows, divided=node)
@@ -318,7 +318,7 @@ class _Followed:
         count = None if argument is None else self.value(argument)
         return count if type(count) is int and count > 0 else None
 
-    def _loaded(self, node: ast.Call) -> Rows | None:
+    def _loaded(self, node: ast.Call) -> DatasetCall | None:
         given = {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
         path, config = (
             self.value(node.args[i]) if len(node.args) > i else given.get(name)
@@ -328,12 +328,12 @@ class _Followed:
             return None
         split = given.get("split")
         config = config if isinstance(config, str) else None
-        rows = Rows(node, path, config, given.get("data_files"), None)
+        rows = DatasetCall(node, path, config, given.get("data_files"), None)
         if isinstance(split, list | tuple) and all(isinstance(each, str) for each in split):
             return replace(rows, parts=tuple(split))
         return self._split(rows, split) if isinstance(split, str) else rows
 
-    def _split(self, rows: Rows, split: str) -> Rows:
+    def _split(self, rows: DatasetCall, split: str) -> DatasetCall:
         """Return rows of split="train", or of a slice such as "train[:1000]"."""
         name, bracket, rest = split.partition("[")
         first = re.fullmatch(r":(\d{1,9})\]", rest)
