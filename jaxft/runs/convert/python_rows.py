@@ -164,7 +164,9 @@ def _train(train: DatasetCall) -> Iterator[GivenOption]:
         yield _named(train.divided, REMARKS["train_test_split"])
 
 
-def _divided(call: ast.Call, value: Callable[[ast.expr], Any], held: DatasetCall | None) -> Iterator[GivenOption]:
+def _divided(
+    call: ast.Call, value: Callable[[ast.expr], Any], held: DatasetCall | None
+) -> Iterator[GivenOption]:
     """The fraction and the seed of train_test_split, whose first part is trained on."""
     given = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg}
     size = value(call.args[0]) if call.args else given.get("test_size")
