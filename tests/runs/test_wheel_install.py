@@ -58,7 +58,7 @@ def test_the_wheel_works_in_an_empty_environment_from_an_empty_folder(wheel, tmp
     assert jaxft("--version")[:2] == (0, f"jaxft {wheel.name.split('-')[1]}\n")
     assert "jaxft COMMAND" in jaxft("--help")[1] and "llama31_8b_sft" in jaxft("list")[1]
     code, out, err = jaxft("env")
-    assert code == 0 and f"python:             {version}." in out and "installed True" in out, err
+    assert code == 0 and f"python:             {version}." in out and "installed wheel" in out, err
     code, _, err = jaxft("train", "sftt")
     assert code == 1 and err.startswith("error: sftt: no recipe") and err.count("\n") == 1
 
