@@ -70,10 +70,11 @@ class Optim:
     lr: the highest learning rate, after the warmup. optimizer: a function of rules.py, muon.py or
     low_precision.py, one of optax such as `optax:lamb`, or your own. It is called as `(schedule, specs,
     weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation` with its hyper-parameters as keyword
-    arguments. b1, b2: decay of the averages of gradients and of their squares; None for the optimizer's
-    default. eps: added to the root of the average square; None for the optimizer's default. weight_decay:
-    decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a name and a
-    value.
+    arguments. b1: decay of the average of gradients; none for the optimizer's default, 0.9 of AdamW and Lion.
+    b2: decay of the average of their squares; none for the optimizer's default, 0.999 of AdamW and 0.99 of
+    Lion. eps: added to the root of the average square; none for the optimizer's default, 1e-8 of AdamW.
+    weight_decay: decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of a
+    name and a value.
     schedule: one of schedules.py or your own. schedule_kwargs: its options, such as decay:0.1.
     warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end: the
     schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.

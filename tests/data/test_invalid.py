@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
 from jaxft.data import tokenise as tokenise_module
-from jaxft.data.invalid import InvalidRow, InvalidRows, add_counts, invalid_lines
+from jaxft.data.invalid import InvalidRow, InvalidRows, add_counts, invalid_lines, shortened
 from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
@@ -326,3 +326,17 @@ def test_every_error_about_a_row_is_an_invalid_row():
         if not re.search(r"too_long|packing=wrapped|{remedy} or|the tokenizer has none", x[1])
     ]
     assert not others
+
+
+def test_the_remedy_of_the_rows_comes_first_and_is_not_cut_in_a_word():
+    remedy = "set chat_template=qwen, or use another tokenizer"
+    found = InvalidRows(0.5)
+    found.add(InvalidRow("r:1", "hidden call", f"the template hides what is learned: {'x' * 300}; {remedy}"))
+    with pytest.raises(ValueError) as error:
+        found.check("r", 1)
+    assert str(error.value).endswith(f"{remedy}). Otherwise correct data.format or data.columns, or raise "
+                                     "data.invalid_limit")  # fmt: skip
+    words = " ".join(f"word{number}" for number in range(80))
+    short = shortened(words, 300)
+    assert short.endswith(" ...") and len(short) < 310 and words.startswith(f"{short[:-4]} ")
+    assert shortened(f"the cause; fix it. {words}", 300) == "the cause; fix it ..."

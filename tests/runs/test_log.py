@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import types
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
@@ -503,7 +504,7 @@ def tracked(folder, monkeypatch, end="finished", **settings):
 
 @pytest.fixture
 def no_variables(monkeypatch):
-    for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+    for name in ("WANDB_PROJECT", "WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -523,6 +524,41 @@ def test_trackers_get_the_settings_where_a_run_is_filed_and_the_adapter_at_the_e
     assert found["wandb artifact"] == ("w1-adapter", "model", adapter)
     assert found["trackio artifact"] == ("r-adapter", "model", adapter)
     assert found["mlflow artifact"] == (adapter, "adapter")
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_each_member_of_a_sweep_is_a_run_of_the_trackers_in_a_group_named_like_the_sweep(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "beta").mkdir()
+    (tmp_path / "beta" / "config.json").write_text(json.dumps({"members": ["beta=1", "beta=2"]}))
+    found = tracked(tmp_path / "beta" / "beta=1", monkeypatch)
+    for name in ("init", "trackio init"):
+        assert (found[name][0]["name"], found[name][0]["group"]) == ("beta=1", "beta")
+    assert found["mlflow create"][1:] == ("beta=1", {"group": "beta"})
+    assert found["init"][0]["reinit"] == "create_new"  # the runs of the other members go on
+    assert tracked(tmp_path / "beta" / "beta=2", monkeypatch, group="g")["init"][0]["group"] == "g"
+    (wandb,) = tracked(tmp_path / "beta" / "other", monkeypatch)["init"]  # no member
+    assert wandb["group"] is None and wandb["reinit"] is None
+
+
+def test_trackio_runs_are_open_at_the_same_time(tmp_path, monkeypatch):
+    present, logged = ContextVar("present", default=None), []
+
+    def init(name, **settings):
+        assert present.get() is None, "trackio.init ends the present run"
+        present.set(name)
+
+    module = types.SimpleNamespace(
+        init=init, log=lambda values, step: logged.append((present.get(), values["loss"])),
+        finish=lambda: logged.append((present.get(), "finish")),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    one, two = (Log(tmp_path / name, 5, quiet=True, trackers=("trackio",)) for name in "ab")
+    for log, loss in ((one, 1.0), (two, 2.0), (one, 3.0)):
+        log.step(int(loss), {"loss": loss}, {})
+    one.close(), two.close()
+    assert logged == [("a", 1.0), ("b", 2.0), ("a", 3.0), ("a", "finish"), ("b", "finish")]
 
 
 @pytest.mark.usefixtures("no_variables")

@@ -288,7 +288,7 @@ def test_rows_to_leave_out_and_warnings_come_first_with_the_setting_that_leaves_
         "repeat another one: 1; the first is mess.csv:3",
         "responses that are placeholders, such as N/A: 1; the first is mess.csv:4\n",
         "set data.invalid=drop data.invalid_limit=0.09 data.drop=duplicates,placeholders\n",
-        "lengths in tokens",
+        "lengths (no limit)",
         "largest id",
     ]
     places = [shown.find(text) for text in order]
@@ -313,6 +313,21 @@ def test_tool_calls_that_the_template_drops_are_no_rows_to_leave_out(inspect, pl
     assert shown.startswith(
         "1 of 3 rows are invalid (33.3%): a run ends at the first; set chat_template=qwen\n"
     )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lengths_and_their_histogram_fit_the_terminal(inspect, place, monkeypatch, columns):
+    sizes = [1, 5, 40, 300, 900, 1700]
+    rows = [{"prompt": "a " * n, "chosen": f"{n} " * n, "rejected": "b " * n} for n in sizes]
+    (place / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    options = ("--rows", "0", "held_out=none", "batch=1", "max_length=8192")
+    shown = inspect("--data", "long.jsonl", "--kind", "pairs", "--model", "model", *options)
+    part = shown[shown.index("lengths (no limit)") : shown.index("max_length ")].splitlines()
+    assert max(map(len, part)) <= columns and "…" not in "".join(part)
+    assert len(part) == (6 if columns == 80 else 5)  # only the longest label takes a second line
+    bars = [line.rstrip()[-1] for line in part if line.startswith(("chosen", "rejected"))]
+    assert set(bars) <= set("▁▂▃▄▅▆▇█") and len(bars) == 2  # the longest row ends each histogram
 
 
 def test_tools_that_the_template_drops_are_a_warning(inspect, place):
