@@ -126,8 +126,8 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 
 
 def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
-    """Return minimum, percentiles, maximum and a histogram of the token counts of each part, for a terminal of
-    `width` columns.
+    """Return minimum, percentiles, maximum and a histogram of the token counts of each part, for a terminal
+    of `width` columns.
     """
     result = Table(box=None, pad_edge=False, header_style="dim")
     result.add_column("lengths (no limit)", max_width=None if width >= WIDE else LABEL_WIDTH)

@@ -5,7 +5,6 @@ ShareGPT's "from" and "value", LLaMA-Factory's "function_call" and "observation"
 """
 
 import difflib
-import itertools
 import json
 import re
 import shlex
@@ -110,8 +109,8 @@ def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
-    """Return the columns that a row's names nearly spell, or that they are other or misspelled words for, with
-    these names.
+    """Return the columns that a row's names nearly spell, or that they are other or misspelled words for,
+    with these names.
     """
     found = misspelled(names, ours)
     for cutoff in (1.0, NEAR):
@@ -119,8 +118,9 @@ def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
             words = (*COLUMN_SYNONYMS.get(column, ()), *PROPOSED_SYNONYMS.get(column, ()))
             others = [str(name).strip().lower() for name in names if name not in found.values()]
             near = {n for word in words for n in difflib.get_close_matches(word, others, len(names), cutoff)}
-            theirs = (name for name in names if str(name).strip().lower() in near)
-            found |= {column: name for name in itertools.islice(theirs, 1)}
+            theirs = [name for name in names if str(name).strip().lower() in near]
+            if theirs:
+                found[column] = theirs[0]
     return found
 
 

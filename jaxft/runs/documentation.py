@@ -74,8 +74,8 @@ def with_topics(text: str) -> str:
 
 
 def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
-    """Return the topic of this name; else those that have all words in their titles, the shortest title first;
-    else in their texts, those first that are most about them. A word is the beginning of one there.
+    """Return the topic of this name; else those that have all words in their titles, the shortest title
+    first; else in their texts, those first that are most about them. A word is the beginning of one there.
     """
     named = [topic for topic in known if topic.name == link_name(" ".join(words))]
     if named:

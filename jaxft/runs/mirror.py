@@ -477,8 +477,8 @@ def mirrored(
     """Fetch a run's folder from the store at `url`; yield the functions that copy it there; copy what is left
     at the end. Without a store it does nothing.
 
-    records: settings of this start. defaults: see permitted_changes. A start that fails before it is accepted copies nothing. Raises as
-    Mirror.open and Mirror.finish do.
+    records: settings of this start. defaults: see permitted_changes. A start that fails before it is accepted
+    copies nothing. Raises as Mirror.open and Mirror.finish do.
     """
     if url is None:
         yield LOCAL_ONLY

@@ -138,8 +138,8 @@ def _source_hash(definition: Any) -> str | None:
 
 
 def recorded_defaults(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the default of each field of a dataclass and of the sections in it that has one, as JSON by dotted
-    name.
+    """Return the default of each field of a dataclass and of the sections in it that has one, as JSON by
+    dotted name.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(section):

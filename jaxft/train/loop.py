@@ -58,8 +58,9 @@ def run(
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
     settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: trackers in addition
-    to those of the settings. clock: of what was done before, such as measuring lengths. Returns 0 if finished,
-    1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
+    to those of the settings. clock: of what was done before, such as measuring lengths. Returns 0 if
+    finished, 1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError
+    with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder, clock = lead.loop, run_folder(settings, root), clock or Clock()
@@ -143,8 +144,8 @@ def load_and_compile(
 ) -> tuple[Job, Any, Any, Compiled]:
     """Load weights onto the mesh, compute the reference where it is precomputed, and compile the programs.
 
-    states, saved: of the checkpoint, None without one. Returns the job with its sources bound, the states, the
-    frozen parameters and the programs.
+    states, saved: of the checkpoint, None without one. Returns the job with its sources bound, the states,
+    the frozen parameters and the programs.
     """
     watchdog.at("loading and compiling")
     logs.message(f"rows and settings read in {time_in_words(logs.clock.at('loading'))}")

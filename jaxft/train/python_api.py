@@ -186,7 +186,7 @@ def train_recipe(
         folder = members.run_folder(resolved.value, Path(root))
         with processes.started(resolved.value.hosts, cli.print_error):
             resolved = fit_to_rows(resolved, root)
-            code = loop.run(resolved.value, resolved.describe(), Path(root), trackers, clock)
+            code = loop.run(resolved.value, resolved.describe(), Path(root), trackers, clock=clock)
     if code > 128:
         text = f"{folder}: stopped by {signal_name(code - 128)} and saved; the same call resumes"
         raise KeyboardInterrupt(text) if code == 130 else Error(text)

@@ -25,8 +25,8 @@ def train_sweep(
     rows.
 
     runs: by label, which is also the name of the run's folder in that of the sweep. at_once: see Sweep; None
-    for runs that may also be trained one after the other, if they cannot share a program. clock: see loop.run;
-    runs that are trained one after the other have clocks of their own.
+    for runs that may also be trained one after the other, if they cannot share a program. clock: see
+    loop.run; runs that are trained one after the other have clocks of their own.
     """
     runs = with_one_split(runs)
     reason = reason_to_separate(runs) if at_once is None else ""

@@ -2,11 +2,13 @@
 output.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import resource
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -628,6 +630,48 @@ def test_the_trackers_own_packages_store_metrics_settings_and_adapter(tmp_path, 
     ]
     assert (run / "artifacts" / "adapter" / "adapter_config.json").exists()
     assert (run / "tags" / "group").read_text() == "g" and (run / "tags" / "a").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_the_members_of_a_sweep_are_runs_of_the_trackers_own_packages_at_the_same_time(tmp_path, name):
+    pytest.importorskip(name)
+    variables, _ = REAL[name]
+    labels = ["lr=1", "lr=2"]
+    for label in labels:
+        (tmp_path / "s" / label).mkdir(parents=True)
+        (tmp_path / "s" / label / "config.json").write_text('{"tracking": {"project": "team"}}')
+    (tmp_path / "s" / "config.json").write_text(json.dumps({"members": labels}))
+    lines = (
+        "from pathlib import Path; from jaxft.runs.log import Log",
+        f"logs = [Log(Path('s') / x, 2, 0, True, ({name!r},)) for x in {labels}]",
+        "for step in (1, 2):",
+        "    for number, log in enumerate(logs): log.step(step, {'loss': 10.0 * number + step}, {})",
+        "for log in logs: log.mark('finished'); log.close()",
+    )
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = {"lr=1": [1.0, 2.0], "lr=2": [11.0, 12.0]}
+    if name == "wandb":
+        files = {path.parents[2].name: path.read_bytes() for path in tmp_path.glob("s/*/wandb/*/*.wandb")}
+        assert files.keys() == expected.keys() and all(b"lr=" in text for text in files.values())
+    elif name == "mlflow":
+        runs = [path.parent.parent for path in (tmp_path / "mlruns").glob("*/*/metrics/loss")]
+        assert {(run / "tags" / "group").read_text() for run in runs} == {"s"}
+        logged = {
+            (run / "tags" / "mlflow.runName").read_text(): [
+                float(line.split()[1]) for line in (run / "metrics" / "loss").read_text().splitlines()
+            ]
+            for run in runs
+        }
+        assert logged == expected
+    else:
+        with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "team.db")) as db:
+            rows = db.execute("select run_name, metrics from metrics order by step").fetchall()
+        logged = {label: [json.loads(text)["loss"] for run, text in rows if run == label] for label in labels}
+        assert logged == expected
 
 
 def test_an_upload_that_fails_is_reported_and_ends_nothing(tmp_path, monkeypatch, capsys):

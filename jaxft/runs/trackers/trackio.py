@@ -24,8 +24,8 @@ PACKAGES = ("trackio",)
 
 
 class Trackio:
-    """Logs the run in a folder to the open run of a trackio module in a context. artifact: whether its adapter
-    is stored at the end.
+    """Logs the run in a folder to the open run of a trackio module in a context. artifact: whether its
+    adapter is stored at the end.
     """
 
     def __init__(self, trackio: ModuleType, context: Context, folder: Path, artifact: bool):
