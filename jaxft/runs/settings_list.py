@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.models.model import Model
-from jaxft.runs.config import as_written, recipe_knobs, type_hints
+from jaxft.runs.config import as_written, knob_comments, recipe_knobs, type_hints
 from jaxft.runs.option_names import OPTIONS
 from jaxft.runs.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
 from jaxft.runs.record import union_members
@@ -68,10 +68,12 @@ def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
     name.
     """
     texts = {setting.name.rpartition(".")[2]: setting.text for setting in fields}
+    comments = knob_comments(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
         more = names if len(names) > SHOWN_NAMES else ()
-        yield Setting(name, knob.written_kind, knob.written, knob.comment or texts.get(name, ""), names=more)
+        text = comments.get(name) or texts.get(name, "")
+        yield Setting(name, knob.written_kind, knob.written, text, names=more)
 
 
 def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Iterator[Setting]:
