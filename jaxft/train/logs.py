@@ -159,7 +159,7 @@ def open_logs(
         moved += runfolder.write_record(member.folder, member.record, first, kernel)
         write_contents(job, number, first)
         alone = job.sweep is None
-        trackers = (*member.run.trackers, *(callbacks if alone else ()))
+        trackers: tuple[str | Tracker, ...] = (*member.run.trackers, *(callbacks if alone else ()))
         logs.append(Log(member.folder, job.steps, first, not alone, trackers))
     overview = None if job.sweep is None else Log(job.folder, job.steps, first, trackers=(*callbacks,))
     found = Logs(logs, overview, clock)
