@@ -88,7 +88,7 @@ def test_colours_on_a_terminal(inspect, monkeypatch):
 
 
 def test_a_config_s_rows_are_printed_with_its_tokenizer(inspect):
-    shown = inspect("--config", "configs/sft.py", "--rows", "1")
+    shown = inspect("--config", "configs/sft.py", "--rows", "1", "data.max_samples=20")
     assert shown.count("⟦") == 1 and "<|im_start|>assistant\n⟦" in shown
 
 
@@ -99,6 +99,7 @@ UNDONE = {
 }
 
 
+@pytest.mark.quick_cases("sft.py", "dpo.py", "kto.py", "reward.py", "grpo.py", "qwen3_8b_dpo.py")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, place, name):
     unit = load_config(f"configs/{name}", ["data=r.jsonl"]).data.unit
