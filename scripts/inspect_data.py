@@ -151,7 +151,7 @@ def limits_table(data: Data, lengths: RowLengths) -> Table:
     name = data.length_settings[0]
     for column in (name, "whole", "truncated", "left out", "tokens", "time", "memory"):
         result.add_column(column, justify="right")
-    result.add_column(f"data.too_long={data.too_long}")
+    result.add_column(f"too long: {data.too_long}")
     for cost in limit_costs(data, lengths):
         counts = f"{cost.whole / len(lengths):.1%}", f"{cost.truncated:,}", f"{cost.dropped:,}"
         sizes = f"{cost.tokens:,}", f"{cost.time:.2f} x", f"{cost.memory:.2f} x"
