@@ -72,7 +72,7 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
         elif setting := next(iter(settings_called(normalised(option), recipe)), None):
             plain.append(f"{setting}={value}")
         else:
-            known = [*options, *setting_names(recipe)]
+            known = reversed([*options, *setting_names(recipe)])  # of two with a last part, the first counts
             near = _nearest(normalised(option), {name.lstrip("-").rpartition(".")[2]: name for name in known})
             return f"unrecognized argument {option}; near: {near}"
     if plain:

@@ -166,6 +166,7 @@ def test_an_option_of_another_tool_is_an_error_that_says_what_to_write(monkeypat
         (["inspect_data", "--limit", "1"], "unrecognized argument --limit; near: .*data.invalid_limit"),
         (["train", "sft", "--limit=1"], "unrecognized argument --limit; near: .*data.invalid_limit"),
         (["train", "dpo", "--bet", "2"], "unrecognized argument --bet; near: beta"),
+        (["train", "sft", "--bacth", "2"], "unrecognized argument --bacth; near: batch"),
         (["inspect_data", "--max_length", "3"], "write max_length=3;"),
         (["train", "sft", "--eval_every", "3"], "write loop.eval_every=3;"),
     ],
