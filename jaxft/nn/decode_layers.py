@@ -104,9 +104,7 @@ def extend_layers(
     """Return the residual stream of a chunk for each row after all layers, and the cache with the chunks."""
     positions = chunk.positions[:, None] + jnp.arange(h_rCD.shape[1], dtype=chunk.positions.dtype)[None]
     lengths = chunk.positions - chunk.counts + cache.new
-    angles = generation_angles(
-        a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype
-    )
+    angles = generation_angles(a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype)
 
     def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
         return append_chunk(keys, k, v, i, chunk, used)
