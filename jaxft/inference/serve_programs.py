@@ -317,7 +317,7 @@ def state_of_rows(state: ServedRows, rows: int) -> ServedRows:
     if rows == len(state.live):
         return state
     cache = state.cache
-    prompts, own = jax.tree.map(lambda x: x[:, :rows], (cache.prompts.layers, cache.rows))
+    prompts, own = jax.tree.map(lambda x: x[:rows], (cache.prompts.layers, cache.rows))
     cut = jax.tree.map(lambda x: x[:rows], replace(state, cache=None))
     first = Cache(PromptKeys(prompts, cache.prompts.visible[:rows]), own, cache.new)
     return replace(cut, cache=first)
@@ -327,7 +327,7 @@ def _with_state_of_rows(state: ServedRows, part: ServedRows, rows: int) -> Serve
     """Return the state with its first rows replaced. Their prompts are unchanged."""
     if rows == len(state.live):
         return part
-    own = jax.tree.map(lambda x, y: x.at[:, :rows].set(y), state.cache.rows, part.cache.rows)
+    own = jax.tree.map(lambda x, y: x.at[:rows].set(y), state.cache.rows, part.cache.rows)
     without_cache = replace(state, cache=None), replace(part, cache=None)
     others = jax.tree.map(lambda x, y: x.at[:rows].set(y), *without_cache)
     return replace(others, cache=replace(state.cache, rows=own))
