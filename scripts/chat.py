@@ -161,8 +161,8 @@ def main() -> int:
     from jaxft.data.settings import check_seed
     from jaxft.inference import chat as chats
     from jaxft.inference.api_request import ChoiceSettings
-    from jaxft.inference.sampling import Sampling
-    from jaxft.inference.scheduler import Scheduler
+    from jaxft.engine.sampling import Sampling
+    from jaxft.engine.scheduler import Scheduler
     from jaxft.runs import cli, served
 
     if args.seed is not None:
@@ -173,8 +173,8 @@ def main() -> int:
         print(note, file=sys.stderr)
     flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
     print(f"loading {', '.join(named)}; the first start also compiles the programs", file=sys.stderr)
-    found = served.load_served(named, flags, rows=2)
-    new = found.programs.serving.sizes.new
+    found = served.load_served(named, flags, rows=2, continues=True)
+    new = found.programs.sizes.new
     choice = ChoiceSettings(Sampling(new, args.temperature, args.top_k, args.top_p), args.seed, (), 1, None)
     chat = chats.Conversation(found.models, (next(iter(found.models)),), choice, new, args.system)
     if args.use:

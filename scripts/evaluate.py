@@ -288,7 +288,7 @@ def evaluate_completions(
     """Return the scores of completions by the name of the adapter. data: settings of the rows of each."""
     from jaxft.data.mixture import held_out_sources, parse_sources
     from jaxft.data.rows import read_rows
-    from jaxft.inference.sampling import Sampling
+    from jaxft.engine.sampling import Sampling
     from jaxft.runs.named_weights import held_out_names
     from jaxft.train.completion_scores import Completing, make_completion_scorer, scored_prompts
 
@@ -324,7 +324,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.data.rows import read_rows
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
-    from jaxft.inference.sampling import Sampling
+    from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import load_each
     from jaxft.runs.named_weights import check_recorded_rows, prompt_settings
     from jaxft.runs.served import named_adapters

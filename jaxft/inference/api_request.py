@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxft.data.invalid import json_type, similar_names
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.serve_programs import MOST_TOP
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.state import MOST_TOP
 
 MOST_CHOICES = 64  # choices of a request, over all of its prompts
 MOST_STOPS = 4

@@ -11,8 +11,8 @@ from jaxft.data.example import Message
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece
 from jaxft.inference.generation import choice_texts, token_requests
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import NewTokens, Scheduler
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import NewTokens, Scheduler
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt
 from jaxft.nn.lora_rows import BASE
 
@@ -232,7 +232,7 @@ def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Pi
 
 def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:
     """Return the prompt. Raises ValueError if it is too long, with what helps in a chat."""
-    limit = scheduler.programs.serving.sizes.prompt
+    limit = scheduler.sizes.prompt
     if len(prompt) > limit:
         what = "message" if model.plain else "conversation"
         remedy = "shorten it" if model.plain else "begin again with /reset"

@@ -18,9 +18,11 @@ from jaxft.data.example import Message
 from jaxft.data.progress import RowProgress
 from jaxft.data.template import REJECTIONS, render_messages, template_of
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Engine, compile_engine, slots_for
-from jaxft.inference.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.state import Decoding, slots_for
+from jaxft.engine.generate import complete
+from jaxft.engine.programs import Engine, compile_engine
+from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.session import Session
 from jaxft.nn.cache import CacheFormat
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.train.token_scores import Continuation, make_token_scorer
@@ -225,11 +227,10 @@ class HarnessBackend:
             text = self._text(tokens)
             return any(stop in text for stop in generation.stops)
 
-        key = jax.random.key(self.settings.seed)
+        session = Session(engine, loaded.params, jax.random.key(self.settings.seed))
         with RowProgress("completing", len(prompts), enabled=True) as progress:
-            sampled = engine.complete(
-                loaded.params, prompts, key, is_enough=is_enough, ended=progress.add
-            ).tokens[:, 0]
+            found = complete(session, prompts, is_enough=is_enough, ended=progress.add)
+        sampled = found.tokens[:, 0]
         if where := nonfinite_logits(sampled):
             raise ValueError(
                 f"the logits after {contexts[where[0]][-60:]!r} are not finite; use --dtype float32, or "

@@ -42,7 +42,7 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
     import uvicorn
 
     from jaxft.inference import server
-    from jaxft.inference.scheduler import Scheduler
+    from jaxft.engine.scheduler import Scheduler
     from jaxft.runs import served
 
     named = served.named_models([], args.model, [], "")

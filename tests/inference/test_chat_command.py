@@ -17,8 +17,8 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 from jaxft.distributed import sharding
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.chat import Conversation, Turn, respond, run_command
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.nn import lora_specs
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.param import ParamSpec

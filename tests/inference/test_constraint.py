@@ -21,8 +21,8 @@ from jaxft.inference.constraint import (
     json_grammar,
     regex_grammar,
 )
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import complete_requests
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import complete_requests
 from jaxft.inference.serve_programs import AllowedTokens, allowed_logits
 
 pytest.importorskip("llguidance")

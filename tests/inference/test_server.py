@@ -23,7 +23,7 @@ from tiny_llama import tiny_torch, write_folder
 from tokenizers import Regex, normalizers
 
 from jaxft.inference import server
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.inference.served_model import chat_prompt, text_prompt
 from jaxft.inference.server import ServerLimits
 

@@ -12,7 +12,7 @@ from evaluate_place import write
 from scripts_in_process import call, load
 
 from jaxft.distributed import sharding
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.runs.loaded_weights import load_named
 from jaxft.runs.named_weights import named_weights
 from jaxft.train import token_scores

@@ -12,9 +12,9 @@ import tiny_served as tiny
 from engines import engine_of
 
 from jaxft.inference import serve_programs
-from jaxft.inference.generate import generate
-from jaxft.inference.sampling import RowSampling, Sampling, row_sampling, sample, sample_rows
-from jaxft.inference.scheduler import QueueFull, Scheduler, Stopped
+from jaxft.engine.generate import generate
+from jaxft.engine.sampling import RowSampling, Sampling, row_sampling, sample, sample_rows
+from jaxft.engine.scheduler import QueueFull, Scheduler, Stopped
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
 from jaxft.nn import lora
@@ -40,7 +40,7 @@ def engine_completions(seed, adapter=None):
         params["adapter"] = jax.tree.map(jnp.zeros_like, params["adapter"])
     world = adapted(tiny.MODEL, tiny.ADAPTERS[like]), params
     engine = engine_of(world, SAMPLED, tiny.STOP, len(PROMPTS), 128)
-    return generate(engine, params, PROMPTS, jax.random.key(seed))
+    return generate(Session(engine, params, jax.random.key(seed)), PROMPTS)
 
 
 def numbered(seed, **options):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.inference import sampling
-from jaxft.inference.sampling import from_softmax
+from jaxft.engine.sampling import from_softmax
 
 ROWS = 20_000
 

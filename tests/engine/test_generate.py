@@ -10,10 +10,13 @@ from engines import engine_of
 from tiny_model import CONFIG, tiny
 
 from jaxft.distributed import sharding
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import SampledTokens, program_tracers, slots_for
-from jaxft.inference.generate import generate
-from jaxft.inference.sampling import (
+from jaxft.engine.state import Decoding, slots_for
+from jaxft.engine.generate import SampledTokens
+from jaxft.engine.programs import program_tracers
+from jaxft.engine.generate import generate
+from jaxft.engine.generate import complete
+from jaxft.engine.session import Session
+from jaxft.engine.sampling import (
     NONFINITE,
     Sampling,
     fast_argmax,
@@ -51,7 +54,7 @@ def greedy(world):
 
 
 def answers(world, sampling=GREEDY, stop=(), prompts=PROMPTS, key=KEY, rows=5):
-    return generate(engine_of(world, sampling, stop, rows, 80), world[1], prompts, key)
+    return generate(Session(engine_of(world, sampling, stop, rows, 80), world[1], key), prompts)
 
 
 def logits_of(model, whole, tokens):
@@ -155,7 +158,7 @@ def test_a_stop_token_ends_its_row_only(world, greedy):
         ends = [i + 1 for i, token in enumerate(before) if token in stop]
         assert after == before[: min(ends, default=12)]
     assert len(stopped[0]) <= 5 and len({len(a) for a in stopped}) > 1
-    raw = engine_of(world, GREEDY, stop, 5, 80).complete(world[1], PROMPTS, KEY).tokens[:, 0]
+    raw = complete(Session(engine_of(world, GREEDY, stop, 5, 80), world[1], KEY), PROMPTS).tokens[:, 0]
     for row, after in zip(raw, stopped, strict=True):
         assert row.tolist() == after + [-1] * (12 - len(after))
 
@@ -238,12 +241,12 @@ def test_a_completion_ends_where_its_logits_are_nan_and_the_other_rows_do_not_ch
     prompts = [PROMPTS[0], [39, 3], PROMPTS[1]]  # no other row has token 39
     broken = dict(whole, base=dict(whole["base"], embed=whole["base"]["embed"].at[39].set(jnp.nan)))
     engine = engine_of(world, sampling, (), 5, 80)
-    good, bad = (engine.complete(params, prompts, KEY).tokens[:, 0] for params in (whole, broken))
+    good, bad = (complete(Session(engine, params, KEY), prompts).tokens[:, 0] for params in (whole, broken))
     assert (good >= 0).all() and not (good[[0, 2], :-1] == 39).any()
     np.testing.assert_array_equal(bad[[0, 2]], good[[0, 2]])
     assert bad[1, 0] == NONFINITE and (bad[1, 1:] == -1).all()
     with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite; compute in"):
-        generate(engine, broken, [[39, 3]], KEY)
+        generate(Session(engine, broken, KEY), [[39, 3]])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
