@@ -65,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--top-p", type=float, help="sample from the most likely tokens with this total probability"
     )
+    parser.add_argument(
+        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument(
         "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
@@ -209,18 +212,19 @@ def completions(
 
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
-    from jaxft.inference.constraint import compile_grammar
-    from jaxft.engine.state import Decoding, slots_for
-    from jaxft.engine.programs import Engine, compile_engine
     from jaxft.engine.generate import generate
+    from jaxft.engine.programs import Engine, compile_engine
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.session import Choice, Session
+    from jaxft.engine.state import Decoding, slots_for
+    from jaxft.inference.constraint import compile_grammar
     from jaxft.models.adapted import adapted
     from jaxft.weights import pretrained
     from jaxft.weights.stop_tokens import stop_tokens
 
     check_seed(args.seed, "--seed")
-    sampling, grammar = Sampling(args.max_new, args.temperature, args.top_k, args.top_p), grammar_of(args)
+    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
+    grammar = grammar_of(args)
     tokenizers = {name: pretrained.load_tokenizer(source.tokenizer) for name, source in sources.items()}
     ids = {name: encode(args, prompts[name], tokenizers[name], sources[name]) for name in sources}
     source = next(iter(sources.values()))

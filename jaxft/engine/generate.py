@@ -24,12 +24,11 @@ def complete(
     is_enough: Callable[[list[int]], bool] | None = None,
     ended: Callable[[int], None] = lambda completions: None,
 ) -> SampledTokens:
-    """Complete every prompt as often as the engine's groups are large.
+    """Complete every prompt as often as the engine's groups are large. Raises ValueError if a grammar fails.
 
-    numbers: of the prompts, for their random keys, by default their indices. is_enough: called with the tokens
-    of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends the completion, for stop strings.
-    ended: called with the number of further completions that have ended. Raises ValueError for a grammar that
-    fails.
+    numbers: of the prompts, for their random keys, by default their indices. is_enough: called with the
+    tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends it, for stop strings. ended:
+    called with the number of further completions that have ended.
     """
     d = session.engine.decoding
     group, new = d.group, d.sampling.max_new

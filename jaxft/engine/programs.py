@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxft.engine.sampling import NONFINITE, left_pad, sample_rows
+from jaxft.engine.sampling import NONFINITE, sample_rows
 from jaxft.engine.state import (
+    BLOCK,
     MIN_MATMUL_ROWS,
     NO_TOKEN,
     WORD,
@@ -25,16 +26,15 @@ from jaxft.engine.state import (
     State,
     all_allowed,
     decode_levels,
-    empty_settings,
     empty_state,
     extend_levels,
     first_device,
-    key_data,
+    given_tokens,
+    new_prompts,
     prefill_levels,
     replicated_shapes,
     row_levels,
     state_shapes,
-    with_rows,
 )
 from jaxft.nn.cache import (
     Cache,
@@ -139,8 +139,8 @@ def _with_tokens(d: Decoding, state: State, rows: Array, found: Sampled, counts:
         state,
         tokens=at(counts, state.tokens, found.tokens),
         logps=at(counts, state.logps, found.logps),
-        top_tokens=at(counts % d.block, state.top_tokens, found.top_tokens),
-        top_logps=at(counts % d.block, state.top_logps, found.top_logps),
+        top_tokens=at(counts % BLOCK, state.top_tokens, found.top_tokens),
+        top_logps=at(counts % BLOCK, state.top_logps, found.top_logps),
         last=_put(rows, state.last, jnp.maximum(found.tokens, 0)),
         counts=_put(rows, state.counts, counts + 1),
         live=_put(rows, state.live, ~stops & (counts + 1 < settings.limit)),
@@ -151,26 +151,22 @@ def start(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
     """Prefill prompts, padded to at most the tokens of a prompt slot, and sample the first token of their
     completions.
     """
-    h_PTD, prompt_keys = d.model.prefill(
-        with_rows(params, new.settings.adapter), new.tokens, d.sampling.max_new
-    )
-    stored = insert_prompts(
-        state.cache, widen_prompts(prompt_keys, state.cache.prompts), new.slots, d.model.dtype
-    )
+    of_prompts = {**params, "rows": new.settings.adapter}
+    h_PTD, keys = d.model.prefill(of_prompts, new.tokens, d.sampling.max_new)
+    keys = widen_prompts(keys, state.cache.prompts)
+    stored = insert_prompts(state.cache, keys, new.slots, d.model.dtype)
     count, group = new.rows.shape
     rows, places = new.rows.reshape(count * group), jnp.arange(group, dtype=jnp.int32)
     fold = jax.random.fold_in
-    of_prompts = jax.vmap(fold)(jax.random.wrap_key_data(new.keys), new.numbers)
-    keys = jax.vmap(lambda key: jax.vmap(partial(fold, key))(places))(of_prompts).reshape(count * group)
+    keys = jax.vmap(fold)(jax.random.wrap_key_data(new.keys), new.numbers)
+    keys = jax.vmap(lambda key: jax.vmap(partial(fold, key))(places))(keys).reshape(count * group)
 
     def spread(x: Any) -> Any:  # from prompts to their completions
         return jax.tree.map(lambda x: jnp.repeat(x, group, 0), x)
 
     settings, none = spread(new.settings), jnp.zeros(count * group, jnp.int32)
-    found = next_tokens(
-        d, with_rows(params, settings.adapter), spread(h_PTD[:, -1]), settings, (keys, none),
-        spread(new.allowed),
-    )  # fmt: skip
+    of_rows, h_RD = {**params, "rows": settings.adapter}, spread(h_PTD[:, -1])
+    found = next_tokens(d, of_rows, h_RD, settings, (keys, none), spread(new.allowed))
     fresh = replace(
         state,
         cache=replace(stored, rows=clear_values(stored.rows, rows)),
@@ -189,7 +185,7 @@ def start(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
 def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
     """Append given tokens to rows, and sample the next token of those without more of them."""
     rows, C = new.rows, new.ids.shape[1]
-    of_rows = with_rows(params, new.settings.adapter)
+    of_rows = {**params, "rows": new.settings.adapter}
     chunk = Extension(
         new.ids, new.counts, new.lengths, state.lengths[rows] + new.counts, rows, state.prompts[rows]
     )
@@ -210,35 +206,27 @@ def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State
     return _with_tokens(d, fresh, done, found, counts)
 
 
-@struct
-class DecodeLimits:
-    """When decoding stops: after `steps` steps, or when at most `rows` rows are live."""
-
-    steps: Any
-    rows: Any
-
-
 def decode(
     d: Decoding,
     read: tuple[int, int],
     params: Params,
     state: State,
     used: Array,
-    more: tuple[DecodeLimits, AllowedTokens],
+    until: tuple[Array, AllowedTokens],
 ) -> State:
     """Sample further tokens of all live rows. read: how many first slots of rows' keys, and how many last
     slots of prompts' keys, are read. used [R]: false for rows whose requests were dropped.
 
-    The allowed tokens are those of the first step.
+    until: how many steps to run, or until how few rows are live, int32 [2]; the allowed tokens of one step.
     """
-    limits, allowed = more
+    limits, allowed = until
     state = replace(state, live=state.live & used)
     groups, every = _groups(d, state, used), jnp.arange(len(used), dtype=jnp.int32)
-    params = with_rows(params, state.settings.adapter)
+    params = {**params, "rows": state.settings.adapter}
 
     def unfinished(carry: tuple[Array, State]) -> Array:
         i, s = carry
-        return (i < limits.steps) & (s.live.sum(dtype=jnp.int32) > limits.rows)
+        return (i < limits[0]) & (s.live.sum(dtype=jnp.int32) > limits[1])
 
     def step(carry: tuple[Array, State]) -> tuple[Array, State]:
         i, s = carry
@@ -260,29 +248,15 @@ def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
     return RowGroups(index.reshape(prompts, d.group), jnp.minimum(places, prompts * d.group - 1))
 
 
-@struct
-class KeptRows:
-    """Rows [r] and prompt slots [p] of a state that the next one has. slots [r]: the new prompt slot of each
-    row. used [r]: false for rows that are empty.
+def keep(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
+    """Return a state of other sizes with these rows [r] and prompt slots [p] of it. slots [r]: the new prompt
+    slot of each row. used [r]: false for rows that are empty.
     """
-
-    rows: Any
-    prompts: Any
-    slots: Any
-    used: Any
-
-
-def keep(state: State, kept: KeptRows) -> State:
-    """Return a state of other sizes with these rows and prompts."""
     old = state.cache
-    prompts = PromptKeys(select_rows(old.prompts.layers, kept.prompts), old.prompts.visible[kept.prompts])
-    rest = jax.tree.map(lambda x: x[kept.rows], replace(state, cache=None))
-    return replace(
-        rest,
-        cache=Cache(prompts, select_rows(old.rows, kept.rows), old.new),
-        live=rest.live & kept.used,
-        prompts=kept.slots,
-    )
+    prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
+    rest = jax.tree.map(lambda x: x[rows], replace(state, cache=None))
+    own = Cache(prompt_keys, select_rows(old.rows, rows), old.new)
+    return replace(rest, cache=own, live=rest.live & used, prompts=slots)
 
 
 @dataclass(frozen=True)
@@ -336,7 +310,6 @@ def program_tracers(
     """Return a function that traces each program of an engine, by its name and sizes; see Engine."""
     sizes, out = row_levels(slots.rows, mesh), dict[tuple[Any, ...], Any]()
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
-    limits = DecodeLimits(np.int32(0), np.int32(0))
 
     def add(name: tuple[Any, ...], fn: Any, to: int, *inputs: Any) -> None:
         """inputs: parameters and state, which is donated, and other arrays."""
@@ -349,43 +322,18 @@ def program_tracers(
     for rows, state in states.items():
         if rows == slots.rows or d.serving:
             for together, size in prefill_levels(slots, mesh):
-                new = replicated_shapes(new_prompts(d, slots, rows, (together, size), []), mesh)
+                new = replicated_shapes(new_prompts(d, slots, rows, (together, size)), mesh)
                 add(("start", rows, together, size), partial(start, d), rows, params, state, new)
         for together, size in extend_levels(rows, d.sampling.max_new) if d.extends else []:
-            given = replicated_shapes(given_tokens(d, rows, together, size), mesh)
+            given = replicated_shapes(given_tokens(d, rows, (together, size)), mesh)
             add(("extend", rows, together, size), partial(extend, d), rows, params, state, given)
-        for to, prompts in ((to, min(slots.prompts, to)) for to in sizes if to != rows):
-            integers = np.zeros(to, np.int32)
-            kept = KeptRows(integers, np.zeros(prompts, np.int32), integers, np.zeros(to, bool))
-            add(("keep", rows, to), keep, to, state, replicated_shapes(kept, mesh))
+        for to in (to for to in sizes if to != rows):
+            integers, prompts = np.zeros(to, np.int32), np.zeros(min(slots.prompts, to), np.int32)
+            kept = replicated_shapes((integers, prompts, integers, np.zeros(to, bool)), mesh)
+            add(("keep", rows, to), keep, to, state, *kept)
     for rows, read, prompt in decode_levels(d, slots, mesh):
-        inputs = replicated_shapes((np.zeros(rows, bool), (limits, all_allowed(d, rows))), mesh)
+        until = np.zeros(2, np.int32), all_allowed(d, rows)
+        inputs = replicated_shapes((np.zeros(rows, bool), until), mesh)
         run = partial(decode, d, (read, prompt))
         add(("decode", rows, read, prompt), run, rows, params, states[rows], *inputs)
     return out
-
-
-def new_prompts(
-    d: Decoding, slots: Slots, rows: int, size: tuple[int, int], prompts: list[Any]
-) -> NewPrompts:
-    """Return a NewPrompts of `size`, prompts and tokens, for a state of `rows` rows. Beyond the given ones
-    they are empty, and none of them has a slot or rows yet.
-    """
-    together, longest = size
-    integers = np.full((together, d.group), rows, np.int32)
-    return NewPrompts(
-        left_pad(prompts, together, longest), np.full(together, slots.prompts, np.int32), integers,
-        np.zeros((together, *key_data(jax.random.key(0)).shape), np.uint32), np.zeros(together, np.int32),
-        empty_settings(d, together), all_allowed(d, together),
-    )  # fmt: skip
-
-
-def given_tokens(d: Decoding, rows: int, together: int, size: int) -> GivenTokens:
-    """Return a GivenTokens of `together` rows with `size` tokens for a state of `rows` rows, all empty."""
-    integers, ones = np.zeros(together, np.int32), np.ones(together, np.int32)
-    keys = np.zeros((together, *key_data(jax.random.key(0)).shape), np.uint32)
-    return GivenTokens(
-        np.zeros((together, size), np.int32), ones, integers, np.full(together, rows, np.int32),
-        np.ones(together, bool), np.copy(integers), np.zeros(together, bool), keys,
-        empty_settings(d, together), all_allowed(d, together),
-    )  # fmt: skip

@@ -110,40 +110,53 @@ def sample_rows(
     vocab = logits.shape[1]
     known = None if uniform is None else row_sampling(uniform, vocab)
 
-    def if_any(of: Callable[[RowSampling], Any], yes: Callable[[], Array], no: Callable[[], Array]) -> Array:
-        if known is not None:
-            return yes() if of(known) else no()
-        return jax.lax.cond(of(s).any(), yes, no)
-
-    def truncated(x: Array) -> Array:
-        x = if_any(lambda s: s.top_k < vocab, lambda: _with_top_k(x, s), lambda: x)
-        x = if_any(lambda s: s.top_p < 1, lambda: _with_top_p(x, s), lambda: x)
-        least = x.max(-1) + jnp.log(s.min_p).astype(x.dtype)
-        return jnp.where(x >= least[:, None], x, -jnp.inf)
-
-    def sampled() -> Array:
-        x = logits * s.heat[:, None].astype(logits.dtype)
-        return if_any(
-            lambda s: (s.top_k < vocab) | (s.top_p < 1) | (s.min_p > 0),
-            lambda: from_softmax(truncated(x), keys),
-            lambda: from_softmax(x, keys),
-        )
-
     def none() -> Array:
         return jnp.zeros(len(logits), jnp.int32)
 
-    tokens = if_any(lambda s: s.heat > 0, sampled, none)
-    return jnp.where(s.heat > 0, tokens, if_any(lambda s: s.heat == 0, lambda: fast_argmax(logits), none))
+    def sampled() -> Array:
+        x = logits * s.heat[:, None].astype(logits.dtype)
+        return _if_any(
+            (s, known),
+            lambda s: (s.top_k < vocab) | (s.top_p < 1) | (s.min_p > 0),
+            lambda: from_softmax(truncated(x, s, known), keys),
+            lambda: from_softmax(x, keys),
+        )
+
+    tokens = _if_any((s, known), lambda s: s.heat > 0, sampled, none)
+    greedy = _if_any((s, known), lambda s: s.heat == 0, lambda: fast_argmax(logits), none)
+    return jnp.where(s.heat > 0, tokens, greedy)
 
 
-def _with_top_k(x: Array, s: RowSampling) -> Array:
-    kept = top_mask(x, jnp.ones((), jnp.float32), s.top_k.astype(jnp.float32))
-    return jnp.where(kept, x, -jnp.inf)
+def truncated(x: Float[Array, "B V"], s: RowSampling, known: RowSampling | None = None) -> Array:
+    """Return logits, at their temperature, with -inf outside top-k, top-p and min-p (as in transformers).
+
+    known: the settings of all rows, if they are known when the program is compiled.
+    """
+
+    def with_top_k() -> Array:
+        kept = top_mask(x, jnp.ones((), jnp.float32), s.top_k.astype(jnp.float32))
+        return jnp.where(kept, x, -jnp.inf)
+
+    def with_top_p() -> Array:
+        kept = top_mask(x, jax.nn.softmax(x, -1), s.top_p.astype(x.dtype))
+        return jnp.where(kept | (s.top_p >= 1)[:, None], x, -jnp.inf)
+
+    x = _if_any((s, known), lambda s: s.top_k < x.shape[1], with_top_k, lambda: x)
+    x = _if_any((s, known), lambda s: s.top_p < 1, with_top_p, lambda: x)
+    least = x.max(-1) + jnp.log(s.min_p).astype(x.dtype)
+    return jnp.where(x >= least[:, None], x, -jnp.inf)
 
 
-def _with_top_p(x: Array, s: RowSampling) -> Array:
-    kept = top_mask(x, jax.nn.softmax(x, -1), s.top_p.astype(x.dtype))
-    return jnp.where(kept | (s.top_p >= 1)[:, None], x, -jnp.inf)
+def _if_any(
+    settings: tuple[RowSampling, RowSampling | None],
+    condition: Callable[[RowSampling], Any],
+    yes: Callable[[], Array],
+    no: Callable[[], Array],
+) -> Array:
+    s, known = settings
+    if known is None:
+        return jax.lax.cond(condition(s).any(), yes, no)
+    return yes() if condition(known) else no()
 
 
 LOGITS_PER_BLOCK = 256  # successive ones

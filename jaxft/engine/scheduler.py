@@ -1,9 +1,9 @@
 """A session in a thread that owns the device: it fills free rows from a queue and decodes in blocks of steps.
 
 Requests wait in a bounded queue. Tokens are delivered to each request as they are sampled, by a function that
-the scheduler's thread calls; it must return at once. If rows go on (ServeSizes.continues), one whose request
-has ended stays until another needs it: a request whose prompt begins with all tokens of the row goes on there,
-so that each token of a conversation is prefilled once.
+the scheduler's thread calls; it must return at once. With ServeSizes.continues, a row whose request has ended
+stays until another needs it: a request whose prompt begins with all tokens of the row goes on there, so that
+each token of a conversation is prefilled once.
 """
 
 import itertools

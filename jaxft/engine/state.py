@@ -15,14 +15,15 @@ from jax.sharding import Mesh
 
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
-from jaxft.engine.sampling import BUCKET, RowSampling, Sampling, row_sampling
+from jaxft.engine.sampling import BUCKET, RowSampling, Sampling, left_pad, row_sampling
 from jaxft.models.model import Model
 from jaxft.nn.cache import SLOTS_PER_READ, Cache, CacheFormat, LayerKeys, key_axes, row_slots
 from jaxft.nn.lora_rows import BASE
-from jaxft.tree import Params, struct
+from jaxft.tree import struct
 
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
+BLOCK = 4  # the most decoding steps between two looks at the most likely tokens
 WORD = 32  # bits of a word of AllowedTokens
 # Slots of rows' keys; programs that read fewer than all are compiled from this size on.
 SMALLEST_READ = SLOTS_PER_READ
@@ -51,9 +52,9 @@ class Decoding:
     completion, with those that are appended to it. group: completions of a prompt. cache: how keys and values
     are stored. stops: the most stop tokens of a row, at least those of `stop`.
 
-    What is compiled in addition: extends: rows go on after given tokens. constrained: rows whose completions
-    match a grammar. serving: rows with settings of their own, log-probs at temperature 1 (otherwise at that of
-    the sampling), those of the most likely tokens, and requests that come and go.
+    extends: rows go on after given tokens. constrained: completions match a grammar. serving: rows have their
+    own settings, log-probs are at temperature 1 instead of that of the sampling and also of the most likely
+    tokens, and requests come and go.
     """
 
     model: Model
@@ -70,11 +71,6 @@ class Decoding:
     def top(self) -> int:
         """The number of most likely tokens whose log-probs are computed."""
         return min(MOST_TOP, self.model.config.vocab) if self.serving else 0
-
-    @property
-    def block(self) -> int:
-        """The most decoding steps between two looks at what most likely tokens are."""
-        return 4 if self.serving else 1
 
     @property
     def words(self) -> int:
@@ -177,27 +173,19 @@ def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
     return [(1, BUCKET), (min(rows, EXTENDED_TOGETHER), BUCKET)] + [(1, 8 * BUCKET)] * (new > 8 * BUCKET)
 
 
-def prompt_levels(size: int) -> list[int]:
-    """Return the numbers of slots of prompts' keys that have programs, ascending: half of them and all, or
-    all.
-    """
-    half = -(-size // (2 * BUCKET)) * BUCKET
-    return [half, size] if half >= SMALLEST_PROMPT_READ else [size]
-
-
 def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
-    """Return (rows, read, prompt) of every decode program.
+    """Return (rows, read, prompt) of every decode program: numbers of rows, and of slots of rows' and of
+    prompts' keys that are read.
 
-    Fewer rows than all read all slots, and so does a server, whose rows are at different tokens, unless its
-    rows go on.
+    All rows read one of several numbers, and half of the prompts' slots or all. Fewer rows than all read all
+    slots, and so does a server, whose rows are at different tokens, unless its rows go on.
     """
-    sizes, reads, prompts = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new), [slots.size]
-    if not d.serving:
-        prompts = prompt_levels(slots.size)
-    elif not d.extends:
-        reads = reads[-1:]
-    of_all = [(slots.rows, read, size) for read in reads for size in prompts]
-    return of_all + [(rows, reads[-1], slots.size) for rows in sizes[1:]]
+    sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
+    half = -(-slots.size // (2 * BUCKET)) * BUCKET
+    halves = [] if d.serving or half < SMALLEST_PROMPT_READ else [half]
+    of_all = reads[-1:] if d.serving and not d.extends else reads
+    levels = [(slots.rows, read, prompt) for read in of_all for prompt in (*halves, slots.size)]
+    return levels + [(rows, reads[-1], slots.size) for rows in sizes[1:]]
 
 
 @struct
@@ -220,11 +208,11 @@ class State:
     """Completions in progress, in R rows.
 
     cache: keys and values. tokens, logps [R, max_new]: what was sampled, -1 and 0 elsewhere. top_tokens,
-    top_logps [R, block, top]: the most likely tokens instead of token t, in t % block. last [R]: the last
+    top_logps [R, BLOCK, top]: of the most likely tokens, in place of token t in t % BLOCK. last [R]: the last
     token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows that
-    continue. prompts [R]: the prompt slot of each row. places [R]: its number among the completions of that
-    prompt. lengths [R]: tokens of its prompt. keys [R]: random keys. firsts [R]: the number of the token whose
-    random key is derived from 0.
+    continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of that
+    prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
+    folded. firsts [R]: the token that has number 0.
     """
 
     cache: Cache
@@ -257,18 +245,18 @@ class AllowedTokens:
 
 @struct
 class NewPrompts:
-    """Prompts to start, padded on the left, with where they go.
+    """Prompts to start, padded on the left, and their rows.
 
-    slots: prompt slot of each [p]; the number of slots for none. rows: rows of their completions [p, G]; the
-    number of rows for none. keys [p, ...]: data of random keys. numbers: of the prompts [p], to be folded into
-    these. settings: of their rows. allowed: the first tokens that their completions may have.
+    slots: prompt slot of each [p]; the number of slots for none. numbers: folded into their random keys [p].
+    rows: of their completions [p, G]; the number of rows for none. keys: data of random keys [p, ...].
+    settings, allowed: of their rows, and their first tokens [p].
     """
 
     tokens: Tokens
     slots: Any
+    numbers: Any
     rows: Any
     keys: Any
-    numbers: Any
     settings: RowSettings
     allowed: AllowedTokens
 
@@ -277,19 +265,18 @@ class NewPrompts:
 class GivenTokens:
     """Tokens to append to rows, padded on the right: the last token of each row and what follows it.
 
-    ids [r, C]. lengths [r]: how many of them are tokens. counts [r]: tokens of the row before these. rows [r];
-    the number of rows for none. more [r]: whether other given tokens follow, so that none is sampled. firsts:
-    see State. renewed [r]: whether the row has a new random key, of data `keys`. settings, allowed: as in
-    NewPrompts.
+    ids [r, C]. lengths [r]: how many of them are tokens. counts [r]: tokens of the row before these.
+    more [r]: whether other given tokens follow, so that none is sampled. firsts [r]: see State. renewed [r]:
+    whether `keys` are new random keys of the rows. rows, keys, settings, allowed: as in NewPrompts, [r].
     """
 
     ids: Any
     lengths: Any
     counts: Any
-    rows: Any
     more: Any
     firsts: Any
     renewed: Any
+    rows: Any
     keys: Any
     settings: RowSettings
     allowed: AllowedTokens
@@ -314,9 +301,34 @@ def key_data(key: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
+def new_prompts(d: Decoding, slots: Slots, rows: int, size: tuple[int, int], prompts: Any = ()) -> NewPrompts:
+    """Return a NewPrompts of `size`, prompts and tokens, for a state of `rows` rows. Beyond the given ones
+    they are empty, and none of them has a slot or rows yet.
+    """
+    count, longest = size
+    return NewPrompts(
+        left_pad(prompts, count, longest), np.full(count, slots.prompts, np.int32), np.zeros(count, np.int32),
+        np.full((count, d.group), rows, np.int32), _no_keys(count), empty_settings(d, count),
+        all_allowed(d, count),
+    )  # fmt: skip
+
+
+def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
+    """Return a GivenTokens of `size`, rows and tokens, for a state of `rows` rows, all empty."""
+    count, integers, flags = size[0], np.zeros((3, size[0]), np.int32), np.zeros((2, size[0]), bool)
+    return GivenTokens(
+        np.zeros(size, np.int32), integers[0], integers[1], flags[0], integers[2], flags[1],
+        np.full(count, rows, np.int32), _no_keys(count), empty_settings(d, count), all_allowed(d, count),
+    )  # fmt: skip
+
+
+def _no_keys(count: int) -> np.ndarray:
+    return np.zeros((count, *key_data(jax.random.key(0)).shape), np.uint32)
+
+
 def empty_state(d: Decoding, slots: Slots, rows: int) -> State:
     """Return a state of `rows` rows without completions."""
-    new, integers, top = d.sampling.max_new, jnp.zeros(rows, jnp.int32), (rows, d.block, d.top)
+    new, integers, top = d.sampling.max_new, jnp.zeros(rows, jnp.int32), (rows, BLOCK, d.top)
     return State(
         cache=d.model.empty_cache((min(slots.prompts, rows), slots.size), rows, new, d.cache),
         settings=jax.tree.map(jnp.asarray, empty_settings(d, rows)),
@@ -360,8 +372,3 @@ def replicated_shapes(tree: Any, mesh: Mesh | None) -> Any:
     """Return the shapes of a tree of arrays that are on every device."""
     where = None if mesh is None else sharding.replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)
-
-
-def with_rows(params: Params, adapter: Any) -> Params:
-    """Return parameters with the number of the adapter of each row."""
-    return {**params, "rows": adapter}

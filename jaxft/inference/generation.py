@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
+from jaxft.engine.session import Choice
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece, PlacedToken
 from jaxft.inference.constraint import Grammar
-from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
-from jaxft.engine.session import Choice
 from jaxft.inference.served_model import ServedModel
 from jaxft.inference.text_stream import TextStream, token_decoder
 from jaxft.inference.tool_calls import CallStream, call_format

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxft.engine.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.api_request import (
     ApiError,
     ChatBody,
@@ -33,7 +34,6 @@ from jaxft.inference.api_request import (
 from jaxft.inference.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
 from jaxft.inference.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
 from jaxft.inference.generation import Generation, submit_choices
-from jaxft.engine.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
 
 PAGE = Path(__file__).with_name("chat_page.html")

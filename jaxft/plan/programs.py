@@ -11,9 +11,9 @@ from jaxft import tree
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import group_row_shape, padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
-from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for, state_shapes
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.sampling import Sampling
+from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for, state_shapes
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts

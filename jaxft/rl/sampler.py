@@ -11,11 +11,11 @@ import numpy as np
 from jaxft.batch import Rollout, TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.engine.state import Decoding, rows_in_progress, slots_for
 from jaxft.engine.generate import complete
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, rows_in_progress, slots_for
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores

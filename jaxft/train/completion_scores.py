@@ -18,11 +18,11 @@ from jaxft.data.progress import RowProgress
 from jaxft.data.prompt_rows import rename_columns
 from jaxft.data.row_files import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.engine.state import Decoding, Slots, slots_for
 from jaxft.engine.generate import complete
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, Slots, slots_for
 from jaxft.nn.cache import CacheFormat
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights

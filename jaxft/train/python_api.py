@@ -37,11 +37,11 @@ from jaxft.data.source import Source
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.temporary import temporary_file
-from jaxft.engine.state import Decoding, slots_for
-from jaxft.engine.programs import compile_engine
 from jaxft.engine.generate import generate
+from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling, without_stop
 from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
 from jaxft.nn.quant import QuantKind
 from jaxft.objectives.objective import Objective

@@ -9,11 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.data.source import Prompt
-from jaxft.engine.state import Decoding, slots_for
-from jaxft.engine.generate import complete
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.runs.report import Sample
 from jaxft.train.clock import Clock
 from jaxft.tree import Params

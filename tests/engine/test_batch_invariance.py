@@ -8,8 +8,8 @@ from engines import engine_of
 
 from jaxft.engine import programs as batch_invariance
 from jaxft.engine.generate import complete
-from jaxft.engine.session import Session
 from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Session
 from jaxft.models.adapted import adapted
 from jaxft.models.layer_types import FULL, SLIDING
 from jaxft.models.llama import llama

@@ -16,8 +16,8 @@ from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.engine import generate as generation
 from jaxft.engine import state as engines
 from jaxft.engine.generate import complete
-from jaxft.engine.session import Session
 from jaxft.engine.sampling import NONFINITE, Sampling
+from jaxft.engine.session import Session
 
 KEY, STOP = jax.random.key(5), (7, 11, 23)
 RNG = np.random.default_rng(0)
@@ -113,7 +113,9 @@ def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, mo
     assert ran == [(27, 5, 64), (14, 20, 64), (7, 20, 64)]
     monkeypatch.setattr(engines, "FEWEST_ROWS", 99)
     plain = engine_of(world, sampling, stop, 26, 64, 2, 13)
-    np.testing.assert_array_equal(complete(Session(plain, world[1], KEY), PROMPTS).tokens, found.tokens[:, :2])
+    np.testing.assert_array_equal(
+        complete(Session(plain, world[1], KEY), PROMPTS).tokens, found.tokens[:, :2]
+    )
 
 
 def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world, monkeypatch):

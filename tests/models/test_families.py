@@ -11,8 +11,8 @@ from engines import decoded, engine_of, prefilled
 from tiny_families import FAMILIES, QUICK, both, our_model, params_of, random_ids, rows, torch_model
 
 from jaxft.engine.generate import complete
-from jaxft.engine.session import Session
 from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Session
 from jaxft.models.families import config_to_hf, family_of
 from jaxft.tree import paths
 from jaxft.weights import hf, hf_write, param_reader, pretrained

@@ -14,10 +14,9 @@ from rl_completions import random_prompts
 
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts
-from jaxft.engine.generate import SampledTokens
-from jaxft.engine.generate import complete
-from jaxft.engine.session import Session
+from jaxft.engine.generate import SampledTokens, complete
 from jaxft.engine.sampling import NONFINITE, Sampling
+from jaxft.engine.session import Session
 from jaxft.models.llama import llama
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
@@ -102,7 +101,9 @@ def test_greedy_completions_of_a_group_are_those_of_the_prompt_alone_and_others_
     group = complete(Session(engine_of(world, greedy, (), 4, group=2), params, key), prompts).tokens
     alone = complete(Session(engine_of(world, greedy, (), 2), params, key), prompts).tokens
     np.testing.assert_array_equal(group, np.repeat(alone, 2, 1))
-    sampled = complete(Session(engine_of(world, Sampling(6, 1.0), (), 4, group=2), params, key), prompts).tokens
+    sampled = complete(
+        Session(engine_of(world, Sampling(6, 1.0), (), 4, group=2), params, key), prompts
+    ).tokens
     assert (sampled[:, 0] != sampled[:, 1]).any(1).all()
 
 

@@ -1,5 +1,6 @@
 """A tiny Llama with 16 adapters behind the scheduler: programs are compiled once in a process."""
 
+import dataclasses
 import functools
 import threading
 
@@ -103,6 +104,12 @@ def params():
 def programs():
     """The compiled programs of the server."""
     return compile_server(adapted_by_row(MODEL), SIZES, params())
+
+
+@functools.cache
+def chat_programs():
+    """The same for rows that go on."""
+    return compile_server(adapted_by_row(MODEL), dataclasses.replace(SIZES, continues=True), params())
 
 
 def models(tokenizer=TOKENIZER):
