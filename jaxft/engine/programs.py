@@ -187,7 +187,7 @@ def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State
     rows, C = new.rows, new.ids.shape[1]
     of_rows = {**params, "rows": new.settings.adapter}
     chunk = Extension(
-        new.ids, new.counts, new.lengths, state.lengths[rows] + new.counts, rows, state.prompts[rows]
+        new.ids, new.lengths, new.counts, state.lengths[rows] + new.counts, rows, state.prompts[rows]
     )
     h_RCD, stored = d.model.extend(of_rows, state.cache, chunk)
     last = (jnp.arange(C)[None] == new.lengths[:, None] - 1)[..., None]
