@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.engine.sampling import from_softmax
-from jaxft.inference import sampling
+from jaxft.engine import sampling
 
 ROWS = 20_000
 

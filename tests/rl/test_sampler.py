@@ -112,7 +112,7 @@ def test_the_table_has_two_completions_of_each_prompt():
     assert table_indices(6, 1) == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_row():
+def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_row(monkeypatch):
     """The sampler of two prompts with a group of two: the last completion has no third token."""
     data, prompts = Prompts("x", max_new=4, group=2, batch=2), random_prompts(2)
     tokens = np.full((2, 2, 4), 7)
@@ -120,8 +120,9 @@ def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_ro
     bound = SimpleNamespace(params=lambda state: {}, stop=(1,))
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
     completed = SampledTokens(tokens, np.zeros(tokens.shape))
-    engine = SimpleNamespace(complete=lambda params, prompts, key: completed)
-    sampler = Sampler(bound, data, None, shapes, {2: engine})
+    monkeypatch.setattr(sampler_module, "Session", lambda *args: None)
+    monkeypatch.setattr(sampler_module, "complete", lambda session, prompts: completed)
+    sampler = Sampler(bound, data, None, shapes, {2: None})
     named = f"{prompts.names[1]}: the policy's logits of token 3 of a completion are not finite"
     with pytest.raises(ValueError, match=re.escape(named)):
         sampler.sample(prompts, 2, 0, None)
