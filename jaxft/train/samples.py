@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.data.source import Prompt
+from jaxft.engine.generate import complete
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.engine.session import Session
