@@ -98,7 +98,7 @@ def test_a_chat_of_five_turns_prefills_each_token_once():
     chats = []
     for engine, sizes in ((tiny.chat_engine(), tiny.CHAT), (tiny.engine(), tiny.SIZES)):
         own, chat = Scheduler(engine, sizes, params), conversation()
-        chat.choice = chat.choice._replace(sampling=Sampling(4, 1.0))
+        chat.choice = chat.choice._replace(sampling=Sampling(4))
         own.start()
         for word in ("what", "is", "a", "rank", "?"):
             chat.turns.append(Turn(word))
@@ -107,7 +107,7 @@ def test_a_chat_of_five_turns_prefills_each_token_once():
         own.close()
         chats.append((chat.turns, own.session.prefilled))
     (turns, once), (expected, again) = chats
-    assert turns == expected and len({turn.response("base") for turn in turns}) > 1
+    assert turns == expected and {turn.response("base")[:2] for turn in turns} <= {" a", " i"}
     assert once == len(prompt) - 4 * (4 - 1) < again / 2  # of a response, the last token is prefilled
 
 
