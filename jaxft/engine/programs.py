@@ -37,6 +37,7 @@ from jaxft.engine.state import (
     state_shapes,
 )
 from jaxft.nn.cache import (
+    RECENT,
     Cache,
     Extension,
     NextToken,
@@ -44,6 +45,7 @@ from jaxft.nn.cache import (
     clear_values,
     insert_prompts,
     select_rows,
+    settle,
     sharded,
     widen_prompts,
 )
@@ -225,15 +227,25 @@ def decode(
         i, s = carry
         return (i < limits[0]) & (s.live.sum(dtype=jnp.int32) > limits[1])
 
-    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
-        i, s = carry
-        at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
-        h_RD, stored = d.model.decode(params, s.cache, s.last, at)
-        found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
-        s = replace(s, cache=replace(stored, rows=sharded(stored.rows)))
-        return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), found, s.counts)
+    def steps(carry: tuple[Array, State]) -> tuple[Array, State]:
+        first, before = carry
 
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+        def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+            i, s = carry
+            at = NextToken(s.lengths + s.counts - 1, s.counts, i - first, groups, *read)
+            h_RD, stored = d.model.decode(params, s.cache, s.last, at)
+            found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
+            s = replace(s, cache=replace(stored, recent=sharded(stored.recent)))
+            return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), found, s.counts)
+
+        def goes_on(carry: tuple[Array, State]) -> Array:
+            return unfinished(carry) & (carry[0] < first + RECENT)
+
+        i, s = jax.lax.while_loop(goes_on, step, carry)
+        stored = settle(s.cache, before.counts - 1, s.counts - 1)  # the last token is not processed yet
+        return i, replace(s, cache=replace(stored, rows=sharded(stored.rows)))
+
+    return jax.lax.while_loop(unfinished, steps, (jnp.int32(0), state))[1]
 
 
 def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
@@ -252,7 +264,7 @@ def keep(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -
     old = state.cache
     prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
     rest = jax.tree.map(lambda x: x[rows], replace(state, cache=None))
-    own = Cache(prompt_keys, select_rows(old.rows, rows), old.new)
+    own = Cache(prompt_keys, select_rows(old.rows, rows), select_rows(old.recent, rows), old.new)
     return replace(rest, cache=own, live=rest.live & used, prompts=slots)
 
 

@@ -21,6 +21,7 @@ from jaxft.engine.state import (
     key_data,
     new_prompts,
 )
+from jaxft.nn.cache import RECENT
 from jaxft.nn.decode_layers import separate_layers
 from jaxft.nn.lora_rows import BASE
 from jaxft.tree import Params
@@ -290,7 +291,7 @@ class Session:
             for rows, read, prompt in self.engine.decode
             if rows == self.rows and read >= most and prompt >= longest
         )
-        limit = min(read - most + 1, steps or read)
+        limit = min(max(read - most + 1, RECENT), steps or read)
         stop = max((to for rows, to in self.engine.keep if rows == self.rows and to < rows), default=0)
         if self.waiting:
             wanted = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])

@@ -2,10 +2,14 @@
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
 completions of the prompt share, and to the keys of its own tokens. A layer with a sliding window of W tokens
-caches only the last W of both (rounded up to a multiple of 64 if W is larger). Each layer has arrays of its
-own, which a decoding step updates in place and reads without a copy.
+caches only the last W of both (rounded up to a multiple of 64 if W is larger).
+
+Each layer has arrays of its own. A decoding step reads those of prompts and rows without a copy and without a
+change: it writes the token's keys to a few recent slots, from which `settle` moves them after at most RECENT
+steps. XLA's CPU compiler would rewrite, in every step, arrays of 16-bit floats that change in part.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
-from jaxft.nn.bits import from_bits, to_bits
+from jaxft.nn.bits import from_bits, put_bits, to_bits
 from jaxft.nn.cached_attention import (
     Keys,
     RowGroups,
@@ -45,11 +49,13 @@ class Cache:
     """The keys of P prompts and those of R completions of at most `new` tokens.
 
     rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
-    row's keys in the same order whenever the row started.
+    row's keys in the same order whenever the row started. recent: keys of the tokens of decoding steps since
+    the last settle, in slot t those of step t.
     """
 
     prompts: PromptKeys
     rows: LayerKeys
+    recent: LayerKeys
     new: int = static()
 
 
@@ -58,12 +64,13 @@ class NextToken:
     """The token of each row that a decoding step processes.
 
     positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R].
-    groups: which rows complete which prompt. read, prompt_read: only the first slots of rows and the last
-    ones of prompts are read; None for all.
+    step: number of steps since the last settle. groups: which rows complete which prompt. read, prompt_read:
+    only the first slots of rows and the last ones of prompts are read; None for all.
     """
 
     positions: Any
     counts: Any
+    step: Any
     groups: RowGroups
     read: int | None = static(default=None)
     prompt_read: int | None = static(default=None)
@@ -86,6 +93,7 @@ class Extension:
     prompts: Any
 
 
+RECENT = 16  # the most decoding steps before their keys are settled
 SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of this
 
 
@@ -105,19 +113,21 @@ def layer_slots(a: AttentionLayers, slots: int) -> list[int]:
 
 
 def empty_keys(
-    a: AttentionLayers, heads: int, rows: int, slots: int, dtype: Any, stored: CacheFormat = "compute"
+    heads: tuple[int, int], rows: int, slots: Sequence[int], dtype: Any, stored: CacheFormat = "compute"
 ) -> LayerKeys:
-    """Return zeros for the keys of all layers. dtype: of the computation."""
+    """Return zeros for the keys of all layers. heads: their number, and the size of one. slots: of each
+    layer. dtype: of the computation.
+    """
+    count, head_dim = heads
 
     def of(size: int) -> Keys:
-        shape = rows, heads, a.head_dim, size
+        shape = rows, count, head_dim, size
         if stored == "compute":
-            bits = to_bits(jnp.zeros((), dtype)).dtype
-            return Keys(jnp.zeros(shape, bits), jnp.zeros((*shape[:2], size, a.head_dim), bits))
+            return Keys(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], size, head_dim), dtype))
         kind, scales = STORED_DTYPES[stored], [jnp.zeros((*shape[:2], size), jnp.float32) for _ in range(2)]
-        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:2], size, a.head_dim), kind), *scales)
+        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:2], size, head_dim), kind), *scales)
 
-    return tuple(of(size) for size in layer_slots(a, slots))
+    return tuple(of(size) for size in slots)
 
 
 # E4M3 as its bits: XLA's CPU compiler widens every other float8 array, a whole cache in each decoding step
@@ -126,11 +136,11 @@ LARGEST = {"int8": 127.0, "uint8": 448.0}
 
 
 def store(k: Array, v: Array, like: Keys) -> Keys:
-    """Return keys [..., E, S] and values [..., S, E] as `like` stores them: as raw bits or, with a scale per
+    """Return keys [..., E, S] and values [..., S, E] as `like` stores them: unchanged or, with a scale per
     token and head, as int8 or E4M3.
     """
     if like.k_scale is None:
-        return Keys(to_bits(k), to_bits(v))
+        return Keys(k, v)
     (k, k_scale), (v, v_scale) = _scaled(k, -2, like.k.dtype), _scaled(v, -1, like.v.dtype)
     return Keys(k, v, k_scale, v_scale)
 
@@ -160,7 +170,7 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
 
     def put(old: Keys, fresh: Keys) -> Keys:
         fresh = store(from_bits(fresh.k, dtype), from_bits(fresh.v, dtype), old)
-        return jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), old, fresh)
+        return jax.tree.map(lambda x, y: put_bits(x, slots, y), old, fresh)
 
     layers = tuple(put(*both) for both in zip(cache.prompts.layers, new.layers, strict=True))
     visible = cache.prompts.visible.at[slots].set(new.visible, mode="drop")
@@ -209,39 +219,59 @@ def clear_values(layers: LayerKeys, rows: Array) -> LayerKeys:
     """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
 
     def zero(x: Array | None) -> Array | None:
-        return None if x is None else x.at[rows].set(jnp.zeros((), x.dtype), mode="drop")
+        return None if x is None else put_bits(x, rows, jnp.zeros((), x.dtype))
 
     return tuple(Keys(keys.k, zero(keys.v), keys.k_scale, zero(keys.v_scale)) for keys in layers)
 
 
-def append(keys: Keys, k: Array, v: Array, counts: Array) -> Keys:
-    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the last token of each row.
-
-    counts: tokens of the completions, including this one, int32 [R].
-    """
-    new, size = store(k, v, keys), keys.k.shape[3]
-    slots = (counts - 1) % jnp.asarray(size, counts.dtype)
+def append(recent: Keys, k: Array, v: Array, step: Array) -> Keys:
+    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the tokens of a decoding step."""
+    new = store(k, v, recent)
 
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
-        # rows are a batching dimension, so that each device of a mesh updates its own
-        where = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=tuple(range(1, old.ndim - 1)),
-            inserted_window_dims=(axis,),
-            scatter_dims_to_operand_dims=(axis,),
-            operand_batching_dims=(0,),
-            scatter_indices_batching_dims=(0,),
-        )
-        return jax.lax.scatter(
-            old, slots[:, None], x.squeeze(axis), where, unique_indices=True,
-            mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-        )  # fmt: skip
+        slots = jax.lax.broadcasted_iota(jnp.int32, old.shape, axis)
+        return jnp.where(slots == step, jnp.broadcast_to(x, old.shape), old)
 
     return Keys(
-        put(keys.k, new.k, 3), put(keys.v, new.v, 2), put(keys.k_scale, new.k_scale, 2),
-        put(keys.v_scale, new.v_scale, 2),
+        put(recent.k, new.k, 3), put(recent.v, new.v, 2), put(recent.k_scale, new.k_scale, 2),
+        put(recent.v_scale, new.v_scale, 2),
     )  # fmt: skip
+
+
+def settle(cache: Cache, before: Array, after: Array) -> Cache:
+    """Move recent tokens to the slots of rows. before, after: tokens of each row's completion at the last
+    settle and now, int32 [R].
+    """
+
+    def moved(rows: Keys, recent: Keys) -> Keys:
+        size, many = rows.k.shape[3], recent.k.shape[3]
+        token = _tokens_in_slots(after, size) - before[:, None]  # counted from the first recent one
+        at = jnp.clip(token, 0, many - 1)
+
+        def put(old: Array | None, new: Array | None, axis: int) -> Array | None:
+            if old is None or new is None:
+                return None
+            shape = [1] * old.ndim
+            shape[0], shape[axis] = at.shape
+            index = jnp.broadcast_to(at.reshape(shape), old.shape)
+            found = jnp.take_along_axis(to_bits(new), index, axis)
+            both = jnp.broadcast_to((token >= 0).reshape(shape), old.shape), found, to_bits(old)
+            return from_bits(jnp.where(*both), old.dtype)
+
+        return Keys(
+            put(rows.k, recent.k, 3), put(rows.v, recent.v, 2), put(rows.k_scale, recent.k_scale, 2),
+            put(rows.v_scale, recent.v_scale, 2),
+        )  # fmt: skip
+
+    return replace(cache, rows=tuple(map(moved, cache.rows, cache.recent)))
+
+
+def _tokens_in_slots(counts: Array, size: int) -> Array:
+    """Return which token of its completion is in each slot of each row, int32 [R, size]; below 0 for none."""
+    last, slots = counts[:, None] - 1, jnp.arange(size, dtype=counts.dtype)[None]
+    return last - (last - slots) % jnp.asarray(size, counts.dtype)
 
 
 def append_chunk(keys: Keys, k: Array, v: Array, chunk: Extension) -> Keys:
@@ -256,7 +286,7 @@ def append_chunk(keys: Keys, k: Array, v: Array, chunk: Extension) -> Keys:
         if old is None or x is None:
             return None
         index = (at, *(slice(None),) * (axis - 1), slots)
-        return old.at[index].set(jnp.moveaxis(x, axis, 1), mode="drop")
+        return put_bits(old, index, jnp.moveaxis(x, axis, 1))
 
     return Keys(
         put(keys.k, new.k, 3), put(keys.v, new.v, 2), put(keys.k_scale, new.k_scale, 2),
@@ -277,30 +307,32 @@ class Step:
 
 
 def attend(
-    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], step: Step, rule: AttentionRule
+    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys, Keys], step: Step, rule: AttentionRule
 ) -> Float[Array, "R 1 H E"]:
     """Return the attention of each row's token in one layer.
 
-    keys: of prompts and of rows, as stored. rule: window and soft cap.
+    keys: of prompts, of rows and recent ones, as stored. rule: window and soft cap.
     """
-    prompts, rows = (_as_computed(some, q.dtype) for some in keys)
+    prompts, rows, recent = (_as_computed(some, q.dtype) for some in keys)
     size, at = rows.k.shape[3], step.at
-    rows = rows if at.read is None else rows.part(0, min(at.read, size))
+    settled = at.counts - 1 - at.step
+    tokens = _tokens_in_slots(settled, size)
+    if at.read is not None and at.read < size:
+        rows, tokens = rows.part(0, at.read), tokens[:, : at.read]
     if at.prompt_read is not None:
         prompts = prompts.part(max(0, prompts.k.shape[3] - at.prompt_read), prompts.k.shape[3])
-    slots, counts = jnp.arange(rows.k.shape[3], dtype=at.counts.dtype), at.counts[:, None]
-    # tokens between the key and the query
-    back = (counts - 1 - slots[None]) % jnp.asarray(size, counts.dtype)
-    seen_rows = back < counts
+    t = jnp.arange(recent.k.shape[3], dtype=settled.dtype)[None]
+    tokens_recent = settled[:, None] + t
+    seen_rows, seen_recent = tokens >= 0, jnp.broadcast_to(t <= at.step, tokens_recent.shape)
     used = prompts.k.shape[3]
     from_end = jnp.arange(used - 1, -1, -1, dtype=at.counts.dtype)
     seen_prompts = step.visible[:, None, step.visible.shape[1] - used :]
     if rule.window is not None:
-        seen_rows &= back < rule.window
+        first = at.counts[:, None] - rule.window
+        seen_rows, seen_recent = seen_rows & (tokens >= first), seen_recent & (tokens_recent >= first)
         seen_prompts = seen_prompts & (step.group_counts[:, :, None] + from_end[None, None] < rule.window)
-    return cached_attention(q[:, 0], (prompts, seen_prompts), (rows, seen_rows), at.groups, rule.softcap)[
-        :, None
-    ]
+    own = (rows, seen_rows), (recent, seen_recent)
+    return cached_attention(q[:, 0], (prompts, seen_prompts), own, at.groups, rule.softcap)[:, None]
 
 
 def attend_chunk(
@@ -326,7 +358,7 @@ def attend_chunk(
     # places in the text, counted from the first token of the completion
     nowhere = jnp.asarray(EVERY_KEY, counts.dtype)
     of_prompts = jnp.where(visible[chunk.prompts, -used:], numbers(used) - used, nowhere)
-    of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)
+    of_rows = _tokens_in_slots(chunk.counts, size)
     of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
     of_chunk = counts + numbers(q.shape[1])
     stored = joined([prompts, rows, Keys(k, v)])
@@ -336,8 +368,6 @@ def attend_chunk(
 
 def _as_computed(keys: Keys, dtype: Any) -> Keys:
     """Return stored keys in the compute dtype, with their scales."""
-    if keys.k_scale is None:
-        return Keys(from_bits(keys.k, dtype), from_bits(keys.v, dtype))
     k, v = keys.k, keys.v
     if k.dtype == jnp.uint8:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))

@@ -23,7 +23,7 @@ from jaxft.tree import struct
 class Keys:
     """Cached keys [B, K, E, S] and values [B, K, S, E] of a layer, in the layouts of the two matmuls.
 
-    Stored as raw bits of the compute dtype, or quantised with a scale for each token and head [B, K, S]
+    Stored in the compute dtype, or quantised with a scale for each token and head [B, K, S]
     (cache.py). Attention takes them in the compute dtype, to be multiplied by their scales, if they have any.
     """
 
@@ -85,16 +85,17 @@ def equal_groups(prompts: int, group: int) -> RowGroups:
 def cached_attention(
     q_RHE: Float[Array, "R H E"],
     prompts: tuple[Keys, Bool[Array, "P g S"]],
-    rows: tuple[Keys, Bool[Array, "R N"]],
+    own: Sequence[tuple[Keys, Array]],
     groups: RowGroups,
     softcap: float | None = None,
 ) -> Float[Array, "R H E"]:
     """Return softmax(q k^T / sqrt(E)) v over a row's visible keys: those of its prompt and its own.
 
-    prompts, rows: keys, and which of them the query of each completion (of each row) attends to. softcap: see
-    attention.dense. A row without visible keys is 0.
+    prompts: keys, and which of them the query of each completion attends to. own: parts of the rows' keys,
+    and which of them [R, N] the query of each row attends to. softcap: see attention.dense. A row without
+    visible keys is 0.
     """
-    (R, H, E), (of_prompts, seen_PGS), (own, seen_RN) = q_RHE.shape, prompts, rows
+    (R, H, E), (of_prompts, seen_PGS) = q_RHE.shape, prompts
     P, K, _, S = of_prompts.k.shape
     if groups.rows.shape[1] == 1 and H == K:
         # XLA's CPU compiler multiplies a single query by other kernels than several, so there are two
@@ -106,7 +107,11 @@ def cached_attention(
         "pkme,pkes->pkms", q_PKGQE.reshape(P, K, G * (H // K), E), of_prompts.k, widen=False
     )
     s_PKGQS = _scores(s_PKGQS, of_prompts, E, softcap).reshape(P, K, G, H // K, S)
-    s_RKQN = _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, own.k, widen=False), own, E, softcap)
+    parts = [
+        _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, keys.k, widen=False), keys, E, softcap)
+        for keys, _ in own
+    ]
+    s_RKQN, seen_RN = jnp.concatenate(parts, -1), jnp.concatenate([seen for _, seen in own], -1)
     seen_PKGQS, seen_RKQN = seen_PGS[:, None, :, None], seen_RN[:, None, None]
     s_PKGQS, s_RKQN = jnp.where(seen_PKGQS, s_PKGQS, MASKED), jnp.where(seen_RKQN, s_RKQN, MASKED)
     top_RKQ = jnp.maximum(groups.to_rows(s_PKGQS.max(-1).swapaxes(1, 2)), s_RKQN.max(-1))
@@ -118,8 +123,12 @@ def cached_attention(
     sum_PKGQ = groups.to_groups(sum_RKQ).swapaxes(1, 2)
     p_PKMS = _weights(p_PKGQS / sum_PKGQ[..., None], of_prompts).reshape(P, K, G * (H // K), S)
     o_PKGQE = wide_einsum("pkms,pkse->pkme", p_PKMS, of_prompts.v, widen=False).reshape(P, K, G, H // K, E)
-    o_RKQE = wide_einsum("rkqn,rkne->rkqe", _weights(p_RKQN / sum_RKQ[..., None], own), own.v, widen=False)
-    o_RKQE = o_RKQE + groups.to_rows(o_PKGQE.swapaxes(1, 2))
+    o_RKQE = groups.to_rows(o_PKGQE.swapaxes(1, 2))
+    p_RKQN, start = p_RKQN / sum_RKQ[..., None], 0
+    for keys, seen in own:
+        p = p_RKQN[..., start : start + seen.shape[1]]
+        o_RKQE = o_RKQE + wide_einsum("rkqn,rkne->rkqe", _weights(p, keys), keys.v, widen=False)
+        start += seen.shape[1]
     return o_RKQE.reshape(R, H, E).astype(q_RHE.dtype)
 
 

@@ -14,6 +14,7 @@ from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
     Extension,
+    LayerKeys,
     NextToken,
     PromptKeys,
     Step,
@@ -79,17 +80,20 @@ def decode_layers(
     at: NextToken,
     a: AttentionLayers,
 ) -> tuple[Float[Array, "R 1 D"], Cache]:
-    """Return the residual stream of one token per row after all layers, and the cache with that token."""
+    """Return the residual stream of one token per row after all layers, and the cache with that token among
+    the recent ones.
+    """
     lengths = at.positions - at.counts + 1 + cache.new
     angles = generation_angles(a, at.positions[:, None], lengths[:, None], h_R1D.dtype)
     step = Step(at, cache.prompts.visible, at.groups.to_groups(at.counts))
 
-    def attended(qkv: tuple[Array, ...], keys: tuple[Keys, Keys], rule: AttentionRule) -> tuple[Array, Keys]:
-        (q, k, v), (prompts, rows) = qkv, keys
-        rows = append(rows, k, v, at.counts)
-        return attend(q, (prompts, rows), step, rule), rows
+    def attended(qkv: tuple[Array, ...], keys: Stored, rule: AttentionRule) -> tuple[Array, Keys]:
+        (q, k, v), (prompts, rows, recent) = qkv, keys
+        recent = append(recent, k, v, at.step)
+        return attend(q, (prompts, rows, recent), step, rule), recent
 
-    return _cached_layers(layer, h_R1D, layers, cache, (a, angles, attended))
+    h_R1D, recent = _cached_layers(layer, h_R1D, layers, cache, (a, angles, attended))
+    return h_R1D, replace(cache, recent=recent)
 
 
 def extend_layers(
@@ -105,29 +109,33 @@ def extend_layers(
     lengths = chunk.positions - chunk.counts + cache.new
     angles = generation_angles(a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype)
 
-    def attended(qkv: tuple[Array, ...], keys: tuple[Keys, Keys], rule: AttentionRule) -> tuple[Array, Keys]:
-        (q, k, v), (_, rows) = qkv, keys
-        o = attend_chunk((q, k, v), keys, (chunk, cache.prompts.visible), rule)
+    def attended(qkv: tuple[Array, ...], keys: Stored, rule: AttentionRule) -> tuple[Array, Keys]:
+        (q, k, v), (prompts, rows, _) = qkv, keys
+        o = attend_chunk((q, k, v), (prompts, rows), (chunk, cache.prompts.visible), rule)
         return o, append_chunk(rows, k, v, chunk)
 
-    return _cached_layers(layer, h_rCD, layers, cache, (a, angles, attended))
+    h_rCD, rows = _cached_layers(layer, h_rCD, layers, cache, (a, angles, attended))
+    return h_rCD, replace(cache, rows=rows)
+
+
+Stored = tuple[Keys, Keys, Keys]  # of a layer: of prompts, of rows, and recent ones
 
 
 def _cached_layers(
     layer: Layer, h: Float[Array, "R T D"], layers: Params, cache: Cache, how: tuple[Any, ...]
-) -> tuple[Float[Array, "R T D"], Cache]:
-    """Run all layers on new tokens of rows, which attend to cached keys and are stored.
+) -> tuple[Float[Array, "R T D"], LayerKeys]:
+    """Run all layers on new tokens of rows, which attend to cached keys. Return the residual stream, and what
+    `attended` returns for each layer.
 
-    how: attention settings; angles; attended((q, k, v), (keys of prompts, keys of rows), rule) -> (o, keys of
-    rows with the new tokens). Layers are not scanned: a scan would copy each layer's weights and keys out of
-    stacked arrays in every step.
+    how: attention settings; angles; attended((q, k, v), stored keys, rule) -> (o, new keys). Layers are not
+    scanned: a scan would copy each layer's weights and keys out of stacked arrays in every step.
     """
     (a, angles, attended), size = how, cache.prompts.visible.shape[1] + cache.new
     angles = jax.lax.optimization_barrier(angles)  # XLA would compute them again in every layer
 
     def run(h: Array, i: int) -> tuple[Array, Keys]:
         p, h = _layer_after(layers, i, h)
-        kind, keys = a.layout[i], (cache.prompts.layers[i], cache.rows[i])
+        kind, keys = a.layout[i], (cache.prompts.layers[i], cache.rows[i], cache.recent[i])
         rule = rule_of(a, kind, size)
 
         def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
@@ -140,7 +148,7 @@ def _cached_layers(
     for i in range(len(a.layout)):
         h, rows = run(h, i)
         stored.append(rows)
-    return h, replace(cache, rows=tuple(stored))
+    return h, tuple(stored)
 
 
 LARGEST_COPIED = 2**31  # bytes of layers of which XLA may make a copy before a loop over decoding steps

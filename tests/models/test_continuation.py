@@ -12,7 +12,7 @@ from tiny_families import FAMILIES, VOCAB, both, our_model, params_of, random_id
 from jaxft.batch import Rollout, Tokens
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig
-from jaxft.nn.cache import Extension, NextToken, insert_prompts
+from jaxft.nn.cache import Extension, NextToken, insert_prompts, settle
 from jaxft.nn.cached_attention import RowGroups
 from jaxft.nn.decode_layers import separate_layers
 from jaxft.nn.param import init_params
@@ -92,7 +92,11 @@ def continued(model, stored, params, ids, cuts):
         at = starts[:, -1] + i
         groups = RowGroups(slots[:, None], slots)
         ids_R = jnp.take_along_axis(ids, at[:, None], 1)[:, 0]
-        h, cache = model.decode(of_steps, cache, ids_R, NextToken(at, at - starts[:, 0] + 1, groups))
+        of_step = NextToken(at, at - starts[:, 0] + 1, i % 2, groups)
+        h, cache = model.decode(of_steps, cache, ids_R, of_step)
+        counts = of_step.counts
+        settled = settle(cache, counts - 2, counts)
+        cache = jax.tree.map(lambda x, y: jnp.where(i % 2 == 1, x, y), settled, cache)
         return (cache, put(out, h[:, None], at[:, None], True)), None
 
     return jax.lax.scan(step, (cache, out), jnp.arange(STEPS))[0][1]

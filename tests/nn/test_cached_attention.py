@@ -1,14 +1,24 @@
 """Attention to a prompt that several completions share, and to each completion's own tokens."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxft.nn.attention import dense
-from jaxft.nn.cache import Extension, Keys, NextToken, Step, append, append_chunk, attend, store
+from jaxft.nn.cache import (
+    Cache,
+    Extension,
+    Keys,
+    NextToken,
+    PromptKeys,
+    Step,
+    append,
+    append_chunk,
+    attend,
+    settle,
+    store,
+)
 from jaxft.nn.cached_attention import RowGroups
 from jaxft.nn.key_ranges import key_ranges, within_window
 from jaxft.nn.layer_attention import AttentionRule
@@ -31,18 +41,22 @@ def completions(rng, dtype):
     return texts
 
 
-def cached(texts, N):
-    """Keys of prompts and rows as a cache stores them, all else 9."""
+def cached(texts, N, step):
+    """Keys of prompts, rows and `step + 1` recent tokens as a cache stores them, all else 9."""
     prompt_k, prompt_v = np.full((2, K, E, S), 9.0), np.full((2, K, S, E), 9.0)
     k, v, visible = np.full((4, K, E, N), 9.0), np.full((4, K, N, E), 9.0), np.zeros((2, S), bool)
+    recent_k, recent_v = np.full((4, K, E, 4), 9.0), np.full((4, K, 4, E), 9.0)
     for row, ((_, keys, values), new) in texts.items():
         prompt, size = (1 if row == 1 else 0), len(keys) - new
         prompt_k[prompt, :, :, S - size :] = keys[:size].transpose(1, 2, 0)
         prompt_v[prompt, :, S - size :] = values[:size].swapaxes(0, 1)
         visible[prompt, S - size :] = True
-        for i in range(new):
+        settled = new - 1 - step
+        for i in range(settled):
             k[row, :, :, i % N], v[row, :, i % N] = keys[size + i], values[size + i]
-    return prompt_k, prompt_v, k, v, visible
+        for i in range(settled, new):
+            recent_k[row, ..., i - settled], recent_v[row, :, i - settled] = keys[size + i], values[size + i]
+    return (Keys(prompt_k, prompt_v), Keys(k, v), Keys(recent_k, recent_v)), visible
 
 
 GROUPS = RowGroups(jnp.asarray([[3, 0], [1, 1]], jnp.int32), jnp.asarray([1, 2, 3, 0], jnp.int32))
@@ -50,18 +64,18 @@ COUNTS = jnp.asarray([2, 2, 0, 3], jnp.int32)
 
 
 @pytest.mark.parametrize(
-    ("window", "cap", "slots"), [(None, None, N), (None, 0.7, 3), (4, 0.7, N), (2, None, 2), (1, None, 1)]
+    ("window", "cap", "slots", "step"),
+    [(None, None, N, 0), (None, 0.7, 3, 1), (4, 0.7, N, 1), (2, None, 2, 0), (1, None, 1, 1)],
 )
-def test_cached_attention_is_the_last_row_of_dense(window, cap, slots):
+def test_cached_attention_is_the_last_row_of_dense(window, cap, slots, step):
     rng, rule = np.random.default_rng(7), AttentionRule(window, cap)
     with jax.enable_x64(True):
         texts = completions(rng, jnp.float64)
-        prompt_k, prompt_v, k, v, visible = cached(texts, slots)
-        keys = Keys(prompt_k, prompt_v), Keys(k, v)
+        keys, visible = cached(texts, slots, step)
         q = jnp.stack([texts[row][0][0][-1] if row in texts else jnp.zeros((H, E)) for row in range(4)])
-        at = NextToken(None, COUNTS, GROUPS)
-        step = Step(at, jnp.asarray(visible), GROUPS.to_groups(COUNTS))
-        found = attend(q[:, None], keys, step, rule)[:, 0]
+        at = NextToken(None, COUNTS, jnp.int32(step), GROUPS)
+        of_step = Step(at, jnp.asarray(visible), GROUPS.to_groups(COUNTS))
+        found = attend(q[:, None], keys, of_step, rule)[:, 0]
         for row, ((q, k, v), _) in texts.items():
             ranges = within_window(key_ranges(jnp.ones((1, len(q)), jnp.int32)), window)
             expected = dense(q[None], k[None], v[None], ranges, cap)[0, -1]
@@ -84,15 +98,21 @@ def test_stored_keys_have_the_error_of_their_format(dtype):
     assert not np.asarray(zeros.k, np.float32).any() and not np.asarray(zeros.v_scale).any()
 
 
-def test_a_token_is_stored_in_one_slot_of_each_row():
-    keys = Keys(jnp.ones((2, K, E, N)), jnp.ones((2, K, N, E)))
-    k, v = jnp.full((2, K, E, 1), 5.0), jnp.full((2, K, 1, E), 6.0)
-    found = jax.jit(partial(append, keys, k, v))(jnp.asarray([N + 3, 1]))
-    expected_k, expected_v = np.ones(keys.k.shape), np.ones(keys.v.shape)
-    for row, slot in enumerate((2, 0)):
-        expected_k[row, ..., slot], expected_v[row, :, slot] = 5, 6
-    np.testing.assert_array_equal(found.k, expected_k)
-    np.testing.assert_array_equal(found.v, expected_v)
+def test_recent_tokens_settle_in_the_slots_of_their_rows():
+    """Rows of 4, 0 and 9 tokens get 3, 0 and 2 recent ones; those of a window of 5 replace the oldest."""
+    zeros = Keys(jnp.zeros((3, K, E, N)), jnp.zeros((3, K, N, E)))
+    recent = Keys(jnp.zeros((3, K, E, 4)), jnp.zeros((3, K, 4, E)))
+    for step in range(4):
+        k = jnp.full((3, K, E, 1), 1.0 + step)
+        recent = append(recent, k, k.swapaxes(2, 3), jnp.int32(step))
+    cache = Cache(PromptKeys((), None), (zeros,), (recent,), 10)
+    before = jnp.asarray([4, 0, 9], jnp.int32)
+    (found,) = settle(cache, before, before + jnp.asarray([3, 0, 2])).rows
+    expected = np.zeros((3, N))
+    expected[0] = 2, 3, 0, 0, 1  # tokens 4, 5 and 6
+    expected[2] = 2, 0, 0, 0, 1  # tokens 9 and 10
+    np.testing.assert_array_equal(found.k, np.broadcast_to(expected[:, None, None], found.k.shape))
+    np.testing.assert_array_equal(found.v, np.swapaxes(found.k, 2, 3))
 
 
 def test_the_last_tokens_of_a_chunk_are_stored_and_rows_beyond_the_last_dropped():
