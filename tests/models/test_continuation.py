@@ -33,6 +33,11 @@ def jit(fn):
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def numbers(count):
+    """0, 1, ... [1, count]."""
+    return jnp.arange(count, dtype=jnp.int32)[None]
+
+
 def texts(ids, segments, positions):
     """Rows of tokens without losses."""
     none = jnp.zeros((R, 1), jnp.int32)
@@ -41,7 +46,7 @@ def texts(ids, segments, positions):
 
 def rollout(ids, prompts):
     """Texts as completions of prompts of these lengths."""
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), ids.shape)
     t = texts(ids, jnp.ones(ids.shape), positions)
     none, branches = t.token_weights, (positions >= prompts[:, None]).astype(jnp.int32)
     return Rollout(
@@ -61,31 +66,31 @@ def continued(model, stored, params, ids, cuts):
     params: with stacked layers, for prefill and the first extension, and with separate ones. Prompts are in
     slots in reverse order, and each extension has a row more, which is dropped.
     """
-    (params, of_steps), starts = params, jnp.cumsum(cuts, 1)
-    index = starts[:, :1] - PROMPT + jnp.arange(PROMPT)[None]
+    (params, of_steps), starts = params, jnp.cumsum(cuts, 1, dtype=jnp.int32)
+    index = starts[:, :1] - PROMPT + numbers(PROMPT)
     positions = jnp.maximum(index, 0)
     prompts = texts(jnp.take_along_axis(ids, positions, 1), index >= 0, positions)
     h, keys = model.prefill(params, prompts, NEW)
-    slots = jnp.arange(R - 1, -1, -1)
+    slots = jnp.arange(R - 1, -1, -1, dtype=jnp.int32)
     cache = insert_prompts(model.empty_cache((R, PROMPT), R, NEW, stored), keys, slots, model.dtype)
     out = jnp.full((R, LENGTH, VOCAB), jnp.nan, model.dtype)
-    all_rows = jnp.arange(R)[:, None]
+    all_rows = numbers(R)[0][:, None]
 
     def put(out, h, at, valid):
         return out.at[all_rows, jnp.where(valid, at, LENGTH)].set(log_probs(model, params, h), mode="drop")
 
     out = put(out, h, index, index >= 0)
-    order = jnp.asarray((2, 0, 3, 1, R))  # of the rows of a chunk
+    order = jnp.asarray((2, 0, 3, 1, R), jnp.int32)  # of the rows of a chunk
     for number, of in ((1, params), (2, of_steps)):
-        at = starts[:, number - 1, None] + jnp.arange(CHUNK)[None]
+        at = starts[:, number - 1, None] + numbers(CHUNK)
         one = Extension(
             jnp.take_along_axis(ids, jnp.minimum(at, LENGTH - 1), 1), cuts[:, number],
-            starts[:, number - 1] - starts[:, 0], starts[:, number - 1], jnp.arange(R), slots,
+            starts[:, number - 1] - starts[:, 0], starts[:, number - 1], all_rows[:, 0], slots,
         )  # fmt: skip
         one = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]])[order], one)
         h, cache = model.extend(of, cache, replace(one, rows=order))
         h = h[jnp.argsort(order)[:R]]
-        out = put(out, h, at, jnp.arange(CHUNK)[None] < cuts[:, number, None])
+        out = put(out, h, at, numbers(CHUNK) < cuts[:, number, None])
 
     def step(carry, i):
         cache, out = carry
@@ -99,12 +104,12 @@ def continued(model, stored, params, ids, cuts):
         cache = jax.tree.map(lambda x, y: jnp.where(i % 2 == 1, x, y), settled, cache)
         return (cache, put(out, h[:, None], at[:, None], True)), None
 
-    return jax.lax.scan(step, (cache, out), jnp.arange(STEPS))[0][1]
+    return jax.lax.scan(step, (cache, out), numbers(STEPS)[0])[0][1]
 
 
 def differences(model, params, stored="compute"):
     """The differences of log-probs from one forward pass, for every cut."""
-    ids = jnp.asarray(random_ids(R, LENGTH, seed=5))
+    ids = jnp.asarray(random_ids(R, LENGTH, seed=5), jnp.int32)
 
     def forward(params, ids, prompts):
         return log_probs(model, params, model.hidden(params, rollout(ids, prompts)))
