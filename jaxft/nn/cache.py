@@ -24,7 +24,7 @@ from jaxft.nn.cached_attention import (
     RowGroups,
     cached_attention,
     chunk_attention,
-    joined,
+    joined_keys,
 )
 from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
 from jaxft.tree import static, struct
@@ -77,7 +77,7 @@ class NextToken:
 
 
 @struct
-class Extension:
+class Chunk:
     """A chunk of given tokens for each of r rows in progress, which one pass over the model appends.
 
     ids [r, C]: padded on the right. lengths [r]: tokens of each row's chunk. counts [r]: tokens of its
@@ -274,7 +274,7 @@ def _tokens_in_slots(counts: Array, size: int) -> Array:
     return last - (last - slots) % jnp.asarray(size, counts.dtype)
 
 
-def append_chunk(keys: Keys, k: Array, v: Array, chunk: Extension) -> Keys:
+def append_chunk(keys: Keys, k: Array, v: Array, chunk: Chunk) -> Keys:
     """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk."""
     new, (rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
     i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
@@ -338,7 +338,7 @@ def attend(
 def attend_chunk(
     qkv: tuple[Float[Array, "r C H E"], Float[Array, "r K E C"], Float[Array, "r K C E"]],
     keys: tuple[Keys, Keys],
-    at: tuple[Extension, Array],
+    at: tuple[Chunk, Array],
     rule: AttentionRule,
 ) -> Float[Array, "r C H E"]:
     """Return the attention of each row's chunk in one layer: to its prompt, to its stored keys and causally
@@ -361,7 +361,7 @@ def attend_chunk(
     of_rows = _tokens_in_slots(chunk.counts, size)
     of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
     of_chunk = counts + numbers(q.shape[1])
-    stored = joined([prompts, rows, Keys(k, v)])
+    stored = joined_keys([prompts, rows, Keys(k, v)])
     places = jnp.concatenate([of_prompts, of_rows, of_chunk], 1)
     return chunk_attention(q, stored, (places, of_chunk), rule)
 

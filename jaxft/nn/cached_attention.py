@@ -42,7 +42,7 @@ class Keys:
         return jax.tree.map(lambda x: x[rows], self)
 
 
-def joined(parts: Sequence[Keys]) -> Keys:
+def joined_keys(parts: Sequence[Keys]) -> Keys:
     """Return keys with the slots of all parts. Parts without scales have scales of 1, if others have some."""
 
     def scales(of: Callable[[Keys], Any]) -> Any:

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from jaxft.distributed.sharding import replicated
+from jaxft.distributed.sharding import replicated_as
 from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
-    Extension,
+    Chunk,
     LayerKeys,
     NextToken,
     PromptKeys,
@@ -101,7 +100,7 @@ def extend_layers(
     h_rCD: Float[Array, "r C D"],
     layers: Params,
     cache: Cache,
-    chunk: Extension,
+    chunk: Chunk,
     a: AttentionLayers,
 ) -> tuple[Float[Array, "r C D"], Cache]:
     """Return the residual stream of a chunk for each row after all layers, and the cache with the chunks."""
@@ -179,9 +178,7 @@ def separate_layers(params: Params) -> Params:
     def parts(x: Any, dtype: Any) -> list[Any]:
         if isinstance(x, jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(x.shape[1:], dtype, sharding=x.sharding)] * x.shape[0]
-        where = x.sharding
-        if isinstance(where, NamedSharding):
-            where = replicated(where.mesh)
+        where = replicated_as(x)
         return [jax.device_put(part.view(dtype), where, may_alias=True) for part in np.asarray(x)]
 
     def of_node(x: Any) -> list[Any]:
