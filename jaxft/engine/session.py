@@ -15,7 +15,7 @@ from jaxft.engine.sampling import NONFINITE, Sampling, row_sampling
 from jaxft.engine.state import (
     BLOCK,
     NO_TOKEN,
-    RowSettings,
+    RowChoices,
     all_allowed,
     given_tokens,
     key_data,
@@ -213,8 +213,9 @@ class Session:
             return False
         pending.sort(key=lambda it: len(it.given))
         sizes = sorted(size[1:] for size in self.engine.extend if size[0] == self.rows)
-        fits = [size for size in sizes if size[1] >= len(pending[0].given)] or sizes[1:2]
-        together, size = fits[-1] if len(pending) > 1 else fits[0]
+        fits = [size for size in sizes if size[1] >= len(pending[0].given)] or [max(sizes, key=np.prod)]
+        several = [size for size in fits if size[0] > 1] if len(pending) > 1 else []
+        together, size = (several or fits)[0]
         new = given_tokens(self.engine.decoding, self.rows, (together, size))
         for i, it in enumerate(pending[:together]):
             chunk, it.given = it.given[:size], it.given[size:]
@@ -262,7 +263,7 @@ class Session:
     def _slots(self) -> set[int]:
         return {it.slot for it in self.running.values()}
 
-    def _choose(self, settings: RowSettings, allowed: np.ndarray, at: int, it: Running) -> None:
+    def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
         """Set what the request of a row chooses."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)

@@ -41,7 +41,7 @@ PREFILLED_TOGETHER = 8  # prompts
 # Up to three programs, each for prompts four times as long as the one before, from SMALLEST_PREFILL on.
 PREFILLED_TOKENS = 2048
 SMALLEST_PREFILL = 128
-EXTENDED_TOGETHER = 8  # rows
+EXTENDED_TOGETHER = 4  # rows
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
     several rows. More tokens are appended in parts.
     """
     long = [(1, 8 * BUCKET)] if new > 8 * BUCKET else []
-    return [(1, BUCKET), *long, (min(rows, EXTENDED_TOGETHER), BUCKET)]
+    several = [(EXTENDED_TOGETHER, BUCKET)] if rows >= EXTENDED_TOGETHER else []
+    return [(1, BUCKET), *long, *several]
 
 
 def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
@@ -185,7 +186,7 @@ def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[in
 
 
 @struct
-class RowSettings:
+class RowChoices:
     """What requests choose, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
@@ -212,7 +213,7 @@ class State:
     """
 
     cache: Cache
-    settings: RowSettings
+    settings: RowChoices
     tokens: Any
     logps: Any
     top_tokens: Any
@@ -241,7 +242,7 @@ class NewPrompts:
     numbers: Any
     rows: Any
     keys: Any
-    settings: RowSettings
+    settings: RowChoices
     allowed: Any
 
 
@@ -260,17 +261,17 @@ class GivenTokens:
     firsts: Any
     rows: Any
     keys: Any
-    settings: RowSettings
+    settings: RowChoices
     allowed: Any
 
 
-def empty_settings(d: Decoding, rows: int) -> RowSettings:
+def empty_settings(d: Decoding, rows: int) -> RowChoices:
     """Return the settings of the engine for `rows` rows, as NumPy arrays."""
     stops = np.full((rows, max(d.stops, len(d.stop), 1)), NO_TOKEN, np.int32)
     stops[:, : len(d.stop)] = d.stop
     sampling = jax.tree.map(lambda x: np.full(rows, x), row_sampling(d.sampling, d.model.config.vocab))
     limit, adapter = (np.full(rows, x, np.int32) for x in (d.sampling.max_new, BASE))
-    return RowSettings(sampling, limit, stops, adapter, np.zeros(rows, bool))
+    return RowChoices(sampling, limit, stops, adapter, np.zeros(rows, bool))
 
 
 def all_allowed(d: Decoding, rows: int) -> np.ndarray:
