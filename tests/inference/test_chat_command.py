@@ -120,7 +120,7 @@ def test_a_chat_of_five_turns_with_smollm2_prefills_each_token_once():
     choice = GREEDY._replace(sampling=Sampling(24))
     chat, tokens = Conversation(found.models, tuple(found.models), choice, 24), []
     own.start()
-    for message in ("Hi!", "What is the capital of France?", "And of Italy?", "Write a line of code.", "Thanks."):
+    for message in ("Hi!", "What is the capital of France?", "And of Italy?", "Write a line.", "Thanks."):
         chat.turns.append(Turn(message))
         prompt = chat.prompt(chat.active[0])
         list(respond(own, chat))
