@@ -21,6 +21,7 @@ from jaxft.engine.state import (
     key_data,
     new_prompts,
 )
+from jaxft.nn.decode_layers import separate_layers
 from jaxft.nn.lora_rows import BASE
 from jaxft.tree import Params
 
@@ -119,6 +120,7 @@ class Session:
         choice: Choice | None = None,
     ):
         self.engine, self.params, self.keeps = engine, params, keeps
+        self.of_steps = separate_layers(params) if engine.separate else params
         self.key = key_data(jax.random.key(0) if key is None else key)
         self.choice = choice or Choice(engine.decoding.sampling, engine.decoding.stop)
         self.waiting: list[_Waiting] = []  # the longest first, so that similar lengths are prefilled together
@@ -225,7 +227,7 @@ class Session:
             it.count += len(chunk)
             self.prefilled += len(chunk)
             self._choose(new.settings, new.allowed, i, it)
-        self.state = self.engine.extend[self.rows, together, size](self.params, self.state, new)
+        self.state = self.engine.extend[self.rows, together, size](self.of_steps, self.state, new)
         return True
 
     def _start(self) -> bool:
@@ -306,7 +308,7 @@ class Session:
         used = np.zeros(self.rows, bool)
         used[[it.row for it in self.running.values() if it.finish != "error"]] = True
         until = np.array([limit, max(0, min(stop, len(live) - 1))], np.int32), allowed
-        self.state = self.engine.decode[self.rows, read, prompt](self.params, self.state, used, until)
+        self.state = self.engine.decode[self.rows, read, prompt](self.of_steps, self.state, used, until)
 
     def _collect(self) -> list[Running]:
         """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""
