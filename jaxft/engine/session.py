@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -137,8 +137,12 @@ class Session:
         choice: Choice | None = None,
     ) -> None:
         """Queue a prompt with a completion, of at most max_new tokens, for each episode."""
-        choice = choice or self.choice
-        item = _Waiting(prompt, episodes, number, max_new or choice.sampling.max_new, choice)
+        choice, d = choice or self.choice, self.engine.decoding
+        same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
+        if not (same or d.serving) or (choice.grammar and not d.constrained) or (choice.top and not d.top):
+            raise ValueError(f"the engine is not compiled for {choice}; see engine.state.Decoding")
+        limit = min(max_new or choice.sampling.max_new, d.sampling.max_new)
+        item = _Waiting(prompt, episodes, number, limit, choice)
         insort(self.waiting, item, key=lambda item: -len(item.prompt))
 
     def extend(self, episode: int, tokens: Sequence[int], max_new: int, choice: Choice | None = None) -> None:
