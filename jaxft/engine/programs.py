@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxft.engine.sampling import NONFINITE, sample_rows
 from jaxft.engine.state import (
-    BLOCK,
     EVERY_TOKEN,
     MIN_MATMUL_ROWS,
     NO_TOKEN,
+    TOP_STEPS,
     WORD,
     Decoding,
     GivenTokens,
@@ -137,8 +137,8 @@ def _with_tokens(state: State, rows: Array, found: _Sampled, counts: Array) -> S
         state,
         tokens=at(counts, state.tokens, tokens),
         logps=at(counts, state.logps, logps),
-        top_tokens=at(counts % BLOCK, state.top_tokens, top_tokens),
-        top_logps=at(counts % BLOCK, state.top_logps, top_logps),
+        top_tokens=at(counts % TOP_STEPS, state.top_tokens, top_tokens),
+        top_logps=at(counts % TOP_STEPS, state.top_logps, top_logps),
         last=_put(rows, state.last, jnp.maximum(tokens, 0)),
         counts=_put(rows, state.counts, counts + 1),
         live=_put(rows, state.live, ~stops & (counts + 1 < settings.limit)),

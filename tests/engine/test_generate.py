@@ -24,7 +24,7 @@ from jaxft.engine.sampling import (
     truncated,
     without_stop,
 )
-from jaxft.engine.session import Choice, Session
+from jaxft.engine.session import RequestSettings, Session
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
@@ -274,12 +274,16 @@ def test_a_single_infinite_logit_ends_a_completion(world, sign):
 
 @pytest.mark.parametrize(
     "choice",
-    [Choice(Sampling(12, 1.0)), Choice(GREEDY, grammar="a grammar"), Choice(GREEDY, top=True)],
+    [
+        RequestSettings(Sampling(12, 1.0)),
+        RequestSettings(GREEDY, grammar="a grammar"),
+        RequestSettings(GREEDY, top=True),
+    ],
     ids=["sampling", "grammar", "top"],
 )
 def test_a_request_that_an_engine_is_not_compiled_for_is_refused(world, choice):
     session = Session(engine_of(world, GREEDY, (), 5, 80), world[1])
-    with pytest.raises(ValueError, match="the engine is not compiled for Choice"):
+    with pytest.raises(ValueError, match="the engine is not compiled for RequestSettings"):
         session.start([1], [0], choice=choice)
 
 
