@@ -192,10 +192,10 @@ class State:
     """Completions in progress, in R rows.
 
     cache: keys and values. tokens, logps [R, max_new]: what was sampled, -1 and 0 elsewhere. top_tokens,
-    top_logps [R, TOP_STEPS, top]: of the most likely tokens, in place of token t in t % TOP_STEPS. last [R]: the last
-    token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows that
-    continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of that
-    prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
+    top_logps [R, TOP_STEPS, top]: of the most likely tokens, in place of token t in t % TOP_STEPS. last [R]:
+    the last token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows
+    that continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of
+    that prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
     folded. firsts [R]: the token that has number 0.
     """
 
