@@ -13,15 +13,15 @@ from jaxtyping import Array, Float
 
 from jaxft.engine.sampling import NONFINITE, sample_rows
 from jaxft.engine.state import (
-    BLOCK,
     EVERY_TOKEN,
     MIN_MATMUL_ROWS,
     NO_TOKEN,
+    TOP_STEPS,
     WORD,
     Decoding,
     GivenTokens,
     NewPrompts,
-    RowSettings,
+    RowChoices,
     Slots,
     State,
     all_allowed,
@@ -67,7 +67,7 @@ def next_tokens(
     d: Decoding,
     params: Params,
     h_RD: Float[Array, "r D"],
-    settings: RowSettings,
+    settings: RowChoices,
     at: tuple[Array, Array],
     allowed: Array,
 ) -> _Sampled:
@@ -139,15 +139,15 @@ def _with_tokens(state: State, rows: Array, found: _Sampled, counts: Array) -> S
         state,
         tokens=at(counts, state.tokens, tokens),
         logps=at(counts, state.logps, logps),
-        top_tokens=at(counts % BLOCK, state.top_tokens, top_tokens),
-        top_logps=at(counts % BLOCK, state.top_logps, top_logps),
+        top_tokens=at(counts % TOP_STEPS, state.top_tokens, top_tokens),
+        top_logps=at(counts % TOP_STEPS, state.top_logps, top_logps),
         last=_put(rows, state.last, jnp.maximum(tokens, 0)),
         counts=_put(rows, state.counts, counts + 1),
         live=_put(rows, state.live, ~stops & (counts + 1 < settings.limit)),
     )
 
 
-def start(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
+def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
     """Prefill prompts, padded to at most the tokens of a prompt slot, and sample the first token of their
     completions.
     """
@@ -182,7 +182,7 @@ def start(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
     return _with_tokens(fresh, rows, found, none)
 
 
-def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
+def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
     """Append given tokens to rows, and sample the next token of each, which further given tokens replace."""
     rows, C = new.rows, new.ids.shape[1]
     of_rows = {**params, "rows": new.settings.adapter}
@@ -205,7 +205,7 @@ def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State
     return _with_tokens(fresh, rows, found, counts)
 
 
-def decode(
+def decode_rows(
     d: Decoding,
     read: tuple[int, int],
     params: Params,
@@ -257,15 +257,15 @@ def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
     return RowGroups(index.reshape(prompts, d.group), jnp.minimum(places, prompts * d.group - 1))
 
 
-def keep(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
+def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
     """Return a state of other sizes with these rows [r] and prompt slots [p] of it. slots [r]: the new prompt
     slot of each row. used [r]: false for rows that are empty.
     """
-    old = state.cache
+    old, others = state.cache, {name: x for name, x in vars(state).items() if name != "cache"}
     prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
-    rest = jax.tree.map(lambda x: x[rows], replace(state, cache=None))
     own = Cache(prompt_keys, select_rows(old.rows, rows), select_rows(old.recent, rows), old.new)
-    return replace(rest, cache=own, live=rest.live & used, prompts=slots)
+    found = State(cache=own, **jax.tree.map(lambda x: x[rows], others))
+    return replace(found, live=found.live & used, prompts=slots)
 
 
 @dataclass(frozen=True)
@@ -340,17 +340,17 @@ def program_tracers(
         if rows == slots.rows or d.serving:
             for together, size in prefill_levels(slots, mesh):
                 new = replicated_shapes(new_prompts(d, slots, rows, (together, size)), mesh)
-                add(("start", rows, together, size), partial(start, d), rows, params, state, new)
+                add(("start", rows, together, size), partial(start_prompts, d), rows, params, state, new)
         for together, size in extend_levels(rows, d.sampling.max_new) if d.extends else []:
             given = replicated_shapes(given_tokens(d, rows, (together, size)), mesh)
-            add(("extend", rows, together, size), partial(extend, d), rows, of_steps, state, given)
+            add(("extend", rows, together, size), partial(extend_rows, d), rows, of_steps, state, given)
         for to in (to for to in sizes if to != rows):
             integers, prompts = np.zeros(to, np.int32), np.zeros(min(slots.prompts, to), np.int32)
             kept = replicated_shapes((integers, prompts, integers, np.zeros(to, bool)), mesh)
-            add(("keep", rows, to), keep, to, state, *kept)
+            add(("keep", rows, to), keep_rows, to, state, *kept)
     for rows, read, prompt in decode_levels(d, slots, mesh):
         until = np.zeros(2, np.int32), all_allowed(d, rows)
         inputs = replicated_shapes((np.zeros(rows, bool), until), mesh)
-        run = partial(decode, d, (read, prompt))
+        run = partial(decode_rows, d, (read, prompt))
         add(("decode", rows, read, prompt), run, rows, of_steps, states[rows], *inputs)
     return out

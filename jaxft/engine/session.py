@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +13,9 @@ from jaxtyping import Array
 from jaxft.engine.programs import Engine
 from jaxft.engine.sampling import NONFINITE, Sampling, row_sampling
 from jaxft.engine.state import (
-    BLOCK,
     NO_TOKEN,
-    RowSettings,
+    TOP_STEPS,
+    RowChoices,
     all_allowed,
     given_tokens,
     key_data,
@@ -32,7 +32,7 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class RequestSettings:
     """What a request chooses. Settings that an engine does not have need one that serves; see Decoding.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/lora_rows.py. top: whether
@@ -71,7 +71,7 @@ class Running:
     """
 
     episode: int
-    choice: Choice
+    choice: RequestSettings
     row: int
     slot: int
     size: int
@@ -92,7 +92,7 @@ class _Waiting(NamedTuple):
     episodes: Sequence[int]
     number: int
     limit: int
-    choice: Choice
+    choice: RequestSettings
 
 
 class Session:
@@ -118,16 +118,16 @@ class Session:
         params: Params,
         key: Array | None = None,
         keeps: bool = False,
-        choice: Choice | None = None,
+        choice: RequestSettings | None = None,
     ):
         self.engine, self.params, self.keeps = engine, params, keeps
         self.of_steps = separate_layers(params) if engine.separate else params
         self.key = key_data(jax.random.key(0) if key is None else key)
-        self.choice = choice or Choice(engine.decoding.sampling, engine.decoding.stop)
+        self.choice = choice or RequestSettings(engine.decoding.sampling, engine.decoding.stop)
         self.waiting: list[_Waiting] = []  # the longest first, so that similar lengths are prefilled together
         self.running: dict[int, Running] = {}  # by episode
         self.prefilled = 0  # tokens of prompts and given tokens, without padding
-        self._become(engine.empty(), engine.slots.rows)
+        self.state, self.rows = engine.empty(), engine.slots.rows
 
     def start(
         self,
@@ -135,14 +135,20 @@ class Session:
         episodes: Sequence[int],
         number: int = 0,
         max_new: int | None = None,
-        choice: Choice | None = None,
+        choice: RequestSettings | None = None,
     ) -> None:
         """Queue a prompt with a completion, of at most max_new tokens, for each episode."""
-        choice = choice or self.choice
-        item = _Waiting(prompt, episodes, number, max_new or choice.sampling.max_new, choice)
+        choice, d = choice or self.choice, self.engine.decoding
+        same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
+        if not (same or d.serving) or (choice.grammar and not d.constrained) or (choice.top and not d.top):
+            raise ValueError(f"the engine is not compiled for {choice}; see engine.state.Decoding")
+        limit = min(max_new or choice.sampling.max_new, d.sampling.max_new)
+        item = _Waiting(prompt, episodes, number, limit, choice)
         insort(self.waiting, item, key=lambda item: -len(item.prompt))
 
-    def extend(self, episode: int, tokens: Sequence[int], max_new: int, choice: Choice | None = None) -> None:
+    def extend(
+        self, episode: int, tokens: Sequence[int], max_new: int, choice: RequestSettings | None = None
+    ) -> None:
         """Append given tokens to an episode whose turn has ended, and sample up to max_new more.
 
         choice: new settings. With a key, which is then that of the row, the next token has random number 0.
@@ -216,8 +222,9 @@ class Session:
             return False
         pending.sort(key=lambda it: len(it.given))
         sizes = sorted(size[1:] for size in self.engine.extend if size[0] == self.rows)
-        fits = [size for size in sizes if size[1] >= len(pending[0].given)] or sizes[1:2]
-        together, size = fits[-1] if len(pending) > 1 else fits[0]
+        fits = [size for size in sizes if size[1] >= len(pending[0].given)] or [max(sizes, key=np.prod)]
+        several = [size for size in fits if size[0] > 1] if len(pending) > 1 else []
+        together, size = (several or fits)[0]
         new = given_tokens(self.engine.decoding, self.rows, (together, size))
         for i, it in enumerate(pending[:together]):
             chunk, it.given = it.given[:size], it.given[size:]
@@ -265,7 +272,7 @@ class Session:
     def _slots(self) -> set[int]:
         return {it.slot for it in self.running.values()}
 
-    def _choose(self, settings: RowSettings, allowed: np.ndarray, at: int, it: Running) -> None:
+    def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
         """Set what the request of a row chooses."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
@@ -298,13 +305,13 @@ class Session:
             stop = len(live) + self.rows - len(self.running) - wanted
         if self.keeps:
             limit, stop = min(limit, STEPS_BETWEEN_LOOKS), len(live) - self.rows // 8
-        allowed = self._all_allowed
+        allowed = all_allowed(self.engine.decoding, self.rows)
         if any(it.constraint for it in live):  # only the host knows which tokens may follow the next one
-            limit, allowed = 1, all_allowed(self.engine.decoding, self.rows)
+            limit = 1
             for it in live:
                 self._allow(allowed, it.row, it)
         if any(it.choice.top for it in live):
-            limit = min(limit, BLOCK)
+            limit = min(limit, TOP_STEPS)
         used = np.zeros(self.rows, bool)
         used[[it.row for it in self.running.values() if it.finish != "error"]] = True
         until = np.array([limit, max(0, min(stop, len(live) - 1))], np.int32), allowed
@@ -314,6 +321,8 @@ class Session:
         """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""
         s, found = self.state, []
         live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
+        if any(it.choice.top for it in self.running.values()):
+            self.top = jax.device_get((s.top_tokens, s.top_logps))
         for it in list(self.running.values()):
             count = int(counts[it.row])
             if it.finish or it.given or count <= it.count:
@@ -337,8 +346,8 @@ class Session:
         """Return the most likely tokens with their log-probs, for each new token of a row."""
         if not it.choice.top:
             return [()] * (it.count - it.seen)
-        tokens, logps = jax.device_get((self.state.top_tokens, self.state.top_logps))
-        places = [(it.row, t % BLOCK) for t in range(it.seen, it.count)]
+        tokens, logps = self.top
+        places = [(it.row, t % TOP_STEPS) for t in range(it.seen, it.count)]
         return [tuple(zip(tokens[at].tolist(), logps[at].tolist(), strict=True)) for at in places]
 
     def _fit(self) -> None:
@@ -358,8 +367,5 @@ class Session:
         for row, it in enumerate(self.running.values()):
             kept[row], new_slots[row], flags[row] = it.row, slots.index(it.slot), True
             it.row, it.slot = row, slots.index(it.slot)
-        self._become(self.engine.keep[now, rows](self.state, kept, prompts, new_slots, flags), rows)
-
-    def _become(self, state: Any, rows: int) -> None:
-        self.state, self.rows = state, rows
-        self._all_allowed = all_allowed(self.engine.decoding, rows)
+        self.state = self.engine.keep[now, rows](self.state, kept, prompts, new_slots, flags)
+        self.rows = rows

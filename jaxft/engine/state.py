@@ -23,7 +23,7 @@ from jaxft.tree import struct
 
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
-BLOCK = 4  # the most decoding steps between two looks at the most likely tokens
+TOP_STEPS = 4  # the most decoding steps between two looks at the most likely tokens
 WORD, EVERY_TOKEN = 32, np.uint32(2**32 - 1)  # bits of a word of allowed tokens, and a word with all of them
 # Slots of rows' keys; programs that read fewer than all are compiled from this size on.
 SMALLEST_READ = SLOTS_PER_READ
@@ -41,7 +41,7 @@ PREFILLED_TOGETHER = 8  # prompts
 # Up to three programs, each for prompts four times as long as the one before, from SMALLEST_PREFILL on.
 PREFILLED_TOKENS = 2048
 SMALLEST_PREFILL = 128
-EXTENDED_TOGETHER = 8  # rows
+EXTENDED_TOGETHER = 4  # rows
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,9 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress, but never fewer than those of a prompt; None for all. A prompt
-    keeps its slot until its last completion has ended. So if not all completions are in progress, there are
-    slots for twice as many prompts as rows have room for. At most a quarter of the rows is refilled at a
-    time, because rows are idle until so many have ended. For one completion in progress there is a second
-    row, which is empty.
+    rows: the most completions in progress, but never fewer than those of a prompt; None for all. If these are
+    not all, there are slots for twice as many prompts, because a prompt keeps its slot until its last
+    completion has ended, and at most a quarter of the rows is refilled at a time, for which the others wait.
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
     most -= most % group
@@ -107,10 +105,10 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 
 
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
-    """Return the most completions that are sampled at the same time, None for all.
+    """Return the most completions that are sampled at the same time, None for all. asked: by the user.
 
-    asked: by the user. By default a CPU samples all; an accelerator as many as make its steps longer, so that
-    rows that ended take the next prompts instead of being computed up to the longest completion.
+    By default a CPU samples all; an accelerator as many as make its steps longer, so that rows that ended
+    take the next prompts instead of being computed up to the longest completion.
     """
     if asked is not None or first_device(mesh).platform == "cpu":
         return asked
@@ -123,10 +121,8 @@ def first_device(mesh: Mesh | None) -> Any:
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return the numbers of rows that have programs, descending.
-
-    Each is half the one before, down to the fewest for which a program is faster. On several devices, which
-    would have to exchange the keys of rows, there is one.
+    """Return the numbers of rows that have programs, descending, each half the one before: one on several
+    devices, which would have to exchange the keys of rows.
     """
     fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
@@ -139,10 +135,7 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def read_levels(new: int) -> list[int]:
-    """Return the numbers of slots of rows' keys that have programs, ascending: at most three, all at last.
-
-    new: the most tokens of a completion.
-    """
+    """Return how many slots of rows' keys programs read, ascending: at most three numbers."""
     levels = [row_slots(new)]
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
         levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
@@ -150,9 +143,7 @@ def read_levels(new: int) -> list[int]:
 
 
 def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
-    """Return (prompts, tokens) of every program that prefills, ascending by tokens: padded prompts would
-    otherwise take as long as the longest.
-    """
+    """Return (prompts, tokens) of every program that prefills; short prompts are padded less."""
     sizes = [slots.size]
     while len(sizes) < 3 and sizes[0] > 2 * SMALLEST_PREFILL:
         sizes.insert(0, max(-(-sizes[0] // (4 * BUCKET)) * BUCKET, SMALLEST_PREFILL))
@@ -162,19 +153,16 @@ def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
 
 
 def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
-    """Return (rows, tokens) of every program that extends: of one row with few or with many tokens, and of
-    several rows. More tokens are appended in parts.
-    """
+    """Return (rows, tokens) of every program that extends rows; more tokens are appended in parts."""
     long = [(1, 8 * BUCKET)] if new > 8 * BUCKET else []
-    return [(1, BUCKET), *long, (min(rows, EXTENDED_TOGETHER), BUCKET)]
+    several = [(EXTENDED_TOGETHER, BUCKET)] if rows >= EXTENDED_TOGETHER else []
+    return [(1, BUCKET), *long, *several]
 
 
 def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
-    """Return (rows, read, prompt) of every decode program: numbers of rows, and of slots of rows' and of
-    prompts' keys that are read.
-
-    All rows read one of several numbers, and half of the prompts' slots or all. Fewer rows than all read all
-    slots, and so does a server, whose rows are at different tokens, unless its rows go on.
+    """Return (rows, read, prompt) of every program that decodes: how many rows, and how many slots of rows'
+    and of prompts' keys are read: all by fewer rows, and by a server, whose rows are at different tokens,
+    unless its rows go on.
     """
     sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
     half = -(-slots.size // (2 * BUCKET)) * BUCKET
@@ -185,7 +173,7 @@ def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[in
 
 
 @struct
-class RowSettings:
+class RowChoices:
     """What requests choose, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
@@ -204,15 +192,15 @@ class State:
     """Completions in progress, in R rows.
 
     cache: keys and values. tokens, logps [R, max_new]: what was sampled, -1 and 0 elsewhere. top_tokens,
-    top_logps [R, BLOCK, top]: of the most likely tokens, in place of token t in t % BLOCK. last [R]: the last
-    token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows that
-    continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of that
-    prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
+    top_logps [R, TOP_STEPS, top]: of the most likely tokens, in place of token t in t % TOP_STEPS. last [R]:
+    the last token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows
+    that continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of
+    that prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
     folded. firsts [R]: the token that has number 0.
     """
 
     cache: Cache
-    settings: RowSettings
+    settings: RowChoices
     tokens: Any
     logps: Any
     top_tokens: Any
@@ -241,7 +229,7 @@ class NewPrompts:
     numbers: Any
     rows: Any
     keys: Any
-    settings: RowSettings
+    settings: RowChoices
     allowed: Any
 
 
@@ -260,17 +248,17 @@ class GivenTokens:
     firsts: Any
     rows: Any
     keys: Any
-    settings: RowSettings
+    settings: RowChoices
     allowed: Any
 
 
-def empty_settings(d: Decoding, rows: int) -> RowSettings:
+def empty_settings(d: Decoding, rows: int) -> RowChoices:
     """Return the settings of the engine for `rows` rows, as NumPy arrays."""
     stops = np.full((rows, max(d.stops, len(d.stop), 1)), NO_TOKEN, np.int32)
     stops[:, : len(d.stop)] = d.stop
     sampling = jax.tree.map(lambda x: np.full(rows, x), row_sampling(d.sampling, d.model.config.vocab))
     limit, adapter = (np.full(rows, x, np.int32) for x in (d.sampling.max_new, BASE))
-    return RowSettings(sampling, limit, stops, adapter, np.zeros(rows, bool))
+    return RowChoices(sampling, limit, stops, adapter, np.zeros(rows, bool))
 
 
 def all_allowed(d: Decoding, rows: int) -> np.ndarray:
@@ -298,14 +286,14 @@ def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
     """Return a GivenTokens of `size`, rows and tokens, for a state of `rows` rows, all empty."""
     count, integers = size[0], np.zeros((3, size[0]), np.int32)
     return GivenTokens(
-        np.zeros(size, np.int32), *integers, np.full(count, rows, np.int32),
+        np.zeros(size, np.int32), integers[0], integers[1], integers[2], np.full(count, rows, np.int32),
         np.stack([key_data(jax.random.key(0))] * count), empty_settings(d, count), all_allowed(d, count),
     )  # fmt: skip
 
 
 def empty_state(d: Decoding, slots: Slots, rows: int) -> State:
     """Return a state of `rows` rows without completions."""
-    new, integers, top = d.sampling.max_new, jnp.zeros(rows, jnp.int32), (rows, BLOCK, d.top)
+    new, integers, top = d.sampling.max_new, jnp.zeros(rows, jnp.int32), (rows, TOP_STEPS, d.top)
     return State(
         cache=d.model.empty_cache((min(slots.prompts, rows), slots.size), rows, new, d.cache),
         settings=jax.tree.map(jnp.asarray, empty_settings(d, rows)),

@@ -13,7 +13,7 @@ from jaxft.objectives.alarms import (
     REWARD_STD,
     ZERO_STD,
 )
-from jaxft.objectives.metrics import Max, Min, Sum
+from jaxft.objectives.metrics import PROMPT_COUNT, Max, Min, Sum
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl.completions import Completions, Faults, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores
@@ -68,6 +68,22 @@ def source_rewards(parts: Sequence[ScoredCompletions]) -> dict[str, Sum]:
         own = scores[sources == number][valid[sources == number]]
         found[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
     return found
+
+
+def prompt_counts(
+    names: Sequence[str], scores: GroupScores, reward_scores: Float[np.ndarray, "G N K"]
+) -> dict[str, float]:
+    """Return the number of prompts with a score of the mean reward, and of the mean of each reward that is 0
+    or 1 for every completion: the completions of one prompt are not independent of one another.
+    """
+    parts = {REWARD: np.asarray(scores, np.float64)}
+    parts |= {reward_mean(name): reward_scores[..., number] for number, name in enumerate(names)}
+    counts = {name: (~np.isnan(x)).any(1).sum() for name, x in parts.items() if _are_fractions(x)}
+    return {name + PROMPT_COUNT: float(count) for name, count in counts.items() if count}
+
+
+def _are_fractions(x: np.ndarray) -> bool:
+    return bool(np.isin(x[~np.isnan(x)], (0.0, 1.0)).all())
 
 
 def reward_metrics(names: Sequence[str], reward_scores: Float[np.ndarray, "G N K"]) -> MaybeMeans:
@@ -144,6 +160,7 @@ def evaluation_metrics(
     metrics = _length_metrics([part.completions for part in parts])
     metrics |= {name: x for name, x in score_metrics(scores).items() if name != ZERO_STD}
     metrics |= {name: x for name, x in reward_metrics(names, reward_scores).items() if x is not None}
+    metrics |= prompt_counts(names, scores, reward_scores)
     metrics |= fault_metrics(sum((part.faults for part in parts), Faults()), reward_scores.size)
     by_source = source_rewards(parts).items()
     metrics |= {name: float(x.total / x.weight) for name, x in by_source if x.weight}

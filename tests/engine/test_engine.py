@@ -251,5 +251,5 @@ def test_sizes():
     assert engines.decode_levels(served, engines.Slots(8, 8, 512, 1), None) == [(8, 256, 512)]
     goes_on = engines.decode_levels(replace(served, extends=True), engines.Slots(8, 8, 512, 1), None)
     assert goes_on == [(8, 64, 512), (8, 128, 512), (8, 256, 512)]
-    assert engines.extend_levels(2, 512) == [(1, 64), (2, 64)]
-    assert engines.extend_levels(64, 1536) == [(1, 64), (1, 512), (8, 64)]
+    assert engines.extend_levels(2, 512) == [(1, 64)]
+    assert engines.extend_levels(64, 1536) == [(1, 64), (1, 512), (4, 64)]

