@@ -39,7 +39,7 @@ from jaxft.engine.state import (
 from jaxft.nn.cache import (
     RECENT,
     Cache,
-    Chunk,
+    GivenChunk,
     NextToken,
     PromptKeys,
     clear_values,
@@ -186,7 +186,7 @@ def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> 
     """Append given tokens to rows, and sample the next token of each, which further given tokens replace."""
     rows, C = new.rows, new.ids.shape[1]
     of_rows = {**params, "rows": new.settings.adapter}
-    chunk = Chunk(
+    chunk = GivenChunk(
         new.ids, new.lengths, new.counts, state.lengths[rows] + new.counts, rows, state.prompts[rows]
     )
     h_RCD, stored = d.model.extend(of_rows, state.cache, chunk)

@@ -86,7 +86,7 @@ class Model:
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
         a completion.
-    extend(params, cache, chunk) -> (h [r, C, D], cache): a chunk of given tokens per row; chunk: Chunk.
+    extend(params, cache, chunk) -> (h [r, C, D], cache): a chunk of given tokens per row; chunk: GivenChunk.
     decode(params, cache, ids [R], at) -> (h [R, D], cache): one token per row; at: NextToken.
     empty_cache((prompts, slots), rows, new, stored="compute") -> a Cache without any tokens.
     forward_flops(tokens, context, read=None) -> floating point operations of a forward pass over texts of

@@ -77,7 +77,7 @@ class NextToken:
 
 
 @struct
-class Chunk:
+class GivenChunk:
     """A chunk of given tokens for each of r rows in progress, which one pass over the model appends.
 
     ids [r, C]: padded on the right. lengths [r]: tokens of each row's chunk. counts [r]: tokens of its
@@ -274,7 +274,7 @@ def _tokens_in_slots(counts: Array, size: int) -> Array:
     return last - (last - slots) % jnp.asarray(size, counts.dtype)
 
 
-def append_chunk(keys: Keys, k: Array, v: Array, chunk: Chunk) -> Keys:
+def append_chunk(keys: Keys, k: Array, v: Array, chunk: GivenChunk) -> Keys:
     """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk."""
     new, (rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
     i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
@@ -338,7 +338,7 @@ def attend(
 def attend_chunk(
     qkv: tuple[Float[Array, "r C H E"], Float[Array, "r K E C"], Float[Array, "r K C E"]],
     keys: tuple[Keys, Keys],
-    at: tuple[Chunk, Array],
+    at: tuple[GivenChunk, Array],
     rule: AttentionRule,
 ) -> Float[Array, "r C H E"]:
     """Return the attention of each row's chunk in one layer: to its prompt, to its stored keys and causally

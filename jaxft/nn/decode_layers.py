@@ -12,7 +12,7 @@ from jaxft.distributed.sharding import replicated_as
 from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
-    Chunk,
+    GivenChunk,
     LayerKeys,
     NextToken,
     PromptKeys,
@@ -86,7 +86,7 @@ def decode_layers(
     angles = generation_angles(a, at.positions[:, None], lengths[:, None], h_R1D.dtype)
     step = Step(at, cache.prompts.visible, at.groups.to_groups(at.counts))
 
-    def attended(qkv: tuple[Array, ...], keys: Stored, rule: AttentionRule) -> tuple[Array, Keys]:
+    def attended(qkv: tuple[Array, ...], keys: _Stored, rule: AttentionRule) -> tuple[Array, Keys]:
         (q, k, v), (prompts, rows, recent) = qkv, keys
         recent = append(recent, k, v, at.step)
         return attend(q, (prompts, rows, recent), step, rule), recent
@@ -100,7 +100,7 @@ def extend_layers(
     h_rCD: Float[Array, "r C D"],
     layers: Params,
     cache: Cache,
-    chunk: Chunk,
+    chunk: GivenChunk,
     a: AttentionLayers,
 ) -> tuple[Float[Array, "r C D"], Cache]:
     """Return the residual stream of a chunk for each row after all layers, and the cache with the chunks."""
@@ -108,7 +108,7 @@ def extend_layers(
     lengths = chunk.positions - chunk.counts + cache.new
     angles = generation_angles(a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype)
 
-    def attended(qkv: tuple[Array, ...], keys: Stored, rule: AttentionRule) -> tuple[Array, Keys]:
+    def attended(qkv: tuple[Array, ...], keys: _Stored, rule: AttentionRule) -> tuple[Array, Keys]:
         (q, k, v), (prompts, rows, _) = qkv, keys
         o = attend_chunk((q, k, v), (prompts, rows), (chunk, cache.prompts.visible), rule)
         return o, append_chunk(rows, k, v, chunk)
@@ -117,7 +117,7 @@ def extend_layers(
     return h_rCD, replace(cache, rows=rows)
 
 
-Stored = tuple[Keys, Keys, Keys]  # of a layer: of prompts, of rows, and recent ones
+_Stored = tuple[Keys, Keys, Keys]  # of a layer: of prompts, of rows, and recent ones
 
 
 def _cached_layers(

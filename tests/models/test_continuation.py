@@ -12,7 +12,7 @@ from tiny_families import FAMILIES, VOCAB, both, our_model, params_of, random_id
 from jaxft.batch import Rollout, Tokens
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig
-from jaxft.nn.cache import Chunk, NextToken, insert_prompts, settle
+from jaxft.nn.cache import GivenChunk, NextToken, insert_prompts, settle
 from jaxft.nn.cached_attention import RowGroups
 from jaxft.nn.decode_layers import separate_layers
 from jaxft.nn.param import init_params
@@ -83,7 +83,7 @@ def continued(model, stored, params, ids, cuts):
     order = jnp.asarray((2, 0, 3, 1, R), jnp.int32)  # of the rows of a chunk
     for number, of in ((1, params), (2, of_steps)):
         at = starts[:, number - 1, None] + numbers(CHUNK)
-        one = Chunk(
+        one = GivenChunk(
             jnp.take_along_axis(ids, jnp.minimum(at, LENGTH - 1), 1), cuts[:, number],
             starts[:, number - 1] - starts[:, 0], starts[:, number - 1], all_rows[:, 0], slots,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from jaxft.nn.attention import dense
 from jaxft.nn.cache import (
     Cache,
-    Chunk,
+    GivenChunk,
     Keys,
     NextToken,
     PromptKeys,
@@ -120,7 +120,7 @@ def test_the_last_tokens_of_a_chunk_are_stored_and_rows_beyond_the_last_dropped(
     numbers = jnp.arange(1, 9, dtype=jnp.float32)
     k = jnp.broadcast_to(numbers, (3, K, E, 8))
     integers = [jnp.asarray(x, jnp.int32) for x in ([7, 2, 3], [4, 1, 0], [0, 0, 0], [2, 0, 3], [0, 0, 0])]
-    found = append_chunk(keys, k, k.swapaxes(2, 3), Chunk(jnp.zeros((3, 8), jnp.int32), *integers))
+    found = append_chunk(keys, k, k.swapaxes(2, 3), GivenChunk(jnp.zeros((3, 8), jnp.int32), *integers))
     expected = np.zeros((3, N))
     expected[2] = 7, 3, 4, 5, 6  # tokens 4 to 10 of the completion, of which slot i % 5 has the last five
     expected[0, 1:3] = 1, 2
