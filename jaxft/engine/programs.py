@@ -169,7 +169,7 @@ def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) ->
     found = next_tokens(d, of_rows, h_RD, settings, (keys, none), spread(new.allowed))
     fresh = replace(
         state,
-        cache=replace(stored, rows=clear_values(stored.rows, rows)),
+        cache=replace(stored, rows=clear_values(stored.rows, rows), recent=clear_values(stored.recent, rows)),
         settings=_put(rows, state.settings, settings),
         tokens=state.tokens.at[rows].set(NO_TOKEN, mode="drop"),
         logps=state.logps.at[rows].set(0, mode="drop"),
@@ -197,7 +197,7 @@ def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> 
     found = next_tokens(d, of_rows, h_RD, new.settings, (keys, counts - new.firsts), new.allowed)
     fresh = replace(
         state,
-        cache=replace(stored, rows=sharded(stored.rows)),
+        cache=replace(stored, rows=sharded(stored.rows), recent=sharded(stored.recent)),
         settings=_put(rows, state.settings, new.settings),
         keys=state.keys.at[rows].set(keys, mode="drop"),
         firsts=_put(rows, state.firsts, new.firsts),
@@ -232,7 +232,7 @@ def decode_rows(
 
         def step(carry: tuple[Array, State]) -> tuple[Array, State]:
             i, s = carry
-            at = NextToken(s.lengths + s.counts - 1, s.counts, i - first, groups, *read)
+            at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
             h_RD, stored = d.model.decode(params, s.cache, s.last, at)
             found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
             s = replace(s, cache=replace(stored, recent=sharded(stored.recent)))

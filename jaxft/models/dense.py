@@ -219,7 +219,7 @@ def empty_cache(
     of_prompts = keys(count, layer_slots(a, size))
     return Cache(
         PromptKeys(of_prompts, jnp.zeros((count, size), bool)), keys(rows, layer_slots(a, row_slots(new))),
-        keys(rows, [min(RECENT, new)] * config.layers), new,
+        keys(rows, [min(2 * RECENT, new)] * config.layers), new,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ completions of the prompt share, and to the keys of its own tokens. A layer with
 caches only the last W of both (rounded up to a multiple of 64 if W is larger).
 
 Each layer has arrays of its own. A decoding step reads those of prompts and rows without a copy and without a
-change: it writes the token's keys to a few recent slots, from which `settle` moves them after at most RECENT
+change: it writes the token's keys to a few recent slots, from which `settle` copies them after at most RECENT
 steps. XLA's CPU compiler would rewrite, in every step, arrays of 16-bit floats that change in part.
 """
 
@@ -49,8 +49,8 @@ class Cache:
     """The keys of P prompts and those of R completions of at most `new` tokens.
 
     rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
-    row's keys in the same order whenever the row started. recent: keys of the tokens of decoding steps since
-    the last settle, in slot t those of step t.
+    row's keys in the same order whenever the row started. recent: the same with few slots, of which a token
+    reads those in its block of RECENT tokens and in the one before, and none of these in `rows`.
     """
 
     prompts: PromptKeys
@@ -64,13 +64,12 @@ class NextToken:
     """The token of each row that a decoding step processes.
 
     positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R].
-    step: number of steps since the last settle. groups: which rows complete which prompt. read, prompt_read:
-    only the first slots of rows and the last ones of prompts are read; None for all.
+    groups: which rows complete which prompt. read, prompt_read: only the first slots of rows and the last
+    ones of prompts are read; None for all.
     """
 
     positions: Any
     counts: Any
-    step: Any
     groups: RowGroups
     read: int | None = static(default=None)
     prompt_read: int | None = static(default=None)
@@ -93,7 +92,7 @@ class GivenChunk:
     prompts: Any
 
 
-RECENT = 16  # the most decoding steps before their keys are settled
+RECENT = 16  # the most decoding steps between two calls of settle
 SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of this
 
 
@@ -224,15 +223,21 @@ def clear_values(layers: LayerKeys, rows: Array) -> LayerKeys:
     return tuple(Keys(keys.k, zero(keys.v), keys.k_scale, zero(keys.v_scale)) for keys in layers)
 
 
-def append(recent: Keys, k: Array, v: Array, step: Array) -> Keys:
-    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the tokens of a decoding step."""
-    new = store(k, v, recent)
+def append(recent: Keys, k: Array, v: Array, counts: Array) -> Keys:
+    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the last token of each row.
+
+    counts: tokens of the completions, including this one, int32 [R].
+    """
+    new, size = store(k, v, recent), recent.k.shape[3]
+    here = (
+        jnp.arange(size, dtype=counts.dtype)[None]
+        == ((counts - 1) % jnp.asarray(size, counts.dtype))[:, None]
+    )
 
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
-        slots = jax.lax.broadcasted_iota(jnp.int32, old.shape, axis)
-        return jnp.where(slots == step, jnp.broadcast_to(x, old.shape), old)
+        return jnp.where(_along(here, axis, old), jnp.broadcast_to(x, old.shape), old)
 
     return Keys(
         put(recent.k, new.k, 3), put(recent.v, new.v, 2), put(recent.k_scale, new.k_scale, 2),
@@ -240,32 +245,34 @@ def append(recent: Keys, k: Array, v: Array, step: Array) -> Keys:
     )  # fmt: skip
 
 
+def _along(x: Array, axis: int, like: Array) -> Array:
+    """Return an array [R, S] in the shape of keys with the slots on this axis."""
+    shape = [1] * like.ndim
+    shape[0], shape[axis] = x.shape
+    return jnp.broadcast_to(x.reshape(shape), (*like.shape[:axis], x.shape[1], *like.shape[axis + 1 :]))
+
+
 def settle(cache: Cache, before: Array, after: Array) -> Cache:
-    """Move recent tokens to the slots of rows. before, after: tokens of each row's completion at the last
-    settle and now, int32 [R].
+    """Copy recent tokens to the slots of rows. before, after: tokens of each row's completion at the last
+    call and now, at most RECENT more, int32 [R].
     """
 
-    def moved(rows: Keys, recent: Keys) -> Keys:
-        size, many = rows.k.shape[3], recent.k.shape[3]
-        token = _tokens_in_slots(after, size) - before[:, None]  # counted from the first recent one
-        at = jnp.clip(token, 0, many - 1)
+    def copied(rows: Keys, recent: Keys) -> Keys:
+        tokens, size = _tokens_in_slots(after, rows.k.shape[3]), recent.k.shape[3]
+        is_new, at = tokens >= before[:, None], tokens % jnp.asarray(size, tokens.dtype)
 
         def put(old: Array | None, new: Array | None, axis: int) -> Array | None:
             if old is None or new is None:
                 return None
-            shape = [1] * old.ndim
-            shape[0], shape[axis] = at.shape
-            index = jnp.broadcast_to(at.reshape(shape), old.shape)
-            found = jnp.take_along_axis(to_bits(new), index, axis)
-            both = jnp.broadcast_to((token >= 0).reshape(shape), old.shape), found, to_bits(old)
-            return from_bits(jnp.where(*both), old.dtype)
+            found = jnp.take_along_axis(to_bits(new), _along(at, axis, old), axis)
+            return from_bits(jnp.where(_along(is_new, axis, old), found, to_bits(old)), old.dtype)
 
         return Keys(
             put(rows.k, recent.k, 3), put(rows.v, recent.v, 2), put(rows.k_scale, recent.k_scale, 2),
             put(rows.v_scale, recent.v_scale, 2),
         )  # fmt: skip
 
-    return replace(cache, rows=tuple(map(moved, cache.rows, cache.recent)))
+    return replace(cache, rows=tuple(map(copied, cache.rows, cache.recent)))
 
 
 def _tokens_in_slots(counts: Array, size: int) -> Array:
@@ -315,21 +322,22 @@ def attend(
     """
     prompts, rows, recent = (_as_computed(some, q.dtype) for some in keys)
     size, at = rows.k.shape[3], step.at
-    settled = at.counts - 1 - at.step
-    tokens = _tokens_in_slots(settled, size)
+    tokens, of_recent = (_tokens_in_slots(at.counts, n) for n in (size, recent.k.shape[3]))
     if at.read is not None and at.read < size:
         rows, tokens = rows.part(0, at.read), tokens[:, : at.read]
     if at.prompt_read is not None:
         prompts = prompts.part(max(0, prompts.k.shape[3] - at.prompt_read), prompts.k.shape[3])
-    t = jnp.arange(recent.k.shape[3], dtype=settled.dtype)[None]
-    tokens_recent = settled[:, None] + t
-    seen_rows, seen_recent = tokens >= 0, jnp.broadcast_to(t <= at.step, tokens_recent.shape)
+    first_recent = ((at.counts - 1) // RECENT - 1)[:, None] * RECENT
+    seen_rows, seen_recent = (
+        (tokens >= 0) & (tokens < first_recent),
+        of_recent >= jnp.maximum(first_recent, 0),
+    )
     used = prompts.k.shape[3]
     from_end = jnp.arange(used - 1, -1, -1, dtype=at.counts.dtype)
     seen_prompts = step.visible[:, None, step.visible.shape[1] - used :]
     if rule.window is not None:
         first = at.counts[:, None] - rule.window
-        seen_rows, seen_recent = seen_rows & (tokens >= first), seen_recent & (tokens_recent >= first)
+        seen_rows, seen_recent = seen_rows & (tokens >= first), seen_recent & (of_recent >= first)
         seen_prompts = seen_prompts & (step.group_counts[:, :, None] + from_end[None, None] < rule.window)
     own = (rows, seen_rows), (recent, seen_recent)
     return cached_attention(q[:, 0], (prompts, seen_prompts), own, at.groups, rule.softcap)[:, None]

@@ -13,7 +13,6 @@ from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
     GivenChunk,
-    LayerKeys,
     NextToken,
     PromptKeys,
     Step,
@@ -88,7 +87,7 @@ def decode_layers(
 
     def attended(qkv: tuple[Array, ...], keys: _Stored, rule: AttentionRule) -> tuple[Array, Keys]:
         (q, k, v), (prompts, rows, recent) = qkv, keys
-        recent = append(recent, k, v, at.step)
+        recent = append(recent, k, v, at.counts)
         return attend(q, (prompts, rows, recent), step, rule), recent
 
     h_R1D, recent = _cached_layers(layer, h_R1D, layers, cache, (a, angles, attended))
@@ -108,13 +107,14 @@ def extend_layers(
     lengths = chunk.positions - chunk.counts + cache.new
     angles = generation_angles(a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype)
 
-    def attended(qkv: tuple[Array, ...], keys: _Stored, rule: AttentionRule) -> tuple[Array, Keys]:
-        (q, k, v), (prompts, rows, _) = qkv, keys
+    def attended(qkv: tuple[Array, ...], keys: _Stored, rule: AttentionRule) -> tuple[Array, Any]:
+        (q, k, v), (prompts, rows, recent) = qkv, keys
         o = attend_chunk((q, k, v), (prompts, rows), (chunk, cache.prompts.visible), rule)
-        return o, append_chunk(rows, k, v, chunk)
+        return o, tuple(append_chunk(some, k, v, chunk) for some in (rows, recent))
 
-    h_rCD, rows = _cached_layers(layer, h_rCD, layers, cache, (a, angles, attended))
-    return h_rCD, replace(cache, rows=rows)
+    h_rCD, stored = _cached_layers(layer, h_rCD, layers, cache, (a, angles, attended))
+    rows, recent = zip(*stored, strict=True)
+    return h_rCD, replace(cache, rows=rows, recent=recent)
 
 
 _Stored = tuple[Keys, Keys, Keys]  # of a layer: of prompts, of rows, and recent ones
@@ -122,7 +122,7 @@ _Stored = tuple[Keys, Keys, Keys]  # of a layer: of prompts, of rows, and recent
 
 def _cached_layers(
     layer: Layer, h: Float[Array, "R T D"], layers: Params, cache: Cache, how: tuple[Any, ...]
-) -> tuple[Float[Array, "R T D"], LayerKeys]:
+) -> tuple[Float[Array, "R T D"], tuple[Any, ...]]:
     """Run all layers on new tokens of rows, which attend to cached keys. Return the residual stream, and what
     `attended` returns for each layer.
 
@@ -132,7 +132,7 @@ def _cached_layers(
     (a, angles, attended), size = how, cache.prompts.visible.shape[1] + cache.new
     angles = jax.lax.optimization_barrier(angles)  # XLA would compute them again in every layer
 
-    def run(h: Array, i: int) -> tuple[Array, Keys]:
+    def run(h: Array, i: int) -> tuple[Array, Any]:
         p, h = _layer_after(layers, i, h)
         kind, keys = a.layout[i], (cache.prompts.layers[i], cache.rows[i], cache.recent[i])
         rule = rule_of(a, kind, size)
@@ -145,8 +145,8 @@ def _cached_layers(
 
     stored = []
     for i in range(len(a.layout)):
-        h, rows = run(h, i)
-        stored.append(rows)
+        h, keys = run(h, i)
+        stored.append(keys)
     return h, tuple(stored)
 
 

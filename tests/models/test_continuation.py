@@ -97,10 +97,9 @@ def continued(model, stored, params, ids, cuts):
         at = starts[:, -1] + i
         groups = RowGroups(slots[:, None], slots)
         ids_R = jnp.take_along_axis(ids, at[:, None], 1)[:, 0]
-        of_step = NextToken(at, at - starts[:, 0] + 1, i % 2, groups)
-        h, cache = model.decode(of_steps, cache, ids_R, of_step)
-        counts = of_step.counts
-        settled = settle(cache, counts - 2, counts)
+        counts = at - starts[:, 0] + 1
+        h, cache = model.decode(of_steps, cache, ids_R, NextToken(at, counts, groups))
+        settled = settle(cache, counts - 2, counts)  # of every second step
         cache = jax.tree.map(lambda x, y: jnp.where(i % 2 == 1, x, y), settled, cache)
         return (cache, put(out, h[:, None], at[:, None], True)), None
 

@@ -17,7 +17,7 @@ from jaxft.nn.quant import dequantize, quantize
 from jaxft.plan.hlo import parse_hlo
 
 CONFIG = LlamaConfig(
-    vocab=40, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, max_positions=64
+    vocab=40, width=96, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, max_positions=64
 )
 MODEL = llama(CONFIG, jnp.float32)
 FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")  # make no array
@@ -50,7 +50,7 @@ def test_a_decoding_step_copies_no_weights_and_no_keys():
 
     def steps(params, cache, count):
         def step(i, cache):
-            at = NextToken(jnp.full(2, 64) + i, jnp.full(2, 1) + i, i, equal_groups(2, 1))
+            at = NextToken(jnp.full(2, 64) + i, jnp.full(2, 1) + i, equal_groups(2, 1))
             return MODEL.decode(params, cache, jnp.zeros(2, jnp.int32), at)[1]
 
         return jax.lax.fori_loop(0, count, step, cache)

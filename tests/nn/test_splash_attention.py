@@ -212,7 +212,7 @@ def test_training_prefill_and_decoding_on_a_tpu_equal_training_on_a_cpu(on_a_tpu
         prompts = jax.tree.map(lambda x: x[:, : T - 1], tokens)
         h, keys = model.prefill(params, prompts, 2)
         cache = replace(model.empty_cache((2, T - 1), 2, 2), prompts=keys)
-        last = jnp.full(2, T - 1, jnp.int32), jnp.ones(2, jnp.int32), jnp.int32(0), equal_groups(2, 1)
+        last = jnp.full(2, T - 1, jnp.int32), jnp.ones(2, jnp.int32), equal_groups(2, 1)
         decoded, _ = model.decode(params, cache, tokens.ids[:, -1], NextToken(*last))
         return jnp.concatenate([h, decoded[:, None]], 1)
 

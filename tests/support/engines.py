@@ -38,7 +38,7 @@ def decoded(model, params, cache, token, index):
     """Hidden states of token `index` of every row, and the cache with it. token: ids and positions."""
     ids, positions = token
     count, index = len(ids), jnp.asarray(index, jnp.int32)
-    counts, index = jnp.broadcast_to(index, (count,)), jnp.int32(0)
-    at = NextToken(positions, counts + 1, index, equal_groups(count, 1))
+    counts = jnp.broadcast_to(index, (count,))
+    at = NextToken(positions, counts + 1, equal_groups(count, 1))
     h, cache = model.decode(params, cache, ids, at)
     return h, settle(cache, counts, counts + 1)
