@@ -241,6 +241,11 @@ def describe_sharding(sharding: NamedSharding) -> str:
     return ",".join("*".join(mesh_axes) or "-" for mesh_axes in entries)
 
 
+def replicated_as(x: jax.Array) -> Any:
+    """Return a sharding for arrays of any rank that are on all devices of an array."""
+    return replicated(x.sharding.mesh) if isinstance(x.sharding, NamedSharding) else x.sharding
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a fully replicated array."""
     return NamedSharding(mesh, PartitionSpec())

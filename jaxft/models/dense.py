@@ -10,7 +10,7 @@ kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"). It also ne
 apply to kernels with two axes per layer only, so they skip experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,8 +24,19 @@ from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.attention import AttentionSettings
-from jaxft.nn.cache import Cache, CacheFormat, LayerKeys, NextToken, PromptKeys, empty_keys, row_slots
-from jaxft.nn.decode_layers import decode_layers, prefill_layers
+from jaxft.nn.cache import (
+    RECENT,
+    Cache,
+    CacheFormat,
+    GivenChunk,
+    LayerKeys,
+    NextToken,
+    PromptKeys,
+    empty_keys,
+    layer_slots,
+    row_slots,
+)
+from jaxft.nn.decode_layers import decode_layers, extend_layers, prefill_layers
 from jaxft.nn.layer_attention import Attend, AttentionLayers
 from jaxft.nn.layers import (
     biased_linear,
@@ -107,6 +118,7 @@ def dense_model(
         head=head_params,
         logits=architecture.logits,
         prefill=partial(prefill, d),
+        extend=partial(extend, d),
         decode=partial(decode, d),
         empty_cache=partial(empty_cache, d),
         forward_flops=partial(dense_flops, config, architecture.specs, architecture.attention),
@@ -177,6 +189,15 @@ def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[
     return _final_norm(d, params, h), keys
 
 
+def extend(
+    d: Decoder, params: Params, cache: Cache, chunk: GivenChunk
+) -> tuple[Float[Array, "r C D"], Cache]:
+    """Process a chunk of given tokens per row. Return hidden states [r, C, D] and the cache with them."""
+    h = _embed(d, params, chunk.ids)
+    h, cache = extend_layers(_one_layer(d), h, params["layers"], cache, chunk, d.architecture.attention)
+    return _final_norm(d, params, h), cache
+
+
 def decode(
     d: Decoder, params: Params, cache: Cache, ids: Int[Array, " R"], at: NextToken
 ) -> tuple[Float[Array, "R D"], Cache]:
@@ -190,14 +211,16 @@ def empty_cache(
     d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
 ) -> Cache:
     """Return a cache without any tokens. prompts: their number, and slots of each. rows: of `new` tokens."""
-    (count, size), a = prompts, d.architecture.attention
+    (count, size), a, config = prompts, d.architecture.attention, d.options.config
 
-    def keys(rows: int, slots: int) -> LayerKeys:
-        return empty_keys(a, d.options.config.kv_heads, rows, slots, d.options.dtype, stored)
+    def keys(rows: int, slots: Sequence[int]) -> LayerKeys:
+        return empty_keys((config.kv_heads, config.head_dim), rows, slots, d.options.dtype, stored)
 
+    of_prompts = keys(count, layer_slots(a, size))
     return Cache(
-        PromptKeys(keys(count, size), jnp.zeros((count, size), bool)), keys(rows, row_slots(new)), new
-    )
+        PromptKeys(of_prompts, jnp.zeros((count, size), bool)), keys(rows, layer_slots(a, row_slots(new))),
+        keys(rows, [min(2 * RECENT, new)] * config.layers), new,
+    )  # fmt: skip
 
 
 # Parts of layers. The residual stream is summed in float32 or wider; matmuls use the compute dtype.

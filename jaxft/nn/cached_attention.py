@@ -1,24 +1,30 @@
-"""Attention of one token per completion to the cached keys of its prompt and of its own earlier tokens.
+"""Attention of one token per completion, or a chunk of them, to the cached keys of its prompt and of its own
+earlier tokens.
 
 Completions of a prompt share the prompt's keys, which are read once for all of them (Hydragen, Juravsky et
 al. 2024, arXiv:2402.05099). One softmax over both parts of the keys normalises them.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.nn.bits import concat_bits
 from jaxft.nn.flash_attention import MASKED, soft_capped
+from jaxft.nn.layer_attention import AttentionRule
 from jaxft.nn.products import wide_einsum
 from jaxft.tree import struct
 
 
 @struct
 class Keys:
-    """Cached keys [L, B, K, E, S] and values [L, B, K, S, E] of L layers, in the layouts of the two matmuls.
+    """Cached keys [B, K, E, S] and values [B, K, S, E] of a layer, in the layouts of the two matmuls.
 
-    As raw bits of the compute dtype, or quantised with a scale for each token and head, [L, B, K, S].
+    Stored in the compute dtype, or quantised with a scale for each token and head [B, K, S]
+    (cache.py). Attention takes them in the compute dtype, to be multiplied by their scales, if they have any.
     """
 
     k: Any
@@ -26,22 +32,28 @@ class Keys:
     k_scale: Any = None
     v_scale: Any = None
 
-
-@struct
-class KeysOfLayer:
-    """Keys [B, K, E, S] and values [B, K, S, E] of a layer in the compute dtype, to be multiplied by their
-    scales [B, K, S], if they have any.
-    """
-
-    k: Any
-    v: Any
-    k_scale: Any = None
-    v_scale: Any = None
-
-    def part(self, start: int, end: int) -> "KeysOfLayer":
+    def part(self, start: int, end: int) -> "Keys":
         """Return the slots from start to before end."""
         scales = (None if x is None else x[:, :, start:end] for x in (self.k_scale, self.v_scale))
-        return KeysOfLayer(self.k[..., start:end], self.v[:, :, start:end], *scales)
+        return Keys(self.k[..., start:end], self.v[:, :, start:end], *scales)
+
+    def of_rows(self, rows: Array) -> "Keys":
+        """Return the keys of these rows (or prompts)."""
+        return jax.tree.map(lambda x: x[rows], self)
+
+
+def joined_keys(parts: Sequence[Keys]) -> Keys:
+    """Return keys with the slots of all parts. Parts without scales have scales of 1, if others have some."""
+
+    def scales(of: Callable[[Keys], Any]) -> Any:
+        if all(of(x) is None for x in parts):
+            return None
+        ones = [jnp.ones((*x.k.shape[:2], x.k.shape[3]), jnp.float32) for x in parts]
+        return jnp.concatenate([y if of(x) is None else of(x) for x, y in zip(parts, ones, strict=True)], 2)
+
+    k = concat_bits([x.k for x in parts], 3)
+    v = concat_bits([x.v for x in parts], 2)
+    return Keys(k, v, scales(lambda x: x.k_scale), scales(lambda x: x.v_scale))
 
 
 @struct
@@ -72,17 +84,18 @@ def equal_groups(prompts: int, group: int) -> RowGroups:
 
 def cached_attention(
     q_RHE: Float[Array, "R H E"],
-    prompts: tuple[KeysOfLayer, Bool[Array, "P g S"]],
-    rows: tuple[KeysOfLayer, Bool[Array, "R N"]],
+    prompts: tuple[Keys, Bool[Array, "P g S"]],
+    own: Sequence[tuple[Keys, Array]],
     groups: RowGroups,
     softcap: float | None = None,
 ) -> Float[Array, "R H E"]:
     """Return softmax(q k^T / sqrt(E)) v over a row's visible keys: those of its prompt and its own.
 
-    prompts, rows: keys, and which of them the query of each completion (of each row) attends to. softcap: see
-    attention.dense. A row without visible keys is 0.
+    prompts: keys, and which of them the query of each completion attends to. own: parts of the rows' keys,
+    and which of them [R, N] the query of each row attends to. softcap: see attention.dense. A row without
+    visible keys is 0.
     """
-    (R, H, E), (of_prompts, seen_PGS), (own, seen_RN) = q_RHE.shape, prompts, rows
+    (R, H, E), (of_prompts, seen_PGS) = q_RHE.shape, prompts
     P, K, _, S = of_prompts.k.shape
     if groups.rows.shape[1] == 1 and H == K:
         # XLA's CPU compiler multiplies a single query by other kernels than several, so there are two
@@ -94,7 +107,11 @@ def cached_attention(
         "pkme,pkes->pkms", q_PKGQE.reshape(P, K, G * (H // K), E), of_prompts.k, widen=False
     )
     s_PKGQS = _scores(s_PKGQS, of_prompts, E, softcap).reshape(P, K, G, H // K, S)
-    s_RKQN = _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, own.k, widen=False), own, E, softcap)
+    parts = [
+        _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, keys.k, widen=False), keys, E, softcap)
+        for keys, _ in own
+    ]
+    s_RKQN, seen_RN = jnp.concatenate(parts, -1), jnp.concatenate([seen for _, seen in own], -1)
     seen_PKGQS, seen_RKQN = seen_PGS[:, None, :, None], seen_RN[:, None, None]
     s_PKGQS, s_RKQN = jnp.where(seen_PKGQS, s_PKGQS, MASKED), jnp.where(seen_RKQN, s_RKQN, MASKED)
     top_RKQ = jnp.maximum(groups.to_rows(s_PKGQS.max(-1).swapaxes(1, 2)), s_RKQN.max(-1))
@@ -106,18 +123,67 @@ def cached_attention(
     sum_PKGQ = groups.to_groups(sum_RKQ).swapaxes(1, 2)
     p_PKMS = _weights(p_PKGQS / sum_PKGQ[..., None], of_prompts).reshape(P, K, G * (H // K), S)
     o_PKGQE = wide_einsum("pkms,pkse->pkme", p_PKMS, of_prompts.v, widen=False).reshape(P, K, G, H // K, E)
-    o_RKQE = wide_einsum("rkqn,rkne->rkqe", _weights(p_RKQN / sum_RKQ[..., None], own), own.v, widen=False)
-    o_RKQE = o_RKQE + groups.to_rows(o_PKGQE.swapaxes(1, 2))
+    o_RKQE = groups.to_rows(o_PKGQE.swapaxes(1, 2))
+    p_RKQN, start = p_RKQN / sum_RKQ[..., None], 0
+    for keys, seen in own:
+        p = p_RKQN[..., start : start + seen.shape[1]]
+        o_RKQE = o_RKQE + wide_einsum("rkqn,rkne->rkqe", _weights(p, keys), keys.v, widen=False)
+        start += seen.shape[1]
     return o_RKQE.reshape(R, H, E).astype(q_RHE.dtype)
 
 
-def _scores(s: Array, keys: KeysOfLayer, head_dim: int, softcap: float | None) -> Array:
+QUERIES_PER_BLOCK = 64  # of a chunk whose scores exist at a time
+
+
+def chunk_attention(
+    q_RCHE: Float[Array, "R C H E"],
+    keys: Keys,
+    at: tuple[Int[Array, "R S"], Int[Array, "R C"]],
+    rule: AttentionRule,
+) -> Float[Array, "R C H E"]:
+    """Return softmax(q k^T / sqrt(E)) v of several queries for each row over the row's visible keys.
+
+    at: where in the row's text the keys and the queries are. A query sees the keys at its place and before
+    it, within the window.
+    """
+    (R, C, H, E), K, (of_keys_RS, of_queries_RC) = q_RCHE.shape, keys.k.shape[1], at
+
+    def block(q_RBHE: Array, at_RB: Array) -> Array:
+        B, S = at_RB.shape[1], of_keys_RS.shape[1]
+        q_RKQBE = q_RBHE.reshape(R, B, K, H // K, E).transpose(0, 2, 3, 1, 4)
+        s_RKMS = wide_einsum("rkme,rkes->rkms", q_RKQBE.reshape(R, K, H // K * B, E), keys.k, widen=False)
+        s_RKQBS = _scores(s_RKMS, keys, E, rule.softcap).reshape(R, K, H // K, B, S)
+        back_RBS = at_RB[:, :, None] - of_keys_RS[:, None]
+        seen_RBS = back_RBS >= 0 if rule.window is None else (back_RBS >= 0) & (back_RBS < rule.window)
+        seen = seen_RBS[:, None, None]
+        s_RKQBS = jnp.where(seen, s_RKQBS, MASKED)
+        p_RKQBS = jnp.where(seen, jnp.exp(s_RKQBS - s_RKQBS.max(-1, keepdims=True)), 0)
+        total = p_RKQBS.sum(-1, keepdims=True)
+        p_RKQBS = _weights(p_RKQBS / jnp.where(total == 0, 1, total), keys)
+        p_RKMS = p_RKQBS.reshape(R, K, H // K * B, S)
+        o_RKME = wide_einsum("rkms,rkse->rkme", p_RKMS, keys.v, widen=False)
+        o_RBKQE = o_RKME.reshape(R, K, H // K, B, E).transpose(0, 3, 1, 2, 4)
+        return o_RBKQE.reshape(R, B, H, E).astype(q_RBHE.dtype)
+
+    if C <= QUERIES_PER_BLOCK:
+        return block(q_RCHE, of_queries_RC)
+    count = -(-C // QUERIES_PER_BLOCK)
+
+    def blocks(x: Array) -> Array:  # [R, C, ...] as [count, R, C / count, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * QUERIES_PER_BLOCK - C), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(R, count, QUERIES_PER_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    o = jax.lax.map(lambda x: block(*x), (blocks(q_RCHE), blocks(of_queries_RC)))
+    return o.swapaxes(0, 1).reshape(R, count * QUERIES_PER_BLOCK, H, E)[:, :C]
+
+
+def _scores(s: Array, keys: Keys, head_dim: int, softcap: float | None) -> Array:
     """Return scores [B, K, M, S] scaled, and capped."""
     s = s * head_dim**-0.5
     return soft_capped(s if keys.k_scale is None else s * keys.k_scale[:, :, None].astype(s.dtype), softcap)
 
 
-def _weights(p: Array, keys: KeysOfLayer) -> Array:
+def _weights(p: Array, keys: Keys) -> Array:
     """Return probabilities [B, K, ..., S] times the scales of the values, in the values' dtype."""
     if keys.v_scale is not None:
         scale = keys.v_scale.astype(p.dtype)

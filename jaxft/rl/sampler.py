@@ -11,9 +11,11 @@ import numpy as np
 from jaxft.batch import Rollout, TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Engine, compile_engine, rows_in_progress, slots_for
-from jaxft.inference.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.generate import complete
+from jaxft.engine.programs import Engine, compile_engine
+from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, rows_in_progress, slots_for
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores
@@ -49,7 +51,8 @@ class Sampler:
         """
         key = jax.random.fold_in(jax.random.key(self.data.seed + 2), number)
         ids = [prompt for part in parts for prompt in part.ids]
-        tokens, logps = self.engines[group].complete(self.run.params(state), ids, key)
+        session = Session(self.engines[group], self.run.params(state), key)
+        tokens, logps = complete(session, ids)
         ends = np.cumsum([len(part) for part in parts])
         return [
             self._completions(part, tokens[end - len(part) : end], logps[end - len(part) : end])

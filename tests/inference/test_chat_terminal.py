@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import tiny_served as tiny
@@ -16,10 +15,10 @@ from scripts_in_process import SCRIPTS, load
 from terminals import Terminal
 from tiny_llama import tiny_torch, write_folder
 
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.inference.api_request import ChoiceSettings
 from jaxft.inference.chat import Conversation
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.runs.terminal import printable_text
 
 WITH_TERMINAL = """
@@ -39,7 +38,7 @@ class ScriptedScheduler:
 
     def __init__(self, texts):
         self.texts = list(texts)
-        self.programs = SimpleNamespace(serving=SimpleNamespace(sizes=tiny.SIZES))
+        self.sizes = tiny.SIZES
 
     def submit(self, requests):
         text = self.texts.pop(0)

@@ -10,8 +10,8 @@ from scripts_in_process import call
 from tiny_run import write_place
 
 import jaxft
+from jaxft.data.progress import clock_time, time_in_words
 from jaxft.data.source import spread
-from jaxft.durations import clock_time, time_in_words
 from jaxft.train import loop, open_settings
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit

@@ -1,0 +1,356 @@
+"""The compiled programs of an engine: start prompts, extend rows by given tokens, decode, keep some rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxft.engine.sampling import NONFINITE, sample_rows
+from jaxft.engine.state import (
+    EVERY_TOKEN,
+    MIN_MATMUL_ROWS,
+    NO_TOKEN,
+    TOP_STEPS,
+    WORD,
+    Decoding,
+    GivenTokens,
+    NewPrompts,
+    RowChoices,
+    Slots,
+    State,
+    all_allowed,
+    decode_levels,
+    empty_state,
+    extend_levels,
+    first_device,
+    given_tokens,
+    new_prompts,
+    prefill_levels,
+    replicated_shapes,
+    row_levels,
+    state_shapes,
+)
+from jaxft.nn.cache import (
+    RECENT,
+    Cache,
+    GivenChunk,
+    NextToken,
+    PromptKeys,
+    clear_values,
+    insert_prompts,
+    select_rows,
+    settle,
+    sharded,
+    widen_prompts,
+)
+from jaxft.nn.cached_attention import RowGroups
+from jaxft.nn.decode_layers import separate_layers
+from jaxft.tree import Params
+
+# XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for
+# other numbers of rows (github.com/openxla/xla, xla/backends/cpu). With this option it runs only matmuls.
+NO_YNNPACK_REDUCTIONS: dict[str, str | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
+
+
+_Sampled = tuple[Array, Array, Array, Array]  # tokens and log-probs [r], and of the most likely ones [r, top]
+
+
+def next_tokens(
+    d: Decoding,
+    params: Params,
+    h_RD: Float[Array, "r D"],
+    settings: RowChoices,
+    at: tuple[Array, Array],
+    allowed: Array,
+) -> _Sampled:
+    """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
+
+    Log-probs are those of the model also in a constrained row, at the temperature of the sampling unless the
+    engine serves. A token whose logits are not finite is NONFINITE.
+    """
+    rows, (keys, numbers) = len(h_RD), at
+    if rows < MIN_MATMUL_ROWS:
+        h_RD = jax.lax.optimization_barrier(jnp.repeat(h_RD, MIN_MATMUL_ROWS, 0))
+    logits = d.model.logits(d.model.head(params), h_RD)[:rows]
+    keys = jax.vmap(jax.random.fold_in)(keys, numbers)
+    uniform = None if d.serving else d.sampling
+
+    def sample(logits: Array) -> Array:
+        return sample_rows(logits, settings.sampling, keys, uniform)
+
+    if d.constrained:
+        tokens = jax.lax.cond(  # a choice between logits would copy them in every step
+            jnp.any(allowed != EVERY_TOKEN),
+            lambda: sample(allowed_logits(logits, allowed)),
+            lambda: sample(logits),
+        )
+    else:
+        tokens = sample(logits)
+    largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as those of fast_argmax
+    if not d.serving:
+        heat = settings.sampling.heat[:, None].astype(logits.dtype)
+        logits = logits * jnp.where(heat > 0, heat, 1)
+    norm = jax.nn.logsumexp(logits, -1)[:, None]
+    logps = (jnp.take_along_axis(logits, tokens[:, None], 1) - norm)[:, 0].astype(jnp.float32)
+    tokens = jnp.where(largest < jnp.inf, tokens, NONFINITE)  # false for NaN too
+
+    def most_likely() -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(logits, d.top)
+        return ids.astype(jnp.int32), (values - norm).astype(jnp.float32)
+
+    def none() -> tuple[Array, Array]:
+        return jnp.full((rows, d.top), NO_TOKEN, jnp.int32), jnp.zeros((rows, d.top), jnp.float32)
+
+    top = jax.lax.cond(settings.top.any(), most_likely, none) if d.top else none()
+    return tokens, logps, *top
+
+
+def allowed_logits(logits: Array, allowed: Array) -> Array:
+    """Return the logits with -inf for tokens that a row may not sample, because its completion must match a
+    grammar. allowed [R, W], uint32: bit t % 32 of word t // 32 is set for each allowed token t.
+    """
+    bits = allowed[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None] & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
+def _put(rows: Array, old: Any, new: Any) -> Any:
+    """Return a tree of arrays [R, ...] with these rows replaced; rows beyond the last are ignored."""
+    return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
+
+
+def _with_tokens(state: State, rows: Array, found: _Sampled, counts: Array) -> State:
+    """Return the state with sampled tokens of rows. counts: tokens of these rows before."""
+
+    def at(columns: Array, old: Array, x: Array) -> Array:
+        return old.at[rows, columns].set(x, mode="drop")
+
+    tokens, logps, top_tokens, top_logps = found
+    settings = jax.tree.map(lambda x: x[rows], state.settings)
+    stops = (tokens[:, None] == settings.stops).any(-1) | (tokens == NONFINITE)
+    return replace(
+        state,
+        tokens=at(counts, state.tokens, tokens),
+        logps=at(counts, state.logps, logps),
+        top_tokens=at(counts % TOP_STEPS, state.top_tokens, top_tokens),
+        top_logps=at(counts % TOP_STEPS, state.top_logps, top_logps),
+        last=_put(rows, state.last, jnp.maximum(tokens, 0)),
+        counts=_put(rows, state.counts, counts + 1),
+        live=_put(rows, state.live, ~stops & (counts + 1 < settings.limit)),
+    )
+
+
+def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
+    """Prefill prompts, padded to at most the tokens of a prompt slot, and sample the first token of their
+    completions.
+    """
+    of_prompts = {**params, "rows": new.settings.adapter}
+    h_PTD, keys = d.model.prefill(of_prompts, new.tokens, d.sampling.max_new)
+    keys = widen_prompts(keys, state.cache.prompts)
+    stored = insert_prompts(state.cache, keys, new.slots, d.model.dtype)
+    count, group = new.rows.shape
+    rows, places = new.rows.reshape(count * group), jnp.arange(group, dtype=jnp.int32)
+    fold = jax.random.fold_in
+    keys = jax.vmap(fold)(jax.random.wrap_key_data(new.keys), new.numbers)
+    keys = jax.vmap(lambda key: jax.vmap(partial(fold, key))(places))(keys).reshape(count * group)
+
+    def spread(x: Any) -> Any:  # from prompts to their completions
+        return jax.tree.map(lambda x: jnp.repeat(x, group, 0), x)
+
+    settings, none = spread(new.settings), jnp.zeros(count * group, jnp.int32)
+    of_rows, h_RD = {**params, "rows": settings.adapter}, spread(h_PTD[:, -1])
+    found = next_tokens(d, of_rows, h_RD, settings, (keys, none), spread(new.allowed))
+    fresh = replace(
+        state,
+        cache=replace(stored, rows=clear_values(stored.rows, rows), recent=clear_values(stored.recent, rows)),
+        settings=_put(rows, state.settings, settings),
+        tokens=state.tokens.at[rows].set(NO_TOKEN, mode="drop"),
+        logps=state.logps.at[rows].set(0, mode="drop"),
+        prompts=_put(rows, state.prompts, spread(new.slots)),
+        places=_put(rows, state.places, jnp.tile(places, count)),
+        lengths=_put(rows, state.lengths, spread(new.tokens.positions[:, -1] + 1)),
+        keys=state.keys.at[rows].set(keys, mode="drop"),
+        firsts=_put(rows, state.firsts, none),
+    )
+    return _with_tokens(fresh, rows, found, none)
+
+
+def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
+    """Append given tokens to rows, and sample the next token of each, which further given tokens replace."""
+    rows, C = new.rows, new.ids.shape[1]
+    of_rows = {**params, "rows": new.settings.adapter}
+    chunk = GivenChunk(
+        new.ids, new.lengths, new.counts, state.lengths[rows] + new.counts, rows, state.prompts[rows]
+    )
+    h_RCD, stored = d.model.extend(of_rows, state.cache, chunk)
+    last = (jnp.arange(C)[None] == new.lengths[:, None] - 1)[..., None]
+    h_RD = jnp.where(last, h_RCD, 0).sum(1)
+    counts = new.counts + new.lengths
+    keys = jnp.where(new.firsts == counts, jax.random.wrap_key_data(new.keys), state.keys[rows])
+    found = next_tokens(d, of_rows, h_RD, new.settings, (keys, counts - new.firsts), new.allowed)
+    fresh = replace(
+        state,
+        cache=replace(stored, rows=sharded(stored.rows), recent=sharded(stored.recent)),
+        settings=_put(rows, state.settings, new.settings),
+        keys=state.keys.at[rows].set(keys, mode="drop"),
+        firsts=_put(rows, state.firsts, new.firsts),
+    )
+    return _with_tokens(fresh, rows, found, counts)
+
+
+def decode_rows(
+    d: Decoding,
+    read: tuple[int, int],
+    params: Params,
+    state: State,
+    used: Array,
+    until: tuple[Array, Array],
+) -> State:
+    """Sample further tokens of all live rows. read: how many first slots of rows' keys, and how many last
+    slots of prompts' keys, are read. used [R]: false for rows whose requests were dropped.
+
+    until: the number of steps, or of live rows at which it stops, int32 [2]; the allowed tokens of one step.
+    """
+    limits, allowed = until
+    state = replace(state, live=state.live & used)
+    groups, every = _groups(d, state, used), jnp.arange(len(used), dtype=jnp.int32)
+    params = {**params, "rows": state.settings.adapter}
+
+    def unfinished(carry: tuple[Array, State]) -> Array:
+        i, s = carry
+        return (i < limits[0]) & (s.live.sum(dtype=jnp.int32) > limits[1])
+
+    def steps(carry: tuple[Array, State]) -> tuple[Array, State]:
+        first, before = carry
+
+        def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+            i, s = carry
+            at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
+            h_RD, stored = d.model.decode(params, s.cache, s.last, at)
+            found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
+            s = replace(s, cache=replace(stored, recent=sharded(stored.recent)))
+            return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), found, s.counts)
+
+        def goes_on(carry: tuple[Array, State]) -> Array:
+            return unfinished(carry) & (carry[0] < first + RECENT)
+
+        i, s = jax.lax.while_loop(goes_on, step, carry)
+        stored = settle(s.cache, before.counts - 1, s.counts - 1)  # the last token is not processed yet
+        return i, replace(s, cache=replace(stored, rows=sharded(stored.rows)))
+
+    return jax.lax.while_loop(unfinished, steps, (jnp.int32(0), state))[1]
+
+
+def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
+    """Return which used rows complete which prompt."""
+    (rows,), prompts = used.shape, state.cache.prompts.visible.shape[0]
+    places = state.prompts * d.group + state.places
+    at = jnp.where(used, places, prompts * d.group)
+    index = jnp.zeros(prompts * d.group, jnp.int32).at[at].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
+    return RowGroups(index.reshape(prompts, d.group), jnp.minimum(places, prompts * d.group - 1))
+
+
+def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
+    """Return a state of other sizes with these rows [r] and prompt slots [p] of it. slots [r]: the new prompt
+    slot of each row. used [r]: false for rows that are empty.
+    """
+    old, others = state.cache, {name: x for name, x in vars(state).items() if name != "cache"}
+    prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
+    own = Cache(prompt_keys, select_rows(old.rows, rows), select_rows(old.recent, rows), old.new)
+    found = State(cache=own, **jax.tree.map(lambda x: x[rows], others))
+    return replace(found, live=found.live & used, prompts=slots)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Compiled programs for one Decoding and one size, by their sizes.
+
+    start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots of rows' keys that are read,
+    those of prompts). keep: (rows, rows of the next state). separate: whether extend and decode take
+    parameters with separate layers (nn/decode_layers.py).
+    """
+
+    decoding: Decoding
+    slots: Slots
+    empty: Callable[[], State]
+    separate: bool
+    start: dict[tuple[int, int, int], Any]
+    extend: dict[tuple[int, int, int], Any]
+    decode: dict[tuple[int, int, int], Any]
+    keep: dict[tuple[int, int], Any]
+
+
+def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None) -> Engine:
+    """Compile the programs of an engine. params: arrays or their shapes. mesh: None for a single device."""
+    tracers = program_tracers(d, params, slots, mesh)
+    options = compiler_options(first_device(mesh).platform)
+    found = {name: trace().lower().compile(options) for name, trace in tracers.items()}
+    by_size = [
+        {key[1:]: program for key, program in found.items() if key[0] == name}
+        for name in ("start", "extend", "decode", "keep")
+    ]
+    return Engine(d, slots, found[("empty",)], separates_layers(mesh), *by_size)
+
+
+def separates_layers(mesh: Mesh | None) -> bool:
+    """Whether extend and decode take parameters with separate layers."""
+    return first_device(mesh).platform == "cpu" and (mesh is None or mesh.size == 1)
+
+
+@cache
+def compiler_options(platform: str) -> dict[str, str | bool]:
+    """Return the options for jax's `compile` with which a sum of a row does not depend on the number of rows.
+
+    platform: of the devices, "cpu", "gpu" or "tpu". {} where none is known, or if the installed XLA has no
+    such option: then sums may be rounded differently with other numbers of rows.
+    """
+    if platform != "cpu":
+        return {}
+    try:
+        jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((), "float32")).compile(NO_YNNPACK_REDUCTIONS)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return NO_YNNPACK_REDUCTIONS
+
+
+def program_tracers(
+    d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None
+) -> dict[tuple[Any, ...], Callable[[], jax.stages.Traced]]:
+    """Return a function that traces each program of an engine, by its name and sizes; see Engine."""
+    sizes, out = row_levels(slots.rows, mesh), dict[tuple[Any, ...], Any]()
+    states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
+
+    def add(name: tuple[Any, ...], fn: Any, to: int, *inputs: Any) -> None:
+        """inputs: parameters and state, which is donated, and other arrays."""
+        where = None if mesh is None else jax.tree.map(lambda x: x.sharding, states[to])
+        donated = () if name[0] in ("empty", "keep") else (1,)
+        run = jax.jit(fn, donate_argnums=donated, out_shardings=where)
+        out[name] = partial(run.trace, *inputs)
+
+    add(("empty",), partial(empty_state, d, slots, slots.rows), slots.rows)
+    of_steps = separate_layers(replicated_shapes(params, mesh)) if separates_layers(mesh) else params
+    for rows, state in states.items():
+        if rows == slots.rows or d.serving:
+            for together, size in prefill_levels(slots, mesh):
+                new = replicated_shapes(new_prompts(d, slots, rows, (together, size)), mesh)
+                add(("start", rows, together, size), partial(start_prompts, d), rows, params, state, new)
+        for together, size in extend_levels(rows, d.sampling.max_new) if d.extends else []:
+            given = replicated_shapes(given_tokens(d, rows, (together, size)), mesh)
+            add(("extend", rows, together, size), partial(extend_rows, d), rows, of_steps, state, given)
+        for to in (to for to in sizes if to != rows):
+            integers, prompts = np.zeros(to, np.int32), np.zeros(min(slots.prompts, to), np.int32)
+            kept = replicated_shapes((integers, prompts, integers, np.zeros(to, bool)), mesh)
+            add(("keep", rows, to), keep_rows, to, state, *kept)
+    for rows, read, prompt in decode_levels(d, slots, mesh):
+        until = np.zeros(2, np.int32), all_allowed(d, rows)
+        inputs = replicated_shapes((np.zeros(rows, bool), until), mesh)
+        run = partial(decode_rows, d, (read, prompt))
+        add(("decode", rows, read, prompt), run, rows, of_steps, states[rows], *inputs)
+    return out
