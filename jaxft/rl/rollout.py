@@ -26,6 +26,7 @@ from jaxft.objectives.objective import Objective
 from jaxft.rl.advantages import GroupScores, Moments, PerToken, has_score, per_token, update_moments
 from jaxft.rl.completions import ScoredCompletions, TrainingRollout, append_table
 from jaxft.rl.estimators import example_rollout
+from jaxft.rl.importance import weight_metrics
 from jaxft.rl.layout import RolloutShapes, rollout_shapes, to_microbatches, to_rows
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.programs import BoundRun, RolloutPrograms
@@ -99,8 +100,8 @@ class RolloutSource:
         """
         check_policy_run(self.data, run)
         recompute = needs_recomputed_logps(self.data, run.objective)
-        complete = run.objective.batch_spec if recompute else without_logps
-        programs = self.programs(run, complete)
+        has_logps = recompute or self.data.rules.ratio_to_sampler
+        programs = self.programs(run, run.objective.batch_spec if has_logps else without_logps)
         return BoundRollouts(
             source=self,
             run=run,
@@ -278,16 +279,22 @@ class BoundRollouts:
             return None if x is None else to_rows(x, completions.lengths, completions.row_shape.reads)
 
         recomputed = self.scorer.token_scores is not None
-        rows = replace(
-            completions.rows,
-            logps=rows_of(rollout.logps) if recomputed else None,
-            reference=rows_of(rollout.reference),
-            values=rows_of(rollout.values),
-            advantages=rows_of(estimate.advantages),
-            returns=rows_of(estimate.returns),
-        )
         metrics = rollout_metrics(rules.reward_names, scored, rollout, policy_mask, recomputed)
         metrics |= as_sums(estimate.metrics, policy_mask.size)
+        advantages, sampler_logps = estimate.advantages, completions.sampler_logps
+        if rules.correction is not None:
+            weights = rules.correction(rollout.logps - sampler_logps, completions.lengths.ravel())
+            advantages = advantages * weights.tokens
+            metrics |= weight_metrics(weights)
+        logps = sampler_logps if rules.ratio_to_sampler else rollout.logps if recomputed else None
+        rows = replace(
+            completions.rows,
+            logps=rows_of(logps),
+            reference=rows_of(rollout.reference),
+            values=rows_of(rollout.values),
+            advantages=rows_of(advantages),
+            returns=rows_of(estimate.returns),
+        )
         return TrainingRollout(
             number, rows, completions.lengths, policy_mask, has_score(scored.scores), metrics
         )
@@ -395,6 +402,8 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
+    if data.rules.correction is not None:
+        data.rules.correction(example.logps, example.lengths.ravel())  # it checks its bounds
 
 
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
@@ -414,7 +423,7 @@ def reward_lines(data: Rollouts) -> list[str]:
 
 def recomputation_lines(data: Rollouts, objective: Objective) -> list[str]:
     """Return a line about log-probs of sampling that are not recomputed, [] where they are."""
-    if needs_recomputed_logps(data, objective):
+    if data.rules.ratio_to_sampler or needs_recomputed_logps(data, objective):
         return []
     return [
         "log-probs are not recomputed after sampling: each rollout has one update, in which the ratio to the "
@@ -438,11 +447,14 @@ def rope_lines(data: Rollouts, a: AttentionLayers) -> list[str]:
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
     """Whether log-probs are recomputed with the training program after sampling.
 
-    That is not necessary for a single on-policy update without reference or critic: the ratio is 1.
+    That is not necessary for a single on-policy update without reference or critic, as the ratio is 1, nor
+    for a ratio to the sampler.
     """
+    scored = objective.facts.reference != "none" or objective.facts.critic
+    if data.rules.ratio_to_sampler:
+        return scored
     quantised = data.kv_cache != "compute"  # the sampler's log-probs have an error, which is to be logged
-    several = data.steps_per_rollout > 1
-    return several or quantised or objective.facts.reference != "none" or objective.facts.critic
+    return scored or quantised or data.steps_per_rollout > 1 or data.rules.correction is not None
 
 
 def without_logps(batch: Rollout) -> Rollout:

@@ -13,6 +13,7 @@ from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.episodes import Episodes
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
+from jaxft.rl.importance import Correction
 from jaxft.rl.rewards import EnvironmentReward, Faults, FunctionReward, Reward, RewardScores, unique_names
 from jaxft.rl.token_weights import TokenWeights, token_mean
 
@@ -50,6 +51,9 @@ class Rules:
         its lengths.
     train_on_truncated: whether to train on completions without an end token, cut off at max_new.
     warm_up: number of rollouts at the start that train the critic alone.
+    correction: importance weights between sampler and training program, see importance.py; None for none.
+    ratio_to_sampler: whether the ratio of a policy loss is to the sampler's probabilities rather than to the
+        training program's at sampling: verl's bypass mode, advised for DPPO (arXiv:2602.04879, section 5.2).
     """
 
     rewards: tuple[Reward, ...]
@@ -62,6 +66,8 @@ class Rules:
     filter: Filter | None = None
     train_on_truncated: bool = True
     warm_up: Annotated[int, at_least(0)] = 0
+    correction: Correction | None = None
+    ratio_to_sampler: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, "data.rules")
@@ -82,6 +88,13 @@ class Rules:
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))
         if self.filter is not None:
             require_signature(self.filter, "filter", ("scores",))
+        if self.correction is not None:
+            require_signature(self.correction, "correction", ("log_ratio", "lengths"))
+            if self.ratio_to_sampler:
+                raise ValueError(
+                    "correction is for a ratio to the training program, ratio_to_sampler=true needs none. "
+                    "Set only one of them."
+                )
 
     @property
     def reward_names(self) -> list[str]:

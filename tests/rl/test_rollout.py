@@ -1,5 +1,6 @@
 """Rollouts: batches as a function of step and state, with completions of a fake sampler."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -18,13 +19,14 @@ from jaxft.data import prompts
 from jaxft.nn.layer_attention import uniform
 from jaxft.nn.rope import Rope
 from jaxft.objectives.metrics import Sum
-from jaxft.objectives.objective import Facts, Objective
+from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.policy import with_target_kl
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_moments
 from jaxft.rl.completions import Completions
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
-from jaxft.rl.layout import fits, pack_rollout
+from jaxft.rl.importance import masked_completions, truncated_tokens
+from jaxft.rl.layout import fits, pack_rollout, to_rows
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
@@ -264,6 +266,55 @@ def test_a_filter_sees_the_rewards_before_shaping(tmp_path):
     assert unfiltered.advantages.any()  # the shaped scores do differ
 
 
+def bound_to(source, ratio):
+    """The source with a training program whose probabilities are `ratio` times the sampler's."""
+
+    def token_scores(completions, state):
+        logps, lengths = completions.sampler_logps + np.log(ratio), completions.lengths
+        return Scores(to_rows(logps, lengths, completions.row_shape.reads))
+
+    return replace(source, scorer=replace(source.scorer, token_scores=token_scores))
+
+
+def test_a_correction_multiplies_the_advantages_and_is_logged(tmp_path):
+    plain, _ = bound_to(bound_source(tmp_path), 2.0).batch(0, state_at(0))
+    for most, factor in ((3.0, 2.0), (1.5, 1.5)):
+        rules = Rules((word_length,), correction=partial(truncated_tokens, most=most))
+        batch, metrics = bound_to(bound_source(tmp_path, rules), 2.0).batch(0, state_at(0))
+        np.testing.assert_allclose(batch.advantages, factor * plain.advantages, rtol=1e-6)
+        assert metrics["sampling/importance_sampling_ratio/max"].value == pytest.approx(factor)
+        assert metrics["sampling/sampling_logp_difference/max"].value == pytest.approx(np.log(2))
+        for name in ("logps", "policy_weights", "ids"):
+            same(getattr(batch, name), getattr(plain, name))
+    masked = Rules((word_length,), correction=masked_completions)
+    batch, _ = bound_to(bound_source(tmp_path, masked), 2.0).batch(0, state_at(0))
+    one_token = batch.lengths[0] == 1  # longer ones have a ratio of at least 4
+    assert one_token.any() and not one_token.all()
+    for row, slot in itertools.product(range(4), range(2)):
+        inside = batch.responses[0, row] == slot
+        expected = 2 * plain.advantages[0, row][inside] * one_token[row, slot]
+        np.testing.assert_allclose(batch.advantages[0, row][inside], expected, rtol=1e-6)
+
+
+def test_a_ratio_to_the_sampler_has_the_samplers_log_probs(tmp_path):
+    rules = Rules((word_length,), ratio_to_sampler=True)
+    for source in (bound_source(tmp_path, rules), bound_to(bound_source(tmp_path, rules), 2.0)):
+        batch, _ = source.batch(0, state_at(0))
+        assert set(np.unique(batch.logps[batch.responses < 2])) == {-1.0}
+    trained, _ = bound_to(bound_source(tmp_path), 2.0).batch(0, state_at(0))
+    np.testing.assert_allclose(trained.logps[trained.responses < 2], np.log(2) - 1, rtol=1e-6)
+
+
+def test_a_correction_that_does_not_fit_is_refused_before_sampling():
+    with pytest.raises(ValueError, match="ratio_to_sampler=true needs none. Set only one"):
+        Rules((number,), correction=truncated_tokens, ratio_to_sampler=True)
+    with pytest.raises(ValueError, match=r"correction=word_length can't be called with .log_ratio, "):
+        Rules((number,), correction=word_length)
+    rules = Rules((number,), correction=partial(truncated_tokens, least=3.0, most=2.0))
+    with pytest.raises(ValueError, match=r"importance weights have bounds \[3, 2\]"):
+        rollouts.check_policy_run(Rollouts("x", rules=rules, group=2), bound_run())
+
+
 def test_a_policy_is_frozen_in_the_warm_up(tmp_path):
     source = bound_source(tmp_path, Rules((word_length,), warm_up=1))
     trains = [bool(source.batch(s, state_at(s))[0].policy_weights.any()) for s in range(4)]
@@ -324,10 +375,13 @@ def test_a_run_that_does_not_fit_its_rollouts_is_refused():
         ({}, {"reference": "start"}, True),
         ({}, {"critic": True}, True),
         ({"kv_cache": "int8"}, {}, True),
+        ({"rules": Rules((number,), correction=truncated_tokens)}, {}, True),
+        ({"rules": Rules((number,), ratio_to_sampler=True), "passes": 2}, {}, False),
+        ({"rules": Rules((number,), ratio_to_sampler=True)}, {"critic": True}, True),
     ],
 )
-def test_log_probs_are_recomputed_unless_the_ratio_is_1(settings, facts, recompute):
-    data = Rollouts("x", rules=Rules((number,)), **settings)
+def test_log_probs_are_recomputed_unless_the_ratio_is_1_or_to_the_sampler(settings, facts, recompute):
+    data = Rollouts("x", **{"rules": Rules((number,)), **settings})
     assert rollouts.needs_recomputed_logps(data, SimpleNamespace(facts=Facts(**facts))) == recompute
 
 
