@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -43,13 +44,15 @@ class Session(Protocol):
         """End an episode. Its row is free for another."""
 
     def wait(self) -> list[Sampled]:
-        """Sample until at least one turn has ended, and return the turns that have. [] if no row is in
+        """Sample for a while, and return the turns that have ended. [] if none has, or if no row is in
         progress.
         """
 
 
 class Sampler(Protocol):
-    """Opens a session with one set of weights. seed: from which the keys of all completions derive."""
+    """Opens sessions with one set of weights."""
 
-    def session(self, seed: int) -> AbstractContextManager[Session]:
-        """Return the session. On exit, rows that are still in progress are dropped."""
+    def session(self, key: jax.Array) -> AbstractContextManager[Session]:
+        """Return a session. key: from which the keys of all completions derive. On exit, rows that are still
+        in progress are dropped.
+        """

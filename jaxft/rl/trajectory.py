@@ -12,12 +12,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Turn = Mapping[str, Any]  # a message as the model was shown it, or a sampled turn with its text
+
+
+class Fault(NamedTuple):
+    """Something that went wrong in an episode. kind: one word, by which faults are counted. text: a line."""
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,11 @@ class Segment:
 class Trajectory:
     """One episode, or one training row of an episode whose template cuts earlier turns.
 
-    prompt: index of the dataset row in the rollout. start: token ids of the prompt. score: of the whole
-    episode, NaN for none. ended: by a stop token or by the environment rather than by a limit. fault: the
-    kind of a fault that excludes the episode from training and means. turns: messages as the model was shown
-    them, for completions.jsonl.
+    prompt: index of the dataset row in the rollout. start: token ids of the prompt. score: the environment's
+    of the whole episode, NaN for none. ended: by a stop token or by the environment rather than by a limit.
+    fault: the kind of the fault that excludes the episode from training and means, "" for none. turns:
+    messages as the model was shown them, for completions.jsonl. faults: all of them, also calls that were
+    answered with an error message and exclude nothing.
     part, parts: which training row of the episode it is, and how many there are. Where a template rewrites
     earlier turns, the next turn's prompt is not the previous ids plus a suffix: a new row begins, whose start
     is the prompt as rendered. All rows of an episode have its score, fault and turns.
@@ -59,6 +67,7 @@ class Trajectory:
     ended: bool = True
     fault: str = ""
     turns: tuple[Turn, ...] = ()
+    faults: tuple[Fault, ...] = ()
     part: int = 0
     parts: int = 1
 
@@ -99,5 +108,5 @@ def turn_of_token(trajectory: Trajectory) -> Int[np.ndarray, " n"]:
 
 
 def fault_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
-    """Return how many episodes each kind of fault excludes."""
-    return dict(Counter(t.fault for t in trajectories if t.fault and t.part == 0))
+    """Return how often each kind of fault occurred."""
+    return dict(Counter(f.kind for t in trajectories if t.part == 0 for f in t.faults))
