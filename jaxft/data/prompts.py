@@ -39,9 +39,9 @@ class Prompts(DataSettings):
 
     format: "auto" uses a string as the user's turn, "plain" as text to continue; the others of
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
-    of a prompt, and of a completion. max_turns: the most completions of an episode, between which an environment
-    or tools give tokens. max_episode: the most tokens of an episode after its prompt, sampled and given ones;
-    None for max_new with one turn. too_long: "drop" leaves longer prompts out, "error" stops. batch:
+    of a prompt, and of a completion. max_turns: the most completions of an episode, between which an
+    environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
+    prompt, sampled and given ones. too_long: "drop" leaves longer prompts out, "error" stops. batch:
     prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
     temperature, top_k, top_p: of sampling. decode_rows: completions that are sampled at the same time; the
     next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU over
@@ -94,7 +94,8 @@ class Prompts(DataSettings):
                 f"data.eval_group={self.eval_group} exceeds data.group={self.group}, the number of "
                 f"completions in a row; use at most {self.group}"
             )
-        if (self.max_turns > 1) != (self.max_episode is not None) or (self.max_episode or self.max_new) < self.max_new:
+        has_turns, tokens = self.max_turns > 1, self.max_episode
+        if has_turns != (tokens is not None) or (tokens is not None and tokens < self.max_new):
             raise ValueError(
                 f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: an episode of "
                 "several turns needs a limit of its tokens, of at least data.max_new; one turn has "

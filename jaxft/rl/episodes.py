@@ -1,6 +1,6 @@
 """A rollout's episodes on the host: trajectories by prompt, with their sampled tokens as arrays [n, S]."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxft.data.prompt_rows import TokenisedPrompts
-from jaxft.inference.sampling import NONFINITE, without_stop
-from jaxft.rl.trajectory import Trajectory, sampled_logps, token_ids, turn_of_token, turn_rewards
+from jaxft.rl.trajectory import Trajectory, Turn, sampled_logps, token_ids, turn_of_token, turn_rewards
 
-NO_LENGTH = "no_length"  # the fault of an episode that doesn't fit into its rows
+NO_LENGTH = "too_long"  # the fault of an episode that does not fit into its rows
 
 
 @dataclass(frozen=True)
@@ -99,43 +98,27 @@ class Episodes:
 
 
 def collect(
-    prompts: TokenisedPrompts,
-    trajectories: Sequence[Trajectory],
-    sizes: tuple[int, int],
-    stop: Collection[int],
-    tokenizer: Any,
+    prompts: TokenisedPrompts, trajectories: Sequence[Trajectory], size: int, longest: int
 ) -> Episodes:
-    """Arrange the trajectories of a rollout, in order of prompt and episode, as Episodes. sizes: (S, longest).
-
-    Raises ValueError that names the row of the prompt if the policy's logits were not finite.
-    """
+    """Arrange the trajectories of a rollout, in order of prompt and episode. size, longest: see Episodes."""
     episodes: list[tuple[Trajectory, ...]] = []
     for trajectory in trajectories:
         if trajectory.part:
             episodes[-1] += (trajectory,)
         else:
             episodes.append((trajectory,))
-    size, longest = sizes
     for number, parts in enumerate(episodes):
-        tokens = sampled_tokens(parts)
-        bad = np.flatnonzero(tokens == NONFINITE)
-        if len(bad):
-            raise ValueError(
-                f"{prompts.names[parts[0].prompt]}: the policy's logits of token {bad[0] + 1} of a "
-                "completion are not finite; lower optim.lr, or check the weights"
-            )
-        if len(tokens) > size or row_tokens(parts) > longest:
+        if len(sampled_tokens(parts)) > size or row_tokens(parts) > longest:
             episodes[number] = (replace(parts[0], segments=(), fault=NO_LENGTH),)
-    texts = tuple(  # as TRL's: with the tokenizer's own setting for clean-up of spaces
-        tokenizer.decode(without_stop(_last_turn(parts), stop), skip_special_tokens=True)
-        for parts in episodes
-    )
+    texts = tuple(_last_text(parts[0].turns) for parts in episodes)
     return Episodes(prompts, tuple(episodes), texts, len(episodes) // len(prompts), size, longest)
 
 
 def sampled_tokens(parts: Sequence[Trajectory]) -> Int[np.ndarray, " n"]:
     """Return the sampled token ids of an episode."""
-    return np.concatenate([np.zeros(0, np.int32), *(s.tokens for p in parts for s in p.segments if s.sampled)])
+    return np.concatenate(
+        [np.zeros(0, np.int32), *(s.tokens for p in parts for s in p.segments if s.sampled)]
+    )
 
 
 def row_tokens(parts: Sequence[Trajectory]) -> int:
@@ -153,9 +136,10 @@ def turn_count(parts: Sequence[Trajectory]) -> int:
     return sum(segment.sampled for part in parts for segment in part.segments)
 
 
-def _last_turn(parts: Sequence[Trajectory]) -> np.ndarray:
-    sampled = [segment.tokens for segment in parts[-1].segments if segment.sampled]
-    return sampled[-1] if sampled else np.zeros(0, np.int32)
+def _last_text(turns: Sequence[Turn]) -> str:
+    """The text of the policy's last turn, "" without any."""
+    own = [str(turn.get("content") or "") for turn in turns if turn.get("role") == "assistant"]
+    return own[-1] if own else ""
 
 
 def _joined(parts: Sequence[Trajectory], values: Any) -> np.ndarray:

@@ -36,6 +36,15 @@ class RolloutShapes:
     rows: tuple[RowShape, ...]
     batches: tuple[Rollout, ...]
 
+    def smallest(self, episodes: Episodes) -> RowShape:
+        """Return the smallest of the row shapes that holds every prompt with all of its episodes."""
+        length = reads = 0
+        for group in _groups(episodes):
+            pieces = _pieces(group)
+            length = max(length, len(shared_prompt(group)) + sum(len(piece.ids) for piece in pieces))
+            reads = max(reads, sum(len(piece.sampled) for piece in pieces))
+        return next(shape for shape in self.rows if length <= shape.length and reads <= shape.reads)
+
 
 def rollout_shapes(data: Prompts, longest: int, shards: int) -> RolloutShapes:
     """Return the shapes for prompts of at most `longest` tokens. shards: the mesh's divisor of rows."""
@@ -80,9 +89,14 @@ class _Piece(NamedTuple):
     sampled: Int[np.ndarray, " k"]
 
 
+def shared_prompt(group: Sequence[Sequence[Trajectory]]) -> tuple[int, ...]:
+    """Return the prompt that a row begins with: that of the first episode that has one."""
+    return next((parts[0].start for parts in group if parts[0].start), ())
+
+
 def _pieces(group: Sequence[Sequence[Trajectory]]) -> list[_Piece]:
     """Return the training rows of a prompt's episodes, those that share its tokens first."""
-    shared, found = group[0][0].start, list[_Piece]()
+    shared, found = shared_prompt(group), list[_Piece]()
     for slot, parts in enumerate(group):
         for part in parts:
             is_branch = part.part == 0 and part.start == shared
@@ -98,16 +112,6 @@ def _groups(episodes: Episodes) -> list[tuple[tuple[Trajectory, ...], ...]]:
     return [episodes.episodes[i : i + group] for i in range(0, len(episodes.episodes), group)]
 
 
-def smallest(shapes: Sequence[RowShape], episodes: Episodes) -> RowShape:
-    """Return the first of the shapes whose rows hold every prompt with all of its episodes."""
-    length = reads = 0
-    for group in _groups(episodes):
-        pieces = _pieces(group)
-        length = max(length, len(group[0][0].start) + sum(len(piece.ids) for piece in pieces))
-        reads = max(reads, sum(len(piece.sampled) for piece in pieces))
-    return next(shape for shape in shapes if length <= shape.length and reads <= shape.reads)
-
-
 def pack(episodes: Episodes, shape: RowShape, size: tuple[int, int] | None = None) -> PackedRows:
     """Pack each prompt with its episodes into a row.
 
@@ -119,7 +123,7 @@ def pack(episodes: Episodes, shape: RowShape, size: tuple[int, int] | None = Non
     responses, tokens = (np.full((rows, shape.reads), x, np.int32) for x in (slots, -1))
     lengths, last = (np.zeros((rows, slots), np.int32) for _ in range(2))
     for r, group in enumerate(_groups(episodes)):
-        prompt = group[0][0].start
+        prompt = shared_prompt(group)
         start = column = len(prompt)
         ids[r, :start], segments[r, :start], positions[r, :start] = prompt, 1, np.arange(start)
         segment, m = 1, 0
@@ -146,7 +150,9 @@ def pack(episodes: Episodes, shape: RowShape, size: tuple[int, int] | None = Non
 
 def per_episode(values: Float[np.ndarray, "R A"], rows: Rollout) -> Float[np.ndarray, "R M"]:
     """Repeat a value of each episode at the read positions of its tokens; 0 at padding."""
-    padded = np.pad(np.asarray(values, np.float32), ((0, 0), (0, rows.lengths.shape[1] + 1 - values.shape[1])))
+    padded = np.pad(
+        np.asarray(values, np.float32), ((0, 0), (0, rows.lengths.shape[1] + 1 - values.shape[1]))
+    )
     return np.take_along_axis(padded, rows.responses, 1)
 
 
