@@ -26,7 +26,8 @@ from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
 from jaxft.rl.layout import fits, pack_rollout, rollout_shapes, to_completions
 from jaxft.rl.online_pairs import to_pairs
-from jaxft.rl.sampler import Sampler, compile_rollout_sampler
+from jaxft.rl.record import table_indices
+from jaxft.rl.sampler import compile_sampler
 
 
 @pytest.mark.quick_cases("0.7-5-3", "0.0-None-1")
@@ -41,9 +42,11 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     lengths = (tokens >= 0).sum(1).reshape(3, group)
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
-    rows = pack_rollout(prompts, tokens.reshape(3, group, 12), lengths, RowShape(64, 64))
-    logps = policy(model, clipped, temperature=temperature or 1.0).score(params, rows, {}).logps
-    np.testing.assert_allclose(to_completions(np.asarray(logps), lengths, 12), sampled, atol=1e-4, rtol=0)
+    episodes = episodes_of(prompts, tokens.reshape(3, group, 12), lengths, sampled)
+    packed = pack(episodes, RowShape(64, 64))
+    logps = policy(model, clipped, temperature=temperature or 1.0).score(params, packed.rows, {}).logps
+    found = packed.to_tokens(np.asarray(logps), episodes)
+    np.testing.assert_allclose(found, episodes.logps, atol=1e-4, rtol=0)
 
 
 def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the_length():
@@ -56,10 +59,11 @@ def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the
     score = jax.jit(policy(model, clipped).score)
     for group in ([[12, 12]] * 3, [[3, 5], [1, 12], [2, 2]]):  # whatever the lengths of the others
         lengths, mask = np.array(group), np.arange(12) < np.ravel(group)[:, None]
-        rows = pack_rollout(prompts, np.where(mask.reshape(3, 2, 12), tokens, -1), lengths, RowShape(64, 64))
-        found = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 12)
+        episodes = episodes_of(prompts, tokens, lengths)
+        packed = pack(episodes, RowShape(64, 64))
+        found = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
-    assert to_pairs(rows).sampled_length == rows.sampled_length == 12
+    assert to_pairs(packed.rows).sampled_length == packed.rows.sampled_length == 12
 
 
 @pytest.mark.parametrize(
@@ -84,11 +88,10 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
     for shape, longest in zip(shapes.rows, (12, 24, 48), strict=True):
         lengths = np.minimum(np.random.default_rng(longest).integers(1, longest + 1, (3, 4)), longest)
         lengths[0] = longest
-        tokens = np.where(np.arange(48) < lengths[..., None], all_tokens.reshape(3, 4, 48), -1)
-        smallest = shapes.rows[0]
-        assert fits(prompts, lengths, shape) and (shape is smallest or not fits(prompts, lengths, smallest))
-        rows = pack_rollout(prompts, tokens, lengths, shape)
-        logps = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 48)
+        episodes = episodes_of(prompts, all_tokens.reshape(3, 4, 48), lengths)
+        assert shapes.smallest(episodes) == shape
+        packed = pack(episodes, shape)
+        logps = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         difference = np.abs(logps - sampled)[np.arange(48) < lengths.reshape(12, 1)]
         assert difference.max() < max_difference and difference.mean() < mean_difference, shape
 
