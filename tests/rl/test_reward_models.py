@@ -25,7 +25,7 @@ from jaxft.data.conversation import prompt_of
 from jaxft.data.pack import RowShape
 from jaxft.data.rows import Row
 from jaxft.distributed import sharding
-from jaxft.inference.sampling import left_pad
+from jaxft.engine.sampling import left_pad
 from jaxft.models import heads
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
