@@ -32,6 +32,7 @@ from jaxft.train.recipes import (
     OPINIONS,
     AdvantageFunction,
     CombineFunction,
+    CorrectionFunction,
     EstimatorFunction,
     FilterFunction,
     LoraKnobs,
@@ -50,6 +51,12 @@ METHODS = {
     "RLOO": "advantage=rloo loss=policy_gradient token_weights=sequence_sum beta=0.05 kl_in=rewards",
     "REINFORCE++": "estimate=reinforce beta=0.01 kl_in=rewards",
     "REINFORCE++ with the group's mean as baseline": "estimate=group_whitened",
+    "DPPO": "loss=dppo_tv advantage=centred token_weights=constant_length ratio_to_sampler=true",
+    "MaxRL": "advantage=maxrl",
+    "GDPO, of several rewards": "estimate=by_each",
+    "GFPO, the shorter half of each group": "advantage=gfpo group=16",
+    "with truncated importance sampling, TIS": "correction=truncated_tokens",
+    "with masked importance sampling, MIS": "correction=masked_completions",
 }
 __doc__ = str(__doc__) + "\n".join(f"    {name}:\n        {settings}" for name, settings in METHODS.items())
 
@@ -75,6 +82,9 @@ def config(
     eps_high: float | None = None,
     beta: float = 0.0,  # of a KL penalty; 0 runs no reference
     kl_in: Literal["loss", "rewards"] = "loss",
+    correction: CorrectionFunction | None = None,  # importance weights between sampler and training program
+    correction_bounds: tuple[float, float] | None = None,  # of these weights, the function's own by default
+    ratio_to_sampler: bool = False,  # the loss's ratio is to the sampler, not to the training program
 ) -> Run:
     """Group-relative policy optimisation."""
     if advantage and estimate:
@@ -87,10 +97,13 @@ def config(
         )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards needs a beta above 0")
+    if correction_bounds and not correction:
+        raise ValueError("correction_bounds needs a correction, such as correction=truncated_tokens")
     heads, models = base.reward_model(reward_model, prompts.max_length)
     all_rewards: tuple[Any, ...] = (*rewards, *models)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     penalty: Any = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
+    least_most = dict(zip(("least", "most"), correction_bounds or (), strict=False))
     taper = None if overlong is None else (prompts.max_new, overlong)
     rules = Rules(
         all_rewards,
@@ -101,6 +114,8 @@ def config(
         partial(shape_scores, missing_eos=missing_eos, overlong=taper),
         filter=filter,
         train_on_truncated=train_on_truncated,
+        correction=partial(correction, **least_most) if correction and least_most else correction,
+        ratio_to_sampler=ratio_to_sampler,
     )
     return Run(
         name=name,

@@ -27,7 +27,7 @@ from jaxft.data.next_turn import Continuation, NextPrompt, next_prompt
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes
-from jaxft.inference.sampling import without_stop
+from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
 from jaxft.rl.environment import Beginning, Environment, Prompt, Row, State, Step, WrongType
@@ -365,6 +365,11 @@ class _Rollout:
         """Add a turn that has ended to its episode, and ask the environment for the answer."""
         episode = self.episodes[sampled.episode]
         self.sampling.remove(episode.number)
+        if NONFINITE in sampled.tokens:
+            raise ValueError(
+                f"{self.rows.names[episode.prompt]}: the policy's logits of token {len(sampled.tokens)} of a "
+                "completion are not finite; lower optim.lr, or check the weights"
+            )
         logps = np.asarray(sampled.logps, np.float32)
         episode.parts[-1][1].append(Segment(np.asarray(sampled.tokens, np.int32), logps))
         episode.used += len(sampled.tokens)

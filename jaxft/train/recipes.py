@@ -31,6 +31,7 @@ from jaxft.rl.rewards import exact, json_match
 from jaxft.short_names import (
     ADVANTAGES,
     COMBINATIONS,
+    CORRECTIONS,
     ESTIMATORS,
     FILTERS,
     KL_ESTIMATORS,
@@ -76,6 +77,7 @@ CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]
 AdvantageFunction = Annotated[Callable, ShortNames.of(ADVANTAGES)]
 EstimatorFunction = Annotated[Callable, ShortNames.of(ESTIMATORS)]
 TokenWeightsFunction = Annotated[Callable, ShortNames.of(TOKEN_WEIGHTS)]
+CorrectionFunction = Annotated[Callable, ShortNames.of(CORRECTIONS)]
 FilterFunction = Annotated[Callable, ShortNames.of(FILTERS)]
 
 

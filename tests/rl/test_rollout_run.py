@@ -15,8 +15,8 @@ from tiny_run import Place, write_rows
 
 from jaxft.data.shipped import ROOT
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
-from jaxft.objectives.policy_losses import clipped, gspo, policy_gradient
-from jaxft.rl import advantages, estimators, token_weights
+from jaxft.objectives.policy_losses import clipped, dppo_tv, gspo, policy_gradient
+from jaxft.rl import advantages, estimators, importance, token_weights
 from jaxft.runs.config import help_text, load_config
 from jaxft.runs.parse import find_file, run_file
 from jaxft.runs.record import differences
@@ -48,7 +48,7 @@ def test_the_help_of_grpo_lists_every_method_with_its_settings():
     text = help_text("configs/grpo.py")
     assert (
         all(f"{name}:\n        {settings}\n" in text for name, settings in METHODS.items())
-        and len(METHODS) == 7
+        and len(METHODS) == 13
     )
 
 
@@ -64,7 +64,15 @@ PARTS = {  # advantage, weights of tokens, loss and KL penalty of each method's 
     "REINFORCE++ with the group's mean as baseline": (
         estimators.group_whitened, token_weights.token_mean, clipped, 0.0,
     ),
+    "DPPO": (advantages.centred, token_weights.constant_length, dppo_tv, 0.0),
+    "MaxRL": (advantages.maxrl, token_weights.token_mean, clipped, 0.0),
+    "GDPO, of several rewards": (estimators.by_each, token_weights.token_mean, clipped, 0.0),
+    "GFPO, the shorter half of each group": (advantages.gfpo, token_weights.token_mean, clipped, 0.0),
+    "with truncated importance sampling, TIS": (advantages.grpo, token_weights.token_mean, clipped, 0.0),
+    "with masked importance sampling, MIS": (advantages.grpo, token_weights.token_mean, clipped, 0.0),
 }  # fmt: skip
+ESTIMATORS = (estimators.reinforce, estimators.group_whitened, estimators.by_each)
+CORRECTIONS = {"TIS": importance.truncated_tokens, "MIS": importance.masked_completions}
 
 
 def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
@@ -73,7 +81,7 @@ def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
     for name, settings in METHODS.items():
         run = load_config("configs/grpo.py", settings.split())
         rules, (advantage, weights, loss, beta) = run.data.rules, PARTS[name]
-        if advantage not in (estimators.reinforce, estimators.group_whitened):
+        if advantage not in ESTIMATORS:
             advantage = partial(estimators.by_group, advantage=advantage)
         objective = run.objective.keywords
         found = rules.estimate, rules.token_weights, objective["loss"]
@@ -82,6 +90,17 @@ def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
         assert (rules.filter, rules.shape.keywords["overlong"]) == (
             (advantages.nonconstant_groups, (run.data.max_new, 2)) if name == "DAPO" else (None, None)
         ), name
+        assert rules.correction == CORRECTIONS.get(name[-3:]), name
+        assert rules.ratio_to_sampler == (name == "DPPO"), name
+        assert run.data.group == (16 if name.startswith("GFPO") else 8), name
+
+
+def test_a_correction_takes_its_bounds_from_the_recipe(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=0.5,5"])
+    assert called(run.data.rules.correction) == (importance.masked_tokens, {"least": 0.5, "most": 5.0})
+    with pytest.raises(ValueError, match="correction_bounds needs a correction, such as"):
+        load_config("configs/grpo.py", ["correction_bounds=0.5,5"])
 
 
 def called(function):
@@ -99,6 +118,8 @@ def test_every_named_method_trains(workdir, name, settings):
     assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
     lines = [line for line in workdir.metrics(folder) if "reward" in line]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
+    effective = lines[0].get("sampling/importance_sampling_ratio/effective_samples")
+    assert effective == pytest.approx(1, abs=1e-4) if "correction=" in settings else effective is None
     assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
 
 
