@@ -98,6 +98,7 @@ class Rollout:
     values: Float[Any, "B M"] | None = None  # the critic's at sampling
     returns: Float[Any, "B M"] | None = None  # the critic's targets
     value_weights: Float[Any, "B M"] | None = None
+    observation_weights: Float[Any, "B M"] | None = None  # of tokens that were given, padding otherwise
     branches: Int[Any, "B T"] | None = None
     # most tokens of a completion; fixes the angles of dynamic and longrope
     sampled_length: int | None = static(default=None)
