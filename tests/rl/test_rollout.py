@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxft.rl.completions import Completions
 from rl_completions import TOKENIZER, random_prompts, stored_prompts
 from tiny_llama import tiny_tokenizer
 
@@ -23,7 +24,6 @@ from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.policy import with_target_kl
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_moments
-from jaxft.rl.completions import Completions
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
 from jaxft.rl.importance import masked_completions, truncated_tokens
 from jaxft.rl.layout import fits, pack_rollout, to_rows

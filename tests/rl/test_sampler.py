@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_model
 from engines import engine_of
+from jaxft.rl.completions import table_indices
 from rl_completions import random_prompts
 
 from jaxft.data.pack import RowShape
@@ -23,7 +24,6 @@ from jaxft.nn.rope import Rope
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
-from jaxft.rl.completions import table_indices
 from jaxft.rl.layout import fits, pack_rollout, rollout_shapes, to_completions
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.sampler import Sampler, compile_rollout_sampler
