@@ -168,8 +168,8 @@ class Rollouts(Prompts):
             )
         if self.observations and self.max_turns == 1:
             raise ValueError(
-                "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it nothing. "
-                "Set data.max_turns with an environment or tools, or leave echo out."
+                "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
+                "nothing. Set data.max_turns with an environment or tools, or leave echo out."
             )
 
     @property
@@ -529,8 +529,8 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if facts.observations != data.observations:
         raise ValueError(
-            f"data.observations={str(data.observations).lower()} does not fit the objective: policy.echo needs "
-            "true, others false."
+            f"data.observations={str(data.observations).lower()} does not fit the objective: policy.echo "
+            "needs true, others false."
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(

@@ -17,8 +17,8 @@ from jaxft.rl.rules import Rules
 from jaxft.rl.trajectory import Segment, Trajectory
 
 SAMPLED, GIVEN = True, False
-# Two prompts with two episodes each, as (number of tokens, who wrote them). The second one of the first prompt
-# is given tokens after its last turn; the second one of the second prompt has a fault.
+# Two prompts with two episodes each, as (number of tokens, who wrote them). The second one of the first
+# prompt is given tokens after its last turn; the second one of the second prompt has a fault.
 EPISODES = [
     [(3, SAMPLED), (4, GIVEN), (2, SAMPLED)],
     [(1, SAMPLED), (2, GIVEN), (1, SAMPLED), (3, GIVEN), (1, SAMPLED), (5, GIVEN)],
@@ -91,8 +91,8 @@ class Echoing:
     def reset(self, row):
         return [{"role": "user", "content": row["prompt"]}]
 
-    def step(self, text):
-        return text, 0.0, False
+    def step(self, state, text):
+        return text, 0.0, False, state
 
 
 def test_observation_weights_sum_to_1_over_a_batch_and_to_0_while_the_policy_waits():
