@@ -164,8 +164,8 @@ def with_target_kl(objective: Objective, target_kl: float) -> Objective:
 def echo(
     model: LanguageModel, objective: Callable[[LanguageModel], Objective], coef: float = 0.1
 ) -> Objective:
-    """Add `-coef sum_t w_t log pi(x_t)` to a policy objective, over tokens x_t that the policy was given, such
-    as a tool's results. The observation weights w sum to 1 over an optimizer batch.
+    """Add `-coef sum_t w_t log pi(x_t)` to a policy objective, over tokens x_t that the policy was given,
+    such as a tool's results. The observation weights w sum to 1 over an optimizer batch.
 
     ECHO (Shrivastava et al. 2026, arXiv:2605.24517, where coef is 0.05): the policy learns what its actions
     lead to, in the same forward pass and from failed episodes too. Text of the template around a result
