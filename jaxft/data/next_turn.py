@@ -71,10 +71,9 @@ def next_prompt(
             chat.name, "no chat template", "a further turn needs a chat template; set chat_template=chatml"
         )
     template = template.of_chat(chat)
-    (found,) = call_confined(template, _first_suffix, [(template, chat, tuple(ways))])
-    if found is None:
-        return _restart(template, chat, ways, tokenizer, settings)
-    number, suffix = found
+    ((number, suffix),) = call_confined(template, _first_suffix, [(template, chat, tuple(ways))])
+    if suffix is None:
+        return _restart(chat, (*ways[number:], *ways[:number]), tokenizer, settings)
     messages = (*chat.messages, ways[number].turn, *ways[number].answers)
     ids, before = rendered_ids(suffix.end + suffix.rest, tokenizer), list[int]()
     if stopped and suffix.end:
@@ -84,9 +83,11 @@ def next_prompt(
 
 def _first_suffix(
     template: Template, chat: Chat, ways: tuple[Continuation, ...]
-) -> tuple[int, _Suffix] | None:
-    """Return the number of the first way that the template only appends, and its suffix."""
-    prompt = render_messages(template, chat.messages, chat.tools, generation=True)
+) -> tuple[int, _Suffix | None]:
+    """Return the number of the first way that the template only appends, with its suffix; without such a
+    way, the number of the first that it shows in full.
+    """
+    prompt, shown = render_messages(template, chat.messages, chat.tools, generation=True), list[int]()
     for number, way in enumerate(ways):
         try:
             suffix = _suffix(template, chat, way, prompt)
@@ -94,13 +95,14 @@ def _first_suffix(
             continue
         if suffix is not None:
             return number, suffix
-    return None
+        shown.append(number)
+    return (shown or [0])[0], None
 
 
 def _suffix(template: Template, chat: Chat, way: Continuation, prompt: str) -> _Suffix | None:
     """Return what follows the turn; None if the template rewrites what is before it.
 
-    Raises HiddenPart if it doesn't show all of the turn, and what render_messages raises.
+    Raises HiddenPart if it doesn't show all of the turn and its answers, and what render_messages raises.
     """
     index, turn = len(chat.messages), way.turn
     if not parts_of(turn):
@@ -108,6 +110,7 @@ def _suffix(template: Template, chat: Chat, way: Continuation, prompt: str) -> _
     messages = (*chat.messages, turn, *way.answers)
     text, spans = render_turns(template, replace(chat, messages=messages, response=index), [index])
     whole = render_messages(template, messages, chat.tools, generation=True)
+    _require_answers(template, chat, (*chat.messages, turn), way.answers)
     end = spans[-1][1]
     if not text.startswith(prompt) or whole[:end] != text[:end]:
         return None
@@ -115,8 +118,19 @@ def _suffix(template: Template, chat: Chat, way: Continuation, prompt: str) -> _
     return _Suffix(max(ends, key=len, default=""), whole[end:])
 
 
+def _require_answers(
+    template: Template, chat: Chat, before: tuple[Message, ...], answers: tuple[Message, ...]
+) -> None:
+    """Raise HiddenPart if the template drops the content of an answer, as some do with a tool's."""
+    words = [f"Qx7w{number}Zk" for number in range(len(answers))]
+    marked = [{**answer, "content": word} for answer, word in zip(answers, words, strict=True)]
+    text = render_messages(template, [*before, *marked], chat.tools).lower()
+    if not all(word.lower() in text for word in words):
+        raise HiddenPart("it does not show what answers the turn")
+
+
 def _restart(
-    template: Template, chat: Chat, ways: Sequence[Continuation], tokenizer: Any, settings: TemplateSettings
+    chat: Chat, ways: Sequence[Continuation], tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
     """Return the prompt of a new row. Raises InvalidRow if the template rejects all ways."""
     for way in ways:

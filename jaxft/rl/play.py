@@ -27,7 +27,7 @@ from jaxft.data.next_turn import Continuation, NextPrompt, next_prompt
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes
-from jaxft.inference.sampling import NONFINITE, without_stop
+from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
 from jaxft.rl.calls import Calls, Job, Overdue

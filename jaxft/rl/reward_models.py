@@ -23,7 +23,7 @@ from jaxft.data.invalid import valid
 from jaxft.data.template import settings_for
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.distributed import sharding
-from jaxft.inference.sampling import BUCKET, left_pad
+from jaxft.engine.sampling import BUCKET, left_pad
 from jaxft.models import heads
 from jaxft.models.model import Model
 from jaxft.nn.layer_attention import varies_with_length

@@ -194,7 +194,8 @@ class Rollouts(Prompts):
         Dataset.start_lines.
         """
         lines = [line for reward in self.rules.rewards for line in reward.start_lines()]
-        return lines + recomputation_lines(self, objective) + rope_lines(self, a)
+        lines += recomputation_lines(self, objective) if self.kind.of_tokens else []
+        return lines + rope_lines(self, a)
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""

@@ -17,15 +17,16 @@ from jaxtyping import Array, UInt32
 
 from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Engine, compile_engine, rows_in_progress, slots_for
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.programs import Engine, compile_engine
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, rows_in_progress, slots_for
 from jaxft.rl.episodes import Episodes, collect
 from jaxft.rl.layout import RolloutShapes
 from jaxft.rl.play import rollout
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.record import RECORDS, Record
-from jaxft.rl.sampling_session import Sampled, Session
+from jaxft.rl.sampling_session import Sampler
 from jaxft.tree import Params
 
 SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
@@ -38,7 +39,8 @@ def compile_sampler(run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutSha
     group: episodes of each prompt, data.group or data.eval_group. number: of the rollout, for the keys;
     EVALUATION is not recorded.
     """
-    sampler, play = compile_engines(run, data, shapes), data.play(tokenizer, run.stop)
+    play = data.play(tokenizer, run.stop)
+    sampler = compile_engines(run, data, shapes.prompt_size, play.environment.continues)
     weights_of = jax.jit(checksum).lower(run.state.trainable).compile()
 
     def sample(prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Episodes:
@@ -68,59 +70,33 @@ def checksum(trainable: Params) -> UInt32[Array, ""]:
     return total
 
 
-# ---- the engine
+def compile_engines(
+    run: BoundRun, data: Any, prompt_size: int, extends: bool
+) -> Callable[[Params, int], Sampler]:
+    """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler.
 
-
-def compile_engines(run: BoundRun, data: Any, shapes: RolloutShapes) -> Callable[[Params, int], Any]:
-    """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler."""
-    sampling = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
+    prompt_size: tokens of the longest prompt, padded. extends: whether episodes may have a second turn.
+    """
+    sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p)
     engines = {}
     for group in {data.eval_group, data.group}:
-        d = Decoding(run.model, sampling, run.stop, group, data.kv_cache)
+        d = Decoding(run.model, sampling, run.stop, group, data.kv_cache, extends=extends)
         rows = rows_in_progress(data.decode_rows, run.mesh)
-        slots = slots_for(data.batch, group, shapes.prompt_size, rows)
+        slots = slots_for(data.batch, group, prompt_size, rows)
+        if data.starts_per_row > 1:  # each episode may have a prompt of its own
+            slots = slots._replace(prompts=slots.rows)
         engines[group] = compile_engine(d, run.param_shapes, slots, run.mesh)
     return lambda params, group: EngineSampler(engines[group], params)
 
 
 @dataclass(frozen=True)
 class EngineSampler:
-    """An engine with one set of weights, see sampling_session.Sampler. Episodes have one turn."""
+    """An engine with one set of weights; see sampling_session.Sampler."""
 
     engine: Engine
     params: Params
 
     @contextmanager
     def session(self, key: Array) -> Iterator[Session]:
-        """Return a session."""
-        yield _Session(self, key, {})
-
-
-@dataclass(frozen=True)
-class _Session:
-    sampler: EngineSampler
-    key: Array
-    queued: dict[int, tuple[Sequence[int], Sequence[int]]]
-
-    def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
-        self.queued[number] = prompt, episodes
-
-    def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
-        raise NotImplementedError
-
-    def drop(self, episode: int) -> None:
-        pass
-
-    def wait(self) -> list[Sampled]:
-        numbers = sorted(self.queued)
-        if not numbers:
-            return []
-        engine, prompts = self.sampler.engine, [self.queued[i][0] for i in numbers]
-        tokens, logps = engine.complete(self.sampler.params, prompts, self.key, numbers)
-        found = []
-        for number, own, own_logps in zip(numbers, tokens, logps, strict=True):
-            for episode, ids, lps in zip(self.queued.pop(number)[1], own, own_logps, strict=True):
-                count = int((ids != -1).sum())
-                finish = "stop" if ids[count - 1] in engine.decoding.stop else "length"
-                found.append(Sampled(episode, ids[:count], lps[:count], finish))
-        return found
+        """Yield a session. key: from which the keys of all completions derive."""
+        yield Session(self.engine, self.params, key, keeps=self.engine.decoding.extends)
