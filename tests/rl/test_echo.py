@@ -2,11 +2,16 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+import tiny_model
 from rl_completions import random_prompts
 
+from jaxft.nn.lora import Adapter
 from jaxft.objectives.objective import Facts
+from jaxft.objectives.policy import policy
+from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.episodes import collect
 from jaxft.rl.layout import RowShape, pack
@@ -14,7 +19,7 @@ from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts, TrainingRollout
 from jaxft.rl.rules import Rules
-from jaxft.rl.trajectory import Segment, Trajectory
+from jaxft.rl.trajectory import Segment, Trajectory, sampled_mask, token_ids
 
 SAMPLED, GIVEN = True, False
 # Two prompts with two episodes each, as (number of tokens, who wrote them). The second one of the first
@@ -28,9 +33,9 @@ EPISODES = [
 OBSERVED = [4, 5, 0, 0]  # given tokens that a later turn follows, in episodes without a fault
 
 
-def episodes():
+def episodes(modulo=1000):
     """The episodes with ids 100, 101, ... in order, so that each token has its own."""
-    prompts, following = random_prompts(2), iter(range(100, 200))
+    prompts, following = random_prompts(2), (i % modulo for i in range(100, 200))
     found = []
     for i, segments in enumerate(EPISODES):
         parts = []
@@ -70,6 +75,23 @@ def test_given_tokens_are_read_after_all_sampled_ones_and_are_padding_to_the_pol
             assert getattr(packed, name)[r, :count].tolist() == getattr(plain, name)[r, :count].tolist()
     for name in ("ids", "positions", "branches", "segments", "responses", "lengths", "last"):
         np.testing.assert_array_equal(getattr(packed, name), getattr(plain, name))
+
+
+def test_the_policy_is_read_at_given_tokens_as_in_a_forward_pass_over_the_episode_alone(x64):
+    model, params = tiny_model.tiny(adapter=Adapter(rank=2))
+    own = episodes(modulo=tiny_model.CONFIG.vocab)
+    packed = pack(own, RowShape(64, 32), (2, 2), True)
+    scores = policy(model, clipped).score(params, packed.rows, {}).logps
+    found = np.asarray(scores)[packed.rows.observation_weights > 0]
+    expected = []
+    for (part,) in own.episodes[:2]:
+        ids, start = token_ids(part), len(part.start)
+        alone = tiny_model.batch_of([[(ids, start)]], 32, 32, 1.0)
+        logits = model.logits(model.head(params), model.hidden(params, alone))[0]
+        last = np.flatnonzero(sampled_mask(part))[-1]
+        given = np.setdiff1d(np.arange(start, last), np.flatnonzero(sampled_mask(part)))
+        expected.extend(jax.nn.log_softmax(logits)[given - 1, ids[given]].tolist())
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_values_of_sampled_tokens_come_back_without_the_given_ones():
