@@ -25,7 +25,7 @@ from jaxft.data.prompts import Prompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
-from jaxft.objectives.objective import Objective, Scores
+from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
 from jaxft.rl.environment import environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
@@ -135,6 +135,9 @@ def policy_batch(
     if rows.values is not None:
         weights = token_mean(lengths, rollout.scored[chosen], size)
         rows = replace(rows, value_weights=per_episode(weights, rows))
+    if rows.observation_weights is not None:
+        given = rows.observation_weights * trains_policy
+        rows = replace(rows, observation_weights=given / max(float(given.sum()), 1.0))
     return to_microbatches(rows, shape, data.group)
 
 
@@ -145,7 +148,8 @@ class Rollouts(Prompts):
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
     turn. tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder
-    of a run whose recorded rollouts are used in place of new ones. Other fields: see Prompts.
+    of a run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights
+    of the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
@@ -153,6 +157,7 @@ class Rollouts(Prompts):
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
     replay: str | None = None
+    observations: bool = False
     kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, policy_batch, of_tokens=True)
 
     def __post_init__(self) -> None:
@@ -161,6 +166,16 @@ class Rollouts(Prompts):
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
             )
+        if self.observations and self.max_turns == 1:
+            raise ValueError(
+                "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
+                "nothing. Set data.max_turns with an environment or tools, or leave echo out."
+            )
+
+    @property
+    def reads_given(self) -> bool:
+        """Whether batches read log-probs of given tokens too."""
+        return self.observations
 
     @property
     def starts_per_row(self) -> int:
@@ -235,7 +250,11 @@ class PromptSource:
             check_policy_run(data, run)
         recompute = of_tokens and needs_recomputed_logps(data, run.objective)
         has_logps = recompute or data.rules.ratio_to_sampler
-        complete = run.objective.batch_spec if has_logps else without_logps
+        spec = run.objective.batch_spec if of_tokens else same_batch
+
+        def complete(batch: Rollout) -> Rollout:
+            return spec(batch) if has_logps else without_logps(spec(batch))
+
         sizes = rollout_shapes(data, self.longest, self.shards)
         shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
         programs = RolloutPrograms(run, shapes, data.units_per_step, complete, data.max_length)
@@ -383,7 +402,8 @@ class RolloutSource(PromptSource):
         """Sample `group` episodes of each prompt, arrange them in rows and score them."""
         episodes = self.sample(chosen, group, number, state)
         rows = round_up(len(chosen), self.data.units_per_step)
-        packed = pack(episodes, self.sizes.smallest(episodes), (rows, self.data.group))
+        sizes, size = self.sizes, (rows, self.data.group)
+        packed = pack(episodes, sizes.smallest(episodes), size, sizes.reads_given)
         return self.data.rules.score(
             episodes, [score(episodes, packed, state) for score in self.rewards]
         ), packed
@@ -507,6 +527,11 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         raise ValueError(
             f"data.temperature={data.temperature} differs from the objective's {facts.temperature}, but "
             "log-probs must be those of the sampling distribution. Make them equal."
+        )
+    if facts.observations != data.observations:
+        raise ValueError(
+            f"data.observations={str(data.observations).lower()} does not fit the objective: policy.echo "
+            "needs true, others false."
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(

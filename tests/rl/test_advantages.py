@@ -204,6 +204,19 @@ def test_normalised_sum_standardises_the_sum_of_grpo_advantages():
     close(A.normalised_sum(rewards, (1.0, 0.5)), expected)
 
 
+def test_gdpo_tells_two_rewards_from_one_where_grpo_does_not():
+    """Two completions, two rewards (arXiv:2601.05242, figure 2): the better one is better by one reward, or
+    by both. GRPO of the sum is +-1/sqrt(2) for both groups; GDPO's sums are +-1/sqrt(2) and +-sqrt(2), whose
+    deviation over the batch is sqrt(5/3).
+    """
+    rewards = np.array([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])
+    half, root = 0.5**0.5, 2**0.5
+    grpo = A.grpo(A.weighted_sum(rewards, (1.0, 1.0)))
+    np.testing.assert_allclose(grpo, [[-half, half]] * 2, rtol=2e-4)
+    expected = np.array([[-half, half], [-root, root]]) / (5 / 3) ** 0.5
+    np.testing.assert_allclose(A.normalised_sum(rewards, (1.0, 1.0)), expected, rtol=3e-4)
+
+
 def test_clipping_and_penalties_follow_their_formulas_and_keep_nan():
     scores = np.array([[-9.0, 0.3, NAN, 8.0]])
     np.testing.assert_array_equal(A.clip_scores(scores, -5, 5), [[-5, 0.3, NAN, 5]])

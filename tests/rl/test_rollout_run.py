@@ -113,7 +113,8 @@ def called(function):
 def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
     argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
-    argv += ["batch=4", "group=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
+    argv += [] if "group=" in settings else ["group=4"]
+    argv += ["batch=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
     argv += ["samples=0", "lr=1e-2", f"name={folder}"]
     assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
     lines = [line for line in workdir.metrics(folder) if "reward" in line]
