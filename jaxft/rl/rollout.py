@@ -5,6 +5,7 @@ A run is therefore saved between rollouts only; one that is killed inside a roll
 first step and repeats it from its record.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -147,13 +148,13 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn. tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder
+    turn. Rows have room for a prompt of each episode unless its reset is annotated to return None. tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder
     of a run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights
     of the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
-    environment: Any = None
+    environment: Callable | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
     replay: str | None = None
@@ -179,8 +180,10 @@ class Rollouts(Prompts):
 
     @property
     def starts_per_row(self) -> int:
-        """How many prompts a row has: those of a group may differ if an environment's reset makes them."""
-        return self.group if isinstance(self.environment, type) else 1
+        """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
+        reset = getattr(self.environment, "reset", None)
+        shares = reset is None or inspect.signature(reset).return_annotation in (None, "None")
+        return 1 if shares else self.group
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
@@ -413,7 +416,7 @@ class RolloutSource(PromptSource):
         episodes, rules = scored.episodes, self.data.rules
         found = Scores() if self.token_scores is None else self.token_scores(packed, state)
         logps, reference, values = (None if x is None else packed.to_tokens(x, episodes) for x in found)
-        in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, self.data.max_turns > 1
+        in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, episodes.most_turns > 1
         return RolloutScores(
             scores=scored.scores,
             lengths=episodes.lengths,

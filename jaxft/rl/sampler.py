@@ -53,7 +53,7 @@ def compile_sampler(run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutSha
         else:
             record = Record(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
             trajectories = record.read(number) or record.write(number, new())
-        return collect(prompts, trajectories, data.sampled_length, data.episode_length)
+        return collect(prompts, trajectories, data.sampled_length, data.episode_length, data.max_turns)
 
     return sample
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny_model
 from engines import engine_of
-from rl_completions import TOKENIZER, episodes_of, random_prompts
+from rl_completions import episodes_of, random_prompts
+from tiny_llama import tiny_tokenizer
 
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts
@@ -147,7 +148,7 @@ def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_ro
     sampler = SimpleNamespace(session=lambda key: nullcontext(OneTurn()))
     named = f"{prompts.names[1]}: the policy's logits of token 3 of a completion are not finite"
     with pytest.raises(ValueError, match=re.escape(named)):
-        rollout(sampler, data.play(TOKENIZER, (1,)), prompts, 2, None)
+        rollout(sampler, data.play(tiny_tokenizer(), (1,)), prompts, 2, None)
 
 
 class Game:
@@ -180,7 +181,7 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
     model, params = tiny_model.tiny(jnp.float32)
     prompts, weights = random_prompts(5), {"w": jnp.ones(3)}
     data = Rollouts("x", max_new=6, group=2, eval_group=2, batch=5, rules=Rules((exact,)))
-    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)), chat_template=None)
+    tokenizer = tiny_tokenizer()
     state = SimpleNamespace(trainable=weights)
     run = SimpleNamespace(
         model=model, stop=(7, 11), mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), folder=tmp_path,
@@ -195,7 +196,7 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
         own = tokens[tokens >= 0].tolist()
         ended = own[-1] in (7, 11)
         assert sampled_tokens(found.episodes[i]).tolist() == own and found.ended.ravel()[i] == ended
-        assert found.texts[i] == " ".join(map(str, own[: len(own) - ended]))
+        assert found.texts[i] == tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
     np.testing.assert_allclose(found.logps, expected.logps.reshape(10, 6), rtol=1e-5, atol=1e-6)
 
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["3.npz"]
