@@ -163,7 +163,7 @@ class Rollouts(Prompts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_turns > 1 and not environment_of(self.environment, self.tools).continues:
+        if not environment_of(self.environment, self.tools).continues and self.max_turns > 1:
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
             )
@@ -181,9 +181,11 @@ class Rollouts(Prompts):
     @property
     def starts_per_row(self) -> int:
         """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
-        reset = getattr(self.environment, "reset", None)
-        shares = reset is None or inspect.signature(reset).return_annotation in (None, "None")
-        return 1 if shares else self.group
+        if self.environment is None or inspect.isfunction(self.environment):
+            return 1
+        is_class = inspect.isclass(self.environment)
+        returned = inspect.signature(self.environment.reset).return_annotation if is_class else Any
+        return 1 if returned in (None, "None") else self.group
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
