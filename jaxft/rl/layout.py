@@ -18,7 +18,7 @@ from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
 from jaxft.rl.advantages import PerToken
 from jaxft.rl.episodes import Episodes
-from jaxft.rl.trajectory import Trajectory, sampled_mask, token_ids
+from jaxft.rl.trajectory import Trajectory, episode_ids, sampled_mask
 from jaxft.tree import Batch
 
 ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longest episodes
@@ -103,7 +103,7 @@ def _pieces(group: Sequence[Sequence[Trajectory]]) -> list[_Piece]:
             first = len(shared) if is_branch else 0
             sampled = np.flatnonzero(sampled_mask(part)) - first
             if len(sampled):
-                found.append(_Piece(slot, is_branch, token_ids(part)[first:][: sampled[-1] + 1], sampled))
+                found.append(_Piece(slot, is_branch, episode_ids(part)[first:][: sampled[-1] + 1], sampled))
     return sorted(found, key=lambda piece: not piece.is_branch)
 
 
