@@ -474,6 +474,7 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     except Exception as error:  # DocstringParsingException, TypeHintParsingException, NameError of a hint
         name, reason = getattr(function, "__name__", repr(function)), " ".join(str(error).split())
         raise ValueError(
-            f"tool {name}: {reason}. Give each argument a type, and describe it in the docstring's Args section."
+            f"tool {name}: {reason}. Give each argument a type, and describe it in the docstring's Args "
+            "section."
         ) from error
     return schema

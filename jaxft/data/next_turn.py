@@ -20,10 +20,10 @@ from jaxft.data.template_check import HiddenPart, parts_of
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.data.turns import render_turns
 
-WORD = "Qx7w"  # content in the place of a turn without any, whose place in a rendering cannot be found
+SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in a rendering cannot be found
 
 
-class Continuation(NamedTuple):
+class Exchange(NamedTuple):
     """One way to write a turn and what answers it as messages."""
 
     turn: Message
@@ -51,7 +51,7 @@ class _Suffix(NamedTuple):
 
 def next_prompt(
     chat: Chat,
-    ways: Sequence[Continuation],
+    ways: Sequence[Exchange],
     stopped: bool,
     tokenizer: Any,
     settings: TemplateSettings,
@@ -81,9 +81,7 @@ def next_prompt(
     return NextPrompt(ids[len(before) :], False, messages)
 
 
-def _first_suffix(
-    template: Template, chat: Chat, ways: tuple[Continuation, ...]
-) -> tuple[int, _Suffix | None]:
+def _first_suffix(template: Template, chat: Chat, ways: tuple[Exchange, ...]) -> tuple[int, _Suffix | None]:
     """Return the number of the first way that the template only appends, with its suffix; without such a
     way, the number of the first that it shows in full.
     """
@@ -99,14 +97,14 @@ def _first_suffix(
     return (shown or [0])[0], None
 
 
-def _suffix(template: Template, chat: Chat, way: Continuation, prompt: str) -> _Suffix | None:
+def _suffix(template: Template, chat: Chat, way: Exchange, prompt: str) -> _Suffix | None:
     """Return what follows the turn; None if the template rewrites what is before it.
 
     Raises HiddenPart if it doesn't show all of the turn and its answers, and what render_messages raises.
     """
     index, turn = len(chat.messages), way.turn
     if not parts_of(turn):
-        turn = {**turn, "content": WORD}
+        turn = {**turn, "content": SOME_TEXT}
     messages = (*chat.messages, turn, *way.answers)
     text, spans = render_turns(template, replace(chat, messages=messages, response=index), [index])
     whole = render_messages(template, messages, chat.tools, generation=True)
@@ -129,9 +127,7 @@ def _require_answers(
         raise HiddenPart("it does not show what answers the turn")
 
 
-def _restart(
-    chat: Chat, ways: Sequence[Continuation], tokenizer: Any, settings: TemplateSettings
-) -> NextPrompt:
+def _restart(chat: Chat, ways: Sequence[Exchange], tokenizer: Any, settings: TemplateSettings) -> NextPrompt:
     """Return the prompt of a new row. Raises InvalidRow if the template rejects all ways."""
     for way in ways:
         messages = (*chat.messages, way.turn, *way.answers)

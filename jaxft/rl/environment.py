@@ -31,14 +31,14 @@ import numpy as np
 
 from jaxft.data.columns import tool_schema
 from jaxft.data.example import Message
-from jaxft.rl.environments.calls import Job
+from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import Tool, by_name
 
-Row = dict[str, Any]
+Columns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
-State = Any
-Prompt = str | Sequence[Message] | None
-ROLES = ("system", "user", "assistant", "tool")
+EpisodeState = Any
+FirstPrompt = str | Sequence[Message] | None
+MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 
 
 class WrongType(Exception):
@@ -50,11 +50,11 @@ class Beginning(NamedTuple):
     None for the row's own prompt.
     """
 
-    prompt: Prompt
-    state: State
+    prompt: FirstPrompt
+    state: EpisodeState
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What answers a turn. observation: messages that the model is shown; () ends the episode, as `done`
     does. reward: of the turn, NaN for none.
     """
@@ -62,26 +62,26 @@ class Step(NamedTuple):
     observation: tuple[Message, ...]
     reward: float
     done: bool
-    state: State
+    state: EpisodeState
 
 
 @dataclass(frozen=True)
 class Environment:
     """An environment as functions.
 
-    reset(row, job) -> Beginning. step(state, text, job) -> Step, for a turn without tool calls. tools(state)
-    -> the functions that the model may call, by name, which `schemas` describe to it. score(state, job) ->
-    the score of the episode; None: the sum of its turns' rewards. job.call calls a user's function, with the
+    reset(row, task) -> Beginning. step(state, text, task) -> StepResult, for a turn without tool calls. tools(state)
+    -> the functions that the model may call, by name, which `schemas` describe to it. score(state, task) ->
+    the score of the episode; None: the sum of its turns' rewards. task.call calls a user's function, with the
     time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
     they may have a second turn.
     """
 
     name: str
-    reset: Callable[[Row, Job], Beginning]
-    step: Callable[[State, str, Job], Step]
-    tools: Callable[[State], Mapping[str, Tool]]
+    reset: Callable[[Columns, Task], Beginning]
+    step: Callable[[EpisodeState, str, Task], StepResult]
+    tools: Callable[[EpisodeState], Mapping[str, Tool]]
     schemas: tuple[Schema, ...]
-    score: Callable[[State, Job], float | None]
+    score: Callable[[EpisodeState, Task], float | None]
     scored: bool = True
     continues: bool = True
 
@@ -121,7 +121,7 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
     if own & added.keys():
         raise ValueError(f"tools: the environment has its own {min(own & added.keys())}. Rename one.")
 
-    def all_tools(state: State) -> Mapping[str, Tool]:
+    def all_tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {**environment.tools(state), **added}
 
     schemas = (*environment.schemas, *map(tool_schema, tools))
@@ -138,12 +138,12 @@ def _of_function(function: Callable[..., Any]) -> Environment:
             f"environment {_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
         )
 
-    def reset(row: Row, job: Job) -> Beginning:
+    def reset(row: Columns, task: Task) -> Beginning:
         return Beginning(None, (None, row))
 
-    def step(state: State, text: str, job: Job) -> Step:
+    def step(state: EpisodeState, text: str, task: Task) -> StepResult:
         inner, row = state
-        found = checked_step(job.call(function, inner, text, row))
+        found = checked_step(task.call(function, inner, text, row))
         return found._replace(state=(found.state, row))
 
     return Environment(_name(function), reset, step, _no_tools, (), _no_score)
@@ -167,16 +167,16 @@ def _of_native(given: type, members: Mapping[str, Any]) -> Environment:
     """
     methods = _tool_methods(members, ("reset", "step"))
 
-    def reset(row: Row, job: Job) -> Beginning:
-        self = job.call(given)
-        return Beginning(_checked_prompt(job.call(self.reset, row)), (self, None))
+    def reset(row: Columns, task: Task) -> Beginning:
+        self = task.call(given)
+        return Beginning(_checked_prompt(task.call(self.reset, row)), (self, None))
 
-    def step(state: State, text: str, job: Job) -> Step:
+    def step(state: EpisodeState, text: str, task: Task) -> StepResult:
         self, inner = state
-        found = checked_step(job.call(self.step, inner, text))
+        found = checked_step(task.call(self.step, inner, text))
         return found._replace(state=(self, found.state))
 
-    def tools(state: State) -> Mapping[str, Tool]:
+    def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {name: getattr(state[0], name) for name in methods}
 
     return Environment(given.__name__, reset, step, tools, _schemas(methods), _no_score)
@@ -187,15 +187,15 @@ def _of_trl(given: type, members: Mapping[str, Any]) -> Environment:
     methods = _tool_methods(members, ("reset", "get_reward"))
     rewards = "get_reward" in members
 
-    def reset(row: Row, job: Job) -> Beginning:
-        self = job.call(given)
-        return Beginning(_checked_prompt(job.call(self.reset, **row)), self)
+    def reset(row: Columns, task: Task) -> Beginning:
+        self = task.call(given)
+        return Beginning(_checked_prompt(task.call(self.reset, **row)), self)
 
-    def tools(state: State) -> Mapping[str, Tool]:
+    def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {name: getattr(state, name) for name in methods}
 
-    def score(state: State, job: Job) -> float | None:
-        return _checked_reward(job.call(state.get_reward)) if rewards else math.nan
+    def score(state: EpisodeState, task: Task) -> float | None:
+        return _checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
     return Environment(given.__name__, reset, _end, tools, _schemas(methods), score, scored=rewards)
 
@@ -223,33 +223,33 @@ def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _own_prompt(row: Row, job: Job) -> Beginning:
+def _own_prompt(row: Columns, task: Task) -> Beginning:
     return Beginning(None, None)
 
 
-def _end(state: State, text: str, job: Job) -> Step:
-    return Step((), math.nan, True, state)
+def _end(state: EpisodeState, text: str, task: Task) -> StepResult:
+    return StepResult((), math.nan, True, state)
 
 
-def _no_tools(state: State) -> Mapping[str, Tool]:
+def _no_tools(state: EpisodeState) -> Mapping[str, Tool]:
     return {}
 
 
-def _no_score(state: State, job: Job) -> float | None:
+def _no_score(state: EpisodeState, task: Task) -> float | None:
     return None
 
 
 # ---- checks of what they return
 
 
-def checked_step(value: Any) -> Step:
-    """Return what a user's step returned as a Step. Raises WrongType."""
+def checked_step(value: Any) -> StepResult:
+    """Return what a user's step returned as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
         raise WrongType(f"step returned {_shown(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value
     if not isinstance(done, bool | np.bool_):
         raise WrongType(f"step returned done={_shown(done)}, expected True or False")
-    return Step(_messages(observation), _checked_reward(reward), bool(done), state)
+    return StepResult(_messages(observation), _checked_reward(reward), bool(done), state)
 
 
 def _messages(observation: Any) -> tuple[Message, ...]:
@@ -265,10 +265,14 @@ def _messages(observation: Any) -> tuple[Message, ...]:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+    return (
+        isinstance(value, dict)
+        and value.get("role") in MESSAGE_ROLES
+        and isinstance(value.get("content"), str)
+    )
 
 
-def _checked_prompt(value: Any) -> Prompt:
+def _checked_prompt(value: Any) -> FirstPrompt:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple) and value and all(map(_is_message, value)):

@@ -9,7 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxft.data.prompt_rows import TokenisedPrompts
-from jaxft.rl.trajectory import Trajectory, Turn, sampled_logps, token_ids, turn_of_token, turn_rewards
+from jaxft.rl.trajectory import (
+    ShownMessage,
+    Trajectory,
+    episode_ids,
+    sampled_logps,
+    turn_of_token,
+    turn_rewards,
+)
 
 NO_LENGTH = "too_long"  # the fault of an episode that does not fit into its rows
 
@@ -130,7 +137,7 @@ def sampled_tokens(parts: Sequence[Trajectory]) -> Int[np.ndarray, " n"]:
 
 def row_tokens(parts: Sequence[Trajectory]) -> int:
     """Return the tokens of an episode in its rows: after its prompt, with the starts of later rows."""
-    return sum(len(token_ids(part)) for part in parts) - len(parts[0].start)
+    return sum(len(episode_ids(part)) for part in parts) - len(parts[0].start)
 
 
 def given_count(parts: Sequence[Trajectory]) -> int:
@@ -143,7 +150,7 @@ def turn_count(parts: Sequence[Trajectory]) -> int:
     return sum(segment.sampled for part in parts for segment in part.segments)
 
 
-def _last_text(turns: Sequence[Turn]) -> str:
+def _last_text(turns: Sequence[ShownMessage]) -> str:
     """The text of the policy's last turn, "" without any."""
     own = [str(turn.get("content") or "") for turn in turns if turn.get("role") == "assistant"]
     return own[-1] if own else ""

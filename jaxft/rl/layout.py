@@ -19,7 +19,7 @@ from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
 from jaxft.rl.advantages import PerToken
 from jaxft.rl.episodes import Episodes
-from jaxft.rl.trajectory import Trajectory, sampled_mask, token_ids
+from jaxft.rl.trajectory import Trajectory, episode_ids, sampled_mask
 from jaxft.tree import Batch
 
 ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longest episodes
@@ -111,7 +111,7 @@ def _pieces(group: Sequence[Sequence[Trajectory]]) -> list[_Piece]:
                 count = sampled[-1] + 1
                 given = np.setdiff1d(np.arange(len(part.start) - first, count), sampled)
                 given = given[:0] if part.fault else given
-                found.append(_Piece(slot, is_branch, token_ids(part)[first:][:count], sampled, given))
+                found.append(_Piece(slot, is_branch, episode_ids(part)[first:][:count], sampled, given))
     return sorted(found, key=lambda piece: not piece.is_branch)
 
 

@@ -23,22 +23,31 @@ from jaxft.bounds import above, at_least, check_bounds
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat, Completion, Message
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import Continuation, NextPrompt, next_prompt
+from jaxft.data.next_turn import Exchange, NextPrompt, next_prompt
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes
 from jaxft.engine.sampling import NONFINITE, without_stop
+from jaxft.engine.session import Sampled
 from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
-from jaxft.rl.environment import Beginning, Environment, Prompt, Row, State, Step, WrongType
-from jaxft.rl.environments.calls import Calls, Job, Overdue
+from jaxft.rl.environment import (
+    Beginning,
+    Columns,
+    Environment,
+    EpisodeState,
+    FirstPrompt,
+    StepResult,
+    WrongType,
+)
+from jaxft.rl.environments.calls import Calls, Overdue, Task
 from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message
-from jaxft.rl.sampling_session import Sampled, Sampler, Session
-from jaxft.rl.trajectory import Fault, Segment, Trajectory, Turn
+from jaxft.rl.sampling_session import Sampler, TurnSession
+from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
 LARGE_OBSERVATION, TEMPLATE, LONG_PROMPT = "large_observation", "template", "long_prompt"
-SHOWN = 200  # characters of an error's text
+FAULT_SIZE = 200  # characters of an error's text
 
 
 @dataclass(frozen=True)
@@ -131,9 +140,9 @@ class _Episode:
     turns: int = 0
     stopped: bool = False
     chat: Chat | Completion | None = None
-    state: State = None
+    state: EpisodeState = None
     sampled: ParsedTurn = ParsedTurn("", (), False)
-    messages: tuple[Turn, ...] = ()
+    messages: tuple[ShownMessage, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
@@ -147,7 +156,7 @@ class _Scored(NamedTuple):
 class _Answer(NamedTuple):
     """What answers a turn, with faults that the model is told of."""
 
-    step: Step
+    step: StepResult
     faults: list[Fault]
 
 
@@ -172,7 +181,7 @@ class _Decision(NamedTuple):
 class _Rollout:
     """Episodes in progress, from their start to their end."""
 
-    def __init__(self, play: Play, rows: TokenisedPrompts, group: int, session: Session, calls: Calls):
+    def __init__(self, play: Play, rows: TokenisedPrompts, group: int, session: TurnSession, calls: Calls):
         self.play, self.rows, self.group, self.session, self.calls = play, rows, group, session, calls
         self.format = play.call_format
         self.decoder = token_decoder(play.tokenizer, self.format.tokens if self.format else ())
@@ -197,12 +206,12 @@ class _Rollout:
                 self._take(sampled)
         return self.results
 
-    def _row(self, episode: _Episode) -> Row:
+    def _row(self, episode: _Episode) -> Columns:
         """Return a copy of the columns of the episode's row, with its prompt."""
         given = self.rows.as_given(episode.prompt)
         return _copy({"prompt": given, **self.rows.fields[episode.prompt]})
 
-    def _submit(self, episode: _Episode, work: Callable[[Job], Any]) -> None:
+    def _submit(self, episode: _Episode, work: Callable[[Task], Any]) -> None:
         if processes.is_first():
             self.calls.submit(episode.number, work)
 
@@ -233,7 +242,7 @@ class _Rollout:
                 case _:
                     return _Decision(number, "end", fault=_fault_of(value, self.play.limits))
         except InvalidRow as error:
-            return _Decision(number, "end", fault=(TEMPLATE, str(error)[:SHOWN]))
+            return _Decision(number, "end", fault=(TEMPLATE, str(error)[:FAULT_SIZE]))
 
     def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
         """Return the decision to start from the environment's prompt, or from the row's own."""
@@ -288,11 +297,11 @@ class _Rollout:
         """
         chat: Any = episode.chat
         turn, text = turn_message(episode.sampled), self._text(episode)
-        ways = [Continuation(turn, observation)]
+        ways = [Exchange(turn, observation)]
         if any(message["role"] == "tool" for message in observation):
             plain: Message = {"role": "assistant", "content": text}
             as_user = tuple({"role": "user", "content": message["content"]} for message in observation)
-            ways += [Continuation(plain, observation), Continuation(plain, as_user)]
+            ways += [Exchange(plain, observation), Exchange(plain, as_user)]
         settings: TemplateSettings = self.rows.template
         return next_prompt(chat, ways, episode.stopped, self.play.tokenizer, settings)
 
@@ -381,8 +390,8 @@ class _Rollout:
             return
         if processes.is_first():
             episode.sampled = parse_turn(self._text(episode, True), self.format, episode.turns)
-            turn, text = episode.sampled, self._text(episode)
-            self._submit(episode, partial(_answer, self.play, episode.state, turn, text))
+            asked = partial(_answer, self.play, episode.state, episode.sampled, self._text(episode))
+            self._submit(episode, asked)
 
     def _text(self, episode: _Episode, marked: bool = False) -> str:
         """Return the text of the last turn without its stop token. marked: with the marks of tool calls."""
@@ -432,22 +441,22 @@ class _Rollout:
 # ---- work of the threads
 
 
-def _begin(environment: Environment, row: Row, job: Job) -> Beginning:
-    return environment.reset(row, job)
+def _begin(environment: Environment, row: Columns, task: Task) -> Beginning:
+    return environment.reset(row, task)
 
 
-def _answer(play: Play, state: State, turn: ParsedTurn, text: str, job: Job) -> _Answer:
+def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: Task) -> _Answer:
     """Call the tools that a turn calls, or else the environment."""
     environment = play.environment
     if environment.schemas and (turn.calls or turn.malformed):
         tools = environment.tools(state)
-        messages, faults = answer_calls(turn, tools, job, play.limits.observation)
-        return _Answer(Step(tuple(messages), math.nan, False, state), faults)
-    return _Answer(environment.step(state, text, job), [])
+        messages, faults = answer_calls(turn, tools, task, play.limits.observation)
+        return _Answer(StepResult(tuple(messages), math.nan, False, state), faults)
+    return _Answer(environment.step(state, text, task), [])
 
 
-def _score_of(environment: Environment, state: State, job: Job) -> _Scored:
-    return _Scored(environment.score(state, job))
+def _score_of(environment: Environment, state: EpisodeState, task: Task) -> _Scored:
+    return _Scored(environment.score(state, task))
 
 
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
@@ -455,11 +464,11 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     if isinstance(error, Overdue):
         return TIME_OUT, f"a call took more than {limits.timeout:g} s"
     if isinstance(error, WrongType):
-        return WRONG_TYPE, str(error)[:SHOWN]
-    return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:SHOWN]
+        return WRONG_TYPE, str(error)[:FAULT_SIZE]
+    return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE]
 
 
-def _with_prompt(own: Chat | Completion, prompt: Prompt, schemas: list[Any]) -> Chat:
+def _with_prompt(own: Chat | Completion, prompt: FirstPrompt, schemas: list[Any]) -> Chat:
     """Return a row's prompt with what the environment's reset returned, and with the environment's tools."""
     if isinstance(own, Completion):
         own = Chat(own.name, ({"role": "user", "content": own.prompt},), 1)

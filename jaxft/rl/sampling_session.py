@@ -5,27 +5,14 @@ The engine is one implementation; a recorded file, which replays a run's rollout
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 import jax
-import numpy as np
-from jaxtyping import Float, Int
+
+from jaxft.engine.session import Sampled
 
 
-class Sampled(NamedTuple):
-    """A turn that has ended.
-
-    tokens: the sampled ids of this turn, with the stop token if it was sampled. logps: of these tokens, at
-    the sampling temperature. finish: "stop" after a sampled stop token, "length" at the turn's limit.
-    """
-
-    episode: int
-    tokens: Int[np.ndarray, " n"]
-    logps: Float[np.ndarray, " n"]
-    finish: Literal["stop", "length"]
-
-
-class Session(Protocol):
+class TurnSession(Protocol):
     """Rows in progress. Episodes have numbers of the caller's choice.
 
     A row stays taken from `start` until `drop`, so that a turn that has ended can be continued.
@@ -52,7 +39,7 @@ class Session(Protocol):
 class Sampler(Protocol):
     """Opens sessions with one set of weights."""
 
-    def session(self, key: jax.Array) -> AbstractContextManager[Session]:
+    def session(self, key: jax.Array) -> AbstractContextManager[TurnSession]:
         """Return a session. key: from which the keys of all completions derive. On exit, rows that are still
         in progress are dropped.
         """

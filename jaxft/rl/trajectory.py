@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Turn = Mapping[str, Any]  # a message as the model was shown it, or a sampled turn with its text
+ShownMessage = Mapping[str, Any]  # a message as the model was shown it, or a sampled turn with its text
 
 
 class Fault(NamedTuple):
@@ -66,7 +66,7 @@ class Trajectory:
     score: float = math.nan
     ended: bool = True
     fault: str = ""
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[ShownMessage, ...] = ()
     faults: tuple[Fault, ...] = ()
     part: int = 0
     parts: int = 1
@@ -77,14 +77,14 @@ class Trajectory:
         return sum(len(s.tokens) for s in self.segments if s.sampled)
 
 
-def token_ids(trajectory: Trajectory) -> Int[np.ndarray, " n"]:
+def episode_ids(trajectory: Trajectory) -> Int[np.ndarray, " n"]:
     """Return all token ids: the start, then each segment."""
     parts = [np.asarray(trajectory.start, np.int32), *(s.tokens for s in trajectory.segments)]
     return np.concatenate(parts).astype(np.int32)
 
 
 def sampled_mask(trajectory: Trajectory) -> Bool[np.ndarray, " n"]:
-    """Return which of `token_ids` were sampled."""
+    """Return which of `episode_ids` were sampled."""
     parts = [np.zeros(len(trajectory.start), bool)]
     parts += [np.full(len(s.tokens), s.sampled) for s in trajectory.segments]
     return np.concatenate(parts)

@@ -15,7 +15,7 @@ from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl.episodes import collect
 from jaxft.rl.layout import pack, per_episode, rollout_shapes, to_microbatches
-from jaxft.rl.trajectory import sampled_mask, token_ids
+from jaxft.rl.trajectory import episode_ids, sampled_mask
 
 
 def test_values_of_tokens_come_back_from_rows():
@@ -57,7 +57,7 @@ def check_log_probs(model, params, episodes, shape):
     for own, parts in zip(found, episodes.episodes, strict=True):
         expected = []
         for part in parts:
-            text, sampled = token_ids(part), np.flatnonzero(sampled_mask(part))
+            text, sampled = episode_ids(part), np.flatnonzero(sampled_mask(part))
             if len(sampled):
                 alone = tiny_model.batch_of([[(text, len(part.start))]], 64, 48, 1.0)
                 logits = model.logits(model.head(params), model.hidden(params, alone))[0] / 0.7
@@ -85,7 +85,7 @@ def test_given_tokens_are_in_the_row_and_have_no_read_position():
 def test_episodes_that_do_not_fit_into_their_rows_are_faults():
     episodes = random_episodes()
     trajectories = [part for parts in episodes.episodes for part in parts]
-    lengths = [sum(map(len, map(token_ids, parts))) - len(parts[0].start) for parts in episodes.episodes]
+    lengths = [sum(map(len, map(episode_ids, parts))) - len(parts[0].start) for parts in episodes.episodes]
     limit = sorted(lengths)[-2]
     found = collect(episodes.prompts, trajectories, episodes.size, limit)
     assert [parts[0].fault == "too_long" for parts in found.episodes] == [n > limit for n in lengths]

@@ -19,7 +19,7 @@ from jaxft.data.example import Chat
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.rl.environment import environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
-from jaxft.rl.trajectory import fault_counts, sampled_mask, token_ids
+from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
 
 KEY = jax.random.key(0)
 LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)
@@ -145,7 +145,7 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
     for number, first in enumerate(episodes):
         parts = found[at : at + first.parts]
         at += first.parts
-        assert [token_ids(part).tolist() for part in parts if part.start] == by_session.get(number, [])
+        assert [episode_ids(part).tolist() for part in parts if part.start] == by_session.get(number, [])
         turns = [s.tokens.tolist() for part in parts for s in part.segments if s.sampled]
         for got, wrote in zip(turns, sampled.get(number, []), strict=True):
             assert got == wrote[: len(got)] and (len(got) == len(wrote) or not parts[-1].ended)

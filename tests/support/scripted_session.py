@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from jaxft.rl.sampling_session import Sampled
+from jaxft.engine.session import Sampled
 
 
 class ScriptedSession:

@@ -29,14 +29,14 @@ class _Interrupt(BaseException):
 
 
 @dataclass
-class Job:
+class Task:
     """Work of a thread that consists of several calls in turn, each with the time-out.
 
     began: when the current call began, None before the first. result: of the work, or its exception.
     """
 
     number: int
-    work: Callable[["Job"], Any]
+    work: Callable[["Task"], Any]
     timeout: float
     began: float | None = None
     given_up: bool = False
@@ -72,15 +72,15 @@ class Calls:
     Example:
 
         with Calls(workers=8, timeout=30.0) as calls:
-            calls.submit(0, lambda job: job.call(search, "otters"))
+            calls.submit(0, lambda task: task.call(search, "otters"))
             [(number, value)] = calls.finished(wait=True)   # an exception is returned as the value
     """
 
     def __init__(self, workers: int, timeout: float):
         self.workers, self.timeout = workers, timeout
-        self.waiting = queue.SimpleQueue[Job | None]()
-        self.results = queue.SimpleQueue[Job]()
-        self.running = dict[int, Job]()  # all that are submitted and not collected
+        self.waiting = queue.SimpleQueue[Task | None]()
+        self.results = queue.SimpleQueue[Task]()
+        self.running = dict[int, Task]()  # all that are submitted and not collected
         self.threads = 0
 
     def __enter__(self) -> "Calls":
@@ -89,13 +89,13 @@ class Calls:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def submit(self, number: int, work: Callable[[Job], Any]) -> None:
+    def submit(self, number: int, work: Callable[[Task], Any]) -> None:
         """Queue work. number: under which its result is returned, which no other work in progress has."""
-        self.running[number] = job = Job(number, work, self.timeout)
+        self.running[number] = task = Task(number, work, self.timeout)
         if self.threads < min(self.workers, len(self.running)):
             self.threads += 1
             self._start_thread()
-        self.waiting.put(job)
+        self.waiting.put(task)
 
     def finished(self, wait: bool) -> list[tuple[int, Any]]:
         """Return (number, result or exception) of work that has ended since the last call, in the order of
@@ -104,14 +104,14 @@ class Calls:
         found = list[tuple[int, Any]]()
         while True:
             while not self.results.empty():
-                job = self.results.get()
-                if self.running.get(job.number) is job:
-                    del self.running[job.number]
-                    found.append((job.number, job.result))
-            found += [(job.number, Overdue()) for job in self._overdue()]
+                task = self.results.get()
+                if self.running.get(task.number) is task:
+                    del self.running[task.number]
+                    found.append((task.number, task.result))
+            found += [(task.number, Overdue()) for task in self._overdue()]
             if found or not wait or not self.running:
                 return sorted(found, key=lambda pair: pair[0])
-            left = min(job.seconds_left for job in self.running.values())
+            left = min(task.seconds_left for task in self.running.values())
             try:
                 self.results.put(self.results.get(timeout=min(max(left, 0.001), SLOWEST_CHECK)))
             except queue.Empty:
@@ -119,18 +119,18 @@ class Calls:
 
     def close(self) -> None:
         """End the threads that are idle, and interrupt what still runs."""
-        for job in self.running.values():
-            _give_up(job)
+        for task in self.running.values():
+            _give_up(task)
         for _ in range(self.threads):
             self.waiting.put(None)
         self.running.clear()
 
-    def _overdue(self) -> list[Job]:
+    def _overdue(self) -> list[Task]:
         """Give up the calls that are overdue, and return their jobs."""
-        overdue = [job for job in self.running.values() if job.seconds_left < 0]
-        found = [job for job in overdue if _give_up(job)]
-        for job in found:
-            del self.running[job.number]
+        overdue = [task for task in self.running.values() if task.seconds_left < 0]
+        found = [task for task in overdue if _give_up(task)]
+        for task in found:
+            del self.running[task.number]
             self._start_thread()  # in the place of the one that hangs
         return found
 
@@ -139,36 +139,36 @@ class Calls:
 
 
 def _work(waiting: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
-    """Do jobs until None comes, or until a job was given up."""
+    """Do jobs until None comes, or until a task was given up."""
     try:
-        while (job := waiting.get()) is not None:
-            if job.given_up:
+        while (task := waiting.get()) is not None:
+            if task.given_up:
                 continue
-            job.thread = threading.get_ident()
+            task.thread = threading.get_ident()
             try:
-                result = job.work(job)
+                result = task.work(task)
             except _Interrupt:
                 return
             except BaseException as error:  # also SystemExit, which only ends the call
                 result = error
-            with job.lock:
-                job.result, job.done = result, True
-                if job.given_up:
+            with task.lock:
+                task.result, task.done = result, True
+                if task.given_up:
                     return
-            results.put(job)
+            results.put(task)
     except _Interrupt:  # that came late
         return
 
 
-def _give_up(job: Job) -> bool:
-    """Mark a job as given up and interrupt its thread, unless it is done."""
-    with job.lock:
-        if job.done:
+def _give_up(task: Task) -> bool:
+    """Mark a task as given up and interrupt its thread, unless it is done."""
+    with task.lock:
+        if task.done:
             return False
-        job.given_up = True
-        if job.thread:
+        task.given_up = True
+        if task.thread:
             interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            interrupt(ctypes.c_ulong(job.thread), ctypes.py_object(_Interrupt))
+            interrupt(ctypes.c_ulong(task.thread), ctypes.py_object(_Interrupt))
     return True
 
 

@@ -1,12 +1,10 @@
 """A code interpreter: the model writes Python, which the sandbox runs, and reads what it prints."""
 
 import math
-from typing import Any
 
+from jaxft.rl.environment import Columns
 from jaxft.rl.environments.sandbox import SandboxLimits, run_python
 from jaxft.rl.rewards import last_number
-
-Row = dict[str, Any]
 
 
 class CodeInterpreter:
@@ -16,7 +14,7 @@ class CodeInterpreter:
 
     limits = SandboxLimits()
 
-    def reset(self, row: Row) -> None:
+    def reset(self, row: Columns) -> None:
         """Begin with the row's own prompt."""
         self.answer = str(row["answer"])
 

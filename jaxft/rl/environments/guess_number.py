@@ -1,17 +1,15 @@
 """Guess a number: the environment answers each guess by "Higher." or "Lower."."""
 
 import random
-from typing import Any
 
+from jaxft.rl.environment import Columns
 from jaxft.rl.rewards import last_number
-
-Row = dict[str, Any]
 
 
 class GuessNumber:
     """The reward is 1 for the right number. Rows: `guess_rows`; data.max_turns limits the guesses."""
 
-    def reset(self, row: Row) -> None:
+    def reset(self, row: Columns) -> None:
         """Begin with the row's own prompt."""
         self.number = int(row["answer"])
 
@@ -25,7 +23,7 @@ class GuessNumber:
         return ("Higher." if guess < self.number else "Lower."), 0.0, False, None
 
 
-def guess_rows(count: int, seed: int, most: int = 20) -> list[Row]:
+def guess_rows(count: int, seed: int, most: int = 20) -> list[Columns]:
     """Return prompts with a number from 1 to `most` as the answer."""
     rng = random.Random(seed)
     prompt = f"Guess my number from 1 to {most}. I say whether it is higher or lower. Answer with a number."

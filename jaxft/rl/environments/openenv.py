@@ -15,8 +15,8 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
-from jaxft.rl.environment import Beginning, Environment, Row, State, Step, checked_step
-from jaxft.rl.environments.calls import Job
+from jaxft.rl.environment import Beginning, Columns, Environment, EpisodeState, StepResult, checked_step
+from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import Tool
 
 NOT_SHOWN = ("done", "reward", "metadata")  # fields of an observation that its result has too
@@ -25,7 +25,7 @@ NOT_SHOWN = ("done", "reward", "metadata")  # fields of an observation that its 
 def openenv(
     connect: Callable[[], Any],
     action: Callable[[str], Any],
-    options: Callable[[Row], dict[str, Any]] = lambda row: {},
+    options: Callable[[Columns], dict[str, Any]] = lambda row: {},
     observation: Callable[[Any], str] | None = None,
     name: str = "openenv",
 ) -> Environment:
@@ -38,25 +38,25 @@ def openenv(
     free = queue.SimpleQueue[Any]()
     text_of = observation or observation_text
 
-    def reset(row: Row, job: Job) -> Beginning:
-        client = job.call(connect) if free.empty() else free.get()
-        result = job.call(client.reset, **options(row))
+    def reset(row: Columns, task: Task) -> Beginning:
+        client = task.call(connect) if free.empty() else free.get()
+        result = task.call(client.reset, **options(row))
         return Beginning(text_of(result.observation) or None, client)
 
-    def step(client: State, text: str, job: Job) -> Step:
+    def step(client: EpisodeState, text: str, task: Task) -> StepResult:
         try:
             chosen = action(text)
         except ValueError as error:
             return checked_step((f"That is no action: {error}", 0.0, False, client))
-        result = job.call(client.step, chosen)
+        result = task.call(client.step, chosen)
         shown = None if result.done else text_of(result.observation)
         return checked_step((shown, result.reward, bool(result.done), client))
 
-    def score(client: State, job: Job) -> float | None:
+    def score(client: EpisodeState, task: Task) -> float | None:
         free.put(client)
         return None
 
-    def tools(state: State) -> dict[str, Tool]:
+    def tools(state: EpisodeState) -> dict[str, Tool]:
         return {}
 
     return Environment(name, reset, step, tools, (), score)

@@ -14,7 +14,7 @@ NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000  # of 
 DIE_WITH_PARENT = 1  # of prctl(2)
 
 
-def main() -> None:
+def run_limited() -> None:
     """Limit this process and run the code of the folder."""
     folder, seconds, memory, files = sys.argv[1], *map(int, sys.argv[2:])
     libc = ctypes.CDLL(None, use_errno=True)
@@ -55,4 +55,4 @@ def _run(code: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_limited()

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from jaxft.data.example import Message
 from jaxft.inference.tool_calls import CallFormat, CallStream, ToolCall
-from jaxft.rl.environments.calls import Job
+from jaxft.rl.environments.calls import Task
 from jaxft.rl.trajectory import Fault
 
 Tool = Callable[..., Any]
 MODELS_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)  # returned to the model
 MOST_CALLS = 16  # of one turn
-SHOWN = 200  # characters of an error's text
+ERROR_SIZE = 200  # characters of an error's text
 UNKNOWN_TOOL, MALFORMED_CALL, BAD_ARGUMENTS = "unknown_tool", "malformed_call", "bad_arguments"
 TOOL_ERROR, LARGE_RESULT, TOO_MANY_CALLS = "tool_error", "large_result", "too_many_calls"
 
@@ -35,14 +35,14 @@ class ParsedTurn(NamedTuple):
     malformed: bool
 
 
-def name_of(tool: Tool) -> str:
+def tool_name(tool: Tool) -> str:
     """Return the name by which a model calls a tool."""
     return str(getattr(tool, "__name__", type(tool).__name__))
 
 
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
     """Return tools by their names. Raises ValueError for two of one name."""
-    names = [name_of(tool) for tool in tools]
+    names = [tool_name(tool) for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"tools: two tools are named {twice}. Rename one.")
@@ -80,7 +80,7 @@ def turn_message(turn: ParsedTurn) -> Message:
 
 
 def answer_calls(
-    turn: ParsedTurn, tools: Mapping[str, Tool], job: Job, longest: int
+    turn: ParsedTurn, tools: Mapping[str, Tool], task: Task, longest: int
 ) -> tuple[list[Message], list[Fault]]:
     """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
 
@@ -88,7 +88,7 @@ def answer_calls(
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
-        text, fault = _result_of(call, tools, job, longest)
+        text, fault = _result_of(call, tools, task, longest)
         if fault:
             text = error_text(fault.text)
             faults.append(fault)
@@ -102,10 +102,12 @@ def answer_calls(
 
 def error_text(text: str) -> str:
     """Return the content of a tool message about an error."""
-    return json.dumps({"error": text[:SHOWN]}, ensure_ascii=False)
+    return json.dumps({"error": text[:ERROR_SIZE]}, ensure_ascii=False)
 
 
-def _result_of(call: ToolCall, tools: Mapping[str, Tool], job: Job, longest: int) -> tuple[str, Fault | None]:
+def _result_of(
+    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int
+) -> tuple[str, Fault | None]:
     """Return the text of a call's result, or the fault that the model is told."""
     tool = tools.get(call.name)
     if call.index >= MOST_CALLS:
@@ -118,7 +120,7 @@ def _result_of(call: ToolCall, tools: Mapping[str, Tool], job: Job, longest: int
     except TypeError as error:
         return "", Fault(BAD_ARGUMENTS, f"{call.name}: {error}")
     try:
-        text = result_text(job.call(tool, **arguments))
+        text = result_text(task.call(tool, **arguments))
     except MODELS_ERRORS as error:
         return "", Fault(TOOL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
     if len(text) > longest:
