@@ -312,6 +312,8 @@ class Session:
         """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""
         s, found = self.state, []
         live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
+        if any(it.choice.top for it in self.running.values()):
+            self.top = jax.device_get((s.top_tokens, s.top_logps))
         for it in list(self.running.values()):
             count = int(counts[it.row])
             if it.finish or it.given or count <= it.count:
@@ -335,7 +337,7 @@ class Session:
         """Return the most likely tokens with their log-probs, for each new token of a row."""
         if not it.choice.top:
             return [()] * (it.count - it.seen)
-        tokens, logps = jax.device_get((self.state.top_tokens, self.state.top_logps))
+        tokens, logps = self.top
         places = [(it.row, t % BLOCK) for t in range(it.seen, it.count)]
         return [tuple(zip(tokens[at].tolist(), logps[at].tolist(), strict=True)) for at in places]
 

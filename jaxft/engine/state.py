@@ -89,11 +89,9 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress, but never fewer than those of a prompt; None for all. A prompt
-    keeps its slot until its last completion has ended. So if not all completions are in progress, there are
-    slots for twice as many prompts as rows have room for. At most a quarter of the rows is refilled at a
-    time, because rows are idle until so many have ended. For one completion in progress there is a second
-    row, which is empty.
+    rows: the most completions in progress, but never fewer than those of a prompt; None for all. If these are
+    not all, there are slots for twice as many prompts, because a prompt keeps its slot until its last
+    completion has ended, and at most a quarter of the rows is refilled at a time, for which the others wait.
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
     most -= most % group
@@ -107,10 +105,10 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 
 
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
-    """Return the most completions that are sampled at the same time, None for all.
+    """Return the most completions that are sampled at the same time, None for all. asked: by the user.
 
-    asked: by the user. By default a CPU samples all; an accelerator as many as make its steps longer, so that
-    rows that ended take the next prompts instead of being computed up to the longest completion.
+    By default a CPU samples all; an accelerator as many as make its steps longer, so that rows that ended
+    take the next prompts instead of being computed up to the longest completion.
     """
     if asked is not None or first_device(mesh).platform == "cpu":
         return asked
@@ -123,10 +121,8 @@ def first_device(mesh: Mesh | None) -> Any:
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return the numbers of rows that have programs, descending.
-
-    Each is half the one before, down to the fewest for which a program is faster. On several devices, which
-    would have to exchange the keys of rows, there is one.
+    """Return the numbers of rows that have programs, descending, each half the one before: one on several
+    devices, which would have to exchange the keys of rows.
     """
     fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
@@ -139,10 +135,7 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def read_levels(new: int) -> list[int]:
-    """Return the numbers of slots of rows' keys that have programs, ascending: at most three, all at last.
-
-    new: the most tokens of a completion.
-    """
+    """Return how many slots of rows' keys programs read, ascending: at most three numbers."""
     levels = [row_slots(new)]
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
         levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
@@ -150,9 +143,7 @@ def read_levels(new: int) -> list[int]:
 
 
 def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
-    """Return (prompts, tokens) of every program that prefills, ascending by tokens: padded prompts would
-    otherwise take as long as the longest.
-    """
+    """Return (prompts, tokens) of every program that prefills; short prompts are padded less."""
     sizes = [slots.size]
     while len(sizes) < 3 and sizes[0] > 2 * SMALLEST_PREFILL:
         sizes.insert(0, max(-(-sizes[0] // (4 * BUCKET)) * BUCKET, SMALLEST_PREFILL))
@@ -162,20 +153,16 @@ def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
 
 
 def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
-    """Return (rows, tokens) of every program that extends: of one row with few or with many tokens, and of
-    several rows. More tokens are appended in parts.
-    """
+    """Return (rows, tokens) of every program that extends rows; more tokens are appended in parts."""
     long = [(1, 8 * BUCKET)] if new > 8 * BUCKET else []
     several = [(EXTENDED_TOGETHER, BUCKET)] if rows >= EXTENDED_TOGETHER else []
     return [(1, BUCKET), *long, *several]
 
 
 def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
-    """Return (rows, read, prompt) of every decode program: numbers of rows, and of slots of rows' and of
-    prompts' keys that are read.
-
-    All rows read one of several numbers, and half of the prompts' slots or all. Fewer rows than all read all
-    slots, and so does a server, whose rows are at different tokens, unless its rows go on.
+    """Return (rows, read, prompt) of every program that decodes: how many rows, and how many slots of rows'
+    and of prompts' keys are read: all by fewer rows, and by a server, whose rows are at different tokens,
+    unless its rows go on.
     """
     sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
     half = -(-slots.size // (2 * BUCKET)) * BUCKET

