@@ -12,7 +12,7 @@ Hardware: 2 CPU cores with AVX512-BF16, 2 GB; 4 minutes.
 """
 
 from jaxft.data.sft import Rows
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.train.recipes import EXTRACTION, LoraKnobs, ScoredRowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 

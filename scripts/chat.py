@@ -33,6 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--top-p", type=float, help="sample from the most likely tokens with this total probability"
     )
     parser.add_argument(
+        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    )
+    parser.add_argument(
         "--seed", type=int, help="random seed of every response (default: a new one for each)"
     )
     parser.add_argument(
@@ -159,23 +162,24 @@ def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
     from jaxft.data.settings import check_seed
+    from jaxft.engine.sampling import Sampling
+    from jaxft.engine.scheduler import Scheduler
     from jaxft.inference import chat as chats
     from jaxft.inference.api_request import ChoiceSettings
-    from jaxft.inference.sampling import Sampling
-    from jaxft.inference.scheduler import Scheduler
     from jaxft.runs import cli, served
 
     if args.seed is not None:
         check_seed(args.seed, "--seed")
-    Sampling(1, args.temperature, args.top_k, args.top_p)  # errors before anything is loaded
+    given = args.temperature, args.top_k, args.top_p, args.min_p
+    Sampling(1, *given)  # errors before anything is loaded
     named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         print(note, file=sys.stderr)
     flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
     print(f"loading {', '.join(named)}; the first start also compiles the programs", file=sys.stderr)
-    found = served.load_served(named, flags, rows=2)
-    new = found.programs.serving.sizes.new
-    choice = ChoiceSettings(Sampling(new, args.temperature, args.top_k, args.top_p), args.seed, (), 1, None)
+    found = served.load_served(named, flags, rows=2, continues=True)
+    new = found.programs.sizes.new
+    choice = ChoiceSettings(Sampling(new, *given), args.seed, (), 1, None)
     chat = chats.Conversation(found.models, (next(iter(found.models)),), choice, new, args.system)
     if args.use:
         chat.active = chats.chosen_models(chat, args.use.split(","))

@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "too_long": ("error", (ROWS,)), "packing": (False, (ROWS,)), "max_length": (None, (ROWS, TASKS)),
     "max_new": (256, (COMPLETIONS,)), "samples": (1, (COMPLETIONS,)), "pass_at": ("", (COMPLETIONS,)),
     "temperature": (0.0, (COMPLETIONS,)), "top_k": (None, (COMPLETIONS,)), "top_p": (None, (COMPLETIONS,)),
+    "min_p": (None, (COMPLETIONS,)),
     "seed": (0, (COMPLETIONS, TASKS)), "kv_cache": ("compute", (COMPLETIONS, TASKS)),
     "limit": (None, (COMPLETIONS, TASKS)), "num_fewshot": (None, (TASKS,)), "chat": (False, (TASKS,)),
     "system_instruction": (None, (TASKS,)), "gen_kwargs": ("", (TASKS,)), "include_path": (None, (TASKS,)),
@@ -75,6 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--temperature", type=float, help="0 (the default) is greedy")
     group.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
     group.add_argument("--top-p", type=float, help="sample from the most likely tokens of this probability")
+    group.add_argument(
+        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    )
     group.add_argument("--seed", type=int, help="random seed of sampling (default 0)")
     group.add_argument("--limit", type=int, help="use the first LIMIT rows only, or examples of a task")
     group = parser.add_argument_group(
@@ -288,11 +292,11 @@ def evaluate_completions(
     """Return the scores of completions by the name of the adapter. data: settings of the rows of each."""
     from jaxft.data.mixture import held_out_sources, parse_sources
     from jaxft.data.rows import read_rows
-    from jaxft.inference.sampling import Sampling
+    from jaxft.engine.sampling import Sampling
     from jaxft.runs.named_weights import held_out_names
     from jaxft.train.completion_scores import Completing, make_completion_scorer, scored_prompts
 
-    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)
     rows = [row for source in sources for row in read_rows(source.ref)]
     if args.split is not None:
@@ -324,7 +328,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.data.rows import read_rows
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
-    from jaxft.inference.sampling import Sampling
+    from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import load_each
     from jaxft.runs.named_weights import check_recorded_rows, prompt_settings
     from jaxft.runs.served import named_adapters
@@ -332,7 +336,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.train.harness_model import HarnessSettings, generation_config_notes
 
     check_seed(args.seed, "--seed")
-    Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
+    Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     functions = score_functions(args)
     if args.way == TASKS:
         harness.require_harness()

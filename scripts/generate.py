@@ -65,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--top-p", type=float, help="sample from the most likely tokens with this total probability"
     )
+    parser.add_argument(
+        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument(
         "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
@@ -209,24 +212,23 @@ def completions(
 
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
+    from jaxft.engine.generate import generate
+    from jaxft.engine.programs import Engine, compile_engine
+    from jaxft.engine.sampling import Sampling
+    from jaxft.engine.session import Choice, Session
+    from jaxft.engine.state import Decoding, slots_for
     from jaxft.inference.constraint import compile_grammar
-    from jaxft.inference.decode import Decoding
-    from jaxft.inference.engine import Engine, compile_engine, slots_for
-    from jaxft.inference.generate import generate
-    from jaxft.inference.sampling import Sampling
-    from jaxft.inference.scheduler import TokenRequest, complete_requests
-    from jaxft.inference.serve_programs import ServeSizes, Serving, compile_server
     from jaxft.models.adapted import adapted
     from jaxft.weights import pretrained
     from jaxft.weights.stop_tokens import stop_tokens
 
     check_seed(args.seed, "--seed")
-    sampling, grammar = Sampling(args.max_new, args.temperature, args.top_k, args.top_p), grammar_of(args)
+    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
+    grammar = grammar_of(args)
     tokenizers = {name: pretrained.load_tokenizer(source.tokenizer) for name, source in sources.items()}
     ids = {name: encode(args, prompts[name], tokenizers[name], sources[name]) for name in sources}
     source = next(iter(sources.values()))
-    devices = jax.devices()[:1] if grammar else None  # the server's programs are of one device
-    mesh = sharding.make_mesh(sharding.MeshShape(), devices)
+    mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=source.residual)
         for line in pretrained.file_notes(source.ref, model):
@@ -247,22 +249,13 @@ def completions(
         engines, new_ids = dict[tuple[int, ...], Engine](), dict[str, list[list[int]]]()
         for name, stop in stops.items():
             params = {**base, **own[name]}
-            if grammar:
-                sizes = ServeSizes(min(args.batch, len(ids[name])), longest, args.max_new, len(stop))
-                new_ids[name] = complete_requests(
-                    compile_server(Serving(whole, sizes, args.kv_cache), params, mesh),
-                    params,
-                    [
-                        TokenRequest(tuple(prompt), sampling, args.seed, number, stop, grammar=forms[name])
-                        for number, prompt in enumerate(ids[name])
-                    ],
-                )
-                continue
             if stop not in engines:
-                decoding = Decoding(whole, sampling, stop, cache=args.kv_cache)
+                decoding = Decoding(whole, sampling, stop, cache=args.kv_cache, constrained=bool(grammar))
                 slots = slots_for(len(ids[name]), 1, longest, args.batch)
                 engines[stop] = compile_engine(decoding, params, slots, mesh)
-            new_ids[name] = generate(engines[stop], params, ids[name], jax.random.key(args.seed))
+            choice = Choice(sampling, stop, grammar=forms.get(name))
+            session = Session(engines[stop], params, jax.random.key(args.seed), choice=choice)
+            new_ids[name] = generate(session, ids[name])
     count, seconds = sum(len(new) for found in new_ids.values() for new in found), time.perf_counter() - begin
     print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
     results = {
@@ -302,7 +295,7 @@ def described(
 ) -> dict[str, Any]:
     """Return a completion as an object. name: of its adapter, "" if there are not several."""
     from jaxft.data.example import as_given
-    from jaxft.inference.sampling import without_stop
+    from jaxft.engine.sampling import without_stop
 
     text = without_stop(new, stop)
     return {

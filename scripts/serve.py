@@ -95,8 +95,8 @@ def require_server() -> None:
 
 def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> None:
     """Load the models, and serve them at a socket until SIGINT or SIGTERM."""
+    from jaxft.engine.scheduler import Scheduler
     from jaxft.inference import server
-    from jaxft.inference.scheduler import Scheduler
     from jaxft.runs import cli, served
 
     named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)

@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Bottom to top. A folder imports itself and the layers above it in this list; folders of one layer never
 # import one another.
 LAYERS = (
-    {"tree", "bounds", "durations", "short_names"},
+    {"tree", "bounds", "short_names"},
     {"batch"},
     {"distributed"},
     {"nn"},
     {"models", "objectives", "data"},
+    {"engine"},
     {"optim", "inference", "weights"},
     {"runs"},
     {"rl"},

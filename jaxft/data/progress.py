@@ -1,11 +1,9 @@
-"""Progress of a long pass over rows, on standard error."""
+"""Progress of a long pass over rows, on standard error, and durations as text."""
 
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-
-from jaxft.durations import clock_time
 
 FIRST, EVERY, EVERY_ON_TERMINAL = 3.0, 10.0, 0.5  # seconds before the first line, and between two lines
 
@@ -54,3 +52,21 @@ class RowProgress:
             return f"{self._phase}: {self._rows:,} rows in {clock_time(seconds)}, {speed}"
         eta = clock_time((self._total - self._rows) / rate)
         return f"{self._phase}: {self._rows:,} of {self._total:,} rows, {speed}, eta {eta}"
+
+
+def time_in_words(seconds: float) -> str:
+    """A time in words: 4.2 s, 3 min 27 s, 1 h 03 min, from three days up 4.5 days."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours >= 72:
+        return f"{hours / 24:.1f} days"
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def clock_time(seconds: float) -> str:
+    """3:07, or 1:03:07 from an hour up."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

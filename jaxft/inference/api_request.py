@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxft.data.invalid import json_type, similar_names
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.serve_programs import MOST_TOP
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.state import MOST_TOP
 
 MOST_CHOICES = 64  # choices of a request, over all of its prompts
 MOST_STOPS = 4
@@ -15,8 +15,8 @@ LONGEST_STOP = 256
 LONGEST_MESSAGE = 500
 
 ALL_FIELDS = (
-    "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n", "stream", "stream_options",
-    "logprobs", "response_format",
+    "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "stream",
+    "stream_options", "logprobs", "response_format",
 )  # fmt: skip
 CHAT_FIELDS = (
     *ALL_FIELDS, "messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens",
@@ -243,15 +243,14 @@ def _check_names(body: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) -> ChoiceSettings:
     temperature = _number(body, "temperature", 0.0, 2.0)
-    top_p = _number(body, "top_p", 0.0, 1.0)
+    top_p, min_p = _number(body, "top_p", 0.0, 1.0), _number(body, "min_p", 0.0, 1.0)
     n = _integer(body, "n", 1, MOST_CHOICES) or 1
     if n * prompts > MOST_CHOICES:
         raise ApiError(400, f"{prompts} prompts with n={n} are more than {MOST_CHOICES} choices", "n")
     top_k = _integer(body, "top_k", -1, 2**31 - 1)
     try:
-        sampling = Sampling(
-            new, 1.0 if temperature is None else temperature, top_k if top_k and top_k > 0 else None, top_p
-        )
+        temperature = 1.0 if temperature is None else temperature
+        sampling = Sampling(new, temperature, top_k if top_k and top_k > 0 else None, top_p, min_p)
     except ValueError as error:
         name = str(error).partition(" ")[0].partition("=")[0]
         raise ApiError(400, str(error), name) from error

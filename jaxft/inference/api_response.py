@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from jaxft.inference.scheduler import SampledToken
+from jaxft.engine.scheduler import SampledToken
 from jaxft.inference.served_model import ServedModel, token_text
 from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import ToolCall

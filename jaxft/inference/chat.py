@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.example import Message
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import NewTokens, Scheduler
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece
 from jaxft.inference.generation import choice_texts, token_requests
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import NewTokens, Scheduler
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt
 from jaxft.nn.lora_rows import BASE
 
@@ -20,7 +20,7 @@ HELP = """\
 /use NAME          chat with this model ("base" is the one without adapter); two names respond side by side
 /models            list the models
 /system [TEXT]     set the system prompt; without a text, remove it
-/set NAME=VALUE    temperature, top_p, top_k, max_new or seed (none for a random one)
+/set NAME=VALUE    temperature, top_k, top_p, min_p, max_new or seed (none for a random one)
 /retry             respond to the last message again
 /undo              remove the last message and its responses
 /reset             begin again with the same system prompt
@@ -144,10 +144,10 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
     name, equals, value = (part.strip() for part in text.partition("="))
     old = chat.choice
     values: dict[str, Any] = {**vars(old.sampling), "seed": old.seed}
-    kinds = {"temperature": float, "top_p": float, "top_k": int, "max_new": int, "seed": int}
+    kinds = {"temperature": float, "top_p": float, "min_p": float, "top_k": int, "max_new": int, "seed": int}
     if not equals or name not in kinds:
         raise ValueError(f"/set takes NAME=VALUE with a name of {', '.join(kinds)}")
-    is_none = value.lower() == "none" and name in ("top_p", "top_k", "seed")
+    is_none = value.lower() == "none" and name in ("top_p", "min_p", "top_k", "seed")
     try:
         values[name] = None if is_none else kinds[name](value)
     except ValueError as error:
@@ -162,9 +162,7 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
 
 def shown_choice(choice: ChoiceSettings) -> str:
     """Return the settings in a line."""
-    s = choice.sampling
-    values = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "max_new": s.max_new}
-    shown = {**values, "seed": choice.seed}
+    shown = {**vars(choice.sampling), "seed": choice.seed}
     return ", ".join(f"{name}={'none' if value is None else value}" for name, value in shown.items())
 
 
@@ -232,7 +230,7 @@ def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Pi
 
 def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:
     """Return the prompt. Raises ValueError if it is too long, with what helps in a chat."""
-    limit = scheduler.programs.serving.sizes.prompt
+    limit = scheduler.sizes.prompt
     if len(prompt) > limit:
         what = "message" if model.plain else "conversation"
         remedy = "shorten it" if model.plain else "begin again with /reset"

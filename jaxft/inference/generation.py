@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
+from jaxft.engine.session import Choice
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece, PlacedToken
 from jaxft.inference.constraint import Grammar
-from jaxft.inference.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
 from jaxft.inference.served_model import ServedModel
 from jaxft.inference.text_stream import TextStream, token_decoder
 from jaxft.inference.tool_calls import CallStream, call_format
@@ -129,9 +130,9 @@ def token_requests(
     completions equal those of generate.py with the same prompts and seed.
     """
     seed = secrets.randbits(31) if choice.seed is None else choice.seed
-    top = bool(choice.top)
+    settings = Choice(choice.sampling, model.stop, model.adapter, bool(choice.top), grammar)
     return [
-        TokenRequest(prompt, choice.sampling, seed, j * choice.n + i, model.stop, model.adapter, top, grammar)
+        TokenRequest(prompt, settings, seed, j * choice.n + i)
         for j, prompt in enumerate(prompts)
         for i in range(choice.n)
     ]

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxft.engine.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.api_request import (
     ApiError,
     ChatBody,
@@ -33,7 +34,6 @@ from jaxft.inference.api_request import (
 from jaxft.inference.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
 from jaxft.inference.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
 from jaxft.inference.generation import Generation, submit_choices
-from jaxft.inference.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
 
 PAGE = Path(__file__).with_name("chat_page.html")
@@ -110,7 +110,7 @@ def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: Se
         lifespan=lifespan,
         exception_handlers=handlers,
     )
-    return _guarded(app, limits, scheduler.queue + len(scheduler.rows) + SPARE_REQUESTS)
+    return _guarded(app, limits, scheduler.queue + scheduler.sizes.rows + SPARE_REQUESTS)
 
 
 def _guarded(app: Any, limits: ServerLimits, most: int) -> Callable[..., Awaitable[None]]:
@@ -276,7 +276,7 @@ ParsedRequest = tuple[ChatBody | CompletionBody, list[tuple[int, ...]], Grammar 
 
 
 def _chat_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
-    sizes = service.scheduler.programs.serving.sizes
+    sizes = service.scheduler.sizes
     found = parse_chat(body, sizes.new)
     model = service.model(found.model)
     prompt = chat_prompt(model, found.messages, found.tools, found.arguments, sizes.prompt)
@@ -284,7 +284,7 @@ def _chat_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
 
 
 def _text_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
-    sizes = service.scheduler.programs.serving.sizes
+    sizes = service.scheduler.sizes
     found = parse_completion(body, sizes.new)
     model = service.model(found.model)
     prompts = [

@@ -48,6 +48,7 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
         hidden=on_whole(model.hidden),
         head=on_whole(model.head),
         prefill=on_whole(model.prefill),
+        extend=on_whole(model.extend),
         decode=on_whole(model.decode),
     )
 
@@ -79,5 +80,6 @@ def adapted_by_row(model: Model) -> Model:
         hidden=by_row(model.hidden),
         head=by_row(model.head),
         prefill=by_row(model.prefill),
+        extend=by_row(model.extend),
         decode=by_row(model.decode),
     )

@@ -24,8 +24,17 @@ from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.attention import AttentionSettings
-from jaxft.nn.cache import Cache, CacheFormat, LayerKeys, NextToken, PromptKeys, empty_keys, row_slots
-from jaxft.nn.decode_layers import decode_layers, prefill_layers
+from jaxft.nn.cache import (
+    Cache,
+    CacheFormat,
+    Extension,
+    LayerKeys,
+    NextToken,
+    PromptKeys,
+    empty_keys,
+    row_slots,
+)
+from jaxft.nn.decode_layers import decode_layers, extend_layers, prefill_layers
 from jaxft.nn.layer_attention import Attend, AttentionLayers
 from jaxft.nn.layers import (
     biased_linear,
@@ -107,6 +116,7 @@ def dense_model(
         head=head_params,
         logits=architecture.logits,
         prefill=partial(prefill, d),
+        extend=partial(extend, d),
         decode=partial(decode, d),
         empty_cache=partial(empty_cache, d),
         forward_flops=partial(dense_flops, config, architecture.specs, architecture.attention),
@@ -175,6 +185,15 @@ def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[
     h, layers = _embed(d, params, tokens.ids), params["layers"]
     h, keys = prefill_layers(_one_layer(d), h, layers, tokens, new, d.architecture.attention)
     return _final_norm(d, params, h), keys
+
+
+def extend(
+    d: Decoder, params: Params, cache: Cache, chunk: Extension
+) -> tuple[Float[Array, "r C D"], Cache]:
+    """Process a chunk of given tokens per row. Return hidden states [r, C, D] and the cache with the chunks."""
+    h = _embed(d, params, chunk.ids)
+    h, cache = extend_layers(_one_layer(d), h, params["layers"], cache, chunk, d.architecture.attention)
+    return _final_norm(d, params, h), cache
 
 
 def decode(

@@ -68,7 +68,7 @@ def scores(params: Params, h: Float[Array, "... D"]) -> Float[Array, "..."]:
 def with_scalar_head(model: Model) -> Model:
     """Return the model with a scalar head in place of its language model head.
 
-    Its head, logits, prefill and decode raise ValueError.
+    Its head, logits, prefill, extend and decode raise ValueError.
     """
     specs = {name: spec for name, spec in model.specs.items() if name != "head"}
     names = {path: name for path, name in model.weight_names.items() if path != "head"}
@@ -82,6 +82,7 @@ def with_scalar_head(model: Model) -> Model:
         logits=_no_text,
         head=_no_text,
         prefill=_no_text,
+        extend=_no_text,
         decode=_no_text,
         weight_names={**names, "score": SCORE},
         forward_flops=forward_flops,

@@ -86,6 +86,7 @@ class Model:
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
         a completion.
+    extend(params, cache, chunk) -> (h [r, C, D], cache): a chunk of given tokens per row; chunk: Extension.
     decode(params, cache, ids [R], at) -> (h [R, D], cache): one token per row; at: NextToken.
     empty_cache((prompts, slots), rows, new, stored="compute") -> a Cache without any tokens.
     forward_flops(tokens, context, read=None) -> floating point operations of a forward pass over texts of
@@ -94,7 +95,8 @@ class Model:
     head_adapters: settings of the adapters of models that share the base, by name in `heads`.
     scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`; raises
         ValueError if there is none.
-    generates: whether it generates text; if not, head, logits, prefill and decode raise ValueError.
+    generates: whether it generates text; if not, head, logits, prefill, extend and decode
+        raise ValueError.
     """
 
     config: ModelConfig
@@ -109,6 +111,7 @@ class Model:
     head: Callable[[Params], Params]
     logits: Callable[[Params, Array], Array]
     prefill: Callable[..., tuple[Array, Any]]
+    extend: Callable[..., tuple[Array, Cache]]
     decode: Callable[..., tuple[Array, Cache]]
     empty_cache: Callable[..., Cache]
     forward_flops: Callable[..., float]

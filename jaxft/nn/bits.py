@@ -1,5 +1,7 @@
 """16-bit floats as raw bits, in which XLA's CPU compiler stacks and concatenates them without widening."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -16,6 +18,6 @@ def from_bits(x: Array, dtype: DTypeLike) -> Array:
     return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
 
 
-def concat_bits(x: Array, y: Array, axis: int) -> Array:
+def concat_bits(parts: Sequence[Array], axis: int) -> Array:
     """Concatenate arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
-    return from_bits(jnp.concatenate([to_bits(x), to_bits(y)], axis), x.dtype)
+    return from_bits(jnp.concatenate([to_bits(x) for x in parts], axis), parts[0].dtype)

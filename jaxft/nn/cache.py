@@ -15,8 +15,15 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.bits import from_bits, to_bits
-from jaxft.nn.cached_attention import Keys, KeysOfLayer, RowGroups, cached_attention
-from jaxft.nn.layer_attention import AttentionLayers, AttentionRule
+from jaxft.nn.cached_attention import (
+    Keys,
+    KeysOfLayer,
+    RowGroups,
+    cached_attention,
+    chunk_attention,
+    joined,
+)
+from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
@@ -71,6 +78,23 @@ class NextToken:
     groups: RowGroups
     read: int | None = static(default=None)
     prompt_read: int | None = static(default=None)
+
+
+@struct
+class Extension:
+    """A chunk of given tokens for each of r rows in progress, which one pass over the model appends.
+
+    ids [r, C]: padded on the right. lengths [r]: tokens of each row's chunk. counts [r]: tokens of its
+    completion before the chunk. positions [r]: of the chunk's first token in the row's text. rows [r]: rows
+    of the cache; beyond the last, nothing is stored. prompts [r]: prompt slots of these rows.
+    """
+
+    ids: Any
+    lengths: Any
+    counts: Any
+    positions: Any
+    rows: Any
+    prompts: Any
 
 
 SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of this
@@ -252,6 +276,27 @@ def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: An
     )  # fmt: skip
 
 
+def append_chunk(keys: Keys, k: Array, v: Array, layer: Array, chunk: Extension, used: Any = True) -> Keys:
+    """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk. layer, used: see append."""
+    new, (layers, rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
+    layer = jnp.where(used, layer, layers).astype(chunk.counts.dtype)
+    i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
+    slots = (chunk.counts[:, None] + i) % jnp.asarray(size, i.dtype)
+    stored = (i < chunk.lengths[:, None]) & (i >= chunk.lengths[:, None] - size)  # the last ones of a window
+    at = jnp.where(stored, chunk.rows[:, None], rows)
+
+    def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
+        if old is None or x is None:
+            return None
+        index = (layer, at, *(slice(None),) * (axis - 2), slots)
+        return old.at[index].set(jnp.moveaxis(x, axis - 1, 1), mode="drop")
+
+    return Keys(
+        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
+        put(keys.v_scale, new.v_scale, 3),
+    )  # fmt: skip
+
+
 @struct
 class Step:
     """What the layers of a decoding step share: the prompts' visible slots, and the rows' tokens.
@@ -289,6 +334,38 @@ def attend(
     return cached_attention(q[:, 0], (prompts, seen_prompts), (rows, seen_rows), at.groups, rule.softcap)[
         :, None
     ]
+
+
+def attend_chunk(
+    qkv: tuple[Float[Array, "r C H E"], Float[Array, "r K E C"], Float[Array, "r K C E"]],
+    keys: tuple[Keys, Keys],
+    index: Array,
+    at: tuple[Extension, Array],
+    rule: AttentionRule,
+) -> Float[Array, "r C H E"]:
+    """Return the attention of each row's chunk in one layer: to its prompt, to its stored keys and causally
+    to itself.
+
+    qkv: of the chunk. keys: as in attend, before the chunk is stored. at: the chunk, and which slots of
+    prompts are visible.
+    """
+    (q, k, v), (chunk, visible) = qkv, at
+    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
+    prompts, rows = prompts.of_rows(chunk.prompts), rows.of_rows(chunk.rows)
+    used, size, counts = prompts.k.shape[3], rows.k.shape[3], chunk.counts[:, None]
+
+    def numbers(count: int) -> Array:
+        return jnp.arange(count, dtype=counts.dtype)[None]
+
+    # places in the text, counted from the first token of the completion
+    nowhere = jnp.asarray(EVERY_KEY, counts.dtype)
+    of_prompts = jnp.where(visible[chunk.prompts, -used:], numbers(used) - used, nowhere)
+    of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)
+    of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
+    of_chunk = counts + numbers(q.shape[1])
+    stored = joined([prompts, rows, KeysOfLayer(k, v)])
+    places = jnp.concatenate([of_prompts, of_rows, of_chunk], 1)
+    return chunk_attention(q, stored, (places, of_chunk), rule)
 
 
 def _layer_of(keys: Keys, index: Array, dtype: Any) -> KeysOfLayer:

@@ -1,15 +1,20 @@
-"""Attention of one token per completion to the cached keys of its prompt and of its own earlier tokens.
+"""Attention of one token per completion, or a chunk of them, to the cached keys of its prompt and of its own
+earlier tokens.
 
 Completions of a prompt share the prompt's keys, which are read once for all of them (Hydragen, Juravsky et
 al. 2024, arXiv:2402.05099). One softmax over both parts of the keys normalises them.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.nn.bits import concat_bits
 from jaxft.nn.flash_attention import MASKED, soft_capped
+from jaxft.nn.layer_attention import AttentionRule
 from jaxft.nn.products import wide_einsum
 from jaxft.tree import struct
 
@@ -42,6 +47,24 @@ class KeysOfLayer:
         """Return the slots from start to before end."""
         scales = (None if x is None else x[:, :, start:end] for x in (self.k_scale, self.v_scale))
         return KeysOfLayer(self.k[..., start:end], self.v[:, :, start:end], *scales)
+
+    def of_rows(self, rows: Array) -> "KeysOfLayer":
+        """Return the keys of these rows (or prompts)."""
+        return jax.tree.map(lambda x: x[rows], self)
+
+
+def joined(parts: Sequence[KeysOfLayer]) -> KeysOfLayer:
+    """Return keys with the slots of all parts. Parts without scales have scales of 1, if others have some."""
+
+    def scales(of: Callable[[KeysOfLayer], Any]) -> Any:
+        if all(of(x) is None for x in parts):
+            return None
+        ones = [jnp.ones((*x.k.shape[:2], x.k.shape[3]), jnp.float32) for x in parts]
+        return jnp.concatenate([y if of(x) is None else of(x) for x, y in zip(parts, ones, strict=True)], 2)
+
+    k = concat_bits([x.k for x in parts], 3)
+    v = concat_bits([x.v for x in parts], 2)
+    return KeysOfLayer(k, v, scales(lambda x: x.k_scale), scales(lambda x: x.v_scale))
 
 
 @struct
@@ -109,6 +132,51 @@ def cached_attention(
     o_RKQE = wide_einsum("rkqn,rkne->rkqe", _weights(p_RKQN / sum_RKQ[..., None], own), own.v, widen=False)
     o_RKQE = o_RKQE + groups.to_rows(o_PKGQE.swapaxes(1, 2))
     return o_RKQE.reshape(R, H, E).astype(q_RHE.dtype)
+
+
+QUERIES_PER_BLOCK = 64  # of a chunk whose scores exist at a time
+
+
+def chunk_attention(
+    q_RCHE: Float[Array, "R C H E"],
+    keys: KeysOfLayer,
+    at: tuple[Int[Array, "R S"], Int[Array, "R C"]],
+    rule: AttentionRule,
+) -> Float[Array, "R C H E"]:
+    """Return softmax(q k^T / sqrt(E)) v of several queries for each row over the row's visible keys.
+
+    at: where in the row's text the keys and the queries are. A query sees the keys at its place and before
+    it, within the window.
+    """
+    (R, C, H, E), K, (of_keys_RS, of_queries_RC) = q_RCHE.shape, keys.k.shape[1], at
+
+    def block(q_RBHE: Array, at_RB: Array) -> Array:
+        B, S = at_RB.shape[1], of_keys_RS.shape[1]
+        q_RKQBE = q_RBHE.reshape(R, B, K, H // K, E).transpose(0, 2, 3, 1, 4)
+        s_RKMS = wide_einsum("rkme,rkes->rkms", q_RKQBE.reshape(R, K, H // K * B, E), keys.k, widen=False)
+        s_RKQBS = _scores(s_RKMS, keys, E, rule.softcap).reshape(R, K, H // K, B, S)
+        back_RBS = at_RB[:, :, None] - of_keys_RS[:, None]
+        seen_RBS = back_RBS >= 0 if rule.window is None else (back_RBS >= 0) & (back_RBS < rule.window)
+        seen = seen_RBS[:, None, None]
+        s_RKQBS = jnp.where(seen, s_RKQBS, MASKED)
+        p_RKQBS = jnp.where(seen, jnp.exp(s_RKQBS - s_RKQBS.max(-1, keepdims=True)), 0)
+        total = p_RKQBS.sum(-1, keepdims=True)
+        p_RKQBS = _weights(p_RKQBS / jnp.where(total == 0, 1, total), keys)
+        p_RKMS = p_RKQBS.reshape(R, K, H // K * B, S)
+        o_RKME = wide_einsum("rkms,rkse->rkme", p_RKMS, keys.v, widen=False)
+        o_RBKQE = o_RKME.reshape(R, K, H // K, B, E).transpose(0, 3, 1, 2, 4)
+        return o_RBKQE.reshape(R, B, H, E).astype(q_RBHE.dtype)
+
+    if C <= QUERIES_PER_BLOCK:
+        return block(q_RCHE, of_queries_RC)
+    count = -(-C // QUERIES_PER_BLOCK)
+
+    def blocks(x: Array) -> Array:  # [R, C, ...] as [count, R, C / count, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * QUERIES_PER_BLOCK - C), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(R, count, QUERIES_PER_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    o = jax.lax.map(lambda x: block(*x), (blocks(q_RCHE), blocks(of_queries_RC)))
+    return o.swapaxes(0, 1).reshape(R, count * QUERIES_PER_BLOCK, H, E)[:, :C]
 
 
 def _scores(s: Array, keys: KeysOfLayer, head_dim: int, softcap: float | None) -> Array:

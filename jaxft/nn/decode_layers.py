@@ -1,4 +1,4 @@
-"""A model's stacked layers in generation: prefill of prompts, and decoding with a cache (cache.py)."""
+"""A model's stacked layers in generation: prefill, decoding and extending with a cache (cache.py)."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,9 +9,23 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.nn.bits import to_bits
-from jaxft.nn.cache import Cache, LayerKeys, NextToken, PromptKeys, Step, append, attend, prompt_keys
+from jaxft.nn.cache import (
+    Cache,
+    Extension,
+    LayerKeys,
+    NextToken,
+    PromptKeys,
+    Step,
+    append,
+    append_chunk,
+    attend,
+    attend_chunk,
+    prompt_keys,
+)
+from jaxft.nn.cached_attention import Keys
 from jaxft.nn.layer_attention import (
     AttentionLayers,
+    AttentionRule,
     angles_of,
     attend_rows,
     batch_ranges,
@@ -64,39 +78,83 @@ def decode_layers(
     at: NextToken,
     a: AttentionLayers,
 ) -> tuple[Float[Array, "R 1 D"], Cache]:
-    """Return the residual stream of one token per row after all layers, and the cache with that token.
-
-    The scan carries the rows' keys and updates them in place: as xs and ys they would be copied for each
-    token.
-    """
-    prompts, size = cache.prompts.layers, cache.prompts.visible.shape[1] + cache.new
+    """Return the residual stream of one token per row after all layers, and the cache with that token."""
     lengths = at.positions - at.counts + 1 + cache.new
     angles = generation_angles(a, at.positions[:, None], lengths[:, None], h_R1D.dtype)
     step = Step(at, cache.prompts.visible, at.groups.to_groups(at.counts))
-    windowed = a.windowed
+
+    def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
+        return append(keys, k, v, i, at.counts, used)
+
+    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
+        prompts, _, rows = keys
+        return attend(qkv[0], (prompts, rows), i, step, rule)
+
+    return _cached_layers(layer, h_R1D, layers, cache, (a, angles, stored, attended))
+
+
+def extend_layers(
+    layer: Layer,
+    h_rCD: Float[Array, "r C D"],
+    layers: Params,
+    cache: Cache,
+    chunk: Extension,
+    a: AttentionLayers,
+) -> tuple[Float[Array, "r C D"], Cache]:
+    """Return the residual stream of a chunk for each row after all layers, and the cache with the chunks."""
+    positions = chunk.positions[:, None] + jnp.arange(h_rCD.shape[1], dtype=chunk.positions.dtype)[None]
+    lengths = chunk.positions - chunk.counts + cache.new
+    angles = generation_angles(
+        a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype
+    )
+
+    def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
+        return append_chunk(keys, k, v, i, chunk, used)
+
+    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
+        prompts, rows, _ = keys
+        return attend_chunk(qkv, (prompts, rows), i, (chunk, cache.prompts.visible), rule)
+
+    return _cached_layers(layer, h_rCD, layers, cache, (a, angles, stored, attended))
+
+
+Both = tuple[Keys, Keys, Keys]  # of prompts, of rows before and after new tokens are stored
+
+
+def _cached_layers(
+    layer: Layer, h: Float[Array, "R T D"], layers: Params, cache: Cache, how: tuple[Any, ...]
+) -> tuple[Float[Array, "R T D"], Cache]:
+    """Run all layers on new tokens of rows, which attend to cached keys and are stored.
+
+    how: attention settings; angles; stored(keys, k, v, index of the layer in keys, whether to store) -> keys;
+    attended((q, k, v), keys, index, rule) -> o. The scan carries the rows' keys and updates them in place: as
+    xs and ys they would be copied for each token.
+    """
+    (a, angles, stored, attended), prompts = how, cache.prompts.layers
+    size, windowed = cache.prompts.visible.shape[1] + cache.new, a.windowed
     place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # index in full or in window
 
     def body(carry: tuple[Array, LayerKeys], x: Any) -> tuple[Any, None]:
-        h, stored = carry
+        h, before = carry
         p, i, has_window, kind = x
         rule = rule_of(a, kind, size)
 
         def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             (q, k), v = rotated(q, k, angles_of(angles, kind), query_factor(a)), checked_values(v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            full, window = stored.full, stored.window
+            full, window = before.full, before.window
             if full is not None:
-                full = append(full, k, v, i, at.counts, True if window is None else ~has_window)
+                full = stored(full, k, v, i, True if window is None else ~has_window)
             if window is not None:
-                window = append(window, k, v, i, at.counts, True if full is None else has_window)
+                window = stored(window, k, v, i, True if full is None else has_window)
 
             def of_full() -> Array:
                 assert prompts.full is not None and full is not None
-                return attend(q, (prompts.full, full), i, step, rule)
+                return attended((q, k, v), (prompts.full, before.full, full), i, rule)
 
             def of_window() -> Array:
                 assert prompts.window is not None and window is not None
-                return attend(q, (prompts.window, window), i, step, rule)
+                return attended((q, k, v), (prompts.window, before.window, window), i, rule)
 
             if window is None:
                 return of_full(), LayerKeys(full, None)
@@ -107,5 +165,5 @@ def decode_layers(
         return layer(p, h, attend_cached, None), None
 
     xs = layers, place.astype(np.int32), windowed, a.kind_numbers
-    (h_R1D, rows), _ = jax.lax.scan(body, (h_R1D, cache.rows), xs)
-    return h_R1D, replace(cache, rows=rows)
+    (h, rows), _ = jax.lax.scan(body, (h, cache.rows), xs)
+    return h, replace(cache, rows=rows)

@@ -193,9 +193,8 @@ def _lora_fwd(x, dropped, w, a, b, scale):
         wide = accumulation_dtype(x.dtype)
         y = (times(x, w, wide) + dot(xa, b.astype(x.dtype), (-1, 0), wide)).astype(x.dtype)
     else:
-        y = dot(
-            concat_bits(x, xa, -1), concat_bits(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype
-        )
+        both = concat_bits([expand_after(w, x), b.astype(x.dtype)], 0)
+        y = dot(concat_bits([x, xa], -1), both, (-1, 0), x.dtype)
     return y, (x, dropped, w, a, b, s)
 
 
@@ -220,7 +219,7 @@ def _low(x: Float[Array, "... R"]) -> Array:
 
 def _input_gradients_joined(g, w, b):
     """Return `g w^T` and `g b^T` by one matmul."""
-    both = dot(g, concat_bits(expand_after(w, g), b.astype(g.dtype), 0), (-1, 1), g.dtype)
+    both = dot(g, concat_bits([expand_after(w, g), b.astype(g.dtype)], 0), (-1, 1), g.dtype)
     return tuple(jnp.split(both, [both.shape[-1] - b.shape[0]], -1))
 
 

@@ -5,6 +5,7 @@ weights. PPO and the GRPO family are this objective with losses of policy_losses
 weights of rl/.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -160,37 +161,40 @@ def with_target_kl(objective: Objective, target_kl: float) -> Objective:
     return objective._replace(init=init, update=update, facts=facts)
 
 
-def with_echo(objective: Objective, coef: float = 0.1) -> Objective:
-    """Add `-coef sum_t w_t log pi(x_t)` over the tokens x_t of an episode that the policy was given, such as
-    a tool's results, with the observation weights w, whose sum over an optimizer batch is 1.
+def echo(
+    model: LanguageModel, objective: Callable[[LanguageModel], Objective], coef: float = 0.1
+) -> Objective:
+    """Add `-coef sum_t w_t log pi(x_t)` to a policy objective, over tokens x_t that the policy was given,
+    such as a tool's results. The observation weights w sum to 1 over an optimizer batch.
 
     ECHO (Shrivastava et al. 2026, arXiv:2605.24517, where coef is 0.05): the policy learns what its actions
     lead to, in the same forward pass and from failed episodes too. Text of the template around a result
     counts as given. The loss is logged as loss/observation_avg.
     """
     require(coef > 0, f"echo={coef} must be above 0, such as 0.1. Leave it out instead")
+    own = objective(model)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        value, metrics = objective.loss(outputs, aux)
+        value, metrics = own.loss(outputs, aux)
         if outputs.batch.observation_weights is None:
             raise ValueError(
                 "ECHO needs observation_weights in the batch. Let the rollout compute them "
-                "(Rules.observations)"
+                "(Rollouts.observations)"
             )
         weights = outputs.batch.observation_weights.astype(outputs.logp.dtype)
         cost = -jnp.sum(jnp.where(weights != 0, weights * outputs.logp, 0))
         value = value + coef * cost
-        echo = {OBSERVATION_LOSS: Sum(cost, jnp.sum(weights)), LOSS: Sum(value, metrics[LOSS].weight)}
-        return value, metrics | jax.lax.stop_gradient(echo)
+        added = {OBSERVATION_LOSS: Sum(cost, jnp.sum(weights)), LOSS: Sum(value, metrics[LOSS].weight)}
+        return value, metrics | jax.lax.stop_gradient(added)
 
     def frozen_policy(batch: Rollout) -> Bool[Array, ""]:
-        return objective.frozen_policy(batch) & jnp.all(batch.observation_weights == 0)
+        return own.frozen_policy(batch) & jnp.all(batch.observation_weights == 0)
 
     def batch_spec(batch: Rollout) -> Rollout:
-        return replace(objective.batch_spec(batch), observation_weights=batch.policy_weights)
+        return replace(own.batch_spec(batch), observation_weights=batch.policy_weights)
 
-    facts = replace(objective.facts, observations=True)
-    return objective._replace(loss=loss, frozen_policy=frozen_policy, batch_spec=batch_spec, facts=facts)
+    facts = replace(own.facts, observations=True)
+    return own._replace(loss=loss, frozen_policy=frozen_policy, batch_spec=batch_spec, facts=facts)
 
 
 def _has_no_policy_weight(batch: Rollout) -> Bool[Array, ""]:

@@ -9,15 +9,14 @@ import jax
 
 from jaxft import tree
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import group_row_shape, padded_length, rollout_batch_shapes
+from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Slots, program_tracers, rows_in_progress, slots_for, state_shapes
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.programs import program_tracers
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for, state_shapes
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
-from jaxft.rl.rollout import Rollouts
-from jaxft.rl.sampler import score_tokens
+from jaxft.rl.rollout import Rollouts, score_tokens
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, reference_step, sharded_batch
 from jaxft.train.settings import Run
@@ -96,7 +95,7 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
         logps: Any = jax.jit(partial(score_tokens, p.objective))
         found.append(Program("rollout log-probs", lambda: logps.trace(params, p.state.aux, batch)))
     else:  # it samples groups and trains on pairs
-        shape = group_row_shape(data, data.max_prompt)
+        shape = data.group_row_shape(data.max_prompt)
         batch = sharded_batch(p, rollout_batch_shapes(data, shape, sharding.row_shards(p.mesh)))
     for reward in data.rules.rewards:
         if isinstance(reward, HeadReward):
@@ -110,7 +109,7 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
 def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots) -> list[Program]:
     """Return the programs of sampling with the largest state: prefill, and decoding that reads all keys."""
     tracers = program_tracers(d, params, slots, p.mesh)
-    start = max((key for key in tracers if key[0] == "start"), key=lambda key: key[2])
+    start = max((key for key in tracers if key[0] == "start"), key=lambda key: key[3])
     decode = max(key for key in tracers if key[0] == "decode")
     state = state_shapes(d, slots, slots.rows, p.mesh)
     prefill = Program(f"{name}: prefill", tracers[start], state=state)

@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from jaxft.data.progress import time_in_words
 from jaxft.distributed import xla_flags
-from jaxft.durations import time_in_words
 from jaxft.plan.flops import Flops
 from jaxft.plan.machines import GIB
 from jaxft.plan.plan import PROGRAM_PARTS, Plan

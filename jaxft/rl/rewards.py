@@ -22,12 +22,27 @@ from jaxtyping import Float, Shaped
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
-from jaxft.rl.completions import Completions, Faults
+from jaxft.rl.episodes import Episodes
+from jaxft.rl.layout import PackedRows
 from jaxft.rl.programs import RolloutPrograms
 from jaxft.tree import Params
 
 SIGN, EXPONENT = r"(?:(?<![\w)])[-+])?", r"(?:[eE][-+]?\d+)?"  # 10-7 ends with a 7
 NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+){EXPONENT}")
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Counts of completions that a reward gave no score. first: a message about the first of them."""
+
+    raised: int = 0
+    not_a_number: int = 0
+    first: str = ""
+
+    def __add__(self, other: "Faults") -> "Faults":
+        return Faults(
+            self.raised + other.raised, self.not_a_number + other.not_a_number, self.first or other.first
+        )
 
 
 class RewardScores(NamedTuple):
@@ -37,7 +52,7 @@ class RewardScores(NamedTuple):
     faults: Faults = Faults()
 
 
-ScoreCompletions = Callable[[Completions, TrainState], RewardScores]
+ScoreEpisodes = Callable[[Episodes, PackedRows, TrainState], RewardScores]
 
 
 @runtime_checkable
@@ -48,7 +63,7 @@ class Reward(Protocol):
     def name(self) -> str:
         """The name in metrics and in completions.jsonl."""
 
-    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Load the models of the reward, compile their programs, and return the scoring function."""
 
     def fingerprint(self) -> str | None:
@@ -88,25 +103,39 @@ class FunctionReward(Reward):
             fn = fn.func
         return str(getattr(fn, "__name__", type(fn).__name__))
 
-    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Return the function that scores."""
 
-        def score(completions: Completions, state: TrainState) -> RewardScores:
-            prompts = completions.prompts
+        def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
+            prompts, index = episodes.prompts, episodes.prompt_index
+            chosen = np.flatnonzero(episodes.valid)
 
             def on_first() -> list[Any]:
                 scores, faults = call_reward(
                     self,
-                    [prompts.as_given(i) for i in completions.prompt_index],
-                    completions.texts,
-                    [(prompts.names[i], prompts.fields[i]) for i in completions.prompt_index],
+                    [prompts.as_given(index[i]) for i in chosen],
+                    [episodes.texts[i] for i in chosen],
+                    [(prompts.names[index[i]], prompts.fields[index[i]]) for i in chosen],
                 )
                 return [scores.tolist(), faults.raised, faults.not_a_number, faults.first]
 
             scores, *faults = processes.from_first_process(on_first)
-            return RewardScores(np.array(scores), Faults(*faults))
+            found = np.full(len(index), np.nan)
+            found[chosen] = scores
+            return RewardScores(found, Faults(*faults))
 
         return score
+
+
+@dataclass(frozen=True)
+class EnvironmentReward(Reward):
+    """The score that a run's environment has given an episode."""
+
+    name: str = "environment"
+
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
+        """Return the function that reads the scores."""
+        return lambda episodes, rows, state: RewardScores(episodes.scores)
 
 
 def unique_names(rewards: Sequence[Reward]) -> list[str]:

@@ -80,7 +80,7 @@ def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namesp
         parser.error("--run sets model and adapter; omit --model and --adapter")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
-    for name in ("top_k", "top_p"):
+    for name in ("top_k", "top_p", "min_p"):
         if vars(args)[name] is not None and not args.temperature:
             parser.error(
                 f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "

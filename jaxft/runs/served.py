@@ -13,7 +13,7 @@ from jaxft.data.conversation import PLAIN
 from jaxft.data.template import template_of
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.distributed import sharding
-from jaxft.inference.serve_programs import ServePrograms, ServeSizes, Serving, compile_server
+from jaxft.engine.scheduler import ServePrograms, ServeSizes, compile_server
 from jaxft.inference.served_model import ServedModel
 from jaxft.inference.tool_calls import ToolFormat, template_tool_format
 from jaxft.models.adapted import adapted, adapted_by_row
@@ -134,8 +134,12 @@ def _base_name(ref: str) -> str:
     return last.removesuffix(".gguf") or ref
 
 
-def load_served(named: dict[str, NamedWeights], flags: ServeFlags, rows: int) -> Served:
+def load_served(
+    named: dict[str, NamedWeights], flags: ServeFlags, rows: int, continues: bool = False
+) -> Served:
     """Load the base and all adapters, and compile the programs for `rows` requests at the same time.
+
+    continues: whether requests may go on where an earlier one ended, see engine/scheduler.py.
 
     Raises ValueError for adapters that cannot share a program, and for sizes that the model does not have.
     """
@@ -149,9 +153,9 @@ def load_served(named: dict[str, NamedWeights], flags: ServeFlags, rows: int) ->
         whole, own, numbers = _with_adapters(model, params["base"], named, mesh)
         models = _served_models(model, named, numbers, flags.tools)
         sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
-        serving = Serving(whole, sizes, flags.kv_cache)
+        sizes = replace(sizes, continues=continues)
         params |= own
-        return Served(compile_server(serving, params, mesh), params, models)
+        return Served(compile_server(whole, sizes, params, mesh, flags.kv_cache), params, models)
 
 
 def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:

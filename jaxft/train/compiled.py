@@ -10,7 +10,7 @@ import jax
 from jaxft import tree
 from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
-from jaxft.inference.decode import Decoding
+from jaxft.engine.state import Decoding
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
 from jaxft.runs.report import Evaluation
 from jaxft.train import samples, scores

@@ -18,9 +18,11 @@ from jaxft.data.progress import RowProgress
 from jaxft.data.prompt_rows import rename_columns
 from jaxft.data.row_files import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Engine, Slots, compile_engine, slots_for
-from jaxft.inference.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.generate import complete
+from jaxft.engine.programs import Engine, compile_engine
+from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, Slots, slots_for
 from jaxft.nn.cache import CacheFormat
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
@@ -188,9 +190,9 @@ def sample_texts(
             )
     check_token_id("the model", max(max(tokens) for tokens in ids), loaded.model.config.vocab)
     slots = slots_for(len(ids), how.samples, max(map(len, ids)), how.batch)
-    engine, key = engine_for(loaded, slots), jax.random.key(how.seed)
+    session = Session(engine_for(loaded, slots), loaded.params, jax.random.key(how.seed))
     with RowProgress("completing", len(ids) * how.samples, enabled=True) as progress:
-        sampled = engine.complete(loaded.params, ids, key, ended=progress.add).tokens
+        sampled = complete(session, ids, ended=progress.add).tokens
     if where := nonfinite_logits(sampled.reshape(-1, sampled.shape[-1])):
         raise ValueError(
             f"{prompts[where[0] // how.samples].row}: the logits of token {where[1] + 1} are not finite; use "

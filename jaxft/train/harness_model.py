@@ -18,9 +18,10 @@ from jaxft.data.example import Message
 from jaxft.data.progress import RowProgress
 from jaxft.data.template import REJECTIONS, render_messages, template_of
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import Engine, compile_engine, slots_for
-from jaxft.inference.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.programs import Engine, compile_engine
+from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.cache import CacheFormat
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.train.token_scores import Continuation, make_token_scorer
@@ -35,7 +36,6 @@ NO_EFFECT = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "repetition_penalty": 1,
-    "min_p": 0,
     "use_cache": True,
 }
 # Settings of generation_config.json that change greedy completions of the hf backend, and not those of jaxft
@@ -79,8 +79,8 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
     stops = (*([until] if isinstance(until, str) else until), end)
     new = next((int(given[name]) for name in LIMITS if given.get(name) is not None), MAX_NEW)
     is_sampled, temperature = given.get("do_sample"), float(given.get("temperature") or 0)
-    top_k, top_p = given.get("top_k"), given.get("top_p")
-    for name in ("until", "do_sample", "temperature", "top_k", "top_p", *LIMITS):
+    top_k, top_p, min_p = (given.get(name) for name in ("top_k", "top_p", "min_p"))
+    for name in ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *LIMITS):
         rest.pop(name, None)
     for name, value in rest.items():
         if name not in NO_EFFECT or value != NO_EFFECT[name]:
@@ -95,7 +95,7 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
             "do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
         )
     if temperature and is_sampled is not False:
-        sampling = Sampling(new, temperature, top_k or None, top_p)
+        sampling = Sampling(new, temperature, top_k or None, top_p, min_p)
     return _Generation(sampling, tuple(dict.fromkeys(stop for stop in stops if stop)))
 
 
@@ -225,11 +225,10 @@ class HarnessBackend:
             text = self._text(tokens)
             return any(stop in text for stop in generation.stops)
 
-        key = jax.random.key(self.settings.seed)
+        session = Session(engine, loaded.params, jax.random.key(self.settings.seed))
         with RowProgress("completing", len(prompts), enabled=True) as progress:
-            sampled = engine.complete(
-                loaded.params, prompts, key, is_enough=is_enough, ended=progress.add
-            ).tokens[:, 0]
+            found = complete(session, prompts, is_enough=is_enough, ended=progress.add)
+        sampled = found.tokens[:, 0]
         if where := nonfinite_logits(sampled):
             raise ValueError(
                 f"the logits after {contexts[where[0]][-60:]!r} are not finite; use --dtype float32, or "

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax
 
+from jaxft.data.progress import time_in_words
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
-from jaxft.durations import time_in_words
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.runs.trackers.tracker import Tracker

@@ -37,10 +37,11 @@ from jaxft.data.source import Source
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.temporary import temporary_file
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import compile_engine, slots_for
-from jaxft.inference.generate import generate
-from jaxft.inference.sampling import Sampling, without_stop
+from jaxft.engine.generate import generate
+from jaxft.engine.programs import compile_engine
+from jaxft.engine.sampling import Sampling, without_stop
+from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
 from jaxft.nn.quant import QuantKind
 from jaxft.objectives.objective import Objective
@@ -340,7 +341,7 @@ class LoadedModel:
             decoding = Decoding(weights.model, sampling, weights.stop)
             slots = slots_for(len(ids), 1, longest, PROMPTS_AT_ONCE)
             engine = compile_engine(decoding, weights.params, slots, weights.mesh)
-            found = generate(engine, weights.params, ids, jax.random.key(seed))
+            found = generate(Session(engine, weights.params, jax.random.key(seed)), ids)
         return [
             self.tokenizer.decode(
                 without_stop(new, weights.stop), skip_special_tokens=True, clean_up_tokenization_spaces=False

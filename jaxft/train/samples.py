@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.data.source import Prompt
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import compile_engine, slots_for
-from jaxft.inference.sampling import NONFINITE, without_stop
+from jaxft.engine.programs import compile_engine
+from jaxft.engine.sampling import NONFINITE, without_stop
+from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.runs.report import Sample
 from jaxft.train.clock import Clock
 from jaxft.tree import Params
@@ -128,7 +129,8 @@ def compile_sampler(
 
     def complete(params: Params) -> list[Completed]:
         ended = shown.counter("completions of held-out prompts", len(ids) * decoding.group)
-        found = engine.complete(params, ids, jax.random.key(0), ended=ended).tokens
+        session = Session(engine, params, jax.random.key(0))
+        found = complete(session, ids, ended=ended).tokens
         return [completed(text, row) for text, rows in zip(texts, found, strict=True) for row in rows]
 
     return complete

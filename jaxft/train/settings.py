@@ -10,7 +10,7 @@ from jaxft.bounds import ABOVE_ZERO, above, at_least, check_bounds, count_from
 from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter

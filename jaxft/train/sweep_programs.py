@@ -10,7 +10,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import sharding, threads
-from jaxft.inference.decode import Decoding
+from jaxft.engine.state import Decoding
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.train import evaluate, samples, scores

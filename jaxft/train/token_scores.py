@@ -11,7 +11,7 @@ import numpy as np
 from jaxft.batch import Tokens
 from jaxft.data.progress import RowProgress
 from jaxft.distributed import sharding
-from jaxft.inference.sampling import BUCKET
+from jaxft.engine.sampling import BUCKET
 from jaxft.objectives.read_positions import read_logps
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.tree import Params

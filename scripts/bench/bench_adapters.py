@@ -62,8 +62,9 @@ def random_adapter(model: Any, rank: int, seed: int) -> Any:
 
 def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new: int) -> list[list[int]]:
     """Return the completion of each prompt with the adapter of its number."""
-    from jaxft.inference.sampling import Sampling
-    from jaxft.inference.scheduler import TokenRequest
+    from jaxft.engine.sampling import Sampling
+    from jaxft.engine.scheduler import TokenRequest
+    from jaxft.engine.session import Choice
 
     tokens: list[list[int]] = [[] for _ in prompts]
     ended = threading.Semaphore(0)
@@ -75,7 +76,7 @@ def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new:
 
     scheduler.submit(
         [
-            (TokenRequest(tuple(p), Sampling(new), adapter=number), lambda x, i=i: deliver(i, x))
+            (TokenRequest(tuple(p), Choice(Sampling(new), adapter=number)), lambda x, i=i: deliver(i, x))
             for i, (p, number) in enumerate(zip(prompts, numbers, strict=True))
         ]
     )
@@ -90,8 +91,7 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.inference.scheduler import Scheduler
-    from jaxft.inference.serve_programs import ServeSizes, Serving, compile_server
+    from jaxft.engine.scheduler import Scheduler, ServeSizes, compile_server
     from jaxft.models.adapted import adapted, adapted_by_row
     from jaxft.nn.lora_rows import stack_by_row, stored_stack
     from jaxft.weights import adapters, pretrained
@@ -114,9 +114,7 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
             cases.append(("base", adapted(model, None), {}))
         for name, whole, own in cases:
             params = {**base, **adapters.on_every_device(own, None, mesh)}
-            found[name] = Scheduler(
-                compile_server(Serving(whole, sizes), params, mesh), params, args.adapters
-            )
+            found[name] = Scheduler(compile_server(whole, sizes, params, mesh), params, args.adapters)
             found[name].start()
     return found
 

@@ -81,9 +81,11 @@ def measure_jaxft(a: argparse.Namespace) -> dict[str, float]:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.inference import engine as engines
-    from jaxft.inference.decode import Decoding
-    from jaxft.inference.sampling import Sampling
+    from jaxft.engine.generate import complete
+    from jaxft.engine.programs import compile_engine
+    from jaxft.engine.sampling import Sampling
+    from jaxft.engine.session import Session
+    from jaxft.engine.state import Decoding, slots_for
     from jaxft.models.adapted import adapted
     from jaxft.weights import pretrained
 
@@ -99,12 +101,12 @@ def measure_jaxft(a: argparse.Namespace) -> dict[str, float]:
             sampling = Sampling(a.new, temperature=1e4)
             stop = tuple(range(0, vocab, round(a.mean_length)))
         d = Decoding(adapted(model, None), sampling, stop, a.group, a.cache)
-        slots = engines.slots_for(len(rows), a.group, max(map(len, rows)), a.rows)
-        run = engines.compile_engine(d, params, slots, mesh)
+        slots = slots_for(len(rows), a.group, max(map(len, rows)), a.rows)
+        run = compile_engine(d, params, slots, mesh)
         cache = sum(x.nbytes for x in jax.tree.leaves(run.empty().cache))
-        run.complete(params, rows, key)
+        complete(Session(run, params, key), rows)
         begin = time.perf_counter()
-        tokens = run.complete(params, rows, key).tokens
+        tokens = complete(Session(run, params, key), rows).tokens
         seconds = time.perf_counter() - begin
     count = int((tokens >= 0).sum())
     return {

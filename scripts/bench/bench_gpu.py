@@ -306,9 +306,11 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     import jax
 
     from jaxft.distributed import devices, sharding
-    from jaxft.inference.decode import Decoding
-    from jaxft.inference.engine import compile_engine, slots_for
-    from jaxft.inference.sampling import Sampling, nonfinite_logits
+    from jaxft.engine.generate import complete
+    from jaxft.engine.programs import compile_engine
+    from jaxft.engine.sampling import Sampling, nonfinite_logits
+    from jaxft.engine.session import Session
+    from jaxft.engine.state import Decoding, slots_for
     from jaxft.train import programs
 
     (folder / "rows.jsonl").write_text("")
@@ -326,7 +328,7 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
-            sampled = engine.complete(base, prompts, jax.random.key(0))
+            sampled = complete(Session(engine, base, jax.random.key(0)), prompts)
             seconds.append(time.perf_counter() - begin)
     if nonfinite_logits(sampled.tokens.reshape(-1, fresh)):
         raise ValueError("logits are not finite")

@@ -41,8 +41,8 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
     """Return the running uvicorn server, its thread and its port."""
     import uvicorn
 
+    from jaxft.engine.scheduler import Scheduler
     from jaxft.inference import server
-    from jaxft.inference.scheduler import Scheduler
     from jaxft.runs import served
 
     named = served.named_models([], args.model, [], "")

@@ -9,7 +9,7 @@ from tiny_model import CONFIG
 
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.models.llama import from_hf, llama
 from jaxft.nn.lora import Adapter
 from jaxft.optim.optimizer import Optim

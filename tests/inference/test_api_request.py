@@ -14,6 +14,7 @@ BAD = {  # field of a chat request -> values
     "max_completion_tokens": [0],
     "temperature": [-0.1, 2.1, "1", True, 1e-9, 10**400],
     "top_p": [0, 1.1, -1],
+    "min_p": [1.1, -1],
     "top_k": [1.0, -2],
     "seed": [-1, 2**63, 0.5],
     "stop": ["", ["a"] * 5, [""], [1], 3, "a" * 1000],

@@ -16,10 +16,10 @@ from scripts_in_process import SCRIPTS, load
 from terminals import Terminal
 from tiny_llama import tiny_torch, write_folder
 
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.inference.api_request import ChoiceSettings
 from jaxft.inference.chat import Conversation
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.runs.terminal import printable_text
 
 WITH_TERMINAL = """

@@ -14,6 +14,11 @@ import tiny_tokenizers
 from running_server import CHAT, MESSAGES, Running
 from scripts_in_process import call
 
+from jaxft.engine.generate import generate
+from jaxft.engine.programs import allowed_logits, compile_engine
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Choice, Session
+from jaxft.engine.state import AllowedTokens, Decoding, slots_for
 from jaxft.inference.constraint import (
     call_grammar,
     compile_grammar,
@@ -21,9 +26,7 @@ from jaxft.inference.constraint import (
     json_grammar,
     regex_grammar,
 )
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import complete_requests
-from jaxft.inference.serve_programs import AllowedTokens, allowed_logits
+from jaxft.models.adapted import adapted
 
 pytest.importorskip("llguidance")
 
@@ -156,31 +159,42 @@ def test_other_requests_keep_their_completions_and_nothing_is_compiled(running):
     assert together == alone and [other.result() for other in others] == [constrained] * 3 and not compiled
 
 
-def test_requests_without_a_server_match_their_grammars():
+def test_completions_of_generate_match_their_grammars():
     model = tiny.tool_models()["base"]
     tool = {"name": "f", "parameters": NOW["parameters"]}
     expected = {
         regex_grammar("(yes|no), [a-c]{2}"): re.compile("(yes|no), [a-c]{2}"),
         call_grammar("llama3", [tool], model.tokenizer): re.compile(r'\{"name": "f", .*'),
     }
-    requests = [
-        tiny.TokenRequest(
-            (1, 2), Sampling(24, 1.0), seed, 0, tiny.STOP,
-            grammar=compile_grammar(grammar, model.tokenizer, model.stop),
+    decoding = Decoding(adapted(tiny.MODEL, None), Sampling(24, 1.0), tiny.STOP, constrained=True)
+    engine, found = compile_engine(decoding, {"base": tiny.base()}, slots_for(3, 1, 2)), []
+    for grammar, pattern in expected.items():
+        choice = Choice(
+            Sampling(24, 1.0), tiny.STOP, grammar=compile_grammar(grammar, model.tokenizer, model.stop)
         )
-        for grammar in expected
-        for seed in range(3)
-    ]  # fmt: skip
-    found = complete_requests(tiny.programs(), tiny.params(), requests)
-    assert [ids for ids in found[:3]] != [found[0]] * 3
-    for ids, pattern in zip(found, [pattern for pattern in expected.values() for _ in range(3)], strict=True):
-        assert pattern.fullmatch(tiny.text_of(ids)) and len(ids) <= 24
-    assert all(ids[-1] in tiny.STOP for ids in found[:3])
+        session = Session(engine, {"base": tiny.base()}, jax.random.key(0), choice=choice)
+        own = generate(session, [[1, 2]] * 3)
+        assert all(pattern.fullmatch(tiny.text_of(ids)) and len(ids) <= 24 for ids in own)
+        found += own
+    assert found[:3] != [found[0]] * 3 and all(ids[-1] in tiny.STOP for ids in found[:3])
 
 
-def test_a_failure_of_a_request_without_a_server_is_an_error():
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        complete_requests(tiny.programs(), tiny.params(), [tiny.TokenRequest((), Sampling(2))])
+def test_a_grammar_that_fails_ends_generate():
+    class Failing:
+        def begin(self):
+            return self
+
+        def allowed(self):
+            return np.full(99, 2**32 - 1, np.uint32)
+
+        def accept(self, tokens):
+            return "the grammar failed: too complex"
+
+    decoding = Decoding(adapted(tiny.MODEL, None), Sampling(24, 1.0), tiny.STOP, constrained=True)
+    engine = compile_engine(decoding, {"base": tiny.base()}, slots_for(3, 1, 2))
+    session = Session(engine, {"base": tiny.base()}, choice=Choice(Sampling(4), grammar=Failing()))
+    with pytest.raises(ValueError, match="the grammar failed: too complex"):
+        generate(session, [[1, 2]])
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from scripts_in_process import SCRIPTS, call
 from tiny_llama import tiny_torch, write_folder
 from tokenizers import Regex, normalizers
 
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Choice
 from jaxft.inference import server
-from jaxft.inference.sampling import Sampling
 from jaxft.inference.served_model import chat_prompt, text_prompt
 from jaxft.inference.server import ServerLimits
 
@@ -39,9 +40,8 @@ def running():
 def expected_text(scheduler, seed, adapter=0, prompt=None, **options):
     """What the scheduler makes of the messages."""
     ids = prompt or chat_prompt(tiny.models()["base"], MESSAGES)
-    request = tiny.TokenRequest(
-        ids, Sampling(**{"max_new": 12, **options}), seed, stop=tiny.STOP, adapter=adapter
-    )
+    choice = Choice(Sampling(**{"max_new": 12, **options}), tiny.STOP, adapter)
+    request = tiny.TokenRequest(ids, choice, seed)
     return tiny.text_of(tiny.complete(scheduler, [request])[0].ids)
 
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers import decoders as d
 from transformers import PreTrainedTokenizerFast
 
+from jaxft.engine.scheduler import NewTokens, SampledToken
 from jaxft.inference.generation import ChoiceText
-from jaxft.inference.scheduler import NewTokens, SampledToken
 from jaxft.inference.text_stream import LONGEST_TAIL, REPLACEMENT, TextStream, TokenDecoder, token_decoder
 
 TEXTS = st.text(st.sampled_from("ab h\u00e9\u20ac\U0001f600\n."), max_size=16)

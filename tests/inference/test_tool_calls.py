@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from stock_turns import Turn
 
 from jaxft.data.template import template_of
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.inference.api_request import ChoiceSettings
 from jaxft.inference.generation import choice_texts
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.inference.served_model import ServedModel
 from jaxft.inference.tool_calls import CallStream, call_format, template_tool_format
 

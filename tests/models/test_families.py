@@ -10,7 +10,9 @@ import pytest
 from engines import decoded, engine_of, prefilled
 from tiny_families import FAMILIES, QUICK, both, our_model, params_of, random_ids, rows, torch_model
 
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.generate import complete
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Session
 from jaxft.models.families import config_to_hf, family_of
 from jaxft.tree import paths
 from jaxft.weights import hf, hf_write, param_reader, pretrained
@@ -145,7 +147,7 @@ def test_greedy_generation_equals_transformers(name):
             max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0,
         )[:, 20:]  # fmt: skip
     engine = engine_of((ours, params), Sampling(32), (), 2)
-    found = engine.complete(params, ids.tolist(), jax.random.key(0)).tokens[:, 0]
+    found = complete(Session(engine, params, jax.random.key(0)), ids.tolist()).tokens[:, 0]
     np.testing.assert_array_equal(found, expected.numpy())
 
 

@@ -12,8 +12,9 @@ from jaxft.data.chat import example_prompt_ids
 from jaxft.data.conversation import prompt_of
 from jaxft.data.rows import Row
 from jaxft.distributed import sharding
-from jaxft.inference.generate import generate
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.generate import generate
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Session
 from jaxft.models.adapted import adapted
 from jaxft.weights import pretrained
 
@@ -74,7 +75,7 @@ def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
     engine = engine_of(
         (model, whole), Sampling(max_new=64), (tokenizer.eos_token_id,), len(prompts), max(sizes)
     )
-    found = generate(engine, whole, prompts, jax.random.key(0))
+    found = generate(Session(engine, whole, jax.random.key(0)), prompts)
 
     ids, mask = np.zeros((2, len(prompts), max(sizes)), np.int64)
     for row, prompt in enumerate(prompts):

@@ -17,7 +17,7 @@ import pytest
 from tiny_plan import CHIP, HAS_CUDA, HAS_TPU, TINY, made_up, tiny, tiny_pairs, tiny_ppo
 
 from jaxft.distributed import sharding
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.nn.quant import Quant
 from jaxft.plan import machines, plan
 from jaxft.plan import programs as plan_programs

@@ -11,9 +11,9 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxft.rl.completions import Faults
 
 from jaxft.rl import advantages, rewards
-from jaxft.rl.completions import Faults
 from jaxft.rl.rewards import FunctionReward
 from jaxft.rl.rules import Rules, shape_scores
 

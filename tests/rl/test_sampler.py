@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import tiny_model
 from engines import engine_of
+from jaxft.rl.completions import table_indices
 from rl_completions import random_prompts
 
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts
-from jaxft.inference.engine import SampledTokens
-from jaxft.inference.sampling import NONFINITE, Sampling
+from jaxft.engine.generate import SampledTokens, complete
+from jaxft.engine.sampling import NONFINITE, Sampling
+from jaxft.engine.session import Session
 from jaxft.models.llama import llama
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
@@ -23,10 +25,10 @@ from jaxft.nn.rope import Rope
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
-from jaxft.rl.completions import table_indices
 from jaxft.rl.layout import fits, pack_rollout, rollout_shapes, to_completions
 from jaxft.rl.online_pairs import to_pairs
-from jaxft.rl.sampler import Sampler, compile_rollout_sampler
+from jaxft.rl.record import table_indices
+from jaxft.rl.sampler import compile_sampler
 
 
 @pytest.mark.quick_cases("0.7-5-3", "0.0-None-1")
@@ -36,14 +38,16 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     model, params = tiny_model.tiny(jnp.float32, adapter=Adapter(rank=2))
     prompts, stop = random_prompts(3), (7, 11)
     engine = engine_of((model, params), Sampling(12, temperature, top_k), stop, 3 * group, group=group)
-    found = engine.complete(params, prompts.ids, jax.random.key(1))
+    found = complete(Session(engine, params, jax.random.key(1)), prompts.ids)
     tokens, sampled = (x.reshape(3 * group, 12) for x in found)
     lengths = (tokens >= 0).sum(1).reshape(3, group)
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
-    rows = pack_rollout(prompts, tokens.reshape(3, group, 12), lengths, RowShape(64, 64))
-    logps = policy(model, clipped, temperature=temperature or 1.0).score(params, rows, {}).logps
-    np.testing.assert_allclose(to_completions(np.asarray(logps), lengths, 12), sampled, atol=1e-4, rtol=0)
+    episodes = episodes_of(prompts, tokens.reshape(3, group, 12), lengths, sampled)
+    packed = pack(episodes, RowShape(64, 64))
+    logps = policy(model, clipped, temperature=temperature or 1.0).score(params, packed.rows, {}).logps
+    found = packed.to_tokens(np.asarray(logps), episodes)
+    np.testing.assert_allclose(found, episodes.logps, atol=1e-4, rtol=0)
 
 
 def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the_length():
@@ -52,14 +56,15 @@ def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the
     params = jax.tree.map(lambda x: 2 * x, init_params(model.specs, jax.random.key(0)))
     prompts = random_prompts(3)
     engine = engine_of((model, params), Sampling(12), (), 6, group=2)
-    tokens, sampled = engine.complete(params, prompts.ids, jax.random.key(1))
+    tokens, sampled = complete(Session(engine, params, jax.random.key(1)), prompts.ids)
     score = jax.jit(policy(model, clipped).score)
     for group in ([[12, 12]] * 3, [[3, 5], [1, 12], [2, 2]]):  # whatever the lengths of the others
         lengths, mask = np.array(group), np.arange(12) < np.ravel(group)[:, None]
-        rows = pack_rollout(prompts, np.where(mask.reshape(3, 2, 12), tokens, -1), lengths, RowShape(64, 64))
-        found = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 12)
+        episodes = episodes_of(prompts, tokens, lengths)
+        packed = pack(episodes, RowShape(64, 64))
+        found = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
-    assert to_pairs(rows).sampled_length == rows.sampled_length == 12
+    assert to_pairs(packed.rows).sampled_length == packed.rows.sampled_length == 12
 
 
 @pytest.mark.parametrize(
@@ -78,17 +83,16 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
     assert len(shapes.rows) == len(shapes.batches) == 3
     engine = engine_of((model, params), Sampling(48, 1.0), (), 12, group=4)
-    found = engine.complete(params, prompts.ids, jax.random.key(1))
+    found = complete(Session(engine, params, jax.random.key(1)), prompts.ids)
     all_tokens, sampled = (x.reshape(12, 48) for x in found)
     score = jax.jit(policy(model, clipped).score)
     for shape, longest in zip(shapes.rows, (12, 24, 48), strict=True):
         lengths = np.minimum(np.random.default_rng(longest).integers(1, longest + 1, (3, 4)), longest)
         lengths[0] = longest
-        tokens = np.where(np.arange(48) < lengths[..., None], all_tokens.reshape(3, 4, 48), -1)
-        smallest = shapes.rows[0]
-        assert fits(prompts, lengths, shape) and (shape is smallest or not fits(prompts, lengths, smallest))
-        rows = pack_rollout(prompts, tokens, lengths, shape)
-        logps = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 48)
+        episodes = episodes_of(prompts, all_tokens.reshape(3, 4, 48), lengths)
+        assert shapes.smallest(episodes) == shape
+        packed = pack(episodes, shape)
+        logps = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         difference = np.abs(logps - sampled)[np.arange(48) < lengths.reshape(12, 1)]
         assert difference.max() < max_difference and difference.mean() < mean_difference, shape
 
@@ -97,10 +101,12 @@ def test_greedy_completions_of_a_group_are_those_of_the_prompt_alone_and_others_
     model, params = tiny_model.tiny(jnp.float32)
     prompts, key, world = random_prompts(2).ids, jax.random.key(0), (model, params)
     greedy = Sampling(6, 0.0)
-    group = engine_of(world, greedy, (), 4, group=2).complete(params, prompts, key).tokens
-    alone = engine_of(world, greedy, (), 2).complete(params, prompts, key).tokens
+    group = complete(Session(engine_of(world, greedy, (), 4, group=2), params, key), prompts).tokens
+    alone = complete(Session(engine_of(world, greedy, (), 2), params, key), prompts).tokens
     np.testing.assert_array_equal(group, np.repeat(alone, 2, 1))
-    sampled = engine_of(world, Sampling(6, 1.0), (), 4, group=2).complete(params, prompts, key).tokens
+    sampled = complete(
+        Session(engine_of(world, Sampling(6, 1.0), (), 4, group=2), params, key), prompts
+    ).tokens
     assert (sampled[:, 0] != sampled[:, 1]).any(1).all()
 
 
@@ -148,7 +154,7 @@ def test_parts_that_are_sampled_together_have_their_own_completions():
     parts = [replace(prompts, ids=prompts.ids[i : i + 2], names=prompts.names[i : i + 2]) for i in (0, 2, 4)]
     found = sampler.sample_parts(parts, 2, 3, None)
     key = jax.random.fold_in(jax.random.key(data.seed + 2), 3)
-    expected = engine.complete(params, prompts.ids, key).tokens
+    expected = complete(Session(engine, params, key), prompts.ids).tokens
     np.testing.assert_array_equal(np.concatenate([one.tokens for one in found]), expected)
     assert [len(one.prompts) for one in found] == [2, 2, 1] and len(found[2].texts) == 2
     np.testing.assert_array_equal(sampler.sample(parts[0], 2, 3, None).tokens, expected[:2])

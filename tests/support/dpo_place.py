@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxft.optim import optimizer, schedules
 from jaxft.data.pairs.source import PairRows
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.preference import EMAReference, implicit_reward, preference
 from jaxft.objectives.preference_losses import dpo

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import compile_engine, slots_for
+from jaxft.engine.programs import compile_engine
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.cache import NextToken, insert_prompts
 from jaxft.nn.cached_attention import equal_groups
 

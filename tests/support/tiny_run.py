@@ -30,7 +30,7 @@ CONFIG = '''"""A tiny Llama in a folder next to this file."""
 import jax.numpy as jnp
 
 from jaxft.data.sft import Rows
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.nn.lora import Adapter
 from jaxft.optim.optimizer import Optim
 from jaxft.nn.quant import Quant

@@ -1,5 +1,6 @@
 """A tiny Llama with 16 adapters behind the scheduler: programs are compiled once in a process."""
 
+import dataclasses
 import functools
 import threading
 
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import tiny_tokenizers
 
 from jaxft import tree
-from jaxft.inference.sampling import Sampling
-from jaxft.inference.scheduler import Scheduler, TokenRequest
-from jaxft.inference.serve_programs import ServeSizes, Serving, compile_server
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import Scheduler, ServeSizes, TokenRequest, compile_server
+from jaxft.engine.session import Choice
 from jaxft.inference.served_model import ServedModel
 from jaxft.models.adapted import adapted_by_row
 from jaxft.models.llama import LlamaConfig, llama
@@ -102,7 +103,13 @@ def params():
 @functools.cache
 def programs():
     """The compiled programs of the server."""
-    return compile_server(Serving(adapted_by_row(MODEL), SIZES), params())
+    return compile_server(adapted_by_row(MODEL), SIZES, params())
+
+
+@functools.cache
+def chat_programs():
+    """The same for rows that go on."""
+    return compile_server(adapted_by_row(MODEL), dataclasses.replace(SIZES, continues=True), params())
 
 
 def models(tokenizer=TOKENIZER):
@@ -133,7 +140,7 @@ def scheduler(queue=64, programs_=None):
 def request(prompt, seed=0, **options):
     """A request for 12 tokens at temperature 0.8, top_k 20 and top_p 0.9, or as `options` say."""
     sampling = Sampling(**{"max_new": 12, "temperature": 0.8, "top_k": 20, "top_p": 0.9, **options})
-    return TokenRequest(tuple(prompt), sampling, seed, stop=STOP)
+    return TokenRequest(tuple(prompt), Choice(sampling, STOP), seed)
 
 
 def text_of(ids):

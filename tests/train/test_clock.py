@@ -7,8 +7,8 @@ import pytest
 from prepared import prepare
 from tiny_run import write_place
 
+from jaxft.data.progress import clock_time, time_in_words
 from jaxft.data.source import spread
-from jaxft.durations import clock_time, time_in_words
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
 from jaxft.train.logs import eval_limit_lines

@@ -145,8 +145,8 @@ def test_a_base_quantised_on_load_has_the_loss_of_bitsandbytes_weights(place, ru
 
 
 VALUES = {
-    "too_long": "drop", "temperature": "0.5", "top_p": "0.5", "pass_at": "1", "kv_cache": "fp8",
-    "gen_kwargs": "max_gen_toks=2",
+    "too_long": "drop", "temperature": "0.5", "top_p": "0.5", "min_p": "0.5", "pass_at": "1",
+    "kv_cache": "fp8", "gen_kwargs": "max_gen_toks=2",
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_options_that_a_way_does_not_have_are_refused_and_the_others_have_their_
         for name, (default, ways) in script.OPTIONS.items():
             flag = f"--{name.replace('_', '-')}"
             given = [flag] if default is False else [flag, VALUES.get(name, "2")]
-            sampled = name in ("samples", "top_k", "top_p") and way in ways
+            sampled = name in ("samples", "top_k", "top_p", "min_p") and way in ways
             given += ["--temperature", "1"] if sampled else []
             where = [] if "--run" in extra else ["--model", "m"]
             monkeypatch.setattr("sys.argv", ["evaluate", *where, *extra.split(), *given])

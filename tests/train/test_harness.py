@@ -12,7 +12,7 @@ from evaluate_place import write
 from scripts_in_process import call, load
 
 from jaxft.distributed import sharding
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
 from jaxft.runs.loaded_weights import load_named
 from jaxft.runs.named_weights import named_weights
 from jaxft.train import token_scores
@@ -335,8 +335,8 @@ def test_penalties_of_the_model_are_a_warning_and_arguments_are_checked_before_r
          (Sampling(3), ("x", "</s>"))),
         ({"until": ["", "x", "x"], "temperature": 0.5, "top_k": 0}, (Sampling(256, 0.5), ("x", "</s>"))),
         ({"do_sample": True, "temperature": 1, "top_p": 0.9, "max_tokens": 2, "max_gen_toks": 4,
-          "num_beams": 1},
-         (Sampling(4, 1.0, None, 0.9), ("</s>",))),
+          "num_beams": 1, "min_p": 0.1},
+         (Sampling(4, 1.0, None, 0.9, 0.1), ("</s>",))),
     ],
 )  # fmt: skip
 def test_arguments_of_generation_are_those_of_the_harness(given, expected):

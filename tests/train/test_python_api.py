@@ -13,8 +13,8 @@ from process_group import ProcessGroup
 from tiny_run import rows, write_place, write_rows
 
 import jaxft
+from jaxft.data.progress import time_in_words
 from jaxft.data.shipped import ROOT
-from jaxft.durations import time_in_words
 from jaxft.objectives.preference_losses import ipo
 from jaxft.rl.rewards import exact
 from jaxft.runs.config import ObjectText, resolve_config

@@ -12,8 +12,8 @@ from tiny_model import CONFIG, tiny
 from tiny_run import Place, rows, write_place
 
 from jaxft.data.source import Prompt
-from jaxft.inference.decode import Decoding
-from jaxft.inference.sampling import Sampling
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.state import Decoding
 from jaxft.objectives.intervals import mean_interval
 from jaxft.train import samples
 from jaxft.train.samples import Completed, PromptText

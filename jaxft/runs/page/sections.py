@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxft.durations import clock_time
+from jaxft.data.progress import clock_time
 from jaxft.objectives.intervals import wilson
 from jaxft.runs import compare, metric_names, ranking
 from jaxft.runs.environment import device_counts

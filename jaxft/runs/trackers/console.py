@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jaxft.durations import clock_time, time_in_words
+from jaxft.data.progress import clock_time, time_in_words
 from jaxft.objectives.intervals import fraction_text
 from jaxft.runs import metric_names as names
 from jaxft.runs.terminal import printable_message

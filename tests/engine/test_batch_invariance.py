@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from engines import engine_of
 
-from jaxft.inference import batch_invariance
-from jaxft.inference.sampling import Sampling
+from jaxft.engine import programs as batch_invariance
+from jaxft.engine.generate import complete
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.session import Session
 from jaxft.models.adapted import adapted
 from jaxft.models.layer_types import FULL, SLIDING
 from jaxft.models.llama import llama
@@ -37,7 +39,7 @@ def completions(family, dtype, rows, longest, group, adapter=None, **options):
     params["adapter"] = jax.tree.map(lambda x: x + 0.02, params.get("adapter", {}))
     sampling = Sampling(max_new=70, temperature=1.0, top_p=0.95)
     engine = engine_of((model, params), sampling, STOP, rows, longest, group, len(PROMPTS), **options)
-    return engine.complete(params, PROMPTS, KEY)
+    return complete(Session(engine, params, KEY), PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How the next token is sampled, and prompts as padded batches."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.batch import Tokens
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, check_bounds
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, check_bounds
 from jaxft.tree import struct
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -23,13 +23,15 @@ class Sampling:
 
     max_new: the largest number of tokens of a completion. temperature: 0 is greedy. top_k: sample from this
     many of the likeliest tokens; None for all. top_p: sample from the likeliest tokens whose probabilities
-    add up to this; None for all.
+    add up to this; None for all. min_p: sample from tokens that are at least this fraction as likely as the
+    likeliest (Nguyen et al. 2024, arXiv:2407.01082); None for all.
     """
 
     max_new: Annotated[int, at_least(1)] = 64
     temperature: float = 0.0
     top_k: Annotated[int | None, at_least(1)] = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
+    min_p: Annotated[float | None, ZERO_TO_ONE] = None
 
     def __post_init__(self):
         check_bounds(self)
@@ -39,22 +41,36 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
 
 
+@struct
+class RowSampling:
+    """How the next token of each row is sampled, as arrays [B], so that one program serves all settings.
+
+    heat: 1 / temperature, 0 for greedy. top_k: at least the vocabulary's size for no truncation. top_p: 1 for
+    none. min_p: 0 for none.
+    """
+
+    heat: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+
+
+def row_sampling(s: Sampling, vocab: int) -> RowSampling:
+    """Return the settings of a row that is sampled as `s` says, as scalars.
+
+    The heat is rounded as XLA rounds the reciprocal with which it replaces a division by a constant.
+    """
+    heat = np.float32(1) / np.float32(s.temperature) if s.temperature else np.float32(0)
+    top_k = np.int32(min(s.top_k or vocab, vocab))
+    return RowSampling(heat, top_k, np.float32(s.top_p or 1.0), np.float32(s.min_p or 0.0))
+
+
 def without_stop(tokens: Sequence[int] | np.ndarray, stop: Collection[int]) -> list[int]:
     """Return the tokens of a completion without the stop token at its end, which is no text of it: a
     tokenizer leaves out special tokens by itself, but a template may end turns with any added token.
     """
     ended = len(tokens) > 0 and int(tokens[-1]) in stop
     return [int(token) for token in tokens[: len(tokens) - ended]]
-
-
-def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
-    """Return logits over the temperature, with -inf outside top-k, then top-p (as in transformers)."""
-    logits = logits / s.temperature
-    if s.top_k is not None and s.top_k < logits.shape[-1]:
-        logits = jnp.where(top_mask(logits, jnp.ones((), jnp.float32), s.top_k), logits, -jnp.inf)
-    if s.top_p is not None and s.top_p < 1.0:
-        logits = jnp.where(top_mask(logits, jax.nn.softmax(logits, -1), s.top_p), logits, -jnp.inf)
-    return logits
 
 
 def top_mask(
@@ -83,11 +99,64 @@ def fast_argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.where(x == x.max(-1, keepdims=True), jnp.arange(last + 1, dtype=jnp.int32), last).min(-1)
 
 
-def sample(logits: Float[Array, "B V"], s: Sampling, keys: Array) -> Int[Array, "B"]:
-    """Sample one token per row. keys: a random key per row, so that no row's token depends on other rows."""
-    if s.temperature == 0:
-        return fast_argmax(logits)
-    return from_softmax(truncate_logits(logits, s), keys)
+def sample_rows(
+    logits: Float[Array, "B V"], s: RowSampling, keys: Array, uniform: Sampling | None = None
+) -> Int[Array, "B"]:
+    """Sample a token per row. keys: a random key per row, so that no row's token depends on other rows.
+
+    uniform: the settings of all rows, if they are known when the program is compiled. What no row needs is
+    not computed.
+    """
+    vocab = logits.shape[1]
+    known = None if uniform is None else row_sampling(uniform, vocab)
+
+    def none() -> Array:
+        return jnp.zeros(len(logits), jnp.int32)
+
+    def sampled() -> Array:
+        x = logits * s.heat[:, None].astype(logits.dtype)
+        return _if_any(
+            (s, known),
+            lambda s: (s.top_k < vocab) | (s.top_p < 1) | (s.min_p > 0),
+            lambda: from_softmax(truncated(x, s, known), keys),
+            lambda: from_softmax(x, keys),
+        )
+
+    tokens = _if_any((s, known), lambda s: s.heat > 0, sampled, none)
+    greedy = _if_any((s, known), lambda s: s.heat == 0, lambda: fast_argmax(logits), none)
+    return jnp.where(s.heat > 0, tokens, greedy)
+
+
+def truncated(x: Float[Array, "B V"], s: RowSampling, known: RowSampling | None = None) -> Array:
+    """Return logits, at their temperature, with -inf outside top-k, top-p and min-p (as in transformers).
+
+    known: the settings of all rows, if they are known when the program is compiled.
+    """
+
+    def with_top_k() -> Array:
+        kept = top_mask(x, jnp.ones((), jnp.float32), s.top_k.astype(jnp.float32))
+        return jnp.where(kept, x, -jnp.inf)
+
+    def with_top_p() -> Array:
+        kept = top_mask(x, jax.nn.softmax(x, -1), s.top_p.astype(x.dtype))
+        return jnp.where(kept | (s.top_p >= 1)[:, None], x, -jnp.inf)
+
+    x = _if_any((s, known), lambda s: s.top_k < x.shape[1], with_top_k, lambda: x)
+    x = _if_any((s, known), lambda s: s.top_p < 1, with_top_p, lambda: x)
+    least = x.max(-1) + jnp.log(s.min_p).astype(x.dtype)
+    return jnp.where(x >= least[:, None], x, -jnp.inf)
+
+
+def _if_any(
+    settings: tuple[RowSampling, RowSampling | None],
+    condition: Callable[[RowSampling], Any],
+    yes: Callable[[], Array],
+    no: Callable[[], Array],
+) -> Array:
+    s, known = settings
+    if known is None:
+        return jax.lax.cond(condition(s).any(), yes, no)
+    return yes() if condition(known) else no()
 
 
 LOGITS_PER_BLOCK = 256  # successive ones
@@ -123,49 +192,6 @@ def _block_first(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
     return block * LOGITS_PER_BLOCK + _by_noise(
         jnp.take_along_axis(padded, block[:, None, None], 1)[:, 0], of_logit
     )
-
-
-@struct
-class RowSampling:
-    """How the next token of each row is sampled, as arrays [B], so that one program serves all settings.
-
-    heat: 1 / temperature, 0 for greedy. top_k: at least the vocabulary's size for no truncation. top_p: 1 for
-    none.
-    """
-
-    heat: Any
-    top_k: Any
-    top_p: Any
-
-
-def row_sampling(s: Sampling, vocab: int) -> tuple[float, int, float]:
-    """Return the heat, top_k and top_p of a row that is sampled as `s` says.
-
-    The heat is rounded as XLA rounds the reciprocal with which it replaces a division by a constant.
-    """
-    heat = float(np.float32(1) / np.float32(s.temperature)) if s.temperature else 0.0
-    return heat, min(s.top_k or vocab, vocab), s.top_p or 1.0
-
-
-def sample_rows(logits: Float[Array, "B V"], s: RowSampling, keys: Array) -> Int[Array, "B"]:
-    """`sample` with settings that differ by row. What no row needs is not computed."""
-    greedy, vocab = fast_argmax(logits), logits.shape[1]
-
-    def with_top_k(x: Array) -> Array:
-        kept = top_mask(x, jnp.ones((), jnp.float32), s.top_k.astype(jnp.float32))
-        return jnp.where(kept, x, -jnp.inf)
-
-    def with_top_p(x: Array) -> Array:
-        kept = top_mask(x, jax.nn.softmax(x, -1), s.top_p.astype(x.dtype))
-        return jnp.where(kept | (s.top_p >= 1)[:, None], x, -jnp.inf)
-
-    def sampled() -> Array:
-        x = logits * s.heat[:, None].astype(logits.dtype)
-        x = jax.lax.cond((s.top_k < vocab).any(), with_top_k, lambda x: x, x)
-        x = jax.lax.cond((s.top_p < 1).any(), with_top_p, lambda x: x, x)
-        return from_softmax(x, keys)
-
-    return jnp.where(s.heat > 0, jax.lax.cond((s.heat > 0).any(), sampled, lambda: greedy), greedy)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = None) -> Tokens:

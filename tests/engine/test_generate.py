@@ -10,19 +10,22 @@ from engines import engine_of
 from tiny_model import CONFIG, tiny
 
 from jaxft.distributed import sharding
-from jaxft.inference.decode import Decoding
-from jaxft.inference.engine import SampledTokens, program_tracers, slots_for
-from jaxft.inference.generate import generate
-from jaxft.inference.sampling import (
+from jaxft.engine import generate as generation
+from jaxft.engine.generate import SampledTokens, complete, generate
+from jaxft.engine.programs import program_tracers
+from jaxft.engine.sampling import (
     NONFINITE,
     Sampling,
     fast_argmax,
     left_pad,
-    sample,
+    row_sampling,
+    sample_rows,
     top_mask,
-    truncate_logits,
+    truncated,
     without_stop,
 )
+from jaxft.engine.session import Session
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import lora
@@ -51,7 +54,7 @@ def greedy(world):
 
 
 def answers(world, sampling=GREEDY, stop=(), prompts=PROMPTS, key=KEY, rows=5):
-    return generate(engine_of(world, sampling, stop, rows, 80), world[1], prompts, key)
+    return generate(Session(engine_of(world, sampling, stop, rows, 80), world[1], key), prompts)
 
 
 def logits_of(model, whole, tokens):
@@ -63,18 +66,25 @@ def jitted_logits(hidden, head, logits, whole, tokens):
     return logits(head(whole), hidden(whole, tokens))
 
 
+def rows_of(sampling, count, vocab=97):
+    """The settings of `count` rows that are sampled alike."""
+    return jax.tree.map(lambda x: jnp.full(count, x), row_sampling(sampling, vocab))
+
+
 CUTS = {
     "top_k": Sampling(temperature=1.0, top_k=7),
     "top_k beyond the vocabulary": Sampling(temperature=1.0, top_k=999),
     "top_p": Sampling(temperature=1.0, top_p=0.6),
     "tiny top_p": Sampling(temperature=1.0, top_p=1e-6),
     "cold": Sampling(temperature=0.3),
-    "all": Sampling(temperature=1.7, top_k=20, top_p=0.8),
+    "min_p": Sampling(temperature=1.3, min_p=0.1),
+    "all": Sampling(temperature=1.7, top_k=20, top_p=0.8, min_p=0.05),
 }
 
 
 @pytest.mark.parametrize("sampling", CUTS.values(), ids=CUTS.keys())
-def test_truncated_logits_equal_transformers(sampling):
+@pytest.mark.parametrize("is_known", [True, False], ids=["uniform", "by row"])
+def test_truncated_logits_equal_transformers(sampling, is_known):
     torch = pytest.importorskip("torch")
     from transformers.generation import logits_process as theirs
 
@@ -82,10 +92,13 @@ def test_truncated_logits_equal_transformers(sampling):
     chain = [theirs.TemperatureLogitsWarper(sampling.temperature)]
     chain += [theirs.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     chain += [theirs.TopPLogitsWarper(sampling.top_p)] if sampling.top_p else []
+    chain += [theirs.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
     expected = torch.tensor(logits)
     for step in chain:
         expected = step(None, expected)
-    found = np.asarray(truncate_logits(jnp.asarray(logits), sampling))
+    own, settings = row_sampling(sampling, 97), rows_of(sampling, 16)
+    found = truncated(jnp.asarray(logits) * settings.heat[:, None], settings, own if is_known else None)
+    found = np.asarray(found)
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
     assert np.isfinite(found).any(1).all()
@@ -104,8 +117,9 @@ def test_samples_follow_the_truncated_distribution():
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 1.5, 12), jnp.float32)
     sampling, count = Sampling(temperature=0.8, top_k=8, top_p=0.95), 40_000
     keys = jax.random.split(KEY, count)
-    counts = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, keys), minlength=12)
-    expected = count * np.asarray(jax.nn.softmax(truncate_logits(logits[None], sampling)[0]))
+    rows = jnp.broadcast_to(logits, (count, 12))
+    counts = np.bincount(sample_rows(rows, rows_of(sampling, count, 12), keys), minlength=12)
+    expected = count * np.asarray(jax.nn.softmax(truncated(logits[None] / 0.8, rows_of(sampling, 1, 12))[0]))
     assert (counts[expected == 0] == 0).all() and (expected == 0).any()
     kept = expected > 0
     chi2 = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
@@ -114,10 +128,9 @@ def test_samples_follow_the_truncated_distribution():
 
 def test_temperature_zero_is_the_argmax_and_so_is_top_k_one(world, greedy):
     logits = jax.random.normal(KEY, (9, 97))
-    np.testing.assert_array_equal(
-        sample(logits, Sampling(temperature=0.0, top_k=3, top_p=0.5), jax.random.split(KEY, 9)),
-        logits.argmax(-1),
-    )
+    zero = Sampling(temperature=0.0, top_k=3, top_p=0.5)
+    found = sample_rows(logits, rows_of(zero, 9), jax.random.split(KEY, 9))
+    np.testing.assert_array_equal(found, logits.argmax(-1))
     assert answers(world, Sampling(max_new=12, temperature=2.0, top_k=1)) == greedy
     assert answers(world, key=jax.random.key(6)) == greedy
 
@@ -155,7 +168,7 @@ def test_a_stop_token_ends_its_row_only(world, greedy):
         ends = [i + 1 for i, token in enumerate(before) if token in stop]
         assert after == before[: min(ends, default=12)]
     assert len(stopped[0]) <= 5 and len({len(a) for a in stopped}) > 1
-    raw = engine_of(world, GREEDY, stop, 5, 80).complete(world[1], PROMPTS, KEY).tokens[:, 0]
+    raw = complete(Session(engine_of(world, GREEDY, stop, 5, 80), world[1], KEY), PROMPTS).tokens[:, 0]
     for row, after in zip(raw, stopped, strict=True):
         assert row.tolist() == after + [-1] * (12 - len(after))
 
@@ -238,12 +251,12 @@ def test_a_completion_ends_where_its_logits_are_nan_and_the_other_rows_do_not_ch
     prompts = [PROMPTS[0], [39, 3], PROMPTS[1]]  # no other row has token 39
     broken = dict(whole, base=dict(whole["base"], embed=whole["base"]["embed"].at[39].set(jnp.nan)))
     engine = engine_of(world, sampling, (), 5, 80)
-    good, bad = (engine.complete(params, prompts, KEY).tokens[:, 0] for params in (whole, broken))
+    good, bad = (complete(Session(engine, params, KEY), prompts).tokens[:, 0] for params in (whole, broken))
     assert (good >= 0).all() and not (good[[0, 2], :-1] == 39).any()
     np.testing.assert_array_equal(bad[[0, 2]], good[[0, 2]])
     assert bad[1, 0] == NONFINITE and (bad[1, 1:] == -1).all()
     with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite; compute in"):
-        generate(engine, broken, [[39, 3]], KEY)
+        generate(Session(engine, broken, KEY), [[39, 3]])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -259,12 +272,11 @@ def test_a_single_infinite_logit_ends_a_completion(world, sign):
         answers((model, broken), prompts=[PROMPTS[0]])
 
 
-def test_the_token_of_a_later_prompt_is_named(world):
-    class Fake:
-        def complete(self, params, prompts, key):
-            tokens = np.full((4, 1, 4), 7)
-            tokens[3, 0, 2:] = NONFINITE, -1
-            return SampledTokens(tokens, np.zeros((4, 1, 4)))
-
+def test_the_token_of_a_later_prompt_is_named(world, monkeypatch):
+    tokens = np.full((4, 1, 4), 7)
+    tokens[3, 0, 2:] = NONFINITE, -1
+    monkeypatch.setattr(
+        generation, "complete", lambda session, prompts: SampledTokens(tokens, np.zeros((4, 1, 4)))
+    )
     with pytest.raises(ValueError, match="the logits of token 3 after prompt 4 are not finite"):
-        generate(Fake(), None, [[1], [2], [3], [30]], KEY)
+        generate(None, [[1], [2], [3], [30]])

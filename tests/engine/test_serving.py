@@ -11,10 +11,10 @@ import pytest
 import tiny_served as tiny
 from engines import engine_of
 
-from jaxft.inference import serve_programs
-from jaxft.inference.generate import generate
-from jaxft.inference.sampling import RowSampling, Sampling, row_sampling, sample, sample_rows
-from jaxft.inference.scheduler import QueueFull, Scheduler, Stopped
+from jaxft.engine.generate import generate
+from jaxft.engine.sampling import Sampling, left_pad, row_sampling, sample_rows
+from jaxft.engine.scheduler import QueueFull, Scheduler, Stopped
+from jaxft.engine.session import Choice, Session
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
 from jaxft.nn import lora
@@ -40,12 +40,12 @@ def engine_completions(seed, adapter=None):
         params["adapter"] = jax.tree.map(jnp.zeros_like, params["adapter"])
     world = adapted(tiny.MODEL, tiny.ADAPTERS[like]), params
     engine = engine_of(world, SAMPLED, tiny.STOP, len(PROMPTS), 128)
-    return generate(engine, params, PROMPTS, jax.random.key(seed))
+    return generate(Session(engine, params, jax.random.key(seed)), PROMPTS)
 
 
 def numbered(seed, **options):
     return [
-        tiny.TokenRequest(tuple(prompt), SAMPLED, seed, number, tiny.STOP, **options)
+        tiny.TokenRequest(tuple(prompt), Choice(SAMPLED, tiny.STOP, **options), seed, number)
         for number, prompt in enumerate(PROMPTS)
     ]
 
@@ -70,14 +70,14 @@ def test_an_adapter_s_completions_equal_those_of_generate_with_it(scheduler):
 def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_merged_models(scheduler):
     names = list(tiny.ADAPTERS | tiny.OTHERS)
     assert len(names) == 16
-    requests = [tiny.TokenRequest(tuple(PROMPTS[3]), Sampling(10), adapter=i) for i in range(17)]
+    requests = [tiny.TokenRequest(tuple(PROMPTS[3]), Choice(Sampling(10), adapter=i)) for i in range(17)]
     found = [one.ids for one in tiny.complete(scheduler, requests)]
     logits = jax.jit(
         lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row))
     )
     for ids, adapter in zip(found, [{}, *map(tiny.adapter, names)], strict=True):
         merged = lora.merge(tiny.base(), adapter, jnp.float32)
-        row = serve_programs.left_pad([PROMPTS[3] + ids], 1, 64)
+        row = left_pad([PROMPTS[3] + ids], 1, 64)
         assert logits(merged, row)[0, -len(ids) - 1 : -1].argmax(-1).tolist() == ids
     assert len({tuple(ids) for ids in found}) >= 15
 
@@ -86,8 +86,14 @@ def test_a_completion_does_not_depend_on_the_other_rows_and_nothing_is_compiled(
     requests = [
         tiny.TokenRequest(
             tuple(PROMPTS[i % len(PROMPTS)]),
-            Sampling(1 + i % 24, (0.0, 0.7, 1.5)[i % 3], (None, 5, 40)[i % 3], (None, 0.8, 1.0)[i % 2]),
-            seed=i, stop=((), tiny.STOP, (5, 6))[i % 3], adapter=i % 17, top=i % 4 == 0,
+            Choice(
+                Sampling(
+                    1 + i % 24, (0.0, 0.7, 1.5)[i % 3], (None, 5, 40)[i % 3], (None, 0.8, 1.0)[i % 2],
+                    (None, 0.05)[i % 5 == 0],
+                ),
+                ((), tiny.STOP, (5, 6))[i % 3], adapter=i % 17, top=i % 4 == 0,
+            ),
+            seed=i,
         )
         for i in range(40)
     ]  # fmt: skip
@@ -109,7 +115,7 @@ def model_logps(dtype, prompt, ids, name="terse"):
     model = adapted(llama(tiny.MODEL.config, dtype), tiny.ADAPTERS[name])
     params = {"base": tiny.base(), "adapter": tiny.adapter(name)}
     params = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, params)
-    row = serve_programs.left_pad([prompt + ids], 1, 128)
+    row = left_pad([prompt + ids], 1, 128)
     logits = jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, row)))(params)
     return np.asarray(jax.nn.log_softmax(logits[0, -len(ids) - 1 : -1], -1))
 
@@ -122,8 +128,8 @@ def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(sc
     """
     ours, rounding, changed = [], [], []
     for prompt in PROMPTS[:4] + PROMPTS[5:]:
-        request = tiny.TokenRequest(tuple(prompt), Sampling(10), adapter=2, top=True)
-        again = tiny.TokenRequest(tuple(prompt), Sampling(10, 1.5, 1), seed=9, adapter=2)
+        request = tiny.TokenRequest(tuple(prompt), Choice(Sampling(10), adapter=2, top=True))
+        again = tiny.TokenRequest(tuple(prompt), Choice(Sampling(10, 1.5, 1), adapter=2), seed=9)
         (found, sampled) = tiny.complete(scheduler, [request, again])
         assert found.ids == sampled.ids and not sampled.tokens[0].top
         rounded = model_logps(jnp.float32, prompt, found.ids)
@@ -142,19 +148,19 @@ def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(sc
 
 
 def test_rows_are_sampled_as_each_alone():
-    logits = jax.random.normal(jax.random.key(1), (6, 50)) * 3
-    keys = jax.random.split(jax.random.key(2), 6)
+    logits = jax.random.normal(jax.random.key(1), (7, 50)) * 3
+    keys = jax.random.split(jax.random.key(2), 7)
     settings = [
         Sampling(), Sampling(temperature=0.5), Sampling(temperature=1.3, top_k=4),
         Sampling(temperature=2.0, top_p=0.4), Sampling(temperature=0.9, top_k=7, top_p=0.7),
-        Sampling(temperature=1.0, top_k=99, top_p=1.0),
+        Sampling(temperature=1.0, top_k=99, top_p=1.0), Sampling(temperature=1.0, min_p=0.3),
     ]  # fmt: skip
-    heat, top_k, top_p = zip(*(row_sampling(s, 50) for s in settings), strict=True)
-    rows = RowSampling(
-        jnp.asarray(heat, jnp.float32), jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32)
-    )
-    found = sample_rows(logits, rows, keys)
-    alone = [int(sample(logits[i : i + 1], s, keys[i : i + 1])[0]) for i, s in enumerate(settings)]
+    each = [row_sampling(s, 50) for s in settings]
+    found = sample_rows(logits, jax.tree.map(lambda *x: jnp.stack(x), *each), keys)
+    alone = [
+        int(sample_rows(logits[i : i + 1], jax.tree.map(lambda x: x[None], own), keys[i : i + 1], s)[0])
+        for i, (s, own) in enumerate(zip(settings, each, strict=True))
+    ]
     assert found.tolist() == alone
 
 
@@ -229,9 +235,11 @@ def test_a_failure_of_the_device_ends_its_requests_only():
     def broken(*args):
         if fail.pop() if fail else False:
             raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
-        return programs.decode[4](*args)
+        return run(*args)
 
-    found, lines = tiny.scheduler(programs_=replace(programs, decode={4: broken}))
+    ((size, run),) = programs.engine.decode.items()
+    engine = replace(programs.engine, decode={size: broken})
+    found, lines = tiny.scheduler(programs_=replace(programs, engine=engine))
     first, second = (tiny.complete(found, [tiny.request(PROMPTS[0], seed)])[0] for seed in (1, 1))
     found.close()
     assert first.finish == "error" and "out of memory" in first.progress[-1].error
@@ -240,14 +248,14 @@ def test_a_failure_of_the_device_ends_its_requests_only():
 
 
 def test_requests_end_with_a_device_that_does_not_recover():
-    programs, states = tiny.programs(), [tiny.programs().empty]
+    programs, states = tiny.programs(), [tiny.programs().engine.empty]
 
     def broken(*args):
         raise RuntimeError("halted")
 
-    found, lines = tiny.scheduler(
-        programs_=replace(programs, empty=lambda: states.pop()(), decode={4: broken})
-    )
+    decode = dict.fromkeys(programs.engine.decode, broken)
+    engine = replace(programs.engine, empty=lambda: states.pop()(), decode=decode)
+    found, lines = tiny.scheduler(programs_=replace(programs, engine=engine))
     ended = tiny.complete(found, [tiny.request(PROMPTS[0])] * 6)
     assert {one.finish for one in ended} == {"error"} and "halted" in ended[-1].progress[-1].error
     found.thread.join(30)

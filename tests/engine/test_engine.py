@@ -13,8 +13,11 @@ from test_attention import described
 from tiny_model import CONFIG, tiny
 
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.inference import engine as engines
-from jaxft.inference.sampling import NONFINITE, Sampling
+from jaxft.engine import generate as generation
+from jaxft.engine import state as engines
+from jaxft.engine.generate import complete
+from jaxft.engine.sampling import NONFINITE, Sampling
+from jaxft.engine.session import Session
 
 KEY, STOP = jax.random.key(5), (7, 11, 23)
 RNG = np.random.default_rng(0)
@@ -36,7 +39,7 @@ def expected(world):
 
 def completed(world, rows, group, sampling=SAMPLED, **options):
     engine = engine_of(world, sampling, STOP, rows, 64, group, len(PROMPTS), **options)
-    return engine.complete(world[1], PROMPTS, KEY)
+    return complete(Session(engine, world[1], KEY), PROMPTS)
 
 
 def test_completions_end_at_a_stop_token_or_the_limit(expected):
@@ -61,16 +64,16 @@ def test_tokens_are_the_same_with_any_number_of_rows(world, expected, rows):
 def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, expected):
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
     order = [4, 0, 8, 2]
-    found = engine.complete(world[1], [PROMPTS[i] for i in order], KEY, order)
+    found = complete(Session(engine, world[1], KEY), [PROMPTS[i] for i in order], order)
     np.testing.assert_array_equal(found.tokens, expected.tokens[order])
     one = completed(world, 9, 1)
     np.testing.assert_array_equal(one.tokens[:, 0], expected.tokens[:, 0])
-    twice = engine.complete(world[1], [PROMPTS[0]] * 2, KEY).tokens
+    twice = complete(Session(engine, world[1], KEY), [PROMPTS[0]] * 2).tokens
     assert len({tuple(row) for row in twice.reshape(6, 20).tolist()}) == 6
 
 
 def test_a_completion_ends_early_where_there_is_enough_and_the_others_go_on(world, expected, monkeypatch):
-    monkeypatch.setattr(engines, "STEPS_BETWEEN_LOOKS", 3)
+    monkeypatch.setattr(generation, "STEPS_BETWEEN_LOOKS", 3)
     marks = range(0, CONFIG.vocab, 6)
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
     ended, shown = [], []
@@ -79,7 +82,7 @@ def test_a_completion_ends_early_where_there_is_enough_and_the_others_go_on(worl
         shown.append(tokens)
         return any(x in marks for x in tokens)
 
-    found = engine.complete(world[1], PROMPTS, KEY, None, is_enough, ended.append)
+    found = complete(Session(engine, world[1], KEY), PROMPTS, None, is_enough, ended.append)
     shorter = 0
     assert sum(ended) == 27 and len(ended) > 4
     for tokens in shown:  # a row that has ended is not decoded further
@@ -106,11 +109,13 @@ def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, mo
         return lambda *args: (ran.append(name), run(*args))[1]
 
     spied = replace(engine, decode={name: recorded(name, run) for name, run in engine.decode.items()})
-    found = spied.complete(world[1], PROMPTS, KEY)
+    found = complete(Session(spied, world[1], KEY), PROMPTS)
     assert ran == [(27, 5, 64), (14, 20, 64), (7, 20, 64)]
     monkeypatch.setattr(engines, "FEWEST_ROWS", 99)
     plain = engine_of(world, sampling, stop, 26, 64, 2, 13)
-    np.testing.assert_array_equal(plain.complete(world[1], PROMPTS, KEY).tokens, found.tokens[:, :2])
+    np.testing.assert_array_equal(
+        complete(Session(plain, world[1], KEY), PROMPTS).tokens, found.tokens[:, :2]
+    )
 
 
 def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world, monkeypatch):
@@ -124,12 +129,12 @@ def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world
         return lambda *args: (ran.append(name[2]), run(*args))[1]
 
     spied = replace(narrow, decode={name: recorded(name, run) for name, run in narrow.decode.items()})
-    found = spied.complete(world[1], prompts, KEY)
+    found = complete(Session(spied, world[1], KEY), prompts)
     assert ran == [128, 64, 64, 64]  # the longest first
     monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 999)
     plain = engine_of(world, SAMPLED, (), 3, 128, 1, 4)
     assert sorted(plain.decode) == [(3, 20, 128)] and sorted(wide.decode) == [(2, 20, 128), (2, 20, 192)]
-    np.testing.assert_array_equal(found.tokens, plain.complete(world[1], prompts, KEY).tokens)
+    np.testing.assert_array_equal(found.tokens, complete(Session(plain, world[1], KEY), prompts).tokens)
 
 
 def test_short_prompts_are_not_padded_to_the_longest(world, monkeypatch):
@@ -138,25 +143,25 @@ def test_short_prompts_are_not_padded_to_the_longest(world, monkeypatch):
     sizes = 70, 3, 180, 64, 1, 9, 33
     prompts = [RNG.integers(0, CONFIG.vocab, size).tolist() for size in sizes]
     engine = engine_of(world, SAMPLED, STOP, 14, 192, 2, 7)
-    assert sorted(engine.start) == [(1, 192), (3, 64)]
+    assert sorted(engine.start) == [(14, 1, 192), (14, 3, 64)]
     ran = []
 
     def recorded(name, run):
-        def spied(params, state, new, key):
-            ran.append((name, sorted(new.tokens.segments.sum(1).tolist())))
-            return run(params, state, new, key)
+        def spied(params, state, new):
+            ran.append((name[1:], sorted(new.tokens.segments.sum(1).tolist())))
+            return run(params, state, new)
 
         return spied
 
     spied = replace(engine, start={name: recorded(name, run) for name, run in engine.start.items()})
-    found = spied.complete(world[1], prompts, KEY)
+    found = complete(Session(spied, world[1], KEY), prompts)
     assert ran == [
         ((1, 192), [180]), ((1, 192), [70]), ((3, 64), [9, 33, 64]), ((3, 64), [0, 1, 3]),
     ]  # fmt: skip
     monkeypatch.setattr(engines, "SMALLEST_PREFILL", 999)
     plain = engine_of(world, SAMPLED, STOP, 12, 192, 2, 7)
-    assert sorted(plain.start) == [(1, 192)]
-    np.testing.assert_array_equal(plain.complete(world[1], prompts, KEY).tokens, found.tokens)
+    assert sorted(plain.start) == [(12, 1, 192)]
+    np.testing.assert_array_equal(complete(Session(plain, world[1], KEY), prompts).tokens, found.tokens)
 
 
 @pytest.mark.quick_cases("4-16")
@@ -168,16 +173,16 @@ def test_rows_that_ended_take_waiting_prompts_before_the_others_end(world, group
     engine, steps = engine_of(world, sampling, STOP, rows, 64, group, count), []
 
     def counted(run):
-        def counting(params, state, limits):
+        def counting(params, state, *rest):
             before = np.array(state.counts)
-            after = run(params, state, limits)
+            after = run(params, state, *rest)
             steps.append(int((np.array(after.counts) - before).max()))
             return after
 
         return counting
 
     spied = replace(engine, decode={name: counted(run) for name, run in engine.decode.items()})
-    lengths = (spied.complete(world[1], prompts, KEY).tokens >= 0).sum(-1)
+    lengths = (complete(Session(spied, world[1], KEY), prompts).tokens >= 0).sum(-1)
     waiting = sum(part.max() - 1 for part in np.array_split(lengths.ravel(), 6))
     work = (lengths - 1).sum() / rows  # if every row were in use all the time
     assert work <= sum(steps) < 0.7 * waiting, (work, sum(steps), waiting)
@@ -199,7 +204,7 @@ def test_on_accelerators_rows_that_ended_leave_by_default(monkeypatch):
 @given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=14))
 def test_any_prompts_in_any_order_have_their_own_completions(world, expected, numbers):
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
-    found = engine.complete(world[1], [PROMPTS[i] for i in numbers], KEY, numbers)
+    found = complete(Session(engine, world[1], KEY), [PROMPTS[i] for i in numbers], numbers)
     np.testing.assert_array_equal(found.tokens, expected.tokens[numbers])
 
 
@@ -208,7 +213,7 @@ def test_a_row_is_usable_after_a_completion_that_was_not_finite(world):
     broken = dict(whole, base=dict(whole["base"], embed=whole["base"]["embed"].at[39].set(jnp.nan)))
     prompts = [[39, 3], [1, 2], [4, 39], [5, 6], [8]]
     engine = engine_of(world, SAMPLED, STOP, 1, 64, 1, len(PROMPTS))
-    good, bad = (engine.complete(params, prompts, KEY).tokens[:, 0] for params in (whole, broken))
+    good, bad = (complete(Session(engine, params, KEY), prompts).tokens[:, 0] for params in (whole, broken))
     assert (bad[[0, 2], 0] == NONFINITE).all() and not (good[[1, 3, 4], :-1] == 39).any()
     np.testing.assert_array_equal(bad[[1, 3, 4]], good[[1, 3, 4]])
 

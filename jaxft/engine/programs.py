@@ -1,0 +1,339 @@
+"""The compiled programs of an engine: start prompts, extend rows by given tokens, decode, keep some rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxft.engine.sampling import NONFINITE, sample_rows
+from jaxft.engine.state import (
+    BLOCK,
+    MIN_MATMUL_ROWS,
+    NO_TOKEN,
+    WORD,
+    AllowedTokens,
+    Decoding,
+    GivenTokens,
+    NewPrompts,
+    RowSettings,
+    Slots,
+    State,
+    all_allowed,
+    decode_levels,
+    empty_state,
+    extend_levels,
+    first_device,
+    given_tokens,
+    new_prompts,
+    prefill_levels,
+    replicated_shapes,
+    row_levels,
+    state_shapes,
+)
+from jaxft.nn.cache import (
+    Cache,
+    Extension,
+    NextToken,
+    PromptKeys,
+    clear_values,
+    insert_prompts,
+    select_rows,
+    sharded,
+    widen_prompts,
+)
+from jaxft.nn.cached_attention import RowGroups
+from jaxft.tree import Params, struct
+
+# XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for
+# other numbers of rows (github.com/openxla/xla, xla/backends/cpu). With this option it runs only matmuls.
+NO_YNNPACK_REDUCTIONS: dict[str, str | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
+
+
+@struct
+class Sampled:
+    """Sampled tokens [r], their log-probs, and the most likely tokens [r, top] with theirs."""
+
+    tokens: Any
+    logps: Any
+    top_tokens: Any
+    top_logps: Any
+
+
+def next_tokens(
+    d: Decoding,
+    params: Params,
+    h_RD: Float[Array, "r D"],
+    settings: RowSettings,
+    at: tuple[Array, Array],
+    allowed: AllowedTokens,
+) -> Sampled:
+    """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
+
+    Log-probs are those of the model also in a constrained row, at the temperature of the sampling unless the
+    engine serves. A token whose logits are not finite is NONFINITE.
+    """
+    rows, (keys, numbers) = len(h_RD), at
+    if rows < MIN_MATMUL_ROWS:
+        h_RD = jax.lax.optimization_barrier(jnp.repeat(h_RD, MIN_MATMUL_ROWS, 0))
+    logits = d.model.logits(d.model.head(params), h_RD)[:rows]
+    keys = jax.vmap(jax.random.fold_in)(keys, numbers)
+    uniform = None if d.serving else d.sampling
+
+    def sample(logits: Array) -> Array:
+        return sample_rows(logits, settings.sampling, keys, uniform)
+
+    if d.constrained:
+        tokens = jax.lax.cond(  # a choice between logits would copy them in every step
+            allowed.rows.any(), lambda: sample(allowed_logits(logits, allowed)), lambda: sample(logits)
+        )
+    else:
+        tokens = sample(logits)
+    largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as those of fast_argmax
+    if not d.serving:
+        heat = settings.sampling.heat[:, None].astype(logits.dtype)
+        logits = logits * jnp.where(heat > 0, heat, 1)
+    norm = jax.nn.logsumexp(logits, -1)[:, None]
+    logps = (jnp.take_along_axis(logits, tokens[:, None], 1) - norm)[:, 0].astype(jnp.float32)
+    tokens = jnp.where(largest < jnp.inf, tokens, NONFINITE)  # false for NaN too
+
+    def most_likely() -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(logits, d.top)
+        return ids.astype(jnp.int32), (values - norm).astype(jnp.float32)
+
+    def none() -> tuple[Array, Array]:
+        return jnp.full((rows, d.top), NO_TOKEN, jnp.int32), jnp.zeros((rows, d.top), jnp.float32)
+
+    top = jax.lax.cond(settings.top.any(), most_likely, none) if d.top else none()
+    return Sampled(tokens, logps, *top)
+
+
+def allowed_logits(logits: Array, allowed: AllowedTokens) -> Array:
+    """Return the logits with -inf for tokens that a constrained row may not sample."""
+    bits = allowed.words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None] & 1
+    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
+    return jnp.where(is_allowed | ~allowed.rows[:, None], logits, -jnp.inf)
+
+
+def _put(rows: Array, old: Any, new: Any) -> Any:
+    """Return a tree of arrays [R, ...] with these rows replaced; rows beyond the last are ignored."""
+    return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
+
+
+def _with_tokens(d: Decoding, state: State, rows: Array, found: Sampled, counts: Array) -> State:
+    """Return the state with sampled tokens of rows. counts: tokens of these rows before."""
+
+    def at(columns: Array, old: Array, x: Array) -> Array:
+        return old.at[rows, columns].set(x, mode="drop")
+
+    settings = jax.tree.map(lambda x: x[rows], state.settings)
+    stops = (found.tokens[:, None] == settings.stops).any(-1) | (found.tokens == NONFINITE)
+    return replace(
+        state,
+        tokens=at(counts, state.tokens, found.tokens),
+        logps=at(counts, state.logps, found.logps),
+        top_tokens=at(counts % BLOCK, state.top_tokens, found.top_tokens),
+        top_logps=at(counts % BLOCK, state.top_logps, found.top_logps),
+        last=_put(rows, state.last, jnp.maximum(found.tokens, 0)),
+        counts=_put(rows, state.counts, counts + 1),
+        live=_put(rows, state.live, ~stops & (counts + 1 < settings.limit)),
+    )
+
+
+def start(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
+    """Prefill prompts, padded to at most the tokens of a prompt slot, and sample the first token of their
+    completions.
+    """
+    of_prompts = {**params, "rows": new.settings.adapter}
+    h_PTD, keys = d.model.prefill(of_prompts, new.tokens, d.sampling.max_new)
+    keys = widen_prompts(keys, state.cache.prompts)
+    stored = insert_prompts(state.cache, keys, new.slots, d.model.dtype)
+    count, group = new.rows.shape
+    rows, places = new.rows.reshape(count * group), jnp.arange(group, dtype=jnp.int32)
+    fold = jax.random.fold_in
+    keys = jax.vmap(fold)(jax.random.wrap_key_data(new.keys), new.numbers)
+    keys = jax.vmap(lambda key: jax.vmap(partial(fold, key))(places))(keys).reshape(count * group)
+
+    def spread(x: Any) -> Any:  # from prompts to their completions
+        return jax.tree.map(lambda x: jnp.repeat(x, group, 0), x)
+
+    settings, none = spread(new.settings), jnp.zeros(count * group, jnp.int32)
+    of_rows, h_RD = {**params, "rows": settings.adapter}, spread(h_PTD[:, -1])
+    found = next_tokens(d, of_rows, h_RD, settings, (keys, none), spread(new.allowed))
+    fresh = replace(
+        state,
+        cache=replace(stored, rows=clear_values(stored.rows, rows)),
+        settings=_put(rows, state.settings, settings),
+        tokens=state.tokens.at[rows].set(NO_TOKEN, mode="drop"),
+        logps=state.logps.at[rows].set(0, mode="drop"),
+        prompts=_put(rows, state.prompts, spread(new.slots)),
+        places=_put(rows, state.places, jnp.tile(places, count)),
+        lengths=_put(rows, state.lengths, spread(new.tokens.positions[:, -1] + 1)),
+        keys=state.keys.at[rows].set(keys, mode="drop"),
+        firsts=_put(rows, state.firsts, none),
+    )
+    return _with_tokens(d, fresh, rows, found, none)
+
+
+def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
+    """Append given tokens to rows, and sample the next token of those without more of them."""
+    rows, C = new.rows, new.ids.shape[1]
+    of_rows = {**params, "rows": new.settings.adapter}
+    chunk = Extension(
+        new.ids, new.lengths, new.counts, state.lengths[rows] + new.counts, rows, state.prompts[rows]
+    )
+    h_RCD, stored = d.model.extend(of_rows, state.cache, chunk)
+    last = (jnp.arange(C)[None] == new.lengths[:, None] - 1)[..., None]
+    h_RD = jnp.where(last, h_RCD, 0).sum(1)
+    keys = jnp.where(new.renewed, jax.random.wrap_key_data(new.keys), state.keys[rows])
+    counts = new.counts + new.lengths
+    found = next_tokens(d, of_rows, h_RD, new.settings, (keys, counts - new.firsts), new.allowed)
+    fresh = replace(
+        state,
+        cache=replace(stored, rows=sharded(stored.rows)),
+        settings=_put(rows, state.settings, new.settings),
+        keys=state.keys.at[rows].set(keys, mode="drop"),
+        firsts=_put(rows, state.firsts, new.firsts),
+    )
+    done = jnp.where(new.more, len(state.live), rows)
+    return _with_tokens(d, fresh, done, found, counts)
+
+
+def decode(
+    d: Decoding,
+    read: tuple[int, int],
+    params: Params,
+    state: State,
+    used: Array,
+    until: tuple[Array, AllowedTokens],
+) -> State:
+    """Sample further tokens of all live rows. read: how many first slots of rows' keys, and how many last
+    slots of prompts' keys, are read. used [R]: false for rows whose requests were dropped.
+
+    until: how many steps to run, or until how few rows are live, int32 [2]; the allowed tokens of one step.
+    """
+    limits, allowed = until
+    state = replace(state, live=state.live & used)
+    groups, every = _groups(d, state, used), jnp.arange(len(used), dtype=jnp.int32)
+    params = {**params, "rows": state.settings.adapter}
+
+    def unfinished(carry: tuple[Array, State]) -> Array:
+        i, s = carry
+        return (i < limits[0]) & (s.live.sum(dtype=jnp.int32) > limits[1])
+
+    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+        i, s = carry
+        at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
+        h_RD, stored = d.model.decode(params, s.cache, s.last, at)
+        found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
+        s = replace(s, cache=replace(stored, rows=sharded(stored.rows)))
+        return i + 1, _with_tokens(d, s, jnp.where(s.live, every, len(used)), found, s.counts)
+
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+
+def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
+    """Return which used rows complete which prompt."""
+    (rows,), prompts = used.shape, state.cache.prompts.visible.shape[0]
+    places = state.prompts * d.group + state.places
+    at = jnp.where(used, places, prompts * d.group)
+    index = jnp.zeros(prompts * d.group, jnp.int32).at[at].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
+    return RowGroups(index.reshape(prompts, d.group), jnp.minimum(places, prompts * d.group - 1))
+
+
+def keep(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
+    """Return a state of other sizes with these rows [r] and prompt slots [p] of it. slots [r]: the new prompt
+    slot of each row. used [r]: false for rows that are empty.
+    """
+    old = state.cache
+    prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
+    rest = jax.tree.map(lambda x: x[rows], replace(state, cache=None))
+    own = Cache(prompt_keys, select_rows(old.rows, rows), old.new)
+    return replace(rest, cache=own, live=rest.live & used, prompts=slots)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Compiled programs for one Decoding and one size, by their sizes.
+
+    start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots of rows' keys that are read,
+    those of prompts). keep: (rows, rows of the next state).
+    """
+
+    decoding: Decoding
+    slots: Slots
+    empty: Callable[[], State]
+    start: dict[tuple[int, int, int], Any]
+    extend: dict[tuple[int, int, int], Any]
+    decode: dict[tuple[int, int, int], Any]
+    keep: dict[tuple[int, int], Any]
+
+
+def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None) -> Engine:
+    """Compile the programs of an engine. params: arrays or their shapes. mesh: None for a single device."""
+    tracers = program_tracers(d, params, slots, mesh)
+    options = compiler_options(first_device(mesh).platform)
+    found = {name: trace().lower().compile(options) for name, trace in tracers.items()}
+    by_size = [
+        {key[1:]: program for key, program in found.items() if key[0] == name}
+        for name in ("start", "extend", "decode", "keep")
+    ]
+    return Engine(d, slots, found[("empty",)], *by_size)
+
+
+@cache
+def compiler_options(platform: str) -> dict[str, str | bool]:
+    """Return the options for jax's `compile` with which a sum of a row does not depend on the number of rows.
+
+    platform: of the devices, "cpu", "gpu" or "tpu". {} where none is known, or if the installed XLA has no
+    such option: then sums may be rounded differently with other numbers of rows.
+    """
+    if platform != "cpu":
+        return {}
+    try:
+        jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((), "float32")).compile(NO_YNNPACK_REDUCTIONS)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return NO_YNNPACK_REDUCTIONS
+
+
+def program_tracers(
+    d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None
+) -> dict[tuple[Any, ...], Callable[[], jax.stages.Traced]]:
+    """Return a function that traces each program of an engine, by its name and sizes; see Engine."""
+    sizes, out = row_levels(slots.rows, mesh), dict[tuple[Any, ...], Any]()
+    states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
+
+    def add(name: tuple[Any, ...], fn: Any, to: int, *inputs: Any) -> None:
+        """inputs: parameters and state, which is donated, and other arrays."""
+        where = None if mesh is None else jax.tree.map(lambda x: x.sharding, states[to])
+        donated = () if name[0] in ("empty", "keep") else (1,)
+        run = jax.jit(fn, donate_argnums=donated, out_shardings=where)
+        out[name] = partial(run.trace, *inputs)
+
+    add(("empty",), partial(empty_state, d, slots, slots.rows), slots.rows)
+    for rows, state in states.items():
+        if rows == slots.rows or d.serving:
+            for together, size in prefill_levels(slots, mesh):
+                new = replicated_shapes(new_prompts(d, slots, rows, (together, size)), mesh)
+                add(("start", rows, together, size), partial(start, d), rows, params, state, new)
+        for together, size in extend_levels(rows, d.sampling.max_new) if d.extends else []:
+            given = replicated_shapes(given_tokens(d, rows, (together, size)), mesh)
+            add(("extend", rows, together, size), partial(extend, d), rows, params, state, given)
+        for to in (to for to in sizes if to != rows):
+            integers, prompts = np.zeros(to, np.int32), np.zeros(min(slots.prompts, to), np.int32)
+            kept = replicated_shapes((integers, prompts, integers, np.zeros(to, bool)), mesh)
+            add(("keep", rows, to), keep, to, state, *kept)
+    for rows, read, prompt in decode_levels(d, slots, mesh):
+        until = np.zeros(2, np.int32), all_allowed(d, rows)
+        inputs = replicated_shapes((np.zeros(rows, bool), until), mesh)
+        run = partial(decode, d, (read, prompt))
+        add(("decode", rows, read, prompt), run, rows, params, states[rows], *inputs)
+    return out

@@ -1,0 +1,366 @@
+"""Rows in progress on the host: which request has which row, and what each row does next."""
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxft.engine.programs import Engine
+from jaxft.engine.sampling import NONFINITE, Sampling, row_sampling
+from jaxft.engine.state import (
+    BLOCK,
+    NO_TOKEN,
+    AllowedTokens,
+    RowSettings,
+    all_allowed,
+    given_tokens,
+    key_data,
+    new_prompts,
+)
+from jaxft.nn.lora_rows import BASE
+from jaxft.tree import Params
+
+Finish = Literal["stop", "length", "error"]
+STEPS_BETWEEN_LOOKS = 16  # decoding steps of rows of which some may end or go on before others
+NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float32), or check the weights"
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a request chooses. Settings that an engine does not have need one that serves; see Decoding.
+
+    sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/lora_rows.py. top: whether
+    log-probs of the most likely tokens are needed. grammar: what the completion must match, a Grammar of
+    inference/constraint.py. key: data of the random key, None for the session's.
+    """
+
+    sampling: Sampling
+    stop: tuple[int, ...] = ()
+    adapter: int = BASE
+    top: bool = False
+    grammar: Any = None
+    key: np.ndarray | None = None
+
+
+class Sampled(NamedTuple):
+    """A turn that has ended: sampled token ids, with the stop token if one was sampled, and their log-probs.
+
+    episode: the caller's number. finish: "error" for a grammar that failed, and for logits that are not
+    finite, where the last token is NONFINITE.
+    """
+
+    episode: int
+    tokens: np.ndarray
+    logps: np.ndarray
+    finish: Finish
+
+
+@dataclass(eq=False)
+class Running:
+    """A completion in a row.
+
+    size: tokens of its prompt. limit: of its tokens. text: all tokens, with the prompt. first: the token with
+    random number 0. begun: the first token of the present turn. seen, count: tokens before the last call of
+    Session.step, and now. given: tokens to append. finish: None while it goes on.
+    """
+
+    episode: int
+    choice: Choice
+    row: int
+    slot: int
+    size: int
+    limit: int
+    text: list[int]
+    constraint: Any = None
+    first: int = 0
+    begun: int = 0
+    seen: int = 0
+    count: int = 0
+    given: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    error: str = ""
+
+
+class _Waiting(NamedTuple):
+    prompt: Sequence[int]
+    episodes: Sequence[int]
+    number: int
+    limit: int
+    choice: Choice
+
+
+class Session:
+    """Completes prompts with the rows of an engine, and goes on with rows after given tokens.
+
+    The random key of completion i of a prompt is derived from `key`, the prompt's number and i, that of its
+    token t from this key and t. So its tokens do not depend on other prompts, nor on the sizes of the engine,
+    but for rounding: kernels of other shapes may add in another order, which can swap a token for one that is
+    about as likely.
+
+    keeps: whether a row stays after the end of a turn, until it is extended or dropped. choice: of requests
+    that don't choose, by default the engine's sampling and stop tokens.
+
+    >>> session = Session(engine, params, jax.random.key(0))  # doctest: +SKIP
+    >>> session.start([1, 2, 3], episodes=[0, 1])             # doctest: +SKIP
+    >>> [turn.episode for turn in session.wait()]             # doctest: +SKIP
+    [1]
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        params: Params,
+        key: Array | None = None,
+        keeps: bool = False,
+        choice: Choice | None = None,
+    ):
+        self.engine, self.params, self.keeps = engine, params, keeps
+        self.key = key_data(jax.random.key(0) if key is None else key)
+        self.choice = choice or Choice(engine.decoding.sampling, engine.decoding.stop)
+        self.waiting: list[_Waiting] = []  # the longest first, so that similar lengths are prefilled together
+        self.running: dict[int, Running] = {}  # by episode
+        self.prefilled = 0  # tokens of prompts and given tokens, without padding
+        self._become(engine.empty(), engine.slots.rows)
+
+    def start(
+        self,
+        prompt: Sequence[int],
+        episodes: Sequence[int],
+        number: int = 0,
+        max_new: int | None = None,
+        choice: Choice | None = None,
+    ) -> None:
+        """Queue a prompt with a completion, of at most max_new tokens, for each episode."""
+        choice = choice or self.choice
+        item = _Waiting(prompt, episodes, number, max_new or choice.sampling.max_new, choice)
+        insort(self.waiting, item, key=lambda item: -len(item.prompt))
+
+    def extend(self, episode: int, tokens: Sequence[int], max_new: int, choice: Choice | None = None) -> None:
+        """Append given tokens to an episode whose turn has ended, and sample up to max_new more.
+
+        choice: new settings. With a key, which is then that of the row, the next token has random number 0.
+        Raises ValueError if the row has no slots for the tokens and one more.
+        """
+        it, space = self.running[episode], self.space(episode)
+        if it.finish not in ("stop", "length"):
+            raise ValueError(f"episode {episode} has no turn that has ended")
+        if len(tokens) >= space:
+            raise ValueError(
+                f"episode {episode} has {it.count} of at most {it.count + space} tokens, so {len(tokens)} "
+                "given ones do not fit; end it, or compile the engine with a larger max_new"
+            )
+        it.given, it.begun, it.choice = [it.text[-1], *tokens], it.count + len(tokens), choice or it.choice
+        it.limit, it.count, it.finish = min(it.begun + max_new, it.count + space), it.count - 1, None
+        it.text.extend(tokens)
+        it.constraint = it.choice.grammar and it.choice.grammar.begin()
+        if choice is not None and choice.key is not None:
+            it.first = it.begun
+
+    def space(self, episode: int) -> int:
+        """Return how many more tokens the row of an episode has slots for."""
+        return self.engine.decoding.sampling.max_new - self.running[episode].count
+
+    def drop(self, episode: int) -> None:
+        """Give up an episode, in a row or waiting; the row is free."""
+        if self.running.pop(episode, None) is None:
+            items = (
+                item._replace(episodes=[x for x in item.episodes if x != episode]) for item in self.waiting
+            )
+            self.waiting = [item for item in items if item.episodes]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a row is in progress, or there are rows for a prompt that waits."""
+        if any(it.finish is None for it in self.running.values()):
+            return True
+        slots, rows = self.engine.slots, len(self.running)
+        return bool(
+            self.waiting
+            and rows + len(self.waiting[0].episodes) <= slots.rows
+            and len(self._slots()) < slots.prompts
+        )
+
+    def wait(self) -> list[Sampled]:
+        """Decode until at least one turn has ended; return all that have, [] when no row is in progress."""
+        while self.busy:
+            ended = [self.sampled(it) for it in self.step() if it.finish]
+            if ended:
+                return ended
+        return []
+
+    def sampled(self, it: Running) -> Sampled:
+        """Return the present turn of a row that step has returned."""
+        turn = it.row, slice(it.begun, it.count)
+        return Sampled(it.episode, self.tokens[turn].copy(), self.logps[turn].copy(), it.finish or "length")
+
+    def step(self, steps: int | None = None) -> list[Running]:
+        """Run one program: extend rows, start prompts, or decode up to `steps` steps. Return the rows that
+        have new tokens, of which `tokens` and `logps` are those of all rows.
+        """
+        self._fit()
+        if not (self._extend() or self._start()):
+            self._decode(steps)
+        return self._collect()
+
+    def _extend(self) -> bool:
+        """Append given tokens to rows, as many as one program takes."""
+        pending = [it for it in self.running.values() if it.given]
+        if not pending:
+            return False
+        sizes = sorted(size[1:] for size in self.engine.extend if size[0] == self.rows)
+        longest = max(len(it.given) for it in pending)
+        fits = [size for size in sizes if size[1] >= longest] or [max(sizes, key=lambda size: size[1])]
+        together, size = fits[-1] if len(pending) > 1 else fits[0]
+        new = given_tokens(self.engine.decoding, self.rows, (together, size))
+        for i, it in enumerate(pending[:together]):
+            chunk, it.given = it.given[:size], it.given[size:]
+            new.ids[i, : len(chunk)] = chunk
+            new.lengths[i], new.counts[i], new.rows[i] = len(chunk), it.count, it.row
+            new.more[i], new.firsts[i] = bool(it.given), it.first
+            if it.first == it.begun:
+                new.renewed[i], new.keys[i] = True, it.choice.key
+            it.count += len(chunk)
+            self.prefilled += len(chunk)
+            self._choose(new.settings, new.allowed, i, it)
+        self.state = self.engine.extend[self.rows, together, size](self.params, self.state, new)
+        return True
+
+    def _start(self) -> bool:
+        """Start waiting prompts, as many as one program takes, when there are rows for so many."""
+        if not self.waiting:
+            return False
+        slots, (together, size) = self.engine.slots, self._level()
+        rows = sorted(set(range(self.rows)) - {it.row for it in self.running.values()})
+        free = sorted(set(range(min(slots.prompts, self.rows))) - self._slots())
+        needed = accumulate(len(item.episodes) for item in self.waiting[:together])
+        count = min(len(free), sum(number <= len(rows) for number in needed))
+        in_progress = any(it.finish is None for it in self.running.values())
+        if not count or (count < len(self.waiting[:together]) and in_progress):
+            return False
+        items, self.waiting = self.waiting[:count], self.waiting[count:]
+        prompts = [item.prompt for item in items]
+        new = new_prompts(self.engine.decoding, slots, self.rows, (together, size), prompts)
+        for i, (prompt, episodes, number, limit, choice) in enumerate(items):
+            new.slots[i], new.numbers[i] = free[i], number
+            new.keys[i] = self.key if choice.key is None else choice.key
+            for place, episode in enumerate(episodes):
+                it = Running(episode, choice, rows.pop(0), free[i], len(prompt), limit, list(prompt))
+                it.constraint = choice.grammar and choice.grammar.begin()
+                self.running[episode], new.rows[i, place] = it, it.row
+                self._choose(new.settings, new.allowed, i, it)
+            self.prefilled += len(prompt)
+        self.state = self.engine.start[self.rows, together, size](self.params, self.state, new)
+        return True
+
+    def _level(self) -> tuple[int, int]:
+        """Return the (prompts, tokens) of the smallest program for the first waiting prompt, the longest."""
+        longest = len(self.waiting[0].prompt)
+        return min((size[1:] for size in self.engine.start if size[2] >= longest), key=lambda size: size[1])
+
+    def _slots(self) -> set[int]:
+        return {it.slot for it in self.running.values()}
+
+    def _choose(self, settings: RowSettings, allowed: AllowedTokens, at: int, it: Running) -> None:
+        """Set what the request of a row chooses."""
+        sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
+        jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
+        settings.limit[at], settings.stops[at] = it.limit, NO_TOKEN
+        settings.adapter[at], settings.top[at] = it.choice.adapter, it.choice.top
+        settings.stops[at, : len(it.choice.stop)] = it.choice.stop
+        self._allow(allowed, at, it)
+
+    def _allow(self, allowed: AllowedTokens, at: int, it: Running) -> None:
+        """Set the tokens that may come next in a row."""
+        if it.constraint is not None:
+            words = it.constraint.allowed()[: allowed.words.shape[1]]
+            allowed.rows[at], allowed.words[at, : len(words)] = True, words
+
+    def _decode(self, steps: int | None) -> None:
+        """Decode until rows can be given to waiting prompts, dropped or extended."""
+        live = [it for it in self.running.values() if it.finish is None]
+        if not live:
+            return
+        longest, most = max(it.size for it in live), max(it.count for it in live)
+        read, prompt = min(
+            (read, prompt)
+            for rows, read, prompt in self.engine.decode
+            if rows == self.rows and read >= most and prompt >= longest
+        )
+        limit = min(read - most + 1, steps or read)
+        stop = max((to for rows, to in self.engine.keep if rows == self.rows and to < rows), default=0)
+        if self.waiting:
+            wanted = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])
+            stop = len(live) + self.rows - len(self.running) - wanted
+        if self.keeps:
+            limit, stop = min(limit, STEPS_BETWEEN_LOOKS), len(live) - self.rows // 8
+        allowed = self._all_allowed
+        if any(it.constraint for it in live):  # only the host knows which tokens may follow the next one
+            limit, allowed = 1, all_allowed(self.engine.decoding, self.rows)
+            for it in live:
+                self._allow(allowed, it.row, it)
+        if any(it.choice.top for it in live):
+            limit = min(limit, BLOCK)
+        used = np.zeros(self.rows, bool)
+        used[[it.row for it in self.running.values() if it.finish != "error"]] = True
+        until = np.array([limit, max(0, min(stop, len(live) - 1))], np.int32), allowed
+        self.state = self.engine.decode[self.rows, read, prompt](self.params, self.state, used, until)
+
+    def _collect(self) -> list[Running]:
+        """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""
+        s, found = self.state, []
+        live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
+        for it in list(self.running.values()):
+            count = int(counts[it.row])
+            if it.finish or it.given or count <= it.count:
+                continue
+            it.seen, it.count = it.count, count
+            new = self.tokens[it.row, it.seen : count].tolist()
+            it.text.extend(new)
+            if new[-1] == NONFINITE:
+                it.finish, it.error = "error", NONFINITE_LOGITS
+            elif not live[it.row]:
+                it.finish = "stop" if new[-1] in it.choice.stop else "length"
+            if it.constraint and it.finish != "error":
+                it.error = it.constraint.accept([token for token in new if token not in it.choice.stop])
+                it.finish = "error" if it.error else it.finish
+            if it.finish and not self.keeps:
+                self.drop(it.episode)
+            found.append(it)
+        return found
+
+    def top_of(self, it: Running) -> list[tuple[tuple[int, float], ...]]:
+        """Return the most likely tokens with their log-probs, for each new token of a row."""
+        if not it.choice.top:
+            return [()] * (it.count - it.seen)
+        tokens, logps = jax.device_get((self.state.top_tokens, self.state.top_logps))
+        places = [(it.row, t % BLOCK) for t in range(it.seen, it.count)]
+        return [tuple(zip(tokens[at].tolist(), logps[at].tolist(), strict=True)) for at in places]
+
+    def _fit(self) -> None:
+        """Continue with more rows if a prompt needs them, or with fewer if these are enough."""
+        used, now = len(self.running), self.rows
+        levels = [now, *(to for rows, to in self.engine.keep if rows == now)]
+        if self.waiting:
+            used = max(now, used + len(self.waiting[0].episodes))
+            levels = [to for to in levels if to in {size[0] for size in self.engine.start}]
+        rows = min((to for to in levels if to >= used), default=now)
+        if rows == now:
+            return
+        slots = sorted(self._slots())
+        kept, new_slots, flags = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, bool)
+        prompts = np.zeros(min(self.engine.slots.prompts, rows), np.int32)
+        prompts[: len(slots)] = slots
+        for row, it in enumerate(self.running.values()):
+            kept[row], new_slots[row], flags[row] = it.row, slots.index(it.slot), True
+            it.row, it.slot = row, slots.index(it.slot)
+        self._become(self.engine.keep[now, rows](self.state, kept, prompts, new_slots, flags), rows)
+
+    def _become(self, state: Any, rows: int) -> None:
+        self.state, self.rows = state, rows
+        nothing = all_allowed(self.engine.decoding, rows)
+        self._all_allowed = jax.device_put(nothing, state.live.sharding)

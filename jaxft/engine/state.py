@@ -1,0 +1,374 @@
+"""What an engine is compiled for, the sizes of its programs, and the rows in progress as arrays.
+
+A state has R rows, which are completions in progress, and P prompts (nn/cache.py). Whatever a request chooses
+is an array with a value per row, so that nothing is compiled while an engine runs.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.batch import Tokens
+from jaxft.distributed import sharding
+from jaxft.engine.sampling import BUCKET, RowSampling, Sampling, left_pad, row_sampling
+from jaxft.models.model import Model
+from jaxft.nn.cache import SLOTS_PER_READ, Cache, CacheFormat, LayerKeys, key_axes, row_slots
+from jaxft.nn.lora_rows import BASE
+from jaxft.tree import struct
+
+NO_TOKEN = -1
+MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
+BLOCK = 4  # the most decoding steps between two looks at the most likely tokens
+WORD = 32  # bits of a word of AllowedTokens
+# Slots of rows' keys; programs that read fewer than all are compiled from this size on.
+SMALLEST_READ = SLOTS_PER_READ
+SMALLEST_PROMPT_READ = 256  # the same for prompts
+# Programs for fewer rows than this would not be faster. On an accelerator a step reads the weights, however
+# few the rows, and the keys of all rows, which count from about this number on.
+FEWEST_ROWS, FEWEST_ROWS_OF_ACCELERATORS = 8, 64
+MIN_MATMUL_ROWS = 2  # XLA multiplies one row by other kernels than several, and rounds differently
+# From about this number of rows on, a step's matmuls take longer than reading the 16-bit weights: a device
+# with F FLOP/s and W bytes/s computes 2 r FLOPs per weight of 2 bytes, so r = F / W, which is 295 on an H100,
+# 281 on a B200, 153 on an A100, 240 on a TPU v5e and 166 on a v5p (distributed/devices.py, plan/machines.py).
+ROWS_PER_ACCELERATOR = 256
+PREFILLED_TOGETHER = 8  # prompts
+# Padded tokens that a device prefills together, enough for matmuls at full speed; a longer prompt runs alone.
+# Up to three programs, each for prompts four times as long as the one before, from SMALLEST_PREFILL on.
+PREFILLED_TOKENS = 2048
+SMALLEST_PREFILL = 128
+EXTENDED_TOGETHER = 8  # rows
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What an engine is compiled for.
+
+    sampling, stop: of rows that have no settings of their own. sampling.max_new: the most tokens of a row's
+    completion, with those that are appended to it. group: completions of a prompt. cache: how keys and values
+    are stored. stops: the most stop tokens of a row, at least those of `stop`.
+
+    extends: rows go on after given tokens. constrained: completions match a grammar. serving: rows have their
+    own settings, log-probs are at temperature 1 instead of that of the sampling and also of the most likely
+    tokens, and requests come and go.
+    """
+
+    model: Model
+    sampling: Sampling
+    stop: tuple[int, ...]
+    group: int = 1
+    cache: CacheFormat = "compute"
+    stops: int = 0
+    extends: bool = False
+    constrained: bool = False
+    serving: bool = False
+
+    @property
+    def top(self) -> int:
+        """The number of most likely tokens whose log-probs are computed."""
+        return min(MOST_TOP, self.model.config.vocab) if self.serving else 0
+
+    @property
+    def words(self) -> int:
+        """The number of words that have a bit for each token."""
+        return -(-self.model.config.vocab // WORD) if self.constrained else 0
+
+
+class Slots(NamedTuple):
+    """Sizes of an engine.
+
+    rows: completions in progress. prompts: prompts whose keys are cached. size: tokens of the longest prompt,
+    padded. together: the most prompts that are prefilled together.
+    """
+
+    rows: int
+    prompts: int
+    size: int
+    together: int
+
+
+def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
+    """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
+
+    rows: the most completions in progress, but never fewer than those of a prompt; None for all. A prompt
+    keeps its slot until its last completion has ended. So if not all completions are in progress, there are
+    slots for twice as many prompts as rows have room for. At most a quarter of the rows is refilled at a
+    time, because rows are idle until so many have ended. For one completion in progress there is a second
+    row, which is empty.
+    """
+    most = prompts * group if rows is None else min(max(rows, group), prompts * group)
+    most -= most % group
+    at_once = most // group
+    kept = at_once if group == 1 else min(prompts, 2 * at_once)
+    calls = -(-at_once // PREFILLED_TOGETHER)
+    together = -(-at_once // calls)
+    if at_once < prompts:
+        together = min(together, max(at_once // 4, 1))
+    return Slots(max(most, MIN_MATMUL_ROWS), kept, -(-longest // BUCKET) * BUCKET, together)
+
+
+def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
+    """Return the most completions that are sampled at the same time, None for all.
+
+    asked: by the user. By default a CPU samples all; an accelerator as many as make its steps longer, so that
+    rows that ended take the next prompts instead of being computed up to the longest completion.
+    """
+    if asked is not None or first_device(mesh).platform == "cpu":
+        return asked
+    return ROWS_PER_ACCELERATOR * (1 if mesh is None else sharding.row_shards(mesh))
+
+
+def first_device(mesh: Mesh | None) -> Any:
+    """Return a device of the mesh, or without one the device that jax uses."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
+    """Return the numbers of rows that have programs, descending.
+
+    Each is half the one before, down to the fewest for which a program is faster. On several devices, which
+    would have to exchange the keys of rows, there is one.
+    """
+    fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
+    levels = [rows]
+    while mesh is None or mesh.size == 1:
+        half = -(-levels[-1] // 2)
+        if half < fewest or len(levels) == 3:
+            break
+        levels.append(half)
+    return levels
+
+
+def read_levels(new: int) -> list[int]:
+    """Return the numbers of slots of rows' keys that have programs, ascending: at most three, all at last.
+
+    new: the most tokens of a completion.
+    """
+    levels = [row_slots(new)]
+    while len(levels) < 3 and levels[0] > SMALLEST_READ:
+        levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
+    return levels
+
+
+def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
+    """Return (prompts, tokens) of every program that prefills, ascending by tokens: padded prompts would
+    otherwise take as long as the longest.
+    """
+    sizes = [slots.size]
+    while len(sizes) < 3 and sizes[0] > 2 * SMALLEST_PREFILL:
+        sizes.insert(0, max(-(-sizes[0] // (4 * BUCKET)) * BUCKET, SMALLEST_PREFILL))
+    if mesh is not None and mesh.size > 1:  # devices share the prompts
+        return [(slots.together, size) for size in sizes]
+    return [(max(1, min(slots.together, PREFILLED_TOKENS // size)), size) for size in sizes]
+
+
+def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
+    """Return (rows, tokens) of every program that extends: of one row and of several, and of longer texts,
+    which are appended in as many parts as they need.
+    """
+    return [(1, BUCKET), (min(rows, EXTENDED_TOGETHER), BUCKET)] + [(1, 8 * BUCKET)] * (new > 8 * BUCKET)
+
+
+def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
+    """Return (rows, read, prompt) of every decode program: numbers of rows, and of slots of rows' and of
+    prompts' keys that are read.
+
+    All rows read one of several numbers, and half of the prompts' slots or all. Fewer rows than all read all
+    slots, and so does a server, whose rows are at different tokens, unless its rows go on.
+    """
+    sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
+    half = -(-slots.size // (2 * BUCKET)) * BUCKET
+    halves = [] if d.serving or half < SMALLEST_PROMPT_READ else [half]
+    of_all = reads[-1:] if d.serving and not d.extends else reads
+    levels = [(slots.rows, read, prompt) for read in of_all for prompt in (*halves, slots.size)]
+    return levels + [(rows, reads[-1], slots.size) for rows in sizes[1:]]
+
+
+@struct
+class RowSettings:
+    """What requests choose, with a value per row [R].
+
+    limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
+    adapter: see nn/lora_rows.py. top: whether log-probs of the most likely tokens are computed.
+    """
+
+    sampling: RowSampling
+    limit: Any
+    stops: Any
+    adapter: Any
+    top: Any
+
+
+@struct
+class State:
+    """Completions in progress, in R rows.
+
+    cache: keys and values. tokens, logps [R, max_new]: what was sampled, -1 and 0 elsewhere. top_tokens,
+    top_logps [R, BLOCK, top]: of the most likely tokens, in place of token t in t % BLOCK. last [R]: the last
+    token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows that
+    continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of that
+    prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
+    folded. firsts [R]: the token that has number 0.
+    """
+
+    cache: Cache
+    settings: RowSettings
+    tokens: Any
+    logps: Any
+    top_tokens: Any
+    top_logps: Any
+    last: Any
+    counts: Any
+    live: Any
+    prompts: Any
+    places: Any
+    lengths: Any
+    keys: Any
+    firsts: Any
+
+
+@struct
+class AllowedTokens:
+    """Tokens that rows may sample next, for completions that must match a grammar.
+
+    rows [R]: whether a row is constrained. words [R, W], uint32: bit t % 32 of word t // 32 is set for each
+    allowed token t; unused in other rows.
+    """
+
+    rows: Any
+    words: Any
+
+
+@struct
+class NewPrompts:
+    """Prompts to start, padded on the left, and their rows.
+
+    slots: prompt slot of each [p]; the number of slots for none. numbers: folded into their random keys [p].
+    rows: of their completions [p, G]; the number of rows for none. keys: data of random keys [p, ...].
+    settings, allowed: of their rows, and their first tokens [p].
+    """
+
+    tokens: Tokens
+    slots: Any
+    numbers: Any
+    rows: Any
+    keys: Any
+    settings: RowSettings
+    allowed: AllowedTokens
+
+
+@struct
+class GivenTokens:
+    """Tokens to append to rows, padded on the right: the last token of each row and what follows it.
+
+    ids [r, C]. lengths [r]: how many of them are tokens. counts [r]: tokens of the row before these.
+    more [r]: whether other given tokens follow, so that none is sampled. firsts [r]: see State. renewed [r]:
+    whether `keys` are new random keys of the rows. rows, keys, settings, allowed: as in NewPrompts, [r].
+    """
+
+    ids: Any
+    lengths: Any
+    counts: Any
+    more: Any
+    firsts: Any
+    renewed: Any
+    rows: Any
+    keys: Any
+    settings: RowSettings
+    allowed: AllowedTokens
+
+
+def empty_settings(d: Decoding, rows: int) -> RowSettings:
+    """Return the settings of the engine for `rows` rows, as NumPy arrays."""
+    stops = np.full((rows, max(d.stops, len(d.stop), 1)), NO_TOKEN, np.int32)
+    stops[:, : len(d.stop)] = d.stop
+    sampling = jax.tree.map(lambda x: np.full(rows, x), row_sampling(d.sampling, d.model.config.vocab))
+    limit, adapter = (np.full(rows, x, np.int32) for x in (d.sampling.max_new, BASE))
+    return RowSettings(sampling, limit, stops, adapter, np.zeros(rows, bool))
+
+
+def all_allowed(d: Decoding, rows: int) -> AllowedTokens:
+    """Return that no row is constrained, as NumPy arrays."""
+    return AllowedTokens(np.zeros(rows, bool), np.zeros((rows, d.words), np.uint32))
+
+
+def key_data(key: jax.Array) -> np.ndarray:
+    """Return the data of a random key."""
+    return np.asarray(jax.random.key_data(key))
+
+
+def new_prompts(d: Decoding, slots: Slots, rows: int, size: tuple[int, int], prompts: Any = ()) -> NewPrompts:
+    """Return a NewPrompts of `size`, prompts and tokens, for a state of `rows` rows. Beyond the given ones
+    they are empty, and none of them has a slot or rows yet.
+    """
+    count, longest = size
+    return NewPrompts(
+        left_pad(prompts, count, longest), np.full(count, slots.prompts, np.int32), np.zeros(count, np.int32),
+        np.full((count, d.group), rows, np.int32), _no_keys(count), empty_settings(d, count),
+        all_allowed(d, count),
+    )  # fmt: skip
+
+
+def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
+    """Return a GivenTokens of `size`, rows and tokens, for a state of `rows` rows, all empty."""
+    count, integers, flags = size[0], np.zeros((3, size[0]), np.int32), np.zeros((2, size[0]), bool)
+    return GivenTokens(
+        np.zeros(size, np.int32), integers[0], integers[1], flags[0], integers[2], flags[1],
+        np.full(count, rows, np.int32), _no_keys(count), empty_settings(d, count), all_allowed(d, count),
+    )  # fmt: skip
+
+
+def _no_keys(count: int) -> np.ndarray:
+    return np.zeros((count, *key_data(jax.random.key(0)).shape), np.uint32)
+
+
+def empty_state(d: Decoding, slots: Slots, rows: int) -> State:
+    """Return a state of `rows` rows without completions."""
+    new, integers, top = d.sampling.max_new, jnp.zeros(rows, jnp.int32), (rows, BLOCK, d.top)
+    return State(
+        cache=d.model.empty_cache((min(slots.prompts, rows), slots.size), rows, new, d.cache),
+        settings=jax.tree.map(jnp.asarray, empty_settings(d, rows)),
+        tokens=jnp.full((rows, new), NO_TOKEN, jnp.int32),
+        logps=jnp.zeros((rows, new), jnp.float32),
+        top_tokens=jnp.full(top, NO_TOKEN, jnp.int32),
+        top_logps=jnp.zeros(top, jnp.float32),
+        last=integers,
+        counts=integers,
+        live=jnp.zeros(rows, bool),
+        prompts=integers,
+        places=integers,
+        lengths=integers,
+        keys=jnp.broadcast_to(jax.random.key(0), (rows,)),
+        firsts=integers,
+    )
+
+
+def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> State:
+    """Return the shapes of a state of `rows` rows. Keys are sharded over rows and heads, the rest is on every
+    device.
+    """
+    shapes = jax.eval_shape(partial(empty_state, d, slots, rows))
+    if mesh is None:
+        return shapes
+    cache = shapes.cache
+
+    def place(x: Any, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        where = sharding.array_sharding(mesh, axes, x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def of(layers: LayerKeys) -> LayerKeys:
+        return jax.tree.map(place, layers, key_axes(layers))
+
+    state = replicated_shapes(shapes, mesh)
+    prompt_keys = replace(state.cache.prompts, layers=of(cache.prompts.layers))
+    return replace(state, cache=replace(state.cache, prompts=prompt_keys, rows=of(cache.rows)))
+
+
+def replicated_shapes(tree: Any, mesh: Mesh | None) -> Any:
+    """Return the shapes of a tree of arrays that are on every device."""
+    where = None if mesh is None else sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)

@@ -1,0 +1,291 @@
+"""The Environment type, and environments from users' functions and classes.
+
+An environment begins an episode from a row of the dataset, and answers each turn of the model with an
+observation, a reward, or the end. It is a value of functions; what changes in an episode is its `state`,
+which they pass on.
+
+    def guess(state, text, row):                      # a function; state is None in the first turn
+        right = text.strip() == row["answer"]
+        return (None if right else "Wrong, try again."), float(right), right, state
+
+    class Guess:                                      # a class, of which each episode has an object
+        def reset(self, row): return "Guess a number."          # None: the row's own prompt
+        def step(self, state, text): ...                        # (observation, reward, done, state)
+
+    class Guess:                                      # TRL's environment_factory, unchanged
+        def reset(self, **row): ...
+        def guess(self, number: int) -> str: ...                # public methods are tools
+        def get_reward(self) -> float: ...                      # may be async
+
+A reward function is the environment of one turn: without an environment, an episode ends with its first turn.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.data.example import Message
+from jaxft.rl.calls import Job
+from jaxft.rl.tools import Schema, Tool, by_name, schema_of
+
+Row = dict[str, Any]
+State = Any
+Prompt = str | Sequence[Message] | None
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class WrongType(Exception):
+    """An environment returned something else than its type says."""
+
+
+class Beginning(NamedTuple):
+    """The beginning of an episode. prompt: messages, or text that is appended to the row's last user message;
+    None for the row's own prompt.
+    """
+
+    prompt: Prompt
+    state: State
+
+
+class Step(NamedTuple):
+    """What answers a turn. observation: messages that the model is shown; () ends the episode, as `done`
+    does. reward: of the turn, NaN for none.
+    """
+
+    observation: tuple[Message, ...]
+    reward: float
+    done: bool
+    state: State
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment as functions.
+
+    reset(row, job) -> Beginning. step(state, text, job) -> Step, for a turn without tool calls. tools(state)
+    -> the functions that the model may call, by name, which `schemas` describe to it. score(state, job) ->
+    the score of the episode; None: the sum of its turns' rewards. job.call calls a user's function, with the
+    time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
+    they may have a second turn.
+    """
+
+    name: str
+    reset: Callable[[Row, Job], Beginning]
+    step: Callable[[State, str, Job], Step]
+    tools: Callable[[State], Mapping[str, Tool]]
+    schemas: tuple[Schema, ...]
+    score: Callable[[State, Job], float | None]
+    scored: bool = True
+    continues: bool = True
+
+
+def single_turn() -> Environment:
+    """Return the environment whose episodes end with their first turn and have no score of their own."""
+    return Environment("none", _own_prompt, _end, _no_tools, (), _no_score, False, False)
+
+
+def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
+    """Return the environment of what a user's file defines, with further tools.
+
+    given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
+    reset(row) and step(state, text), or a class of TRL's environment_factory; None: tools alone, an episode
+    ends with the first turn that calls none. Raises ValueError for anything else.
+    """
+    if given is None:
+        found = single_turn()
+    elif isinstance(given, Environment):
+        found = given
+    elif inspect.isclass(given):
+        found = _of_class(given)
+    elif callable(given):
+        found = _of_function(given)
+    else:
+        raise ValueError(
+            f"environment: {_shown(given)} is neither a class nor a function (state, text, row) -> "
+            "(observation, reward, done, state). Set environment=my_env.py:Name."
+        )
+    return with_tools(found, tools) if tools else found
+
+
+def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
+    """Return the environment with further tools."""
+    added = by_name(tools)
+    own = {schema["function"]["name"] for schema in environment.schemas}
+    if own & added.keys():
+        raise ValueError(f"tools: the environment has its own {min(own & added.keys())}. Rename one.")
+
+    def all_tools(state: State) -> Mapping[str, Tool]:
+        return {**environment.tools(state), **added}
+
+    schemas = (*environment.schemas, *map(schema_of, tools))
+    name = environment.name if environment.name != "none" else "tools"
+    return replace(environment, name=name, tools=all_tools, schemas=schemas, continues=True)
+
+
+# ---- users' functions and classes
+
+
+def _of_function(function: Callable[..., Any]) -> Environment:
+    if not _takes(function, 3):
+        raise ValueError(
+            f"environment {_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
+        )
+
+    def reset(row: Row, job: Job) -> Beginning:
+        return Beginning(None, (None, row))
+
+    def step(state: State, text: str, job: Job) -> Step:
+        inner, row = state
+        found = checked_step(job.call(function, inner, text, row))
+        return found._replace(state=(found.state, row))
+
+    return Environment(_name(function), reset, step, _no_tools, (), _no_score)
+
+
+def _of_class(given: type) -> Environment:
+    members = dict(inspect.getmembers(given, inspect.isfunction))
+    if "reset" not in members:
+        raise ValueError(
+            f"environment {given.__name__} has no reset. Define reset(self, row) and step(self, state, text), "
+            "or reset(self, **row) with tools as methods."
+        )
+    native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
+    return _of_native(given, members) if native else _of_trl(given, members)
+
+
+def _of_native(given: type, members: Mapping[str, Any]) -> Environment:
+    """Return the environment of a class with reset(row) -> prompt and step(state, text).
+
+    Its other public methods are tools. The first state is None.
+    """
+    methods = _tool_methods(members, ("reset", "step"))
+
+    def reset(row: Row, job: Job) -> Beginning:
+        self = job.call(given)
+        return Beginning(_checked_prompt(job.call(self.reset, row)), (self, None))
+
+    def step(state: State, text: str, job: Job) -> Step:
+        self, inner = state
+        found = checked_step(job.call(self.step, inner, text))
+        return found._replace(state=(self, found.state))
+
+    def tools(state: State) -> Mapping[str, Tool]:
+        return {name: getattr(state[0], name) for name in methods}
+
+    return Environment(given.__name__, reset, step, tools, _schemas(methods), _no_score)
+
+
+def _of_trl(given: type, members: Mapping[str, Any]) -> Environment:
+    """Return the environment of a class as TRL's environment_factory takes it."""
+    methods = _tool_methods(members, ("reset", "get_reward"))
+    rewards = "get_reward" in members
+
+    def reset(row: Row, job: Job) -> Beginning:
+        self = job.call(given)
+        return Beginning(_checked_prompt(job.call(self.reset, **row)), self)
+
+    def tools(state: State) -> Mapping[str, Tool]:
+        return {name: getattr(state, name) for name in methods}
+
+    def score(state: State, job: Job) -> float | None:
+        return _checked_reward(job.call(state.get_reward)) if rewards else math.nan
+
+    return Environment(given.__name__, reset, _end, tools, _schemas(methods), score, scored=rewards)
+
+
+def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
+    return {name: x for name, x in members.items() if not name.startswith("_") and name not in others}
+
+
+def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
+    return tuple(map(schema_of, methods.values()))
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function takes `count` positional arguments and no arguments by arbitrary names."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in positional if p.default is p.empty]
+    by_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return len(needed) <= count <= len(positional) and not by_any_name
+
+
+def _name(function: Callable[..., Any]) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _own_prompt(row: Row, job: Job) -> Beginning:
+    return Beginning(None, None)
+
+
+def _end(state: State, text: str, job: Job) -> Step:
+    return Step((), math.nan, True, state)
+
+
+def _no_tools(state: State) -> Mapping[str, Tool]:
+    return {}
+
+
+def _no_score(state: State, job: Job) -> float | None:
+    return None
+
+
+# ---- checks of what they return
+
+
+def checked_step(value: Any) -> Step:
+    """Return what a user's step returned as a Step. Raises WrongType."""
+    if not isinstance(value, tuple) or len(value) != 4:
+        raise WrongType(f"step returned {_shown(value)}, expected (observation, reward, done, state)")
+    observation, reward, done, state = value
+    if not isinstance(done, bool | np.bool_):
+        raise WrongType(f"step returned done={_shown(done)}, expected True or False")
+    return Step(_messages(observation), _checked_reward(reward), bool(done), state)
+
+
+def _messages(observation: Any) -> tuple[Message, ...]:
+    """Return an observation as messages: a text is a user message."""
+    if observation is None or observation == "":
+        return ()
+    if isinstance(observation, str):
+        return ({"role": "user", "content": observation},)
+    found = [observation] if isinstance(observation, dict) else observation
+    if isinstance(found, list | tuple) and all(map(_is_message, found)):
+        return tuple(found)
+    raise WrongType(f"the observation is {_shown(observation)}, expected a string, messages or None")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+
+
+def _checked_prompt(value: Any) -> Prompt:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and value and all(map(_is_message, value)):
+        return list(value)
+    raise WrongType(f"reset returned {_shown(value)}, expected a string, messages or None")
+
+
+def _checked_reward(value: Any) -> float:
+    """Return a reward as a float, NaN for None. Raises WrongType if it is not a finite real number."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool | int | float | np.integer | np.floating | np.bool_):
+        if math.isfinite(value):
+            return float(value)
+    raise WrongType(f"the reward is {_shown(value)}, expected a finite number or None")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{type(value).__name__} {value!r}"[:80]
+    except Exception:  # its repr may raise
+        return f"a {type(value).__name__}"
