@@ -29,11 +29,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxft.data.columns import tool_schema
 from jaxft.data.example import Message
-from jaxft.rl.calls import Job
-from jaxft.rl.tools import Schema, Tool, by_name, schema_of
+from jaxft.rl.environments.calls import Job
+from jaxft.rl.environments.tools import Tool, by_name
 
 Row = dict[str, Any]
+Schema = dict[str, Any]  # of a tool
 State = Any
 Prompt = str | Sequence[Message] | None
 ROLES = ("system", "user", "assistant", "tool")
@@ -122,7 +124,7 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
     def all_tools(state: State) -> Mapping[str, Tool]:
         return {**environment.tools(state), **added}
 
-    schemas = (*environment.schemas, *map(schema_of, tools))
+    schemas = (*environment.schemas, *map(tool_schema, tools))
     name = environment.name if environment.name != "none" else "tools"
     return replace(environment, name=name, tools=all_tools, schemas=schemas, continues=True)
 
@@ -151,8 +153,8 @@ def _of_class(given: type) -> Environment:
     members = dict(inspect.getmembers(given, inspect.isfunction))
     if "reset" not in members:
         raise ValueError(
-            f"environment {given.__name__} has no reset. Define reset(self, row) and step(self, state, text), "
-            "or reset(self, **row) with tools as methods."
+            f"environment {given.__name__} has no reset. Define reset(self, row) and step(self, state, "
+            "text), or reset(self, **row) with tools as methods."
         )
     native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
     return _of_native(given, members) if native else _of_trl(given, members)
@@ -203,7 +205,7 @@ def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str
 
 
 def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
-    return tuple(map(schema_of, methods.values()))
+    return tuple(map(tool_schema, methods.values()))
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
@@ -278,9 +280,9 @@ def _checked_reward(value: Any) -> float:
     """Return a reward as a float, NaN for None. Raises WrongType if it is not a finite real number."""
     if value is None:
         return math.nan
-    if isinstance(value, bool | int | float | np.integer | np.floating | np.bool_):
-        if math.isfinite(value):
-            return float(value)
+    is_real = isinstance(value, bool | int | float | np.integer | np.floating | np.bool_)
+    if is_real and math.isfinite(value):
+        return float(value)
     raise WrongType(f"the reward is {_shown(value)}, expected a finite number or None")
 
 

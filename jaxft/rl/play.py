@@ -30,10 +30,10 @@ from jaxft.distributed import processes
 from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
-from jaxft.rl.calls import Calls, Job, Overdue
 from jaxft.rl.environment import Beginning, Environment, Prompt, Row, State, Step, WrongType
+from jaxft.rl.environments.calls import Calls, Job, Overdue
+from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message
 from jaxft.rl.sampling_session import Sampled, Sampler, Session
-from jaxft.rl.tools import ParsedTurn, answer_calls, parse_turn, turn_message
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, Turn
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
@@ -74,8 +74,8 @@ class Play:
     def __post_init__(self) -> None:
         if self.environment.continues and not self.tokenizer.chat_template:
             raise ValueError(
-                f"environment {self.environment.name} may answer a turn, which needs a chat template, and the "
-                "tokenizer has none. Set chat_template=chatml or qwen."
+                f"environment {self.environment.name} may answer a turn, which needs a chat template, and "
+                "the tokenizer has none. Set chat_template=chatml or qwen."
             )
         if self.environment.schemas and self.call_format is None:
             raise ValueError(
@@ -283,8 +283,8 @@ class _Rollout:
         return over._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
 
     def _following(self, episode: _Episode, observation: tuple[Message, ...]) -> NextPrompt:
-        """Return the prompt of the next turn. A turn is written with its calls as such or, for a template that
-        hides them, as text; answers that a template cannot show as a tool's are shown as the user's.
+        """Return the prompt of the next turn. A turn is written with its calls as such or, for a template
+        that hides them, as text; answers that a template cannot show as a tool's are shown as the user's.
         """
         chat: Any = episode.chat
         turn, text = turn_message(episode.sampled), self._text(episode)
@@ -381,8 +381,8 @@ class _Rollout:
             return
         if processes.is_first():
             episode.sampled = parse_turn(self._text(episode, True), self.format, episode.turns)
-            work = (_answer, self.play, episode.state, episode.sampled, self._text(episode))
-            self._submit(episode, partial(*work))
+            turn, text = episode.sampled, self._text(episode)
+            self._submit(episode, partial(_answer, self.play, episode.state, turn, text))
 
     def _text(self, episode: _Episode, marked: bool = False) -> str:
         """Return the text of the last turn without its stop token. marked: with the marks of tool calls."""
@@ -411,8 +411,16 @@ class _Rollout:
         parts = episode.parts or [((), [])]
         self.results[number] = [
             Trajectory(
-                episode.prompt, start, tuple(segments), decision.score, episode.stopped and not fault, fault,
-                episode.messages, tuple(episode.faults), part, len(parts),
+                episode.prompt,
+                start,
+                tuple(segments),
+                decision.score,
+                episode.stopped and not fault,
+                fault,
+                episode.messages,
+                tuple(episode.faults),
+                part,
+                len(parts),
             )  # fmt: skip
             for part, (start, segments) in enumerate(parts)
         ]

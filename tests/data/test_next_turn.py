@@ -56,7 +56,9 @@ def test_ids_so_far_and_the_suffix_are_the_rendered_conversation(name, exchange,
     assert found.messages == messages_of(turns)
     text = tokenizer.decode(found.ids)
     if found.restarts:
-        hidden = shown is HIDDEN or any("".join(a.text.split()) not in "".join(whole.split()) for a in answers)
+        hidden = shown is HIDDEN or any(
+            "".join(a.text.split()) not in "".join(whole.split()) for a in answers
+        )
         assert hidden or not whole.startswith(start) or not shows(whole, start, shown)
         assert text == whole
         return
@@ -87,7 +89,7 @@ def suffix(name, turn, answers, stopped=True, messages=(QUESTION,), tools=None):
 def test_a_stop_token_that_was_not_sampled_is_given():
     """A turn that ended at its limit gets the end that the template writes."""
     rest = "\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert suffix("qwen2.5", ANSWER, [WHY]) [1] == rest
+    assert suffix("qwen2.5", ANSWER, [WHY])[1] == rest
     assert suffix("qwen2.5", ANSWER, [WHY], stopped=False)[1] == "<|im_end|>" + rest
 
 
@@ -111,10 +113,16 @@ def test_a_template_that_cuts_reasoning_begins_a_new_row_at_the_next_question():
 
 def test_the_first_way_that_the_template_shows_is_used():
     """ChatML has no tool calls: the turn is written as text."""
-    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    calling = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
     plain = {"role": "assistant", "content": "<tool_call>f</tool_call>"}
     ways = [Continuation(calling, (WHY,)), Continuation(plain, (WHY,))]
-    found = next_prompt(conversation([QUESTION]), ways, True, stock_tokenizer("chatml"), DEFAULT_TEMPLATE_SETTINGS)
+    found = next_prompt(
+        conversation([QUESTION]), ways, True, stock_tokenizer("chatml"), DEFAULT_TEMPLATE_SETTINGS
+    )
     assert not found.restarts and found.messages == (QUESTION, plain, WHY)
 
 

@@ -26,7 +26,9 @@ LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeo
 
 
 def rows_of(tokenizer, questions, how, tools=None, **columns):
-    chats = [Chat(f"r:{i}", ({"role": "user", "content": q},), 1, tools=tools) for i, q in enumerate(questions)]
+    chats = [
+        Chat(f"r:{i}", ({"role": "user", "content": q},), 1, tools=tools) for i, q in enumerate(questions)
+    ]
     ids = tuple(map(tuple, example_prompt_ids(chats, tokenizer, how)))
     fields = tuple({"question": q, "number": i, **columns} for i, q in enumerate(questions))
     return TokenisedPrompts(ids, tuple(c.name for c in chats), tuple(chats), fields, how)
@@ -73,7 +75,14 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call
 # ---- token-exact turns
 
 
-FAULTS = (RuntimeError("the tool is out"), ValueError("not such arguments"), KeyError("x"), None, 3.5, object())
+FAULTS = (
+    RuntimeError("the tool is out"),
+    ValueError("not such arguments"),
+    KeyError("x"),
+    None,
+    3.5,
+    object(),
+)
 
 
 @pytest.mark.quick_cases("llama3.1", "phi3", "qwen2.5", "qwen3", "qwen3-no-thinking", "mistral-nemo", "gemma")
@@ -88,7 +97,9 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
     sampled = {}  # by episode: the turns as they were sampled
 
     def write(ids, episode):
-        call = rng.choice((CALL, CALL.replace("add", "nothing"), CALL[:-9], '{"name": "add", "parameters": {}}'))
+        call = rng.choice(
+            (CALL, CALL.replace("add", "nothing"), CALL[:-9], '{"name": "add", "parameters": {}}')
+        )
         text = rng.choice((call, f"<think>\nhm {rng.random()}\n</think>\n\n{call}", "é漢🙂 17", "", " x "))
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         tokens = [*tokens, *rng.choices(range(200), k=rng.randrange(3))]  # no text encodes to such ids
@@ -108,7 +119,12 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
             fault = rng.choice(FAULTS) if rng.random() < 0.1 else 0
             if isinstance(fault, Exception):
                 raise fault
-            answer = (rng.choice(("", "go on", "ok " * 3)), rng.choice((None, 1.0)), rng.random() < 0.2, state)
+            answer = (
+                rng.choice(("", "go on", "ok " * 3)),
+                rng.choice((None, 1.0)),
+                rng.random() < 0.2,
+                state,
+            )
             return fault if fault != 0 else answer
 
     format_known = Play(single_turn(), tokenizer, ()).tokenizer.chat_template
@@ -321,7 +337,9 @@ ERRORS = {
     "bad_arguments": '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>',
     "malformed_call": '<tool_call>\n{"name": "add", "arg\n</tool_call>',
     "tool_error": '<tool_call>\n{"name": "add", "arguments": {"a": "x", "b": 2}}\n</tool_call>',
-    "large_result": '<tool_call>\n{"name": "add", "arguments": {"a": "' + "x" * 199 + '", "b": "yy"}}\n</tool_call>',
+    "large_result": '<tool_call>\n{"name": "add", "arguments": {"a": "'
+    + "x" * 199
+    + '", "b": "yy"}}\n</tool_call>',
 }
 
 

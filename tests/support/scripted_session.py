@@ -44,7 +44,9 @@ class ScriptedSession:
             tokens = list(tokens[:max_new])
             self.ids[episode] += tokens
             logps = np.linspace(-1, -2, len(tokens), dtype=np.float32)
-            found.append(Sampled(episode, np.array(tokens), logps, "stop" if stopped and not cut else "length"))
+            found.append(
+                Sampled(episode, np.array(tokens), logps, "stop" if stopped and not cut else "length")
+            )
         return found
 
 

@@ -1,7 +1,8 @@
 """Tools: plain functions that a model calls, their JSON schemas, and calls in the text of a turn.
 
 A function's signature and its docstring in Google's style (with an `Args:` section) give the schema that the
-model is shown. Calls are read in the format of the chat template, as the server reads them.
+model is shown, see data.columns.tool_schema. Calls are read in the format of the chat template, as the server
+reads them.
 
 What goes wrong with a call is either the model's doing and returned to it as an error message (an unknown
 name, malformed JSON, wrong arguments, a ValueError, TypeError, ArithmeticError or LookupError of the tool, a
@@ -15,11 +16,10 @@ from typing import Any, NamedTuple
 
 from jaxft.data.example import Message
 from jaxft.inference.tool_calls import CallFormat, CallStream, ToolCall
-from jaxft.rl.calls import Job
+from jaxft.rl.environments.calls import Job
 from jaxft.rl.trajectory import Fault
 
 Tool = Callable[..., Any]
-Schema = dict[str, Any]
 MODELS_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)  # returned to the model
 MOST_CALLS = 16  # of one turn
 SHOWN = 200  # characters of an error's text
@@ -33,26 +33,6 @@ class ParsedTurn(NamedTuple):
     text: str
     calls: tuple[ToolCall, ...]
     malformed: bool
-
-
-def schema_of(tool: Tool) -> Schema:
-    """Return the JSON schema of a function. Raises ValueError if its signature or docstring has no types or
-    descriptions.
-
-    Example: `def add(a: float, b: float)` with the docstring "Add two numbers.\\n\\nArgs:\\n    a: the first\\n
-    b: the second" becomes {"type": "function", "function": {"name": "add", ...}}.
-    """
-    from transformers.utils import get_json_schema
-
-    try:
-        found: Schema = get_json_schema(tool)
-    except Exception as error:  # DocstringParsingException, TypeHintParsingException, NameError of a hint
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"tool {name_of(tool)}: {reason}. Give each argument a type, and describe it in the docstring's "
-            "Args section."
-        ) from error
-    return found
 
 
 def name_of(tool: Tool) -> str:
@@ -70,7 +50,9 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
 
 
 def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
-    """Take the tool calls out of a turn's text. number: of the turn, for ids that are the same in each run."""
+    """Take the tool calls out of a turn's text. number: of the turn, from which the calls' ids derive: they
+    are the same in each run.
+    """
     if format is None:
         return ParsedTurn(text, (), False)
     rest, calls = CallStream(format).add(text, True)
@@ -106,10 +88,7 @@ def answer_calls(
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
-        if call.index >= MOST_CALLS:
-            text, fault = "", Fault(TOO_MANY_CALLS, f"only {MOST_CALLS} calls of a turn are answered")
-        else:
-            text, fault = _result_of(call, tools, job, longest)
+        text, fault = _result_of(call, tools, job, longest)
         if fault:
             text = error_text(fault.text)
             faults.append(fault)
@@ -126,11 +105,11 @@ def error_text(text: str) -> str:
     return json.dumps({"error": text[:SHOWN]}, ensure_ascii=False)
 
 
-def _result_of(
-    call: ToolCall, tools: Mapping[str, Tool], job: Job, longest: int
-) -> tuple[str, Fault | None]:
+def _result_of(call: ToolCall, tools: Mapping[str, Tool], job: Job, longest: int) -> tuple[str, Fault | None]:
     """Return the text of a call's result, or the fault that the model is told."""
     tool = tools.get(call.name)
+    if call.index >= MOST_CALLS:
+        return "", Fault(TOO_MANY_CALLS, f"only {MOST_CALLS} calls of a turn are answered")
     if tool is None:
         return "", Fault(UNKNOWN_TOOL, f"there is no tool {call.name!r}; there are {', '.join(tools)}")
     arguments = json.loads(call.arguments)

@@ -3,7 +3,7 @@
 A call that hangs never holds up the others. After its time-out it is given up: Python code in it is
 interrupted, a call that hangs elsewhere keeps its thread, and another thread takes that one's place. A call
 that ends the process itself (os._exit, a crash in C) cannot be caught; code of a model runs in
-jaxft.rl.sandbox.
+jaxft.rl.environments.sandbox.
 """
 
 import asyncio
