@@ -23,7 +23,7 @@ from typing import Any, Literal
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped, policy_gradient
-from jaxft.rl.advantages import grpo, weighted_sum
+from jaxft.rl.advantages import grpo, maxrl, weighted_sum
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import Rollouts
@@ -98,6 +98,11 @@ def config(
         )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards needs a beta above 0")
+    if advantage is maxrl and (missing_eos or overlong is not None or kl_in == "rewards"):
+        raise ValueError(
+            "advantage=maxrl divides by the mean score, which missing_eos, overlong and kl_in=rewards make "
+            "negative; leave them out, or use another advantage"
+        )
     if correction_bounds and not correction:
         raise ValueError("correction_bounds needs a correction, such as correction=truncated_tokens")
     heads, models = base.reward_model(reward_model, prompts.max_length)

@@ -204,7 +204,8 @@ def gfpo(
 
     retain: None for half of the group, as the paper's 8 of 16. metric: brevity, token_efficiency or your own
     function of (scores, lengths). The first of equal completions is retained. Token weights count all
-    completions, as the paper's do. Raises ValueError if the group has no more than `retain` completions.
+    completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises ValueError if the
+    group has no more than `retain` completions.
     """
     group = np.shape(scores)[1]
     retain = max(1, group // 2) if retain is None else retain

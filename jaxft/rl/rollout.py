@@ -545,8 +545,6 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
-    if data.rules.correction is not None:
-        data.rules.correction(example.logps, example.lengths.ravel())  # it checks its bounds
 
 
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:

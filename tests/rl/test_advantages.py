@@ -103,7 +103,7 @@ def test_maxrl_refuses_negative_scores():
 
 def test_gfpo_compares_the_retained_completions_only():
     """arXiv:2508.09726, eq. 2, by hand: of lengths 5 1 3 3 the two shortest are the second and the third;
-    their scores 0 and 1 have mean 1/2 and deviation 1/sqrt(2).
+    their scores 0 and 1 have mean 1/2 and the unbiased deviation 1/sqrt(2); the paper's is 1/2.
     """
     scores, lengths = np.array([[4.0, 0.0, 1.0, 9.0]]), np.array([[5, 1, 3, 3]])
     a = 0.5 / (0.5**0.5 + 1e-4)

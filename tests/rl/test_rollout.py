@@ -307,9 +307,8 @@ def test_a_correction_that_does_not_fit_is_refused_before_sampling():
         Rules((number,), correction=truncated_tokens, ratio_to_sampler=True)
     with pytest.raises(ValueError, match=r"correction=word_length can't be called with .log_ratio, "):
         Rules((number,), correction=word_length)
-    rules = Rules((number,), correction=partial(truncated_tokens, least=3.0, most=2.0))
-    with pytest.raises(ValueError, match=r"importance weights have bounds \[3, 2\]"):
-        rollouts.check_policy_run(Rollouts("x", rules=rules, group=2), bound_run())
+    with pytest.raises(ValueError, match="correction: weights from least=3 to most=2"):
+        Rules((number,), correction=partial(truncated_tokens, least=3.0, most=2.0))
 
 
 def test_a_policy_is_frozen_in_the_warm_up(tmp_path):
