@@ -67,4 +67,10 @@ TOKEN_WEIGHTS = _in(
 CORRECTIONS = _in(
     "jaxft.rl.importance", "truncated_tokens masked_tokens truncated_completions masked_completions"
 )
+ENVIRONMENTS = {
+    "calculator": "jaxft.rl.environments.calculator:Calculator",
+    "code_interpreter": "jaxft.rl.environments.code_interpreter:CodeInterpreter",
+    "guess_number": "jaxft.rl.environments.guess_number:GuessNumber",
+    "search": "jaxft.rl.environments.search:Search",
+}
 FILTERS = _in("jaxft.rl.advantages", "nonconstant_groups")

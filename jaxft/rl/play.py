@@ -23,7 +23,7 @@ from jaxft.bounds import above, at_least, check_bounds
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat, Completion, Message
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import Exchange, NextPrompt, next_prompt
+from jaxft.data.next_turn import TurnWording, NextPrompt, next_prompt
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes
@@ -33,7 +33,7 @@ from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
 from jaxft.rl.environment import (
     Beginning,
-    Columns,
+    RowColumns,
     Environment,
     EpisodeState,
     FirstPrompt,
@@ -206,7 +206,7 @@ class _Rollout:
                 self._take(sampled)
         return self.results
 
-    def _row(self, episode: _Episode) -> Columns:
+    def _row(self, episode: _Episode) -> RowColumns:
         """Return a copy of the columns of the episode's row, with its prompt."""
         given = self.rows.as_given(episode.prompt)
         return _copy({"prompt": given, **self.rows.fields[episode.prompt]})
@@ -297,11 +297,11 @@ class _Rollout:
         """
         chat: Any = episode.chat
         turn, text = turn_message(episode.sampled), self._text(episode)
-        ways = [Exchange(turn, observation)]
+        ways = [TurnWording(turn, observation)]
         if any(message["role"] == "tool" for message in observation):
             plain: Message = {"role": "assistant", "content": text}
             as_user = tuple({"role": "user", "content": message["content"]} for message in observation)
-            ways += [Exchange(plain, observation), Exchange(plain, as_user)]
+            ways += [TurnWording(plain, observation), TurnWording(plain, as_user)]
         settings: TemplateSettings = self.rows.template
         return next_prompt(chat, ways, episode.stopped, self.play.tokenizer, settings)
 
@@ -441,7 +441,7 @@ class _Rollout:
 # ---- work of the threads
 
 
-def _begin(environment: Environment, row: Columns, task: Task) -> Beginning:
+def _begin(environment: Environment, row: RowColumns, task: Task) -> Beginning:
     return environment.reset(row, task)
 
 
