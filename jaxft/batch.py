@@ -99,6 +99,7 @@ class Rollout:
     values: Float[Any, "B M"] | None = None  # the critic's at sampling
     returns: Float[Any, "B M"] | None = None  # the critic's targets
     value_weights: Float[Any, "B M"] | None = None
+    observation_weights: Float[Any, "B M"] | None = None  # of tokens that were given, padding otherwise
     branches: Int[Any, "B T"] | None = None
     last: Int[Any, "B A"] | None = None  # row position of the last sampled token, where a reward is read
     # most tokens of a completion; fixes the angles of dynamic and longrope

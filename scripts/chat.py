@@ -238,7 +238,7 @@ def main() -> int:
     flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
     print(f"loading {', '.join(named)}; the first start also compiles the programs", file=sys.stderr)
     found = served.load_served(named, flags, rows=2, continues=True)
-    new = found.programs.sizes.new
+    new = found.sizes.new
     choice = ChoiceSettings(Sampling(new, *given), args.seed, (), 1, None)
     chat = chats.Conversation(found.models, (next(iter(found.models)),), choice, new, args.system)
     if args.use:
@@ -247,7 +247,7 @@ def main() -> int:
         import readline  # noqa: F401  line editing, and earlier lines by the arrow keys
 
         print(f"{', '.join(found.models)}; /help lists the commands", file=sys.stderr)
-    scheduler = Scheduler(found.programs, found.params)
+    scheduler = Scheduler(found.engine, found.sizes, found.params)
     scheduler.start()
     try:
         chat_loop(scheduler, chat)

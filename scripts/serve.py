@@ -106,7 +106,7 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
     flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new, tools)
     log(f"loading {', '.join(named)}; the first start also compiles the programs")
     found = served.load_served(named, flags, args.rows)
-    scheduler = Scheduler(found.programs, found.params, args.queue, log)
+    scheduler = Scheduler(found.engine, found.sizes, found.params, args.queue, log)
     scheduler.start()
     is_local = args.host in server.LOOPBACK
     limits = server.ServerLimits(

@@ -136,6 +136,11 @@ class Prompts(DataSettings):
         return min(self.max_turns * self.max_new, self.episode_length)
 
     @property
+    def reads_given(self) -> bool:
+        """Whether batches read log-probs of given tokens too, besides those that the policy samples."""
+        return False
+
+    @property
     def starts_per_row(self) -> int:
         """How many prompts a row has: one, unless the prompts of a group differ."""
         return 1
@@ -145,8 +150,9 @@ class Prompts(DataSettings):
         longest episodes.
         """
         more = int(fraction * (self.starts_per_row - 1) * longest)
-        given, sampled = (int(fraction * self.group * n) for n in (self.episode_length, self.sampled_length))
-        return RowShape(padded_length(longest + more + given), padded_length(sampled))
+        read_length = self.episode_length if self.reads_given else self.sampled_length
+        tokens, reads = (int(fraction * self.group * n) for n in (self.episode_length, read_length))
+        return RowShape(padded_length(longest + more + tokens), padded_length(reads))
 
     @property
     def steps_per_rollout(self) -> int:

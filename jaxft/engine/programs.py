@@ -14,14 +14,14 @@ from jaxtyping import Array, Float
 from jaxft.engine.sampling import NONFINITE, sample_rows
 from jaxft.engine.state import (
     BLOCK,
+    EVERY_TOKEN,
     MIN_MATMUL_ROWS,
     NO_TOKEN,
     WORD,
-    AllowedTokens,
     Decoding,
     GivenTokens,
     NewPrompts,
-    RowSettings,
+    RowChoices,
     Slots,
     State,
     all_allowed,
@@ -48,7 +48,7 @@ from jaxft.nn.cache import (
     widen_prompts,
 )
 from jaxft.nn.cached_attention import RowGroups
-from jaxft.tree import Params, struct
+from jaxft.tree import Params
 
 # XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for
 # other numbers of rows (github.com/openxla/xla, xla/backends/cpu). With this option it runs only matmuls.
@@ -57,24 +57,17 @@ NO_YNNPACK_REDUCTIONS: dict[str, str | bool] = {
 }
 
 
-@struct
-class Sampled:
-    """Sampled tokens [r], their log-probs, and the most likely tokens [r, top] with theirs."""
-
-    tokens: Any
-    logps: Any
-    top_tokens: Any
-    top_logps: Any
+_Sampled = tuple[Array, Array, Array, Array]  # tokens and log-probs [r], and of the most likely ones [r, top]
 
 
 def next_tokens(
     d: Decoding,
     params: Params,
     h_RD: Float[Array, "r D"],
-    settings: RowSettings,
+    settings: RowChoices,
     at: tuple[Array, Array],
-    allowed: AllowedTokens,
-) -> Sampled:
+    allowed: Array,
+) -> _Sampled:
     """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
 
     Log-probs are those of the model also in a constrained row, at the temperature of the sampling unless the
@@ -92,7 +85,9 @@ def next_tokens(
 
     if d.constrained:
         tokens = jax.lax.cond(  # a choice between logits would copy them in every step
-            allowed.rows.any(), lambda: sample(allowed_logits(logits, allowed)), lambda: sample(logits)
+            jnp.any(allowed != EVERY_TOKEN),
+            lambda: sample(allowed_logits(logits, allowed)),
+            lambda: sample(logits),
         )
     else:
         tokens = sample(logits)
@@ -112,14 +107,15 @@ def next_tokens(
         return jnp.full((rows, d.top), NO_TOKEN, jnp.int32), jnp.zeros((rows, d.top), jnp.float32)
 
     top = jax.lax.cond(settings.top.any(), most_likely, none) if d.top else none()
-    return Sampled(tokens, logps, *top)
+    return tokens, logps, *top
 
 
-def allowed_logits(logits: Array, allowed: AllowedTokens) -> Array:
-    """Return the logits with -inf for tokens that a constrained row may not sample."""
-    bits = allowed.words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None] & 1
-    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
-    return jnp.where(is_allowed | ~allowed.rows[:, None], logits, -jnp.inf)
+def allowed_logits(logits: Array, allowed: Array) -> Array:
+    """Return the logits with -inf for tokens that a row may not sample, because its completion must match a
+    grammar. allowed [R, W], uint32: bit t % 32 of word t // 32 is set for each allowed token t.
+    """
+    bits = allowed[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None] & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
 def _put(rows: Array, old: Any, new: Any) -> Any:
@@ -127,27 +123,28 @@ def _put(rows: Array, old: Any, new: Any) -> Any:
     return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
 
 
-def _with_tokens(d: Decoding, state: State, rows: Array, found: Sampled, counts: Array) -> State:
+def _with_tokens(state: State, rows: Array, found: _Sampled, counts: Array) -> State:
     """Return the state with sampled tokens of rows. counts: tokens of these rows before."""
 
     def at(columns: Array, old: Array, x: Array) -> Array:
         return old.at[rows, columns].set(x, mode="drop")
 
+    tokens, logps, top_tokens, top_logps = found
     settings = jax.tree.map(lambda x: x[rows], state.settings)
-    stops = (found.tokens[:, None] == settings.stops).any(-1) | (found.tokens == NONFINITE)
+    stops = (tokens[:, None] == settings.stops).any(-1) | (tokens == NONFINITE)
     return replace(
         state,
-        tokens=at(counts, state.tokens, found.tokens),
-        logps=at(counts, state.logps, found.logps),
-        top_tokens=at(counts % BLOCK, state.top_tokens, found.top_tokens),
-        top_logps=at(counts % BLOCK, state.top_logps, found.top_logps),
-        last=_put(rows, state.last, jnp.maximum(found.tokens, 0)),
+        tokens=at(counts, state.tokens, tokens),
+        logps=at(counts, state.logps, logps),
+        top_tokens=at(counts % BLOCK, state.top_tokens, top_tokens),
+        top_logps=at(counts % BLOCK, state.top_logps, top_logps),
+        last=_put(rows, state.last, jnp.maximum(tokens, 0)),
         counts=_put(rows, state.counts, counts + 1),
         live=_put(rows, state.live, ~stops & (counts + 1 < settings.limit)),
     )
 
 
-def start(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
+def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
     """Prefill prompts, padded to at most the tokens of a prompt slot, and sample the first token of their
     completions.
     """
@@ -179,11 +176,11 @@ def start(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
         keys=state.keys.at[rows].set(keys, mode="drop"),
         firsts=_put(rows, state.firsts, none),
     )
-    return _with_tokens(d, fresh, rows, found, none)
+    return _with_tokens(fresh, rows, found, none)
 
 
-def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
-    """Append given tokens to rows, and sample the next token of those without more of them."""
+def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
+    """Append given tokens to rows, and sample the next token of each, which further given tokens replace."""
     rows, C = new.rows, new.ids.shape[1]
     of_rows = {**params, "rows": new.settings.adapter}
     chunk = Extension(
@@ -192,8 +189,8 @@ def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State
     h_RCD, stored = d.model.extend(of_rows, state.cache, chunk)
     last = (jnp.arange(C)[None] == new.lengths[:, None] - 1)[..., None]
     h_RD = jnp.where(last, h_RCD, 0).sum(1)
-    keys = jnp.where(new.renewed, jax.random.wrap_key_data(new.keys), state.keys[rows])
     counts = new.counts + new.lengths
+    keys = jnp.where(new.firsts == counts, jax.random.wrap_key_data(new.keys), state.keys[rows])
     found = next_tokens(d, of_rows, h_RD, new.settings, (keys, counts - new.firsts), new.allowed)
     fresh = replace(
         state,
@@ -202,22 +199,21 @@ def extend(d: Decoding, params: Params, state: State, new: GivenTokens) -> State
         keys=state.keys.at[rows].set(keys, mode="drop"),
         firsts=_put(rows, state.firsts, new.firsts),
     )
-    done = jnp.where(new.more, len(state.live), rows)
-    return _with_tokens(d, fresh, done, found, counts)
+    return _with_tokens(fresh, rows, found, counts)
 
 
-def decode(
+def decode_rows(
     d: Decoding,
     read: tuple[int, int],
     params: Params,
     state: State,
     used: Array,
-    until: tuple[Array, AllowedTokens],
+    until: tuple[Array, Array],
 ) -> State:
     """Sample further tokens of all live rows. read: how many first slots of rows' keys, and how many last
     slots of prompts' keys, are read. used [R]: false for rows whose requests were dropped.
 
-    until: how many steps to run, or until how few rows are live, int32 [2]; the allowed tokens of one step.
+    until: the number of steps, or of live rows at which it stops, int32 [2]; the allowed tokens of one step.
     """
     limits, allowed = until
     state = replace(state, live=state.live & used)
@@ -234,7 +230,7 @@ def decode(
         h_RD, stored = d.model.decode(params, s.cache, s.last, at)
         found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
         s = replace(s, cache=replace(stored, rows=sharded(stored.rows)))
-        return i + 1, _with_tokens(d, s, jnp.where(s.live, every, len(used)), found, s.counts)
+        return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), found, s.counts)
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
@@ -248,7 +244,7 @@ def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
     return RowGroups(index.reshape(prompts, d.group), jnp.minimum(places, prompts * d.group - 1))
 
 
-def keep(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
+def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
     """Return a state of other sizes with these rows [r] and prompt slots [p] of it. slots [r]: the new prompt
     slot of each row. used [r]: false for rows that are empty.
     """
@@ -323,17 +319,17 @@ def program_tracers(
         if rows == slots.rows or d.serving:
             for together, size in prefill_levels(slots, mesh):
                 new = replicated_shapes(new_prompts(d, slots, rows, (together, size)), mesh)
-                add(("start", rows, together, size), partial(start, d), rows, params, state, new)
+                add(("start", rows, together, size), partial(start_prompts, d), rows, params, state, new)
         for together, size in extend_levels(rows, d.sampling.max_new) if d.extends else []:
             given = replicated_shapes(given_tokens(d, rows, (together, size)), mesh)
-            add(("extend", rows, together, size), partial(extend, d), rows, params, state, given)
+            add(("extend", rows, together, size), partial(extend_rows, d), rows, params, state, given)
         for to in (to for to in sizes if to != rows):
             integers, prompts = np.zeros(to, np.int32), np.zeros(min(slots.prompts, to), np.int32)
             kept = replicated_shapes((integers, prompts, integers, np.zeros(to, bool)), mesh)
-            add(("keep", rows, to), keep, to, state, *kept)
+            add(("keep", rows, to), keep_rows, to, state, *kept)
     for rows, read, prompt in decode_levels(d, slots, mesh):
         until = np.zeros(2, np.int32), all_allowed(d, rows)
         inputs = replicated_shapes((np.zeros(rows, bool), until), mesh)
-        run = partial(decode, d, (read, prompt))
+        run = partial(decode_rows, d, (read, prompt))
         add(("decode", rows, read, prompt), run, rows, params, states[rows], *inputs)
     return out

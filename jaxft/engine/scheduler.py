@@ -11,12 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.bounds import at_least, check_bounds
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import BUCKET, NONFINITE, Sampling
 from jaxft.engine.session import Choice, Running, Session
@@ -38,40 +39,29 @@ class ServeSizes:
     rows go on, for which each has slots for prompt + new tokens.
     """
 
-    rows: int = 8
-    prompt: int = 1024
-    new: int = 512
-    stops: int = 8
-    block: int = 4
+    rows: Annotated[int, at_least(1)] = 8
+    prompt: Annotated[int, at_least(1)] = 1024
+    new: Annotated[int, at_least(1)] = 512
+    stops: Annotated[int, at_least(1)] = 8
+    block: Annotated[int, at_least(1)] = 4
     continues: bool = False
 
     def __post_init__(self):
-        for name in ("rows", "prompt", "new", "stops", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class ServePrograms:
-    """A compiled engine and the sizes of the server that it is for."""
-
-    engine: Engine
-    sizes: ServeSizes
+        check_bounds(self)
 
 
 def compile_server(
     model: Model, sizes: ServeSizes, params: Params, mesh: Mesh | None = None, cache: CacheFormat = "compute"
-) -> ServePrograms:
+) -> Engine:
     """Compile the server's programs. model: over the whole tree with "rows", see models/adapted.py. mesh: of
     one device, or None.
     """
-    most = sizes.new + sizes.prompt * sizes.continues
     d = Decoding(
-        model, Sampling(most), (), 1, cache, stops=sizes.stops, extends=sizes.continues, constrained=True,
-        serving=True,
+        model, Sampling(sizes.new + sizes.prompt * sizes.continues), (), 1, cache, sizes.stops,
+        extends=sizes.continues, constrained=True, serving=True,
     )  # fmt: skip
     slots = Slots(sizes.rows, sizes.rows, -(-sizes.prompt // BUCKET) * BUCKET, 1)
-    return ServePrograms(compile_engine(d, params, slots, mesh), sizes)
+    return compile_engine(d, params, slots, mesh)
 
 
 @dataclass(frozen=True)
@@ -156,10 +146,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, programs: ServePrograms, params: Params, queue: int = 64, log: Callable[[str], None] = print
+        self,
+        engine: Engine,
+        sizes: ServeSizes,
+        params: Params,
+        queue: int = 64,
+        log: Callable[[str], None] = print,
     ):
-        self.programs, self.params, self.queue, self.log = programs, params, queue, log
-        self.sizes = programs.sizes
+        self.engine, self.sizes, self.params, self.queue, self.log = engine, sizes, params, queue, log
         self.rows: dict[int, Ticket] = {}
         self.idle: dict[int, Running] = {}
         self.waiting: deque[Ticket] = deque()
@@ -171,7 +165,7 @@ class Scheduler:
         self.thread = threading.Thread(target=self._run, name="jaxft-scheduler", daemon=True)
 
     def _new_session(self) -> Session:
-        return Session(self.programs.engine, self.params, keeps=self.sizes.continues)
+        return Session(self.engine, self.params, keeps=self.sizes.continues)
 
     def start(self) -> None:
         """Start the thread."""

@@ -15,8 +15,7 @@ from jaxft.engine.sampling import NONFINITE, Sampling, row_sampling
 from jaxft.engine.state import (
     BLOCK,
     NO_TOKEN,
-    AllowedTokens,
-    RowSettings,
+    RowChoices,
     all_allowed,
     given_tokens,
     key_data,
@@ -208,22 +207,21 @@ class Session:
         return self._collect()
 
     def _extend(self) -> bool:
-        """Append given tokens to rows, as many as one program takes."""
+        """Append given tokens to rows, as many as one program takes, the fewest first."""
         pending = [it for it in self.running.values() if it.given]
         if not pending:
             return False
+        pending.sort(key=lambda it: len(it.given))
         sizes = sorted(size[1:] for size in self.engine.extend if size[0] == self.rows)
-        longest = max(len(it.given) for it in pending)
-        fits = [size for size in sizes if size[1] >= longest] or [max(sizes, key=lambda size: size[1])]
-        together, size = fits[-1] if len(pending) > 1 else fits[0]
+        fits = [size for size in sizes if size[1] >= len(pending[0].given)] or [max(sizes, key=np.prod)]
+        several = [size for size in fits if size[0] > 1] if len(pending) > 1 else []
+        together, size = (several or fits)[0]
         new = given_tokens(self.engine.decoding, self.rows, (together, size))
         for i, it in enumerate(pending[:together]):
             chunk, it.given = it.given[:size], it.given[size:]
             new.ids[i, : len(chunk)] = chunk
             new.lengths[i], new.counts[i], new.rows[i] = len(chunk), it.count, it.row
-            new.more[i], new.firsts[i] = bool(it.given), it.first
-            if it.first == it.begun:
-                new.renewed[i], new.keys[i] = True, it.choice.key
+            new.firsts[i], new.keys[i] = it.first, self.key if it.choice.key is None else it.choice.key
             it.count += len(chunk)
             self.prefilled += len(chunk)
             self._choose(new.settings, new.allowed, i, it)
@@ -265,7 +263,7 @@ class Session:
     def _slots(self) -> set[int]:
         return {it.slot for it in self.running.values()}
 
-    def _choose(self, settings: RowSettings, allowed: AllowedTokens, at: int, it: Running) -> None:
+    def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
         """Set what the request of a row chooses."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
@@ -274,11 +272,11 @@ class Session:
         settings.stops[at, : len(it.choice.stop)] = it.choice.stop
         self._allow(allowed, at, it)
 
-    def _allow(self, allowed: AllowedTokens, at: int, it: Running) -> None:
+    def _allow(self, allowed: np.ndarray, at: int, it: Running) -> None:
         """Set the tokens that may come next in a row."""
         if it.constraint is not None:
-            words = it.constraint.allowed()[: allowed.words.shape[1]]
-            allowed.rows[at], allowed.words[at, : len(words)] = True, words
+            words = it.constraint.allowed()[: allowed.shape[1]]
+            allowed[at], allowed[at, : len(words)] = 0, words
 
     def _decode(self, steps: int | None) -> None:
         """Decode until rows can be given to waiting prompts, dropped or extended."""
@@ -314,6 +312,8 @@ class Session:
         """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""
         s, found = self.state, []
         live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
+        if any(it.choice.top for it in self.running.values()):
+            self.top = jax.device_get((s.top_tokens, s.top_logps))
         for it in list(self.running.values()):
             count = int(counts[it.row])
             if it.finish or it.given or count <= it.count:
@@ -337,7 +337,7 @@ class Session:
         """Return the most likely tokens with their log-probs, for each new token of a row."""
         if not it.choice.top:
             return [()] * (it.count - it.seen)
-        tokens, logps = jax.device_get((self.state.top_tokens, self.state.top_logps))
+        tokens, logps = self.top
         places = [(it.row, t % BLOCK) for t in range(it.seen, it.count)]
         return [tuple(zip(tokens[at].tolist(), logps[at].tolist(), strict=True)) for at in places]
 
@@ -362,5 +362,4 @@ class Session:
 
     def _become(self, state: Any, rows: int) -> None:
         self.state, self.rows = state, rows
-        nothing = all_allowed(self.engine.decoding, rows)
-        self._all_allowed = jax.device_put(nothing, state.live.sharding)
+        self._all_allowed = all_allowed(self.engine.decoding, rows)

@@ -24,7 +24,7 @@ from jaxft.tree import struct
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
 BLOCK = 4  # the most decoding steps between two looks at the most likely tokens
-WORD = 32  # bits of a word of AllowedTokens
+WORD, EVERY_TOKEN = 32, np.uint32(2**32 - 1)  # bits of a word of allowed tokens, and a word with all of them
 # Slots of rows' keys; programs that read fewer than all are compiled from this size on.
 SMALLEST_READ = SLOTS_PER_READ
 SMALLEST_PROMPT_READ = 256  # the same for prompts
@@ -41,7 +41,7 @@ PREFILLED_TOGETHER = 8  # prompts
 # Up to three programs, each for prompts four times as long as the one before, from SMALLEST_PREFILL on.
 PREFILLED_TOKENS = 2048
 SMALLEST_PREFILL = 128
-EXTENDED_TOGETHER = 8  # rows
+EXTENDED_TOGETHER = 4  # rows
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,6 @@ class Decoding:
         """The number of most likely tokens whose log-probs are computed."""
         return min(MOST_TOP, self.model.config.vocab) if self.serving else 0
 
-    @property
-    def words(self) -> int:
-        """The number of words that have a bit for each token."""
-        return -(-self.model.config.vocab // WORD) if self.constrained else 0
-
 
 class Slots(NamedTuple):
     """Sizes of an engine.
@@ -94,11 +89,9 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress, but never fewer than those of a prompt; None for all. A prompt
-    keeps its slot until its last completion has ended. So if not all completions are in progress, there are
-    slots for twice as many prompts as rows have room for. At most a quarter of the rows is refilled at a
-    time, because rows are idle until so many have ended. For one completion in progress there is a second
-    row, which is empty.
+    rows: the most completions in progress, but never fewer than those of a prompt; None for all. If these are
+    not all, there are slots for twice as many prompts, because a prompt keeps its slot until its last
+    completion has ended, and at most a quarter of the rows is refilled at a time, for which the others wait.
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
     most -= most % group
@@ -112,10 +105,10 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 
 
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
-    """Return the most completions that are sampled at the same time, None for all.
+    """Return the most completions that are sampled at the same time, None for all. asked: by the user.
 
-    asked: by the user. By default a CPU samples all; an accelerator as many as make its steps longer, so that
-    rows that ended take the next prompts instead of being computed up to the longest completion.
+    By default a CPU samples all; an accelerator as many as make its steps longer, so that rows that ended
+    take the next prompts instead of being computed up to the longest completion.
     """
     if asked is not None or first_device(mesh).platform == "cpu":
         return asked
@@ -128,10 +121,8 @@ def first_device(mesh: Mesh | None) -> Any:
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return the numbers of rows that have programs, descending.
-
-    Each is half the one before, down to the fewest for which a program is faster. On several devices, which
-    would have to exchange the keys of rows, there is one.
+    """Return the numbers of rows that have programs, descending, each half the one before: one on several
+    devices, which would have to exchange the keys of rows.
     """
     fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
@@ -144,10 +135,7 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def read_levels(new: int) -> list[int]:
-    """Return the numbers of slots of rows' keys that have programs, ascending: at most three, all at last.
-
-    new: the most tokens of a completion.
-    """
+    """Return how many slots of rows' keys programs read, ascending: at most three numbers."""
     levels = [row_slots(new)]
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
         levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
@@ -155,9 +143,7 @@ def read_levels(new: int) -> list[int]:
 
 
 def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
-    """Return (prompts, tokens) of every program that prefills, ascending by tokens: padded prompts would
-    otherwise take as long as the longest.
-    """
+    """Return (prompts, tokens) of every program that prefills; short prompts are padded less."""
     sizes = [slots.size]
     while len(sizes) < 3 and sizes[0] > 2 * SMALLEST_PREFILL:
         sizes.insert(0, max(-(-sizes[0] // (4 * BUCKET)) * BUCKET, SMALLEST_PREFILL))
@@ -167,18 +153,16 @@ def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
 
 
 def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
-    """Return (rows, tokens) of every program that extends: of one row and of several, and of longer texts,
-    which are appended in as many parts as they need.
-    """
-    return [(1, BUCKET), (min(rows, EXTENDED_TOGETHER), BUCKET)] + [(1, 8 * BUCKET)] * (new > 8 * BUCKET)
+    """Return (rows, tokens) of every program that extends rows; more tokens are appended in parts."""
+    long = [(1, 8 * BUCKET)] if new > 8 * BUCKET else []
+    several = [(EXTENDED_TOGETHER, BUCKET)] if rows >= EXTENDED_TOGETHER else []
+    return [(1, BUCKET), *long, *several]
 
 
 def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
-    """Return (rows, read, prompt) of every decode program: numbers of rows, and of slots of rows' and of
-    prompts' keys that are read.
-
-    All rows read one of several numbers, and half of the prompts' slots or all. Fewer rows than all read all
-    slots, and so does a server, whose rows are at different tokens, unless its rows go on.
+    """Return (rows, read, prompt) of every program that decodes: how many rows, and how many slots of rows'
+    and of prompts' keys are read: all by fewer rows, and by a server, whose rows are at different tokens,
+    unless its rows go on.
     """
     sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
     half = -(-slots.size // (2 * BUCKET)) * BUCKET
@@ -189,7 +173,7 @@ def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[in
 
 
 @struct
-class RowSettings:
+class RowChoices:
     """What requests choose, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
@@ -216,7 +200,7 @@ class State:
     """
 
     cache: Cache
-    settings: RowSettings
+    settings: RowChoices
     tokens: Any
     logps: Any
     top_tokens: Any
@@ -232,24 +216,12 @@ class State:
 
 
 @struct
-class AllowedTokens:
-    """Tokens that rows may sample next, for completions that must match a grammar.
-
-    rows [R]: whether a row is constrained. words [R, W], uint32: bit t % 32 of word t // 32 is set for each
-    allowed token t; unused in other rows.
-    """
-
-    rows: Any
-    words: Any
-
-
-@struct
 class NewPrompts:
     """Prompts to start, padded on the left, and their rows.
 
-    slots: prompt slot of each [p]; the number of slots for none. numbers: folded into their random keys [p].
-    rows: of their completions [p, G]; the number of rows for none. keys: data of random keys [p, ...].
-    settings, allowed: of their rows, and their first tokens [p].
+    slots: prompt slot of each [p]; the number of slots for none. numbers [p]: folded into their random keys.
+    rows: of their completions [p, G]; the number of rows for none. keys [p, ...]: data of random keys.
+    settings [p]: of their rows. allowed: see programs.allowed_logits.
     """
 
     tokens: Tokens
@@ -257,8 +229,8 @@ class NewPrompts:
     numbers: Any
     rows: Any
     keys: Any
-    settings: RowSettings
-    allowed: AllowedTokens
+    settings: RowChoices
+    allowed: Any
 
 
 @struct
@@ -266,34 +238,32 @@ class GivenTokens:
     """Tokens to append to rows, padded on the right: the last token of each row and what follows it.
 
     ids [r, C]. lengths [r]: how many of them are tokens. counts [r]: tokens of the row before these.
-    more [r]: whether other given tokens follow, so that none is sampled. firsts [r]: see State. renewed [r]:
-    whether `keys` are new random keys of the rows. rows, keys, settings, allowed: as in NewPrompts, [r].
+    firsts [r]: see State; a row whose next token is the first has a new random key. rows, keys, settings,
+    allowed: as in NewPrompts, [r].
     """
 
     ids: Any
     lengths: Any
     counts: Any
-    more: Any
     firsts: Any
-    renewed: Any
     rows: Any
     keys: Any
-    settings: RowSettings
-    allowed: AllowedTokens
+    settings: RowChoices
+    allowed: Any
 
 
-def empty_settings(d: Decoding, rows: int) -> RowSettings:
+def empty_settings(d: Decoding, rows: int) -> RowChoices:
     """Return the settings of the engine for `rows` rows, as NumPy arrays."""
     stops = np.full((rows, max(d.stops, len(d.stop), 1)), NO_TOKEN, np.int32)
     stops[:, : len(d.stop)] = d.stop
     sampling = jax.tree.map(lambda x: np.full(rows, x), row_sampling(d.sampling, d.model.config.vocab))
     limit, adapter = (np.full(rows, x, np.int32) for x in (d.sampling.max_new, BASE))
-    return RowSettings(sampling, limit, stops, adapter, np.zeros(rows, bool))
+    return RowChoices(sampling, limit, stops, adapter, np.zeros(rows, bool))
 
 
-def all_allowed(d: Decoding, rows: int) -> AllowedTokens:
-    """Return that no row is constrained, as NumPy arrays."""
-    return AllowedTokens(np.zeros(rows, bool), np.zeros((rows, d.words), np.uint32))
+def all_allowed(d: Decoding, rows: int) -> np.ndarray:
+    """Return that no row is constrained; see programs.allowed_logits."""
+    return np.full((rows, -(-d.model.config.vocab // WORD) * d.constrained), EVERY_TOKEN, np.uint32)
 
 
 def key_data(key: jax.Array) -> np.ndarray:
@@ -305,25 +275,20 @@ def new_prompts(d: Decoding, slots: Slots, rows: int, size: tuple[int, int], pro
     """Return a NewPrompts of `size`, prompts and tokens, for a state of `rows` rows. Beyond the given ones
     they are empty, and none of them has a slot or rows yet.
     """
-    count, longest = size
+    count, keys = size[0], np.stack([key_data(jax.random.key(0))] * size[0])
     return NewPrompts(
-        left_pad(prompts, count, longest), np.full(count, slots.prompts, np.int32), np.zeros(count, np.int32),
-        np.full((count, d.group), rows, np.int32), _no_keys(count), empty_settings(d, count),
-        all_allowed(d, count),
+        left_pad(prompts, *size), np.full(count, slots.prompts, np.int32), np.zeros(count, np.int32),
+        np.full((count, d.group), rows, np.int32), keys, empty_settings(d, count), all_allowed(d, count),
     )  # fmt: skip
 
 
 def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
     """Return a GivenTokens of `size`, rows and tokens, for a state of `rows` rows, all empty."""
-    count, integers, flags = size[0], np.zeros((3, size[0]), np.int32), np.zeros((2, size[0]), bool)
+    count, integers = size[0], np.zeros((3, size[0]), np.int32)
     return GivenTokens(
-        np.zeros(size, np.int32), integers[0], integers[1], flags[0], integers[2], flags[1],
-        np.full(count, rows, np.int32), _no_keys(count), empty_settings(d, count), all_allowed(d, count),
+        np.zeros(size, np.int32), *integers, np.full(count, rows, np.int32),
+        np.stack([key_data(jax.random.key(0))] * count), empty_settings(d, count), all_allowed(d, count),
     )  # fmt: skip
-
-
-def _no_keys(count: int) -> np.ndarray:
-    return np.zeros((count, *key_data(jax.random.key(0)).shape), np.uint32)
 
 
 def empty_state(d: Decoding, slots: Slots, rows: int) -> State:

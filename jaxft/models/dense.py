@@ -187,10 +187,8 @@ def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[
     return _final_norm(d, params, h), keys
 
 
-def extend(
-    d: Decoder, params: Params, cache: Cache, chunk: Extension
-) -> tuple[Float[Array, "r C D"], Cache]:
-    """Process a chunk of given tokens per row. Return hidden states [r, C, D] and the cache with the chunks."""
+def extend(d: Decoder, params: Params, cache: Cache, chunk: Extension) -> tuple[Float[Array, "r C D"], Cache]:
+    """Process a chunk of given tokens per row. Return hidden states [r, C, D] and the cache with them."""
     h = _embed(d, params, chunk.ids)
     h, cache = extend_layers(_one_layer(d), h, params["layers"], cache, chunk, d.architecture.attention)
     return _final_norm(d, params, h), cache

@@ -1,8 +1,9 @@
 """Caches of keys and values for generation: prompts once, and the tokens that each completion adds.
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
-completions of the prompt share, and to the keys of its own tokens. Layers with a sliding window of W tokens
-cache only the last W of both (rounded up to a multiple of 64 if W is larger).
+completions of the prompt share, and to the keys of its own tokens. A layer with a sliding window of W tokens
+caches only the last W of both (rounded up to a multiple of 64 if W is larger). Each layer has arrays of its
+own, which a decoding step updates in place and reads without a copy.
 """
 
 from dataclasses import replace
@@ -10,14 +11,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.bits import from_bits, to_bits
 from jaxft.nn.cached_attention import (
     Keys,
-    KeysOfLayer,
     RowGroups,
     cached_attention,
     chunk_attention,
@@ -27,20 +26,10 @@ from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
-K_AXES = ("layers", "rows", "kv_heads", "head_dim", "whole_time")
-V_AXES = ("layers", "rows", "kv_heads", "whole_time", "head_dim")
-SCALE_AXES = ("layers", "rows", "kv_heads", "whole_time")
-
-
-@struct
-class LayerKeys:
-    """Keys of all layers: full, of those that attend to all tokens, and window, of those with a window.
-
-    Either is None if the model has no such layers.
-    """
-
-    full: Keys | None
-    window: Keys | None
+LayerKeys = tuple[Keys, ...]  # of each layer
+K_AXES = ("rows", "kv_heads", "head_dim", "whole_time")
+V_AXES = ("rows", "kv_heads", "whole_time", "head_dim")
+SCALE_AXES = ("rows", "kv_heads", "whole_time")
 
 
 @struct
@@ -109,23 +98,26 @@ def row_slots(tokens: int) -> int:
     return tokens if tokens <= SLOTS_PER_READ else -(-tokens // SLOTS_PER_READ) * SLOTS_PER_READ
 
 
+def layer_slots(a: AttentionLayers, slots: int) -> list[int]:
+    """Return how many of `slots` successive tokens each layer stores."""
+    windows = [a.kinds[kind].window for kind in a.layout]
+    return [slots if window is None else min(slots, row_slots(window)) for window in windows]
+
+
 def empty_keys(
     a: AttentionLayers, heads: int, rows: int, slots: int, dtype: Any, stored: CacheFormat = "compute"
 ) -> LayerKeys:
     """Return zeros for the keys of all layers. dtype: of the computation."""
 
-    def of(layers: int, size: int) -> Keys | None:
-        if not layers:
-            return None
-        shape = layers, rows, heads, a.head_dim, size
+    def of(size: int) -> Keys:
+        shape = rows, heads, a.head_dim, size
         if stored == "compute":
             bits = to_bits(jnp.zeros((), dtype)).dtype
-            return Keys(jnp.zeros(shape, bits), jnp.zeros((*shape[:3], size, a.head_dim), bits))
-        kind, scales = STORED_DTYPES[stored], jnp.zeros((*shape[:3], size), jnp.float32)
-        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:3], size, a.head_dim), kind), scales, scales)
+            return Keys(jnp.zeros(shape, bits), jnp.zeros((*shape[:2], size, a.head_dim), bits))
+        kind, scales = STORED_DTYPES[stored], [jnp.zeros((*shape[:2], size), jnp.float32) for _ in range(2)]
+        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:2], size, a.head_dim), kind), *scales)
 
-    windows = int(a.windowed.sum())
-    return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, row_slots(a.longest_window))))
+    return tuple(of(size) for size in layer_slots(a, slots))
 
 
 # E4M3 as its bits: XLA's CPU compiler widens every other float8 array, a whole cache in each decoding step
@@ -155,16 +147,9 @@ def _scaled(x: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
 
 def prompt_keys(k: Array, v: Array, visible: Array, a: AttentionLayers) -> PromptKeys:
     """Return the keys of left-padded prompts, from k [L, P, K, E, S] and v [L, P, K, S, E] as raw bits."""
-    windowed = a.windowed
-
-    def of(layers: np.ndarray, keep: int | None) -> Keys | None:
-        if not layers.any():
-            return None
-        own_k, own_v = (k, v) if layers.all() else (k[np.flatnonzero(layers)], v[np.flatnonzero(layers)])
-        start = 0 if keep is None else max(0, k.shape[4] - keep)
-        return Keys(own_k[..., start:], own_v[:, :, :, start:])
-
-    return PromptKeys(LayerKeys(of(~windowed, None), of(windowed, row_slots(a.longest_window))), visible)
+    size = k.shape[4]
+    layers = enumerate(layer_slots(a, size))
+    return PromptKeys(tuple(Keys(k[i, ..., size - n :], v[i, :, :, size - n :]) for i, n in layers), visible)
 
 
 def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> Cache:
@@ -173,15 +158,11 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
     new: in the compute dtype.
     """
 
-    def put(old: Keys | None, fresh: Keys | None) -> Keys | None:
-        if old is None or fresh is None:
-            return None
+    def put(old: Keys, fresh: Keys) -> Keys:
         fresh = store(from_bits(fresh.k, dtype), from_bits(fresh.v, dtype), old)
-        return jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), old, fresh)
+        return jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), old, fresh)
 
-    layers = LayerKeys(
-        put(cache.prompts.layers.full, new.layers.full), put(cache.prompts.layers.window, new.layers.window)
-    )
+    layers = tuple(put(*both) for both in zip(cache.prompts.layers, new.layers, strict=True))
     visible = cache.prompts.visible.at[slots].set(new.visible, mode="drop")
     return replace(cache, prompts=PromptKeys(sharded(layers), visible))
 
@@ -196,26 +177,22 @@ def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
         widths[axis] = (slots - x.shape[axis], 0)
         return jnp.pad(x, widths)
 
-    def of(own: Keys | None, other: Keys | None) -> Keys | None:
-        if own is None or other is None:
-            return None
-        slots = other.k.shape[4]
-        return Keys(pad(own.k, slots, 4), pad(own.v, slots, 3))
+    def of(own: Keys, other: Keys) -> Keys:
+        slots = other.k.shape[3]
+        return Keys(pad(own.k, slots, 3), pad(own.v, slots, 2))
 
-    layers = LayerKeys(of(keys.layers.full, like.layers.full), of(keys.layers.window, like.layers.window))
+    layers = tuple(of(*both) for both in zip(keys.layers, like.layers, strict=True))
     return PromptKeys(layers, pad(keys.visible, like.visible.shape[1], 1))
 
 
 def key_axes(layers: LayerKeys) -> LayerKeys:
     """Return the logical axes of every array of the keys."""
 
-    def of(keys: Keys | None) -> Keys | None:
-        if keys is None:
-            return None
+    def of(keys: Keys) -> Keys:
         scale = None if keys.k_scale is None else SCALE_AXES
         return Keys(K_AXES, V_AXES, scale, scale)
 
-    return LayerKeys(of(layers.full), of(layers.window))
+    return tuple(of(keys) for keys in layers)
 
 
 def sharded(layers: LayerKeys) -> LayerKeys:
@@ -225,61 +202,51 @@ def sharded(layers: LayerKeys) -> LayerKeys:
 
 def select_rows(layers: LayerKeys, rows: Array) -> LayerKeys:
     """Return the keys of these rows (or prompts)."""
-    return jax.tree.map(lambda x: x[:, rows], layers)
+    return jax.tree.map(lambda x: x[rows], layers)
 
 
 def clear_values(layers: LayerKeys, rows: Array) -> LayerKeys:
     """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
 
-    def of(keys: Keys | None) -> Keys | None:
-        if keys is None:
-            return None
-        v, scale = (
-            None if x is None else x.at[:, rows].set(jnp.zeros((), x.dtype), mode="drop")
-            for x in (keys.v, keys.v_scale)
-        )
-        return Keys(keys.k, v, keys.k_scale, scale)
+    def zero(x: Array | None) -> Array | None:
+        return None if x is None else x.at[rows].set(jnp.zeros((), x.dtype), mode="drop")
 
-    return LayerKeys(of(layers.full), of(layers.window))
+    return tuple(Keys(keys.k, zero(keys.v), keys.k_scale, zero(keys.v_scale)) for keys in layers)
 
 
-def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: Any = True) -> Keys:
+def append(keys: Keys, k: Array, v: Array, counts: Array) -> Keys:
     """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the last token of each row.
 
-    layer: its index in `keys`. counts: tokens of the completions, including this one, int32 [R]. `used` false
-    leaves all unchanged.
+    counts: tokens of the completions, including this one, int32 [R].
     """
-    new, layers, size = store(k, v, keys), keys.k.shape[0], keys.k.shape[4]
+    new, size = store(k, v, keys), keys.k.shape[3]
     slots = (counts - 1) % jnp.asarray(size, counts.dtype)
-    layer = jnp.where(used, layer, layers).astype(counts.dtype)  # beyond the last, it is dropped
-    at_R2 = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], -1)
 
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
         # rows are a batching dimension, so that each device of a mesh updates its own
         where = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=tuple(range(1, old.ndim - 2)),
-            inserted_window_dims=(0, axis),
-            scatter_dims_to_operand_dims=(0, axis),
-            operand_batching_dims=(1,),
+            update_window_dims=tuple(range(1, old.ndim - 1)),
+            inserted_window_dims=(axis,),
+            scatter_dims_to_operand_dims=(axis,),
+            operand_batching_dims=(0,),
             scatter_indices_batching_dims=(0,),
         )
-        updates = x.squeeze(axis - 1)
         return jax.lax.scatter(
-            old, at_R2, updates, where, unique_indices=True, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
-        )
+            old, slots[:, None], x.squeeze(axis), where, unique_indices=True,
+            mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )  # fmt: skip
 
     return Keys(
-        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
-        put(keys.v_scale, new.v_scale, 3),
+        put(keys.k, new.k, 3), put(keys.v, new.v, 2), put(keys.k_scale, new.k_scale, 2),
+        put(keys.v_scale, new.v_scale, 2),
     )  # fmt: skip
 
 
-def append_chunk(keys: Keys, k: Array, v: Array, layer: Array, chunk: Extension, used: Any = True) -> Keys:
-    """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk. layer, used: see append."""
-    new, (layers, rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
-    layer = jnp.where(used, layer, layers).astype(chunk.counts.dtype)
+def append_chunk(keys: Keys, k: Array, v: Array, chunk: Extension) -> Keys:
+    """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk."""
+    new, (rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
     i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
     slots = (chunk.counts[:, None] + i) % jnp.asarray(size, i.dtype)
     stored = (i < chunk.lengths[:, None]) & (i >= chunk.lengths[:, None] - size)  # the last ones of a window
@@ -288,12 +255,12 @@ def append_chunk(keys: Keys, k: Array, v: Array, layer: Array, chunk: Extension,
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
-        index = (layer, at, *(slice(None),) * (axis - 2), slots)
-        return old.at[index].set(jnp.moveaxis(x, axis - 1, 1), mode="drop")
+        index = (at, *(slice(None),) * (axis - 1), slots)
+        return old.at[index].set(jnp.moveaxis(x, axis, 1), mode="drop")
 
     return Keys(
-        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
-        put(keys.v_scale, new.v_scale, 3),
+        put(keys.k, new.k, 3), put(keys.v, new.v, 2), put(keys.k_scale, new.k_scale, 2),
+        put(keys.v_scale, new.v_scale, 2),
     )  # fmt: skip
 
 
@@ -310,13 +277,13 @@ class Step:
 
 
 def attend(
-    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], index: Array, step: Step, rule: AttentionRule
+    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], step: Step, rule: AttentionRule
 ) -> Float[Array, "R 1 H E"]:
     """Return the attention of each row's token in one layer.
 
-    keys: of prompts and of rows, where the layer is at `index`. rule: window and soft cap.
+    keys: of prompts and of rows, as stored. rule: window and soft cap.
     """
-    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
+    prompts, rows = (_as_computed(some, q.dtype) for some in keys)
     size, at = rows.k.shape[3], step.at
     rows = rows if at.read is None else rows.part(0, min(at.read, size))
     if at.prompt_read is not None:
@@ -339,7 +306,6 @@ def attend(
 def attend_chunk(
     qkv: tuple[Float[Array, "r C H E"], Float[Array, "r K E C"], Float[Array, "r K C E"]],
     keys: tuple[Keys, Keys],
-    index: Array,
     at: tuple[Extension, Array],
     rule: AttentionRule,
 ) -> Float[Array, "r C H E"]:
@@ -350,7 +316,7 @@ def attend_chunk(
     prompts are visible.
     """
     (q, k, v), (chunk, visible) = qkv, at
-    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
+    prompts, rows = (_as_computed(some, q.dtype) for some in keys)
     prompts, rows = prompts.of_rows(chunk.prompts), rows.of_rows(chunk.rows)
     used, size, counts = prompts.k.shape[3], rows.k.shape[3], chunk.counts[:, None]
 
@@ -363,18 +329,16 @@ def attend_chunk(
     of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)
     of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
     of_chunk = counts + numbers(q.shape[1])
-    stored = joined([prompts, rows, KeysOfLayer(k, v)])
+    stored = joined([prompts, rows, Keys(k, v)])
     places = jnp.concatenate([of_prompts, of_rows, of_chunk], 1)
     return chunk_attention(q, stored, (places, of_chunk), rule)
 
 
-def _layer_of(keys: Keys, index: Array, dtype: Any) -> KeysOfLayer:
-    def of(x: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(x, index, 0, False)
-
-    k, v = of(keys.k), of(keys.v)
+def _as_computed(keys: Keys, dtype: Any) -> Keys:
+    """Return stored keys in the compute dtype, with their scales."""
     if keys.k_scale is None:
-        return KeysOfLayer(from_bits(k, dtype), from_bits(v, dtype))
+        return Keys(from_bits(keys.k, dtype), from_bits(keys.v, dtype))
+    k, v = keys.k, keys.v
     if k.dtype == jnp.uint8:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))
-    return KeysOfLayer(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))
+    return Keys(k.astype(dtype), v.astype(dtype), keys.k_scale, keys.v_scale)

@@ -5,14 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
     Extension,
-    LayerKeys,
     NextToken,
     PromptKeys,
     Step,
@@ -26,7 +24,6 @@ from jaxft.nn.cached_attention import Keys
 from jaxft.nn.layer_attention import (
     AttentionLayers,
     AttentionRule,
-    angles_of,
     attend_rows,
     batch_ranges,
     checked_values,
@@ -83,14 +80,12 @@ def decode_layers(
     angles = generation_angles(a, at.positions[:, None], lengths[:, None], h_R1D.dtype)
     step = Step(at, cache.prompts.visible, at.groups.to_groups(at.counts))
 
-    def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
-        return append(keys, k, v, i, at.counts, used)
+    def attended(qkv: tuple[Array, ...], keys: tuple[Keys, Keys], rule: AttentionRule) -> tuple[Array, Keys]:
+        (q, k, v), (prompts, rows) = qkv, keys
+        rows = append(rows, k, v, at.counts)
+        return attend(q, (prompts, rows), step, rule), rows
 
-    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
-        prompts, _, rows = keys
-        return attend(qkv[0], (prompts, rows), i, step, rule)
-
-    return _cached_layers(layer, h_R1D, layers, cache, (a, angles, stored, attended))
+    return _cached_layers(layer, h_R1D, layers, cache, (a, angles, attended))
 
 
 def extend_layers(
@@ -104,21 +99,14 @@ def extend_layers(
     """Return the residual stream of a chunk for each row after all layers, and the cache with the chunks."""
     positions = chunk.positions[:, None] + jnp.arange(h_rCD.shape[1], dtype=chunk.positions.dtype)[None]
     lengths = chunk.positions - chunk.counts + cache.new
-    angles = generation_angles(
-        a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype
-    )
+    angles = generation_angles(a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype)
 
-    def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
-        return append_chunk(keys, k, v, i, chunk, used)
+    def attended(qkv: tuple[Array, ...], keys: tuple[Keys, Keys], rule: AttentionRule) -> tuple[Array, Keys]:
+        (q, k, v), (_, rows) = qkv, keys
+        o = attend_chunk((q, k, v), keys, (chunk, cache.prompts.visible), rule)
+        return o, append_chunk(rows, k, v, chunk)
 
-    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
-        prompts, rows, _ = keys
-        return attend_chunk(qkv, (prompts, rows), i, (chunk, cache.prompts.visible), rule)
-
-    return _cached_layers(layer, h_rCD, layers, cache, (a, angles, stored, attended))
-
-
-Both = tuple[Keys, Keys, Keys]  # of prompts, of rows before and after new tokens are stored
+    return _cached_layers(layer, h_rCD, layers, cache, (a, angles, attended))
 
 
 def _cached_layers(
@@ -126,44 +114,29 @@ def _cached_layers(
 ) -> tuple[Float[Array, "R T D"], Cache]:
     """Run all layers on new tokens of rows, which attend to cached keys and are stored.
 
-    how: attention settings; angles; stored(keys, k, v, index of the layer in keys, whether to store) -> keys;
-    attended((q, k, v), keys, index, rule) -> o. The scan carries the rows' keys and updates them in place: as
-    xs and ys they would be copied for each token.
+    how: attention settings; angles; attended((q, k, v), (keys of prompts, keys of rows), rule) -> (o, keys of
+    rows with the new tokens). Layers are not scanned: a scan would copy each layer's weights and keys out of
+    stacked arrays in every step.
     """
-    (a, angles, stored, attended), prompts = how, cache.prompts.layers
-    size, windowed = cache.prompts.visible.shape[1] + cache.new, a.windowed
-    place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # index in full or in window
+    (a, angles, attended), size = how, cache.prompts.visible.shape[1] + cache.new
 
-    def body(carry: tuple[Array, LayerKeys], x: Any) -> tuple[Any, None]:
-        h, before = carry
-        p, i, has_window, kind = x
+    def run(h: Array, i: int) -> tuple[Array, Keys]:
+        kind, keys = a.layout[i], (cache.prompts.layers[i], cache.rows[i])
         rule = rule_of(a, kind, size)
 
         def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            (q, k), v = rotated(q, k, angles_of(angles, kind), query_factor(a)), checked_values(v)
-            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            full, window = before.full, before.window
-            if full is not None:
-                full = stored(full, k, v, i, True if window is None else ~has_window)
-            if window is not None:
-                window = stored(window, k, v, i, True if full is None else has_window)
+            (q, k), v = rotated(q, k, angles[kind], query_factor(a)), checked_values(v)
+            return attended((q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)), keys, rule)
 
-            def of_full() -> Array:
-                assert prompts.full is not None and full is not None
-                return attended((q, k, v), (prompts.full, before.full, full), i, rule)
+        return layer(layer_params(layers, i), h, attend_cached, None)
 
-            def of_window() -> Array:
-                assert prompts.window is not None and window is not None
-                return attended((q, k, v), (prompts.window, before.window, window), i, rule)
+    stored = []
+    for i in range(len(a.layout)):
+        h, rows = run(h, i)
+        stored.append(rows)
+    return h, replace(cache, rows=tuple(stored))
 
-            if window is None:
-                return of_full(), LayerKeys(full, None)
-            if full is None:
-                return of_window(), LayerKeys(None, window)
-            return jax.lax.cond(has_window, of_window, of_full), LayerKeys(full, window)
 
-        return layer(p, h, attend_cached, None), None
-
-    xs = layers, place.astype(np.int32), windowed, a.kind_numbers
-    (h, rows), _ = jax.lax.scan(body, (h, cache.rows), xs)
-    return h, replace(cache, rows=rows)
+def layer_params(layers: Params, index: int) -> Params:
+    """Return the parameters of one layer, of stacked or of separate ones."""
+    return layers[index] if isinstance(layers, tuple) else jax.tree.map(lambda x: x[index], layers)

@@ -48,7 +48,7 @@ def default_block() -> int:
     Matmuls of small blocks run at a CPU's full rate, and small blocks skip more of the keys that a query
     doesn't see: with three examples of 160 tokens in a row of 512, blocks of 64 compute 0.35 times as
     many scores as blocks of 256. Accelerators need fewer and larger matmuls. The size does not depend on the
-    length of a row: a prompt then adds up the same blocks, however far it is padded (batch_invariance.py).
+    length of a row: a prompt then adds up the same blocks, however far it is padded (engine/programs.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform

@@ -218,7 +218,8 @@ def vespo(
     """`-sg(phi) A log pi`, phi = exp(lam) w^k exp(-lam w), w the product of a completion's ratios
     (arXiv:2602.10693).
 
-    pos, neg: (k, lam) where A >= 0 and where A < 0; log w is clipped to [log 1e-8, 20]. TRL's defaults.
+    pos, neg: (k, lam) where A >= 0 and where A < 0; log w is clipped to [log 1e-8, 20]. TRL's defaults. In
+    TRL, w also contains the importance weights of the sampler; here it does with Rules.ratio_to_sampler.
     """
     log_w = jnp.clip(
         batch.spread(batch.total(batch.log_ratio)), jnp.log(1e-8).astype(batch.logp.dtype), MAX_LOG_RATIO

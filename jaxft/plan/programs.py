@@ -86,8 +86,9 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
 def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
     """Return the programs of rollouts: sampling, log-probs with the training program, and reward heads."""
     data: Any = run.data
-    s = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
-    d = Decoding(p.partition.model, s, tuple(run.model.config.eos), data.group, data.kv_cache)
+    s = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p)
+    stop, extends = tuple(run.model.config.eos), data.max_turns > 1
+    d = Decoding(p.partition.model, s, stop, data.group, data.kv_cache, extends=extends)
     rows = rows_in_progress(data.decode_rows, p.mesh)
     slots = slots_for(data.batch, d.group, padded_length(data.max_prompt), rows)
     found = _sampling("rollout sampling", p, params, d, slots)

@@ -182,7 +182,7 @@ def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScor
     return _zero_without_score(_centred(x) / np.where(mean > 0, mean, 1), x)
 
 
-def shortest(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
+def brevity(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
     """Rank completions by their length, the shortest first: a metric of gfpo."""
     return -_float64(lengths)
 
@@ -196,15 +196,16 @@ def gfpo(
     scores: GroupScores,
     lengths: GroupLengths,
     retain: int | None = None,
-    metric: Advantage = shortest,
+    metric: Advantage = brevity,
     advantage: Advantage = grpo,
 ) -> GroupScores:
     """`advantage` among the `retain` completions of each group with the highest `metric`, 0 for the others
     (Shrivastava et al. 2025, arXiv:2508.09726, eq. 2).
 
-    retain: None for half of the group, as the paper's 8 of 16. metric: shortest, token_efficiency or your own
+    retain: None for half of the group, as the paper's 8 of 16. metric: brevity, token_efficiency or your own
     function of (scores, lengths). The first of equal completions is retained. Token weights count all
-    completions, as the paper's do. Raises ValueError if the group has no more than `retain` completions.
+    completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises ValueError if the
+    group has no more than `retain` completions.
     """
     group = np.shape(scores)[1]
     retain = max(1, group // 2) if retain is None else retain

@@ -27,7 +27,7 @@ class Episodes:
 
     episodes: the training rows of each, the first one first. texts: of each episode's last sampled turn.
     group: N. size: S, the most tokens that an episode may sample. longest: the most tokens of an episode
-    after its prompt, given ones included.
+    after its prompt, given ones included. most_turns: of an episode.
     """
 
     prompts: TokenisedPrompts
@@ -36,6 +36,7 @@ class Episodes:
     group: int
     size: int
     longest: int
+    most_turns: int = 1
 
     def by_prompt(self, values: Sequence[Any]) -> Shaped[np.ndarray, "G N"]:
         """Arrange a value of each episode by prompt."""
@@ -105,9 +106,15 @@ class Episodes:
 
 
 def collect(
-    prompts: TokenisedPrompts, trajectories: Sequence[Trajectory], size: int, longest: int
+    prompts: TokenisedPrompts,
+    trajectories: Sequence[Trajectory],
+    size: int,
+    longest: int,
+    most_turns: int = 1,
 ) -> Episodes:
-    """Arrange the trajectories of a rollout, in order of prompt and episode. size, longest: see Episodes."""
+    """Arrange the trajectories of a rollout, in order of prompt and episode. size, longest, most_turns: see
+    Episodes.
+    """
     episodes: list[tuple[Trajectory, ...]] = []
     for trajectory in trajectories:
         if trajectory.part:
@@ -118,7 +125,7 @@ def collect(
         if len(sampled_tokens(parts)) > size or row_tokens(parts) > longest:
             episodes[number] = (replace(parts[0], segments=(), fault=NO_LENGTH),)
     texts = tuple(_last_text(parts[0].turns) for parts in episodes)
-    return Episodes(prompts, tuple(episodes), texts, len(episodes) // len(prompts), size, longest)
+    return Episodes(prompts, tuple(episodes), texts, len(episodes) // len(prompts), size, longest, most_turns)
 
 
 def sampled_tokens(parts: Sequence[Trajectory]) -> Int[np.ndarray, " n"]:

@@ -117,7 +117,9 @@ def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: floa
 
 
 def by_each(rollout: RolloutScores) -> AdvantageEstimate:
-    """Standardise the sum of GRPO's advantages of each reward, before `shape` and `scale`: GDPO."""
+    """Standardise the sum of GRPO's advantages of each reward, before `shape` and `scale`: GDPO
+    (arXiv:2601.05242).
+    """
     _require_no_kl(rollout, "by_each")
     total = adv.normalised_sum(rollout.reward_scores, rollout.reward_weights)
     return AdvantageEstimate(_per_token(rollout, np.where(adv.has_score(rollout.scores), total, 0)), None, {})

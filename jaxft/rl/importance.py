@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxft.objectives.metrics import Max, Min, Sum
+from jaxft.objectives.policy_losses import MAX_LOG_RATIO
 from jaxft.rl.advantages import Lengths, PerToken, token_mask
 from jaxft.tree import Metrics
 
 RATIO_MEAN, RATIO_MIN, RATIO_MAX, EFFECTIVE_SAMPLES = (
     f"sampling/importance_sampling_ratio/{name}" for name in ("mean", "min", "max", "effective_samples")
 )
-MAX_LOG_RATIO = 20.0  # |log rho| is clipped here, as verl does; no bound is near e^20
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ def _masked(log_ratio: np.ndarray, least: float, most: float) -> np.ndarray:
 
 def _check_bounds(least: float, most: float) -> None:
     if not 0 <= least < most:
-        raise ValueError(f"importance weights have bounds [{least:g}, {most:g}]. Use 0 <= least < most.")
+        raise ValueError(
+            f"correction: weights from least={least:g} to most={most:g} (correction_bounds={least:g},{most:g}). "
+            "Use 0 <= least < most."
+        )
 
 
 def _exp(log_ratio: np.ndarray) -> np.ndarray:

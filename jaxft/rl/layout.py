@@ -2,7 +2,8 @@
 
 A row of later training rows of an episode (see Trajectory.part) has these after the others, each as a segment
 with its own start, and so an episode whose prompt differs from that of the first one of its group. Given
-tokens are in the rows, but have no read position: no loss, entropy or KL is ever computed there.
+tokens are in the rows, but have no read position: no loss, entropy or KL is ever computed there. ECHO alone
+predicts them: its read positions follow those of sampled tokens and are padding to everything else.
 """
 
 from collections.abc import Sequence
@@ -29,12 +30,13 @@ class RolloutShapes:
     """Shapes of a rollout's rows. A rollout uses the smallest of them that holds its episodes.
 
     prompt_size: tokens that prompts are padded to for sampling. rows: the row shapes, smallest first.
-    batches: of an optimizer step [micro, rows, ...], one for each row shape.
+    batches: of an optimizer step [micro, rows, ...], one for each row shape. reads_given: see pack.
     """
 
     prompt_size: int
     rows: tuple[RowShape, ...]
     batches: tuple[Rollout, ...]
+    reads_given: bool = False
 
     def smallest(self, episodes: Episodes) -> RowShape:
         """Return the smallest of the row shapes that holds every prompt with all of its episodes."""
@@ -42,7 +44,8 @@ class RolloutShapes:
         for group in _groups(episodes):
             pieces = _pieces(group)
             length = max(length, len(shared_prompt(group)) + sum(len(piece.ids) for piece in pieces))
-            reads = max(reads, sum(len(piece.sampled) for piece in pieces))
+            given = sum(len(piece.given) for piece in pieces) if self.reads_given else 0
+            reads = max(reads, given + sum(len(piece.sampled) for piece in pieces))
         return next(shape for shape in self.rows if length <= shape.length and reads <= shape.reads)
 
 
@@ -50,7 +53,7 @@ def rollout_shapes(data: Prompts, longest: int, shards: int) -> RolloutShapes:
     """Return the shapes for prompts of at most `longest` tokens. shards: the mesh's divisor of rows."""
     rows = tuple(dict.fromkeys(data.group_row_shape(longest, fraction) for fraction in ROW_FRACTIONS))
     batches = tuple(rollout_batch_shapes(data, shape, shards) for shape in rows)
-    return RolloutShapes(padded_length(longest), rows, batches)
+    return RolloutShapes(padded_length(longest), rows, batches, data.reads_given)
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,15 @@ class PackedRows:
 
 class _Piece(NamedTuple):
     """A training row of an episode up to its last sampled token: after the prompt that its group shares if
-    `is_branch`, otherwise with its own start. sampled: indices of sampled tokens in ids.
+    `is_branch`, otherwise with its own start. sampled: indices of sampled tokens in ids. given: of the tokens
+    between them, none of an episode with a fault.
     """
 
     slot: int
     is_branch: bool
     ids: Int[np.ndarray, " n"]
     sampled: Int[np.ndarray, " k"]
+    given: Int[np.ndarray, " g"]
 
 
 def shared_prompt(group: Sequence[Sequence[Trajectory]]) -> tuple[int, ...]:
@@ -103,7 +108,10 @@ def _pieces(group: Sequence[Sequence[Trajectory]]) -> list[_Piece]:
             first = len(shared) if is_branch else 0
             sampled = np.flatnonzero(sampled_mask(part)) - first
             if len(sampled):
-                found.append(_Piece(slot, is_branch, episode_ids(part)[first:][: sampled[-1] + 1], sampled))
+                count = sampled[-1] + 1
+                given = np.setdiff1d(np.arange(len(part.start) - first, count), sampled)
+                given = given[:0] if part.fault else given
+                found.append(_Piece(slot, is_branch, episode_ids(part)[first:][:count], sampled, given))
     return sorted(found, key=lambda piece: not piece.is_branch)
 
 
@@ -112,22 +120,30 @@ def _groups(episodes: Episodes) -> list[tuple[tuple[Trajectory, ...], ...]]:
     return [episodes.episodes[i : i + group] for i in range(0, len(episodes.episodes), group)]
 
 
-def pack(episodes: Episodes, shape: RowShape, size: tuple[int, int] | None = None) -> PackedRows:
+def pack(
+    episodes: Episodes,
+    shape: RowShape,
+    size: tuple[int, int] | None = None,
+    reads_given: bool = False,
+) -> PackedRows:
     """Pack each prompt with its episodes into a row.
 
     size: (rows, episode slots of a row), None for those that the episodes need; the others stay empty.
+    reads_given: whether tokens that an episode was given before its last turn have read positions too, after
+    those of all sampled tokens, as padding with an observation weight of 1.
     """
     rows, slots = size or episodes.lengths.shape
     ids, segments, positions, branches = (np.zeros((rows, shape.length), np.int32) for _ in range(4))
     read, targets = (np.zeros((rows, shape.reads), np.int32) for _ in range(2))
     responses, tokens = (np.full((rows, shape.reads), x, np.int32) for x in (slots, -1))
     lengths, last = (np.zeros((rows, slots), np.int32) for _ in range(2))
+    weights = np.zeros((rows, shape.reads), np.float32) if reads_given else None
     for r, group in enumerate(_groups(episodes)):
         prompt = shared_prompt(group)
         start = column = len(prompt)
         ids[r, :start], segments[r, :start], positions[r, :start] = prompt, 1, np.arange(start)
-        segment, m = 1, 0
-        for slot, is_branch, own, sampled in _pieces(group):
+        segment, m, observed = 1, 0, list[int]()
+        for slot, is_branch, own, sampled, given in _pieces(group):
             segment += not is_branch
             span, reads = slice(column, column + len(own)), slice(m, m + len(sampled))
             ids[r, span], segments[r, span] = own, segment
@@ -139,11 +155,17 @@ def pack(episodes: Episodes, shape: RowShape, size: tuple[int, int] | None = Non
             tokens[r, reads] = first + np.arange(len(sampled))
             lengths[r, slot] += len(sampled)
             last[r, slot] = column + sampled[-1]
+            observed += (column + given).tolist()
             column, m = span.stop, reads.stop
+        if weights is not None:
+            reads = slice(m, m + len(observed))
+            read[r, reads], targets[r, reads] = np.array(observed, int) - 1, ids[r, observed]
+            weights[r, reads] = 1
     zero = np.zeros((rows, shape.reads), np.float32)
     packed = Rollout(
         ids, segments, positions, read, targets, responses, logps=zero, advantages=zero, policy_weights=zero,
         lengths=lengths, branches=branches, last=last, sampled_length=episodes.longest,
+        observation_weights=weights,
     )  # fmt: skip
     return PackedRows(shape, packed, tokens)
 

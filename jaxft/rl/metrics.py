@@ -15,10 +15,13 @@ from jaxft.objectives.alarms import (
 )
 from jaxft.objectives.metrics import Max, Min, Sum
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
-from jaxft.rl.episodes import Episodes
+from jaxft.rl import play
+from jaxft.rl.environments import tools
+from jaxft.rl.episodes import NO_LENGTH, Episodes, given_count, turn_count
 from jaxft.rl.estimators import RolloutScores
 from jaxft.rl.rewards import Faults
 from jaxft.rl.rules import ScoredEpisodes
+from jaxft.rl.trajectory import fault_counts
 from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Metrics
 
@@ -30,6 +33,16 @@ KL = "objective/kl"
 LOGP_DIFFERENCE_MEAN = "sampling/sampling_logp_difference/mean"
 LOGP_DIFFERENCE_MAX = "sampling/sampling_logp_difference/max"
 REWARD_FAULTS = {"raised": FAULTS_RAISED, "not_a_number": FAULTS_NOT_A_NUMBER}
+TURNS, GIVEN_TOKENS = "episodes/turns", "episodes/given_tokens"  # means over episodes
+TOOL_CALLS, TOOL_FAILURES = "tools/call_frequency", "tools/failure_frequency"  # of an episode; of a call
+TOOL_ERRORS = (
+    tools.UNKNOWN_TOOL, tools.MALFORMED_CALL, tools.BAD_ARGUMENTS, tools.TOOL_ERROR, tools.LARGE_RESULT,
+    tools.TOO_MANY_CALLS,
+)  # fmt: skip
+EXCLUDING = (
+    play.TIME_OUT, play.RAISED, play.WRONG_TYPE, play.LARGE_OBSERVATION, play.TEMPLATE, play.LONG_PROMPT,
+    NO_LENGTH,
+)  # fmt: skip
 
 MaybeMeans = dict[str, float | None]  # None for a mean over nothing
 
@@ -83,6 +96,34 @@ def fault_metrics(faults: Faults, count: int) -> dict[str, float]:
     return {REWARD_FAULTS[kind]: x / count for kind, x in counts.items()}
 
 
+def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
+    """Return turns, given tokens, tool calls and faults of episodes of several turns; {} for others.
+
+    `tools/errors/KIND` counts calls whose error the policy was told, `episodes/faults/KIND` episodes that are
+    excluded from training and means; both are per episode.
+    """
+    if episodes.most_turns == 1:
+        return {}
+    count, firsts = np.float64(len(episodes.episodes)), [parts[0] for parts in episodes.episodes]
+    valid = [parts for parts in episodes.episodes if not parts[0].fault]
+    calls = [len(turn.get("tool_calls") or ()) for parts in valid for turn in parts[0].turns]
+    told = fault_counts(firsts)
+    excluded = {kind: sum(first.fault == kind for first in firsts) for kind in EXCLUDING}
+
+    def mean(values: Sequence[int], over: int) -> Sum:
+        return Sum(np.float64(sum(values)), np.float64(over))
+
+    errors = [told.get(kind, 0) for kind in TOOL_ERRORS]
+    return {
+        TURNS: mean([turn_count(parts) for parts in valid], len(valid)),
+        GIVEN_TOKENS: mean([given_count(parts) for parts in valid], len(valid)),
+        TOOL_CALLS: mean(calls, len(valid)),
+        TOOL_FAILURES: mean(errors, max(sum(calls), sum(errors))),
+        **{f"tools/errors/{kind}": Sum(np.float64(told.get(kind, 0)), count) for kind in TOOL_ERRORS},
+        **{f"episodes/faults/{kind}": Sum(np.float64(n), count) for kind, n in excluded.items()},
+    }
+
+
 def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
     """Return means over `count` completions as sums that add over steps; None is not logged."""
 
@@ -122,7 +163,7 @@ def rollout_metrics(
     means |= reward_metrics(names, scored.reward_scores)
     if rollout.reference is not None:
         means[KL] = _kl(episodes, rollout)
-    metrics = as_sums(means, count) | source_rewards(scored)
+    metrics = as_sums(means, count) | source_rewards(scored) | episode_metrics(episodes)
     if recomputed:
         mask = token_mask(episodes.lengths.ravel(), episodes.size)
         difference = np.abs(episodes.logps - rollout.logps)[mask]  # two programs, one model
@@ -141,7 +182,8 @@ def evaluation_metrics(
     means |= {name: x for name, x in score_metrics(scored.scores).items() if name != ZERO_STD}
     means |= reward_metrics(names, scored.reward_scores)
     means |= fault_metrics(scored.faults, scored.reward_scores.size)
-    means |= {name: float(x.total / x.weight) for name, x in source_rewards(scored).items() if x.weight}
+    sums = source_rewards(scored) | episode_metrics(scored.episodes)
+    means |= {name: float(x.total / x.weight) for name, x in sums.items() if x.weight}
     if rollout is not None:
         means[KL] = _kl(scored.episodes, rollout)
     return {name: x for name, x in means.items() if x is not None}
@@ -149,8 +191,8 @@ def evaluation_metrics(
 
 def _kl(episodes: Episodes, rollout: RolloutScores) -> float:
     """The mean over episodes of the summed difference of log-probs to the reference's."""
-    kl = (rollout.logps - rollout.reference).sum(1)[episodes.valid.ravel()]
-    return float(kl.sum() / max(len(kl), 1))
+    valid = episodes.valid.ravel()
+    return float((rollout.logps - rollout.reference)[valid].sum() / max(valid.sum(), 1))
 
 
 def _length_metrics(episodes: Episodes) -> MaybeMeans:

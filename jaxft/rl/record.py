@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.inspection import ShownExample, ShownPart
 from jaxft.distributed import processes
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.rl.episodes import turn_count
 from jaxft.rl.rules import ScoredEpisodes
 from jaxft.rl.trajectory import Fault, Segment, Trajectory
 
@@ -44,14 +44,38 @@ def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]
                 "rewards": {name: _json_number(x) for name, x in zip(names, by_reward[i], strict=True)},
                 "reward": _json_number(scores[i]),
             }
-            (first, *_), turns = episodes.episodes[i], episodes.episodes[i][0].turns
-            if turn_count(episodes.episodes[i]) > 1 or first.faults:
-                entry |= {"turns": turns, "fault": first.fault or None}
+            if episodes.most_turns > 1:
+                first = episodes.episodes[i][0]
+                entry |= {"turns": first.turns, "fault": first.fault or None, "ended": first.ended}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def _json_number(x: Any) -> float | None:
     return None if np.isnan(x) else float(x)
+
+
+def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
+    """Yield the episodes of a recorded rollout of a run, whose sampled tokens have weight 1 and given ones 0.
+
+    Raises ValueError if the run has not recorded it.
+    """
+    path = folder / RECORDS / f"{number}.npz"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the run has not sampled rollout {number + 1}")
+    for i, t in enumerate(from_bytes(path.read_bytes())):
+        given = sum(len(s.tokens) for s in t.segments if not s.sampled)
+        turns = sum(s.sampled for s in t.segments)
+        facts = [f"{turns} turns, {t.sampled_count} sampled and {given} given tokens"]
+        facts += [f"row {t.part + 1} of {t.parts}"] if t.parts > 1 else []
+        facts += [] if np.isnan(t.score) else [f"score {t.score:g}"]
+        facts += [f"fault {fault.kind}: {fault.text}" for fault in t.faults]
+        pieces = [(np.array(t.start, np.int32), 0.0)] + [(s.tokens, float(s.sampled)) for s in t.segments]
+        labels = ["prompt", *("sampled" if s.sampled else "given" for s in t.segments)]
+        shown = [
+            ShownPart(label, ids, np.full(len(ids), weight))
+            for label, (ids, weight) in zip(labels, pieces, strict=True)
+        ]
+        yield ShownExample(f"prompt {t.prompt + 1}, trajectory {i + 1}", "; ".join(facts), shown, in_order=True)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A run is therefore saved between rollouts only; one that is killed inside a roll
 first step and repeats it from its record.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -25,7 +26,7 @@ from jaxft.data.prompts import Prompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
-from jaxft.objectives.objective import Objective, Scores
+from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
 from jaxft.rl.environment import environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
@@ -135,6 +136,9 @@ def policy_batch(
     if rows.values is not None:
         weights = token_mean(lengths, rollout.scored[chosen], size)
         rows = replace(rows, value_weights=per_episode(weights, rows))
+    if rows.observation_weights is not None:
+        given = rows.observation_weights * trains_policy
+        rows = replace(rows, observation_weights=given / max(float(given.sum()), 1.0))
     return to_microbatches(rows, shape, data.group)
 
 
@@ -144,28 +148,44 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn. tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder
-    of a run whose recorded rollouts are used in place of new ones. Other fields: see Prompts.
+    turn. Rows have room for a prompt of each episode unless its reset is annotated to return None. tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder
+    of a run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights
+    of the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
-    environment: Any = None
+    environment: Callable | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
     replay: str | None = None
+    observations: bool = False
     kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, policy_batch, of_tokens=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_turns > 1 and not environment_of(self.environment, self.tools).continues:
+        if not environment_of(self.environment, self.tools).continues and self.max_turns > 1:
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
             )
+        if self.observations and self.max_turns == 1:
+            raise ValueError(
+                "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
+                "nothing. Set data.max_turns with an environment or tools, or leave echo out."
+            )
+
+    @property
+    def reads_given(self) -> bool:
+        """Whether batches read log-probs of given tokens too."""
+        return self.observations
 
     @property
     def starts_per_row(self) -> int:
-        """How many prompts a row has: those of a group may differ if an environment's reset makes them."""
-        return self.group if isinstance(self.environment, type) else 1
+        """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
+        if self.environment is None or inspect.isfunction(self.environment):
+            return 1
+        is_class = inspect.isclass(self.environment)
+        returned = inspect.signature(self.environment.reset).return_annotation if is_class else Any
+        return 1 if returned in (None, "None") else self.group
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
@@ -235,7 +255,11 @@ class PromptSource:
             check_policy_run(data, run)
         recompute = of_tokens and needs_recomputed_logps(data, run.objective)
         has_logps = recompute or data.rules.ratio_to_sampler
-        complete = run.objective.batch_spec if has_logps else without_logps
+        spec = run.objective.batch_spec if of_tokens else same_batch
+
+        def complete(batch: Rollout) -> Rollout:
+            return spec(batch) if has_logps else without_logps(spec(batch))
+
         sizes = rollout_shapes(data, self.longest, self.shards)
         shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
         programs = RolloutPrograms(run, shapes, data.units_per_step, complete, data.max_length)
@@ -383,7 +407,8 @@ class RolloutSource(PromptSource):
         """Sample `group` episodes of each prompt, arrange them in rows and score them."""
         episodes = self.sample(chosen, group, number, state)
         rows = round_up(len(chosen), self.data.units_per_step)
-        packed = pack(episodes, self.sizes.smallest(episodes), (rows, self.data.group))
+        sizes, size = self.sizes, (rows, self.data.group)
+        packed = pack(episodes, sizes.smallest(episodes), size, sizes.reads_given)
         return self.data.rules.score(
             episodes, [score(episodes, packed, state) for score in self.rewards]
         ), packed
@@ -393,7 +418,7 @@ class RolloutSource(PromptSource):
         episodes, rules = scored.episodes, self.data.rules
         found = Scores() if self.token_scores is None else self.token_scores(packed, state)
         logps, reference, values = (None if x is None else packed.to_tokens(x, episodes) for x in found)
-        in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, self.data.max_turns > 1
+        in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, episodes.most_turns > 1
         return RolloutScores(
             scores=scored.scores,
             lengths=episodes.lengths,
@@ -508,6 +533,11 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
             f"data.temperature={data.temperature} differs from the objective's {facts.temperature}, but "
             "log-probs must be those of the sampling distribution. Make them equal."
         )
+    if facts.observations != data.observations:
+        raise ValueError(
+            f"data.observations={str(data.observations).lower()} does not fit the objective: policy.echo "
+            "needs true, others false."
+        )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
             "target_kl ends a rollout's passes early, but here a rollout has one step. Raise data.passes, or "
@@ -515,8 +545,6 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
-    if data.rules.correction is not None:
-        data.rules.correction(example.logps, example.lengths.ravel())  # it checks its bounds
 
 
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:

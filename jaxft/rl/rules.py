@@ -90,6 +90,7 @@ class Rules:
             require_signature(self.filter, "filter", ("scores",))
         if self.correction is not None:
             require_signature(self.correction, "correction", ("log_ratio", "lengths"))
+            self.correction(np.zeros((1, 1)), np.ones(1, int))  # it checks its bounds
             if self.ratio_to_sampler:
                 raise ValueError(
                     "correction is for a ratio to the training program, ratio_to_sampler=true needs none. "

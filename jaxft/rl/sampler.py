@@ -5,7 +5,7 @@ reads those that it had sampled with the same weights; data.replay=runs/NAME rea
 samples nor calls the environment, so that it repeats the rollout to the bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from jaxtyping import Array, UInt32
 
 from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
@@ -40,8 +41,9 @@ def compile_sampler(run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutSha
     EVALUATION is not recorded.
     """
     play = data.play(tokenizer, run.stop)
-    sampler = compile_engines(run, data, shapes.prompt_size, play.environment.continues)
-    weights_of = jax.jit(checksum).lower(run.state.trainable).compile()
+    sampler = compile_engines(run, data, shapes.prompt_size)
+    sums = jax.jit(checksum, out_shardings=sharding.replicated(run.mesh))
+    weights_of = sums.lower(run.state.trainable).compile()
 
     def sample(prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Episodes:
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
@@ -51,7 +53,7 @@ def compile_sampler(run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutSha
         else:
             record = Record(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
             trajectories = record.read(number) or record.write(number, new())
-        return collect(prompts, trajectories, data.sampled_length, data.episode_length)
+        return collect(prompts, trajectories, data.sampled_length, data.episode_length, data.max_turns)
 
     return sample
 
@@ -61,8 +63,11 @@ def checksum(trainable: Params) -> UInt32[Array, ""]:
 
     def of(x: Array) -> Array:
         unsigned = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).ravel()
-        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        place = jnp.ones(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):
+            place = jnp.uint32(31) * place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        return jnp.sum(bits * (jnp.uint32(2) * place + jnp.uint32(1)), dtype=jnp.uint32)
 
     total = jnp.uint32(0)
     for x in jax.tree.leaves(trainable):
@@ -70,17 +75,15 @@ def checksum(trainable: Params) -> UInt32[Array, ""]:
     return total
 
 
-def compile_engines(
-    run: BoundRun, data: Any, prompt_size: int, extends: bool
-) -> Callable[[Params, int], Sampler]:
+def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Params, int], Sampler]:
     """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler.
 
-    prompt_size: tokens of the longest prompt, padded. extends: whether episodes may have a second turn.
+    prompt_size: tokens of the longest prompt, padded.
     """
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p)
     engines = {}
     for group in {data.eval_group, data.group}:
-        d = Decoding(run.model, sampling, run.stop, group, data.kv_cache, extends=extends)
+        d = Decoding(run.model, sampling, run.stop, group, data.kv_cache, extends=data.max_turns > 1)
         rows = rows_in_progress(data.decode_rows, run.mesh)
         slots = slots_for(data.batch, group, prompt_size, rows)
         if data.starts_per_row > 1:  # each episode may have a prompt of its own

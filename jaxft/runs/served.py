@@ -13,7 +13,8 @@ from jaxft.data.conversation import PLAIN
 from jaxft.data.template import template_of
 from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 from jaxft.distributed import sharding
-from jaxft.engine.scheduler import ServePrograms, ServeSizes, compile_server
+from jaxft.engine.programs import Engine
+from jaxft.engine.scheduler import ServeSizes, compile_server
 from jaxft.inference.served_model import ServedModel
 from jaxft.inference.tool_calls import ToolFormat, template_tool_format
 from jaxft.models.adapted import adapted, adapted_by_row
@@ -61,7 +62,8 @@ class ServeFlags:
 class Served:
     """Loaded models with their compiled programs. models: by name, the default one first."""
 
-    programs: ServePrograms
+    engine: Engine
+    sizes: ServeSizes
     params: Params
     models: dict[str, ServedModel]
 
@@ -155,7 +157,7 @@ def load_served(
         sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
         sizes = replace(sizes, continues=continues)
         params |= own
-        return Served(compile_server(whole, sizes, params, mesh, flags.kv_cache), params, models)
+        return Served(compile_server(whole, sizes, params, mesh, flags.kv_cache), sizes, params, models)
 
 
 def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:

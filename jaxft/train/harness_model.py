@@ -18,6 +18,7 @@ from jaxft.data.example import Message
 from jaxft.data.progress import RowProgress
 from jaxft.data.template import REJECTIONS, render_messages, template_of
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.engine.generate import complete
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.engine.session import Session
@@ -210,9 +211,9 @@ class HarnessBackend:
 
     def _complete(self, contexts: Sequence[str], generation: _Generation) -> list[str]:
         loaded, longest = self.loaded, self._longest_context(generation.sampling.max_new)
-        complete = [self.encode(context) or [self.prefix] for context in contexts]
-        self.truncated += sum(len(ids) > longest for ids in complete)
-        prompts = [ids[-longest:] for ids in complete]
+        encoded = [self.encode(context) or [self.prefix] for context in contexts]
+        self.truncated += sum(len(ids) > longest for ids in encoded)
+        prompts = [ids[-longest:] for ids in encoded]
         check_token_id("the model", max(map(max, prompts)), loaded.model.config.vocab)
         slots = slots_for(len(prompts), 1, max(map(len, prompts)), self.settings.batch)
         engine = self.engines.get((generation.sampling, slots))

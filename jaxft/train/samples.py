@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.data.source import Prompt
+from jaxft.engine.generate import complete
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.engine.session import Session
@@ -127,10 +128,10 @@ def compile_sampler(
         completion = decode_completion(tokenizer, without_stop(row[row >= 0], stop))
         return Completed(text.prompt, completion, text.reference, finish)
 
-    def complete(params: Params) -> list[Completed]:
+    def complete_held_out(params: Params) -> list[Completed]:
         ended = shown.counter("completions of held-out prompts", len(ids) * decoding.group)
         session = Session(engine, params, jax.random.key(0))
         found = complete(session, ids, ended=ended).tokens
         return [completed(text, row) for text, rows in zip(texts, found, strict=True) for row in rows]
 
-    return complete
+    return complete_held_out

@@ -114,7 +114,7 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
             cases.append(("base", adapted(model, None), {}))
         for name, whole, own in cases:
             params = {**base, **adapters.on_every_device(own, None, mesh)}
-            found[name] = Scheduler(compile_server(whole, sizes, params, mesh), params, args.adapters)
+            found[name] = Scheduler(compile_server(whole, sizes, params, mesh), sizes, params, args.adapters)
             found[name].start()
     return found
 

@@ -48,7 +48,7 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
     named = served.named_models([], args.model, [], "")
     flags = served.ServeFlags(args.dtype, prompt=args.prompt, new=args.new)
     found = served.load_served(named, flags, args.rows)
-    scheduler = Scheduler(found.programs, found.params, 256)
+    scheduler = Scheduler(found.engine, found.sizes, found.params, 256)
     scheduler.start()
     endless = {name: replace(model, stop=()) for name, model in found.models.items()}
     sock = server.bound_socket("127.0.0.1", 0)

@@ -244,4 +244,12 @@ def test_sizes():
     ]  # fmt: skip
     mesh = make_mesh(MeshShape(data=8))
     assert engines.prefill_levels(engines.Slots(8, 8, 1024, 8), mesh) == [(8, 256), (8, 1024)]
-    assert [engines.prompt_levels(size) for size in (256, 512, 1088)] == [[256], [256, 512], [576, 1088]]
+    d = engines.Decoding(None, Sampling(16), ())
+    levels = [engines.decode_levels(d, engines.Slots(8, 8, size, 8), None) for size in (256, 512, 1088)]
+    assert levels == [[(8, 16, 256)], [(8, 16, 256), (8, 16, 512)], [(8, 16, 576), (8, 16, 1088)]]
+    served = replace(d, sampling=Sampling(200), serving=True)
+    assert engines.decode_levels(served, engines.Slots(8, 8, 512, 1), None) == [(8, 256, 512)]
+    goes_on = engines.decode_levels(replace(served, extends=True), engines.Slots(8, 8, 512, 1), None)
+    assert goes_on == [(8, 64, 512), (8, 128, 512), (8, 256, 512)]
+    assert engines.extend_levels(2, 512) == [(1, 64)]
+    assert engines.extend_levels(64, 1536) == [(1, 64), (1, 512), (4, 64)]

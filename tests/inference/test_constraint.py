@@ -18,7 +18,7 @@ from jaxft.engine.generate import generate
 from jaxft.engine.programs import allowed_logits, compile_engine
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Choice, Session
-from jaxft.engine.state import AllowedTokens, Decoding, slots_for
+from jaxft.engine.state import Decoding, slots_for
 from jaxft.inference.constraint import (
     call_grammar,
     compile_grammar,
@@ -88,13 +88,13 @@ def test_marks_of_tool_calls_are_the_special_tokens_of_the_vocabulary():
 
 def test_a_constrained_row_has_the_logits_of_its_allowed_tokens_only():
     logits = jax.random.normal(jax.random.key(0), (3, 70))
-    allowed = [{3, 31, 32, 69}, set(range(70)), set()]
+    allowed = [{3, 31, 32, 69}, set(range(70)), {0}]
     words = np.zeros((3, 3), np.uint32)
     for row, tokens in enumerate(allowed):
         for token in tokens:
             words[row, token // 32] |= np.uint32(1 << token % 32)
-    found = allowed_logits(logits, AllowedTokens(jnp.asarray([True, True, False]), jnp.asarray(words)))
-    for row, tokens in ((0, allowed[0]), (1, allowed[1]), (2, set(range(70)))):
+    found = allowed_logits(logits, jnp.asarray(words))
+    for row, tokens in enumerate(allowed):
         for token in range(70):
             assert found[row, token] == (logits[row, token] if token in tokens else -jnp.inf)
 

@@ -68,8 +68,8 @@ def continued(model, stored, params, ids, cuts):
         return out.at[all_rows, jnp.where(valid, at, LENGTH)].set(log_probs(model, params, h), mode="drop")
 
     out = put(out, h, index, index >= 0)
+    order = jnp.asarray((2, 0, 3, 1, R))  # of the rows of a chunk
     for number in (1, 2):
-        order = jnp.asarray((2, 0, 3, 1, R))  # of the rows of a chunk
         at = starts[:, number - 1, None] + jnp.arange(CHUNK)[None]
         one = Extension(
             jnp.take_along_axis(ids, jnp.minimum(at, LENGTH - 1), 1), cuts[:, number],

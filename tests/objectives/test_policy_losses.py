@@ -94,7 +94,7 @@ def t_cispo(p, old, adv, mask, most):
 
 
 def t_dppo(p, old, adv, mask, divergence, low, high):
-    """arXiv:2602.04879, section 4: M_t r_t A_t, M_t = 0 if the divergence exceeds delta where A_t > 0 and
+    """arXiv:2602.04879: M_t r_t A_t, M_t = 0 if the divergence exceeds delta where A_t > 0 and
     r_t > 1, or where A_t < 0 and r_t < 1. The paper's code has sg(r) log pi in place of r.
     """
     r = torch.exp(p - old)
@@ -295,7 +295,7 @@ def one_token_each(old, new, advantages):
 
 
 def test_dppo_masks_by_probability_mass_and_not_by_the_ratio():
-    """The examples of arXiv:2602.04879, section 1: a rare token whose ratio is 100 moves 0.001 of the mass; a
+    """Examples of arXiv:2602.04879: a rare token whose ratio is 100 moves 0.001 of the mass; a
     likely one whose ratio is 0.8 moves 0.19 of it. PPO's clip at 0.2 and 0.28 does the opposite.
     """
     d = one_token_each([1e-5, 0.99, 0.99, 0.5], [1e-3, 0.8, 0.8, 0.7], [1.0, -1.0, 1.0, 1.0])

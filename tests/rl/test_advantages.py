@@ -103,7 +103,7 @@ def test_maxrl_refuses_negative_scores():
 
 def test_gfpo_compares_the_retained_completions_only():
     """arXiv:2508.09726, eq. 2, by hand: of lengths 5 1 3 3 the two shortest are the second and the third;
-    their scores 0 and 1 have mean 1/2 and deviation 1/sqrt(2).
+    their scores 0 and 1 have mean 1/2 and the unbiased deviation 1/sqrt(2); the paper's is 1/2.
     """
     scores, lengths = np.array([[4.0, 0.0, 1.0, 9.0]]), np.array([[5, 1, 3, 3]])
     a = 0.5 / (0.5**0.5 + 1e-4)
@@ -202,6 +202,19 @@ def test_normalised_sum_standardises_the_sum_of_grpo_advantages():
     flat = valid(total.ravel())
     expected = np.nan_to_num((total - statistics.fmean(flat)) / (std(flat) + 1e-4))
     close(A.normalised_sum(rewards, (1.0, 0.5)), expected)
+
+
+def test_gdpo_tells_two_rewards_from_one_where_grpo_does_not():
+    """Two completions, two rewards (arXiv:2601.05242, figure 2): the better one is better by one reward, or
+    by both. GRPO of the sum is +-1/sqrt(2) for both groups; GDPO's sums are +-1/sqrt(2) and +-sqrt(2), whose
+    deviation over the batch is sqrt(5/3).
+    """
+    rewards = np.array([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])
+    half, root = 0.5**0.5, 2**0.5
+    grpo = A.grpo(A.weighted_sum(rewards, (1.0, 1.0)))
+    np.testing.assert_allclose(grpo, [[-half, half]] * 2, rtol=2e-4)
+    expected = np.array([[-half, half], [-root, root]]) / (5 / 3) ** 0.5
+    np.testing.assert_allclose(A.normalised_sum(rewards, (1.0, 1.0)), expected, rtol=3e-4)
 
 
 def test_clipping_and_penalties_follow_their_formulas_and_keep_nan():

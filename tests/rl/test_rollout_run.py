@@ -101,6 +101,15 @@ def test_a_correction_takes_its_bounds_from_the_recipe(monkeypatch):
     assert called(run.data.rules.correction) == (importance.masked_tokens, {"least": 0.5, "most": 5.0})
     with pytest.raises(ValueError, match="correction_bounds needs a correction, such as"):
         load_config("configs/grpo.py", ["correction_bounds=0.5,5"])
+    with pytest.raises(ValueError, match=r"correction_bounds=3,1\). Use 0 <= least < most"):
+        load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=3,1"])
+
+
+@pytest.mark.parametrize("penalty", ["missing_eos=1", "overlong=2", "kl_in=rewards beta=0.1"])
+def test_maxrl_refuses_penalties_before_the_run(monkeypatch, penalty):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="advantage=maxrl divides by the mean score, which missing_eos"):
+        load_config("configs/grpo.py", ["advantage=maxrl", *penalty.split()])
 
 
 def called(function):
@@ -113,7 +122,8 @@ def called(function):
 def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
     argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
-    argv += ["batch=4", "group=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
+    argv += [] if "group=" in settings else ["group=4"]
+    argv += ["batch=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
     argv += ["samples=0", "lr=1e-2", f"name={folder}"]
     assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
     lines = [line for line in workdir.metrics(folder) if "reward" in line]

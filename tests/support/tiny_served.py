@@ -101,15 +101,18 @@ def params():
 
 
 @functools.cache
-def programs():
-    """The compiled programs of the server."""
+def engine():
+    """The engine of the server."""
     return compile_server(adapted_by_row(MODEL), SIZES, params())
 
 
+CHAT = dataclasses.replace(SIZES, continues=True)
+
+
 @functools.cache
-def chat_programs():
+def chat_engine():
     """The same for rows that go on."""
-    return compile_server(adapted_by_row(MODEL), dataclasses.replace(SIZES, continues=True), params())
+    return compile_server(adapted_by_row(MODEL), CHAT, params())
 
 
 def models(tokenizer=TOKENIZER):
@@ -129,10 +132,10 @@ def tool_models():
     return models(tokenizer)
 
 
-def scheduler(queue=64, programs_=None):
+def scheduler(queue=64, own=None, sizes=SIZES):
     """A running scheduler, and the lines that it logs."""
     lines = []
-    found = Scheduler(programs_ or programs(), params(), queue, lines.append)
+    found = Scheduler(own or engine(), sizes, params(), queue, lines.append)
     found.start()
     return found, lines
 
