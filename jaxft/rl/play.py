@@ -23,7 +23,7 @@ from jaxft.bounds import above, at_least, check_bounds
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat, Completion, Message
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import TurnWording, NextPrompt, next_prompt
+from jaxft.data.next_turn import NextPrompt, TurnWording, next_prompt
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes
@@ -33,10 +33,10 @@ from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
 from jaxft.rl.environment import (
     Beginning,
-    RowColumns,
     Environment,
     EpisodeState,
     FirstPrompt,
+    RowColumns,
     StepResult,
     WrongType,
 )
@@ -101,7 +101,10 @@ class Play:
         return call_format(template_tool_format(str(source)))
 
 
-def ignore(parts: Sequence[Trajectory]) -> None:
+Ended = Callable[[int, Sequence[Trajectory]], None]  # called with an episode's number and training rows
+
+
+def ignore(number: int, parts: Sequence[Trajectory]) -> None:
     """Do nothing with an episode that has ended."""
 
 
@@ -111,12 +114,12 @@ def rollout(
     rows: TokenisedPrompts,
     group: int,
     key: jax.Array,
-    ended: Callable[[Sequence[Trajectory]], None] = ignore,
+    ended: Ended = ignore,
 ) -> list[Trajectory]:
     """Play `group` episodes of each row. Return their training rows, in the order of the episodes.
 
-    ended: called with the training rows of each episode as soon as it has ended, for rewards that overlap
-    with sampling. All processes of a run sample; the environment is called on the first.
+    ended: called with each episode's number and training rows as soon as it has ended, for rewards that
+    overlap with sampling. All processes of a run sample; the environment is called on the first.
 
     Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
     """
@@ -190,7 +193,7 @@ class _Rollout:
         self.ready = dict[int, dict[int, list[int]]]()  # prompts of a row's episodes that have not started
         self.results = [list[Trajectory]() for _ in self.episodes]
 
-    def run(self, ended: Callable[[Sequence[Trajectory]], None]) -> list[list[Trajectory]]:
+    def run(self, ended: Ended) -> list[list[Trajectory]]:
         """Play all episodes to their end."""
         self.ended = ended
         for episode in self.episodes:
@@ -434,7 +437,7 @@ class _Rollout:
             for part, (start, segments) in enumerate(parts)
         ]
         self.open.remove(number)
-        self.ended(self.results[number])
+        self.ended(number, self.results[number])
         self._start_group(episode.prompt)
 
 

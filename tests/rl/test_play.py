@@ -264,9 +264,11 @@ def test_scores_arrive_while_other_rows_are_sampled():
         return said(ids, episode)
 
     play = Play(environment_of(patient), tokenizer, stop_of(tokenizer), LIMITS)
-    ended = []
-    found = rollout(ScriptedSampler(write), play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, ended.append)
-    assert [part.fault for part in found] == ["", ""] and len(ended) == 2
+    ended = {}
+    found = rollout(
+        ScriptedSampler(write), play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, ended.__setitem__
+    )
+    assert [part.fault for part in found] == ["", ""] and [*ended] == [1, 0]
 
 
 # ---- faults
