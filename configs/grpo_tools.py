@@ -1,10 +1,10 @@
 """GRPO with tools: a policy learns to use a calculator over several turns, from the answers alone.
 
-    python scripts/train.py --config configs/sft.py name=calculator_format \
-        data=configs/data/calculator_format.jsonl chat_template=qwen score=none epochs=1
+    python scripts/train.py --config configs/sft.py name=calculator_format chat_template=qwen score=none
+        data=configs/data/calculator_format.jsonl
     python scripts/train.py --config configs/grpo_tools.py start=runs/calculator_format
     python scripts/train.py --config configs/grpo_tools.py environment=my_env.py:Game data=games.jsonl
-    python scripts/train.py --config configs/grpo_tools.py environment=none tools=my_tools.py:add,my_tools.py:mul
+    python scripts/train.py --config configs/grpo_tools.py environment=none tools=mine.py:add,mine.py:multiply
 
 SmolLM2-135M-Instruct, which writes no tool calls by itself, first learns their format from 200 conversations
 with one call each. Then it plays episodes of up to three turns on the questions of configs/data: it calls

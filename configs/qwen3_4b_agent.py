@@ -1,12 +1,12 @@
 """GRPO of Qwen3-4B as an agent: it searches a library and runs Python over several turns, with LoRA.
 
-    python scripts/train.py --config configs/qwen3_4b_agent.py                    # questions that need a search
-    python scripts/train.py --config configs/qwen3_4b_agent.py environment=code_interpreter data=problems.jsonl
-    python scripts/train.py --config configs/qwen3_4b_agent.py environment=my_env.py:Library data=questions.jsonl
+    python scripts/train.py --config configs/qwen3_4b_agent.py                # questions that need a search
+    python scripts/train.py --config configs/qwen3_4b_agent.py environment=code_interpreter data=mine.jsonl
+    python scripts/train.py --config configs/qwen3_4b_agent.py environment=my_env.py:Library data=mine.jsonl
 
 Rows have a prompt and an answer; the reward is 1 for the right answer in the last turn. An episode has up to
-six turns and 4,096 tokens. Qwen3's template leaves the reasoning of earlier questions out; where that rewrites
-what the policy has sampled, the next turn begins a new training row. The settings are
+six turns and 4,096 tokens. Qwen3's template leaves the reasoning of earlier questions out; where that
+rewrites what the policy has sampled, the next turn begins a new training row. The settings are
 DAPO's, as in configs/qwen25_1p5b_grpo.py: eps_high=0.28, no KL penalty, groups with equal scores left out.
 The code interpreter runs what the model writes in a process with limits, which is no security boundary.
 

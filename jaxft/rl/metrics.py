@@ -14,8 +14,8 @@ from jaxft.objectives.alarms import (
     ZERO_STD,
 )
 from jaxft.objectives.metrics import Max, Min, Sum
-from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl import play
+from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl.environments import tools
 from jaxft.rl.episodes import NO_LENGTH, Episodes, given_count, turn_count
 from jaxft.rl.estimators import RolloutScores

@@ -75,7 +75,8 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
             ShownPart(label, ids, np.full(len(ids), weight))
             for label, (ids, weight) in zip(labels, pieces, strict=True)
         ]
-        yield ShownExample(f"prompt {t.prompt + 1}, trajectory {i + 1}", "; ".join(facts), shown, in_order=True)
+        name = f"prompt {t.prompt + 1}, trajectory {i + 1}"
+        yield ShownExample(name, "; ".join(facts), shown, in_order=True)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def to_bytes(trajectories: Sequence[Trajectory], weights: int) -> bytes:
     sampled = [segment.logps for segment in segments if segment.logps is not None]
     about = [
         {
-            "prompt": t.prompt, "start": t.start, "segments": len(t.segments), "ended": t.ended,
+            "prompt": t.prompt, "start": [*map(int, t.start)], "segments": len(t.segments), "ended": t.ended,
             "fault": t.fault, "turns": t.turns, "faults": t.faults, "part": t.part, "parts": t.parts,
         }
         for t in trajectories

@@ -148,9 +148,10 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn. Rows have room for a prompt of each episode unless its reset is annotated to return None. tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder
-    of a run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights
-    of the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
+    turn. A row is large enough for a prompt of each episode, unless `reset` is annotated to return None.
+    tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder of a
+    run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights of
+    the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules

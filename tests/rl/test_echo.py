@@ -19,7 +19,7 @@ from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts, TrainingRollout
 from jaxft.rl.rules import Rules
-from jaxft.rl.trajectory import Segment, Trajectory, sampled_mask, token_ids
+from jaxft.rl.trajectory import Segment, Trajectory, episode_ids, sampled_mask
 
 SAMPLED, GIVEN = True, False
 # Two prompts with two episodes each, as (number of tokens, who wrote them). The second one of the first
@@ -85,7 +85,7 @@ def test_the_policy_is_read_at_given_tokens_as_in_a_forward_pass_over_the_episod
     found = np.asarray(scores)[packed.rows.observation_weights > 0]
     expected = []
     for (part,) in own.episodes[:2]:
-        ids, start = token_ids(part), len(part.start)
+        ids, start = episode_ids(part), len(part.start)
         alone = tiny_model.batch_of([[(ids, start)]], 32, 32, 1.0)
         logits = model.logits(model.head(params), model.hidden(params, alone))[0]
         last = np.flatnonzero(sampled_mask(part))[-1]

@@ -153,6 +153,43 @@ def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
         assert tables[0] == tables[1]
 
 
+def logged(workdir, name):
+    """The metrics of a run, without its timings."""
+    return [{k: x for k, x in line.items() if k != "perf"} for line in workdir.metrics(name)]
+
+
+def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
+    argv = ["steps=2", "passes=1", "batch=4", "group=2", "save=100", "max_new=8", "samples=0"]
+    assert workdir.run("name=first", *argv) == 0, workdir.err()
+    assert workdir.run("name=again", "data.replay=runs/first", *argv) == 0, workdir.err()
+    assert logged(workdir, "again") == logged(workdir, "first")
+    assert rl_workdir.table(workdir, "again") == rl_workdir.table(workdir, "first")
+    argv[0] = "steps=3"
+    assert workdir.run("name=longer", "data.replay=runs/first", *argv) == 1
+    assert "2.npz is missing; this run needs rollout 3" in workdir.err()
+
+
+EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]
+
+
+@pytest.mark.quick_cases("policy")
+@pytest.mark.parametrize(
+    "more", [(), ("ppo=true",), ("online=true", "passes=1")], ids=["policy", "ppo", "pairs"]
+)
+def test_a_policy_is_trained_on_episodes_of_two_turns_and_survives_faults(workdir, more):
+    name = f"episodes{len(more)}{''.join(more)[:3]}"
+    argv = ["steps=2", "passes=2", "batch=8", "group=2", "save=100", "samples=0", *EPISODES, *more]
+    assert workdir.run(f"name={name}", *argv) == 0, workdir.err()
+    assert "raised: " in workdir.out() and "out of order" in workdir.out()
+    lines = [line for line in workdir.metrics(name) if "reward" in line]
+    for line in lines:
+        assert line["episodes/turns"] == 2 and line["episodes/given_tokens"] > 4
+        assert 0 < line["episodes/faults/raised"] == line["frac_unscorable"] < 1
+        if "pairs" not in name and "online=true" not in more:  # the engine's and the training program's
+            assert line["sampling/sampling_logp_difference/max"] < 1e-4
+    assert all(len(entry["turns"]) == 4 for entry in rl_workdir.table(workdir, name) if not entry["fault"])
+
+
 OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")
 
 

@@ -99,4 +99,4 @@ def random_episodes(seed=0):
     ]
     failed = Trajectory(1, (), (), fault="raised", faults=(Fault("raised", "it is broken"),), ended=False)
     other = Trajectory(1, tuple(some(6)), (sampled(4), given(2), sampled(1)), 0.5, turns=said)
-    return collect(prompts, [first, *parts, failed, other], 12, 24)
+    return collect(prompts, [first, *parts, failed, other], 12, 24, 6)

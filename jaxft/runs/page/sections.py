@@ -275,7 +275,7 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
 
 
 def turns_html(turns: Any) -> str:
-    """Return an episode turn by turn after its prompt, each in the colour of who wrote it; "" without turns."""
+    """Return an episode turn by turn after its prompt, in colours of who wrote it; "" without turns."""
     messages = [turn for turn in turns or () if isinstance(turn, dict)]
     begins = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
     shown = []
