@@ -23,7 +23,7 @@ from jaxft.data.turns import render_turns
 SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in a rendering cannot be found
 
 
-class Exchange(NamedTuple):
+class TurnWording(NamedTuple):
     """One way to write a turn and what answers it as messages."""
 
     turn: Message
@@ -51,7 +51,7 @@ class _Suffix(NamedTuple):
 
 def next_prompt(
     chat: Chat,
-    ways: Sequence[Exchange],
+    ways: Sequence[TurnWording],
     stopped: bool,
     tokenizer: Any,
     settings: TemplateSettings,
@@ -81,7 +81,9 @@ def next_prompt(
     return NextPrompt(ids[len(before) :], False, messages)
 
 
-def _first_suffix(template: Template, chat: Chat, ways: tuple[Exchange, ...]) -> tuple[int, _Suffix | None]:
+def _first_suffix(
+    template: Template, chat: Chat, ways: tuple[TurnWording, ...]
+) -> tuple[int, _Suffix | None]:
     """Return the number of the first way that the template only appends, with its suffix; without such a
     way, the number of the first that it shows in full.
     """
@@ -97,7 +99,7 @@ def _first_suffix(template: Template, chat: Chat, ways: tuple[Exchange, ...]) ->
     return (shown or [0])[0], None
 
 
-def _suffix(template: Template, chat: Chat, way: Exchange, prompt: str) -> _Suffix | None:
+def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _Suffix | None:
     """Return what follows the turn; None if the template rewrites what is before it.
 
     Raises HiddenPart if it doesn't show all of the turn and its answers, and what render_messages raises.
@@ -127,7 +129,9 @@ def _require_answers(
         raise HiddenPart("it does not show what answers the turn")
 
 
-def _restart(chat: Chat, ways: Sequence[Exchange], tokenizer: Any, settings: TemplateSettings) -> NextPrompt:
+def _restart(
+    chat: Chat, ways: Sequence[TurnWording], tokenizer: Any, settings: TemplateSettings
+) -> NextPrompt:
     """Return the prompt of a new row. Raises InvalidRow if the template rejects all ways."""
     for way in ways:
         messages = (*chat.messages, way.turn, *way.answers)

@@ -34,7 +34,7 @@ from jaxft.data.example import Message
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import Tool, by_name
 
-Columns = dict[str, Any]
+RowColumns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
 EpisodeState = Any
 FirstPrompt = str | Sequence[Message] | None
@@ -77,7 +77,7 @@ class Environment:
     """
 
     name: str
-    reset: Callable[[Columns, Task], Beginning]
+    reset: Callable[[RowColumns, Task], Beginning]
     step: Callable[[EpisodeState, str, Task], StepResult]
     tools: Callable[[EpisodeState], Mapping[str, Tool]]
     schemas: tuple[Schema, ...]
@@ -138,7 +138,7 @@ def _of_function(function: Callable[..., Any]) -> Environment:
             f"environment {_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
         )
 
-    def reset(row: Columns, task: Task) -> Beginning:
+    def reset(row: RowColumns, task: Task) -> Beginning:
         return Beginning(None, (None, row))
 
     def step(state: EpisodeState, text: str, task: Task) -> StepResult:
@@ -167,7 +167,7 @@ def _of_native(given: type, members: Mapping[str, Any]) -> Environment:
     """
     methods = _tool_methods(members, ("reset", "step"))
 
-    def reset(row: Columns, task: Task) -> Beginning:
+    def reset(row: RowColumns, task: Task) -> Beginning:
         self = task.call(given)
         return Beginning(_checked_prompt(task.call(self.reset, row)), (self, None))
 
@@ -187,7 +187,7 @@ def _of_trl(given: type, members: Mapping[str, Any]) -> Environment:
     methods = _tool_methods(members, ("reset", "get_reward"))
     rewards = "get_reward" in members
 
-    def reset(row: Columns, task: Task) -> Beginning:
+    def reset(row: RowColumns, task: Task) -> Beginning:
         self = task.call(given)
         return Beginning(_checked_prompt(task.call(self.reset, **row)), self)
 
@@ -223,7 +223,7 @@ def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _own_prompt(row: Columns, task: Task) -> Beginning:
+def _own_prompt(row: RowColumns, task: Task) -> Beginning:
     return Beginning(None, None)
 
 

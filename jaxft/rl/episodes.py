@@ -1,7 +1,7 @@
 """A rollout's episodes on the host: trajectories by prompt, with their sampled tokens as arrays [n, S]."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,8 @@ class Episodes:
 
     episodes: the training rows of each, the first one first. texts: of each episode's last sampled turn.
     group: N. size: S, the most tokens that an episode may sample. longest: the most tokens of an episode
-    after its prompt, given ones included. most_turns: of an episode.
+    after its prompt, given ones included. most_turns: of an episode. begun: results of async rewards that
+    were called as episodes ended, by (reward, number of the episode).
     """
 
     prompts: TokenisedPrompts
@@ -37,6 +38,7 @@ class Episodes:
     size: int
     longest: int
     most_turns: int = 1
+    begun: Mapping[Any, Callable[[], Any]] = field(default_factory=dict, repr=False)
 
     def by_prompt(self, values: Sequence[Any]) -> Shaped[np.ndarray, "G N"]:
         """Arrange a value of each episode by prompt."""
@@ -102,6 +104,7 @@ class Episodes:
             episodes=tuple(self.episodes[i] for i in chosen),
             texts=tuple(self.texts[i] for i in chosen),
             group=numbers.shape[1],
+            begun={},
         )
 
 
@@ -124,7 +127,7 @@ def collect(
     for number, parts in enumerate(episodes):
         if len(sampled_tokens(parts)) > size or row_tokens(parts) > longest:
             episodes[number] = (replace(parts[0], segments=(), fault=NO_LENGTH),)
-    texts = tuple(_last_text(parts[0].turns) for parts in episodes)
+    texts = tuple(last_text(parts[0].turns) for parts in episodes)
     return Episodes(prompts, tuple(episodes), texts, len(episodes) // len(prompts), size, longest, most_turns)
 
 
@@ -150,8 +153,8 @@ def turn_count(parts: Sequence[Trajectory]) -> int:
     return sum(segment.sampled for part in parts for segment in part.segments)
 
 
-def _last_text(turns: Sequence[ShownMessage]) -> str:
-    """The text of the policy's last turn, "" without any."""
+def last_text(turns: Sequence[ShownMessage]) -> str:
+    """Return the text of the policy's last turn, "" without any."""
     own = [str(turn.get("content") or "") for turn in turns if turn.get("role") == "assistant"]
     return own[-1] if own else ""
 

@@ -23,7 +23,7 @@ from jaxft.bounds import above, at_least, check_bounds
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat, Completion, Message
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import Exchange, NextPrompt, next_prompt
+from jaxft.data.next_turn import NextPrompt, TurnWording, next_prompt
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes
@@ -33,10 +33,10 @@ from jaxft.inference.text_stream import token_decoder
 from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
 from jaxft.rl.environment import (
     Beginning,
-    Columns,
     Environment,
     EpisodeState,
     FirstPrompt,
+    RowColumns,
     StepResult,
     WrongType,
 )
@@ -101,7 +101,10 @@ class Play:
         return call_format(template_tool_format(str(source)))
 
 
-def ignore(parts: Sequence[Trajectory]) -> None:
+Ended = Callable[[int, Sequence[Trajectory]], None]  # called with an episode's number and training rows
+
+
+def ignore(number: int, parts: Sequence[Trajectory]) -> None:
     """Do nothing with an episode that has ended."""
 
 
@@ -111,12 +114,12 @@ def rollout(
     rows: TokenisedPrompts,
     group: int,
     key: jax.Array,
-    ended: Callable[[Sequence[Trajectory]], None] = ignore,
+    ended: Ended = ignore,
 ) -> list[Trajectory]:
     """Play `group` episodes of each row. Return their training rows, in the order of the episodes.
 
-    ended: called with the training rows of each episode as soon as it has ended, for rewards that overlap
-    with sampling. All processes of a run sample; the environment is called on the first.
+    ended: called with each episode's number and training rows as soon as it has ended, for rewards that
+    overlap with sampling. All processes of a run sample; the environment is called on the first.
 
     Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
     """
@@ -190,7 +193,7 @@ class _Rollout:
         self.ready = dict[int, dict[int, list[int]]]()  # prompts of a row's episodes that have not started
         self.results = [list[Trajectory]() for _ in self.episodes]
 
-    def run(self, ended: Callable[[Sequence[Trajectory]], None]) -> list[list[Trajectory]]:
+    def run(self, ended: Ended) -> list[list[Trajectory]]:
         """Play all episodes to their end."""
         self.ended = ended
         for episode in self.episodes:
@@ -206,7 +209,7 @@ class _Rollout:
                 self._take(sampled)
         return self.results
 
-    def _row(self, episode: _Episode) -> Columns:
+    def _row(self, episode: _Episode) -> RowColumns:
         """Return a copy of the columns of the episode's row, with its prompt."""
         given = self.rows.as_given(episode.prompt)
         return _copy({"prompt": given, **self.rows.fields[episode.prompt]})
@@ -297,11 +300,11 @@ class _Rollout:
         """
         chat: Any = episode.chat
         turn, text = turn_message(episode.sampled), self._text(episode)
-        ways = [Exchange(turn, observation)]
+        ways = [TurnWording(turn, observation)]
         if any(message["role"] == "tool" for message in observation):
             plain: Message = {"role": "assistant", "content": text}
             as_user = tuple({"role": "user", "content": message["content"]} for message in observation)
-            ways += [Exchange(plain, observation), Exchange(plain, as_user)]
+            ways += [TurnWording(plain, observation), TurnWording(plain, as_user)]
         settings: TemplateSettings = self.rows.template
         return next_prompt(chat, ways, episode.stopped, self.play.tokenizer, settings)
 
@@ -434,14 +437,14 @@ class _Rollout:
             for part, (start, segments) in enumerate(parts)
         ]
         self.open.remove(number)
-        self.ended(self.results[number])
+        self.ended(number, self.results[number])
         self._start_group(episode.prompt)
 
 
 # ---- work of the threads
 
 
-def _begin(environment: Environment, row: Columns, task: Task) -> Beginning:
+def _begin(environment: Environment, row: RowColumns, task: Task) -> Beginning:
     return environment.reset(row, task)
 
 

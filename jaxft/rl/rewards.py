@@ -3,9 +3,14 @@
 A reward function takes (prompt, completion, row) and returns a number. If it raises, or returns None, NaN or
 no number, the completion has no score: it is counted, excluded from training and from all means, and never
 silently worth 0.
+
+An async function, such as one that asks a judge on a server, is called as soon as a completion has ended, and
+goes on while others are sampled. Plain functions are called one after the other, on the main thread.
 """
 
+import asyncio
 import copy
+import inspect
 import json
 import math
 import re
@@ -21,12 +26,17 @@ from jaxtyping import Float, Shaped
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
-from jaxft.rl.episodes import Episodes
+from jaxft.rl.environments.calls import event_loop
+from jaxft.rl.episodes import Episodes, last_text
 from jaxft.rl.layout import PackedRows
+from jaxft.rl.play import Ended
 from jaxft.rl.programs import RolloutPrograms
+from jaxft.rl.trajectory import Trajectory
 from jaxft.tree import Params
 
+ASYNC_SECONDS = 600.0  # after which an async reward has no score
 SIGN, EXPONENT = r"(?:(?<![\w)])[-+])?", r"(?:[eE][-+]?\d+)?"  # 10-7 ends with a 7
 NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+){EXPONENT}")
 
@@ -103,6 +113,22 @@ class FunctionReward(Reward):
             fn = fn.func
         return str(getattr(fn, "__name__", type(fn).__name__))
 
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is async."""
+        return any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
+
+    def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
+        """Begin a call with copies that the function may change, and return a function that ends it. An async
+        function goes on meanwhile.
+        """
+        given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
+        if not self.is_async:
+            return partial(self.fn, *given)
+        coroutine: Any = self.fn(*given)
+        waited = asyncio.wait_for(coroutine, ASYNC_SECONDS)
+        return asyncio.run_coroutine_threadsafe(waited, event_loop()).result
+
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Return the function that scores."""
 
@@ -116,6 +142,7 @@ class FunctionReward(Reward):
                     [prompts.as_given(index[i]) for i in chosen],
                     [episodes.texts[i] for i in chosen],
                     [(prompts.names[index[i]], prompts.fields[index[i]]) for i in chosen],
+                    [episodes.begun.get((self, i)) for i in chosen],
                 )
                 return [scores.tolist(), faults.raised, faults.not_a_number, faults.first]
 
@@ -147,17 +174,44 @@ def unique_names(rewards: Sequence[Reward]) -> list[str]:
     ]
 
 
+def begin_async(
+    rewards: Sequence[Any], prompts: TokenisedPrompts, group: int
+) -> tuple[dict[Any, Callable[[], Any]], Ended]:
+    """Return (calls begun, a function that begins the async rewards of an episode that has ended); see
+    Episodes.begun.
+    """
+    begun = dict[Any, Callable[[], Any]]()
+    chosen = [r for r in rewards if isinstance(r, FunctionReward) and r.is_async]
+
+    def ended(number: int, parts: Sequence[Trajectory]) -> None:
+        if parts[0].fault or not processes.is_first():
+            return
+        prompt, text = number // group, last_text(parts[0].turns)
+        for reward in chosen:
+            call = reward.begin(prompts.as_given(prompt), text, prompts.fields[prompt])
+            begun[reward, number] = call
+
+    return begun, ended
+
+
 def call_reward(
     reward: FunctionReward,
     prompts: Sequence[Any],
     completions: Sequence[str],
     rows: Sequence[tuple[str, dict[str, Any]]],
+    begun: Sequence[Callable[[], Any] | None] = (),
 ) -> RewardScores:
-    """Call a reward function for each completion, with copies that it may change. rows: names and columns."""
+    """Call a reward function for each completion, with copies that it may change. rows: names and columns.
+    begun: calls that have begun, if any has.
+    """
     scores, faults = np.full(len(completions), np.nan), Faults()
-    for i, (prompt, completion, (row, columns)) in enumerate(zip(prompts, completions, rows, strict=True)):
+    given = list(zip(prompts, completions, [columns for _, columns in rows], strict=True))
+    calls = list(begun) or [None] * len(rows)
+    if reward.is_async:  # all at once
+        calls = [call or reward.begin(*args) for call, args in zip(calls, given, strict=True)]
+    for i, (call, args, (row, _)) in enumerate(zip(calls, given, rows, strict=True)):
         try:
-            value = reward.fn(copy.deepcopy(prompt), completion, copy.deepcopy(columns))
+            value = (call or reward.begin(*args))()
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             text = " ".join(str(error).split())[:200]
             message = f"reward {reward.name} raised {type(error).__name__}: {text} ({row})"

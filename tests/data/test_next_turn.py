@@ -10,7 +10,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import Exchange, next_prompt
+from jaxft.data.next_turn import TurnWording, next_prompt
 from jaxft.data.template import render_messages, template_of
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 
@@ -51,7 +51,7 @@ def test_ids_so_far_and_the_suffix_are_the_rendered_conversation(name, exchange,
     except (Rejected, Exception) as error:
         assert isinstance(error, (Rejected, ValueError, TypeError)) or "Template" in type(error).__name__
         return
-    ways = [Exchange(turn, messages_of(turns)[len(before) :])]
+    ways = [TurnWording(turn, messages_of(turns)[len(before) :])]
     found = next_prompt(conversation(prompt, tools), ways, stopped, tokenizer, how)
     assert found.messages == messages_of(turns)
     text = tokenizer.decode(found.ids)
@@ -81,7 +81,7 @@ WHY = {"role": "user", "content": "Why?"}
 
 def suffix(name, turn, answers, stopped=True, messages=(QUESTION,), tools=None):
     tokenizer = stock_tokenizer(name)
-    ways = [Exchange(turn, tuple(answers))]
+    ways = [TurnWording(turn, tuple(answers))]
     found = next_prompt(conversation(messages, tools), ways, stopped, tokenizer, TEMPLATES[name].settings)
     return found, tokenizer.decode(found.ids)
 
@@ -119,7 +119,7 @@ def test_the_first_way_that_the_template_shows_is_used():
         "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
     }
     plain = {"role": "assistant", "content": "<tool_call>f</tool_call>"}
-    ways = [Exchange(calling, (WHY,)), Exchange(plain, (WHY,))]
+    ways = [TurnWording(calling, (WHY,)), TurnWording(plain, (WHY,))]
     found = next_prompt(
         conversation([QUESTION]), ways, True, stock_tokenizer("chatml"), DEFAULT_TEMPLATE_SETTINGS
     )
@@ -129,7 +129,7 @@ def test_the_first_way_that_the_template_shows_is_used():
 def test_an_answer_that_the_template_drops_is_shown_in_another_way():
     """Phi 3 renders no tool's message."""
     plain, result = {"role": "assistant", "content": "f()"}, {"role": "tool", "content": "7"}
-    ways = [Exchange(plain, ({**result, "role": role},)) for role in ("tool", "user")]
+    ways = [TurnWording(plain, ({**result, "role": role},)) for role in ("tool", "user")]
     tokenizer = stock_tokenizer("phi3")
     found = next_prompt(conversation([QUESTION]), ways, True, tokenizer, DEFAULT_TEMPLATE_SETTINGS)
     assert tokenizer.decode(found.ids) == "\n<|user|>\n7<|end|>\n<|assistant|>\n"
@@ -142,5 +142,5 @@ def test_rejected_messages_name_the_row():
 
 def test_a_tokenizer_without_a_template_has_no_second_turn():
     with pytest.raises(InvalidRow, match="a further turn needs a chat template; set chat_template=chatml"):
-        next_prompt(conversation([QUESTION]), [Exchange(ANSWER, (WHY,))], True, tiny("none"),
+        next_prompt(conversation([QUESTION]), [TurnWording(ANSWER, (WHY,))], True, tiny("none"),
                     DEFAULT_TEMPLATE_SETTINGS)  # fmt: skip

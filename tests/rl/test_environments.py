@@ -12,12 +12,15 @@ from scripted_session import ScriptedSampler
 from test_play import KEY, LIMITS, rows_of
 
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.inference.tool_calls import TOOL_FORMATS, call_format
 from jaxft.rl.environment import environment_of
+from jaxft.rl.environments.by_hand import TypedTurns, result_line, written_call
 from jaxft.rl.environments.calculator import Calculator, calculator_demonstrations, calculator_rows
 from jaxft.rl.environments.code_interpreter import CodeInterpreter
 from jaxft.rl.environments.guess_number import GuessNumber, guess_rows
 from jaxft.rl.environments.openenv import observation_text, openenv
 from jaxft.rl.environments.search import Search, best_passages, search_rows, villages
+from jaxft.rl.environments.tools import parse_turn
 from jaxft.rl.play import Play, rollout
 
 
@@ -122,6 +125,32 @@ def test_the_code_interpreter_runs_code_and_reads_its_answer():
         )
 
     assert [part.score for part in episodes(CodeInterpreter, rows, turn)] == [1.0, 1.0]
+
+
+# ---- played by a person
+
+
+def test_a_person_plays_what_a_policy_would():
+    tokenizer = stock_tokenizer("qwen2.5")
+    typed = iter(['/call multiply {"a": 6, "b": 7}', "/call nothing", "It is 42."])
+    shown = []
+    play = Play(environment_of(Calculator), tokenizer, (tokenizer.eos_token_id,), LIMITS)
+    person = TypedTurns(typed.__next__, shown.append, tokenizer, tokenizer.eos_token_id, play.call_format)
+    rows = rows_of(tokenizer, ["What is 6 * 7?"], DEFAULT_TEMPLATE_SETTINGS, answer="42")
+    (found,) = rollout(person, play, rows, 1, KEY)
+    assert "multiply" in shown[0] and "<tool_response>\n42\n</tool_response>" in shown[1]
+    assert result_line(found).startswith("[ended; score 1; unknown_tool: there is no tool 'nothing'")
+
+
+@pytest.mark.parametrize("name", [name for name in TOOL_FORMATS if name != "none"])
+def test_a_typed_call_is_one_in_each_format(name):
+    """Read back by the parser that reads the policy's."""
+    format = call_format(name)
+    turn = parse_turn(written_call('/call add {"a": 1, "b": [2, "é"]}', format), format, 0)
+    assert [(c.name, json.loads(c.arguments)) for c in turn.calls] == [("add", {"a": 1, "b": [2, "é"]})]
+    assert not turn.malformed and not turn.text
+    for text in ("/call add {", "/caller", "a /call"):
+        assert written_call(text, format) == text
 
 
 # ---- OpenEnv

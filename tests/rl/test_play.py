@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -20,6 +21,7 @@ from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.rl.environment import environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
+from jaxft.runs.parse import parse_value
 
 KEY = jax.random.key(0)
 LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)
@@ -262,9 +264,11 @@ def test_scores_arrive_while_other_rows_are_sampled():
         return said(ids, episode)
 
     play = Play(environment_of(patient), tokenizer, stop_of(tokenizer), LIMITS)
-    ended = []
-    found = rollout(ScriptedSampler(write), play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, ended.append)
-    assert [part.fault for part in found] == ["", ""] and len(ended) == 2
+    ended = {}
+    found = rollout(
+        ScriptedSampler(write), play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, ended.__setitem__
+    )
+    assert [part.fault for part in found] == ["", ""] and [*ended] == [1, 0]
 
 
 # ---- faults
@@ -391,6 +395,16 @@ def test_what_is_no_environment_is_refused(message):
     with pytest.raises(ValueError) as error:
         environment_of(BAD[message])
     assert message in str(error.value)
+
+
+def test_functions_of_one_file_are_named_after_it_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_tools.py").write_text("def add(a): return a\ndef search(q): return q\n")
+    (tmp_path / "other.py").write_text("def count(a): return a\n")
+    found = parse_value("my_tools.py:add,search,other.py:count", tuple[Callable, ...])
+    assert [function.__name__ for function in found] == ["add", "search", "count"]
+    with pytest.raises(ValueError, match="my_tools.py has no 'serch'; it has: add, search"):
+        parse_value("my_tools.py:add,serch", tuple[Callable, ...])
 
 
 def test_a_tool_without_types_or_descriptions_is_refused():

@@ -3,14 +3,14 @@
 import random
 
 from jaxft.data.columns import tool_schema
-from jaxft.rl.environment import Columns
+from jaxft.rl.environment import RowColumns
 from jaxft.rl.rewards import last_number
 
 
 class Calculator:
     """The reward is 1 if the last number of the final turn is the row's answer. Rows: `calculator_rows`."""
 
-    def reset(self, row: Columns) -> None:
+    def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
         self.answer = last_number(row["answer"])
 
@@ -37,7 +37,7 @@ class Calculator:
         return a * b
 
 
-def calculator_rows(count: int, seed: int, two_calls: float = 0.5) -> list[Columns]:
+def calculator_rows(count: int, seed: int, two_calls: float = 0.5) -> list[RowColumns]:
     """Return questions with answers. two_calls: the fraction of them that need both tools.
 
     Example: calculator_rows(1, 0) is [{"prompt": "What is 62 * 67 + 94?", "answer": "4248"}] or like it.
@@ -46,16 +46,16 @@ def calculator_rows(count: int, seed: int, two_calls: float = 0.5) -> list[Colum
     return [_question(rng, rng.random() < two_calls)[0] for _ in range(count)]
 
 
-def calculator_demonstrations(count: int, seed: int, two_calls: float = 0.0) -> list[Columns]:
+def calculator_demonstrations(count: int, seed: int, two_calls: float = 0.0) -> list[RowColumns]:
     """Return conversations that show the format of calls: rows for SFT, with tools. By default each has one
     call, so that a model still has to learn to use the tools one after the other.
     """
     rng = random.Random(seed)
     tools = [tool_schema(getattr(Calculator, name)) for name in ("add", "multiply")]
-    rows = list[Columns]()
+    rows = list[RowColumns]()
     for _ in range(count):
         row, calls = _question(rng, rng.random() < two_calls)
-        messages: list[Columns] = [{"role": "user", "content": row["prompt"]}]
+        messages: list[RowColumns] = [{"role": "user", "content": row["prompt"]}]
         for name, a, b, result in calls:
             call = {"type": "function", "function": {"name": name, "arguments": {"a": a, "b": b}}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
@@ -65,7 +65,7 @@ def calculator_demonstrations(count: int, seed: int, two_calls: float = 0.0) -> 
     return rows
 
 
-def _question(rng: random.Random, both: bool) -> tuple[Columns, list[tuple[str, int, int, int]]]:
+def _question(rng: random.Random, both: bool) -> tuple[RowColumns, list[tuple[str, int, int, int]]]:
     """Return a row, and the calls (tool, a, b, result) that answer it."""
     a, b, c = (rng.randint(11, 99) for _ in range(3))
     if both:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+_LOOP_LOCK = threading.Lock()
 SLOWEST_CHECK = 0.5  # seconds between checks of time-outs while all calls run
 
 
@@ -51,7 +52,7 @@ class Task:
         value = function(*args, **named)
         if not inspect.isawaitable(value):
             return value
-        future = asyncio.run_coroutine_threadsafe(_awaited(value), _event_loop())
+        future = asyncio.run_coroutine_threadsafe(_awaited(value), event_loop())
         try:
             return future.result(self.timeout)
         except TimeoutError:
@@ -176,9 +177,14 @@ async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
 
 
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def event_loop() -> asyncio.AbstractEventLoop:
     """Return the event loop on which all async functions run, so that clients stay on one loop."""
+    with _LOOP_LOCK:
+        return _started_loop()
+
+
+@functools.cache
+def _started_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return loop

@@ -2,7 +2,7 @@
 
 import math
 
-from jaxft.rl.environment import Columns
+from jaxft.rl.environment import RowColumns
 from jaxft.rl.environments.sandbox import SandboxLimits, run_python
 from jaxft.rl.rewards import last_number
 
@@ -14,7 +14,7 @@ class CodeInterpreter:
 
     limits = SandboxLimits()
 
-    def reset(self, row: Columns) -> None:
+    def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
         self.answer = str(row["answer"])
 

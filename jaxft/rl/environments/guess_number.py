@@ -2,14 +2,14 @@
 
 import random
 
-from jaxft.rl.environment import Columns
+from jaxft.rl.environment import RowColumns
 from jaxft.rl.rewards import last_number
 
 
 class GuessNumber:
     """The reward is 1 for the right number. Rows: `guess_rows`; data.max_turns limits the guesses."""
 
-    def reset(self, row: Columns) -> None:
+    def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
         self.number = int(row["answer"])
 
@@ -23,7 +23,7 @@ class GuessNumber:
         return ("Higher." if guess < self.number else "Lower."), 0.0, False, None
 
 
-def guess_rows(count: int, seed: int, most: int = 20) -> list[Columns]:
+def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
     """Return prompts with a number from 1 to `most` as the answer."""
     rng = random.Random(seed)
     prompt = f"Guess my number from 1 to {most}. I say whether it is higher or lower. Answer with a number."

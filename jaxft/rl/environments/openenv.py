@@ -15,7 +15,7 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
-from jaxft.rl.environment import Beginning, Columns, Environment, EpisodeState, StepResult, checked_step
+from jaxft.rl.environment import Beginning, Environment, EpisodeState, RowColumns, StepResult, checked_step
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import Tool
 
@@ -25,7 +25,7 @@ NOT_SHOWN = ("done", "reward", "metadata")  # fields of an observation that its 
 def openenv(
     connect: Callable[[], Any],
     action: Callable[[str], Any],
-    options: Callable[[Columns], dict[str, Any]] = lambda row: {},
+    options: Callable[[RowColumns], dict[str, Any]] = lambda row: {},
     observation: Callable[[Any], str] | None = None,
     name: str = "openenv",
 ) -> Environment:
@@ -38,7 +38,7 @@ def openenv(
     free = queue.SimpleQueue[Any]()
     text_of = observation or observation_text
 
-    def reset(row: Columns, task: Task) -> Beginning:
+    def reset(row: RowColumns, task: Task) -> Beginning:
         client = task.call(connect) if free.empty() else free.get()
         result = task.call(client.reset, **options(row))
         return Beginning(text_of(result.observation) or None, client)

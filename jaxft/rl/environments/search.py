@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 
-from jaxft.rl.environment import Columns
+from jaxft.rl.environment import RowColumns
 
 Passages = tuple[str, ...]
 K1, B = 1.5, 0.75
@@ -27,7 +27,7 @@ class Search:
     corpus: Passages = ()
     results = 2
 
-    def reset(self, row: Columns) -> None:
+    def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
         self.answer = str(row["answer"])
 
@@ -84,9 +84,9 @@ def villages() -> Passages:
     return tuple(passages)
 
 
-def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[Columns]:
+def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[RowColumns]:
     """Return questions about the villages. two_searches: the fraction that needs the village first."""
-    rng, rows = random.Random(seed), list[Columns]()
+    rng, rows = random.Random(seed), list[RowColumns]()
     for _ in range(count):
         village, river, year, painter = rng.choice(_facts())
         place = f"the village where the painter {painter} was born"
