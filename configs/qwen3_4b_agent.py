@@ -10,7 +10,7 @@ rewrites what the policy has sampled, the next turn begins a new training row. T
 DAPO's, as in configs/qwen25_1p5b_grpo.py: eps_high=0.28, no KL penalty, groups with equal scores left out.
 The code interpreter runs what the model writes in a process with limits, which is no security boundary.
 
-Hardware: one H100 (planned with jaxft plan qwen3_4b_agent --devices h100; no run was measured).
+Hardware: a GPU of 80 GB; not measured.
 """
 
 from functools import partial

@@ -30,7 +30,7 @@ class RolloutShapes:
     """Shapes of a rollout's rows. A rollout uses the smallest of them that holds its episodes.
 
     prompt_size: tokens that prompts are padded to for sampling. rows: the row shapes, smallest first.
-    batches: of an optimizer step [micro, rows, ...], one for each row shape. reads_given: see pack.
+    batches: of an optimizer step [micro, rows, ...], one for each row shape. reads_given: see pack_episodes.
     """
 
     prompt_size: int
@@ -120,7 +120,7 @@ def _groups(episodes: Episodes) -> list[tuple[tuple[Trajectory, ...], ...]]:
     return [episodes.episodes[i : i + group] for i in range(0, len(episodes.episodes), group)]
 
 
-def pack(
+def pack_episodes(
     episodes: Episodes,
     shape: RowShape,
     size: tuple[int, int] | None = None,

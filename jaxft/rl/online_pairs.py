@@ -15,7 +15,7 @@ from jaxft.bounds import at_least
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
 from jaxft.rl.advantages import has_score
-from jaxft.rl.layout import pack, to_microbatches
+from jaxft.rl.layout import pack_episodes, to_microbatches
 from jaxft.rl.metrics import rollout_metrics
 from jaxft.rl.rollout import BatchKind, Rollouts, ScoredRollout, TrainingRollout
 from jaxft.rl.rules import Rules
@@ -56,7 +56,7 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
     trained_on = np.zeros(valid.shape, bool)
     np.put_along_axis(trained_on, pick, is_pair[:, None], 1)
     pairs = scored.episodes.pick(pick)
-    rows = to_pairs(pack(pairs, RowShape(shape.ids.shape[-1], shape.read.shape[-1])).rows)
+    rows = to_pairs(pack_episodes(pairs, RowShape(shape.ids.shape[-1], shape.read.shape[-1])).rows)
     metrics = rollout_metrics(rules.reward_names, scored, rollout.tokens, trained_on, recomputed=False)
     return TrainingRollout(rollout.number, rows, pairs.lengths, is_pair, valid, metrics)
 
@@ -77,7 +77,7 @@ def to_pairs(rows: Rollout) -> Pairs:
     )  # fmt: skip
 
 
-def pair_batch(
+def best_and_worst_batch(
     data: Rollouts,
     rollout: TrainingRollout,
     chosen: Int[np.ndarray, " rows"],
@@ -106,7 +106,7 @@ class OnlinePairs(Rollouts):
     """
 
     group: Annotated[int, at_least(2)] = 2  # a pair needs two completions
-    kind: ClassVar[BatchKind] = BatchKind(pair_shapes, pairs_of, pair_batch)
+    kind: ClassVar[BatchKind] = BatchKind(pair_shapes, pairs_of, best_and_worst_batch)
 
     def __post_init__(self) -> None:
         super().__post_init__()

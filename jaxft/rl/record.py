@@ -80,7 +80,7 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
 
 
 @dataclass(frozen=True)
-class Record:
+class RolloutRecord:
     """Recorded rollouts. folder: of this run's. replay: the folder of the run that is replayed, or None.
     weights: the checksum of the policy's trainable weights.
     """
@@ -97,7 +97,7 @@ class Record:
         return None if found is None else from_bytes(base64.b64decode(found))
 
     def write(self, number: int, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Record a rollout, and return it."""
+        """RolloutRecord a rollout, and return it."""
         if processes.is_first():
             make_folder(self.folder)
             write_durably(self.folder / f"{number}.npz", to_bytes(trajectories, self.weights))

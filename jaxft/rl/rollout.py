@@ -5,7 +5,6 @@ A run is therefore saved between rollouts only; one that is killed inside a roll
 first step and repeats it from its record.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -31,14 +30,21 @@ from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, 
 from jaxft.rl.environment import environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.importance import weight_metrics
-from jaxft.rl.layout import PackedRows, RolloutShapes, pack, per_episode, rollout_shapes, to_microbatches
+from jaxft.rl.layout import (
+    PackedRows,
+    RolloutShapes,
+    pack_episodes,
+    per_episode,
+    rollout_shapes,
+    to_microbatches,
+)
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.play import EpisodeLimits, Play
 from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms
 from jaxft.rl.record import append_table
 from jaxft.rl.rewards import ScoreEpisodes
 from jaxft.rl.rules import Rules, ScoredEpisodes
-from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_sampler
+from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
 from jaxft.tree import Aux, Batch, Metrics, Params
 
@@ -119,7 +125,7 @@ def policy_rows(data: "Rollouts", rollout: ScoredRollout, shape: Rollout) -> Tra
     return TrainingRollout(rollout.number, rows, episodes.lengths, mask, has_score(scored.scores), metrics)
 
 
-def policy_batch(
+def rollout_batch(
     data: "Rollouts",
     rollout: TrainingRollout,
     chosen: Int[np.ndarray, " rows"],
@@ -160,7 +166,7 @@ class Rollouts(Prompts):
     timeout: Annotated[float, above(0)] = 30.0
     replay: str | None = None
     observations: bool = False
-    kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, policy_batch, of_tokens=True)
+    kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, rollout_batch, of_tokens=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,11 +188,7 @@ class Rollouts(Prompts):
     @property
     def starts_per_row(self) -> int:
         """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
-        if self.environment is None or inspect.isfunction(self.environment):
-            return 1
-        is_class = inspect.isclass(self.environment)
-        returned = inspect.signature(self.environment.reset).return_annotation if is_class else Any
-        return 1 if returned in (None, "None") else self.group
+        return self.group if environment_of(self.environment, self.tools).resets else 1
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
@@ -267,7 +269,7 @@ class PromptSource:
         return RolloutSource(
             **{field.name: getattr(self, field.name) for field in fields(PromptSource)},
             run=run,
-            sample=compile_sampler(run, data, self.tokenizer, sizes),
+            sample=compile_rollout_sampler(run, data, self.tokenizer, sizes),
             rewards=tuple(reward.prepare(programs) for reward in data.rules.rewards),
             token_scores=programs.compile(partial(score_tokens, run.objective)) if recompute else None,
             sizes=sizes,
@@ -409,7 +411,7 @@ class RolloutSource(PromptSource):
         episodes = self.sample(chosen, group, number, state)
         rows = round_up(len(chosen), self.data.units_per_step)
         sizes, size = self.sizes, (rows, self.data.group)
-        packed = pack(episodes, sizes.smallest(episodes), size, sizes.reads_given)
+        packed = pack_episodes(episodes, sizes.smallest(episodes), size, sizes.reads_given)
         return self.data.rules.score(
             episodes, [score(episodes, packed, state) for score in self.rewards]
         ), packed

@@ -26,7 +26,7 @@ from jaxft.rl.episodes import Episodes, collect
 from jaxft.rl.layout import RolloutShapes
 from jaxft.rl.play import rollout
 from jaxft.rl.programs import BoundRun
-from jaxft.rl.record import RECORDS, Record
+from jaxft.rl.record import RECORDS, RolloutRecord
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.sampling_session import Sampler
 from jaxft.tree import Params
@@ -35,7 +35,9 @@ SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
 EVALUATION = 2**31 - 1  # rollout number from which the sampling key of held-out prompts is derived
 
 
-def compile_sampler(run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutShapes) -> SampleEpisodes:
+def compile_rollout_sampler(
+    run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutShapes
+) -> SampleEpisodes:
     """Compile the sampling programs of a run, and return (prompts, group, number, state) -> episodes.
 
     group: episodes of each prompt, data.group or data.eval_group. number: of the rollout, for the keys;
@@ -53,7 +55,7 @@ def compile_sampler(run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutSha
         if number == EVALUATION:
             trajectories = new()
         else:
-            record = Record(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
+            record = RolloutRecord(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
             trajectories = record.read(number) or record.write(number, new())
         sizes = data.sampled_length, data.episode_length, data.max_turns
         return replace(collect(prompts, trajectories, *sizes), begun=begun)

@@ -625,6 +625,11 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "rewards=my_rewards.py:mine, a function (prompt, completion, row) -> float of one "
                   "completion",
                   "grpo"),
+        _together("environment_factory:t", "environment",
+                  "environment=my_env.py:Game with max_turns and max_episode, see configs/grpo_tools.py", "grpo"),
+        _together("tools:ta", "tools", "tools=my_tools.py:add,my_tools.py:search, see grpo_tools.py", "grpo"),
+        _together("max_tool_calling_iterations:t", "max_turns",
+                  "max_turns=3 max_episode=512: turns are one more than iterations of tool calls", "grpo"),
         _together("reward_model:tf reward_model_path:t reward_model_name_or_path:t", "reward_model",
                   "reward_model=org/name, or runs/reward", "grpo"),
         _mapped("multi_objective_aggregation:ta", "estimate",
@@ -653,7 +658,7 @@ OPTIONS: tuple[Option, ...] = tuple(
         _together("delta:ta", "loss", "loss=dual_clip, whose max_ratio is delta (3 by default)", "grpo"),
         _absent("min_p:ta repetition_penalty:ta generation_kwargs:ta top_entropy_quantile:ta "
                 "entropy_coef:t vllm_guided_decoding_regex:a vllm_structured_outputs_regex:t "
-                "rollout_func:ta max_tool_calling_iterations:t tools:ta",
+                "rollout_func:ta",
                 "not implemented for rollouts", "1.0 1 0.0 0"),
     )
     for option in rows

@@ -13,7 +13,7 @@ from jaxft.rl.advantages import centred, grpo
 from jaxft.rl.episodes import collect, given_count, turn_count
 from jaxft.rl.estimators import RolloutScores, actor_critic, by_group, by_turn, reinforce
 from jaxft.rl.metrics import episode_metrics, rollout_metrics
-from jaxft.rl.record import Record, append_table, from_bytes, inspect_episodes, to_bytes
+from jaxft.rl.record import RolloutRecord, append_table, from_bytes, inspect_episodes, to_bytes
 from jaxft.rl.rewards import EnvironmentReward, RewardScores
 from jaxft.rl.rules import Rules
 from jaxft.rl.trajectory import Fault, Segment, Trajectory
@@ -194,11 +194,11 @@ def test_a_record_has_every_bit_of_its_rollout(tmp_path):
             assert (a.logps is None and b.logps is None) or a.logps.tobytes() == b.logps.tobytes()
     assert from_bytes(to_bytes([], 0)) == []
 
-    record = Record(tmp_path / "one" / "rollouts", None, 7)
+    record = RolloutRecord(tmp_path / "one" / "rollouts", None, 7)
     assert record.read(3) is None and record.write(3, given) == given
     assert len(record.read(3)) == len(given)
     assert replace(record, weights=8).read(3) is None  # of another policy
-    replayed = Record(tmp_path / "two" / "rollouts", str(tmp_path / "one"), 8)
+    replayed = RolloutRecord(tmp_path / "two" / "rollouts", str(tmp_path / "one"), 8)
     assert len(replayed.read(3)) == len(given)
     with pytest.raises(ValueError, match=r"data.replay=.*one: .*4.npz is missing; this run needs rollout 5"):
         replayed.read(4)

@@ -14,13 +14,13 @@ from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl.episodes import collect
-from jaxft.rl.layout import pack, per_episode, rollout_shapes, to_microbatches
+from jaxft.rl.layout import pack_episodes, per_episode, rollout_shapes, to_microbatches
 from jaxft.rl.trajectory import episode_ids, sampled_mask
 
 
 def test_values_of_tokens_come_back_from_rows():
     episodes = episodes_of(*random_completions(LENGTHS), LENGTHS)
-    packed = pack(episodes, RowShape(32, 16), (3, 4))
+    packed = pack_episodes(episodes, RowShape(32, 16), (3, 4))
     x = np.random.default_rng(1).normal(size=(6, 7)).astype(np.float32)
     mask = np.arange(7) < LENGTHS.reshape(6, 1)
     rows = packed.from_tokens(x)
@@ -29,7 +29,7 @@ def test_values_of_tokens_come_back_from_rows():
 
 
 def test_a_value_of_an_episode_is_at_its_own_read_positions():
-    packed = pack(episodes_of(*random_completions(LENGTHS), LENGTHS), RowShape(32, 16), (2, 4))
+    packed = pack_episodes(episodes_of(*random_completions(LENGTHS), LENGTHS), RowShape(32, 16), (2, 4))
     values = 1.0 + np.arange(6).reshape(2, 3)
     expected = [np.repeat(own, count) for own, count in zip(values, LENGTHS, strict=True)]
     rows = per_episode(values, packed.rows)
@@ -51,7 +51,7 @@ def test_a_row_of_episodes_has_the_log_probs_of_each_training_row_alone(x64):
 
 def check_log_probs(model, params, episodes, shape):
     """The log-probs of rows are those of each trajectory alone, at its sampled tokens."""
-    packed = pack(episodes, shape)
+    packed = pack_episodes(episodes, shape)
     logps = policy(model, clipped, temperature=0.7).score(params, packed.rows, {}).logps
     found = packed.to_tokens(np.asarray(logps), episodes)
     for own, parts in zip(found, episodes.episodes, strict=True):
@@ -68,7 +68,7 @@ def check_log_probs(model, params, episodes, shape):
 
 def test_given_tokens_are_in_the_row_and_have_no_read_position():
     episodes = random_episodes()
-    rows = pack(episodes, RowShape(96, 32)).rows
+    rows = pack_episodes(episodes, RowShape(96, 32)).rows
     for g in range(len(rows.ids)):
         own = episodes.episodes[2 * g : 2 * g + 2]
         is_read = rows.responses[g] < 2
@@ -109,7 +109,7 @@ def test_the_smallest_row_shape_that_holds_a_rollout_is_used(turns):
 
 
 def test_microbatches_are_padded_with_empty_rows():
-    rows = pack(episodes_of(*random_completions(LENGTHS), LENGTHS), RowShape(32, 16)).rows
+    rows = pack_episodes(episodes_of(*random_completions(LENGTHS), LENGTHS), RowShape(32, 16)).rows
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, 4, x.shape[-1]), x.dtype), rows)
     batch = to_microbatches(rows, like, padding=3)
     assert jax.tree.map(np.shape, batch) == jax.tree.map(lambda s: s.shape, like)

@@ -1,6 +1,7 @@
 """Episodes without a model: turns are scripted, the chat template and the tokenizer are real."""
 
 import asyncio
+import json
 import random
 import threading
 import time
@@ -18,6 +19,7 @@ from scripted_session import ScriptedSampler
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.distributed import processes
 from jaxft.rl.environment import environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
@@ -184,6 +186,24 @@ def test_a_template_that_cuts_reasoning_begins_a_second_row():
     assert found[0].score == found[1].score == 2.0 and not found[1].ended
 
 
+def test_decisions_reach_other_processes_as_json(monkeypatch):
+    """Only the first process has the environment; what it decides is JSON."""
+
+    def through_json(work):
+        return json.loads(json.dumps(work()))
+
+    def fail(state, text, row):
+        return ("more", 1.0, False, 1) if state is None else (None, 1 / 0, True, None)
+
+    texts, environment = [f"I add.\n{CALL}", "It is 5."], environment_of(fail, [add])
+    here = played(environment, texts, questions=("q", "r"))
+    monkeypatch.setattr(processes, "from_first_process", through_json)
+    there = played(environment, texts, questions=("q", "r"))
+    assert [part.turns for part in here] == [part.turns for part in there]
+    assert [part.faults for part in here] == [part.faults for part in there] and here[0].fault == "raised"
+    assert [episode_ids(part).tolist() for part in here] == [episode_ids(part).tolist() for part in there]
+
+
 # ---- scores and ends
 
 
@@ -239,9 +259,10 @@ def test_trl_environments_run_unchanged():
             return float(self.count)
 
     call = '<tool_call>\n{"name": "increment", "arguments": {"step": 4}}\n</tool_call>'
-    found = played(environment_of(Counter), [call, call, "done"], questions=("q", "r"))
-    assert [part.score for part in found] == [8.0, 9.0]
-    assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
+    for given_to_trl in (Counter, lambda: Counter()):
+        found = played(environment_of(given_to_trl), [call, call, "done"], questions=("q", "r"))
+        assert [part.score for part in found] == [8.0, 9.0]
+        assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
 
 
 def test_scores_arrive_while_other_rows_are_sampled():
@@ -300,6 +321,7 @@ FAULTY = {
         lambda state, text, row: ("a", float("nan"), False, None),
         lambda state, text, row: ("a", 0.0, "yes", None),
         lambda state, text, row: (7, 0.0, False, None),
+        lambda state, text, row: ({"role": "user", "content": "a", "image": object()}, 0.0, False, None),
     ),
     "large_observation": (large,),
 }

@@ -36,7 +36,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models
 from jaxft.rl.advantages import scale_scores, update_moments
-from jaxft.rl.layout import pack
+from jaxft.rl.layout import pack_episodes
 from jaxft.rl.reward_models import HeadReward, ModelReward
 from jaxft.train import partition
 from jaxft.weights import init, pretrained
@@ -99,7 +99,7 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
 
     def scores(lengths, pad=None):
         episodes = episodes_of(prompts, tokens[:, : lengths.shape[1]], lengths)
-        rows = jax.tree.map(lambda x: x[None], pack(episodes, RowShape(32, 16)).rows)
+        rows = jax.tree.map(lambda x: x[None], pack_episodes(episodes, RowShape(32, 16)).rows)
         return np.asarray(reward_models.head_scores(model, HeadReward("reward", pad), params, {}, rows))[0]
 
     def alone(text):

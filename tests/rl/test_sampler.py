@@ -28,14 +28,14 @@ from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
 from jaxft.rl.episodes import sampled_tokens
-from jaxft.rl.layout import pack, rollout_shapes
+from jaxft.rl.layout import pack_episodes, rollout_shapes
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.play import rollout
 from jaxft.rl.record import table_indices
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
-from jaxft.rl.sampler import compile_engines, compile_sampler
+from jaxft.rl.sampler import compile_engines, compile_rollout_sampler
 from jaxft.rl.sampling_session import Sampled
 
 
@@ -52,7 +52,7 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
     episodes = episodes_of(prompts, tokens.reshape(3, group, 12), lengths, sampled)
-    packed = pack(episodes, RowShape(64, 64))
+    packed = pack_episodes(episodes, RowShape(64, 64))
     logps = policy(model, clipped, temperature=temperature or 1.0).score(params, packed.rows, {}).logps
     found = packed.to_tokens(np.asarray(logps), episodes)
     np.testing.assert_allclose(found, episodes.logps, atol=1e-4, rtol=0)
@@ -69,7 +69,7 @@ def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the
     for group in ([[12, 12]] * 3, [[3, 5], [1, 12], [2, 2]]):  # whatever the lengths of the others
         lengths, mask = np.array(group), np.arange(12) < np.ravel(group)[:, None]
         episodes = episodes_of(prompts, tokens, lengths)
-        packed = pack(episodes, RowShape(64, 64))
+        packed = pack_episodes(episodes, RowShape(64, 64))
         found = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
     assert to_pairs(packed.rows).sampled_length == packed.rows.sampled_length == 12
@@ -99,7 +99,7 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
         lengths[0] = longest
         episodes = episodes_of(prompts, all_tokens.reshape(3, 4, 48), lengths)
         assert shapes.smallest(episodes) == shape
-        packed = pack(episodes, shape)
+        packed = pack_episodes(episodes, shape)
         logps = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         difference = np.abs(logps - sampled)[np.arange(48) < lengths.reshape(12, 1)]
         assert difference.max() < max_difference and difference.mean() < mean_difference, shape
@@ -188,7 +188,7 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
         param_shapes=jax.eval_shape(lambda: params), params=lambda state: params, state=state,
     )  # fmt: skip
     shapes = rollout_shapes(data, 64, shards=1)
-    found = compile_sampler(run, data, tokenizer, shapes)(prompts, 2, 3, state)
+    found = compile_rollout_sampler(run, data, tokenizer, shapes)(prompts, 2, 3, state)
     key = jax.random.fold_in(jax.random.key(data.seed + 2), 3)
     engine = engine_of((model, params), Sampling(6, 1.0), (7, 11), 4, 128, group=2)
     expected = complete(Session(engine, params, key), prompts.ids)
@@ -201,7 +201,7 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
 
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["3.npz"]
     run.params = None  # it cannot sample
-    again = compile_sampler(run, data, tokenizer, shapes)
+    again = compile_rollout_sampler(run, data, tokenizer, shapes)
     same = again(prompts, 2, 3, state)
     assert same.texts == found.texts
     np.testing.assert_array_equal(same.logps, found.logps)
