@@ -19,6 +19,7 @@ from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.bounds import above
 from jaxft.data import chat, prompts
 from jaxft.data.invalid import add_counts
+from jaxft.data.next_turn import restart_notes
 from jaxft.data.pack import round_up
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
@@ -498,6 +499,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         learned=learned_completions(data.rules),
     )
     examples, how = (*train.examples, *eval_prompts.examples), (tokenizer, data.template_settings)
+    played = environment_of(data.environment, data.tools)
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
@@ -510,7 +512,8 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
         warnings=tuple(dict.fromkeys(train.notes + eval_prompts.notes))
         + chat.tools_warnings(examples, *how)
-        + chat.content_warnings(examples, *how),
+        + chat.content_warnings(examples, *how)
+        + (restart_notes(played.schemas, *how) if data.max_turns > 1 else ()),
     )
 
 
