@@ -243,9 +243,12 @@ class _Rollout:
                 case _Answer():
                     return self._answered(episode, value)
                 case _:
-                    return _Decision(number, "end", fault=_fault_of(value, self.play.limits))
+                    fault = _fault_of(value, self.play.limits)
         except InvalidRow as error:
-            return _Decision(number, "end", fault=(TEMPLATE, str(error)[:FAULT_SIZE]))
+            fault = TEMPLATE, str(error)[:FAULT_SIZE]
+        is_new = len(episode.rewards) < episode.turns  # the last turn is not among the messages
+        messages = [turn_message(episode.sampled)] if is_new else []
+        return _Decision(number, "end", fault=fault, messages=messages)
 
     def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
         """Return the decision to start from the environment's prompt, or from the row's own."""
@@ -280,7 +283,7 @@ class _Rollout:
         size = sum(len(message["content"]) for message in step.observation)
         if size > limits.observation and not episode.sampled.calls:
             text = f"the observation has {size} characters, more than {limits.observation}"
-            return found._replace(do="end", fault=(LARGE_OBSERVATION, text))
+            return found._replace(do="end", fault=(LARGE_OBSERVATION, text), messages=[turn])
         over = found._replace(done=step.done or not step.observation, messages=[turn])
         if over.done or episode.turns >= limits.turns or episode.used >= limits.tokens:
             return over

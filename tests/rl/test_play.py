@@ -341,6 +341,7 @@ def test_a_fault_of_the_environment_excludes_the_episode_alone(kind):
         assert [part.fault for part in found] == ["", kind, ""]
         assert [part.score for part in found][::2] == [1.0, 1.0] and np.isnan(found[1].score)
         assert fault_counts(found) == {kind: 1} and found[1].faults[0].text
+        assert [turn["content"] for turn in found[1].turns] == ["r", "a"]
 
 
 def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
