@@ -265,7 +265,8 @@ class _Rollout:
                 raise found
             ids = found
         if len(ids) > self.play.limits.prompt:
-            text = f"the prompt has {len(ids)} tokens, more than {self.play.limits.prompt}"
+            most = self.play.limits.prompt
+            text = f"the prompt with tools has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
             return _Decision(episode.number, "end", fault=(LONG_PROMPT, text))
         messages = (
             chat.messages[: chat.response]
@@ -468,7 +469,7 @@ def _score_of(environment: Environment, state: EpisodeState, task: Task) -> _Sco
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     """Return the kind and text of what a call raised."""
     if isinstance(error, Overdue):
-        return TIME_OUT, f"a call took more than {limits.timeout:g} s"
+        return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
     if isinstance(error, WrongType):
         return WRONG_TYPE, str(error)[:FAULT_SIZE]
     return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE]

@@ -357,6 +357,7 @@ def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
     found = played(environment_of(Failing), ["a"], questions=("q", "r", "s", "t"), group=2)
     assert [part.fault for part in found[::2]] == ["raised", "wrong_type", "long_prompt", ""]
     assert found[0].faults[0].text == "OSError: no such server" and found[6].score == 1.0
+    assert "tokens, more than data.max_prompt=2000; raise it" in found[4].faults[0].text
 
 
 ERRORS = {
