@@ -3,10 +3,12 @@
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -15,10 +17,13 @@ from chat_templates import TEMPLATES, stock_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_session import ScriptedSampler
+from tiny_tokenizers import tiny
 
+from jaxft.data import named_templates
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed import processes
 from jaxft.rl.environment import environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
@@ -79,6 +84,19 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call
 # ---- token-exact turns
 
 
+@cache
+def shipped_tokenizer(name):
+    """A tokenizer with one of jaxft's named templates and its tokens."""
+    template = named_templates.TEMPLATES[name.removeprefix("shipped ")]
+    ends = [token for token in template.tokens if re.search("end|eot", token)]
+    tokenizer = tiny.__wrapped__("none")
+    tokens = {"bos_token": "<s>", "eos_token": (ends or ["</s>"])[-1]}
+    tokenizer.add_special_tokens(tokens | {"additional_special_tokens": list(template.tokens)})
+    tokenizer.chat_template = template.source
+    return tokenizer
+
+
+SHIPPED = [f"shipped {name}" for name in named_templates.TEMPLATES]
 FAULTS = (
     RuntimeError("the tool is out"),
     ValueError("not such arguments"),
@@ -89,15 +107,17 @@ FAULTS = (
 )
 
 
-@pytest.mark.quick_cases("llama3.1", "phi3", "qwen2.5", "qwen3", "qwen3-no-thinking", "mistral-nemo", "gemma")
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.quick_cases("llama3.1", "phi3", "qwen2.5", "qwen3", "mistral-nemo", "gemma", "shipped [qz]*")
+@pytest.mark.parametrize("name", [*TEMPLATES, *SHIPPED])
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_trained_ids_are_sampled_and_given_ids(name, seed):
     """With random turns, tools, truncations and faults: each training row is what its session's row was, and
     exactly the ids that the session sampled have log-probs.
     """
-    tokenizer, how, rng = stock_tokenizer(name), TEMPLATES[name].settings, random.Random(seed)
+    rng, is_shipped = random.Random(seed), name in SHIPPED
+    tokenizer = shipped_tokenizer(name) if is_shipped else stock_tokenizer(name)
+    how = DEFAULT_TEMPLATE_SETTINGS if is_shipped else TEMPLATES[name].settings
     sampled = {}  # by episode: the turns as they were sampled
 
     def write(ids, episode):
@@ -109,11 +129,8 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
         tokens = [*tokens, *rng.choices(range(200), k=rng.randrange(3))]  # no text encodes to such ids
         stopped = rng.random() < 0.7
         tokens = [*tokens, tokenizer.eos_token_id] if stopped else tokens[: rng.randrange(1, 40)] or [5]
-        sampled.setdefault(episode, []).append(tokens[: limit(ids)])
+        sampled.setdefault(episode, []).append(tokens[: LIMITS.turn_tokens])
         return tokens, stopped
-
-    def limit(ids):
-        return LIMITS.turn_tokens
 
     class Moody:
         def reset(self, row):
@@ -131,8 +148,6 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
             )
             return fault if fault != 0 else answer
 
-    format_known = Play(single_turn(), tokenizer, ()).tokenizer.chat_template
-    assert format_known
     try:
         play = Play(environment_of(Moody, [add]), tokenizer, stop_of(tokenizer), LIMITS)
     except ValueError:  # a template without a format of calls
