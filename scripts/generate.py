@@ -215,7 +215,7 @@ def completions(
     from jaxft.engine.generate import generate
     from jaxft.engine.programs import Engine, compile_engine
     from jaxft.engine.sampling import Sampling
-    from jaxft.engine.session import Choice, Session
+    from jaxft.engine.session import RequestSettings, Session
     from jaxft.engine.state import Decoding, slots_for
     from jaxft.inference.constraint import compile_grammar
     from jaxft.models.adapted import adapted
@@ -253,7 +253,7 @@ def completions(
                 decoding = Decoding(whole, sampling, stop, cache=args.kv_cache, constrained=bool(grammar))
                 slots = slots_for(len(ids[name]), 1, longest, args.batch)
                 engines[stop] = compile_engine(decoding, params, slots, mesh)
-            choice = Choice(sampling, stop, grammar=forms.get(name))
+            choice = RequestSettings(sampling, stop, grammar=forms.get(name))
             session = Session(engines[stop], params, jax.random.key(args.seed), choice=choice)
             new_ids[name] = generate(session, ids[name])
     count, seconds = sum(len(new) for found in new_ids.values() for new in found), time.perf_counter() - begin

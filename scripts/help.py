@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+MOST = 12  # topics that are listed, those first that are most about the words
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -76,9 +78,10 @@ def main() -> int:
     if len(found) == 1:
         show(found[0].text)
         return 0
-    width = max(len(topic.name) for topic in found)
-    print(f"{len(found)} topics have {' '.join(words)!r}:")
-    print("\n".join(f"  {topic.name:{width}}  {topic.title} ({topic.file})" for topic in found))
+    shown = found[:MOST]
+    width = max(len(topic.name) for topic in shown)
+    print(f"{len(found)} topics have {' '.join(words)!r}{', first' * (found != shown)}:")
+    print("\n".join(f"  {topic.name:{width}}  {topic.title} ({topic.file})" for topic in shown))
     return 0
 
 

@@ -65,6 +65,7 @@ from jaxft.weights import extend, pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
 IN_SUMMARY = ("examples", "prompts", "held_out", "dropped", "truncated")  # statistics that it has already
+WIDE, LABEL_WIDTH = 100, 18  # columns of a terminal with room for whole labels; else of a label
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
 KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # choices of --kind
@@ -131,15 +132,23 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 # Statistics of all rows
 
 
-def lengths_table(lengths: Mapping[str, np.ndarray]) -> Table:
-    """Return minimum, percentiles, maximum and a histogram of the token counts of each part."""
+def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
+    """Return minimum, percentiles, maximum and a histogram of the token counts of each part, for a terminal
+    of `width` columns.
+    """
     result = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("lengths in tokens (no limit)", "min", "p10", "p50", "p90", "p99", "max", "mean"):
-        result.add_column(column, justify="left" if column.startswith("lengths") else "right")
-    result.add_column("from min to max")
+    result.add_column("lengths (no limit)", max_width=None if width >= WIDE else LABEL_WIDTH)
+    numbers = {
+        label: [*np.percentile(counts, (0, 10, 50, 90, 99, 100)), np.mean(counts)]
+        for label, counts in lengths.items()
+    }
+    for column in ("min", "p10", "p50", "p90", "p99", "max", "mean"):
+        result.add_column(column, justify="right", no_wrap=True)
+    result.add_column("from min to max", no_wrap=True)
+    digits = sum(max(4, *(len(f"{x:.0f}") for x in column)) for column in zip(*numbers.values(), strict=True))
+    bins = 20 if width >= WIDE else max(8, min(20, width - LABEL_WIDTH - digits - 8 * 2))
     for label, counts in lengths.items():
-        numbers = [*np.percentile(counts, (0, 10, 50, 90, 99, 100)), np.mean(counts)]
-        result.add_row(label, *(f"{number:.0f}" for number in numbers), histogram(counts))
+        result.add_row(label, *(f"{number:.0f}" for number in numbers[label]), histogram(counts, bins))
     return result
 
 
@@ -149,7 +158,7 @@ def limits_table(data: Data, lengths: RowLengths) -> Table:
     name = data.length_settings[0]
     for column in (name, "whole", "truncated", "left out", "tokens", "time", "memory"):
         result.add_column(column, justify="right")
-    result.add_column(f"data.too_long={data.too_long}")
+    result.add_column(f"too long: {data.too_long}")
     for cost in limit_costs(data, lengths):
         counts = f"{cost.whole / len(lengths):.1%}", f"{cost.truncated:,}", f"{cost.dropped:,}"
         sizes = f"{cost.tokens:,}", f"{cost.time:.2f} x", f"{cost.memory:.2f} x"
@@ -157,7 +166,7 @@ def limits_table(data: Data, lengths: RowLengths) -> Table:
     return result
 
 
-def histogram(counts: np.ndarray, bins: int = 20) -> str:
+def histogram(counts: np.ndarray, bins: int) -> str:
     """Return a line of bars, one for each of `bins` equal ranges of the counts; an empty range is a space."""
     heights, _ = np.histogram(counts, bins)
     top = heights.max()
@@ -324,7 +333,7 @@ def main() -> int:
     lengths = measure(data, tokenizer)
     if lengths.is_sample:
         console.print(f"lengths, and what limits leave, of {lengths.described} {data.unit}:", soft_wrap=True)
-    console.print(lengths_table(lengths.parts))
+    console.print(lengths_table(lengths.parts, console.width))
     console.print(limits_table(data, lengths))
     for example in examples:
         show(console, tokenizer, example)

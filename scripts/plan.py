@@ -103,8 +103,7 @@ def print_plans(args: argparse.Namespace) -> int:
         raise ValueError(f"--devices has no machine, got {' '.join(args.devices)}; add one such as h100:8")
     found: list[plan.Plan] = []
     code = 0
-    for name in names:
-        machine = machines.machine(name)
+    for machine in [machines.machine(name) for name in names]:  # before any program is compiled
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
         settings, lines = open_settings.fitted_here(
             open_settings.resolve(recipe, given), len(machine.devices)

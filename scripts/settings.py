@@ -5,7 +5,8 @@
     python scripts/settings.py learning_rate      # a name of TRL, PEFT, Axolotl, LLaMA-Factory or Unsloth
     python scripts/settings.py dpo loss           # knobs too, with the defaults of a recipe
 
-A setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
+Without a recipe defaults are those of the sections, followed by those of sft, dpo, reward and grpo where
+these differ. A setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+RECIPES = ("sft", "dpo", "reward", "grpo")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,20 +37,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def of_any_run() -> dict[str, list[Any]]:
-    """Return heading -> settings with the defaults of their classes; of data first what all kinds share."""
+    """Return heading -> settings with the defaults of their classes, and what the recipes of RECIPES set; of
+    data first what all kinds share.
+    """
     from jaxft.data.pairs.source import PairRows
     from jaxft.data.settings import DataSettings
     from jaxft.data.sft import Rows
     from jaxft.rl.rollout import Rollouts
-    from jaxft.runs.settings_list import by_section, settings_of
+    from jaxft.runs.config import load_config
+    from jaxft.runs.settings_list import by_section, settings_of, with_recipes
     from jaxft.train.settings import Run
 
+    recipes = {name: load_config(name, [], expected=Run) for name in RECIPES}
     shared = list(settings_of(DataSettings, "data."))
-    groups = by_section([*settings_of(Run), *shared])
+    groups = by_section(with_recipes([*settings_of(Run), *shared], recipes))
     kinds = {"SFT": Rows, "preferences and reward models": PairRows, "reinforcement learning": Rollouts}
     for kind, cls in kinds.items():
         rest = [setting for setting in settings_of(cls, "data.") if setting not in shared]
-        groups |= {f"Of {kind}, {title}": found for title, found in by_section(rest).items()}
+        own = by_section(with_recipes(rest, recipes))
+        groups |= {f"Of {kind}, {title}": found for title, found in own.items()}
     return groups
 
 
@@ -81,7 +89,8 @@ def main() -> int:
     names = [setting.name for group in groups.values() for setting in group]
     for word in words:
         groups = {title: matching(group, word) for title, group in groups.items()}
-    lines = [line for word in words if (line := advice(word, recipe=recipe))]
+    sections = {name.partition(".")[0] for name in names if "." in name}  # optim is one, and TRL's option
+    lines = [line for word in words if word not in sections and (line := advice(word, recipe=recipe))]
     if not any(groups.values()) and not lines:
         near = ", ".join(nearest(" ".join(words), names, 5))
         raise ValueError(f"no setting has {' and '.join(map(repr, words))} in its name or text; near: {near}")

@@ -106,9 +106,11 @@ def main() -> int:
     from jaxft.distributed import processes
     from jaxft.runs import cli
     from jaxft.train import open_settings
+    from jaxft.train.clock import Clock
     from jaxft.train.sweep_runs import train_sweep
 
     processes.require_single_process("a sweep")
+    clock = Clock()
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
     rows = values(args.over, args.together)
     if any(text.startswith(("name=", "run.name=")) for text in overrides):
@@ -124,7 +126,7 @@ def main() -> int:
         runs[label] = replace(fitted.value, name=f"{name}/{label}")
     for line in lines_of_runs(about):
         print(line, flush=True)
-    return train_sweep(name, runs, args.at_once)
+    return train_sweep(name, runs, args.at_once, clock=clock)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def main() -> int:
 
     from jaxft.distributed import processes
     from jaxft.train import loop, open_settings
+    from jaxft.train.clock import Clock
 
     if args.dry_run:
         from jaxft.plan import dry_run
@@ -65,17 +66,17 @@ def main() -> int:
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
             check_trackers(run.trackers)
-            found = dry_run.dry_run(run, config.recipe_defaults(recipe), settings.describe(), lines)
+            found = dry_run.dry_run(settings, config.recipe_defaults(recipe), lines)
             print(dry_run.dry_run_json(found) if args.json else dry_run.dry_run_text(found))
         return 0
     if args.json:
         parser.error("--json is the format of --dry-run; add that, or leave --json out")
-    settings = open_settings.resolve(recipe, overrides)
+    clock, settings = Clock(), open_settings.resolve(recipe, overrides)
     with processes.started(settings.value.hosts, cli.print_error):
         settings, lines = open_settings.fitted(settings)
         for line in lines if processes.is_first() else ():
             print(line, flush=True)
-        return loop.run(settings.value, settings.describe())
+        return loop.run(settings.value, settings.describe(), clock=clock)
 
 
 if __name__ == "__main__":

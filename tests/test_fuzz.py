@@ -216,7 +216,7 @@ def test_run_folders(tmp_path, monkeypatch):
         runfolder.write_record(folder, found, 2)
         compare.panels({"damaged": jsonl.read_entries(folder / "metrics.jsonl")})
         jsonl.truncate(folder / "metrics.jsonl", 1)
-        runfolder.changes_since_start(folder, record)
+        runfolder.changes_since_start(folder, record, {})
 
     assert run_cases(damage, work, "") > CASES // 4
 

@@ -41,6 +41,11 @@ COLUMN_SYNONYMS = {
     "input": ("context",),
 }
 FURTHER = ("system", "input")  # those of them that a row may lack
+# Names that are proposed and not read, as only a convention says which response is the better one.
+PROPOSED_SYNONYMS = {
+    "chosen": ("response_j", "chosen_response", "better", "preferred", "accepted", "good", "winner"),
+    "rejected": ("response_k", "rejected_response", "worse", "dispreferred", "bad", "loser"),
+}
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 NEAR = 0.75  # similarity of names that may be a misspelling of one another
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -103,16 +108,29 @@ def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
-    """Return data.columns as a command has it, with a row's own names: near ones and COLUMN_SYNONYMS, else
-    the next ones, as an example.
+def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
+    """Return the columns that a row's names nearly spell, or that they are other or misspelled words for,
+    with these names.
     """
-    found = {column: name for column, name in misspelled(names, ours).items()}
-    for column in ours:
-        others = (name for name in names if str(name).strip().lower() in COLUMN_SYNONYMS.get(column, ()))
-        found.setdefault(column, next((x for x in others if x not in found.values()), ""))
+    found = misspelled(names, ours)
+    for cutoff in (1.0, NEAR):
+        for column in [column for column in ours if column not in found and column not in names]:
+            words = (*COLUMN_SYNONYMS.get(column, ()), *PROPOSED_SYNONYMS.get(column, ()))
+            others = [str(name).strip().lower() for name in names if name not in found.values()]
+            near = {n for word in words for n in difflib.get_close_matches(word, others, len(names), cutoff)}
+            theirs = [name for name in names if str(name).strip().lower() in near]
+            if theirs:
+                found[column] = theirs[0]
+    return found
+
+
+def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
+    """Return data.columns as a command has it, with a row's own names: the meant ones, else the next ones, as
+    an example.
+    """
+    found = meant_columns(names, ours)
     left = [x for x in names if x not in found.values() and not str(x).lower().endswith(("id", "index"))]
-    items = [f"{column}={found[column] or (left.pop(0) if left else '...')}" for column in ours]
+    items = [f"{column}={found.get(column) or (left.pop(0) if left else '...')}" for column in ours]
     return shlex.quote(f"data.columns={','.join(items)}")
 
 

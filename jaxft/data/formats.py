@@ -28,6 +28,7 @@ from jaxft.data.columns import (
     FURTHER,
     column_of,
     further_columns,
+    meant_columns,
     misspelled,
     other_name,
     respelled,
@@ -395,15 +396,33 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
             "columns of two formats",
             f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
         )
-    near = misspelled(list(row.fields), [c for names in needed.values() for group in names for c in group])
+    names = [str(name) for name in row.fields]
+    ours = _nearest_columns(names, schemas)
+    near = misspelled(names, ours)
     meant = f"did you mean {' and '.join(f'{ours} for {theirs!r}' for ours, theirs in near.items())}? "
     raise InvalidRow(
         row.name,
         "columns of no format",
         f"the columns {columns} fit no format; {meant if near else ''}accepted are "
         f"{describe_schemas(schemas)}; rename columns, for example with "
-        f"{suggested_columns(list(row.fields), list(near) or schemas.example)}",
+        f"{suggested_columns(names, ours)}",
     )
+
+
+def _nearest_columns(names: Sequence[str], schemas: Schemas) -> list[str]:
+    """Return the missing columns of the format that has the fewest without a name that may be meant, and the
+    most with one; those of the example if no name is one of any format.
+    """
+    formats: list[tuple[int, int, list[str]]] = []
+    for groups in schemas.required.values():
+        missing = [group for group in groups if not {*group} & {*names}]
+        meant = meant_columns(names, [column for group in missing for column in group])
+        columns = [next((c for c in group if c in meant), group[0]) for group in missing]
+        unknown = sum(column not in meant for column in columns)
+        if unknown < len(groups):
+            formats.append((unknown, unknown - len(groups), columns))
+    fewest = min(formats, key=lambda found: found[:2], default=None)
+    return fewest[2] if fewest else list(schemas.example)
 
 
 def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:

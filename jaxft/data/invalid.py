@@ -7,6 +7,7 @@ on as values (`attempt`, `valid`) up to `InvalidRows.skip`, which raises or coll
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -107,13 +108,21 @@ class InvalidRows:
             first = next(iter(self.tallies.values())).first
             raise _with_hint(first) from first
         allows = f"data.invalid_limit={self.limit:g} allows {allowed}" if count < total else "none is left"
-        remedy = "fix the rows, correct data.format or data.columns, or raise data.invalid_limit"
         reasons = self.counts()
-        listed = [f"{rows} x {reason} (first {first[:300]})" for reason, rows, first in reasons[:5]]
+        listed = [f"{rows} x {reason} (first {shortened(first)})" for reason, rows, first in reasons[:5]]
         listed += [f"and {len(reasons) - 5} further reasons"] if len(reasons) > 5 else []
         raise ValueError(
-            f"{ref}: {count} of {total} rows are invalid, {allows}; {remedy}: {'; '.join(listed)}"
+            f"{ref}: {count} of {total} rows are invalid, {allows}: {'; '.join(listed)}. Otherwise correct "
+            "data.format or data.columns, or raise data.invalid_limit"
         )
+
+
+def shortened(text: str, limit: int = 600) -> str:
+    """Return an error of about `limit` characters at most: a longer one ends between two of its clauses."""
+    if len(text) <= limit:
+        return text
+    clauses = [match.start() for match in re.finditer(r"[.;] ", text[:limit])]
+    return f"{text[: clauses[-1]] if clauses else text[:limit].rpartition(' ')[0]} ..."
 
 
 def _with_hint(error: InvalidRow) -> InvalidRow:

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxft.engine.sampling import NONFINITE, sample_rows
 from jaxft.engine.state import (
-    BLOCK,
     EVERY_TOKEN,
     MIN_MATMUL_ROWS,
     NO_TOKEN,
+    TOP_STEPS,
     WORD,
     Decoding,
     GivenTokens,
@@ -48,6 +48,7 @@ from jaxft.nn.cache import (
     widen_prompts,
 )
 from jaxft.nn.cached_attention import RowGroups
+from jaxft.nn.decode_layers import separate_layers
 from jaxft.tree import Params
 
 # XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for
@@ -136,8 +137,8 @@ def _with_tokens(state: State, rows: Array, found: _Sampled, counts: Array) -> S
         state,
         tokens=at(counts, state.tokens, tokens),
         logps=at(counts, state.logps, logps),
-        top_tokens=at(counts % BLOCK, state.top_tokens, top_tokens),
-        top_logps=at(counts % BLOCK, state.top_logps, top_logps),
+        top_tokens=at(counts % TOP_STEPS, state.top_tokens, top_tokens),
+        top_logps=at(counts % TOP_STEPS, state.top_logps, top_logps),
         last=_put(rows, state.last, jnp.maximum(tokens, 0)),
         counts=_put(rows, state.counts, counts + 1),
         live=_put(rows, state.live, ~stops & (counts + 1 < settings.limit)),
@@ -260,12 +261,14 @@ class Engine:
     """Compiled programs for one Decoding and one size, by their sizes.
 
     start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots of rows' keys that are read,
-    those of prompts). keep: (rows, rows of the next state).
+    those of prompts). keep: (rows, rows of the next state). separate: whether extend and decode take
+    parameters with separate layers (nn/decode_layers.py).
     """
 
     decoding: Decoding
     slots: Slots
     empty: Callable[[], State]
+    separate: bool
     start: dict[tuple[int, int, int], Any]
     extend: dict[tuple[int, int, int], Any]
     decode: dict[tuple[int, int, int], Any]
@@ -281,7 +284,12 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
         {key[1:]: program for key, program in found.items() if key[0] == name}
         for name in ("start", "extend", "decode", "keep")
     ]
-    return Engine(d, slots, found[("empty",)], *by_size)
+    return Engine(d, slots, found[("empty",)], separates_layers(mesh), *by_size)
+
+
+def separates_layers(mesh: Mesh | None) -> bool:
+    """Whether extend and decode take parameters with separate layers."""
+    return first_device(mesh).platform == "cpu" and (mesh is None or mesh.size == 1)
 
 
 @cache
@@ -315,6 +323,7 @@ def program_tracers(
         out[name] = partial(run.trace, *inputs)
 
     add(("empty",), partial(empty_state, d, slots, slots.rows), slots.rows)
+    of_steps = separate_layers(replicated_shapes(params, mesh)) if separates_layers(mesh) else params
     for rows, state in states.items():
         if rows == slots.rows or d.serving:
             for together, size in prefill_levels(slots, mesh):
@@ -322,7 +331,7 @@ def program_tracers(
                 add(("start", rows, together, size), partial(start_prompts, d), rows, params, state, new)
         for together, size in extend_levels(rows, d.sampling.max_new) if d.extends else []:
             given = replicated_shapes(given_tokens(d, rows, (together, size)), mesh)
-            add(("extend", rows, together, size), partial(extend_rows, d), rows, params, state, given)
+            add(("extend", rows, together, size), partial(extend_rows, d), rows, of_steps, state, given)
         for to in (to for to in sizes if to != rows):
             integers, prompts = np.zeros(to, np.int32), np.zeros(min(slots.prompts, to), np.int32)
             kept = replicated_shapes((integers, prompts, integers, np.zeros(to, bool)), mesh)
@@ -331,5 +340,5 @@ def program_tracers(
         until = np.zeros(2, np.int32), all_allowed(d, rows)
         inputs = replicated_shapes((np.zeros(rows, bool), until), mesh)
         run = partial(decode_rows, d, (read, prompt))
-        add(("decode", rows, read, prompt), run, rows, params, states[rows], *inputs)
+        add(("decode", rows, read, prompt), run, rows, of_steps, states[rows], *inputs)
     return out

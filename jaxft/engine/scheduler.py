@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxft.bounds import at_least, check_bounds
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import BUCKET, NONFINITE, Sampling
-from jaxft.engine.session import Choice, Running, Session
+from jaxft.engine.session import RequestSettings, Running, Session
 from jaxft.engine.state import Decoding, Slots, key_data
 from jaxft.models.model import Model
 from jaxft.nn.cache import CacheFormat
@@ -72,7 +72,7 @@ class TokenRequest:
     """
 
     prompt: tuple[int, ...]
-    choice: Choice
+    choice: RequestSettings
     seed: int = 0
     number: int = 0
 

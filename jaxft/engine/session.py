@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -13,14 +13,15 @@ from jaxtyping import Array
 from jaxft.engine.programs import Engine
 from jaxft.engine.sampling import NONFINITE, Sampling, row_sampling
 from jaxft.engine.state import (
-    BLOCK,
     NO_TOKEN,
+    TOP_STEPS,
     RowChoices,
     all_allowed,
     given_tokens,
     key_data,
     new_prompts,
 )
+from jaxft.nn.decode_layers import separate_layers
 from jaxft.nn.lora_rows import BASE
 from jaxft.tree import Params
 
@@ -30,7 +31,7 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class RequestSettings:
     """What a request chooses. Settings that an engine does not have need one that serves; see Decoding.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/lora_rows.py. top: whether
@@ -69,7 +70,7 @@ class Running:
     """
 
     episode: int
-    choice: Choice
+    choice: RequestSettings
     row: int
     slot: int
     size: int
@@ -90,7 +91,7 @@ class _Waiting(NamedTuple):
     episodes: Sequence[int]
     number: int
     limit: int
-    choice: Choice
+    choice: RequestSettings
 
 
 class Session:
@@ -116,11 +117,12 @@ class Session:
         params: Params,
         key: Array | None = None,
         keeps: bool = False,
-        choice: Choice | None = None,
+        choice: RequestSettings | None = None,
     ):
         self.engine, self.params, self.keeps = engine, params, keeps
+        self.of_steps = separate_layers(params) if engine.separate else params
         self.key = key_data(jax.random.key(0) if key is None else key)
-        self.choice = choice or Choice(engine.decoding.sampling, engine.decoding.stop)
+        self.choice = choice or RequestSettings(engine.decoding.sampling, engine.decoding.stop)
         self.waiting: list[_Waiting] = []  # the longest first, so that similar lengths are prefilled together
         self.running: dict[int, Running] = {}  # by episode
         self.prefilled = 0  # tokens of prompts and given tokens, without padding
@@ -132,14 +134,20 @@ class Session:
         episodes: Sequence[int],
         number: int = 0,
         max_new: int | None = None,
-        choice: Choice | None = None,
+        choice: RequestSettings | None = None,
     ) -> None:
         """Queue a prompt with a completion, of at most max_new tokens, for each episode."""
-        choice = choice or self.choice
-        item = _Waiting(prompt, episodes, number, max_new or choice.sampling.max_new, choice)
+        choice, d = choice or self.choice, self.engine.decoding
+        same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
+        if not (same or d.serving) or (choice.grammar and not d.constrained) or (choice.top and not d.top):
+            raise ValueError(f"the engine is not compiled for {choice}; see engine.state.Decoding")
+        limit = min(max_new or choice.sampling.max_new, d.sampling.max_new)
+        item = _Waiting(prompt, episodes, number, limit, choice)
         insort(self.waiting, item, key=lambda item: -len(item.prompt))
 
-    def extend(self, episode: int, tokens: Sequence[int], max_new: int, choice: Choice | None = None) -> None:
+    def extend(
+        self, episode: int, tokens: Sequence[int], max_new: int, choice: RequestSettings | None = None
+    ) -> None:
         """Append given tokens to an episode whose turn has ended, and sample up to max_new more.
 
         choice: new settings. With a key, which is then that of the row, the next token has random number 0.
@@ -225,7 +233,7 @@ class Session:
             it.count += len(chunk)
             self.prefilled += len(chunk)
             self._choose(new.settings, new.allowed, i, it)
-        self.state = self.engine.extend[self.rows, together, size](self.params, self.state, new)
+        self.state = self.engine.extend[self.rows, together, size](self.of_steps, self.state, new)
         return True
 
     def _start(self) -> bool:
@@ -302,11 +310,11 @@ class Session:
             for it in live:
                 self._allow(allowed, it.row, it)
         if any(it.choice.top for it in live):
-            limit = min(limit, BLOCK)
+            limit = min(limit, TOP_STEPS)
         used = np.zeros(self.rows, bool)
         used[[it.row for it in self.running.values() if it.finish != "error"]] = True
         until = np.array([limit, max(0, min(stop, len(live) - 1))], np.int32), allowed
-        self.state = self.engine.decode[self.rows, read, prompt](self.params, self.state, used, until)
+        self.state = self.engine.decode[self.rows, read, prompt](self.of_steps, self.state, used, until)
 
     def _collect(self) -> list[Running]:
         """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""
@@ -338,7 +346,7 @@ class Session:
         if not it.choice.top:
             return [()] * (it.count - it.seen)
         tokens, logps = self.top
-        places = [(it.row, t % BLOCK) for t in range(it.seen, it.count)]
+        places = [(it.row, t % TOP_STEPS) for t in range(it.seen, it.count)]
         return [tuple(zip(tokens[at].tolist(), logps[at].tolist(), strict=True)) for at in places]
 
     def _fit(self) -> None:

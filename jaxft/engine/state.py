@@ -23,7 +23,7 @@ from jaxft.tree import struct
 
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
-BLOCK = 4  # the most decoding steps between two looks at the most likely tokens
+TOP_STEPS = 4  # the most decoding steps between two looks at the most likely tokens
 WORD, EVERY_TOKEN = 32, np.uint32(2**32 - 1)  # bits of a word of allowed tokens, and a word with all of them
 # Slots of rows' keys; programs that read fewer than all are compiled from this size on.
 SMALLEST_READ = SLOTS_PER_READ
@@ -192,10 +192,10 @@ class State:
     """Completions in progress, in R rows.
 
     cache: keys and values. tokens, logps [R, max_new]: what was sampled, -1 and 0 elsewhere. top_tokens,
-    top_logps [R, BLOCK, top]: of the most likely tokens, in place of token t in t % BLOCK. last [R]: the last
-    token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows that
-    continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of that
-    prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
+    top_logps [R, TOP_STEPS, top]: of the most likely tokens, in place of token t in t % TOP_STEPS. last [R]:
+    the last token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows
+    that continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of
+    that prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
     folded. firsts [R]: the token that has number 0.
     """
 
@@ -293,7 +293,7 @@ def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
 
 def empty_state(d: Decoding, slots: Slots, rows: int) -> State:
     """Return a state of `rows` rows without completions."""
-    new, integers, top = d.sampling.max_new, jnp.zeros(rows, jnp.int32), (rows, BLOCK, d.top)
+    new, integers, top = d.sampling.max_new, jnp.zeros(rows, jnp.int32), (rows, TOP_STEPS, d.top)
     return State(
         cache=d.model.empty_cache((min(slots.prompts, rows), slots.size), rows, new, d.cache),
         settings=jax.tree.map(jnp.asarray, empty_settings(d, rows)),

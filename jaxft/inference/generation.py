@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
-from jaxft.engine.session import Choice
+from jaxft.engine.session import RequestSettings
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.api_response import Piece, PlacedToken
 from jaxft.inference.constraint import Grammar
@@ -130,7 +130,7 @@ def token_requests(
     completions equal those of generate.py with the same prompts and seed.
     """
     seed = secrets.randbits(31) if choice.seed is None else choice.seed
-    settings = Choice(choice.sampling, model.stop, model.adapter, bool(choice.top), grammar)
+    settings = RequestSettings(choice.sampling, model.stop, model.adapter, bool(choice.top), grammar)
     return [
         TokenRequest(prompt, settings, seed, j * choice.n + i)
         for j, prompt in enumerate(prompts)

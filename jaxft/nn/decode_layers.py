@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
+from jaxft.distributed.sharding import replicated
 from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
@@ -32,6 +35,7 @@ from jaxft.nn.layer_attention import (
     rotated,
     rule_of,
 )
+from jaxft.nn.quant import is_qtensor
 from jaxft.nn.scan import Layer
 from jaxft.tree import Batch, Params
 
@@ -119,8 +123,10 @@ def _cached_layers(
     stacked arrays in every step.
     """
     (a, angles, attended), size = how, cache.prompts.visible.shape[1] + cache.new
+    angles = jax.lax.optimization_barrier(angles)  # XLA would compute them again in every layer
 
     def run(h: Array, i: int) -> tuple[Array, Keys]:
+        p, h = _layer_after(layers, i, h)
         kind, keys = a.layout[i], (cache.prompts.layers[i], cache.rows[i])
         rule = rule_of(a, kind, size)
 
@@ -128,7 +134,7 @@ def _cached_layers(
             (q, k), v = rotated(q, k, angles[kind], query_factor(a)), checked_values(v)
             return attended((q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)), keys, rule)
 
-        return layer(layer_params(layers, i), h, attend_cached, None)
+        return layer(p, h, attend_cached, None)
 
     stored = []
     for i in range(len(a.layout)):
@@ -137,6 +143,51 @@ def _cached_layers(
     return h, replace(cache, rows=tuple(stored))
 
 
-def layer_params(layers: Params, index: int) -> Params:
-    """Return the parameters of one layer, of stacked or of separate ones."""
-    return layers[index] if isinstance(layers, tuple) else jax.tree.map(lambda x: x[index], layers)
+LARGEST_COPIED = 2**31  # bytes of layers of which XLA may make a copy before a loop over decoding steps
+
+
+def _layer_after(layers: Params, index: int, h: Array) -> tuple[Params, Array]:
+    """Return the parameters of one layer, of stacked or of separate ones, and h.
+
+    What XLA does to weights before it multiplies (slicing, and converting them on CPUs that do not multiply
+    bfloat16), it would do to all layers before the loop over steps, which takes as much memory again. With
+    large models a layer is only used after h is computed.
+    """
+    separate = isinstance(layers, tuple)
+    if not separate or sum(x.nbytes for x in jax.tree.leaves(layers)) > LARGEST_COPIED:
+        layers, h = jax.lax.optimization_barrier((layers[index] if separate else layers, h))
+        return layers if separate else jax.tree.map(lambda x: x[index], layers), h
+    return layers[index], h
+
+
+def separate_layers(params: Params) -> Params:
+    """Return parameters with a tuple of layers in place of stacked ones, for `decode` and `extend`: XLA's CPU
+    compiler copies a layer out of stacked arrays in every step.
+
+    params: a base, adapters, or a tree of them, on one CPU device; or their shapes. The layers' arrays share
+    the memory of the stacked ones where their addresses are aligned. Raw bits become 16-bit floats.
+    """
+
+    def parts(x: Any, dtype: Any) -> list[Any]:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return [jax.ShapeDtypeStruct(x.shape[1:], dtype, sharding=x.sharding)] * x.shape[0]
+        where = x.sharding
+        if isinstance(where, NamedSharding):
+            where = replicated(where.mesh)
+        return [jax.device_put(part.view(dtype), where, may_alias=True) for part in np.asarray(x)]
+
+    def of_node(x: Any) -> list[Any]:
+        if is_qtensor(x) and x.kind != "bits":
+            leaves, structure = jax.tree.flatten(x)
+            return [
+                structure.unflatten(one) for one in zip(*(parts(y, y.dtype) for y in leaves), strict=True)
+            ]
+        return parts(x.codes, x.dtype) if is_qtensor(x) else parts(x, x.dtype)
+
+    def separate(name: str, node: Any) -> Any:
+        if name != "layers":
+            return separate_layers(node) if isinstance(node, dict) else node
+        nodes, structure = jax.tree.flatten(node, is_leaf=is_qtensor)
+        return tuple(structure.unflatten(one) for one in zip(*map(of_node, nodes), strict=True))
+
+    return {name: separate(name, node) for name, node in params.items()}

@@ -71,16 +71,6 @@ class AttentionLayers:
     settings: AttentionSettings = AttentionSettings()
 
     @property
-    def windowed(self) -> np.ndarray:
-        """Whether each layer has a window: bools [L]."""
-        return np.array([self.kinds[kind].window is not None for kind in self.layout])
-
-    @property
-    def longest_window(self) -> int:
-        """The longest window of any layer; 0 if none has one."""
-        return max((kind.window or 0 for kind in self.kinds), default=0)
-
-    @property
     def kind_numbers(self) -> np.ndarray | None:
         """`layout` as int32 [L], for the scan over layers; None if there is only one kind."""
         return None if len(self.kinds) == 1 else np.array(self.layout, np.int32)

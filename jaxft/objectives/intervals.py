@@ -157,8 +157,10 @@ def paired_fractions(one: Sequence[float], other: Sequence[float]) -> Paired:
     return Paired(len(differences), total / len(differences), interval, p)
 
 
-def fraction_text(fraction: float, count: float | None, digits: int = 2) -> str:
-    """Return a fraction with its interval and the number of pairs; the fraction alone where it is unknown."""
+def fraction_text(fraction: float, count: float | None, digits: int = 2, unit: str = "pairs") -> str:
+    """Return a fraction with its interval and the number of pairs or other units; the fraction alone where
+    that is unknown.
+    """
     if not count:
         return f"{fraction:.{digits}f}"
-    return f"{fraction:.{digits}f} {wilson(fraction, count).text(digits)} of {count:,.0f} pairs"
+    return f"{fraction:.{digits}f} {wilson(fraction, count).text(digits)} of {count:,.0f} {unit}"

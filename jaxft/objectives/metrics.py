@@ -1,7 +1,7 @@
 """Metrics that add: steps, microbatches and evaluation batches are summed, and only the log divides."""
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
 HELD_OUT = "eval_"  # prefix of metrics of held-out rows
 ROWS, WEIGHT = "rows/", "weight"  # prefix of values of single rows; of their weight among them
 PAIR_COUNT = "_pairs"  # ends the name of the number of pairs that an accuracy is of
+PROMPT_COUNT = "_prompts"  # of prompts that a mean reward is of, where every reward is 0 or 1
 FloatMetrics: TypeAlias = dict[str, float]  # by name, after division
 IGNORED_FRACTION = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
 
@@ -245,6 +246,24 @@ def pair_counts(metrics: Metrics) -> FloatMetrics:
     """Return the number of pairs of each accuracy, by the accuracy's name with PAIR_COUNT at its end."""
     counts = {name: m.sums[2] for name, m in metrics.items() if isinstance(m, WinRate)}
     return {name + PAIR_COUNT: float(count) for name, count in jax.device_get(counts).items() if count}
+
+
+class Count(NamedTuple):
+    """The number of pairs or prompts that a fraction is of."""
+
+    number: float
+    unit: str
+
+
+def count_of(metrics: Mapping[str, float], name: str) -> Count | None:
+    """Return the number that the fraction of this name is of, None for another metric."""
+    counts = ((metrics.get(name + suffix), suffix.removeprefix("_")) for suffix in (PAIR_COUNT, PROMPT_COUNT))
+    return next((Count(number, unit) for number, unit in counts if number), None)
+
+
+def without_count(name: str) -> str:
+    """Return the fraction that a count is about; other names as they are."""
+    return name.removesuffix(PAIR_COUNT).removesuffix(PROMPT_COUNT)
 
 
 def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:

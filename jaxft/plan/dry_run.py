@@ -15,12 +15,15 @@ from jaxft.plan import machines
 from jaxft.plan.machines import GIB
 from jaxft.plan.plan import Plan, plan
 from jaxft.plan.text import plan_report
+from jaxft.runs.config import Resolved, as_written, recipe_knobs
 from jaxft.runs.settings_list import Setting, settings_of
 from jaxft.train import partition, programs
 from jaxft.train.settings import Run
 
 WIDTH = 110
 EXPLAINED = "Settings (* differs from the default of its section; `jaxft settings NAME` explains one)"
+
+Change = tuple[str, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class DryRun:
     record: dict[str, Any]
     settings: list[Setting]
     defaults: dict[str, str | None]
-    changed: list[tuple[str, str | None, str | None]]
+    changed: list[Change]
     parameters: list[partition.ParameterRow]
     table: str
     xla: Sequence[str]
@@ -43,22 +46,26 @@ class DryRun:
     notes: Sequence[str] = ()
 
 
-def dry_run(run: Run, recipe: Run | None, record: dict[str, Any], notes: Sequence[str] = ()) -> DryRun:
+def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -> DryRun:
     """Plan a run for the devices of this machine. recipe: the same recipe without any setting, None if it
     cannot be called so.
     """
+    run: Run = settings.value
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         parts = programs.abstract(run)[0].partition
         table, rows = partition.parameter_table(parts, mesh), partition.parameter_rows(parts, mesh)
     kinds = [*settings_of(Run), *settings_of(type(run.data), "data.")]
-    settings = current_settings(run)
+    listed = current_settings(run)
+    changed = [] if recipe is None else changes(current_settings(recipe), listed)
+    values = {(old, new) for _, old, new in changed}  # a knob that is a field too is listed as the field
+    changed += [knob for knob in changed_knobs(settings) if recipe is not None and knob[1:] not in values]
     return DryRun(
         name=run.name,
-        record=record,
-        settings=settings,
+        record=settings.describe(),
+        settings=listed,
         defaults={setting.name: setting.default for setting in kinds},
-        changed=[] if recipe is None else changes(current_settings(recipe), settings),
+        changed=changed,
         parameters=rows,
         table=table,
         xla=xla_flags.settings_lines(os.environ),
@@ -74,11 +81,23 @@ def current_settings(run: Run) -> list[Setting]:
     return [*found, *(Setting(name, "", "none", "") for name in sorted(none))]
 
 
-def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[tuple[str, str | None, str | None]]:
-    """Return (name, old value, new value) of the settings that differ; None where a run lacks one."""
+def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
+    """Return (name, old value, new value) of the settings that differ; None where a run lacks one. Of a
+    section that is none in the new ones, only that.
+    """
     before, after = ({s.name: s.default for s in settings} for settings in (old, new))
-    names = dict.fromkeys([*after, *before])
+    sections = {name.partition(".")[0] for name in after if "." in name}
+    names = [n for n in dict.fromkeys([*after, *before]) if n in after or n.partition(".")[0] in sections]
     return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+
+
+def changed_knobs(settings: Resolved) -> list[Change]:
+    """Return the changes of the recipe's knobs, some of which, such as loss=ipo, are no field of the run."""
+    return [
+        (name, as_written(knob.default, knob.kind), as_written(settings.knobs[name], knob.kind))
+        for name, knob in recipe_knobs(settings.line[0]).items()
+        if settings.knobs[name] != knob.default
+    ]
 
 
 def dry_run_text(d: DryRun) -> str:

@@ -13,7 +13,7 @@ from jaxft.objectives.alarms import (
     REWARD_STD,
     ZERO_STD,
 )
-from jaxft.objectives.metrics import Max, Min, Sum
+from jaxft.objectives.metrics import PROMPT_COUNT, Max, Min, Sum
 from jaxft.rl import play
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl.environments import tools
@@ -78,6 +78,22 @@ def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
         own = own[has_score(own)]
         found[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
     return found
+
+
+def prompt_counts(
+    names: Sequence[str], scores: GroupScores, reward_scores: Float[np.ndarray, "G N K"]
+) -> dict[str, float]:
+    """Return the number of prompts with a score of the mean reward, and of the mean of each reward that is 0
+    or 1 for every completion: the completions of one prompt are not independent of one another.
+    """
+    parts = {REWARD: np.asarray(scores, np.float64)}
+    parts |= {reward_mean(name): reward_scores[..., number] for number, name in enumerate(names)}
+    counts = {name: (~np.isnan(x)).any(1).sum() for name, x in parts.items() if _are_fractions(x)}
+    return {name + PROMPT_COUNT: float(count) for name, count in counts.items() if count}
+
+
+def _are_fractions(x: np.ndarray) -> bool:
+    return bool(np.isin(x[~np.isnan(x)], (0.0, 1.0)).all())
 
 
 def reward_metrics(names: Sequence[str], reward_scores: Float[np.ndarray, "G N K"]) -> MaybeMeans:
@@ -181,6 +197,7 @@ def evaluation_metrics(
     means: MaybeMeans = _length_metrics(scored.episodes)
     means |= {name: x for name, x in score_metrics(scored.scores).items() if name != ZERO_STD}
     means |= reward_metrics(names, scored.reward_scores)
+    means |= prompt_counts(names, scored.scores, scored.reward_scores)
     means |= fault_metrics(scored.faults, scored.reward_scores.size)
     sums = source_rewards(scored) | episode_metrics(scored.episodes)
     means |= {name: float(x.total / x.weight) for name, x in sums.items() if x.weight}

@@ -206,11 +206,11 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
 
 
 def _interval(entry: Entry, metric: str) -> Interval | None:
-    """The interval of an accuracy whose number of pairs is in the entry."""
-    value, pairs = entry.get(metric), entry.get(metric + names.PAIR_COUNT)
-    if not isinstance(value, int | float) or not isinstance(pairs, int | float):
+    """The interval of a fraction whose number of pairs or prompts is in the entry."""
+    value, count = entry.get(metric), names.count_of(entry, metric)
+    if not isinstance(value, int | float) or count is None or not isinstance(count.number, int | float):
         return None
-    return wilson(value, pairs) if pairs > 0 and 0 <= value <= 1 else None
+    return wilson(value, count.number) if count.number > 0 and 0 <= value <= 1 else None
 
 
 def _values(entry: Entry, metric: str) -> list[float | None]:

@@ -47,6 +47,7 @@ __all__ = [
     "describe",
     "differences",
     "help_text",
+    "knob_comments",
     "knob_names",
     "load_config",
     "recipe_knobs",
@@ -229,7 +230,6 @@ class Knob:
     kind: Any
     default: Any
     group: str | None = None
-    comment: str = ""
 
     @property
     def written_kind(self) -> str:
@@ -243,17 +243,14 @@ class Knob:
 
 
 def _knobs(fn: Callable) -> dict[str, Knob]:
-    hints, comments = type_hints(fn), _comments(fn)
+    hints = type_hints(fn)
     found: dict[str, Knob] = {}
     for name, p in inspect.signature(fn).parameters.items():
-        default, members = (
-            p.default,
-            {name: Knob(hints.get(name, UNANNOTATED), p.default, None, comments.get(name, ""))},
-        )
+        default, members = p.default, {name: Knob(hints.get(name, UNANNOTATED), p.default)}
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            kinds, notes = type_hints(type(default)), _comments(type(default))
+            kinds = type_hints(type(default))
             members = {
-                f.name: Knob(kinds[f.name], getattr(default, f.name), name, notes.get(f.name, ""))
+                f.name: Knob(kinds[f.name], getattr(default, f.name), name)
                 for f in dataclasses.fields(default)
             }
         twice = sorted(members.keys() & found.keys())
@@ -455,16 +452,30 @@ def help_text(path: str) -> str:
     """The docstring of a config file and its knobs with their defaults, types and comments."""
     fn, module = _config_function(path)
     assert module is not None
-    rows = []
+    rows, comments = [], _knob_comments(fn)
     for name, knob in _knobs(fn).items():
         required = knob.written is None
         setting = name if required else f"{name}={knob.written}"
-        rows.append((setting, knob.written_kind + ", required" * required, knob.comment))
+        rows.append((setting, knob.written_kind + ", required" * required, comments.get(name, "")))
     widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
     width = [max(each, default=0) for each in widths]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
     doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
     return "\n".join([own_commands(doc), "", own_commands(KNOBS.format(name=Path(path).stem)), *table])
+
+
+def knob_comments(recipe: Recipe) -> dict[str, str]:
+    """The comments that end the lines of a config file's knobs, by name."""
+    return _knob_comments(_config_function(recipe)[0])
+
+
+def _knob_comments(fn: Callable) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for parameter in inspect.signature(fn).parameters.values():
+        group = parameter.default
+        if dataclasses.is_dataclass(group) and not isinstance(group, type):
+            found |= _comments(type(group))
+    return found | _comments(fn)
 
 
 def _comments(definition: Any) -> dict[str, str]:

@@ -74,14 +74,21 @@ def with_topics(text: str) -> str:
 
 
 def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
-    """Return the topic of this name; else those that have all words in their titles; else in their texts. A
-    word is the beginning of one there.
+    """Return the topic of this name; else those that have all words in their titles, the shortest title
+    first; else in their texts, those first that are most about them. A word is the beginning of one there.
     """
     named = [topic for topic in known if topic.name == link_name(" ".join(words))]
     if named:
         return named[:1]
 
     patterns = [re.compile(rf"\b{re.escape(word)}", re.IGNORECASE) for word in words]
-    return [topic for topic in known if all(p.search(topic.title) for p in patterns)] or [
-        topic for topic in known if topic.text[:2] == "##" and all(p.search(topic.text) for p in patterns)
-    ]
+    titled = [topic for topic in known if all(p.search(topic.title) for p in patterns)]
+    if titled:
+        return sorted(titled, key=lambda topic: len(topic.title))
+
+    def weight(topic: Topic) -> float:
+        """How often the rarest word is in the text, for its length."""
+        return min(len(p.findall(topic.text)) for p in patterns) / len(topic.text) ** 0.5
+
+    found = [topic for topic in known if topic.text[:2] == "##" and weight(topic)]
+    return sorted(found, key=weight, reverse=True)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
-from jaxft.runs.record import describe, differences
+from jaxft.runs.record import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
 from jaxft.weights import codes, hf, hub
 from jaxft.weights.cached_folder import adopt_folder, folder_damage
@@ -36,9 +37,8 @@ MAY_CHANGE = (
     "mesh",
     "hosts",
 )
-# Settings among them that may not, as the scores of all checkpoints are compared, and of the same rows; each
-# with its default, with which a run goes on that began before it existed.
-MUST_STAY = {"loop.best_metric": "None", "loop.greater_is_better": "None", "loop.eval_fraction": "0.2"}
+# Settings among them that may not, as the scores of all checkpoints are compared, and of the same rows.
+MUST_STAY = ("loop.best_metric", "loop.greater_is_better", "loop.eval_fraction")
 HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
@@ -47,6 +47,7 @@ FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes
 CARD, SUMMARY = "README.md", "summary.json"
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/contents.py
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 NOT_COMPARED = (
     "command",  # the overrides; their result is in the other fields
     "chat_template",  # the fingerprint of the rows depends on it
@@ -209,24 +210,31 @@ def failed_members(folder: Path) -> list[str]:
     return list(read_saved_json(path).get("failed", [])) if path.exists() else []
 
 
-def changes_since_start(folder: Path, record: dict[str, Any]) -> list[str]:
+def changes_since_start(folder: Path, record: dict[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """`permitted_changes` to the settings in the folder's config.json, if it has one."""
     path = folder / "config.json"
-    return permitted_changes(folder, read_saved_json(path), record) if path.exists() else []
+    return permitted_changes(folder, read_saved_json(path), record, defaults) if path.exists() else []
 
 
-def permitted_changes(folder: Path | str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def permitted_changes(
+    folder: Path | str,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    defaults: Mapping[str, Any] = NO_DEFAULTS,
+) -> list[str]:
     """The differences between a run's original settings and today's, one line each.
 
-    folder: where the original settings are. Raises ValueError that lists the differences which would change
-    what the run computes.
+    folder: where the original settings are. defaults: of settings by dotted name, see recorded_defaults; a
+    run that began before a setting existed goes on with its default. Raises ValueError that lists the
+    differences which would change what the run computes.
     """
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     found = differences(old, json.loads(json.dumps(new)))
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
-    began_before = [f"{name}: absent -> {default}" for name, default in MUST_STAY.items()]
-    fixed = [line for line in found if line.startswith(tuple(MUST_STAY)) and line not in began_before]
-    refused = [line for line in found if not permitted.match(line) or line in fixed]
+    began_before = absent_lines(defaults)
+    fixed = [line for line in found if line.startswith(MUST_STAY)]
+    changed = [line for line in found if not permitted.match(line) or line in fixed]
+    refused = [line for line in changed if line not in began_before]
     if refused:
         refused = _explained(refused, new)
         raise ValueError(

@@ -15,6 +15,8 @@ from jaxft.objectives.metrics import (
     PAIR_COUNT,
     SKIPPED,
     TOKEN_ACCURACY,
+    count_of,
+    without_count,
 )
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
@@ -62,6 +64,8 @@ __all__ = [
     "TOKEN_ACCURACY",
     "VALUE_LOSS",
     "ZERO_STD",
+    "count_of",
+    "without_count",
 ]
 
 # Of rollouts (jaxft/rl)

@@ -28,7 +28,7 @@ import xxhash
 from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
-from jaxft.runs.folder import RESULTS, SUMMARY, permitted_changes, read_saved_json
+from jaxft.runs.folder import NO_DEFAULTS, RESULTS, SUMMARY, permitted_changes, read_saved_json
 from jaxft.runs.store import Store, StoreError, open_store
 
 INDEX = "index.json"
@@ -72,10 +72,18 @@ class Damaged(Exception):
 
 
 class Mirror:
-    """The copy of a run's folder in a store. report: called with a line about each event that matters."""
+    """The copy of a run's folder in a store. report: called with a line about each event that matters.
+    defaults: see permitted_changes.
+    """
 
-    def __init__(self, folder: Path, store: Store, report: Callable[[str], None] = print):
-        self.folder, self.store, self.report = folder, store, report
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        report: Callable[[str], None] = print,
+        defaults: Mapping[str, Any] = NO_DEFAULTS,
+    ):
+        self.folder, self.store, self.report, self._defaults = folder, store, report, defaults
         self.owner = {
             "id": secrets.token_hex(8),
             "host": socket.gethostname(),
@@ -164,7 +172,7 @@ class Mirror:
             if "members" in {**old, **record}:  # a sweep's, which may change at_once
                 old, record = ({"members": one.get("members")} for one in (old, record))
             try:
-                permitted_changes(place, old, record)
+                permitted_changes(place, old, record, self._defaults)
             except ValueError as error:
                 raise ValueError(f"{error} or loop.store=...") from error
 
@@ -460,18 +468,22 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def mirrored(
-    folder: Path, url: str | None, records: Records, report: Callable[[str], None] = print
+    folder: Path,
+    url: str | None,
+    records: Records,
+    report: Callable[[str], None] = print,
+    defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> Iterator[Copies]:
     """Fetch a run's folder from the store at `url`; yield the functions that copy it there; copy what is left
     at the end. Without a store it does nothing.
 
-    records: settings of this start. A start that fails before it is accepted copies nothing. Raises as
-    Mirror.open and Mirror.finish do.
+    records: settings of this start. defaults: see permitted_changes. A start that fails before it is accepted
+    copies nothing. Raises as Mirror.open and Mirror.finish do.
     """
     if url is None:
         yield LOCAL_ONLY
         return
-    mirror = Mirror(folder, open_store(url), report)
+    mirror = Mirror(folder, open_store(url), report, defaults)
     mirror.open(records)
     copies = Copies(
         take_over=mirror.take_over,

@@ -535,6 +535,8 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "loop.best_metric=eval_loss loop.greater_is_better=false"),
         _together("early_stopping_patience:af early_stopping_steps:f", "loop.patience",
                   "evaluations without a better result before a run ends; needs loop.eval_every"),
+        _absent("early_stopping_threshold:tu", "loop.patience counts every better result, however small",
+                "0 0.0"),
         _mapped("report_to:tfu", "trackers",
                 {"wandb": "trackers=wandb", "mlflow": "trackers=mlflow", "trackio": "trackers=trackio",
                  "tensorboard": "", "none": "", "all": "", "[]": ""}, "every run writes TensorBoard's files"),

@@ -294,9 +294,9 @@ def value_of_setting(results: Sequence[RankedRun], by: Criterion) -> str:
     if len(values) > 1:
         return _mean_text(values, by)
     (result,), (value,) = results, values
-    pairs = result.after.get(by.metric + names.PAIR_COUNT)
-    if pairs:
-        return f"{value:.3f} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
+    count = names.count_of(result.after, by.metric)
+    if count:
+        return f"{value:.3f} {wilson(value, count.number).text()} of {count.number:,.0f} {count.unit}"
     rows = [row for row in result.rows.values() if by.key in row]
     if by.key.startswith(names.SCORES) and rows:
         interval = interval_of([row[by.key] for row in rows])

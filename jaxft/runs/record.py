@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
 
@@ -133,6 +135,31 @@ def _source_hash(definition: Any) -> str | None:
         return hashlib.sha256(inspect.getsource(definition).encode()).hexdigest()
     except (OSError, TypeError):
         return None
+
+
+def recorded_defaults(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the default of each field of a dataclass and of the sections in it that has one, as JSON by
+    dotted name.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        name, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if field.default is not dataclasses.MISSING:
+            found[name] = _as_json(describe(field.default))
+        elif field.default_factory is not dataclasses.MISSING:
+            found[name] = _as_json(describe(field.default_factory()))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type | Model):
+            found |= recorded_defaults(value, f"{name}.")
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def absent_lines(defaults: Mapping[str, Any]) -> set[str]:
+    """Return the `differences` between a record from before settings existed and one with their defaults."""
+    return {f"{name}: {_ABSENT} -> {_short(default)}" for name, default in defaults.items()}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

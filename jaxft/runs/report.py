@@ -11,7 +11,7 @@ from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
-from jaxft.runs.metric_names import HELD_OUT, PAIR_COUNT, SCORES
+from jaxft.runs.metric_names import HELD_OUT, SCORES, count_of, without_count
 from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 from jaxft.weights.card import NO_CLASSIFIER, USE_SECTION
 
@@ -173,14 +173,14 @@ def before_and_after(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def metric_cell(evaluation: Evaluation, name: str) -> str:
-    """Return a metric of an evaluation as text, "" without it. An accuracy or a score has its interval and
-    the number of pairs or prompts.
+    """Return a metric of an evaluation as text, "" without it. An accuracy, a score or a mean of rewards 0
+    and 1 has its interval and the number of pairs or prompts.
     """
-    pairs, value = evaluation["metrics"].get(name + PAIR_COUNT), evaluation["metrics"].get(name)
+    count, value = count_of(evaluation["metrics"], name), evaluation["metrics"].get(name)
     if value is None:
-        return ALL_TIES if pairs else ""
-    if pairs:
-        return f"{value:.4f} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
+        return ALL_TIES if count else ""
+    if count:
+        return f"{value:.4f} {wilson(value, count.number).text()} of {count.number:,.0f} {count.unit}"
     if name in evaluation.get("intervals", {}):
         interval = Interval(*evaluation["intervals"][name])
         return f"{value:.4f} {interval.text()} of {evaluation['scored']:,} prompts"
@@ -212,7 +212,7 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
         for name in metrics
         if name.startswith(prefix)
     }
-    known = {name.removesuffix(PAIR_COUNT) for name in metrics}  # without a value if all pairs are ties
+    known = {without_count(name) for name in metrics}  # without a value if all pairs are ties
     return scores | {name: label for name, label in HEADLINES.items() if name in known}
 
 
@@ -304,7 +304,7 @@ def _results(card: ModelCard) -> list[str]:
     known = {**card.before["metrics"], **card.after["metrics"]}
     rows = [
         f"| {name} | {metric_cell(card.before, name)} | {metric_cell(card.after, name)} |"
-        for name in dict.fromkeys(name.removesuffix(PAIR_COUNT) for name in known)
+        for name in dict.fromkeys(without_count(name) for name in known)
     ]
     notes = [f"- {line}" for line in card.notes]
     return [

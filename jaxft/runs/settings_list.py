@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.models.model import Model
-from jaxft.runs.config import as_written, recipe_knobs, type_hints
+from jaxft.runs.config import as_written, knob_comments, recipe_knobs, type_hints
 from jaxft.runs.option_names import OPTIONS
 from jaxft.runs.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
 from jaxft.runs.record import union_members
@@ -24,7 +24,7 @@ REQUIRED = dataclasses.MISSING
 class Setting:
     """A knob or a dotted field. kind: how its values are written. default: as written, None where a recipe
     must set it. text: what it does. section: what its section is. names: of functions, if they are too many
-    for `kind`.
+    for `kind`. elsewhere: (recipes, value) of recipes with another default.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Setting:
     text: str
     section: str = dataclasses.field(default="", compare=False)
     names: tuple[str, ...] = ()
+    elsewhere: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def other_names(self) -> tuple[str, ...]:
@@ -67,10 +68,25 @@ def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
     name.
     """
     texts = {setting.name.rpartition(".")[2]: setting.text for setting in fields}
+    comments = knob_comments(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
         more = names if len(names) > SHOWN_NAMES else ()
-        yield Setting(name, knob.written_kind, knob.written, knob.comment or texts.get(name, ""), names=more)
+        text = comments.get(name) or texts.get(name, "")
+        yield Setting(name, knob.written_kind, knob.written, text, names=more)
+
+
+def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Iterator[Setting]:
+    """Yield settings with what recipes, as name -> run, set in place of their defaults."""
+    values = {recipe: {s.name: s.default for s in settings_of(run)} for recipe, run in recipes.items()}
+    for setting in settings:
+        found: dict[str, list[str]] = {}
+        for recipe, of_run in values.items():
+            value = of_run.get(setting.name) or setting.default
+            if value != setting.default and setting.default is not None:
+                found.setdefault(str(value), []).append(recipe)
+        elsewhere = tuple((", ".join(recipes), value) for value, recipes in found.items())
+        yield dataclasses.replace(setting, elsewhere=elsewhere)
 
 
 def by_section(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
@@ -137,6 +153,8 @@ def _lines(setting: Setting, width: int, in_full: bool) -> list[str]:
     text = setting.text.rstrip(".") if in_full else first_sentence(setting.text)
     left = f"  {setting.name}" + ("" if setting.default is None else f"={setting.default}")
     kind = setting.kind + ", set by the recipe" * (setting.default is None)
+    if setting.elsewhere:
+        kind += f" ({'; '.join(f'{recipes}: {value}' for recipes, value in setting.elsewhere)})"
     if in_full and setting.names:
         kind += f". Names: {', '.join(setting.names)}"
     column = min(34, width // 3)

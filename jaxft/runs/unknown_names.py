@@ -5,10 +5,12 @@ them as `--name value`, and read YAML or JSON.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxft.data.shipped import ROOT
 from jaxft.runs.option_names import Option, find_options, normalised
+from jaxft.runs.setting_sources import dotted_fields, knobs
 
 SETTINGS_FILES = (".yml", ".yaml", ".json")  # of other tools
 
@@ -59,16 +61,20 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
         option, equals, text = word.partition("=")
         if not option.startswith("--") or option in options or option == "--":
             continue
-        if known := [name for name in options if normalised(name) == normalised(option)]:  # --dry_run
-            return f"unrecognized argument {option}; write {known[0]}"
+        if same := [name for name in options if normalised(name) == normalised(option)]:  # --dry_run
+            return f"unrecognized argument {option}; write {same[0]}"
         following = argv[place + 1] if place + 1 < len(argv) else "--"
         has_value = not following.startswith("--") and "=" not in following
         value = text if equals else following if has_value else "true"
         given.append(f"{option} {value}" if equals or has_value else option)
         if found := advice(option, value, Path(recipe).stem):
             lines.append(found)
+        elif setting := next(iter(settings_called(normalised(option), recipe)), None):
+            plain.append(f"{setting}={value}")
         else:
-            plain.append(f"{normalised(option)}={value}")
+            known = reversed([*options, *setting_names(recipe)])  # of two with a last part, the first counts
+            near = _nearest(normalised(option), {name.lstrip("-").rpartition(".")[2]: name for name in known})
+            return f"unrecognized argument {option}; near: {near}"
     if plain:
         lines.append(f"settings are written without dashes; write {' '.join(plain)}")
     return f"{' '.join(given)}: {'; '.join(lines)}" if given else None
@@ -78,8 +84,30 @@ def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:
     """Return the options nearest to the first one that is not among `options`; None if all are."""
     unknown = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
     wrong = next((option for option in unknown if option not in options), None)
-    near = difflib.get_close_matches(wrong, options, 3, 0.3) if wrong else []
-    return f"unrecognized argument {wrong}; near: {', '.join(near)}" if near else None
+    near = _nearest(wrong or "", {option: option for option in options})
+    return f"unrecognized argument {wrong}; near: {near}" if wrong and near else None
+
+
+def _nearest(name: str, known: Mapping[str, str]) -> str:
+    return ", ".join(known[near] for near in difflib.get_close_matches(name, known, 3, 0.3))
+
+
+def setting_names(recipe: str) -> list[str]:
+    """Return the knobs and dotted fields of a recipe, of sft if this is none."""
+    shipped = ROOT / "configs" / f"{recipe}.py"
+    path = Path(recipe) if recipe.endswith(".py") else shipped
+    path = path if path.is_file() else ROOT / "configs" / "sft.py"
+    return [setting.name for setting in (*knobs(path), *dotted_fields(path))]
+
+
+def settings_called(name: str, recipe: str) -> list[str]:
+    """Return the setting of a recipe with this name, or else those whose last part it is.
+
+    >>> settings_called("eval_every", "sft")
+    ['loop.eval_every']
+    """
+    names = setting_names(recipe)
+    return [name] if name in names else [x for x in names if x.rpartition(".")[2] == name]
 
 
 def settings_file(path: str) -> str | None:

@@ -15,6 +15,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.environment import device_counts
 from jaxft.runs.log import Log, NullLog
+from jaxft.runs.record import recorded_defaults
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
@@ -140,27 +141,27 @@ def open_logs(
     if saved:
         records = [(m, saved["records"][m.label]) for m in job.members]
         changes = [
-            line for m, old in records for line in runfolder.permitted_changes(m.folder, old, m.record)
+            line
+            for m, old in records
+            for line in runfolder.permitted_changes(m.folder, old, m.record, recorded_defaults(m.run))
         ]
     checked = check_attention(job.lead.programs, job.abstract_batch)
     if not processes.is_first():
         return Logs([NullLog() for _ in job.members], clock=clock)
-    trackers: tuple[str | Tracker, ...] = (*job.lead.run.trackers, *callbacks)
     logs, moved = [], []
     kernel = attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
+    if job.sweep is not None:
+        record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
+        runfolder.write_durable_json(job.folder / "config.json", record)
     for number, member in enumerate(job.members):
         member.folder.mkdir(exist_ok=True)
         runfolder.check_paths(member.folder)
         moved += runfolder.write_record(member.folder, member.record, first, kernel)
         write_contents(job, number, first)
         alone = job.sweep is None
-        logs.append(Log(member.folder, job.steps, first, not alone, trackers if alone else ()))
-    overview = None
-    if job.sweep is not None:
-        record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
-        record["tracking"] = job.lead.record.get("tracking")
-        runfolder.write_durable_json(job.folder / "config.json", record)
-        overview = Log(job.folder, job.steps, first, trackers=trackers)
+        trackers: tuple[str | Tracker, ...] = (*member.run.trackers, *(callbacks if alone else ()))
+        logs.append(Log(member.folder, job.steps, first, not alone, trackers))
+    overview = None if job.sweep is None else Log(job.folder, job.steps, first, trackers=(*callbacks,))
     found = Logs(logs, overview, clock)
     clock.resume((saved or {}).get("seconds", {}), found.progress)
     for line in startup_lines(job, first, list(dict.fromkeys(changes))) + checked:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,10 +13,11 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
+from jaxft.runs.mirror import Copies
 from jaxft.runs.trackers.tracker import Tracker
 from jaxft.train.clock import Clock
-from jaxft.train.compiled import compile_run
-from jaxft.train.logs import announce, open_logs
+from jaxft.train.compiled import Compiled, compile_run
+from jaxft.train.logs import Logs, announce, open_logs
 from jaxft.train.members import (
     Job,
     Record,
@@ -51,15 +53,17 @@ def run(
     record: Record | None = None,
     root: Path = Path("runs"),
     callbacks: Sequence[Tracker] = (),
+    clock: Clock | None = None,
 ) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
     settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: trackers in addition
-    to those of the settings. Returns 0 if finished, 1 if a
-    member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
+    to those of the settings. clock: of what was done before, such as measuring lengths. Returns 0 if
+    finished, 1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError
+    with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
-    loop, folder, clock = lead.loop, run_folder(settings, root), Clock()
+    loop, folder, clock = lead.loop, run_folder(settings, root), clock or Clock()
     with ExitStack() as stack:
         # ---------- Settings, rows, shapes: a user error ends all processes here ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
@@ -81,15 +85,7 @@ def run(
         stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
-        watchdog.at("loading and compiling")
-        logs.message(f"rows and settings read in {time_in_words(clock.at('loading'))}")
-        job = precompute(job, partial(announce, watchdog, logs))
-        states, frozen = load_members(job, states, partial(announce, watchdog, logs))
-        logs.message(f"weights loaded in {time_in_words(clock.at('compiling'))}; compiling")
-        job = bind_sources(job, frozen, saved)
-        compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, clock).timed(clock)
-        processes.barrier()  # collectives time out if another process is still compiling
-        logs.message(f"compiled in {time_in_words(clock.at('training'))}")
+        job, states, frozen, compiled = load_and_compile(job, states, saved, logs, watchdog)
 
         # ---------- The model before training ----------
         saved = saved or evaluate_start(job, compiled, states, frozen, logs)
@@ -101,11 +97,7 @@ def run(
             for step in range(first, job.steps):
                 done = step + 1
                 stopping = votes.cast(lambda: END_RUN if logs.ends else interrupt.signal)
-                if job.info.samples and step % job.rollout_steps == 0:
-                    watchdog.at(f"the rollout before step {done}")  # rewards may be slow functions
-                with clock.within("sampling" if job.info.samples else "training"):
-                    rows, batch, sampled = job.batch(step, states)
-                watchdog.step(done)
+                rows, batch, sampled = next_batch(job, step, states, clock, watchdog)
                 trace.before(done)
                 states, metrics = compiled.step(states, frozen, batch)
                 nonfinite.check(step, states, frozen, rows, metrics)
@@ -136,10 +128,7 @@ def run(
         checkpoints.wait()
         watchdog.at(f"final evaluation and export (after step {done})")
         if stop:
-            logs.stopped(signal_name(stop), done)
-            copies.stopped()
-            processes.barrier()  # no process exits while another still saves
-            return 128 + stop
+            return stopped(stop, done, logs, copies)
 
         # ---------- The model after training: evaluation, weights, model card ----------
         after, finished = evaluate_end(job, compiled, states, saved.get("last_faults"), logs)
@@ -148,6 +137,46 @@ def run(
         export_best(job, checkpoints, compiled, frozen, after, logs)
         write_reports(job, logs, weights, saved["before"], after)
         return 0 if all(finished) else 1
+
+
+def load_and_compile(
+    job: Job, states: Any, saved: dict[str, Any] | None, logs: Logs, watchdog: Watchdog
+) -> tuple[Job, Any, Any, Compiled]:
+    """Load weights onto the mesh, compute the reference where it is precomputed, and compile the programs.
+
+    states, saved: of the checkpoint, None without one. Returns the job with its sources bound, the states,
+    the frozen parameters and the programs.
+    """
+    watchdog.at("loading and compiling")
+    logs.message(f"rows and settings read in {time_in_words(logs.clock.at('loading'))}")
+    job = precompute(job, partial(announce, watchdog, logs))
+    states, frozen = load_members(job, states, partial(announce, watchdog, logs))
+    logs.message(f"weights loaded in {time_in_words(logs.clock.at('compiling'))}; compiling")
+    job = bind_sources(job, frozen, saved)
+    compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, logs.clock)
+    processes.barrier()  # collectives time out if another process is still compiling
+    logs.message(f"compiled in {time_in_words(logs.clock.at('training'))}")
+    return job, states, frozen, compiled.timed(logs.clock)
+
+
+def next_batch(
+    job: Job, step: int, states: Any, clock: Clock, watchdog: Watchdog
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the rows, batch and metrics of a step, for rollouts by sampling and scoring completions."""
+    if job.info.samples and step % job.rollout_steps == 0:
+        watchdog.at(f"the rollout before step {step + 1}")  # rewards may be slow functions
+    with clock.within("sampling" if job.info.samples else "training"):
+        found = job.batch(step, states)
+    watchdog.step(step + 1)
+    return found
+
+
+def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
+    """Report that a signal stopped the run after `done` steps; return the exit code of the process."""
+    logs.stopped(signal_name(signal), done)
+    copies.stopped()
+    processes.barrier()  # no process exits while another still saves
+    return 128 + signal
 
 
 def due(every: float | None, done: int, job: Job) -> bool:

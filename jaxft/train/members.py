@@ -21,7 +21,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
 from jaxft.runs.mirror import CHECKPOINTS, Copies, mirrored
-from jaxft.runs.record import describe, differences
+from jaxft.runs.record import describe, differences, recorded_defaults
 from jaxft.runs.store import check_stored_name
 from jaxft.train import evaluate
 from jaxft.train.calibrate import CalibrationPlan, plan_run
@@ -292,7 +292,7 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
     records = {f"{m.label}/config.json" if m.label else "config.json": m.record for m in job.members}
     if job.sweep is not None:
         records = {"config.json": {"members": [member.label for member in job.members]}, **records}
-    with mirrored(job.folder, url, records) as copies:
+    with mirrored(job.folder, url, records, defaults=recorded_defaults(job.lead.run)) as copies:
         found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, copies=copies)
         with contextlib.closing(found):
             yield found, copies
@@ -310,7 +310,11 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
         return 0, []
     if job.sweep is not None:
         _check_members(job)
-    changes = [line for m in job.members for line in runfolder.changes_since_start(m.folder, m.record)]
+    changes = [
+        line
+        for m in job.members
+        for line in runfolder.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
+    ]
     patience, ended_by = job.lead.run.loop.patience, runfolder.patience_at_end(job.lead.folder)
     stalled = patience is not None and ended_by is not None and patience <= ended_by
     planned = runfolder.planned_at_end(job.lead.folder)  # of a run that a callback ended

@@ -55,6 +55,7 @@ from jaxft.runs.report import same_prompts
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import loop, members, open_settings
+from jaxft.train.clock import Clock
 from jaxft.train.reference import precompute
 from jaxft.train.settings import Run
 from jaxft.train.step import TrainStep
@@ -181,12 +182,12 @@ def train_recipe(
 ) -> "RunResult":
     """Train a recipe or resume it; return its result. See jaxft.train."""
     with errors_as_lines():
-        trackers = [Callback(one) for one in callbacks]
+        trackers, clock = [Callback(one) for one in callbacks], Clock()
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
         folder = members.run_folder(resolved.value, Path(root))
         with processes.started(resolved.value.hosts, cli.print_error):
             resolved = fit_to_rows(resolved, root)
-            code = loop.run(resolved.value, resolved.describe(), Path(root), trackers)
+            code = loop.run(resolved.value, resolved.describe(), Path(root), trackers, clock=clock)
     if code > 128:
         text = f"{folder}: stopped by {signal_name(code - 128)} and saved; the same call resumes"
         raise KeyboardInterrupt(text) if code == 130 else Error(text)

@@ -163,7 +163,8 @@ def write_reports(
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
             table = write_table(job.folder, job.sweep.name, job.steps, (first, last), failed)
     processes.barrier()  # the run is finished for all processes or for none
-    logs.mark("finished")
+    for log, folder in zip(logs.members, weights, strict=True):
+        log.mark("failed" if folder is None else "finished")
     took = time_line({**perf[0], "tokens": sum(own["tokens"] for own in perf)})
     for line in _result_lines(job, logs, weights, (before, after), [[*own, took] for own in notes], table):
         logs.message(line)

@@ -7,6 +7,7 @@ from jaxft.distributed import processes
 from jaxft.runs import folder as runfolder
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train import loop
+from jaxft.train.clock import Clock
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep, reason_to_separate, with_one_split, write_table
 
@@ -14,18 +15,23 @@ SIGNAL = 128  # exit codes from here on are of a run that a signal stopped
 
 
 def train_sweep(
-    name: str, runs: Mapping[str, Run], at_once: int | None = None, root: Path = Path("runs")
+    name: str,
+    runs: Mapping[str, Run],
+    at_once: int | None = None,
+    root: Path = Path("runs"),
+    clock: Clock | None = None,
 ) -> int:
     """Train the runs of a sweep, or resume them; return the exit code, see loop.run. All hold out the same
     rows.
 
     runs: by label, which is also the name of the run's folder in that of the sweep. at_once: see Sweep; None
-    for runs that may also be trained one after the other, if they cannot share a program.
+    for runs that may also be trained one after the other, if they cannot share a program. clock: see
+    loop.run; runs that are trained one after the other have clocks of their own.
     """
     runs = with_one_split(runs)
     reason = reason_to_separate(runs) if at_once is None else ""
     if not reason:
-        return loop.run(Sweep(name, runs, 1 if at_once is None else at_once), root=root)
+        return loop.run(Sweep(name, runs, 1 if at_once is None else at_once), root=root, clock=clock)
     print(f"{len(runs)} runs, one after the other: {reason}", flush=True)
     return _train_each(name, runs, root)
 

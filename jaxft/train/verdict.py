@@ -17,7 +17,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
-from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics
+from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, without_count
 from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
@@ -73,7 +73,7 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
     for member, end in zip(job.members, before, strict=True):
         # an accuracy of ties alone has no value yet, and the number of its pairs
         loop, known = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
-        metrics = list(dict.fromkeys(name.removesuffix(PAIR_COUNT) for name in known))
+        metrics = list(dict.fromkeys(without_count(name) for name in known))
         if loop.best_metric and loop.best_metric not in metrics:
             near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics) or "none at all"
             raise processes.AgreedError(

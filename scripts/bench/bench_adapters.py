@@ -64,7 +64,7 @@ def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new:
     """Return the completion of each prompt with the adapter of its number."""
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import TokenRequest
-    from jaxft.engine.session import Choice
+    from jaxft.engine.session import RequestSettings
 
     tokens: list[list[int]] = [[] for _ in prompts]
     ended = threading.Semaphore(0)
@@ -76,7 +76,10 @@ def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new:
 
     scheduler.submit(
         [
-            (TokenRequest(tuple(p), Choice(Sampling(new), adapter=number)), lambda x, i=i: deliver(i, x))
+            (
+                TokenRequest(tuple(p), RequestSettings(Sampling(new), adapter=number)),
+                lambda x, i=i: deliver(i, x),
+            )
             for i, (p, number) in enumerate(zip(prompts, numbers, strict=True))
         ]
     )

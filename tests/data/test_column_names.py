@@ -76,6 +76,36 @@ def test_unknown_columns_are_an_error_with_the_setting_that_reads_them(fields, e
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        ("qid question response_j response_k", "prompt=question,chosen=response_j,rejected=response_k"),
+        ("id prompt response_j response_k", "chosen=response_j,rejected=response_k"),
+        ("prompt good bad", "chosen=good,rejected=bad"),
+        ("instuction chosen rejcted", "instruction=instuction,rejected=rejcted"),
+        ("question answer thumbs", "prompt=question,completion=answer,label=thumbs"),
+        ("prompt completion lable", "label=lable"),
+        ("a b c", "prompt=a,chosen=b,rejected=c"),
+    ],
+)
+def test_the_proposed_columns_of_pairs_read_the_rows(names, columns):
+    row = Row("r:1", {name: "1" if name in ("thumbs", "lable") else f"{name} text" for name in names.split()})
+    with pytest.raises(ValueError, match="fit no format") as error:
+        normalise_pairs([row], PairTokenSettings())
+    proposed = str(error.value).rpartition("data.columns=")[2]
+    renamed = dict(item.split("=") for item in columns.split(","))
+    assert dict(item.split("=") for item in proposed.split(",")).items() <= renamed.items()
+    (pair,) = normalise_pairs([row], PairTokenSettings(columns=tuple(proposed.split(","))))
+    (meant,) = normalise_pairs([row], PairTokenSettings(columns=tuple(columns.split(","))))
+    assert pair.responses == meant.responses
+
+
+def test_sft_of_pairs_proposes_the_first_response():
+    row = Row("r:1", {"qid": 1, "question": "q", "response_j": "a", "response_k": "b"})
+    with pytest.raises(ValueError, match="data.columns=prompt=question,completion=response_j$"):
+        formats.normalise_rows([row])
+
+
 def test_the_other_names_are_those_that_most_rows_have():
     rows = [Row(f"r:{i}", {"question": "q", "answer" if i else "solution": "a"}) for i in range(3)]
     found = list(formats.normalise_each(rows))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
 from jaxft.data import tokenise as tokenise_module
-from jaxft.data.invalid import InvalidRow, InvalidRows, add_counts, invalid_lines
+from jaxft.data.invalid import InvalidRow, InvalidRows, add_counts, invalid_lines, shortened
 from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
@@ -176,13 +176,13 @@ def test_drop_counts_ten_kinds_of_dirt_and_leaves_the_batches_of_the_clean_rows(
     assert len(kinds) == 10
     dirt = [x for number, x in enumerate(kinds, 1) for _ in range(number)]  # 1 of the first, 10 of the last
     dirt = [dirt[i] for i in permutation(len(dirt), 0)]
-    clean = list(clean_rows(kind, 2000 - len(dirt)))
-    places = permutation(1990, 1)[: len(dirt)]
+    clean = list(clean_rows(kind, 400 - len(dirt)))
+    places = permutation(390, 1)[: len(dirt)]
     lines = with_dirt(clean, dirt, places)
-    assert len(lines) == 2000
+    assert len(lines) == 400
     (tmp_path / "dirty.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "clean.jsonl").write_text("\n".join(map(json.dumps, clean)))
-    dirty = opened(kind, tmp_path / "dirty.jsonl", tmp_path, invalid="drop")
+    dirty = opened(kind, tmp_path / "dirty.jsonl", tmp_path, invalid="drop", invalid_limit=0.2)
     expected = {}
     for number, (_, reason) in enumerate(kinds, 1):
         expected[reason] = expected.get(reason, 0) + number
@@ -326,3 +326,17 @@ def test_every_error_about_a_row_is_an_invalid_row():
         if not re.search(r"too_long|packing=wrapped|{remedy} or|the tokenizer has none", x[1])
     ]
     assert not others
+
+
+def test_the_remedy_of_the_rows_comes_first_and_is_not_cut_in_a_word():
+    remedy = "set chat_template=qwen, or use another tokenizer"
+    found = InvalidRows(0.5)
+    found.add(InvalidRow("r:1", "hidden call", f"the template hides what is learned: {'x' * 300}; {remedy}"))
+    with pytest.raises(ValueError) as error:
+        found.check("r", 1)
+    assert str(error.value).endswith(f"{remedy}). Otherwise correct data.format or data.columns, or raise "
+                                     "data.invalid_limit")  # fmt: skip
+    words = " ".join(f"word{number}" for number in range(80))
+    short = shortened(words, 300)
+    assert short.endswith(" ...") and len(short) < 310 and words.startswith(f"{short[:-4]} ")
+    assert shortened(f"the cause; fix it. {words}", 300) == "the cause; fix it ..."

@@ -24,7 +24,7 @@ from jaxft.engine.sampling import (
     truncated,
     without_stop,
 )
-from jaxft.engine.session import Session
+from jaxft.engine.session import RequestSettings, Session
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
@@ -270,6 +270,21 @@ def test_a_single_infinite_logit_ends_a_completion(world, sign):
     assert np.isinf(logits[39]) and np.isfinite(logits[:39]).all()
     with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite"):
         answers((model, broken), prompts=[PROMPTS[0]])
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        RequestSettings(Sampling(12, 1.0)),
+        RequestSettings(GREEDY, grammar="a grammar"),
+        RequestSettings(GREEDY, top=True),
+    ],
+    ids=["sampling", "grammar", "top"],
+)
+def test_a_request_that_an_engine_is_not_compiled_for_is_refused(world, choice):
+    session = Session(engine_of(world, GREEDY, (), 5, 80), world[1])
+    with pytest.raises(ValueError, match="the engine is not compiled for RequestSettings"):
+        session.start([1], [0], choice=choice)
 
 
 def test_the_token_of_a_later_prompt_is_named(world, monkeypatch):

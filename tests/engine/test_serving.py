@@ -14,7 +14,7 @@ from engines import engine_of
 from jaxft.engine.generate import generate
 from jaxft.engine.sampling import Sampling, left_pad, row_sampling, sample_rows
 from jaxft.engine.scheduler import QueueFull, Scheduler, Stopped
-from jaxft.engine.session import Choice, Session
+from jaxft.engine.session import RequestSettings, Session
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
 from jaxft.nn import lora
@@ -45,7 +45,7 @@ def engine_completions(seed, adapter=None):
 
 def numbered(seed, **options):
     return [
-        tiny.TokenRequest(tuple(prompt), Choice(SAMPLED, tiny.STOP, **options), seed, number)
+        tiny.TokenRequest(tuple(prompt), RequestSettings(SAMPLED, tiny.STOP, **options), seed, number)
         for number, prompt in enumerate(PROMPTS)
     ]
 
@@ -70,7 +70,9 @@ def test_an_adapter_s_completions_equal_those_of_generate_with_it(scheduler):
 def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_merged_models(scheduler):
     names = list(tiny.ADAPTERS | tiny.OTHERS)
     assert len(names) == 16
-    requests = [tiny.TokenRequest(tuple(PROMPTS[3]), Choice(Sampling(10), adapter=i)) for i in range(17)]
+    requests = [
+        tiny.TokenRequest(tuple(PROMPTS[3]), RequestSettings(Sampling(10), adapter=i)) for i in range(17)
+    ]
     found = [one.ids for one in tiny.complete(scheduler, requests)]
     logits = jax.jit(
         lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row))
@@ -86,7 +88,7 @@ def test_a_completion_does_not_depend_on_the_other_rows_and_nothing_is_compiled(
     requests = [
         tiny.TokenRequest(
             tuple(PROMPTS[i % len(PROMPTS)]),
-            Choice(
+            RequestSettings(
                 Sampling(
                     1 + i % 24, (0.0, 0.7, 1.5)[i % 3], (None, 5, 40)[i % 3], (None, 0.8, 1.0)[i % 2],
                     (None, 0.05)[i % 5 == 0],
@@ -128,8 +130,8 @@ def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(sc
     """
     ours, rounding, changed = [], [], []
     for prompt in PROMPTS[:4] + PROMPTS[5:]:
-        request = tiny.TokenRequest(tuple(prompt), Choice(Sampling(10), adapter=2, top=True))
-        again = tiny.TokenRequest(tuple(prompt), Choice(Sampling(10, 1.5, 1), adapter=2), seed=9)
+        request = tiny.TokenRequest(tuple(prompt), RequestSettings(Sampling(10), adapter=2, top=True))
+        again = tiny.TokenRequest(tuple(prompt), RequestSettings(Sampling(10, 1.5, 1), adapter=2), seed=9)
         (found, sampled) = tiny.complete(scheduler, [request, again])
         assert found.ids == sampled.ids and not sampled.tokens[0].top
         rounded = model_logps(jnp.float32, prompt, found.ids)

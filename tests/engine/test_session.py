@@ -11,7 +11,7 @@ import tiny_served as tiny
 
 from jaxft.engine.sampling import Sampling, left_pad
 from jaxft.engine.scheduler import TokenRequest
-from jaxft.engine.session import Choice, Session
+from jaxft.engine.session import RequestSettings, Session
 from jaxft.engine.state import key_data
 from jaxft.models.adapted import adapted_by_row
 
@@ -33,7 +33,7 @@ def key_of(seed):
 
 def choice_of(i, **options):
     sampling = Sampling(TURN, (0.0, 0.9, 1.3)[i % 3], (None, 30)[i % 2])
-    return Choice(sampling, adapter=i % 3, key=key_of(i), **options)
+    return RequestSettings(sampling, adapter=i % 3, key=key_of(i), **options)
 
 
 def continued(numbers, order=slice(None), dropped=()):
@@ -143,7 +143,7 @@ def conversation_of(scheduler, turns, seed):
     """The responses of a conversation whose messages are token ids, and the tokens that were prefilled."""
     text, responses = tuple(PROMPTS[0]), []
     for i in range(turns):
-        choice = Choice(Sampling(9, 0.9), tiny.STOP, adapter=1)
+        choice = RequestSettings(Sampling(9, 0.9), tiny.STOP, adapter=1)
         (found,) = tiny.complete(scheduler, [TokenRequest(text, choice, seed + i, i)])
         responses.append(found.ids)
         text += (*found.ids, 3, 1, 4, 1, i)
@@ -160,7 +160,7 @@ def test_a_conversation_of_five_turns_prefills_each_token_once():
         assert found == expected and len({len(ids) for ids in found}) > 1
         # the last sampled token of a turn is processed with what follows it
         assert prefilled == len(PROMPTS[0]) + 4 * (1 + 5) < whole / 2
-        other = TokenRequest(tuple(PROMPTS[0]), Choice(Sampling(9, 0.9), tiny.STOP, adapter=2), 7)
+        other = TokenRequest(tuple(PROMPTS[0]), RequestSettings(Sampling(9, 0.9), tiny.STOP, adapter=2), 7)
         assert tiny.complete(continues, [other])[0].ids == tiny.complete(again, [other])[0].ids
         assert continues.session.prefilled == prefilled + len(PROMPTS[0])  # it does not go on another's row
         assert continues.load().running == 0 and len(continues.idle) == 2

@@ -17,7 +17,7 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket
-from jaxft.engine.session import Choice
+from jaxft.engine.session import RequestSettings
 from jaxft.inference.api_request import ApiError, ChoiceSettings
 from jaxft.inference.chat import Conversation, Turn, respond, run_command
 from jaxft.nn import lora_specs
@@ -64,7 +64,7 @@ def test_responses_are_those_of_each_model_and_become_turns(scheduler):
     chat.turns[0].responses.clear()
     for name, text in texts.items():
         adapter = chat.models[name].adapter
-        request = tiny.TokenRequest(chat.prompt(name), Choice(Sampling(10), tiny.STOP, adapter))
+        request = tiny.TokenRequest(chat.prompt(name), RequestSettings(Sampling(10), tiny.STOP, adapter))
         expected = tiny.complete(scheduler, [request])[0].ids
         assert text == tiny.text_of(expected)
         assert text == "".join(piece.text for who, piece in pieces if who == name)

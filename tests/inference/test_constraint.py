@@ -17,7 +17,7 @@ from scripts_in_process import call
 from jaxft.engine.generate import generate
 from jaxft.engine.programs import allowed_logits, compile_engine
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.session import Choice, Session
+from jaxft.engine.session import RequestSettings, Session
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.inference.constraint import (
     call_grammar,
@@ -169,7 +169,7 @@ def test_completions_of_generate_match_their_grammars():
     decoding = Decoding(adapted(tiny.MODEL, None), Sampling(24, 1.0), tiny.STOP, constrained=True)
     engine, found = compile_engine(decoding, {"base": tiny.base()}, slots_for(3, 1, 2)), []
     for grammar, pattern in expected.items():
-        choice = Choice(
+        choice = RequestSettings(
             Sampling(24, 1.0), tiny.STOP, grammar=compile_grammar(grammar, model.tokenizer, model.stop)
         )
         session = Session(engine, {"base": tiny.base()}, jax.random.key(0), choice=choice)
@@ -192,7 +192,7 @@ def test_a_grammar_that_fails_ends_generate():
 
     decoding = Decoding(adapted(tiny.MODEL, None), Sampling(24, 1.0), tiny.STOP, constrained=True)
     engine = compile_engine(decoding, {"base": tiny.base()}, slots_for(3, 1, 2))
-    session = Session(engine, {"base": tiny.base()}, choice=Choice(Sampling(4), grammar=Failing()))
+    session = Session(engine, {"base": tiny.base()}, choice=RequestSettings(Sampling(4), grammar=Failing()))
     with pytest.raises(ValueError, match="the grammar failed: too complex"):
         generate(session, [[1, 2]])
 

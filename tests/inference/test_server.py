@@ -23,7 +23,7 @@ from tiny_llama import tiny_torch, write_folder
 from tokenizers import Regex, normalizers
 
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.session import Choice
+from jaxft.engine.session import RequestSettings
 from jaxft.inference import server
 from jaxft.inference.served_model import chat_prompt, text_prompt
 from jaxft.inference.server import ServerLimits
@@ -40,7 +40,7 @@ def running():
 def expected_text(scheduler, seed, adapter=0, prompt=None, **options):
     """What the scheduler makes of the messages."""
     ids = prompt or chat_prompt(tiny.models()["base"], MESSAGES)
-    choice = Choice(Sampling(**{"max_new": 12, **options}), tiny.STOP, adapter)
+    choice = RequestSettings(Sampling(**{"max_new": 12, **options}), tiny.STOP, adapter)
     request = tiny.TokenRequest(ids, choice, seed)
     return tiny.text_of(tiny.complete(scheduler, [request])[0].ids)
 

@@ -30,7 +30,8 @@ def test_layers_with_rope_are_those_of_config_json(changes, has_rope):
 
 def test_layers_without_rope_have_the_window_by_default():
     c = smollm3_from_hf({**TINY, **WINDOW, "no_rope_layer_interval": 2})
-    assert list(smollm3(c).attention.windowed) == [False, True, False, True] and c.window == 7
+    a = smollm3(c).attention
+    assert [a.kinds[kind].window for kind in a.layout] == [None, 7, None, 7] and c.window == 7
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft.nn.attention import dense
-from jaxft.nn.cache import Keys, NextToken, Step, append, attend, store
+from jaxft.nn.cache import Extension, Keys, NextToken, Step, append, append_chunk, attend, store
 from jaxft.nn.cached_attention import RowGroups
 from jaxft.nn.key_ranges import key_ranges, within_window
 from jaxft.nn.layer_attention import AttentionRule
@@ -57,11 +57,11 @@ def test_cached_attention_is_the_last_row_of_dense(window, cap, slots):
     with jax.enable_x64(True):
         texts = completions(rng, jnp.float64)
         prompt_k, prompt_v, k, v, visible = cached(texts, slots)
-        keys = Keys(prompt_k[None], prompt_v[None]), Keys(k[None], v[None])
+        keys = Keys(prompt_k, prompt_v), Keys(k, v)
         q = jnp.stack([texts[row][0][0][-1] if row in texts else jnp.zeros((H, E)) for row in range(4)])
         at = NextToken(None, COUNTS, GROUPS)
         step = Step(at, jnp.asarray(visible), GROUPS.to_groups(COUNTS))
-        found = attend(q[:, None], keys, jnp.int32(0), step, rule)[:, 0]
+        found = attend(q[:, None], keys, step, rule)[:, 0]
         for row, ((q, k, v), _) in texts.items():
             ranges = within_window(key_ranges(jnp.ones((1, len(q)), jnp.int32)), window)
             expected = dense(q[None], k[None], v[None], ranges, cap)[0, -1]
@@ -84,16 +84,25 @@ def test_stored_keys_have_the_error_of_their_format(dtype):
     assert not np.asarray(zeros.k, np.float32).any() and not np.asarray(zeros.v_scale).any()
 
 
-def test_a_token_is_stored_in_the_slots_of_its_layer_only():
-    keys = Keys(jnp.ones((3, 2, K, E, N)), jnp.ones((3, 2, K, N, E)))
+def test_a_token_is_stored_in_one_slot_of_each_row():
+    keys = Keys(jnp.ones((2, K, E, N)), jnp.ones((2, K, N, E)))
     k, v = jnp.full((2, K, E, 1), 5.0), jnp.full((2, K, 1, E), 6.0)
-    put, counts = jax.jit(partial(append, keys, k, v)), jnp.asarray([N + 3, 1])
-    found = put(jnp.int32(1), counts)
+    found = jax.jit(partial(append, keys, k, v))(jnp.asarray([N + 3, 1]))
     expected_k, expected_v = np.ones(keys.k.shape), np.ones(keys.v.shape)
     for row, slot in enumerate((2, 0)):
-        expected_k[1, row, ..., slot], expected_v[1, row, :, slot] = 5, 6
+        expected_k[row, ..., slot], expected_v[row, :, slot] = 5, 6
     np.testing.assert_array_equal(found.k, expected_k)
     np.testing.assert_array_equal(found.v, expected_v)
-    unused = put(jnp.int32(1), counts, used=jnp.asarray(False))
-    np.testing.assert_array_equal(unused.k, keys.k)
-    np.testing.assert_array_equal(unused.v, keys.v)
+
+
+def test_the_last_tokens_of_a_chunk_are_stored_and_rows_beyond_the_last_dropped():
+    keys = Keys(jnp.zeros((3, K, E, N)), jnp.zeros((3, K, N, E)))
+    numbers = jnp.arange(1, 9, dtype=jnp.float32)
+    k = jnp.broadcast_to(numbers, (3, K, E, 8))
+    integers = [jnp.asarray(x, jnp.int32) for x in ([7, 2, 3], [4, 1, 0], [0, 0, 0], [2, 0, 3], [0, 0, 0])]
+    found = append_chunk(keys, k, k.swapaxes(2, 3), Extension(jnp.zeros((3, 8), jnp.int32), *integers))
+    expected = np.zeros((3, N))
+    expected[2] = 7, 3, 4, 5, 6  # tokens 4 to 10 of the completion, of which slot i % 5 has the last five
+    expected[0, 1:3] = 1, 2
+    np.testing.assert_array_equal(found.k, np.broadcast_to(expected[:, None, None], found.k.shape))
+    np.testing.assert_array_equal(found.v, np.swapaxes(found.k, 2, 3))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from jaxft.objectives.intervals import (
@@ -14,6 +15,9 @@ from jaxft.objectives.intervals import (
     sign_test,
     wilson,
 )
+from jaxft.rl.metrics import prompt_counts
+from jaxft.runs.report import headlines, metric_cell
+from jaxft.runs.trackers.console import ConsoleView
 
 RNG = np.random.default_rng(0)
 
@@ -97,3 +101,23 @@ def test_a_tie_counts_half():
 
 def test_a_fraction_is_shown_with_its_interval_and_number():
     assert fraction_text(0.55, 20) == "0.55 [0.34, 0.74] of 20 pairs" and fraction_text(0.55, None) == "0.55"
+
+
+def test_rewards_of_0_and_1_have_the_number_of_their_prompts_and_an_interval(capsys):
+    nan = math.nan
+    exact = np.array([[1.0, 0.0], [1.0, nan], [0.0, 0.0], [nan, nan]])  # four prompts, two completions each
+    length = np.array([[0.3, 1.0], [0.0, 1.0], [1.0, 1.0], [0.2, 0.1]])
+    rewards = np.stack([exact, length], -1)
+    counts = prompt_counts(("exact", "length"), exact, rewards)
+    assert counts == {"reward_prompts": 3.0, "rewards/exact/mean_prompts": 3.0}
+    assert prompt_counts(("exact", "length"), exact + length, rewards) == {"rewards/exact/mean_prompts": 3.0}
+    assert prompt_counts(("exact",), np.full((2, 1), nan), np.full((2, 1, 1), nan)) == {}
+    metrics = {"eval_reward": 0.4, "eval_reward_prompts": 20.0}
+    expected = stats.binomtest(8, 20).proportion_ci(method="wilson")
+    interval = f"[{expected.low:.3f}, {expected.high:.3f}]"
+    assert metric_cell({"metrics": metrics}, "eval_reward") == f"0.4000 {interval} of 20 prompts"
+    assert list(headlines({"metrics": metrics})) == ["eval_reward"]
+    view = ConsoleView("r", 5, console=Console(width=200))
+    view.log(5, metrics, {})
+    out = capsys.readouterr().out
+    assert "eval_reward 0.40 [0.22, 0.61] of 20 prompts" in out and "reward_prompts" not in out

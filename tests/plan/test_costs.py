@@ -11,7 +11,8 @@ from tiny_tokenizers import tiny
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
-from jaxft.plan import fits
+from jaxft.plan import fits, machines
+from jaxft.plan import plan as planner
 from jaxft.plan.costs import Cost, RunSteps, steps_of
 
 TEXT = "x" * 60  # with the column's other text 64 characters, or 16 tokens
@@ -105,6 +106,19 @@ def test_plan_alone_prints_what_fits_without_jax_or_an_extra(monkeypatch, capsys
     out = capsys.readouterr().out
     assert "Llama-3.1-8B" in out and "RTX 4090 24 GB" in out and max(map(len, out.splitlines())) <= 120
     assert len(fits.stored_cells()) == 263
+
+
+def test_a_machine_that_cannot_be_planned_is_an_error_before_anything_is_compiled(monkeypatch, capsys):
+    def machine(name):
+        if name == "h100:1":
+            raise ValueError("compiling for h100 needs jax's CUDA plugin")
+        return SimpleNamespace(name=name, devices=[0])
+
+    monkeypatch.setattr(machines, "machine", machine)
+    monkeypatch.setattr(planner, "plans", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr(sys, "argv", ["plan", "sft", "--devices", "v5e:1x1", "h100:1", "--price", "2"])
+    with pytest.raises(ValueError, match="CUDA plugin"):
+        load("plan").main()
 
 
 def test_plan_of_a_recipe_needs_devices(monkeypatch, capsys):

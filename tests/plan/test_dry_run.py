@@ -11,9 +11,11 @@ from jaxft.plan.plan import Plan
 RECIPE = """
 from dataclasses import replace
 from tiny_plan import tiny
+from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
+from jaxft.train.recipes import PairLossFunction
 
-def config(lr: float = 1e-3, name: str = "mine"):
+def config(lr: float = 1e-3, name: str = "mine", loss: PairLossFunction = dpo):
     return replace(tiny(), name=name, optim=Optim(lr))
 """
 MADE_UP = Plan(
@@ -49,6 +51,13 @@ def test_the_page_has_counts_bytes_changes_and_marks_first(printed):
     settings = out.partition("Settings (")[2].partition("\n\n")[0]
     assert all(len(line) <= 110 for line in settings.splitlines())
     assert "Changed" not in printed()
+
+
+def test_changes_list_knobs_that_are_no_field_and_a_section_that_is_left_out_once(printed):
+    out = printed("loss=ipo", "lr=2e-3", "adapter=none")
+    assert "  loss: dpo -> ipo\n" in out and "  lr: " not in out
+    changed = out.partition("Changed from")[2].partition("\n\n")[0]
+    assert "adapter: unset -> none" in changed and "adapter." not in changed
 
 
 def test_json_is_one_object_with_settings_parameters_and_plan(printed):

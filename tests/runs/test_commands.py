@@ -184,20 +184,32 @@ COMPLETIONS = {
 }
 
 
+COMPLETE = """
+import os, sys
+sys.modules["jax"] = None
+from jaxft.runs.commands import main
+for number, line in enumerate(sys.argv[1:]):  # one process for each, as a shell starts it
+    os.environ |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    os.environ["_ARGCOMPLETE_STDOUT_FILENAME"] = f"found-{number}"
+    if os.fork() == 0:
+        sys.argv = ["jaxft"]
+        main()
+    os.wait()
+"""
+
+
 def test_commands_recipes_knobs_runs_and_files_are_completed_without_jax(tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     for name in ("runs/a/config.json", "rows.jsonl", "mine.py"):
         (tmp_path / name).write_text("")
-    code = "import sys; sys.modules['jax'] = None; from jaxft.runs.commands import main; main()"
-    for line, expected in COMPLETIONS.items():
-        shell = {
-            "_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": "\n",
-            "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:", "COMP_TYPE": "9", "COMP_LINE": line,
-            "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "found"),
-            "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | shell, timeout=60)
-        assert (tmp_path / "found").read_text().split("\n") == expected, line
+    shell = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:", "COMP_TYPE": "9", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-c", COMPLETE, *COMPLETIONS]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | shell, timeout=60, check=True)
+    for number, (line, expected) in enumerate(COMPLETIONS.items()):
+        assert (tmp_path / f"found-{number}").read_text().split("\n") == expected, line
 
 
 # The wheel

@@ -2,6 +2,7 @@
 setting.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -37,6 +38,7 @@ from jaxft.runs.config import (
 )
 from jaxft.runs.folder import permitted_changes
 from jaxft.runs.parse import parse_value
+from jaxft.runs.record import recorded_defaults
 from jaxft.short_names import ShortNames
 from jaxft.train.settings import Loop
 
@@ -587,9 +589,24 @@ def test_settings_that_decide_which_scores_are_compared_stay_as_they_are(tmp_pat
     )
     with pytest.raises(ValueError, match=re.escape(refusal)):
         permitted_changes(tmp_path, {"loop": describe(Loop())}, new)
-    before = {"loop": {"steps": None}}  # of a run that began before there were other settings
-    assert "loop.eval_fraction: absent -> 0.2" in permitted_changes(
-        tmp_path, before, {"loop": describe(Loop())}
-    )
-    with pytest.raises(ValueError, match="loop.eval_fraction: absent -> 0.5"):
-        permitted_changes(tmp_path, before, {"loop": describe(Loop(eval_fraction=0.5))})
+
+
+def test_a_run_from_before_settings_existed_goes_on_with_their_defaults_which_are_listed(tmp_path):
+    run = load_config("sft", [])
+    new, defaults = json.loads(json.dumps(describe(run))), recorded_defaults(run)
+    before = copy.deepcopy(new)
+    for section, name in (("data", "drop"), ("data", "max_samples"), ("optim", "ema")):
+        del before[section][name]
+    del before["tracking"], before["loop"]["eval_fraction"]
+    lines = permitted_changes(tmp_path, before, new, defaults)
+    assert {"data.drop: absent -> []", "loop.eval_fraction: absent -> 0.2"} <= {*lines} and len(lines) == 5
+    for section, name, value, line in (
+        ("data", "drop", ["duplicates"], r"data.drop: absent -> \['duplicates'\]"),
+        ("loop", "eval_fraction", 0.5, "loop.eval_fraction: absent -> 0.5"),
+    ):
+        changed = {**new, section: {**new[section], name: value}}
+        with pytest.raises(ValueError, match=f"cannot resume, .*: {line}. Restore"):
+            permitted_changes(tmp_path, before, changed, defaults)
+    del before["data"]["train"]  # it has no default
+    with pytest.raises(ValueError, match="data.train: absent -> 'configs"):
+        permitted_changes(tmp_path, before, new, defaults)

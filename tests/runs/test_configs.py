@@ -26,6 +26,11 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+# Of each method one, and of the families of models those with something of their own.
+@pytest.mark.quick_cases(
+    "sft", "sft_full", "pretrain", "dpo", "simpo", "orpo", "kto", "reward", "grpo", "ppo", "online_dpo",
+    "qwen3_8b_dpo", "gemma3_4b_sft",
+)  # fmt: skip
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_builds_abstractly(path):
     run = config.load_config(str(path), [])

@@ -345,6 +345,18 @@ def test_the_first_rows_of_shuffled_ones_are_reported(converted):
     assert "data.max_samples=8" in c.settings and "first rows" in remarks(c.lost)["dataset.shuffle"]
 
 
+def test_intervals_in_epochs_use_the_tools_default_number_of_epochs(converted):
+    text = (
+        "from trl import SFTConfig\nSFTTrainer(callbacks=[EarlyStoppingCallback(early_stopping_patience=3, "
+        "early_stopping_threshold={threshold})], args=SFTConfig('out', eval_strategy='epoch'))"
+    )
+    c = converted("a.py", text.format(threshold="0.0"))
+    assert {"loop.eval_every=0.3333", "epochs=3", "loop.patience=3"} <= {*c.settings, *c.defaults}
+    assert "3 epochs, the tool's default" in remarks(c.otherwise)["eval_strategy"] and not c.lost
+    c = converted("a.py", text.format(threshold="0.1"))
+    assert "however small" in remarks(c.lost)["early_stopping_threshold"]
+
+
 def test_early_stopping_and_the_folder_of_a_python_file(converted):
     text = (
         "from trl import DPOConfig\nDPOTrainer(callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],"

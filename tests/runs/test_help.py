@@ -67,8 +67,18 @@ def test_help_lists_all_topics_and_prints_one(monkeypatch, capsys):
 def test_words_find_topics_by_title_and_then_by_text():
     known = list(topics_of("a.md", TEXT))
     assert [t.name for t in find_topics(["c.d"], known)] == ["b-cd"]
-    assert [t.name for t in find_topics(["thr"], known)] == ["b-cd", "e"]
+    assert [t.name for t in find_topics(["thr"], known)] == ["e", "b-cd"]
     assert find_topics(["hree"], known) == []
+
+
+def test_found_topics_are_ranked_the_most_relevant_first_and_limited(monkeypatch, capsys):
+    text = "# A\n## Long\nwandb " + "other " * 300 + "\n## Trackers\nwandb and wandb\n## W in brief\n## W\n"
+    known = list(topics_of("a.md", text))
+    assert [t.title for t in find_topics(["wandb"], known)] == ["Trackers", "Long"]
+    assert [t.title for t in find_topics(["w"], known[3:])] == ["W"]  # its name
+    assert [t.title for t in find_topics(["brief"], known)] == ["W in brief"]
+    code, out, _ = call(monkeypatch, capsys, "help", "which")
+    assert code == 0 and ", first:\n" in out and len(out.splitlines()) == 13
 
 
 def test_a_command_is_answered_with_its_arguments(monkeypatch, capsys):

@@ -2,15 +2,18 @@
 output.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import resource
+import sqlite3
 import struct
 import subprocess
 import sys
 import types
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
@@ -503,7 +506,7 @@ def tracked(folder, monkeypatch, end="finished", **settings):
 
 @pytest.fixture
 def no_variables(monkeypatch):
-    for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+    for name in ("WANDB_PROJECT", "WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -523,6 +526,41 @@ def test_trackers_get_the_settings_where_a_run_is_filed_and_the_adapter_at_the_e
     assert found["wandb artifact"] == ("w1-adapter", "model", adapter)
     assert found["trackio artifact"] == ("r-adapter", "model", adapter)
     assert found["mlflow artifact"] == (adapter, "adapter")
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_each_member_of_a_sweep_is_a_run_of_the_trackers_in_a_group_named_like_the_sweep(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "beta").mkdir()
+    (tmp_path / "beta" / "config.json").write_text(json.dumps({"members": ["beta=1", "beta=2"]}))
+    found = tracked(tmp_path / "beta" / "beta=1", monkeypatch)
+    for name in ("init", "trackio init"):
+        assert (found[name][0]["name"], found[name][0]["group"]) == ("beta=1", "beta")
+    assert found["mlflow create"][1:] == ("beta=1", {"group": "beta"})
+    assert found["init"][0]["reinit"] == "create_new"  # the runs of the other members go on
+    assert tracked(tmp_path / "beta" / "beta=2", monkeypatch, group="g")["init"][0]["group"] == "g"
+    (wandb,) = tracked(tmp_path / "beta" / "other", monkeypatch)["init"]  # no member
+    assert wandb["group"] is None and wandb["reinit"] is None
+
+
+def test_trackio_runs_are_open_at_the_same_time(tmp_path, monkeypatch):
+    present, logged = ContextVar("present", default=None), []
+
+    def init(name, **settings):
+        assert present.get() is None, "trackio.init ends the present run"
+        present.set(name)
+
+    module = types.SimpleNamespace(
+        init=init, log=lambda values, step: logged.append((present.get(), values["loss"])),
+        finish=lambda: logged.append((present.get(), "finish")),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    one, two = (Log(tmp_path / name, 5, quiet=True, trackers=("trackio",)) for name in "ab")
+    for log, loss in ((one, 1.0), (two, 2.0), (one, 3.0)):
+        log.step(int(loss), {"loss": loss}, {})
+    one.close(), two.close()
+    assert logged == [("a", 1.0), ("b", 2.0), ("a", 3.0), ("a", "finish"), ("b", "finish")]
 
 
 @pytest.mark.usefixtures("no_variables")
@@ -592,6 +630,48 @@ def test_the_trackers_own_packages_store_metrics_settings_and_adapter(tmp_path, 
     ]
     assert (run / "artifacts" / "adapter" / "adapter_config.json").exists()
     assert (run / "tags" / "group").read_text() == "g" and (run / "tags" / "a").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_the_members_of_a_sweep_are_runs_of_the_trackers_own_packages_at_the_same_time(tmp_path, name):
+    pytest.importorskip(name)
+    variables, _ = REAL[name]
+    labels = ["lr=1", "lr=2"]
+    for label in labels:
+        (tmp_path / "s" / label).mkdir(parents=True)
+        (tmp_path / "s" / label / "config.json").write_text('{"tracking": {"project": "team"}}')
+    (tmp_path / "s" / "config.json").write_text(json.dumps({"members": labels}))
+    lines = (
+        "from pathlib import Path; from jaxft.runs.log import Log",
+        f"logs = [Log(Path('s') / x, 2, 0, True, ({name!r},)) for x in {labels}]",
+        "for step in (1, 2):",
+        "    for number, log in enumerate(logs): log.step(step, {'loss': 10.0 * number + step}, {})",
+        "for log in logs: log.mark('finished'); log.close()",
+    )
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = {"lr=1": [1.0, 2.0], "lr=2": [11.0, 12.0]}
+    if name == "wandb":
+        files = {path.parents[2].name: path.read_bytes() for path in tmp_path.glob("s/*/wandb/*/*.wandb")}
+        assert files.keys() == expected.keys() and all(b"lr=" in text for text in files.values())
+    elif name == "mlflow":
+        runs = [path.parent.parent for path in (tmp_path / "mlruns").glob("*/*/metrics/loss")]
+        assert {(run / "tags" / "group").read_text() for run in runs} == {"s"}
+        logged = {
+            (run / "tags" / "mlflow.runName").read_text(): [
+                float(line.split()[1]) for line in (run / "metrics" / "loss").read_text().splitlines()
+            ]
+            for run in runs
+        }
+        assert logged == expected
+    else:
+        with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "team.db")) as db:
+            rows = db.execute("select run_name, metrics from metrics order by step").fetchall()
+        logged = {label: [json.loads(text)["loss"] for run, text in rows if run == label] for label in labels}
+        assert logged == expected
 
 
 def test_an_upload_that_fails_is_reported_and_ends_nothing(tmp_path, monkeypatch, capsys):

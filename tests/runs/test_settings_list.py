@@ -2,15 +2,21 @@
 errors that say what to write.
 """
 
+import inspect
 import re
 from dataclasses import dataclass
 
+import optax
 import pytest
 from scripts_in_process import call
 
 from jaxft.data.shipped import ROOT
+from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
+from jaxft.optim.optimizer import Optim
+from jaxft.optim.rules import adamw, schedule_free_adamw
 from jaxft.runs import config, settings_list
 from jaxft.runs.record import describe, differences
+from jaxft.runs.settings_list import descriptions
 from jaxft.runs.unknown_names import advice, options_as_settings
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -91,6 +97,25 @@ def test_without_a_recipe_the_settings_of_all_kinds_of_data_are_listed(monkeypat
         assert out.count(f"\n  {name}=") == 1, name
 
 
+def test_without_a_recipe_other_defaults_of_recipes_are_named(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "settings", "optim")
+    rates = {recipe: config.load_config(recipe, []).optim.lr for recipe in ("sft", "dpo", "grpo")}
+    expected = "; ".join(f"{recipe}: {rate}" for recipe, rate in rates.items())
+    assert code == 0 and f"  optim.lr={Optim().lr} " in out and f"({expected})" in " ".join(out.split())
+    assert out.startswith("optim: ")  # and not with what to write for TRL's option of that name
+
+
+def test_the_defaults_of_b1_b2_and_eps_are_those_of_the_optimizers():
+    texts = descriptions(Optim)
+    of_adamw, of_lion = (inspect.signature(f).parameters for f in (adamw, optax.lion))
+    assert f"{of_lion['b2'].default} of Lion" in texts["b2"] and of_lion["b1"].default == 0.9
+    for name in ("b1", "b2", "eps"):
+        number = f"{of_adamw[name].default:g}".replace("e-0", "e-")
+        assert re.search(rf"\b{number} of AdamW", texts[name]), name
+        for rule in (adamw_8bit, adamw_bf16, schedule_free_adamw):
+            assert inspect.signature(rule).parameters[name].default == of_adamw[name].default
+
+
 # Names of other tools
 
 
@@ -133,6 +158,23 @@ def test_an_option_of_another_tool_is_an_error_that_says_what_to_write(monkeypat
     assert code == 2 and not out and err.count("\n") == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspect_data", "--limit", "1"], "unrecognized argument --limit; near: .*data.invalid_limit"),
+        (["train", "sft", "--limit=1"], "unrecognized argument --limit; near: .*data.invalid_limit"),
+        (["train", "dpo", "--bet", "2"], "unrecognized argument --bet; near: beta"),
+        (["train", "sft", "--bacth", "2"], "unrecognized argument --bacth; near: batch"),
+        (["inspect_data", "--max_length", "3"], "write max_length=3;"),
+        (["train", "sft", "--eval_every", "3"], "write loop.eval_every=3;"),
+    ],
+)
+def test_only_options_that_are_settings_are_written_as_settings(monkeypatch, capsys, argv, message):
+    code, out, err = call(monkeypatch, capsys, *argv)
+    assert code == 2 and not out and err.count("\n") == 1 and re.search(message, err)
+    assert "limit=1" not in err and "bet=2" not in err
 
 
 def test_an_option_that_a_command_lacks_is_answered_with_the_nearest(monkeypatch, capsys):

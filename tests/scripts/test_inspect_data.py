@@ -88,7 +88,7 @@ def test_colours_on_a_terminal(inspect, monkeypatch):
 
 
 def test_a_config_s_rows_are_printed_with_its_tokenizer(inspect):
-    shown = inspect("--config", "configs/sft.py", "--rows", "1")
+    shown = inspect("--config", "configs/sft.py", "--rows", "1", "data.max_samples=20")
     assert shown.count("⟦") == 1 and "<|im_start|>assistant\n⟦" in shown
 
 
@@ -99,6 +99,7 @@ UNDONE = {
 }
 
 
+@pytest.mark.quick_cases("sft.py", "dpo.py", "kto.py", "reward.py", "grpo.py", "qwen3_8b_dpo.py")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, place, name):
     unit = load_config(f"configs/{name}", ["data=r.jsonl"]).data.unit
@@ -288,7 +289,7 @@ def test_rows_to_leave_out_and_warnings_come_first_with_the_setting_that_leaves_
         "repeat another one: 1; the first is mess.csv:3",
         "responses that are placeholders, such as N/A: 1; the first is mess.csv:4\n",
         "set data.invalid=drop data.invalid_limit=0.09 data.drop=duplicates,placeholders\n",
-        "lengths in tokens",
+        "lengths (no limit)",
         "largest id",
     ]
     places = [shown.find(text) for text in order]
@@ -313,6 +314,22 @@ def test_tool_calls_that_the_template_drops_are_no_rows_to_leave_out(inspect, pl
     assert shown.startswith(
         "1 of 3 rows are invalid (33.3%): a run ends at the first; set chat_template=qwen\n"
     )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lengths_and_their_histogram_fit_the_terminal(inspect, place, monkeypatch, columns):
+    sizes = [1, 5, 40, 300, 900, 1700]
+    rows = [{"prompt": "a " * n, "chosen": f"{n} " * n, "rejected": "b " * n} for n in sizes]
+    (place / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    options = ("--rows", "0", "held_out=none", "batch=1", "max_length=8192")
+    shown = inspect("--data", "long.jsonl", "--kind", "pairs", "--model", "model", *options)
+    table = re.split("too long:|max_length ", shown[shown.index("lengths (no limit)") :])[0]
+    part = table.rstrip().splitlines()
+    assert max(map(len, part)) <= columns and "…" not in shown
+    assert len(part) == (6 if columns == 80 else 5)  # only the longest label takes a second line
+    bars = [line.rstrip()[-1] for line in part if line.startswith(("chosen", "rejected"))]
+    assert set(bars) <= set("▁▂▃▄▅▆▇█") and len(bars) == 2  # the longest row ends each histogram
 
 
 def test_tools_that_the_template_drops_are_a_warning(inspect, place):

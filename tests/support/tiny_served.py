@@ -11,7 +11,7 @@ import tiny_tokenizers
 from jaxft import tree
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import Scheduler, ServeSizes, TokenRequest, compile_server
-from jaxft.engine.session import Choice
+from jaxft.engine.session import RequestSettings
 from jaxft.inference.served_model import ServedModel
 from jaxft.models.adapted import adapted_by_row
 from jaxft.models.llama import LlamaConfig, llama
@@ -143,7 +143,7 @@ def scheduler(queue=64, own=None, sizes=SIZES):
 def request(prompt, seed=0, **options):
     """A request for 12 tokens at temperature 0.8, top_k 20 and top_p 0.9, or as `options` say."""
     sampling = Sampling(**{"max_new": 12, "temperature": 0.8, "top_k": 20, "top_p": 0.9, **options})
-    return TokenRequest(tuple(prompt), Choice(sampling, STOP), seed)
+    return TokenRequest(tuple(prompt), RequestSettings(sampling, STOP), seed)
 
 
 def text_of(ids):

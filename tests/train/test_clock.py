@@ -1,14 +1,18 @@
 """Times of a run's phases, and how many held-out rows its evaluations read."""
 
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 from prepared import prepare
+from scripts_in_process import call
 from tiny_run import write_place
 
+import jaxft
 from jaxft.data.progress import clock_time, time_in_words
 from jaxft.data.source import spread
+from jaxft.train import loop, open_settings
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
 from jaxft.train.logs import eval_limit_lines
@@ -30,6 +34,23 @@ def test_an_inner_phase_is_not_counted_in_the_outer_one_and_earlier_starts_are_a
     assert own.seconds() == {"training": 104.0, "evaluation": 5.0, "rows": 2, "total": 111.0}
     assert own.recent() == {"evaluation_seconds": 4} and own.recent() == {}
     assert shown == ["rows: 1 of 2", "rows: 2 of 2", ""]
+
+
+def test_the_clock_of_a_run_begins_before_its_rows_are_measured(monkeypatch, capsys, tmp_path):
+    seen: list[dict[str, float]] = []
+
+    def run(*_, clock):
+        return seen.append(clock.seconds()) or 0
+
+    def fitted(settings, **_):
+        time.sleep(0.02)
+        return settings, []
+
+    monkeypatch.setattr(open_settings, "fitted", fitted)
+    monkeypatch.setattr(loop, "run", run)
+    assert call(monkeypatch, capsys, "train", "sft")[0] == 0
+    jaxft.train("sft", root=str(tmp_path))
+    assert len(seen) == 2 and all(0.02 <= seconds["rows"] == seconds["total"] for seconds in seen)
 
 
 def test_the_last_line_has_time_tokens_and_hardware():

@@ -31,8 +31,8 @@ def report(line):
 log = disk_log.record((), report)
 from jaxft.train import loop
 run = loop.run
-def run_and_look(*args):
-    code = run(*args)
+def run_and_look(*args, **more):
+    code = run(*args, **more)
     report(f"owed: {' '.join(log.owed) or 'nothing'}")
     return code
 loop.run = run_and_look

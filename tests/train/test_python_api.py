@@ -244,7 +244,8 @@ CALLBACK = """
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import loop
 run = loop.run
-loop.run = lambda *args: run(*args, callbacks=[Callback(lambda step, metrics: step == 2)])
+callbacks = [Callback(lambda step, metrics: step == 2)]
+loop.run = lambda *args, **more: run(*args, callbacks=callbacks, **more)
 """
 
 

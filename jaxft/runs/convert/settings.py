@@ -48,6 +48,7 @@ ADAPTER_ONLY = (
     "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization",
     "loraplus_lr_ratio",
 )  # fmt: skip
+EPOCHS = {TRL: 3, FACTORY: 3, UNSLOTH: 3, AXOLOTL: 1}  # the tools' default
 
 
 @dataclass(frozen=True)
@@ -407,11 +408,13 @@ def _evaluation(draft: Draft) -> None:
 
 def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
     """Set an interval to a fraction of the run, for so many times an epoch."""
-    epochs = draft.number("num_train_epochs") or draft.number("num_epochs")
-    if not epochs or not times or times * epochs <= 1 or "loop.steps" in draft.settings:
+    given = draft.number("num_train_epochs") or draft.number("num_epochs")
+    epochs = given or EPOCHS[draft.source.tool]
+    if not times or times * epochs <= 1 or "loop.steps" in draft.settings:
         draft.lose(option, f"{setting}= takes steps, or below 1 a fraction of the run")
     else:
-        draft.express(option, [f"{setting}={1 / (times * epochs):.4g}"], "a fraction of the run")
+        default = "" if given else f" of {epochs} epochs, the tool's default"
+        draft.express(option, [f"{setting}={1 / (times * epochs):.4g}"], f"a fraction of the run{default}")
 
 
 def _names(draft: Draft) -> None:
@@ -452,15 +455,15 @@ def _defaults(draft: Draft) -> dict[str, str]:
     """The defaults of a tool that differ from the recipe's, for settings that the file leaves out."""
     tool, recipe = draft.source.tool, draft.recipe
     packs = recipe in ("sft", "sft_full")
-    defaults = {"optim.warmup": "0", "held_out": "none"}
+    defaults = {"optim.warmup": "0", "held_out": "none", "epochs": str(EPOCHS[tool])}
     if tool == AXOLOTL:
-        defaults |= {"optim.schedule": "cosine", "optim.end": "0", "optim.warmup": "0.03", "epochs": "1"}
+        defaults |= {"optim.schedule": "cosine", "optim.end": "0", "optim.warmup": "0.03"}
         defaults |= {"data.too_long": "drop", "max_length": "512"}
     elif tool == FACTORY:
-        defaults |= {"optim.schedule": "linear", "optim.end": "0", "epochs": "3", "lr": "5e-5"}
+        defaults |= {"optim.schedule": "linear", "optim.end": "0", "lr": "5e-5"}
         defaults |= {"max_length": "2048"}
     else:
-        defaults |= {"optim.schedule": "linear", "optim.end": "0", "epochs": "3", "max_length": "1024"}
+        defaults |= {"optim.schedule": "linear", "optim.end": "0", "max_length": "1024"}
         defaults["lr"] = LEARNING_RATES[recipe.removesuffix("_full")]
     if draft.settings.get("optim.schedule") == "constant":
         del defaults["optim.end"]

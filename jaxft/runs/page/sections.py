@@ -40,7 +40,7 @@ def overview_section(runs: Runs) -> str:
     details = []
     for run, result in zip(runs, results, strict=True):
         before, after = result.before, result.after
-        known = dict.fromkeys(name.removesuffix(metric_names.PAIR_COUNT) for name in {**before, **after})
+        known = dict.fromkeys(metric_names.without_count(name) for name in {**before, **after})
         held = [name for name in known if name.startswith("eval_") or name == "general_loss"]
         cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
         notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
@@ -107,12 +107,13 @@ def end_table(results: Sequence[ranking.RankedRun]) -> str:
 
 
 def _number(metrics: Mapping[str, float], name: str) -> str:
-    """A metric as text; an accuracy has its interval and its number of pairs."""
-    value, pairs = metrics.get(name), metrics.get(name + metric_names.PAIR_COUNT)
+    """A metric as text; an accuracy, and a mean of rewards 0 and 1, has its interval and its count."""
+    value, count = metrics.get(name), metric_names.count_of(metrics, name)
     if value is None:
-        return compare.TIES if pairs else "-"
-    if pairs and 0 <= value <= 1:
-        return f"{number_text(value)} {wilson(value, pairs).text()} of {pairs:,.0f} pairs"
+        return compare.TIES if count else "-"
+    if count and 0 <= value <= 1:
+        interval = wilson(value, count.number).text()
+        return f"{number_text(value)} {interval} of {count.number:,.0f} {count.unit}"
     return number_text(value)
 
 

@@ -213,11 +213,13 @@ def format_metric(name: str, value: float) -> str:
 
 
 def _with_interval(name: str, metrics: dict[str, float]) -> str:
-    """A metric for people; an accuracy with its 95 % interval and number of pairs, where that is known."""
-    value, pairs = metrics[name], metrics.get(name + names.PAIR_COUNT)
-    if not pairs or not 0 <= value <= 1:
+    """A metric for people; an accuracy, and a mean of rewards 0 and 1, with its 95 % interval and the number
+    of pairs or prompts, where that is known.
+    """
+    value, count = metrics[name], names.count_of(metrics, name)
+    if count is None or not 0 <= value <= 1:
         return format_metric(name, value)
-    return f"{SHORT_NAMES.get(name, name)} {fraction_text(value, pairs)}"
+    return f"{SHORT_NAMES.get(name, name)} {fraction_text(value, count.number, unit=count.unit)}"
 
 
 def _rates(perf: dict[str, float]) -> list[str]:
@@ -235,7 +237,7 @@ def _displayed(metrics: dict[str, float], most: int) -> list[str]:
     others = [
         name
         for name in metrics
-        if trained[name] not in FIRST and name not in HIDDEN and not name.endswith(names.PAIR_COUNT)
+        if trained[name] not in FIRST and name not in HIDDEN and names.without_count(name) == name
     ]
     others = [name for name in others if metrics[name] or not trained[name].startswith(CLIPPED_STEPS)]
     return (first + others)[:most] + ([names.SKIPPED] if metrics.get(names.SKIPPED) else [])

@@ -101,7 +101,7 @@ def open_tracker(folder: Path, start_step: int) -> Tracker:
 def _new_run(mlflow: ModuleType, client: Any, name: str, run: TrackedRun) -> str:
     """Create a run with its settings; return its id."""
     tags = {tag: "true" for tag in run.tracking.tags}
-    tags |= {"group": run.tracking.group} if run.tracking.group else {}
+    tags |= {"group": run.group} if run.group else {}
     run_id = client.create_run(_experiment(client, run.tracking), run_name=name, tags=tags).info.run_id
     flat = flat_settings(run.settings)
     params = [mlflow.entities.Param(key, str(value)[:LONGEST_PARAM]) for key, value in flat.items()]

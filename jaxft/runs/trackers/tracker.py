@@ -27,9 +27,9 @@ class Tracking:
     """How optional trackers file a run.
 
     project: of W&B and Trackio, experiment of MLflow; None for that of WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
-    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together. tags: words to filter runs
-    by. artifact: upload the adapter at the end; full weights, and adapters of a sweep's members, are never
-    uploaded.
+    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; None for the sweep that the
+    run is a member of. tags: words to filter runs by. artifact: upload the adapter at the end; full weights
+    are never uploaded.
     """
 
     project: str | None = None
@@ -44,10 +44,18 @@ class Tracking:
 
 
 class TrackedRun(NamedTuple):
-    """A run's settings as its config.json has them, and how trackers file it."""
+    """A run's settings as its config.json has them, how trackers file it, and the sweep that it is a member
+    of, None for a run alone.
+    """
 
     settings: dict[str, Any]
     tracking: Tracking
+    sweep: str | None = None
+
+    @property
+    def group(self) -> str | None:
+        """The group that is set, or else the sweep."""
+        return self.tracking.group or self.sweep
 
 
 class Tracker(Protocol):
@@ -108,10 +116,17 @@ def with_perf(metrics: dict[str, float], perf: dict[str, float]) -> dict[str, fl
 
 def tracked_run(folder: Path) -> TrackedRun:
     """Read the run in a folder; without a config.json, one without settings."""
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings, above = (_read_settings(place) for place in (folder, folder.parent))
     fields = settings.get("tracking") or {}
-    return TrackedRun(settings, Tracking(**{**fields, "tags": tuple(fields.get("tags", ()))}))
+    tracking = Tracking(**{**fields, "tags": tuple(fields.get("tags", ()))})
+    is_member = folder.name in (above.get("members") or ())
+    return TrackedRun(settings, tracking, folder.parent.name if is_member else None)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

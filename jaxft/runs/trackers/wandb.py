@@ -1,4 +1,5 @@
-"""Weights & Biases. A restarted run continues the same W&B run.
+"""Weights & Biases. A restarted run continues the same W&B run. The members of a sweep, which are trained at
+the same time, have a W&B run each.
 
 WANDB_PROJECT, WANDB_RUN_GROUP and WANDB_TAGS count where the settings of `tracking` are not given; of W&B's
 other variables, such as WANDB_ENTITY and WANDB_MODE, all do.
@@ -50,14 +51,14 @@ class WandB:
 
 def open_tracker(folder: Path, start_step: int) -> Tracker:
     """Open the run whose id is stored in the folder, with the settings in its config.json."""
-    settings, tracking = tracked_run(folder)
+    settings, tracking, sweep = tracked_run(folder)
     path = folder / "wandb_id"
     if not path.exists():
         path.write_text(secrets.token_hex(8))
     wandb = import_package("wandb")
     run = wandb.init(
         project=tracking.project or os.environ.get("WANDB_PROJECT") or PROJECT,
-        group=tracking.group,
+        group=tracking.group or os.environ.get("WANDB_RUN_GROUP") or sweep,
         tags=tracking.tags or None,
         config=settings,
         allow_val_change=True,  # a resumed run may have other settings
@@ -65,6 +66,7 @@ def open_tracker(folder: Path, start_step: int) -> Tracker:
         id=path.read_text().strip(),
         dir=str(folder),
         resume="allow",
+        reinit="create_new" if sweep else None,  # does not end those of the other members
     )
     run.define_metric("*", step_metric="step")  # W&B's own step cannot go back to a checkpoint's
     return WandB(wandb, run, folder, tracking.artifact)
