@@ -141,3 +141,38 @@ def _restart(
         if not isinstance(ids, InvalidRow):
             return NextPrompt(ids, True, messages)
     return NextPrompt(valid(ids), True, messages)
+
+
+_TURNS = {"a turn": "Zk9y", "a turn with a <think> block": "<think>\nJv5u\n</think>\n\nZk9y"}
+_ANSWERS = {"the user answers": "user", "a tool answers": "tool"}
+
+
+def restart_notes(tools: Sequence[Any], tokenizer: Any, settings: TemplateSettings) -> tuple[str, ...]:
+    """Return a note about turns after which the chat template rewrites the conversation, () if it never does.
+
+    tools: schemas of the tools that may answer.
+    """
+    if template_of(tokenizer, settings) is None:
+        return ()
+    chat, found = (
+        Chat("probe", ({"role": "user", "content": SOME_TEXT},), 1, tools=list(tools) or None),
+        list[str](),
+    )
+    for turn, content in _TURNS.items():
+        for answer, role in _ANSWERS.items():
+            wording = TurnWording(
+                {"role": "assistant", "content": content}, ({"role": role, "content": SOME_TEXT},)
+            )
+            if role == "tool" and not tools:
+                continue
+            try:
+                restarts = next_prompt(chat, [wording], True, tokenizer, settings).restarts
+            except InvalidRow:
+                continue
+            found += [f"{turn} that {answer}"] if restarts else []
+    if not found:
+        return ()
+    return (
+        f"note: the chat template rewrites earlier turns after {', '.join(found)}: there a new training row "
+        "begins, whose prompt is the conversation as the template then renders it",
+    )

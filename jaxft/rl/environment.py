@@ -21,6 +21,7 @@ A reward function is the environment of one turn: without an environment, an epi
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +74,8 @@ class Environment:
     -> the functions that the model may call, by name, which `schemas` describe to it. score(state, task) ->
     the score of the episode; None: the sum of its turns' rewards. task.call calls a user's function, with the
     time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
-    they may have a second turn.
+    they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
+    by `-> None`.
     """
 
     name: str
@@ -84,26 +86,30 @@ class Environment:
     score: Callable[[EpisodeState, Task], float | None]
     scored: bool = True
     continues: bool = True
+    resets: bool = True
 
 
 def single_turn() -> Environment:
     """Return the environment whose episodes end with their first turn and have no score of their own."""
-    return Environment("none", _own_prompt, _end, _no_tools, (), _no_score, False, False)
+    return Environment("none", _own_prompt, _end, _no_tools, (), _no_score, False, False, False)
 
 
 def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     """Return the environment of what a user's file defines, with further tools.
 
     given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
-    reset(row) and step(state, text), or a class of TRL's environment_factory; None: tools alone, an episode
-    ends with the first turn that calls none. Raises ValueError for anything else.
+    reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
+    makes the object of an episode. None: tools alone, an episode ends with the first turn that calls none.
+    Raises ValueError for anything else.
     """
     if given is None:
         found = single_turn()
     elif isinstance(given, Environment):
         found = given
     elif inspect.isclass(given):
-        found = _of_class(given)
+        found = _of_class(given, given)
+    elif callable(given) and not inspect.signature(given).parameters:
+        found = _of_class(type(given()), given)
     elif callable(given):
         found = _of_function(given)
     else:
@@ -146,10 +152,11 @@ def _of_function(function: Callable[..., Any]) -> Environment:
         found = checked_step(task.call(function, inner, text, row))
         return found._replace(state=(found.state, row))
 
-    return Environment(_name(function), reset, step, _no_tools, (), _no_score)
+    return Environment(_name(function), reset, step, _no_tools, (), _no_score, resets=False)
 
 
-def _of_class(given: type) -> Environment:
+def _of_class(given: type, make: Callable[[], Any]) -> Environment:
+    """Return the environment of a class. make: makes the object of an episode."""
     members = dict(inspect.getmembers(given, inspect.isfunction))
     if "reset" not in members:
         raise ValueError(
@@ -157,10 +164,11 @@ def _of_class(given: type) -> Environment:
             "text), or reset(self, **row) with tools as methods."
         )
     native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
-    return _of_native(given, members) if native else _of_trl(given, members)
+    of_kind = _of_native if native else _of_trl
+    return of_kind(given.__name__, make, members)
 
 
-def _of_native(given: type, members: Mapping[str, Any]) -> Environment:
+def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
     """Return the environment of a class with reset(row) -> prompt and step(state, text).
 
     Its other public methods are tools. The first state is None.
@@ -168,7 +176,7 @@ def _of_native(given: type, members: Mapping[str, Any]) -> Environment:
     methods = _tool_methods(members, ("reset", "step"))
 
     def reset(row: RowColumns, task: Task) -> Beginning:
-        self = task.call(given)
+        self = task.call(make)
         return Beginning(_checked_prompt(task.call(self.reset, row)), (self, None))
 
     def step(state: EpisodeState, text: str, task: Task) -> StepResult:
@@ -177,27 +185,30 @@ def _of_native(given: type, members: Mapping[str, Any]) -> Environment:
         return found._replace(state=(self, found.state))
 
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
-        return {name: getattr(state[0], name) for name in methods}
+        return {method: getattr(state[0], method) for method in methods}
 
-    return Environment(given.__name__, reset, step, tools, _schemas(methods), _no_score)
+    return Environment(
+        name, reset, step, tools, _schemas(methods), _no_score, resets=_returns(members["reset"])
+    )
 
 
-def _of_trl(given: type, members: Mapping[str, Any]) -> Environment:
+def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
     """Return the environment of a class as TRL's environment_factory takes it."""
     methods = _tool_methods(members, ("reset", "get_reward"))
     rewards = "get_reward" in members
 
     def reset(row: RowColumns, task: Task) -> Beginning:
-        self = task.call(given)
+        self = task.call(make)
         return Beginning(_checked_prompt(task.call(self.reset, **row)), self)
 
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
-        return {name: getattr(state, name) for name in methods}
+        return {method: getattr(state, method) for method in methods}
 
     def score(state: EpisodeState, task: Task) -> float | None:
         return _checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
-    return Environment(given.__name__, reset, _end, tools, _schemas(methods), score, scored=rewards)
+    resets = _returns(members["reset"])
+    return Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards, resets=resets)
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
@@ -206,6 +217,11 @@ def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str
 
 def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
     return tuple(map(tool_schema, methods.values()))
+
+
+def _returns(function: Callable[..., Any]) -> bool:
+    """Whether a function may return something, by its annotation."""
+    return inspect.signature(function).return_annotation not in (None, "None")
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
@@ -265,11 +281,14 @@ def _messages(observation: Any) -> tuple[Message, ...]:
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in MESSAGE_ROLES
-        and isinstance(value.get("content"), str)
-    )
+    """Whether a value is a message with a text, all of which is JSON."""
+    if not (isinstance(value, dict) and value.get("role") in MESSAGE_ROLES):
+        return False
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value.get("content"), str)
 
 
 def _checked_prompt(value: Any) -> FirstPrompt:

@@ -243,9 +243,12 @@ class _Rollout:
                 case _Answer():
                     return self._answered(episode, value)
                 case _:
-                    return _Decision(number, "end", fault=_fault_of(value, self.play.limits))
+                    fault = _fault_of(value, self.play.limits)
         except InvalidRow as error:
-            return _Decision(number, "end", fault=(TEMPLATE, str(error)[:FAULT_SIZE]))
+            fault = TEMPLATE, str(error)[:FAULT_SIZE]
+        is_new = len(episode.rewards) < episode.turns  # the last turn is not among the messages
+        messages = [turn_message(episode.sampled)] if is_new else []
+        return _Decision(number, "end", fault=fault, messages=messages)
 
     def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
         """Return the decision to start from the environment's prompt, or from the row's own."""
@@ -262,7 +265,8 @@ class _Rollout:
                 raise found
             ids = found
         if len(ids) > self.play.limits.prompt:
-            text = f"the prompt has {len(ids)} tokens, more than {self.play.limits.prompt}"
+            most = self.play.limits.prompt
+            text = f"the prompt with tools has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
             return _Decision(episode.number, "end", fault=(LONG_PROMPT, text))
         messages = (
             chat.messages[: chat.response]
@@ -280,7 +284,7 @@ class _Rollout:
         size = sum(len(message["content"]) for message in step.observation)
         if size > limits.observation and not episode.sampled.calls:
             text = f"the observation has {size} characters, more than {limits.observation}"
-            return found._replace(do="end", fault=(LARGE_OBSERVATION, text))
+            return found._replace(do="end", fault=(LARGE_OBSERVATION, text), messages=[turn])
         over = found._replace(done=step.done or not step.observation, messages=[turn])
         if over.done or episode.turns >= limits.turns or episode.used >= limits.tokens:
             return over
@@ -465,7 +469,7 @@ def _score_of(environment: Environment, state: EpisodeState, task: Task) -> _Sco
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     """Return the kind and text of what a call raised."""
     if isinstance(error, Overdue):
-        return TIME_OUT, f"a call took more than {limits.timeout:g} s"
+        return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
     if isinstance(error, WrongType):
         return WRONG_TYPE, str(error)[:FAULT_SIZE]
     return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE]

@@ -5,7 +5,6 @@ A run is therefore saved between rollouts only; one that is killed inside a roll
 first step and repeats it from its record.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -20,6 +19,7 @@ from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.bounds import above
 from jaxft.data import chat, prompts
 from jaxft.data.invalid import add_counts
+from jaxft.data.next_turn import restart_notes
 from jaxft.data.pack import round_up
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
@@ -189,11 +189,7 @@ class Rollouts(Prompts):
     @property
     def starts_per_row(self) -> int:
         """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
-        if self.environment is None or inspect.isfunction(self.environment):
-            return 1
-        is_class = inspect.isclass(self.environment)
-        returned = inspect.signature(self.environment.reset).return_annotation if is_class else Any
-        return 1 if returned in (None, "None") else self.group
+        return self.group if environment_of(self.environment, self.tools).resets else 1
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
@@ -505,6 +501,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         learned=learned_completions(data.rules),
     )
     examples, how = (*train.examples, *eval_prompts.examples), (tokenizer, data.template_settings)
+    played = environment_of(data.environment, data.tools)
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
@@ -517,7 +514,8 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
         warnings=tuple(dict.fromkeys(train.notes + eval_prompts.notes))
         + chat.tools_warnings(examples, *how)
-        + chat.content_warnings(examples, *how),
+        + chat.content_warnings(examples, *how)
+        + (restart_notes(played.schemas, *how) if data.max_turns > 1 else ()),
     )
 
 

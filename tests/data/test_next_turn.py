@@ -10,7 +10,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import TurnWording, next_prompt
+from jaxft.data.next_turn import TurnWording, next_prompt, restart_notes
 from jaxft.data.template import render_messages, template_of
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 
@@ -144,3 +144,10 @@ def test_a_tokenizer_without_a_template_has_no_second_turn():
     with pytest.raises(InvalidRow, match="a further turn needs a chat template; set chat_template=chatml"):
         next_prompt(conversation([QUESTION]), [TurnWording(ANSWER, (WHY,))], True, tiny("none"),
                     DEFAULT_TEMPLATE_SETTINGS)  # fmt: skip
+
+
+def test_a_note_names_the_turns_after_which_a_new_row_begins():
+    (note,) = restart_notes(TOOLS, stock_tokenizer("qwen3"), DEFAULT_TEMPLATE_SETTINGS)
+    assert "rewrites earlier turns after a turn with a <think> block that the user answers: there" in note
+    assert restart_notes(TOOLS, stock_tokenizer("qwen2.5"), DEFAULT_TEMPLATE_SETTINGS) == ()
+    assert restart_notes([], tiny("none"), DEFAULT_TEMPLATE_SETTINGS) == ()

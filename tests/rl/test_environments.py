@@ -61,6 +61,17 @@ def test_a_calculator_question_takes_its_calls_and_the_answer():
     assert [part.score for part in episodes(Calculator, rows, lambda shown, row: "It is 5.")] == [0.0] * 6
 
 
+def test_a_reset_that_returns_none_by_its_annotation_shares_the_rows_prompt():
+    """Then the episodes of a group need one prompt; see Rollouts.starts_per_row."""
+
+    class Mute:
+        def reset(self, **row):
+            return None
+
+    assert not any(environment_of(x).resets for x in (Calculator, Search, GuessNumber, CodeInterpreter, None))
+    assert environment_of(Mute).resets and not environment_of(lambda state, text, row: None).resets
+
+
 def test_demonstrations_have_the_calculators_own_results():
     for row in calculator_demonstrations(20, 1, two_calls=0.5):
         *before, last = row["messages"]

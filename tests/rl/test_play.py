@@ -1,11 +1,14 @@
 """Episodes without a model: turns are scripted, the chat template and the tokenizer are real."""
 
 import asyncio
+import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -14,10 +17,14 @@ from chat_templates import TEMPLATES, stock_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_session import ScriptedSampler
+from tiny_tokenizers import tiny
 
+from jaxft.data import named_templates
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.distributed import processes
 from jaxft.rl.environment import environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
@@ -77,6 +84,19 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call
 # ---- token-exact turns
 
 
+@cache
+def shipped_tokenizer(name):
+    """A tokenizer with one of jaxft's named templates and its tokens."""
+    template = named_templates.TEMPLATES[name.removeprefix("shipped ")]
+    ends = [token for token in template.tokens if re.search("end|eot", token)]
+    tokenizer = tiny.__wrapped__("none")
+    tokens = {"bos_token": "<s>", "eos_token": (ends or ["</s>"])[-1]}
+    tokenizer.add_special_tokens(tokens | {"additional_special_tokens": list(template.tokens)})
+    tokenizer.chat_template = template.source
+    return tokenizer
+
+
+SHIPPED = [f"shipped {name}" for name in named_templates.TEMPLATES]
 FAULTS = (
     RuntimeError("the tool is out"),
     ValueError("not such arguments"),
@@ -87,15 +107,17 @@ FAULTS = (
 )
 
 
-@pytest.mark.quick_cases("llama3.1", "phi3", "qwen2.5", "qwen3", "qwen3-no-thinking", "mistral-nemo", "gemma")
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.quick_cases("llama3.1", "phi3", "qwen2.5", "qwen3", "mistral-nemo", "gemma", "shipped [qz]*")
+@pytest.mark.parametrize("name", [*TEMPLATES, *SHIPPED])
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_trained_ids_are_sampled_and_given_ids(name, seed):
     """With random turns, tools, truncations and faults: each training row is what its session's row was, and
     exactly the ids that the session sampled have log-probs.
     """
-    tokenizer, how, rng = stock_tokenizer(name), TEMPLATES[name].settings, random.Random(seed)
+    rng, is_shipped = random.Random(seed), name in SHIPPED
+    tokenizer = shipped_tokenizer(name) if is_shipped else stock_tokenizer(name)
+    how = DEFAULT_TEMPLATE_SETTINGS if is_shipped else TEMPLATES[name].settings
     sampled = {}  # by episode: the turns as they were sampled
 
     def write(ids, episode):
@@ -107,11 +129,8 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
         tokens = [*tokens, *rng.choices(range(200), k=rng.randrange(3))]  # no text encodes to such ids
         stopped = rng.random() < 0.7
         tokens = [*tokens, tokenizer.eos_token_id] if stopped else tokens[: rng.randrange(1, 40)] or [5]
-        sampled.setdefault(episode, []).append(tokens[: limit(ids)])
+        sampled.setdefault(episode, []).append(tokens[: LIMITS.turn_tokens])
         return tokens, stopped
-
-    def limit(ids):
-        return LIMITS.turn_tokens
 
     class Moody:
         def reset(self, row):
@@ -129,8 +148,6 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
             )
             return fault if fault != 0 else answer
 
-    format_known = Play(single_turn(), tokenizer, ()).tokenizer.chat_template
-    assert format_known
     try:
         play = Play(environment_of(Moody, [add]), tokenizer, stop_of(tokenizer), LIMITS)
     except ValueError:  # a template without a format of calls
@@ -182,6 +199,24 @@ def test_a_template_that_cuts_reasoning_begins_a_second_row():
     tokenizer = stock_tokenizer("qwen3")
     assert "hm" not in tokenizer.decode(found[1].start) and "yes" in tokenizer.decode(found[1].start)
     assert found[0].score == found[1].score == 2.0 and not found[1].ended
+
+
+def test_decisions_reach_other_processes_as_json(monkeypatch):
+    """Only the first process has the environment; what it decides is JSON."""
+
+    def through_json(work):
+        return json.loads(json.dumps(work()))
+
+    def fail(state, text, row):
+        return ("more", 1.0, False, 1) if state is None else (None, 1 / 0, True, None)
+
+    texts, environment = [f"I add.\n{CALL}", "It is 5."], environment_of(fail, [add])
+    here = played(environment, texts, questions=("q", "r"))
+    monkeypatch.setattr(processes, "from_first_process", through_json)
+    there = played(environment, texts, questions=("q", "r"))
+    assert [part.turns for part in here] == [part.turns for part in there]
+    assert [part.faults for part in here] == [part.faults for part in there] and here[0].fault == "raised"
+    assert [episode_ids(part).tolist() for part in here] == [episode_ids(part).tolist() for part in there]
 
 
 # ---- scores and ends
@@ -239,9 +274,10 @@ def test_trl_environments_run_unchanged():
             return float(self.count)
 
     call = '<tool_call>\n{"name": "increment", "arguments": {"step": 4}}\n</tool_call>'
-    found = played(environment_of(Counter), [call, call, "done"], questions=("q", "r"))
-    assert [part.score for part in found] == [8.0, 9.0]
-    assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
+    for given_to_trl in (Counter, lambda: Counter()):
+        found = played(environment_of(given_to_trl), [call, call, "done"], questions=("q", "r"))
+        assert [part.score for part in found] == [8.0, 9.0]
+        assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
 
 
 def test_scores_arrive_while_other_rows_are_sampled():
@@ -300,6 +336,7 @@ FAULTY = {
         lambda state, text, row: ("a", float("nan"), False, None),
         lambda state, text, row: ("a", 0.0, "yes", None),
         lambda state, text, row: (7, 0.0, False, None),
+        lambda state, text, row: ({"role": "user", "content": "a", "image": object()}, 0.0, False, None),
     ),
     "large_observation": (large,),
 }
@@ -319,6 +356,7 @@ def test_a_fault_of_the_environment_excludes_the_episode_alone(kind):
         assert [part.fault for part in found] == ["", kind, ""]
         assert [part.score for part in found][::2] == [1.0, 1.0] and np.isnan(found[1].score)
         assert fault_counts(found) == {kind: 1} and found[1].faults[0].text
+        assert [turn["content"] for turn in found[1].turns] == ["r", "a"]
 
 
 def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
@@ -334,6 +372,7 @@ def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
     found = played(environment_of(Failing), ["a"], questions=("q", "r", "s", "t"), group=2)
     assert [part.fault for part in found[::2]] == ["raised", "wrong_type", "long_prompt", ""]
     assert found[0].faults[0].text == "OSError: no such server" and found[6].score == 1.0
+    assert "tokens, more than data.max_prompt=2000; raise it" in found[4].faults[0].text
 
 
 ERRORS = {

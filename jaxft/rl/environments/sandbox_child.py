@@ -3,6 +3,7 @@
 python -I sandbox_child.py FOLDER SECONDS MEMORY FILES
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -32,7 +33,8 @@ def run_limited() -> None:
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(kind, (most, most))
+        with contextlib.suppress(ValueError, OSError):  # not on every system
+            resource.setrlimit(kind, (most, most))
     with open(os.path.join(folder, "code.py"), encoding="utf-8", errors="surrogatepass") as file:
         code = file.read()
     sys.argv = ["code.py"]
