@@ -15,8 +15,9 @@ from jaxft.engine.programs import program_tracers
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for, state_shapes
 from jaxft.rl.online_pairs import OnlinePairs
+from jaxft.rl.programs import score_tokens
 from jaxft.rl.reward_models import HeadReward, head_scores
-from jaxft.rl.rollout import Rollouts, score_tokens
+from jaxft.rl.rollout import Rollouts
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, reference_step, sharded_batch
 from jaxft.train.settings import Run

@@ -13,7 +13,7 @@ from jaxft.batch import Rollout, TrainState
 from jaxft.data.pack import RowShape
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
-from jaxft.objectives.objective import Objective
+from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.layout import PackedRows, to_microbatches
 from jaxft.tree import Aux, Params
 
@@ -96,3 +96,8 @@ class RolloutPrograms:
     def _without_padding(self, x: jax.Array) -> np.ndarray:
         """The arrays [rows, ...] of a batch's own rows."""
         return np.asarray(x)[:, : self.rows // len(x)].reshape(self.rows, x.shape[-1])
+
+
+def score_tokens(objective: Objective, params: Params, aux: Aux, batch: Rollout) -> Scores:
+    """Return log-probs, the reference's and values of a batch [micro, rows, ...]."""
+    return jax.lax.map(lambda rows: objective.score(params, rows, aux), batch)

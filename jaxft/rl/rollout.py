@@ -41,13 +41,13 @@ from jaxft.rl.layout import (
 )
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.play import EpisodeLimits, Play
-from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms
+from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms, score_tokens
 from jaxft.rl.record import append_table, clear_records
 from jaxft.rl.rewards import ScoreEpisodes
-from jaxft.rl.rules import Rules, ScoredEpisodes
+from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
-from jaxft.tree import Aux, Batch, Metrics, Params
+from jaxft.tree import Batch, Metrics
 
 
 class ScoredRollout(NamedTuple):
@@ -453,27 +453,6 @@ class RolloutSource(PromptSource):
             return False
         (total, weight), bad = jax.device_get((state.aux["approx_kl"], state.bad))
         return bool(bad[1] < part and total > target * weight)
-
-
-def score_tokens(objective: Objective, params: Params, aux: Aux, batch: Rollout) -> Scores:
-    """Return log-probs, the reference's and values of a batch [micro, rows, ...]."""
-    return jax.lax.map(lambda rows: objective.score(params, rows, aux), batch)
-
-
-def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
-    """Return a message about the first fault of each kind."""
-    found = {}
-    if scored.faults.first:
-        found["reward"] = (
-            f"{scored.faults.first}; this completion has no score. Further faults are only counted."
-        )
-    episodes = scored.episodes
-    for parts, row in zip(episodes.episodes, episodes.row_names, strict=True):
-        for kind, text in parts[0].faults:
-            what = "this episode has no score" if kind == parts[0].fault else "the policy was told"
-            message = f"{kind}: {text} ({row}); {what}. Further faults of this kind are only counted."
-            found.setdefault(kind, message)
-    return found
 
 
 def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts: PromptRows) -> SourceInfo:

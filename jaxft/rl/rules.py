@@ -130,6 +130,22 @@ class Rules:
         return mask & (True if self.filter is None else self.filter(scored.combined))
 
 
+def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
+    """Return a message about the first fault of each kind."""
+    found = {}
+    if scored.faults.first:
+        found["reward"] = (
+            f"{scored.faults.first}; this completion has no score. Further faults are only counted."
+        )
+    episodes = scored.episodes
+    for parts, row in zip(episodes.episodes, episodes.row_names, strict=True):
+        for kind, text in parts[0].faults:
+            what = "this episode has no score" if kind == parts[0].fault else "the policy was told"
+            message = f"{kind}: {text} ({row}); {what}. Further faults of this kind are only counted."
+            found.setdefault(kind, message)
+    return found
+
+
 def shape_scores(
     scores: GroupScores,
     lengths: GroupLengths,
