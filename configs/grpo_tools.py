@@ -16,7 +16,7 @@ takes; tools are plain functions, whose signature and docstring the policy is sh
 did not sample, such as results, have no loss. `jaxft inspect --run runs/grpo_tools` shows episodes turn by
 turn. Faults of an environment exclude the episode, and are counted in episodes/faults.
 
-Hardware: 2 CPU cores, 3 GB; 20 minutes.
+Hardware: 2 CPU cores, 3 GB; not measured.
 """
 
 from functools import partial

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.rl.trajectory import (
+    Fault,
     ShownMessage,
     Trajectory,
     episode_ids,
@@ -126,7 +127,8 @@ def collect(
             episodes.append((trajectory,))
     for number, parts in enumerate(episodes):
         if len(sampled_tokens(parts)) > size or row_tokens(parts) > longest:
-            episodes[number] = (replace(parts[0], segments=(), fault=NO_LENGTH),)
+            faults = (*parts[0].faults, Fault(NO_LENGTH, f"an episode has more than {longest} tokens"))
+            episodes[number] = (replace(parts[0], segments=(), fault=NO_LENGTH, faults=faults),)
     texts = tuple(last_text(parts[0].turns) for parts in episodes)
     return Episodes(prompts, tuple(episodes), texts, len(episodes) // len(prompts), size, longest, most_turns)
 

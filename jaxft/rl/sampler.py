@@ -20,7 +20,8 @@ from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
-from jaxft.engine.state import Decoding, rows_in_progress, slots_for
+from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
+from jaxft.models.model import Model
 from jaxft.rl.episodes import Episodes, collect
 from jaxft.rl.layout import RolloutShapes
 from jaxft.rl.play import rollout
@@ -88,16 +89,24 @@ def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Par
 
     prompt_size: tokens of the longest prompt, padded.
     """
-    sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p)
     engines = {}
     for group in {data.eval_group, data.group}:
-        d = Decoding(run.model, sampling, run.stop, group, data.kv_cache, extends=data.max_turns > 1)
-        rows = rows_in_progress(data.decode_rows, run.mesh)
-        slots = slots_for(data.batch, group, prompt_size, rows)
-        if data.starts_per_row > 1:  # each episode may have a prompt of its own
-            slots = slots._replace(prompts=slots.rows)
+        d = decoding_of(data, run.model, run.stop, group)
+        slots = slots_of(data, group, prompt_size, run.mesh)
         engines[group] = compile_engine(d, run.param_shapes, slots, run.mesh)
     return lambda params, group: EngineSampler(engines[group], params)
+
+
+def decoding_of(data: Any, model: Model, stop: tuple[int, ...], group: int) -> Decoding:
+    """Return what the engine of a rollout is compiled for. group: episodes of a prompt."""
+    sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p)
+    return Decoding(model, sampling, stop, group, data.kv_cache, extends=data.max_turns > 1)
+
+
+def slots_of(data: Any, group: int, prompt_size: int, mesh: jax.sharding.Mesh) -> Slots:
+    """Return the sizes of that engine."""
+    slots = slots_for(data.batch, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
+    return slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
 
 
 @dataclass(frozen=True)
