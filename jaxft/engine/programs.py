@@ -249,11 +249,11 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
     """Return a state of other sizes with these rows [r] and prompt slots [p] of it. slots [r]: the new prompt
     slot of each row. used [r]: false for rows that are empty.
     """
-    old = state.cache
+    old, others = state.cache, {name: x for name, x in vars(state).items() if name != "cache"}
     prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
-    rest = jax.tree.map(lambda x: x[rows], replace(state, cache=None))
     own = Cache(prompt_keys, select_rows(old.rows, rows), old.new)
-    return replace(rest, cache=own, live=rest.live & used, prompts=slots)
+    found = State(cache=own, **jax.tree.map(lambda x: x[rows], others))
+    return replace(found, live=found.live & used, prompts=slots)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Session:
         self.waiting: list[_Waiting] = []  # the longest first, so that similar lengths are prefilled together
         self.running: dict[int, Running] = {}  # by episode
         self.prefilled = 0  # tokens of prompts and given tokens, without padding
-        self._become(engine.empty(), engine.slots.rows)
+        self.state, self.rows = engine.empty(), engine.slots.rows
 
     def start(
         self,
@@ -304,9 +304,9 @@ class Session:
             stop = len(live) + self.rows - len(self.running) - wanted
         if self.keeps:
             limit, stop = min(limit, STEPS_BETWEEN_LOOKS), len(live) - self.rows // 8
-        allowed = self._all_allowed
+        allowed = all_allowed(self.engine.decoding, self.rows)
         if any(it.constraint for it in live):  # only the host knows which tokens may follow the next one
-            limit, allowed = 1, all_allowed(self.engine.decoding, self.rows)
+            limit = 1
             for it in live:
                 self._allow(allowed, it.row, it)
         if any(it.choice.top for it in live):
@@ -366,8 +366,5 @@ class Session:
         for row, it in enumerate(self.running.values()):
             kept[row], new_slots[row], flags[row] = it.row, slots.index(it.slot), True
             it.row, it.slot = row, slots.index(it.slot)
-        self._become(self.engine.keep[now, rows](self.state, kept, prompts, new_slots, flags), rows)
-
-    def _become(self, state: Any, rows: int) -> None:
-        self.state, self.rows = state, rows
-        self._all_allowed = all_allowed(self.engine.decoding, rows)
+        self.state = self.engine.keep[now, rows](self.state, kept, prompts, new_slots, flags)
+        self.rows = rows

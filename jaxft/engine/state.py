@@ -286,7 +286,7 @@ def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
     """Return a GivenTokens of `size`, rows and tokens, for a state of `rows` rows, all empty."""
     count, integers = size[0], np.zeros((3, size[0]), np.int32)
     return GivenTokens(
-        np.zeros(size, np.int32), *integers, np.full(count, rows, np.int32),
+        np.zeros(size, np.int32), integers[0], integers[1], integers[2], np.full(count, rows, np.int32),
         np.stack([key_data(jax.random.key(0))] * count), empty_settings(d, count), all_allowed(d, count),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,6 +121,12 @@ class RolloutRecord:
         with np.load(io.BytesIO(content)) as arrays:
             is_same = int(arrays["weights"]) == self.weights
         return base64.b64encode(content).decode() if is_same else None
+
+
+def clear_records(run: Path) -> None:
+    """Remove the recorded rollouts of a run that begins again at step 0, perhaps with other settings."""
+    if processes.is_first():
+        shutil.rmtree(run / RECORDS, ignore_errors=True)
 
 
 def to_bytes(trajectories: Sequence[Trajectory], weights: int) -> bytes:

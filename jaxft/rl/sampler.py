@@ -8,7 +8,6 @@ samples nor calls the environment, so that it repeats the rollout to the bit.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from jaxft.rl.programs import BoundRun
 from jaxft.rl.record import RECORDS, RolloutRecord
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.sampling_session import Sampler
+from jaxft.rl.trajectory import Trajectory
 from jaxft.tree import Params
 
 SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
@@ -51,12 +51,15 @@ def compile_rollout_sampler(
     def sample(prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Episodes:
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
         begun, ended = begin_async(data.rules.rewards, prompts, group)
-        new = partial(rollout, sampler(run.params(state), group), play, prompts, group, key, ended)
+
+        def played() -> list[Trajectory]:
+            return rollout(sampler(run.params(state), group), play, prompts, group, key, ended)
+
         if number == EVALUATION:
-            trajectories = new()
+            trajectories = played()
         else:
             record = RolloutRecord(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
-            trajectories = record.read(number) or record.write(number, new())
+            trajectories = record.read(number) or record.write(number, played())
         sizes = data.sampled_length, data.episode_length, data.max_turns
         return replace(collect(prompts, trajectories, *sizes), begun=begun)
 

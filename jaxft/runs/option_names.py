@@ -628,7 +628,7 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "completion",
                   "grpo"),
         _together("environment_factory:t", "environment",
-                  "environment=my_env.py:Game with max_turns and max_episode, see configs/grpo_tools.py", "grpo"),
+                  "environment=my_env.py:Game with max_turns and max_episode, see grpo_tools.py", "grpo"),
         _together("tools:ta", "tools", "tools=my_tools.py:add,my_tools.py:search, see grpo_tools.py", "grpo"),
         _together("max_tool_calling_iterations:t", "max_turns",
                   "max_turns=3 max_episode=512: turns are one more than iterations of tool calls", "grpo"),

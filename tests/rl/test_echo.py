@@ -122,12 +122,12 @@ def test_observation_weights_sum_to_1_over_a_batch_and_to_0_while_the_policy_wai
     ones = np.ones((2, 2), bool)
     rollout = TrainingRollout(0, packed.rows, episodes().lengths, ones, ones, {})
     like = SimpleNamespace(ids=np.zeros((1, 2, 64)))
-    batch = rollouts.policy_batch(own, rollout, np.arange(2), True, like)
+    batch = rollouts.rollout_batch(own, rollout, np.arange(2), True, like)
     found = batch.observation_weights[0][packed.rows.observation_weights > 0]
     np.testing.assert_allclose(found, np.full(9, 1 / 9), rtol=1e-6)
-    waits = rollouts.policy_batch(own, rollout, np.arange(2), False, like)
+    waits = rollouts.rollout_batch(own, rollout, np.arange(2), False, like)
     assert not waits.observation_weights.any() and not waits.policy_weights.any()
-    nothing = rollouts.policy_batch(
+    nothing = rollouts.rollout_batch(
         own, rollout, np.array([1]), True, like
     )  # no observed token: no division by 0
     assert not nothing.observation_weights.any()
