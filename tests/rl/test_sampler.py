@@ -14,8 +14,12 @@ from engines import engine_of
 from rl_completions import episodes_of, random_prompts
 from tiny_llama import tiny_tokenizer
 
+from jaxft.data.chat import example_prompt_ids
+from jaxft.data.example import Chat
 from jaxft.data.pack import RowShape
+from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.engine.generate import complete
 from jaxft.engine.sampling import NONFINITE, Sampling
@@ -32,7 +36,7 @@ from jaxft.rl.layout import pack_episodes, rollout_shapes
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.play import rollout
 from jaxft.rl.record import table_indices
-from jaxft.rl.rewards import exact
+from jaxft.rl.rewards import EnvironmentReward, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
 from jaxft.rl.sampler import compile_engines, compile_rollout_sampler
@@ -208,3 +212,41 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
     for number, own in ((4, weights), (3, {"w": jnp.full(3, 1.5)})):  # not recorded, or with other weights
         with pytest.raises(TypeError):
             again(prompts, 2, number, SimpleNamespace(trainable=own))
+
+
+def twice(state, text, row):
+    """Answer the first turn, and end the episode with the second."""
+    return ("and then?" if state is None else None), float(len(text)), state is not None, 1
+
+
+def test_turns_that_go_on_have_the_training_programs_log_probs(tmp_path):
+    """Of episodes whose given tokens are in the cache of the row, and in the row that is trained on."""
+    tokenizer = tiny_tokenizer()
+    model = llama(replace(tiny_model.CONFIG, vocab=len(tokenizer), max_positions=256), jnp.float32)
+    params = init_params(model.specs, jax.random.key(0))
+    chats = [
+        Chat(f"r:{i}", ({"role": "user", "content": text},), 1) for i, text in enumerate(("hi", "go on"))
+    ]
+    ids = tuple(map(tuple, example_prompt_ids(chats, tokenizer, DEFAULT_TEMPLATE_SETTINGS)))
+    prompts = TokenisedPrompts(ids, ("r:0", "r:1"), tuple(chats), ({}, {}))
+    data = Rollouts(
+        "x", max_prompt=64, max_new=6, max_turns=2, max_episode=60, group=2, eval_group=2, batch=2,
+        rules=Rules((EnvironmentReward(),)), environment=twice,
+    )  # fmt: skip
+    run = SimpleNamespace(
+        model=model, stop=(tokenizer.eos_token_id,), folder=tmp_path, params=lambda state: params,
+        mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), param_shapes=jax.eval_shape(lambda: params),
+        state=SimpleNamespace(trainable={"w": jnp.ones(1)}),
+    )  # fmt: skip
+    shapes = rollout_shapes(data, 64, shards=1)
+    found = compile_rollout_sampler(run, data, tokenizer, shapes)(prompts, 2, 0, run.state)
+    assert found.valid.all() and (found.lengths > 6).any()
+    for parts in found.episodes:
+        kinds = [segment.sampled for segment in parts[0].segments]
+        assert kinds == [True, False, True] and [turn["role"] for turn in parts[0].turns][-1] == "assistant"
+    packed = pack_episodes(found, shapes.smallest(found))
+    logps = jax.jit(policy(model, clipped).score)(params, packed.rows, {}).logps
+    np.testing.assert_allclose(packed.to_tokens(np.asarray(logps), found), found.logps, atol=1e-4, rtol=0)
+    rewards = [[len(turn["content"]) for turn in parts[0].turns[1::2]] for parts in found.episodes]
+    np.testing.assert_array_equal(found.turn_rewards.sum(1), [sum(own) for own in rewards])
+    np.testing.assert_array_equal(found.scores, [sum(own) for own in rewards])
