@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from jaxft.engine.session import Sampled
+from jaxft.engine.session import Finish, Sampled
 from jaxft.inference.tool_calls import CallFormat
 from jaxft.rl.trajectory import Trajectory
 
@@ -60,7 +60,7 @@ class TypedTurns:
         del self.asked[episode]
         text = written_call(self.read(), self.format)
         ids = [*self.tokenizer(text, add_special_tokens=False).input_ids, self.stop]
-        finish = "stop" if len(ids) <= most else "length"
+        finish: Finish = "stop" if len(ids) <= most else "length"
         tokens = np.array(ids[:most], np.int32)
         return [Sampled(episode, tokens, np.zeros(len(tokens), np.float32), finish)]
 
