@@ -73,9 +73,9 @@ class Environment:
     reset(row, task) -> Beginning. step(state, text, task) -> StepResult, for a turn without tool calls.
     tools(state) -> the functions that the model may call, by name, which `schemas` describe to it.
     score(state, task) -> the score of the episode; None: the sum of its turns' rewards. task.call calls a
-    user's function, with the time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
-    they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
-    by `-> None`.
+    user's function, with the time-out. name: in logs and metrics. scored: whether its episodes have a score
+    at all. continues: whether they may have a second turn. resets: whether reset may return a prompt; a class
+    says that its own does not by `-> None`.
     """
 
     name: str
