@@ -7,7 +7,8 @@ group are made likelier.
 SmolLM2-135M-Instruct learns to say whether an opinion is positive, on the opinions in configs/data; LoRA on
 every linear layer. A rollout of 8 x 8 short completions and its step take about 9 seconds on two CPU cores
 without AVX512; the run is 24 of them. A reward is a function of (prompt, completion, row), see
-jaxft.rl.rewards; several are added.
+jaxft.rl.rewards; several are added. With environment= or tools= an episode has several turns, see
+configs/grpo_tools.py.
 
 Hardware: 2 CPU cores, 2 GB; 4 minutes.
 
@@ -22,7 +23,7 @@ from typing import Any, Literal
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped, policy_gradient
-from jaxft.rl.advantages import grpo, weighted_sum
+from jaxft.rl.advantages import grpo, maxrl, weighted_sum
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import Rollouts
@@ -32,6 +33,7 @@ from jaxft.train.recipes import (
     OPINIONS,
     AdvantageFunction,
     CombineFunction,
+    CorrectionFunction,
     EstimatorFunction,
     FilterFunction,
     LoraKnobs,
@@ -50,6 +52,12 @@ METHODS = {
     "RLOO": "advantage=rloo loss=policy_gradient token_weights=sequence_sum beta=0.05 kl_in=rewards",
     "REINFORCE++": "estimate=reinforce beta=0.01 kl_in=rewards",
     "REINFORCE++ with the group's mean as baseline": "estimate=group_whitened",
+    "DPPO": "loss=dppo_tv advantage=centred token_weights=constant_length ratio_to_sampler=true",
+    "MaxRL": "advantage=maxrl",
+    "GDPO, of several rewards": "estimate=by_each",
+    "GFPO, the shorter half of each group": "advantage=gfpo group=16",
+    "with truncated importance sampling, TIS": "correction=truncated_tokens",
+    "with masked importance sampling, MIS": "correction=masked_completions",
 }
 __doc__ = str(__doc__) + "\n".join(f"    {name}:\n        {settings}" for name, settings in METHODS.items())
 
@@ -59,7 +67,7 @@ def config(
     prompts: RolloutKnobs = RolloutKnobs(OPINIONS, epochs=0.6),
     name: str = "grpo",
     lr: float = 5e-4,  # auto: by the model's width, and the default with another model
-    rewards: tuple[RewardFunction, ...] = (exact,),
+    rewards: tuple[RewardFunction, ...] = (),  # exact by default; in addition to an environment's score
     reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
     combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds those with a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
@@ -75,6 +83,9 @@ def config(
     eps_high: float | None = None,
     beta: float = 0.0,  # of a KL penalty; 0 runs no reference
     kl_in: Literal["loss", "rewards"] = "loss",
+    correction: CorrectionFunction | None = None,  # importance weights between sampler and training program
+    correction_bounds: tuple[float, float] | None = None,  # of these weights, the function's own by default
+    ratio_to_sampler: bool = False,  # the loss's ratio is to the sampler, not to the training program
 ) -> Run:
     """Group-relative policy optimisation."""
     if advantage and estimate:
@@ -87,10 +98,18 @@ def config(
         )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards needs a beta above 0")
+    if advantage is maxrl and (missing_eos or overlong is not None or kl_in == "rewards"):
+        raise ValueError(
+            "advantage=maxrl divides by the mean score, which missing_eos, overlong and kl_in=rewards make "
+            "negative; leave them out, or use another advantage"
+        )
+    if correction_bounds and not correction:
+        raise ValueError("correction_bounds needs a correction, such as correction=truncated_tokens")
     heads, models = base.reward_model(reward_model, prompts.max_length)
-    all_rewards: tuple[Any, ...] = (*rewards, *models)
+    all_rewards: tuple[Any, ...] = (*prompts.rewards(rewards, exact), *models)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     penalty: Any = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
+    least_most = dict(zip(("least", "most"), correction_bounds or (), strict=False))
     taper = None if overlong is None else (prompts.max_new, overlong)
     rules = Rules(
         all_rewards,
@@ -101,6 +120,8 @@ def config(
         partial(shape_scores, missing_eos=missing_eos, overlong=taper),
         filter=filter,
         train_on_truncated=train_on_truncated,
+        correction=partial(correction, **least_most) if correction and least_most else correction,
+        ratio_to_sampler=ratio_to_sampler,
     )
     return Run(
         name=name,

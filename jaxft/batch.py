@@ -81,7 +81,8 @@ class Rollout:
 
     A row has A slots for completions, of one prompt or several. Each weight array sums to 1 over the whole
     optimizer batch (unless a weight rule of rl/ says otherwise) and is 0 at positions without that loss.
-    Tokens of a completion that the policy did not sample, such as a tool's output, have no read position.
+    A completion may be an episode of several turns: tokens that the policy did not sample, such as a tool's
+    output, are in the row but have no read position.
     """
 
     ids: Int[Any, "B T"]
@@ -93,12 +94,14 @@ class Rollout:
     logps: Float[Any, "B M"] | None  # the policy's at sampling; None: those of the current policy
     advantages: Float[Any, "B M"]
     policy_weights: Float[Any, "B M"]
-    lengths: Int[Any, "B A"]  # tokens of each completion, 0 for an empty slot
+    lengths: Int[Any, "B A"]  # sampled tokens of each completion, 0 for an empty slot
     reference: Float[Any, "B M"] | None = None  # log-probs of the reference
     values: Float[Any, "B M"] | None = None  # the critic's at sampling
     returns: Float[Any, "B M"] | None = None  # the critic's targets
     value_weights: Float[Any, "B M"] | None = None
+    observation_weights: Float[Any, "B M"] | None = None  # of tokens that were given, padding otherwise
     branches: Int[Any, "B T"] | None = None
+    last: Int[Any, "B A"] | None = None  # row position of the last sampled token, where a reward is read
     # most tokens of a completion; fixes the angles of dynamic and longrope
     sampled_length: int | None = static(default=None)
     max_length: ClassVar[int] = 0  # as in Pairs

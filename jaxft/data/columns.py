@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -477,3 +477,22 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
             "sets; remove it",
         )
     return found
+
+
+def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the JSON schema of a function, as a row's tools have it, from its signature and docstring.
+
+    Raises ValueError if they lack types or descriptions.
+    Example: tool_schema(add) is {"type": "function", "function": {"name": "add", "description": ...}}.
+    """
+    from transformers.utils import get_json_schema
+
+    try:
+        schema: dict[str, Any] = get_json_schema(function)
+    except Exception as error:  # DocstringParsingException, TypeHintParsingException, NameError of a hint
+        name, reason = getattr(function, "__name__", repr(function)), " ".join(str(error).split())
+        raise ValueError(
+            f"tool {name}: {reason}. Give each argument a type, and describe it in the docstring's Args "
+            "section."
+        ) from error
+    return schema

@@ -39,12 +39,14 @@ class ShownExample(NamedTuple):
     """An example: the name of its row, a line of facts such as its lengths, and its parts.
 
     piece: its number within a row that is split into several examples (data.too_long=split), from 0.
+    in_order: whether its parts follow one another; otherwise responses are alternatives.
     """
 
     name: str
     facts: str
     parts: list[ShownPart]
     piece: int = 0
+    in_order: bool = False
 
 
 class Inspected(NamedTuple):

@@ -39,7 +39,9 @@ class Prompts(DataSettings):
 
     format: "auto" uses a string as the user's turn, "plain" as text to continue; the others of
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
-    of a prompt, and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch:
+    of a prompt, and of a completion. max_turns: the most completions of an episode, between which an
+    environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
+    prompt, sampled and given ones. too_long: "drop" leaves longer prompts out, "error" stops. batch:
     prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
     temperature, top_k, top_p: of sampling. decode_rows: completions that are sampled at the same time; the
     next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU over
@@ -51,6 +53,8 @@ class Prompts(DataSettings):
 
     max_prompt: Annotated[int, at_least(1)] = 256
     max_new: Annotated[int, at_least(1)] = 128
+    max_turns: Annotated[int, at_least(1)] = 1
+    max_episode: Annotated[int | None, at_least(1)] = None
     too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
     batch: Annotated[int, at_least(1)] = 16
     group: Annotated[int, at_least(1)] = 1
@@ -90,6 +94,13 @@ class Prompts(DataSettings):
                 f"data.eval_group={self.eval_group} exceeds data.group={self.group}, the number of "
                 f"completions in a row; use at most {self.group}"
             )
+        has_turns, tokens = self.max_turns > 1, self.max_episode
+        if has_turns != (tokens is not None) or (tokens is not None and tokens < self.max_new):
+            raise ValueError(
+                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: an episode of "
+                "several turns needs a limit of its tokens, of at least data.max_new; one turn has "
+                "data.max_new alone"
+            )
         if self.decode_rows is not None and self.decode_rows < self.group:
             raise ValueError(
                 f"data.decode_rows={self.decode_rows} is less than data.group={self.group}, but all "
@@ -107,12 +118,41 @@ class Prompts(DataSettings):
     @property
     def max_length(self) -> int:
         """Positions of a prompt with a completion."""
-        return self.max_prompt + self.max_new
+        return self.max_prompt + self.episode_length
 
     @property
     def length_settings(self) -> tuple[str, ...]:
         """Names of the settings whose sum is max_length."""
-        return "max_prompt", "max_new"
+        return "max_prompt", "max_new" if self.max_turns == 1 else "max_episode"
+
+    @property
+    def episode_length(self) -> int:
+        """The most tokens of an episode after its prompt."""
+        return self.max_new if self.max_turns == 1 else int(self.max_episode or 0)
+
+    @property
+    def sampled_length(self) -> int:
+        """The most tokens of an episode that the policy samples."""
+        return min(self.max_turns * self.max_new, self.episode_length)
+
+    @property
+    def reads_given(self) -> bool:
+        """Whether batches read log-probs of given tokens too, besides those that the policy samples."""
+        return False
+
+    @property
+    def starts_per_row(self) -> int:
+        """How many prompts a row has: one, unless the prompts of a group differ."""
+        return 1
+
+    def group_row_shape(self, longest: int, fraction: float = 1.0) -> RowShape:
+        """Return the shape of a row with a prompt of `longest` tokens and this fraction of a group of the
+        longest episodes.
+        """
+        more = int(fraction * (self.starts_per_row - 1) * longest)
+        read_length = self.episode_length if self.reads_given else self.sampled_length
+        tokens, reads = (int(fraction * self.group * n) for n in (self.episode_length, read_length))
+        return RowShape(padded_length(longest + more + tokens), padded_length(reads))
 
     @property
     def steps_per_rollout(self) -> int:
@@ -130,12 +170,6 @@ def padded_length(size: int) -> int:
     return round_up(size, LENGTH_STEP)
 
 
-def group_row_shape(data: Prompts, longest: int) -> RowShape:
-    """Return the shape of a row with a prompt of `longest` tokens and a group of the longest completions."""
-    completions = data.group * data.max_new
-    return RowShape(padded_length(longest + completions), padded_length(completions))
-
-
 def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rollout:
     """Return the shapes of a step's batch [micro, rows, ...]; a row holds a prompt and its group."""
     rows = round_up(data.units_per_step // data.micro, shards)
@@ -149,7 +183,7 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
     return Rollout(
         ids=token, segments=token, positions=token, read=read, targets=read, responses=read, logps=number,
         advantages=number, policy_weights=number, lengths=array(data.group, np.int32), branches=token,
-        sampled_length=data.max_new,
+        last=array(data.group, np.int32), sampled_length=data.episode_length,
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class Facts:
     kl_in_rewards: the KL penalty is subtracted from the rewards, and aux["kl_coef"] is its coefficient.
     critic: `score` returns values, and a batch carries returns and value weights.
     freezes_policy: some batches leave the policy unchanged; `frozen_policy` says which.
+    observations: a batch carries weights of tokens that the policy was given (see policy.echo).
     target_kl: approximate KL beyond which rollouts stop training the policy until the next one (see
         policy.with_target_kl).
     """
@@ -55,6 +56,7 @@ class Facts:
     kl_in_rewards: bool = False
     critic: bool = False
     freezes_policy: bool = False
+    observations: bool = False
     target_kl: float | None = None
 
 

@@ -5,6 +5,7 @@ weights. PPO and the GRPO family are this objective with losses of policy_losses
 weights of rl/.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ POLICY_LOSS, APPROX_KL = "loss/policy_avg", "policy/approxkl_avg"
 KL_PER_COMPLETION = "kl_per_completion"
 KL_COEF = "kl_coef"  # a metric and the key in aux
 CLIP_FRACTION = "clip_ratio/region_mean"
+OBSERVATION_LOSS = "loss/observation_avg"
 
 UNUSED = ("ids", "segments", "positions", "read", "targets", "branches")  # fields of Rollout
 
@@ -157,6 +159,42 @@ def with_target_kl(objective: Objective, target_kl: float) -> Objective:
 
     facts = replace(objective.facts, target_kl=target_kl)
     return objective._replace(init=init, update=update, facts=facts)
+
+
+def echo(
+    model: LanguageModel, objective: Callable[[LanguageModel], Objective], coef: float = 0.1
+) -> Objective:
+    """Add `-coef sum_t w_t log pi(x_t)` to a policy objective, over tokens x_t that the policy was given,
+    such as a tool's results. The observation weights w sum to 1 over an optimizer batch.
+
+    ECHO (Shrivastava et al. 2026, arXiv:2605.24517, where coef is 0.05): the policy learns what its actions
+    lead to, in the same forward pass and from failed episodes too. Text of the template around a result
+    counts as given. The loss is logged as loss/observation_avg.
+    """
+    require(coef > 0, f"echo={coef} must be above 0, such as 0.1. Leave it out instead")
+    own = objective(model)
+
+    def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        value, metrics = own.loss(outputs, aux)
+        if outputs.batch.observation_weights is None:
+            raise ValueError(
+                "ECHO needs observation_weights in the batch. Let the rollout compute them "
+                "(Rollouts.observations)"
+            )
+        weights = outputs.batch.observation_weights.astype(outputs.logp.dtype)
+        cost = -jnp.sum(jnp.where(weights != 0, weights * outputs.logp, 0))
+        value = value + coef * cost
+        added = {OBSERVATION_LOSS: Sum(cost, jnp.sum(weights)), LOSS: Sum(value, metrics[LOSS].weight)}
+        return value, metrics | jax.lax.stop_gradient(added)
+
+    def frozen_policy(batch: Rollout) -> Bool[Array, ""]:
+        return own.frozen_policy(batch) & jnp.all(batch.observation_weights == 0)
+
+    def batch_spec(batch: Rollout) -> Rollout:
+        return replace(own.batch_spec(batch), observation_weights=batch.policy_weights)
+
+    facts = replace(own.facts, observations=True)
+    return own._replace(loss=loss, frozen_policy=frozen_policy, batch_spec=batch_spec, facts=facts)
 
 
 def _has_no_policy_weight(batch: Rollout) -> Bool[Array, ""]:

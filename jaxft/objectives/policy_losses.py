@@ -10,6 +10,8 @@ PPO: gae, token_mean, clipped. GRPO: grpo, sequence_mean, clipped. Dr. GRPO: cen
 clipped. DAPO: grpo, token_mean, clipped with eps_high=0.28, without groups of equal rewards. RLOO: rloo,
 sequence_sum, policy_gradient. REINFORCE++: whitened returns, token_mean, clipped. GSPO: grpo, sequence_mean,
 gspo. LUSPO: grpo, sequence_sum, gspo. CISPO: grpo, token_mean, cispo. GMPO: grpo, sequence_mean, geo_mean.
+DPPO: centred, constant_length, dppo_tv or dppo_kl. MaxRL: maxrl, token_mean, clipped. GFPO: gfpo, token_mean,
+clipped. GDPO: by_each, token_mean, clipped.
 Values and gradients are those of TRL 1.16's GRPOTrainer and of verl where they have the loss, unless a
 docstring says what differs.
 """
@@ -37,7 +39,8 @@ class PolicyBatch:
     """The read positions of a batch of completions. Only `logp` has a gradient; at padding every value is 0.
 
     A loss may rely on `completion` alone, never on the order of positions. Its values at padding are ignored,
-    but they and their gradients must be finite.
+    but they and their gradients must be finite. It is proportional to |advantages|, which importance weights
+    multiply (rl/importance.py).
     """
 
     logp: Float[Array, "B M"]
@@ -123,6 +126,41 @@ def dual_clip(
     return jnp.where(batch.advantages < 0, jnp.minimum(loss, bound), loss)
 
 
+def dppo_tv(batch: PolicyBatch, eps_low: float = 0.15, eps_high: float = 0.15) -> TokenLoss:
+    """`-M A r`, M = 0 where A > 0 and a token's probability has risen by more than eps_high, or where A < 0
+    and it has fallen by more than eps_low, else M = 1.
+
+    DPPO with the total variation |pi - pi_old| of (the token, any other token) (Qi et al. 2026,
+    arXiv:2602.04879). A rare token may have a large ratio, and a likely one cannot lose much of its
+    probability at a ratio near 1. The paper's pi_old is the sampler's: Rules.ratio_to_sampler.
+    """
+    variation = jnp.abs(jnp.exp(batch.logp) - jnp.exp(batch.old_logp))
+    return _in_trust_region(batch, variation, eps_low, eps_high)
+
+
+def dppo_kl(batch: PolicyBatch, eps_low: float = 0.05, eps_high: float = 0.05) -> TokenLoss:
+    """dppo_tv with the divergence `pi_old log (pi_old / pi) + (1 - pi_old) log ((1 - pi_old) / (1 - pi))`.
+
+    DPPO with the KL of (the token, any other token) in place of the total variation (arXiv:2602.04879).
+    """
+    tiny = jnp.finfo(batch.logp.dtype).tiny
+
+    def others(logp: Array) -> Array:
+        return jnp.maximum(-jnp.expm1(logp), tiny)  # 1 - pi, accurate where pi is close to 1
+
+    old, rest = batch.old_logp, others(batch.old_logp)
+    kl = jnp.exp(old) * (old - batch.logp) + rest * (jnp.log(rest) - jnp.log(others(batch.logp)))
+    return _in_trust_region(batch, kl, eps_low, eps_high)
+
+
+def _in_trust_region(batch: PolicyBatch, divergence: Array, eps_low: float, eps_high: float) -> TokenLoss:
+    """-A r, and 0 where the divergence is too large and r has moved in the direction of A."""
+    require((eps_low >= 0) & (eps_high >= 0), f"eps_low={eps_low} and eps_high={eps_high} must be at least 0")
+    up = (batch.advantages > 0) & (batch.logp > batch.old_logp) & (divergence > eps_high)
+    down = (batch.advantages < 0) & (batch.logp < batch.old_logp) & (divergence > eps_low)
+    return jnp.where(up | down, 0, -batch.advantages * batch.ratio)
+
+
 def gspo(batch: PolicyBatch, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
     """clipped, with the completion's ratio s for each of its tokens (Zheng et al. 2025, arXiv:2507.18071).
 
@@ -180,7 +218,8 @@ def vespo(
     """`-sg(phi) A log pi`, phi = exp(lam) w^k exp(-lam w), w the product of a completion's ratios
     (arXiv:2602.10693).
 
-    pos, neg: (k, lam) where A >= 0 and where A < 0; log w is clipped to [log 1e-8, 20]. TRL's defaults.
+    pos, neg: (k, lam) where A >= 0 and where A < 0; log w is clipped to [log 1e-8, 20]. TRL's defaults. In
+    TRL, w also contains the importance weights of the sampler; here it does with Rules.ratio_to_sampler.
     """
     log_w = jnp.clip(
         batch.spread(batch.total(batch.log_ratio)), jnp.log(1e-8).astype(batch.logp.dtype), MAX_LOG_RATIO

@@ -9,15 +9,15 @@ import jax
 
 from jaxft import tree
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import group_row_shape, padded_length, rollout_batch_shapes
+from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
 from jaxft.engine.programs import program_tracers
-from jaxft.engine.sampling import Sampling
-from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for, state_shapes
+from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
 from jaxft.rl.online_pairs import OnlinePairs
+from jaxft.rl.programs import score_tokens
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.sampler import score_tokens
+from jaxft.rl.sampler import decoding_of, slots_of
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, reference_step, sharded_batch
 from jaxft.train.settings import Run
@@ -87,16 +87,14 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
 def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
     """Return the programs of rollouts: sampling, log-probs with the training program, and reward heads."""
     data: Any = run.data
-    s = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
-    d = Decoding(p.partition.model, s, tuple(run.model.config.eos), data.group, data.kv_cache)
-    rows = rows_in_progress(data.decode_rows, p.mesh)
-    slots = slots_for(data.batch, d.group, padded_length(data.max_prompt), rows)
+    d = decoding_of(data, p.partition.model, tuple(run.model.config.eos), data.group)
+    slots = slots_of(data, d.group, padded_length(data.max_prompt), p.mesh)
     found = _sampling("rollout sampling", p, params, d, slots)
     if not isinstance(data, OnlinePairs):
         logps: Any = jax.jit(partial(score_tokens, p.objective))
         found.append(Program("rollout log-probs", lambda: logps.trace(params, p.state.aux, batch)))
     else:  # it samples groups and trains on pairs
-        shape = group_row_shape(data, data.max_prompt)
+        shape = data.group_row_shape(data.max_prompt)
         batch = sharded_batch(p, rollout_batch_shapes(data, shape, sharding.row_shards(p.mesh)))
     for reward in data.rules.rewards:
         if isinstance(reward, HeadReward):

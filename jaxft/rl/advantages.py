@@ -118,7 +118,8 @@ def sum_of_known(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupSco
 def normalised_sum(rewards: ScoresPerReward, weights: Sequence[float], eps: float = 1e-4) -> GroupScores:
     """Return advantages of K rewards: GRPO's of each reward, their weighted sum, standardised over the batch.
 
-    GDPO (arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. See estimators.by_each.
+    GDPO (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. These are no
+    scores: the estimator by_each uses them, while by_group would divide by each group's deviation once more.
     """
     x, w = _checked_weights(rewards, weights)
     each = np.stack(
@@ -162,6 +163,59 @@ def opo(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
     x, n = _float64(scores), np.where(has_score(scores), np.asarray(lengths, np.float64), 0)
     base = np.nansum(n * x, 1, keepdims=True) / np.maximum(n.sum(1, keepdims=True), 1)
     return _zero_without_score(np.where(_all_equal(scores), x * 0, x - base), scores)
+
+
+def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
+    """`(r - mean) / mean` of the group, 0 in a group without success (Tajwar et al. 2026, arXiv:2602.02710).
+
+    With binary scores, N of them in a group and p the probability of success, its gradient is in expectation
+    that of `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a negative
+    score, as a negative mean would turn the gradient around.
+    """
+    x = _float64(scores)
+    if (x < 0).any():
+        raise ValueError(
+            f"maxrl divides by the group's mean score, and a score is {np.nanmin(x):g}. Use rewards of at "
+            "least 0, without penalties (missing_eos, overlong, a KL), or another advantage."
+        )
+    mean = np.nansum(x, 1, keepdims=True) / np.maximum(has_score(x).sum(1, keepdims=True), 1)
+    return _zero_without_score(_centred(x) / np.where(mean > 0, mean, 1), x)
+
+
+def brevity(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
+    """Rank completions by their length, the shortest first: a metric of gfpo."""
+    return -_float64(lengths)
+
+
+def token_efficiency(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
+    """Rank completions by `r / |y|`, the score of each token: a metric of gfpo."""
+    return _float64(scores) / np.maximum(lengths, 1)
+
+
+def gfpo(
+    scores: GroupScores,
+    lengths: GroupLengths,
+    retain: int | None = None,
+    metric: Advantage = brevity,
+    advantage: Advantage = grpo,
+) -> GroupScores:
+    """`advantage` among the `retain` completions of each group with the highest `metric`, 0 for the others
+    (Shrivastava et al. 2025, arXiv:2508.09726, eq. 2).
+
+    retain: None for half of the group, as the paper's 8 of 16. metric: brevity, token_efficiency or your own
+    function of (scores, lengths). The first of equal completions is retained. Token weights count all
+    completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises ValueError if the
+    group has no more than `retain` completions.
+    """
+    group = np.shape(scores)[1]
+    retain = max(1, group // 2) if retain is None else retain
+    if not 0 < retain < max(group, 2):
+        raise ValueError(f"gfpo: retain={retain} of a group of {group}. Use 1 to {max(1, group - 1)}.")
+    ranks = np.where(has_score(scores), metric(scores, lengths), -np.inf)
+    chosen = np.argsort(-ranks, axis=1, kind="stable")[:, :retain]
+    retained = np.full(np.shape(scores), np.nan)
+    np.put_along_axis(retained, chosen, np.take_along_axis(_float64(scores), chosen, 1), 1)
+    return advantage(retained, lengths)
 
 
 def remax(scores: GroupScores, *, greedy: Float[np.ndarray, " G"]) -> GroupScores:

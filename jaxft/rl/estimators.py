@@ -26,11 +26,14 @@ KLEstimate = Callable[[PerToken, PerToken], PerToken]  # (log-probs, the referen
 
 @dataclass(frozen=True)
 class RolloutScores:
-    """Scores and log-probs of a rollout: N completions of each of G prompts, n = G N.
+    """Scores and log-probs of a rollout: N episodes of each of G prompts, n = G N. A completion is an episode
+    of one turn. All arrays are over sampled tokens: given ones, such as a tool's results, are left out.
 
-    scores: NaN for a completion without a score. ended: by a stop token rather than by the limit.
+    scores: of episodes, NaN for none. ended: by a stop token rather than by the limit.
     logps, reference, values: of each token, 0 beyond the length; None without a reference or a critic.
     reward_scores: of each reward, before weights and shaping.
+    turns: of each token, None where every episode has one. turn_rewards: the part of the score that a turn
+    has earned, at its last token; None for none.
     kl_coef: coefficient of a KL penalty that belongs in the rewards (kl.KLInReward), None without one.
     """
 
@@ -43,6 +46,8 @@ class RolloutScores:
     reward_scores: ScoresPerReward
     reward_weights: tuple[float, ...]
     kl_coef: float | None = None
+    turns: Int[np.ndarray, "n S"] | None = None
+    turn_rewards: Float[np.ndarray, "n S"] | None = None
 
     @property
     def token_mask(self) -> Bool[np.ndarray, "n S"]:
@@ -89,8 +94,32 @@ def by_group(
     return AdvantageEstimate(_per_token(rollout, advantage(scores, rollout.lengths)), None, metrics)
 
 
+def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: float = 1.0) -> AdvantageEstimate:
+    """Give every token its turn's return-to-go within the group: `R_k = r_k + gamma R_(k+1)`.
+
+    The baseline and the deviation are those of the same turn of the group's other episodes. The score that is
+    not of a turn is a reward of the last one. With one turn it is `by_group`. Options: see by_group.
+    """
+    _require_no_kl(rollout, "by_turn")
+    mask = rollout.token_mask
+    turns = np.zeros(mask.shape, int) if rollout.turns is None else rollout.turns
+    count = 1 + int(turns[mask].max(initial=0))
+    rewards = _with_turn_rewards(rollout, np.zeros(mask.shape))
+    by_turns = np.stack([np.where(turns == k, rewards, 0).sum(1) for k in range(count)], 1)
+    has_turn = np.stack([((turns == k) & mask).any(1) for k in range(count)], 1)
+    returns, out, shape = np.zeros(len(mask)), np.zeros(mask.shape), rollout.scores.shape
+    for k in reversed(range(count)):
+        returns = by_turns[:, k] + gamma * returns
+        of_turn = np.where(has_turn[:, k], returns, np.nan).reshape(shape)
+        own = advantage(of_turn, rollout.lengths).reshape(-1, 1)
+        out = np.where((turns == k) & mask, own, out)
+    return AdvantageEstimate(out, None, {})
+
+
 def by_each(rollout: RolloutScores) -> AdvantageEstimate:
-    """Standardise the sum of GRPO's advantages of each reward, before `shape` and `scale`: GDPO."""
+    """Standardise the sum of GRPO's advantages of each reward, before `shape` and `scale`: GDPO
+    (arXiv:2601.05242).
+    """
     _require_no_kl(rollout, "by_each")
     total = adv.normalised_sum(rollout.reward_scores, rollout.reward_weights)
     return AdvantageEstimate(_per_token(rollout, np.where(adv.has_score(rollout.scores), total, 0)), None, {})
@@ -215,4 +244,12 @@ def _token_rewards(
         MEAN_SCORE: mean,
         ENTROPY: entropy,
     }
-    return adv.token_rewards(kl_values, scores, rollout.scored_lengths, coef), metrics
+    return _with_turn_rewards(rollout, -coef * kl_values), metrics
+
+
+def _with_turn_rewards(rollout: RolloutScores, rewards: PerToken) -> PerToken:
+    """Add the rewards of turns at their last tokens, and the rest of the score at that of the episode."""
+    of_turns = np.zeros(1) if rollout.turn_rewards is None else rollout.turn_rewards
+    of_turns = np.where(rollout.token_mask, of_turns, 0)
+    rest = rollout.scores.ravel() - of_turns.sum(1)
+    return adv.token_rewards(-(rewards + of_turns), rest, rollout.scored_lengths, 1.0)

@@ -1,122 +1,194 @@
-"""Arrange completions in rows: a prompt once, then its completions, which do not attend to one another.
+"""Arrange episodes in rows: a prompt once, then its episodes, which do not attend to one another.
 
-On the host a rollout has per-token arrays [G N, S] of N completions of each of G prompts, 0 beyond the
-length; a program reads rows [G, M] of read positions. `to_rows` and `to_completions` convert between the two.
+A row of later training rows of an episode (see Trajectory.part) has these after the others, each as a segment
+with its own start, and so an episode whose prompt differs from that of the first one of its group. Given
+tokens are in the rows, but have no read position: no loss, entropy or KL is ever computed there. ECHO alone
+predicts them: its read positions follow those of sampled tokens and are padding to everything else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from jaxft.batch import Rollout
 from jaxft.data.pack import RowShape
-from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
-from jaxft.rl.advantages import GroupLengths, PerToken, token_mask
+from jaxft.rl.advantages import PerToken
+from jaxft.rl.episodes import Episodes
+from jaxft.rl.trajectory import Trajectory, episode_ids, sampled_mask
 from jaxft.tree import Batch
 
-ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longest completions
+ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longest episodes
 
 
 @dataclass(frozen=True)
 class RolloutShapes:
-    """Shapes of a rollout's rows. A rollout uses the smallest of them that holds its completions.
+    """Shapes of a rollout's rows. A rollout uses the smallest of them that holds its episodes.
 
     prompt_size: tokens that prompts are padded to for sampling. rows: the row shapes, smallest first.
-    batches: of an optimizer step [micro, rows, ...], one for each row shape.
+    batches: of an optimizer step [micro, rows, ...], one for each row shape. reads_given: see pack_episodes.
     """
 
     prompt_size: int
     rows: tuple[RowShape, ...]
     batches: tuple[Rollout, ...]
+    reads_given: bool = False
+
+    def smallest(self, episodes: Episodes) -> RowShape:
+        """Return the smallest of the row shapes that holds every prompt with all of its episodes."""
+        length = reads = 0
+        for group in _groups(episodes):
+            pieces = _pieces(group)
+            length = max(length, len(shared_prompt(group)) + sum(len(piece.ids) for piece in pieces))
+            given = sum(len(piece.given) for piece in pieces) if self.reads_given else 0
+            reads = max(reads, given + sum(len(piece.sampled) for piece in pieces))
+        return next(shape for shape in self.rows if length <= shape.length and reads <= shape.reads)
 
 
 def rollout_shapes(data: Prompts, longest: int, shards: int) -> RolloutShapes:
     """Return the shapes for prompts of at most `longest` tokens. shards: the mesh's divisor of rows."""
-    counts = [int(fraction * data.group * data.max_new) for fraction in ROW_FRACTIONS]
-    rows = tuple(
-        dict.fromkeys(RowShape(padded_length(longest + count), padded_length(count)) for count in counts)
-    )
-    return RolloutShapes(
-        padded_length(longest), rows, tuple(rollout_batch_shapes(data, shape, shards) for shape in rows)
-    )
+    rows = tuple(dict.fromkeys(data.group_row_shape(longest, fraction) for fraction in ROW_FRACTIONS))
+    batches = tuple(rollout_batch_shapes(data, shape, shards) for shape in rows)
+    return RolloutShapes(padded_length(longest), rows, batches, data.reads_given)
 
 
-def fits(prompts: TokenisedPrompts, lengths: GroupLengths, shape: RowShape) -> bool:
-    """Whether rows of this shape hold every prompt with all of its completions."""
-    count = lengths.sum(1)
-    prompt_lengths = np.array([len(ids) for ids in prompts.ids])
-    return bool(count.max() <= shape.reads and (prompt_lengths + count).max() <= shape.length)
+@dataclass(frozen=True)
+class PackedRows:
+    """The rows [R, ...] of a rollout, one for each prompt and then empty ones.
+
+    rows: log-probs, advantages and weights are zero. tokens: for each read position the index of its token in
+    flattened arrays [n, S] over sampled tokens; -1 for padding.
+    """
+
+    shape: RowShape
+    rows: Rollout
+    tokens: Int[np.ndarray, "R M"]
+
+    def from_tokens(self, x: PerToken) -> Float[np.ndarray, "R M"]:
+        """Convert values of each sampled token to rows in float32, 0 at padding."""
+        flat = np.append(np.asarray(x, np.float32), np.float32(0))
+        return flat[self.tokens]
+
+    def to_tokens(self, rows: Float[np.ndarray, "G M"], episodes: Episodes) -> PerToken:
+        """Convert the rows of prompts to values of each sampled token in float64."""
+        x = np.zeros(episodes.lengths.size * episodes.size)
+        index = self.tokens[: len(rows)]
+        x[index[index >= 0]] = rows[index >= 0]
+        return x.reshape(-1, episodes.size)
 
 
-def pack_rollout(
-    prompts: TokenisedPrompts,
-    tokens: Int[np.ndarray, "G N S"],
-    lengths: GroupLengths,
+class _Piece(NamedTuple):
+    """A training row of an episode up to its last sampled token: after the prompt that its group shares if
+    `is_branch`, otherwise with its own start. sampled: indices of sampled tokens in ids. given: of the tokens
+    between them, none of an episode with a fault.
+    """
+
+    slot: int
+    is_branch: bool
+    ids: Int[np.ndarray, " n"]
+    sampled: Int[np.ndarray, " k"]
+    given: Int[np.ndarray, " g"]
+
+
+def shared_prompt(group: Sequence[Sequence[Trajectory]]) -> tuple[int, ...]:
+    """Return the prompt that a row begins with: that of the first episode that has one."""
+    return next((parts[0].start for parts in group if parts[0].start), ())
+
+
+def _pieces(group: Sequence[Sequence[Trajectory]]) -> list[_Piece]:
+    """Return the training rows of a prompt's episodes, those that share its tokens first."""
+    shared, found = shared_prompt(group), list[_Piece]()
+    for slot, parts in enumerate(group):
+        for part in parts:
+            is_branch = part.part == 0 and part.start == shared
+            first = len(shared) if is_branch else 0
+            sampled = np.flatnonzero(sampled_mask(part)) - first
+            if len(sampled):
+                count = sampled[-1] + 1
+                given = np.setdiff1d(np.arange(len(part.start) - first, count), sampled)
+                given = given[:0] if part.fault else given
+                found.append(_Piece(slot, is_branch, episode_ids(part)[first:][:count], sampled, given))
+    return sorted(found, key=lambda piece: not piece.is_branch)
+
+
+def _groups(episodes: Episodes) -> list[tuple[tuple[Trajectory, ...], ...]]:
+    group = episodes.group
+    return [episodes.episodes[i : i + group] for i in range(0, len(episodes.episodes), group)]
+
+
+def pack_episodes(
+    episodes: Episodes,
     shape: RowShape,
     size: tuple[int, int] | None = None,
-) -> Rollout:
-    """Pack each prompt with its completions into a row. Log-probs, advantages and weights are zero.
+    reads_given: bool = False,
+) -> PackedRows:
+    """Pack each prompt with its episodes into a row.
 
-    tokens: padded to the most that a completion may have. size: (rows, completion slots of a row), None for
-    those that the completions need; the others stay empty.
+    size: (rows, episode slots of a row), None for those that the episodes need; the others stay empty.
+    reads_given: whether tokens that an episode was given before its last turn have read positions too, after
+    those of all sampled tokens, as padding with an observation weight of 1.
     """
-    rows, slots = size or lengths.shape
+    rows, slots = size or episodes.lengths.shape
     ids, segments, positions, branches = (np.zeros((rows, shape.length), np.int32) for _ in range(4))
     read, targets = (np.zeros((rows, shape.reads), np.int32) for _ in range(2))
-    responses, zero = np.full((rows, shape.reads), slots, np.int32), np.zeros((rows, shape.reads), np.float32)
-    slot_lengths = np.zeros((rows, slots), np.int32)
-    slot_lengths[: len(lengths), : lengths.shape[1]] = lengths
-    for r, prompt in enumerate(prompts.ids):
+    responses, tokens = (np.full((rows, shape.reads), x, np.int32) for x in (slots, -1))
+    lengths, last = (np.zeros((rows, slots), np.int32) for _ in range(2))
+    weights = np.zeros((rows, shape.reads), np.float32) if reads_given else None
+    for r, group in enumerate(_groups(episodes)):
+        prompt = shared_prompt(group)
         start = column = len(prompt)
         ids[r, :start], segments[r, :start], positions[r, :start] = prompt, 1, np.arange(start)
-        m = 0
-        for j in np.flatnonzero(lengths[r]):
-            n = lengths[r, j]
-            span, reads = slice(column, column + n), slice(m, m + n)
-            ids[r, span] = targets[r, reads] = tokens[r, j, :n]
-            segments[r, span], branches[r, span], positions[r, span] = 1, j + 1, start + np.arange(n)
-            read[r, m], read[r, m + 1 : m + n] = start - 1, column + np.arange(n - 1)
-            responses[r, reads] = j
-            column, m = column + n, m + n
-    return Rollout(
+        segment, m, observed = 1, 0, list[int]()
+        for slot, is_branch, own, sampled, given in _pieces(group):
+            segment += not is_branch
+            span, reads = slice(column, column + len(own)), slice(m, m + len(sampled))
+            ids[r, span], segments[r, span] = own, segment
+            positions[r, span] = (start if is_branch else 0) + np.arange(len(own))
+            branches[r, span] = slot + 1 if is_branch else 0
+            read[r, reads] = np.where(sampled, column + sampled, start) - 1
+            targets[r, reads], responses[r, reads] = own[sampled], slot
+            first = (r * episodes.group + slot) * episodes.size + lengths[r, slot]
+            tokens[r, reads] = first + np.arange(len(sampled))
+            lengths[r, slot] += len(sampled)
+            last[r, slot] = column + sampled[-1]
+            observed += (column + given).tolist()
+            column, m = span.stop, reads.stop
+        if weights is not None:
+            reads = slice(m, m + len(observed))
+            read[r, reads], targets[r, reads] = np.array(observed, int) - 1, ids[r, observed]
+            weights[r, reads] = 1
+    zero = np.zeros((rows, shape.reads), np.float32)
+    packed = Rollout(
         ids, segments, positions, read, targets, responses, logps=zero, advantages=zero, policy_weights=zero,
-        lengths=slot_lengths, branches=branches, sampled_length=tokens.shape[2],
+        lengths=lengths, branches=branches, last=last, sampled_length=episodes.longest,
+        observation_weights=weights,
     )  # fmt: skip
+    return PackedRows(shape, packed, tokens)
 
 
-def to_rows(
-    x: Shaped[np.ndarray, "n S"], lengths: GroupLengths, reads: int
-) -> Float[np.ndarray, "G {reads}"]:
-    """Convert values of each completion's tokens [G N, S] to rows [G, reads] in float32."""
-    rows = np.zeros((len(lengths), reads), np.float32)
-    by_completion = np.asarray(x).reshape(*lengths.shape, -1)
-    for r, (values, count) in enumerate(zip(by_completion, lengths, strict=True)):
-        rows[r, : count.sum()] = values[token_mask(count, by_completion.shape[2])]
-    return rows
-
-
-def to_completions(rows: Float[np.ndarray, "G M"], lengths: GroupLengths, size: int) -> PerToken:
-    """Convert rows [G, M] to values of each completion's tokens [G N, size] in float64."""
-    x = np.zeros((*lengths.shape, size))
-    for r, count in enumerate(lengths):
-        x[r][token_mask(count, size)] = rows[r, : count.sum()]
-    return x.reshape(lengths.size, size)
+def per_episode(values: Float[np.ndarray, "R A"], rows: Rollout) -> Float[np.ndarray, "R M"]:
+    """Repeat a value of each episode at the read positions of its tokens; 0 at padding."""
+    padded = np.pad(
+        np.asarray(values, np.float32), ((0, 0), (0, rows.lengths.shape[1] + 1 - values.shape[1]))
+    )
+    return np.take_along_axis(padded, rows.responses, 1)
 
 
 def to_microbatches(rows: Batch, like: Batch, padding: int) -> Batch:
     """Reshape rows [n, ...] to [micro, rows, ...] and append empty rows up to the shape of `like`. padding:
-    the completion id that marks padding.
+    the response id that marks padding.
     """
     micro, padded_rows = like.ids.shape[:2]
     grid = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), rows)
     own_rows = grid.ids.shape[1]
 
-    def pad(x: np.ndarray) -> np.ndarray:
+    def pad_rows(x: np.ndarray) -> np.ndarray:
         return np.pad(x, ((0, 0), (0, padded_rows - own_rows), *((0, 0),) * (x.ndim - 2)))
 
-    grid = jax.tree.map(pad, grid)
+    grid = jax.tree.map(pad_rows, grid)
     is_padding = (np.arange(padded_rows) >= own_rows)[:, None]
     return replace(grid, responses=np.where(is_padding, padding, grid.responses))

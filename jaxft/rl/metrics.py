@@ -14,9 +14,14 @@ from jaxft.objectives.alarms import (
     ZERO_STD,
 )
 from jaxft.objectives.metrics import PROMPT_COUNT, Max, Min, Sum
+from jaxft.rl import play
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
-from jaxft.rl.completions import Completions, Faults, ScoredCompletions
+from jaxft.rl.environments import tools
+from jaxft.rl.episodes import NO_LENGTH, Episodes, given_count, turn_count
 from jaxft.rl.estimators import RolloutScores
+from jaxft.rl.rewards import Faults
+from jaxft.rl.rules import ScoredEpisodes
+from jaxft.rl.trajectory import fault_counts
 from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Metrics
 
@@ -28,6 +33,16 @@ KL = "objective/kl"
 LOGP_DIFFERENCE_MEAN = "sampling/sampling_logp_difference/mean"
 LOGP_DIFFERENCE_MAX = "sampling/sampling_logp_difference/max"
 REWARD_FAULTS = {"raised": FAULTS_RAISED, "not_a_number": FAULTS_NOT_A_NUMBER}
+TURNS, GIVEN_TOKENS = "episodes/turns", "episodes/given_tokens"  # means over episodes
+TOOL_CALLS, TOOL_FAILURES = "tools/call_frequency", "tools/failure_frequency"  # of an episode; of a call
+TOOL_ERRORS = (
+    tools.UNKNOWN_TOOL, tools.MALFORMED_CALL, tools.BAD_ARGUMENTS, tools.TOOL_ERROR, tools.LARGE_RESULT,
+    tools.TOO_MANY_CALLS,
+)  # fmt: skip
+EXCLUDING = (
+    play.TIME_OUT, play.RAISED, play.WRONG_TYPE, play.LARGE_OBSERVATION, play.TEMPLATE, play.LONG_PROMPT,
+    NO_LENGTH,
+)  # fmt: skip
 
 MaybeMeans = dict[str, float | None]  # None for a mean over nothing
 
@@ -55,17 +70,12 @@ def score_metrics(scores: GroupScores) -> dict[str, float]:
     return metrics
 
 
-def source_rewards(parts: Sequence[ScoredCompletions]) -> dict[str, Sum]:
+def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
     """Return the mean score of the completions of each source of prompts; {} for one source."""
-    prompts = [part.completions.prompts for part in parts]
-    sources = np.array([number for own in prompts for number in own.sources], np.int64)
-    if not len(sources):
-        return {}
-    scores = np.concatenate([part.scores for part in parts])
-    valid = has_score(scores)
-    found = {}
-    for number, name in enumerate(prompts[0].source_names):
-        own = scores[sources == number][valid[sources == number]]
+    prompts, found = scored.episodes.prompts, dict[str, Sum]()
+    for number, name in enumerate(prompts.source_names):
+        own = scored.scores[np.array(prompts.sources) == number]
+        own = own[has_score(own)]
         found[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
     return found
 
@@ -102,6 +112,34 @@ def fault_metrics(faults: Faults, count: int) -> dict[str, float]:
     return {REWARD_FAULTS[kind]: x / count for kind, x in counts.items()}
 
 
+def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
+    """Return turns, given tokens, tool calls and faults of episodes of several turns; {} for others.
+
+    `tools/errors/KIND` counts calls whose error the policy was told, `episodes/faults/KIND` episodes that are
+    excluded from training and means; both are per episode.
+    """
+    if episodes.most_turns == 1:
+        return {}
+    count, firsts = np.float64(len(episodes.episodes)), [parts[0] for parts in episodes.episodes]
+    valid = [parts for parts in episodes.episodes if not parts[0].fault]
+    calls = [len(turn.get("tool_calls") or ()) for parts in valid for turn in parts[0].turns]
+    told = fault_counts(firsts)
+    excluded = {kind: sum(first.fault == kind for first in firsts) for kind in EXCLUDING}
+
+    def mean(values: Sequence[int], over: int) -> Sum:
+        return Sum(np.float64(sum(values)), np.float64(over))
+
+    errors = [told.get(kind, 0) for kind in TOOL_ERRORS]
+    return {
+        TURNS: mean([turn_count(parts) for parts in valid], len(valid)),
+        GIVEN_TOKENS: mean([given_count(parts) for parts in valid], len(valid)),
+        TOOL_CALLS: mean(calls, len(valid)),
+        TOOL_FAILURES: mean(errors, max(sum(calls), sum(errors))),
+        **{f"tools/errors/{kind}": Sum(np.float64(told.get(kind, 0)), count) for kind in TOOL_ERRORS},
+        **{f"episodes/faults/{kind}": Sum(np.float64(n), count) for kind, n in excluded.items()},
+    }
+
+
 def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
     """Return means over `count` completions as sums that add over steps; None is not logged."""
 
@@ -115,7 +153,7 @@ def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
 
 def rollout_metrics(
     names: Sequence[str],
-    scored: ScoredCompletions,
+    scored: ScoredEpisodes,
     rollout: RolloutScores,
     trained_on: Bool[np.ndarray, "..."],
     recomputed: bool,
@@ -125,12 +163,13 @@ def rollout_metrics(
     names: of the rewards. trained_on: completions that the policy is trained on. recomputed: whether the
     log-probs of `rollout` are the training program's rather than the sampler's.
     """
-    completions = scored.completions
-    lengths, ended, count = completions.lengths.ravel(), completions.ended.ravel(), completions.lengths.size
+    episodes = scored.episodes
+    valid, count = episodes.valid, episodes.lengths.size
+    lengths, ended = episodes.lengths[valid], episodes.ended[valid]
     means: MaybeMeans = {REWARD: None, REWARD_STD: None, **score_metrics(scored.scores)}
-    if completions.lengths.shape[1] == 1:
+    if episodes.group == 1:
         means.pop(ZERO_STD)  # it is about groups
-    means |= _length_metrics([completions])
+    means |= _length_metrics(episodes)
     means |= {FRAC_LEARNED: float(trained_on.mean())}
     means |= fault_metrics(scored.faults, scored.reward_scores.size)
     means[EOS_TOKENS] = float(ended.sum())
@@ -139,38 +178,43 @@ def rollout_metrics(
         means[TERMINATED_LENGTHS[name]] = float(reduce(terminated)) if len(terminated) else None
     means |= reward_metrics(names, scored.reward_scores)
     if rollout.reference is not None:
-        means[KL] = float((rollout.logps - rollout.reference).sum() / count)
-    metrics = as_sums(means, count) | source_rewards([scored])
+        means[KL] = _kl(episodes, rollout)
+    metrics = as_sums(means, count) | source_rewards(scored) | episode_metrics(episodes)
     if recomputed:
-        mask = token_mask(lengths, rollout.logps.shape[1])
-        difference = np.abs(completions.sampler_logps - rollout.logps)[mask]  # two programs, one model
+        mask = token_mask(episodes.lengths.ravel(), episodes.size)
+        difference = np.abs(episodes.logps - rollout.logps)[mask]  # two programs, one model
         metrics[LOGP_DIFFERENCE_MEAN] = Sum(np.float64(difference.sum()), np.float64(difference.size))
-        metrics[LOGP_DIFFERENCE_MAX] = Max(np.float64(difference.max()))
-    metrics[MIN_LENGTH] = Min(np.float64(lengths.min()))
-    metrics[MAX_LENGTH] = Max(np.float64(lengths.max()))
+        metrics[LOGP_DIFFERENCE_MAX] = Max(np.float64(difference.max(initial=0)))
+    metrics[MIN_LENGTH] = Min(np.float64(lengths.min(initial=episodes.size)))
+    metrics[MAX_LENGTH] = Max(np.float64(lengths.max(initial=0)))
     return metrics
 
 
 def evaluation_metrics(
-    names: Sequence[str], parts: Sequence[ScoredCompletions], rollouts: Sequence[RolloutScores]
+    names: Sequence[str], scored: ScoredEpisodes, rollout: RolloutScores | None
 ) -> dict[str, float]:
-    """Return the metrics of held-out prompts. rollouts: the parts with a reference's log-probs, or none."""
-    scores = np.concatenate([part.scores for part in parts])
-    reward_scores = np.concatenate([part.reward_scores for part in parts])
-    metrics = _length_metrics([part.completions for part in parts])
-    metrics |= {name: x for name, x in score_metrics(scores).items() if name != ZERO_STD}
-    metrics |= {name: x for name, x in reward_metrics(names, reward_scores).items() if x is not None}
-    metrics |= prompt_counts(names, scores, reward_scores)
-    metrics |= fault_metrics(sum((part.faults for part in parts), Faults()), reward_scores.size)
-    by_source = source_rewards(parts).items()
-    metrics |= {name: float(x.total / x.weight) for name, x in by_source if x.weight}
-    if rollouts:
-        kl = sum((rollout.logps - rollout.reference).sum() for rollout in rollouts)
-        metrics[KL] = float(kl / scores.size)
-    return metrics
+    """Return the metrics of held-out prompts. rollout: with a reference's log-probs, or None."""
+    means: MaybeMeans = _length_metrics(scored.episodes)
+    means |= {name: x for name, x in score_metrics(scored.scores).items() if name != ZERO_STD}
+    means |= reward_metrics(names, scored.reward_scores)
+    means |= prompt_counts(names, scored.scores, scored.reward_scores)
+    means |= fault_metrics(scored.faults, scored.reward_scores.size)
+    sums = source_rewards(scored) | episode_metrics(scored.episodes)
+    means |= {name: float(x.total / x.weight) for name, x in sums.items() if x.weight}
+    if rollout is not None:
+        means[KL] = _kl(scored.episodes, rollout)
+    return {name: x for name, x in means.items() if x is not None}
 
 
-def _length_metrics(parts: Sequence[Completions]) -> dict[str, float]:
-    lengths = np.concatenate([part.lengths for part in parts])
-    ended = np.concatenate([part.ended for part in parts])
+def _kl(episodes: Episodes, rollout: RolloutScores) -> float:
+    """The mean over episodes of the summed difference of log-probs to the reference's."""
+    valid = episodes.valid.ravel()
+    return float((rollout.logps - rollout.reference)[valid].sum() / max(valid.sum(), 1))
+
+
+def _length_metrics(episodes: Episodes) -> MaybeMeans:
+    valid = episodes.valid
+    if not valid.any():
+        return {MEAN_LENGTH: None, CLIPPED_RATIO: None}
+    lengths, ended = episodes.lengths[valid], episodes.ended[valid]
     return {MEAN_LENGTH: float(lengths.mean()), CLIPPED_RATIO: float((~ended).mean())}

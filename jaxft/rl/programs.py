@@ -13,12 +13,12 @@ from jaxft.batch import Rollout, TrainState
 from jaxft.data.pack import RowShape
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
-from jaxft.objectives.objective import Objective
-from jaxft.rl.completions import Completions
+from jaxft.objectives.objective import Objective, Scores
+from jaxft.rl.layout import PackedRows, to_microbatches
 from jaxft.tree import Aux, Params
 
 RowFunction = Callable[[Params, Aux, Rollout], Any]
-RolloutPass = Callable[[Completions, TrainState], Any]
+RolloutPass = Callable[[PackedRows, TrainState], Any]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class RolloutPrograms:
     """Compile functions of a rollout's rows, one program for each row shape.
 
     shapes: of a batch [micro, rows, ...] by row shape. rows: rows of a batch before padding for the mesh.
-    complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt with a
-    completion.
+    complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt with an
+    episode.
     """
 
     run: BoundRun
@@ -68,7 +68,7 @@ class RolloutPrograms:
     def compile(self, fn: RowFunction) -> RolloutPass:
         """Compile `fn(params, aux, batch)` of batches [micro, rows, ...] as a function of a whole rollout.
 
-        It runs `fn` on batches of the size that the policy is trained on and returns arrays [prompts, ...].
+        It runs `fn` on batches of the size that the policy is trained on and returns arrays [R, ...].
         """
         run = self.run
         jitted = jax.jit(fn, out_shardings=sharding.replicated(run.mesh))
@@ -81,28 +81,23 @@ class RolloutPrograms:
             for shape, batch in self.shapes.items()
         }
 
-        def over_rollout(completions: Completions, state: TrainState) -> Any:
-            program, params = programs[completions.row_shape], run.params(state)
-            rows = self.complete(completions.rows)
-            starts = range(0, rows.ids.shape[0], self.rows)
-            batches = [jax.tree.map(lambda x, s=start: x[s : s + self.rows], rows) for start in starts]
-            parts = [self._over_batch(program, params, state.aux, batch) for batch in batches]
-            count = len(completions.prompts)
-            return jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
+        def over_rollout(packed: PackedRows, state: TrainState) -> Any:
+            params, like, rows = run.params(state), self.shapes[packed.shape], self.complete(packed.rows)
+            parts = []
+            for start in range(0, len(packed.tokens), self.rows):
+                own = jax.tree.map(lambda x, s=start: x[s : s + self.rows], rows)
+                batch = sharding.shard_batch(run.mesh, to_microbatches(own, like, like.lengths.shape[-1]))
+                found = programs[packed.shape](params, state.aux, batch)
+                parts.append(jax.tree.map(self._without_padding, found))
+            return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
         return over_rollout
 
-    def _over_batch(self, program: Any, params: Params, aux: Aux, rows: Rollout) -> Any:
-        """The arrays [rows, ...] of one batch of rows, padded for the mesh and back."""
-        micro, padded_rows = next(iter(self.shapes.values())).ids.shape[:2]
-        own_rows = self.rows // micro
+    def _without_padding(self, x: jax.Array) -> np.ndarray:
+        """The arrays [rows, ...] of a batch's own rows."""
+        return np.asarray(x)[:, : self.rows // len(x)].reshape(self.rows, x.shape[-1])
 
-        def pad(x: np.ndarray) -> np.ndarray:
-            x = x.reshape(micro, own_rows, x.shape[-1])
-            return np.pad(x, ((0, 0), (0, padded_rows - own_rows), (0, 0)))
 
-        def unpad(x: jax.Array) -> np.ndarray:
-            return np.asarray(x)[:, :own_rows].reshape(self.rows, x.shape[-1])
-
-        batch = sharding.shard_batch(self.run.mesh, jax.tree.map(pad, rows))
-        return jax.tree.map(unpad, program(params, aux, batch))
+def score_tokens(objective: Objective, params: Params, aux: Aux, batch: Rollout) -> Scores:
+    """Return log-probs, the reference's and values of a batch [micro, rows, ...]."""
+    return jax.lax.map(lambda rows: objective.score(params, rows, aux), batch)

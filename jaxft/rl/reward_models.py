@@ -29,9 +29,10 @@ from jaxft.models.model import Model
 from jaxft.nn.layer_attention import varies_with_length
 from jaxft.nn.lora_rows import check_stackable, of_equal_shapes
 from jaxft.nn.quant import Quant
-from jaxft.rl.completions import Completions
+from jaxft.rl.episodes import Episodes
+from jaxft.rl.layout import PackedRows
 from jaxft.rl.programs import RolloutPrograms
-from jaxft.rl.rewards import Reward, RewardScores, ScoreCompletions, check_scores
+from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
 from jaxft.weights import adapters, hf_write, hub, init, peft, pretrained, storage
@@ -208,7 +209,7 @@ class HeadReward(Reward):
     name: str = "reward"
     pad: int | None = None
 
-    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Compile the pass that scores.
 
         Raises ValueError if the run has no such model, or if its rope depends on the length of a text:
@@ -227,9 +228,9 @@ class HeadReward(Reward):
             )
         scores_of = programs.compile(partial(head_scores, model, self))
 
-        def score(completions: Completions, state: TrainState) -> RewardScores:
-            group = completions.lengths.shape[1]
-            return RewardScores(scores_of(completions, state)[:, :group].ravel())
+        def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
+            scores = scores_of(rows, state)[: len(episodes.prompts), : episodes.group].ravel()
+            return RewardScores(np.where(episodes.lengths.ravel() > 0, scores, np.nan))
 
         return score
 
@@ -240,13 +241,14 @@ def head_scores(
     """Return the reward of each completion of a batch [micro, rows, ...], read at its last token."""
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
-        own = heads.view(params, reward.name)
-        before = jnp.sum(rows.segments > 0, 1, dtype=jnp.int32) - jnp.sum(rows.lengths, 1, dtype=jnp.int32)
-        last = jnp.maximum(before[:, None] + jnp.cumsum(rows.lengths, 1, dtype=jnp.int32) - 1, 0)
+        own, last = heads.view(params, reward.name), rows.last
         if reward.pad is not None:  # a completion of that one token is read at the prompt's last token
-            prompt = jnp.maximum(before - 1, 0)[:, None]
-            earlier = jnp.where(rows.lengths == 1, prompt, jnp.maximum(last - 1, 0))
-            last = jnp.where(jnp.take_along_axis(rows.ids, last, axis=1) == reward.pad, earlier, last)
+            shared = (rows.segments == 1) & (rows.branches == 0)
+            prompt = jnp.maximum(jnp.sum(shared, 1, dtype=jnp.int32) - 1, 0)[:, None]
+            at = partial(jnp.take_along_axis, axis=1)
+            earlier = jnp.maximum(last - 1, 0)
+            earlier = jnp.where(at(rows.branches, earlier) == at(rows.branches, last), earlier, prompt)
+            last = jnp.where(at(rows.ids, last) == reward.pad, earlier, last)
         return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
 
     return jax.lax.map(of_microbatch, batch)
@@ -285,14 +287,14 @@ class ModelReward(Reward):
         stored = pretrained.frozen_model(_headless(self.ref, self.dtype), self.quant, self.ref)
         return storage.sharded_shapes(stored, mesh)
 
-    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Load the weights onto the mesh and compile the pass that scores, for rows of several lengths."""
         score_texts = self.load(programs.run.mesh)
 
-        def score(completions: Completions, state: TrainState) -> RewardScores:
-            prompts = [completions.prompts.prompts[i] for i in completions.prompt_index]
-            scores = score_texts(prompts, completions.texts, completions.prompts.template)
-            return check_scores(scores, self.name, completions.row_names)
+        def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
+            prompts = [episodes.prompts.prompts[i] for i in episodes.prompt_index]
+            scores = score_texts(prompts, episodes.texts, episodes.prompts.template)
+            return check_scores(scores, self.name, episodes.row_names)
 
         return score
 

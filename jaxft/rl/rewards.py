@@ -3,9 +3,14 @@
 A reward function takes (prompt, completion, row) and returns a number. If it raises, or returns None, NaN or
 no number, the completion has no score: it is counted, excluded from training and from all means, and never
 silently worth 0.
+
+An async function, such as one that asks a judge on a server, is called as soon as a completion has ended, and
+goes on while others are sampled. Plain functions are called one after the other, on the main thread.
 """
 
+import asyncio
 import copy
+import inspect
 import json
 import math
 import re
@@ -21,13 +26,33 @@ from jaxtyping import Float, Shaped
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
-from jaxft.rl.completions import Completions, Faults
+from jaxft.rl.environments.calls import event_loop
+from jaxft.rl.episodes import Episodes, last_text
+from jaxft.rl.layout import PackedRows
+from jaxft.rl.play import Ended
 from jaxft.rl.programs import RolloutPrograms
+from jaxft.rl.trajectory import Trajectory
 from jaxft.tree import Params
 
+ASYNC_SECONDS = 600.0  # after which an async reward has no score
 SIGN, EXPONENT = r"(?:(?<![\w)])[-+])?", r"(?:[eE][-+]?\d+)?"  # 10-7 ends with a 7
 NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+){EXPONENT}")
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Counts of completions that a reward gave no score. first: a message about the first of them."""
+
+    raised: int = 0
+    not_a_number: int = 0
+    first: str = ""
+
+    def __add__(self, other: "Faults") -> "Faults":
+        return Faults(
+            self.raised + other.raised, self.not_a_number + other.not_a_number, self.first or other.first
+        )
 
 
 class RewardScores(NamedTuple):
@@ -37,7 +62,7 @@ class RewardScores(NamedTuple):
     faults: Faults = Faults()
 
 
-ScoreCompletions = Callable[[Completions, TrainState], RewardScores]
+ScoreEpisodes = Callable[[Episodes, PackedRows, TrainState], RewardScores]
 
 
 @runtime_checkable
@@ -48,7 +73,7 @@ class Reward(Protocol):
     def name(self) -> str:
         """The name in metrics and in completions.jsonl."""
 
-    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Load the models of the reward, compile their programs, and return the scoring function."""
 
     def fingerprint(self) -> str | None:
@@ -88,25 +113,56 @@ class FunctionReward(Reward):
             fn = fn.func
         return str(getattr(fn, "__name__", type(fn).__name__))
 
-    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is async."""
+        return any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
+
+    def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
+        """Begin a call with copies that the function may change, and return a function that ends it. An async
+        function goes on meanwhile.
+        """
+        given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
+        if not self.is_async:
+            return partial(self.fn, *given)
+        coroutine: Any = self.fn(*given)
+        waited = asyncio.wait_for(coroutine, ASYNC_SECONDS)
+        return asyncio.run_coroutine_threadsafe(waited, event_loop()).result
+
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Return the function that scores."""
 
-        def score(completions: Completions, state: TrainState) -> RewardScores:
-            prompts = completions.prompts
+        def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
+            prompts, index = episodes.prompts, episodes.prompt_index
+            chosen = np.flatnonzero(episodes.valid)
 
             def on_first() -> list[Any]:
                 scores, faults = call_reward(
                     self,
-                    [prompts.as_given(i) for i in completions.prompt_index],
-                    completions.texts,
-                    [(prompts.names[i], prompts.fields[i]) for i in completions.prompt_index],
+                    [prompts.as_given(index[i]) for i in chosen],
+                    [episodes.texts[i] for i in chosen],
+                    [(prompts.names[index[i]], prompts.fields[index[i]]) for i in chosen],
+                    [episodes.begun.get((self, i)) for i in chosen],
                 )
                 return [scores.tolist(), faults.raised, faults.not_a_number, faults.first]
 
             scores, *faults = processes.from_first_process(on_first)
-            return RewardScores(np.array(scores), Faults(*faults))
+            found = np.full(len(index), np.nan)
+            found[chosen] = scores
+            return RewardScores(found, Faults(*faults))
 
         return score
+
+
+@dataclass(frozen=True)
+class EnvironmentReward(Reward):
+    """The score that a run's environment has given an episode."""
+
+    name: str = "environment"
+
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
+        """Return the function that reads the scores."""
+        return lambda episodes, rows, state: RewardScores(episodes.scores)
 
 
 def unique_names(rewards: Sequence[Reward]) -> list[str]:
@@ -118,17 +174,44 @@ def unique_names(rewards: Sequence[Reward]) -> list[str]:
     ]
 
 
+def begin_async(
+    rewards: Sequence[Any], prompts: TokenisedPrompts, group: int
+) -> tuple[dict[Any, Callable[[], Any]], Ended]:
+    """Return (calls begun, a function that begins the async rewards of an episode that has ended); see
+    Episodes.begun.
+    """
+    begun = dict[Any, Callable[[], Any]]()
+    chosen = [r for r in rewards if isinstance(r, FunctionReward) and r.is_async]
+
+    def ended(number: int, parts: Sequence[Trajectory]) -> None:
+        if parts[0].fault or not processes.is_first():
+            return
+        prompt, text = number // group, last_text(parts[0].turns)
+        for reward in chosen:
+            call = reward.begin(prompts.as_given(prompt), text, prompts.fields[prompt])
+            begun[reward, number] = call
+
+    return begun, ended
+
+
 def call_reward(
     reward: FunctionReward,
     prompts: Sequence[Any],
     completions: Sequence[str],
     rows: Sequence[tuple[str, dict[str, Any]]],
+    begun: Sequence[Callable[[], Any] | None] = (),
 ) -> RewardScores:
-    """Call a reward function for each completion, with copies that it may change. rows: names and columns."""
+    """Call a reward function for each completion, with copies that it may change. rows: names and columns.
+    begun: calls that have begun, if any has.
+    """
     scores, faults = np.full(len(completions), np.nan), Faults()
-    for i, (prompt, completion, (row, columns)) in enumerate(zip(prompts, completions, rows, strict=True)):
+    given = list(zip(prompts, completions, [columns for _, columns in rows], strict=True))
+    calls = list(begun) or [None] * len(rows)
+    if reward.is_async:  # all at once
+        calls = [call or reward.begin(*args) for call, args in zip(calls, given, strict=True)]
+    for i, (call, args, (row, _)) in enumerate(zip(calls, given, rows, strict=True)):
         try:
-            value = reward.fn(copy.deepcopy(prompt), completion, copy.deepcopy(columns))
+            value = (call or reward.begin(*args))()
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             text = " ".join(str(error).split())[:200]
             message = f"reward {reward.name} raised {type(error).__name__}: {text} ({row})"

@@ -1,69 +1,224 @@
-"""Rollouts: sample completions with the current policy, score them, and make batches for a policy objective.
+"""Rollouts: sample episodes with the current policy, score them, and make batches for an objective.
 
 Rollout k is sampled at step k * steps_per_rollout, with the state of that step, and used for that many steps.
 A run is therefore saved between rollouts only; one that is killed inside a rollout resumes at the rollout's
-first step and samples the same completions again.
+first step and repeats it from its record.
 """
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from jaxft.batch import Rollout, TrainState
+from jaxft.batch import Pairs, Rollout, TrainState
+from jaxft.bounds import above
 from jaxft.data import chat, prompts
 from jaxft.data.invalid import add_counts
-from jaxft.data.prompt_rows import PromptRows
+from jaxft.data.next_turn import restart_notes
+from jaxft.data.pack import round_up
+from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
-from jaxft.objectives.objective import Objective
-from jaxft.rl.advantages import GroupScores, Moments, PerToken, has_score, per_token, update_moments
-from jaxft.rl.completions import ScoredCompletions, TrainingRollout, append_table
-from jaxft.rl.estimators import example_rollout
-from jaxft.rl.layout import RolloutShapes, rollout_shapes, to_microbatches, to_rows
+from jaxft.objectives.objective import Objective, Scores, same_batch
+from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
+from jaxft.rl.environment import environment_of
+from jaxft.rl.estimators import RolloutScores, example_rollout
+from jaxft.rl.importance import weight_metrics
+from jaxft.rl.layout import (
+    PackedRows,
+    RolloutShapes,
+    pack_episodes,
+    per_episode,
+    rollout_shapes,
+    to_microbatches,
+)
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
-from jaxft.rl.programs import BoundRun, RolloutPrograms
-from jaxft.rl.rules import Rules
-from jaxft.rl.sampler import RolloutScorer, Sampler, compile_rollout_sampler, compile_rollout_scorer
+from jaxft.rl.play import EpisodeLimits, Play
+from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms, score_tokens
+from jaxft.rl.record import append_table, clear_records
+from jaxft.rl.rewards import ScoreEpisodes
+from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
+from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
 from jaxft.tree import Batch, Metrics
 
-UNBOUND = "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
-EVALUATION = 2**31 - 1  # rollout number from which the sampling key of held-out prompts is derived
+
+class ScoredRollout(NamedTuple):
+    """A scored rollout with its rows. tokens: scores, log-probs and values of each sampled token. recomputed:
+    whether its log-probs are the training program's rather than the sampler's.
+    """
+
+    number: int
+    scored: ScoredEpisodes
+    packed: PackedRows
+    tokens: RolloutScores
+    recomputed: bool
+
+
+@dataclass(frozen=True)
+class TrainingRollout:
+    """A rollout from which training batches are built: rows of all prompts, without weights.
+
+    policy_mask: episodes (or pairs) that the policy is trained on. scored: episodes that have a score.
+    """
+
+    number: int
+    rows: Rollout | Pairs
+    lengths: GroupLengths
+    policy_mask: Bool[np.ndarray, "..."]
+    scored: GroupMask
+    metrics: Metrics
+
+
+class BatchKind(NamedTuple):
+    """How scored rollouts become batches, as functions of the data's settings.
+
+    shapes(data, longest prompt, shards) -> those of training batches, the largest last.
+    rows(data, rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the
+    batch of some of its prompts. shape: of the largest batch. of_tokens: whether batches are for a policy
+    objective, which has log-probs and advantages of tokens.
+    """
+
+    shapes: Callable[[Any, int, int], tuple[Batch, ...]]
+    rows: Callable[[Any, ScoredRollout, Any], TrainingRollout]
+    batch: Callable[[Any, TrainingRollout, Int[np.ndarray, " rows"], bool, Any], Batch]
+    of_tokens: bool = False
+
+
+def policy_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Rollout, ...]:
+    """Return the shapes of an optimizer step's batch, whose rows hold a prompt and its group."""
+    return rollout_shapes(data, longest, shards).batches
+
+
+def policy_rows(data: "Rollouts", rollout: ScoredRollout, shape: Rollout) -> TrainingRollout:
+    """Estimate advantages, and add them to the rows with the log-probs and values of their tokens."""
+    rules, scored, tokens, packed = data.rules, rollout.scored, rollout.tokens, rollout.packed
+    estimate, episodes, mask = rules.estimate(tokens), scored.episodes, rules.policy_mask(scored)
+    check_advantages(data.group, scored.scores, estimate.advantages)
+    metrics = rollout_metrics(rules.reward_names, scored, tokens, mask, rollout.recomputed)
+    metrics |= as_sums(estimate.metrics, mask.size)
+    advantages, logps = estimate.advantages, tokens.logps if rollout.recomputed else None
+    if rules.correction is not None:
+        weights = rules.correction(tokens.logps - episodes.logps, episodes.lengths.ravel())
+        advantages = advantages * weights.tokens
+        metrics |= weight_metrics(weights)
+    if rules.ratio_to_sampler:
+        logps = episodes.logps
+
+    def rows_of(x: PerToken | None) -> Any:
+        return None if x is None else packed.from_tokens(x)
+
+    rows = replace(
+        packed.rows,
+        logps=rows_of(logps),
+        reference=rows_of(tokens.reference),
+        values=rows_of(tokens.values),
+        advantages=rows_of(advantages),
+        returns=rows_of(estimate.returns),
+    )
+    return TrainingRollout(rollout.number, rows, episodes.lengths, mask, has_score(scored.scores), metrics)
+
+
+def rollout_batch(
+    data: "Rollouts",
+    rollout: TrainingRollout,
+    chosen: Int[np.ndarray, " rows"],
+    trains_policy: bool,
+    shape: Rollout,
+) -> Rollout:
+    """Return the batch of the chosen prompts, with weights that sum to 1. trains_policy: if False, only a
+    critic is trained.
+    """
+    rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)
+    lengths, size = rollout.lengths[chosen], data.sampled_length
+    weights = data.rules.token_weights(lengths, rollout.policy_mask[chosen] & trains_policy, size)
+    rows = replace(rows, policy_weights=per_episode(weights, rows))
+    if rows.values is not None:
+        weights = token_mean(lengths, rollout.scored[chosen], size)
+        rows = replace(rows, value_weights=per_episode(weights, rows))
+    if rows.observation_weights is not None:
+        given = rows.observation_weights * trains_policy
+        rows = replace(rows, observation_weights=given / max(float(given.sum()), 1.0))
+    return to_microbatches(rows, shape, data.group)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Prompts):
-    """Data of a run with a policy objective: prompts, and the rules by which completions are scored and
-    trained on.
+    """Data of a run with a policy objective: prompts, and the rules by which episodes are scored and trained
+    on.
+
+    environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
+    turn. A row is large enough for a prompt of each episode, unless `reset` is annotated to return None.
+    tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder of a
+    run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights of
+    the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
+    environment: Callable | None = None
+    tools: tuple[Callable, ...] = ()
+    timeout: Annotated[float, above(0)] = 30.0
+    replay: str | None = None
+    observations: bool = False
+    kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, rollout_batch, of_tokens=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not environment_of(self.environment, self.tools).continues and self.max_turns > 1:
+            raise ValueError(
+                f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
+            )
+        if self.observations and self.max_turns == 1:
+            raise ValueError(
+                "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
+                "nothing. Set data.max_turns with an environment or tools, or leave echo out."
+            )
+
+    @property
+    def reads_given(self) -> bool:
+        """Whether batches read log-probs of given tokens too."""
+        return self.observations
+
+    @property
+    def starts_per_row(self) -> int:
+        """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
+        return self.group if environment_of(self.environment, self.tools).resets else 1
+
+    def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
+        """Return how episodes are played. stop: tokens that end a turn."""
+        sizes = self.max_turns, self.max_new, self.episode_length, self.max_prompt
+        return Play(
+            environment_of(self.environment, self.tools), tokenizer, stop, EpisodeLimits(*sizes, self.timeout)
+        )
 
     def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
         """Return lines about reward models, log-probs that are not recomputed and the model's rope; see
         Dataset.start_lines.
         """
-        return [*reward_lines(self), *recomputation_lines(self, objective), *rope_lines(self, a)]
+        lines = [line for reward in self.rules.rewards for line in reward.start_lines()]
+        lines += recomputation_lines(self, objective) if self.kind.of_tokens else []
+        return lines + rope_lines(self, a)
 
-    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RolloutSource":
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
-        return RolloutSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
+        return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
     def abstract(self, shards: int = 1) -> Batch:
         """Return the shapes of the largest batch that the settings allow, without reading any row."""
-        return prompts.rollout_batch_shapes(self, prompts.group_row_shape(self, self.max_prompt), shards)
+        return self.kind.shapes(self, self.max_prompt, shards)[-1]
 
 
-@dataclass(frozen=True)
-class RolloutSource:
-    """The tokenised prompts of a run; see data.source.Source. `bind` compiles the sampler and the scorer.
+@dataclass
+class PromptSource:
+    """The prompts of a run as a source whose batches are the prompts alone; see data.source.Source. `bind`
+    returns the source that samples episodes for them.
 
     most_evaluated: held-out prompts that an evaluation reads, None for all.
     """
@@ -72,65 +227,72 @@ class RolloutSource:
     tokenizer: Any
     train: PromptRows
     eval_prompts: PromptRows
-    shards: int
-    held_out: tuple[()] = ()
+    shards: int = 1
     most_evaluated: int | None = None
+    held_out: ClassVar[tuple[()]] = ()
 
     @cached_property
     def info(self) -> SourceInfo:
         """Counts, fingerprint and the number of steps."""
         return rollout_info(self.data, self.tokenizer, self.train, self.eval_prompts)
 
-    @cached_property
-    def rollout_shapes(self) -> RolloutShapes:
-        """Shapes of the rows of a rollout."""
-        return rollout_shapes(self.data, prompts.longest_prompt(self.train, self.eval_prompts), self.shards)
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt; data.max_prompt where an environment or tools change prompts."""
+        if self.data.environment is not None or self.data.tools:
+            return self.data.max_prompt
+        return prompts.longest_prompt(self.train, self.eval_prompts)
 
     @property
     def shapes(self) -> tuple[Batch, ...]:
         """The shapes that training batches have, the largest last."""
-        return self.rollout_shapes.batches
+        return self.data.kind.shapes(self.data, self.longest, self.shards)
 
-    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "BoundRollouts":
-        """Compile the sampler and the scorer for a run and return the source that uses them.
+    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "RolloutSource":
+        """Compile the sampler and the rewards for a run, and return the source that uses them.
 
         saved: `state_dict` of the checkpoint to resume from. Raises ValueError for an objective or an
         optimizer that contradicts the settings.
         """
-        check_policy_run(self.data, run)
-        recompute = needs_recomputed_logps(self.data, run.objective)
-        complete = run.objective.batch_spec if recompute else without_logps
-        programs = self.programs(run, complete)
-        return BoundRollouts(
-            source=self,
-            run=run,
-            sampler=compile_rollout_sampler(run, self.data, self.tokenizer, self.rollout_shapes),
-            scorer=compile_rollout_scorer(self.data.rules, programs, recompute),
-            shapes=tuple(programs.shapes.values()),
-            moments=saved_moments(saved),
-        )
+        data, of_tokens = self.data, self.data.kind.of_tokens
+        if of_tokens:
+            check_policy_run(data, run)
+        if saved is None:
+            clear_records(run.folder)
+        recompute = of_tokens and needs_recomputed_logps(data, run.objective)
+        has_logps = recompute or data.rules.ratio_to_sampler
+        spec = run.objective.batch_spec if of_tokens else same_batch
 
-    def programs(self, run: BoundRun, complete: Any) -> RolloutPrograms:
-        """Return the row shapes of this source with a compiler of passes over them; see RolloutPrograms.
-        complete(rows) adds the fields of a training batch.
-        """
-        sizes = self.rollout_shapes
+        def complete(batch: Rollout) -> Rollout:
+            return spec(batch) if has_logps else without_logps(spec(batch))
+
+        sizes = rollout_shapes(data, self.longest, self.shards)
         shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
-        return RolloutPrograms(run, shapes, self.data.units_per_step, complete, self.data.max_length)
+        programs = RolloutPrograms(run, shapes, data.units_per_step, complete, data.max_length)
+        return RolloutSource(
+            **{field.name: getattr(self, field.name) for field in fields(PromptSource)},
+            run=run,
+            sample=compile_rollout_sampler(run, data, self.tokenizer, sizes),
+            rewards=tuple(reward.prepare(programs) for reward in data.rules.rewards),
+            token_scores=programs.compile(partial(score_tokens, run.objective)) if recompute else None,
+            sizes=sizes,
+            batch_shapes=tuple(shapes.values()) if of_tokens else self.shapes,
+            history=History(**saved) if saved else History(),
+        )
 
     def given(self, step: int) -> Batch:
         """Return the prompts of a step as rows of tokens without targets."""
         return prompts.prompt_tokens(self.data, self.train, step, self.shards)
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
-        """Raise ValueError: only a bound source can sample completions."""
-        raise ValueError(UNBOUND)
+        """Return the prompts of a step."""
+        return self.given(step), {}
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Raise ValueError: only a bound source can sample completions."""
-        raise ValueError(UNBOUND)
+        """Return {}: prompts alone have no metrics."""
+        return {}
 
-    def limit_evaluation(self, most: int | None) -> "RolloutSource":
+    def limit_evaluation(self, most: int | None) -> Any:
         """Return the source whose evaluations read at most so many held-out prompts."""
         return replace(self, most_evaluated=most)
 
@@ -157,139 +319,124 @@ class RolloutSource:
         return {}
 
 
-@dataclass
-class BoundRollouts:
-    """The rollouts of a compiled run; see data.source.Source.
-
-    shapes: of training batches. moments: of all scores so far, for Rules.scale. A batch is a
-    function of step, state and moments; the current rollout is cached until the next one begins.
+class History(NamedTuple):
+    """What outlives a rollout, as a checkpoint stores it. moments: of all scores so far, for Rules.scale.
+    reported: kinds of faults of which one has been printed.
     """
 
-    source: RolloutSource
+    moments: list[float] = [0.0, 0.0, 0.0]
+    reported: list[str] = []
+
+
+@dataclass(kw_only=True)
+class RolloutSource(PromptSource):
+    """Rollouts of a compiled run; see data.source.Source. A batch is a function of step, state and history.
+
+    token_scores: the pass that recomputes log-probs, None to use the sampler's. sizes: of the rows of
+    rollouts. current: the rollout in use, None before the first.
+    """
+
     run: BoundRun
-    sampler: Sampler
-    scorer: RolloutScorer
-    shapes: tuple[Batch, ...]
-    moments: Moments
-    held_out: tuple[()] = ()
-    _current: TrainingRollout | None = field(default=None, repr=False)
-    _warned: bool = False
+    sample: SampleEpisodes
+    rewards: tuple[ScoreEpisodes, ...]
+    token_scores: RolloutPass | None
+    sizes: RolloutShapes
+    batch_shapes: tuple[Batch, ...]
+    history: History = History()
+    current: TrainingRollout | None = None
 
     @property
-    def info(self) -> SourceInfo:
-        """Counts, fingerprint and the number of steps."""
-        return self.source.info
-
-    @property
-    def data(self) -> Rollouts:
-        """The settings."""
-        return self.source.data
-
-    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "BoundRollouts":
-        """Return the source bound to another run."""
-        return self.source.bind(run, saved)
-
-    def row_names(self, step: int) -> list[str]:
-        """Return the names of the dataset rows whose prompts an optimizer step uses."""
-        return self.source.row_names(step)
-
-    def prompts(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts."""
-        return self.source.prompts(count)
-
-    def given(self, step: int) -> Batch:
-        """Return the prompts of a step as rows of tokens without targets."""
-        return self.source.given(step)
-
-    def held_out_name(self, position: int) -> str:
-        """Return the name of a held-out row."""
-        return self.source.held_out_name(position)
-
-    def limit_evaluation(self, most: int | None) -> "BoundRollouts":
-        """Return the source whose evaluations read at most so many held-out prompts."""
-        return replace(self, source=self.source.limit_evaluation(most))
+    def shapes(self) -> tuple[Batch, ...]:
+        """The shapes that training batches have, the largest last."""
+        return self.batch_shapes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moments of all scores so far."""
-        return {"moments": self.moments.tolist()}
+        """Return what outlives a rollout."""
+        return self.history._asdict()
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
         """Return the batch of a step and its rollout's metrics. A rollout is sampled at its first step."""
-        number, part = divmod(step, self.data.steps_per_rollout)
-        if self._current is None or self._current.number != number:
+        data, (number, part) = self.data, divmod(step, self.data.steps_per_rollout)
+        if self.current is None or self.current.number != number:
             if part:
                 raise ValueError(
                     f"step {step} is inside rollout {number}. A run resumes at the first step of a rollout."
                 )
-            self._current = self._new_rollout(number, state)
-        chosen = prompts.prompts_of_step(self.data, number, part)
-        warmed_up = number >= self.data.rules.warm_up
-        trains_policy = warmed_up and not self._beyond_target_kl(self._current, part, state)
-        return self._training_batch(self._current, chosen, trains_policy), self._current.metrics
+            self.current = self._new_rollout(number, state)
+        chosen = prompts.prompts_of_step(data, number, part)
+        trains_policy = number >= data.rules.warm_up and not self._beyond_target_kl(self.current, part, state)
+        batch = data.kind.batch(data, self.current, chosen, trains_policy, self.shapes[-1])
+        return batch, self.current.metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Score data.eval_group completions of each held-out prompt, always sampled with the same keys."""
-        eval_prompts, size = self.source.eval_prompts, self.data.batch
-        numbers = spread(len(eval_prompts), self.source.most_evaluated)
-        chosen = [
-            eval_prompts.select(numbers[start : start + size]) for start in range(0, len(numbers), size)
-        ]
-        if not chosen:
+        """Score data.eval_group episodes of each held-out prompt, always sampled with the same keys."""
+        numbers, rules = spread(len(self.eval_prompts), self.most_evaluated), self.data.rules
+        if not numbers:
             return {}
-        sampled = self.sampler.sample_parts(chosen, self.data.eval_group, EVALUATION, state)
-        parts = [self.scorer.score(completions, state) for completions in sampled]
-        has_reference = self.run.objective.facts.reference != "none" and self.scorer.token_scores is not None
-        rollouts = [self.scorer.rollout_scores(part, state) for part in parts] if has_reference else []
-        return evaluation_metrics(self.data.rules.reward_names, parts, rollouts)
+        chosen = self.eval_prompts.select(numbers)
+        scored, packed = self._scored(chosen, self.data.eval_group, EVALUATION, state)
+        has_reference = self.run.objective.facts.reference != "none" and self.token_scores is not None
+        tokens = self._of_tokens(scored, packed, state) if has_reference else None
+        return evaluation_metrics(rules.reward_names, scored, tokens)
 
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
-        """Sample and score rollout `number`. Raises ValueError if none of its completions has a score."""
-        source, rules = self.source, self.data.rules
-        chosen = source.train.select(source.prompt_numbers(number))
-        scored = self.scorer.score(self.sampler.sample(chosen, self.data.group, number, state), state)
-        fault = scored.faults.first
+        """Sample and score rollout `number`. Raises ValueError if none of its episodes has a score."""
+        data, rules = self.data, self.data.rules
+        chosen = self.train.select(self.prompt_numbers(number))
+        scored, packed = self._scored(chosen, data.group, number, state)
+        messages = fault_messages(scored)
         if not has_score(scored.scores).any():
-            reason = fault or "none has all of its rewards"
-            raise ValueError(f"no completion of rollout {number + 1} has a score: {reason}.")
+            reason = next(iter(messages.values()), "none has all of its rewards.")
+            raise ValueError(
+                f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
+            )
+        new = [kind for kind in messages if kind not in self.history.reported]
         if processes.is_first():
-            if fault and not self._warned:
-                print(
-                    f"rollout {number + 1}: {fault}; this completion has no score. "
-                    "Further faults are only counted.",
-                    flush=True,
-                )
-                self._warned = True
-            first_step = number * self.data.steps_per_rollout + 1
+            for kind in new:
+                print(f"rollout {number + 1}: {messages[kind]}", flush=True)
+            first_step = number * data.steps_per_rollout + 1
             append_table(self.run.folder / "completions.jsonl", first_step, scored, rules.reward_names)
-        self.moments = update_moments(self.moments, scored.scores)
-        return self._training_rollout(number, scored, state)
-
-    def _training_rollout(self, number: int, scored: ScoredCompletions, state: TrainState) -> TrainingRollout:
-        """Estimate advantages and convert per-token values to rows."""
-        rules, completions = self.data.rules, scored.completions
-        rollout = self.scorer.rollout_scores(scored, state)
+        moments = update_moments(np.array(self.history.moments), scored.scores)
+        self.history = History(moments.tolist(), self.history.reported + new)
+        tokens = self._of_tokens(scored, packed, state)
         if rules.scale is not None:
-            rollout = replace(rollout, scores=rules.scale(scored.scores, self.moments))
-        estimate = rules.estimate(rollout)
-        check_advantages(self.data.group, scored.scores, estimate.advantages)
-        policy_mask = rules.policy_mask(scored)
+            scaled = {"scores": rules.scale(scored.scores, moments)}
+            if tokens.turn_rewards is not None:
+                scaled["turn_rewards"] = rules.scale(tokens.turn_rewards, moments)
+            tokens = replace(tokens, **scaled)
+        rollout = ScoredRollout(number, scored, packed, tokens, self.token_scores is not None)
+        return data.kind.rows(data, rollout, self.shapes[-1])
 
-        def rows_of(x: PerToken | None) -> Any:
-            return None if x is None else to_rows(x, completions.lengths, completions.row_shape.reads)
+    def _scored(
+        self, chosen: TokenisedPrompts, group: int, number: int, state: TrainState
+    ) -> tuple[ScoredEpisodes, PackedRows]:
+        """Sample `group` episodes of each prompt, arrange them in rows and score them."""
+        episodes = self.sample(chosen, group, number, state)
+        rows = round_up(len(chosen), self.data.units_per_step)
+        sizes, size = self.sizes, (rows, self.data.group)
+        packed = pack_episodes(episodes, sizes.smallest(episodes), size, sizes.reads_given)
+        return self.data.rules.score(
+            episodes, [score(episodes, packed, state) for score in self.rewards]
+        ), packed
 
-        recomputed = self.scorer.token_scores is not None
-        rows = replace(
-            completions.rows,
-            logps=rows_of(rollout.logps) if recomputed else None,
-            reference=rows_of(rollout.reference),
-            values=rows_of(rollout.values),
-            advantages=rows_of(estimate.advantages),
-            returns=rows_of(estimate.returns),
-        )
-        metrics = rollout_metrics(rules.reward_names, scored, rollout, policy_mask, recomputed)
-        metrics |= as_sums(estimate.metrics, policy_mask.size)
-        return TrainingRollout(
-            number, rows, completions.lengths, policy_mask, has_score(scored.scores), metrics
+    def _of_tokens(self, scored: ScoredEpisodes, packed: PackedRows, state: TrainState) -> RolloutScores:
+        """Return the scores with log-probs, reference and values of each sampled token."""
+        episodes, rules = scored.episodes, self.data.rules
+        found = Scores() if self.token_scores is None else self.token_scores(packed, state)
+        logps, reference, values = (None if x is None else packed.to_tokens(x, episodes) for x in found)
+        in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, episodes.most_turns > 1
+        return RolloutScores(
+            scores=scored.scores,
+            lengths=episodes.lengths,
+            ended=episodes.ended,
+            logps=episodes.logps.astype(np.float64) if logps is None else logps,
+            reference=reference,
+            values=values,
+            reward_scores=scored.reward_scores,
+            reward_weights=rules.reward_weights,
+            kl_coef=float(jax.device_get(state.aux["kl_coef"])) if in_rewards else None,
+            turns=episodes.turns if has_turns else None,
+            turn_rewards=rules.turn_weight * episodes.turn_rewards if has_turns else None,
         )
 
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
@@ -306,23 +453,6 @@ class BoundRollouts:
             return False
         (total, weight), bad = jax.device_get((state.aux["approx_kl"], state.bad))
         return bool(bad[1] < part and total > target * weight)
-
-    def _training_batch(
-        self, rollout: TrainingRollout, chosen: Int[np.ndarray, " rows"], trains_policy: bool
-    ) -> Batch:
-        """Return the batch of the chosen prompts, with weights that sum to 1."""
-        data, lengths = self.data, rollout.lengths[chosen]
-        rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)
-
-        def rows_of(weights: GroupScores) -> Any:
-            return to_rows(per_token(weights, lengths, data.max_new), lengths, rows.read.shape[1])
-
-        mask = rollout.policy_mask[chosen] & trains_policy
-        weights = {"policy_weights": rows_of(data.rules.token_weights(lengths, mask, data.max_new))}
-        if rows.values is not None:
-            scored = rollout.scored[chosen]
-            weights["value_weights"] = rows_of(token_mean(lengths, scored, data.max_new))
-        return to_microbatches(replace(rows, **weights), self.shapes[-1], data.group)
 
 
 def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts: PromptRows) -> SourceInfo:
@@ -350,6 +480,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         learned=learned_completions(data.rules),
     )
     examples, how = (*train.examples, *eval_prompts.examples), (tokenizer, data.template_settings)
+    played = environment_of(data.environment, data.tools)
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
@@ -362,7 +493,8 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
         warnings=tuple(dict.fromkeys(train.notes + eval_prompts.notes))
         + chat.tools_warnings(examples, *how)
-        + chat.content_warnings(examples, *how),
+        + chat.content_warnings(examples, *how)
+        + (restart_notes(played.schemas, *how) if data.max_turns > 1 else ()),
     )
 
 
@@ -388,6 +520,11 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
             f"data.temperature={data.temperature} differs from the objective's {facts.temperature}, but "
             "log-probs must be those of the sampling distribution. Make them equal."
         )
+    if facts.observations != data.observations:
+        raise ValueError(
+            f"data.observations={str(data.observations).lower()} does not fit the objective: policy.echo "
+            "needs true, others false."
+        )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
             "target_kl ends a rollout's passes early, but here a rollout has one step. Raise data.passes, or "
@@ -407,14 +544,9 @@ def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> N
         )
 
 
-def reward_lines(data: Rollouts) -> list[str]:
-    """Return the lines of the rewards for the start of a run."""
-    return [line for reward in data.rules.rewards for line in reward.start_lines()]
-
-
 def recomputation_lines(data: Rollouts, objective: Objective) -> list[str]:
     """Return a line about log-probs of sampling that are not recomputed, [] where they are."""
-    if needs_recomputed_logps(data, objective):
+    if data.rules.ratio_to_sampler or needs_recomputed_logps(data, objective):
         return []
     return [
         "log-probs are not recomputed after sampling: each rollout has one update, in which the ratio to the "
@@ -438,18 +570,16 @@ def rope_lines(data: Rollouts, a: AttentionLayers) -> list[str]:
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
     """Whether log-probs are recomputed with the training program after sampling.
 
-    That is not necessary for a single on-policy update without reference or critic: the ratio is 1.
+    That is not necessary for a single on-policy update without reference or critic, as the ratio is 1, nor
+    for a ratio to the sampler.
     """
+    scored = objective.facts.reference != "none" or objective.facts.critic
+    if data.rules.ratio_to_sampler:
+        return scored
     quantised = data.kv_cache != "compute"  # the sampler's log-probs have an error, which is to be logged
-    several = data.steps_per_rollout > 1
-    return several or quantised or objective.facts.reference != "none" or objective.facts.critic
+    return scored or quantised or data.steps_per_rollout > 1 or data.rules.correction is not None
 
 
 def without_logps(batch: Rollout) -> Rollout:
     """Return the batch (arrays or shapes) of one on-policy update: without log-probs the ratio is 1."""
     return replace(batch, logps=None)
-
-
-def saved_moments(saved: dict[str, Any] | None) -> Moments:
-    """Return the moments of a checkpoint, zeros without one."""
-    return np.array(saved["moments"]) if saved else np.zeros(3)

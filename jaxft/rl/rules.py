@@ -11,15 +11,27 @@ import numpy as np
 from jaxft.bounds import at_least, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
-from jaxft.rl.completions import Completions, Faults, ScoredCompletions
+from jaxft.rl.episodes import Episodes
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
-from jaxft.rl.rewards import FunctionReward, Reward, RewardScores, unique_names
+from jaxft.rl.importance import Correction
+from jaxft.rl.rewards import EnvironmentReward, Faults, FunctionReward, Reward, RewardScores, unique_names
 from jaxft.rl.token_weights import TokenWeights, token_mean
 
 Combine = Callable[[ScoresPerReward, Sequence[float]], GroupScores]
 Shape = Callable[[GroupScores, GroupLengths, GroupMask], GroupScores]
 Scale = Callable[[GroupScores, Moments], GroupScores]
 Filter = Callable[[GroupScores], GroupMask]
+
+
+@dataclass(frozen=True)
+class ScoredEpisodes:
+    """Episodes with the scores of each reward, their combination, and that after shaping; NaN for none."""
+
+    episodes: Episodes
+    reward_scores: ScoresPerReward
+    combined: GroupScores
+    scores: GroupScores
+    faults: Faults
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,9 @@ class Rules:
         its lengths.
     train_on_truncated: whether to train on completions without an end token, cut off at max_new.
     warm_up: number of rollouts at the start that train the critic alone.
+    correction: importance weights between sampler and training program, see importance.py; None for none.
+    ratio_to_sampler: whether the ratio of a policy loss is to the sampler's probabilities rather than to the
+        training program's at sampling: verl's bypass mode, advised for DPPO (arXiv:2602.04879, section 5.2).
     """
 
     rewards: tuple[Reward, ...]
@@ -51,6 +66,8 @@ class Rules:
     filter: Filter | None = None
     train_on_truncated: bool = True
     warm_up: Annotated[int, at_least(0)] = 0
+    correction: Correction | None = None
+    ratio_to_sampler: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, "data.rules")
@@ -71,6 +88,14 @@ class Rules:
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))
         if self.filter is not None:
             require_signature(self.filter, "filter", ("scores",))
+        if self.correction is not None:
+            require_signature(self.correction, "correction", ("log_ratio", "lengths"))
+            self.correction(np.zeros((1, 1)), np.ones(1, int))  # it checks its bounds
+            if self.ratio_to_sampler:
+                raise ValueError(
+                    "correction is for a ratio to the training program, ratio_to_sampler=true needs none. "
+                    "Set only one of them."
+                )
 
     @property
     def reward_names(self) -> list[str]:
@@ -82,21 +107,43 @@ class Rules:
         """Whether an optimizer step may contain no completion to train the policy on."""
         return bool(self.warm_up) or self.filter is not None or not self.train_on_truncated
 
-    def score(self, completions: Completions, by_reward: Sequence[RewardScores]) -> ScoredCompletions:
-        """Combine and shape the scores of each reward."""
-        lengths = completions.lengths
+    @property
+    def turn_weight(self) -> float:
+        """The weight of the environment's rewards of turns: that of its score, 0 without it."""
+        own = [isinstance(reward, EnvironmentReward) for reward in self.rewards]
+        return float(np.dot(own, self.reward_weights))
+
+    def score(self, episodes: Episodes, by_reward: Sequence[RewardScores]) -> ScoredEpisodes:
+        """Combine and shape the scores of each reward. An episode with a fault has no score."""
+        lengths, valid = episodes.lengths, episodes.valid
         each = np.stack([one.scores for one in by_reward], 1).astype(np.float64)
-        each = each.reshape(*lengths.shape, len(by_reward))
+        each = np.where(valid[..., None], each.reshape(*lengths.shape, len(by_reward)), np.nan)
         combined = scores = self.combine(each, self.reward_weights)
         if self.shape is not None:
-            scores = self.shape(combined, lengths, completions.ended)
+            scores = self.shape(combined, lengths, episodes.ended)
         faults = sum((one.faults for one in by_reward), Faults())
-        return ScoredCompletions(completions, each, combined, scores, faults)
+        return ScoredEpisodes(episodes, each, combined, scores, faults)
 
-    def policy_mask(self, scored: ScoredCompletions) -> GroupMask:
-        """Return the mask of completions that the policy is trained on."""
-        mask = adv.has_score(scored.scores) & (scored.completions.ended | self.train_on_truncated)
+    def policy_mask(self, scored: ScoredEpisodes) -> GroupMask:
+        """Return the mask of episodes that the policy is trained on."""
+        mask = adv.has_score(scored.scores) & (scored.episodes.ended | self.train_on_truncated)
         return mask & (True if self.filter is None else self.filter(scored.combined))
+
+
+def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
+    """Return a message about the first fault of each kind."""
+    found = {}
+    if scored.faults.first:
+        found["reward"] = (
+            f"{scored.faults.first}; this completion has no score. Further faults are only counted."
+        )
+    episodes = scored.episodes
+    for parts, row in zip(episodes.episodes, episodes.row_names, strict=True):
+        for kind, text in parts[0].faults:
+            what = "this episode has no score" if kind == parts[0].fault else "the policy was told"
+            message = f"{kind}: {text} ({row}); {what}. Further faults of this kind are only counted."
+            found.setdefault(kind, message)
+    return found
 
 
 def shape_scores(

@@ -1,137 +1,122 @@
-"""Sample completions with the policy of a run and score them."""
+"""Episodes of a rollout: played with the policy of a run, or read from the record of an earlier one.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+All trajectories of a rollout are written to rollouts/NUMBER.npz in the run's folder. A run that was killed
+reads those that it had sampled with the same weights; data.replay=runs/NAME reads another run's. Neither
+samples nor calls the environment, so that it repeats the rollout to the bit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
 
-from jaxft.batch import Rollout, TrainState
+from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
-from jaxft.data.prompts import Prompts
-from jaxft.engine.generate import complete
+from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine, compile_engine
-from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
+from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
-from jaxft.engine.state import Decoding, rows_in_progress, slots_for
-from jaxft.objectives.objective import Objective, Scores
-from jaxft.rl.completions import Completions, ScoredCompletions
-from jaxft.rl.estimators import RolloutScores
-from jaxft.rl.layout import RolloutShapes, fits, pack_rollout, to_completions
-from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms
-from jaxft.rl.rewards import ScoreCompletions
-from jaxft.rl.rules import Rules
-from jaxft.tree import Aux, Params
+from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
+from jaxft.models.model import Model
+from jaxft.rl.episodes import Episodes, collect
+from jaxft.rl.layout import RolloutShapes
+from jaxft.rl.play import rollout
+from jaxft.rl.programs import BoundRun
+from jaxft.rl.record import RECORDS, RolloutRecord
+from jaxft.rl.rewards import begin_async
+from jaxft.rl.sampling_session import Sampler
+from jaxft.rl.trajectory import Trajectory
+from jaxft.tree import Params
+
+SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
+EVALUATION = 2**31 - 1  # rollout number from which the sampling key of held-out prompts is derived
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """The compiled sampling programs of a run. engines: by the number of completions of a prompt."""
+def compile_rollout_sampler(
+    run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutShapes
+) -> SampleEpisodes:
+    """Compile the sampling programs of a run, and return (prompts, group, number, state) -> episodes.
 
-    run: BoundRun
-    data: Prompts
-    tokenizer: Any
-    shapes: RolloutShapes
-    engines: Mapping[int, Engine]
+    group: episodes of each prompt, data.group or data.eval_group. number: of the rollout, for the keys;
+    EVALUATION is not recorded.
+    """
+    play = data.play(tokenizer, run.stop)
+    sampler = compile_engines(run, data, shapes.prompt_size)
+    sums = jax.jit(checksum, out_shardings=sharding.replicated(run.mesh))
+    weights_of = sums.lower(run.state.trainable).compile()
 
-    def sample(self, prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Completions:
-        """Sample `group` completions of up to data.batch prompts; see sample_parts."""
-        (completions,) = self.sample_parts([prompts], group, number, state)
-        return completions
+    def sample(prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Episodes:
+        key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
+        begun, ended = begin_async(data.rules.rewards, prompts, group)
 
-    def sample_parts(
-        self, parts: Sequence[TokenisedPrompts], group: int, number: int, state: TrainState
-    ) -> list[Completions]:
-        """Sample `group` completions of prompts in parts of up to data.batch prompts, all parts together.
+        def played() -> list[Trajectory]:
+            return rollout(sampler(run.params(state), group), play, prompts, group, key, ended)
 
-        number: of the rollout, for the key. Raises ValueError that names the row of the prompt if the
-        policy's logits are not finite.
-        """
-        key = jax.random.fold_in(jax.random.key(self.data.seed + 2), number)
-        ids = [prompt for part in parts for prompt in part.ids]
-        session = Session(self.engines[group], self.run.params(state), key)
-        tokens, logps = complete(session, ids)
-        ends = np.cumsum([len(part) for part in parts])
-        return [
-            self._completions(part, tokens[end - len(part) : end], logps[end - len(part) : end])
-            for part, end in zip(parts, ends, strict=True)
-        ]
+        if number == EVALUATION:
+            trajectories = played()
+        else:
+            record = RolloutRecord(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
+            trajectories = record.read(number) or record.write(number, played())
+        sizes = data.sampled_length, data.episode_length, data.max_turns
+        return replace(collect(prompts, trajectories, *sizes), begun=begun)
 
-    def _completions(self, prompts: TokenisedPrompts, sampled: np.ndarray, logps: np.ndarray) -> Completions:
-        """Return the completions of up to data.batch prompts. sampled, logps: [prompts, group, max_new]."""
-        data, (count, group, _) = self.data, sampled.shape
-        tokens = sampled.reshape(count * group, data.max_new)
-        where = nonfinite_logits(tokens)
-        if where:
-            raise ValueError(
-                f"{prompts.names[where[0] // group]}: the policy's logits of token {where[1] + 1} of a "
-                "completion are not finite; lower optim.lr, or check the weights"
-            )
-        lengths = (tokens >= 0).sum(1)
-        ended = np.isin(tokens[np.arange(len(tokens)), lengths - 1], self.run.stop).reshape(count, group)
-        texts = tuple(  # as TRL's: with the tokenizer's own setting for clean-up of spaces
-            self.tokenizer.decode(without_stop(row[:n], self.run.stop), skip_special_tokens=True)
-            for row, n in zip(tokens, lengths, strict=True)
-        )
-        lengths = lengths.reshape(count, group)
-        row_shape = next(shape for shape in self.shapes.rows if fits(prompts, lengths, shape))
-        rows = pack_rollout(prompts, sampled, lengths, row_shape, (data.batch, data.group))
-        flat_logps = logps.reshape(count * group, data.max_new)
-        return Completions(prompts, sampled, flat_logps, lengths, ended, texts, row_shape, rows)
+    return sample
 
 
-def compile_rollout_sampler(run: BoundRun, data: Prompts, tokenizer: Any, shapes: RolloutShapes) -> Sampler:
-    """Compile the sampling programs of training and of evaluation."""
-    sampling = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
+def checksum(trainable: Params) -> UInt32[Array, ""]:
+    """Return a number that depends on every bit of the weights, and on nothing else: sums are of integers."""
+
+    def of(x: Array) -> Array:
+        unsigned = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        place = jnp.ones(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):
+            place = jnp.uint32(31) * place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        return jnp.sum(bits * (jnp.uint32(2) * place + jnp.uint32(1)), dtype=jnp.uint32)
+
+    total = jnp.uint32(0)
+    for x in jax.tree.leaves(trainable):
+        total = total * jnp.uint32(31) + of(x)
+    return total
+
+
+def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Params, int], Sampler]:
+    """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler.
+
+    prompt_size: tokens of the longest prompt, padded.
+    """
     engines = {}
     for group in {data.eval_group, data.group}:
-        d = Decoding(run.model, sampling, run.stop, group, data.kv_cache)
-        rows = rows_in_progress(data.decode_rows, run.mesh)
-        slots = slots_for(data.batch, group, shapes.prompt_size, rows)
+        d = decoding_of(data, run.model, run.stop, group)
+        slots = slots_of(data, group, prompt_size, run.mesh)
         engines[group] = compile_engine(d, run.param_shapes, slots, run.mesh)
-    return Sampler(run, data, tokenizer, shapes, engines)
+    return lambda params, group: EngineSampler(engines[group], params)
 
 
-def score_tokens(objective: Objective, params: Params, aux: Aux, batch: Rollout) -> Scores:
-    """Return log-probs, the reference's and values of a batch [micro, rows, ...]."""
-    return jax.lax.map(lambda rows: objective.score(params, rows, aux), batch)
+def decoding_of(data: Any, model: Model, stop: tuple[int, ...], group: int) -> Decoding:
+    """Return what the engine of a rollout is compiled for. group: episodes of a prompt."""
+    sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p)
+    return Decoding(model, sampling, stop, group, data.kv_cache, extends=data.max_turns > 1)
+
+
+def slots_of(data: Any, group: int, prompt_size: int, mesh: jax.sharding.Mesh) -> Slots:
+    """Return the sizes of that engine."""
+    slots = slots_for(data.batch, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
+    return slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
 
 
 @dataclass(frozen=True)
-class RolloutScorer:
-    """The prepared rewards of a run and the pass that recomputes log-probs, None to use the sampler's."""
+class EngineSampler:
+    """An engine with one set of weights; see sampling_session.Sampler."""
 
-    rules: Rules
-    rewards: tuple[ScoreCompletions, ...]
-    token_scores: RolloutPass | None
-    kl_in_rewards: bool
+    engine: Engine
+    params: Params
 
-    def score(self, completions: Completions, state: TrainState) -> ScoredCompletions:
-        """Score completions by each reward, then combine and shape the scores."""
-        return self.rules.score(completions, [score(completions, state) for score in self.rewards])
-
-    def rollout_scores(self, scored: ScoredCompletions, state: TrainState) -> RolloutScores:
-        """Return the scores with log-probs, reference and values of each token."""
-        completions = scored.completions
-        lengths, size = completions.lengths, completions.tokens.shape[2]
-        scores = Scores() if self.token_scores is None else self.token_scores(completions, state)
-        logps, reference, values = (
-            None if rows is None else to_completions(np.asarray(rows), lengths, size) for rows in scores
-        )
-        if logps is None:
-            logps = completions.sampler_logps.astype(np.float64)
-        kl_coef = float(jax.device_get(state.aux["kl_coef"])) if self.kl_in_rewards else None
-        return RolloutScores(
-            scored.scores, lengths, completions.ended, logps, reference, values, scored.reward_scores,
-            self.rules.reward_weights, kl_coef,
-        )  # fmt: skip
-
-
-def compile_rollout_scorer(rules: Rules, programs: RolloutPrograms, recompute_logps: bool) -> RolloutScorer:
-    """Prepare the rewards and compile the pass that recomputes log-probs, if there is one."""
-    objective = programs.run.objective
-    token_scores = programs.compile(partial(score_tokens, objective)) if recompute_logps else None
-    rewards = tuple(reward.prepare(programs) for reward in rules.rewards)
-    return RolloutScorer(rules, rewards, token_scores, objective.facts.kl_in_rewards)
+    @contextmanager
+    def session(self, key: Array) -> Iterator[Session]:
+        """Yield a session. key: from which the keys of all completions derive."""
+        yield Session(self.engine, self.params, key, keeps=self.engine.decoding.extends)

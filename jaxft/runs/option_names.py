@@ -627,10 +627,15 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "rewards=my_rewards.py:mine, a function (prompt, completion, row) -> float of one "
                   "completion",
                   "grpo"),
+        _together("environment_factory:t", "environment",
+                  "environment=my_env.py:Game with max_turns and max_episode, see grpo_tools.py", "grpo"),
+        _together("tools:ta", "tools", "tools=my_tools.py:add,my_tools.py:search, see grpo_tools.py", "grpo"),
+        _together("max_tool_calling_iterations:t", "max_turns",
+                  "max_turns=3 max_episode=512: turns are one more than iterations of tool calls", "grpo"),
         _together("reward_model:tf reward_model_path:t reward_model_name_or_path:t", "reward_model",
                   "reward_model=org/name, or runs/reward", "grpo"),
-        _mapped("multi_objective_aggregation:ta", "combine",
-                {"sum_then_normalize": "", "normalize_then_sum": "combine=normalised_sum"},
+        _mapped("multi_objective_aggregation:ta", "estimate",
+                {"sum_then_normalize": "", "normalize_then_sum": "estimate=by_each"},
                 "", "grpo"),
         _same("missing_eos_penalty:t", "missing_eos", 1.0, "", "grpo"),
         _together("steps_per_generation:ta generation_batch_size:ta", "minibatches",
@@ -638,15 +643,24 @@ OPTIONS: tuple[Option, ...] = tuple(
         _unneeded("use_vllm:tau vllm_mode:tau vllm_server_host:tau vllm_server_port:tau "
                   "vllm_server_timeout:tau vllm_server_base_url:tu vllm_gpu_memory_utilization:tau "
                   "vllm_max_model_length:tau vllm_tensor_parallel_size:tau vllm_enable_sleep_mode:tau "
-                  "vllm_model_impl:tau vllm_group_port:tu vllm_importance_sampling_correction:tau "
-                  "vllm_importance_sampling_mode:tau vllm_importance_sampling_cap:tau "
-                  "vllm_importance_sampling_clip_max:tu vllm_lora_sync:a vllm:tafu "
+                  "vllm_model_impl:tau vllm_group_port:tu vllm_lora_sync:a vllm:tafu "
                   "use_transformers_paged:tu fast_inference:u gpu_memory_utilization:tafu "
                   "max_lora_rank:afu cache_implementation:tu",
                   "completions are sampled by jaxft on the training devices"),
-        _absent("min_p:ta repetition_penalty:ta generation_kwargs:ta delta:ta top_entropy_quantile:ta "
+        _mapped("vllm_importance_sampling_mode:tau", "correction",
+                {"token_truncate": "correction=truncated_tokens", "token_mask": "correction=masked_tokens",
+                 "sequence_truncate": "correction=truncated_completions",
+                 "sequence_mask": "correction=masked_completions"}, "", "grpo"),
+        _mapped("vllm_importance_sampling_correction:tau", "correction",
+                {"true": "correction=masked_completions", "false": ""},
+                "jaxft's own sampler differs from training by rounding alone", "grpo"),
+        _together("vllm_importance_sampling_cap:tau vllm_importance_sampling_clip_max:tu "
+                  "vllm_importance_sampling_clip_min:t", "correction_bounds",
+                  "correction_bounds=0,3: the least and the largest weight", "grpo"),
+        _together("delta:ta", "loss", "loss=dual_clip, whose max_ratio is delta (3 by default)", "grpo"),
+        _absent("min_p:ta repetition_penalty:ta generation_kwargs:ta top_entropy_quantile:ta "
                 "entropy_coef:t vllm_guided_decoding_regex:a vllm_structured_outputs_regex:t "
-                "rollout_func:ta max_tool_calling_iterations:t tools:ta",
+                "rollout_func:ta",
                 "not implemented for rollouts", "1.0 1 0.0 0"),
     )
     for option in rows

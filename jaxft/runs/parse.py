@@ -295,8 +295,11 @@ def _parse_tuple(text: str, args: tuple[Any, ...], separator: str) -> tuple:
     kinds = args[:1] * len(items) if variadic else args or (str,) * len(items)
     if len(items) != len(kinds):
         raise ValueError(f"expected {len(kinds)} values separated by {separator!r}, got {len(items)}")
-    values = []
+    values, where = [], ""
     for item, kind in zip(items, kinds, strict=True):
+        if is_callable(kind) and where and ":" not in item and item not in short_names(kind):
+            item = f"{where}:{item}"  # tools=my_tools.py:add,search
+        where = item.rpartition(":")[0]
         nested = typing.get_origin(kind) is tuple and separator == ","  # a:1,b:2
         values.append(_parse_tuple(item, typing.get_args(kind), ":") if nested else parse_value(item, kind))
     return tuple(values)

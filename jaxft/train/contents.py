@@ -7,7 +7,7 @@ from jaxft.data.pairs.source import PairSource
 from jaxft.data.sft import RowSource
 from jaxft.data.source import Source
 from jaxft.data.summary import data_summary
-from jaxft.rl.rollout import RolloutSource
+from jaxft.rl.rollout import PromptSource
 from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, write_durable_json
 from jaxft.train.members import Job
 from jaxft.train.partition import parameter_rows
@@ -32,6 +32,6 @@ def inspected(source: Source[Any]) -> Inspected | None:
     """Return the dataset of a run's source; None for a source that jaxft doesn't provide."""
     if isinstance(source, RowSource | PairSource):
         return inspect_source(source)
-    if isinstance(source, RolloutSource):
+    if isinstance(source, PromptSource):
         return inspect_prompt_rows(source.data, source.train, source.eval_prompts)
     return None

@@ -26,11 +26,14 @@ from jaxft.objectives.pair import declaration
 from jaxft.objectives.sft import sft
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
+from jaxft.rl.environment import environment_of
 from jaxft.rl.reward_models import find_reward_model
-from jaxft.rl.rewards import exact, json_match
+from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.short_names import (
     ADVANTAGES,
     COMBINATIONS,
+    CORRECTIONS,
+    ENVIRONMENTS,
     ESTIMATORS,
     FILTERS,
     KL_ESTIMATORS,
@@ -60,7 +63,8 @@ TOOLS = "configs/data/tools.jsonl"  # requests, of which some need a tool betwee
 FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-tuning
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
-SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS)  # with held-out rows
+CALCULATOR = "configs/data/calculator.jsonl"  # expressions that take one call of a tool, or two
+SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR)  # with held-out rows
 GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it does training forget?
 OWN_HELD_OUT = 0.05
 
@@ -72,10 +76,12 @@ PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
 PolicyLossFunction = Annotated[Callable, ShortNames.of(POLICY_LOSSES)]
 KLFunction = Annotated[Callable, ShortNames.of(KL_ESTIMATORS)]
 RewardFunction = Annotated[Callable, ShortNames.of(REWARDS)]
+EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS)]
 CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]
 AdvantageFunction = Annotated[Callable, ShortNames.of(ADVANTAGES)]
 EstimatorFunction = Annotated[Callable, ShortNames.of(ESTIMATORS)]
 TokenWeightsFunction = Annotated[Callable, ShortNames.of(TOKEN_WEIGHTS)]
+CorrectionFunction = Annotated[Callable, ShortNames.of(CORRECTIONS)]
 FilterFunction = Annotated[Callable, ShortNames.of(FILTERS)]
 
 
@@ -385,3 +391,13 @@ class RolloutKnobs(PromptKnobs):
 
     passes: int = 1  # over the completions of a rollout
     minibatches: int = 1  # optimizer steps of a pass
+    environment: EnvironmentClass | None = None  # answers the policy's turns, and may score episodes
+    tools: tuple[Callable, ...] = ()  # functions that the policy may call, my_tools.py:add,my_tools.py:search
+    max_turns: int = 1  # completions of an episode
+    max_episode: int | None = None  # tokens of an episode of several turns, after its prompt
+
+    def rewards(self, functions: tuple[Callable, ...], default: Callable) -> tuple[Any, ...]:
+        """The environment's score, if it has one, and the functions; the default without any of them."""
+        played = environment_of(self.environment, self.tools)
+        own: tuple[Any, ...] = (EnvironmentReward(),) if played.scored else ()
+        return (*own, *functions) or (default,)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pair_batches import laid, random_pairs
+from rl_completions import episodes_of
 from test_attention import arrays, packed, value_and_gradients
 from tiny_model import assert_close, batch_of, examples, micro, tiny
 
@@ -29,7 +30,7 @@ from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import preference
 from jaxft.objectives.read_positions import SPARE_SLOTS, read_sharding
 from jaxft.objectives.sft import sft
-from jaxft.rl.layout import pack_rollout
+from jaxft.rl.layout import pack_episodes
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import storage
 from jaxft.weights.lora_start import init_magnitudes
@@ -180,8 +181,8 @@ def test_completions_of_a_group_share_the_prompt_also_across_shards_of_time(prom
     prompts = TokenisedPrompts((tuple(range(1, prompt + 1)),), ("row",), (Completion("row", "", ""),), ({},))
     lengths = np.full((1, group), 2)
     lengths[0, 0] = 10  # the first completion fills the rest of the shard
-    rows = pack_rollout(prompts, np.ones((1, group, 10), np.int32), lengths, RowShape(length, length))
-    rows = jax.tree.map(jnp.asarray, rows)
+    episodes = episodes_of(prompts, np.ones((1, group, 10), np.int32), lengths)
+    rows = jax.tree.map(jnp.asarray, pack_episodes(episodes, RowShape(length, length)).rows)
     values, h = (
         value_function(lambda params, batch, h: h, lambda params, h: h[:, :, 0]),
         jnp.arange(float(length))[None, :, None],

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_batches import laid, random_pairs
-from rl_completions import LENGTHS, random_completions
+from rl_completions import LENGTHS, episodes_of, random_completions
 
 from jaxft.data.pack import RowShape
 from jaxft.nn.key_ranges import key_ranges, overlaps, pad_queries, visible, within_window
-from jaxft.rl.layout import pack_rollout
+from jaxft.rl.layout import pack_episodes
 
 # A segment: padding before it, tokens of its prompt, tokens of each response.
 SEGMENTS = st.lists(
@@ -85,7 +85,9 @@ def test_a_position_is_the_number_of_visible_keys_before_the_token_in_every_batc
     """So that windows, which count keys, are those of positions."""
     prompts, tokens = random_completions(LENGTHS)
     batches = [laid(random_pairs(only_one=one), branches=branches) for one in (False, True)]
-    batches += [pack_rollout(prompts, tokens, LENGTHS, RowShape(32, 16))] if branches else []
+    batches += (
+        [pack_episodes(episodes_of(prompts, tokens, LENGTHS), RowShape(32, 16)).rows] if branches else []
+    )
     for batch in batches:
         ranges = key_ranges(batch.segments, batch.branches)
         keys = jnp.arange(batch.ids.shape[1], dtype=jnp.int32)

@@ -24,7 +24,7 @@ from jaxft.objectives import policy_losses as P
 from jaxft.objectives.critic import Critic, value_function, value_loss
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1, k2
 from jaxft.objectives.logprobs import token_logps
-from jaxft.objectives.policy import Outputs, policy
+from jaxft.objectives.policy import Outputs, echo, policy
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.step import make_train_step
@@ -367,6 +367,52 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step():
         objective.update(aux, None, found)["kl_coef"] == aux["kl_coef"] for found in (nothing, resting)
     )
     assert fixed.update({"a": 1}, None, sums) == {"a": 1}
+
+
+def with_observations(batch, share=0.4):
+    """The batch with a part of its padding as read positions of given tokens, and which those are."""
+    rng = np.random.default_rng(5)
+    given = (batch.responses == batch.lengths.shape[1]) & (rng.random(batch.responses.shape) < share)
+    targets = np.where(given, rng.integers(0, 40, given.shape), batch.targets)
+    return replace(batch, targets=targets, observation_weights=given / given.sum()), given
+
+
+def test_echo_adds_the_cross_entropy_of_given_tokens():
+    """arXiv:2605.24517: L_GRPO of sampled tokens + lambda L_env, L_env = -sum log p / |O| of given tokens O,
+    which the policy's metrics do not see.
+    """
+    batch, given = with_observations(laid(rows_of(random_groups())))
+    objective = by_table()
+    value, plain_metrics = objective(TABLE, batch, None, {})
+    total, metrics_ = echo(None, lambda model: objective, 0.1)(TABLE, batch, None, {})
+    logp = np.asarray(table_see(TABLE, batch, None, {}).logp)
+    cost = -logp[given].mean()
+    assert_close(total, value + 0.1 * cost)
+    assert_close(metrics_["loss/observation_avg"].total, cost)
+    assert_close(metrics_["loss"].total, total)
+    assert {name for name in metrics_ if name not in plain_metrics} == {"loss/observation_avg"}
+    for name, x in plain_metrics.items():
+        if name != "loss":
+            jax.tree.map(np.testing.assert_array_equal, metrics_[name], x)
+    slope, plain_slope = (
+        jax.grad(lambda w, f=f: f({**TABLE, "w": w}, batch, None, {})[0])(jnp.asarray(TABLE["w"]))
+        for f in (echo(None, lambda model: objective, 0.1), objective)
+    )
+    by_token = jax.grad(lambda w: -jnp.mean(table_see({**TABLE, "w": w}, batch, None, {}).logp[given]))
+    assert_close(slope - plain_slope, 0.1 * by_token(jnp.asarray(TABLE["w"])))
+
+
+def test_echo_trains_the_policy_where_no_completion_has_a_weight():
+    batch, _ = with_observations(laid(rows_of(random_groups())))
+    with_echo = echo(None, lambda model: by_table())
+    idle = replace(batch, policy_weights=np.zeros_like(batch.policy_weights))
+    assert not with_echo.frozen_policy(idle) and not with_echo.frozen_policy(batch)
+    assert with_echo.frozen_policy(replace(idle, observation_weights=np.zeros_like(batch.policy_weights)))
+    assert with_echo.batch_spec(batch).observation_weights is batch.policy_weights
+    with pytest.raises(ValueError, match="ECHO needs observation_weights in the batch"):
+        with_echo(TABLE, replace(batch, observation_weights=None), None, {})
+    with pytest.raises(ValueError, match="echo=0 must be above 0"):
+        echo(None, lambda model: by_table(), 0)
 
 
 def test_a_penalty_of_zero_logs_the_kl_and_changes_nothing():

@@ -93,6 +93,20 @@ def t_cispo(p, old, adv, mask, most):
     return -torch.clamp(torch.exp(p - old), max=most).detach() * adv * p
 
 
+def t_dppo(p, old, adv, mask, divergence, low, high):
+    """arXiv:2602.04879: M_t r_t A_t, M_t = 0 if the divergence exceeds delta where A_t > 0 and
+    r_t > 1, or where A_t < 0 and r_t < 1. The paper's code has sg(r) log pi in place of r.
+    """
+    r = torch.exp(p - old)
+    d = divergence(torch.exp(p.detach()).clamp(max=1 - 1e-9), torch.exp(old).clamp(max=1 - 1e-9))
+    masked = ((adv > 0) & (r > 1) & (d > high)) | ((adv < 0) & (r < 1) & (d > low))
+    return -torch.where(masked, torch.zeros_like(r), r) * adv
+
+
+def binary_kl(p, old):
+    return old * torch.log(old / p) + (1 - old) * torch.log((1 - old) / (1 - p))
+
+
 def t_sapo(p, old, adv, mask, pos, neg):
     tau = torch.where(adv > 0, pos, torch.full_like(adv, neg))  # of two Python numbers it would be float32
     return -torch.sigmoid(tau * (torch.exp(p - old) - 1)) * 4 / tau * adv
@@ -129,6 +143,14 @@ LOSSES = {
         partial(t_dual, low=0.3, high=0.1, c=1.4),
     ),
     "two-sided": (partial(P.dual_clip, max_ratio=1.3), partial(t_clipped, delta=1.3)),
+    "dppo-tv": (
+        partial(P.dppo_tv, eps_low=0.03, eps_high=0.06),
+        partial(t_dppo, divergence=lambda p, old: abs(p - old), low=0.03, high=0.06),
+    ),
+    "dppo-kl": (
+        partial(P.dppo_kl, eps_low=0.01, eps_high=0.02),
+        partial(t_dppo, divergence=binary_kl, low=0.01, high=0.02),
+    ),
     "gspo": (
         partial(P.gspo, eps_low=0.1, eps_high=0.2), partial(t_clipped, low=0.1, high=0.2, level="sequence"),
     ),
@@ -211,6 +233,17 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
 
 
 @losses
+def test_a_loss_is_proportional_to_the_weights_that_multiply_its_advantages(name):
+    """TRL 1.16 multiplies the loss of a token by its importance weight; 0 is that of a masked token."""
+    d, weights = random_batch(), cotangents()
+    w = jnp.asarray(np.random.default_rng(4).choice([0.0, 0.3, 1.0, 2.5], SHAPE))
+    values, slope = of_name(name, d.replace(advantages=w * d.advantages), weights * d.mask)
+    expected, _ = of_name(name, d, weights * d.mask)
+    np.testing.assert_allclose(values, w * expected, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(slope, of_name(name, d, weights * d.mask * w)[1], rtol=1e-10, atol=1e-13)
+
+
+@losses
 def test_padding_and_empty_slots_change_nothing(name):
     d, weights = random_batch(), cotangents()
     pad = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, 5)), constant_values=fill)  # noqa: E731
@@ -244,6 +277,36 @@ def test_distant_policies_give_finite_losses_and_gradients(name):
         d = d.replace(logp=d.old_logp + d.mask * jnp.float32(away))
         for x in of_name(name, d, cotangents().astype(jnp.float32)):
             assert np.isfinite(x).all() and x.dtype == np.float32
+
+
+def one_token_each(old, new, advantages):
+    """Completions of one token with these probabilities before and after, in one row."""
+    count, row = len(old), lambda x: jnp.asarray([x], float)
+    return P.PolicyBatch(
+        logp=jnp.log(row(new)),
+        old_logp=jnp.log(row(old)),
+        advantages=row(advantages),
+        entropy=row([0.0] * count),
+        reference=None,
+        completion=jnp.arange(count)[None],
+        mask=jnp.ones((1, count)),
+        lengths=jnp.ones((1, count)),
+    )
+
+
+def test_dppo_masks_by_probability_mass_and_not_by_the_ratio():
+    """Examples of arXiv:2602.04879: a rare token whose ratio is 100 moves 0.001 of the mass; a
+    likely one whose ratio is 0.8 moves 0.19 of it. PPO's clip at 0.2 and 0.28 does the opposite.
+    """
+    d = one_token_each([1e-5, 0.99, 0.99, 0.5], [1e-3, 0.8, 0.8, 0.7], [1.0, -1.0, 1.0, 1.0])
+    np.testing.assert_allclose(P.dppo_tv(d)[0], [-100, 0, -0.8 / 0.99, 0], rtol=1e-12)
+    clipped = jax.grad(lambda x: P.clipped(d.replace(logp=x), eps_high=0.28).sum())(d.logp)[0]
+    assert clipped[0] == 0 and clipped[1] != 0
+    # Divergences by hand: 0.5 ln(0.5 / 0.8) + 0.5 ln(0.5 / 0.2) = 0.2231, and 0.0204 for 0.6.
+    d = one_token_each([0.5, 0.5, 0.5], [0.8, 0.8, 0.6], [1.0, -1.0, 1.0])
+    np.testing.assert_allclose(P.dppo_kl(d)[0], [0, 1.6, -1.2], rtol=1e-12)
+    np.testing.assert_allclose(P.dppo_kl(d, eps_high=0.0203)[0], [0, 1.6, 0], rtol=1e-12)
+    np.testing.assert_allclose(P.dppo_kl(d, eps_high=0.2232)[0], [-1.6, 1.6, -1.2], rtol=1e-12)
 
 
 def test_the_kl_estimators_equal_their_formulas():
@@ -344,6 +407,7 @@ def test_the_adaptive_coefficient_follows_its_target():
             lambda d: P.dual_clip(d, eps_high=2.5, max_ratio=3.0),
             "max_ratio must be above 1 . eps_high, got 3.0 and 2.5",
         ),
+        (lambda d: P.dppo_tv(d, eps_high=-1), "eps_low=0.15 and eps_high=-1 must be at least 0"),
         (lambda d: P.sapo(d, tau_neg=0), "tau_neg must be above 0, got 1.0 and 0"),
         (lambda d: kl.FixedKL(-0.1), "FixedKL: coef must be at least 0, got -0.1"),
         (lambda d: kl.AdaptiveKL(0.0), "AdaptiveKL: coef must be above 0, got 0.0"),

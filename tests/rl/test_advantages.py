@@ -13,7 +13,11 @@ from jaxft.rl import advantages as A
 from jaxft.rl.metrics import score_metrics
 
 NAN = float("nan")
-ADVANTAGES = {"centred": A.centred, "grpo": A.grpo, "grpo_batch": A.grpo_batch, "rloo": A.rloo, "opo": A.opo}
+ADVANTAGES = {
+    "centred": A.centred, "grpo": A.grpo, "grpo_batch": A.grpo_batch, "rloo": A.rloo, "opo": A.opo,
+    "maxrl": lambda scores, lengths: A.maxrl(scores + 20),
+    "gfpo": lambda scores, lengths: A.gfpo(scores, lengths, retain=min(2, max(1, scores.shape[1] - 1))),
+}  # fmt: skip
 
 
 def close(a, b):
@@ -72,6 +76,47 @@ def test_group_advantages_are_their_formulas():
 def test_opo_weights_the_baseline_by_length():
     scores, lengths = np.array([[1.0, 0.0, NAN, 0.5]]), np.array([[2, 6, 9, 2]])
     close(A.opo(scores, lengths), [[1 - 0.3, -0.3, 0, 0.2]])  # (2 * 1 + 6 * 0 + 2 * 0.5) / 10
+
+
+def test_maxrl_raises_the_likelihood_of_success():
+    """arXiv:2602.02710, Algorithm 1: (1 / K) sum_i r_i S_i - (1 / N) sum_i S_i with K successes among N
+    completions and their scores S, and nothing without a success. Its mean over all draws of N Bernoulli(p)
+    is the gradient of -sum_(k < N) (1 - p)^k / k: for S_i = d log P(i) / dp and N = 4, at p = 0.3,
+    1 + 0.7 + 0.49 = 2.19 (theorem 5 in its appendix D: one order less than without a baseline).
+    """
+    p, n, total = 0.3, 4, 0.0
+    for draw in itertools.product((0.0, 1.0), repeat=n):
+        r = np.array(draw)
+        score = np.where(r == 1, 1 / p, -1 / (1 - p))
+        estimate = (r * score).sum() / max(r.sum(), 1) - score.mean() if r.any() else 0.0
+        close((A.maxrl(r[None])[0] * score).mean(), estimate)
+        total += estimate * np.prod(np.where(r == 1, p, 1 - p))
+    assert total == pytest.approx(2.19, rel=1e-12)
+    close(A.maxrl(np.array([[1.0, 0.0, NAN, 0.0, 0.0]])), [[3, -1, 0, -1, -1]])  # without a score: no part
+    close(A.maxrl(np.array([[0.9, 0.3]])), [[0.5, -0.5]])
+
+
+def test_maxrl_refuses_negative_scores():
+    with pytest.raises(ValueError, match="a score is -0.2. Use rewards of at least 0, without penalties"):
+        A.maxrl(np.array([[1.0, -0.2, NAN]]))
+
+
+def test_gfpo_compares_the_retained_completions_only():
+    """arXiv:2508.09726, eq. 2, by hand: of lengths 5 1 3 3 the two shortest are the second and the third;
+    their scores 0 and 1 have mean 1/2 and the unbiased deviation 1/sqrt(2); the paper's is 1/2.
+    """
+    scores, lengths = np.array([[4.0, 0.0, 1.0, 9.0]]), np.array([[5, 1, 3, 3]])
+    a = 0.5 / (0.5**0.5 + 1e-4)
+    close(A.gfpo(scores, lengths, retain=2), [[0, -a, a, 0]])
+    close(A.gfpo(scores, lengths), [[0, -a, a, 0]])  # half of the group
+    close(A.gfpo(scores, lengths, 2, advantage=A.centred), [[0, -0.5, 0.5, 0]])
+    # Scores of each token: 0.8, 0, 1/3, 3
+    close(A.gfpo(scores, lengths, 2, A.token_efficiency, A.centred), [[-2.5, 0, 0, 2.5]])
+    unscored = np.array([[4.0, NAN, 1.0, 9.0]])
+    close(A.gfpo(unscored, lengths, 2, advantage=A.centred), [[0, 0, -4, 4]])
+    for retain in (0, 4, 9):
+        with pytest.raises(ValueError, match=f"gfpo: retain={retain} of a group of 4. Use 1 to 3."):
+            A.gfpo(scores, lengths, retain)
 
 
 def test_rloo_is_the_centred_score_times_n_over_n_minus_1():
@@ -157,6 +202,19 @@ def test_normalised_sum_standardises_the_sum_of_grpo_advantages():
     flat = valid(total.ravel())
     expected = np.nan_to_num((total - statistics.fmean(flat)) / (std(flat) + 1e-4))
     close(A.normalised_sum(rewards, (1.0, 0.5)), expected)
+
+
+def test_gdpo_tells_two_rewards_from_one_where_grpo_does_not():
+    """Two completions, two rewards (arXiv:2601.05242, figure 2): the better one is better by one reward, or
+    by both. GRPO of the sum is +-1/sqrt(2) for both groups; GDPO's sums are +-1/sqrt(2) and +-sqrt(2), whose
+    deviation over the batch is sqrt(5/3).
+    """
+    rewards = np.array([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])
+    half, root = 0.5**0.5, 2**0.5
+    grpo = A.grpo(A.weighted_sum(rewards, (1.0, 1.0)))
+    np.testing.assert_allclose(grpo, [[-half, half]] * 2, rtol=2e-4)
+    expected = np.array([[-half, half], [-root, root]]) / (5 / 3) ** 0.5
+    np.testing.assert_allclose(A.normalised_sum(rewards, (1.0, 1.0)), expected, rtol=3e-4)
 
 
 def test_clipping_and_penalties_follow_their_formulas_and_keep_nan():

@@ -16,7 +16,7 @@ import pytest
 import rl_workdir
 import tiny_model
 from reward_folders import begun, saved
-from rl_completions import LENGTHS, random_completions
+from rl_completions import LENGTHS, episodes_of, random_completions
 from tiny_run import Place
 
 from jaxft import tree
@@ -36,7 +36,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models
 from jaxft.rl.advantages import scale_scores, update_moments
-from jaxft.rl.layout import pack_rollout
+from jaxft.rl.layout import pack_episodes
 from jaxft.rl.reward_models import HeadReward, ModelReward
 from jaxft.train import partition
 from jaxft.weights import init, pretrained
@@ -98,9 +98,8 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
     prompts, tokens = random_completions(LENGTHS)
 
     def scores(lengths, pad=None):
-        rows = jax.tree.map(
-            lambda x: x[None], pack_rollout(prompts, tokens[:, : lengths.shape[1]], lengths, RowShape(32, 16))
-        )
+        episodes = episodes_of(prompts, tokens[:, : lengths.shape[1]], lengths)
+        rows = jax.tree.map(lambda x: x[None], pack_episodes(episodes, RowShape(32, 16)).rows)
         return np.asarray(reward_models.head_scores(model, HeadReward("reward", pad), params, {}, rows))[0]
 
     def alone(text):

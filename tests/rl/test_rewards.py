@@ -1,9 +1,11 @@
 """Reward functions: scores, faults, rules, and the functions that check an answer."""
 
+import asyncio
 import json
 import math
 import re
 import sys
+import time
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -12,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.data.example import Completion
+from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.rl import advantages, rewards
-from jaxft.rl.completions import Faults
-from jaxft.rl.rewards import FunctionReward
+from jaxft.rl.rewards import Faults, FunctionReward
 from jaxft.rl.rules import Rules, shape_scores
+from jaxft.rl.trajectory import Trajectory
 
 
 def call(fn, prompts=("q",), completions=("a",), rows=(("row:1", {}),)):
@@ -223,3 +227,41 @@ def test_a_value_that_cannot_be_printed_is_a_fault(value):
 def test_a_reward_that_exits_is_a_fault():
     scores, faults = call(lambda *_: sys.exit(3))
     assert np.isnan(scores).all() and faults.first.startswith("reward <lambda> raised SystemExit: 3")
+
+
+# ---- async functions
+
+
+async def slow(prompt, completion, row):
+    await asyncio.sleep(0.2)
+    return len(completion) / row["size"]
+
+
+def test_async_rewards_are_called_at_once_and_counted_alone():
+    began = time.monotonic()
+    rows = [(f"r:{i}", {"size": i % 40}) for i in range(80)]
+    found = rewards.call_reward(FunctionReward(slow), ["q"] * 80, ["abc"] * 80, rows)
+    assert time.monotonic() - began < 4
+    np.testing.assert_allclose(found.scores[1:40], 3 / np.arange(1, 40))
+    assert np.isnan(found.scores[[0, 40]]).all() and found.faults.raised == 2
+    assert found.faults.first == "reward slow raised ZeroDivisionError: division by zero (r:0)"
+
+
+def test_async_rewards_begin_when_an_episode_ends():
+    """Before the rollout is over; episodes with a fault are not scored."""
+    begun_for = []
+
+    async def judge(prompt, completion, row):
+        begun_for.append((prompt, completion, row["number"]))
+        return 1.0
+
+    prompts = TokenisedPrompts(((1,), (2,)), ("a", "b"), (Completion("a", "p", ""), Completion("b", "q", "")),
+                               ({"number": 0}, {"number": 1}))  # fmt: skip
+    reward = FunctionReward(judge)
+    begun, ended = rewards.begin_async([FunctionReward(rewards.exact), reward], prompts, 2)
+    said = ({"role": "assistant", "content": "hm"}, {"role": "tool", "content": "7"},
+            {"role": "assistant", "content": "yes"})  # fmt: skip
+    ended(3, [Trajectory(1, (2,), (), turns=said)])
+    ended(0, [Trajectory(0, (1,), (), turns=said, fault="raised")])
+    assert [*begun] == [(reward, 3)] and begun[reward, 3]() == 1.0
+    assert begun_for == [("q", "yes", 1)]

@@ -1,5 +1,6 @@
 """Rollouts: batches as a function of step and state, with completions of a fake sampler."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rl_completions import TOKENIZER, random_prompts, stored_prompts
+from rl_completions import TOKENIZER, episodes_of, random_prompts, stored_prompts
 from tiny_llama import tiny_tokenizer
 
 from jaxft.batch import TrainState
@@ -18,19 +19,18 @@ from jaxft.data import prompts
 from jaxft.nn.layer_attention import uniform
 from jaxft.nn.rope import Rope
 from jaxft.objectives.metrics import Sum
-from jaxft.objectives.objective import Facts, Objective
+from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.policy import with_target_kl
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_moments
-from jaxft.rl.completions import Completions
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
-from jaxft.rl.layout import fits, pack_rollout
+from jaxft.rl.importance import masked_completions, truncated_tokens
+from jaxft.rl.layout import rollout_shapes
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
-from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
+from jaxft.rl.rollout import History, PromptSource, Rollouts, RolloutSource
 from jaxft.rl.rules import Rules, shape_scores
-from jaxft.rl.sampler import RolloutScorer
 
 
 def word_length(prompt, completion, row):
@@ -52,36 +52,42 @@ def state_at(step, approx_kl=(0.0, 0.0), bad=(0, 0)):
 class FakeSampler:
     """Completions of random lengths that depend on the rollout's number and the state's step."""
 
-    def __init__(self, source):
-        self.source, self.calls = source, []
+    def __init__(self, data):
+        self.data, self.calls = data, []
 
-    def sample(self, batch_prompts, group, number, state):
-        data, shapes = self.source.data, self.source.rollout_shapes
+    def __call__(self, batch_prompts, group, number, state):
+        data = self.data
         self.calls.append((number, int(state.step)))
         rng = np.random.default_rng((number, int(state.step)))
         lengths = rng.integers(1, data.max_new + 1, (len(batch_prompts), group))
         tokens = rng.integers(1, 40, (*lengths.shape, data.max_new))
-        tokens[np.arange(data.max_new) >= lengths[..., None]] = -1
-        shape = next(shape for shape in shapes.rows if fits(batch_prompts, lengths, shape))
-        rows = pack_rollout(batch_prompts, tokens, lengths, shape, (data.batch, data.group))
-        texts = tuple("x" * int(n) for n in lengths.ravel())
-        logps = np.where(tokens >= 0, -1.0, 0.0).reshape(lengths.size, -1)
-        return Completions(batch_prompts, tokens, logps, lengths, lengths < data.max_new, texts, shape, rows)
-
-    def sample_parts(self, parts, group, number, state):
-        return [self.sample(part, group, number - i, state) for i, part in enumerate(parts)]
+        return episodes_of(batch_prompts, tokens, lengths, np.full(tokens.shape, -1.0))
 
 
-def bound_source(folder, rules=None, moments=None, **settings):
+NEW = History()
+
+
+def bound_source(folder, rules=None, history=NEW, **settings):
     """Rollouts of 8 prompts, sampled by FakeSampler and scored by the length of each completion."""
     rules, facts = rules or Rules((word_length,)), settings.pop("facts", {})
     data = Rollouts("x", rules=rules, **{"batch": 4, "group": 2, "max_new": 6, "passes": 2, **settings})
     batch_prompts = stored_prompts(8)
-    source = RolloutSource(data, TOKENIZER, batch_prompts, batch_prompts.subset(np.arange(0)), 1)
-    scorer = RolloutScorer(rules, tuple(reward.prepare(None) for reward in rules.rewards), None, False)
-    moments = np.zeros(3) if moments is None else moments
-    return BoundRollouts(
-        source, bound_run(folder, **facts), FakeSampler(source), scorer, source.shapes, moments
+    source = PromptSource(data, TOKENIZER, batch_prompts, batch_prompts.subset(np.arange(0)))
+    return bound_to_sampler(source, bound_run(folder, **facts), history)
+
+
+def bound_to_sampler(source, run, history=NEW):
+    """A source of prompts as it is after `bind`, with FakeSampler and without a pass over rows."""
+    data = source.data
+    return RolloutSource(
+        **vars(source),
+        run=run,
+        sample=FakeSampler(data),
+        rewards=tuple(reward.prepare(None) for reward in data.rules.rewards),
+        token_scores=None,
+        sizes=rollout_shapes(data, source.longest, source.shards),
+        batch_shapes=source.shapes,
+        history=history,
     )
 
 
@@ -92,7 +98,7 @@ def same(a, b):
 def test_a_batch_depends_on_step_and_state_alone(tmp_path):
     source, again = bound_source(tmp_path), bound_source(tmp_path)
     batches = [source.batch(step, state_at(step)) for step in range(4)]
-    assert source.sampler.calls == [(0, 0), (1, 2)]  # sampled at a rollout's first step, with its state
+    assert source.sample.calls == [(0, 0), (1, 2)]  # sampled at a rollout's first step, with its state
     for step in (2, 3, 3):  # without the rollout before, and twice
         same(again.batch(step, state_at(step)), batches[step])
     assert batches[0][1] == batches[1][1] and batches[2][1] != batches[0][1]  # metrics are the rollout's
@@ -114,33 +120,28 @@ def test_moments_of_scores_are_in_the_state_dict_and_come_back(tmp_path):
     source = bound_source(tmp_path)
     for step in range(4):
         source.batch(step, state_at(step))
-    lengths = [
-        source.sampler.sample(random_prompts(4), 2, number, state_at(2 * number)).lengths for number in (0, 1)
-    ]
+    lengths = [source.sample(random_prompts(4), 2, number, state_at(2 * number)).lengths for number in (0, 1)]
     expected = np.zeros(3)
     for part in lengths:
         expected = update_moments(expected, part.astype(float))
-    assert source.state_dict() == {"moments": expected.tolist()}
-    np.testing.assert_array_equal(rollouts.saved_moments(source.state_dict()), expected)
-    assert not rollouts.saved_moments(None).any()
+    saved = json.loads(json.dumps(source.state_dict()))
+    assert saved == {"moments": expected.tolist(), "reported": []}
+    again = bound_source(tmp_path, history=History(**saved))
+    again.batch(4, state_at(4))
+    source.batch(4, state_at(4))
+    assert again.state_dict() == source.state_dict() != saved
 
 
-def test_an_unbound_source_has_no_batches():
-    source = RolloutSource(
-        Rollouts("x", rules=Rules((number,))), TOKENIZER, stored_prompts(2), stored_prompts(2), 1
-    )
-    for call in (partial(source.batch, 0), source.evaluate):
-        with pytest.raises(ValueError, match="no run to sample completions with"):
-            call(state_at(0))
-    assert source.state_dict() == {} and len(source.prompts(1)) == 1 and source.held_out == ()
-
-
-def test_the_prompts_of_a_step_are_given_without_weights(tmp_path):
-    bound = bound_source(tmp_path, minibatches=2)
-    source, stored = replace(bound.source, shards=3), bound.source.train
+def test_a_source_without_a_run_has_the_prompts_of_each_step_alone(tmp_path):
+    rules = Rules((number,))
+    data = Rollouts("x", rules=rules, batch=4, group=2, max_new=6, passes=2, minibatches=2)
+    stored = stored_prompts(8)
+    source = PromptSource(data, TOKENIZER, stored, stored.subset(np.arange(0)), shards=3)
+    assert source.state_dict() == {} == source.evaluate(state_at(0)) and source.held_out == ()
     for step in range(8):
-        given = source.given(step)
-        assert given.ids.shape == given.segments.shape == (1, 3, 64)  # two prompts, and an empty row
+        given, metrics = source.batch(step, state_at(step))
+        # two rows, and an empty one
+        assert metrics == {} and given.ids.shape == given.segments.shape == (1, 3, 64)
         numbers = [list(stored.names).index(name) for name in source.row_names(step)]
         assert len(numbers) == 2 and not given.segments[0, 2].any()
         for row, i in enumerate(numbers):
@@ -148,7 +149,6 @@ def test_the_prompts_of_a_step_are_given_without_weights(tmp_path):
             assert tuple(given.ids[0, row][used]) == stored.token_ids[i]
             assert used[: used.sum()].all() and not given.ids[0, row][~used].any()
             assert given.positions[0, row][used].tolist() == list(range(used.sum()))
-        same(bound.given(step), jax.tree.map(lambda x: x[:, :2], given))
 
 
 def test_the_policy_waits_for_the_next_rollout_beyond_target_kl(tmp_path):
@@ -264,6 +264,53 @@ def test_a_filter_sees_the_rewards_before_shaping(tmp_path):
     assert unfiltered.advantages.any()  # the shaped scores do differ
 
 
+def bound_to(source, ratio):
+    """The source with a training program whose probabilities are `ratio` times the sampler's."""
+
+    def token_scores(packed, state):  # FakeSampler's log-probs are -1
+        return Scores(np.full(packed.tokens.shape, np.log(ratio) - 1, np.float32))
+
+    return replace(source, token_scores=token_scores)
+
+
+def test_a_correction_multiplies_the_advantages_and_is_logged(tmp_path):
+    plain, _ = bound_to(bound_source(tmp_path), 2.0).batch(0, state_at(0))
+    for most, factor in ((3.0, 2.0), (1.5, 1.5)):
+        rules = Rules((word_length,), correction=partial(truncated_tokens, most=most))
+        batch, metrics = bound_to(bound_source(tmp_path, rules), 2.0).batch(0, state_at(0))
+        np.testing.assert_allclose(batch.advantages, factor * plain.advantages, rtol=1e-6)
+        assert metrics["sampling/importance_sampling_ratio/max"].value == pytest.approx(factor)
+        assert metrics["sampling/sampling_logp_difference/max"].value == pytest.approx(np.log(2))
+        for name in ("logps", "policy_weights", "ids"):
+            same(getattr(batch, name), getattr(plain, name))
+    masked = Rules((word_length,), correction=masked_completions)
+    batch, _ = bound_to(bound_source(tmp_path, masked), 2.0).batch(0, state_at(0))
+    one_token = batch.lengths[0] == 1  # longer ones have a ratio of at least 4
+    assert one_token.any() and not one_token.all()
+    for row, slot in itertools.product(range(4), range(2)):
+        inside = batch.responses[0, row] == slot
+        expected = 2 * plain.advantages[0, row][inside] * one_token[row, slot]
+        np.testing.assert_allclose(batch.advantages[0, row][inside], expected, rtol=1e-6)
+
+
+def test_a_ratio_to_the_sampler_has_the_samplers_log_probs(tmp_path):
+    rules = Rules((word_length,), ratio_to_sampler=True)
+    for source in (bound_source(tmp_path, rules), bound_to(bound_source(tmp_path, rules), 2.0)):
+        batch, _ = source.batch(0, state_at(0))
+        assert set(np.unique(batch.logps[batch.responses < 2])) == {-1.0}
+    trained, _ = bound_to(bound_source(tmp_path), 2.0).batch(0, state_at(0))
+    np.testing.assert_allclose(trained.logps[trained.responses < 2], np.log(2) - 1, rtol=1e-6)
+
+
+def test_a_correction_that_does_not_fit_is_refused_before_sampling():
+    with pytest.raises(ValueError, match="ratio_to_sampler=true needs none. Set only one"):
+        Rules((number,), correction=truncated_tokens, ratio_to_sampler=True)
+    with pytest.raises(ValueError, match=r"correction=word_length can't be called with .log_ratio, "):
+        Rules((number,), correction=word_length)
+    with pytest.raises(ValueError, match="correction: weights from least=3 to most=2"):
+        Rules((number,), correction=partial(truncated_tokens, least=3.0, most=2.0))
+
+
 def test_a_policy_is_frozen_in_the_warm_up(tmp_path):
     source = bound_source(tmp_path, Rules((word_length,), warm_up=1))
     trains = [bool(source.batch(s, state_at(s))[0].policy_weights.any()) for s in range(4)]
@@ -287,6 +334,7 @@ def test_a_fault_is_printed_once(tmp_path, capsys):
     for step in range(4):
         source.batch(step, state_at(step))
     assert capsys.readouterr().out.count("reward short_only raised ZeroDivisionError") == 1
+    assert source.state_dict()["reported"] == ["reward"]
 
 
 @pytest.mark.parametrize(
@@ -324,10 +372,13 @@ def test_a_run_that_does_not_fit_its_rollouts_is_refused():
         ({}, {"reference": "start"}, True),
         ({}, {"critic": True}, True),
         ({"kv_cache": "int8"}, {}, True),
+        ({"rules": Rules((number,), correction=truncated_tokens)}, {}, True),
+        ({"rules": Rules((number,), ratio_to_sampler=True), "passes": 2}, {}, False),
+        ({"rules": Rules((number,), ratio_to_sampler=True)}, {"critic": True}, True),
     ],
 )
-def test_log_probs_are_recomputed_unless_the_ratio_is_1(settings, facts, recompute):
-    data = Rollouts("x", rules=Rules((number,)), **settings)
+def test_log_probs_are_recomputed_unless_the_ratio_is_1_or_to_the_sampler(settings, facts, recompute):
+    data = Rollouts("x", **{"rules": Rules((number,)), **settings})
     assert rollouts.needs_recomputed_logps(data, SimpleNamespace(facts=Facts(**facts))) == recompute
 
 

@@ -15,8 +15,8 @@ from tiny_run import Place, write_rows
 
 from jaxft.data.shipped import ROOT
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
-from jaxft.objectives.policy_losses import clipped, gspo, policy_gradient
-from jaxft.rl import advantages, estimators, token_weights
+from jaxft.objectives.policy_losses import clipped, dppo_tv, gspo, policy_gradient
+from jaxft.rl import advantages, estimators, importance, token_weights
 from jaxft.runs.config import help_text, load_config
 from jaxft.runs.parse import find_file, run_file
 from jaxft.runs.record import differences
@@ -48,7 +48,7 @@ def test_the_help_of_grpo_lists_every_method_with_its_settings():
     text = help_text("configs/grpo.py")
     assert (
         all(f"{name}:\n        {settings}\n" in text for name, settings in METHODS.items())
-        and len(METHODS) == 7
+        and len(METHODS) == 13
     )
 
 
@@ -64,7 +64,15 @@ PARTS = {  # advantage, weights of tokens, loss and KL penalty of each method's 
     "REINFORCE++ with the group's mean as baseline": (
         estimators.group_whitened, token_weights.token_mean, clipped, 0.0,
     ),
+    "DPPO": (advantages.centred, token_weights.constant_length, dppo_tv, 0.0),
+    "MaxRL": (advantages.maxrl, token_weights.token_mean, clipped, 0.0),
+    "GDPO, of several rewards": (estimators.by_each, token_weights.token_mean, clipped, 0.0),
+    "GFPO, the shorter half of each group": (advantages.gfpo, token_weights.token_mean, clipped, 0.0),
+    "with truncated importance sampling, TIS": (advantages.grpo, token_weights.token_mean, clipped, 0.0),
+    "with masked importance sampling, MIS": (advantages.grpo, token_weights.token_mean, clipped, 0.0),
 }  # fmt: skip
+ESTIMATORS = (estimators.reinforce, estimators.group_whitened, estimators.by_each)
+CORRECTIONS = {"TIS": importance.truncated_tokens, "MIS": importance.masked_completions}
 
 
 def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
@@ -73,7 +81,7 @@ def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
     for name, settings in METHODS.items():
         run = load_config("configs/grpo.py", settings.split())
         rules, (advantage, weights, loss, beta) = run.data.rules, PARTS[name]
-        if advantage not in (estimators.reinforce, estimators.group_whitened):
+        if advantage not in ESTIMATORS:
             advantage = partial(estimators.by_group, advantage=advantage)
         objective = run.objective.keywords
         found = rules.estimate, rules.token_weights, objective["loss"]
@@ -82,6 +90,26 @@ def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
         assert (rules.filter, rules.shape.keywords["overlong"]) == (
             (advantages.nonconstant_groups, (run.data.max_new, 2)) if name == "DAPO" else (None, None)
         ), name
+        assert rules.correction == CORRECTIONS.get(name[-3:]), name
+        assert rules.ratio_to_sampler == (name == "DPPO"), name
+        assert run.data.group == (16 if name.startswith("GFPO") else 8), name
+
+
+def test_a_correction_takes_its_bounds_from_the_recipe(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=0.5,5"])
+    assert called(run.data.rules.correction) == (importance.masked_tokens, {"least": 0.5, "most": 5.0})
+    with pytest.raises(ValueError, match="correction_bounds needs a correction, such as"):
+        load_config("configs/grpo.py", ["correction_bounds=0.5,5"])
+    with pytest.raises(ValueError, match=r"correction_bounds=3,1\). Use 0 <= least < most"):
+        load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=3,1"])
+
+
+@pytest.mark.parametrize("penalty", ["missing_eos=1", "overlong=2", "kl_in=rewards beta=0.1"])
+def test_maxrl_refuses_penalties_before_the_run(monkeypatch, penalty):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="advantage=maxrl divides by the mean score, which missing_eos"):
+        load_config("configs/grpo.py", ["advantage=maxrl", *penalty.split()])
 
 
 def called(function):
@@ -94,11 +122,14 @@ def called(function):
 def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
     argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
-    argv += ["batch=4", "group=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
+    argv += [] if "group=" in settings else ["group=4"]
+    argv += ["batch=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
     argv += ["samples=0", "lr=1e-2", f"name={folder}"]
     assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
     lines = [line for line in workdir.metrics(folder) if "reward" in line]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
+    effective = lines[0].get("sampling/importance_sampling_ratio/effective_samples")
+    assert effective == pytest.approx(1, abs=1e-4) if "correction=" in settings else effective is None
     assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
 
 
@@ -120,6 +151,43 @@ def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
         assert workdir.results(name, 8) == workdir.results("whole", 8)
         tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
         assert tables[0] == tables[1]
+
+
+def logged(workdir, name):
+    """The metrics of a run, without its timings."""
+    return [{k: x for k, x in line.items() if k != "perf"} for line in workdir.metrics(name)]
+
+
+def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
+    argv = ["steps=2", "passes=1", "batch=4", "group=2", "save=100", "max_new=8", "samples=0"]
+    assert workdir.run("name=first", *argv) == 0, workdir.err()
+    assert workdir.run("name=again", "data.replay=runs/first", *argv) == 0, workdir.err()
+    assert logged(workdir, "again") == logged(workdir, "first")
+    assert rl_workdir.table(workdir, "again") == rl_workdir.table(workdir, "first")
+    argv[0] = "steps=3"
+    assert workdir.run("name=longer", "data.replay=runs/first", *argv) == 1
+    assert "2.npz is missing; this run needs rollout 3" in workdir.err()
+
+
+EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]
+
+
+@pytest.mark.quick_cases("policy")
+@pytest.mark.parametrize(
+    "more", [(), ("ppo=true",), ("online=true", "passes=1")], ids=["policy", "ppo", "pairs"]
+)
+def test_a_policy_is_trained_on_episodes_of_two_turns_and_survives_faults(workdir, more):
+    name = f"episodes{len(more)}{''.join(more)[:3]}"
+    argv = ["steps=2", "passes=2", "batch=8", "group=2", "save=100", "samples=0", *EPISODES, *more]
+    assert workdir.run(f"name={name}", *argv) == 0, workdir.err()
+    assert "raised: " in workdir.out() and "out of order" in workdir.out()
+    lines = [line for line in workdir.metrics(name) if "reward" in line]
+    for line in lines:
+        assert line["episodes/turns"] == 2 and line["episodes/given_tokens"] > 4
+        assert 0 < line["episodes/faults/raised"] == line["frac_unscorable"] < 1
+        if "pairs" not in name and "online=true" not in more:  # the engine's and the training program's
+            assert line["sampling/sampling_logp_difference/max"] < 1e-4
+    assert all(len(entry["turns"]) == 4 for entry in rl_workdir.table(workdir, name) if not entry["fault"])
 
 
 OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")

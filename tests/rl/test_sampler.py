@@ -1,6 +1,7 @@
-"""The sampler and the training program have the same log-probs, in every row shape."""
+"""The sampler and the training program have the same log-probs, in every row shape; records of rollouts."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,11 +11,17 @@ import numpy as np
 import pytest
 import tiny_model
 from engines import engine_of
-from rl_completions import random_prompts
+from rl_completions import episodes_of, random_prompts
+from tiny_llama import tiny_tokenizer
 
+from jaxft.data.chat import example_prompt_ids
+from jaxft.data.example import Chat
 from jaxft.data.pack import RowShape
+from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.engine.generate import SampledTokens, complete
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.engine.generate import complete
 from jaxft.engine.sampling import NONFINITE, Sampling
 from jaxft.engine.session import Session
 from jaxft.models.llama import llama
@@ -24,10 +31,16 @@ from jaxft.nn.rope import Rope
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
-from jaxft.rl.completions import table_indices
-from jaxft.rl.layout import fits, pack_rollout, rollout_shapes, to_completions
+from jaxft.rl.episodes import sampled_tokens
+from jaxft.rl.layout import pack_episodes, rollout_shapes
 from jaxft.rl.online_pairs import to_pairs
-from jaxft.rl.sampler import Sampler, compile_rollout_sampler
+from jaxft.rl.play import rollout
+from jaxft.rl.record import table_indices
+from jaxft.rl.rewards import EnvironmentReward, exact
+from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rules import Rules
+from jaxft.rl.sampler import compile_engines, compile_rollout_sampler
+from jaxft.rl.sampling_session import Sampled
 
 
 @pytest.mark.quick_cases("0.7-5-3", "0.0-None-1")
@@ -42,9 +55,11 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     lengths = (tokens >= 0).sum(1).reshape(3, group)
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
-    rows = pack_rollout(prompts, tokens.reshape(3, group, 12), lengths, RowShape(64, 64))
-    logps = policy(model, clipped, temperature=temperature or 1.0).score(params, rows, {}).logps
-    np.testing.assert_allclose(to_completions(np.asarray(logps), lengths, 12), sampled, atol=1e-4, rtol=0)
+    episodes = episodes_of(prompts, tokens.reshape(3, group, 12), lengths, sampled)
+    packed = pack_episodes(episodes, RowShape(64, 64))
+    logps = policy(model, clipped, temperature=temperature or 1.0).score(params, packed.rows, {}).logps
+    found = packed.to_tokens(np.asarray(logps), episodes)
+    np.testing.assert_allclose(found, episodes.logps, atol=1e-4, rtol=0)
 
 
 def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the_length():
@@ -57,10 +72,11 @@ def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the
     score = jax.jit(policy(model, clipped).score)
     for group in ([[12, 12]] * 3, [[3, 5], [1, 12], [2, 2]]):  # whatever the lengths of the others
         lengths, mask = np.array(group), np.arange(12) < np.ravel(group)[:, None]
-        rows = pack_rollout(prompts, np.where(mask.reshape(3, 2, 12), tokens, -1), lengths, RowShape(64, 64))
-        found = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 12)
+        episodes = episodes_of(prompts, tokens, lengths)
+        packed = pack_episodes(episodes, RowShape(64, 64))
+        found = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
-    assert to_pairs(rows).sampled_length == rows.sampled_length == 12
+    assert to_pairs(packed.rows).sampled_length == packed.rows.sampled_length == 12
 
 
 @pytest.mark.parametrize(
@@ -85,11 +101,10 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
     for shape, longest in zip(shapes.rows, (12, 24, 48), strict=True):
         lengths = np.minimum(np.random.default_rng(longest).integers(1, longest + 1, (3, 4)), longest)
         lengths[0] = longest
-        tokens = np.where(np.arange(48) < lengths[..., None], all_tokens.reshape(3, 4, 48), -1)
-        smallest = shapes.rows[0]
-        assert fits(prompts, lengths, shape) and (shape is smallest or not fits(prompts, lengths, smallest))
-        rows = pack_rollout(prompts, tokens, lengths, shape)
-        logps = to_completions(np.asarray(score(params, rows, {}).logps), lengths, 48)
+        episodes = episodes_of(prompts, all_tokens.reshape(3, 4, 48), lengths)
+        assert shapes.smallest(episodes) == shape
+        packed = pack_episodes(episodes, shape)
+        logps = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         difference = np.abs(logps - sampled)[np.arange(48) < lengths.reshape(12, 1)]
         assert difference.max() < max_difference and difference.mean() < mean_difference, shape
 
@@ -112,47 +127,126 @@ def test_the_table_has_two_completions_of_each_prompt():
     assert table_indices(6, 1) == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_row(monkeypatch):
-    """The sampler of two prompts with a group of two: the last completion has no third token."""
-    data, prompts = Prompts("x", max_new=4, group=2, batch=2), random_prompts(2)
-    tokens = np.full((2, 2, 4), 7)
-    tokens[1, 1, 2:] = NONFINITE, -1
-    bound = SimpleNamespace(params=lambda state: {}, stop=(1,))
-    shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
-    completed = SampledTokens(tokens, np.zeros(tokens.shape))
-    monkeypatch.setattr(sampler_module, "Session", lambda *args: None)
-    monkeypatch.setattr(sampler_module, "complete", lambda session, prompts: completed)
-    sampler = Sampler(bound, data, None, shapes, {2: None})
+class OneTurn:
+    """A session whose episode 3 has no third token, as its logits are not finite."""
+
+    def __init__(self):
+        self.turns = []
+
+    def start(self, prompt, episodes, number, max_new):
+        for i in episodes:
+            tokens = np.array([7, 7, NONFINITE if i == 3 else 7])
+            self.turns.append(Sampled(i, tokens, np.zeros(3), "length"))
+
+    def wait(self):
+        turns, self.turns = self.turns, []
+        return turns
+
+    def drop(self, episode):
+        pass
+
+
+def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_row():
+    prompts = random_prompts(2)
+    data = Rollouts("x", max_new=4, group=2, batch=2, rules=Rules((exact,)))
+    sampler = SimpleNamespace(session=lambda key: nullcontext(OneTurn()))
     named = f"{prompts.names[1]}: the policy's logits of token 3 of a completion are not finite"
     with pytest.raises(ValueError, match=re.escape(named)):
-        sampler.sample(prompts, 2, 0, None)
+        rollout(sampler, data.play(tiny_tokenizer(), (1,)), prompts, 2, None)
 
 
-def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_settings(monkeypatch):
+class Game:
+    """An environment of one turn with a prompt of its own."""
+
+    def reset(self, row):
+        return row["prompt"]
+
+    def step(self, state, text):
+        return None, 1.0, True, state
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_settings(monkeypatch, turns):
     compiled = []
     monkeypatch.setattr(sampler_module, "compile_engine", lambda d, *rest: compiled.append((d, rest[1])))
-    data = Prompts("x", max_new=4, group=4, batch=6, eval_group=1, decode_rows=12, kv_cache="int8")
-    shapes = rollout_shapes(data, 40, shards=1)
+    sizes = {"max_new": 4, "group": 4, "batch": 6, "eval_group": 1, "decode_rows": 12, "kv_cache": "int8"}
+    more = {"max_turns": 3, "max_episode": 30, "environment": Game} if turns > 1 else {}
     bound = SimpleNamespace(model=None, stop=(1,), param_shapes={}, mesh=None)
-    compile_rollout_sampler(bound, data, None, shapes)
+    compile_engines(bound, Rollouts("x", **sizes, **more, rules=Rules((exact,))), 64)
+    own = turns > 1  # each episode may have a prompt of its own
     assert {(d.group, d.cache, slots.rows, slots.prompts) for d, slots in compiled} == {
-        (4, "int8", 12, 6),
+        (4, "int8", 12, 12 if own else 6),
         (1, "int8", 6, 6),
     }
+    assert {(d.sampling.max_new, d.extends) for d, _ in compiled} == {(30, True) if own else (4, False)}
 
 
-def test_parts_that_are_sampled_together_have_their_own_completions():
+def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(tmp_path):
     model, params = tiny_model.tiny(jnp.float32)
-    data, prompts = Prompts("x", max_new=6, group=2, batch=2), random_prompts(5)
-    shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
-    engine = engine_of((model, params), Sampling(6, 1.0), (7, 11), 4, 128, group=2)
-    bound = SimpleNamespace(params=lambda state: params, stop=(7, 11))
-    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
-    sampler = Sampler(bound, data, tokenizer, shapes, {2: engine})
-    parts = [replace(prompts, ids=prompts.ids[i : i + 2], names=prompts.names[i : i + 2]) for i in (0, 2, 4)]
-    found = sampler.sample_parts(parts, 2, 3, None)
+    prompts, weights = random_prompts(5), {"w": jnp.ones(3)}
+    data = Rollouts("x", max_new=6, group=2, eval_group=2, batch=5, rules=Rules((exact,)))
+    tokenizer = tiny_tokenizer()
+    state = SimpleNamespace(trainable=weights)
+    run = SimpleNamespace(
+        model=model, stop=(7, 11), mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), folder=tmp_path,
+        param_shapes=jax.eval_shape(lambda: params), params=lambda state: params, state=state,
+    )  # fmt: skip
+    shapes = rollout_shapes(data, 64, shards=1)
+    found = compile_rollout_sampler(run, data, tokenizer, shapes)(prompts, 2, 3, state)
     key = jax.random.fold_in(jax.random.key(data.seed + 2), 3)
-    expected = complete(Session(engine, params, key), prompts.ids).tokens
-    np.testing.assert_array_equal(np.concatenate([one.tokens for one in found]), expected)
-    assert [len(one.prompts) for one in found] == [2, 2, 1] and len(found[2].texts) == 2
-    np.testing.assert_array_equal(sampler.sample(parts[0], 2, 3, None).tokens, expected[:2])
+    engine = engine_of((model, params), Sampling(6, 1.0), (7, 11), 4, 128, group=2)
+    expected = complete(Session(engine, params, key), prompts.ids)
+    for i, tokens in enumerate(expected.tokens.reshape(10, 6)):
+        own = tokens[tokens >= 0].tolist()
+        ended = own[-1] in (7, 11)
+        assert sampled_tokens(found.episodes[i]).tolist() == own and found.ended.ravel()[i] == ended
+        assert found.texts[i] == tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
+    np.testing.assert_allclose(found.logps, expected.logps.reshape(10, 6), rtol=1e-5, atol=1e-6)
+
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["3.npz"]
+    run.params = None  # it cannot sample
+    again = compile_rollout_sampler(run, data, tokenizer, shapes)
+    same = again(prompts, 2, 3, state)
+    assert same.texts == found.texts
+    np.testing.assert_array_equal(same.logps, found.logps)
+    for number, own in ((4, weights), (3, {"w": jnp.full(3, 1.5)})):  # not recorded, or with other weights
+        with pytest.raises(TypeError):
+            again(prompts, 2, number, SimpleNamespace(trainable=own))
+
+
+def twice(state, text, row):
+    """Answer the first turn, and end the episode with the second."""
+    return ("and then?" if state is None else None), float(len(text)), state is not None, 1
+
+
+def test_turns_that_go_on_have_the_training_programs_log_probs(tmp_path):
+    """Of episodes whose given tokens are in the cache of the row, and in the row that is trained on."""
+    tokenizer = tiny_tokenizer()
+    model = llama(replace(tiny_model.CONFIG, vocab=len(tokenizer), max_positions=256), jnp.float32)
+    params = init_params(model.specs, jax.random.key(0))
+    chats = [
+        Chat(f"r:{i}", ({"role": "user", "content": text},), 1) for i, text in enumerate(("hi", "go on"))
+    ]
+    ids = tuple(map(tuple, example_prompt_ids(chats, tokenizer, DEFAULT_TEMPLATE_SETTINGS)))
+    prompts = TokenisedPrompts(ids, ("r:0", "r:1"), tuple(chats), ({}, {}))
+    data = Rollouts(
+        "x", max_prompt=64, max_new=6, max_turns=2, max_episode=60, group=2, eval_group=2, batch=2,
+        rules=Rules((EnvironmentReward(),)), environment=twice,
+    )  # fmt: skip
+    run = SimpleNamespace(
+        model=model, stop=(tokenizer.eos_token_id,), folder=tmp_path, params=lambda state: params,
+        mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), param_shapes=jax.eval_shape(lambda: params),
+        state=SimpleNamespace(trainable={"w": jnp.ones(1)}),
+    )  # fmt: skip
+    shapes = rollout_shapes(data, 64, shards=1)
+    found = compile_rollout_sampler(run, data, tokenizer, shapes)(prompts, 2, 0, run.state)
+    assert found.valid.all() and (found.lengths > 6).any()
+    for parts in found.episodes:
+        kinds = [segment.sampled for segment in parts[0].segments]
+        assert kinds == [True, False, True] and [turn["role"] for turn in parts[0].turns][-1] == "assistant"
+    packed = pack_episodes(found, shapes.smallest(found))
+    logps = jax.jit(policy(model, clipped).score)(params, packed.rows, {}).logps
+    np.testing.assert_allclose(packed.to_tokens(np.asarray(logps), found), found.logps, atol=1e-4, rtol=0)
+    rewards = [[len(turn["content"]) for turn in parts[0].turns[1::2]] for parts in found.episodes]
+    np.testing.assert_array_equal(found.turn_rewards.sum(1), [sum(own) for own in rewards])
+    np.testing.assert_array_equal(found.scores, [sum(own) for own in rewards])

@@ -6,19 +6,15 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from rl_completions import TOKENIZER
-from test_rollout import FakeSampler, bound_run, state_at
+from test_rollout import bound_run, bound_to_sampler, state_at
 from tiny_tokenizers import tiny
 
 from jaxft.data.prompts import split_prompts
-from jaxft.rl.online_pairs import BoundOnlinePairs, OnlinePairs, OnlinePairSource
-from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
+from jaxft.rl.online_pairs import OnlinePairs
+from jaxft.rl.rollout import PromptSource, Rollouts
 from jaxft.rl.rules import Rules
-from jaxft.rl.sampler import RolloutScorer
 
-KINDS = {
-    "policy": (Rollouts, RolloutSource, BoundRollouts),
-    "online pairs": (OnlinePairs, OnlinePairSource, BoundOnlinePairs),
-}
+KINDS = {"policy": Rollouts, "online pairs": OnlinePairs}
 
 
 class Recorder:
@@ -45,14 +41,10 @@ class Recorder:
 
 
 def bound(folder, kind, train, reward):
-    make, source_of, bound_of = KINDS[kind]
-    rules = Rules((reward,))
     settings = {"format": "plain", "held_out": 0.2, "batch": 12, "group": 3, "max_new": 6, "max_prompt": 16}
-    data = make(train, rules=rules, **settings)
-    source = source_of(data, TOKENIZER, *split_prompts(data, tiny("llama3"), folder), 1)
-    scorer = RolloutScorer(rules, tuple(each.prepare(None) for each in rules.rewards), None, False)
-    sampler = FakeSampler(source)
-    return bound_of(source, bound_run(folder), sampler, scorer, source.shapes, np.zeros(3))
+    data = KINDS[kind](train, rules=Rules((reward,)), **settings)
+    source = PromptSource(data, TOKENIZER, *split_prompts(data, tiny("llama3"), folder))
+    return bound_to_sampler(source, bound_run(folder))
 
 
 def write_prompts(folder, name, count):

@@ -121,6 +121,30 @@ def test_rollouts_count_prompts(converted):
     assert set(remarks(c.lost)) == {"reward_funcs"}
 
 
+def test_importance_weights_keep_their_kind_and_bounds(converted):
+    command = "trl grpo --model_name_or_path org/name --dataset_name org/rows --use_vllm "
+
+    def correction(options):
+        prefix = "--vllm_importance_sampling_"
+        c = converted("a.sh", command + options.replace("--", prefix))
+        assert not {name for name in remarks(c.lost) if "sampling" in name}
+        return {text for text in c.settings if text.startswith("correction")}
+
+    masked = "correction=masked_completions"
+    assert correction("") == correction("--correction false --mode token_mask --clip_max 2") == set()
+    assert correction("--correction true") == {masked}
+    assert correction("--correction true --mode token_truncate") == {"correction=truncated_tokens"}
+    assert correction("--clip_max 2") == correction("--cap 2") == {masked, "correction_bounds=0,2"}
+    both = correction("--mode token_mask --clip_min 0.5 --clip_max 5")
+    assert both == {"correction=masked_tokens", "correction_bounds=0.5,5"}
+
+
+def test_gdpo_standardises_each_reward_and_ignores_the_scale(converted):
+    command = "trl grpo --model_name_or_path org/name --dataset_name org/rows "
+    c = converted("a.sh", command + "--multi_objective_aggregation normalize_then_sum --scale_rewards batch")
+    assert "estimate=by_each" in c.settings and not any(text.startswith("advantage=") for text in c.settings)
+
+
 def test_rollouts_have_no_dropout(converted):
     command = "trl grpo --model_name_or_path org/name --dataset_name org/rows --use_peft"
     assert not any("dropout" in text for text in converted("a.sh", command).settings)

@@ -9,6 +9,8 @@ from jaxft.data.example import Completion
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
+from jaxft.rl.episodes import collect
+from jaxft.rl.trajectory import Fault, Segment, Trajectory
 
 TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0, chat_template=None)
 LENGTHS = np.array([[3, 0, 7], [1, 5, 2]])
@@ -52,3 +54,49 @@ def stored_prompts(count):
         sources=np.zeros(count, int),
         formats=("plain",),
     )
+
+
+def episodes_of(prompts, tokens, lengths, logps=None, limit=None):
+    """Completions [G, N, size] as Episodes of one turn. limit: tokens at which they are truncated, None for
+    the size.
+    """
+    size, group = tokens.shape[2], lengths.shape[1]
+    logps = np.zeros(tokens.shape) if logps is None else logps.reshape(tokens.shape)
+    limit = size if limit is None else limit
+    found = []
+    for g, ids in enumerate(prompts.ids):
+        for n in range(group):
+            count = lengths[g, n]
+            turn = Segment(tokens[g, n, :count].astype(np.int32), logps[g, n, :count].astype(np.float32))
+            said = ({"role": "assistant", "content": "x" * int(count)},)
+            found.append(Trajectory(g, tuple(ids), (turn,), ended=bool(count < limit), turns=said))
+    return collect(prompts, found, size, size)
+
+
+def random_episodes(seed=0):
+    """Two episodes of each of two prompts: of several turns with given tokens between them, of two training
+    rows, with a prompt of its own, and one that the environment has failed before its first turn.
+    """
+    rng = np.random.default_rng(seed)
+    prompts, _ = random_completions(np.ones((2, 2), int), seed)
+
+    def some(count):
+        return rng.integers(0, 40, count).astype(np.int32)
+
+    def sampled(count, reward=np.nan):
+        return Segment(some(count), rng.normal(-3, 0.3, count).astype(np.float32), reward)
+
+    def given(count):
+        return Segment(some(count), None)
+
+    turns = (sampled(3, 0.5), given(4), sampled(1), given(2), sampled(2, 1.0), given(3))
+    said = ({"role": "assistant", "content": "said"},)
+    first = Trajectory(0, prompts.ids[0], turns, 1.5, turns=said)
+    rewritten = (sampled(2, 0.25), given(1)), (given(2), sampled(3))
+    parts = [
+        Trajectory(0, start, own, 1.0, turns=said, part=i, parts=2)
+        for i, (start, own) in enumerate(zip((prompts.ids[0], tuple(some(5))), rewritten, strict=True))
+    ]
+    failed = Trajectory(1, (), (), fault="raised", faults=(Fault("raised", "it is broken"),), ended=False)
+    other = Trajectory(1, tuple(some(6)), (sampled(4), given(2), sampled(1)), 0.5, turns=said)
+    return collect(prompts, [first, *parts, failed, other], 12, 24, 6)

@@ -45,6 +45,13 @@ def constant(prompt, completion, row):
     return 0.5
 
 
+def once_more(state, text, row):
+    """Ask for a second turn; the environment is broken for every fifth row."""
+    if row["answer"] % 5 == 0:
+        raise RuntimeError("out of order")
+    return ("and then?" if state is None else None), len(text) / 10, state is not None, 1
+
+
 def ppo_objective(model, temperature, beta, shared=False, target_kl=None):
     """PPO with an entropy bonus, an adaptive KL in the rewards, and a critic, shared or not."""
     hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)

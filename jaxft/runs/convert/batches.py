@@ -115,6 +115,24 @@ def _devices(count: int) -> str:
     return "1 device" if count == 1 else f"{count} devices"
 
 
+def importance_weights(draft: Draft) -> None:
+    """The correction between the sampler and the training program: its function and its bounds."""
+    prefix = "vllm_importance_sampling_"
+    bounds = [f"{prefix}{name}" for name in ("clip_min", "clip_max", "cap")]
+    if as_text(draft.peek(f"{prefix}correction")).lower() == "false":
+        draft.drop(f"{prefix}mode", *bounds)
+        return
+    least, most = draft.number(bounds[0]), draft.number(*bounds[1:])
+    given = [option for name in bounds if (option := draft.take(name)) is not None]
+    override = f"correction_bounds={least or 0:g},{3 if most is None else most:g}"
+    for option in given:
+        draft.express(option, [override])
+    if f"{prefix}mode" in draft.options:
+        draft.express(draft.take(f"{prefix}correction"), [])
+    elif given:
+        draft.put("correction=masked_completions")  # TRL's default
+
+
 def rollouts(draft: Draft) -> None:
     """Prompts of a rollout, completions of each, and the optimizer steps on them."""
     if draft.recipe != "grpo":
@@ -145,6 +163,9 @@ def rollouts(draft: Draft) -> None:
     length = draft.take("sequence_len", "max_length", "cutoff_len")
     if length is not None:
         draft.express(length, [f"max_prompt={as_text(length.value)}"], "max_new limits completions")
+    importance_weights(draft)
+    if draft.method == "gdpo" or draft.peek("multi_objective_aggregation") == "normalize_then_sum":
+        draft.drop("scale_rewards")  # without effect there, as in TRL
     low, high = draft.number("epsilon"), draft.number("epsilon_high")
     if low is not None and high is None:
         draft.put(f"eps_high={low:g}")

@@ -22,7 +22,7 @@ RECIPES = {  # a tool's name of a method -> the recipe
 METHOD_SETTINGS = {  # methods that are a recipe with further settings
     "ipo": ("loss=ipo",),
     "cpo": ("loss=cpo",),
-    "gdpo": ("combine=normalised_sum",),
+    "gdpo": ("estimate=by_each",),
     "rloo": ("advantage=rloo", "token_weights=sequence_sum"),
 }  # fmt: skip
 FULL = {  # how a recipe trains all weights

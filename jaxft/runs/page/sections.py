@@ -265,13 +265,31 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
         [
             number_text(entry["step"]),
             f'<div class="text">{escaped(last_message(entry.get("prompt")), 1000)}</div>',
-            f'<div class="text">{escaped(entry.get("completion", ""), 1500)}</div>',
+            turns_html(entry.get("turns"))
+            or f'<div class="text">{escaped(entry.get("completion", ""), 1500)}</div>',
             *(number_text(_part(entry, "rewards").get(name)) for name in names),
             f"<strong>{number_text(entry.get('reward'))}</strong>",
         ]
         for entry in shown
     ]
     return html_table(["step", "prompt", "completion", *map(escaped, names), "reward in training"], rows)
+
+
+def turns_html(turns: Any) -> str:
+    """Return an episode turn by turn after its prompt, in colours of who wrote it; "" without turns."""
+    messages = [turn for turn in turns or () if isinstance(turn, dict)]
+    begins = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
+    shown = []
+    for turn in messages[begins[0] :] if begins else ():
+        role = str(turn.get("role"))
+        calls = [
+            f"{call.get('name')}({json.dumps(call.get('arguments'), ensure_ascii=False)})"
+            for call in (one.get("function") or {} for one in turn.get("tool_calls") or ())
+        ]
+        text = "\n".join(filter(None, (str(turn.get("content") or ""), *calls)))
+        writer = role if role in ("assistant", "tool", "user") else "user"
+        shown.append(f'<div class="text turn {writer}" title="{escaped(role)}">{escaped(text, 1500)}</div>')
+    return "\n".join(shown)
 
 
 def last_message(prompt: Any) -> str:

@@ -1,0 +1,63 @@
+"""GRPO of Qwen3-4B as an agent: it searches a library and runs Python over several turns, with LoRA.
+
+    python scripts/train.py --config configs/qwen3_4b_agent.py                # questions that need a search
+    python scripts/train.py --config configs/qwen3_4b_agent.py environment=code_interpreter data=mine.jsonl
+    python scripts/train.py --config configs/qwen3_4b_agent.py environment=my_env.py:Library data=mine.jsonl
+
+Rows have a prompt and an answer; the reward is 1 for the right answer in the last turn. An episode has up to
+six turns and 4,096 tokens. Qwen3's template leaves the reasoning of earlier questions out; where that
+rewrites what the policy has sampled, the next turn begins a new training row. The settings are
+DAPO's, as in configs/qwen25_1p5b_grpo.py: eps_high=0.28, no KL penalty, groups with equal scores left out.
+The code interpreter runs what the model writes in a process with limits, which is no security boundary.
+
+Hardware: a GPU of 80 GB; not measured.
+"""
+
+from functools import partial
+
+from jaxft.objectives.policy import echo as with_echo
+from jaxft.objectives.policy import policy
+from jaxft.objectives.policy_losses import clipped
+from jaxft.rl.advantages import grpo, nonconstant_groups
+from jaxft.rl.environments.code_interpreter import CodeInterpreter
+from jaxft.rl.environments.search import Search
+from jaxft.rl.estimators import by_group
+from jaxft.rl.rewards import number
+from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rules import Rules
+from jaxft.rl.token_weights import token_mean
+from jaxft.train.recipes import GpuKnobs, RewardFunction, RolloutKnobs
+from jaxft.train.settings import Run
+
+
+class Agent(Search, CodeInterpreter):
+    """Search and a Python interpreter in one environment: the tools of both, and Search's reward."""
+
+
+def config(
+    base: GpuKnobs = GpuKnobs("Qwen/Qwen3-4B", general=None, lr=1e-5),
+    prompts: RolloutKnobs = RolloutKnobs(
+        "configs/data/library.jsonl",
+        batch=32,
+        micro=32,
+        group=8,
+        max_prompt=1024,
+        max_new=1024,
+        minibatches=1,
+        environment=Agent,
+        max_turns=6,
+        max_episode=4096,
+    ),
+    name: str = "qwen3_4b_agent",
+    rewards: tuple[RewardFunction, ...] = (),  # in addition to the environment's score; number without one
+    eps_high: float = 0.28,
+    echo: float | None = None,  # ECHO: weight of the cross-entropy of given tokens, such as 0.1
+) -> Run:
+    """GRPO of an agent with search and code."""
+    estimate = partial(by_group, advantage=grpo)
+    scored = prompts.rewards(rewards, number)
+    rules = Rules(scored, estimate, token_mean, filter=nonconstant_groups)
+    objective = partial(policy, loss=partial(clipped, eps_high=eps_high), temperature=prompts.temperature)
+    source = prompts.source(Rollouts, rules=rules, observations=bool(echo))
+    chosen = partial(with_echo, objective=objective, coef=echo) if echo else objective
+    return Run(name=name, objective=chosen, **base.sharded_run(every=20), **source)

@@ -1,0 +1,1 @@
+"""Environments that ship with jaxft, and what environments call: tools, threads, the sandbox, OpenEnv."""

@@ -1,0 +1,135 @@
+"""Tools: plain functions that a model calls, their JSON schemas, and calls in the text of a turn.
+
+A function's signature and its docstring in Google's style (with an `Args:` section) give the schema that the
+model is shown, see data.columns.tool_schema. Calls are read in the format of the chat template, as the server
+reads them.
+
+What goes wrong with a call is either the model's doing and returned to it as an error message (an unknown
+name, malformed JSON, wrong arguments, a ValueError, TypeError, ArithmeticError or LookupError of the tool, a
+result that is too long), or it is not, and excludes the episode (any other exception, a time-out).
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxft.data.example import Message
+from jaxft.inference.tool_calls import CallFormat, CallStream, ToolCall
+from jaxft.rl.environments.calls import Task
+from jaxft.rl.trajectory import Fault
+
+Tool = Callable[..., Any]
+MODELS_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)  # returned to the model
+MOST_CALLS = 16  # of one turn
+ERROR_SIZE = 200  # characters of an error's text
+UNKNOWN_TOOL, MALFORMED_CALL, BAD_ARGUMENTS = "unknown_tool", "malformed_call", "bad_arguments"
+TOOL_ERROR, LARGE_RESULT, TOO_MANY_CALLS = "tool_error", "large_result", "too_many_calls"
+
+
+class ParsedTurn(NamedTuple):
+    """A sampled turn. text: what is not part of a call. malformed: whether it has a call that is no JSON."""
+
+    text: str
+    calls: tuple[ToolCall, ...]
+    malformed: bool
+
+
+def tool_name(tool: Tool) -> str:
+    """Return the name by which a model calls a tool."""
+    return str(getattr(tool, "__name__", type(tool).__name__))
+
+
+def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
+    """Return tools by their names. Raises ValueError for two of one name."""
+    names = [tool_name(tool) for tool in tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"tools: two tools are named {twice}. Rename one.")
+    return dict(zip(names, tools, strict=True))
+
+
+def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
+    """Take the tool calls out of a turn's text. number: of the turn, from which the calls' ids derive: they
+    are the same in each run.
+    """
+    if format is None:
+        return ParsedTurn(text, (), False)
+    rest, calls = CallStream(format).add(text, True)
+    opened = format.opens in rest or (format.bare and not calls and rest.lstrip().startswith("{"))
+    named = (
+        ToolCall(call.index, f"call{number % 100:02}{call.index % 1000:03}", call.name, call.arguments)
+        for call in calls
+    )
+    return ParsedTurn(rest, tuple(named), opened)
+
+
+def turn_message(turn: ParsedTurn) -> Message:
+    """Return the assistant's message of a turn, with its calls as such."""
+    message: Message = {"role": "assistant", "content": turn.text}
+    if turn.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in turn.calls
+        ]
+    return message
+
+
+def answer_calls(
+    turn: ParsedTurn, tools: Mapping[str, Tool], task: Task, longest: int
+) -> tuple[list[Message], list[Fault]]:
+    """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
+
+    longest: characters of a result. Raises what excludes the episode.
+    """
+    messages, faults = list[Message](), list[Fault]()
+    for call in turn.calls:
+        text, fault = _result_of(call, tools, task, longest)
+        if fault:
+            text = error_text(fault.text)
+            faults.append(fault)
+        messages.append({"role": "tool", "name": call.name, "tool_call_id": call.id, "content": text})
+    if turn.malformed and not turn.calls:
+        fault = Fault(MALFORMED_CALL, "the tool call is not valid JSON with a name and arguments")
+        faults.append(fault)
+        messages.append({"role": "tool", "content": error_text(fault.text)})
+    return messages, faults
+
+
+def error_text(text: str) -> str:
+    """Return the content of a tool message about an error."""
+    return json.dumps({"error": text[:ERROR_SIZE]}, ensure_ascii=False)
+
+
+def _result_of(
+    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int
+) -> tuple[str, Fault | None]:
+    """Return the text of a call's result, or the fault that the model is told."""
+    tool = tools.get(call.name)
+    if call.index >= MOST_CALLS:
+        return "", Fault(TOO_MANY_CALLS, f"only {MOST_CALLS} calls of a turn are answered")
+    if tool is None:
+        return "", Fault(UNKNOWN_TOOL, f"there is no tool {call.name!r}; there are {', '.join(tools)}")
+    arguments = json.loads(call.arguments)
+    try:
+        inspect.signature(tool).bind(**arguments)
+    except TypeError as error:
+        return "", Fault(BAD_ARGUMENTS, f"{call.name}: {error}")
+    try:
+        text = result_text(task.call(tool, **arguments))
+    except MODELS_ERRORS as error:
+        return "", Fault(TOOL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    if len(text) > longest:
+        return "", Fault(
+            LARGE_RESULT, f"the result of {call.name} has {len(text)} characters, more than {longest}"
+        )
+    return text, None
+
+
+def result_text(value: Any) -> str:
+    """Return a tool's result as text: a string unchanged, other values as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

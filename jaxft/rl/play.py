@@ -1,0 +1,495 @@
+"""Rollouts as episodes: sample turns, let an environment answer them, and return trajectories.
+
+All first turns are queued at once. As soon as a turn has ended, a thread asks the environment for its answer,
+while other rows go on sampling; the answer's tokens are appended to the row, and the next turn is sampled.
+Which tokens are sampled depends on keys and prompts only, not on which answer came first.
+
+An episode ends when the environment says so, at a limit of turns or tokens, or with a fault. Faults that
+exclude the episode from training and means: the environment or a tool raises, takes longer than the time-out,
+returns a wrong type or too much text, or the chat template rejects the messages. Errors in the model's own
+calls are returned to the model (tools.py). Both are counted by kind.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxft.bounds import above, at_least, check_bounds
+from jaxft.data.chat import example_prompt_ids
+from jaxft.data.example import Chat, Completion, Message
+from jaxft.data.invalid import InvalidRow
+from jaxft.data.next_turn import NextPrompt, TurnWording, next_prompt
+from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.template_settings import TemplateSettings
+from jaxft.distributed import processes
+from jaxft.engine.sampling import NONFINITE, without_stop
+from jaxft.engine.session import Sampled
+from jaxft.inference.text_stream import token_decoder
+from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
+from jaxft.rl.environment import (
+    Beginning,
+    Environment,
+    EpisodeState,
+    FirstPrompt,
+    RowColumns,
+    StepResult,
+    WrongType,
+)
+from jaxft.rl.environments.calls import Calls, Overdue, Task
+from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message
+from jaxft.rl.sampling_session import Sampler, TurnSession
+from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
+
+TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
+LARGE_OBSERVATION, TEMPLATE, LONG_PROMPT = "large_observation", "template", "long_prompt"
+FAULT_SIZE = 200  # characters of an error's text
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """Limits of an episode.
+
+    turns: of the model. turn_tokens: sampled in a turn. tokens: of all turns and answers together; where a
+    template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout: seconds of each
+    call of an environment or a tool. observation: characters of an answer. workers: calls at once.
+    """
+
+    turns: Annotated[int, at_least(1)] = 8
+    turn_tokens: Annotated[int, at_least(1)] = 256
+    tokens: Annotated[int, at_least(1)] = 1024
+    prompt: Annotated[int, at_least(1)] = 1024
+    timeout: Annotated[float, above(0)] = 30.0
+    observation: Annotated[int, at_least(1)] = 1 << 16
+    workers: Annotated[int, at_least(1)] = 32
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "data")
+
+
+@dataclass(frozen=True)
+class Play:
+    """How episodes are played. stop: token ids that end a turn."""
+
+    environment: Environment
+    tokenizer: Any
+    stop: tuple[int, ...]
+    limits: EpisodeLimits = EpisodeLimits()
+
+    def __post_init__(self) -> None:
+        if self.environment.continues and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"environment {self.environment.name} may answer a turn, which needs a chat template, and "
+                "the tokenizer has none. Set chat_template=chatml or qwen."
+            )
+        if self.environment.schemas and self.call_format is None:
+            raise ValueError(
+                f"environment {self.environment.name} has tools, but the chat template has no format of tool "
+                "calls that jaxft reads. Set chat_template=qwen, or use another tokenizer."
+            )
+
+    @property
+    def call_format(self) -> CallFormat | None:
+        """The format of the template's tool calls, None without tools."""
+        if not self.environment.schemas or not self.tokenizer.chat_template:
+            return None
+        source = self.tokenizer.get_chat_template(tools=list(self.environment.schemas))
+        return call_format(template_tool_format(str(source)))
+
+
+Ended = Callable[[int, Sequence[Trajectory]], None]  # called with an episode's number and training rows
+
+
+def ignore(number: int, parts: Sequence[Trajectory]) -> None:
+    """Do nothing with an episode that has ended."""
+
+
+def rollout(
+    sampler: Sampler,
+    play: Play,
+    rows: TokenisedPrompts,
+    group: int,
+    key: jax.Array,
+    ended: Ended = ignore,
+) -> list[Trajectory]:
+    """Play `group` episodes of each row. Return their training rows, in the order of the episodes.
+
+    ended: called with each episode's number and training rows as soon as it has ended, for rewards that
+    overlap with sampling. All processes of a run sample; the environment is called on the first.
+
+    Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
+    """
+    limits = play.limits
+    with Calls(limits.workers, limits.timeout) as calls, sampler.session(key) as session:
+        found = _Rollout(play, rows, group, session, calls).run(ended)
+    return [part for parts in found for part in parts]
+
+
+@dataclass
+class _Episode:
+    """An episode in progress. chat, state: on the first process only.
+
+    used: tokens after the first prompt. parts: start and segments of each training row.
+    """
+
+    number: int
+    prompt: int
+    parts: list[tuple[tuple[int, ...], list[Segment]]] = field(default_factory=list)
+    used: int = 0
+    turns: int = 0
+    stopped: bool = False
+    chat: Chat | Completion | None = None
+    state: EpisodeState = None
+    sampled: ParsedTurn = ParsedTurn("", (), False)
+    messages: tuple[ShownMessage, ...] = ()
+    faults: list[Fault] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+
+class _Scored(NamedTuple):
+    """The environment's own score of an episode; None: the sum of its turns' rewards."""
+
+    score: float | None
+
+
+class _Answer(NamedTuple):
+    """What answers a turn, with faults that the model is told of."""
+
+    step: StepResult
+    faults: list[Fault]
+
+
+class _Decision(NamedTuple):
+    """What becomes of an episode, decided on the first process; all values are JSON.
+
+    do: "start", "extend", "wait" (for its score) or "end". ids: of a prompt or an answer. reward: of the turn
+    before. fault: excludes the episode. faults: others.
+    """
+
+    number: int
+    do: str
+    ids: list[int] = []
+    reward: float = math.nan
+    score: float = math.nan
+    done: bool = False
+    fault: tuple[str, str] | None = None
+    faults: list[tuple[str, str]] = []
+    messages: list[Any] = []
+
+
+class _Rollout:
+    """Episodes in progress, from their start to their end."""
+
+    def __init__(self, play: Play, rows: TokenisedPrompts, group: int, session: TurnSession, calls: Calls):
+        self.play, self.rows, self.group, self.session, self.calls = play, rows, group, session, calls
+        self.format = play.call_format
+        self.decoder = token_decoder(play.tokenizer, self.format.tokens if self.format else ())
+        self.episodes = [_Episode(i, i // group) for i in range(len(rows) * group)]
+        self.open, self.sampling = set(range(len(self.episodes))), set[int]()
+        self.ready = dict[int, dict[int, list[int]]]()  # prompts of a row's episodes that have not started
+        self.results = [list[Trajectory]() for _ in self.episodes]
+
+    def run(self, ended: Ended) -> list[list[Trajectory]]:
+        """Play all episodes to their end."""
+        self.ended = ended
+        for episode in self.episodes:
+            if self.play.environment.continues:
+                self._submit(episode, partial(_begin, self.play.environment, self._row(episode)))
+        if not self.play.environment.continues:
+            for episode in self.episodes:
+                self._apply(self._begun(episode, Beginning(None, None)))
+        while self.open:
+            for decision in self._decisions(wait=not self.sampling):
+                self._apply(decision)
+            for sampled in self.session.wait() if self.sampling else ():
+                self._take(sampled)
+        return self.results
+
+    def _row(self, episode: _Episode) -> RowColumns:
+        """Return a copy of the columns of the episode's row, with its prompt."""
+        given = self.rows.as_given(episode.prompt)
+        return _copy({"prompt": given, **self.rows.fields[episode.prompt]})
+
+    def _submit(self, episode: _Episode, work: Callable[[Task], Any]) -> None:
+        if processes.is_first():
+            self.calls.submit(episode.number, work)
+
+    def _decisions(self, wait: bool) -> list[_Decision]:
+        """Return the same decisions on all processes. wait: until there is at least one."""
+
+        def on_first() -> list[Any]:
+            return [self._decide(number, value) for number, value in self.calls.finished(wait)]
+
+        return [_Decision(*found) for found in processes.from_first_process(on_first)]
+
+    # ---- on the first process
+
+    def _decide(self, number: int, value: Any) -> _Decision:
+        """Return what follows from the result of a call."""
+        episode = self.episodes[number]
+        try:
+            match value:
+                case Beginning():
+                    return self._begun(episode, value)
+                case _Scored(score):
+                    total = math.fsum(x for x in episode.rewards if not math.isnan(x))
+                    has_rewards = not all(map(math.isnan, episode.rewards))
+                    own = total if has_rewards else math.nan
+                    return _Decision(number, "end", score=own if score is None else score)
+                case _Answer():
+                    return self._answered(episode, value)
+                case _:
+                    fault = _fault_of(value, self.play.limits)
+        except InvalidRow as error:
+            fault = TEMPLATE, str(error)[:FAULT_SIZE]
+        is_new = len(episode.rewards) < episode.turns  # the last turn is not among the messages
+        messages = [turn_message(episode.sampled)] if is_new else []
+        return _Decision(number, "end", fault=fault, messages=messages)
+
+    def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
+        """Return the decision to start from the environment's prompt, or from the row's own."""
+        rows, schemas = self.rows, list(self.play.environment.schemas)
+        own = rows.prompts[episode.prompt]
+        chat: Any = own
+        if self.play.environment.continues:
+            chat = _with_prompt(own, begun.prompt, schemas)
+        episode.state, episode.chat = begun.state, chat
+        ids = list(rows.ids[episode.prompt])
+        if chat != own:
+            (found,) = example_prompt_ids([chat], self.play.tokenizer, rows.template)
+            if isinstance(found, InvalidRow):
+                raise found
+            ids = found
+        if len(ids) > self.play.limits.prompt:
+            most = self.play.limits.prompt
+            text = f"the prompt with tools has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
+            return _Decision(episode.number, "end", fault=(LONG_PROMPT, text))
+        messages = (
+            chat.messages[: chat.response]
+            if isinstance(chat, Chat)
+            else [{"role": "user", "content": chat.prompt}]
+        )
+        return _Decision(episode.number, "start", ids, messages=list(messages))
+
+    def _answered(self, episode: _Episode, answer: _Answer) -> _Decision:
+        """Return the decision to continue with an answer, or to end."""
+        step, limits = answer.step, self.play.limits
+        episode.state = step.state
+        turn: Message = turn_message(episode.sampled)
+        found = _Decision(episode.number, "wait", reward=step.reward, faults=list(answer.faults))
+        size = sum(len(message["content"]) for message in step.observation)
+        if size > limits.observation and not episode.sampled.calls:
+            text = f"the observation has {size} characters, more than {limits.observation}"
+            return found._replace(do="end", fault=(LARGE_OBSERVATION, text), messages=[turn])
+        over = found._replace(done=step.done or not step.observation, messages=[turn])
+        if over.done or episode.turns >= limits.turns or episode.used >= limits.tokens:
+            return over
+        chat: Any = episode.chat
+        following = self._following(episode, step.observation)
+        size = len(following.ids)
+        if episode.used + size >= limits.tokens or (following.restarts and size > limits.prompt):
+            return over
+        messages = following.messages
+        episode.chat = replace(chat, messages=messages, response=len(messages))
+        do = "start" if following.restarts else "extend"
+        return over._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
+
+    def _following(self, episode: _Episode, observation: tuple[Message, ...]) -> NextPrompt:
+        """Return the prompt of the next turn. A turn is written with its calls as such or, for a template
+        that hides them, as text; answers that a template cannot show as a tool's are shown as the user's.
+        """
+        chat: Any = episode.chat
+        turn, text = turn_message(episode.sampled), self._text(episode)
+        ways = [TurnWording(turn, observation)]
+        if any(message["role"] == "tool" for message in observation):
+            plain: Message = {"role": "assistant", "content": text}
+            as_user = tuple({"role": "user", "content": message["content"]} for message in observation)
+            ways += [TurnWording(plain, observation), TurnWording(plain, as_user)]
+        settings: TemplateSettings = self.rows.template
+        return next_prompt(chat, ways, episode.stopped, self.play.tokenizer, settings)
+
+    # ---- on all processes
+
+    def _apply(self, decision: _Decision) -> None:
+        """Carry a decision out."""
+        episode = self.episodes[decision.number]
+        episode.messages += tuple(decision.messages)
+        episode.faults += [Fault(*fault) for fault in decision.faults]
+        if episode.parts and episode.parts[-1][1] and decision.do != "end":
+            segments = episode.parts[-1][1]
+            segments[-1] = replace(segments[-1], reward=decision.reward)
+            episode.rewards.append(decision.reward)
+        if decision.do == "extend":
+            given = np.asarray(decision.ids, np.int32)
+            episode.parts[-1][1].append(Segment(given, None))
+            episode.used += len(given)
+            self.sampling.add(episode.number)
+            self.session.extend(episode.number, decision.ids, self._turn_limit(episode))
+        elif decision.do == "start":
+            self._start(episode, decision.ids)
+        elif decision.do == "wait":
+            self._score(episode, decision.done)
+        else:
+            self._end(episode, decision)
+
+    def _start(self, episode: _Episode, ids: list[int]) -> None:
+        """Start a row. The first rows of a prompt start together, as soon as all its prompts are known."""
+        if episode.parts:
+            self.session.drop(episode.number)
+            episode.used += len(ids)
+            self._begin_rows(ids, [episode], self._own_number(episode))
+            return
+        waiting = self.ready.setdefault(episode.prompt, {})
+        waiting[episode.number] = ids
+        self._start_group(episode.prompt)
+
+    def _start_group(self, prompt: int) -> None:
+        """Start the first rows of a prompt's episodes, if all that have not ended are ready."""
+        numbers = range(prompt * self.group, (prompt + 1) * self.group)
+        waiting = self.ready.get(prompt, {})
+        if not waiting or any(i in self.open and i not in waiting for i in numbers):
+            return
+        del self.ready[prompt]
+        together = dict[tuple[int, ...], list[_Episode]]()
+        for number in sorted(waiting):
+            together.setdefault(tuple(waiting[number]), []).append(self.episodes[number])
+        for order, (ids, episodes) in enumerate(together.items()):
+            number = prompt if order == 0 else self._own_number(episodes[0])
+            self._begin_rows(list(ids), episodes, number)
+
+    def _begin_rows(self, ids: list[int], episodes: list[_Episode], number: int) -> None:
+        """Start a row of each episode from one prompt. number: from which their keys derive."""
+        for episode in episodes:
+            episode.parts.append((tuple(ids), []))
+            self.sampling.add(episode.number)
+        limit = min(self._turn_limit(episode) for episode in episodes)
+        self.session.start(ids, [episode.number for episode in episodes], number, limit)
+
+    def _own_number(self, episode: _Episode) -> int:
+        """Return a number for the keys of a row that no other row has."""
+        return len(self.rows) + episode.number * (self.play.limits.turns + 1) + episode.turns
+
+    def _turn_limit(self, episode: _Episode) -> int:
+        limits = self.play.limits
+        return min(limits.turn_tokens, limits.tokens - episode.used)
+
+    def _take(self, sampled: Sampled) -> None:
+        """Add a turn that has ended to its episode, and ask the environment for the answer."""
+        episode = self.episodes[sampled.episode]
+        self.sampling.remove(episode.number)
+        if NONFINITE in sampled.tokens:
+            raise ValueError(
+                f"{self.rows.names[episode.prompt]}: the policy's logits of token {len(sampled.tokens)} of a "
+                "completion are not finite; lower optim.lr, or check the weights"
+            )
+        logps = np.asarray(sampled.logps, np.float32)
+        episode.parts[-1][1].append(Segment(np.asarray(sampled.tokens, np.int32), logps))
+        episode.used += len(sampled.tokens)
+        episode.turns += 1
+        episode.stopped = sampled.finish == "stop"
+        if not self.play.environment.continues:
+            turn = {"role": "assistant", "content": self._text(episode)}
+            self._apply(_Decision(episode.number, "end", done=True, messages=[turn]))
+            return
+        if processes.is_first():
+            episode.sampled = parse_turn(self._text(episode, True), self.format, episode.turns)
+            asked = partial(_answer, self.play, episode.state, episode.sampled, self._text(episode))
+            self._submit(episode, asked)
+
+    def _text(self, episode: _Episode, marked: bool = False) -> str:
+        """Return the text of the last turn without its stop token. marked: with the marks of tool calls."""
+        sampled = next(s for s in reversed(episode.parts[-1][1]) if s.sampled)
+        ids = without_stop(sampled.tokens, self.play.stop)
+        if not marked:
+            return str(self.play.tokenizer.decode(ids, skip_special_tokens=True))
+        return self.decoder.decode([int(x) for x in ids if int(x) not in self.decoder.skipped])
+
+    def _score(self, episode: _Episode, done: bool) -> None:
+        """Ask the environment for the score of an episode that is over."""
+        episode.stopped = episode.stopped and done
+        if self.play.environment.scored:
+            self._submit(episode, partial(_score_of, self.play.environment, episode.state))
+        else:
+            self._apply(_Decision(episode.number, "end"))
+
+    def _end(self, episode: _Episode, decision: _Decision) -> None:
+        """Drop the episode's row, and build its trajectories."""
+        number = episode.number
+        if episode.parts:
+            self.session.drop(number)
+        if decision.fault:
+            episode.faults.append(Fault(*decision.fault))
+        fault = decision.fault[0] if decision.fault else ""
+        parts = episode.parts or [((), [])]
+        self.results[number] = [
+            Trajectory(
+                episode.prompt,
+                start,
+                tuple(segments),
+                decision.score,
+                episode.stopped and not fault,
+                fault,
+                episode.messages,
+                tuple(episode.faults),
+                part,
+                len(parts),
+            )  # fmt: skip
+            for part, (start, segments) in enumerate(parts)
+        ]
+        self.open.remove(number)
+        self.ended(number, self.results[number])
+        self._start_group(episode.prompt)
+
+
+# ---- work of the threads
+
+
+def _begin(environment: Environment, row: RowColumns, task: Task) -> Beginning:
+    return environment.reset(row, task)
+
+
+def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: Task) -> _Answer:
+    """Call the tools that a turn calls, or else the environment."""
+    environment = play.environment
+    if environment.schemas and (turn.calls or turn.malformed):
+        tools = environment.tools(state)
+        messages, faults = answer_calls(turn, tools, task, play.limits.observation)
+        return _Answer(StepResult(tuple(messages), math.nan, False, state), faults)
+    return _Answer(environment.step(state, text, task), [])
+
+
+def _score_of(environment: Environment, state: EpisodeState, task: Task) -> _Scored:
+    return _Scored(environment.score(state, task))
+
+
+def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
+    """Return the kind and text of what a call raised."""
+    if isinstance(error, Overdue):
+        return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
+    if isinstance(error, WrongType):
+        return WRONG_TYPE, str(error)[:FAULT_SIZE]
+    return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE]
+
+
+def _with_prompt(own: Chat | Completion, prompt: FirstPrompt, schemas: list[Any]) -> Chat:
+    """Return a row's prompt with what the environment's reset returned, and with the environment's tools."""
+    if isinstance(own, Completion):
+        own = Chat(own.name, ({"role": "user", "content": own.prompt},), 1)
+    messages = own.messages[: own.response]
+    if isinstance(prompt, str):  # as TRL appends it
+        last = messages[-1]
+        messages = (*messages[:-1], {**last, "content": (last["content"] or "") + prompt})
+    elif prompt is not None:
+        messages = tuple(prompt)
+    return replace(own, messages=messages, response=len(messages), tools=schemas or own.tools)
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy of columns that a user's function may change."""
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,250 @@
+"""Environments that ship with jaxft, played by scripts that know the answer, and OpenEnv's clients."""
+
+import http.server
+import json
+import threading
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+from chat_templates import stock_tokenizer
+from scripted_session import ScriptedSampler
+from test_play import KEY, LIMITS, rows_of
+
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.inference.tool_calls import TOOL_FORMATS, call_format
+from jaxft.rl.environment import environment_of
+from jaxft.rl.environments.by_hand import TypedTurns, result_line, written_call
+from jaxft.rl.environments.calculator import Calculator, calculator_demonstrations, calculator_rows
+from jaxft.rl.environments.code_interpreter import CodeInterpreter
+from jaxft.rl.environments.guess_number import GuessNumber, guess_rows
+from jaxft.rl.environments.openenv import observation_text, openenv
+from jaxft.rl.environments.search import Search, best_passages, search_rows, villages
+from jaxft.rl.environments.tools import parse_turn
+from jaxft.rl.play import Play, rollout
+
+
+def call(name, **arguments):
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def episodes(environment, rows, turn):
+    """Play rows; turn(the last message, the row) -> text."""
+    tokenizer = stock_tokenizer("qwen2.5")
+    prompts = rows_of(tokenizer, [row["prompt"] for row in rows], DEFAULT_TEMPLATE_SETTINGS)
+    prompts = prompts.__class__(**{**vars(prompts), "fields": tuple(rows)})
+
+    def write(ids, episode):
+        shown = tokenizer.decode(ids).split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+        text = turn(shown, rows[episode])
+        return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
+
+    play = Play(environment_of(environment), tokenizer, (tokenizer.eos_token_id,), LIMITS)
+    return rollout(ScriptedSampler(write), play, prompts, 1, KEY)
+
+
+def test_a_calculator_question_takes_its_calls_and_the_answer():
+    rows = calculator_rows(6, 0, two_calls=1.0)
+
+    def turn(shown, row):
+        a, b, c = (int(x) for x in row["prompt"].removeprefix("What is ")[:-1].replace("*", "+").split("+"))
+        if shown == row["prompt"]:
+            return call("multiply", a=a, b=b)
+        result = shown.removeprefix("<tool_response>\n").removesuffix("\n</tool_response>")
+        if result == row["answer"]:
+            return f"It is {result}."
+        return call("add", a=int(result), b=c)
+
+    found = episodes(Calculator, rows, turn)
+    assert [part.score for part in found] == [1.0] * 6
+    assert all(len([s for s in part.segments if s.sampled]) == 3 for part in found)
+    assert [part.score for part in episodes(Calculator, rows, lambda shown, row: "It is 5.")] == [0.0] * 6
+
+
+def test_a_reset_that_returns_none_by_its_annotation_shares_the_rows_prompt():
+    """Then the episodes of a group need one prompt; see Rollouts.starts_per_row."""
+
+    class Mute:
+        def reset(self, **row):
+            return None
+
+    assert not any(environment_of(x).resets for x in (Calculator, Search, GuessNumber, CodeInterpreter, None))
+    assert environment_of(Mute).resets and not environment_of(lambda state, text, row: None).resets
+
+
+def test_demonstrations_have_the_calculators_own_results():
+    for row in calculator_demonstrations(20, 1, two_calls=0.5):
+        *before, last = row["messages"]
+        calculator, results = Calculator(), []
+        for message in before:
+            for made in message.get("tool_calls", ()):
+                function = made["function"]
+                results.append(str(getattr(calculator, function["name"])(**function["arguments"])))
+        assert results == [m["content"] for m in before if m["role"] == "tool"]
+        assert last["content"] == f"The answer is {results[-1]}."
+    assert calculator_rows(3, 5) == calculator_rows(3, 5) != calculator_rows(3, 6)
+
+
+def test_bisection_guesses_the_number():
+    rows = guess_rows(5, 0, most=7)
+    bounds = {}
+
+    def turn(shown, row):
+        low, high, guess = bounds.get(id(row), (1, 7, 0))
+        low, high = (
+            (guess + 1, high) if shown == "Higher." else (low, guess - 1) if shown == "Lower." else (1, 7)
+        )
+        bounds[id(row)] = low, high, (low + high) // 2
+        return f"Is it {(low + high) // 2}?"
+
+    assert [part.score for part in episodes(GuessNumber, rows, turn)] == [1.0] * 5
+    stuck = episodes(GuessNumber, rows, lambda shown, row: "well")
+    assert {part.turns[-2]["content"] for part in stuck} == {"Say a number."} and stuck[0].score == 0.0
+
+
+def test_search_finds_the_passage_that_shares_rare_words():
+    corpus = ("the cat sat", "the dog sat on the mat", "a bird")
+    assert best_passages(corpus, "dog", 2) == ["the dog sat on the mat"]
+    assert best_passages(corpus, "the cat", 2)[0] == "the cat sat"
+    assert best_passages(corpus, "fish", 2) == []
+
+
+def test_two_searches_answer_any_question_about_the_villages():
+    rows = search_rows(8, 0, two_searches=1.0)
+
+    def turn(shown, row):
+        if not shown.startswith("<tool_response>"):
+            return call("search", query=row["prompt"].split("painter ")[1].split(" was born")[0])
+        if "was born in" in shown and "founded" not in shown.split("was born in")[0]:
+            return call("search", query=shown.split("was born in ")[1].split(".")[0] + " founded river")
+        return shown
+
+    assert [part.score for part in episodes(Search, rows, turn)] == [1.0] * 8
+    assert len(set(villages())) == 100
+
+
+def test_the_code_interpreter_runs_code_and_reads_its_answer():
+    rows = [{"prompt": "What is 2 ** 70?", "answer": str(2**70)}, {"prompt": "Say yes.", "answer": "yes"}]
+
+    def turn(shown, row):
+        if row["answer"] == "yes":
+            return " Yes"
+        return (
+            shown[len("<tool_response>") :]
+            if shown.startswith("<tool")
+            else call("python", code="print(2**70)")
+        )
+
+    assert [part.score for part in episodes(CodeInterpreter, rows, turn)] == [1.0, 1.0]
+
+
+# ---- played by a person
+
+
+def test_a_person_plays_what_a_policy_would():
+    tokenizer = stock_tokenizer("qwen2.5")
+    typed = iter(['/call multiply {"a": 6, "b": 7}', "/call nothing", "It is 42."])
+    shown = []
+    play = Play(environment_of(Calculator), tokenizer, (tokenizer.eos_token_id,), LIMITS)
+    person = TypedTurns(typed.__next__, shown.append, tokenizer, tokenizer.eos_token_id, play.call_format)
+    rows = rows_of(tokenizer, ["What is 6 * 7?"], DEFAULT_TEMPLATE_SETTINGS, answer="42")
+    (found,) = rollout(person, play, rows, 1, KEY)
+    assert "multiply" in shown[0] and "<tool_response>\n42\n</tool_response>" in shown[1]
+    assert result_line(found).startswith("[ended; score 1; unknown_tool: there is no tool 'nothing'")
+
+
+@pytest.mark.parametrize("name", [name for name in TOOL_FORMATS if name != "none"])
+def test_a_typed_call_is_one_in_each_format(name):
+    """Read back by the parser that reads the policy's."""
+    format = call_format(name)
+    turn = parse_turn(written_call('/call add {"a": 1, "b": [2, "é"]}', format), format, 0)
+    assert [(c.name, json.loads(c.arguments)) for c in turn.calls] == [("add", {"a": 1, "b": [2, "é"]})]
+    assert not turn.malformed and not turn.text
+    for text in ("/call add {", "/caller", "a /call"):
+        assert written_call(text, format) == text
+
+
+# ---- OpenEnv
+
+
+class EchoServer(http.server.BaseHTTPRequestHandler):
+    """Bodies and responses as OpenEnv's: {"action": {...}} -> observation, reward, done."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/reset":
+            found = {
+                "observation": {"echoed_message": f" Seed {body['seed']}."},
+                "reward": None,
+                "done": False,
+            }
+        else:
+            text = body["action"]["message"]
+            found = {"observation": {"echoed_message": text}, "reward": len(text), "done": text == "end"}
+        data = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+class AsyncClient:
+    """A client of the shape of openenv's EnvClient."""
+
+    def __init__(self, url, made):
+        self.url = url
+        made.append(self)
+
+    async def reset(self, **options):
+        return self.post("/reset", options)
+
+    async def step(self, action):
+        return self.post("/step", {"action": action})
+
+    def post(self, path, body):
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
+        with urllib.request.urlopen(request) as response:
+            return SimpleNamespace(**json.load(response))
+
+
+def test_an_openenv_server_is_played_through_its_client():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EchoServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    made = []
+
+    def action(text):
+        if text == "?":
+            raise ValueError("not a word")
+        return {"message": text}
+
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        environment = openenv(
+            lambda: AsyncClient(url, made), action, options=lambda row: {"seed": row["seed"]}
+        )
+        rows = [{"prompt": "Speak.", "seed": i} for i in range(3)]
+        said = {0: ["hello", "end"], 1: ["?", "end"], 2: ["end"]}
+        found = episodes(environment, rows, lambda shown, row: said[row["seed"]].pop(0))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [part.score for part in found] == [8.0, 3.0, 3.0]
+    assert [part.turns[0]["content"] for part in found] == [f"Speak. Seed {i}." for i in range(3)]
+    assert found[1].turns[2]["content"] == "That is no action: not a word"
+    assert len(made) <= 3
+
+
+@pytest.mark.parametrize(
+    "observation, text",
+    [
+        ("plain", "plain"),
+        ({"echoed_message": "hi", "reward": 0.1, "done": False}, "hi"),
+        (SimpleNamespace(board=[0, 1], turn=2, metadata={}), '{"board": [0, 1], "turn": 2}'),
+        ({}, ""),
+    ],
+)
+def test_an_observation_is_its_text_or_json(observation, text):
+    assert observation_text(observation) == text

@@ -1,0 +1,462 @@
+"""Episodes without a model: turns are scripted, the chat template and the tokenizer are real."""
+
+import asyncio
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from chat_templates import TEMPLATES, stock_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_session import ScriptedSampler
+from tiny_tokenizers import tiny
+
+from jaxft.data import named_templates
+from jaxft.data.chat import example_prompt_ids
+from jaxft.data.example import Chat
+from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.distributed import processes
+from jaxft.rl.environment import environment_of, single_turn
+from jaxft.rl.play import EpisodeLimits, Play, rollout
+from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
+from jaxft.runs.parse import parse_value
+
+KEY = jax.random.key(0)
+LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)
+
+
+def rows_of(tokenizer, questions, how, tools=None, **columns):
+    chats = [
+        Chat(f"r:{i}", ({"role": "user", "content": q},), 1, tools=tools) for i, q in enumerate(questions)
+    ]
+    ids = tuple(map(tuple, example_prompt_ids(chats, tokenizer, how)))
+    fields = tuple({"question": q, "number": i, **columns} for i, q in enumerate(questions))
+    return TokenisedPrompts(ids, tuple(c.name for c in chats), tuple(chats), fields, how)
+
+
+def stop_of(tokenizer):
+    return (tokenizer.eos_token_id,)
+
+
+def say(tokenizer, texts):
+    """A script: turn k of an episode says texts[k], the last again and again."""
+
+    def write(ids, episode):
+        said[episode] = said.get(episode, -1) + 1
+        text = texts[min(said[episode], len(texts) - 1)]
+        return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
+
+    said = {}
+    return write
+
+
+def played(environment, texts, name="qwen2.5", questions=("q",), limits=LIMITS, group=1):
+    tokenizer, how = stock_tokenizer(name), TEMPLATES[name].settings
+    play = Play(environment, tokenizer, stop_of(tokenizer), limits)
+    sampler = ScriptedSampler(say(tokenizer, texts))
+    found = rollout(sampler, play, rows_of(tokenizer, questions, how), group, KEY)
+    assert not sampler.opened.ids, "each row is dropped"
+    return found
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: the first
+        b: the second
+    """
+    return a + b
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+
+
+# ---- token-exact turns
+
+
+@cache
+def shipped_tokenizer(name):
+    """A tokenizer with one of jaxft's named templates and its tokens."""
+    template = named_templates.TEMPLATES[name.removeprefix("shipped ")]
+    ends = [token for token in template.tokens if re.search("end|eot", token)]
+    tokenizer = tiny.__wrapped__("none")
+    tokens = {"bos_token": "<s>", "eos_token": (ends or ["</s>"])[-1]}
+    tokenizer.add_special_tokens(tokens | {"additional_special_tokens": list(template.tokens)})
+    tokenizer.chat_template = template.source
+    return tokenizer
+
+
+SHIPPED = [f"shipped {name}" for name in named_templates.TEMPLATES]
+FAULTS = (
+    RuntimeError("the tool is out"),
+    ValueError("not such arguments"),
+    KeyError("x"),
+    None,
+    3.5,
+    object(),
+)
+
+
+@pytest.mark.quick_cases("llama3.1", "phi3", "qwen2.5", "qwen3", "mistral-nemo", "gemma", "shipped [qz]*")
+@pytest.mark.parametrize("name", [*TEMPLATES, *SHIPPED])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_trained_ids_are_sampled_and_given_ids(name, seed):
+    """With random turns, tools, truncations and faults: each training row is what its session's row was, and
+    exactly the ids that the session sampled have log-probs.
+    """
+    rng, is_shipped = random.Random(seed), name in SHIPPED
+    tokenizer = shipped_tokenizer(name) if is_shipped else stock_tokenizer(name)
+    how = DEFAULT_TEMPLATE_SETTINGS if is_shipped else TEMPLATES[name].settings
+    sampled = {}  # by episode: the turns as they were sampled
+
+    def write(ids, episode):
+        call = rng.choice(
+            (CALL, CALL.replace("add", "nothing"), CALL[:-9], '{"name": "add", "parameters": {}}')
+        )
+        text = rng.choice((call, f"<think>\nhm {rng.random()}\n</think>\n\n{call}", "é漢🙂 17", "", " x "))
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        tokens = [*tokens, *rng.choices(range(200), k=rng.randrange(3))]  # no text encodes to such ids
+        stopped = rng.random() < 0.7
+        tokens = [*tokens, tokenizer.eos_token_id] if stopped else tokens[: rng.randrange(1, 40)] or [5]
+        sampled.setdefault(episode, []).append(tokens[: LIMITS.turn_tokens])
+        return tokens, stopped
+
+    class Moody:
+        def reset(self, row):
+            return rng.choice((None, "", " More."))
+
+        def step(self, state, text):
+            fault = rng.choice(FAULTS) if rng.random() < 0.1 else 0
+            if isinstance(fault, Exception):
+                raise fault
+            answer = (
+                rng.choice(("", "go on", "ok " * 3)),
+                rng.choice((None, 1.0)),
+                rng.random() < 0.2,
+                state,
+            )
+            return fault if fault != 0 else answer
+
+    try:
+        play = Play(environment_of(Moody, [add]), tokenizer, stop_of(tokenizer), LIMITS)
+    except ValueError:  # a template without a format of calls
+        play = Play(environment_of(Moody), tokenizer, stop_of(tokenizer), LIMITS)
+    sampler = ScriptedSampler(write, at_once=2)
+    rows = rows_of(tokenizer, ["q", "what?"], how)
+    found = rollout(sampler, play, rows, 2, KEY)
+    by_session = {}
+    for episode, ids in sampler.opened.dropped:
+        by_session.setdefault(episode, []).append(ids)
+    episodes = [part for part in found if part.part == 0]
+    assert [part.prompt for part in episodes] == [0, 0, 1, 1]
+    at = 0
+    for number, first in enumerate(episodes):
+        parts = found[at : at + first.parts]
+        at += first.parts
+        assert [episode_ids(part).tolist() for part in parts if part.start] == by_session.get(number, [])
+        turns = [s.tokens.tolist() for part in parts for s in part.segments if s.sampled]
+        for got, wrote in zip(turns, sampled.get(number, []), strict=True):
+            assert got == wrote[: len(got)] and (len(got) == len(wrote) or not parts[-1].ended)
+        for part in parts:
+            assert sampled_mask(part).sum() == part.sampled_count
+        used = sum(len(s.tokens) for part in parts for s in part.segments)
+        assert used + sum(len(part.start) for part in parts[1:]) <= LIMITS.tokens
+    assert at == len(found)
+
+
+def test_a_conversation_with_a_tool_is_one_row():
+    (found,) = played(environment_of(None, [add]), [f"I add.\n{CALL}", "It is 5."])
+    tokenizer = stock_tokenizer("qwen2.5")
+    roles = [turn["role"] for turn in found.turns]
+    assert roles == ["user", "assistant", "tool", "assistant"] and found.turns[2]["content"] == "5"
+    assert found.turns[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2, "b": 3}}
+    first, given_ids, last = found.segments
+    assert (first.sampled, given_ids.sampled, last.sampled) == (True, False, True) and found.ended
+    assert tokenizer.decode(given_ids.tokens) == (
+        "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "add" in tokenizer.decode(found.start), "the model is shown the tool"
+
+
+def test_a_template_that_cuts_reasoning_begins_a_second_row():
+    def ask(state, text, row):
+        return "And now?", 1.0, False, state
+
+    limits = replace(LIMITS, turns=2)
+    found = played(environment_of(ask), ["<think>\nhm\n</think>\n\nyes"], "qwen3", limits=limits)
+    assert [(part.part, part.parts) for part in found] == [(0, 2), (1, 2)]
+    tokenizer = stock_tokenizer("qwen3")
+    assert "hm" not in tokenizer.decode(found[1].start) and "yes" in tokenizer.decode(found[1].start)
+    assert found[0].score == found[1].score == 2.0 and not found[1].ended
+
+
+def test_decisions_reach_other_processes_as_json(monkeypatch):
+    """Only the first process has the environment; what it decides is JSON."""
+
+    def through_json(work):
+        return json.loads(json.dumps(work()))
+
+    def fail(state, text, row):
+        return ("more", 1.0, False, 1) if state is None else (None, 1 / 0, True, None)
+
+    texts, environment = [f"I add.\n{CALL}", "It is 5."], environment_of(fail, [add])
+    here = played(environment, texts, questions=("q", "r"))
+    monkeypatch.setattr(processes, "from_first_process", through_json)
+    there = played(environment, texts, questions=("q", "r"))
+    assert [part.turns for part in here] == [part.turns for part in there]
+    assert [part.faults for part in here] == [part.faults for part in there] and here[0].fault == "raised"
+    assert [episode_ids(part).tolist() for part in here] == [episode_ids(part).tolist() for part in there]
+
+
+# ---- scores and ends
+
+
+def test_the_score_is_the_sum_of_the_turns_rewards():
+    def count(state, text, row):
+        turn = (state or 0) + 1
+        return "next", float(turn), turn == 3, turn
+
+    (found,) = played(environment_of(count), ["a"])
+    assert [s.reward for s in found.segments if s.sampled] == [1.0, 2.0, 3.0]
+    assert found.score == 6.0 and found.ended and not found.fault
+
+
+def test_an_episode_at_a_limit_has_a_score_and_has_not_ended():
+    def again(state, text, row):
+        return "again", 0.5, False, state
+
+    (found,) = played(environment_of(again), ["a"])
+    assert len([s for s in found.segments if s.sampled]) == LIMITS.turns
+    assert found.score == 2.0 and not found.ended
+    (short,) = played(environment_of(again), ["a"], limits=replace(LIMITS, tokens=30))
+    assert short.score and not short.ended and short.segments[-1].sampled
+
+
+def test_an_episode_without_an_environment_is_one_turn():
+    found = played(single_turn(), ["a", "b"], questions=("q", "r"), group=2)
+    assert [part.prompt for part in found] == [0, 0, 1, 1]
+    assert all(len(part.segments) == 1 and np.isnan(part.score) and part.ended for part in found)
+
+
+def test_trl_environments_run_unchanged():
+    """With methods as tools, get_reward, which may be async, and reset's text behind the prompt."""
+
+    class Counter:
+        def __init__(self):
+            self.count = 0
+
+        def reset(self, **row):
+            self.count = row["number"]
+            return f" Start at {self.count}."
+
+        def increment(self, step: int) -> int:
+            """Increment the counter.
+
+            Args:
+                step: by how much
+            """
+            self.count += step
+            return self.count
+
+        async def get_reward(self):
+            await asyncio.sleep(0.01)
+            return float(self.count)
+
+    call = '<tool_call>\n{"name": "increment", "arguments": {"step": 4}}\n</tool_call>'
+    for given_to_trl in (Counter, lambda: Counter()):
+        found = played(environment_of(given_to_trl), [call, call, "done"], questions=("q", "r"))
+        assert [part.score for part in found] == [8.0, 9.0]
+        assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
+
+
+def test_scores_arrive_while_other_rows_are_sampled():
+    """The first turn of one episode is answered only when another's second has been sampled."""
+    second = threading.Event()
+    tokenizer, how = stock_tokenizer("qwen2.5"), TEMPLATES["qwen2.5"].settings
+
+    def patient(state, text, row):
+        if row["number"] == 0:
+            assert second.wait(5)
+        return "next", 1.0, state == 1, 1
+
+    said = say(tokenizer, ["a"])
+    turns = []
+
+    def write(ids, episode):
+        turns.append(episode)
+        if turns.count(1) == 2:
+            second.set()
+        return said(ids, episode)
+
+    play = Play(environment_of(patient), tokenizer, stop_of(tokenizer), LIMITS)
+    ended = {}
+    found = rollout(
+        ScriptedSampler(write), play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, ended.__setitem__
+    )
+    assert [part.fault for part in found] == ["", ""] and [*ended] == [1, 0]
+
+
+# ---- faults
+
+
+def hang(state, text, row):
+    while True:
+        pass
+
+
+def sleep(state, text, row):
+    time.sleep(3)
+
+
+def leave(state, text, row):
+    raise SystemExit(3)
+
+
+def large(state, text, row):
+    return "x" * 10_000_000, 0.0, False, state
+
+
+FAULTY = {
+    "timeout": (hang, sleep),
+    "raised": (leave, lambda state, text, row: 1 / 0),
+    "wrong_type": (
+        lambda state, text, row: "a text",
+        lambda state, text, row: ("a", "much", False, None),
+        lambda state, text, row: ("a", float("nan"), False, None),
+        lambda state, text, row: ("a", 0.0, "yes", None),
+        lambda state, text, row: (7, 0.0, False, None),
+        lambda state, text, row: ({"role": "user", "content": "a", "image": object()}, 0.0, False, None),
+    ),
+    "large_observation": (large,),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_fault_of_the_environment_excludes_the_episode_alone(kind):
+    """Neither one that hangs nor one that exits ends the run; the others keep their scores."""
+    for faulty in FAULTY[kind]:
+
+        def some(state, text, row, faulty=faulty):
+            return faulty(state, text, row) if row["number"] == 1 else (None, 1.0, True, state)
+
+        environment = environment_of(lambda state, text, row: some(state, text, row))
+        limits = replace(LIMITS, timeout=0.2, workers=2)
+        found = played(environment, ["a"], questions=("q", "r", "s"), limits=limits)
+        assert [part.fault for part in found] == ["", kind, ""]
+        assert [part.score for part in found][::2] == [1.0, 1.0] and np.isnan(found[1].score)
+        assert fault_counts(found) == {kind: 1} and found[1].faults[0].text
+        assert [turn["content"] for turn in found[1].turns] == ["r", "a"]
+
+
+def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
+    class Failing:
+        def reset(self, row):
+            if row["number"] == 0:
+                raise OSError("no such server")
+            return 5 if row["number"] == 1 else "x" * 9000 if row["number"] == 2 else None
+
+        def step(self, state, text):
+            return None, 1.0, True, state
+
+    found = played(environment_of(Failing), ["a"], questions=("q", "r", "s", "t"), group=2)
+    assert [part.fault for part in found[::2]] == ["raised", "wrong_type", "long_prompt", ""]
+    assert found[0].faults[0].text == "OSError: no such server" and found[6].score == 1.0
+    assert "tokens, more than data.max_prompt=2000; raise it" in found[4].faults[0].text
+
+
+ERRORS = {
+    "unknown_tool": '<tool_call>\n{"name": "nothing", "arguments": {}}\n</tool_call>',
+    "bad_arguments": '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>',
+    "malformed_call": '<tool_call>\n{"name": "add", "arg\n</tool_call>',
+    "tool_error": '<tool_call>\n{"name": "add", "arguments": {"a": "x", "b": 2}}\n</tool_call>',
+    "large_result": '<tool_call>\n{"name": "add", "arguments": {"a": "'
+    + "x" * 199
+    + '", "b": "yy"}}\n</tool_call>',
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_error_in_the_models_call_is_returned_to_the_model(kind):
+    limits = replace(LIMITS, turn_tokens=600, tokens=2000)
+    (found,) = played(environment_of(None, [add]), [ERRORS[kind], "I see."], limits=limits)
+    assert not found.fault and found.ended and fault_counts([found]) == {kind: 1}
+    assert [turn["role"] for turn in found.turns] == ["user", "assistant", "tool", "assistant"]
+    assert '"error"' in found.turns[2]["content"]
+
+
+def test_a_template_that_rejects_an_answer_is_a_fault():
+    def answer(state, text, row):
+        return {"role": "assistant", "content": "me"}, 0.0, False, state
+
+    (found,) = played(environment_of(answer), ["a"], "gemma")
+    assert found.fault == "template" and "rejects" in found.faults[0].text
+
+
+def test_random_faults_neither_stop_the_rollout_nor_bias_the_mean():
+    """Each call fails with probability 0.1 whatever the episode is about."""
+    rng = random.Random(1)
+
+    def answer(state, text, row):
+        if rng.random() < 0.1:
+            raise ConnectionError("reset by peer")
+        turn = (state or 0) + 1
+        return "more", float(row["number"] % 2), turn == 2, turn
+
+    found = played(environment_of(answer), ["a"], questions=["q"] * 200)
+    kept = [part.score for part in found if not part.fault]
+    assert 20 <= fault_counts(found)["raised"] <= 60 and len(kept) + fault_counts(found)["raised"] == 200
+    assert abs(np.mean(kept) - 1.0) < 0.2
+
+
+# ---- what a user sets
+
+
+BAD = {
+    "takes (prompt, completion); use (state, text, row)": lambda prompt, completion: 0.0,
+    "neither a class nor a function": 3,
+    "has no reset": type("Empty", (), {}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_no_environment_is_refused(message):
+    with pytest.raises(ValueError) as error:
+        environment_of(BAD[message])
+    assert message in str(error.value)
+
+
+def test_functions_of_one_file_are_named_after_it_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_tools.py").write_text("def add(a): return a\ndef search(q): return q\n")
+    (tmp_path / "other.py").write_text("def count(a): return a\n")
+    found = parse_value("my_tools.py:add,search,other.py:count", tuple[Callable, ...])
+    assert [function.__name__ for function in found] == ["add", "search", "count"]
+    with pytest.raises(ValueError, match="my_tools.py has no 'serch'; it has: add, search"):
+        parse_value("my_tools.py:add,serch", tuple[Callable, ...])
+
+
+def test_a_tool_without_types_or_descriptions_is_refused():
+    def bare(a):
+        return a
+
+    with pytest.raises(ValueError, match="tool bare: .*docstring.* Give each argument a type"):
+        environment_of(None, [bare])
+    with pytest.raises(ValueError, match="two tools are named add"):
+        environment_of(None, [add, add])
+
+
+def test_tools_need_a_template_whose_calls_are_read():
+    tokenizer = stock_tokenizer("chatml")
+    with pytest.raises(ValueError, match="no format of tool calls that jaxft reads. Set chat_template=qwen"):
+        Play(environment_of(None, [add]), tokenizer, ())
