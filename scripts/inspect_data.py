@@ -301,7 +301,10 @@ def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[Show
 def show_episodes(folder: Path, args: argparse.Namespace) -> int:
     """Print episodes of the rollout that a run used at --step."""
     record = runfolder.read_saved_json(folder / "config.json")
-    number = args.step // named_weights.recorded_data(record).steps_per_rollout
+    data = named_weights.recorded_data(record)
+    if not isinstance(data, Prompts):
+        raise ValueError(f"{folder} has no episodes to show: only runs of reinforcement learning sample them")
+    number = args.step // data.steps_per_rollout
     tokenizer, console = pretrained.load_tokenizer(record["weights"]), Console(highlight=False)
     for example in itertools.islice(inspect_episodes(folder, number), args.rows):
         show(console, tokenizer, example)

@@ -243,7 +243,10 @@ def describe_sharding(sharding: NamedSharding) -> str:
 
 def replicated_as(x: jax.Array) -> Any:
     """Return a sharding for arrays of any rank that are on all devices of an array."""
-    return replicated(x.sharding.mesh) if isinstance(x.sharding, NamedSharding) else x.sharding
+    if not isinstance(x.sharding, NamedSharding):
+        return x.sharding
+    mesh: Any = x.sharding.mesh
+    return replicated(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -241,13 +241,14 @@ def head_scores(
     """Return the reward of each completion of a batch [micro, rows, ...], read at its last token."""
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
-        own, last = heads.view(params, reward.name), rows.last
+        own, last, branches = heads.view(params, reward.name), rows.last, rows.branches
+        assert last is not None and branches is not None  # layout.py writes both
         if reward.pad is not None:  # a completion of that one token is read at the prompt's last token
-            shared = (rows.segments == 1) & (rows.branches == 0)
+            shared = (rows.segments == 1) & (branches == 0)
             prompt = jnp.maximum(jnp.sum(shared, 1, dtype=jnp.int32) - 1, 0)[:, None]
             at = partial(jnp.take_along_axis, axis=1)
             earlier = jnp.maximum(last - 1, 0)
-            earlier = jnp.where(at(rows.branches, earlier) == at(rows.branches, last), earlier, prompt)
+            earlier = jnp.where(at(branches, earlier) == at(branches, last), earlier, prompt)
             last = jnp.where(at(rows.ids, last) == reward.pad, earlier, last)
         return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
 

@@ -400,7 +400,7 @@ class RolloutSource(PromptSource):
         self.history = History(moments.tolist(), self.history.reported + new)
         tokens = self._of_tokens(scored, packed, state)
         if rules.scale is not None:
-            scaled = {"scores": rules.scale(scored.scores, moments)}
+            scaled: dict[str, Any] = {"scores": rules.scale(scored.scores, moments)}
             if tokens.turn_rewards is not None:
                 scaled["turn_rewards"] = rules.scale(tokens.turn_rewards, moments)
             tokens = replace(tokens, **scaled)
@@ -423,7 +423,9 @@ class RolloutSource(PromptSource):
         """Return the scores with log-probs, reference and values of each sampled token."""
         episodes, rules = scored.episodes, self.data.rules
         found = Scores() if self.token_scores is None else self.token_scores(packed, state)
-        logps, reference, values = (None if x is None else packed.to_tokens(x, episodes) for x in found)
+        logps, reference, values = (
+            None if x is None else packed.to_tokens(np.asarray(x), episodes) for x in found
+        )
         in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, episodes.most_turns > 1
         return RolloutScores(
             scores=scored.scores,
