@@ -185,7 +185,8 @@ def separate_layers(params: Params) -> Params:
         if is_qtensor(x) and x.kind != "bits":
             leaves, structure = jax.tree.flatten(x)
             return [
-                structure.unflatten(one) for one in zip(*(parts(y, y.dtype) for y in leaves), strict=True)
+                jax.tree.unflatten(structure, one)
+                for one in zip(*(parts(y, y.dtype) for y in leaves), strict=True)
             ]
         return parts(x.codes, x.dtype) if is_qtensor(x) else parts(x, x.dtype)
 
@@ -193,6 +194,6 @@ def separate_layers(params: Params) -> Params:
         if name != "layers":
             return separate_layers(node) if isinstance(node, dict) else node
         nodes, structure = jax.tree.flatten(node, is_leaf=is_qtensor)
-        return tuple(structure.unflatten(one) for one in zip(*map(of_node, nodes), strict=True))
+        return tuple(jax.tree.unflatten(structure, one) for one in zip(*map(of_node, nodes), strict=True))
 
     return {name: separate(name, node) for name, node in params.items()}
