@@ -241,14 +241,6 @@ def describe_sharding(sharding: NamedSharding) -> str:
     return ",".join("*".join(mesh_axes) or "-" for mesh_axes in entries)
 
 
-def replicated_as(x: jax.Array) -> Any:
-    """Return a sharding for arrays of any rank that are on all devices of an array."""
-    if not isinstance(x.sharding, NamedSharding):
-        return x.sharding
-    mesh: Any = x.sharding.mesh
-    return replicated(mesh)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a fully replicated array."""
     return NamedSharding(mesh, PartitionSpec())

@@ -37,7 +37,6 @@ from jaxft.engine.state import (
     state_shapes,
 )
 from jaxft.nn.cache import (
-    RECENT,
     Cache,
     GivenChunk,
     NextToken,
@@ -45,12 +44,10 @@ from jaxft.nn.cache import (
     clear_values,
     insert_prompts,
     select_rows,
-    settle,
     sharded,
     widen_prompts,
 )
 from jaxft.nn.cached_attention import RowGroups
-from jaxft.nn.decode_layers import separate_layers
 from jaxft.tree import Params
 
 # XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for
@@ -169,7 +166,7 @@ def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) ->
     found = next_tokens(d, of_rows, h_RD, settings, (keys, none), spread(new.allowed))
     fresh = replace(
         state,
-        cache=replace(stored, rows=clear_values(stored.rows, rows), recent=clear_values(stored.recent, rows)),
+        cache=replace(stored, rows=clear_values(stored.rows, rows)),
         settings=_put(rows, state.settings, settings),
         tokens=state.tokens.at[rows].set(NO_TOKEN, mode="drop"),
         logps=state.logps.at[rows].set(0, mode="drop"),
@@ -197,7 +194,7 @@ def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> 
     found = next_tokens(d, of_rows, h_RD, new.settings, (keys, counts - new.firsts), new.allowed)
     fresh = replace(
         state,
-        cache=replace(stored, rows=sharded(stored.rows), recent=sharded(stored.recent)),
+        cache=replace(stored, rows=sharded(stored.rows)),
         settings=_put(rows, state.settings, new.settings),
         keys=state.keys.at[rows].set(keys, mode="drop"),
         firsts=_put(rows, state.firsts, new.firsts),
@@ -227,25 +224,15 @@ def decode_rows(
         i, s = carry
         return (i < limits[0]) & (s.live.sum(dtype=jnp.int32) > limits[1])
 
-    def steps(carry: tuple[Array, State]) -> tuple[Array, State]:
-        first, before = carry
+    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+        i, s = carry
+        at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
+        h_RD, stored = d.model.decode(params, s.cache, s.last, at)
+        found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
+        s = replace(s, cache=replace(stored, rows=sharded(stored.rows)))
+        return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), found, s.counts)
 
-        def step(carry: tuple[Array, State]) -> tuple[Array, State]:
-            i, s = carry
-            at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
-            h_RD, stored = d.model.decode(params, s.cache, s.last, at)
-            found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
-            s = replace(s, cache=replace(stored, recent=sharded(stored.recent)))
-            return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), found, s.counts)
-
-        def goes_on(carry: tuple[Array, State]) -> Array:
-            return unfinished(carry) & (carry[0] < first + RECENT)
-
-        i, s = jax.lax.while_loop(goes_on, step, carry)
-        stored = settle(s.cache, before.counts - 1, s.counts - 1)  # the last token is not processed yet
-        return i, replace(s, cache=replace(stored, rows=sharded(stored.rows)))
-
-    return jax.lax.while_loop(unfinished, steps, (jnp.int32(0), state))[1]
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
 def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
@@ -263,7 +250,7 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
     """
     old, others = state.cache, {name: x for name, x in vars(state).items() if name != "cache"}
     prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
-    own = Cache(prompt_keys, select_rows(old.rows, rows), select_rows(old.recent, rows), old.new)
+    own = Cache(prompt_keys, select_rows(old.rows, rows), old.new)
     found = State(cache=own, **jax.tree.map(lambda x: x[rows], others))
     return replace(found, live=found.live & used, prompts=slots)
 
@@ -273,14 +260,12 @@ class Engine:
     """Compiled programs for one Decoding and one size, by their sizes.
 
     start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots of rows' keys that are read,
-    those of prompts). keep: (rows, rows of the next state). separate: whether extend and decode take
-    parameters with separate layers (nn/decode_layers.py).
+    those of prompts). keep: (rows, rows of the next state).
     """
 
     decoding: Decoding
     slots: Slots
     empty: Callable[[], State]
-    separate: bool
     start: dict[tuple[int, int, int], Any]
     extend: dict[tuple[int, int, int], Any]
     decode: dict[tuple[int, int, int], Any]
@@ -296,12 +281,7 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
         {key[1:]: program for key, program in found.items() if key[0] == name}
         for name in ("start", "extend", "decode", "keep")
     ]
-    return Engine(d, slots, found[("empty",)], separates_layers(mesh), *by_size)
-
-
-def separates_layers(mesh: Mesh | None) -> bool:
-    """Whether extend and decode take parameters with separate layers."""
-    return first_device(mesh).platform == "cpu" and (mesh is None or mesh.size == 1)
+    return Engine(d, slots, found[("empty",)], *by_size)
 
 
 @cache
@@ -335,7 +315,6 @@ def program_tracers(
         out[name] = partial(run.trace, *inputs)
 
     add(("empty",), partial(empty_state, d, slots, slots.rows), slots.rows)
-    of_steps = separate_layers(replicated_shapes(params, mesh)) if separates_layers(mesh) else params
     for rows, state in states.items():
         if rows == slots.rows or d.serving:
             for together, size in prefill_levels(slots, mesh):
@@ -343,7 +322,7 @@ def program_tracers(
                 add(("start", rows, together, size), partial(start_prompts, d), rows, params, state, new)
         for together, size in extend_levels(rows, d.sampling.max_new) if d.extends else []:
             given = replicated_shapes(given_tokens(d, rows, (together, size)), mesh)
-            add(("extend", rows, together, size), partial(extend_rows, d), rows, of_steps, state, given)
+            add(("extend", rows, together, size), partial(extend_rows, d), rows, params, state, given)
         for to in (to for to in sizes if to != rows):
             integers, prompts = np.zeros(to, np.int32), np.zeros(min(slots.prompts, to), np.int32)
             kept = replicated_shapes((integers, prompts, integers, np.zeros(to, bool)), mesh)
@@ -352,5 +331,5 @@ def program_tracers(
         until = np.zeros(2, np.int32), all_allowed(d, rows)
         inputs = replicated_shapes((np.zeros(rows, bool), until), mesh)
         run = partial(decode_rows, d, (read, prompt))
-        add(("decode", rows, read, prompt), run, rows, of_steps, states[rows], *inputs)
+        add(("decode", rows, read, prompt), run, rows, params, states[rows], *inputs)
     return out

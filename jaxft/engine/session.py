@@ -21,8 +21,6 @@ from jaxft.engine.state import (
     key_data,
     new_prompts,
 )
-from jaxft.nn.cache import RECENT
-from jaxft.nn.decode_layers import separate_layers
 from jaxft.nn.lora_rows import BASE
 from jaxft.tree import Params
 
@@ -121,7 +119,6 @@ class Session:
         choice: RequestSettings | None = None,
     ):
         self.engine, self.params, self.keeps = engine, params, keeps
-        self.of_steps = separate_layers(params) if engine.separate else params
         self.key = key_data(jax.random.key(0) if key is None else key)
         self.choice = choice or RequestSettings(engine.decoding.sampling, engine.decoding.stop)
         self.waiting: list[_Waiting] = []  # the longest first, so that similar lengths are prefilled together
@@ -234,7 +231,7 @@ class Session:
             it.count += len(chunk)
             self.prefilled += len(chunk)
             self._choose(new.settings, new.allowed, i, it)
-        self.state = self.engine.extend[self.rows, together, size](self.of_steps, self.state, new)
+        self.state = self.engine.extend[self.rows, together, size](self.params, self.state, new)
         return True
 
     def _start(self) -> bool:
@@ -298,7 +295,7 @@ class Session:
             for rows, read, prompt in self.engine.decode
             if rows == self.rows and read >= most and prompt >= longest
         )
-        limit = min(max(read - most + 1, RECENT), steps or read)
+        limit = min(read - most + 1, steps or read)
         stop = max((to for rows, to in self.engine.keep if rows == self.rows and to < rows), default=0)
         if self.waiting:
             wanted = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])
@@ -315,7 +312,7 @@ class Session:
         used = np.zeros(self.rows, bool)
         used[[it.row for it in self.running.values() if it.finish != "error"]] = True
         until = np.array([limit, max(0, min(stop, len(live) - 1))], np.int32), allowed
-        self.state = self.engine.decode[self.rows, read, prompt](self.of_steps, self.state, used, until)
+        self.state = self.engine.decode[self.rows, read, prompt](self.params, self.state, used, until)
 
     def _collect(self) -> list[Running]:
         """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""

@@ -330,8 +330,7 @@ def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> Sta
 
     state = replicated_shapes(shapes, mesh)
     prompt_keys = replace(state.cache.prompts, layers=of(cache.prompts.layers))
-    own = replace(state.cache, prompts=prompt_keys, rows=of(cache.rows), recent=of(cache.recent))
-    return replace(state, cache=own)
+    return replace(state, cache=replace(state.cache, prompts=prompt_keys, rows=of(cache.rows)))
 
 
 def replicated_shapes(tree: Any, mesh: Mesh | None) -> Any:

@@ -10,7 +10,7 @@ kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"). It also ne
 apply to kernels with two axes per layer only, so they skip experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.attention import AttentionSettings
 from jaxft.nn.cache import (
-    RECENT,
     Cache,
     CacheFormat,
     GivenChunk,
@@ -33,7 +32,6 @@ from jaxft.nn.cache import (
     NextToken,
     PromptKeys,
     empty_keys,
-    layer_slots,
     row_slots,
 )
 from jaxft.nn.decode_layers import decode_layers, extend_layers, prefill_layers
@@ -211,16 +209,14 @@ def empty_cache(
     d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
 ) -> Cache:
     """Return a cache without any tokens. prompts: their number, and slots of each. rows: of `new` tokens."""
-    (count, size), a, config = prompts, d.architecture.attention, d.options.config
+    (count, size), a = prompts, d.architecture.attention
 
-    def keys(rows: int, slots: Sequence[int]) -> LayerKeys:
-        return empty_keys((config.kv_heads, config.head_dim), rows, slots, d.options.dtype, stored)
+    def keys(rows: int, slots: int) -> LayerKeys:
+        return empty_keys(a, d.options.config.kv_heads, rows, slots, d.options.dtype, stored)
 
-    of_prompts = keys(count, layer_slots(a, size))
     return Cache(
-        PromptKeys(of_prompts, jnp.zeros((count, size), bool)), keys(rows, layer_slots(a, row_slots(new))),
-        keys(rows, [min(2 * RECENT, new)] * config.layers), new,
-    )  # fmt: skip
+        PromptKeys(keys(count, size), jnp.zeros((count, size), bool)), keys(rows, row_slots(new)), new
+    )
 
 
 # Parts of layers. The residual stream is summed in float32 or wider; matmuls use the compute dtype.

@@ -1,7 +1,6 @@
 """16-bit floats as raw bits, in which XLA's CPU compiler stacks and concatenates them without widening."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,3 @@ def from_bits(x: Array, dtype: DTypeLike) -> Array:
 def concat_bits(parts: Sequence[Array], axis: int) -> Array:
     """Concatenate arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
     return from_bits(jnp.concatenate([to_bits(x) for x in parts], axis), parts[0].dtype)
-
-
-def put_bits(x: Array, index: Any, y: Array) -> Array:
-    """Return x with the elements at an index replaced; those beyond the ends are ignored. 16-bit floats are
-    written as raw bits: XLA's CPU compiler would widen all of x.
-    """
-    return from_bits(to_bits(x).at[index].set(to_bits(y), mode="drop"), x.dtype)

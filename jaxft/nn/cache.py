@@ -1,26 +1,23 @@
 """Caches of keys and values for generation: prompts once, and the tokens that each completion adds.
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
-completions of the prompt share, and to the keys of its own tokens. A layer with a sliding window of W tokens
-caches only the last W of both (rounded up to a multiple of 64 if W is larger).
-
-Each layer has arrays of its own. A decoding step reads those of prompts and rows without a copy and without a
-change: it writes the token's keys to a few recent slots, from which `settle` copies them after at most RECENT
-steps. XLA's CPU compiler would rewrite, in every step, arrays of 16-bit floats that change in part.
+completions of the prompt share, and to the keys of its own tokens. Layers with a sliding window of W tokens
+cache only the last W of both (rounded up to a multiple of 64 if W is larger).
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
-from jaxft.nn.bits import from_bits, put_bits, to_bits
+from jaxft.nn.bits import from_bits, to_bits
 from jaxft.nn.cached_attention import (
     Keys,
+    KeysOfLayer,
     RowGroups,
     cached_attention,
     chunk_attention,
@@ -30,10 +27,20 @@ from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
-LayerKeys = tuple[Keys, ...]  # of each layer
-K_AXES = ("rows", "kv_heads", "head_dim", "whole_time")
-V_AXES = ("rows", "kv_heads", "whole_time", "head_dim")
-SCALE_AXES = ("rows", "kv_heads", "whole_time")
+K_AXES = ("layers", "rows", "kv_heads", "head_dim", "whole_time")
+V_AXES = ("layers", "rows", "kv_heads", "whole_time", "head_dim")
+SCALE_AXES = ("layers", "rows", "kv_heads", "whole_time")
+
+
+@struct
+class LayerKeys:
+    """Keys of all layers: full, of those that attend to all tokens, and window, of those with a window.
+
+    Either is None if the model has no such layers.
+    """
+
+    full: Keys | None
+    window: Keys | None
 
 
 @struct
@@ -49,13 +56,11 @@ class Cache:
     """The keys of P prompts and those of R completions of at most `new` tokens.
 
     rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
-    row's keys in the same order whenever the row started. recent: the same with few slots, of which a token
-    reads those in its block of RECENT tokens and in the one before, and none of these in `rows`.
+    row's keys in the same order whenever the row started.
     """
 
     prompts: PromptKeys
     rows: LayerKeys
-    recent: LayerKeys
     new: int = static()
 
 
@@ -92,7 +97,6 @@ class GivenChunk:
     prompts: Any
 
 
-RECENT = 16  # the most decoding steps between two calls of settle
 SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of this
 
 
@@ -105,28 +109,23 @@ def row_slots(tokens: int) -> int:
     return tokens if tokens <= SLOTS_PER_READ else -(-tokens // SLOTS_PER_READ) * SLOTS_PER_READ
 
 
-def layer_slots(a: AttentionLayers, slots: int) -> list[int]:
-    """Return how many of `slots` successive tokens each layer stores."""
-    windows = [a.kinds[kind].window for kind in a.layout]
-    return [slots if window is None else min(slots, row_slots(window)) for window in windows]
-
-
 def empty_keys(
-    heads: tuple[int, int], rows: int, slots: Sequence[int], dtype: Any, stored: CacheFormat = "compute"
+    a: AttentionLayers, heads: int, rows: int, slots: int, dtype: Any, stored: CacheFormat = "compute"
 ) -> LayerKeys:
-    """Return zeros for the keys of all layers. heads: their number, and the size of one. slots: of each
-    layer. dtype: of the computation.
-    """
-    count, head_dim = heads
+    """Return zeros for the keys of all layers. dtype: of the computation."""
 
-    def of(size: int) -> Keys:
-        shape = rows, count, head_dim, size
+    def of(layers: int, size: int) -> Keys | None:
+        if not layers:
+            return None
+        shape = layers, rows, heads, a.head_dim, size
         if stored == "compute":
-            return Keys(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], size, head_dim), dtype))
-        kind, scales = STORED_DTYPES[stored], [jnp.zeros((*shape[:2], size), jnp.float32) for _ in range(2)]
-        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:2], size, head_dim), kind), *scales)
+            bits = to_bits(jnp.zeros((), dtype)).dtype
+            return Keys(jnp.zeros(shape, bits), jnp.zeros((*shape[:3], size, a.head_dim), bits))
+        kind, scales = STORED_DTYPES[stored], jnp.zeros((*shape[:3], size), jnp.float32)
+        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:3], size, a.head_dim), kind), scales, scales)
 
-    return tuple(of(size) for size in slots)
+    windows = int(a.windowed.sum())
+    return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, row_slots(a.longest_window))))
 
 
 # E4M3 as its bits: XLA's CPU compiler widens every other float8 array, a whole cache in each decoding step
@@ -135,11 +134,11 @@ LARGEST = {"int8": 127.0, "uint8": 448.0}
 
 
 def store(k: Array, v: Array, like: Keys) -> Keys:
-    """Return keys [..., E, S] and values [..., S, E] as `like` stores them: unchanged or, with a scale per
+    """Return keys [..., E, S] and values [..., S, E] as `like` stores them: as raw bits or, with a scale per
     token and head, as int8 or E4M3.
     """
     if like.k_scale is None:
-        return Keys(k, v)
+        return Keys(to_bits(k), to_bits(v))
     (k, k_scale), (v, v_scale) = _scaled(k, -2, like.k.dtype), _scaled(v, -1, like.v.dtype)
     return Keys(k, v, k_scale, v_scale)
 
@@ -156,9 +155,16 @@ def _scaled(x: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
 
 def prompt_keys(k: Array, v: Array, visible: Array, a: AttentionLayers) -> PromptKeys:
     """Return the keys of left-padded prompts, from k [L, P, K, E, S] and v [L, P, K, S, E] as raw bits."""
-    size = k.shape[4]
-    layers = enumerate(layer_slots(a, size))
-    return PromptKeys(tuple(Keys(k[i, ..., size - n :], v[i, :, :, size - n :]) for i, n in layers), visible)
+    windowed = a.windowed
+
+    def of(layers: np.ndarray, keep: int | None) -> Keys | None:
+        if not layers.any():
+            return None
+        own_k, own_v = (k, v) if layers.all() else (k[np.flatnonzero(layers)], v[np.flatnonzero(layers)])
+        start = 0 if keep is None else max(0, k.shape[4] - keep)
+        return Keys(own_k[..., start:], own_v[:, :, :, start:])
+
+    return PromptKeys(LayerKeys(of(~windowed, None), of(windowed, row_slots(a.longest_window))), visible)
 
 
 def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> Cache:
@@ -167,11 +173,15 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
     new: in the compute dtype.
     """
 
-    def put(old: Keys, fresh: Keys) -> Keys:
+    def put(old: Keys | None, fresh: Keys | None) -> Keys | None:
+        if old is None or fresh is None:
+            return None
         fresh = store(from_bits(fresh.k, dtype), from_bits(fresh.v, dtype), old)
-        return jax.tree.map(lambda x, y: put_bits(x, slots, y), old, fresh)
+        return jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), old, fresh)
 
-    layers = tuple(put(*both) for both in zip(cache.prompts.layers, new.layers, strict=True))
+    layers = LayerKeys(
+        put(cache.prompts.layers.full, new.layers.full), put(cache.prompts.layers.window, new.layers.window)
+    )
     visible = cache.prompts.visible.at[slots].set(new.visible, mode="drop")
     return replace(cache, prompts=PromptKeys(sharded(layers), visible))
 
@@ -186,22 +196,26 @@ def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
         widths[axis] = (slots - x.shape[axis], 0)
         return jnp.pad(x, widths)
 
-    def of(own: Keys, other: Keys) -> Keys:
-        slots = other.k.shape[3]
-        return Keys(pad(own.k, slots, 3), pad(own.v, slots, 2))
+    def of(own: Keys | None, other: Keys | None) -> Keys | None:
+        if own is None or other is None:
+            return None
+        slots = other.k.shape[4]
+        return Keys(pad(own.k, slots, 4), pad(own.v, slots, 3))
 
-    layers = tuple(of(*both) for both in zip(keys.layers, like.layers, strict=True))
+    layers = LayerKeys(of(keys.layers.full, like.layers.full), of(keys.layers.window, like.layers.window))
     return PromptKeys(layers, pad(keys.visible, like.visible.shape[1], 1))
 
 
 def key_axes(layers: LayerKeys) -> LayerKeys:
     """Return the logical axes of every array of the keys."""
 
-    def of(keys: Keys) -> Keys:
+    def of(keys: Keys | None) -> Keys | None:
+        if keys is None:
+            return None
         scale = None if keys.k_scale is None else SCALE_AXES
         return Keys(K_AXES, V_AXES, scale, scale)
 
-    return tuple(of(keys) for keys in layers)
+    return LayerKeys(of(layers.full), of(layers.window))
 
 
 def sharded(layers: LayerKeys) -> LayerKeys:
@@ -211,79 +225,61 @@ def sharded(layers: LayerKeys) -> LayerKeys:
 
 def select_rows(layers: LayerKeys, rows: Array) -> LayerKeys:
     """Return the keys of these rows (or prompts)."""
-    return jax.tree.map(lambda x: x[rows], layers)
+    return jax.tree.map(lambda x: x[:, rows], layers)
 
 
 def clear_values(layers: LayerKeys, rows: Array) -> LayerKeys:
     """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
 
-    def zero(x: Array | None) -> Array | None:
-        return None if x is None else put_bits(x, rows, jnp.zeros((), x.dtype))
+    def of(keys: Keys | None) -> Keys | None:
+        if keys is None:
+            return None
+        v, scale = (
+            None if x is None else x.at[:, rows].set(jnp.zeros((), x.dtype), mode="drop")
+            for x in (keys.v, keys.v_scale)
+        )
+        return Keys(keys.k, v, keys.k_scale, scale)
 
-    return tuple(Keys(keys.k, zero(keys.v), keys.k_scale, zero(keys.v_scale)) for keys in layers)
+    return LayerKeys(of(layers.full), of(layers.window))
 
 
-def append(recent: Keys, k: Array, v: Array, counts: Array) -> Keys:
+def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: Any = True) -> Keys:
     """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the last token of each row.
 
-    counts: tokens of the completions, including this one, int32 [R].
+    layer: its index in `keys`. counts: tokens of the completions, including this one, int32 [R]. `used` false
+    leaves all unchanged.
     """
-    new, size = store(k, v, recent), recent.k.shape[3]
-    here = (
-        jnp.arange(size, dtype=counts.dtype)[None]
-        == ((counts - 1) % jnp.asarray(size, counts.dtype))[:, None]
-    )
+    new, layers, size = store(k, v, keys), keys.k.shape[0], keys.k.shape[4]
+    slots = (counts - 1) % jnp.asarray(size, counts.dtype)
+    layer = jnp.where(used, layer, layers).astype(counts.dtype)  # beyond the last, it is dropped
+    at_R2 = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], -1)
 
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
-        return jnp.where(_along(here, axis, old), jnp.broadcast_to(x, old.shape), old)
+        # rows are a batching dimension, so that each device of a mesh updates its own
+        where = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(1, old.ndim - 2)),
+            inserted_window_dims=(0, axis),
+            scatter_dims_to_operand_dims=(0, axis),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        )
+        updates = x.squeeze(axis - 1)
+        return jax.lax.scatter(
+            old, at_R2, updates, where, unique_indices=True, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
+        )
 
     return Keys(
-        put(recent.k, new.k, 3), put(recent.v, new.v, 2), put(recent.k_scale, new.k_scale, 2),
-        put(recent.v_scale, new.v_scale, 2),
+        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
+        put(keys.v_scale, new.v_scale, 3),
     )  # fmt: skip
 
 
-def _along(x: Array, axis: int, like: Array) -> Array:
-    """Return an array [R, S] in the shape of keys with the slots on this axis."""
-    shape = [1] * like.ndim
-    shape[0], shape[axis] = x.shape
-    return jnp.broadcast_to(x.reshape(shape), (*like.shape[:axis], x.shape[1], *like.shape[axis + 1 :]))
-
-
-def settle(cache: Cache, before: Array, after: Array) -> Cache:
-    """Copy recent tokens to the slots of rows. before, after: tokens of each row's completion at the last
-    call and now, at most RECENT more, int32 [R].
-    """
-
-    def copied(rows: Keys, recent: Keys) -> Keys:
-        tokens, size = _tokens_in_slots(after, rows.k.shape[3]), recent.k.shape[3]
-        is_new, at = tokens >= before[:, None], tokens % jnp.asarray(size, tokens.dtype)
-
-        def put(old: Array | None, new: Array | None, axis: int) -> Array | None:
-            if old is None or new is None:
-                return None
-            found = jnp.take_along_axis(to_bits(new), _along(at, axis, old), axis)
-            return from_bits(jnp.where(_along(is_new, axis, old), found, to_bits(old)), old.dtype)
-
-        return Keys(
-            put(rows.k, recent.k, 3), put(rows.v, recent.v, 2), put(rows.k_scale, recent.k_scale, 2),
-            put(rows.v_scale, recent.v_scale, 2),
-        )  # fmt: skip
-
-    return replace(cache, rows=tuple(map(copied, cache.rows, cache.recent)))
-
-
-def _tokens_in_slots(counts: Array, size: int) -> Array:
-    """Return which token of its completion is in each slot of each row, int32 [R, size]; below 0 for none."""
-    last, slots = counts[:, None] - 1, jnp.arange(size, dtype=counts.dtype)[None]
-    return last - (last - slots) % jnp.asarray(size, counts.dtype)
-
-
-def append_chunk(keys: Keys, k: Array, v: Array, chunk: GivenChunk) -> Keys:
-    """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk."""
-    new, (rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
+def append_chunk(keys: Keys, k: Array, v: Array, layer: Array, chunk: GivenChunk, used: Any = True) -> Keys:
+    """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk. layer, used: see append."""
+    new, (layers, rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
+    layer = jnp.where(used, layer, layers).astype(chunk.counts.dtype)
     i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
     slots = (chunk.counts[:, None] + i) % jnp.asarray(size, i.dtype)
     stored = (i < chunk.lengths[:, None]) & (i >= chunk.lengths[:, None] - size)  # the last ones of a window
@@ -292,12 +288,12 @@ def append_chunk(keys: Keys, k: Array, v: Array, chunk: GivenChunk) -> Keys:
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
-        index = (at, *(slice(None),) * (axis - 1), slots)
-        return put_bits(old, index, jnp.moveaxis(x, axis, 1))
+        index = (layer, at, *(slice(None),) * (axis - 2), slots)
+        return old.at[index].set(jnp.moveaxis(x, axis - 1, 1), mode="drop")
 
     return Keys(
-        put(keys.k, new.k, 3), put(keys.v, new.v, 2), put(keys.k_scale, new.k_scale, 2),
-        put(keys.v_scale, new.v_scale, 2),
+        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
+        put(keys.v_scale, new.v_scale, 3),
     )  # fmt: skip
 
 
@@ -314,38 +310,36 @@ class Step:
 
 
 def attend(
-    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys, Keys], step: Step, rule: AttentionRule
+    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], index: Array, step: Step, rule: AttentionRule
 ) -> Float[Array, "R 1 H E"]:
     """Return the attention of each row's token in one layer.
 
-    keys: of prompts, of rows and recent ones, as stored. rule: window and soft cap.
+    keys: of prompts and of rows, where the layer is at `index`. rule: window and soft cap.
     """
-    prompts, rows, recent = (_as_computed(some, q.dtype) for some in keys)
+    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
     size, at = rows.k.shape[3], step.at
-    tokens, of_recent = (_tokens_in_slots(at.counts, n) for n in (size, recent.k.shape[3]))
-    if at.read is not None and at.read < size:
-        rows, tokens = rows.part(0, at.read), tokens[:, : at.read]
+    rows = rows if at.read is None else rows.part(0, min(at.read, size))
     if at.prompt_read is not None:
         prompts = prompts.part(max(0, prompts.k.shape[3] - at.prompt_read), prompts.k.shape[3])
-    first_recent = ((at.counts - 1) // RECENT - 1)[:, None] * RECENT
-    seen_rows, seen_recent = (
-        (tokens >= 0) & (tokens < first_recent),
-        of_recent >= jnp.maximum(first_recent, 0),
-    )
+    slots, counts = jnp.arange(rows.k.shape[3], dtype=at.counts.dtype), at.counts[:, None]
+    # tokens between the key and the query
+    back = (counts - 1 - slots[None]) % jnp.asarray(size, counts.dtype)
+    seen_rows = back < counts
     used = prompts.k.shape[3]
     from_end = jnp.arange(used - 1, -1, -1, dtype=at.counts.dtype)
     seen_prompts = step.visible[:, None, step.visible.shape[1] - used :]
     if rule.window is not None:
-        first = at.counts[:, None] - rule.window
-        seen_rows, seen_recent = seen_rows & (tokens >= first), seen_recent & (of_recent >= first)
+        seen_rows &= back < rule.window
         seen_prompts = seen_prompts & (step.group_counts[:, :, None] + from_end[None, None] < rule.window)
-    own = (rows, seen_rows), (recent, seen_recent)
-    return cached_attention(q[:, 0], (prompts, seen_prompts), own, at.groups, rule.softcap)[:, None]
+    return cached_attention(q[:, 0], (prompts, seen_prompts), (rows, seen_rows), at.groups, rule.softcap)[
+        :, None
+    ]
 
 
 def attend_chunk(
     qkv: tuple[Float[Array, "r C H E"], Float[Array, "r K E C"], Float[Array, "r K C E"]],
     keys: tuple[Keys, Keys],
+    index: Array,
     at: tuple[GivenChunk, Array],
     rule: AttentionRule,
 ) -> Float[Array, "r C H E"]:
@@ -356,7 +350,7 @@ def attend_chunk(
     prompts are visible.
     """
     (q, k, v), (chunk, visible) = qkv, at
-    prompts, rows = (_as_computed(some, q.dtype) for some in keys)
+    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
     prompts, rows = prompts.of_rows(chunk.prompts), rows.of_rows(chunk.rows)
     used, size, counts = prompts.k.shape[3], rows.k.shape[3], chunk.counts[:, None]
 
@@ -366,17 +360,21 @@ def attend_chunk(
     # places in the text, counted from the first token of the completion
     nowhere = jnp.asarray(EVERY_KEY, counts.dtype)
     of_prompts = jnp.where(visible[chunk.prompts, -used:], numbers(used) - used, nowhere)
-    of_rows = _tokens_in_slots(chunk.counts, size)
+    of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)
     of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
     of_chunk = counts + numbers(q.shape[1])
-    stored = joined_keys([prompts, rows, Keys(k, v)])
+    stored = joined_keys([prompts, rows, KeysOfLayer(k, v)])
     places = jnp.concatenate([of_prompts, of_rows, of_chunk], 1)
     return chunk_attention(q, stored, (places, of_chunk), rule)
 
 
-def _as_computed(keys: Keys, dtype: Any) -> Keys:
-    """Return stored keys in the compute dtype, with their scales."""
-    k, v = keys.k, keys.v
+def _layer_of(keys: Keys, index: Array, dtype: Any) -> KeysOfLayer:
+    def of(x: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(x, index, 0, False)
+
+    k, v = of(keys.k), of(keys.v)
+    if keys.k_scale is None:
+        return KeysOfLayer(from_bits(k, dtype), from_bits(v, dtype))
     if k.dtype == jnp.uint8:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))
-    return Keys(k.astype(dtype), v.astype(dtype), keys.k_scale, keys.v_scale)
+    return KeysOfLayer(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))

@@ -21,10 +21,9 @@ from jaxft.tree import struct
 
 @struct
 class Keys:
-    """Cached keys [B, K, E, S] and values [B, K, S, E] of a layer, in the layouts of the two matmuls.
+    """Cached keys [L, B, K, E, S] and values [L, B, K, S, E] of L layers, in the layouts of the two matmuls.
 
-    Stored in the compute dtype, or quantised with a scale for each token and head [B, K, S]
-    (cache.py). Attention takes them in the compute dtype, to be multiplied by their scales, if they have any.
+    As raw bits of the compute dtype, or quantised with a scale for each token and head, [L, B, K, S].
     """
 
     k: Any
@@ -32,20 +31,32 @@ class Keys:
     k_scale: Any = None
     v_scale: Any = None
 
-    def part(self, start: int, end: int) -> "Keys":
+
+@struct
+class KeysOfLayer:
+    """Keys [B, K, E, S] and values [B, K, S, E] of a layer in the compute dtype, to be multiplied by their
+    scales [B, K, S], if they have any.
+    """
+
+    k: Any
+    v: Any
+    k_scale: Any = None
+    v_scale: Any = None
+
+    def part(self, start: int, end: int) -> "KeysOfLayer":
         """Return the slots from start to before end."""
         scales = (None if x is None else x[:, :, start:end] for x in (self.k_scale, self.v_scale))
-        return Keys(self.k[..., start:end], self.v[:, :, start:end], *scales)
+        return KeysOfLayer(self.k[..., start:end], self.v[:, :, start:end], *scales)
 
-    def of_rows(self, rows: Array) -> "Keys":
+    def of_rows(self, rows: Array) -> "KeysOfLayer":
         """Return the keys of these rows (or prompts)."""
         return jax.tree.map(lambda x: x[rows], self)
 
 
-def joined_keys(parts: Sequence[Keys]) -> Keys:
+def joined_keys(parts: Sequence[KeysOfLayer]) -> KeysOfLayer:
     """Return keys with the slots of all parts. Parts without scales have scales of 1, if others have some."""
 
-    def scales(of: Callable[[Keys], Any]) -> Any:
+    def scales(of: Callable[[KeysOfLayer], Any]) -> Any:
         if all(of(x) is None for x in parts):
             return None
         ones = [jnp.ones((*x.k.shape[:2], x.k.shape[3]), jnp.float32) for x in parts]
@@ -53,7 +64,7 @@ def joined_keys(parts: Sequence[Keys]) -> Keys:
 
     k = concat_bits([x.k for x in parts], 3)
     v = concat_bits([x.v for x in parts], 2)
-    return Keys(k, v, scales(lambda x: x.k_scale), scales(lambda x: x.v_scale))
+    return KeysOfLayer(k, v, scales(lambda x: x.k_scale), scales(lambda x: x.v_scale))
 
 
 @struct
@@ -84,18 +95,17 @@ def equal_groups(prompts: int, group: int) -> RowGroups:
 
 def cached_attention(
     q_RHE: Float[Array, "R H E"],
-    prompts: tuple[Keys, Bool[Array, "P g S"]],
-    own: Sequence[tuple[Keys, Array]],
+    prompts: tuple[KeysOfLayer, Bool[Array, "P g S"]],
+    rows: tuple[KeysOfLayer, Bool[Array, "R N"]],
     groups: RowGroups,
     softcap: float | None = None,
 ) -> Float[Array, "R H E"]:
     """Return softmax(q k^T / sqrt(E)) v over a row's visible keys: those of its prompt and its own.
 
-    prompts: keys, and which of them the query of each completion attends to. own: parts of the rows' keys,
-    and which of them [R, N] the query of each row attends to. softcap: see attention.dense. A row without
-    visible keys is 0.
+    prompts, rows: keys, and which of them the query of each completion (of each row) attends to. softcap: see
+    attention.dense. A row without visible keys is 0.
     """
-    (R, H, E), (of_prompts, seen_PGS) = q_RHE.shape, prompts
+    (R, H, E), (of_prompts, seen_PGS), (own, seen_RN) = q_RHE.shape, prompts, rows
     P, K, _, S = of_prompts.k.shape
     if groups.rows.shape[1] == 1 and H == K:
         # XLA's CPU compiler multiplies a single query by other kernels than several, so there are two
@@ -107,11 +117,7 @@ def cached_attention(
         "pkme,pkes->pkms", q_PKGQE.reshape(P, K, G * (H // K), E), of_prompts.k, widen=False
     )
     s_PKGQS = _scores(s_PKGQS, of_prompts, E, softcap).reshape(P, K, G, H // K, S)
-    parts = [
-        _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, keys.k, widen=False), keys, E, softcap)
-        for keys, _ in own
-    ]
-    s_RKQN, seen_RN = jnp.concatenate(parts, -1), jnp.concatenate([seen for _, seen in own], -1)
+    s_RKQN = _scores(wide_einsum("rkqe,rken->rkqn", q_RKQE, own.k, widen=False), own, E, softcap)
     seen_PKGQS, seen_RKQN = seen_PGS[:, None, :, None], seen_RN[:, None, None]
     s_PKGQS, s_RKQN = jnp.where(seen_PKGQS, s_PKGQS, MASKED), jnp.where(seen_RKQN, s_RKQN, MASKED)
     top_RKQ = jnp.maximum(groups.to_rows(s_PKGQS.max(-1).swapaxes(1, 2)), s_RKQN.max(-1))
@@ -123,12 +129,8 @@ def cached_attention(
     sum_PKGQ = groups.to_groups(sum_RKQ).swapaxes(1, 2)
     p_PKMS = _weights(p_PKGQS / sum_PKGQ[..., None], of_prompts).reshape(P, K, G * (H // K), S)
     o_PKGQE = wide_einsum("pkms,pkse->pkme", p_PKMS, of_prompts.v, widen=False).reshape(P, K, G, H // K, E)
-    o_RKQE = groups.to_rows(o_PKGQE.swapaxes(1, 2))
-    p_RKQN, start = p_RKQN / sum_RKQ[..., None], 0
-    for keys, seen in own:
-        p = p_RKQN[..., start : start + seen.shape[1]]
-        o_RKQE = o_RKQE + wide_einsum("rkqn,rkne->rkqe", _weights(p, keys), keys.v, widen=False)
-        start += seen.shape[1]
+    o_RKQE = wide_einsum("rkqn,rkne->rkqe", _weights(p_RKQN / sum_RKQ[..., None], own), own.v, widen=False)
+    o_RKQE = o_RKQE + groups.to_rows(o_PKGQE.swapaxes(1, 2))
     return o_RKQE.reshape(R, H, E).astype(q_RHE.dtype)
 
 
@@ -137,7 +139,7 @@ QUERIES_PER_BLOCK = 64  # of a chunk whose scores exist at a time
 
 def chunk_attention(
     q_RCHE: Float[Array, "R C H E"],
-    keys: Keys,
+    keys: KeysOfLayer,
     at: tuple[Int[Array, "R S"], Int[Array, "R C"]],
     rule: AttentionRule,
 ) -> Float[Array, "R C H E"]:
@@ -177,13 +179,13 @@ def chunk_attention(
     return o.swapaxes(0, 1).reshape(R, count * QUERIES_PER_BLOCK, H, E)[:, :C]
 
 
-def _scores(s: Array, keys: Keys, head_dim: int, softcap: float | None) -> Array:
+def _scores(s: Array, keys: KeysOfLayer, head_dim: int, softcap: float | None) -> Array:
     """Return scores [B, K, M, S] scaled, and capped."""
     s = s * head_dim**-0.5
     return soft_capped(s if keys.k_scale is None else s * keys.k_scale[:, :, None].astype(s.dtype), softcap)
 
 
-def _weights(p: Array, keys: Keys) -> Array:
+def _weights(p: Array, keys: KeysOfLayer) -> Array:
     """Return probabilities [B, K, ..., S] times the scales of the values, in the values' dtype."""
     if keys.v_scale is not None:
         scale = keys.v_scale.astype(p.dtype)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.distributed.sharding import replicated_as
 from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
     GivenChunk,
+    LayerKeys,
     NextToken,
     PromptKeys,
     Step,
@@ -26,6 +26,7 @@ from jaxft.nn.cached_attention import Keys
 from jaxft.nn.layer_attention import (
     AttentionLayers,
     AttentionRule,
+    angles_of,
     attend_rows,
     batch_ranges,
     checked_values,
@@ -34,7 +35,6 @@ from jaxft.nn.layer_attention import (
     rotated,
     rule_of,
 )
-from jaxft.nn.quant import is_qtensor
 from jaxft.nn.scan import Layer
 from jaxft.tree import Batch, Params
 
@@ -78,20 +78,19 @@ def decode_layers(
     at: NextToken,
     a: AttentionLayers,
 ) -> tuple[Float[Array, "R 1 D"], Cache]:
-    """Return the residual stream of one token per row after all layers, and the cache with that token among
-    the recent ones.
-    """
+    """Return the residual stream of one token per row after all layers, and the cache with that token."""
     lengths = at.positions - at.counts + 1 + cache.new
     angles = generation_angles(a, at.positions[:, None], lengths[:, None], h_R1D.dtype)
     step = Step(at, cache.prompts.visible, at.groups.to_groups(at.counts))
 
-    def attended(qkv: tuple[Array, ...], keys: _Stored, rule: AttentionRule) -> tuple[Array, Keys]:
-        (q, k, v), (prompts, rows, recent) = qkv, keys
-        recent = append(recent, k, v, at.counts)
-        return attend(q, (prompts, rows, recent), step, rule), recent
+    def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
+        return append(keys, k, v, i, at.counts, used)
 
-    h_R1D, recent = _cached_layers(layer, h_R1D, layers, cache, (a, angles, attended))
-    return h_R1D, replace(cache, recent=recent)
+    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
+        prompts, _, rows = keys
+        return attend(qkv[0], (prompts, rows), i, step, rule)
+
+    return _cached_layers(layer, h_R1D, layers, cache, (a, angles, stored, attended))
 
 
 def extend_layers(
@@ -107,93 +106,62 @@ def extend_layers(
     lengths = chunk.positions - chunk.counts + cache.new
     angles = generation_angles(a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype)
 
-    def attended(qkv: tuple[Array, ...], keys: _Stored, rule: AttentionRule) -> tuple[Array, Any]:
-        (q, k, v), (prompts, rows, recent) = qkv, keys
-        o = attend_chunk((q, k, v), (prompts, rows), (chunk, cache.prompts.visible), rule)
-        return o, tuple(append_chunk(some, k, v, chunk) for some in (rows, recent))
+    def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
+        return append_chunk(keys, k, v, i, chunk, used)
 
-    h_rCD, stored = _cached_layers(layer, h_rCD, layers, cache, (a, angles, attended))
-    rows, recent = zip(*stored, strict=True)
-    return h_rCD, replace(cache, rows=rows, recent=recent)
+    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
+        prompts, rows, _ = keys
+        return attend_chunk(qkv, (prompts, rows), i, (chunk, cache.prompts.visible), rule)
+
+    return _cached_layers(layer, h_rCD, layers, cache, (a, angles, stored, attended))
 
 
-_Stored = tuple[Keys, Keys, Keys]  # of a layer: of prompts, of rows, and recent ones
+Both = tuple[Keys, Keys, Keys]  # of prompts, of rows before and after new tokens are stored
 
 
 def _cached_layers(
     layer: Layer, h: Float[Array, "R T D"], layers: Params, cache: Cache, how: tuple[Any, ...]
-) -> tuple[Float[Array, "R T D"], tuple[Any, ...]]:
-    """Run all layers on new tokens of rows, which attend to cached keys. Return the residual stream, and what
-    `attended` returns for each layer.
+) -> tuple[Float[Array, "R T D"], Cache]:
+    """Run all layers on new tokens of rows, which attend to cached keys and are stored.
 
-    how: attention settings; angles; attended((q, k, v), stored keys, rule) -> (o, new keys). Layers are not
-    scanned: a scan would copy each layer's weights and keys out of stacked arrays in every step.
+    how: attention settings; angles; stored(keys, k, v, index of the layer in keys, whether to store) -> keys;
+    attended((q, k, v), keys, index, rule) -> o. The scan carries the rows' keys and updates them in place: as
+    xs and ys they would be copied for each token.
     """
-    (a, angles, attended), size = how, cache.prompts.visible.shape[1] + cache.new
-    angles = jax.lax.optimization_barrier(angles)  # XLA would compute them again in every layer
+    (a, angles, stored, attended), prompts = how, cache.prompts.layers
+    size, windowed = cache.prompts.visible.shape[1] + cache.new, a.windowed
+    place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # index in full or in window
 
-    def run(h: Array, i: int) -> tuple[Array, Any]:
-        p, h = _layer_after(layers, i, h)
-        kind, keys = a.layout[i], (cache.prompts.layers[i], cache.rows[i], cache.recent[i])
+    def body(carry: tuple[Array, LayerKeys], x: Any) -> tuple[Any, None]:
+        h, before = carry
+        p, i, has_window, kind = x
         rule = rule_of(a, kind, size)
 
         def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            (q, k), v = rotated(q, k, angles[kind], query_factor(a)), checked_values(v)
-            return attended((q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)), keys, rule)
+            (q, k), v = rotated(q, k, angles_of(angles, kind), query_factor(a)), checked_values(v)
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+            full, window = before.full, before.window
+            if full is not None:
+                full = stored(full, k, v, i, True if window is None else ~has_window)
+            if window is not None:
+                window = stored(window, k, v, i, True if full is None else has_window)
 
-        return layer(p, h, attend_cached, None)
+            def of_full() -> Array:
+                assert prompts.full is not None and full is not None
+                return attended((q, k, v), (prompts.full, before.full, full), i, rule)
 
-    stored = []
-    for i in range(len(a.layout)):
-        h, keys = run(h, i)
-        stored.append(keys)
-    return h, tuple(stored)
+            def of_window() -> Array:
+                assert prompts.window is not None and window is not None
+                return attended((q, k, v), (prompts.window, before.window, window), i, rule)
 
+            if window is None:
+                return of_full(), LayerKeys(full, None)
+            if full is None:
+                return of_window(), LayerKeys(None, window)
+            return jax.lax.cond(has_window, of_window, of_full), LayerKeys(full, window)
 
-LARGEST_COPIED = 2**31  # bytes of layers of which XLA may make a copy before a loop over decoding steps
+        return layer(p, h, attend_cached, None), None
 
-
-def _layer_after(layers: Params, index: int, h: Array) -> tuple[Params, Array]:
-    """Return the parameters of one layer, of stacked or of separate ones, and h.
-
-    What XLA does to weights before it multiplies (slicing, and converting them on CPUs that do not multiply
-    bfloat16), it would do to all layers before the loop over steps, which takes as much memory again. With
-    large models a layer is only used after h is computed.
-    """
-    separate = isinstance(layers, tuple)
-    if not separate or sum(x.nbytes for x in jax.tree.leaves(layers)) > LARGEST_COPIED:
-        layers, h = jax.lax.optimization_barrier((layers[index] if separate else layers, h))
-        return layers if separate else jax.tree.map(lambda x: x[index], layers), h
-    return layers[index], h
-
-
-def separate_layers(params: Params) -> Params:
-    """Return parameters with a tuple of layers in place of stacked ones, for `decode` and `extend`: XLA's CPU
-    compiler copies a layer out of stacked arrays in every step.
-
-    params: a base, adapters, or a tree of them, on one CPU device; or their shapes. The layers' arrays share
-    the memory of the stacked ones where their addresses are aligned. Raw bits become 16-bit floats.
-    """
-
-    def parts(x: Any, dtype: Any) -> list[Any]:
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return [jax.ShapeDtypeStruct(x.shape[1:], dtype, sharding=x.sharding)] * x.shape[0]
-        where = replicated_as(x)
-        return [jax.device_put(part.view(dtype), where, may_alias=True) for part in np.asarray(x)]
-
-    def of_node(x: Any) -> list[Any]:
-        if is_qtensor(x) and x.kind != "bits":
-            leaves, structure = jax.tree.flatten(x)
-            return [
-                jax.tree.unflatten(structure, one)
-                for one in zip(*(parts(y, y.dtype) for y in leaves), strict=True)
-            ]
-        return parts(x.codes, x.dtype) if is_qtensor(x) else parts(x, x.dtype)
-
-    def separate(name: str, node: Any) -> Any:
-        if name != "layers":
-            return separate_layers(node) if isinstance(node, dict) else node
-        nodes, structure = jax.tree.flatten(node, is_leaf=is_qtensor)
-        return tuple(jax.tree.unflatten(structure, one) for one in zip(*map(of_node, nodes), strict=True))
-
-    return {name: separate(name, node) for name, node in params.items()}
+    xs = layers, place.astype(np.int32), windowed, a.kind_numbers
+    (h, rows), _ = jax.lax.scan(body, (h, cache.rows), xs)
+    return h, replace(cache, rows=rows)

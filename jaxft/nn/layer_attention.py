@@ -22,7 +22,7 @@ from jaxft.nn.attention import (
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
-from jaxft.tree import Batch
+from jaxft.tree import Batch, static, struct
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
 
@@ -30,16 +30,16 @@ Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
-@dataclass(frozen=True)
+@struct
 class AttentionRule:
     """Window and soft cap of a layer, for a query on cached keys.
 
-    window: a query at position p sees keys at positions above p - window; None: no window. softcap: see
-    attention.dense.
+    window: a query at position p sees keys at positions above p - window. An int, or an int32 scalar array,
+    which may differ between the layers of a scan; None: no window. softcap: see attention.dense.
     """
 
-    window: int | None = None
-    softcap: float | None = None
+    window: Any = None
+    softcap: float | None = static(default=None)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ class AttentionLayers:
     settings: AttentionSettings = AttentionSettings()
 
     @property
+    def windowed(self) -> np.ndarray:
+        """Whether each layer has a window: bools [L]."""
+        return np.array([self.kinds[kind].window is not None for kind in self.layout])
+
+    @property
+    def longest_window(self) -> int:
+        """The longest window of any layer; 0 if none has one."""
+        return max((kind.window or 0 for kind in self.kinds), default=0)
+
+    @property
     def kind_numbers(self) -> np.ndarray | None:
         """`layout` as int32 [L], for the scan over layers; None if there is only one kind."""
         return None if len(self.kinds) == 1 else np.array(self.layout, np.int32)
@@ -98,9 +108,9 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
     return jnp.asarray(numbers)[kind]
 
 
-def rule_of(a: AttentionLayers, kind: int, length: int) -> AttentionRule:
-    """Return window and soft cap of a LayerKind for rows of `length` tokens."""
-    return AttentionRule(needed_window(a.kinds[kind].window, length), a.settings.softcap)
+def rule_of(a: AttentionLayers, kind: Array | None, length: int) -> AttentionRule:
+    """Return window and soft cap of a layer for rows of `length` tokens."""
+    return AttentionRule(window_of(a, kind, length), a.settings.softcap)
 
 
 def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: bool) -> AttentionNeeds:

@@ -235,8 +235,6 @@ def attach(base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, 
         return Adapted(base, *pair, dropout, adapter.get("magnitude"), adapter.get("gain"))
     if not adapter:
         return base
-    if isinstance(adapter, tuple):  # of separate layers
-        return tuple(attach(*both, dropout, token_ids) for both in zip(base, adapter, strict=True))
     return {
         **base,
         **{

@@ -145,8 +145,6 @@ def attach_rows(base: Any, stack: Any, rows: Int[Array, " B"]) -> Any:
         if is_pair(node):
             own = jnp.broadcast_to(rows[None], (len(node["scale"]), *rows.shape)) if in_layers else rows
             return Adapted(base, node["a"], node["b"], node["scale"], gain=node.get("gain"), rows=own)
-        if isinstance(node, tuple):  # of separate layers
-            return tuple(attached(*both, False) for both in zip(base, node, strict=True))
         return {**base, **{name: attached(base[name], inner, in_layers) for name, inner in node.items()}}
 
     if not stack:

@@ -12,9 +12,8 @@ from tiny_families import FAMILIES, VOCAB, both, our_model, params_of, random_id
 from jaxft.batch import Rollout, Tokens
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig
-from jaxft.nn.cache import GivenChunk, NextToken, insert_prompts, settle
+from jaxft.nn.cache import GivenChunk, NextToken, insert_prompts
 from jaxft.nn.cached_attention import RowGroups
-from jaxft.nn.decode_layers import separate_layers
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import Rope
 
@@ -63,10 +62,9 @@ def log_probs(model, params, h):
 def continued(model, stored, params, ids, cuts):
     """Log-probs [R, T, V] by prefill, two extensions and STEPS decoding steps; NaN beyond the text.
 
-    params: with stacked layers, for prefill and the first extension, and with separate ones. Prompts are in
-    slots in reverse order, and each extension has a row more, which is dropped.
+    Prompts are in slots in reverse order, and each extension has a row more, which is dropped.
     """
-    (params, of_steps), starts = params, jnp.cumsum(cuts, 1, dtype=jnp.int32)
+    starts = jnp.cumsum(cuts, 1, dtype=jnp.int32)
     index = starts[:, :1] - PROMPT + numbers(PROMPT)
     positions = jnp.maximum(index, 0)
     prompts = texts(jnp.take_along_axis(ids, positions, 1), index >= 0, positions)
@@ -81,14 +79,14 @@ def continued(model, stored, params, ids, cuts):
 
     out = put(out, h, index, index >= 0)
     order = jnp.asarray((2, 0, 3, 1, R), jnp.int32)  # of the rows of a chunk
-    for number, of in ((1, params), (2, of_steps)):
+    for number in (1, 2):
         at = starts[:, number - 1, None] + numbers(CHUNK)
         one = GivenChunk(
             jnp.take_along_axis(ids, jnp.minimum(at, LENGTH - 1), 1), cuts[:, number],
             starts[:, number - 1] - starts[:, 0], starts[:, number - 1], all_rows[:, 0], slots,
         )  # fmt: skip
         one = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]])[order], one)
-        h, cache = model.extend(of, cache, replace(one, rows=order))
+        h, cache = model.extend(params, cache, replace(one, rows=order))
         h = h[jnp.argsort(order)[:R]]
         out = put(out, h, at, numbers(CHUNK) < cuts[:, number, None])
 
@@ -97,10 +95,7 @@ def continued(model, stored, params, ids, cuts):
         at = starts[:, -1] + i
         groups = RowGroups(slots[:, None], slots)
         ids_R = jnp.take_along_axis(ids, at[:, None], 1)[:, 0]
-        counts = at - starts[:, 0] + 1
-        h, cache = model.decode(of_steps, cache, ids_R, NextToken(at, counts, groups))
-        settled = settle(cache, counts - 2, counts)  # of every second step
-        cache = jax.tree.map(lambda x, y: jnp.where(i % 2 == 1, x, y), settled, cache)
+        h, cache = model.decode(params, cache, ids_R, NextToken(at, at - starts[:, 0] + 1, groups))
         return (cache, put(out, h[:, None], at[:, None], True)), None
 
     return jax.lax.scan(step, (cache, out), numbers(STEPS)[0])[0][1]
@@ -114,10 +109,9 @@ def differences(model, params, stored="compute"):
         return log_probs(model, params, model.hidden(params, rollout(ids, prompts)))
 
     forward, run = jit(forward), jit(partial(continued, model, stored))
-    of_steps = separate_layers(params)
     for cuts in CUTS:
         cuts = jnp.asarray(cuts, jnp.int32)
-        expected, found = forward(params, ids, cuts[:, 0]), run((params, of_steps), ids, cuts)
+        expected, found = forward(params, ids, cuts[:, 0]), run(params, ids, cuts)
         given = np.arange(LENGTH)[None] < np.asarray(cuts.sum(1) + STEPS)[:, None]
         np.testing.assert_array_equal(np.isfinite(found).all(-1), given)
         yield np.abs(np.asarray(found - expected))[given]

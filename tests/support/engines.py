@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.state import Decoding, slots_for
-from jaxft.nn.cache import NextToken, insert_prompts, settle
+from jaxft.nn.cache import NextToken, insert_prompts
 from jaxft.nn.cached_attention import equal_groups
 
 ENGINES = {}
@@ -38,7 +38,5 @@ def decoded(model, params, cache, token, index):
     """Hidden states of token `index` of every row, and the cache with it. token: ids and positions."""
     ids, positions = token
     count, index = len(ids), jnp.asarray(index, jnp.int32)
-    counts = jnp.broadcast_to(index, (count,))
-    at = NextToken(positions, counts + 1, equal_groups(count, 1))
-    h, cache = model.decode(params, cache, ids, at)
-    return h, settle(cache, counts, counts + 1)
+    at = NextToken(positions, jnp.broadcast_to(index + 1, (count,)), equal_groups(count, 1))
+    return model.decode(params, cache, ids, at)
