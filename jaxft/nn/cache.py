@@ -276,10 +276,21 @@ def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: An
     )  # fmt: skip
 
 
-def append_chunk(keys: Keys, k: Array, v: Array, layer: Array, chunk: GivenChunk, used: Any = True) -> Keys:
-    """Store a layer's keys [r, K, E, C] and values [r, K, C, E] of a chunk. layer, used: see append."""
-    new, (layers, rows, *_, size), C = store(k, v, keys), keys.k.shape, k.shape[3]
-    layer = jnp.where(used, layer, layers).astype(chunk.counts.dtype)
+def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
+    """Return the rows' keys with those of a chunk, which are as `store` returns them, with all layers."""
+
+    def of(keys: Keys | None, layers: np.ndarray) -> Keys | None:
+        if keys is None:
+            return None
+        own = new if layers.all() else jax.tree.map(lambda x: x[np.flatnonzero(layers)], new)
+        return append_chunk(keys, own, chunk)
+
+    return LayerKeys(of(rows.full, ~a.windowed), of(rows.window, a.windowed))
+
+
+def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
+    """Return keys with those of a chunk: k [L, r, K, E, C] and v [L, r, K, C, E]."""
+    rows, size, C = keys.k.shape[1], keys.k.shape[4], new.k.shape[4]
     i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
     slots = (chunk.counts[:, None] + i) % jnp.asarray(size, i.dtype)
     stored = (i < chunk.lengths[:, None]) & (i >= chunk.lengths[:, None] - size)  # the last ones of a window
@@ -288,8 +299,8 @@ def append_chunk(keys: Keys, k: Array, v: Array, layer: Array, chunk: GivenChunk
     def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
         if old is None or x is None:
             return None
-        index = (layer, at, *(slice(None),) * (axis - 2), slots)
-        return old.at[index].set(jnp.moveaxis(x, axis - 1, 1), mode="drop")
+        index = (slice(None), at, *(slice(None),) * (axis - 2), slots)
+        return old.at[index].set(jnp.moveaxis(x, (1, axis), (0, 1)), mode="drop")
 
     return Keys(
         put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),

@@ -17,10 +17,11 @@ from jaxft.nn.cache import (
     PromptKeys,
     Step,
     append,
-    append_chunk,
+    append_chunks,
     attend,
     attend_chunk,
     prompt_keys,
+    store,
 )
 from jaxft.nn.cached_attention import Keys
 from jaxft.nn.layer_attention import (
@@ -86,11 +87,11 @@ def decode_layers(
     def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
         return append(keys, k, v, i, at.counts, used)
 
-    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
-        prompts, _, rows = keys
-        return attend(qkv[0], (prompts, rows), i, step, rule)
+    def attended(qkv: tuple[Array, ...], keys: tuple[Keys, Keys], i: Array, rule: AttentionRule) -> Array:
+        return attend(qkv[0], keys, i, step, rule)
 
-    return _cached_layers(layer, h_R1D, layers, cache, (a, angles, stored, attended))
+    h_R1D, rows, _ = _cached_layers(layer, h_R1D, layers, cache, (a, angles, stored, attended))
+    return h_R1D, replace(cache, rows=rows)
 
 
 def extend_layers(
@@ -106,62 +107,64 @@ def extend_layers(
     lengths = chunk.positions - chunk.counts + cache.new
     angles = generation_angles(a, positions, jnp.broadcast_to(lengths[:, None], positions.shape), h_rCD.dtype)
 
-    def stored(keys: Keys, k: Array, v: Array, i: Array, used: Any) -> Keys:
-        return append_chunk(keys, k, v, i, chunk, used)
+    def attended(
+        qkv: tuple[Array, Array, Array], keys: tuple[Keys, Keys], i: Array, rule: AttentionRule
+    ) -> Array:
+        return attend_chunk(qkv, keys, i, (chunk, cache.prompts.visible), rule)
 
-    def attended(qkv: tuple[Array, Array, Array], keys: Both, i: Array, rule: AttentionRule) -> Array:
-        prompts, rows, _ = keys
-        return attend_chunk(qkv, (prompts, rows), i, (chunk, cache.prompts.visible), rule)
-
-    return _cached_layers(layer, h_rCD, layers, cache, (a, angles, stored, attended))
-
-
-Both = tuple[Keys, Keys, Keys]  # of prompts, of rows before and after new tokens are stored
+    # stored after all layers: XLA would copy the cache in a layer that reads it before it changes it
+    h_rCD, rows, new = _cached_layers(layer, h_rCD, layers, cache, (a, angles, None, attended))
+    return h_rCD, replace(cache, rows=append_chunks(rows, new, chunk, a))
 
 
 def _cached_layers(
     layer: Layer, h: Float[Array, "R T D"], layers: Params, cache: Cache, how: tuple[Any, ...]
-) -> tuple[Float[Array, "R T D"], Cache]:
-    """Run all layers on new tokens of rows, which attend to cached keys and are stored.
+) -> tuple[Float[Array, "R T D"], LayerKeys, Any]:
+    """Run all layers on new tokens of rows, which attend to cached keys. Return the residual stream and the
+    rows' keys with the new ones; if `stored` is None without them, and the new Keys of all layers.
 
     how: attention settings; angles; stored(keys, k, v, index of the layer in keys, whether to store) -> keys;
-    attended((q, k, v), keys, index, rule) -> o. The scan carries the rows' keys and updates them in place: as
-    xs and ys they would be copied for each token.
+    attended((q, k, v), (keys of prompts, and of rows), index, rule) -> o. The scan carries the rows' keys and
+    updates them in place: as xs and ys they would be copied for each token.
     """
     (a, angles, stored, attended), prompts = how, cache.prompts.layers
     size, windowed = cache.prompts.visible.shape[1] + cache.new, a.windowed
     place = np.where(windowed, np.cumsum(windowed), np.cumsum(~windowed)) - 1  # index in full or in window
 
-    def body(carry: tuple[Array, LayerKeys], x: Any) -> tuple[Any, None]:
-        h, before = carry
+    def body(carry: tuple[Array, LayerKeys], x: Any) -> tuple[Any, Any]:
+        h, rows = carry
         p, i, has_window, kind = x
         rule = rule_of(a, kind, size)
 
         def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             (q, k), v = rotated(q, k, angles_of(angles, kind), query_factor(a)), checked_values(v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            full, window = before.full, before.window
-            if full is not None:
+            full, window = rows.full, rows.window
+            if full is not None and stored is not None:
                 full = stored(full, k, v, i, True if window is None else ~has_window)
-            if window is not None:
+            if window is not None and stored is not None:
                 window = stored(window, k, v, i, True if full is None else has_window)
 
             def of_full() -> Array:
                 assert prompts.full is not None and full is not None
-                return attended((q, k, v), (prompts.full, before.full, full), i, rule)
+                return attended((q, k, v), (prompts.full, full), i, rule)
 
             def of_window() -> Array:
                 assert prompts.window is not None and window is not None
-                return attended((q, k, v), (prompts.window, before.window, window), i, rule)
+                return attended((q, k, v), (prompts.window, window), i, rule)
 
             if window is None:
-                return of_full(), LayerKeys(full, None)
-            if full is None:
-                return of_window(), LayerKeys(None, window)
-            return jax.lax.cond(has_window, of_window, of_full), LayerKeys(full, window)
+                o = of_full()
+            elif full is None:
+                o = of_window()
+            else:
+                o = jax.lax.cond(has_window, of_window, of_full)
+            new = store(k, v, full or window) if stored is None else None
+            return o, (LayerKeys(full, window), new)
 
-        return layer(p, h, attend_cached, None), None
+        h, (rows, new) = layer(p, h, attend_cached, None)
+        return (h, rows), new
 
     xs = layers, place.astype(np.int32), windowed, a.kind_numbers
-    (h, rows), _ = jax.lax.scan(body, (h, cache.rows), xs)
-    return h, replace(cache, rows=rows)
+    (h, rows), new = jax.lax.scan(body, (h, cache.rows), xs)
+    return h, rows, new

@@ -192,7 +192,9 @@ def test_a_grammar_that_fails_ends_generate():
 
     decoding = Decoding(adapted(tiny.MODEL, None), Sampling(24, 1.0), tiny.STOP, constrained=True)
     engine = compile_engine(decoding, {"base": tiny.base()}, slots_for(3, 1, 2))
-    session = Session(engine, {"base": tiny.base()}, choice=RequestSettings(Sampling(4), grammar=Failing()))
+    session = Session(
+        engine, {"base": tiny.base()}, choice=RequestSettings(Sampling(4, 1.0), grammar=Failing())
+    )
     with pytest.raises(ValueError, match="the grammar failed: too complex"):
         generate(session, [[1, 2]])
 

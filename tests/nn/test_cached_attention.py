@@ -101,13 +101,14 @@ def test_a_token_is_stored_in_the_slots_of_its_layer_only():
 
 def test_the_last_tokens_of_a_chunk_are_stored_and_rows_beyond_the_last_dropped():
     keys = Keys(jnp.zeros((2, 3, K, E, N)), jnp.zeros((2, 3, K, N, E)))
-    numbers = jnp.arange(1, 9, dtype=jnp.float32)
-    k = jnp.broadcast_to(numbers, (3, K, E, 8))
+    numbers = np.outer((1.0, 10.0), np.arange(1, 9)).astype(np.float32)  # of two layers
+    k = jnp.broadcast_to(numbers[:, None, None, None], (2, 3, K, E, 8))
     integers = [jnp.asarray(x, jnp.int32) for x in ([7, 2, 3], [4, 1, 0], [0, 0, 0], [2, 0, 3], [0, 0, 0])]
     chunk = GivenChunk(jnp.zeros((3, 8), jnp.int32), *integers)
-    found = append_chunk(keys, k, k.swapaxes(2, 3), jnp.int32(1), chunk)
+    found = append_chunk(keys, Keys(k, k.swapaxes(3, 4)), chunk)
     expected = np.zeros((2, 3, N))
-    expected[1, 2] = 7, 3, 4, 5, 6  # tokens 4 to 10 of the completion, of which slot i % 5 has the last five
-    expected[1, 0, 1:3] = 1, 2
+    expected[0, 2] = 7, 3, 4, 5, 6  # tokens 4 to 10 of the completion, of which slot i % 5 has the last five
+    expected[0, 0, 1:3] = 1, 2
+    expected[1] = 10 * expected[0]
     np.testing.assert_array_equal(found.k, np.broadcast_to(expected[:, :, None, None], found.k.shape))
     np.testing.assert_array_equal(found.v, np.swapaxes(found.k, 3, 4))
