@@ -1,5 +1,6 @@
 """Generation: truncation as in transformers, independent rows, a cache that is updated in place, adapters."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -30,6 +31,7 @@ from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
+from jaxft.nn.param import init_params
 from jaxft.nn.quant import Quant
 from jaxft.weights import pretrained, storage
 
@@ -215,6 +217,15 @@ def test_decoding_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant
     assert cache <= memory.alias_size_in_bytes < 1.01 * cache
     head = SMOL.vocab * SMOL.width * jnp.dtype(dtype).itemsize  # in the layout of its matmul
     assert memory.temp_size_in_bytes - head < 0.1 * cache
+
+
+def test_extending_rows_does_not_copy_the_cache():
+    model, slots = llama(replace(SMOL, vocab=256, layers=8), jnp.float32), slots_for(2, 8, 1024)
+    base = jax.eval_shape(lambda: init_params(model.specs, KEY, jnp.float32))
+    tracers = program_tracers(Decoding(model, Sampling(1024), (), 8, extends=True), base, slots)
+    memory = tracers["extend", 16, 1, 64]().lower().compile().memory_analysis()
+    cache = (2 + 16) * 1024 * 2 * 8 * SMOL.kv_heads * SMOL.head_dim * 4
+    assert memory.alias_size_in_bytes >= cache and memory.temp_size_in_bytes < 0.4 * cache
 
 
 @pytest.mark.quick_cases("all-linear")
