@@ -159,8 +159,9 @@ def _cached_layers(
                 o = of_window()
             else:
                 o = jax.lax.cond(has_window, of_window, of_full)
-            new = store(k, v, full or window) if stored is None else None
-            return o, (LayerKeys(full, window), new)
+            like = full or window
+            assert like is not None
+            return o, (LayerKeys(full, window), store(k, v, like) if stored is None else None)
 
         h, (rows, new) = layer(p, h, attend_cached, None)
         return (h, rows), new
