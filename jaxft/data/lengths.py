@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
+from jaxft.data.pairs.batches import assign_rows, order_batches, row_shape
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.prompt_rows import PromptRows, tokenise_prompts
@@ -161,8 +162,17 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
         return rows * (min(limit, int(lengths.longest.max())) + data.group * data.max_new)
     if isinstance(data, Rows):
         return rows * limit
-    kept = lengths.kept(limit)
-    return max(int(rows * kept.mean()), int(kept.max()))
+    return _fullest_row(data, lengths.kept(limit))
+
+
+def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
+    """Return the tokens of a row, padding included, that has room for the pairs of any microbatch."""
+    tokens = tokens[tokens > 0]
+    if not len(tokens):
+        return LENGTH_STEP
+    batches = order_batches(tokens, data.batch, data.seed, 0)
+    row_count = min(data.micro, data.batch)
+    return row_shape(tokens, tokens, [assign_rows(batches, tokens, row_count)], row_count).length
 
 
 @dataclass(frozen=True)

@@ -124,18 +124,22 @@ def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolve
     """
     if not _open_names(settings):
         return fitted(settings, devices)
-    refs = [source.ref for source in parse_sources(settings.value.data.train)]
-    away = [ref for ref in refs if not find_data(ref)]
-    weights = settings.value.weights
-    reason = f"{away[0]} is no file of this machine" if away else ""
-    if not away and not hub.is_here(weights):
-        reason = f"the tokenizer of {weights} is not on this machine"
+    reason = not_here(settings.value)
     try:
         if not reason:
             return _fitted(settings, devices, Path("runs"))
     except (ValueError, OSError) as error:
         reason = str(error)
     return settings, [*_rate_lines(settings), f"lengths are chosen when the run starts: {reason}"]
+
+
+def not_here(run: Run) -> str:
+    """Return why the rows of a run cannot be tokenised without a download, "" if they can."""
+    refs = [source.ref for source in parse_sources(run.data.train)]
+    away = [ref for ref in refs if not find_data(ref)]
+    if away:
+        return f"{away[0]} is no file of this machine"
+    return "" if hub.is_here(run.weights) else f"the tokenizer of {run.weights} is not on this machine"
 
 
 def _measure(run: Run) -> RowLengths:

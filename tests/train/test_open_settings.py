@@ -11,9 +11,11 @@ from scripts_in_process import load
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
 
-from jaxft.data.lengths import RowLengths
+from jaxft.data.lengths import RowLengths, measure, micro_tokens
+from jaxft.plan.dry_run import planned_pairs
 from jaxft.runs import config
 from jaxft.train.open_settings import Fit, activation_bytes, fitted, fitted_here, learning_rate, resolve
+from jaxft.weights.pretrained import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,28 @@ def test_rows_that_ship_and_settings_that_are_given_leave_everything_as_it_is(pl
     given = ["max_length=128", "batch=6", "data.micro=2", "lr=0.1"]
     found = settings_of("sft", *place, "data=rows.jsonl", *given)
     assert found.chosen == {} and found.value.data.max_length == 128 and found.value.optim.lr == 0.1
+
+
+def test_pairs_are_planned_in_the_rows_that_the_run_has(place, base, tmp_path):
+    """The line about the microbatch counts padding, as the rows do; the settings alone allow more."""
+    pairs = [
+        {"prompt": "a" * (9 + n % 7), "chosen": "b" * (n % 90 + 1), "rejected": "c" * (n % 40 + 1)}
+        for n in range(64)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    options = ["batch=8", "micro=2", "max_length=256", "held_out=none"]
+    settings, lines = fitted(resolve("dpo", [*place, "data=pairs.jsonl", *options]), devices=1)
+    run = settings.value
+    source, bound = planned_pairs(run, 1)
+    planned = source.abstract()
+    assert planned == run.data.open(load_tokenizer(str(base))).shapes[-1] and not bound
+    length = planned.ids.shape[-1]
+    assert length % 64 == 0 and length < run.data.abstract().ids.shape[-1]
+    data = replace(run.data, max_length=256)
+    assert micro_tokens(data, measure(data, load_tokenizer(str(base))), 256) == length
+    away = replace(run, data=replace(run.data, train="not_here.jsonl"))
+    none, (line,) = planned_pairs(away, 1)
+    assert none is None and "upper bound" in line and "responses have 256 tokens" in line
 
 
 def test_lengths_of_prompts_and_completions_fit_the_models_context(place):

@@ -309,6 +309,12 @@ class PairSource(FixedSource[Pairs]):
         """
         return values_by_pair(batch, x)
 
+    def abstract(self, reference: bool = False) -> Pairs:
+        """Return the shapes of the training batches. reference: with the reference's log-probs."""
+        pairs = self.pairs
+        shapes = pair_batch_shapes(pairs.layout, pairs.tokenised.kinds, pairs.settings.micro, reference)
+        return with_sources(shapes, pairs.split.train_names)
+
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference's log-probs in its batches.
 
@@ -329,12 +335,8 @@ class PairSource(FixedSource[Pairs]):
 
 
 def _source(info: SourceInfo, pairs: PlannedPairs) -> PairSource:
-    tokenised = pairs.tokenised
-    shapes = pair_batch_shapes(
-        pairs.layout, tokenised.kinds, pairs.settings.micro, tokenised.reference is not None
-    )
-    shapes = with_sources(shapes, pairs.split.train_names)
-    return PairSource(info, (shapes,), _evaluation_batches(pairs, pairs.held), pairs)
+    source = PairSource(info, (), _evaluation_batches(pairs, pairs.held), pairs)
+    return replace(source, shapes=(source.abstract(pairs.tokenised.reference is not None),))
 
 
 def _require_both_responses(pairs: TokenisedPairs) -> None:
