@@ -83,7 +83,8 @@ def set_quick(quick: bool) -> None:
 def plan(run: Run, machine: Machine, pairs: PairSource | None = None) -> Plan:
     """Return the plan of the train step, or of the largest one if there are several.
 
-    pairs: the source of preference rows, see train_programs. Raises ValueError for a mesh or batch that this machine does not support.
+    pairs: the source of preference rows, see train_programs. Raises ValueError for a mesh or batch that this
+    machine does not support.
     """
     return plans(run, machine, partial(train_programs, pairs=pairs))[0]
 
