@@ -284,9 +284,9 @@ class PairSource(FixedSource[Pairs]):
         return names
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of the pair at a position of the slots of all held-out batches."""
+        """Return the name of the pair at a position of the slots of all batches that are evaluated."""
         batch, slot = divmod(position, self.held_out[0].index.size)
-        return self.pairs.tokenised.names[self.held_out[batch].index.flat[slot]]
+        return self.pairs.tokenised.names[self.held_out[self.evaluated_batch(batch)].index.flat[slot]]
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts with their chosen response."""
@@ -321,7 +321,7 @@ class PairSource(FixedSource[Pairs]):
         logps: of every pair, as `values` has them.
         """
         split = replace(self.pairs.split, rows=self.pairs.tokenised.with_reference(logps))
-        return _source(self.info, replace(self.pairs, split=split))
+        return _source(self.info, replace(self.pairs, split=split)).limit_evaluation(self.most_evaluated)
 
     def _rows_of(self, step: int) -> RowPlan:
         """Return the plan of the rows of one step."""
