@@ -174,7 +174,8 @@ def open_logs(
     if first:
         for line in dict.fromkeys(moved):
             found.message(f"changed since the last start: {line}")
-    for text in [] if first else limit_alarms(job.lead.run.data, job.info.stats, job.tokenizer):
+    lead, context = job.lead.run, job.lead.run.model.config.max_positions
+    for text in [] if first else limit_alarms(lead.data, job.info.stats, job.tokenizer, context):
         for number in range(len(logs)):
             found.alarm(number, first, text)
     for member, log in zip(job.members, logs, strict=True):

@@ -52,7 +52,8 @@ def test_lengths_of_own_rows_cover_99_percent_within_the_models_context(place):
     text = "\n".join(lines)
     assert found.chosen["max_length"] == str(found.value.data.max_length) and context < 1090
     assert found.value.data.max_length == context // 64 * 64  # 99 % need more, which the tiny model hasn't
-    assert f"max_length={found.value.data.max_length} covers" in text and "covers all and needs" in text
+    assert f"max_length={found.value.data.max_length} covers" in text and "covers all" not in text
+    assert f"the most of the model's {context:,} positions, and needs" in text
     record = found.describe()
     assert record["command"]["chosen"] == found.chosen and record["data"]["max_length"] == context
     assert record["command"]["line"] == ["sft", *place, "data=rows.jsonl"]
@@ -129,6 +130,33 @@ def test_long_prompts_and_large_groups_leave_completions_of_256_tokens(longest, 
     assert (chosen["max_new"], chosen["max_prompt"]) == (256, max_prompt)
     said = "\n".join(fit._with_data(**chosen).lines(chosen))
     assert ("has more than these 4,096 tokens" in said) == (min(longest, max_prompt) + group * 256 > 4096)
+
+
+def test_own_prompts_without_a_reward_of_their_own_have_a_line_about_the_recipes(place):
+    own = [*place, "data=prompts.jsonl"]
+    for lines in (
+        fitted(resolve("grpo", own), devices=1)[1],
+        fitted_here(resolve("grpo", own), devices=1)[1],
+    ):
+        assert [line[:70] for line in lines if line.startswith("rewards=")] == [
+            "rewards= is not set: the recipe's reward, exact, compares a whole comp"
+        ]
+    for options in ([*own, "rewards=number"], [*place, "data=configs/data/opinions.jsonl"]):
+        lines = fitted(resolve("grpo", options), devices=1)[1]
+        assert not any(line.startswith("rewards=") for line in lines)
+
+
+def test_documents_that_are_split_have_a_line_with_a_limit_within_the_models_context():
+    fit = fit_of([5000] * 40, {**ROWS, "too_long": "split"}, context=1000)
+    line = fit.lines({})[1]
+    assert line.startswith(
+        "longer rows are split (data.too_long), so that no token is lost: with max_length=512"
+    )
+    assert "100.0 % are" in line and "max_length=1000 splits 100.0 % and needs 2.0 x the memory" in line
+    whole = fit_of([5000] * 40, {**ROWS, "too_long": "split"}).lines({})[1]
+    assert "max_length=5056 splits 0.0 % and needs 9.9 x the memory" in whole
+    short = fit_of([500] * 40, {**ROWS, "too_long": "split"}).lines({})[1]
+    assert short == "longer rows are split (data.too_long), so that no token is lost"
 
 
 def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):
