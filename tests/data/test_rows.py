@@ -490,7 +490,12 @@ def test_a_wrong_quote_in_a_file_of_one_column_ends_it(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("delimiter", [";", ",", "\t", "^"])
 def test_a_first_line_for_excel_names_the_delimiter_and_is_no_header(tmp_path, delimiter, encoding):
-    lines = [f"sep={delimiter}", f"prompt{delimiter}completion", f"caf\u00e9{delimiter}yes", f"b{delimiter}no"]
+    lines = [
+        f"sep={delimiter}",
+        f"prompt{delimiter}completion",
+        f"caf\u00e9{delimiter}yes",
+        f"b{delimiter}no",
+    ]
     (tmp_path / "r.csv").write_bytes("\r\n".join([*lines, ""]).encode(encoding))
     rows = list(read_rows(str(tmp_path / "r.csv")))
     assert [row.fields for row in rows] == [

@@ -109,7 +109,9 @@ def test_a_python_file_is_read_and_never_executed(converted, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(("value", "kind"), [("lr", "a variable"), ("float(lr)", "an expression, which is not run")])
+@pytest.mark.parametrize(
+    ("value", "kind"), [("lr", "a variable"), ("float(lr)", "an expression, which is not run")]
+)
 def test_a_learning_rate_that_is_not_known_is_not_replaced_by_a_default(tmp_path, value, kind):
     (tmp_path / "mine.py").write_text(
         "from trl import SFTConfig, SFTTrainer\n"
