@@ -26,6 +26,7 @@ from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
 from jaxft.nn.scan import REMAT, RematPolicy
 from jaxft.rl.rewards import FunctionReward
+from jaxft.rl.rollout import Rollouts
 from jaxft.runs import config
 from jaxft.runs.config import Recipe, Resolved
 from jaxft.runs.folder import read_saved_json
@@ -426,7 +427,7 @@ def _first_lines(settings: Resolved) -> list[str]:
 def _reward_lines(settings: Resolved) -> list[str]:
     """Return a line if the recipe's own reward scores other rows than the recipe's."""
     data: Any = settings.value.data
-    if not isinstance(data, Prompts) or settings.knobs.get("rewards") != () or not _has_own_rows(settings):
+    if not isinstance(data, Rollouts) or settings.knobs.get("rewards") != () or not _has_own_rows(settings):
         return []
     names = [reward.name for reward in data.rules.rewards if isinstance(reward, FunctionReward)]
     if not names:
