@@ -25,7 +25,7 @@ from jaxft.distributed import processes
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
 from jaxft.nn.scan import REMAT, RematPolicy
-from jaxft.rl.rewards import FunctionReward
+from jaxft.rl.rewards import FunctionReward, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs import config
 from jaxft.runs.config import Recipe, Resolved
@@ -432,10 +432,10 @@ def _reward_lines(settings: Resolved) -> list[str]:
     names = [reward.name for reward in data.rules.rewards if isinstance(reward, FunctionReward)]
     if not names:
         return []
+    how = "compares a whole completion with the row's answer and " if names[0] == exact.__name__ else ""
     return [
-        f"rewards= is not set: the recipe's reward, {names[0]}, compares a whole completion with the row's "
-        "answer and is meant for the recipe's own rows; set rewards=number, rewards=json_match or "
-        "rewards=file.py:function"
+        f"rewards= is not set: the recipe's reward, {names[0]}, {how}is meant for the recipe's own rows; set "
+        "rewards=number, rewards=json_match or rewards=file.py:function"
     ]
 
 
