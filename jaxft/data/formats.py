@@ -291,10 +291,10 @@ def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
     for item in columns:
         ours, theirs = split_column(item)
         if ours not in known:
-            raise ValueError(
-                f"data.columns: {item!r} maps to unknown column {ours!r}; use one of "
-                f"{', '.join(similar_names(ours, known))}"
-            )
+            remedy = f"use one of {', '.join(similar_names(ours, known))}"
+            if theirs in known:
+                remedy = f"the column of the rows comes last: write {theirs}={ours}"
+            raise ValueError(f"data.columns: {item!r} maps to unknown column {ours!r}; {remedy}")
         if ours in mapping:
             raise ValueError(
                 f"data.columns: {ours!r} is mapped twice, from {mapping[ours]!r} and {theirs!r}; keep one"

@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
+from jaxft.data.pairs.batches import assign_rows, order_batches, row_shape
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.prompt_rows import PromptRows, tokenise_prompts
@@ -161,8 +162,17 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
         return rows * (min(limit, int(lengths.longest.max())) + data.group * data.max_new)
     if isinstance(data, Rows):
         return rows * limit
-    kept = lengths.kept(limit)
-    return max(int(rows * kept.mean()), int(kept.max()))
+    return _fullest_row(data, lengths.kept(limit))
+
+
+def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
+    """Return the tokens of a row, padding included, that has room for the pairs of any microbatch."""
+    tokens = tokens[tokens > 0]
+    if not len(tokens):
+        return LENGTH_STEP
+    batches = order_batches(tokens, data.batch, data.seed, 0)
+    row_count = min(data.micro, data.batch)
+    return row_shape(tokens, tokens, [assign_rows(batches, tokens, row_count)], row_count).length
 
 
 @dataclass(frozen=True)
@@ -182,10 +192,18 @@ class LimitCost:
     memory: float
 
 
-def limit_costs(data: Rows | PairRows | Prompts, lengths: RowLengths) -> list[LimitCost]:
-    """Return the costs of limits that cover 50, 90, 95, 99 and 100 % of the rows, and of the present one."""
+def limit_costs(
+    data: Rows | PairRows | Prompts, lengths: RowLengths, context: int = UNLIMITED
+) -> list[LimitCost]:
+    """Return the costs of limits that cover 50, 90, 95, 99 and 100 % of the rows, and of the present one.
+
+    context: the positions of the model, which no limit exceeds.
+    """
     now = getattr(data, data.length_settings[0])
-    covering = [round_up(percentile(lengths.longest, p), LENGTH_STEP) for p in (50, 90, 95, 99, 100)]
+    most = context - (data.max_new if isinstance(data, Prompts) else 0)
+    covering = [
+        min(most, round_up(percentile(lengths.longest, p), LENGTH_STEP)) for p in (50, 90, 95, 99, 100)
+    ]
     found, sizes = [], {limit: _epoch_tokens(data, lengths, limit) for limit in {now, *covering}}
     for limit, tokens in sorted(sizes.items()):
         whole = int((lengths.longest <= limit).sum())
@@ -207,8 +225,11 @@ def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: i
     return int(kept.sum() + further * np.count_nonzero(kept))
 
 
-def limit_alarms(data: object, stats: SourceStats, tokenizer: Any) -> list[str]:
-    """Return an alarm with a remedy if more than ALARMING of the rows are truncated or left out."""
+def limit_alarms(data: object, stats: SourceStats, tokenizer: Any, context: int = UNLIMITED) -> list[str]:
+    """Return an alarm with a remedy if more than ALARMING of the rows are truncated or left out.
+
+    context: the positions of the model, which the remedy does not exceed.
+    """
     if not isinstance(data, Rows | PairRows | Prompts):
         return []
     truncated = stats.truncated if isinstance(stats, RowStats) else 0
@@ -217,10 +238,11 @@ def limit_alarms(data: object, stats: SourceStats, tokenizer: Any) -> list[str]:
         return []
     name, unit = data.length_settings[0], data.unit
     now, lengths = getattr(data, name), measure(data, tokenizer)
-    better = round_up(percentile(lengths.longest, 99), LENGTH_STEP)
+    better = min(round_up(percentile(lengths.longest, 99), LENGTH_STEP), max(now, context))
+    covered = "99 %" if better < context else f"{100 * lengths.covered(better):.0f} %"
     dropped = f"{100 * stats.dropped / rows:.0f} % of the {unit} are left out"
     cut = f"{100 * truncated / rows:.0f} % are truncated" if truncated else ""
-    remedy = f"{name}={better} covers 99 % of them and needs "
+    remedy = f"{name}={better} covers {covered} of them and needs "
     remedy += f"{micro_tokens(data, lengths, better) / micro_tokens(data, lengths, now):.1f} x the memory"
     leave_out = "; data.too_long=drop leaves all of these out" if truncated else ""
     found = " and ".join(text for text in (dropped * bool(stats.dropped), cut) if text)

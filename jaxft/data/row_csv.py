@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
@@ -16,32 +17,38 @@ from jaxft.data.text_encoding import UTF8, encoding_note, sniff_encoding
 MALFORMED_CSV = "malformed CSV"
 CSV_SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_NAMED = re.compile(r'(?i)"?sep=([^\w\s"]|\t)"?\r?\n')  # the first line of files for Excel
 _SAMPLE = 1 << 16  # characters by which the delimiter is chosen
 _SAMPLE_RECORDS = 20
 
 
 class CsvText(NamedTuple):
-    """How the text of a CSV file is read."""
+    """How the text of a CSV file is read. named: its first line, such as "sep=;", names the delimiter."""
 
     encoding: str = UTF8
     delimiter: str = ","
+    named: bool = False
 
     def notes(self, path: Path) -> list[str]:
         """Return lines about what its suffix does not say."""
         usual = "\t" if path.suffix == ".tsv" else ","
         if self.delimiter == usual:
             return encoding_note(path, self.encoding)
-        line = f"the columns of {path.name} are separated by {_DELIMITERS[self.delimiter]}"
+        line = (
+            f"the columns of {path.name} are separated by {_DELIMITERS.get(self.delimiter, self.delimiter)}"
+        )
         return [*encoding_note(path, self.encoding), line]
 
 
 def sniff_csv(path: Path) -> CsvText:
-    """Return the encoding and the delimiter of a CSV file: of those that divide its header, the one with
-    which most of the first records have as many fields as the header.
+    """Return the encoding and the delimiter of a CSV file: the one that a first line for Excel names, or of
+    those that divide its header, the one with which most of the first records have as many fields as it.
     """
     encoding = sniff_encoding(path)
     with path.open(newline="", encoding=encoding, errors="replace") as file:
         sample = file.read(_SAMPLE)
+    if named := _NAMED.match(sample):
+        return CsvText(encoding, named[1], True)
     usual, fits = "\t" if path.suffix == ".tsv" else ",", dict[str, float]()
     for delimiter in dict.fromkeys((usual, *_DELIMITERS)):  # of several that fit alike, the first is taken
         try:
@@ -60,6 +67,8 @@ def read_csv(path: Path, text: CsvText) -> Iterator[Outcome]:
     errors = "surrogateescape" if text.encoding == UTF8 else "strict"
     with path.open(newline="", encoding=text.encoding, errors=errors) as file:
         records = _csv_records(path, file, text.delimiter)
+        if text.named:
+            next(records)
         _, header = next(records, (1, []))
         if isinstance(header, InvalidRow):
             raise ValueError(str(header)) from header

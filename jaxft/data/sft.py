@@ -218,10 +218,12 @@ class RowSource(FixedSource[Tokens]):
         return self._rows_of(step).names(self.split.rows.names)
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of the example at position row * (T + 1) + its number in the row; of wrapped rows,
-        which have no single examples, those of the row.
+        """Return the name of the example at position row * (T + 1) + its number in the row, of the rows that
+        are evaluated; of wrapped rows, which have no single examples, those of the row.
         """
-        row, number = divmod(position, self.held_out[0].ids.shape[-1] + 1)
+        _, rows, length = self.held_out[0].ids.shape
+        row, number = divmod(position, length + 1)
+        row = self.evaluated_batch(row // rows) * rows + row % rows
         members = self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0]
         return ", ".join(members) if self.settings.packing == "wrapped" else members[number - 1]
 

@@ -3,7 +3,7 @@ step.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -112,7 +112,7 @@ class Source(Protocol[BoundTo]):
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
         """Return the source whose `evaluate` reads at most so many held-out rows, None for all. Where the
-        train loop evaluates on `held_out`, nothing changes.
+        train loop evaluates on `held_out`, these are batches, of which `held_out_name` names the rows.
         """
 
     def row_names(self, step: int) -> list[str]:
@@ -212,11 +212,14 @@ def open_for(a: AttentionLayers, data: Dataset, tokenizer: Any, shards: int = 1)
 
 @dataclass(frozen=True)
 class FixedSource(Generic[SomeBatch]):
-    """Members of Source that all sources with a fixed set of rows share."""
+    """Members of Source that all sources with a fixed set of rows share. most_evaluated: the batches of
+    `held_out` that an evaluation reads, None for all.
+    """
 
     info: SourceInfo
     shapes: tuple[SomeBatch, ...]
     held_out: tuple[SomeBatch, ...]
+    most_evaluated: int | None = field(default=None, kw_only=True)
 
     def bind(self, run: object, saved: dict[str, Any] | None) -> Any:
         """Return the source itself: its batches depend on the step alone."""
@@ -227,8 +230,12 @@ class FixedSource(Generic[SomeBatch]):
         return None
 
     def limit_evaluation(self, most: int | None) -> Any:
-        """Return the source itself: the train loop chooses among the batches of `held_out`."""
-        return self
+        """Return the source that names the rows of the batches that the train loop chooses of `held_out`."""
+        return replace(self, most_evaluated=most)
+
+    def evaluated_batch(self, number: int) -> int:
+        """Return the number in `held_out` of a batch that an evaluation reads."""
+        return spread(len(self.held_out), self.most_evaluated)[number]
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing changes during a run."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxft.data.pairs.source import PairRows, PairSource
 from jaxft.distributed import sharding, xla_flags
 from jaxft.plan import machines
 from jaxft.plan.machines import GIB
@@ -17,8 +18,9 @@ from jaxft.plan.plan import Plan, plan
 from jaxft.plan.text import plan_report
 from jaxft.runs.config import Resolved, as_written, recipe_knobs
 from jaxft.runs.settings_list import Setting, settings_of
-from jaxft.train import partition, programs
+from jaxft.train import open_settings, partition, programs
 from jaxft.train.settings import Run
+from jaxft.weights.pretrained import load_tokenizer
 
 WIDTH = 110
 EXPLAINED = "Settings (* differs from the default of its section; `jaxft settings NAME` explains one)"
@@ -52,6 +54,7 @@ def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -
     """
     run: Run = settings.value
     mesh = sharding.make_mesh(run.mesh)
+    pairs, bound = planned_pairs(run, sharding.row_shards(mesh))
     with jax.set_mesh(mesh):
         parts = programs.abstract(run)[0].partition
         table, rows = partition.parameter_table(parts, mesh), partition.parameter_rows(parts, mesh)
@@ -69,9 +72,25 @@ def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -
         parameters=rows,
         table=table,
         xla=xla_flags.settings_lines(os.environ),
-        plan=plan(run, machines.local()),
-        notes=notes,
+        plan=plan(run, machines.local(), pairs),
+        notes=(*notes, *bound),
     )
+
+
+def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
+    """Return the source of a run's preference rows, and no lines; or else None, and a line that says that the
+    plan is an upper bound. Other rows need neither: their plan has the shape of the run's batches.
+    """
+    if not isinstance(run.data, PairRows):
+        return None, []
+    reason = open_settings.not_here(run)
+    try:
+        if not reason:
+            return run.data.open(load_tokenizer(run.weights), shards), []
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    bound = f"all responses have {run.data.max_length} tokens"
+    return None, [f"the planned memory is an upper bound, as if {bound}: {reason}"]
 
 
 def current_settings(run: Run) -> list[Setting]:

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 
+from jaxft.data.pairs.source import PairSource
 from jaxft.distributed import sharding, threads, xla_flags
 from jaxft.plan import hlo, memory, traffic
 from jaxft.plan.flops import Flops, flops
@@ -78,12 +80,13 @@ def set_quick(quick: bool) -> None:
     jax.config.update(EFFORT, -1.0 if quick else 0.0)
 
 
-def plan(run: Run, machine: Machine) -> Plan:
+def plan(run: Run, machine: Machine, pairs: PairSource | None = None) -> Plan:
     """Return the plan of the train step, or of the largest one if there are several.
 
-    Raises ValueError for a mesh or batch that this machine does not support.
+    pairs: the source of preference rows, see train_programs. Raises ValueError for a mesh or batch that this
+    machine does not support.
     """
-    return plans(run, machine, train_programs)[0]
+    return plans(run, machine, partial(train_programs, pairs=pairs))[0]
 
 
 def plans(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxft import tree
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs.source import PairRows, PairSource
 from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
 from jaxft.engine.programs import program_tracers
@@ -38,10 +38,14 @@ class Program:
     state: Any = None
 
 
-def train_programs(run: Run, p: Programs) -> list[Program]:
-    """Return the train step of a run."""
+def train_programs(run: Run, p: Programs, pairs: PairSource | None = None) -> list[Program]:
+    """Return the train step of a run. pairs: the source of its preference rows, whose batches are smaller
+    than the largest ones that the settings allow.
+    """
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
-    if _precomputed(run, p) and isinstance(run.data, PairRows):
+    if pairs is not None:
+        batch = pairs.abstract(_precomputed(run, p))
+    elif _precomputed(run, p) and isinstance(run.data, PairRows):
         batch = run.data.abstract(sharding.row_shards(p.mesh), reference=True)
     batch = sharded_batch(p, p.objective.batch_spec(batch))
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]

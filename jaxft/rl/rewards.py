@@ -104,6 +104,7 @@ class FunctionReward(Reward):
                 f"reward {self.fn!r} is neither a function of (prompt, completion, row) nor a Reward. "
                 "Set rewards=module:function."
             )
+        _require_reward_signature(self.fn, self.name)
 
     @property
     def name(self) -> str:
@@ -152,6 +153,26 @@ class FunctionReward(Reward):
             return RewardScores(found, Faults(*faults))
 
         return score
+
+
+def _require_reward_signature(fn: Callable, name: str) -> None:
+    """Raise ValueError for a function that cannot be called with (prompt, completion, row), or has the
+    parameters of TRL's reward functions, which score lists.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # of some functions written in C
+        return
+    takes = "is a function of (prompt, completion, row) that returns a number"
+    if {"prompts", "completions"} & {*signature.parameters}:
+        raise ValueError(
+            f"reward {name}{signature} has TRL's parameters, lists of all completions; a reward here "
+            f"{takes}: def {name}(prompt, completion, row), where row has the dataset's columns"
+        )
+    try:
+        signature.bind("prompt", "completion", {})
+    except TypeError as error:
+        raise ValueError(f"reward {name}{signature}: {error}; a reward {takes}") from error
 
 
 @dataclass(frozen=True)

@@ -464,7 +464,8 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
         f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "
-        f"{data.max_new} tokens is used for {data.steps_per_rollout} steps{train.left_out}"
+        f"{data.max_new} tokens is used for {data.steps_per_rollout} "
+        f"step{'s' * (data.steps_per_rollout > 1)}{train.left_out}"
     )
     if tokenizer.eos_token_id is None:
         summary += (

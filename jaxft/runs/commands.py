@@ -32,6 +32,8 @@ def main() -> int:
         return 0
     if name not in COMMANDS:
         near = ", ".join(difflib.get_close_matches(name, COMMANDS, 3, 0.3) or COMMANDS)
+        if (ROOT / "configs" / f"{name}.py").is_file():
+            near = f"train {name}, as {name} is a recipe"
         print(cli.usage_error(f"jaxft has no command {name!r}; near: {near}", "jaxft"), file=sys.stderr)
         return cli.WRONG_USAGE
     run_script(name, argv)

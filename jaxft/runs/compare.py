@@ -28,16 +28,20 @@ def held_out(name: str) -> str:
 
 
 def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
-    """Return the metrics of a run's first and last evaluation, the latter with those of the last step."""
+    """Return the metrics of a run's first and last evaluation, the latter with those of the last step. A run
+    that was evaluated only before its first step has no last evaluation.
+    """
     evaluations: list[Logged] = [{}]
     step: Logged = {}
+    evaluated: int | None = None
     for entry in entries:
         numbers = {k: x for k, x in entry.items() if isinstance(x, int | float) and k != "step"}
         if any(name.startswith(names.HELD_OUT) for name in entry):
             evaluations.append(numbers)
+            evaluated = entry["step"]
         elif names.LOSS in entry:
             step = numbers
-    return evaluations[:2][-1], {**step, **evaluations[-1]}
+    return evaluations[:2][-1], {**step, **({} if evaluated == 0 else evaluations[-1])}
 
 
 # The table

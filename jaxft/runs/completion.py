@@ -1,6 +1,7 @@
 """Shell completion of `jaxft`: commands, options, recipes, their settings and values, without jax."""
 
 import argparse
+import ast
 import glob
 import os
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.shipped import COMMANDS, ROOT
-from jaxft.runs import documentation, setting_sources
+from jaxft.runs import cli, documentation, setting_sources
 
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
 
@@ -34,8 +35,15 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    parser: argparse.ArgumentParser = module.make_parser()
+    source = ast.parse(path.read_bytes())
+    light = ast.Module([node for node in source.body if _is_of_parser(node)], [])
+    vars(module).update(cli=cli, __doc__=ast.get_docstring(source, clean=False))
+    exec(compile(light, str(path), "exec"), module.__dict__)
+    try:
+        parser: argparse.ArgumentParser = module.make_parser()
+    except NameError:  # it uses more of its file
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        parser = module.make_parser()
     for action in parser._actions:
         if action.dest in RECIPE:
             completer: Any = recipes_and_settings
@@ -49,6 +57,20 @@ def command_parser(command: str) -> argparse.ArgumentParser:
             continue
         vars(action)["completer"] = completer  # argcomplete's interface
     return parser
+
+
+def _is_of_parser(node: ast.stmt) -> bool:
+    """Whether a statement of a script may be all that its parser needs: imports of Python's own modules,
+    constants, and the parser. The others import jax, which takes seconds.
+    """
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        named = (
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+        )
+        return all(name.partition(".")[0] in sys.stdlib_module_names for name in named)
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        return all(isinstance(x, ast.Constant | ast.Tuple | ast.Load) for x in ast.walk(node.value))
+    return isinstance(node, ast.FunctionDef) and node.name == "make_parser"
 
 
 def run_folders(prefix: str, **_: Any) -> list[str]:

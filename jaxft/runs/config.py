@@ -36,6 +36,7 @@ from jaxft.runs.parse import (
     short_path,
 )
 from jaxft.runs.record import describe, differences, union_members
+from jaxft.runs.terminal import short_text
 from jaxft.runs.unknown_names import advice
 from jaxft.tree import nearest
 
@@ -321,7 +322,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
         other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
         remedy = f"; {other_tools}" if other_tools else ""
-        raise ValueError(f"{key}={text}: {error}{shown}{remedy}") from error
+        raise ValueError(f"{key}={short_text(text)}: {error}{shown}{remedy}") from error
 
 
 def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
@@ -341,7 +342,7 @@ def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
     takes_any = kind in (UNANNOTATED, Any) or Any in members
     if takes_any or isinstance(value, classes) or (is_callable(kind) and callable(value)):
         return value
-    raise ValueError(f"{key}={text}: expected {describe_kind(kind)}")
+    raise ValueError(f"{key}={short_text(text)}: expected {describe_kind(kind)}")
 
 
 def _renamed_value(key: str, text: str) -> str | None:
@@ -396,9 +397,9 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
             _refuse_renamed(key, steps)
             candidates = [f"{here}.{n}" if here else n for n in names]
             candidates += [] if i else [*knobs, *_all_fields(root)]
-            other_tools = advice(step, *use)
+            other_tools = advice(step, None if isinstance(use[0], ObjectText) else use[0], use[1])
             if other_tools and all(name.rpartition(".")[2] != step for name in candidates):
-                raise ValueError(f"{key}={use[0]}: {other_tools}")
+                raise ValueError(f"{key}={short_text(use[0])}: {other_tools}")
             close = nearest(key, list(dict.fromkeys(candidates)))
             raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")
         node = getattr(node, step)

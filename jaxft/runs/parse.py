@@ -5,6 +5,7 @@ settings may name.
 import ast
 import collections.abc
 import dataclasses
+import difflib
 import importlib
 import inspect
 import json
@@ -35,8 +36,11 @@ def find_file(path: str) -> Path:
     for folder in (Path.cwd(), ROOT):
         if (folder / path).is_file():
             return (folder / path).resolve()
-    configs = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
-    hint = f"; there are: {', '.join(nearest(path, configs, 5))}" if configs else ""
+    folder = Path(path).parent
+    own = sorted((folder / p.name).as_posix() for p in folder.glob("*.py"))
+    configs = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob("*.py"))
+    near = list(dict.fromkeys([*difflib.get_close_matches(path, own, 3, 0.5), *nearest(path, configs, 5)]))
+    hint = f"; there are: {', '.join(near[:5])}" if near else ""
     raise FileNotFoundError(f"{path}: no such file in {Path.cwd()} or {ROOT}{hint}")
 
 

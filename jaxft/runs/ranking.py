@@ -4,13 +4,16 @@ rows, and sentences that say what is chance.
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxft.data.mixture import parse_sources
 from jaxft.objectives.alarms import Entry
 from jaxft.objectives.intervals import (
     Interval,
@@ -115,6 +118,32 @@ def criterion(results: Sequence[RankedRun]) -> Criterion | None:
     return next(iter((*telling, *finite[-1:])), None)
 
 
+def have_last_evaluation(results: Sequence[RankedRun]) -> list[RankedRun]:
+    """Return the runs that were evaluated after training, or that hold out no rows."""
+
+    def evaluated(metrics: Logged) -> bool:
+        return any(name.startswith(names.HELD_OUT) for name in metrics)
+
+    return [result for result in results if evaluated(result.after) or not evaluated(result.before)]
+
+
+def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
+    """Whether the values of `by` are of the same held-out rows: any two settings have a run each with the
+    same ones. Seeds of one setting may hold out different rows.
+    """
+    groups = [{_held_out(run, by) for run in group} for group in repetitions(results).values()]
+    return all(not one.isdisjoint(other) for one, other in combinations(groups, 2))
+
+
+def _held_out(run: RankedRun, by: Criterion) -> tuple[tuple[str, ...], frozenset[str]]:
+    """What tells the held-out rows of a run: their dataset, and the names of the rows that have a value."""
+    data = _part(run.settings, "data")
+    held_out = data.get("held_out")
+    dataset = held_out if isinstance(held_out, str) else str(data.get("train"))
+    files = tuple(sorted(os.path.abspath(source.ref) for source in parse_sources(dataset)))
+    return files, frozenset(name for name, values in run.rows.items() if by.key in values)
+
+
 def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
@@ -208,11 +237,23 @@ def _spread(values: Sequence[float | None]) -> str:
 
 def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
     """Return sentences: which run or, over seeds, which setting is best, with its interval, and how far the
-    others are behind.
+    others are behind. Runs of different held-out rows have no best one.
     """
+    ended = have_last_evaluation(results)
+    missing = [
+        f"{result.label}: not finished: no evaluation after training"
+        for result in results
+        if result not in ended
+    ]
+    return [*_ranking_lines(ended), *missing]
+
+
+def _ranking_lines(results: Sequence[RankedRun]) -> list[str]:
     by = criterion(results) if len(results) > 1 else None
     if by is None:
         return []
+    if not share_held_out(results, by):
+        return [f"no best run by {by.title}: the runs have different held-out rows"]
     groups = repetitions(results)
     if len(groups) == 1:
         (label, group), values = next(iter(groups.items())), [r.after[by.metric] for r in results]
@@ -231,8 +272,9 @@ def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
 
 def best_labels(results: Sequence[RankedRun]) -> set[str]:
     """Return the label of the best of several runs, or those of the runs of the best setting over seeds."""
+    results = have_last_evaluation(results)
     by, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
-    if by is None or len(groups) == 1:
+    if by is None or len(groups) == 1 or not share_held_out(results, by):
         return set()
     best = (max if by.greater else min)(groups.values(), key=lambda group: _mean(group, by))
     return {result.label for result in best}

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from jaxft.data.shipped import script_command
 from jaxft.nn.lora import Adapter
@@ -22,6 +22,8 @@ HEADLINES = {  # metrics that the result lines show, in this order
     HELD_OUT + names.REWARD: "reward of held-out prompts",
     names.GENERAL_LOSS: "loss on general text",
 }
+FIRST_ROW = "first row as the model reads it:"
+ROW_TEXTS = (FIRST_ROW, "\nprompt: ", "after: ", "expected: ")  # how messages with the text of rows begin
 INTERVALS = "In brackets: the 95 % interval for that number of pairs or prompts."
 ALL_TIES = "all ties"  # an accuracy where the model prefers neither response of any pair
 
@@ -43,6 +45,8 @@ class Evaluation(TypedDict):
     samples: completions of held-out prompts that are shown. scored: number of prompts whose completions were
     scored. intervals: of the metrics that are means over these prompts. score_faults: lines about completions
     without a score. nonfinite: number of prompts of which a completion ended because of non-finite logits.
+    part: which held-out rows the metrics are of, such as "11 of 50 held-out rows", if these are not all;
+    part_note: a line about it with the interval of the loss.
     """
 
     metrics: dict[str, float]
@@ -51,6 +55,8 @@ class Evaluation(TypedDict):
     intervals: Mapping[str, Sequence[float]]
     score_faults: list[str]
     nonfinite: int
+    part: NotRequired[str]
+    part_note: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def header_lines(
     data_lines: the source's summary and what is noteworthy about it. preview: the first row as text. resumed:
     lines about the checkpoint that the run continues from, none for a fresh run.
     """
-    shown = f"first row as the model reads it:\n{preview}"
+    shown = f"{FIRST_ROW}\n{preview}"
     return [devices, parameter_line(model), *data_lines, shown, *resumed]
 
 
@@ -213,7 +219,10 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
         if name.startswith(prefix)
     }
     known = {without_count(name) for name in metrics}  # without a value if all pairs are ties
-    return scores | {name: label for name, label in HEADLINES.items() if name in known}
+    labels = {name: label for name, label in HEADLINES.items() if name in known}
+    if HELD_OUT + names.LOSS in labels and "part" in evaluation:
+        labels[HELD_OUT + names.LOSS] = f"loss on {evaluation['part']}"
+    return scores | labels
 
 
 def _short(text: str) -> str:

@@ -29,3 +29,8 @@ def printable_line(text: str) -> str:
     )
     line = without_secrets(line)
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 4]} ..."
+
+
+def short_text(text: str, most: int = 200) -> str:
+    """Return text for a message, with its end left out where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."

@@ -10,12 +10,14 @@ from jaxft.data.invalid import invalid_lines
 from jaxft.data.lengths import limit_alarms
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
-from jaxft.objectives.metrics import FloatMetrics
+from jaxft.objectives.intervals import mean_interval
+from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.environment import device_counts
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.record import recorded_defaults
+from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
@@ -172,7 +174,8 @@ def open_logs(
     if first:
         for line in dict.fromkeys(moved):
             found.message(f"changed since the last start: {line}")
-    for text in [] if first else limit_alarms(job.lead.run.data, job.info.stats, job.tokenizer):
+    lead, context = job.lead.run, job.lead.run.model.config.max_positions
+    for text in [] if first else limit_alarms(lead.data, job.info.stats, job.tokenizer, context):
         for number in range(len(logs)):
             found.alarm(number, first, text)
     for member, log in zip(job.members, logs, strict=True):
@@ -238,6 +241,26 @@ def eval_limit_lines(job: Job) -> list[str]:
     unit = "held-out prompts" if sampled else "batches of held-out rows"
     why = "" if fraction is None else f" and compute at most {100 * fraction:g} % of what training does"
     return [f"evaluations read {job.eval_limit} of {total} {unit}{why} (loop.eval_fraction=none reads all)"]
+
+
+def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evaluation:
+    """Return an evaluation that says which part of the held-out rows it has read, unless it has read all.
+    rows: values of single rows by their position.
+    """
+    if job.eval_limit is None:
+        return end
+    total, unit = job.info.stats.held_out, f"held-out {job.lead.run.data.unit}"
+    read = job.eval_limit if job.info.samples else len(rows)
+    if not 0 < read <= total:  # wrapped rows have no single examples
+        read, total, unit = job.eval_limit, len(job.sources[0].held_out), "batches of held-out rows"
+    part = f"{read} of {total} {unit}"
+    losses = [row for row in rows.values() if LOSS in row]
+    interval = ""
+    if len(losses) > 1:
+        found = mean_interval([row[LOSS] for row in losses], [row.get(WEIGHT, 1.0) for row in losses])
+        interval = f", 95 % interval of the loss {found.text()}"
+    line = f"the held-out metrics are of {part}{interval}; loop.eval_fraction=none reads all"
+    return {**end, "part": part, "part_note": line}
 
 
 def early_end_lines(job: Job) -> list[str]:

@@ -25,6 +25,8 @@ from jaxft.distributed import processes
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
 from jaxft.nn.scan import REMAT, RematPolicy
+from jaxft.rl.rewards import FunctionReward, exact
+from jaxft.rl.rollout import Rollouts
 from jaxft.runs import config
 from jaxft.runs.config import Recipe, Resolved
 from jaxft.runs.folder import read_saved_json
@@ -98,12 +100,12 @@ def fitted(
     try:
         return _fitted(settings, devices, root)
     except (ValueError, OSError):
-        return settings, _rate_lines(settings)  # the run reads the rows too, and its error has the remedy
+        return settings, _first_lines(settings)  # the run reads the rows too, and its error has the remedy
 
 
 def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolved, list[str]]:
     """Return what `fitted` does. Raises ValueError or OSError for rows or a tokenizer that cannot be read."""
-    run, lines = settings.value, _rate_lines(settings)
+    run, lines = settings.value, _first_lines(settings)
     recorded = processes.from_first_process(lambda: _recorded(settings, root))
     if recorded:
         return _with(settings, recorded), [*lines, f"as the run began: {_written(recorded)}"]
@@ -124,18 +126,22 @@ def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolve
     """
     if not _open_names(settings):
         return fitted(settings, devices)
-    refs = [source.ref for source in parse_sources(settings.value.data.train)]
-    away = [ref for ref in refs if not find_data(ref)]
-    weights = settings.value.weights
-    reason = f"{away[0]} is no file of this machine" if away else ""
-    if not away and not hub.is_here(weights):
-        reason = f"the tokenizer of {weights} is not on this machine"
+    reason = not_here(settings.value)
     try:
         if not reason:
             return _fitted(settings, devices, Path("runs"))
     except (ValueError, OSError) as error:
         reason = str(error)
-    return settings, [*_rate_lines(settings), f"lengths are chosen when the run starts: {reason}"]
+    return settings, [*_first_lines(settings), f"lengths are chosen when the run starts: {reason}"]
+
+
+def not_here(run: Run) -> str:
+    """Return why the rows of a run cannot be tokenised without a download, "" if they can."""
+    refs = [source.ref for source in parse_sources(run.data.train)]
+    away = [ref for ref in refs if not find_data(ref)]
+    if away:
+        return f"{away[0]} is no file of this machine"
+    return "" if hub.is_here(run.weights) else f"the tokenizer of {run.weights} is not on this machine"
 
 
 def _measure(run: Run) -> RowLengths:
@@ -147,13 +153,18 @@ def _open_names(settings: Resolved) -> list[str]:
     """Return the settings that follow from the rows: of a recipe whose own rows ship with jaxft and whose
     numbers are for those, and only for other rows.
     """
-    data, default = settings.value.data, settings.defaults.get("data")
-    is_own = isinstance(default, str) and _ships(default) and not _ships(data.train)
-    if not is_own or not isinstance(data, Rows | PairRows | Prompts):
+    data = settings.value.data
+    if not _has_own_rows(settings) or not isinstance(data, Rows | PairRows | Prompts):
         return []
     is_prompts = isinstance(data, Prompts)
     names = ("max_prompt", "max_new", "micro") if is_prompts else ("max_length", "batch", "micro")
     return [name for name in names if _is_open(settings, name, f"data.{name}")]
+
+
+def _has_own_rows(settings: Resolved) -> bool:
+    """Whether a recipe whose rows ship with jaxft has other ones."""
+    default = settings.defaults.get("data")
+    return isinstance(default, str) and _ships(default) and not _ships(settings.value.data.train)
 
 
 def _ships(data: str) -> bool:
@@ -280,19 +291,38 @@ class Fit:
         return replace(self, run=replace(self.run, data=data))
 
     def _cover_line(self, limit: int) -> str:
+        covered, context = self.lengths.covered(limit), self.run.model.config.max_positions
+        all_ = min(round_up(int(self.lengths.longest.max()), LENGTH_STEP), max(limit, context))
         if self.data.too_long == "split":
-            return f"longer {self.data.unit} are split (data.too_long), so that no token is lost"
-        covered, all_ = self.lengths.covered(limit), round_up(int(self.lengths.longest.max()), LENGTH_STEP)
+            return self._split_line(limit, max(limit, min(self._wanted_length(), context)))
         if covered == 1:
             which = "the sample" if self.lengths.is_sample else f"all {self.data.unit}"
             return f"{self.limit}={limit} covers {which}"
         tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, all_)]
+        most = "all" if self.lengths.covered(all_) == 1 else ""
+        most = (
+            most
+            or f"{100 * self.lengths.covered(all_):.1f} %, the most of the model's {context:,} positions,"
+        )
         others = {"truncate": "truncated", "drop": "left out", "error": "errors"}[self.data.too_long]
         return (
             f"{self.limit}={limit} covers {100 * covered:.1f} % of "
             f"{'the sample' if self.lengths.is_sample else f'the {self.data.unit}'}, the others are "
-            f"{others} (data.too_long); {self.limit}={all_} covers all and needs "
+            f"{others} (data.too_long); {self.limit}={all_} covers {most} and needs "
             f"{tokens[1] / tokens[0]:.1f} x the memory for activations"
+        )
+
+    def _split_line(self, limit: int, longer: int) -> str:
+        """Say how many documents are split. longer: a limit that would split few, within the context."""
+        split = 1 - self.lengths.covered(limit)
+        line = f"longer {self.data.unit} are split (data.too_long), so that no token is lost"
+        if split < 1 - COVERED / 100 or longer <= limit:
+            return line
+        tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, longer)]
+        return (
+            f"{line}: with {self.limit}={limit} {100 * split:.1f} % are, and a part is read without those "
+            f"before it; {self.limit}={longer} splits {100 * (1 - self.lengths.covered(longer)):.1f} % and "
+            f"needs {tokens[1] / tokens[0]:.1f} x the memory for activations"
         )
 
     def _new_tokens_line(self) -> str:
@@ -387,6 +417,26 @@ def gib(size: float) -> str:
 
 def _written(chosen: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in chosen.items())
+
+
+def _first_lines(settings: Resolved) -> list[str]:
+    """Return the lines that need no rows: about a learning rate, and about a reward that nobody has named."""
+    return [*_rate_lines(settings), *_reward_lines(settings)]
+
+
+def _reward_lines(settings: Resolved) -> list[str]:
+    """Return a line if the recipe's own reward scores other rows than the recipe's."""
+    data: Any = settings.value.data
+    if not isinstance(data, Rollouts) or settings.knobs.get("rewards") != () or not _has_own_rows(settings):
+        return []
+    names = [reward.name for reward in data.rules.rewards if isinstance(reward, FunctionReward)]
+    if not names:
+        return []
+    how = "compares a whole completion with the row's answer and " if names[0] == exact.__name__ else ""
+    return [
+        f"rewards= is not set: the recipe's reward, {names[0]}, {how}is meant for the recipe's own rows; set "
+        "rewards=number, rewards=json_match or rewards=file.py:function"
+    ]
 
 
 def _rate_lines(settings: Resolved) -> list[str]:

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -63,6 +64,7 @@ from jaxft.tree import Batch, Metrics, Params
 
 GivenRows = Iterable[Mapping[str, Any]]
 ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # that rows in memory may be given for
+OTHER_ROWS = ("dataset", "train_dataset", "rows", "train", "examples")  # names of these in other libraries
 PROMPTS_AT_ONCE = 8  # that `generate` completes at the same time
 PLAIN_VALUES = bool | int | float | str | Path | None
 
@@ -115,6 +117,9 @@ def setting_text(value: Any) -> str:
 def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str, Any]) -> Resolved:
     """Return a recipe's Run with settings by name. Rows in memory are written to a file, see rows_file."""
     knobs = knob_names(recipe)
+    for name in OTHER_ROWS:
+        if name in settings and name not in knobs and not isinstance(settings[name], PLAIN_VALUES):
+            raise ValueError(f"{name}= has no meaning here: pass the rows as the second argument")
     if rows is not None:
         given = [name for name in ("data", "data.train") if name in settings]
         if given:
@@ -182,6 +187,8 @@ def train_recipe(
 ) -> "RunResult":
     """Train a recipe or resume it; return its result. See jaxft.train."""
     with errors_as_lines():
+        if not isinstance(callbacks, Iterable):
+            raise ValueError("callbacks= is a list of callbacks; write callbacks=[...] around this one")
         trackers, clock = [Callback(one) for one in callbacks], Clock()
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
         folder = members.run_folder(resolved.value, Path(root))
@@ -369,6 +376,11 @@ def source_options(source: Any) -> dict[str, Any]:
     if isinstance(source, RunResult):
         return {"run": source.folder, "model": None, "adapter": None}
     path = Path(source)
+    runs = Path("runs")
+    if path.parts[:1] == runs.parts and not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
+        there = f"; near: {', '.join(str(runs / name) for name in near)}" if near else ""
+        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there}")
     is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
     return {
         "run": path if is_run else None,

@@ -126,6 +126,7 @@ def write_reports(
         [
             *m.programs.objective.report.summary(log.first, log.last),
             *_averages(m),
+            *([end["part_note"]] if "part_note" in end else []),
             *end["score_faults"],
             *_loading(m, folder),
             *log.alarms,

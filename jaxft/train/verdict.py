@@ -23,7 +23,7 @@ from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.evaluate import is_stalled, selection_score
-from jaxft.train.logs import Logs, early_end_lines
+from jaxft.train.logs import Logs, early_end_lines, with_part
 from jaxft.train.members import Job, Member
 from jaxft.train.meter import Meters
 from jaxft.train.nonfinite import first_of_model, first_parameter
@@ -201,6 +201,7 @@ def evaluate_end(
     alone that is not.
     """
     after, values = compiled.evaluation(states)
+    after = [with_part(job, end, own.rows) for end, own in zip(after, values, strict=True)]
     write_held_out(job, values)
     logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
     finished = []

@@ -45,6 +45,16 @@ def test_lengths_are_those_without_a_limit(tmp_path):
     assert found.longest.tolist() == [82] and found.covered(81) == 0 and found.covered(82) == 1
 
 
+def test_no_limit_that_is_proposed_exceeds_the_models_context(rows, tmp_path):
+    data = Rows(rows, format="plain", max_length=12, held_out="none", too_long="truncate")
+    found = measure(data, tiny("none"), tmp_path)
+    assert max(cost.limit for cost in limit_costs(data, found)) > 40
+    assert max(cost.limit for cost in limit_costs(data, found, 40)) == 40
+    stats = data.open(tiny("none"), cache=tmp_path).info.stats
+    (text,) = limit_alarms(data, stats, tiny("none"), 40)
+    assert "max_length=40 covers" in text and "99 %" not in text
+
+
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
 @pytest.mark.parametrize("limit", [12, 40, 64])
 def test_what_a_limit_keeps_is_what_a_source_with_it_has(rows, pairs, tmp_path, limit, too_long):

@@ -275,7 +275,12 @@ SAD = [
         "column 'prompt' must be a string, got list",
     ),
     (GOOD, {"columns": ("prompt=question",)}, "no column 'question'"),
-    (GOOD, {"columns": ("ask=prompt",)}, "maps to unknown column 'ask'"),
+    (GOOD, {"columns": ("ask=promt",)}, "maps to unknown column 'ask'; use one of"),
+    (
+        GOOD,
+        {"columns": ("Q=prompt",)},
+        "unknown column 'Q'; the column of the rows comes last: write prompt=Q",
+    ),
 ]
 
 

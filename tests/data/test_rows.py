@@ -485,3 +485,20 @@ def test_a_wrong_quote_in_a_file_of_one_column_ends_it(tmp_path):
     """There any line passes for a row, also the rest of a broken one."""
     with pytest.raises(ValueError, match=r"r\.csv:3: malformed CSV, .* the next row cannot be found"):
         csv_rows(tmp_path / "r.csv", b'text\na\n"b "c"\nrest of b"\nd\n')
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter", [";", ",", "\t", "^"])
+def test_a_first_line_for_excel_names_the_delimiter_and_is_no_header(tmp_path, delimiter, encoding):
+    lines = [
+        f"sep={delimiter}",
+        f"prompt{delimiter}completion",
+        f"caf\u00e9{delimiter}yes",
+        f"b{delimiter}no",
+    ]
+    (tmp_path / "r.csv").write_bytes("\r\n".join([*lines, ""]).encode(encoding))
+    rows = list(read_rows(str(tmp_path / "r.csv")))
+    assert [row.fields for row in rows] == [
+        {"prompt": "caf\u00e9", "completion": "yes"}, {"prompt": "b", "completion": "no"}
+    ]  # fmt: skip
+    assert rows[0].name == "r.csv:3"

@@ -100,6 +100,13 @@ def test_options_of_cost_that_cannot_be_used_are_errors(monkeypatch, capsys, arg
     assert argv[0] in capsys.readouterr().err or "--hours" in argv
 
 
+def test_a_price_needs_a_machine(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan", "--price", "2"])
+    with pytest.raises(SystemExit):
+        load("plan").main()
+    assert "required: --devices, such as h100:1" in capsys.readouterr().err
+
+
 def test_plan_alone_prints_what_fits_without_jax_or_an_extra(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan"])
     assert load("plan").main() == 0

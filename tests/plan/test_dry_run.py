@@ -27,7 +27,7 @@ MADE_UP = Plan(
 
 @pytest.fixture
 def printed(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(dry_run, "plan", lambda run, machine: MADE_UP)
+    monkeypatch.setattr(dry_run, "plan", lambda run, machine, pairs: MADE_UP)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(RECIPE)
 

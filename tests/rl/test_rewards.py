@@ -265,3 +265,26 @@ def test_async_rewards_begin_when_an_episode_ends():
     ended(0, [Trajectory(0, (1,), (), turns=said, fault="raised")])
     assert [*begun] == [(reward, 3)] and begun[reward, 3]() == 1.0
     assert begun_for == [("q", "yes", 1)]
+
+
+def test_a_reward_with_the_parameters_of_trl_is_refused_in_one_line_that_says_which_it_has_here():
+    def of_trl(completions, **kwargs):
+        return [0.0 for _ in completions]
+
+    def of_three_lists(prompts, completions, answer, **kwargs):
+        return [0.0 for _ in completions]
+
+    for fn in (of_trl, of_three_lists):
+        with pytest.raises(
+            ValueError, match=r"TRL's parameters.*def \w+\(prompt, completion, row\)"
+        ) as found:
+            FunctionReward(fn)
+        assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match=r"short\(text\): too many positional.*\(prompt, completion, row\)"):
+        FunctionReward(short)
+    for fn in (lambda *args: 0.0, lambda a, b, c, d=1: 0.0, max, partial(rewards.exact, column="label")):
+        FunctionReward(fn)
+
+
+def short(text):
+    return 0.0

@@ -124,6 +124,13 @@ def test_the_commands_in_the_readmes_exist_and_so_do_their_recipes(name):
             assert word in (*RECIPES, "my_recipe"), word
 
 
+def test_a_recipe_in_place_of_a_command_proposes_train(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxft", "sft", "data=a.jsonl"])
+    monkeypatch.delenv("_ARGCOMPLETE", raising=False)
+    assert commands.main() == 2
+    assert "no command 'sft'; near: train sft, as sft is a recipe" in capsys.readouterr().err
+
+
 # Completion
 
 
@@ -181,6 +188,8 @@ COMPLETIONS = {
     "jaxft generate --run ": ["runs/a "],
     "jaxft generate --quant nf": ["nf4 "],
     "jaxft train min": ["mine.py "],
+    "jaxft inspect sft data=ro": ["rows.jsonl "],
+    "jaxft inspect --kind pa": ["pairs "],
 }
 
 

@@ -37,7 +37,7 @@ from jaxft.runs.config import (
     resolve_config,
 )
 from jaxft.runs.folder import permitted_changes
-from jaxft.runs.parse import parse_value
+from jaxft.runs.parse import load_callable, parse_value
 from jaxft.runs.record import recorded_defaults
 from jaxft.short_names import ShortNames
 from jaxft.train.settings import Loop
@@ -359,6 +359,9 @@ def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
         FileNotFoundError, match=r"configs/sfd.py: no such file in .*there are: configs/sft.py"
     ):
         load_config("configs/sfd.py", [])
+    (tmp_path / "rew.py").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"rewz.py: no such file in .*there are: rew.py"):
+        load_callable("rewz.py:correct")
 
 
 def test_a_relative_path_is_looked_up_here_first_and_then_in_the_repository(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from jaxft.runs.report import FIRST_ROW
 from jaxft.runs.trackers import console
 from jaxft.runs.trackers.console import ConsoleView
 
@@ -79,3 +80,13 @@ def test_the_live_view_shows_the_progress_of_a_phase_and_a_table_for_a_sweep(lab
     last = screen.export_text().rpartition("mine")[2]
     assert "rows evaluated: 3 of 9" in last and "2.5" in last
     assert ("3.5" in last) == bool(labels)
+
+
+def test_rows_keep_their_urls_and_other_messages_lose_what_may_be_secret():
+    view, out = plain()
+    url = "https://host/models?other=a2po,trl"
+    view.message(f"{FIRST_ROW}\nsee {url}")
+    view.message(f"\nprompt:   {url}\nbefore:   {url}")
+    view.message(f"cannot read {url}")
+    text = out.getvalue()
+    assert text.count(url) == 3 and "cannot read https://host/models?***" in text

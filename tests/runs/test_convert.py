@@ -109,6 +109,19 @@ def test_a_python_file_is_read_and_never_executed(converted, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"), [("lr", "a variable"), ("float(lr)", "an expression, which is not run")]
+)
+def test_a_learning_rate_that_is_not_known_is_not_replaced_by_a_default(tmp_path, value, kind):
+    (tmp_path / "mine.py").write_text(
+        "from trl import SFTConfig, SFTTrainer\n"
+        f"def train(lr):\n    args = SFTConfig(learning_rate={value}, num_train_epochs=2)\n"
+    )
+    c = settings.convert(settings.read(tmp_path / "mine.py"))
+    assert remarks(c.lost) == {"learning_rate": f"{kind}; set lr= yourself"}
+    assert not [x for x in c.settings if x.startswith("lr=")] and "epochs=2" in c.settings
+
+
 def test_rollouts_count_prompts(converted):
     c = converted("grpo.py", devices=2)
     # 8 completions x 2 devices x 4 = 64 of a rollout, 4 of each prompt; 4 / 2 = 2 steps of 2 microbatches

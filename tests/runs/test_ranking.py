@@ -8,6 +8,7 @@ from scripts_in_process import call
 
 from jaxft.objectives.intervals import paired_fractions, paired_means, wilson
 from jaxft.runs import ranking
+from jaxft.runs.compare import first_and_last
 from jaxft.runs.ranking import RankedRun
 
 ACCURACY, LOSS = "eval_rewards/accuracies", "eval_loss"
@@ -89,7 +90,37 @@ def test_the_difference_of_losses_is_that_of_the_same_rows_with_their_weights():
     assert lines[0].startswith("best of 2: better, by held-out loss: ") and lines[0].endswith("of 30 rows")
     assert lines[1] == f"  worse against it: {expected.text('rows')}" and expected.distinguishable
     apart = run("other rows", {LOSS: 3.0}, {f"q:{i}": {"loss": 3.0} for i in range(30)})
-    assert "without values of the same held-out rows" in ranking.ranking_lines([two, apart])[1]
+    assert ranking.ranking_lines([two, apart]) == [
+        "no best run by held-out loss: the runs have different held-out rows"
+    ]
+    assert ranking.best_labels([two, apart]) == set()
+
+
+def test_runs_that_hold_out_different_files_have_no_best_one():
+    one, two = run("a", {LOSS: 0.5}), run("b", {LOSS: 0.4})
+    one.settings["data"].update(held_out="a_held_out.jsonl")
+    two.settings["data"].update(held_out="b_held_out.jsonl")
+    assert ranking.ranking_lines([one, two])[0].startswith("no best run by held-out loss")
+    assert ranking.best_labels([one, two]) == set()
+    two.settings["data"].update(held_out="a_held_out.jsonl", train="others.jsonl")
+    assert ranking.best_labels([one, two]) == {"b"}
+    one.settings["data"].update(held_out=0.1, train="x.jsonl:0.7,y.jsonl:0.3")
+    two.settings["data"].update(held_out=0.1, train="./y.jsonl,x.jsonl")
+    assert ranking.best_labels([one, two]) == {"b"}  # fractions of the same files
+
+
+def test_a_run_without_an_evaluation_after_training_is_not_finished_and_not_ranked():
+    entries = [{"step": 0, LOSS: 3.0}, {"step": 1, "loss": 2.9}, {"step": 2, "loss": 2.8}]
+    before, after = first_and_last(entries)
+    assert before == {LOSS: 3.0} and after == {"loss": 2.8}
+    stopped = run("stopped", after)
+    results = [run("a", {LOSS: 0.5}), stopped, run("b", {LOSS: 0.4})]
+    lines = ranking.ranking_lines(results)
+    assert lines[0].startswith("best of 2: b") and ranking.best_labels(results) == {"b"}
+    assert lines[-1] == "stopped: not finished: no evaluation after training"
+    assert ranking.ranking_lines([stopped]) == ["stopped: not finished: no evaluation after training"]
+    (cells,) = ranking.table_of([stopped]).cells()
+    assert "3.000 → -" in cells or cells == ["2.800"]
 
 
 def test_runs_that_differ_in_seeds_alone_are_one_setting_with_mean_and_spread():

@@ -12,10 +12,11 @@ from tiny_run import write_place
 import jaxft
 from jaxft.data.progress import clock_time, time_in_words
 from jaxft.data.source import spread
+from jaxft.runs.report import Evaluation, before_and_after
 from jaxft.train import loop, open_settings
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
-from jaxft.train.logs import eval_limit_lines
+from jaxft.train.logs import eval_limit_lines, with_part
 from jaxft.train.settings import Loop
 from jaxft.train.verdict import continued
 
@@ -129,3 +130,26 @@ def test_a_short_run_says_which_part_of_the_held_out_rows_it_reads_and_goes_on_w
     assert eval_limit_lines(continued(job, {"eval_limit": None}, 1)) == []
     longer = prepare(tmp_path, "steps=9", "data.held_out=0.5", "loop.eval_fraction=0.2")
     assert longer.eval_limit == 2 and len(continued(longer, {"eval_limit": 1}, 3).held_out) == 1
+
+
+def test_a_run_that_read_a_part_of_its_held_out_rows_says_so_at_its_end_and_names_these(tmp_path):
+    write_place(tmp_path)
+    job = prepare(tmp_path, "steps=9", "data.held_out=0.5", "loop.eval_fraction=0.2")
+    source, whole = job.sources[0], job.sources[0].limit_evaluation(None)
+    _, rows, length = source.held_out[0].ids.shape
+    at = rows * (length + 1) + 1  # the first example of the second batch that is evaluated
+    second = spread(len(source.held_out), job.eval_limit)[1]
+    assert second > 1 and source.held_out_name(at) == whole.held_out_name(second * rows * (length + 1) + 1)
+    end = Evaluation(
+        metrics={"eval_loss": 2.5}, samples=[], scored=0, intervals={}, score_faults=[], nonfinite=0
+    )
+    values = {i: {"loss": float(x), "weight": 1 / 3} for i, x in enumerate((1, 2, 3))}
+    total = job.info.stats.held_out
+    found = with_part(job, end, values)
+    line = before_and_after(end, found)[1]
+    assert line.startswith(f"loss on 3 of {total} held-out rows") and line.endswith("2.5000")
+    # mean 2, standard deviation 1, t = 4.303 of two degrees of freedom: 2 -+ 4.303 / sqrt(3)
+    assert (
+        f"are of 3 of {total} held-out rows, 95 % interval of the loss [-0.484, 4.484];" in found["part_note"]
+    )
+    assert with_part(continued(job, {"eval_limit": None}, 1), end, values) is end

@@ -11,9 +11,11 @@ from scripts_in_process import load
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
 
-from jaxft.data.lengths import RowLengths
+from jaxft.data.lengths import RowLengths, measure, micro_tokens
+from jaxft.plan.dry_run import planned_pairs
 from jaxft.runs import config
 from jaxft.train.open_settings import Fit, activation_bytes, fitted, fitted_here, learning_rate, resolve
+from jaxft.weights.pretrained import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def test_lengths_of_own_rows_cover_99_percent_within_the_models_context(place):
     text = "\n".join(lines)
     assert found.chosen["max_length"] == str(found.value.data.max_length) and context < 1090
     assert found.value.data.max_length == context // 64 * 64  # 99 % need more, which the tiny model hasn't
-    assert f"max_length={found.value.data.max_length} covers" in text and "covers all and needs" in text
+    assert f"max_length={found.value.data.max_length} covers" in text and "covers all" not in text
+    assert f"the most of the model's {context:,} positions, and needs" in text
     record = found.describe()
     assert record["command"]["chosen"] == found.chosen and record["data"]["max_length"] == context
     assert record["command"]["line"] == ["sft", *place, "data=rows.jsonl"]
@@ -62,6 +65,28 @@ def test_rows_that_ship_and_settings_that_are_given_leave_everything_as_it_is(pl
     given = ["max_length=128", "batch=6", "data.micro=2", "lr=0.1"]
     found = settings_of("sft", *place, "data=rows.jsonl", *given)
     assert found.chosen == {} and found.value.data.max_length == 128 and found.value.optim.lr == 0.1
+
+
+def test_pairs_are_planned_in_the_rows_that_the_run_has(place, base, tmp_path):
+    """The line about the microbatch counts padding, as the rows do; the settings alone allow more."""
+    pairs = [
+        {"prompt": "a" * (9 + n % 7), "chosen": "b" * (n % 90 + 1), "rejected": "c" * (n % 40 + 1)}
+        for n in range(64)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    options = ["batch=8", "micro=2", "max_length=256", "held_out=none"]
+    settings, lines = fitted(resolve("dpo", [*place, "data=pairs.jsonl", *options]), devices=1)
+    run = settings.value
+    source, bound = planned_pairs(run, 1)
+    planned = source.abstract()
+    assert planned == run.data.open(load_tokenizer(str(base))).shapes[-1] and not bound
+    length = planned.ids.shape[-1]
+    assert length % 64 == 0 and length < run.data.abstract().ids.shape[-1]
+    data = replace(run.data, max_length=256)
+    assert micro_tokens(data, measure(data, load_tokenizer(str(base))), 256) == length
+    away = replace(run, data=replace(run.data, train="not_here.jsonl"))
+    none, (line,) = planned_pairs(away, 1)
+    assert none is None and "upper bound" in line and "responses have 256 tokens" in line
 
 
 def test_lengths_of_prompts_and_completions_fit_the_models_context(place):
@@ -105,6 +130,33 @@ def test_long_prompts_and_large_groups_leave_completions_of_256_tokens(longest, 
     assert (chosen["max_new"], chosen["max_prompt"]) == (256, max_prompt)
     said = "\n".join(fit._with_data(**chosen).lines(chosen))
     assert ("has more than these 4,096 tokens" in said) == (min(longest, max_prompt) + group * 256 > 4096)
+
+
+def test_own_prompts_without_a_reward_of_their_own_have_a_line_about_the_recipes(place):
+    own = [*place, "data=prompts.jsonl"]
+    for lines in (
+        fitted(resolve("grpo", own), devices=1)[1],
+        fitted_here(resolve("grpo", own), devices=1)[1],
+    ):
+        assert [line[:70] for line in lines if line.startswith("rewards=")] == [
+            "rewards= is not set: the recipe's reward, exact, compares a whole comp"
+        ]
+    for options in ([*own, "rewards=number"], [*place, "data=configs/data/opinions.jsonl"]):
+        lines = fitted(resolve("grpo", options), devices=1)[1]
+        assert not any(line.startswith("rewards=") for line in lines)
+
+
+def test_documents_that_are_split_have_a_line_with_a_limit_within_the_models_context():
+    fit = fit_of([5000] * 40, {**ROWS, "too_long": "split"}, context=1000)
+    line = fit.lines({})[1]
+    assert line.startswith(
+        "longer rows are split (data.too_long), so that no token is lost: with max_length=512"
+    )
+    assert "100.0 % are" in line and "max_length=1000 splits 100.0 % and needs 2.0 x the memory" in line
+    whole = fit_of([5000] * 40, {**ROWS, "too_long": "split"}).lines({})[1]
+    assert "max_length=5056 splits 0.0 % and needs 9.9 x the memory" in whole
+    short = fit_of([500] * 40, {**ROWS, "too_long": "split"}).lines({})[1]
+    assert short == "longer rows are split (data.too_long), so that no token is lost"
 
 
 def test_a_run_with_a_checkpoint_keeps_what_it_began_with(place):

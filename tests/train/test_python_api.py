@@ -180,7 +180,7 @@ def recipe(lr: float = 1.0, loss: object = None, several: tuple[str, ...] = ()):
 
 
 def test_a_recipe_may_be_a_function_and_a_setting_any_object():
-    loss = lambda pair: pair.chosen  # noqa: E731
+    loss = lambda *args: 0.0  # noqa: E731
     resolved = resolve_settings(recipe, None, {"loss": loss, "lr": 2, "several": ["a", "b"]})
     assert resolved.knobs == {"lr": 2.0, "loss": loss, "several": ("a", "b")}
     assert resolved.describe()["command"]["line"] == []  # no command line says this
@@ -217,6 +217,10 @@ WRONG = [
     (dict(rows={"train": []}), "rows is dict, not a list of dicts; give one split"),
     (dict(rows=[{"text": "a"}], data="a.jsonl"), "rows and data= are both the training rows"),
     (dict(settings={"lr": 1}, lr=2), "lr is given twice"),
+    (dict(callbacks=print), "callbacks= is a list of callbacks; write callbacks=[...]"),
+    (dict(dataset=[{"text": "a"}]), "dataset= has no meaning here: pass the rows as the second argument"),
+    (dict(train_dataset=[{"text": "a"}]), "train_dataset= has no meaning here: pass the rows"),
+    (dict(lr=["x" * 3000]), "lr=" + "x" * 196 + " ...: expected float"),
     (dict(callbacks=[3]), "a callback is a function (step, metrics)"),
 ]
 
@@ -229,6 +233,13 @@ def test_a_wrong_call_is_an_error_of_one_line(tmp_path, monkeypatch, call, messa
         jaxft.train(**{"recipe": "sft", "model": "none", **call})
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "runs" / "sft" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_does_not_exist_is_an_error_with_those_that_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(jaxft.Error, match=r"runs/mien: no such folder in .*; near: runs/mine$"):
+        jaxft.load("runs/mien")
 
 
 def test_importing_jaxft_imports_neither_jax_nor_any_other_part():

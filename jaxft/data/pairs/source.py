@@ -284,9 +284,9 @@ class PairSource(FixedSource[Pairs]):
         return names
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of the pair at a position of the slots of all held-out batches."""
+        """Return the name of the pair at a position of the slots of all batches that are evaluated."""
         batch, slot = divmod(position, self.held_out[0].index.size)
-        return self.pairs.tokenised.names[self.held_out[batch].index.flat[slot]]
+        return self.pairs.tokenised.names[self.held_out[self.evaluated_batch(batch)].index.flat[slot]]
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts with their chosen response."""
@@ -309,13 +309,19 @@ class PairSource(FixedSource[Pairs]):
         """
         return values_by_pair(batch, x)
 
+    def abstract(self, reference: bool = False) -> Pairs:
+        """Return the shapes of the training batches. reference: with the reference's log-probs."""
+        pairs = self.pairs
+        shapes = pair_batch_shapes(pairs.layout, pairs.tokenised.kinds, pairs.settings.micro, reference)
+        return with_sources(shapes, pairs.split.train_names)
+
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference's log-probs in its batches.
 
         logps: of every pair, as `values` has them.
         """
         split = replace(self.pairs.split, rows=self.pairs.tokenised.with_reference(logps))
-        return _source(self.info, replace(self.pairs, split=split))
+        return _source(self.info, replace(self.pairs, split=split)).limit_evaluation(self.most_evaluated)
 
     def _rows_of(self, step: int) -> RowPlan:
         """Return the plan of the rows of one step."""
@@ -329,12 +335,8 @@ class PairSource(FixedSource[Pairs]):
 
 
 def _source(info: SourceInfo, pairs: PlannedPairs) -> PairSource:
-    tokenised = pairs.tokenised
-    shapes = pair_batch_shapes(
-        pairs.layout, tokenised.kinds, pairs.settings.micro, tokenised.reference is not None
-    )
-    shapes = with_sources(shapes, pairs.split.train_names)
-    return PairSource(info, (shapes,), _evaluation_batches(pairs, pairs.held), pairs)
+    source = PairSource(info, (), _evaluation_batches(pairs, pairs.held), pairs)
+    return replace(source, shapes=(source.abstract(pairs.tokenised.reference is not None),))
 
 
 def _require_both_responses(pairs: TokenisedPairs) -> None:

@@ -111,7 +111,10 @@ def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
 def by_table(draft: Draft, option: GivenOption) -> None:
     """Convert one option by its row in the table."""
     if isinstance(option.value, Expression):
-        draft.lose(option, f"an expression, which is not run{_meant(draft, option)}")
+        setting = meant_setting(draft, option)
+        remedy = f"; set {setting}= yourself" if setting else ""
+        kind = "a variable" if option.value.text.isidentifier() else "an expression, which is not run"
+        draft.lose(option, f"{kind}{remedy}")
         return
     rows = table_rows(draft.source.tool, option.name, draft.recipe)
     if not rows:
@@ -132,10 +135,10 @@ def by_table(draft: Draft, option: GivenOption) -> None:
         draft.express(option, overrides, _difference(row, option.value))
 
 
-def _meant(draft: Draft, option: GivenOption) -> str:
+def meant_setting(draft: Draft, option: GivenOption) -> str | None:
+    """Return the setting of an option in the table, None without one."""
     rows = table_rows(draft.source.tool, option.name, draft.recipe)
-    setting = rows[0].setting if rows else None
-    return f"; set {setting}= yourself" if setting else ""
+    return rows[0].setting if rows else None
 
 
 def _difference(row: Option, value: Any) -> str:

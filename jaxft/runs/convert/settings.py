@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxft.runs.convert import batches, data_sets
 from jaxft.runs.convert.command_lines import read_commands
-from jaxft.runs.convert.draft import Draft, by_table, run_name
+from jaxft.runs.convert.draft import Draft, by_table, meant_setting, run_name
 from jaxft.runs.convert.python_files import notebook_code, read_python
 from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, option_parts, read_config_text
 from jaxft.runs.convert.yaml_files import read_yaml
@@ -122,8 +122,9 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
         by_table(draft, option)
     for option in draft.missing():
         draft.lose(option, "not converted")
+    unknown = {meant_setting(draft, option) for option in given if isinstance(option.value, Expression)}
     for name, text in _defaults(draft).items():
-        if name not in draft.settings:
+        if name not in draft.settings and name not in unknown:
             draft.default(f"{name}={text}")
     _keep_known(draft)
     if draft.settings.get("dtype") == "bfloat16":

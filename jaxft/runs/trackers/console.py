@@ -16,7 +16,8 @@ from rich.text import Text
 from jaxft.data.progress import clock_time, time_in_words
 from jaxft.objectives.intervals import fraction_text
 from jaxft.runs import metric_names as names
-from jaxft.runs.terminal import printable_message
+from jaxft.runs.report import ROW_TEXTS
+from jaxft.runs.terminal import printable_message, printable_text
 
 SHORT_NAMES = {
     names.LEARNING_RATE: "lr",
@@ -119,8 +120,9 @@ class ConsoleView:
         self._total_steps = step
 
     def message(self, text: str) -> None:
-        """Print a line, above the live view where there is one."""
-        text, encoding = printable_message(text), self._console.encoding
+        """Print a line, above the live view where there is one. The text of rows keeps its URLs whole."""
+        shown = printable_text if text.startswith(ROW_TEXTS) else printable_message
+        text, encoding = shown(text), self._console.encoding
         text = text.encode(encoding, "replace").decode(encoding)
         self._console.print(Text(text), soft_wrap=True, highlight=False)
 
