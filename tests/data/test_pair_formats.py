@@ -279,7 +279,7 @@ SAD = [
     (
         GOOD,
         {"columns": ("Q=prompt",)},
-        "unknown column 'Q'; the column of the rows comes last: write prompt=Q",
+        "unknown column 'Q'; use one of .*, or write prompt=Q if 'Q' is the column of the rows",
     ),
 ]
 
