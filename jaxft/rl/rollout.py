@@ -5,6 +5,7 @@ A run is therefore saved between rollouts only; one that is killed inside a roll
 first step and repeats it from its record.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -23,9 +24,10 @@ from jaxft.data.next_turn import restart_notes
 from jaxft.data.pack import round_up
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.data.source import Prompt, SourceInfo, SourceStats, spread
+from jaxft.data.source import Evaluated, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
+from jaxft.objectives.intervals import prompt_means
 from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
 from jaxft.rl.environment import environment_of
@@ -47,6 +49,7 @@ from jaxft.rl.rewards import ScoreEpisodes
 from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
+from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Batch, Metrics
 
 
@@ -288,9 +291,9 @@ class PromptSource:
         """Return the prompts of a step."""
         return self.given(step), {}
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Return {}: prompts alone have no metrics."""
-        return {}
+    def evaluate(self, state: TrainState) -> Evaluated:
+        """Return nothing: prompts alone have no metrics."""
+        return Evaluated({}, {})
 
     def limit_evaluation(self, most: int | None) -> Any:
         """Return the source whose evaluations read at most so many held-out prompts."""
@@ -311,8 +314,8 @@ class PromptSource:
         return [Prompt(list(ids), []) for ids in self.eval_prompts.token_ids[:count]]
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of a held-out row; the evaluation of rollouts has no values of single rows."""
-        return ""
+        """Return the name of a held-out row."""
+        return self.eval_prompts.names[position]
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing is sampled yet."""
@@ -368,16 +371,20 @@ class RolloutSource(PromptSource):
         batch = data.kind.batch(data, self.current, chosen, trains_policy, self.shapes[-1])
         return batch, self.current.metrics
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Score data.eval_group episodes of each held-out prompt, always sampled with the same keys."""
+    def evaluate(self, state: TrainState) -> Evaluated:
+        """Score data.eval_group episodes of each held-out prompt, always sampled with the same keys; the
+        value of a prompt is its mean score.
+        """
         numbers, rules = spread(len(self.eval_prompts), self.most_evaluated), self.data.rules
         if not numbers:
-            return {}
+            return Evaluated({}, {})
         chosen = self.eval_prompts.select(numbers)
         scored, packed = self._scored(chosen, self.data.eval_group, EVALUATION, state)
         has_reference = self.run.objective.facts.reference != "none" and self.token_scores is not None
         tokens = self._of_tokens(scored, packed, state) if has_reference else None
-        return evaluation_metrics(rules.reward_names, scored, tokens)
+        means = zip(numbers, prompt_means(np.asarray(scored.scores)), strict=True)
+        rows = {number: {REWARD: mean} for number, mean in means if not math.isnan(mean)}
+        return Evaluated(evaluation_metrics(rules.reward_names, scored, tokens), rows)
 
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
         """Sample and score rollout `number`. Raises ValueError if none of its episodes has a score."""

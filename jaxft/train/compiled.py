@@ -125,8 +125,8 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         return (state,), metrics
 
     def evaluate(states: States, with_rows: bool) -> list[HeldOut]:
-        metrics = source.evaluate(states[0])
-        return [HeldOut.of(held_out(states[0], with_rows)) if metrics is None else HeldOut(metrics, {})]
+        found = source.evaluate(states[0])
+        return [HeldOut.of(held_out(states[0], with_rows)) if found is None else HeldOut(*found)]
 
     def sample(states: States) -> list[scores.Scored]:
         return [score(complete(tree.combine(states[0].trainable, own)))]

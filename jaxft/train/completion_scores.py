@@ -206,11 +206,6 @@ def sample_texts(
     return SampledTexts(texts, (sampled >= 0).sum(-1), ended)
 
 
-def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
-    """Return the mean score of each prompt's completions that have one (not NaN); NaN if none has."""
-    return [math.nan if np.isnan(own).all() else float(np.nanmean(own)) for own in scores]
-
-
 def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, list[float]]:
     """Return an estimate of pass@k for each prompt, the probability that one of k completions of it is
     correct, for each k.

@@ -10,12 +10,13 @@ from jaxft.data.invalid import invalid_lines
 from jaxft.data.lengths import limit_alarms
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
-from jaxft.objectives.intervals import mean_interval
+from jaxft.objectives.intervals import interval_of, mean_interval
 from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.environment import device_counts
 from jaxft.runs.log import Log, NullLog
+from jaxft.runs.metric_names import REWARD
 from jaxft.runs.record import recorded_defaults
 from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
@@ -254,11 +255,13 @@ def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evalu
     if not 0 < read <= total:  # wrapped rows have no single examples
         read, total, unit = job.eval_limit, len(job.sources[0].held_out), "batches of held-out rows"
     part = f"{read} of {total} {unit}"
-    losses = [row for row in rows.values() if LOSS in row]
+    losses = [(row[LOSS], row.get(WEIGHT, 1.0)) for row in rows.values() if LOSS in row]
+    rewards = [row[REWARD] for row in rows.values() if REWARD in row]
     interval = ""
     if len(losses) > 1:
-        found = mean_interval([row[LOSS] for row in losses], [row.get(WEIGHT, 1.0) for row in losses])
-        interval = f", 95 % interval of the loss {found.text()}"
+        interval = f", 95 % interval of the loss {mean_interval(*zip(*losses, strict=True)).text()}"
+    elif len(rewards) > 1:
+        interval = f", 95 % interval of the reward {interval_of(rewards).text()}"
     line = f"the held-out metrics are of {part}{interval}; loop.eval_fraction=none reads all"
     return {**end, "part": part, "part_note": line}
 
