@@ -9,14 +9,18 @@ from typing import NamedTuple
 
 
 class ShortNames(NamedTuple):
-    """Part of the annotation of a setting that is a function: (short name, package.module:name) pairs."""
+    """Part of the annotation of a setting that is a function: (short name, package.module:name) pairs.
+
+    or_dict: whether a dict of functions by name is a value too.
+    """
 
     pairs: tuple[tuple[str, str], ...]
+    or_dict: bool = False
 
     @classmethod
-    def of(cls, names: Mapping[str, str]) -> "ShortNames":
+    def of(cls, names: Mapping[str, str], or_dict: bool = False) -> "ShortNames":
         """Return the pairs of a table."""
-        return cls(tuple(names.items()))
+        return cls(tuple(names.items()), or_dict)
 
 
 def _in(module: str, names: str) -> dict[str, str]:

@@ -112,8 +112,13 @@ class Prompts(DataSettings):
         """The settings that the tokens of a prompt depend on."""
         return PromptTokenSettings(
             self.columns, self.format, self.max_prompt, self.too_long, self.template_settings,
-            self.order_by, self.max_samples,
+            self.order_by, self.max_samples, self.row_tools,
         )  # fmt: skip
+
+    @property
+    def row_tools(self) -> str:
+        """The tools that prompts have in addition to those of their rows; see PromptTokenSettings."""
+        return ""
 
     @property
     def max_length(self) -> int:

@@ -252,11 +252,11 @@ class _Rollout:
 
     def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
         """Return the decision to start from the environment's prompt, or from the row's own."""
-        rows, schemas = self.rows, list(self.play.environment.schemas)
+        rows = self.rows
         own = rows.prompts[episode.prompt]
         chat: Any = own
         if self.play.environment.continues:
-            chat = _with_prompt(own, begun.prompt, schemas)
+            chat = _with_prompt(own, begun.prompt)
         episode.state, episode.chat = begun.state, chat
         ids = list(rows.ids[episode.prompt])
         if chat != own:
@@ -266,7 +266,7 @@ class _Rollout:
             ids = found
         if len(ids) > self.play.limits.prompt:
             most = self.play.limits.prompt
-            text = f"the prompt with tools has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
+            text = f"the prompt has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
             return _Decision(episode.number, "end", fault=(LONG_PROMPT, text))
         messages = (
             chat.messages[: chat.response]
@@ -475,8 +475,8 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE]
 
 
-def _with_prompt(own: Chat | Completion, prompt: FirstPrompt, schemas: list[Any]) -> Chat:
-    """Return a row's prompt with what the environment's reset returned, and with the environment's tools."""
+def _with_prompt(own: Chat | Completion, prompt: FirstPrompt) -> Chat:
+    """Return a row's prompt with what the environment's reset returned."""
     if isinstance(own, Completion):
         own = Chat(own.name, ({"role": "user", "content": own.prompt},), 1)
     messages = own.messages[: own.response]
@@ -485,7 +485,7 @@ def _with_prompt(own: Chat | Completion, prompt: FirstPrompt, schemas: list[Any]
         messages = (*messages[:-1], {**last, "content": (last["content"] or "") + prompt})
     elif prompt is not None:
         messages = tuple(prompt)
-    return replace(own, messages=messages, response=len(messages), tools=schemas or own.tools)
+    return replace(own, messages=messages, response=len(messages))
 
 
 def _copy(value: Any) -> Any:

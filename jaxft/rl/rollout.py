@@ -6,7 +6,7 @@ first step and repeats it from its record.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,14 +158,14 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn. A row is large enough for a prompt of each episode, unless `reset` is annotated to return None.
+    turn; of several by name, a row's column `environment` names its own. A row is large enough for a prompt of each episode, unless `reset` is annotated to return None.
     tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder of a
     run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights of
     the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
-    environment: Callable | None = None
+    environment: Callable | Mapping[str, Callable] | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
     replay: str | None = None
@@ -183,6 +183,11 @@ class Rollouts(Prompts):
                 "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
                 "nothing. Set data.max_turns with an environment or tools, or leave echo out."
             )
+
+    @property
+    def row_tools(self) -> str:
+        """The tools that prompts have; see PromptTokenSettings."""
+        return environment_of(self.environment, self.tools).row_tools
 
     @property
     def reads_given(self) -> bool:

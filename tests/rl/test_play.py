@@ -23,12 +23,17 @@ from jaxft.data import named_templates
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompts import read_prompts
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed import processes
 from jaxft.rl.environment import environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
+from jaxft.rl.rewards import exact
+from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rules import Rules
 from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
 from jaxft.runs.parse import parse_value
+from jaxft.train.recipes import EnvironmentClass
 
 KEY = jax.random.key(0)
 LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)
@@ -63,7 +68,8 @@ def played(environment, texts, name="qwen2.5", questions=("q",), limits=LIMITS, 
     tokenizer, how = stock_tokenizer(name), TEMPLATES[name].settings
     play = Play(environment, tokenizer, stop_of(tokenizer), limits)
     sampler = ScriptedSampler(say(tokenizer, texts))
-    found = rollout(sampler, play, rows_of(tokenizer, questions, how), group, KEY)
+    rows = rows_of(tokenizer, questions, how, list(environment.schemas) or None)
+    found = rollout(sampler, play, rows, group, KEY)
     assert not sampler.opened.ids, "each row is dropped"
     return found
 
@@ -153,7 +159,7 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
     except ValueError:  # a template without a format of calls
         play = Play(environment_of(Moody), tokenizer, stop_of(tokenizer), LIMITS)
     sampler = ScriptedSampler(write, at_once=2)
-    rows = rows_of(tokenizer, ["q", "what?"], how)
+    rows = rows_of(tokenizer, ["q", "what?"], how, list(play.environment.schemas) or None)
     found = rollout(sampler, play, rows, 2, KEY)
     by_session = {}
     for episode, ids in sampler.opened.dropped:
@@ -278,6 +284,54 @@ def test_trl_environments_run_unchanged():
         found = played(environment_of(given_to_trl), [call, call, "done"], questions=("q", "r"))
         assert [part.score for part in found] == [8.0, 9.0]
         assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
+
+
+def test_the_tools_of_a_prompt_count_in_its_length(tmp_path):
+    """One that is too long with them is left out, rather than a fault of every episode."""
+    tokenizer = stock_tokenizer("qwen2.5")
+    (tmp_path / "r.jsonl").write_text('{"prompt": "q"}\n' + json.dumps({"prompt": "why " * 30}) + "\n")
+    rows = Rollouts(str(tmp_path / "r.jsonl"), rules=Rules((exact,)), max_prompt=2000)
+    plain = read_prompts(rows.train, rows, tokenizer, tmp_path).lengths
+    with_tools = replace(rows, tools=(add,))
+    found = read_prompts(rows.train, with_tools, tokenizer, tmp_path)
+    (first, second), shown = found.lengths, tokenizer.decode(found.token_ids[0])
+    assert first - plain[0] == second - plain[1] > 100 and '"name": "add"' in shown
+    limited = replace(with_tools, max_prompt=int(first))
+    assert first > plain[1] and read_prompts(rows.train, limited, tokenizer, tmp_path).dropped == 1
+
+
+def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch):
+    """It has the prompt's tools, the calls and the score of that one, whose reset is not told the name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "envs.py").write_text(
+        "class Adder:\n"
+        "    def reset(self, *, number, **row):\n"
+        "        assert 'environment' not in row\n"
+        "        self.total = number\n"
+        "    def more(self, by: int) -> int:\n"
+        '        """Add.\n\n        Args:\n            by: how much\n        """\n'
+        "        self.total += by\n"
+        "        return self.total\n"
+        "    def get_reward(self):\n"
+        "        return float(self.total)\n"
+        "def judge(state, text, row):\n"
+        "    return None, -1.0, True, None\n"
+        "ENVIRONMENTS = {'adder': Adder, 'judge': judge}\n"
+    )
+    rows = [{"prompt": "q", "number": i, "environment": x} for i, x in enumerate(("adder", "judge", "none"))]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given, few = parse_value("envs.py:ENVIRONMENTS", EnvironmentClass), {"invalid": "drop", "invalid_limit": 0.5}
+    data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000, **few)
+    tokenizer, environment = stock_tokenizer("qwen2.5"), environment_of(given)
+    found = read_prompts("r.jsonl", data, tokenizer, tmp_path)
+    (unknown,) = found.invalid
+    assert unknown.first.endswith("'none', which names none of the environments; use adder, judge")
+    call = '<tool_call>\n{"name": "more", "arguments": {"by": 4}}\n</tool_call>'
+    sampler = ScriptedSampler(say(tokenizer, [call, "done"]))
+    play = Play(environment, tokenizer, stop_of(tokenizer), LIMITS)
+    adder, judge = rollout(sampler, play, found.select([0, 1]), 1, KEY)
+    assert "more" in tokenizer.decode(adder.start) and "more" not in tokenizer.decode(judge.start)
+    assert (adder.score, judge.score) == (4.0, -1.0)
 
 
 def test_scores_arrive_while_other_rows_are_sampled():
