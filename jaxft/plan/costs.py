@@ -13,6 +13,7 @@ from jaxft.data.progress import time_in_words
 from jaxft.data.prompts import Prompts
 from jaxft.data.rows import check_rows, list_chunks
 from jaxft.data.sft import Rows
+from jaxft.plan.plan import Plan
 from jaxft.train.settings import Run
 
 CHARACTERS = 4  # of a token, where the rows cannot be tokenised
@@ -89,6 +90,12 @@ class Cost:
             "hours": self.hours,
             "cost": self.money,
         }
+
+
+def unknown_lines(step: Plan) -> list[str]:
+    """Return the lines in place of a cost, for a train step without an estimate of its time."""
+    why = f"no speed of {step.machine} is known" if step.fits else "the train step does not fit"
+    return [f"time and cost: unknown, because {why}"]
 
 
 class _Counted(NamedTuple):
