@@ -18,7 +18,13 @@ from jaxft.rl.layout import PackedRows, to_microbatches
 from jaxft.tree import Aux, Params
 
 RowFunction = Callable[[Params, Aux, Rollout], Any]
+Counter = Callable[[str, int], Callable[[int], None]]  # Clock.counter
 RolloutPass = Callable[[PackedRows, TrainState], Any]
+
+
+def uncounted(text: str, total: int) -> Callable[[int], None]:
+    """Return a function that shows no progress."""
+    return lambda more: None
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class BoundRun:
 
     state, frozen_shapes: shapes and shardings of TrainState and of the frozen parameters. frozen: their
     arrays. stop: tokens that end a completion. folder: of completions.jsonl. fused_backward: whether
-    parameters are updated inside the backward pass.
+    parameters are updated inside the backward pass. counter(text, total) -> a function that is called with
+    the number of further items that are done, and shows the progress.
     """
 
     mesh: jax.sharding.Mesh
@@ -39,6 +46,7 @@ class BoundRun:
     stop: tuple[int, ...]
     folder: Path
     fused_backward: bool = False
+    counter: Counter = uncounted
 
     @property
     def param_shapes(self) -> Params:

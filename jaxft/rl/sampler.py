@@ -5,7 +5,7 @@ reads those that it had sampled with the same weights; data.replay=runs/NAME rea
 samples nor calls the environment, so that it repeats the rollout to the bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +51,13 @@ def compile_rollout_sampler(
 
     def sample(prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Episodes:
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
-        begun, ended = begin_async(data.rules.rewards, prompts, group)
+        begun, begin = begin_async(data.rules.rewards, prompts, group)
+        which = "held-out prompts" if number == EVALUATION else f"rollout {number + 1}"
+        count = run.counter(f"completions of {which}", len(prompts) * group)
+
+        def ended(episode: int, parts: Sequence[Trajectory]) -> None:
+            begin(episode, parts)
+            count(1)
 
         def played() -> list[Trajectory]:
             return rollout(sampler(run.params(state), group), play, prompts, group, key, ended)

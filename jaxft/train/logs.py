@@ -25,7 +25,7 @@ from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.clock import Clock
 from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
-from jaxft.train.scores import position_lines
+from jaxft.train.scores import held_out_prompts, position_lines
 from jaxft.weights import pretrained
 from jaxft.weights.adapters import base_differences, left_out_notes, untying_notes
 from jaxft.weights.extend import extension_notes
@@ -231,6 +231,24 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         members = [f"{number:3d}  {member.label}" for number, member in enumerate(job.members, 1)]
         lines.append("\n".join([f"{len(members)} runs on one base:", *members]))
     return lines
+
+
+def first_evaluation_lines(job: Job) -> list[str]:
+    """Return a line about what is evaluated before the first step, and the settings that leave it out."""
+    run, samples = job.lead.run, job.info.samples
+    parts = (
+        ("batches of held-out rows", len(job.held_out), "held_out=none"),
+        ("held-out prompts", (job.eval_limit or job.info.stats.held_out) * samples, "held_out=none"),
+        ("batches of general text", len(job.general), "general=none"),
+        (
+            "completions of held-out prompts",
+            len(held_out_prompts(run, job.sources[0])) * run.scoring.samples,
+            "score=none samples=0" if run.scoring.functions else "samples=0",
+        ),
+    )
+    found = [(f"{what}: {count}", setting) for what, count, setting in parts if count]
+    what, settings = (", ".join(text for text, _ in found), " ".join(setting for _, setting in found))
+    return [f"evaluating before the first step ({settings} leaves this out); {what}"] if found else []
 
 
 def eval_limit_lines(job: Job) -> list[str]:

@@ -52,9 +52,11 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     step = jax.jit(
         make_step(adapters, job), donate_argnums=0, out_shardings=(shardings, sharding.replicated(p.mesh))
     )
-    compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
+    with clock.part("train step"):
+        compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
     over = partial(clock.over, EVALUATING)
-    totals = compile_sweep_eval(adapters, job, shared, job.held_out, over)
+    with clock.part("evaluation"):
+        totals = compile_sweep_eval(adapters, job, shared, job.held_out, over)
 
     def held_out(states: States, with_rows: bool) -> list[HeldOut]:
         return [HeldOut.of(total) for total in totals(states, with_rows)]

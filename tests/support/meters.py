@@ -10,7 +10,7 @@ from jaxft.objectives.objective import Facts
 from jaxft.train.meter import Meter
 
 
-def make_meter(max_bad, counters=None, model=None, facts=Facts()):
+def make_meter(max_bad, counters=None, model=None, facts=None):
     """A meter of a source with 10 steps an epoch whose rows are called `row <step>`. facts: of its
     objective.
     """
@@ -18,7 +18,7 @@ def make_meter(max_bad, counters=None, model=None, facts=Facts()):
     source = SimpleNamespace(info=info, row_names=lambda step: [f"row {step}"])
     model = model or SimpleNamespace(forward_flops=lambda tokens, context, read: 1.0)
     partition = SimpleNamespace(model=model, mask={"base": {}})
-    objective = SimpleNamespace(facts=facts)
+    objective = SimpleNamespace(facts=facts or Facts())
     member = SimpleNamespace(programs=SimpleNamespace(partition=partition, objective=objective))
     return Meter(member, source, max_bad, counters)
 
