@@ -47,7 +47,10 @@ def test_pairs_and_prompts_are_counted_without_a_tokenizer(rows):
     assert pairs.count == 30 and "80 pairs" in pairs.source
     # 80 prompts / 16 of a rollout, each 2 passes of 4 steps
     prompts = Prompts(rows, held_out=0.2, epochs=1.0, batch=16, passes=2, minibatches=4)
-    assert steps_of(run(prompts), unavailable).count == 5 * 8
+    of_prompts = steps_of(run(prompts), unavailable)
+    assert of_prompts.count == 5 * 8
+    assert "sampled in addition" in Cost(of_prompts, 4.0, 8).lines()[1]
+    assert len(Cost(pairs, 4.0, 8).lines()) == 1
 
 
 def test_tokens_of_packed_rows_are_estimated_from_characters(rows):
