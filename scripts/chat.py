@@ -74,13 +74,12 @@ def play(args: argparse.Namespace) -> int:
     from jaxft.data.named_templates import find_template
     from jaxft.data.prompt_rows import tokenise_prompts
     from jaxft.data.prompts import Prompts
-    from jaxft.rl.environment import environment_of
+    from jaxft.rl.environment import EnvironmentClass, environment_of
     from jaxft.rl.environments.by_hand import TypedTurns, result_line
     from jaxft.rl.play import EpisodeLimits, Play, rollout
     from jaxft.runs.cli import DEFAULT_MODEL
     from jaxft.runs.parse import parse_value
     from jaxft.runs.terminal import printable_text
-    from jaxft.train.recipes import EnvironmentClass
     from jaxft.weights.pretrained import load_tokenizer
 
     if not args.rows:

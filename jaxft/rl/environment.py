@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,9 @@ from jaxft.data.example import Message
 from jaxft.data.prompt_rows import ENVIRONMENT, EVERY_ROW
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import Tool, by_name
+from jaxft.short_names import ENVIRONMENTS, ShortNames
 
+EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
 RowColumns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
 EpisodeState = Any

@@ -6,7 +6,7 @@ first step and repeats it from its record.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
 from jaxft.objectives.intervals import prompt_means
 from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
-from jaxft.rl.environment import environment_of
+from jaxft.rl.environment import EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.importance import weight_metrics
 from jaxft.rl.layout import (
@@ -165,7 +165,7 @@ class Rollouts(Prompts):
     """
 
     rules: Rules
-    environment: Callable | Mapping[str, Callable] | None = None
+    environment: EnvironmentClass | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
     replay: str | None = None

@@ -26,14 +26,13 @@ from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.data.prompts import read_prompts
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed import processes
-from jaxft.rl.environment import environment_of, single_turn
+from jaxft.rl.environment import EnvironmentClass, environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
 from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
 from jaxft.runs.parse import parse_value
-from jaxft.train.recipes import EnvironmentClass
 
 KEY = jax.random.key(0)
 LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)
