@@ -278,10 +278,7 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
     tracers = program_tracers(d, params, slots, mesh)
     options = compiler_options(first_device(mesh).platform)
     lowered = {name: trace().lower() for name, trace in tracers.items()}
-    # on a GPU compiling times kernels, which disturb one another
-    compile_all = threads.map_in_threads if first_device(mesh).platform == "cpu" else map
-    compiled = compile_all(lambda one: one.compile(options), lowered.values())
-    found = dict(zip(lowered, compiled, strict=True))
+    found = threads.compile_all(lowered, first_device(mesh).platform, options)
     by_size = [
         {key[1:]: program for key, program in found.items() if key[0] == name}
         for name in ("start", "extend", "decode", "keep")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import Rollout, TrainState
 from jaxft.data.pack import RowShape
-from jaxft.distributed import sharding
+from jaxft.distributed import sharding, threads
 from jaxft.models.model import Model
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.layout import PackedRows, to_microbatches
@@ -84,10 +84,11 @@ class RolloutPrograms:
         def sharded(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(run.mesh, x.shape))
 
-        programs = {
-            shape: jitted.lower(run.param_shapes, run.state.aux, jax.tree.map(sharded, batch)).compile()
+        lowered = {
+            shape: jitted.lower(run.param_shapes, run.state.aux, jax.tree.map(sharded, batch))
             for shape, batch in self.shapes.items()
         }
+        programs = threads.compile_all(lowered, run.mesh.devices.flat[0].platform)
 
         def over_rollout(packed: PackedRows, state: TrainState) -> Any:
             params, like, rows = run.params(state), self.shapes[packed.shape], self.complete(packed.rows)
