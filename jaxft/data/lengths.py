@@ -108,9 +108,7 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
     return replace(found, read=sum(read for read, _ in counts), total=total)
 
 
-def measure_dataset(
-    ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising
-) -> RowLengths:
+def measure_dataset(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising) -> RowLengths:
     """Tokenise a dataset without a limit of its rows' lengths."""
     if isinstance(data, Prompts):
         free = replace(data.token_settings, max_prompt=UNLIMITED)

@@ -157,7 +157,7 @@ class PromptRows:
         of_prompts = self.sources[self.chosen[np.asarray(numbers, np.int64)]]
         tools = self.settings.tools_by_row
         prompts = (
-            with_tools(prompt_of(Row(name, columns), self.formats[source]), columns, tools)
+            with_row_tools(prompt_of(Row(name, columns), self.formats[source]), columns, tools)
             for name, columns, source in zip(names, fields, of_prompts, strict=True)
         )
         ids = tuple(self._ids(i) for i in numbers)
@@ -276,11 +276,12 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
     return Row(row.name, fields)
 
 
-def with_tools(
+def with_row_tools(
     prompt: Chat | Completion, fields: dict[str, Any], tools: dict[str, list[Any]]
 ) -> Chat | Completion:
-    """Return a prompt with the tools of its row. tools: see PromptTokenSettings. Raises InvalidRow if there is
-    no such environment.
+    """Return a prompt with the tools of its row. tools: see PromptTokenSettings.
+
+    Raises InvalidRow if there is no such environment.
     """
     if not tools:
         return prompt
@@ -289,7 +290,7 @@ def with_tools(
         raise InvalidRow(
             prompt.name,
             "unknown environment",
-            f"column {ENVIRONMENT!r} is {name!r}, which names none of the environments; use {', '.join(tools)}",
+            f"column {ENVIRONMENT!r} is {name!r}, which names no environment; use {', '.join(tools)}",
         )
     if isinstance(prompt, Completion):
         prompt = Chat(prompt.name, ({"role": "user", "content": prompt.prompt},), 1, plain=True)
@@ -308,7 +309,7 @@ def _tokenise(
     tools = settings.tools_by_row
 
     def read(row: Row | InvalidRow) -> Chat | Completion:
-        return with_tools(prompt_of(valid(row), settings.format), valid(row).fields, tools)
+        return with_row_tools(prompt_of(valid(row), settings.format), valid(row).fields, tools)
 
     renamed = [attempt(rename_columns, row, settings.columns) for row in rows]
     examples = [attempt(read, row) for row in renamed]

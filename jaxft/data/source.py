@@ -27,7 +27,7 @@ class Prompt(NamedTuple):
     response: list[int]
 
 
-class Evaluated(NamedTuple):
+class HeldOutMetrics(NamedTuple):
     """Held-out metrics of a source that evaluates itself, and values of single rows by their position."""
 
     metrics: dict[str, float]
@@ -114,7 +114,7 @@ class Source(Protocol[BoundTo]):
         whose completions it is going to have.
         """
 
-    def evaluate(self, state: TrainState) -> Evaluated | None:
+    def evaluate(self, state: TrainState) -> HeldOutMetrics | None:
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
@@ -232,7 +232,7 @@ class FixedSource(Generic[SomeBatch]):
         """Return the source itself: its batches depend on the step alone."""
         return self
 
-    def evaluate(self, state: TrainState) -> Evaluated | None:
+    def evaluate(self, state: TrainState) -> HeldOutMetrics | None:
         """Return None: the train loop evaluates the objective on `held_out`."""
         return None
 

@@ -112,7 +112,8 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
 
     given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
     reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
-    makes the object of an episode; a dict of such by name. None: tools alone, an episode ends with the first turn that calls none.
+    makes the object of an episode; a dict of such by name. None: tools alone, an episode ends with the first
+    turn that calls none.
     Raises ValueError for anything else.
     """
     if given is None:
@@ -146,10 +147,13 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
         return {**environment.tools(state), **added}
 
     more = tuple(map(tool_schema, tools))
-    schemas, by_name = (*environment.schemas, *more), {n: (*x, *more) for n, x in environment.by_name.items()}
-    name = environment.name if environment.name != "none" else "tools"
     return replace(
-        environment, name=name, tools=all_tools, schemas=schemas, continues=True, by_name=by_name
+        environment,
+        name=environment.name if environment.name != "none" else "tools",
+        tools=all_tools,
+        schemas=(*environment.schemas, *more),
+        continues=True,
+        by_name={name: (*schemas, *more) for name, schemas in environment.by_name.items()},
     )
 
 

@@ -24,7 +24,7 @@ from jaxft.data.next_turn import restart_notes
 from jaxft.data.pack import round_up
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.data.source import Evaluated, Prompt, SourceInfo, SourceStats, spread
+from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
 from jaxft.objectives.intervals import prompt_means
@@ -158,9 +158,10 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn; of several by name, a row's column `environment` names its own. A row is large enough for a prompt of each episode, unless `reset` is annotated to return None.
-    tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder of a
-    run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights of
+    turn. Of a dict, a row's column `environment` names its own. A row is large enough for a prompt of each
+    episode, unless `reset` is annotated to return None. tools: functions that the policy may call. timeout:
+    seconds of each call of them. replay: the folder of a run whose recorded rollouts are used in place of new
+    ones. observations: whether a batch has weights of
     the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
@@ -296,9 +297,9 @@ class PromptSource:
         """Return the prompts of a step."""
         return self.given(step), {}
 
-    def evaluate(self, state: TrainState) -> Evaluated:
+    def evaluate(self, state: TrainState) -> HeldOutMetrics:
         """Return nothing: prompts alone have no metrics."""
-        return Evaluated({}, {})
+        return HeldOutMetrics({}, {})
 
     def limit_evaluation(self, most: int | None) -> Any:
         """Return the source whose evaluations read at most so many held-out prompts."""
@@ -376,20 +377,20 @@ class RolloutSource(PromptSource):
         batch = data.kind.batch(data, self.current, chosen, trains_policy, self.shapes[-1])
         return batch, self.current.metrics
 
-    def evaluate(self, state: TrainState) -> Evaluated:
+    def evaluate(self, state: TrainState) -> HeldOutMetrics:
         """Score data.eval_group episodes of each held-out prompt, always sampled with the same keys; the
         value of a prompt is its mean score.
         """
         numbers, rules = spread(len(self.eval_prompts), self.most_evaluated), self.data.rules
         if not numbers:
-            return Evaluated({}, {})
+            return HeldOutMetrics({}, {})
         chosen = self.eval_prompts.select(numbers)
         scored, packed = self._scored(chosen, self.data.eval_group, EVALUATION, state)
         has_reference = self.run.objective.facts.reference != "none" and self.token_scores is not None
         tokens = self._of_tokens(scored, packed, state) if has_reference else None
         means = zip(numbers, prompt_means(np.asarray(scored.scores)), strict=True)
         rows = {number: {REWARD: mean} for number, mean in means if not math.isnan(mean)}
-        return Evaluated(evaluation_metrics(rules.reward_names, scored, tokens), rows)
+        return HeldOutMetrics(evaluation_metrics(rules.reward_names, scored, tokens), rows)
 
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
         """Sample and score rollout `number`. Raises ValueError if none of its episodes has a score."""

@@ -93,7 +93,8 @@ def nearest_settings(name: str, settings: Sequence[str]) -> list[str]:
     >>> nearest_settings("wramup", ["optim.warmup", "optim.lr", "data.warm_up"])
     ['optim.warmup', 'data.warm_up']
     """
-    last = {setting.lstrip("-").rpartition(".")[2]: setting for setting in reversed(settings)}  # the first counts
+    first = reversed(settings)  # of two with the same last part
+    last = {setting.lstrip("-").rpartition(".")[2]: setting for setting in first}
     return [last[near] for near in difflib.get_close_matches(name, last, 3, 0.3)]
 
 

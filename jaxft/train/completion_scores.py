@@ -24,6 +24,7 @@ from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, slots_for
 from jaxft.nn.cache import CacheFormat
+from jaxft.objectives.intervals import prompt_means
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import CLIPPED_RATIO, COMPLETION_LENGTH

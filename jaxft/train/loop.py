@@ -150,7 +150,7 @@ def load_and_compile(
     logs.message(f"rows and settings read in {logs.clock.at('loading')}")
     job = precompute(job, partial(announce, watchdog, logs))
     states, frozen = load_members(job, states, partial(announce, watchdog, logs))
-    logs.message(f"weights loaded in {logs.clock.at('compiling')}; compiling (programs are stored in a cache)")
+    logs.message(f"weights loaded in {logs.clock.at('compiling')}; compiling, or reading from the cache")
     with logs.clock.part("rollouts"):
         job = bind_sources(job, frozen, saved, logs.clock.counter)
     compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, logs.clock)

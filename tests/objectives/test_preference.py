@@ -137,7 +137,7 @@ def accuracies_of_steps(facts, won, steps=2):
 
 def test_the_first_step_has_no_accuracy_where_policy_and_reference_are_one_model():
     """However large the rounding between the two programs that compute its log-probs."""
-    with_reference = preference(None, P.dpo)
+    with_reference = preference(None, P.dpo, reward=implicit_reward)
     without = preference(None, F.simpo, reference=None, reward=mean_logp)
     assert accuracies_of_steps(with_reference.facts, 4.0) == [None, pytest.approx(4 / 6)]
     assert accuracies_of_steps(without.facts, 4.0) == [pytest.approx(4 / 6)] * 2

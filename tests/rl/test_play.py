@@ -319,12 +319,13 @@ def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch
     )
     rows = [{"prompt": "q", "number": i, "environment": x} for i, x in enumerate(("adder", "judge", "none"))]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given, few = parse_value("envs.py:ENVIRONMENTS", EnvironmentClass), {"invalid": "drop", "invalid_limit": 0.5}
-    data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000, **few)
+    given = parse_value("envs.py:ENVIRONMENTS", EnvironmentClass)
+    data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000)
+    data = replace(data, invalid="drop", invalid_limit=0.5)
     tokenizer, environment = stock_tokenizer("qwen2.5"), environment_of(given)
     found = read_prompts("r.jsonl", data, tokenizer, tmp_path)
     (unknown,) = found.invalid
-    assert unknown.first.endswith("'none', which names none of the environments; use adder, judge")
+    assert unknown.first.endswith("'none', which names no environment; use adder, judge")
     call = '<tool_call>\n{"name": "more", "arguments": {"by": 4}}\n</tool_call>'
     sampler = ScriptedSampler(say(tokenizer, [call, "done"]))
     play = Play(environment, tokenizer, stop_of(tokenizer), LIMITS)

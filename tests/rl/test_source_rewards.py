@@ -65,7 +65,7 @@ def test_the_reward_of_a_source_is_the_mean_of_its_scores(tmp_path, monkeypatch,
         means["reward"] = found["reward"].total / found["reward"].weight
         assert means == pytest.approx(reward.means(), rel=1e-12) and len(means) == 4
     evaluated = source.evaluate(state_at(2))
-    means = {name: x for name, x in evaluated.metrics.items() if name == "reward" or name.startswith("reward/")}
+    means = {name: x for name, x in evaluated.metrics.items() if name.partition("/")[0] == "reward"}
     assert means == pytest.approx(reward.means(), rel=1e-12) and len(means) == 4
     of_prompts = [values["reward"] for values in evaluated.rows.values()]
     names = [source.held_out_name(number) for number in evaluated.rows]
