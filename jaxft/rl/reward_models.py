@@ -162,7 +162,7 @@ def pad_token_of(ref: str, adapter: str | Path | None = None) -> int | None:
     pad = pretrained.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
     if pad is not None and type(pad) is not int:
         raise ValueError(f"{ref}: pad_token_id={pad!r:.60} in config.json is no token id. Use one, or null.")
-    return pad if pad in range(1 << 31) else None
+    return pad if pad is not None and 0 <= pad < 1 << 31 else None
 
 
 def require_classifier(ref: str) -> None:
