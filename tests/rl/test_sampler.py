@@ -33,6 +33,7 @@ from jaxft.rl import sampler as sampler_module
 from jaxft.rl.layout import pack_episodes, rollout_shapes, smallest_shape
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.play import rollout
+from jaxft.rl.programs import uncounted
 from jaxft.rl.record import table_indices
 from jaxft.rl.rewards import EnvironmentReward, exact
 from jaxft.rl.rollout import Rollouts
@@ -186,7 +187,7 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
     run = SimpleNamespace(
         model=model, stop=(7, 11), mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), folder=tmp_path,
         param_shapes=jax.eval_shape(lambda: params), params=lambda state: params, state=state,
-            counter=lambda *_: lambda _: None,
+        counter=uncounted,
     )  # fmt: skip
     found = compile_rollout_sampler(run, data, tokenizer, 64)(prompts, 2, 3, state)
     key = jax.random.fold_in(jax.random.key(data.seed + 2), 3)
@@ -232,7 +233,7 @@ def test_turns_that_go_on_have_the_training_programs_log_probs(tmp_path):
     run = SimpleNamespace(
         model=model, stop=(tokenizer.eos_token_id,), folder=tmp_path, params=lambda state: params,
         mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), param_shapes=jax.eval_shape(lambda: params),
-        state=SimpleNamespace(trainable={"w": jnp.ones(1)}),
+        state=SimpleNamespace(trainable={"w": jnp.ones(1)}), counter=uncounted,
     )  # fmt: skip
     found = compile_rollout_sampler(run, data, tokenizer, 64)(prompts, 2, 0, run.state)
     assert found.valid.all() and (found.lengths > 6).any()
