@@ -13,9 +13,12 @@ which they pass on.
         def step(self, state, text): ...                        # (observation, reward, done, state)
 
     class Guess:                                      # TRL's environment_factory, unchanged
-        def reset(self, **row): ...
+        def reset(self, **row): ...                             # an object plays one episode after another
         def guess(self, number: int) -> str: ...                # public methods are tools
         def get_reward(self) -> float: ...                      # may be async
+
+    def won(environments, **columns):                 # or its reward, for rewards=my_env.py:won
+        return [environment.won for environment in environments]
 
     ENVIRONMENTS = {"guess": Guess, "game": Game}     # several: a row's column `environment` names its own
 
@@ -27,7 +30,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -36,7 +39,7 @@ from jaxft.data.columns import tool_schema
 from jaxft.data.example import Message
 from jaxft.data.prompt_rows import ENVIRONMENT, EVERY_ROW
 from jaxft.rl.environments.calls import Task
-from jaxft.rl.environments.tools import Tool, by_name
+from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name
 from jaxft.short_names import ENVIRONMENTS, ShortNames
 
 EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
@@ -49,6 +52,14 @@ MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 
 class WrongType(Exception):
     """An environment returned something else than its type says."""
+
+
+def _state(state: EpisodeState) -> Any:
+    return state
+
+
+def _first(state: EpisodeState) -> Any:
+    return state[0]
 
 
 class Beginning(NamedTuple):
@@ -81,7 +92,9 @@ class Environment:
     user's function, with the time-out. name: in logs and metrics. scored: whether its episodes have a score
     at all. continues: whether they may have a second turn. resets: whether reset may return a prompt; a class
     says that its own does not by `-> None`. by_name: of several environments, the schemas of each, by what
-    a row's column `environment` says; {} where all rows have `schemas`.
+    a row's column `environment` says; {} where all rows have `schemas`. told: exceptions of tools that are
+    returned to the model; others exclude the episode. owner(state) -> the object that rewards with an
+    argument `environments` read.
     """
 
     name: str
@@ -94,6 +107,8 @@ class Environment:
     continues: bool = True
     resets: bool = True
     by_name: Mapping[str, tuple[Schema, ...]] = field(default_factory=dict)
+    told: tuple[type[Exception], ...] = MODELS_ERRORS
+    owner: Callable[[EpisodeState], Any] = _state
 
     @property
     def row_tools(self) -> str:
@@ -125,7 +140,7 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     elif inspect.isclass(given):
         found = _of_class(given, given)
     elif callable(given) and not inspect.signature(given).parameters:
-        found = _of_class(type(given()), given)
+        found = _of_class(_made_by(given), given)
     elif callable(given):
         found = _of_function(given)
     else:
@@ -174,7 +189,7 @@ def _of_function(function: Callable[..., Any]) -> Environment:
         found = checked_step(task.call(function, inner, text, row))
         return found._replace(state=(found.state, row))
 
-    return Environment(_name(function), reset, step, _no_tools, (), _no_score, resets=False)
+    return Environment(_name(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
 
 
 def _of_several(parts: Mapping[str, Environment]) -> Environment:
@@ -211,12 +226,24 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
         continues=any(part.continues for part in each),
         resets=any(part.resets for part in each),
         by_name={name: part.schemas for name, part in parts.items()},
+        told=tuple({error for part in each for error in part.told}),
+        owner=lambda state: state[0].owner(state[1]),
     )
+
+
+@cache
+def _made_by(factory: Callable[[], Any]) -> type:
+    """Return the class of what a factory makes, which may be a connection to a server: it makes one."""
+    return type(factory())
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
     """Return the environment of a class. make: makes the object of an episode."""
-    members = dict(inspect.getmembers(given, inspect.isfunction))
+    members = {
+        name: x
+        for name, x in inspect.getmembers(given, inspect.isfunction)
+        if not isinstance(inspect.getattr_static(given, name), staticmethod)
+    }
     if "reset" not in members:
         raise ValueError(
             f"environment {given.__name__} has no reset. Define reset(self, row) and step(self, state, "
@@ -247,27 +274,37 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
         return {method: getattr(state[0], method) for method in methods}
 
     return Environment(
-        name, reset, step, tools, _schemas(methods), _no_score, resets=_returns(members["reset"])
+        name,
+        reset,
+        step,
+        tools,
+        _schemas(methods),
+        _no_score,
+        resets=_returns(members["reset"]),
+        owner=_first,
     )
 
 
 def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
-    """Return the environment of a class as TRL's environment_factory takes it."""
+    """Return the environment of a class as TRL's environment_factory takes it: an object plays one episode
+    after another, and the model is told of any exception of a tool.
+    """
     methods = _tool_methods(members, ("reset", "get_reward"))
     rewards = "get_reward" in members
 
     def reset(row: RowColumns, task: Task) -> Beginning:
-        self = task.call(make)
+        self = task.object(make)
         return Beginning(_checked_prompt(task.call(self.reset, **row)), self)
 
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {method: getattr(state, method) for method in methods}
 
     def score(state: EpisodeState, task: Task) -> float | None:
-        return _checked_reward(task.call(state.get_reward)) if rewards else math.nan
+        return checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
     resets = _returns(members["reset"])
-    return Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards, resets=resets)
+    own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards, resets=resets)
+    return replace(own, told=(Exception,))
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
@@ -324,7 +361,7 @@ def checked_step(value: Any) -> StepResult:
     observation, reward, done, state = value
     if not isinstance(done, bool | np.bool_):
         raise WrongType(f"step returned done={_shown(done)}, expected True or False")
-    return StepResult(_messages(observation), _checked_reward(reward), bool(done), state)
+    return StepResult(_messages(observation), checked_reward(reward), bool(done), state)
 
 
 def _messages(observation: Any) -> tuple[Message, ...]:
@@ -358,7 +395,7 @@ def _checked_prompt(value: Any) -> FirstPrompt:
     raise WrongType(f"reset returned {_shown(value)}, expected a string, messages or None")
 
 
-def _checked_reward(value: Any) -> float:
+def checked_reward(value: Any) -> float:
     """Return a reward as a float, NaN for None. Raises WrongType if it is not a finite real number."""
     if value is None:
         return math.nan
