@@ -77,11 +77,12 @@ class Environment:
 
     reset(row, task) -> Beginning. step(state, text, task) -> StepResult, for a turn without tool calls.
     tools(state) -> the functions that the model may call, by name, which `schemas` describe to it.
-    score(state, task) -> the score of the episode; None: the sum of its turns' rewards. task.call calls a
-    user's function, with the time-out. name: in logs and metrics. scored: whether its episodes have a score
-    at all. continues: whether they may have a second turn. resets: whether reset may return a prompt; a class
-    says that its own does not by `-> None`. by_name: of several environments, the schemas of each, by what
-    a row's column `environment` says; {} where all rows have `schemas`.
+    score(state, task) -> the score of the episode; None: the sum of its turns' rewards, 0 if no turn has one,
+    as when a limit ends an episode that only called tools. task.call calls a user's function, with the
+    time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
+    they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
+    by `-> None`. by_name: of several environments, the schemas of each, by what a row's column `environment`
+    says; {} where all rows have `schemas`.
     """
 
     name: str
@@ -197,7 +198,7 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
         return state[0].tools(state[1])
 
     def score(state: EpisodeState, task: Task) -> float | None:
-        return state[0].score(state[1], task)
+        return state[0].score(state[1], task) if state[0].scored else None
 
     each = parts.values()
     return Environment(

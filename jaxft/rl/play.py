@@ -4,7 +4,8 @@ All first turns are queued at once. As soon as a turn has ended, a thread asks t
 while other rows go on sampling; the answer's tokens are appended to the row, and the next turn is sampled.
 Which tokens are sampled depends on keys and prompts only, not on which answer came first.
 
-An episode ends when the environment says so, at a limit of turns or tokens, or with a fault. Faults that
+An episode ends when the environment says so, at a limit of turns or tokens, or with a fault. An episode that
+a limit ends has the sum of its turns' rewards so far as its score: 0 if it only called tools. Faults that
 exclude the episode from training and means: the environment or a tool raises, takes longer than the time-out,
 returns a wrong type or too much text, or the chat template rejects the messages. Errors in the model's own
 calls are returned to the model (tools.py). Both are counted by kind.
@@ -151,7 +152,7 @@ class _Episode:
 
 
 class _Scored(NamedTuple):
-    """The environment's own score of an episode; None: the sum of its turns' rewards."""
+    """The environment's own score of an episode; None: the sum of its turns' rewards, 0 without any."""
 
     score: float | None
 
@@ -237,9 +238,7 @@ class _Rollout:
                     return self._begun(episode, value)
                 case _Scored(score):
                     total = math.fsum(x for x in episode.rewards if not math.isnan(x))
-                    has_rewards = not all(map(math.isnan, episode.rewards))
-                    own = total if has_rewards else math.nan
-                    return _Decision(number, "end", score=own if score is None else score)
+                    return _Decision(number, "end", score=total if score is None else score)
                 case _Answer():
                     return self._answered(episode, value)
                 case _:

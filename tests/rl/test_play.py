@@ -27,8 +27,11 @@ from jaxft.data.prompts import read_prompts
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed import processes
 from jaxft.rl.environment import EnvironmentClass, environment_of, single_turn
+from jaxft.rl.environments.calculator import Calculator
+from jaxft.rl.episodes import collect
+from jaxft.rl.metrics import score_metrics
 from jaxft.rl.play import EpisodeLimits, Play, rollout
-from jaxft.rl.rewards import exact
+from jaxft.rl.rewards import EnvironmentReward, RewardScores, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
 from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
@@ -246,6 +249,73 @@ def test_an_episode_at_a_limit_has_a_score_and_has_not_ended():
     assert found.score == 2.0 and not found.ended
     (short,) = played(environment_of(again), ["a"], limits=replace(LIMITS, tokens=30))
     assert short.score and not short.ended and short.segments[-1].sampled
+
+
+LAST_TURNS = {
+    "a call": CALL,
+    "a malformed call": CALL[:-9].replace("}}", ""),
+    "an unknown tool": CALL.replace("add", "subtract"),
+    "a truncated call": CALL.replace("2", "2" * 300),
+}
+
+
+@pytest.mark.parametrize("text", LAST_TURNS.values(), ids=LAST_TURNS)
+def test_an_episode_that_calls_tools_up_to_its_limit_counts_as_wrong(text):
+    """The mean over eight episodes of a prompt, of which one is right, is 1/8, and all are trained on."""
+    tokenizer, how = stock_tokenizer("qwen2.5"), TEMPLATES["qwen2.5"].settings
+
+    def write(ids, episode):
+        said = "It is 5." if episode == 0 else text
+        return [*tokenizer(said, add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
+
+    play = Play(environment_of(Calculator), tokenizer, stop_of(tokenizer), replace(LIMITS, turns=3))
+    rows = rows_of(tokenizer, ["q"], how, answer="5")
+    found = collect(rows, rollout(ScriptedSampler(write), play, rows, 8, KEY), 2000, 3000, 3)
+    rules = Rules((EnvironmentReward(),))
+    scored = rules.score(found, [RewardScores(found.scores)])
+    assert scored.scores.tolist() == [[1.0] + [0.0] * 7] and rules.policy_mask(scored).all()
+    metrics = score_metrics(scored.scores)
+    assert metrics["reward"] == 0.125 and metrics["frac_unscorable"] == 0.0
+
+
+def test_an_environment_without_rewards_adds_nothing_to_those_of_the_run():
+    """Its episodes have the score 0, whoever ends them, so that rewards= decides alone."""
+
+    def twice(state, text, row):
+        return "And?", None, state == 1, 1
+
+    class Silent:
+        def reset(self, row):
+            return None
+
+        def step(self, state, text):
+            return None, None, True, state
+
+    for given_by_user in (twice, Silent):
+        found = played(environment_of(given_by_user), ["a"])
+        assert [part.score for part in found] == [0.0] and not found[0].fault
+    several = environment_of({"silent": Silent, "tools": AddsOnly})
+    tokenizer = stock_tokenizer("qwen2.5")
+    rows = rows_of(tokenizer, ["q"], TEMPLATES["qwen2.5"].settings, environment="tools")
+    play = Play(several, tokenizer, stop_of(tokenizer), LIMITS)
+    (found,) = rollout(ScriptedSampler(say(tokenizer, ["a"])), play, rows, 1, KEY)
+    assert found.score == 0.0
+
+
+class AddsOnly:
+    """A class of TRL's environment_factory without get_reward."""
+
+    def reset(self, **row):
+        return None
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: the first
+            b: the second
+        """
+        return a + b
 
 
 def test_an_episode_without_an_environment_is_one_turn():
