@@ -101,10 +101,10 @@ def play(args: argparse.Namespace) -> int:
     def show(text: str) -> None:
         print(printable_text(text), flush=True)
 
-    sampler = TypedTurns(read, show, tokenizer, tokenizer.eos_token_id, setting.call_format)
+    typed = TypedTurns(read, show, tokenizer, tokenizer.eos_token_id, setting.call_format)
     for number in range(len(rows)):
         try:
-            (*_, episode) = rollout(sampler, setting, rows.select([number]), 1, jax.random.key(0))
+            (episode,) = rollout(lambda key: typed, setting, rows.select([number]), 1, jax.random.key(0))
         except (EOFError, KeyboardInterrupt):
             print()
             return 0

@@ -150,7 +150,7 @@ def test_a_person_plays_what_a_policy_would():
     person = TypedTurns(typed.__next__, shown.append, tokenizer, tokenizer.eos_token_id, play.call_format)
     tools = list(play.environment.schemas)
     rows = rows_of(tokenizer, ["What is 6 * 7?"], DEFAULT_TEMPLATE_SETTINGS, tools, answer="42")
-    (found,) = rollout(person, play, rows, 1, KEY)
+    (found,) = rollout(lambda key: person, play, rows, 1, KEY)
     assert "multiply" in shown[0] and "<tool_response>\n42\n</tool_response>" in shown[1]
     assert result_line(found).startswith("[ended; score 1; unknown_tool: there is no tool 'nothing'")
 

@@ -6,6 +6,7 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -34,7 +35,6 @@ from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.rewards import EnvironmentReward, RewardScores, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
-from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
 from jaxft.runs.parse import parse_value
 
 KEY = jax.random.key(0)
@@ -166,21 +166,16 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
     by_session = {}
     for episode, ids in sampler.opened.dropped:
         by_session.setdefault(episode, []).append(ids)
-    episodes = [part for part in found if part.part == 0]
-    assert [part.prompt for part in episodes] == [0, 0, 1, 1]
-    at = 0
-    for number, first in enumerate(episodes):
-        parts = found[at : at + first.parts]
-        at += first.parts
-        assert [episode_ids(part).tolist() for part in parts if part.start] == by_session.get(number, [])
-        turns = [s.tokens.tolist() for part in parts for s in part.segments if s.sampled]
+    assert [episode.prompt for episode in found] == [0, 0, 1, 1]
+    for number, episode in enumerate(found):
+        rows = episode.rows()
+        assert [row.ids.tolist() for row in rows if row.start] == by_session.get(number, [])
+        turns = [s.tokens.tolist() for s in episode.sampled]
         for got, wrote in zip(turns, sampled.get(number, []), strict=True):
-            assert got == wrote[: len(got)] and (len(got) == len(wrote) or not parts[-1].ended)
-        for part in parts:
-            assert sampled_mask(part).sum() == part.sampled_count
-        used = sum(len(s.tokens) for part in parts for s in part.segments)
-        assert used + sum(len(part.start) for part in parts[1:]) <= LIMITS.tokens
-    assert at == len(found)
+            assert got == wrote[: len(got)] and (len(got) == len(wrote) or not episode.ended)
+        masked = [i for row in rows for i in row.ids[row.sampled].tolist()]
+        assert masked == sum(turns, [])
+        assert sum(len(row.ids) for row in rows) - len(episode.start) <= LIMITS.tokens
 
 
 def test_a_conversation_with_a_tool_is_one_row():
@@ -203,10 +198,14 @@ def test_a_template_that_cuts_reasoning_begins_a_second_row():
 
     limits = replace(LIMITS, turns=2)
     found = played(environment_of(ask), ["<think>\nhm\n</think>\n\nyes"], "qwen3", limits=limits)
-    assert [(part.part, part.parts) for part in found] == [(0, 2), (1, 2)]
-    tokenizer = stock_tokenizer("qwen3")
-    assert "hm" not in tokenizer.decode(found[1].start) and "yes" in tokenizer.decode(found[1].start)
-    assert found[0].score == found[1].score == 2.0 and not found[1].ended
+    first, second = found[0].rows()
+    start = stock_tokenizer("qwen3").decode(second.ids[: second.start])
+    assert "hm" not in start and "yes" in start and len(found[0].start) == first.start
+    assert found[0].score == 2.0 and not found[0].ended and len(found) == 1
+
+
+def ids_of(found):
+    return [row.ids.tolist() for episode in found for row in episode.rows()]
 
 
 def test_decisions_reach_other_processes_as_json(monkeypatch):
@@ -224,7 +223,7 @@ def test_decisions_reach_other_processes_as_json(monkeypatch):
     there = played(environment, texts, questions=("q", "r"))
     assert [part.turns for part in here] == [part.turns for part in there]
     assert [part.faults for part in here] == [part.faults for part in there] and here[0].fault == "raised"
-    assert [episode_ids(part).tolist() for part in here] == [episode_ids(part).tolist() for part in there]
+    assert ids_of(here) == ids_of(there)
 
 
 # ---- scores and ends
@@ -432,6 +431,10 @@ def test_scores_arrive_while_other_rows_are_sampled():
 
 
 # ---- faults
+
+
+def fault_counts(found):
+    return Counter(fault.kind for episode in found for fault in episode.faults)
 
 
 def hang(state, text, row):

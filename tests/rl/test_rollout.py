@@ -85,7 +85,7 @@ def bound_to_sampler(source, run, history=NEW):
         sample=FakeSampler(data),
         rewards=tuple(reward.prepare(None) for reward in data.rules.rewards),
         token_scores=None,
-        sizes=rollout_shapes(data, source.longest, source.shards),
+        row_shapes=tuple(rollout_shapes(data, source.longest, source.shards)),
         batch_shapes=source.shapes,
         history=history,
     )
