@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxft.batch import Pairs, Rollout, TrainState
-from jaxft.bounds import above
+from jaxft.bounds import above, at_least
 from jaxft.data import chat, prompts
 from jaxft.data.invalid import add_counts
 from jaxft.data.next_turn import restart_notes
@@ -160,15 +160,17 @@ class Rollouts(Prompts):
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
     turn. Of a dict, a row's column `environment` names its own. A row is large enough for a prompt of each
     episode, unless `reset` is annotated to return None. tools: functions that the policy may call. timeout:
-    seconds of each call of them. replay: the folder of a run whose recorded rollouts are used in place of new
-    ones. observations: whether a batch has weights of
-    the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
+    seconds of each call of them. max_observation: characters of what each call returns. replay: the folder of
+    a run whose recorded rollouts are used in place of new ones; held-out prompts are sampled as ever.
+    observations: whether a batch has weights of the tokens that episodes were given, for the objective
+    policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
     environment: EnvironmentClass | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
+    max_observation: Annotated[int, at_least(1)] = 1 << 16
     replay: str | None = None
     observations: bool = False
     kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, rollout_batch, of_tokens=True)
@@ -208,7 +210,7 @@ class Rollouts(Prompts):
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
         sizes = self.max_turns, self.max_new, self.episode_length, self.max_prompt
-        return Play(self.played, tokenizer, stop, EpisodeLimits(*sizes, self.timeout))
+        return Play(self.played, tokenizer, stop, EpisodeLimits(*sizes, self.timeout, self.max_observation))
 
     def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
         """Return lines about reward models, log-probs that are not recomputed and the model's rope; see
