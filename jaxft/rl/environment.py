@@ -67,7 +67,7 @@ class Beginning(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What answers a turn. observation: messages that the model is shown; () ends the episode, as `done`
+    """The answer to a turn. observation: messages that the model is shown; () ends the episode, as `done`
     does. reward: of the turn, NaN for none.
     """
 

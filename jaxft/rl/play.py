@@ -105,7 +105,7 @@ class Play:
 
 
 class TurnSession(Protocol):
-    """What samples: rows in progress that can be continued. Episodes have numbers of the caller's choice.
+    """A sampler of turns, whose rows can be continued. Episodes have numbers of the caller's choice.
 
     A row stays taken from `start` until `drop`, so that a turn that has ended can be continued. The engine's
     Session is one, a person who types turns another.
@@ -188,14 +188,14 @@ class _Scored(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What answers a turn, with faults that the model is told of."""
+    """The answer to a turn, with faults that the model is shown."""
 
     step: StepResult
     faults: list[Fault]
 
 
 class _Decision(NamedTuple):
-    """What becomes of an episode, decided on the first process; all values are JSON.
+    """The next action of an episode, decided on the first process; all values are JSON.
 
     do: "start", "extend", "wait" (for its score) or "end". ids: of a prompt or an answer. reward: of the turn
     before. fault: excludes the episode. faults: others.

@@ -341,7 +341,7 @@ class PromptSource:
 
 
 class History(NamedTuple):
-    """What outlives a rollout, as a checkpoint stores it. moments: of all scores so far, for Rules.scale.
+    """Values of a checkpoint that outlive a rollout. moments: of all scores so far, for Rules.scale.
     reported: kinds of faults of which one has been printed.
     """
 
@@ -405,16 +405,22 @@ class RolloutSource(PromptSource):
         return HeldOutMetrics(evaluation_metrics(rules.reward_names, scored, tokens), rows)
 
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
-        """Sample and score rollout `number`. Raises ValueError if none of its episodes has a score."""
+        """Sample and score rollout `number`.
+
+        Without any score it trains nothing, such as while a server of the environment is away. Raises
+        ValueError if no rollout had one so far.
+        """
         data, rules = self.data, self.data.rules
         chosen = self.train.select(prompts.prompts_of_rollout(data, self.train, number))
         scored, packed = self._scored(chosen, data.group, number, state)
         messages = fault_messages(scored)
         if not has_score(scored.scores).any():
             reason = next(iter(messages.values()), "none has all of its rewards.")
-            raise ValueError(
-                f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
-            )
+            text = f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
+            if not self.history.moments[0]:
+                raise ValueError(text)
+            if processes.is_first():
+                print(f"{text} It is left out of training.", flush=True)
         new = [kind for kind in messages if kind not in self.history.reported]
         if processes.is_first():
             for kind in new:

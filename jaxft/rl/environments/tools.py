@@ -136,7 +136,7 @@ def valid_text(text: str) -> str:
 def _result_of(
     call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int
 ) -> tuple[str, Fault | None]:
-    """Return the text of a call's result, or the fault that the model is told."""
+    """Return the text of a call's result, or the fault that the model is shown."""
     tool = tools.get(call.name)
     if call.index >= MOST_CALLS:
         return "", Fault(TOO_MANY_CALLS, f"only {MOST_CALLS} calls of a turn are answered")
