@@ -32,6 +32,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
+from jaxft.rl.environment import finite_number, shown
 from jaxft.rl.environments.calls import shared_loop
 from jaxft.rl.environments.tools import tool_name
 from jaxft.rl.layout import PackedRows
@@ -311,27 +312,12 @@ def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequen
 
 
 def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
-    """Convert a reward's return value to a score; NaN and a fault if it is no real number, such as a string
-    or an array.
-    """
-    score = math.nan
-    if not isinstance(value, str | bytes | complex | np.complexfloating):
-        try:
-            score = float(value) if np.ndim(value) == 0 else math.nan
-        except (TypeError, ValueError, OverflowError):
-            score = math.nan
+    """Convert a reward's return value to a score; NaN and a fault if it is no real number."""
+    score = finite_number(value)
     if math.isfinite(score):
         return score, Faults()
-    message = f"reward {name} returned {_short_repr(value)}, expected a finite number ({row})"
+    message = f"reward {name} returned {shown(value)}, expected a finite number ({row})"
     return math.nan, Faults(not_a_number=1, first=message)
-
-
-def _short_repr(value: Any) -> str:
-    """The type and repr of a value of any type, whose own repr may raise."""
-    try:
-        return f"{type(value).__name__} {value!r}"[:80]
-    except Exception:
-        return f"a {type(value).__name__}"
 
 
 # Reward functions

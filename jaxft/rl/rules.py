@@ -144,7 +144,7 @@ def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
     episodes = scored.episodes
     for trajectory, row in zip(episodes.trajectories, episodes.row_names, strict=True):
         for kind, text in trajectory.faults:
-            what = "this episode has no score" if kind == trajectory.fault else "the policy was told"
+            what = "this episode has no score" if kind == trajectory.fault else "the policy was shown it"
             message = f"{kind}: {text} ({row}); {what}. Further faults of this kind are only counted."
             found.setdefault(kind, message)
     return found

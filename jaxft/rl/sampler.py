@@ -1,8 +1,9 @@
 """Episodes of a rollout: played with the policy of a run, or read from the record of an earlier one.
 
 All trajectories of a rollout are written to rollouts/NUMBER.npz in the run's folder. A run that was killed
-reads those that it had sampled with the same weights; data.replay=runs/NAME reads another run's. Neither
-samples nor calls the environment, so that it repeats the rollout to the bit.
+reads those that it had sampled with the same weights; data.replay=runs/NAME reads another run's. A rollout
+that is read is repeated to the bit: nothing is sampled for it and no environment is called. Held-out prompts
+are not recorded: an evaluation samples them, also in a replay.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
 from jaxft.rl.play import Sampler, rollout
 from jaxft.rl.programs import BoundRun
-from jaxft.rl.record import RECORDS, RolloutRecord
+from jaxft.rl.record import RECORDS, RolloutRecord, prompts_hash
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.trajectory import Episodes, Trajectory, collect
 from jaxft.tree import Params
@@ -60,7 +61,8 @@ def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_siz
         if number == EVALUATION:
             trajectories = played()
         else:
-            record = RolloutRecord(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
+            content = int(weights_of(state.trainable)), prompts_hash(prompts, group)
+            record = RolloutRecord(run.folder / RECORDS, data.replay, *content)
             trajectories = record.read(number) or record.write(number, played())
         sizes = data.sampled_length, data.episode_length, data.max_turns
         return replace(collect(prompts, trajectories, *sizes), begun=begun)

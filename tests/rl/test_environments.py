@@ -139,6 +139,38 @@ def test_the_code_interpreter_runs_code_and_reads_its_answer():
     assert [part.score for part in episodes(CodeInterpreter, rows, turn)] == [1.0, 1.0]
 
 
+def test_an_answer_in_json_is_no_malformed_call():
+    """Bare text of Llama 3 is one if it has a call's keys, or is cut off."""
+    format = call_format("llama3")
+    counts = {
+        '{"answer": 3}': 0,
+        '{"name": "Bob", "age": 3}': 0,
+        "{1, 2}": 0,
+        '{"name": "add"}': 1,
+        '{"name": "add", "parameters": {"a": 1': 1,
+        "<|python_tag|>add.call(a=1)": 1,
+    }
+    for text, count in counts.items():
+        assert parse_turn(text, format, 1)[1:] == ((), count), text
+    (called,) = parse_turn('{"name": "add", "parameters": {}}', format, 1).calls
+    assert (called.name, called.arguments) == ("add", "{}")
+
+
+@pytest.mark.parametrize("text", ['{"name": "now"}', '{"name": "now", "arguments": null}'])
+def test_a_call_without_arguments_is_one_of_a_tool_that_takes_none(text):
+    turn = parse_turn(f"<tool_call>{text}</tool_call>", call_format("hermes"), 1)
+    assert [(x.name, x.arguments) for x in turn.calls] == [("now", "{}")] and not turn.malformed
+
+
+def test_an_answer_that_cannot_be_compared_is_a_fault_and_words_are_compared_whole():
+    for environment, answer in ((Calculator, "a lot"), (Search, "?")):
+        (found,) = episodes(environment, [{"prompt": "q", "answer": answer}], lambda *_: "I don't know.")
+        assert found.fault == "raised" and "column 'answer' has no" in found.faults[0].text
+    rows = [{"prompt": "On which river?", "answer": "Ad"}]
+    assert episodes(Search, rows, lambda *_: "I had bad luck.")[0].score == 0.0
+    assert episodes(Search, rows, lambda *_: "It is on the Ad.")[0].score == 1.0
+
+
 # ---- played by a person
 
 

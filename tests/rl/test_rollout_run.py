@@ -98,6 +98,16 @@ def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
         assert run.data.group == (16 if name.startswith("GFPO") else 8), name
 
 
+def test_the_overlong_penalty_begins_before_the_limit_of_all_turns(monkeypatch):
+    """Four turns of 32 tokens may have 128: an episode of 120 ends where the penalty begins."""
+    monkeypatch.chdir(ROOT)
+    turns = ["environment=guess_number", "max_turns=4", "max_episode=256", "max_new=32", "overlong=8"]
+    rules = load_config("configs/grpo.py", turns).data.rules
+    lengths = np.array([[10, 60, 120, 124, 128]])
+    scores = rules.shape(np.zeros((1, 5)), lengths, np.ones((1, 5), bool))
+    assert scores.tolist() == [[0, 0, 0, -0.5, -1]]
+
+
 def test_a_correction_takes_its_bounds_from_the_recipe(monkeypatch):
     monkeypatch.chdir(ROOT)
     run = load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=0.5,5"])

@@ -41,7 +41,7 @@ def scored(factory, functions, turns, play=None, **columns):
         return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
 
     found = rollout(ScriptedSampler(write), play, rows, 1, KEY)
-    replayed = from_bytes(to_bytes(found, 0))
+    replayed = from_bytes(to_bytes(found, 0, 0))
     assert [t.rewards for t in replayed] == pytest.approx([t.rewards for t in found], nan_ok=True)
     episodes = collect(rows, found, 2000, 3000, 4)
     return rules.score(episodes, [r.prepare(None)(episodes, None, None) for r in rules.rewards]), play

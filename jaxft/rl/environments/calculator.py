@@ -13,6 +13,8 @@ class Calculator:
     def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
         self.answer = last_number(row["answer"])
+        if self.answer is None:
+            raise ValueError(f"column 'answer' has no number: {row['answer']!r:.80}")
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
         """End the episode with the first turn that calls no tool."""
