@@ -98,9 +98,10 @@ class Environment:
     as when a limit ends an episode that only called tools. task.call calls a user's function, with the
     time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
     they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
-    by `-> None`. by_name: of several environments, the schemas of each, by what a row's column `environment`
-    says; {} where all rows have `schemas`. told: exceptions of tools that are returned to the model; others
-    exclude the episode. owner(state) -> the object that rewards with an argument `environments` read.
+    by `-> None`. prompts: whether it always does, as a class says by `-> str`: rows need none. by_name: of
+    several environments, the schemas of each, by what a row's column `environment` says; {} where all rows
+    have `schemas`. told: exceptions of tools that are returned to the model; others exclude the episode.
+    owner(state) -> the object that rewards with an argument `environments` read.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Environment:
     scored: bool = True
     continues: bool = True
     resets: bool = True
+    prompts: bool = False
     by_name: Mapping[str, tuple[Schema, ...]] = field(default_factory=dict)
     told: tuple[type[Exception], ...] = MODELS_ERRORS
     owner: Callable[[EpisodeState], Any] = _state
@@ -237,6 +239,7 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
         scored=any(part.scored for part in each),
         continues=any(part.continues for part in each),
         resets=any(part.resets for part in each),
+        prompts=all(part.prompts for part in each),
         by_name={name: part.schemas for name, part in parts.items()},
         told=tuple({error for part in each for error in part.told}),
         owner=lambda state: state[0].owner(state[1]),
@@ -308,7 +311,7 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
         tools,
         _schemas(methods),
         _no_score,
-        resets=_returns(members["reset"]),
+        **_prompts(members["reset"]),
         owner=_first,
     )
 
@@ -330,9 +333,8 @@ def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> E
     def score(state: EpisodeState, task: Task) -> float | None:
         return checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
-    resets = _returns(members["reset"])
-    own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards, resets=resets)
-    return replace(own, told=(Exception,))
+    own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
+    return replace(own, told=(Exception,), **_prompts(members["reset"]))
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
@@ -343,9 +345,10 @@ def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
     return tuple(map(tool_schema, methods.values()))
 
 
-def _returns(function: Callable[..., Any]) -> bool:
-    """Whether a function may return something, by its annotation."""
-    return inspect.signature(function).return_annotation not in (None, "None")
+def _prompts(reset: Callable[..., Any]) -> dict[str, bool]:
+    """Return whether a reset may return a prompt, and whether it always does, by its annotation."""
+    annotation = inspect.signature(reset).return_annotation
+    return {"resets": annotation not in (None, "None"), "prompts": annotation in (str, "str")}
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

@@ -199,6 +199,11 @@ class Rollouts(Prompts):
         return self.played.row_tools
 
     @property
+    def optional_prompts(self) -> bool:
+        """Whether rows need no prompt, as the environment makes them."""
+        return self.played.prompts
+
+    @property
     def played(self) -> Environment:
         """The environment, with the tools."""
         return environment_of(self.environment, self.tools)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from chat_templates import TEMPLATES, stock_tokenizer
 from scripted_session import ScriptedSampler
 from test_play import KEY, LIMITS, rows_of, stop_of
 
+from jaxft.data.prompts import read_prompts
 from jaxft.rl.environment import environment_of
 from jaxft.rl.play import Play, rollout
 from jaxft.rl.record import from_bytes, to_bytes
@@ -41,7 +43,7 @@ def scored(factory, functions, turns, play=None, **columns):
         return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
 
     found = rollout(ScriptedSampler(write), play, rows, 1, KEY)
-    replayed = from_bytes(to_bytes(found, 0, 0))
+    replayed = from_bytes(to_bytes(found, 0))
     assert [t.rewards for t in replayed] == pytest.approx([t.rewards for t in found], nan_ok=True)
     episodes = collect(rows, found, 2000, 3000, 4)
     return rules.score(episodes, [r.prepare(None)(episodes, None, None) for r in rules.rewards]), play
@@ -310,3 +312,43 @@ def test_a_factory_is_called_once_to_learn_its_class():
 
     assert [environment_of(factory).name for _ in range(3)] == ["Merging"] * 3 and len(made) == 1
     assert [s["function"]["name"] for s in environment_of(factory).schemas] == ["move"]
+
+
+class OwnsItsData:
+    """The shape of TRL's documentation: no dataset, the prompt is what reset returns."""
+
+    def reset(self, seed: int = 0, **kwargs) -> str:
+        self.target, self.count = 3 + seed, 0
+        return f"Increment to {self.target}."
+
+    def increment(self, step: int) -> str:
+        """
+        Increment the counter.
+
+        Args:
+            step: By how much.
+        """
+        self.count += step
+        return str(self.count)
+
+    def get_reward(self) -> float:
+        return float(self.count == self.target)
+
+
+def test_an_environment_that_returns_its_prompt_needs_none_in_the_rows(tmp_path):
+    """If reset is annotated to return a string; otherwise a row without a prompt is invalid."""
+    tokenizer, path = stock_tokenizer("qwen2.5"), tmp_path / "r.jsonl"
+    path.write_text('{"seed": 1}\n{"seed": 2}\n')
+    data = Rollouts(str(path), rules=Rules((exact,)), environment=OwnsItsData, max_prompt=2000)
+    rows = read_prompts(data.train, data, tokenizer, tmp_path).select([0, 1])
+
+    def write(ids, episode):
+        text = call("increment", step=5) if "tool_response" not in tokenizer.decode(ids) else "done"
+        return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
+
+    play = Play(data.played, tokenizer, stop_of(tokenizer), LIMITS)
+    found = rollout(ScriptedSampler(write), play, rows, 1, KEY)
+    assert [t.turns[0]["content"] for t in found] == ["Increment to 4.", "Increment to 5."]
+    assert [t.score for t in found] == [0.0, 1.0]
+    with pytest.raises(ValueError, match="the columns seed include no prompt"):
+        read_prompts(data.train, replace(data, environment=TwoGames), tokenizer, tmp_path)
