@@ -41,7 +41,7 @@ from jaxft.data.invalid import InvalidRow
 from jaxft.data.prompt_rows import ENVIRONMENT, EVERY_ROW
 from jaxft.data.rows import Row
 from jaxft.rl.environments.calls import Task
-from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, valid_text
+from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, tool_name, valid_text
 from jaxft.short_names import ENVIRONMENTS, ShortNames
 
 EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
@@ -192,7 +192,7 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
 def _of_function(function: Callable[..., Any]) -> Environment:
     if not _takes(function, 3):
         raise ValueError(
-            f"environment {_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
+            f"environment {tool_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
         )
 
     def reset(row: RowColumns, task: Task) -> Beginning:
@@ -203,7 +203,7 @@ def _of_function(function: Callable[..., Any]) -> Environment:
         found = checked_step(task.call(function, inner, text, row))
         return found._replace(state=(found.state, row))
 
-    return Environment(_name(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
+    return Environment(tool_name(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
 
 
 def _of_several(parts: Mapping[str, Environment]) -> Environment:
@@ -253,7 +253,7 @@ def _made_by(factory: Callable[[], Any]) -> type:
         return type(factory())
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"environment {_name(factory)} made no object: {text}"[:200]) from error
+        raise ValueError(f"environment {tool_name(factory)} made no object: {text}"[:200]) from error
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
@@ -360,11 +360,6 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     needed = [p for p in positional if p.default is p.empty]
     by_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return 1 <= len(needed) <= count <= len(positional) and not by_any_name
-
-
-def _name(function: Callable[..., Any]) -> str:
-    function = _without_partial(function)
-    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _without_partial(function: Any) -> Any:

@@ -118,10 +118,7 @@ class FunctionReward(Reward):
     @property
     def name(self) -> str:
         """The function's name."""
-        fn: Any = self.fn
-        while isinstance(fn, partial):
-            fn = fn.func
-        return str(getattr(fn, "__name__", type(fn).__name__))
+        return tool_name(self.fn)
 
     @property
     def is_async(self) -> bool:

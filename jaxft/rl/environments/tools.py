@@ -48,7 +48,9 @@ class ParsedTurn(NamedTuple):
 
 
 def tool_name(tool: Tool) -> str:
-    """Return the name by which a model calls a tool."""
+    """Return the name of a function, by which a model calls it; of a partial, that of its function."""
+    while isinstance(tool, partial):
+        tool = tool.func
     return str(getattr(tool, "__name__", type(tool).__name__))
 
 
