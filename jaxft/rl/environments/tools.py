@@ -13,7 +13,7 @@ TRL's environment_factory return all exceptions to the model, as TRL does.
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from jaxft.data.columns import tool_schema
