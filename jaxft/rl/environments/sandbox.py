@@ -5,7 +5,7 @@ no environment variables. Where the system permits user namespaces, as most of L
 writes nowhere else, and no process outlives it. Elsewhere (`isolated` is false) it has the network, writes
 and deletes whatever the user of the run may, and a process that it started may go on.
 
-What no system limits: it reads all files that the user of the run may read; `memory` is of each of its
+What nothing limits: it reads all files that the user of the run may read; `memory` is of each of its
 processes, and the number of processes is not limited for root; a fault of the kernel is not kept from it. For
 code that is meant to do harm, use a container or a machine of its own.
 """
@@ -29,8 +29,8 @@ _PROGRAM = Path(__file__).with_name("sandbox_child.py")
 @dataclass(frozen=True)
 class SandboxLimits:
     """Limits of a run of code. seconds: of wall clock and of processor time. memory: bytes of address space
-    of each process. files: bytes of all files together, of each where it is not isolated. processes: threads
-    count too; not for root. output: characters that are returned.
+    of each process. files: bytes of all files together, of each where it is not isolated. processes: at once,
+    with threads; only where it is isolated, and not for root. output: characters that are returned.
     """
 
     seconds: Annotated[float, above(0)] = 5.0
