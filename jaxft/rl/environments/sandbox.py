@@ -78,7 +78,7 @@ def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, 
     seconds, memory, files, processes, _ = astuple(limits)
     numbers = [str(x) for x in (max(1, round(seconds + 0.5)), memory, files, processes)]
     read, write = os.pipe()  # the process writes to it if it is isolated, and closes it before the code runs
-    with os.fdopen(read, "rb") as told:
+    with os.fdopen(read, "rb") as answer:
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(_PROGRAM), str(folder), str(write), *numbers],
             cwd=folder / "work", stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[write],
@@ -94,4 +94,4 @@ def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return ended, bool(told.read(1))
+        return ended, bool(answer.read(1))
