@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
@@ -42,9 +42,17 @@ from jaxft.rl.environment import (
     RowColumns,
     StepResult,
     WrongType,
+    checked_reward,
 )
 from jaxft.rl.environments.calls import Calls, Overdue, Task
-from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message, valid_text
+from jaxft.rl.environments.tools import (
+    ParsedTurn,
+    answer_calls,
+    parse_turn,
+    tool_name,
+    turn_message,
+    valid_text,
+)
 from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
@@ -76,12 +84,15 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Play:
-    """How episodes are played. stop: token ids that end a turn."""
+    """How episodes are played. stop: token ids that end a turn. rewards: functions that score an episode as
+    TRL calls them, with lists of one: (environments, prompts, completions, **columns) -> [number or None].
+    """
 
     environment: Environment
     tokenizer: Any
     stop: tuple[int, ...]
     limits: EpisodeLimits = EpisodeLimits()
+    rewards: tuple[Callable[..., Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.environment.continues and not self.tokenizer.chat_template:
@@ -94,6 +105,11 @@ class Play:
                 f"environment {self.environment.name} has tools, but the chat template has no format of tool "
                 "calls that jaxft reads. Set chat_template=qwen, or use another tokenizer."
             )
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The threads of the episodes, which outlive a rollout if they have objects to use again."""
+        return Calls(self.limits.workers, self.limits.timeout)
 
     @property
     def call_format(self) -> CallFormat | None:
@@ -131,8 +147,8 @@ Sampler = Callable[[jax.Array], TurnSession]  # of a key, from which the keys of
 Ended = Callable[[int, Trajectory], None]  # called with the number of an episode that has ended
 
 
-def ignore(number: int, trajectory: Trajectory) -> None:
-    """Do nothing with an episode that has ended."""
+def ignore(*ignored: Any) -> None:
+    """Do nothing, such as with an episode that has ended."""
 
 
 def rollout(
@@ -150,13 +166,16 @@ def rollout(
 
     Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
     """
-    with Calls(play.limits.workers, play.limits.timeout) as calls:
+    with play.calls as calls:
         return _Rollout(play, rows, group, sampler(key), calls).run(ended)
 
 
 @dataclass
 class _Episode:
-    """An episode in progress. start: None before it has a row. chat, state: on the first process only."""
+    """An episode in progress. start: None before it has a row. chat, state, asked: on the first process only.
+
+    asked: the number of messages of its prompt.
+    """
 
     number: int
     prompt: int
@@ -166,6 +185,7 @@ class _Episode:
     stopped: bool = False
     chat: Chat | Completion | None = None
     state: EpisodeState = None
+    asked: int = 0
     sampled: ParsedTurn = ParsedTurn("", (), 0)
     messages: tuple[ShownMessage, ...] = ()
     faults: list[Fault] = field(default_factory=list)
@@ -182,9 +202,12 @@ class _Episode:
 
 
 class _Scored(NamedTuple):
-    """The environment's own score of an episode; None: the sum of its turns' rewards, 0 without any."""
+    """The environment's own score of an episode; None: the sum of its turns' rewards, 0 without any. rewards:
+    of functions that read the environment.
+    """
 
     score: float | None
+    rewards: dict[str, float]
 
 
 class _Answer(NamedTuple):
@@ -198,7 +221,7 @@ class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
     do: "start", "extend", "wait" (for its score) or "end". ids: of a prompt or an answer. reward: of the turn
-    before. fault: excludes the episode. faults: others.
+    before. rewards: of functions that read the environment. fault: excludes the episode. faults: others.
     """
 
     number: int
@@ -206,6 +229,7 @@ class _Decision(NamedTuple):
     ids: list[int] = []
     reward: float = math.nan
     score: float = math.nan
+    rewards: dict[str, float] = {}
     done: bool = False
     fault: tuple[str, str] | None = None
     faults: list[tuple[str, str]] = []
@@ -268,9 +292,10 @@ class _Rollout:
             match value:
                 case Beginning():
                     return self._begun(episode, value)
-                case _Scored(score):
+                case _Scored(score, rewards):
                     total = math.fsum(x for x in episode.rewards if not math.isnan(x))
-                    return _Decision(number, "end", score=total if score is None else score)
+                    own = total if score is None else score
+                    return _Decision(number, "end", score=own, rewards=rewards)
                 case _Answer():
                     return self._answered(episode, value)
                 case _:
@@ -306,6 +331,7 @@ class _Rollout:
             if isinstance(chat, Chat)
             else [{"role": "user", "content": chat.prompt}]
         )
+        episode.asked = len(messages)
         return _Decision(episode.number, "start", ids, messages=list(messages))
 
     def _answered(self, episode: _Episode, answer: _Answer) -> _Decision:
@@ -441,8 +467,11 @@ class _Rollout:
     def _score(self, episode: _Episode, done: bool) -> None:
         """Ask the environment for the score of an episode that is over."""
         episode.stopped = episode.stopped and done
-        if self.play.environment.scored:
-            self._submit(episode, partial(_score_of, self.play.environment, episode.state))
+        if self.play.environment.scored or self.play.rewards:
+            given = {name: [value] for name, value in self._row(episode).items() if name != "prompt"}
+            given["prompts"] = [list(episode.messages[: episode.asked])]
+            given["completions"] = [list(episode.messages[episode.asked :])]
+            self._submit(episode, partial(_score_of, self.play, episode.state, given))
         else:
             self._apply(_Decision(episode.number, "end"))
 
@@ -456,8 +485,9 @@ class _Rollout:
         fault = decision.fault[0] if decision.fault else ""
         self.results[number] = Trajectory(
             episode.prompt, episode.start or (), tuple(episode.segments), decision.score,
-            episode.stopped and not fault, fault, episode.messages, tuple(episode.faults),
+            episode.stopped and not fault, fault, episode.messages, tuple(episode.faults), decision.rewards,
         )  # fmt: skip
+        self.calls.release(number, keep=not fault)
         self.open.remove(number)
         self.ended(number, self.results[number])
         self._start_group(episode.prompt)
@@ -475,13 +505,25 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
     environment = play.environment
     if environment.schemas and (turn.calls or turn.malformed):
         tools = environment.tools(state)
-        messages, faults = answer_calls(turn, tools, task, play.limits.observation)
+        messages, faults = answer_calls(turn, tools, task, play.limits.observation, environment.told)
         return _Answer(StepResult(tuple(messages), math.nan, False, state), faults)
     return _Answer(environment.step(state, text, task), [])
 
 
-def _score_of(environment: Environment, state: EpisodeState, task: Task) -> _Scored:
-    return _Scored(environment.score(state, task))
+def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task) -> _Scored:
+    """Return the environment's score, and the rewards of functions that read the environment.
+
+    given: arguments of those functions. What they log with TRL's log_extra and log_metric is dropped.
+    """
+    environment, rewards = play.environment, dict[str, float]()
+    score = environment.score(state, task) if environment.scored else math.nan
+    logs = {"log_extra": ignore, "log_metric": ignore}
+    for function in play.rewards:
+        values = task.call(function, environments=[environment.owner(state)], **logs, **deepcopy(given))
+        if not isinstance(values, list | tuple | np.ndarray) or len(values) != 1:
+            raise WrongType(f"reward {tool_name(function)} returned no list of one number for an environment")
+        rewards[tool_name(function)] = checked_reward(values[0])
+    return _Scored(score, rewards)
 
 
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:

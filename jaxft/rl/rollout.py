@@ -45,7 +45,7 @@ from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.play import EpisodeLimits, Play
 from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms, score_tokens
 from jaxft.rl.record import append_table, clear_records
-from jaxft.rl.rewards import ScoreEpisodes
+from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
 from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
@@ -181,6 +181,12 @@ class Rollouts(Prompts):
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
             )
+        names = [reward.name for reward in self.object_rewards]
+        if names and (self.environment is None or len({*names}) < len(names)):
+            raise ValueError(
+                f"rewards {', '.join(names)} read the objects of an environment; "
+                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
+            )
         if self.observations and self.max_turns == 1:
             raise ValueError(
                 "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
@@ -193,9 +199,19 @@ class Rollouts(Prompts):
         return self.played.row_tools
 
     @property
+    def optional_prompts(self) -> bool:
+        """Whether rows need no prompt, as the environment makes them."""
+        return self.played.prompts
+
+    @property
     def played(self) -> Environment:
         """The environment, with the tools."""
         return environment_of(self.environment, self.tools)
+
+    @property
+    def object_rewards(self) -> list[ObjectReward]:
+        """The rewards that read the environment's objects."""
+        return [reward for reward in self.rules.rewards if isinstance(reward, ObjectReward)]
 
     @property
     def reads_given(self) -> bool:
@@ -210,7 +226,9 @@ class Rollouts(Prompts):
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
         sizes = self.max_turns, self.max_new, self.episode_length, self.max_prompt
-        return Play(self.played, tokenizer, stop, EpisodeLimits(*sizes, self.timeout, self.max_observation))
+        limits = EpisodeLimits(*sizes, self.timeout, self.max_observation)
+        functions = tuple(reward.fn for reward in self.object_rewards)
+        return Play(self.played, tokenizer, stop, limits, functions)
 
     def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
         """Return lines about reward models, log-probs that are not recomputed and the model's rope; see

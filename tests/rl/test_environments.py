@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import time
 import urllib.request
 from types import SimpleNamespace
 
@@ -269,6 +270,49 @@ def test_an_openenv_server_is_played_through_its_client():
     assert [part.turns[0]["content"] for part in found] == [f"Speak. Seed {i}." for i in range(3)]
     assert found[1].turns[2]["content"] == "That is no action: not a word"
     assert len(made) <= 3
+
+
+class Client:
+    """A client of a game in which one word ends the server's session."""
+
+    made, live = 0, set()
+
+    def __init__(self):
+        Client.made += 1
+        Client.live.add(self)
+
+    def reset(self, **options):
+        return SimpleNamespace(observation="Go.", reward=None, done=False)
+
+    def step(self, word):
+        if word == "crash":
+            raise RuntimeError("session is gone")
+        return SimpleNamespace(observation="", reward=1.0, done=True)
+
+    def close(self):
+        Client.live.remove(self)
+
+
+def test_an_openenv_client_whose_episode_had_a_fault_is_closed_and_replaced():
+    said = {0: "crash", 1: "move"}
+    tokenizer = stock_tokenizer("qwen2.5")
+
+    def write(ids, episode):
+        return [*tokenizer(said[episode], add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
+
+    play = Play(openenv(Client, str), tokenizer, (tokenizer.eos_token_id,), LIMITS)
+    prompts = rows_of(tokenizer, ["a", "b"], DEFAULT_TEMPLATE_SETTINGS)
+    for _ in range(2):
+        found = rollout(ScriptedSampler(write), play, prompts, 1, KEY)
+        assert [t.fault for t in found] == ["raised", ""]
+        said[0], said[1] = said[1], said[0]
+        found = rollout(ScriptedSampler(write), play, prompts, 1, KEY)
+        assert [t.fault for t in found] == ["", "raised"]
+        said[0], said[1] = said[1], said[0]
+    until = time.monotonic() + 5
+    while len(Client.live) > 1 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(Client.live) == Client.made - 4 == 1
 
 
 @pytest.mark.parametrize(

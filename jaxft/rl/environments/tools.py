@@ -6,13 +6,14 @@ reads them.
 
 What goes wrong with a call is either the model's doing and returned to it as an error message (an unknown
 name, malformed JSON, wrong arguments, a ValueError, TypeError, ArithmeticError or LookupError of the tool, a
-result that is too long), or it is not, and excludes the episode (any other exception, a time-out).
+result that is too long), or it is not, and excludes the episode (any other exception, a time-out). Classes of
+TRL's environment_factory return all exceptions to the model, as TRL does.
 """
 
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from jaxft.data.columns import tool_schema
@@ -47,7 +48,9 @@ class ParsedTurn(NamedTuple):
 
 
 def tool_name(tool: Tool) -> str:
-    """Return the name by which a model calls a tool."""
+    """Return the name of a function, by which a model calls it; of a partial, that of its function."""
+    while isinstance(tool, partial):
+        tool = tool.func
     return str(getattr(tool, "__name__", type(tool).__name__))
 
 
@@ -102,15 +105,20 @@ def turn_message(turn: ParsedTurn) -> Message:
 
 
 def answer_calls(
-    turn: ParsedTurn, tools: Mapping[str, Tool], task: Task, longest: int
+    turn: ParsedTurn,
+    tools: Mapping[str, Tool],
+    task: Task,
+    longest: int,
+    told: tuple[type[Exception], ...] = MODELS_ERRORS,
 ) -> tuple[list[Message], list[Fault]]:
     """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
 
-    longest: characters of a result. Raises what excludes the episode.
+    longest: characters of a result. told: exceptions that are returned to the model. Raises what excludes the
+    episode.
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
-        text, fault = _result_of(call, tools, task, longest)
+        text, fault = _result_of(call, tools, task, longest, told)
         if fault:
             fault = Fault(fault.kind, valid_text(fault.text[:ERROR_SIZE]))
             text = error_text(fault.text)
@@ -134,7 +142,7 @@ def valid_text(text: str) -> str:
 
 
 def _result_of(
-    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int
+    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int, told: tuple[type[Exception], ...]
 ) -> tuple[str, Fault | None]:
     """Return the text of a call's result, or the fault that the model is shown."""
     tool = tools.get(call.name)
@@ -150,7 +158,7 @@ def _result_of(
         return "", Fault(BAD_ARGUMENTS, f"{call.name}: {error}")
     try:
         text = result_text(task.call(tool, **arguments))
-    except MODELS_ERRORS as error:
+    except told as error:
         return "", Fault(TOOL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
     if len(text) > longest:
         return "", Fault(
