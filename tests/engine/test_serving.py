@@ -35,7 +35,7 @@ def scheduler():
 def engine_completions(seed, adapter=None):
     """What generate.py makes of the prompts."""
     like = adapter or "polite"
-    params = {"base": tiny.base(), "adapter": tiny.adapters()[like]}
+    params = {"base": tiny.base(), "adapter": tiny.adapter(like)}
     if adapter is None:
         params["adapter"] = jax.tree.map(jnp.zeros_like, params["adapter"])
     world = adapted(tiny.MODEL, tiny.ADAPTERS[like]), params
@@ -77,7 +77,7 @@ def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_m
     logits = jax.jit(
         lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row))
     )
-    for ids, adapter in zip(found, [{}, *map(tiny.adapters().get, names)], strict=True):
+    for ids, adapter in zip(found, [{}, *map(tiny.adapter, names)], strict=True):
         merged = lora.merge(tiny.base(), adapter, jnp.float32)
         row = left_pad([PROMPTS[3] + ids], 1, 64)
         assert logits(merged, row)[0, -len(ids) - 1 : -1].argmax(-1).tolist() == ids
@@ -115,7 +115,7 @@ def test_a_completion_does_not_depend_on_the_other_rows_and_nothing_is_compiled(
 def model_logps(dtype, prompt, ids, name="terse"):
     """Log-probs [N, V] before each token of a completion with an adapter, by the model alone."""
     model = adapted(llama(tiny.MODEL.config, dtype), tiny.ADAPTERS[name])
-    params = {"base": tiny.base(), "adapter": tiny.adapters()[name]}
+    params = {"base": tiny.base(), "adapter": tiny.adapter(name)}
     params = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, params)
     row = left_pad([prompt + ids], 1, 128)
     logits = jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, row)))(params)

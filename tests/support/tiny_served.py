@@ -65,14 +65,7 @@ def base():
 
 
 @functools.cache
-def adapters():
-    """All of them by name, made by one program."""
-    names = [*ADAPTERS, *OTHERS]
-    made = jax.jit(lambda weights: [random_adapter(weights, name) for name in names])(base())
-    return dict(zip(names, made, strict=True))
-
-
-def random_adapter(weights, name):
+def adapter(name):
     """A random adapter whose b is not zero; with DoRA its magnitudes are near the norms of the weights."""
     specs = adapter_specs(MODEL.specs, (ADAPTERS | OTHERS)[name], MODEL.weight_names)
     fresh = param.init_params(specs, jax.random.key(len(name)), jnp.float32)
@@ -92,7 +85,7 @@ def random_adapter(weights, name):
             if path.endswith("/magnitude")
             else x
         ),
-        init_magnitudes(weights, pairs),
+        init_magnitudes(base(), pairs),
     )
 
 
@@ -102,7 +95,7 @@ def params():
     return {
         "base": base(),
         "stack": jax.tree.map(
-            jnp.asarray, stack_by_row([with_gains(base(), each) for each in adapters().values()])
+            jnp.asarray, stack_by_row([with_gains(base(), adapter(name)) for name in ADAPTERS | OTHERS])
         ),
     }
 
