@@ -136,7 +136,7 @@ def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
     argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
     argv += [] if "group=" in settings else ["group=4"]
-    argv += ["batch=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
+    argv += ["batch=4", "rank=4", "max_new=24", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
     argv += ["samples=0", "lr=1e-2", f"name={folder}"]
     assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
     lines = [line for line in workdir.metrics(folder) if "reward" in line]
@@ -166,13 +166,17 @@ def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
         assert tables[0] == tables[1]
 
 
+# Runs with these settings have the same programs, which the first one compiles.
+SMALL = ["passes=1", "beta=0.0", "batch=4", "group=2", "save=100", "samples=0"]
+
+
 def logged(workdir, name):
     """The metrics of a run, without its timings."""
     return [{k: x for k, x in line.items() if k != "perf"} for line in workdir.metrics(name)]
 
 
 def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
-    argv = ["steps=2", "passes=1", "batch=4", "group=2", "save=100", "max_new=8", "samples=0"]
+    argv = ["steps=2", *SMALL, "max_new=8"]
     assert workdir.run("name=first", *argv) == 0, workdir.err()
     assert workdir.run("name=again", "data.replay=runs/first", *argv) == 0, workdir.err()
     assert logged(workdir, "again") == logged(workdir, "first")
@@ -266,7 +270,7 @@ def test_sigterm_inside_a_rollout_saves_at_its_end(workdir):
     ("argv", "expected"),
     [
         (
-            ("rewards=config.py:constant",),
+            ("rewards=config.py:constant", "max_new=8"),
             {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0},
         ),
         pytest.param(
@@ -281,8 +285,7 @@ def test_rollouts_without_signal_change_nothing_and_are_counted(workdir, argv, e
     if not (workdir.folder / "endless").exists():
         rl_workdir.write_without_eos(workdir.folder)
     name = f"nothing-{argv[0].partition('=')[0]}"
-    more = ["steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100"]
-    assert workdir.run(f"name={name}", *argv, *more) == 0, workdir.err()
+    assert workdir.run(f"name={name}", "steps=2", *SMALL, *argv) == 0, workdir.err()
     for line in (line for line in workdir.metrics(name) if "reward" in line):
         assert line["grad_norm"] == 0 == line.get("loss", 0)
         assert {key: line[key] for key in expected} == expected

@@ -55,7 +55,8 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
     episodes = episodes_of(prompts, tokens.reshape(3, group, 12), lengths, sampled)
     packed = pack_episodes(episodes, RowShape(64, 64))
-    logps = policy(model, clipped, temperature=temperature or 1.0).score(params, packed.rows, {}).logps
+    score = jax.jit(policy(model, clipped, temperature=temperature or 1.0).score)
+    logps = score(params, packed.rows, {}).logps
     found = packed.to_tokens(np.asarray(logps), episodes)
     np.testing.assert_allclose(found, episodes.logps, atol=1e-4, rtol=0)
 
