@@ -1,18 +1,22 @@
 """How long each phase of a run takes, over all of its starts, and lines about the progress of a phase."""
 
 import contextlib
+import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
 
+from jaxft.data.progress import time_in_words
 from jaxft.runs.bug_report import processor
 from jaxft.runs.environment import device_counts
 from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
 Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
 Done = TypeVar("Done")
+BEAT = 5.0  # seconds after which a part that is under way is shown again
 
 
 class Clock:
@@ -41,11 +45,36 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Show that the body, a part of the present phase, is under way, and count its time."""
-        begin = self._now()
-        self._show(f"{self._phase}: {name}")
-        yield
+        """Show for how long the body, a part of the present phase, is under way, and count its time."""
+        begin, ended, text = self._now(), threading.Event(), f"{self._phase}: {name}"
+
+        def beat() -> None:
+            while not ended.wait(BEAT):
+                self._show(f"{text}, {time_in_words(self._now() - begin)} so far")
+
+        self._show(text)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
         self._parts[name] = self._parts.get(name, 0.0) + self._now() - begin
+
+    def first(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, whose first call is shown as a part of its phase until its result is there."""
+        calls = itertools.count()
+
+        def call(*args: Any) -> Any:
+            if next(calls):
+                return function(*args)
+            with self.part(name):
+                found = jax.block_until_ready(function(*args))
+            self._show("")
+            return found
+
+        return call
 
     @contextlib.contextmanager
     def within(self, phase: Phase) -> Iterator[None]:

@@ -70,9 +70,10 @@ class Compiled:
     averaged: Callable[[States], States]
 
     def timed(self, clock: Clock) -> "Compiled":
-        """Return the same programs, whose time counts as evaluation or sampling."""
+        """Return the same programs, whose time counts as evaluation or sampling; the first step is shown."""
         evaluation = {name: clock.timed("evaluation", vars(self)[name]) for name in ("evaluate", "general")}
-        return replace(self, **evaluation, sample=clock.timed("sampling", self.sample))
+        step = clock.first("first step", self.step)
+        return replace(self, **evaluation, step=step, sample=clock.timed("sampling", self.sample))
 
     def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
         """Metrics of the held-out rows under their names in the log, with averaged weights. scores: and the

@@ -1,5 +1,6 @@
 """Times of a run's phases, and how many held-out rows its evaluations read."""
 
+import re
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import jaxft
 from jaxft.data.progress import clock_time, time_in_words
 from jaxft.data.source import spread
 from jaxft.runs.report import Evaluation, before_and_after
+from jaxft.train import clock as clock_module
 from jaxft.train import loop, open_settings
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
@@ -47,6 +49,23 @@ def test_the_longer_parts_of_a_phase_are_shown_as_they_begin_and_with_its_time()
             pass
     assert own.at("training") == "5.0 s (train step 3.0 s)"
     assert shown == ["", "compiling: train step", "compiling: samples", ""]
+
+
+def test_a_part_that_takes_long_is_shown_again_and_of_steps_the_first_alone(monkeypatch):
+    monkeypatch.setattr(clock_module, "BEAT", 0.001)
+    own, shown = Clock(), list[str]()
+    own.resume({}, shown.append)
+
+    def slow(x):
+        while len(shown) < 3:
+            time.sleep(0.001)
+        return x + 1
+
+    step = own.first("first step", slow)
+    assert step(1) == 2 and shown[0] == "rows: first step"
+    assert all(re.fullmatch(r"rows: first step, 0.\d s so far", text) for text in shown[1:3])
+    count = len(shown)
+    assert step(2) == 3 and len(shown) == count
 
 
 def test_the_clock_of_a_run_begins_before_its_rows_are_measured(monkeypatch, capsys, tmp_path):
