@@ -1,7 +1,6 @@
 """How long each phase of a run takes, over all of its starts, and lines about the progress of a phase."""
 
 import contextlib
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ class Clock:
         self._seconds: dict[str, float] = {}
         self._recent: dict[str, float] = {}
         self._parts: dict[str, float] = {}
+        self._shown, self._begun = "", set[str]()
         self._show: Callable[[str], None] = _show_nothing
 
     def resume(self, seconds: dict[str, float], show: Callable[[str], None]) -> None:
@@ -46,13 +46,13 @@ class Clock:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Show for how long the body, a part of the present phase, is under way, and count its time."""
-        begin, ended, text = self._now(), threading.Event(), f"{self._phase}: {name}"
+        begin, ended = self._now(), threading.Event()
 
         def beat() -> None:
             while not ended.wait(BEAT):
-                self._show(f"{text}, {time_in_words(self._now() - begin)} so far")
+                self._show(f"{self._shown}, {time_in_words(self._now() - begin)} so far")
 
-        self._show(text)
+        self._progress(f"{self._phase}: {name}")
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
@@ -62,19 +62,20 @@ class Clock:
             thread.join()
         self._parts[name] = self._parts.get(name, 0.0) + self._now() - begin
 
-    def first(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, whose first call is shown as a part of its phase until its result is there."""
-        calls = itertools.count()
+    @contextlib.contextmanager
+    def first(self, name: str) -> Iterator[bool]:
+        """Show the body as a part of its phase, the first time; the value is whether it is the first."""
+        if name in self._begun:
+            yield False
+            return
+        self._begun.add(name)
+        with self.part(name):
+            yield True
+        self._show("")
 
-        def call(*args: Any) -> Any:
-            if next(calls):
-                return function(*args)
-            with self.part(name):
-                found = jax.block_until_ready(function(*args))
-            self._show("")
-            return found
-
-        return call
+    def _progress(self, text: str) -> None:
+        self._shown = text
+        self._show(text)
 
     @contextlib.contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
@@ -87,11 +88,11 @@ class Clock:
             self._switch(outer)
             self._show("")
 
-    def timed(self, phase: Phase, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, whose calls are counted as a phase."""
+    def timed(self, phase: Phase, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, whose calls are counted as a phase. name: of a call, for the progress."""
 
         def call(*args: Any) -> Any:
-            with self.within(phase):
+            with self.within(phase), self.part(name):
                 return function(*args)
 
         return call
@@ -110,7 +111,7 @@ class Clock:
         def count(more: int) -> None:
             nonlocal done
             done += more
-            self._show(f"{text}: {done} of {total}")
+            self._progress(f"{text}: {done} of {total}")
 
         return count
 

@@ -52,20 +52,23 @@ def test_the_longer_parts_of_a_phase_are_shown_as_they_begin_and_with_its_time()
 
 
 def test_a_part_that_takes_long_is_shown_again_and_of_steps_the_first_alone(monkeypatch):
+    """With what was shown last, such as how many items are done."""
     monkeypatch.setattr(clock_module, "BEAT", 0.001)
     own, shown = Clock(), list[str]()
     own.resume({}, shown.append)
 
-    def slow(x):
-        while len(shown) < 3:
+    def wait_for(text):
+        while not re.fullmatch(text, shown[-1]):
             time.sleep(0.001)
-        return x + 1
 
-    step = own.first("first step", slow)
-    assert step(1) == 2 and shown[0] == "rows: first step"
-    assert all(re.fullmatch(r"rows: first step, 0.\d s so far", text) for text in shown[1:3])
-    count = len(shown)
-    assert step(2) == 3 and len(shown) == count
+    for expected in (True, False):
+        with own.first("first step") as is_first:
+            assert is_first is expected
+            if is_first:
+                wait_for(r"rows: first step, 0.\d s so far")
+                own.counter("items", 9)(2)
+                wait_for(r"items: 2 of 9, 0.\d s so far")
+        assert shown[-1] == ""
 
 
 def test_the_clock_of_a_run_begins_before_its_rows_are_measured(monkeypatch, capsys, tmp_path):
