@@ -24,7 +24,7 @@ from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
 from jaxft.rl.play import Sampler, rollout
-from jaxft.rl.programs import BoundRun
+from jaxft.rl.programs import BoundRun, uncounted
 from jaxft.rl.record import RECORDS, RolloutRecord, prompts_hash
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.trajectory import Episodes, Trajectory, collect
@@ -49,7 +49,8 @@ def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_siz
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
         begun, begin = begin_async(data.rules.rewards, prompts)
         which = "held-out prompts" if number == EVALUATION else f"rollout {number + 1}"
-        count = run.counter(f"completions of {which}", len(prompts) * group)
+        counter = run.counter if number in (0, EVALUATION) else uncounted  # later ones have lines of steps
+        count = counter(f"completions of {which}", len(prompts) * group)
 
         def ended(episode: int, trajectory: Trajectory) -> None:
             begin(episode, trajectory)
