@@ -285,7 +285,10 @@ class _Rollout:
         if size > limits.observation and not episode.sampled.calls:
             text = f"the observation has {size} characters, more than {limits.observation}"
             return found._replace(do="end", fault=(LARGE_OBSERVATION, text), messages=[turn])
-        over = found._replace(done=step.done or not step.observation, messages=[turn])
+        found = found._replace(done=step.done or not step.observation, messages=[turn])
+        # an episode that a limit ends has a score, even if no turn had a reward: otherwise it would be left
+        # out of training and means, and calling tools until the limit would cost the policy nothing
+        over = found if found.done else found._replace(reward=float(np.nan_to_num(step.reward)))
         if over.done or episode.turns >= limits.turns or episode.used >= limits.tokens:
             return over
         chat: Any = episode.chat
@@ -296,7 +299,7 @@ class _Rollout:
         messages = following.messages
         episode.chat = replace(chat, messages=messages, response=len(messages))
         do = "start" if following.restarts else "extend"
-        return over._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
+        return found._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
 
     def _following(self, episode: _Episode, observation: tuple[Message, ...]) -> NextPrompt:
         """Return the prompt of the next turn. A turn is written with its calls as such or, for a template

@@ -104,8 +104,15 @@ def decoding_of(data: Any, model: Model, stop: tuple[int, ...], group: int) -> D
 
 
 def slots_of(data: Any, group: int, prompt_size: int, mesh: jax.sharding.Mesh) -> Slots:
-    """Return the sizes of that engine."""
-    slots = slots_for(data.batch, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
+    """Return the sizes of that engine. An evaluation with fewer episodes of a prompt than training has as many
+    prompts at once as there is memory for in training.
+    """
+
+    def tokens(group: int) -> int:  # of a prompt with its episodes
+        return min(group, data.starts_per_row) * prompt_size + group * data.episode_length
+
+    prompts = data.batch * tokens(data.group) // tokens(group)
+    slots = slots_for(prompts, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
     return slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
 
 

@@ -243,6 +243,20 @@ def test_an_episode_at_a_limit_has_a_score_and_has_not_ended():
     assert short.score and not short.ended and short.segments[-1].sampled
 
 
+def test_calling_tools_until_the_limit_scores_0():
+    """Without a score the episode would be left out of training, and such a policy would never unlearn it."""
+
+    class Adder:
+        def reset(self, row):
+            return None
+
+        def step(self, state, text):
+            return None, 1.0, True, state
+
+    (found,) = played(environment_of(Adder, [add]), [CALL])
+    assert found.score == 0.0 and not found.fault and not found.ended
+
+
 def test_an_episode_without_an_environment_is_one_turn():
     found = played(single_turn(), ["a", "b"], questions=("q", "r"), group=2)
     assert [part.prompt for part in found] == [0, 0, 1, 1]
