@@ -133,23 +133,28 @@ def test_every_named_method_trains(workdir, name, settings):
     assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
 
 
+EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]
+
+
 @pytest.mark.slow
-def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
+@pytest.mark.parametrize("more", [[], EPISODES], ids=["completions", "episodes"])
+def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir, more):
     """PPO with an adaptive KL: killed between two minibatches, and between sampling and training."""
-    argv = ["steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8"]
-    assert workdir.run(*argv, "name=whole") == 0, workdir.err()
-    assert len({line["kl_coef"] for line in workdir.metrics("whole") if "kl_coef" in line}) > 4
+    argv = ["steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8", *more]
+    whole, inside, sampled = (f"{name}{len(more)}" for name in ("whole", "inside", "sampled"))
+    assert workdir.run(*argv, f"name={whole}") == 0, workdir.err()
+    assert len({line["kl_coef"] for line in workdir.metrics(whole) if "kl_coef" in line}) > 4
     hooks = {
-        "inside": rl_workdir.kill_at(6, "inside", checkpoint=4),
-        "sampled": rl_workdir.kill_after_sampling("sampled", checkpoint=4),
+        inside: rl_workdir.kill_at(6, inside, checkpoint=4),
+        sampled: rl_workdir.kill_after_sampling(sampled, checkpoint=4),
     }
     for name, hook in hooks.items():
         process = workdir.start(*argv, f"name={name}", hook=hook)
         process.join()
         assert process.exitcode == -9 and workdir.checkpoints(name) == [4], workdir.err()
         assert workdir.run(*argv, f"name={name}") == 0, workdir.err()
-        assert workdir.results(name, 8) == workdir.results("whole", 8)
-        tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
+        assert workdir.results(name, 8) == workdir.results(whole, 8)
+        tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, whole)]
         assert tables[0] == tables[1]
 
 
@@ -167,9 +172,6 @@ def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
     argv[0] = "steps=3"
     assert workdir.run("name=longer", "data.replay=runs/first", *argv) == 1
     assert "2.npz is missing; this run needs rollout 3" in workdir.err()
-
-
-EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]
 
 
 @pytest.mark.quick_cases("policy")
