@@ -56,6 +56,7 @@ METHODS = {
     "MaxRL": "advantage=maxrl",
     "GDPO, of several rewards": "estimate=by_each",
     "GFPO, the shorter half of each group": "advantage=gfpo group=16",
+    "GFPO, more of the groups of harder prompts": "advantage=adaptive_gfpo group=16",
     "with truncated importance sampling, TIS": "correction=truncated_tokens",
     "with masked importance sampling, MIS": "correction=masked_completions",
 }

@@ -19,7 +19,6 @@ Hardware: a GPU of 40 GB; 35 minutes plus sampling on an H100 (planned).
 """
 
 from functools import partial
-from typing import Any
 
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
@@ -46,7 +45,6 @@ def config(
         held_out=0.02,
         batch=64,
         micro=8,
-        group=8,
         max_prompt=256,
         max_new=512,
         minibatches=4,
@@ -62,9 +60,9 @@ def config(
 ) -> Run:
     """GRPO of Qwen2.5-1.5B on GSM8K."""
     taper = None if overlong is None else (prompts.max_new, overlong)
-    shape = partial(shape_scores, missing_eos=0.0, overlong=taper)
+    shape = partial(shape_scores, overlong=taper)
     estimate = partial(by_group, advantage=advantage)
-    scored: tuple[Any, ...] = rewards
+    scored = prompts.rewards(rewards, number)
     rules = Rules(scored, estimate, token_weights, shape=shape, filter=nonconstant_groups)
     loss = partial(clipped, eps_high=eps_high)
     objective = partial(policy, loss=loss, beta=beta, temperature=prompts.temperature)

@@ -40,10 +40,8 @@ def config(
         "configs/data/library.jsonl",
         batch=32,
         micro=32,
-        group=8,
         max_prompt=1024,
         max_new=1024,
-        minibatches=1,
         environment=Agent,
         max_turns=6,
         max_episode=4096,
@@ -55,8 +53,7 @@ def config(
 ) -> Run:
     """GRPO of an agent with search and code."""
     estimate = partial(by_group, advantage=grpo)
-    scored = prompts.rewards(rewards, number)
-    rules = Rules(scored, estimate, token_mean, filter=nonconstant_groups)
+    rules = Rules(prompts.rewards(rewards, number), estimate, token_mean, filter=nonconstant_groups)
     objective = partial(policy, loss=partial(clipped, eps_high=eps_high), temperature=prompts.temperature)
     source = prompts.source(Rollouts, rules=rules, observations=bool(echo))
     chosen = partial(with_echo, objective=objective, coef=echo) if echo else objective

@@ -9,14 +9,18 @@ from typing import NamedTuple
 
 
 class ShortNames(NamedTuple):
-    """Part of the annotation of a setting that is a function: (short name, package.module:name) pairs."""
+    """Part of the annotation of a setting that is a function: (short name, package.module:name) pairs.
+
+    or_dict: whether a dict of functions by name is a value too.
+    """
 
     pairs: tuple[tuple[str, str], ...]
+    or_dict: bool = False
 
     @classmethod
-    def of(cls, names: Mapping[str, str]) -> "ShortNames":
+    def of(cls, names: Mapping[str, str], or_dict: bool = False) -> "ShortNames":
         """Return the pairs of a table."""
-        return cls(tuple(names.items()))
+        return cls(tuple(names.items()), or_dict)
 
 
 def _in(module: str, names: str) -> dict[str, str]:
@@ -59,13 +63,14 @@ POLICY_LOSSES = _in(
 KL_ESTIMATORS = _in("jaxft.objectives.kl", "k1 k2 k3")
 REWARDS = _in("jaxft.rl.rewards", "exact number json_match")
 COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known")
-ADVANTAGES = _in("jaxft.rl.advantages", "grpo grpo_batch centred rloo opo maxrl gfpo")
+ADVANTAGES = _in("jaxft.rl.advantages", "grpo grpo_batch centred rloo opo maxrl gfpo adaptive_gfpo")
 ESTIMATORS = _in("jaxft.rl.estimators", "by_group by_turn by_each group_whitened reinforce")
 TOKEN_WEIGHTS = _in(
     "jaxft.rl.token_weights", "token_mean sequence_mean prompt_mean constant_length sequence_sum"
 )
 CORRECTIONS = _in(
-    "jaxft.rl.importance", "truncated_tokens masked_tokens truncated_completions masked_completions"
+    "jaxft.rl.importance",
+    "truncated_tokens masked_tokens truncated_completions masked_completions masked_geometric_means",
 )
 ENVIRONMENTS = {
     "calculator": "jaxft.rl.environments.calculator:Calculator",

@@ -67,32 +67,33 @@ def make_parser() -> argparse.ArgumentParser:
 def play(args: argparse.Namespace) -> int:
     """Let a person play episodes of an environment until the rows or the input end."""
     from collections.abc import Callable
-    from typing import Annotated
+    from dataclasses import replace
 
     import jax
 
     from jaxft.data.named_templates import find_template
-    from jaxft.data.prompts import Prompts, read_prompts
-    from jaxft.rl.environment import environment_of
+    from jaxft.data.prompt_rows import tokenise_prompts
+    from jaxft.data.prompts import Prompts
+    from jaxft.rl.environment import EnvironmentClass, environment_of
     from jaxft.rl.environments.by_hand import TypedTurns, result_line
     from jaxft.rl.play import EpisodeLimits, Play, rollout
     from jaxft.runs.cli import DEFAULT_MODEL
     from jaxft.runs.parse import parse_value
     from jaxft.runs.terminal import printable_text
-    from jaxft.short_names import ENVIRONMENTS, ShortNames
     from jaxft.weights.pretrained import load_tokenizer
 
     if not args.rows:
         raise ValueError("--environment and --tools need --rows FILE, the rows of the episodes")
-    kind = Annotated[Callable, ShortNames.of(ENVIRONMENTS)]
-    given = parse_value(args.environment, kind) if args.environment else None
+    given = parse_value(args.environment, EnvironmentClass) if args.environment else None
     tools = parse_value(args.tools, tuple[Callable, ...])
     tokenizer = load_tokenizer(args.model or DEFAULT_MODEL)
     if args.template or not args.model:
         tokenizer.chat_template = find_template(args.template or "qwen").source
     limits = EpisodeLimits(turn_tokens=args.max_new or 512, tokens=1 << 14, prompt=1 << 14)
     setting = Play(environment_of(given, tools), tokenizer, (tokenizer.eos_token_id,), limits)
-    rows = read_prompts(args.rows, Prompts(args.rows, max_prompt=limits.prompt), tokenizer)
+    data = Prompts(args.rows, max_prompt=limits.prompt)
+    tokens = replace(data.token_settings, tools=setting.environment.row_tools)
+    rows = tokenise_prompts(args.rows, tokens, tokenizer, data.tokenising(None))
 
     def read() -> str:
         return input("you> " if sys.stdin.isatty() else "")
@@ -100,10 +101,10 @@ def play(args: argparse.Namespace) -> int:
     def show(text: str) -> None:
         print(printable_text(text), flush=True)
 
-    sampler = TypedTurns(read, show, tokenizer, tokenizer.eos_token_id, setting.call_format)
+    typed = TypedTurns(read, show, tokenizer, tokenizer.eos_token_id, setting.call_format)
     for number in range(len(rows)):
         try:
-            (*_, episode) = rollout(sampler, setting, rows.select([number]), 1, jax.random.key(0))
+            (episode,) = rollout(lambda key: typed, setting, rows.select([number]), 1, jax.random.key(0))
         except (EOFError, KeyboardInterrupt):
             print()
             return 0

@@ -25,7 +25,8 @@ import dataclasses
 import itertools
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from jaxft.data.inspection import (  # noqa: E402
     ShownPart,
     contents,
     inspect,
+    row_problem,
 )
 from jaxft.data.invalid import DROP  # noqa: E402
 from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
@@ -284,21 +286,26 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
         console.print(columns)
 
 
-def chosen_examples(found: Inspected, args: argparse.Namespace) -> Iterator[ShownExample]:
-    """Yield the examples to show: all of the rows named by --row, or the first --rows of a batch.
+def chosen_examples(
+    found: Inspected, args: argparse.Namespace, problem: Callable[[str], str]
+) -> Iterator[ShownExample]:
+    """Yield the examples to show: all of the rows named by --row, with or without the folder of their file,
+    or the first --rows of a batch.
 
-    Raises ValueError if no valid row has a name given with --row.
+    Raises ValueError with problem(name) if no example is of a row named by --row.
     """
     if not args.row:
         yield from itertools.islice(found.of_step(args.step), args.rows)
         return
-    missing = dict.fromkeys(args.row)
+    missing = dict.fromkeys(Path(name).name for name in args.row)
+    names = set(missing)
     for example in itertools.chain(found.train(), found.held_out()):
-        if example.name in args.row:
+        name = Path(example.name).name
+        if name in names:
             yield example
-            missing.pop(example.name, None)
+            missing.pop(name, None)
     for name in missing:
-        raise ValueError(f"--row {name}: no valid row has this name; rows are named FILE:LINE")
+        raise ValueError(f"--row {name}: {problem(name)}")
 
 
 def show_episodes(folder: Path, args: argparse.Namespace) -> int:
@@ -326,7 +333,7 @@ def main() -> int:
         data, ref, context = settings(args)
         tokenizer = pretrained.load_tokenizer(ref)
     found = inspect(data, tokenizer)
-    examples = list(chosen_examples(found, args))
+    examples = list(chosen_examples(found, args, partial(row_problem, data, tokenizer)))
     console = Console(highlight=False)
     statistics = dict(found.statistics)
     (lines, drop), setting = repetition_lines(found), invalid_setting(found, data, tokenizer)

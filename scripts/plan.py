@@ -90,7 +90,7 @@ def main() -> int:
 
 def print_plans(args: argparse.Namespace) -> int:
     """Compile and print what the command line names; return the exit code."""
-    from jaxft.plan import machines, plan, programs, search
+    from jaxft.plan import costs, machines, plan, programs, search
     from jaxft.plan import text as plan_text
     from jaxft.runs import cli, config
     from jaxft.train import open_settings
@@ -132,8 +132,8 @@ def print_plans(args: argparse.Namespace) -> int:
         cost = run_cost(run, found[-1], args.price) if args.hours or args.price is not None else None
         record = {**plan_text.record(found[-1], each), **(cost.json() if cost else {})}
         print(json.dumps(record) if args.json else plan_text.plan_report(found[-1]), flush=True)
-        if cost and not args.json:
-            print("\n".join(cost.lines()), flush=True)
+        if (args.hours or args.price is not None) and not args.json:
+            print("\n".join(cost.lines() if cost else costs.unknown_lines(found[-1])), flush=True)
         if len(each) > 1 and not args.json:
             print(plan_text.programs_report(each), flush=True)
     if len(found) > 1 and not args.json:

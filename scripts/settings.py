@@ -74,8 +74,7 @@ def main() -> int:
     args = make_parser().parse_args()
     from jaxft.runs.parse import recipe_names
     from jaxft.runs.settings_list import listed, matching
-    from jaxft.runs.unknown_names import advice
-    from jaxft.tree import nearest
+    from jaxft.runs.unknown_names import advice, nearest_settings
     from jaxft.weights.extend import without_model_weights
 
     recipe, words = args.config, args.words
@@ -92,7 +91,7 @@ def main() -> int:
     sections = {name.partition(".")[0] for name in names if "." in name}  # optim is one, and TRL's option
     lines = [line for word in words if word not in sections and (line := advice(word, recipe=recipe))]
     if not any(groups.values()) and not lines:
-        near = ", ".join(nearest(" ".join(words), names, 5))
+        near = ", ".join(nearest_settings(" ".join(words), names)) or "none; `jaxft settings` lists all"
         raise ValueError(f"no setting has {' and '.join(map(repr, words))} in its name or text; near: {near}")
     count = sum(map(len, groups.values()))
     print("\n\n".join(text for text in ("\n".join(lines), listed(groups, in_full=count <= 12)) if text))

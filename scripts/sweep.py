@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="combine the n-th values of all knobs instead of every combination",
     )
-    parser.add_argument("--name", help="the sweep's folder in runs/ (default: <config>-<knobs>)")
+    parser.add_argument("--name", help="the sweep's folder in runs/, or name= (default: <config>-<knobs>)")
     parser.add_argument(
         "--at-once",
         type=int,
@@ -90,6 +90,17 @@ def label_of(row: list[str]) -> str:
     return re.sub(r"[^\w.=+,-]+", "-", ",".join(row))
 
 
+def sweep_name(option: str | None, overrides: list[str]) -> tuple[str | None, list[str]]:
+    """Return the name of the sweep, from --name or name=, and the other overrides: its runs are named by
+    their knobs. Raises ValueError for two names.
+    """
+    named = [text for text in overrides if text.startswith(("name=", "run.name="))]
+    given = [*([option] if option else []), *(text.partition("=")[2] for text in named)]
+    if len(set(given)) > 1:
+        raise ValueError(f"the sweep has two names, {' and '.join(given)}; give one")
+    return next(iter(given), None), [text for text in overrides if text not in named]
+
+
 def lines_of_runs(about: Mapping[str, list[str]]) -> list[str]:
     """Return lines about each run, by label, as one list: those of all runs once, others with the label."""
     first, *others = about.values()
@@ -113,11 +124,8 @@ def main() -> int:
     clock = Clock()
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
     rows = values(args.over, args.together)
-    if any(text.startswith(("name=", "run.name=")) for text in overrides):
-        raise ValueError(
-            "name=... is not possible: runs are named by their knobs, and --name names a sweep's folder"
-        )
-    name = args.name or "-".join([Path(recipe).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
+    given, overrides = sweep_name(args.name, overrides)
+    name = given or "-".join([Path(recipe).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
     runs, about = {}, dict[str, list[str]]()
     for row in rows:
         label, settings = label_of(row), open_settings.resolve(recipe, [*overrides, *row])
@@ -131,9 +139,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, streams
+    from jaxft.runs import cli, interrupt, streams
 
     xla_flags.restart()
+    interrupt.accept_interrupts()
     cli.quiet()
     streams.outlive_console()
     sys.exit(cli.one_line_errors(main))

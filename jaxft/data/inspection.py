@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxft.batch import Tokens
 from jaxft.data import chat, prompts
-from jaxft.data.invalid import InvalidCount, add_counts
-from jaxft.data.mixture import SplitRows
+from jaxft.data.invalid import InvalidCount, InvalidRow, add_counts
+from jaxft.data.lengths import measure_dataset
+from jaxft.data.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.overlaps import Content
 from jaxft.data.pairs.source import PairRows, PairSource
 from jaxft.data.prompt_rows import PromptRows
@@ -73,6 +74,25 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
     if isinstance(data, Prompts):
         return inspect_prompts(data, tokenizer)
     return inspect_source(data.open(tokenizer))
+
+
+def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
+    """Return why no example is of the row with this name, FILE:LINE: what is wrong with it, that something
+    leaves it out, or that no dataset has it.
+    """
+    held_out = data.held_out if isinstance(data.held_out, str) else None
+    sources = [*parse_sources(data.train), *(held_out_sources(held_out) if held_out else ())]
+    how = data.tokenising(None)._replace(only=name, invalid_limit=None, workers=1)
+    for source in sources:
+        try:
+            size = int(measure_dataset(source.ref, source.adapt(data), tokenizer, how).longest.max())
+        except InvalidRow as error:
+            return error.problem
+        except ValueError:  # it has no such row
+            continue
+        limit = f"data.{data.length_settings[0]}={getattr(data, data.length_settings[0])}"
+        return f"the row is valid, has {size} tokens, and is left out: see {limit}, data.drop and max_samples"
+    return "no dataset has a row of this name; rows are named FILE:LINE"
 
 
 def inspect_source(source: RowSource | PairSource) -> Inspected:

@@ -102,13 +102,14 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
         sample=MEASURED, invalid_limit=1.0, names_first=False, counted=lambda *found: counts.append(found)
     )
     sources = parse_sources(data.train)
-    found = reduce(_concatenate, [_measure_one(x.ref, x.adapt(data), tokenizer, how) for x in sources])
+    found = reduce(_concatenate, [measure_dataset(x.ref, x.adapt(data), tokenizer, how) for x in sources])
     totals = [total for _, total in counts if total is not None]
     total = sum(totals) if len(totals) == len(counts) else None
     return replace(found, read=sum(read for read, _ in counts), total=total)
 
 
-def _measure_one(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising) -> RowLengths:
+def measure_dataset(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising) -> RowLengths:
+    """Tokenise a dataset without a limit of its rows' lengths."""
     if isinstance(data, Prompts):
         free = replace(data.token_settings, max_prompt=UNLIMITED)
         return _of_prompts(tokenise_prompts(ref, free, tokenizer, how), tokenizer)

@@ -30,6 +30,7 @@ from jaxft.data.tokens import remedy_for_too_long
 from jaxft.data.urls import file_name
 
 VERSION = ("prompts", 3)  # increase it when the same rows become other tokens
+ENVIRONMENT, EVERY_ROW = "environment", ""  # the column that names a row's environment, of several
 PROMPT_COLUMN_TYPES: ColumnTypes = {
     "ids": ColumnType(np.int32, "counts"),
     "counts": ColumnType(np.int32),
@@ -45,7 +46,11 @@ PROMPT_COLUMN_TYPES: ColumnTypes = {
 
 @dataclass(frozen=True)
 class PromptTokenSettings:
-    """The settings that the tokens of a prompt depend on; they are part of the cache key."""
+    """The settings that the tokens of a prompt depend on; they are part of the cache key.
+
+    tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's column ENVIRONMENT is
+    this name, or of EVERY_ROW; "" for those of the rows themselves.
+    """
 
     columns: tuple[str, ...]
     format: str
@@ -54,6 +59,12 @@ class PromptTokenSettings:
     template: TemplateSettings
     order_by: str | None = None
     max_samples: int | None = None
+    tools: str = ""
+
+    @property
+    def tools_by_row(self) -> dict[str, list[Any]]:
+        """The schemas by name, {} without any."""
+        return json.loads(self.tools) if self.tools else {}
 
 
 @dataclass(frozen=True)
@@ -144,8 +155,9 @@ class PromptRows:
         names = tuple(self._name(i) for i in numbers)
         fields = tuple(self._fields(i) for i in numbers)
         of_prompts = self.sources[self.chosen[np.asarray(numbers, np.int64)]]
+        tools = self.settings.tools_by_row
         prompts = (
-            prompt_of(Row(name, columns), self.formats[source])
+            with_row_tools(prompt_of(Row(name, columns), self.formats[source]), columns, tools)
             for name, columns, source in zip(names, fields, of_prompts, strict=True)
         )
         ids = tuple(self._ids(i) for i in numbers)
@@ -264,6 +276,27 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
     return Row(row.name, fields)
 
 
+def with_row_tools(
+    prompt: Chat | Completion, fields: dict[str, Any], tools: dict[str, list[Any]]
+) -> Chat | Completion:
+    """Return a prompt with the tools of its row. tools: see PromptTokenSettings.
+
+    Raises InvalidRow if there is no such environment.
+    """
+    if not tools:
+        return prompt
+    name = EVERY_ROW if EVERY_ROW in tools else fields.get(ENVIRONMENT)
+    if not isinstance(name, str) or name not in tools:
+        raise InvalidRow(
+            prompt.name,
+            "unknown environment",
+            f"column {ENVIRONMENT!r} is {name!r}, which names no environment; use {', '.join(tools)}",
+        )
+    if isinstance(prompt, Completion):
+        prompt = Chat(prompt.name, ({"role": "user", "content": prompt.prompt},), 1, plain=True)
+    return replace(prompt, tools=tools[name] or prompt.tools)
+
+
 def _tokenise(
     rows: Sequence[Row],
     format: RowFormat,
@@ -273,8 +306,10 @@ def _tokenise(
 ) -> ChunkColumns:
     """Return the columns of a chunk's prompts; see RowKind."""
 
+    tools = settings.tools_by_row
+
     def read(row: Row | InvalidRow) -> Chat | Completion:
-        return prompt_of(valid(row), settings.format)
+        return with_row_tools(prompt_of(valid(row), settings.format), valid(row).fields, tools)
 
     renamed = [attempt(rename_columns, row, settings.columns) for row in rows]
     examples = [attempt(read, row) for row in renamed]

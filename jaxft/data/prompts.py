@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Rollout, Tokens
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, one_of
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, one_of
 from jaxft.data.conversation import PROMPT_FORMATS
 from jaxft.data.left_out import left_out_rows
 from jaxft.data.mixture import (
@@ -43,10 +43,10 @@ class Prompts(DataSettings):
     environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
     prompt, sampled and given ones. too_long: "drop" leaves longer prompts out, "error" stops. batch:
     prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
-    temperature, top_k, top_p: of sampling. decode_rows: completions that are sampled at the same time; the
-    next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU over
-    which rows are divided. kv_cache: how the sampler stores keys
-    and values, "compute" for the compute dtype. passes: how often the policy is trained on a rollout (PPO's
+    temperature, top_k, top_p, min_p: of sampling. decode_rows: completions that are sampled at the same time;
+    the next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU
+    over which rows are divided. kv_cache: how the sampler stores keys and values, "compute" for the compute
+    dtype. passes: how often the policy is trained on a rollout (PPO's
     epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of `micro` microbatches each. Other
     fields: see DataSettings.
     """
@@ -62,6 +62,7 @@ class Prompts(DataSettings):
     temperature: Annotated[float, at_least(0)] = 1.0
     top_k: Annotated[int | None, at_least(1)] = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
+    min_p: Annotated[float | None, ZERO_TO_ONE] = None
     decode_rows: int | None = None
     kv_cache: CacheFormat = "compute"
     passes: Annotated[int, at_least(1)] = 1
@@ -112,8 +113,13 @@ class Prompts(DataSettings):
         """The settings that the tokens of a prompt depend on."""
         return PromptTokenSettings(
             self.columns, self.format, self.max_prompt, self.too_long, self.template_settings,
-            self.order_by, self.max_samples,
+            self.order_by, self.max_samples, self.row_tools,
         )  # fmt: skip
+
+    @property
+    def row_tools(self) -> str:
+        """The tools that prompts have in addition to those of their rows; see PromptTokenSettings."""
+        return ""
 
     @property
     def max_length(self) -> int:
@@ -307,7 +313,8 @@ def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> s
     settings = (
         data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature,
     )  # fmt: skip
-    digest = hashlib.sha256(json.dumps([settings, data.top_k, data.top_p]).encode())
+    added = [] if data.min_p is None else [data.min_p]  # later than the others: without it, as before
+    digest = hashlib.sha256(json.dumps([settings, data.top_k, data.top_p, *added]).encode())
     for side in (train, held):
         digest.update(len(side).to_bytes(8, "little"))
         digest.update(side.hashes[side.chosen, 1].tobytes())

@@ -27,6 +27,13 @@ class Prompt(NamedTuple):
     response: list[int]
 
 
+class HeldOutMetrics(NamedTuple):
+    """Held-out metrics of a source that evaluates itself, and values of single rows by their position."""
+
+    metrics: dict[str, float]
+    rows: dict[int, dict[str, float]]
+
+
 @dataclass(frozen=True)
 class SourceStats:
     """Counts of a source's rows.
@@ -107,7 +114,7 @@ class Source(Protocol[BoundTo]):
         whose completions it is going to have.
         """
 
-    def evaluate(self, state: TrainState) -> dict[str, float] | None:
+    def evaluate(self, state: TrainState) -> HeldOutMetrics | None:
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
@@ -225,7 +232,7 @@ class FixedSource(Generic[SomeBatch]):
         """Return the source itself: its batches depend on the step alone."""
         return self
 
-    def evaluate(self, state: TrainState) -> dict[str, float] | None:
+    def evaluate(self, state: TrainState) -> HeldOutMetrics | None:
         """Return None: the train loop evaluates the objective on `held_out`."""
         return None
 

@@ -101,7 +101,7 @@ class Tokenising(NamedTuple):
     workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
     print the progress of a long tokenisation. sample: tokenise so many rows of a larger dataset, at even
     distances; None for all. counted: called with the number of rows of a sample, and of the dataset's, None
-    if that is not known.
+    if that is not known. only: the name of a row, FILE:LINE, that is tokenised alone.
     """
 
     cache: Path | None = None
@@ -111,6 +111,7 @@ class Tokenising(NamedTuple):
     names_first: bool = False
     sample: int | None = None
     counted: Callable[[int, int | None], object] | None = None
+    only: str | None = None
 
 
 DEFAULT_TOKENISING = Tokenising()
@@ -143,6 +144,7 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     has no rows.
     """
     listing = list_chunks(ref, kind.used, kind.sample_by).first(kind.settings.max_samples)
+    listing = listing if how.only is None else row_alone(listing, how.only)
     content = (listing.digest, listing.labels, *([] if how.sample is None else [how.sample]))
     key = files.content_key(content, tokenizer, kind.version, kind.key)
     stored, state = files.load_or_make(
@@ -164,6 +166,17 @@ def tokenise_dataset(ref: str, kind: RowKind, tokenizer: Any, how: Tokenising) -
     return TokenisedDataset(
         stored, names, facts["largest_id"], dropped, invalid.counts(), examples, notes, state
     )
+
+
+def row_alone(listing: Listing, name: str) -> Listing:
+    """Return a dataset of the row with this name alone, or of none."""
+
+    def chunks() -> Iterator[Chunk]:
+        for chunk in listing.chunks():
+            rows = [row for row in chunk.rows() if Path(row.name).name == name]  # an error has the folder too
+            yield from [LoadedRows(tuple(rows), chunk.label)] if rows else []
+
+    return replace(listing, digest=f"{listing.digest} {name}", chunks=chunks, rows=None)
 
 
 def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> tuple[Listing, int | None]:

@@ -1,14 +1,15 @@
-"""Computing on parts of host arrays in several threads, and returning the memory that it took."""
+"""Computing on parts of host arrays, and compiling, in several threads; returning the memory that it took."""
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Given = TypeVar("Given")
 Returned = TypeVar("Returned")
+Key = TypeVar("Key")
 MOST_THREADS = 16  # more would wait for memory
 
 
@@ -41,6 +42,16 @@ def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> l
                 call.cancel()
     trim_heap()  # glibc keeps what each thread has freed: 45 MB of two that quantise to 4 bits
     return [call.result() for call in calls]
+
+
+def compile_all(lowered: Mapping[Key, Any], platform: str, options: Any = None) -> dict[Key, Any]:
+    """Compile several programs that jax has lowered: on CPUs at the same time, in one thread per core.
+
+    On a GPU compiling times kernels, which would disturb one another. platform: of the devices. options: of
+    jax's `compile`.
+    """
+    run = map_in_threads if platform == "cpu" else map
+    return dict(zip(lowered, run(lambda one: one.compile(options), lowered.values()), strict=True))
 
 
 def trim_heap() -> None:

@@ -1,7 +1,7 @@
 """Complete prompts that are given as token ids."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -22,7 +22,7 @@ def complete(
     prompts: Sequence[Sequence[int]],
     numbers: Sequence[int] | None = None,
     is_enough: Callable[[list[int]], bool] | None = None,
-    ended: Callable[[int], None] = lambda completions: None,
+    ended: Callable[[int], Any] | None = None,
 ) -> SampledTokens:
     """Complete every prompt as often as the engine's groups are large. Raises ValueError if a grammar fails.
 
@@ -47,7 +47,8 @@ def complete(
                 logps[it.episode, : len(turn.tokens)] = turn.logps
                 session.drop(it.episode)
                 count += 1
-        ended(count)
+        if ended is not None:
+            ended(count)
     shape = len(prompts), group, new
     return SampledTokens(tokens.reshape(shape), logps.reshape(shape))
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from jaxft.distributed import threads
 from jaxft.engine.sampling import NONFINITE, sample_rows
 from jaxft.engine.state import (
     EVERY_TOKEN,
@@ -276,7 +277,8 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
     """Compile the programs of an engine. params: arrays or their shapes. mesh: None for a single device."""
     tracers = program_tracers(d, params, slots, mesh)
     options = compiler_options(first_device(mesh).platform)
-    found = {name: trace().lower().compile(options) for name, trace in tracers.items()}
+    lowered = {name: trace().lower() for name, trace in tracers.items()}
+    found = threads.compile_all(lowered, first_device(mesh).platform, options)
     by_size = [
         {key[1:]: program for key, program in found.items() if key[0] == name}
         for name in ("start", "extend", "decode", "keep")

@@ -165,7 +165,7 @@ class Scheduler:
         self.thread = threading.Thread(target=self._run, name="jaxft-scheduler", daemon=True)
 
     def _new_session(self) -> Session:
-        return Session(self.engine, self.params, keeps=self.sizes.continues)
+        return Session(self.engine, self.params)
 
     def start(self) -> None:
         """Start the thread."""

@@ -101,8 +101,8 @@ class Session:
     but for rounding: kernels of other shapes may add in another order, which can swap a token for one that is
     about as likely.
 
-    keeps: whether a row stays after the end of a turn, until it is extended or dropped. choice: of requests
-    that don't choose, by default the engine's sampling and stop tokens.
+    Where an engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
+    of requests that don't choose, by default the engine's sampling and stop tokens.
 
     >>> session = Session(engine, params, jax.random.key(0))  # doctest: +SKIP
     >>> session.start([1, 2, 3], episodes=[0, 1])             # doctest: +SKIP
@@ -115,10 +115,9 @@ class Session:
         engine: Engine,
         params: Params,
         key: Array | None = None,
-        keeps: bool = False,
         choice: RequestSettings | None = None,
     ):
-        self.engine, self.params, self.keeps = engine, params, keeps
+        self.engine, self.params = engine, params
         self.key = key_data(jax.random.key(0) if key is None else key)
         self.choice = choice or RequestSettings(engine.decoding.sampling, engine.decoding.stop)
         self.waiting: list[_Waiting] = []  # the longest first, so that similar lengths are prefilled together
@@ -300,7 +299,7 @@ class Session:
         if self.waiting:
             wanted = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])
             stop = len(live) + self.rows - len(self.running) - wanted
-        if self.keeps:
+        if self.engine.decoding.extends:
             limit, stop = min(limit, STEPS_BETWEEN_LOOKS), len(live) - self.rows // 8
         allowed = all_allowed(self.engine.decoding, self.rows)
         if any(it.constraint for it in live):  # only the host knows which tokens may follow the next one
@@ -315,7 +314,7 @@ class Session:
         self.state = self.engine.decode[self.rows, read, prompt](self.params, self.state, used, until)
 
     def _collect(self) -> list[Running]:
-        """Return the rows that have new tokens. Rows that ended are free, unless the session keeps them."""
+        """Return the rows that have new tokens. Rows that ended are free, unless they may be extended."""
         s, found = self.state, []
         live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
         if any(it.choice.top for it in self.running.values()):
@@ -334,7 +333,7 @@ class Session:
             if it.constraint and it.finish != "error":
                 it.error = it.constraint.accept([token for token in new if token not in it.choice.stop])
                 it.finish = "error" if it.error else it.finish
-            if it.finish and not self.keeps:
+            if it.finish and not self.engine.decoding.extends:
                 self.drop(it.episode)
             found.append(it)
         return found

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 LEVEL = 0.95
 NORMAL = 1.959963984540054  # 97.5 % of a standard normal distribution are below
@@ -115,6 +116,11 @@ def interval_of(values: Sequence[float]) -> Interval:
     """
     known = [x for x in values if not math.isnan(x)]
     return wilson(float(np.mean(known)), len(known)) if _are_wins(known) else mean_interval(known)
+
+
+def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
+    """Return the mean score of each prompt's completions that have one (not NaN); NaN if none has."""
+    return [math.nan if np.isnan(own).all() else float(np.nanmean(own)) for own in scores]
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> Paired:

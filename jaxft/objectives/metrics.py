@@ -224,6 +224,18 @@ def neutral(like: Metrics) -> Metrics:
     return {name: neutral_of(m) for name, m in like.items()}
 
 
+def as_ties(metrics: Metrics) -> Metrics:
+    """Return metrics of pairs of which all are ties: how their margins differ is rounding."""
+
+    def tied(m: Any) -> Any:
+        if isinstance(m, WinRate):
+            pairs = m.sums[..., 2]
+            return WinRate(np.stack([np.zeros_like(pairs), pairs, pairs], -1))
+        return jax.tree.map(np.zeros_like, m) if isinstance(m, Correlation | LabelNoise) else m
+
+    return {name: tied(m) for name, m in metrics.items()}
+
+
 def as_floats(metrics: Metrics) -> dict[str, float]:
     """Divide: return each metric as a number, and an estimate's standard error as `name_error`.
 

@@ -37,6 +37,8 @@ class Facts:
         first, and the outputs must have a field `logp`, the only one with a gradient.
     reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the
         policy, "precomputed" the policy at step 0 with its log-probs in the batch.
+    starts_tied: rewards compare the policy with what it is at step 0, so that the pairs of the first step are
+        ties, whatever their rounding.
     dropout: whether the policy may be trained with dropout.
     noise: the training loss is random without dropout too: it needs `forward`'s key.
     temperature: the sampling temperature that its log-probs assume, None for any.
@@ -50,6 +52,7 @@ class Facts:
 
     coupled: bool = False
     reference: Literal["none", "start", "moving", "precomputed"] = "none"
+    starts_tied: bool = False
     dropout: bool = True
     noise: bool = False
     temperature: float | None = None

@@ -208,7 +208,7 @@ def preference(
         score,
         eval_loss=eval_loss,
         text=sft(model),
-        facts=Facts(coupled=declared.coupled, reference=kind),
+        facts=Facts(coupled=declared.coupled, reference=kind, starts_tied=implicit_beta is not None),
         report=Report(partial(preference_alarms, implicit_beta), preference_summary),
     )
 

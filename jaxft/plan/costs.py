@@ -13,6 +13,7 @@ from jaxft.data.progress import time_in_words
 from jaxft.data.prompts import Prompts
 from jaxft.data.rows import check_rows, list_chunks
 from jaxft.data.sft import Rows
+from jaxft.plan.plan import Plan
 from jaxft.train.settings import Run
 
 CHARACTERS = 4  # of a token, where the rows cannot be tokenised
@@ -20,10 +21,11 @@ CHARACTERS = 4  # of a token, where the rows cannot be tokenised
 
 @dataclass(frozen=True)
 class RunSteps:
-    """Optimizer steps of a run, and where their number comes from."""
+    """Optimizer steps of a run, and where their number comes from. samples: they train on rollouts."""
 
     count: int
     source: str
+    samples: bool = False
 
 
 def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
@@ -32,9 +34,9 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
     Without a tokenizer that can be loaded, tokens are estimated from characters. Raises ValueError or
     FileNotFoundError if there are no rows.
     """
+    data, samples = run.data, isinstance(run.data, Prompts)
     if run.loop.steps is not None:
-        return RunSteps(run.loop.steps, "loop.steps")
-    data = run.data
+        return RunSteps(run.loop.steps, "loop.steps", samples)
     if not isinstance(data, Rows | PairRows | Prompts):
         return RunSteps(data.open(tokenizer()).info.steps, "the run's data")
     length = f"{data.tokens or 0:,} tokens"
@@ -45,7 +47,7 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
     except OSError:  # the model's files are not here
         return _estimated(data, length)
     info = data.open(loaded).info
-    return RunSteps(info.steps, f"{length} of {info.stats.examples:,} {data.unit}")
+    return RunSteps(info.steps, f"{length} of {info.stats.examples:,} {data.unit}", samples)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Cost:
             f"time: {self.steps.count:,} steps ({self.steps.source}) x {self.seconds:.3f} s = "
             f"{time_in_words(3600 * self.hours)}, without loading, compiling, evaluation and sampling"
         ]
+        if self.steps.samples:
+            lines.append("the rollouts are sampled in addition, which often takes longer than the steps")
         if self.money is not None:
             each = f"{self.devices} device{'s' * (self.devices > 1)} x {self.price:g} an hour"
             lines.append(f"cost: {self.money:.2f} ({time_in_words(3600 * self.hours)} x {each})")
@@ -89,6 +93,12 @@ class Cost:
             "hours": self.hours,
             "cost": self.money,
         }
+
+
+def unknown_lines(step: Plan) -> list[str]:
+    """Return the lines in place of a cost, for a train step without an estimate of its time."""
+    why = f"no speed of {step.machine} is known" if step.fits else "the train step does not fit"
+    return [f"time and cost: unknown, because {why}"]
 
 
 class _Counted(NamedTuple):
@@ -128,4 +138,4 @@ def _estimated(data: Rows | PairRows | Prompts, length: str) -> RunSteps:
     else:
         steps = math.ceil(epochs * trained / data.batch)
     each = data.passes * data.minibatches if isinstance(data, Prompts) else 1
-    return RunSteps(max(1, steps) * each, source)
+    return RunSteps(max(1, steps) * each, source, isinstance(data, Prompts))

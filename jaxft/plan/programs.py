@@ -17,7 +17,7 @@ from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.programs import score_tokens
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.sampler import decoding_of, slots_of
+from jaxft.rl.sampler import engine_sizes
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, reference_step, sharded_batch
 from jaxft.train.settings import Run
@@ -91,8 +91,8 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
 def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
     """Return the programs of rollouts: sampling, log-probs with the training program, and reward heads."""
     data: Any = run.data
-    d = decoding_of(data, p.partition.model, tuple(run.model.config.eos), data.group)
-    slots = slots_of(data, d.group, padded_length(data.max_prompt), p.mesh)
+    size, stop = padded_length(data.max_prompt), tuple(run.model.config.eos)
+    d, slots = engine_sizes(data, p.partition.model, stop, data.group, size, p.mesh)
     found = _sampling("rollout sampling", p, params, d, slots)
     if not isinstance(data, OnlinePairs):
         logps: Any = jax.jit(partial(score_tokens, p.objective))

@@ -211,16 +211,29 @@ def gfpo(
     retain = max(1, group // 2) if retain is None else retain
     if not 0 < retain < max(group, 2):
         raise ValueError(f"gfpo: retain={retain} of a group of {group}. Use 1 to {max(1, group - 1)}.")
-    ranks = np.where(has_score(scores), metric(scores, lengths), -np.inf)
-    chosen = np.argsort(-ranks, axis=1, kind="stable")[:, :retain]
-    retained = np.full(np.shape(scores), np.nan)
-    np.put_along_axis(retained, chosen, np.take_along_axis(_float64(scores), chosen, 1), 1)
-    return advantage(retained, lengths)
+    return advantage(_highest(scores, metric(scores, lengths), np.full(len(scores), retain)), lengths)
 
 
-def remax(scores: GroupScores, *, greedy: Float[np.ndarray, " G"]) -> GroupScores:
-    """`r - score of the greedy completion`, 0 if that has no score (Li et al. 2023, arXiv:2310.10505)."""
-    return _zero_without_score(_float64(scores) - _float64(greedy)[:, None], scores)
+def adaptive_gfpo(
+    scores: GroupScores,
+    lengths: GroupLengths,
+    fractions: tuple[float, float, float, float] = (0.5, 0.5, 0.375, 0.25),
+    metric: Advantage = brevity,
+    advantage: Advantage = grpo,
+) -> GroupScores:
+    """gfpo that retains more of harder prompts: Adaptive Difficulty GFPO (arXiv:2508.09726).
+
+    fractions: of a group that are retained, for prompts of the lowest quarter of mean scores to the highest;
+    by default the paper's 8, 8, 6 and 4 of 16. Quarters are those of the rollout's prompts; the paper's are
+    of all prompts so far, which it estimates with a t-digest. Raises ValueError unless they are in (0, 1].
+    """
+    if not all(0 < fraction <= 1 for fraction in fractions):
+        raise ValueError(f"adaptive_gfpo: fractions={fractions} are not all above 0 and at most 1.")
+    valid = has_score(scores)
+    means = np.nansum(_float64(scores), 1) / np.maximum(valid.sum(1), 1)
+    quarters = (means[:, None] > np.quantile(means[valid.any(1)], (0.25, 0.5, 0.75))).sum(1)
+    retain = np.maximum(np.array(fractions)[quarters] * scores.shape[1], 1).astype(int)
+    return advantage(_highest(scores, metric(scores, lengths), retain), lengths)
 
 
 def standardised(advantages: GroupScores, eps: float = 1e-4) -> GroupScores:
@@ -327,6 +340,15 @@ def _centred(scores: Shaped[np.ndarray, "G N"]) -> GroupScores:
     valid, x = has_score(scores), _float64(scores)
     mean = np.nansum(x, 1, keepdims=True) / np.maximum(valid.sum(1, keepdims=True), 1)
     return np.where(_all_equal(scores), x * 0, x - mean)
+
+
+def _highest(scores: GroupScores, ranks: GroupScores, retain: Int[np.ndarray, " G"]) -> GroupScores:
+    """The scores of the completions with the highest ranks, `retain` of each group; NaN for the others. The
+    first of equal completions is retained.
+    """
+    order = np.argsort(-np.where(has_score(scores), ranks, -np.inf), axis=1, kind="stable")
+    places = np.argsort(order, axis=1)
+    return np.where(places < retain[:, None], _float64(scores), np.nan)
 
 
 def _checked_weights(

@@ -17,6 +17,8 @@ which they pass on.
         def guess(self, number: int) -> str: ...                # public methods are tools
         def get_reward(self) -> float: ...                      # may be async
 
+    ENVIRONMENTS = {"guess": Guess, "game": Game}     # several: a row's column `environment` names its own
+
 A reward function is the environment of one turn: without an environment, an episode ends with its first turn.
 """
 
@@ -24,17 +26,20 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from jaxft.data.columns import tool_schema
 from jaxft.data.example import Message
+from jaxft.data.prompt_rows import ENVIRONMENT, EVERY_ROW
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import Tool, by_name
+from jaxft.short_names import ENVIRONMENTS, ShortNames
 
+EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
 RowColumns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
 EpisodeState = Any
@@ -75,7 +80,8 @@ class Environment:
     score(state, task) -> the score of the episode; None: the sum of its turns' rewards. task.call calls a
     user's function, with the time-out. name: in logs and metrics. scored: whether its episodes have a score
     at all. continues: whether they may have a second turn. resets: whether reset may return a prompt; a class
-    says that its own does not by `-> None`.
+    says that its own does not by `-> None`. by_name: of several environments, the schemas of each, by what
+    a row's column `environment` says; {} where all rows have `schemas`.
     """
 
     name: str
@@ -87,6 +93,13 @@ class Environment:
     scored: bool = True
     continues: bool = True
     resets: bool = True
+    by_name: Mapping[str, tuple[Schema, ...]] = field(default_factory=dict)
+
+    @property
+    def row_tools(self) -> str:
+        """The tools that prompts have; see prompt_rows.PromptTokenSettings."""
+        found = self.by_name or ({EVERY_ROW: self.schemas} if self.schemas else {})
+        return json.dumps(found) if found else ""
 
 
 def single_turn() -> Environment:
@@ -99,13 +112,16 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
 
     given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
     reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
-    makes the object of an episode. None: tools alone, an episode ends with the first turn that calls none.
+    makes the object of an episode; a dict of such by name. None: tools alone, an episode ends with the first
+    turn that calls none.
     Raises ValueError for anything else.
     """
     if given is None:
         found = single_turn()
     elif isinstance(given, Environment):
         found = given
+    elif isinstance(given, Mapping) and given:
+        found = _of_several({str(name): environment_of(one) for name, one in given.items()})
     elif inspect.isclass(given):
         found = _of_class(given, given)
     elif callable(given) and not inspect.signature(given).parameters:
@@ -130,9 +146,15 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
     def all_tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {**environment.tools(state), **added}
 
-    schemas = (*environment.schemas, *map(tool_schema, tools))
-    name = environment.name if environment.name != "none" else "tools"
-    return replace(environment, name=name, tools=all_tools, schemas=schemas, continues=True)
+    more = tuple(map(tool_schema, tools))
+    return replace(
+        environment,
+        name=environment.name if environment.name != "none" else "tools",
+        tools=all_tools,
+        schemas=(*environment.schemas, *more),
+        continues=True,
+        by_name={name: (*schemas, *more) for name, schemas in environment.by_name.items()},
+    )
 
 
 # ---- users' functions and classes
@@ -153,6 +175,43 @@ def _of_function(function: Callable[..., Any]) -> Environment:
         return found._replace(state=(found.state, row))
 
     return Environment(_name(function), reset, step, _no_tools, (), _no_score, resets=False)
+
+
+def _of_several(parts: Mapping[str, Environment]) -> Environment:
+    """Return the environment whose episodes are those of the part that a row's column `environment` names, as
+    with a dict of TRL's factories. That column is not passed on.
+    """
+
+    def reset(row: RowColumns, task: Task) -> Beginning:
+        own = {name: value for name, value in row.items() if name != ENVIRONMENT}
+        part = parts[row[ENVIRONMENT]]
+        begun = part.reset(own, task)
+        return begun._replace(state=(part, begun.state))
+
+    def step(state: EpisodeState, text: str, task: Task) -> StepResult:
+        part, inner = state
+        found = part.step(inner, text, task)
+        return found._replace(state=(part, found.state))
+
+    def tools(state: EpisodeState) -> Mapping[str, Tool]:
+        return state[0].tools(state[1])
+
+    def score(state: EpisodeState, task: Task) -> float | None:
+        return state[0].score(state[1], task)
+
+    each = parts.values()
+    return Environment(
+        ",".join(parts),
+        reset,
+        step,
+        tools,
+        tuple(schema for part in each for schema in part.schemas),
+        score,
+        scored=any(part.scored for part in each),
+        continues=any(part.continues for part in each),
+        resets=any(part.resets for part in each),
+        by_name={name: part.schemas for name, part in parts.items()},
+    )
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:

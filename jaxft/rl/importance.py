@@ -76,6 +76,18 @@ def masked_completions(
     return _of_completions(_masked(_sums(log_ratio, lengths), least, most), log_ratio, lengths)
 
 
+def masked_geometric_means(
+    log_ratio: PerToken, lengths: Lengths, least: float = 0.999, most: float = 1.001
+) -> ImportanceWeights:
+    """1 for every token of a completion if `(prod_t rho_t)^(1 / |y|)` is in [least, most], else 0 (Liu et al.
+    2025, richardli.xyz/rl-collapse). verl's geometric rejection, with its default bounds.
+
+    Unlike their product, the geometric mean of a completion's ratios does not grow with its length.
+    """
+    means = _sums(log_ratio, lengths) / np.maximum(lengths, 1)
+    return _of_completions((_masked(means, least, most) > 0).astype(float), log_ratio, lengths)
+
+
 def effective_samples(weights: Float[np.ndarray, " m"]) -> float:
     """`(sum w)^2 / (m sum w^2)`: the effective sample size as a fraction of the samples (Kish 1965); 0 if all
     weights are 0.

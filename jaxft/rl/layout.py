@@ -1,12 +1,12 @@
 """Arrange episodes in rows: a prompt once, then its episodes, which do not attend to one another.
 
-A row of later training rows of an episode (see Trajectory.part) has these after the others, each as a segment
-with its own start, and so an episode whose prompt differs from that of the first one of its group. Given
-tokens are in the rows, but have no read position: no loss, entropy or KL is ever computed there. ECHO alone
-predicts them: its read positions follow those of sampled tokens and are padding to everything else.
+Later training rows of an episode (see Trajectory.rows) are after the others, each as a segment with its own
+start, and so is an episode whose prompt differs from that of the first one of its group. Given tokens are in
+the rows, but have no read position: no loss, entropy or KL is ever computed there. ECHO alone predicts them:
+its read positions follow those of sampled tokens and are padding to everything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,44 +16,31 @@ from jaxtyping import Float, Int
 
 from jaxft.batch import Rollout
 from jaxft.data.pack import RowShape
-from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
+from jaxft.data.prompts import Prompts, rollout_batch_shapes
 from jaxft.rl.advantages import PerToken
-from jaxft.rl.episodes import Episodes
-from jaxft.rl.trajectory import Trajectory, episode_ids, sampled_mask
+from jaxft.rl.trajectory import Episodes, Trajectory
 from jaxft.tree import Batch
 
 ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longest episodes
 
 
-@dataclass(frozen=True)
-class RolloutShapes:
-    """Shapes of a rollout's rows. A rollout uses the smallest of them that holds its episodes.
+def rollout_shapes(data: Prompts, longest: int, shards: int) -> dict[RowShape, Rollout]:
+    """Return the shape of an optimizer step's batch [micro, rows, ...] for each row shape, smallest first.
 
-    prompt_size: tokens that prompts are padded to for sampling. rows: the row shapes, smallest first.
-    batches: of an optimizer step [micro, rows, ...], one for each row shape. reads_given: see pack_episodes.
+    longest: tokens of the longest prompt. shards: the mesh's divisor of rows.
     """
-
-    prompt_size: int
-    rows: tuple[RowShape, ...]
-    batches: tuple[Rollout, ...]
-    reads_given: bool = False
-
-    def smallest(self, episodes: Episodes) -> RowShape:
-        """Return the smallest of the row shapes that holds every prompt with all of its episodes."""
-        length = reads = 0
-        for group in _groups(episodes):
-            pieces = _pieces(group)
-            length = max(length, len(shared_prompt(group)) + sum(len(piece.ids) for piece in pieces))
-            given = sum(len(piece.given) for piece in pieces) if self.reads_given else 0
-            reads = max(reads, given + sum(len(piece.sampled) for piece in pieces))
-        return next(shape for shape in self.rows if length <= shape.length and reads <= shape.reads)
+    rows = (data.group_row_shape(longest, fraction) for fraction in ROW_FRACTIONS)
+    return {shape: rollout_batch_shapes(data, shape, shards) for shape in rows}
 
 
-def rollout_shapes(data: Prompts, longest: int, shards: int) -> RolloutShapes:
-    """Return the shapes for prompts of at most `longest` tokens. shards: the mesh's divisor of rows."""
-    rows = tuple(dict.fromkeys(data.group_row_shape(longest, fraction) for fraction in ROW_FRACTIONS))
-    batches = tuple(rollout_batch_shapes(data, shape, shards) for shape in rows)
-    return RolloutShapes(padded_length(longest), rows, batches, data.reads_given)
+def smallest_shape(episodes: Episodes, shapes: Iterable[RowShape], reads_given: bool = False) -> RowShape:
+    """Return the first shape that holds every prompt with all of its episodes; see pack_episodes."""
+    length = reads = 0
+    for prompt, pieces in _groups(episodes):
+        length = max(length, len(prompt) + sum(len(piece.ids) for piece in pieces))
+        given = sum(len(piece.given) for piece in pieces) if reads_given else 0
+        reads = max(reads, given + sum(len(piece.sampled) for piece in pieces))
+    return next(shape for shape in shapes if length <= shape.length and reads <= shape.reads)
 
 
 @dataclass(frozen=True)
@@ -94,30 +81,26 @@ class _Piece(NamedTuple):
     given: Int[np.ndarray, " g"]
 
 
-def shared_prompt(group: Sequence[Sequence[Trajectory]]) -> tuple[int, ...]:
-    """Return the prompt that a row begins with: that of the first episode that has one."""
-    return next((parts[0].start for parts in group if parts[0].start), ())
+def _groups(episodes: Episodes) -> Iterator[tuple[tuple[int, ...], list[_Piece]]]:
+    """Yield the prompt that a row begins with, that of the first episode of a group that has one, and the
+    training rows of the group's episodes, those that share its tokens first.
+    """
+    for first in range(0, len(episodes.trajectories), episodes.group):
+        group = episodes.trajectories[first : first + episodes.group]
+        prompt = next((t.start for t in group if t.start), ())
+        pieces = [piece for slot, t in enumerate(group) for piece in _pieces(slot, t, prompt)]
+        yield prompt, sorted(pieces, key=lambda piece: not piece.is_branch)
 
 
-def _pieces(group: Sequence[Sequence[Trajectory]]) -> list[_Piece]:
-    """Return the training rows of a prompt's episodes, those that share its tokens first."""
-    shared, found = shared_prompt(group), list[_Piece]()
-    for slot, parts in enumerate(group):
-        for part in parts:
-            is_branch = part.part == 0 and part.start == shared
-            first = len(shared) if is_branch else 0
-            sampled = np.flatnonzero(sampled_mask(part)) - first
-            if len(sampled):
-                count = sampled[-1] + 1
-                given = np.setdiff1d(np.arange(len(part.start) - first, count), sampled)
-                given = given[:0] if part.fault else given
-                found.append(_Piece(slot, is_branch, episode_ids(part)[first:][:count], sampled, given))
-    return sorted(found, key=lambda piece: not piece.is_branch)
-
-
-def _groups(episodes: Episodes) -> list[tuple[tuple[Trajectory, ...], ...]]:
-    group = episodes.group
-    return [episodes.episodes[i : i + group] for i in range(0, len(episodes.episodes), group)]
+def _pieces(slot: int, trajectory: Trajectory, prompt: tuple[int, ...]) -> Iterator[_Piece]:
+    for number, row in enumerate(trajectory.rows()):
+        is_branch = number == 0 and trajectory.start == prompt
+        first, sampled = len(prompt) if is_branch else 0, np.flatnonzero(row.sampled)
+        if len(sampled):
+            stop = sampled[-1] + 1
+            given = row.start + np.flatnonzero(~row.sampled[row.start : stop])
+            given = given[:0] if trajectory.fault else given
+            yield _Piece(slot, is_branch, row.ids[first:stop], sampled - first, given - first)
 
 
 def pack_episodes(
@@ -138,12 +121,11 @@ def pack_episodes(
     responses, tokens = (np.full((rows, shape.reads), x, np.int32) for x in (slots, -1))
     lengths, last = (np.zeros((rows, slots), np.int32) for _ in range(2))
     weights = np.zeros((rows, shape.reads), np.float32) if reads_given else None
-    for r, group in enumerate(_groups(episodes)):
-        prompt = shared_prompt(group)
+    for r, (prompt, pieces) in enumerate(_groups(episodes)):
         start = column = len(prompt)
         ids[r, :start], segments[r, :start], positions[r, :start] = prompt, 1, np.arange(start)
         segment, m, observed = 1, 0, list[int]()
-        for slot, is_branch, own, sampled, given in _pieces(group):
+        for slot, is_branch, own, sampled, given in pieces:
             segment += not is_branch
             span, reads = slice(column, column + len(own)), slice(m, m + len(sampled))
             ids[r, span], segments[r, span] = own, segment

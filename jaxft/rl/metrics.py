@@ -1,5 +1,6 @@
 """Metrics of a rollout, with TRL's names where TRL has them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,11 +18,9 @@ from jaxft.objectives.metrics import PROMPT_COUNT, Max, Min, Sum
 from jaxft.rl import play
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl.environments import tools
-from jaxft.rl.episodes import NO_LENGTH, Episodes, given_count, turn_count
 from jaxft.rl.estimators import RolloutScores
-from jaxft.rl.rewards import Faults
 from jaxft.rl.rules import ScoredEpisodes
-from jaxft.rl.trajectory import fault_counts
+from jaxft.rl.trajectory import NO_LENGTH, Episodes
 from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Metrics
 
@@ -32,7 +31,6 @@ EOS_TOKENS = "val/num_eos_tokens"
 KL = "objective/kl"
 LOGP_DIFFERENCE_MEAN = "sampling/sampling_logp_difference/mean"
 LOGP_DIFFERENCE_MAX = "sampling/sampling_logp_difference/max"
-REWARD_FAULTS = {"raised": FAULTS_RAISED, "not_a_number": FAULTS_NOT_A_NUMBER}
 TURNS, GIVEN_TOKENS = "episodes/turns", "episodes/given_tokens"  # means over episodes
 TOOL_CALLS, TOOL_FAILURES = "tools/call_frequency", "tools/failure_frequency"  # of an episode; of a call
 TOOL_ERRORS = (
@@ -45,16 +43,6 @@ EXCLUDING = (
 )  # fmt: skip
 
 MaybeMeans = dict[str, float | None]  # None for a mean over nothing
-
-
-def reward_mean(name: str) -> str:
-    """Return the name of the mean of one reward."""
-    return f"rewards/{name}/mean"
-
-
-def reward_deviation(name: str) -> str:
-    """Return the name of the standard deviation of one reward."""
-    return f"rewards/{name}/std"
 
 
 def score_metrics(scores: GroupScores) -> dict[str, float]:
@@ -87,7 +75,7 @@ def prompt_counts(
     or 1 for every completion: the completions of one prompt are not independent of one another.
     """
     parts = {REWARD: np.asarray(scores, np.float64)}
-    parts |= {reward_mean(name): reward_scores[..., number] for number, name in enumerate(names)}
+    parts |= {f"rewards/{name}/mean": reward_scores[..., number] for number, name in enumerate(names)}
     counts = {name: (~np.isnan(x)).any(1).sum() for name, x in parts.items() if _are_fractions(x)}
     return {name + PROMPT_COUNT: float(count) for name, count in counts.items() if count}
 
@@ -96,20 +84,19 @@ def _are_fractions(x: np.ndarray) -> bool:
     return bool(np.isin(x[~np.isnan(x)], (0.0, 1.0)).all())
 
 
-def reward_metrics(names: Sequence[str], reward_scores: Float[np.ndarray, "G N K"]) -> MaybeMeans:
-    """Return mean and standard deviation of each reward, None if too few completions have a score."""
-    metrics: MaybeMeans = {}
-    for name, x in zip(names, reward_scores.reshape(-1, len(names)).T, strict=True):
+def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:
+    """The means that rollouts and evaluations have; None if too few completions have a score."""
+    episodes, faults, count = scored.episodes, scored.faults, scored.reward_scores.size
+    lengths, ended = episodes.lengths[episodes.valid], episodes.ended[episodes.valid]
+    means: MaybeMeans = {REWARD: None, REWARD_STD: None, **score_metrics(scored.scores)}
+    means[MEAN_LENGTH] = float(lengths.mean()) if len(lengths) else None
+    means[CLIPPED_RATIO] = float((~ended).mean()) if len(lengths) else None
+    means |= {FAULTS_RAISED: faults.raised / count, FAULTS_NOT_A_NUMBER: faults.not_a_number / count}
+    for name, x in zip(names, scored.reward_scores.reshape(-1, len(names)).T, strict=True):
         valid = x[~np.isnan(x)]
-        metrics[reward_mean(name)] = float(valid.mean()) if len(valid) else None
-        metrics[reward_deviation(name)] = float(valid.std(ddof=1)) if len(valid) > 1 else None
-    return metrics
-
-
-def fault_metrics(faults: Faults, count: int) -> dict[str, float]:
-    """Return the fraction of `count` calls of rewards that raised, and that returned no finite number."""
-    counts = {"raised": faults.raised, "not_a_number": faults.not_a_number}
-    return {REWARD_FAULTS[kind]: x / count for kind, x in counts.items()}
+        means[f"rewards/{name}/mean"] = float(valid.mean()) if len(valid) else None
+        means[f"rewards/{name}/std"] = float(valid.std(ddof=1)) if len(valid) > 1 else None
+    return means
 
 
 def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
@@ -120,35 +107,29 @@ def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
     """
     if episodes.most_turns == 1:
         return {}
-    count, firsts = np.float64(len(episodes.episodes)), [parts[0] for parts in episodes.episodes]
-    valid = [parts for parts in episodes.episodes if not parts[0].fault]
-    calls = [len(turn.get("tool_calls") or ()) for parts in valid for turn in parts[0].turns]
-    told = fault_counts(firsts)
-    excluded = {kind: sum(first.fault == kind for first in firsts) for kind in EXCLUDING}
+    count, valid = np.float64(len(episodes.trajectories)), [t for t in episodes.trajectories if not t.fault]
+    calls = [len(turn.get("tool_calls") or ()) for t in valid for turn in t.turns]
+    told = Counter(fault.kind for t in episodes.trajectories for fault in t.faults)
+    excluded = Counter(t.fault for t in episodes.trajectories)
 
     def mean(values: Sequence[int], over: int) -> Sum:
         return Sum(np.float64(sum(values)), np.float64(over))
 
-    errors = [told.get(kind, 0) for kind in TOOL_ERRORS]
+    errors = [told[kind] for kind in TOOL_ERRORS]
     return {
-        TURNS: mean([turn_count(parts) for parts in valid], len(valid)),
-        GIVEN_TOKENS: mean([given_count(parts) for parts in valid], len(valid)),
+        TURNS: mean([len(t.sampled) for t in valid], len(valid)),
+        GIVEN_TOKENS: mean([t.given_count for t in valid], len(valid)),
         TOOL_CALLS: mean(calls, len(valid)),
         TOOL_FAILURES: mean(errors, max(sum(calls), sum(errors))),
-        **{f"tools/errors/{kind}": Sum(np.float64(told.get(kind, 0)), count) for kind in TOOL_ERRORS},
-        **{f"episodes/faults/{kind}": Sum(np.float64(n), count) for kind, n in excluded.items()},
+        **{f"tools/errors/{kind}": Sum(np.float64(told[kind]), count) for kind in TOOL_ERRORS},
+        **{f"episodes/faults/{kind}": Sum(np.float64(excluded[kind]), count) for kind in EXCLUDING},
     }
 
 
 def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
     """Return means over `count` completions as sums that add over steps; None is not logged."""
-
-    def as_sum(mean: float | None) -> Sum:
-        if mean is None:
-            return Sum(np.float64(0), np.float64(0))
-        return Sum(np.float64(mean * count), np.float64(count))
-
-    return {name: as_sum(mean) for name, mean in means.items()}
+    weights = {name: np.float64(0 if mean is None else count) for name, mean in means.items()}
+    return {name: Sum(np.float64((mean or 0) * count), weights[name]) for name, mean in means.items()}
 
 
 def rollout_metrics(
@@ -166,17 +147,14 @@ def rollout_metrics(
     episodes = scored.episodes
     valid, count = episodes.valid, episodes.lengths.size
     lengths, ended = episodes.lengths[valid], episodes.ended[valid]
-    means: MaybeMeans = {REWARD: None, REWARD_STD: None, **score_metrics(scored.scores)}
+    means = _means(names, scored)
     if episodes.group == 1:
         means.pop(ZERO_STD)  # it is about groups
-    means |= _length_metrics(episodes)
-    means |= {FRAC_LEARNED: float(trained_on.mean())}
-    means |= fault_metrics(scored.faults, scored.reward_scores.size)
+    means[FRAC_LEARNED] = float(trained_on.mean())
     means[EOS_TOKENS] = float(ended.sum())
     terminated = lengths[ended]
     for name, reduce in (("mean", np.mean), ("min", np.min), ("max", np.max)):
         means[TERMINATED_LENGTHS[name]] = float(reduce(terminated)) if len(terminated) else None
-    means |= reward_metrics(names, scored.reward_scores)
     if rollout.reference is not None:
         means[KL] = _kl(episodes, rollout)
     metrics = as_sums(means, count) | source_rewards(scored) | episode_metrics(episodes)
@@ -194,27 +172,15 @@ def evaluation_metrics(
     names: Sequence[str], scored: ScoredEpisodes, rollout: RolloutScores | None
 ) -> dict[str, float]:
     """Return the metrics of held-out prompts. rollout: with a reference's log-probs, or None."""
-    means: MaybeMeans = _length_metrics(scored.episodes)
-    means |= {name: x for name, x in score_metrics(scored.scores).items() if name != ZERO_STD}
-    means |= reward_metrics(names, scored.reward_scores)
-    means |= prompt_counts(names, scored.scores, scored.reward_scores)
-    means |= fault_metrics(scored.faults, scored.reward_scores.size)
+    means = _means(names, scored) | prompt_counts(names, scored.scores, scored.reward_scores)
     sums = source_rewards(scored) | episode_metrics(scored.episodes)
     means |= {name: float(x.total / x.weight) for name, x in sums.items() if x.weight}
     if rollout is not None:
         means[KL] = _kl(scored.episodes, rollout)
-    return {name: x for name, x in means.items() if x is not None}
+    return {name: x for name, x in means.items() if x is not None and name != ZERO_STD}
 
 
 def _kl(episodes: Episodes, rollout: RolloutScores) -> float:
     """The mean over episodes of the summed difference of log-probs to the reference's."""
     valid = episodes.valid.ravel()
     return float((rollout.logps - rollout.reference)[valid].sum() / max(valid.sum(), 1))
-
-
-def _length_metrics(episodes: Episodes) -> MaybeMeans:
-    valid = episodes.valid
-    if not valid.any():
-        return {MEAN_LENGTH: None, CLIPPED_RATIO: None}
-    lengths, ended = episodes.lengths[valid], episodes.ended[valid]
-    return {MEAN_LENGTH: float(lengths.mean()), CLIPPED_RATIO: float((~ended).mean())}

@@ -27,18 +27,9 @@ def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:
     shape = RowShape(padded_length(longest * min(data.starts_per_row, 2) + tokens), padded_length(reads))
     like = rollout_batch_shapes(data, shape, shards)
     micro, rows = like.ids.shape[:2]
-
-    def array(*last: int, dtype: Any = np.int32) -> Any:
-        return jax.ShapeDtypeStruct((micro, rows, *last), dtype)
-
-    number = array(1, dtype=np.float32)
-    pairs = Pairs(
-        ids=like.ids, segments=like.ids, positions=like.ids, read=like.read, targets=like.read,
-        responses=like.read, offsets=like.read, lengths=array(1, 2), last=array(1, 2),
-        mean_lengths=array(1, 2, dtype=np.float32), pair_weights=number, index=array(1), columns={},
-        branches=like.ids, sampled_length=data.episode_length,
-    )  # fmt: skip
-    return (pairs,)
+    two = jax.ShapeDtypeStruct((micro, rows, 2), np.int32)
+    empty = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), replace(like, lengths=two, last=two))
+    return (jax.tree.map(lambda x: jax.ShapeDtypeStruct((micro, *x.shape), x.dtype), to_pairs(empty)),)
 
 
 def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRollout:

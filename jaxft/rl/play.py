@@ -12,9 +12,10 @@ calls are returned to the model (tools.py). Both are counted by kind.
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -42,7 +43,6 @@ from jaxft.rl.environment import (
 )
 from jaxft.rl.environments.calls import Calls, Overdue, Task
 from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message
-from jaxft.rl.sampling_session import Sampler, TurnSession
 from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
@@ -101,10 +101,36 @@ class Play:
         return call_format(template_tool_format(str(source)))
 
 
-Ended = Callable[[int, Sequence[Trajectory]], None]  # called with an episode's number and training rows
+class TurnSession(Protocol):
+    """What samples: rows in progress that can be continued. Episodes have numbers of the caller's choice.
+
+    A row stays taken from `start` until `drop`, so that a turn that has ended can be continued. The engine's
+    Session is one, a person who types turns another.
+    """
+
+    def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
+        """Queue a prompt with a completion for each of the episodes, of at most `max_new` tokens.
+
+        number: of the prompt, from which the random keys of its completions derive.
+        """
+
+    def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
+        """Append given tokens to an episode whose turn has ended, and sample up to `max_new` more."""
+
+    def drop(self, episode: int) -> None:
+        """End an episode. Its row is free for another."""
+
+    def wait(self) -> list[Sampled]:
+        """Sample for a while, and return the turns that have ended. [] if none has, or if no row is in
+        progress.
+        """
 
 
-def ignore(number: int, parts: Sequence[Trajectory]) -> None:
+Sampler = Callable[[jax.Array], TurnSession]  # of a key, from which the keys of all completions derive
+Ended = Callable[[int, Trajectory], None]  # called with the number of an episode that has ended
+
+
+def ignore(number: int, trajectory: Trajectory) -> None:
     """Do nothing with an episode that has ended."""
 
 
@@ -116,30 +142,25 @@ def rollout(
     key: jax.Array,
     ended: Ended = ignore,
 ) -> list[Trajectory]:
-    """Play `group` episodes of each row. Return their training rows, in the order of the episodes.
+    """Play `group` episodes of each row, and return them in order.
 
-    ended: called with each episode's number and training rows as soon as it has ended, for rewards that
-    overlap with sampling. All processes of a run sample; the environment is called on the first.
+    ended: called with each episode as soon as it has ended, for rewards that overlap with sampling. All
+    processes of a run sample; the environment is called on the first.
 
     Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
     """
-    limits = play.limits
-    with Calls(limits.workers, limits.timeout) as calls, sampler.session(key) as session:
-        found = _Rollout(play, rows, group, session, calls).run(ended)
-    return [part for parts in found for part in parts]
+    with Calls(play.limits.workers, play.limits.timeout) as calls:
+        return _Rollout(play, rows, group, sampler(key), calls).run(ended)
 
 
 @dataclass
 class _Episode:
-    """An episode in progress. chat, state: on the first process only.
-
-    used: tokens after the first prompt. parts: start and segments of each training row.
-    """
+    """An episode in progress. start: None before it has a row. chat, state: on the first process only."""
 
     number: int
     prompt: int
-    parts: list[tuple[tuple[int, ...], list[Segment]]] = field(default_factory=list)
-    used: int = 0
+    start: tuple[int, ...] | None = None
+    segments: list[Segment] = field(default_factory=list)
     turns: int = 0
     stopped: bool = False
     chat: Chat | Completion | None = None
@@ -148,6 +169,15 @@ class _Episode:
     messages: tuple[ShownMessage, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        """Tokens after the first prompt."""
+        return sum(len(s.tokens) for s in self.segments)
+
+    def given(self, ids: list[int], begins: bool) -> None:
+        """Append tokens that are not sampled."""
+        self.segments.append(Segment(np.asarray(ids, np.int32), None, begins=begins))
 
 
 class _Scored(NamedTuple):
@@ -191,9 +221,9 @@ class _Rollout:
         self.episodes = [_Episode(i, i // group) for i in range(len(rows) * group)]
         self.open, self.sampling = set(range(len(self.episodes))), set[int]()
         self.ready = dict[int, dict[int, list[int]]]()  # prompts of a row's episodes that have not started
-        self.results = [list[Trajectory]() for _ in self.episodes]
+        self.results = dict[int, Trajectory]()
 
-    def run(self, ended: Ended) -> list[list[Trajectory]]:
+    def run(self, ended: Ended) -> list[Trajectory]:
         """Play all episodes to their end."""
         self.ended = ended
         for episode in self.episodes:
@@ -207,12 +237,12 @@ class _Rollout:
                 self._apply(decision)
             for sampled in self.session.wait() if self.sampling else ():
                 self._take(sampled)
-        return self.results
+        return [self.results[number] for number in range(len(self.episodes))]
 
     def _row(self, episode: _Episode) -> RowColumns:
-        """Return a copy of the columns of the episode's row, with its prompt."""
+        """Return the columns of the episode's row, with its prompt, which a user's function may change."""
         given = self.rows.as_given(episode.prompt)
-        return _copy({"prompt": given, **self.rows.fields[episode.prompt]})
+        return deepcopy({"prompt": given, **self.rows.fields[episode.prompt]})
 
     def _submit(self, episode: _Episode, work: Callable[[Task], Any]) -> None:
         if processes.is_first():
@@ -252,11 +282,11 @@ class _Rollout:
 
     def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
         """Return the decision to start from the environment's prompt, or from the row's own."""
-        rows, schemas = self.rows, list(self.play.environment.schemas)
+        rows = self.rows
         own = rows.prompts[episode.prompt]
         chat: Any = own
         if self.play.environment.continues:
-            chat = _with_prompt(own, begun.prompt, schemas)
+            chat = _with_prompt(own, begun.prompt)
         episode.state, episode.chat = begun.state, chat
         ids = list(rows.ids[episode.prompt])
         if chat != own:
@@ -266,7 +296,7 @@ class _Rollout:
             ids = found
         if len(ids) > self.play.limits.prompt:
             most = self.play.limits.prompt
-            text = f"the prompt with tools has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
+            text = f"the prompt has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
             return _Decision(episode.number, "end", fault=(LONG_PROMPT, text))
         messages = (
             chat.messages[: chat.response]
@@ -322,14 +352,11 @@ class _Rollout:
         episode = self.episodes[decision.number]
         episode.messages += tuple(decision.messages)
         episode.faults += [Fault(*fault) for fault in decision.faults]
-        if episode.parts and episode.parts[-1][1] and decision.do != "end":
-            segments = episode.parts[-1][1]
-            segments[-1] = replace(segments[-1], reward=decision.reward)
+        if episode.segments and decision.do != "end":
+            episode.segments[-1] = replace(episode.segments[-1], reward=decision.reward)
             episode.rewards.append(decision.reward)
         if decision.do == "extend":
-            given = np.asarray(decision.ids, np.int32)
-            episode.parts[-1][1].append(Segment(given, None))
-            episode.used += len(given)
+            episode.given(decision.ids, begins=False)
             self.sampling.add(episode.number)
             self.session.extend(episode.number, decision.ids, self._turn_limit(episode))
         elif decision.do == "start":
@@ -341,14 +368,13 @@ class _Rollout:
 
     def _start(self, episode: _Episode, ids: list[int]) -> None:
         """Start a row. The first rows of a prompt start together, as soon as all its prompts are known."""
-        if episode.parts:
+        if episode.start is not None:
             self.session.drop(episode.number)
-            episode.used += len(ids)
-            self._begin_rows(ids, [episode], self._own_number(episode))
-            return
+            episode.given(ids, begins=True)
+            return self._begin_rows(ids, [episode], self._own_number(episode))
         waiting = self.ready.setdefault(episode.prompt, {})
         waiting[episode.number] = ids
-        self._start_group(episode.prompt)
+        return self._start_group(episode.prompt)
 
     def _start_group(self, prompt: int) -> None:
         """Start the first rows of a prompt's episodes, if all that have not ended are ready."""
@@ -362,15 +388,15 @@ class _Rollout:
             together.setdefault(tuple(waiting[number]), []).append(self.episodes[number])
         for order, (ids, episodes) in enumerate(together.items()):
             number = prompt if order == 0 else self._own_number(episodes[0])
+            for episode in episodes:
+                episode.start = ids
             self._begin_rows(list(ids), episodes, number)
 
     def _begin_rows(self, ids: list[int], episodes: list[_Episode], number: int) -> None:
         """Start a row of each episode from one prompt. number: from which their keys derive."""
-        for episode in episodes:
-            episode.parts.append((tuple(ids), []))
-            self.sampling.add(episode.number)
-        limit = min(self._turn_limit(episode) for episode in episodes)
-        self.session.start(ids, [episode.number for episode in episodes], number, limit)
+        numbers = [episode.number for episode in episodes]
+        self.sampling.update(numbers)
+        self.session.start(ids, numbers, number, min(map(self._turn_limit, episodes)))
 
     def _own_number(self, episode: _Episode) -> int:
         """Return a number for the keys of a row that no other row has."""
@@ -390,8 +416,7 @@ class _Rollout:
                 "completion are not finite; lower optim.lr, or check the weights"
             )
         logps = np.asarray(sampled.logps, np.float32)
-        episode.parts[-1][1].append(Segment(np.asarray(sampled.tokens, np.int32), logps))
-        episode.used += len(sampled.tokens)
+        episode.segments.append(Segment(np.asarray(sampled.tokens, np.int32), logps))
         episode.turns += 1
         episode.stopped = sampled.finish == "stop"
         if not self.play.environment.continues:
@@ -405,7 +430,7 @@ class _Rollout:
 
     def _text(self, episode: _Episode, marked: bool = False) -> str:
         """Return the text of the last turn without its stop token. marked: with the marks of tool calls."""
-        sampled = next(s for s in reversed(episode.parts[-1][1]) if s.sampled)
+        sampled = next(s for s in reversed(episode.segments) if s.sampled)
         ids = without_stop(sampled.tokens, self.play.stop)
         if not marked:
             return str(self.play.tokenizer.decode(ids, skip_special_tokens=True))
@@ -420,29 +445,17 @@ class _Rollout:
             self._apply(_Decision(episode.number, "end"))
 
     def _end(self, episode: _Episode, decision: _Decision) -> None:
-        """Drop the episode's row, and build its trajectories."""
+        """Drop the episode's row, and build its trajectory."""
         number = episode.number
-        if episode.parts:
+        if episode.start is not None:
             self.session.drop(number)
         if decision.fault:
             episode.faults.append(Fault(*decision.fault))
         fault = decision.fault[0] if decision.fault else ""
-        parts = episode.parts or [((), [])]
-        self.results[number] = [
-            Trajectory(
-                episode.prompt,
-                start,
-                tuple(segments),
-                decision.score,
-                episode.stopped and not fault,
-                fault,
-                episode.messages,
-                tuple(episode.faults),
-                part,
-                len(parts),
-            )  # fmt: skip
-            for part, (start, segments) in enumerate(parts)
-        ]
+        self.results[number] = Trajectory(
+            episode.prompt, episode.start or (), tuple(episode.segments), decision.score,
+            episode.stopped and not fault, fault, episode.messages, tuple(episode.faults),
+        )  # fmt: skip
         self.open.remove(number)
         self.ended(number, self.results[number])
         self._start_group(episode.prompt)
@@ -478,8 +491,8 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE]
 
 
-def _with_prompt(own: Chat | Completion, prompt: FirstPrompt, schemas: list[Any]) -> Chat:
-    """Return a row's prompt with what the environment's reset returned, and with the environment's tools."""
+def _with_prompt(own: Chat | Completion, prompt: FirstPrompt) -> Chat:
+    """Return a row's prompt with what the environment's reset returned."""
     if isinstance(own, Completion):
         own = Chat(own.name, ({"role": "user", "content": own.prompt},), 1)
     messages = own.messages[: own.response]
@@ -488,11 +501,4 @@ def _with_prompt(own: Chat | Completion, prompt: FirstPrompt, schemas: list[Any]
         messages = (*messages[:-1], {**last, "content": (last["content"] or "") + prompt})
     elif prompt is not None:
         messages = tuple(prompt)
-    return replace(own, messages=messages, response=len(messages), tools=schemas or own.tools)
-
-
-def _copy(value: Any) -> Any:
-    """Return a copy of columns that a user's function may change."""
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+    return replace(own, messages=messages, response=len(messages))

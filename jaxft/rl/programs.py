@@ -11,14 +11,20 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import Rollout, TrainState
 from jaxft.data.pack import RowShape
-from jaxft.distributed import sharding
+from jaxft.distributed import sharding, threads
 from jaxft.models.model import Model
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.layout import PackedRows, to_microbatches
 from jaxft.tree import Aux, Params
 
 RowFunction = Callable[[Params, Aux, Rollout], Any]
+Counter = Callable[[str, int], Callable[[int], None]]  # Clock.counter
 RolloutPass = Callable[[PackedRows, TrainState], Any]
+
+
+def uncounted(text: str, total: int) -> Callable[[int], None]:
+    """Return a function that shows no progress."""
+    return lambda more: None
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class BoundRun:
 
     state, frozen_shapes: shapes and shardings of TrainState and of the frozen parameters. frozen: their
     arrays. stop: tokens that end a completion. folder: of completions.jsonl. fused_backward: whether
-    parameters are updated inside the backward pass.
+    parameters are updated inside the backward pass. counter(text, total) -> a function that is called with
+    the number of further items that are done, and shows the progress.
     """
 
     mesh: jax.sharding.Mesh
@@ -39,6 +46,7 @@ class BoundRun:
     stop: tuple[int, ...]
     folder: Path
     fused_backward: bool = False
+    counter: Counter = uncounted
 
     @property
     def param_shapes(self) -> Params:
@@ -76,10 +84,11 @@ class RolloutPrograms:
         def sharded(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(run.mesh, x.shape))
 
-        programs = {
-            shape: jitted.lower(run.param_shapes, run.state.aux, jax.tree.map(sharded, batch)).compile()
+        lowered = {
+            shape: jitted.lower(run.param_shapes, run.state.aux, jax.tree.map(sharded, batch))
             for shape, batch in self.shapes.items()
         }
+        programs = threads.compile_all(lowered, run.mesh.devices.flat[0].platform)
 
         def over_rollout(packed: PackedRows, state: TrainState) -> Any:
             params, like, rows = run.params(state), self.shapes[packed.shape], self.complete(packed.rows)

@@ -34,20 +34,19 @@ def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]
     """Append some episodes with their rewards to completions.jsonl. names: of the rewards."""
     episodes, (_, group, count) = scored.episodes, scored.reward_scores.shape
     by_reward, scores = scored.reward_scores.reshape(-1, count), scored.scores.ravel()
-    prompts = episodes.prompts
     with path.open("a", encoding="utf-8") as file:
-        for i in table_indices(len(episodes.texts), group):
+        for i in table_indices(len(episodes.trajectories), group):
+            own = episodes.trajectories[i]
             entry = {
                 "step": step,
-                "row": prompts.names[i // group],
-                "prompt": prompts.as_given(i // group),
-                "completion": episodes.texts[i],
+                "row": episodes.prompts.names[own.prompt],
+                "prompt": episodes.prompts.as_given(own.prompt),
+                "completion": own.text,
                 "rewards": {name: _json_number(x) for name, x in zip(names, by_reward[i], strict=True)},
                 "reward": _json_number(scores[i]),
             }
             if episodes.most_turns > 1:
-                first = episodes.episodes[i][0]
-                entry |= {"turns": first.turns, "fault": first.fault or None, "ended": first.ended}
+                entry |= {"turns": own.turns, "fault": own.fault or None, "ended": own.ended}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
@@ -64,18 +63,14 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; the run has not sampled rollout {number + 1}")
     for i, t in enumerate(from_bytes(path.read_bytes())):
-        given = sum(len(s.tokens) for s in t.segments if not s.sampled)
-        turns = sum(s.sampled for s in t.segments)
-        facts = [f"{turns} turns, {t.sampled_count} sampled and {given} given tokens"]
-        facts += [f"row {t.part + 1} of {t.parts}"] if t.parts > 1 else []
+        facts = [f"{len(t.sampled)} turns, {t.sampled_count} sampled and {t.given_count} given tokens"]
+        facts += [f"{rows} training rows"] if (rows := len(t.rows())) > 1 else []
         facts += [] if np.isnan(t.score) else [f"score {t.score:g}"]
         facts += [f"fault {fault.kind}: {fault.text}" for fault in t.faults]
-        pieces = [(np.array(t.start, np.int32), 0.0)] + [(s.tokens, float(s.sampled)) for s in t.segments]
-        labels = ["prompt", *("sampled" if s.sampled else "given" for s in t.segments)]
-        shown = [
-            ShownPart(label, ids, np.full(len(ids), weight))
-            for label, (ids, weight) in zip(labels, pieces, strict=True)
-        ]
+        shown = [ShownPart("prompt", np.array(t.start, np.int32), np.zeros(len(t.start)))]
+        for s in t.segments:
+            label = "prompt" if s.begins else "sampled" if s.sampled else "given"
+            shown.append(ShownPart(label, s.tokens, np.full(len(s.tokens), float(s.sampled))))
         name = f"prompt {t.prompt + 1}, trajectory {i + 1}"
         yield ShownExample(name, "; ".join(facts), shown, in_order=True)
 
@@ -98,7 +93,7 @@ class RolloutRecord:
         return None if found is None else from_bytes(base64.b64decode(found))
 
     def write(self, number: int, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """RolloutRecord a rollout, and return it."""
+        """Record a rollout, and return it."""
         if processes.is_first():
             make_folder(self.folder)
             write_durably(self.folder / f"{number}.npz", to_bytes(trajectories, self.weights))
@@ -117,10 +112,9 @@ class RolloutRecord:
         path = self.folder / f"{number}.npz"
         if not path.is_file():
             return None
-        content = path.read_bytes()
-        with np.load(io.BytesIO(content)) as arrays:
+        with np.load(path) as arrays:
             is_same = int(arrays["weights"]) == self.weights
-        return base64.b64encode(content).decode() if is_same else None
+        return base64.b64encode(path.read_bytes()).decode() if is_same else None
 
 
 def clear_records(run: Path) -> None:
@@ -135,21 +129,18 @@ def to_bytes(trajectories: Sequence[Trajectory], weights: int) -> bytes:
     sampled = [segment.logps for segment in segments if segment.logps is not None]
     about = [
         {
-            "prompt": t.prompt, "start": [*map(int, t.start)], "segments": len(t.segments), "ended": t.ended,
-            "fault": t.fault, "turns": t.turns, "faults": t.faults, "part": t.part, "parts": t.parts,
+            **vars(t),
+            "start": [*map(int, t.start)],
+            "segments": [(len(s.tokens), s.sampled, s.reward, s.begins) for s in t.segments],
         }
         for t in trajectories
-    ]  # fmt: skip
+    ]
     file = io.BytesIO()
     np.savez_compressed(
         file,
         weights=np.uint32(weights),
         tokens=np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in segments)]).astype(np.int32),
-        counts=np.array([len(s.tokens) for s in segments], np.int64),
         logps=np.concatenate([np.zeros(0, np.float32), *sampled]).astype(np.float32),
-        sampled=np.array([s.sampled for s in segments], bool),
-        rewards=np.array([s.reward for s in segments], np.float64),
-        scores=np.array([t.score for t in trajectories], np.float64),
         about=np.frombuffer(json.dumps(about).encode(), np.uint8),
     )
     return file.getvalue()
@@ -158,26 +149,16 @@ def to_bytes(trajectories: Sequence[Trajectory], weights: int) -> bytes:
 def from_bytes(content: bytes) -> list[Trajectory]:
     """Return the rollout of `to_bytes`."""
     with np.load(io.BytesIO(content)) as arrays:
-        x = {name: arrays[name] for name in arrays.files}
-    is_sampled, counts = x["sampled"], x["counts"]
-    tokens = np.split(x["tokens"], np.cumsum(counts)[:-1]) if len(counts) else []
-    logps = iter(np.split(x["logps"], np.cumsum(counts[is_sampled])[:-1]) if is_sampled.any() else ())
-    segments = iter(
-        Segment(ids, next(logps) if is_sampled[i] else None, float(x["rewards"][i]))
-        for i, ids in enumerate(tokens)
-    )
-    return [
-        Trajectory(
-            prompt=own["prompt"],
-            start=tuple(own["start"]),
-            segments=tuple(next(segments) for _ in range(own["segments"])),
-            score=float(score),
-            ended=own["ended"],
-            fault=own["fault"],
-            turns=tuple(own["turns"]),
-            faults=tuple(Fault(*fault) for fault in own["faults"]),
-            part=own["part"],
-            parts=own["parts"],
+        tokens, logps, about = arrays["tokens"], arrays["logps"], json.loads(arrays["about"].tobytes())
+    found = list[Trajectory]()
+    for own in about:
+        segments = list[Segment]()
+        for count, sampled, reward, begins in own["segments"]:
+            segments.append(Segment(tokens[:count], logps[:count] if sampled else None, reward, begins))
+            tokens, logps = tokens[count:], logps[count * sampled :]
+        faults, tuples = (
+            (Fault(*fault) for fault in own["faults"]),
+            {k: tuple(own[k]) for k in ("start", "turns")},
         )
-        for own, score in zip(json.loads(x["about"].tobytes()), x["scores"], strict=True)
-    ]
+        found.append(Trajectory(**own | tuples | {"segments": tuple(segments), "faults": tuple(faults)}))
+    return found

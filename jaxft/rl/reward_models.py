@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float
 
 from jaxft.batch import Pairs, Rollout, Tokens, TrainState
 from jaxft.data import chat
@@ -29,10 +29,10 @@ from jaxft.models.model import Model
 from jaxft.nn.layer_attention import varies_with_length
 from jaxft.nn.lora_rows import check_stackable, of_equal_shapes
 from jaxft.nn.quant import Quant
-from jaxft.rl.episodes import Episodes
 from jaxft.rl.layout import PackedRows
 from jaxft.rl.programs import RolloutPrograms
 from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
+from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
 from jaxft.weights import adapters, hf_write, hub, init, peft, pretrained, storage
@@ -128,16 +128,11 @@ def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = N
 
     Rows may be padded on either side.
     """
-    h_BTD = model.hidden(params, tokens)
-    last_B11 = last_token(tokens, pad)[:, None, None]
-    return heads.scores(params, jnp.take_along_axis(h_BTD, last_B11, axis=1))[:, 0]
-
-
-def last_token(tokens: Tokens, pad: int | None = None) -> Int[Array, "B"]:
-    """Return the column of each row's last token that isn't `pad`."""
     T, valid = tokens.segments.shape[1], tokens.segments > 0
     valid = valid if pad is None else valid & (tokens.ids != pad)
-    return jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+    last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+    h_BTD = model.hidden(params, tokens)
+    return heads.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
 
 
 def read_before_pad(batch: Pairs, pad: int) -> Pairs:
@@ -167,7 +162,7 @@ def pad_token_of(ref: str, adapter: str | Path | None = None) -> int | None:
     pad = pretrained.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
     if pad is not None and type(pad) is not int:
         raise ValueError(f"{ref}: pad_token_id={pad!r:.60} in config.json is no token id. Use one, or null.")
-    return pad if pad in range(1 << 31) else None
+    return pad if pad is not None and 0 <= pad < 1 << 31 else None
 
 
 def require_classifier(ref: str) -> None:
@@ -293,7 +288,7 @@ class ModelReward(Reward):
         score_texts = self.load(programs.run.mesh)
 
         def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
-            prompts = [episodes.prompts.prompts[i] for i in episodes.prompt_index]
+            prompts = [episodes.prompts.prompts[t.prompt] for t in episodes.trajectories]
             scores = score_texts(prompts, episodes.texts, episodes.prompts.template)
             return check_scores(scores, self.name, episodes.row_names)
 
@@ -310,7 +305,7 @@ class ModelReward(Reward):
         tokenizer = pretrained.load_tokenizer(self.ref)
         ends_at_eos = hf_write.READ_AT in pretrained.read_config(hub.locate(self.ref, config_only=True))
         jitted = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
-        empty = {size: left_pad([[0] * size], self.batch) for size in text_lengths(self.max_length)}
+        empty = {size: left_pad([], self.batch, size) for size in text_lengths(self.max_length)}
         programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}
 
         def score_texts(
@@ -327,11 +322,8 @@ class ModelReward(Reward):
             fitting = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]
             for start in range(0, len(fitting), self.batch):
                 chosen = fitting[start : start + self.batch]
-                part = [texts[i] for i in chosen]
-                size = next(size for size in programs if size >= max(map(len, part)))
-                # an additional text of that size sets the width
-                padded = left_pad([*part, [0] * size], self.batch + 1)
-                rows = jax.tree.map(lambda x: x[: self.batch], padded)
+                size = next(size for size in programs if size >= max(len(texts[i]) for i in chosen))
+                rows = left_pad([texts[i] for i in chosen], self.batch, size)
                 scores[chosen] = np.asarray(programs[size](loaded.params, rows))[: len(chosen)]
             return scores
 

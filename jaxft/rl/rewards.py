@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -29,11 +29,10 @@ from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
 from jaxft.rl.environments.calls import event_loop
-from jaxft.rl.episodes import Episodes, last_text
 from jaxft.rl.layout import PackedRows
 from jaxft.rl.play import Ended
 from jaxft.rl.programs import RolloutPrograms
-from jaxft.rl.trajectory import Trajectory
+from jaxft.rl.trajectory import Episodes, Trajectory
 from jaxft.tree import Params
 
 ASYNC_SECONDS = 600.0  # after which an async reward has no score
@@ -134,21 +133,18 @@ class FunctionReward(Reward):
         """Return the function that scores."""
 
         def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
-            prompts, index = episodes.prompts, episodes.prompt_index
-            chosen = np.flatnonzero(episodes.valid)
+            prompts, chosen = episodes.prompts, np.flatnonzero(episodes.valid)
 
             def on_first() -> list[Any]:
-                scores, faults = call_reward(
-                    self,
-                    [prompts.as_given(index[i]) for i in chosen],
-                    [episodes.texts[i] for i in chosen],
-                    [(prompts.names[index[i]], prompts.fields[index[i]]) for i in chosen],
-                    [episodes.begun.get((self, i)) for i in chosen],
-                )
-                return [scores.tolist(), faults.raised, faults.not_a_number, faults.first]
+                own = [episodes.trajectories[i] for i in chosen]
+                given = [prompts.as_given(t.prompt) for t in own]
+                rows = [(prompts.names[t.prompt], prompts.fields[t.prompt]) for t in own]
+                begun = [episodes.begun.get((self, i)) for i in chosen]
+                scores, faults = call_reward(self, given, [t.text for t in own], rows, begun)
+                return [scores.tolist(), *astuple(faults)]
 
             scores, *faults = processes.from_first_process(on_first)
-            found = np.full(len(index), np.nan)
+            found = np.full(episodes.valid.size, np.nan)
             found[chosen] = scores
             return RewardScores(found, Faults(*faults))
 
@@ -196,7 +192,7 @@ def unique_names(rewards: Sequence[Reward]) -> list[str]:
 
 
 def begin_async(
-    rewards: Sequence[Any], prompts: TokenisedPrompts, group: int
+    rewards: Sequence[Any], prompts: TokenisedPrompts
 ) -> tuple[dict[Any, Callable[[], Any]], Ended]:
     """Return (calls begun, a function that begins the async rewards of an episode that has ended); see
     Episodes.begun.
@@ -204,12 +200,9 @@ def begin_async(
     begun = dict[Any, Callable[[], Any]]()
     chosen = [r for r in rewards if isinstance(r, FunctionReward) and r.is_async]
 
-    def ended(number: int, parts: Sequence[Trajectory]) -> None:
-        if parts[0].fault or not processes.is_first():
-            return
-        prompt, text = number // group, last_text(parts[0].turns)
-        for reward in chosen:
-            call = reward.begin(prompts.as_given(prompt), text, prompts.fields[prompt])
+    def ended(number: int, t: Trajectory) -> None:
+        for reward in chosen if processes.is_first() and not t.fault else ():
+            call = reward.begin(prompts.as_given(t.prompt), t.text, prompts.fields[t.prompt])
             begun[reward, number] = call
 
     return begun, ended
@@ -226,13 +219,11 @@ def call_reward(
     begun: calls that have begun, if any has.
     """
     scores, faults = np.full(len(completions), np.nan), Faults()
-    given = list(zip(prompts, completions, [columns for _, columns in rows], strict=True))
-    calls = list(begun) or [None] * len(rows)
-    if reward.is_async:  # all at once
-        calls = [call or reward.begin(*args) for call, args in zip(calls, given, strict=True)]
-    for i, (call, args, (row, _)) in enumerate(zip(calls, given, rows, strict=True)):
+    given = zip(begun or [None] * len(rows), prompts, completions, rows, strict=True)
+    calls = [call or reward.begin(prompt, text, columns) for call, prompt, text, (_, columns) in given]
+    for i, (call, (row, _)) in enumerate(zip(calls, rows, strict=True)):
         try:
-            value = (call or reward.begin(*args))()
+            value = call()
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             text = " ".join(str(error).split())[:200]
             message = f"reward {reward.name} raised {type(error).__name__}: {text} ({row})"

@@ -5,6 +5,7 @@ A run is therefore saved between rollouts only; one that is killed inside a roll
 first step and repeats it from its record.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -20,23 +21,24 @@ from jaxft.bounds import above
 from jaxft.data import chat, prompts
 from jaxft.data.invalid import add_counts
 from jaxft.data.next_turn import restart_notes
-from jaxft.data.pack import round_up
+from jaxft.data.pack import RowShape, round_up
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.data.source import Prompt, SourceInfo, SourceStats, spread
+from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
+from jaxft.objectives.intervals import prompt_means
 from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
-from jaxft.rl.environment import environment_of
+from jaxft.rl.environment import Environment, EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.importance import weight_metrics
 from jaxft.rl.layout import (
     PackedRows,
-    RolloutShapes,
     pack_episodes,
     per_episode,
     rollout_shapes,
+    smallest_shape,
     to_microbatches,
 )
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
@@ -47,6 +49,7 @@ from jaxft.rl.rewards import ScoreEpisodes
 from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
+from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Batch, Metrics
 
 
@@ -94,7 +97,7 @@ class BatchKind(NamedTuple):
 
 def policy_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Rollout, ...]:
     """Return the shapes of an optimizer step's batch, whose rows hold a prompt and its group."""
-    return rollout_shapes(data, longest, shards).batches
+    return tuple(rollout_shapes(data, longest, shards).values())
 
 
 def policy_rows(data: "Rollouts", rollout: ScoredRollout, shape: Rollout) -> TrainingRollout:
@@ -155,14 +158,15 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn. A row is large enough for a prompt of each episode, unless `reset` is annotated to return None.
-    tools: functions that the policy may call. timeout: seconds of each call of them. replay: the folder of a
-    run whose recorded rollouts are used in place of new ones. observations: whether a batch has weights of
+    turn. Of a dict, a row's column `environment` names its own. A row is large enough for a prompt of each
+    episode, unless `reset` is annotated to return None. tools: functions that the policy may call. timeout:
+    seconds of each call of them. replay: the folder of a run whose recorded rollouts are used in place of new
+    ones. observations: whether a batch has weights of
     the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
-    environment: Callable | None = None
+    environment: EnvironmentClass | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
     replay: str | None = None
@@ -171,7 +175,7 @@ class Rollouts(Prompts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not environment_of(self.environment, self.tools).continues and self.max_turns > 1:
+        if not self.played.continues and self.max_turns > 1:
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
             )
@@ -182,6 +186,16 @@ class Rollouts(Prompts):
             )
 
     @property
+    def row_tools(self) -> str:
+        """The tools that prompts have; see PromptTokenSettings."""
+        return self.played.row_tools
+
+    @property
+    def played(self) -> Environment:
+        """The environment, with the tools."""
+        return environment_of(self.environment, self.tools)
+
+    @property
     def reads_given(self) -> bool:
         """Whether batches read log-probs of given tokens too."""
         return self.observations
@@ -189,22 +203,31 @@ class Rollouts(Prompts):
     @property
     def starts_per_row(self) -> int:
         """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
-        return self.group if environment_of(self.environment, self.tools).resets else 1
+        return self.group if self.played.resets else 1
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
         sizes = self.max_turns, self.max_new, self.episode_length, self.max_prompt
-        return Play(
-            environment_of(self.environment, self.tools), tokenizer, stop, EpisodeLimits(*sizes, self.timeout)
-        )
+        return Play(self.played, tokenizer, stop, EpisodeLimits(*sizes, self.timeout))
 
     def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
         """Return lines about reward models, log-probs that are not recomputed and the model's rope; see
         Dataset.start_lines.
         """
         lines = [line for reward in self.rules.rewards for line in reward.start_lines()]
-        lines += recomputation_lines(self, objective) if self.kind.of_tokens else []
-        return lines + rope_lines(self, a)
+        taken = not self.kind.of_tokens or self.rules.ratio_to_sampler
+        if not (taken or needs_recomputed_logps(self, objective)):
+            lines.append(
+                "log-probs are not recomputed after sampling: each rollout has one update, in which the "
+                "ratio to the policy that sampled is taken as 1, and differences between sampler and "
+                "training are not logged; data.passes=2 recomputes them, and trains on each rollout twice"
+            )
+        if varies_with_length(a, self.max_length):
+            lines.append(
+                "the model's rope depends on the length of a text: in sampling and training it is that of "
+                f"the prompt and data.max_new={self.max_new} more tokens, however long the completion is"
+            )
+        return lines
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
@@ -239,7 +262,7 @@ class PromptSource:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt; data.max_prompt where an environment or tools change prompts."""
-        if self.data.environment is not None or self.data.tools:
+        if self.data.played.continues:
             return self.data.max_prompt
         return prompts.longest_prompt(self.train, self.eval_prompts)
 
@@ -263,19 +286,19 @@ class PromptSource:
         has_logps = recompute or data.rules.ratio_to_sampler
         spec = run.objective.batch_spec if of_tokens else same_batch
 
-        def complete(batch: Rollout) -> Rollout:
-            return spec(batch) if has_logps else without_logps(spec(batch))
+        def complete(batch: Rollout) -> Rollout:  # without log-probs the ratio is 1
+            return spec(batch) if has_logps else replace(spec(batch), logps=None)
 
         sizes = rollout_shapes(data, self.longest, self.shards)
-        shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
+        shapes = {row: complete(batch) for row, batch in sizes.items()}
         programs = RolloutPrograms(run, shapes, data.units_per_step, complete, data.max_length)
         return RolloutSource(
             **{field.name: getattr(self, field.name) for field in fields(PromptSource)},
             run=run,
-            sample=compile_rollout_sampler(run, data, self.tokenizer, sizes),
+            sample=compile_rollout_sampler(run, data, self.tokenizer, prompts.padded_length(self.longest)),
             rewards=tuple(reward.prepare(programs) for reward in data.rules.rewards),
             token_scores=programs.compile(partial(score_tokens, run.objective)) if recompute else None,
-            sizes=sizes,
+            row_shapes=tuple(sizes),
             batch_shapes=tuple(shapes.values()) if of_tokens else self.shapes,
             history=History(**saved) if saved else History(),
         )
@@ -288,31 +311,27 @@ class PromptSource:
         """Return the prompts of a step."""
         return self.given(step), {}
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Return {}: prompts alone have no metrics."""
-        return {}
+    def evaluate(self, state: TrainState) -> HeldOutMetrics:
+        """Return nothing: prompts alone have no metrics."""
+        return HeldOutMetrics({}, {})
 
     def limit_evaluation(self, most: int | None) -> Any:
         """Return the source whose evaluations read at most so many held-out prompts."""
         return replace(self, most_evaluated=most)
 
-    def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
-        """Return the indices of the prompts that a rollout uses."""
-        return prompts.prompts_of_rollout(self.data, self.train, number)
-
     def row_names(self, step: int) -> list[str]:
         """Return the names of the dataset rows whose prompts an optimizer step uses."""
         number, part = divmod(step, self.data.steps_per_rollout)
-        chosen = self.prompt_numbers(number)[prompts.prompts_of_step(self.data, number, part)]
-        return [self.train.names[i] for i in chosen]
+        chosen = prompts.prompts_of_rollout(self.data, self.train, number)
+        return [self.train.names[i] for i in chosen[prompts.prompts_of_step(self.data, number, part)]]
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts."""
         return [Prompt(list(ids), []) for ids in self.eval_prompts.token_ids[:count]]
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of a held-out row; the evaluation of rollouts has no values of single rows."""
-        return ""
+        """Return the name of a held-out row."""
+        return self.eval_prompts.names[position]
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing is sampled yet."""
@@ -332,15 +351,15 @@ class History(NamedTuple):
 class RolloutSource(PromptSource):
     """Rollouts of a compiled run; see data.source.Source. A batch is a function of step, state and history.
 
-    token_scores: the pass that recomputes log-probs, None to use the sampler's. sizes: of the rows of
-    rollouts. current: the rollout in use, None before the first.
+    token_scores: the pass that recomputes log-probs, None to use the sampler's. row_shapes: of rollouts, of
+    which each uses the smallest that holds its episodes. current: the rollout in use, None before the first.
     """
 
     run: BoundRun
     sample: SampleEpisodes
     rewards: tuple[ScoreEpisodes, ...]
     token_scores: RolloutPass | None
-    sizes: RolloutShapes
+    row_shapes: tuple[RowShape, ...]
     batch_shapes: tuple[Batch, ...]
     history: History = History()
     current: TrainingRollout | None = None
@@ -368,21 +387,25 @@ class RolloutSource(PromptSource):
         batch = data.kind.batch(data, self.current, chosen, trains_policy, self.shapes[-1])
         return batch, self.current.metrics
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Score data.eval_group episodes of each held-out prompt, always sampled with the same keys."""
+    def evaluate(self, state: TrainState) -> HeldOutMetrics:
+        """Score data.eval_group episodes of each held-out prompt, always sampled with the same keys; the
+        value of a prompt is its mean score.
+        """
         numbers, rules = spread(len(self.eval_prompts), self.most_evaluated), self.data.rules
         if not numbers:
-            return {}
+            return HeldOutMetrics({}, {})
         chosen = self.eval_prompts.select(numbers)
         scored, packed = self._scored(chosen, self.data.eval_group, EVALUATION, state)
         has_reference = self.run.objective.facts.reference != "none" and self.token_scores is not None
         tokens = self._of_tokens(scored, packed, state) if has_reference else None
-        return evaluation_metrics(rules.reward_names, scored, tokens)
+        means = zip(numbers, prompt_means(np.asarray(scored.scores)), strict=True)
+        rows = {number: {REWARD: mean} for number, mean in means if not math.isnan(mean)}
+        return HeldOutMetrics(evaluation_metrics(rules.reward_names, scored, tokens), rows)
 
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
         """Sample and score rollout `number`. Raises ValueError if none of its episodes has a score."""
         data, rules = self.data, self.data.rules
-        chosen = self.train.select(self.prompt_numbers(number))
+        chosen = self.train.select(prompts.prompts_of_rollout(data, self.train, number))
         scored, packed = self._scored(chosen, data.group, number, state)
         messages = fault_messages(scored)
         if not has_score(scored.scores).any():
@@ -412,12 +435,14 @@ class RolloutSource(PromptSource):
     ) -> tuple[ScoredEpisodes, PackedRows]:
         """Sample `group` episodes of each prompt, arrange them in rows and score them."""
         episodes = self.sample(chosen, group, number, state)
-        rows = round_up(len(chosen), self.data.units_per_step)
-        sizes, size = self.sizes, (rows, self.data.group)
-        packed = pack_episodes(episodes, sizes.smallest(episodes), size, sizes.reads_given)
-        return self.data.rules.score(
-            episodes, [score(episodes, packed, state) for score in self.rewards]
-        ), packed
+        size, given = (
+            (round_up(len(chosen), self.data.units_per_step), self.data.group),
+            self.data.reads_given,
+        )
+        shape = smallest_shape(episodes, self.row_shapes, given)
+        packed = pack_episodes(episodes, shape, size, given)
+        by_reward = [score(episodes, packed, state) for score in self.rewards]
+        return self.data.rules.score(episodes, by_reward), packed
 
     def _of_tokens(self, scored: ScoredEpisodes, packed: PackedRows, state: TrainState) -> RolloutScores:
         """Return the scores with log-probs, reference and values of each sampled token."""
@@ -472,6 +497,11 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
             "; the tokenizer has no end token: unless the model or its template has one, completions end at "
             "data.max_new"
         )
+    out = [] if data.rules.train_on_truncated else ["those that are cut off at data.max_new"]
+    out += [] if data.rules.filter is None else ["those that the filter leaves out"]
+    learned = "100.0 % of the tokens of completions are learned"
+    if out:
+        learned = f"all tokens of completions are learned, except of {' and '.join(out)}"
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
         examples=len(train),
@@ -480,10 +510,9 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         invalid=add_counts(train.invalid, eval_prompts.invalid),
         largest_id=max(train.largest_id, eval_prompts.largest_id),
         summary=summary,
-        learned=learned_completions(data.rules),
+        learned=learned,
     )
     examples, how = (*train.examples, *eval_prompts.examples), (tokenizer, data.template_settings)
-    played = environment_of(data.environment, data.tools)
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
@@ -497,17 +526,8 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         warnings=tuple(dict.fromkeys(train.notes + eval_prompts.notes))
         + chat.tools_warnings(examples, *how)
         + chat.content_warnings(examples, *how)
-        + (restart_notes(played.schemas, *how) if data.max_turns > 1 else ()),
+        + (restart_notes(data.played.schemas, *how) if data.max_turns > 1 else ()),
     )
-
-
-def learned_completions(rules: Rules) -> str:
-    """Return the line about the fraction of the sampled tokens that is learned."""
-    out = [] if rules.train_on_truncated else ["those that are cut off at data.max_new"]
-    out += [] if rules.filter is None else ["those that the filter leaves out"]
-    if not out:
-        return "100.0 % of the tokens of completions are learned"
-    return f"all tokens of completions are learned, except of {' and '.join(out)}"
 
 
 def check_policy_run(data: Rollouts, run: BoundRun) -> None:
@@ -547,29 +567,6 @@ def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> N
         )
 
 
-def recomputation_lines(data: Rollouts, objective: Objective) -> list[str]:
-    """Return a line about log-probs of sampling that are not recomputed, [] where they are."""
-    if data.rules.ratio_to_sampler or needs_recomputed_logps(data, objective):
-        return []
-    return [
-        "log-probs are not recomputed after sampling: each rollout has one update, in which the ratio to the "
-        "policy that sampled is taken as 1, and differences between sampler and training are not logged; "
-        "data.passes=2 recomputes them, and trains on each rollout twice"
-    ]
-
-
-def rope_lines(data: Rollouts, a: AttentionLayers) -> list[str]:
-    """Return a line about a model's rope that depends on the length of a text, [] for another. a: of the
-    model.
-    """
-    if not varies_with_length(a, data.max_length):
-        return []
-    return [
-        "the model's rope depends on the length of a text: in sampling and training it is that of the prompt "
-        f"and data.max_new={data.max_new} more tokens, however long the completion is"
-    ]
-
-
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
     """Whether log-probs are recomputed with the training program after sampling.
 
@@ -581,8 +578,3 @@ def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
         return scored
     quantised = data.kv_cache != "compute"  # the sampler's log-probs have an error, which is to be logged
     return scored or quantised or data.steps_per_rollout > 1 or data.rules.correction is not None
-
-
-def without_logps(batch: Rollout) -> Rollout:
-    """Return the batch (arrays or shapes) of one on-policy update: without log-probs the ratio is 1."""
-    return replace(batch, logps=None)

@@ -11,11 +11,11 @@ import numpy as np
 from jaxft.bounds import at_least, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
-from jaxft.rl.episodes import Episodes
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
 from jaxft.rl.importance import Correction
 from jaxft.rl.rewards import EnvironmentReward, Faults, FunctionReward, Reward, RewardScores, unique_names
 from jaxft.rl.token_weights import TokenWeights, token_mean
+from jaxft.rl.trajectory import Episodes
 
 Combine = Callable[[ScoresPerReward, Sequence[float]], GroupScores]
 Shape = Callable[[GroupScores, GroupLengths, GroupMask], GroupScores]
@@ -138,9 +138,9 @@ def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
             f"{scored.faults.first}; this completion has no score. Further faults are only counted."
         )
     episodes = scored.episodes
-    for parts, row in zip(episodes.episodes, episodes.row_names, strict=True):
-        for kind, text in parts[0].faults:
-            what = "this episode has no score" if kind == parts[0].fault else "the policy was told"
+    for trajectory, row in zip(episodes.trajectories, episodes.row_names, strict=True):
+        for kind, text in trajectory.faults:
+            what = "this episode has no score" if kind == trajectory.fault else "the policy was told"
             message = f"{kind}: {text} ({row}); {what}. Further faults of this kind are only counted."
             found.setdefault(kind, message)
     return found

@@ -5,9 +5,9 @@ reads those that it had sampled with the same weights; data.replay=runs/NAME rea
 samples nor calls the environment, so that it repeats the rollout to the bit.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,41 +17,42 @@ from jaxtyping import Array, UInt32
 from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import sharding
-from jaxft.engine.programs import Engine, compile_engine
+from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
-from jaxft.rl.episodes import Episodes, collect
-from jaxft.rl.layout import RolloutShapes
-from jaxft.rl.play import rollout
+from jaxft.rl.play import Sampler, rollout
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.record import RECORDS, RolloutRecord
 from jaxft.rl.rewards import begin_async
-from jaxft.rl.sampling_session import Sampler
-from jaxft.rl.trajectory import Trajectory
+from jaxft.rl.trajectory import Episodes, Trajectory, collect
 from jaxft.tree import Params
 
 SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
 EVALUATION = 2**31 - 1  # rollout number from which the sampling key of held-out prompts is derived
 
 
-def compile_rollout_sampler(
-    run: BoundRun, data: Any, tokenizer: Any, shapes: RolloutShapes
-) -> SampleEpisodes:
+def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_size: int) -> SampleEpisodes:
     """Compile the sampling programs of a run, and return (prompts, group, number, state) -> episodes.
 
-    group: episodes of each prompt, data.group or data.eval_group. number: of the rollout, for the keys;
-    EVALUATION is not recorded.
+    prompt_size: tokens of the longest prompt, padded. group: data.group or data.eval_group. number: of the
+    rollout, for the keys; EVALUATION is not recorded.
     """
     play = data.play(tokenizer, run.stop)
-    sampler = compile_engines(run, data, shapes.prompt_size)
+    sampler = compile_engines(run, data, prompt_size)
     sums = jax.jit(checksum, out_shardings=sharding.replicated(run.mesh))
     weights_of = sums.lower(run.state.trainable).compile()
 
     def sample(prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Episodes:
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
-        begun, ended = begin_async(data.rules.rewards, prompts, group)
+        begun, begin = begin_async(data.rules.rewards, prompts)
+        which = "held-out prompts" if number == EVALUATION else f"rollout {number + 1}"
+        count = run.counter(f"completions of {which}", len(prompts) * group)
+
+        def ended(episode: int, trajectory: Trajectory) -> None:
+            begin(episode, trajectory)
+            count(1)
 
         def played() -> list[Trajectory]:
             return rollout(sampler(run.params(state), group), play, prompts, group, key, ended)
@@ -85,45 +86,25 @@ def checksum(trainable: Params) -> UInt32[Array, ""]:
 
 
 def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Params, int], Sampler]:
-    """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler.
-
-    prompt_size: tokens of the longest prompt, padded.
-    """
+    """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler."""
     engines = {}
     for group in {data.eval_group, data.group}:
-        d = decoding_of(data, run.model, run.stop, group)
-        slots = slots_of(data, group, prompt_size, run.mesh)
-        engines[group] = compile_engine(d, run.param_shapes, slots, run.mesh)
-    return lambda params, group: EngineSampler(engines[group], params)
+        decoding, slots = engine_sizes(data, run.model, run.stop, group, prompt_size, run.mesh)
+        engines[group] = compile_engine(decoding, run.param_shapes, slots, run.mesh)
+    return lambda params, group: partial(Session, engines[group], params)
 
 
-def decoding_of(data: Any, model: Model, stop: tuple[int, ...], group: int) -> Decoding:
+def engine_sizes(
+    data: Any, model: Model, stop: tuple[int, ...], group: int, prompt_size: int, mesh: jax.sharding.Mesh
+) -> tuple[Decoding, Slots]:
     """Return what the engine of a rollout is compiled for. group: episodes of a prompt."""
-    sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p)
-    return Decoding(model, sampling, stop, group, data.kv_cache, extends=data.max_turns > 1)
-
-
-def slots_of(data: Any, group: int, prompt_size: int, mesh: jax.sharding.Mesh) -> Slots:
-    """Return the sizes of that engine. An evaluation with fewer episodes of a prompt than training has as many
-    prompts at once as there is memory for in training.
-    """
+    sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
 
     def tokens(group: int) -> int:  # of a prompt with its episodes
         return min(group, data.starts_per_row) * prompt_size + group * data.episode_length
 
+    # an evaluation with a smaller group has as many prompts at once as there is memory for in training
     prompts = data.batch * tokens(data.group) // tokens(group)
     slots = slots_for(prompts, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
-    return slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
-
-
-@dataclass(frozen=True)
-class EngineSampler:
-    """An engine with one set of weights; see sampling_session.Sampler."""
-
-    engine: Engine
-    params: Params
-
-    @contextmanager
-    def session(self, key: Array) -> Iterator[Session]:
-        """Yield a session. key: from which the keys of all completions derive."""
-        yield Session(self.engine, self.params, key, keeps=self.engine.decoding.extends)
+    slots = slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
+    return Decoding(model, sampling, stop, group, data.kv_cache, extends=data.max_turns > 1), slots

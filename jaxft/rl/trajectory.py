@@ -9,13 +9,17 @@ means and returns over them therefore skip given tokens.
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
+
+from jaxft.data.prompt_rows import TokenisedPrompts
+
+NO_LENGTH = "too_long"  # the fault of an episode that does not fit into its rows
 
 ShownMessage = Mapping[str, Any]  # a message as the model was shown it, or a sampled turn with its text
 
@@ -33,12 +37,14 @@ class Segment:
 
     logps: of sampled tokens, at the sampling temperature; None for given tokens: an observation, a tool's
     result, or a stop token that was not sampled. reward: of the turn that these sampled tokens are; NaN for
-    none.
+    none. begins: whether these given tokens are the prompt of a new training row. It begins where a template
+    rewrites earlier turns, so that the next turn's prompt is not the previous ids plus a suffix.
     """
 
     tokens: Int[np.ndarray, " n"]
     logps: Float[np.ndarray, " n"] | None
     reward: float = math.nan
+    begins: bool = False
 
     @property
     def sampled(self) -> bool:
@@ -46,18 +52,23 @@ class Segment:
         return self.logps is not None
 
 
+class TrainingRow(NamedTuple):
+    """A prompt and what follows it. start: tokens of the prompt. sampled: which of the ids were sampled."""
+
+    start: int
+    ids: Int[np.ndarray, " n"]
+    sampled: Bool[np.ndarray, " n"]
+
+
 @dataclass(frozen=True)
 class Trajectory:
-    """One episode, or one training row of an episode whose template cuts earlier turns.
+    """One episode.
 
     prompt: index of the dataset row in the rollout. start: token ids of the prompt. score: the environment's
     of the whole episode, NaN for none. ended: by a stop token or by the environment rather than by a limit.
     fault: the kind of the fault that excludes the episode from training and means, "" for none. turns:
     messages as the model was shown them, for completions.jsonl. faults: all of them, also calls that were
     answered with an error message and exclude nothing.
-    part, parts: which training row of the episode it is, and how many there are. Where a template rewrites
-    earlier turns, the next turn's prompt is not the previous ids plus a suffix: a new row begins, whose start
-    is the prompt as rendered. All rows of an episode have its score, fault and turns.
     """
 
     prompt: int
@@ -68,45 +79,150 @@ class Trajectory:
     fault: str = ""
     turns: tuple[ShownMessage, ...] = ()
     faults: tuple[Fault, ...] = ()
-    part: int = 0
-    parts: int = 1
+
+    @property
+    def sampled(self) -> list[Segment]:
+        """The turns that the policy sampled."""
+        return [s for s in self.segments if s.sampled]
 
     @property
     def sampled_count(self) -> int:
         """The number of sampled tokens."""
-        return sum(len(s.tokens) for s in self.segments if s.sampled)
+        return sum(len(s.tokens) for s in self.sampled)
+
+    @property
+    def given_count(self) -> int:
+        """The number of given tokens after the prompt, with the prompts of later training rows."""
+        return sum(len(s.tokens) for s in self.segments if not s.sampled)
+
+    @property
+    def text(self) -> str:
+        """The text of the policy's last turn, "" without any."""
+        own = [str(turn.get("content") or "") for turn in self.turns if turn.get("role") == "assistant"]
+        return own[-1] if own else ""
+
+    def rows(self) -> list[TrainingRow]:
+        """Return the training rows of the episode: one, unless its template cuts earlier turns."""
+        rows = list[list[Segment]]()
+        for segment in (Segment(np.array(self.start, np.int32), None, begins=True), *self.segments):
+            rows += [[]] if segment.begins else []
+            rows[-1].append(segment)
+        return [
+            TrainingRow(
+                len(row[0].tokens),
+                np.concatenate([s.tokens for s in row]).astype(np.int32),
+                np.concatenate([np.full(len(s.tokens), s.sampled) for s in row]),
+            )
+            for row in rows
+        ]
 
 
-def episode_ids(trajectory: Trajectory) -> Int[np.ndarray, " n"]:
-    """Return all token ids: the start, then each segment."""
-    parts = [np.asarray(trajectory.start, np.int32), *(s.tokens for s in trajectory.segments)]
-    return np.concatenate(parts).astype(np.int32)
+@dataclass(frozen=True)
+class Episodes:
+    """N episodes of each of G prompts on the host; n = G N, in order.
+
+    group: N. size: S, the most tokens that an episode may sample. longest: the most tokens of an episode
+    after its prompt, given ones included. most_turns: of an episode. begun: results of async rewards that
+    were called as episodes ended, by (reward, number of the episode).
+    """
+
+    prompts: TokenisedPrompts
+    trajectories: tuple[Trajectory, ...]
+    group: int
+    size: int
+    longest: int
+    most_turns: int = 1
+    begun: Mapping[Any, Callable[[], Any]] = field(default_factory=dict, repr=False)
+
+    def by_prompt(self, values: Sequence[Any]) -> Shaped[np.ndarray, "G N"]:
+        """Arrange a value of each episode by prompt."""
+        return np.array(values).reshape(len(self.prompts), self.group)
+
+    def per_token(self, value: Callable[[int, Segment], Any], dtype: Any) -> Shaped[np.ndarray, "n S"]:
+        """Return values of each sampled token; 0 beyond an episode's length. value: (number of a turn, the
+        turn) -> those of its tokens.
+        """
+        stacked = np.zeros((len(self.trajectories), self.size), dtype)
+        for row, trajectory in zip(stacked, self.trajectories, strict=True):
+            start = 0
+            for turn, segment in enumerate(trajectory.sampled):
+                stop = start + len(segment.tokens)
+                row[start:stop] = value(turn, segment)
+                start = stop
+        return stacked
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each episode's last sampled turn."""
+        return tuple(t.text for t in self.trajectories)
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, "G N"]:
+        """Sampled tokens of each episode."""
+        return self.by_prompt([t.sampled_count for t in self.trajectories])
+
+    @cached_property
+    def ended(self) -> Bool[np.ndarray, "G N"]:
+        """Which episodes ended by a stop token or by the environment rather than by a limit."""
+        return self.by_prompt([t.ended for t in self.trajectories])
+
+    @cached_property
+    def valid(self) -> Bool[np.ndarray, "G N"]:
+        """Which episodes have no fault."""
+        return self.by_prompt([not t.fault for t in self.trajectories])
+
+    @cached_property
+    def scores(self) -> Float[np.ndarray, " n"]:
+        """The environment's score of each episode, NaN for none."""
+        return np.array([t.score for t in self.trajectories])
+
+    @cached_property
+    def logps(self) -> Float[np.ndarray, "n S"]:
+        """The sampler's log-prob of each sampled token, at the sampling temperature."""
+        return self.per_token(lambda turn, s: s.logps, np.float32)
+
+    @cached_property
+    def turns(self) -> Int[np.ndarray, "n S"]:
+        """The turn of each sampled token, from 0."""
+        return self.per_token(lambda turn, s: turn, np.int32)
+
+    @cached_property
+    def turn_rewards(self) -> Float[np.ndarray, "n S"]:
+        """The reward of each turn at its last token; 0 elsewhere and for turns without one."""
+
+        def at_last(turn: int, s: Segment) -> Any:
+            return np.where(np.arange(len(s.tokens)) == len(s.tokens) - 1, np.nan_to_num(s.reward), 0)
+
+        return self.per_token(at_last, np.float64)
+
+    @property
+    def row_names(self) -> list[str]:
+        """The name of the dataset row that each episode's prompt is from."""
+        return [self.prompts.names[i // self.group] for i in range(len(self.trajectories))]
+
+    def pick(self, numbers: Int[np.ndarray, "G A"]) -> "Episodes":
+        """Return A episodes of each prompt, by their numbers in its group."""
+        chosen = (np.arange(len(numbers))[:, None] * self.group + numbers).ravel()
+        trajectories = tuple(self.trajectories[i] for i in chosen)
+        return replace(self, trajectories=trajectories, group=numbers.shape[1], begun={})
 
 
-def sampled_mask(trajectory: Trajectory) -> Bool[np.ndarray, " n"]:
-    """Return which of `episode_ids` were sampled."""
-    parts = [np.zeros(len(trajectory.start), bool)]
-    parts += [np.full(len(s.tokens), s.sampled) for s in trajectory.segments]
-    return np.concatenate(parts)
+def collect(
+    prompts: TokenisedPrompts,
+    trajectories: Sequence[Trajectory],
+    size: int,
+    longest: int,
+    most_turns: int = 1,
+) -> Episodes:
+    """Return the episodes of a rollout, given in order of prompt and episode. size, longest, most_turns: see
+    Episodes. An episode with more tokens has a fault.
+    """
 
+    def checked(t: Trajectory) -> Trajectory:
+        if t.sampled_count <= size and t.sampled_count + t.given_count <= longest:
+            return t
+        faults = (*t.faults, Fault(NO_LENGTH, f"an episode has more than {longest} tokens"))
+        return replace(t, segments=(), fault=NO_LENGTH, faults=faults)
 
-def sampled_logps(trajectory: Trajectory) -> Float[np.ndarray, " n"]:
-    """Return the sampler's log-prob of each sampled token."""
-    parts = [s.logps for s in trajectory.segments if s.logps is not None]
-    return np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32)
-
-
-def turn_rewards(trajectory: Trajectory) -> Float[np.ndarray, " t"]:
-    """Return the reward of each sampled segment, NaN for none."""
-    return np.array([s.reward for s in trajectory.segments if s.sampled], np.float64)
-
-
-def turn_of_token(trajectory: Trajectory) -> Int[np.ndarray, " n"]:
-    """Return for each sampled token the number of its turn, from 0."""
-    lengths = [len(s.tokens) for s in trajectory.segments if s.sampled]
-    return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def fault_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
-    """Return how often each kind of fault occurred."""
-    return dict(Counter(f.kind for t in trajectories if t.part == 0 for f in t.faults))
+    group = len(trajectories) // len(prompts)
+    return Episodes(prompts, tuple(map(checked, trajectories)), group, size, longest, most_turns)

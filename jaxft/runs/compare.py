@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from jaxft.objectives.alarms import Entry
-from jaxft.objectives.intervals import wilson
+from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
 from jaxft.runs.plots import Panel, Points, draw
@@ -118,14 +118,15 @@ def _score(before: Logged, after: Logged) -> float | None:
 
 ARROW = " → "  # from the value before training to that after it
 TIES = "ties"  # an accuracy where all pairs are ties
+REWARD, SCORE = "held-out reward", "score"
 LOSS, RELATIVE_LOSS, ACCURACY, PAIRS = "held-out loss", "loss over step 0", "accuracy", "pairs"
 # Title -> column. The held-out rows of all runs of a sweep are the same, so that sums of log-probs compare.
 COLUMNS: dict[str, Column] = {
-    "held-out reward": _last(held_out(names.REWARD)),
+    REWARD: _last(held_out(names.REWARD)),
     "reward gained": _gained(held_out(names.REWARD)),
     "in deviations": _reward_in_deviations,
     "scores alone": _scores_in_deviations,
-    "score": _score,
+    SCORE: _score,
     "KL per completion": _last(held_out(names.COMPLETION_KL)),
     "tokens per completion": _last(held_out(names.COMPLETION_LENGTH)),
     LOSS: _last(held_out(names.LOSS)),
@@ -144,7 +145,7 @@ COLUMNS: dict[str, Column] = {
     "skipped steps": _last(names.SKIPPED),
 }
 # Columns whose cells have the value at step 0 too.
-WITH_START = (LOSS, ACCURACY, "held-out reward", "score", "token accuracy", "margin", "general loss")
+WITH_START = (LOSS, ACCURACY, REWARD, SCORE, "token accuracy", "margin", "general loss")
 # Metrics of the last training step, which the table has where there are no held-out rows.
 TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, names.REWARD_MARGIN)
 NOTES = {
@@ -155,10 +156,12 @@ NOTES = {
     "margin, nats": "margin: growth of the log-prob difference of a pair's completions since step 0, mean",
     "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",
     "skipped steps": "skipped steps: loss, gradient or update was not finite, so the step changed nothing",
-    "held-out reward": "held-out reward: of one completion per prompt, sampled with the same keys every time",
+    REWARD: "held-out reward: of completions that are sampled with the same keys every time; in brackets the "
+    "95 % interval over the prompts",
     "in deviations": "in deviations: reward gained over the standard deviation of rewards at step 0",
     "scores alone": "scores alone: as in deviations, for the scores before penalties such as missing_eos",
-    "score": "score: mean over completions of held-out prompts, by the first function of scoring.by",
+    SCORE: "score: mean over completions of held-out prompts, by the first function of scoring.by; in "
+    "brackets its 95 % interval over the prompts",
     "KL per completion": "KL per completion: log-prob of sampled completions minus the reference's, in nats",
     "chosen, nats": "chosen: growth of the log-prob of chosen completions since step 0",
     "general loss": "general loss: per token, on text about other subjects; it rises where the model forgets",
@@ -168,17 +171,22 @@ NOTES = {
 @dataclass(frozen=True)
 class Table:
     """One row per run. titles: the columns that at least one run has; rows: None where a run lacks it;
-    starts: the same at step 0.
+    starts: the same at step 0. intervals: of values at the end, by title, () for none of any run.
     """
 
     labels: tuple[str, ...]
     titles: tuple[str, ...]
     rows: tuple[tuple[float | None, ...], ...]
     starts: tuple[tuple[float | None, ...], ...]
+    intervals: tuple[Mapping[str, Interval], ...] = ()
 
     @staticmethod
     def of(
-        labels: Sequence[str], before: Sequence[Logged], after: Sequence[Logged], same_loss: bool = True
+        labels: Sequence[str],
+        before: Sequence[Logged],
+        after: Sequence[Logged],
+        same_loss: bool = True,
+        intervals: Sequence[Mapping[str, Interval]] = (),
     ) -> "Table":
         """Build the table from the metrics at step 0 and at the end. same_loss: the runs have the same loss
         function.
@@ -196,15 +204,22 @@ class Table:
         known = {t: values for t, values in columns.items() if any(x is not None for x in values)}
         starts = {title: [COLUMNS[title](first, first) for first in before] for title in known}
         rows, first = (tuple(zip(*x.values(), strict=True)) or ((),) * len(labels) for x in (known, starts))
-        return Table(tuple(labels), tuple(known), rows, first)
+        return Table(tuple(labels), tuple(known), rows, first, tuple(intervals))
 
     def cells(self) -> list[list[str]]:
-        """Return the cells as text: `start → value`, an accuracy with its interval."""
+        """Return the cells as text: `start → value`, an accuracy, a reward and a score with its interval."""
         sides = [
             tuple(dict(zip(self.titles, side, strict=True)) for side in both)
             for both in zip(self.starts, self.rows, strict=True)
         ]
-        return [[_cell(title, start, row) for title in self.titles] for start, row in sides]
+        intervals = self.intervals or ({},) * len(sides)
+        return [
+            [
+                _cell(title, start, row) + (f" {own[title].text(2)}" if title in own else "")
+                for title in self.titles
+            ]
+            for (start, row), own in zip(sides, intervals, strict=True)
+        ]
 
     def text(self) -> str:
         """The table for a terminal or a log, with the meaning of its columns."""

@@ -1,7 +1,8 @@
 """SIGTERM, SIGINT and SIGHUP: the first stops a run after its step, the second ends the process at once.
 
 A terminal that hangs up sends SIGHUP, often twice, so that a second one has no effect. Where it is ignored
-from the start (nohup), it stays ignored.
+from the start (nohup), it stays ignored. SIGINT does not: a script starts what it runs in the background with
+SIGINT ignored, and it is to end a run there in every phase.
 """
 
 import contextlib
@@ -43,6 +44,12 @@ class Interrupt:
     def __exit__(self, *_: Any) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
+
+
+def accept_interrupts() -> None:
+    """Let SIGINT raise KeyboardInterrupt also where it is ignored from the start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def signal_name(number: int) -> str:

@@ -605,6 +605,7 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("max_completion_length:ta max_new_tokens:ta", "max_new", 256, "", "grpo"),
         _same("temperature:ta", "temperature", 1.0, "", "grpo"),
         _same("top_p:ta", "data.top_p", 0.95, "", "grpo"),
+        _same("min_p:ta", "data.min_p", 0.05, "", "grpo"),
         _options("top_k:ta", setting="data.top_k", example=20, values={"0": ""}, recipe="grpo"),
         _same("num_iterations:ta", "passes", 2, "", "grpo"),
         _same("epsilon:ta", "eps_low", 0.2, "also eps_high, unless epsilon_high is set", "grpo"),
@@ -658,7 +659,7 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "vllm_importance_sampling_clip_min:t", "correction_bounds",
                   "correction_bounds=0,3: the least and the largest weight", "grpo"),
         _together("delta:ta", "loss", "loss=dual_clip, whose max_ratio is delta (3 by default)", "grpo"),
-        _absent("min_p:ta repetition_penalty:ta generation_kwargs:ta top_entropy_quantile:ta "
+        _absent("repetition_penalty:ta generation_kwargs:ta top_entropy_quantile:ta "
                 "entropy_coef:t vllm_guided_decoding_regex:a vllm_structured_outputs_regex:t "
                 "rollout_func:ta",
                 "not implemented for rollouts", "1.0 1 0.0 0"),

@@ -109,9 +109,9 @@ def format_error(error: BaseException, file: Path) -> str:
     return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
-def load_callable(text: str) -> Any:
+def load_callable(text: str, or_dict: bool = False) -> Any:
     """Import what `package.module:name` or `file.py:name` names: a function, or a dataclass instance such as
-    a reward.
+    a reward. or_dict: or a dict of functions.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -131,6 +131,8 @@ def load_callable(text: str) -> Any:
             value = getattr(value, part)
         except AttributeError:
             raise ValueError(f"{where} has no {name!r}; {_functions_of(module, name)}") from None
+    if or_dict and isinstance(value, dict) and all(map(callable, value.values())):
+        return value
     if not callable(value) and not dataclasses.is_dataclass(value):
         raise ValueError(f"{text} has type {type(value).__name__}, not a function")
     return value
@@ -190,8 +192,12 @@ def _some_of(short: Collection[str]) -> str:
 
 def short_names(kind: Any) -> dict[str, str]:
     """Return the short names that an annotation declares, {} for none."""
+    return {name: full for mark in _marks(kind) for name, full in mark.pairs}
+
+
+def _marks(kind: Any) -> list[ShortNames]:
     marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
-    return {name: full for mark in marks if isinstance(mark, ShortNames) for name, full in mark.pairs}
+    return [mark for mark in marks if isinstance(mark, ShortNames)]
 
 
 def is_callable(kind: Any) -> bool:
@@ -224,10 +230,11 @@ def parse_value(text: str, kind: Any) -> Any:
         if len(short) > SHOWN_NAMES:
             known = f"no known name, near: {', '.join(nearest(text, list(short), 5))}"
         raise ValueError(f"{text!r} is {known}; use one, or {CALLABLE}")
+    or_dict = any(mark.or_dict for mark in _marks(kind))
     kind, text = members[0], short.get(text, text)
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if is_callable(kind):
-        return load_callable(text)
+        return load_callable(text, or_dict)
     if origin is Literal:
         for choice in args:
             if text == str(choice) or (isinstance(choice, bool) and text.lower() == str(choice).lower()):

@@ -64,6 +64,11 @@ class Criterion(NamedTuple):
     greater: bool
     key: str
 
+    @property
+    def of_prompts(self) -> bool:
+        """Whether the values are of prompts: means over their completions."""
+        return self.key == names.REWARD or self.key.startswith(names.SCORES)
+
 
 def read_result(label: str, folder: Path) -> RankedRun:
     """Read a run's folder, whose metrics.jsonl has an entry."""
@@ -109,7 +114,7 @@ def criterion(results: Sequence[RankedRun]) -> Criterion | None:
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
     choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
-    choices.append(Criterion("held-out reward", held_out(names.REWARD), True, ""))
+    choices.append(Criterion(compare.REWARD, held_out(names.REWARD), True, names.REWARD))
     if have_same_loss(results):
         choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
     choices += [Criterion(compare.ACCURACY, held_out(name), True, name) for name in ACCURACIES]
@@ -183,7 +188,16 @@ def _group_label(results: Sequence[RankedRun]) -> str:
 def table_of(results: Sequence[RankedRun]) -> compare.Table:
     """Return the table of the runs."""
     sides = [r.before for r in results], [r.after for r in results]
-    return compare.Table.of([r.label for r in results], *sides, have_same_loss(results))
+    intervals = [intervals_of(result) for result in results]
+    return compare.Table.of([r.label for r in results], *sides, have_same_loss(results), intervals)
+
+
+def intervals_of(result: RankedRun) -> dict[str, Interval]:
+    """Return the intervals of a run's held-out reward and of its first score over the prompts, by title."""
+    score = next(iter(compare.score_names(result.after)), None)
+    keys = {compare.REWARD: names.REWARD, compare.SCORE: (score or "").removeprefix(names.HELD_OUT)}
+    values = {title: [row[key] for row in result.rows.values() if key in row] for title, key in keys.items()}
+    return {title: interval_of(known) for title, known in values.items() if len(known) > 1}
 
 
 def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
@@ -340,7 +354,7 @@ def value_of_setting(results: Sequence[RankedRun], by: Criterion) -> str:
     if count:
         return f"{value:.3f} {wilson(value, count.number).text()} of {count.number:,.0f} {count.unit}"
     rows = [row for row in result.rows.values() if by.key in row]
-    if by.key.startswith(names.SCORES) and rows:
+    if by.of_prompts and rows:
         interval = interval_of([row[by.key] for row in rows])
         return f"{value:.3f} {interval.text()} of {len(rows):,} prompts"
     if len(rows) > 1:
@@ -361,12 +375,10 @@ def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: C
     """Return the difference of two settings with its interval, and whether it may be chance: on the same
     held-out rows, and over the same seeds where both have several.
     """
-    unit = (
-        "pairs" if by.title == compare.ACCURACY else "prompts" if by.key.startswith(names.SCORES) else "rows"
-    )
+    unit = "pairs" if by.title == compare.ACCURACY else "prompts" if by.of_prompts else "rows"
     if max(len(best), len(other)) > 1:
         return _difference_over_seeds(best, other, by, unit)
-    over_rows = paired_rows(best, other, by.key)
+    over_rows = paired_rows(best, other, by)
     if over_rows is None:
         difference = _mean(other, by) - _mean(best, by)
         return f"{difference:+.3f}; without values of the same held-out rows there is no interval"
@@ -386,7 +398,7 @@ def _difference_over_seeds(
         return f"{difference}; run both with the same seeds for an interval"
     first, second = ([group[seed] for seed in common] for group in runs)
     over_seeds = paired_means(*([result.after[by.metric] for result in group] for group in (first, second)))
-    over_rows = paired_rows(first, second, by.key)
+    over_rows = paired_rows(first, second, by)
     text = f"{difference} {over_seeds.interval.text()} over {len(common)} seeds"
     if over_rows is not None:
         text += f", {over_rows.interval.text()} over the same {over_rows.rows:,} {unit}"
@@ -395,19 +407,19 @@ def _difference_over_seeds(
     return f"{text}: not distinguishable"
 
 
-def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], key: str) -> Paired | None:
+def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> Paired | None:
     """Compare two settings on the rows that all of their runs hold out, by the means over the runs; None for
     fewer than two rows.
     """
-    every = [*one, *other]
+    every, key = [*one, *other], by.key
     common = [row for row in one[0].rows if all(key in run.rows.get(row, {}) for run in every)]
     if len(common) < 2:
         return None
     first, second = (
         [float(np.mean([run.rows[row][key] for run in group])) for row in common] for group in (one, other)
     )
-    if len(every) == 2 and (key in ACCURACIES or key.startswith(names.SCORES)):
-        return paired(first, second)  # fractions, unless a score is none
+    if len(every) == 2 and (key in ACCURACIES or by.of_prompts):
+        return paired(first, second)  # fractions, unless a score or a reward is none
     return paired_means(first, second, [one[0].rows[row].get(WEIGHT, 1.0) for row in common])
 
 

@@ -5,7 +5,7 @@ them as `--name value`, and read YAML or JSON.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxft.data.shipped import ROOT
@@ -72,8 +72,7 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
         elif setting := next(iter(settings_called(normalised(option), recipe)), None):
             plain.append(f"{setting}={value}")
         else:
-            known = reversed([*options, *setting_names(recipe)])  # of two with a last part, the first counts
-            near = _nearest(normalised(option), {name.lstrip("-").rpartition(".")[2]: name for name in known})
+            near = ", ".join(nearest_settings(normalised(option), [*options, *setting_names(recipe)]))
             return f"unrecognized argument {option}; near: {near}"
     if plain:
         lines.append(f"settings are written without dashes; write {' '.join(plain)}")
@@ -84,12 +83,19 @@ def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:
     """Return the options nearest to the first one that is not among `options`; None if all are."""
     unknown = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
     wrong = next((option for option in unknown if option not in options), None)
-    near = _nearest(wrong or "", {option: option for option in options})
+    near = ", ".join(difflib.get_close_matches(wrong or "", options, 3, 0.3))
     return f"unrecognized argument {wrong}; near: {near}" if wrong and near else None
 
 
-def _nearest(name: str, known: Mapping[str, str]) -> str:
-    return ", ".join(known[near] for near in difflib.get_close_matches(name, known, 3, 0.3))
+def nearest_settings(name: str, settings: Sequence[str]) -> list[str]:
+    """Return the settings and options whose last parts are the most similar to `name`.
+
+    >>> nearest_settings("wramup", ["optim.warmup", "optim.lr", "data.warm_up"])
+    ['optim.warmup', 'data.warm_up']
+    """
+    first = reversed(settings)  # of two with the same last part
+    last = {setting.lstrip("-").rpartition(".")[2]: setting for setting in first}
+    return [last[near] for near in difflib.get_close_matches(name, last, 3, 0.3)]
 
 
 def setting_names(recipe: str) -> list[str]:

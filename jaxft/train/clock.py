@@ -24,6 +24,7 @@ class Clock:
         self._now, self._phase, self._since = now, "rows", now()
         self._seconds: dict[str, float] = {}
         self._recent: dict[str, float] = {}
+        self._parts: dict[str, float] = {}
         self._show: Callable[[str], None] = _show_nothing
 
     def resume(self, seconds: dict[str, float], show: Callable[[str], None]) -> None:
@@ -32,9 +33,19 @@ class Clock:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + earlier
         self._show = show
 
-    def at(self, phase: Phase) -> float:
-        """Begin a phase, which ends the one before; return the seconds of that."""
-        return self._switch(phase)
+    def at(self, phase: Phase) -> str:
+        """Begin a phase, which ends the one before; return the time of that with its longer parts."""
+        parts, self._parts = self._parts, {}
+        self._show("")
+        return time_by_phase({**parts, TOTAL: self._switch(phase)})
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Show that the body, a part of the present phase, is under way, and count its time."""
+        begin = self._now()
+        self._show(f"{self._phase}: {name}")
+        yield
+        self._parts[name] = self._parts.get(name, 0.0) + self._now() - begin
 
     @contextlib.contextmanager
     def within(self, phase: Phase) -> Iterator[None]:

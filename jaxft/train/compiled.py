@@ -23,7 +23,7 @@ from jaxft.tree import Batch, Metrics, Params
 States = tuple[TrainState, ...]  # of the members of a job
 RowValues = dict[int, FloatMetrics]  # of held-out rows by their position
 LAST_LOSS = "last_loss"
-EVALUATING = "batches of held-out rows evaluated"
+EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of general text evaluated"
 
 
 class HeldOutValues(NamedTuple):
@@ -110,23 +110,26 @@ class Compiled:
 def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
     """Compile the programs of a run alone. clock: shows the progress of evaluation and sampling."""
     p, run, source, (own,) = job.lead.programs, job.lead.run, job.sources[0], frozen
-    held_out = compile_eval(p, p.eval_step, own, job.held_out, partial(clock.over, EVALUATING))
-    general = compile_eval(p, p.text_step, own, job.general)
+    with clock.part("evaluation"):
+        held_out = compile_eval(p, p.eval_step, own, job.held_out, partial(clock.over, EVALUATING))
+        general = compile_eval(p, p.text_step, own, job.general, partial(clock.over, EVALUATING_TEXT))
     params = tree.combine(p.state.trainable, p.frozen)
     decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
     prompts = scores.held_out_prompts(run, source)
-    complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
+    with clock.part("samples"):
+        complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
     texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
     score = scores.make_scorer(run.scoring, run.samples, texts)
-    train_step = compile_step(p, *source.shapes)
+    with clock.part("train step"):
+        train_step = compile_step(p, *source.shapes)
 
     def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
         state, metrics = train_step(states[0], frozen[0], sharding.shard_batch(p.mesh, batch))
         return (state,), metrics
 
     def evaluate(states: States, with_rows: bool) -> list[HeldOut]:
-        metrics = source.evaluate(states[0])
-        return [HeldOut.of(held_out(states[0], with_rows)) if metrics is None else HeldOut(metrics, {})]
+        found = source.evaluate(states[0])
+        return [HeldOut.of(held_out(states[0], with_rows)) if found is None else HeldOut(*found)]
 
     def sample(states: States) -> list[scores.Scored]:
         return [score(complete(tree.combine(states[0].trainable, own)))]

@@ -24,6 +24,7 @@ from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, slots_for
 from jaxft.nn.cache import CacheFormat
+from jaxft.objectives.intervals import prompt_means
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import CLIPPED_RATIO, COMPLETION_LENGTH
@@ -204,11 +205,6 @@ def sample_texts(
     ]
     ended = np.asarray(np.isin(sampled, loaded.stop).any(-1))
     return SampledTexts(texts, (sampled >= 0).sum(-1), ended)
-
-
-def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
-    """Return the mean score of each prompt's completions that have one (not NaN); NaN if none has."""
-    return [math.nan if np.isnan(own).all() else float(np.nanmean(own)) for own in scores]
 
 
 def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, list[float]]:

@@ -10,12 +10,13 @@ from jaxft.data.invalid import invalid_lines
 from jaxft.data.lengths import limit_alarms
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
-from jaxft.objectives.intervals import mean_interval
+from jaxft.objectives.intervals import interval_of, mean_interval
 from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.environment import device_counts
 from jaxft.runs.log import Log, NullLog
+from jaxft.runs.metric_names import REWARD
 from jaxft.runs.record import recorded_defaults
 from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
@@ -24,7 +25,7 @@ from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.clock import Clock
 from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
-from jaxft.train.scores import position_lines
+from jaxft.train.scores import held_out_prompts, position_lines
 from jaxft.weights import pretrained
 from jaxft.weights.adapters import base_differences, left_out_notes, untying_notes
 from jaxft.weights.extend import extension_notes
@@ -232,6 +233,24 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     return lines
 
 
+def first_evaluation_lines(job: Job) -> list[str]:
+    """Return a line about what is evaluated before the first step, and the settings that leave it out."""
+    run, samples = job.lead.run, job.info.samples
+    parts = (
+        ("batches of held-out rows", len(job.held_out), "held_out=none"),
+        ("held-out prompts", (job.eval_limit or job.info.stats.held_out) * samples, "held_out=none"),
+        ("batches of general text", len(job.general), "general=none"),
+        (
+            "completions of held-out prompts",
+            len(held_out_prompts(run, job.sources[0])) * run.scoring.samples,
+            "score=none samples=0" if run.scoring.functions else "samples=0",
+        ),
+    )
+    found = [(f"{what}: {count}", setting) for what, count, setting in parts if count]
+    what, settings = (", ".join(text for text, _ in found), " ".join(setting for _, setting in found))
+    return [f"evaluating before the first step ({settings} leaves this out); {what}"] if found else []
+
+
 def eval_limit_lines(job: Job) -> list[str]:
     """Return a line if evaluations read a part of the held-out rows only."""
     if job.eval_limit is None:
@@ -254,11 +273,13 @@ def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evalu
     if not 0 < read <= total:  # wrapped rows have no single examples
         read, total, unit = job.eval_limit, len(job.sources[0].held_out), "batches of held-out rows"
     part = f"{read} of {total} {unit}"
-    losses = [row for row in rows.values() if LOSS in row]
+    losses = [(row[LOSS], row.get(WEIGHT, 1.0)) for row in rows.values() if LOSS in row]
+    rewards = [row[REWARD] for row in rows.values() if REWARD in row]
     interval = ""
     if len(losses) > 1:
-        found = mean_interval([row[LOSS] for row in losses], [row.get(WEIGHT, 1.0) for row in losses])
-        interval = f", 95 % interval of the loss {found.text()}"
+        interval = f", 95 % interval of the loss {mean_interval(*zip(*losses, strict=True)).text()}"
+    elif len(rewards) > 1:
+        interval = f", 95 % interval of the reward {interval_of(rewards).text()}"
     line = f"the held-out metrics are of {part}{interval}; loop.eval_fraction=none reads all"
     return {**end, "part": part, "part_note": line}
 

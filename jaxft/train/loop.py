@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from jaxft.data.progress import time_in_words
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
@@ -148,14 +147,15 @@ def load_and_compile(
     the frozen parameters and the programs.
     """
     watchdog.at("loading and compiling")
-    logs.message(f"rows and settings read in {time_in_words(logs.clock.at('loading'))}")
+    logs.message(f"rows and settings read in {logs.clock.at('loading')}")
     job = precompute(job, partial(announce, watchdog, logs))
     states, frozen = load_members(job, states, partial(announce, watchdog, logs))
-    logs.message(f"weights loaded in {time_in_words(logs.clock.at('compiling'))}; compiling")
-    job = bind_sources(job, frozen, saved)
+    logs.message(f"weights loaded in {logs.clock.at('compiling')}; compiling, or reading from the cache")
+    with logs.clock.part("rollouts"):
+        job = bind_sources(job, frozen, saved, logs.clock.counter)
     compiled = (compile_run if job.sweep is None else compile_sweep)(job, frozen, logs.clock)
     processes.barrier()  # collectives time out if another process is still compiling
-    logs.message(f"compiled in {time_in_words(logs.clock.at('training'))}")
+    logs.message(f"compiled in {logs.clock.at('training')}")
     return job, states, frozen, compiled.timed(logs.clock)
 
 

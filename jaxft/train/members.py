@@ -16,7 +16,7 @@ from jaxft.data.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.heads import HeadSettings
-from jaxft.rl.programs import BoundRun
+from jaxft.rl.programs import BoundRun, Counter, uncounted
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
@@ -384,10 +384,12 @@ def load_members(
     return tuple(states), tuple(frozen)
 
 
-def bind_sources(job: Job, frozen: tuple[Params, ...], saved: dict[str, Any] | None) -> Job:
+def bind_sources(
+    job: Job, frozen: tuple[Params, ...], saved: dict[str, Any] | None, counter: Counter = uncounted
+) -> Job:
     """Return the job with sources that can sample from its model.
 
-    saved: what the checkpoint stores, see `to_save`.
+    saved: what the checkpoint stores, see `to_save`. counter: see BoundRun.
     """
     p = job.lead.programs
     bound = BoundRun(
@@ -400,6 +402,7 @@ def bind_sources(job: Job, frozen: tuple[Params, ...], saved: dict[str, Any] | N
         stop=job.stop,
         folder=job.folder,
         fused_backward=p.optimizer.fused_backward,
+        counter=counter,
     )
     stored = saved["sources"] if saved else [None] * len(job.sources)
     sources = [source.bind(bound, own) for source, own in zip(job.sources, stored, strict=True)]

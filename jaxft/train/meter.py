@@ -26,7 +26,7 @@ class Meter:
 
     A non-finite step adds nothing but its tokens to the sums, unless all steps since the last entry are
     non-finite. LabelNoise is summed over the whole first epoch, in which every pair is evaluated before the
-    model trains on it.
+    model trains on it. Pairs of the first step are ties where the objective says so (Facts.starts_tied).
 
     max_bad: non-finite steps in a row that end the run, None for any number. counters: what `counters()`
     returned when the checkpoint was saved. index: the member's index in the metrics of a sweep, which have a
@@ -47,6 +47,7 @@ class Meter:
         self._source, self._max_bad, self._index = source, max_bad, index
         self._sums = metric.from_json(self._counters["window"])
         self._epoch = metric.from_json(self._counters["epoch"])
+        self._starts_tied = member.programs.objective.facts.starts_tied
         partition = member.programs.partition
         self._model = partition.model
         self._passes = (
@@ -83,6 +84,7 @@ class Meter:
         while len(self._pending) > leave:
             step, tokens, metrics = self._pending.popleft()
             now = self._on_host(metrics)
+            now = metric.as_ties(now) if step == 0 and self._starts_tied else now
             is_bad, rate = bool(now.pop("skipped").total > 0), float(now.pop("learning_rate").total)
             names = [name for name, value in now.items() if isinstance(value, metric.LabelNoise)]
             by_epoch = {name: now.pop(name) for name in names}

@@ -244,10 +244,10 @@ def reference_step(p: Programs) -> jax.stages.Wrapped:
 
 def compile_step(p: Programs, *batches: Batch) -> TrainStep:
     """Compile the train step for batches of these shapes; another shape raises instead of compiling."""
-    compiled = {
-        batch.ids.shape: p.train_step.lower(p.state, p.frozen, sharded_batch(p, batch)).compile()
-        for batch in batches
+    lowered = {
+        batch.ids.shape: p.train_step.lower(p.state, p.frozen, sharded_batch(p, batch)) for batch in batches
     }
+    compiled = threads.compile_all(lowered, p.mesh.devices.flat[0].platform)
     threads.trim_heap()
     if len(compiled) == 1:
         return next(iter(compiled.values()))

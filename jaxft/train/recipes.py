@@ -26,14 +26,13 @@ from jaxft.objectives.pair import declaration
 from jaxft.objectives.sft import sft
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
-from jaxft.rl.environment import environment_of
+from jaxft.rl.environment import EnvironmentClass, environment_of
 from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.short_names import (
     ADVANTAGES,
     COMBINATIONS,
     CORRECTIONS,
-    ENVIRONMENTS,
     ESTIMATORS,
     FILTERS,
     KL_ESTIMATORS,
@@ -77,7 +76,6 @@ PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
 PolicyLossFunction = Annotated[Callable, ShortNames.of(POLICY_LOSSES)]
 KLFunction = Annotated[Callable, ShortNames.of(KL_ESTIMATORS)]
 RewardFunction = Annotated[Callable, ShortNames.of(REWARDS)]
-EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS)]
 CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]
 AdvantageFunction = Annotated[Callable, ShortNames.of(ADVANTAGES)]
 EstimatorFunction = Annotated[Callable, ShortNames.of(ESTIMATORS)]

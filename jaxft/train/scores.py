@@ -11,12 +11,12 @@ import numpy as np
 from jaxft.bounds import INT32
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
-from jaxft.objectives.intervals import Interval, interval_of
+from jaxft.objectives.intervals import Interval, interval_of, prompt_means
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.report import Sample
-from jaxft.train.completion_scores import pass_at, prompt_means
+from jaxft.train.completion_scores import pass_at
 from jaxft.train.samples import Completed, PromptText
 from jaxft.train.settings import Run, Scoring
 

@@ -52,9 +52,11 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     step = jax.jit(
         make_step(adapters, job), donate_argnums=0, out_shardings=(shardings, sharding.replicated(p.mesh))
     )
-    compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
+    with clock.part("train step"):
+        compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
     over = partial(clock.over, EVALUATING)
-    totals = compile_sweep_eval(adapters, job, shared, job.held_out, over)
+    with clock.part("evaluation"):
+        totals = compile_sweep_eval(adapters, job, shared, job.held_out, over)
 
     def held_out(states: States, with_rows: bool) -> list[HeldOut]:
         return [HeldOut.of(total) for total in totals(states, with_rows)]
@@ -84,7 +86,9 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     def averaged(states: States) -> States:
         return tuple(average(state) for average, state in zip(averages, states, strict=True))
 
-    return Compiled(joint_step, held_out, general, compile_samplers(job, frozen), last_loss, averaged)
+    with clock.part("samples"):
+        sample = compile_samplers(job, frozen, clock)
+    return Compiled(joint_step, held_out, general, sample, last_loss, averaged)
 
 
 def make_step(adapters: MultiAdapter, job: Job) -> Callable:
@@ -171,9 +175,11 @@ def _loss_aux(states: tuple[TrainState, ...]) -> list[dict[str, Any]]:
     return [{"loss": s.aux["loss"]} if "loss" in s.aux else {} for s in states]
 
 
-def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States], list[scores.Scored]]:
+def compile_samplers(
+    job: Job, frozen: tuple[Params, ...], clock: Clock
+) -> Callable[[States], list[scores.Scored]]:
     """Return `sample(states)`: completions of held-out prompts by each member with their scores, compiled
-    once per rank.
+    once per rank. clock: shows the progress.
     """
     run, prompts = job.lead.run, scores.held_out_prompts(job.lead.run, job.sources[0])
     texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
@@ -186,7 +192,7 @@ def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States],
         key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
         if key not in by_shape:
             decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
-            by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh)
+            by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
         complete.append(by_shape[key])
 
     def sample(states: States) -> list[scores.Scored]:

@@ -23,7 +23,7 @@ from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.evaluate import is_stalled, selection_score
-from jaxft.train.logs import Logs, early_end_lines, with_part
+from jaxft.train.logs import Logs, early_end_lines, first_evaluation_lines, with_part
 from jaxft.train.members import Job, Member
 from jaxft.train.meter import Meters
 from jaxft.train.nonfinite import first_of_model, first_parameter
@@ -41,6 +41,8 @@ def evaluate_start(
     Raises AgreedError that names the first non-finite parameter or layer if a loss or the logits of a
     completion are not finite.
     """
+    for line in first_evaluation_lines(job):
+        logs.message(line)
     before, _ = compiled.evaluation(states)
     check_selection(job, before)
     logs.step(0, [end["metrics"] for end in before])

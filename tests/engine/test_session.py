@@ -41,7 +41,7 @@ def continued(numbers, order=slice(None), dropped=()):
 
     order: of the turns that go on. dropped: numbers of prompts that are given up after their first turn.
     """
-    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params())
     texts, logps = {i: list(PROMPTS[i]) for i in numbers}, {i: {} for i in numbers}
     turns = dict.fromkeys(numbers, 0)
     for i in numbers:
@@ -95,7 +95,7 @@ def test_a_row_that_goes_on_does_not_depend_on_the_others():
 
 def test_a_token_of_a_later_turn_has_the_random_key_of_its_index_in_the_row():
     """A row whose given tokens are those that it samples itself samples the same as without a pause."""
-    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params())
     choice = replace(choice_of(1), sampling=Sampling(20, 0.9))
     for episode in (0, 1):
         session.start(PROMPTS[0], [episode], 5, max_new=(20, 6)[episode], choice=choice)
@@ -108,7 +108,7 @@ def test_a_token_of_a_later_turn_has_the_random_key_of_its_index_in_the_row():
 
 
 def test_what_does_not_fit_into_a_row_is_one_line():
-    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params())
     session.start(PROMPTS[0], [4], choice=choice_of(0))
     with pytest.raises(KeyError):
         session.extend(9, [1], 1)
@@ -125,7 +125,7 @@ def test_what_does_not_fit_into_a_row_is_one_line():
 
 
 def test_prompts_wait_until_rows_are_dropped_where_rows_stay():
-    session = Session(tiny.chat_engine(), tiny.params(), keeps=True)
+    session = Session(tiny.chat_engine(), tiny.params())
     for i in range(6):
         session.start(PROMPTS[i % 4], [i], i, choice=choice_of(i))
     ended = []

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meters import five_tokens, make_meter
 from pair_batches import (
     ONLY_W,
     assert_same,
@@ -120,6 +121,26 @@ def test_accuracy_is_absent_where_the_policy_is_the_reference_up_to_rounding():
     assert accuracy_of([0.0] * 6) == (None, six)
     assert accuracy_of([1e-6, -1e-6, 0.0, 2e-6, -3e-6, 1e-6]) == (None, six)
     assert accuracy_of([0.1, 0.2, -0.1, 0.0, 1e-6, -1e-6]) == (pytest.approx((2 + 3 / 2) / 6), six)
+
+
+def accuracies_of_steps(facts, won, steps=2):
+    """The logged accuracy of each step, of which `won` of six pairs seem to be won."""
+    meter, one, found = make_meter(5, facts=facts), np.float64(1), []
+    metric = metrics.WinRate(np.array([won, 0.0, 6.0]))
+    for step in range(steps):
+        sums = {name: metrics.Sum(one, one) for name in ("loss", "skipped", "learning_rate")}
+        sums["skipped"] = metrics.Sum(np.float64(0), one)
+        meter.add(step, five_tokens(), {**sums, "rewards/accuracies": metric})
+        found.append(meter.read()[0].get("rewards/accuracies"))
+    return found
+
+
+def test_the_first_step_has_no_accuracy_where_policy_and_reference_are_one_model():
+    """However large the rounding between the two programs that compute its log-probs."""
+    with_reference = preference(None, P.dpo, reward=implicit_reward)
+    without = preference(None, F.simpo, reference=None, reward=mean_logp)
+    assert accuracies_of_steps(with_reference.facts, 4.0) == [None, pytest.approx(4 / 6)]
+    assert accuracies_of_steps(without.facts, 4.0) == [pytest.approx(4 / 6)] * 2
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradient():

@@ -13,7 +13,7 @@ from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
 from jaxft.plan import fits, machines
 from jaxft.plan import plan as planner
-from jaxft.plan.costs import Cost, RunSteps, steps_of
+from jaxft.plan.costs import Cost, RunSteps, steps_of, unknown_lines
 
 TEXT = "x" * 60  # with the column's other text 64 characters, or 16 tokens
 
@@ -47,7 +47,10 @@ def test_pairs_and_prompts_are_counted_without_a_tokenizer(rows):
     assert pairs.count == 30 and "80 pairs" in pairs.source
     # 80 prompts / 16 of a rollout, each 2 passes of 4 steps
     prompts = Prompts(rows, held_out=0.2, epochs=1.0, batch=16, passes=2, minibatches=4)
-    assert steps_of(run(prompts), unavailable).count == 5 * 8
+    of_prompts = steps_of(run(prompts), unavailable)
+    assert of_prompts.count == 5 * 8
+    assert "sampled in addition" in Cost(of_prompts, 4.0, 8).lines()[1]
+    assert len(Cost(pairs, 4.0, 8).lines()) == 1
 
 
 def test_tokens_of_packed_rows_are_estimated_from_characters(rows):
@@ -89,7 +92,9 @@ def test_a_plan_with_a_price_has_the_cost_of_its_train_step(rows):
     assert plan.run_cost(planned, step, 4.0).json() == {
         "steps": 500, "steps_from": "loop.steps", "hours": 0.5, "cost": 4.0
     }  # fmt: skip
-    assert plan.run_cost(planned, SimpleNamespace(estimate=None, devices=2), 4.0) is None
+    unknown = SimpleNamespace(estimate=None, devices=2, machine="l4:1", fits=False)
+    assert plan.run_cost(planned, unknown, 4.0) is None
+    assert unknown_lines(unknown) == ["time and cost: unknown, because the train step does not fit"]
 
 
 @pytest.mark.parametrize("argv", [["--price", "-1"], ["--search", "--hours"]])

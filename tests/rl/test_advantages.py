@@ -68,9 +68,6 @@ def test_group_advantages_are_their_formulas():
         return (sum(group) - x) / (len(group) - 1) if len(group) > 1 else x
 
     close(A.rloo(scores), by_hand(scores, lambda x, g: x - others(x, g)))
-    greedy = np.array([0.5, -1.0, NAN, 2.0, 0.25])
-    expected = np.where(np.isnan(scores) | np.isnan(greedy)[:, None], 0, scores - greedy[:, None])
-    close(A.remax(scores, greedy=greedy), expected)
 
 
 def test_opo_weights_the_baseline_by_length():
@@ -117,6 +114,25 @@ def test_gfpo_compares_the_retained_completions_only():
     for retain in (0, 4, 9):
         with pytest.raises(ValueError, match=f"gfpo: retain={retain} of a group of 4. Use 1 to 3."):
             A.gfpo(scores, lengths, retain)
+
+
+def test_adaptive_gfpo_retains_more_completions_of_harder_prompts():
+    """arXiv:2508.09726: 8, 8, 6 and 4 of 16 from the hardest quarter of prompts to the easiest."""
+    means = np.array([0.7, 0.1, 0.4, 0.2, 0.9, 0.3, 0.8, 0.6])  # two prompts in each quarter
+    scores = means[:, None] + np.tile([-0.1, 0.1], 8)  # so that each retained completion has an advantage
+    lengths = np.random.default_rng(0).permuted(np.tile(np.arange(1, 17), (8, 1)), axis=1)
+    found = A.adaptive_gfpo(
+        scores, lengths, advantage=lambda scores, lengths: A.centred(scores) + ~np.isnan(scores)
+    )
+    expected = [6, 8, 8, 8, 4, 8, 4, 6]
+    assert (found != 0).sum(1).tolist() == expected
+    assert [sorted(row[kept]) for row, kept in zip(lengths, found != 0, strict=True)] == [
+        [*range(1, count + 1)] for count in expected
+    ]
+    same = A.adaptive_gfpo(scores, lengths, (0.5,) * 4)
+    close(same, A.gfpo(scores, lengths))
+    with pytest.raises(ValueError, match="adaptive_gfpo: fractions=.* are not all above 0 and at most 1"):
+        A.adaptive_gfpo(scores, lengths, (0.5, 0.5, 0.0, 2.0))
 
 
 def test_rloo_is_the_centred_score_times_n_over_n_minus_1():

@@ -13,13 +13,12 @@ from jaxft.objectives.objective import Facts
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import rollout as rollouts
-from jaxft.rl.episodes import collect
 from jaxft.rl.layout import RowShape, pack_episodes
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts, TrainingRollout
 from jaxft.rl.rules import Rules
-from jaxft.rl.trajectory import Segment, Trajectory, episode_ids, sampled_mask
+from jaxft.rl.trajectory import Segment, Trajectory, collect
 
 SAMPLED, GIVEN = True, False
 # Two prompts with two episodes each, as (number of tokens, who wrote them). The second one of the first
@@ -84,12 +83,12 @@ def test_the_policy_is_read_at_given_tokens_as_in_a_forward_pass_over_the_episod
     scores = policy(model, clipped).score(params, packed.rows, {}).logps
     found = np.asarray(scores)[packed.rows.observation_weights > 0]
     expected = []
-    for (part,) in own.episodes[:2]:
-        ids, start = episode_ids(part), len(part.start)
+    for trajectory in own.trajectories[:2]:
+        ((start, ids, mask),) = trajectory.rows()
         alone = tiny_model.batch_of([[(ids, start)]], 32, 32, 1.0)
         logits = model.logits(model.head(params), model.hidden(params, alone))[0]
-        last = np.flatnonzero(sampled_mask(part))[-1]
-        given = np.setdiff1d(np.arange(start, last), np.flatnonzero(sampled_mask(part)))
+        last = np.flatnonzero(mask)[-1]
+        given = np.setdiff1d(np.arange(start, last), np.flatnonzero(mask))
         expected.extend(jax.nn.log_softmax(logits)[given - 1, ids[given]].tolist())
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 

@@ -33,7 +33,8 @@ def call(name, **arguments):
 def episodes(environment, rows, turn):
     """Play rows; turn(the last message, the row) -> text."""
     tokenizer = stock_tokenizer("qwen2.5")
-    prompts = rows_of(tokenizer, [row["prompt"] for row in rows], DEFAULT_TEMPLATE_SETTINGS)
+    how, schemas = DEFAULT_TEMPLATE_SETTINGS, list(environment_of(environment).schemas)
+    prompts = rows_of(tokenizer, [row["prompt"] for row in rows], how, schemas or None)
     prompts = prompts.__class__(**{**vars(prompts), "fields": tuple(rows)})
 
     def write(ids, episode):
@@ -162,8 +163,9 @@ def test_a_person_plays_what_a_policy_would():
     shown = []
     play = Play(environment_of(Calculator), tokenizer, (tokenizer.eos_token_id,), LIMITS)
     person = TypedTurns(typed.__next__, shown.append, tokenizer, tokenizer.eos_token_id, play.call_format)
-    rows = rows_of(tokenizer, ["What is 6 * 7?"], DEFAULT_TEMPLATE_SETTINGS, answer="42")
-    (found,) = rollout(person, play, rows, 1, KEY)
+    tools = list(play.environment.schemas)
+    rows = rows_of(tokenizer, ["What is 6 * 7?"], DEFAULT_TEMPLATE_SETTINGS, tools, answer="42")
+    (found,) = rollout(lambda key: person, play, rows, 1, KEY)
     assert "multiply" in shown[0] and "<tool_response>\n42\n</tool_response>" in shown[1]
     assert result_line(found).startswith("[ended; score 1; unknown_tool: there is no tool 'nothing'")
 

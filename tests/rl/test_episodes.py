@@ -10,13 +10,12 @@ from rl_completions import random_episodes, random_prompts
 
 from jaxft.rl import token_weights
 from jaxft.rl.advantages import centred, grpo
-from jaxft.rl.episodes import collect, given_count, turn_count
 from jaxft.rl.estimators import RolloutScores, actor_critic, by_group, by_turn, reinforce
 from jaxft.rl.metrics import episode_metrics, rollout_metrics
 from jaxft.rl.record import RolloutRecord, append_table, from_bytes, inspect_episodes, to_bytes
 from jaxft.rl.rewards import EnvironmentReward, RewardScores
 from jaxft.rl.rules import Rules
-from jaxft.rl.trajectory import Fault, Segment, Trajectory
+from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
 from jaxft.runs.page.sections import turns_html
 from jaxft.short_names import TOKEN_WEIGHTS
 
@@ -33,16 +32,9 @@ TURNS = (
 )
 
 
-def trajectories_of(episodes):
-    return [part for parts in episodes.episodes for part in parts]
-
-
 def without_given(episodes):
     """The same episodes as if nothing had been given to the policy."""
-    alone = [
-        replace(part, segments=tuple(s for s in part.segments if s.sampled))
-        for part in trajectories_of(episodes)
-    ]
+    alone = [replace(t, segments=tuple(t.sampled)) for t in episodes.trajectories]
     return collect(episodes.prompts, alone, episodes.size, episodes.longest, 6)
 
 
@@ -60,20 +52,20 @@ def scores_of(episodes, **more):
 
 def test_arrays_have_the_sampled_tokens_of_all_training_rows_in_order():
     episodes = random_episodes()
-    for i, parts in enumerate(episodes.episodes):
-        segments = [s for part in parts for s in part.segments if s.sampled]
+    for i, trajectory in enumerate(episodes.trajectories):
+        segments = [s for s in trajectory.segments if s.sampled]
         count = sum(len(s.tokens) for s in segments)
         assert episodes.lengths.ravel()[i] == count
         logps = np.concatenate([np.zeros(0), *(s.logps for s in segments)])
         np.testing.assert_array_equal(episodes.logps[i, :count], logps.astype(np.float32))
         turns = [turn for turn, s in enumerate(segments) for _ in s.tokens]
-        assert episodes.turns[i, :count].tolist() == turns and turn_count(parts) == len(segments)
+        assert episodes.turns[i, :count].tolist() == turns and trajectory.sampled_count == count
         rewards = [x for s in segments for x in [0.0] * (len(s.tokens) - 1) + [np.nan_to_num(s.reward)]]
         assert episodes.turn_rewards[i, :count].tolist() == rewards
         assert not episodes.logps[i, count:].any() and not episodes.turn_rewards[i, count:].any()
     assert episodes.valid.tolist() == [[True, True], [False, True]]
     # given tokens after an episode's prompt, those of the start of its second row included
-    assert [given_count(parts) for parts in episodes.episodes] == [9, 3 + 5, 0, 2]
+    assert [t.given_count for t in episodes.trajectories] == [9, 3 + 5, 0, 2]
 
 
 @pytest.mark.parametrize("estimate", [by_group, by_turn, reinforce, actor_critic])
@@ -137,7 +129,7 @@ def test_a_score_beyond_the_rewards_of_turns_is_a_reward_of_the_last_token():
     episodes = random_episodes()
     rollout = replace(scores_of(episodes, values=np.zeros((4, 12))), reference=None, kl_coef=None)
     returns = actor_critic(rollout, gamma=0.5, lam=1.0).returns
-    first = episodes.episodes[0][0]  # turns of 3, 1 and 2 tokens with 0.5, none and 1; the score is 1.5
+    first = episodes.trajectories[0]  # turns of 3, 1 and 2 tokens with 0.5, none and 1; the score is 1.5
     assert first.score == 1.5 and not returns[2].any()
     np.testing.assert_allclose(returns[0, :6], [0.125 + 1 / 32, 0.25 + 1 / 16, 0.5 + 1 / 8, 0.25, 0.5, 1])
     # turns of 2 and 3 tokens with 0.25 and none; the score is 1, so that 0.75 is left
@@ -165,12 +157,12 @@ def test_an_episode_with_a_fault_has_no_score_and_is_in_no_mean():
 
 
 def test_turns_calls_and_faults_of_episodes_are_counted():
-    def named(part, **more):
-        return replace(part, turns=TURNS, **more)
-
     told = (Fault("bad_arguments", "b is missing"),)
-    parts = [named(p, faults=told if p.prompt == 0 else p.faults) for p in trajectories_of(random_episodes())]
-    episodes = collect(random_prompts(2), parts, 12, 24, 6)
+    given = [
+        replace(t, turns=TURNS, faults=told if t.prompt == 0 else t.faults)
+        for t in random_episodes().trajectories
+    ]
+    episodes = collect(random_prompts(2), given, 12, 24, 6)
     found = {name: x.total / x.weight for name, x in episode_metrics(episodes).items()}
     assert found["episodes/turns"] == pytest.approx((3 + 2 + 2) / 3)
     assert found["episodes/given_tokens"] == pytest.approx((9 + 8 + 2) / 3)
@@ -178,17 +170,17 @@ def test_turns_calls_and_faults_of_episodes_are_counted():
     assert found["tools/errors/bad_arguments"] == 0.5 and found["episodes/faults/raised"] == 0.25
     others = [x for name, x in found.items() if "/errors/" in name or "/faults/" in name]
     assert sum(others) == 0.75 and len(others) > 10
-    assert episode_metrics(collect(random_prompts(2), parts, 12, 24)) == {}  # of one turn
+    assert episode_metrics(collect(random_prompts(2), given, 12, 24)) == {}  # of one turn
 
 
 def test_a_record_has_every_bit_of_its_rollout(tmp_path):
-    given = [replace(part, turns=TURNS) for part in trajectories_of(random_episodes())]
+    given = [replace(t, turns=TURNS) for t in random_episodes().trajectories]
     found = from_bytes(to_bytes(given, 7))
     for one, other in zip(given, found, strict=True):
         assert replace(one, segments=(), score=0.0) == replace(other, segments=(), score=0.0)
         np.testing.assert_array_equal(one.score, other.score)
         for a, b in zip(one.segments, other.segments, strict=True):
-            assert a.sampled == b.sampled and a.tokens.dtype == b.tokens.dtype
+            assert (a.sampled, a.begins, a.tokens.dtype) == (b.sampled, b.begins, b.tokens.dtype)
             np.testing.assert_array_equal(a.tokens, b.tokens)
             np.testing.assert_array_equal(a.reward, b.reward)
             assert (a.logps is None and b.logps is None) or a.logps.tobytes() == b.logps.tobytes()
@@ -205,7 +197,7 @@ def test_a_record_has_every_bit_of_its_rollout(tmp_path):
 
 
 def test_an_episode_is_shown_turn_by_turn(tmp_path):
-    given = [replace(part, turns=TURNS) for part in trajectories_of(random_episodes())]
+    given = [replace(t, turns=TURNS) for t in random_episodes().trajectories]
     episodes = collect(random_prompts(2), given, 12, 24, 6)
     append_table(tmp_path / "completions.jsonl", 1, scored(episodes)[1], ["environment"])
     entries = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
@@ -219,10 +211,15 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path):
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "0.npz").write_bytes(to_bytes(given, 0))
     shown = list(inspect_episodes(tmp_path, 0))
-    assert len(shown) == 5 and all(example.in_order for example in shown)
+    assert len(shown) == 4 and all(example.in_order for example in shown)
     assert [part.label for part in shown[0].parts] == ["prompt", *["sampled", "given"] * 3]
     assert [set(part.weights) for part in shown[0].parts] == [{0.0}, *[{1.0}, {0.0}] * 3]
     assert "3 turns, 6 sampled and 9 given tokens; score 1.5" in shown[0].facts
-    assert "fault raised: it is broken" in shown[3].facts
+    assert "fault raised: it is broken" in shown[2].facts and "2 training rows" in shown[1].facts
+    assert [part.label for part in shown[1].parts] == ["prompt", "sampled", "given"] + [
+        "prompt",
+        "given",
+        "sampled",
+    ]
     with pytest.raises(ValueError, match=r"1.npz is missing; the run has not sampled rollout 2"):
         list(inspect_episodes(tmp_path, 1))

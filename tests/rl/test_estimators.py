@@ -60,8 +60,8 @@ def test_by_group_passes_lengths_to_the_advantage():
 
 
 def test_by_group_refuses_a_function_that_is_no_advantage():
-    with pytest.raises(ValueError, match=r"advantage=remax can't be called with \(scores, lengths\)"):
-        estimators.by_group(rollout(kl_coef=None), advantage=advantages.remax)
+    with pytest.raises(ValueError, match=r"advantage=overlong can't be called with \(scores, lengths\)"):
+        estimators.by_group(rollout(kl_coef=None), advantage=advantages.overlong)
 
 
 @pytest.mark.parametrize("given", [{}, {"kl_coef": 0.25}], ids=["the objective's", "given"])

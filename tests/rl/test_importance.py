@@ -35,6 +35,17 @@ def test_weights_of_completions_are_products_of_their_tokens_ratios():
     assert weights(I.masked_completions, least=0.3, most=4.5)[1] == [4, 0]
 
 
+def test_a_geometric_mean_masks_a_completion_whatever_its_length():
+    """Of ratios 0.5, 2 and 4 it is 4^(1/3) = 1.587; of 0.25 alone 0.25. Within the bounds the weight is 1."""
+    assert weights(I.masked_geometric_means, least=0.5, most=1.6) == ([[1, 1, 1], [0] * 3, [0] * 3], [1, 0])
+    assert weights(I.masked_geometric_means, least=0.2, most=1.5)[1] == [0, 1]
+    assert weights(I.masked_geometric_means)[1] == [0, 0]
+    found = I.masked_geometric_means(np.full((1, 1000), 0.0009), np.array([1000]))  # their product is 2.5
+    assert (
+        found.tokens.all() and I.masked_completions(np.full((1, 1000), 0.0015), np.array([1000])).samples == 0
+    )
+
+
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_weights_within_the_bounds_turn_means_of_samples_into_means_under_the_training_program(correction):
     """Over all texts of one token (for weights of tokens) or of three."""

@@ -13,9 +13,8 @@ from jaxft.data.prompts import Prompts
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
-from jaxft.rl.episodes import collect
-from jaxft.rl.layout import pack_episodes, per_episode, rollout_shapes, to_microbatches
-from jaxft.rl.trajectory import episode_ids, sampled_mask
+from jaxft.rl.layout import pack_episodes, per_episode, rollout_shapes, smallest_shape, to_microbatches
+from jaxft.rl.trajectory import collect
 
 
 def test_values_of_tokens_come_back_from_rows():
@@ -54,12 +53,12 @@ def check_log_probs(model, params, episodes, shape):
     packed = pack_episodes(episodes, shape)
     logps = policy(model, clipped, temperature=0.7).score(params, packed.rows, {}).logps
     found = packed.to_tokens(np.asarray(logps), episodes)
-    for own, parts in zip(found, episodes.episodes, strict=True):
+    for own, trajectory in zip(found, episodes.trajectories, strict=True):
         expected = []
-        for part in parts:
-            text, sampled = episode_ids(part), np.flatnonzero(sampled_mask(part))
+        for start, text, mask in trajectory.rows():
+            sampled = np.flatnonzero(mask)
             if len(sampled):
-                alone = tiny_model.batch_of([[(text, len(part.start))]], 64, 48, 1.0)
+                alone = tiny_model.batch_of([[(text, start)]], 64, 48, 1.0)
                 logits = model.logits(model.head(params), model.hidden(params, alone))[0] / 0.7
                 expected += np.asarray(jax.nn.log_softmax(logits))[sampled - 1, text[sampled]].tolist()
         np.testing.assert_allclose(own[: len(expected)], expected, rtol=1e-10)
@@ -70,25 +69,23 @@ def test_given_tokens_are_in_the_row_and_have_no_read_position():
     episodes = random_episodes()
     rows = pack_episodes(episodes, RowShape(96, 32)).rows
     for g in range(len(rows.ids)):
-        own = episodes.episodes[2 * g : 2 * g + 2]
+        own = episodes.trajectories[2 * g : 2 * g + 2]
         is_read = rows.responses[g] < 2
-        sampled = [s.tokens for parts in own for part in parts for s in part.segments if s.sampled]
+        sampled = [s.tokens for trajectory in own for s in trajectory.sampled]
         assert sorted(rows.targets[g][is_read]) == sorted(np.concatenate(sampled))
         assert is_read.sum() == episodes.lengths[g].sum() == rows.lengths[g].sum()
         # of the last sampled token of each episode, behind which nothing of it is in the row
-        for slot, parts in enumerate(own):
+        for slot, trajectory in enumerate(own):
             if rows.lengths[g, slot]:
-                last = [s for s in parts[-1].segments if s.sampled][-1].tokens[-1]
-                assert rows.ids[g, rows.last[g, slot]] == last
+                assert rows.ids[g, rows.last[g, slot]] == trajectory.sampled[-1].tokens[-1]
 
 
 def test_episodes_that_do_not_fit_into_their_rows_are_faults():
     episodes = random_episodes()
-    trajectories = [part for parts in episodes.episodes for part in parts]
-    lengths = [sum(map(len, map(episode_ids, parts))) - len(parts[0].start) for parts in episodes.episodes]
+    lengths = [sum(len(row.ids) for row in t.rows()) - len(t.start) for t in episodes.trajectories]
     limit = sorted(lengths)[-2]
-    found = collect(episodes.prompts, trajectories, episodes.size, limit)
-    assert [parts[0].fault == "too_long" for parts in found.episodes] == [n > limit for n in lengths]
+    found = collect(episodes.prompts, episodes.trajectories, episodes.size, limit)
+    assert [t.fault == "too_long" for t in found.trajectories] == [n > limit for n in lengths]
     assert (found.lengths.ravel() == 0).tolist() == [
         n > limit or not count for n, count in zip(lengths, episodes.lengths.ravel(), strict=True)
     ]
@@ -98,14 +95,14 @@ def test_episodes_that_do_not_fit_into_their_rows_are_faults():
 def test_the_smallest_row_shape_that_holds_a_rollout_is_used(turns):
     more = {"max_turns": 3, "max_episode": 90} if turns > 1 else {}
     data = Prompts("x", max_new=40, group=4, batch=2, **more)
-    shapes = rollout_shapes(data, 20, shards=1)
+    shapes = [*rollout_shapes(data, 20, shards=1)]
     sampled, longest = (40, 40) if turns == 1 else (90, 90)
-    assert shapes.rows[-1].length >= 20 + 4 * longest and shapes.rows[-1].reads >= 4 * sampled
+    assert shapes[-1].length >= 20 + 4 * longest and shapes[-1].reads >= 4 * sampled
     prompts, tokens = random_completions(np.full((2, 4), 40), size=40)
     for count, expected in ((9, 0), (40, 1 if turns == 3 else 2)):
         lengths = np.full((2, 4), count)
         episodes = replace(episodes_of(prompts, tokens, lengths), longest=longest)
-        assert shapes.smallest(episodes) == shapes.rows[expected]
+        assert smallest_shape(episodes, shapes) == shapes[expected]
 
 
 def test_microbatches_are_padded_with_empty_rows():

@@ -6,6 +6,7 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -23,11 +24,14 @@ from jaxft.data import named_templates
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompts import read_prompts
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed import processes
-from jaxft.rl.environment import environment_of, single_turn
+from jaxft.rl.environment import EnvironmentClass, environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
-from jaxft.rl.trajectory import episode_ids, fault_counts, sampled_mask
+from jaxft.rl.rewards import exact
+from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rules import Rules
 from jaxft.runs.parse import parse_value
 
 KEY = jax.random.key(0)
@@ -63,7 +67,8 @@ def played(environment, texts, name="qwen2.5", questions=("q",), limits=LIMITS, 
     tokenizer, how = stock_tokenizer(name), TEMPLATES[name].settings
     play = Play(environment, tokenizer, stop_of(tokenizer), limits)
     sampler = ScriptedSampler(say(tokenizer, texts))
-    found = rollout(sampler, play, rows_of(tokenizer, questions, how), group, KEY)
+    rows = rows_of(tokenizer, questions, how, list(environment.schemas) or None)
+    found = rollout(sampler, play, rows, group, KEY)
     assert not sampler.opened.ids, "each row is dropped"
     return found
 
@@ -153,26 +158,21 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
     except ValueError:  # a template without a format of calls
         play = Play(environment_of(Moody), tokenizer, stop_of(tokenizer), LIMITS)
     sampler = ScriptedSampler(write, at_once=2)
-    rows = rows_of(tokenizer, ["q", "what?"], how)
+    rows = rows_of(tokenizer, ["q", "what?"], how, list(play.environment.schemas) or None)
     found = rollout(sampler, play, rows, 2, KEY)
     by_session = {}
     for episode, ids in sampler.opened.dropped:
         by_session.setdefault(episode, []).append(ids)
-    episodes = [part for part in found if part.part == 0]
-    assert [part.prompt for part in episodes] == [0, 0, 1, 1]
-    at = 0
-    for number, first in enumerate(episodes):
-        parts = found[at : at + first.parts]
-        at += first.parts
-        assert [episode_ids(part).tolist() for part in parts if part.start] == by_session.get(number, [])
-        turns = [s.tokens.tolist() for part in parts for s in part.segments if s.sampled]
+    assert [episode.prompt for episode in found] == [0, 0, 1, 1]
+    for number, episode in enumerate(found):
+        rows = episode.rows()
+        assert [row.ids.tolist() for row in rows if row.start] == by_session.get(number, [])
+        turns = [s.tokens.tolist() for s in episode.sampled]
         for got, wrote in zip(turns, sampled.get(number, []), strict=True):
-            assert got == wrote[: len(got)] and (len(got) == len(wrote) or not parts[-1].ended)
-        for part in parts:
-            assert sampled_mask(part).sum() == part.sampled_count
-        used = sum(len(s.tokens) for part in parts for s in part.segments)
-        assert used + sum(len(part.start) for part in parts[1:]) <= LIMITS.tokens
-    assert at == len(found)
+            assert got == wrote[: len(got)] and (len(got) == len(wrote) or not episode.ended)
+        masked = [i for row in rows for i in row.ids[row.sampled].tolist()]
+        assert masked == sum(turns, [])
+        assert sum(len(row.ids) for row in rows) - len(episode.start) <= LIMITS.tokens
 
 
 def test_a_conversation_with_a_tool_is_one_row():
@@ -195,10 +195,14 @@ def test_a_template_that_cuts_reasoning_begins_a_second_row():
 
     limits = replace(LIMITS, turns=2)
     found = played(environment_of(ask), ["<think>\nhm\n</think>\n\nyes"], "qwen3", limits=limits)
-    assert [(part.part, part.parts) for part in found] == [(0, 2), (1, 2)]
-    tokenizer = stock_tokenizer("qwen3")
-    assert "hm" not in tokenizer.decode(found[1].start) and "yes" in tokenizer.decode(found[1].start)
-    assert found[0].score == found[1].score == 2.0 and not found[1].ended
+    first, second = found[0].rows()
+    start = stock_tokenizer("qwen3").decode(second.ids[: second.start])
+    assert "hm" not in start and "yes" in start and len(found[0].start) == first.start
+    assert found[0].score == 2.0 and not found[0].ended and len(found) == 1
+
+
+def ids_of(found):
+    return [row.ids.tolist() for episode in found for row in episode.rows()]
 
 
 def test_decisions_reach_other_processes_as_json(monkeypatch):
@@ -216,7 +220,7 @@ def test_decisions_reach_other_processes_as_json(monkeypatch):
     there = played(environment, texts, questions=("q", "r"))
     assert [part.turns for part in here] == [part.turns for part in there]
     assert [part.faults for part in here] == [part.faults for part in there] and here[0].fault == "raised"
-    assert [episode_ids(part).tolist() for part in here] == [episode_ids(part).tolist() for part in there]
+    assert ids_of(here) == ids_of(there)
 
 
 # ---- scores and ends
@@ -294,6 +298,55 @@ def test_trl_environments_run_unchanged():
         assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
 
 
+def test_the_tools_of_a_prompt_count_in_its_length(tmp_path):
+    """One that is too long with them is left out, rather than a fault of every episode."""
+    tokenizer = stock_tokenizer("qwen2.5")
+    (tmp_path / "r.jsonl").write_text('{"prompt": "q"}\n' + json.dumps({"prompt": "why " * 30}) + "\n")
+    rows = Rollouts(str(tmp_path / "r.jsonl"), rules=Rules((exact,)), max_prompt=2000)
+    plain = read_prompts(rows.train, rows, tokenizer, tmp_path).lengths
+    with_tools = replace(rows, tools=(add,))
+    found = read_prompts(rows.train, with_tools, tokenizer, tmp_path)
+    (first, second), shown = found.lengths, tokenizer.decode(found.token_ids[0])
+    assert first - plain[0] == second - plain[1] > 100 and '"name": "add"' in shown
+    limited = replace(with_tools, max_prompt=int(first))
+    assert first > plain[1] and read_prompts(rows.train, limited, tokenizer, tmp_path).dropped == 1
+
+
+def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch):
+    """It has the prompt's tools, the calls and the score of that one, whose reset is not told the name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "envs.py").write_text(
+        "class Adder:\n"
+        "    def reset(self, *, number, **row):\n"
+        "        assert 'environment' not in row\n"
+        "        self.total = number\n"
+        "    def more(self, by: int) -> int:\n"
+        '        """Add.\n\n        Args:\n            by: how much\n        """\n'
+        "        self.total += by\n"
+        "        return self.total\n"
+        "    def get_reward(self):\n"
+        "        return float(self.total)\n"
+        "def judge(state, text, row):\n"
+        "    return None, -1.0, True, None\n"
+        "ENVIRONMENTS = {'adder': Adder, 'judge': judge}\n"
+    )
+    rows = [{"prompt": "q", "number": i, "environment": x} for i, x in enumerate(("adder", "judge", "none"))]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = parse_value("envs.py:ENVIRONMENTS", EnvironmentClass)
+    data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000)
+    data = replace(data, invalid="drop", invalid_limit=0.5)
+    tokenizer, environment = stock_tokenizer("qwen2.5"), environment_of(given)
+    found = read_prompts("r.jsonl", data, tokenizer, tmp_path)
+    (unknown,) = found.invalid
+    assert unknown.first.endswith("'none', which names no environment; use adder, judge")
+    call = '<tool_call>\n{"name": "more", "arguments": {"by": 4}}\n</tool_call>'
+    sampler = ScriptedSampler(say(tokenizer, [call, "done"]))
+    play = Play(environment, tokenizer, stop_of(tokenizer), LIMITS)
+    adder, judge = rollout(sampler, play, found.select([0, 1]), 1, KEY)
+    assert "more" in tokenizer.decode(adder.start) and "more" not in tokenizer.decode(judge.start)
+    assert (adder.score, judge.score) == (4.0, -1.0)
+
+
 def test_scores_arrive_while_other_rows_are_sampled():
     """The first turn of one episode is answered only when another's second has been sampled."""
     second = threading.Event()
@@ -322,6 +375,10 @@ def test_scores_arrive_while_other_rows_are_sampled():
 
 
 # ---- faults
+
+
+def fault_counts(found):
+    return Counter(fault.kind for episode in found for fault in episode.faults)
 
 
 def hang(state, text, row):

@@ -258,11 +258,11 @@ def test_async_rewards_begin_when_an_episode_ends():
     prompts = TokenisedPrompts(((1,), (2,)), ("a", "b"), (Completion("a", "p", ""), Completion("b", "q", "")),
                                ({"number": 0}, {"number": 1}))  # fmt: skip
     reward = FunctionReward(judge)
-    begun, ended = rewards.begin_async([FunctionReward(rewards.exact), reward], prompts, 2)
+    begun, ended = rewards.begin_async([FunctionReward(rewards.exact), reward], prompts)
     said = ({"role": "assistant", "content": "hm"}, {"role": "tool", "content": "7"},
             {"role": "assistant", "content": "yes"})  # fmt: skip
-    ended(3, [Trajectory(1, (2,), (), turns=said)])
-    ended(0, [Trajectory(0, (1,), (), turns=said, fault="raised")])
+    ended(3, Trajectory(1, (2,), (), turns=said))
+    ended(0, Trajectory(0, (1,), (), turns=said, fault="raised"))
     assert [*begun] == [(reward, 3)] and begun[reward, 3]() == 1.0
     assert begun_for == [("q", "yes", 1)]
 

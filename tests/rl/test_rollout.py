@@ -85,7 +85,7 @@ def bound_to_sampler(source, run, history=NEW):
         sample=FakeSampler(data),
         rewards=tuple(reward.prepare(None) for reward in data.rules.rewards),
         token_scores=None,
-        sizes=rollout_shapes(data, source.longest, source.shards),
+        row_shapes=tuple(rollout_shapes(data, source.longest, source.shards)),
         batch_shapes=source.shapes,
         history=history,
     )
@@ -137,7 +137,8 @@ def test_a_source_without_a_run_has_the_prompts_of_each_step_alone(tmp_path):
     data = Rollouts("x", rules=rules, batch=4, group=2, max_new=6, passes=2, minibatches=2)
     stored = stored_prompts(8)
     source = PromptSource(data, TOKENIZER, stored, stored.subset(np.arange(0)), shards=3)
-    assert source.state_dict() == {} == source.evaluate(state_at(0)) and source.held_out == ()
+    assert source.evaluate(state_at(0)) == ({}, {})
+    assert source.state_dict() == {} and source.held_out == ()
     for step in range(8):
         given, metrics = source.batch(step, state_at(step))
         # two rows, and an empty one

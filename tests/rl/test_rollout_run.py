@@ -68,6 +68,9 @@ PARTS = {  # advantage, weights of tokens, loss and KL penalty of each method's 
     "MaxRL": (advantages.maxrl, token_weights.token_mean, clipped, 0.0),
     "GDPO, of several rewards": (estimators.by_each, token_weights.token_mean, clipped, 0.0),
     "GFPO, the shorter half of each group": (advantages.gfpo, token_weights.token_mean, clipped, 0.0),
+    "GFPO, more of the groups of harder prompts": (
+        advantages.adaptive_gfpo, token_weights.token_mean, clipped, 0.0,
+    ),
     "with truncated importance sampling, TIS": (advantages.grpo, token_weights.token_mean, clipped, 0.0),
     "with masked importance sampling, MIS": (advantages.grpo, token_weights.token_mean, clipped, 0.0),
 }  # fmt: skip

@@ -1,7 +1,6 @@
 """The sampler and the training program have the same log-probs, in every row shape; records of rollouts."""
 
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.engine.generate import complete
 from jaxft.engine.sampling import NONFINITE, Sampling
-from jaxft.engine.session import Session
+from jaxft.engine.session import Sampled, Session
 from jaxft.models.llama import llama
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
@@ -31,16 +30,15 @@ from jaxft.nn.rope import Rope
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
-from jaxft.rl.episodes import sampled_tokens
-from jaxft.rl.layout import pack_episodes, rollout_shapes
+from jaxft.rl.layout import pack_episodes, rollout_shapes, smallest_shape
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.play import rollout
+from jaxft.rl.programs import uncounted
 from jaxft.rl.record import table_indices
 from jaxft.rl.rewards import EnvironmentReward, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
 from jaxft.rl.sampler import compile_engines, compile_rollout_sampler
-from jaxft.rl.sampling_session import Sampled
 
 
 @pytest.mark.quick_cases("0.7-5-3", "0.0-None-1")
@@ -93,16 +91,16 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
     model, params = tiny_model.tiny(dtype, adapter=Adapter(rank=2))
     data, prompts = Prompts("x", max_new=48, group=4, batch=3), random_prompts(3)
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)
-    assert len(shapes.rows) == len(shapes.batches) == 3
+    assert len(shapes) == 3
     engine = engine_of((model, params), Sampling(48, 1.0), (), 12, group=4)
     found = complete(Session(engine, params, jax.random.key(1)), prompts.ids)
     all_tokens, sampled = (x.reshape(12, 48) for x in found)
     score = jax.jit(policy(model, clipped).score)
-    for shape, longest in zip(shapes.rows, (12, 24, 48), strict=True):
+    for shape, longest in zip(shapes, (12, 24, 48), strict=True):
         lengths = np.minimum(np.random.default_rng(longest).integers(1, longest + 1, (3, 4)), longest)
         lengths[0] = longest
         episodes = episodes_of(prompts, all_tokens.reshape(3, 4, 48), lengths)
-        assert shapes.smallest(episodes) == shape
+        assert smallest_shape(episodes, shapes) == shape
         packed = pack_episodes(episodes, shape)
         logps = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         difference = np.abs(logps - sampled)[np.arange(48) < lengths.reshape(12, 1)]
@@ -149,10 +147,9 @@ class OneTurn:
 def test_a_rollout_ends_where_the_policys_logits_are_not_finite_and_names_the_row():
     prompts = random_prompts(2)
     data = Rollouts("x", max_new=4, group=2, batch=2, rules=Rules((exact,)))
-    sampler = SimpleNamespace(session=lambda key: nullcontext(OneTurn()))
     named = f"{prompts.names[1]}: the policy's logits of token 3 of a completion are not finite"
     with pytest.raises(ValueError, match=re.escape(named)):
-        rollout(sampler, data.play(tiny_tokenizer(), (1,)), prompts, 2, None)
+        rollout(lambda key: OneTurn(), data.play(tiny_tokenizer(), (1,)), prompts, 2, None)
 
 
 class Game:
@@ -190,22 +187,22 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
     run = SimpleNamespace(
         model=model, stop=(7, 11), mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), folder=tmp_path,
         param_shapes=jax.eval_shape(lambda: params), params=lambda state: params, state=state,
+        counter=uncounted,
     )  # fmt: skip
-    shapes = rollout_shapes(data, 64, shards=1)
-    found = compile_rollout_sampler(run, data, tokenizer, shapes)(prompts, 2, 3, state)
+    found = compile_rollout_sampler(run, data, tokenizer, 64)(prompts, 2, 3, state)
     key = jax.random.fold_in(jax.random.key(data.seed + 2), 3)
     engine = engine_of((model, params), Sampling(6, 1.0), (7, 11), 4, 128, group=2)
     expected = complete(Session(engine, params, key), prompts.ids)
     for i, tokens in enumerate(expected.tokens.reshape(10, 6)):
         own = tokens[tokens >= 0].tolist()
         ended = own[-1] in (7, 11)
-        assert sampled_tokens(found.episodes[i]).tolist() == own and found.ended.ravel()[i] == ended
+        assert found.trajectories[i].sampled[0].tokens.tolist() == own and found.ended.ravel()[i] == ended
         assert found.texts[i] == tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
     np.testing.assert_allclose(found.logps, expected.logps.reshape(10, 6), rtol=1e-5, atol=1e-6)
 
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["3.npz"]
     run.params = None  # it cannot sample
-    again = compile_rollout_sampler(run, data, tokenizer, shapes)
+    again = compile_rollout_sampler(run, data, tokenizer, 64)
     same = again(prompts, 2, 3, state)
     assert same.texts == found.texts
     np.testing.assert_array_equal(same.logps, found.logps)
@@ -236,17 +233,16 @@ def test_turns_that_go_on_have_the_training_programs_log_probs(tmp_path):
     run = SimpleNamespace(
         model=model, stop=(tokenizer.eos_token_id,), folder=tmp_path, params=lambda state: params,
         mesh=make_mesh(MeshShape(), jax.local_devices()[:1]), param_shapes=jax.eval_shape(lambda: params),
-        state=SimpleNamespace(trainable={"w": jnp.ones(1)}),
+        state=SimpleNamespace(trainable={"w": jnp.ones(1)}), counter=uncounted,
     )  # fmt: skip
-    shapes = rollout_shapes(data, 64, shards=1)
-    found = compile_rollout_sampler(run, data, tokenizer, shapes)(prompts, 2, 0, run.state)
+    found = compile_rollout_sampler(run, data, tokenizer, 64)(prompts, 2, 0, run.state)
     assert found.valid.all() and (found.lengths > 6).any()
-    for parts in found.episodes:
-        kinds = [segment.sampled for segment in parts[0].segments]
-        assert kinds == [True, False, True] and [turn["role"] for turn in parts[0].turns][-1] == "assistant"
-    packed = pack_episodes(found, shapes.smallest(found))
+    for trajectory in found.trajectories:
+        kinds = [segment.sampled for segment in trajectory.segments]
+        assert kinds == [True, False, True] and trajectory.turns[-1]["role"] == "assistant"
+    packed = pack_episodes(found, smallest_shape(found, rollout_shapes(data, 64, shards=1)))
     logps = jax.jit(policy(model, clipped).score)(params, packed.rows, {}).logps
     np.testing.assert_allclose(packed.to_tokens(np.asarray(logps), found), found.logps, atol=1e-4, rtol=0)
-    rewards = [[len(turn["content"]) for turn in parts[0].turns[1::2]] for parts in found.episodes]
+    rewards = [[len(turn["content"]) for turn in t.turns[1::2]] for t in found.trajectories]
     np.testing.assert_array_equal(found.turn_rewards.sum(1), [sum(own) for own in rewards])
     np.testing.assert_array_equal(found.scores, [sum(own) for own in rewards])

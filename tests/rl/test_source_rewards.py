@@ -65,13 +65,16 @@ def test_the_reward_of_a_source_is_the_mean_of_its_scores(tmp_path, monkeypatch,
         means["reward"] = found["reward"].total / found["reward"].weight
         assert means == pytest.approx(reward.means(), rel=1e-12) and len(means) == 4
     evaluated = source.evaluate(state_at(2))
-    means = {name: x for name, x in evaluated.items() if name == "reward" or name.startswith("reward/")}
+    means = {name: x for name, x in evaluated.metrics.items() if name.partition("/")[0] == "reward"}
     assert means == pytest.approx(reward.means(), rel=1e-12) and len(means) == 4
+    of_prompts = [values["reward"] for values in evaluated.rows.values()]
+    names = [source.held_out_name(number) for number in evaluated.rows]
+    assert np.mean(of_prompts) == pytest.approx(means["reward"]) and len(set(names)) == len(of_prompts) > 1
 
 
 def test_one_source_has_no_reward_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_prompts(tmp_path, "a", 30)
     source = bound(tmp_path, "policy", "a.jsonl", Recorder())
-    names = [*source.batch(0, state_at(0))[1], *source.evaluate(state_at(0))]
+    names = [*source.batch(0, state_at(0))[1], *source.evaluate(state_at(0)).metrics]
     assert not [name for name in names if name.startswith("reward/")]

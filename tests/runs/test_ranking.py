@@ -74,6 +74,25 @@ def test_a_score_ranks_before_the_loss_unless_it_is_the_same_in_all_runs():
     assert lines[1].endswith("sign test p = 1: not distinguishable with 20 prompts")
 
 
+def test_rewards_have_intervals_over_the_prompts_in_the_table_and_in_differences():
+    """Of rewards that are no fractions Student's, of 0 and 1 Wilson's."""
+
+    def rewarded(label, rewards):
+        rows = {f"p:{i}": {"reward": x} for i, x in enumerate(rewards)}
+        return run(label, {"eval_reward": float(np.mean(rewards))}, rows)
+
+    one, two = rewarded("a", [0.25, 1.5, 2.0, 0.75]), rewarded("b", [0.0, 1.0, 1.5, 0.75])
+    half = stats.t.ppf(0.975, 3) * np.std([0.25, 1.5, 2.0, 0.75], ddof=1) / 2
+    interval = f"[{1.125 - half:.2f}, {1.125 + half:.2f}]"
+    table = ranking.table_of([one, two])
+    assert table.cells()[0][table.titles.index("held-out reward")] == f"1.125 {interval}"
+    best, other = ranking.ranking_lines([one, two])
+    assert best.startswith("best of 2: a, by held-out reward: 1.125 [") and best.endswith("] of 4 prompts")
+    assert other.startswith("  b against it: -0.312 [") and other.endswith("with 4 prompts")
+    (cells,) = ranking.table_of([rewarded("c", [1.0] * 9 + [0.0] * 3)]).cells()
+    assert cells == [f"0.750 {wilson(0.75, 12).text(2)}"]
+
+
 def test_the_difference_of_losses_is_that_of_the_same_rows_with_their_weights():
     rng = np.random.default_rng(0)
     first, gain, weight = rng.normal(2, 1, 30), rng.normal(0.1, 0.1, 30), rng.integers(1, 9, 30) / 9

@@ -252,7 +252,24 @@ def test_a_row_is_shown_by_its_name(inspect):
         assert f"🙂 {number - 1}" in inspect(
             "--data", "r.jsonl", "--row", f"r.jsonl:{number}", *DATA, "held_out=0.4"
         )
-    assert "--row r.jsonl:9: no valid row" in inspect("--data", "r.jsonl", "--row", "r.jsonl:9", *DATA)
+    assert "🙂 1" in inspect("--data", "r.jsonl", "--row", str(Path("r.jsonl").resolve()) + ":2", *DATA)
+    missing = inspect("--data", "r.jsonl", "--row", "r.jsonl:9", *DATA)
+    assert "--row r.jsonl:9: no dataset has a row of this name" in missing
+
+
+def test_a_row_that_is_invalid_or_left_out_is_an_error_that_says_why(inspect, place):
+    """Also one that is not the first of its reason."""
+    long = {"prompt": "a", "completion": "so " * 200}
+    rows = [{"prompt": "a", "completion": text} for text in ("so", "", "")] + [long]
+    (place / "few.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"prompt": "a", "completion": }']))
+
+    def shown(number):
+        options = ("max_length=64", "too_long=drop")
+        return inspect("--data", "few.jsonl", "--row", f"few.jsonl:{number}", *DATA, *options)
+
+    assert "--row few.jsonl:3: " in shown(3) and "is empty" in shown(3)
+    assert "malformed JSON" in shown(5)
+    assert re.search(r"--row few.jsonl:4: the row is valid, has 6\d\d tokens, and is left out", shown(4))
 
 
 def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect, place):

@@ -258,7 +258,7 @@ COMMANDS = [
     ("sweep sft --over lr", "--over"),
     ("sweep sft --over lr=a,b", "lr=a,b"),
     ("sweep sft --over lr=1,1", "twice"),
-    ("sweep sft --over lr=1,2 name=x", "name=... is not possible"),
+    ("sweep sft --over lr=1,2 --name x name=y", "two names, x and y"),
     ("sweep sft --over lr=1,2 --at-once x", "--at-once"),
     ("sweep nothing --over lr=1,2", "nothing"),
     ("compare", "required: runs"),

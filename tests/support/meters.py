@@ -6,16 +6,20 @@ import numpy as np
 
 from jaxft.batch import Tokens
 from jaxft.objectives import metrics
+from jaxft.objectives.objective import Facts
 from jaxft.train.meter import Meter
 
 
-def make_meter(max_bad, counters=None, model=None):
-    """A meter of a source with 10 steps an epoch whose rows are called `row <step>`."""
+def make_meter(max_bad, counters=None, model=None, facts=None):
+    """A meter of a source with 10 steps an epoch whose rows are called `row <step>`. facts: of its
+    objective.
+    """
     info = SimpleNamespace(steps_per_epoch=10)
     source = SimpleNamespace(info=info, row_names=lambda step: [f"row {step}"])
     model = model or SimpleNamespace(forward_flops=lambda tokens, context, read: 1.0)
     partition = SimpleNamespace(model=model, mask={"base": {}})
-    member = SimpleNamespace(programs=SimpleNamespace(partition=partition))
+    objective = SimpleNamespace(facts=facts or Facts())
+    member = SimpleNamespace(programs=SimpleNamespace(partition=partition, objective=objective))
     return Meter(member, source, max_bad, counters)
 
 

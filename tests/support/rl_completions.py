@@ -9,8 +9,7 @@ from jaxft.data.example import Completion
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.rl.episodes import collect
-from jaxft.rl.trajectory import Fault, Segment, Trajectory
+from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
 
 TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0, chat_template=None)
 LENGTHS = np.array([[3, 0, 7], [1, 5, 2]])
@@ -92,11 +91,9 @@ def random_episodes(seed=0):
     turns = (sampled(3, 0.5), given(4), sampled(1), given(2), sampled(2, 1.0), given(3))
     said = ({"role": "assistant", "content": "said"},)
     first = Trajectory(0, prompts.ids[0], turns, 1.5, turns=said)
-    rewritten = (sampled(2, 0.25), given(1)), (given(2), sampled(3))
-    parts = [
-        Trajectory(0, start, own, 1.0, turns=said, part=i, parts=2)
-        for i, (start, own) in enumerate(zip((prompts.ids[0], tuple(some(5))), rewritten, strict=True))
-    ]
+    second = Segment(some(5), None, begins=True)
+    rewritten = (sampled(2, 0.25), given(1), second, given(2), sampled(3))
+    both = Trajectory(0, prompts.ids[0], rewritten, 1.0, turns=said)
     failed = Trajectory(1, (), (), fault="raised", faults=(Fault("raised", "it is broken"),), ended=False)
     other = Trajectory(1, tuple(some(6)), (sampled(4), given(2), sampled(1)), 0.5, turns=said)
-    return collect(prompts, [first, *parts, failed, other], 12, 24, 6)
+    return collect(prompts, [first, both, failed, other], 12, 24, 6)

@@ -16,7 +16,7 @@ from jaxft.runs.report import Evaluation, before_and_after
 from jaxft.train import loop, open_settings
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
-from jaxft.train.logs import eval_limit_lines, with_part
+from jaxft.train.logs import eval_limit_lines, first_evaluation_lines, with_part
 from jaxft.train.settings import Loop
 from jaxft.train.verdict import continued
 
@@ -29,12 +29,24 @@ def test_an_inner_phase_is_not_counted_in_the_outer_one_and_earlier_starts_are_a
     own = clock(0, 2, 3, 7, 10)
     shown = []
     own.resume({"training": 100.0, "evaluation": 1.0}, shown.append)
-    assert own.at("training") == 2  # rows
+    assert own.at("training") == "2.0 s"  # rows
     with own.within("evaluation"):  # from 3 to 7
         assert [*own.over("rows", "ab")] == ["a", "b"]
     assert own.seconds() == {"training": 104.0, "evaluation": 5.0, "rows": 2, "total": 111.0}
     assert own.recent() == {"evaluation_seconds": 4} and own.recent() == {}
-    assert shown == ["rows: 1 of 2", "rows: 2 of 2", ""]
+    assert shown == ["", "rows: 1 of 2", "rows: 2 of 2", ""]
+
+
+def test_the_longer_parts_of_a_phase_are_shown_as_they_begin_and_with_its_time():
+    own = clock(0, 1, 1, 4, 4, 4.5, 6)
+    shown = []
+    own.resume({}, shown.append)
+    own.at("compiling")
+    for name in ("train step", "samples"):  # from 1 to 4, and from 4 to 4.5
+        with own.part(name):
+            pass
+    assert own.at("training") == "5.0 s (train step 3.0 s)"
+    assert shown == ["", "compiling: train step", "compiling: samples", ""]
 
 
 def test_the_clock_of_a_run_begins_before_its_rows_are_measured(monkeypatch, capsys, tmp_path):
@@ -128,6 +140,11 @@ def test_a_short_run_says_which_part_of_the_held_out_rows_it_reads_and_goes_on_w
         f"evaluations read 1 of {len(batches)} batches of held-out rows and compute at most 20 %"
     )
     assert eval_limit_lines(continued(job, {"eval_limit": None}, 1)) == []
+    (line,) = first_evaluation_lines(job)
+    begin = "evaluating before the first step (held_out=none samples=0 leaves this out); "
+    assert line == f"{begin}batches of held-out rows: 1, completions of held-out prompts: 2"
+    job = prepare(tmp_path, "steps=3", "data.held_out=none", "samples=0")
+    assert first_evaluation_lines(job) == []
     longer = prepare(tmp_path, "steps=9", "data.held_out=0.5", "loop.eval_fraction=0.2")
     assert longer.eval_limit == 2 and len(continued(longer, {"eval_limit": 1}, 3).held_out) == 1
 

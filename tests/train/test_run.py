@@ -114,8 +114,9 @@ def test_a_second_signal_ends_the_process_at_once(place):
 
 
 def test_sigint_before_the_loop_is_one_line_and_exit_code_130(place):
+    """Also where a script has started the run in the background, which ignores SIGINT."""
     hook = (
-        "import jaxft.train.loop as loop, time; "
+        "import jaxft.train.loop as loop, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         "loop.compile_run = lambda *args: print('compiling', flush=True) or time.sleep(60)"
     )
     process = place.start("name=early", hook=hook)

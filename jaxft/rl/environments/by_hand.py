@@ -1,12 +1,10 @@
 """A person in the policy's place: turns are typed, everything else is as in a rollout."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array
 
 from jaxft.engine.session import Finish, Sampled
 from jaxft.inference.tool_calls import CallFormat
@@ -16,7 +14,7 @@ CALL = "/call"
 
 
 class TypedTurns:
-    """A sampler whose turns a person types; see sampling_session.Sampler.
+    """A session whose turns a person types; see play.TurnSession.
 
     read() -> a turn; it ends the program by EOFError. show(text): prints what the policy is given. A turn
     "/call NAME {...}" is written as a call of a tool in the template's format.
@@ -32,11 +30,6 @@ class TypedTurns:
     ):
         self.read, self.show, self.tokenizer, self.stop, self.format = read, show, tokenizer, stop, format
         self.asked = dict[int, int]()  # the most tokens of the turn that each episode is to have
-
-    @contextmanager
-    def session(self, key: Array) -> Iterator["TypedTurns"]:
-        """Yield the session, which is this object."""
-        yield self
 
     def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
         """Show a prompt."""
