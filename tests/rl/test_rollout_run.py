@@ -189,6 +189,7 @@ def test_a_policy_is_trained_on_episodes_of_two_turns_and_survives_faults(workdi
     lines = [line for line in workdir.metrics(name) if "reward" in line]
     for line in lines:
         assert line["episodes/turns"] == 2 and line["episodes/given_tokens"] > 4
+        assert 0 < line["perf"]["sampling_seconds"] < line["perf"]["seconds"]
         assert 0 < line["episodes/faults/raised"] == line["frac_unscorable"] < 1
         if "pairs" not in name and "online=true" not in more:  # the engine's and the training program's
             assert line["sampling/sampling_logp_difference/max"] < 1e-4

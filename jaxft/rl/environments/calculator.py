@@ -51,7 +51,7 @@ def calculator_rows(count: int, seed: int) -> list[RowColumns]:
     return [_question(rng, rng.choice(orders))[0] for _ in range(count)]
 
 
-def calculator_demonstrations(count: int, seed: int, chained: float = 0.25) -> list[RowColumns]:
+def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
     """Return conversations that show the format of calls: rows for SFT, with tools.
 
     chained: the fraction of them with two calls, of the same tool or of both. Few need both, so that a model
