@@ -102,6 +102,12 @@ def engine_sizes(
 ) -> tuple[Decoding, Slots]:
     """Return what the engine of a rollout is compiled for. group: episodes of a prompt."""
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
-    slots = slots_for(data.batch, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
+
+    def tokens(group: int) -> int:  # of a prompt with its episodes
+        return min(group, data.starts_per_row) * prompt_size + group * data.episode_length
+
+    # an evaluation with a smaller group has as many prompts at once as there is memory for in training
+    prompts = data.batch * tokens(data.group) // tokens(group)
+    slots = slots_for(prompts, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
     slots = slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
     return Decoding(model, sampling, stop, group, data.kv_cache, extends=data.max_turns > 1), slots

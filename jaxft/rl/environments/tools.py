@@ -113,8 +113,8 @@ def answer_calls(
 ) -> tuple[list[Message], list[Fault]]:
     """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
 
-    longest: characters of a result. errors: exceptions that are returned to the model. Raises what excludes the
-    episode.
+    longest: characters of a result. errors: exceptions that are returned to the model. Raises what excludes
+    the episode.
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
