@@ -20,6 +20,9 @@ _PAIR = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf
 _USUAL = re.compile(
     rb"(?<=[A-Za-z])[\xc0-\xff]|[\xc0-\xff](?=[A-Za-z])|[\x80\x82-\x8c\x8e\x91-\x9c\x9e-\xbf]"
 )
+# Words of one letter in French, Italian, Portuguese and Czech: à, è, é, í, ó, ò, ú and the same in capitals.
+_LETTERS = rb"[\xc0\xc8\xc9\xcd\xd2\xd3\xda\xe0\xe8\xe9\xed\xf2\xf3\xfa]"
+_ALONE = re.compile(rb"(?<=[\s'\"(;,])" + _LETTERS + rb"(?=[\s'\");,.!?])")
 
 
 def wide_encoding(path: Path) -> str | None:
@@ -39,8 +42,8 @@ def sniff_encoding(path: Path) -> str:
     """Return the encoding of a text file, by its byte order mark or by all of its bytes.
 
     A file that is not UTF-8 is cp1252 if its bytes above 127 are few, and nearly all where that encoding has
-    letters inside words, quotes or dashes. A file with valid characters of UTF-8 is damaged UTF-8, of which
-    readers find the rows.
+    letters inside words, quotes or dashes; up to two thirds may be words of one letter. A file with valid
+    characters of UTF-8 is damaged UTF-8, of which readers find the rows.
     """
     wide = wide_encoding(path)
     if wide is not None:
@@ -58,7 +61,9 @@ def sniff_encoding(path: Path) -> str:
     high = len(sample) - len(sample.translate(None, _HIGH))
     if high > 0.2 * len(sample) or b"\0" in sample or _PAIR.search(sample):
         return UTF8
-    return CP1252 if len(_USUAL.findall(sample)) >= max(1, 0.9 * high) else UTF8
+    usual = len(_USUAL.findall(sample))
+    alone = min(len(_ALONE.findall(sample)), 2 * usual)
+    return CP1252 if usual + alone >= max(1, 0.9 * high) else UTF8
 
 
 def encoding_note(path: Path, encoding: str) -> list[str]:

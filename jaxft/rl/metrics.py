@@ -102,7 +102,7 @@ def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:
 def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
     """Return turns, given tokens, tool calls and faults of episodes of several turns; {} for others.
 
-    `tools/errors/KIND` counts calls whose error the policy was shown, `episodes/faults/KIND` episodes that
+    `tools/errors/KIND` counts calls that were answered with an error, `episodes/faults/KIND` episodes that
     are excluded from training and means; both are per episode.
     """
     if episodes.most_turns == 1:

@@ -145,7 +145,8 @@ def clear_records(run: Path) -> None:
 
 def prompts_hash(prompts: TokenisedPrompts, group: int) -> str:
     """Return a hash of the prompts of a rollout with their order, and of the episodes of each."""
-    return xxhash.xxh64(json.dumps([group, [[*map(int, ids)] for ids in prompts.ids]])).hexdigest()
+    content = json.dumps([group, [[*map(int, ids)] for ids in prompts.ids]])
+    return xxhash.xxh64(content.encode()).hexdigest()
 
 
 def about_of(content: bytes, path: Path) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
 from jaxft.rl.play import Sampler, rollout
-from jaxft.rl.programs import BoundRun
+from jaxft.rl.programs import BoundRun, uncounted
 from jaxft.rl.record import RECORDS, RolloutRecord, prompts_hash
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.trajectory import Episodes, Trajectory, collect
@@ -49,7 +49,8 @@ def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_siz
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
         begun, begin = begin_async(data.rules.rewards, prompts)
         which = "held-out prompts" if number == EVALUATION else f"rollout {number + 1}"
-        count = run.counter(f"completions of {which}", len(prompts) * group)
+        counter = run.counter if number in (0, EVALUATION) else uncounted  # later ones have lines of steps
+        count = counter(f"completions of {which}", len(prompts) * group)
 
         def ended(episode: int, trajectory: Trajectory) -> None:
             begin(episode, trajectory)
@@ -101,6 +102,12 @@ def engine_sizes(
 ) -> tuple[Decoding, Slots]:
     """Return what the engine of a rollout is compiled for. group: episodes of a prompt."""
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
-    slots = slots_for(data.batch, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
+
+    def tokens(group: int) -> int:  # of a prompt with its episodes
+        return min(group, data.starts_per_row) * prompt_size + group * data.episode_length
+
+    # an evaluation with a smaller group has as many prompts at once as there is memory for in training
+    prompts = data.batch * tokens(data.group) // tokens(group)
+    slots = slots_for(prompts, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
     slots = slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
     return Decoding(model, sampling, stop, group, data.kv_cache, extends=data.max_turns > 1), slots

@@ -1,18 +1,21 @@
 """How long each phase of a run takes, over all of its starts, and lines about the progress of a phase."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
 
+from jaxft.data.progress import time_in_words
 from jaxft.runs.bug_report import processor
 from jaxft.runs.environment import device_counts
 from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
 Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
 Done = TypeVar("Done")
+BEAT = 5.0  # seconds after which a part that is under way is shown again
 
 
 class Clock:
@@ -25,6 +28,7 @@ class Clock:
         self._seconds: dict[str, float] = {}
         self._recent: dict[str, float] = {}
         self._parts: dict[str, float] = {}
+        self._shown, self._begun = "", set[str]()
         self._show: Callable[[str], None] = _show_nothing
 
     def resume(self, seconds: dict[str, float], show: Callable[[str], None]) -> None:
@@ -41,11 +45,37 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Show that the body, a part of the present phase, is under way, and count its time."""
-        begin = self._now()
-        self._show(f"{self._phase}: {name}")
-        yield
+        """Show for how long the body, a part of the present phase, is under way, and count its time."""
+        begin, ended = self._now(), threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT):
+                self._show(f"{self._shown}, {time_in_words(self._now() - begin)} so far")
+
+        self._progress(f"{self._phase}: {name}")
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
         self._parts[name] = self._parts.get(name, 0.0) + self._now() - begin
+
+    @contextlib.contextmanager
+    def first(self, name: str) -> Iterator[bool]:
+        """Show the body as a part of its phase, the first time; the value is whether it is the first."""
+        if name in self._begun:
+            yield False
+            return
+        self._begun.add(name)
+        with self.part(name):
+            yield True
+        self._show("")
+
+    def _progress(self, text: str) -> None:
+        self._shown = text
+        self._show(text)
 
     @contextlib.contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
@@ -58,11 +88,11 @@ class Clock:
             self._switch(outer)
             self._show("")
 
-    def timed(self, phase: Phase, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, whose calls are counted as a phase."""
+    def timed(self, phase: Phase, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, whose calls are counted as a phase. name: of a call, for the progress."""
 
         def call(*args: Any) -> Any:
-            with self.within(phase):
+            with self.within(phase), self.part(name):
                 return function(*args)
 
         return call
@@ -81,7 +111,7 @@ class Clock:
         def count(more: int) -> None:
             nonlocal done
             done += more
-            self._show(f"{text}: {done} of {total}")
+            self._progress(f"{text}: {done} of {total}")
 
         return count
 

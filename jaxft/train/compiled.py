@@ -70,9 +70,20 @@ class Compiled:
     averaged: Callable[[States], States]
 
     def timed(self, clock: Clock) -> "Compiled":
-        """Return the same programs, whose time counts as evaluation or sampling."""
-        evaluation = {name: clock.timed("evaluation", vars(self)[name]) for name in ("evaluate", "general")}
-        return replace(self, **evaluation, sample=clock.timed("sampling", self.sample))
+        """Return the same programs, whose time counts as evaluation or sampling; the first step is shown."""
+
+        def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
+            with clock.first("first step") as is_first:
+                found = self.step(states, frozen, batch)
+                return jax.block_until_ready(found) if is_first else found
+
+        return replace(
+            self,
+            step=step,
+            evaluate=clock.timed("evaluation", "held-out rows", self.evaluate),
+            general=clock.timed("evaluation", "general text", self.general),
+            sample=clock.timed("sampling", "held-out prompts", self.sample),
+        )
 
     def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
         """Metrics of the held-out rows under their names in the log, with averaged weights. scores: and the

@@ -165,7 +165,7 @@ def next_batch(
     """Return the rows, batch and metrics of a step, for rollouts by sampling and scoring completions."""
     if job.info.samples and step % job.rollout_steps == 0:
         watchdog.at(f"the rollout before step {step + 1}")  # rewards may be slow functions
-    with clock.within("sampling" if job.info.samples else "training"):
+    with clock.within("sampling" if job.info.samples else "training"), clock.first("first batch"):
         found = job.batch(step, states)
     watchdog.step(step + 1)
     return found

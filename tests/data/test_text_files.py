@@ -69,6 +69,12 @@ def test_cp1252_is_found_far_into_a_file(tmp_path):
     assert sniff_encoding(tmp_path / "r.csv") == "cp1252"
 
 
+def test_words_of_one_letter_are_text_of_cp1252_too(tmp_path):
+    for line in ("Il va à l'école, là où c'était", "È più tardi, ma è così", "Já é tarde; é à noite, você"):
+        (tmp_path / "r.csv").write_bytes(f"prompt,completion\na;b,{line.replace(',', '')}\n".encode("cp1252"))
+        assert sniff_encoding(tmp_path / "r.csv") == "cp1252", line
+
+
 def test_json_lines_in_utf_16_are_read_with_a_note(tmp_path):
     rows = [{"text": f"ö {i}"} for i in range(3)]
     (tmp_path / "r.jsonl").write_text("\r\n".join(json.dumps(row) for row in rows), encoding="utf-16")

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import threading
 import time
 import urllib.request
@@ -12,6 +13,7 @@ from chat_templates import stock_tokenizer
 from scripted_session import ScriptedSampler
 from test_play import KEY, LIMITS, rows_of
 
+from jaxft.data.shipped import ROOT
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.inference.tool_calls import TOOL_FORMATS, call_format
 from jaxft.rl.environment import environment_of
@@ -45,22 +47,34 @@ def episodes(environment, rows, turn):
     return rollout(ScriptedSampler(write), play, prompts, 1, KEY)
 
 
-def test_a_calculator_question_takes_its_calls_and_the_answer():
-    rows = calculator_rows(6, 0, two_calls=1.0)
+def test_a_calculator_question_takes_both_tools_one_after_the_other():
+    rows = calculator_rows(8, 0)
+    assert {row["prompt"][8] == "(" for row in rows} == {True, False}  # either tool may be the first
 
     def turn(shown, row):
-        a, b, c = (int(x) for x in row["prompt"].removeprefix("What is ")[:-1].replace("*", "+").split("+"))
+        expression = row["prompt"].removeprefix("What is ")[:-1]
+        a, b, c = (int(x) for x in re.findall(r"\d+", expression))
+        assert eval(expression) == int(row["answer"])
+        first, second = ("add", "multiply") if "(" in expression else ("multiply", "add")
         if shown == row["prompt"]:
-            return call("multiply", a=a, b=b)
+            return call(first, a=a, b=b)
         result = shown.removeprefix("<tool_response>\n").removesuffix("\n</tool_response>")
         if result == row["answer"]:
             return f"It is {result}."
-        return call("add", a=int(result), b=c)
+        return call(second, a=int(result), b=c)
 
     found = episodes(Calculator, rows, turn)
-    assert [part.score for part in found] == [1.0] * 6
+    assert [part.score for part in found] == [1.0] * 8
     assert all(len([s for s in part.segments if s.sampled]) == 3 for part in found)
-    assert [part.score for part in episodes(Calculator, rows, lambda shown, row: "It is 5.")] == [0.0] * 6
+    assert [part.score for part in episodes(Calculator, rows, lambda shown, row: "It is 5.")] == [0.0] * 8
+
+
+def test_no_held_out_question_is_a_training_question():
+    train, held_out = (
+        [json.loads(line)["prompt"] for line in (ROOT / f"configs/data/{name}.jsonl").open()]
+        for name in ("calculator", "calculator_held_out")
+    )
+    assert len({*train, *held_out}) == len({*train}) + len({*held_out})
 
 
 def test_a_reset_that_returns_none_by_its_annotation_shares_the_rows_prompt():
@@ -75,7 +89,7 @@ def test_a_reset_that_returns_none_by_its_annotation_shares_the_rows_prompt():
 
 
 def test_demonstrations_have_the_calculators_own_results():
-    for row in calculator_demonstrations(20, 1, two_calls=0.5):
+    for row in calculator_demonstrations(20, 1, chained=0.5):
         *before, last = row["messages"]
         calculator, results = Calculator(), []
         for message in before:
@@ -84,6 +98,7 @@ def test_demonstrations_have_the_calculators_own_results():
                 results.append(str(getattr(calculator, function["name"])(**function["arguments"])))
         assert results == [m["content"] for m in before if m["role"] == "tool"]
         assert last["content"] == f"The answer is {results[-1]}."
+        assert eval(row["messages"][0]["content"][8:-1]) == int(results[-1])
     assert calculator_rows(3, 5) == calculator_rows(3, 5) != calculator_rows(3, 6)
 
 

@@ -1,5 +1,6 @@
 """Times of a run's phases, and how many held-out rows its evaluations read."""
 
+import re
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import jaxft
 from jaxft.data.progress import clock_time, time_in_words
 from jaxft.data.source import spread
 from jaxft.runs.report import Evaluation, before_and_after
+from jaxft.train import clock as clock_module
 from jaxft.train import loop, open_settings
 from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
@@ -47,6 +49,26 @@ def test_the_longer_parts_of_a_phase_are_shown_as_they_begin_and_with_its_time()
             pass
     assert own.at("training") == "5.0 s (train step 3.0 s)"
     assert shown == ["", "compiling: train step", "compiling: samples", ""]
+
+
+def test_a_part_that_takes_long_is_shown_again_and_of_steps_the_first_alone(monkeypatch):
+    """With what was shown last, such as how many items are done."""
+    monkeypatch.setattr(clock_module, "BEAT", 0.001)
+    own, shown = Clock(), list[str]()
+    own.resume({}, shown.append)
+
+    def wait_for(text):
+        while not re.fullmatch(text, shown[-1]):
+            time.sleep(0.001)
+
+    for expected in (True, False):
+        with own.first("first step") as is_first:
+            assert is_first is expected
+            if is_first:
+                wait_for(r"rows: first step, 0.\d s so far")
+                own.counter("items", 9)(2)
+                wait_for(r"items: 2 of 9, 0.\d s so far")
+        assert shown[-1] == ""
 
 
 def test_the_clock_of_a_run_begins_before_its_rows_are_measured(monkeypatch, capsys, tmp_path):
