@@ -159,7 +159,7 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
         )
     else:
         raise ValueError(
-            f"environment: {shown(given)} is neither a class nor a function (state, text, row) -> "
+            f"environment: {short_repr(given)} is neither a class nor a function (state, text, row) -> "
             "(observation, reward, done, state). Set environment=my_env.py:Name."
         )
     return with_tools(found, tools) if tools else found
@@ -390,10 +390,10 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 def checked_step(value: Any) -> StepResult:
     """Return what a user's step returned as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
-        raise WrongType(f"step returned {shown(value)}, expected (observation, reward, done, state)")
+        raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value
     if not isinstance(done, bool | np.bool_):
-        raise WrongType(f"step returned done={shown(done)}, expected True or False")
+        raise WrongType(f"step returned done={short_repr(done)}, expected True or False")
     return StepResult(_messages(observation), checked_reward(reward), bool(done), state)
 
 
@@ -417,7 +417,7 @@ def _checked_messages(what: str, value: Any) -> tuple[Message, ...]:
     except InvalidRow as error:
         raise WrongType(f"{what}: {error.problem}".replace("; fix or remove the row", "")) from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise WrongType(f"{what} is {shown(value)}, expected a string, messages or None") from error
+        raise WrongType(f"{what} is {short_repr(value)}, expected a string, messages or None") from error
 
 
 def _checked_prompt(value: Any) -> FirstPrompt:
@@ -430,7 +430,7 @@ def checked_reward(value: Any) -> float:
     """Return a reward as a float, NaN for None. Raises WrongType if it is not a finite real number."""
     number = finite_number(value)
     if math.isnan(number) and value is not None:
-        raise WrongType(f"the reward is {shown(value)}, expected a finite number or None")
+        raise WrongType(f"the reward is {short_repr(value)}, expected a finite number or None")
     return number
 
 
@@ -445,7 +445,7 @@ def finite_number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return the type and repr of a value of any type."""
     try:
         return f"{type(value).__name__} {value!r}"[:80]
