@@ -100,8 +100,8 @@ class Environment:
     they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
     by `-> None`. prompts: whether it always does, as a class says by `-> str`: rows need none. by_name: of
     several environments, the schemas of each, by what a row's column `environment` says; {} where all rows
-    have `schemas`. told: exceptions of tools that are returned to the model; others exclude the episode.
-    owner(state) -> the object that rewards with an argument `environments` read.
+    have `schemas`. tool_errors: exceptions of tools that are returned to the model; others exclude the
+    episode. owner(state) -> the object that rewards with an argument `environments` read.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Environment:
     resets: bool = True
     prompts: bool = False
     by_name: Mapping[str, tuple[Schema, ...]] = field(default_factory=dict)
-    told: tuple[type[Exception], ...] = MODELS_ERRORS
+    tool_errors: tuple[type[Exception], ...] = MODELS_ERRORS
     owner: Callable[[EpisodeState], Any] = _state
 
     @property
@@ -241,7 +241,7 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
         resets=any(part.resets for part in each),
         prompts=all(part.prompts for part in each),
         by_name={name: part.schemas for name, part in parts.items()},
-        told=tuple({error for part in each for error in part.told}),
+        tool_errors=tuple({error for part in each for error in part.tool_errors}),
         owner=lambda state: state[0].owner(state[1]),
     )
 
@@ -318,7 +318,7 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
 
 def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
     """Return the environment of a class as TRL's environment_factory takes it: an object plays one episode
-    after another, and the model is told of any exception of a tool.
+    after another, and any exception of a tool is returned to the model.
     """
     methods = _tool_methods(members, ("reset", "get_reward"))
     rewards = "get_reward" in members
@@ -334,7 +334,7 @@ def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> E
         return checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
     own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
-    return replace(own, told=(Exception,), **_prompts(members["reset"]))
+    return replace(own, tool_errors=(Exception,), **_prompts(members["reset"]))
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:

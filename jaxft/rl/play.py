@@ -504,8 +504,8 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
     """Call the tools that a turn calls, or else the environment."""
     environment = play.environment
     if environment.schemas and (turn.calls or turn.malformed):
-        tools = environment.tools(state)
-        messages, faults = answer_calls(turn, tools, task, play.limits.observation, environment.told)
+        how = task, play.limits.observation, environment.tool_errors
+        messages, faults = answer_calls(turn, environment.tools(state), *how)
         return _Answer(StepResult(tuple(messages), math.nan, False, state), faults)
     return _Answer(environment.step(state, text, task), [])
 

@@ -183,6 +183,7 @@ def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
 
 
 EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]
+EPISODES += ["rewards=config.py:letters,reached"]
 
 
 @pytest.mark.quick_cases("policy")
@@ -200,7 +201,8 @@ def test_a_policy_is_trained_on_episodes_of_two_turns_and_survives_faults(workdi
         assert 0 < line["episodes/faults/raised"] == line["frac_unscorable"] < 1
         if "pairs" not in name and "online=true" not in more:  # the engine's and the training program's
             assert line["sampling/sampling_logp_difference/max"] < 1e-4
-    assert all(len(entry["turns"]) == 4 for entry in rl_workdir.table(workdir, name) if not entry["fault"])
+    table = [entry for entry in rl_workdir.table(workdir, name) if not entry["fault"]]
+    assert all(len(entry["turns"]) == 4 and entry["rewards"]["reached"] == 1 for entry in table) and table
 
 
 OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")

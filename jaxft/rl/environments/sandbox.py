@@ -5,7 +5,7 @@ no environment variables. Where the system permits user namespaces, as most of L
 writes nowhere else, and no process outlives it. Elsewhere (`isolated` is false) it has the network, writes
 and deletes whatever the user of the run may, and a process that it started may go on.
 
-What no system limits: it reads all files that the user of the run may read; `memory` is of each of its
+What nothing limits: it reads all files that the user of the run may read; `memory` is of each of its
 processes, and the number of processes is not limited for root; a fault of the kernel is not kept from it. For
 code that is meant to do harm, use a container or a machine of its own.
 """
@@ -29,8 +29,8 @@ _PROGRAM = Path(__file__).with_name("sandbox_child.py")
 @dataclass(frozen=True)
 class SandboxLimits:
     """Limits of a run of code. seconds: of wall clock and of processor time. memory: bytes of address space
-    of each process. files: bytes of all files together, of each where it is not isolated. processes: threads
-    count too; not for root. output: characters that are returned.
+    of each process. files: bytes of all files together, of each where it is not isolated. processes: at once,
+    with threads; only where it is isolated, and not for root. output: characters that are returned.
     """
 
     seconds: Annotated[float, above(0)] = 5.0
@@ -78,7 +78,7 @@ def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, 
     seconds, memory, files, processes, _ = astuple(limits)
     numbers = [str(x) for x in (max(1, round(seconds + 0.5)), memory, files, processes)]
     read, write = os.pipe()  # the process writes to it if it is isolated, and closes it before the code runs
-    with os.fdopen(read, "rb") as told:
+    with os.fdopen(read, "rb") as answer:
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(_PROGRAM), str(folder), str(write), *numbers],
             cwd=folder / "work", stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[write],
@@ -94,4 +94,4 @@ def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return ended, bool(told.read(1))
+        return ended, bool(answer.read(1))

@@ -26,14 +26,14 @@ def run_limited() -> None:
     folder, pipe, seconds, memory, files, processes = sys.argv[1], *map(int, sys.argv[2:])
     with open(os.path.join(folder, NAME), encoding="utf-8", errors="surrogatepass") as file:
         code = file.read()
-    if sys.platform == "linux":
-        _isolate(os.path.join(folder, "work"), pipe, files)
+    isolated = sys.platform == "linux" and _isolate(os.path.join(folder, "work"), files)
+    os.write(pipe, b"1" * isolated)
     os.close(pipe)
     for kind, most in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, files),
-        (resource.RLIMIT_NPROC, processes),
+        (resource.RLIMIT_NPROC, processes if isolated else resource.RLIM_INFINITY),  # else of all the user's
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
@@ -43,13 +43,13 @@ def run_limited() -> None:
     _run(code)
 
 
-def _isolate(work: str, pipe: int, files: int) -> None:
-    """Leave the network, and make all files read-only but those of a new file system in `work`, where the
-    system permits it; write to the pipe if it does.
+def _isolate(work: str, files: int) -> bool:
+    """Leave the network, and make all files read-only but those of a new file system in `work`. Return
+    whether the system permits all of it.
     """
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     if libc.unshare(NEW_USER | NEW_MOUNTS | NEW_PROCESSES | NEW_NETWORK) != 0:
-        return
+        return False
     ids = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
     with contextlib.suppress(OSError):
         for name, text in ids.items():
@@ -58,16 +58,16 @@ def _isolate(work: str, pipe: int, files: int) -> None:
     folder, size = work.encode(), f"mode=700,size={max(files, 4096)}".encode()
     change = (ctypes.c_uint64 * 4)(READ_ONLY)
     failed = libc.syscall(SET_ATTRIBUTES, HERE, b"/", ALL_MOUNTS, change, ctypes.sizeof(change))
-    if not failed and not libc.mount(b"none", folder, b"tmpfs", NO_SETUID | NO_DEVICES, size):
+    failed = failed or libc.mount(b"none", folder, b"tmpfs", NO_SETUID | NO_DEVICES, size)
+    if not failed:
         libc.mount(folder, b"/dev/shm", None, BIND, None)  # for multiprocessing
         os.chdir(work)
-        os.write(pipe, b"1")
     child = os.fork()
     if child:  # in the new namespace, that process is the first: all others end with it
-        os.close(pipe)
         status = os.waitpid(child, 0)[1]
         os._exit(min(255, abs(os.waitstatus_to_exitcode(status))))
     libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    return not failed
 
 
 def _run(code: str) -> None:

@@ -109,16 +109,16 @@ def answer_calls(
     tools: Mapping[str, Tool],
     task: Task,
     longest: int,
-    told: tuple[type[Exception], ...] = MODELS_ERRORS,
+    errors: tuple[type[Exception], ...] = MODELS_ERRORS,
 ) -> tuple[list[Message], list[Fault]]:
     """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
 
-    longest: characters of a result. told: exceptions that are returned to the model. Raises what excludes the
-    episode.
+    longest: characters of a result. errors: exceptions that are returned to the model. Raises what excludes
+    the episode.
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
-        text, fault = _result_of(call, tools, task, longest, told)
+        text, fault = _result_of(call, tools, task, longest, errors)
         if fault:
             fault = Fault(fault.kind, valid_text(fault.text[:ERROR_SIZE]))
             text = error_text(fault.text)
@@ -142,7 +142,7 @@ def valid_text(text: str) -> str:
 
 
 def _result_of(
-    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int, told: tuple[type[Exception], ...]
+    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int, errors: tuple[type[Exception], ...]
 ) -> tuple[str, Fault | None]:
     """Return the text of a call's result, or the fault that the model is shown."""
     tool = tools.get(call.name)
@@ -158,7 +158,7 @@ def _result_of(
         return "", Fault(BAD_ARGUMENTS, f"{call.name}: {error}")
     try:
         text = result_text(task.call(tool, **arguments))
-    except told as error:
+    except errors as error:
         return "", Fault(TOOL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
     if len(text) > longest:
         return "", Fault(
