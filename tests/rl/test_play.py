@@ -823,3 +823,5 @@ def test_tools_need_a_template_whose_calls_are_read():
     tokenizer = stock_tokenizer("chatml")
     with pytest.raises(ValueError, match="no format of tool calls that jaxft reads. Set chat_template=qwen"):
         Play(environment_of(None, [add]), tokenizer, ())
+    with pytest.raises(ValueError, match="no format of tool calls that jaxft reads"):  # before reading rows
+        Rollouts("none.jsonl", rules=Rules((exact,)), tools=(add,)).open(tokenizer)
