@@ -49,8 +49,6 @@ RowColumns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
 EpisodeState = Any
 FirstPrompt = str | Sequence[Message] | None
-
-
 CLASS_SHAPES = (
     "Define reset(self, row) and step(self, state, text), or reset(self, **row) with tools as methods."
 )
@@ -268,13 +266,11 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
     )
     if "reset" not in members:
         raise ValueError(f"environment {name} has no reset. {CLASS_SHAPES}")
-    try:
-        inspect.signature(make).bind()
-    except TypeError as error:
+    if missing := _missing_argument(make):
         raise ValueError(
-            f"environment {name}: {error}, and its objects are made without any. Set environment= to a "
+            f"environment {name}: {missing}, and its objects are made without any. Set environment= to a "
             f"function without arguments that returns a {name}."
-        ) from error
+        )
     native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
     of_kind = _of_native if native and "get_reward" not in members else _of_trl
     try:
@@ -283,6 +279,17 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
         if "step" in members and not native:  # such as a class for gym
             raise ValueError(f"environment {name}: {error} If step is no tool: {CLASS_SHAPES}") from error
         raise
+
+
+def _missing_argument(make: Callable[[], Any]) -> str:
+    """Return what is wrong with a call without arguments, "" for nothing."""
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a class whose base is written in C
+        return ""
+    return ""
 
 
 def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
