@@ -311,16 +311,8 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {method: getattr(state[0], method) for method in methods}
 
-    return Environment(
-        name,
-        reset,
-        step,
-        tools,
-        _schemas(methods),
-        _no_score,
-        **_prompts(members["reset"]),
-        owner=_first,
-    )
+    own = Environment(name, reset, step, tools, _schemas(methods), _no_score, owner=_first)
+    return _with_prompts(own, members["reset"])
 
 
 def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
@@ -341,7 +333,7 @@ def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> E
         return checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
     own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
-    return replace(own, tool_errors=(Exception,), **_prompts(members["reset"]))
+    return _with_prompts(replace(own, tool_errors=(Exception,)), members["reset"])
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
@@ -352,10 +344,10 @@ def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
     return tuple(map(tool_schema, methods.values()))
 
 
-def _prompts(reset: Callable[..., Any]) -> dict[str, bool]:
-    """Return whether a reset may return a prompt, and whether it always does, by its annotation."""
+def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Environment:
+    """Return the environment with what the annotation of its reset says about prompts."""
     annotation = inspect.signature(reset).return_annotation
-    return {"resets": annotation not in (None, "None"), "prompts": annotation in (str, "str")}
+    return replace(environment, resets=annotation not in (None, "None"), prompts=annotation in (str, "str"))
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

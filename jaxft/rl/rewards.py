@@ -157,7 +157,7 @@ class FunctionReward(Reward):
                 given = [prompts.as_given(t.prompt) for t in own]
                 rows = [(prompts.names[t.prompt], prompts.fields[t.prompt]) for t in own]
                 begun = [episodes.begun.get((self, i)) for i in chosen]
-                scores, faults = call_reward(self, given, [t.text for t in own], rows, begun)
+                scores, faults, _ = call_reward(self, given, [t.text for t in own], rows, begun)
                 return [scores.tolist(), *astuple(faults)]
 
             scores, *faults = processes.from_first_process(on_first)
