@@ -24,7 +24,7 @@ from jaxft.rl.trajectory import Trajectory
 
 def call(fn, prompts=("q",), completions=("a",), rows=(("row:1", {}),)):
     """The scores of completions by one function, and the faults."""
-    return rewards.call_reward(FunctionReward(fn), prompts, completions, rows)
+    return rewards.call_reward(FunctionReward(fn), prompts, completions, rows)[:2]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def call(fn, prompts=("q",), completions=("a",), rows=(("row:1", {}),)):
     ],
 )
 def test_no_finite_number_is_a_fault_and_never_zero(returned, kind, message):
-    scores, faults, _ = call(returned, ["q"] * 2, ["a", "b"], [("rows:1", {}), ("rows:2", {})])
+    scores, faults = call(returned, ["q"] * 2, ["a", "b"], [("rows:1", {}), ("rows:2", {})])
     assert np.isnan(scores).all()
     assert faults.raised + faults.not_a_number == 2
     assert (faults.raised == 2) == (kind == "raised")
@@ -67,7 +67,7 @@ def test_names_of_rewards_are_unique():
     "value", [jnp.float32(0.5), Decimal("0.5"), Fraction(1, 2), np.float16(0.5), np.array(0.5)]
 )
 def test_every_real_number_is_a_score(value):
-    scores, faults, _ = call(lambda p, c, r: value)
+    scores, faults = call(lambda p, c, r: value)
     assert scores[0] == 0.5 and faults == Faults()
 
 
@@ -205,7 +205,7 @@ def test_a_reward_may_change_its_arguments():
         return len(prompt) + len(row["list"])
 
     prompt, columns = ["yours"], {"list": []}
-    scores, faults, _ = call(greedy, [prompt] * 3, ["a"] * 3, [("row", columns)] * 3)
+    scores, faults = call(greedy, [prompt] * 3, ["a"] * 3, [("row", columns)] * 3)
     assert scores.tolist() == [3, 3, 3] and not faults.first
     assert prompt == ["yours"] and columns == {"list": []}
 
@@ -219,13 +219,13 @@ class WithoutRepr:
 
 @pytest.mark.parametrize("value", [10**5000, WithoutRepr()], ids=["too long a number", "no repr"])
 def test_a_value_that_cannot_be_printed_is_a_fault(value):
-    scores, faults, _ = call(lambda *_: value)
+    scores, faults = call(lambda *_: value)
     assert np.isnan(scores).all() and faults.not_a_number == 1
     assert "expected a finite number (row:1)" in faults.first
 
 
 def test_a_reward_that_exits_is_a_fault():
-    scores, faults, _ = call(lambda *_: sys.exit(3))
+    scores, faults = call(lambda *_: sys.exit(3))
     assert np.isnan(scores).all() and faults.first.startswith("reward <lambda> raised SystemExit: 3")
 
 
