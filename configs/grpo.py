@@ -73,7 +73,7 @@ def config(
     combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds those with a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
     missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
-    overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over so many tokens before max_new
+    overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over the last so many tokens of an episode
     advantage: AdvantageFunction | None = None,  # grpo by default
     estimate: EstimatorFunction | None = None,  # an advantage estimator, instead of advantage
     token_weights: TokenWeightsFunction = token_mean,
@@ -111,7 +111,7 @@ def config(
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     penalty: Any = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
     least_most = dict(zip(("least", "most"), correction_bounds or (), strict=False))
-    taper = None if overlong is None else (prompts.max_new, overlong)
+    taper = None if overlong is None else (prompts.most_sampled, overlong)
     rules = Rules(
         all_rewards,
         estimate or partial(by_group, advantage=advantage or grpo),

@@ -44,19 +44,21 @@ from jaxft.train.settings import Loop, Run
 
 
 def config(
-    base: LoraKnobs = LoraKnobs(chat_template="qwen"),
+    base: LoraKnobs = LoraKnobs(chat_template="qwen", general=None),
     prompts: RolloutKnobs = RolloutKnobs(
         CALCULATOR,
+        batch=4,
+        micro=4,
         group=8,
-        max_prompt=384,
+        max_prompt=320,
         max_new=48,
         environment=Calculator,
         max_turns=3,
-        max_episode=224,
-        epochs=1.0,
+        max_episode=144,  # the longest with two calls has 141 tokens
+        epochs=0.2,
     ),
     name: str = "grpo_tools",
-    lr: float = 3e-4,  # auto: by the model's width, and the default with another model
+    lr: float = 6e-4,  # auto: by the model's width, and the default with another model
     rewards: tuple[RewardFunction, ...] = (),  # in addition to the environment's score; number without one
     estimate: EstimatorFunction | None = None,  # by_turn for rewards of single turns; by_group by default
     token_weights: TokenWeightsFunction = token_mean,
@@ -79,6 +81,7 @@ def config(
         objective=partial(with_echo, objective=objective, coef=echo) if echo else objective,
         data=Rollouts(**prompts.settings(), rules=rules, observations=bool(echo)),
         optim=base.optim(lr),
-        loop=Loop(eval_every=10, save_every=10),
+        loop=Loop(eval_every=16, save_every=4),
+        samples=0,  # of one turn each; episodes are in completions.jsonl
         seed=prompts.seed,
     )

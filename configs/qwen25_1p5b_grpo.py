@@ -55,11 +55,11 @@ def config(
     advantage: AdvantageFunction = grpo,
     token_weights: TokenWeightsFunction = token_mean,
     eps_high: float = 0.28,
-    overlong: int | None = 128,  # the penalty falls to -1 over this many tokens before max_new, or none
+    overlong: int | None = 128,  # the penalty falls to -1 over the last so many tokens of an episode, or none
     beta: float = 0.0,  # coefficient of a KL penalty in the loss; with 0 there is no reference
 ) -> Run:
     """GRPO of Qwen2.5-1.5B on GSM8K."""
-    taper = None if overlong is None else (prompts.max_new, overlong)
+    taper = None if overlong is None else (prompts.most_sampled, overlong)
     shape = partial(shape_scores, overlong=taper)
     estimate = partial(by_group, advantage=advantage)
     scored = prompts.rewards(rewards, number)

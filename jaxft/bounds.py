@@ -117,4 +117,5 @@ def check_bounds(settings: Any, section: str = "") -> None:
         value = getattr(settings, name)
         if isinstance(value, int | float) and not bounds.contain(value):
             setting = f"{section}.{name}" if section else name
-            raise ValueError(f"{setting}={value}; expected {bounds}{', or none' if optional else ''}")
+            finite = "a finite number " if value in (math.inf, -math.inf) else ""
+            raise ValueError(f"{setting}={value}; expected {finite}{bounds}{', or none' if optional else ''}")

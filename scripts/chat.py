@@ -89,7 +89,7 @@ def play(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model or DEFAULT_MODEL)
     if args.template or not args.model:
         tokenizer.chat_template = find_template(args.template or "qwen").source
-    limits = EpisodeLimits(turn_tokens=args.max_new or 512, tokens=1 << 14, prompt=1 << 14)
+    limits = EpisodeLimits(1 << 14, turn_tokens=args.max_new or 512, tokens=1 << 14, prompt=1 << 14)
     setting = Play(environment_of(given, tools), tokenizer, (tokenizer.eos_token_id,), limits)
     data = Prompts(args.rows, max_prompt=limits.prompt)
     tokens = replace(data.token_settings, tools=setting.environment.row_tools)
@@ -221,6 +221,13 @@ def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
     if args.environment or args.tools:
+        played = {"environment", "tools", "rows", "template", "model", "max_new"}
+        others = [x for x in vars(args) if x not in played and getattr(args, x) != parser.get_default(x)]
+        if others:
+            raise ValueError(
+                f"--{others[0].replace('_', '-')} is for a model that responds; with --environment or "
+                "--tools you write the turns. Leave it out."
+            )
         return play(args)
     from jaxft.data.settings import check_seed
     from jaxft.engine.sampling import Sampling

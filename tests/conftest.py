@@ -35,7 +35,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 20, 20)
 # Each compiled program takes some of the 65,530 memory mappings that Linux allows a process; without one, XLA
 # ends the process. Past this number, programs of earlier modules are dropped.
-MANY_MAPPINGS = 25_000
+MANY_MAPPINGS = 40_000
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ ShareGPT's "from" and "value", LLaMA-Factory's "function_call" and "observation"
 """
 
 import difflib
+import inspect
 import json
 import re
 import shlex
@@ -482,17 +483,27 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
 def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the JSON schema of a function, as a row's tools have it, from its signature and docstring.
 
-    Raises ValueError if they lack types or descriptions.
+    Raises ValueError if they lack types or descriptions, or if no call by names of arguments can be made.
     Example: tool_schema(add) is {"type": "function", "function": {"name": "add", "description": ...}}.
     """
     from transformers.utils import get_json_schema
 
+    name = getattr(function, "__name__", repr(function))
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ValueError(f"tool {name}: it is a generator. Return its values, such as in a list.")
     try:
         schema: dict[str, Any] = get_json_schema(function)
     except Exception as error:  # DocstringParsingException, TypeHintParsingException, NameError of a hint
-        name, reason = getattr(function, "__name__", repr(function)), " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"tool {name}: {reason}. Give each argument a type, and describe it in the docstring's Args "
             "section."
         ) from error
+    parameters = inspect.signature(function).parameters.values()
+    unnamed = [p.name for p in parameters if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if unnamed:
+        raise ValueError(
+            f"tool {name}: a call gives each argument by its name, which parameter {unnamed[0]} does not "
+            "take. Use parameters without * and /."
+        )
     return schema

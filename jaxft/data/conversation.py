@@ -33,6 +33,7 @@ from jaxft.data.loss_weights import split_weights
 from jaxft.data.rows import Row
 
 PLAIN = "plain"  # the value of data.format for which strings are plain text
+NO_PROMPT = "no prompt"  # the reason of an invalid row
 PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations")
 PROMPT_FORMATS = ("auto", PLAIN, *PROMPT_COLUMNS, "implicit")
 _KNOWN = frozenset((
@@ -271,7 +272,7 @@ def _require_column(row: Row, present: bool) -> None:
         suggestion = suggested_columns([str(name) for name in row.fields], ["prompt"])
         raise InvalidRow(
             row.name,
-            "no prompt",
+            NO_PROMPT,
             f"the columns {', '.join(map(str, row.fields))} include no prompt; add prompt, messages or "
             f"instruction, or rename a column, for example with {suggestion}",
         )

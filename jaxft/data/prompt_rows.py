@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 from jaxft.data import chat
 from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
 from jaxft.data.columns import column_of
-from jaxft.data.conversation import other_columns, prompt_of
+from jaxft.data.conversation import NO_PROMPT, other_columns, prompt_of
 from jaxft.data.example import Chat, Completion, Message, as_given
 from jaxft.data.flat import Flat, Made, RowNames
 from jaxft.data.formats import RowFormat, number_of, split_column
@@ -49,7 +49,8 @@ class PromptTokenSettings:
     """The settings that the tokens of a prompt depend on; they are part of the cache key.
 
     tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's column ENVIRONMENT is
-    this name, or of EVERY_ROW; "" for those of the rows themselves.
+    this name, or of EVERY_ROW; "" for those of the rows themselves. optional: whether a row without a prompt
+    has an empty one, to which an environment adds.
     """
 
     columns: tuple[str, ...]
@@ -60,6 +61,7 @@ class PromptTokenSettings:
     order_by: str | None = None
     max_samples: int | None = None
     tools: str = ""
+    optional: bool = False
 
     @property
     def tools_by_row(self) -> dict[str, list[Any]]:
@@ -155,9 +157,8 @@ class PromptRows:
         names = tuple(self._name(i) for i in numbers)
         fields = tuple(self._fields(i) for i in numbers)
         of_prompts = self.sources[self.chosen[np.asarray(numbers, np.int64)]]
-        tools = self.settings.tools_by_row
         prompts = (
-            with_row_tools(prompt_of(Row(name, columns), self.formats[source]), columns, tools)
+            row_prompt(Row(name, columns), self.formats[source], self.settings)
             for name, columns, source in zip(names, fields, of_prompts, strict=True)
         )
         ids = tuple(self._ids(i) for i in numbers)
@@ -227,7 +228,7 @@ def tokenise_prompts(ref: str, settings: PromptTokenSettings, tokenizer: Any, ho
         )
     columns = found.stored.columns
     renamed = [rename_columns(row, settings.columns) for row in found.examples]
-    examples = [prompt_of(row, settings.format) for row in renamed]
+    examples = [row_prompt(row, settings.format, settings) for row in renamed]
     others = dict.fromkeys(item for row in renamed for item in other_columns(row, settings.format).items())
     read = RowFormat(settings.format, columns=tuple(others)).note()
     notes = [f"note: {file_name(ref)}: {note}" for note in read]
@@ -276,13 +277,16 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
     return Row(row.name, fields)
 
 
-def with_row_tools(
-    prompt: Chat | Completion, fields: dict[str, Any], tools: dict[str, list[Any]]
-) -> Chat | Completion:
-    """Return a prompt with the tools of its row. tools: see PromptTokenSettings.
-
-    Raises InvalidRow if there is no such environment.
-    """
+def row_prompt(row: Row, format: str, settings: PromptTokenSettings) -> Chat | Completion:
+    """Return the prompt of a row with its tools. Raises InvalidRow, also for an environment that is none."""
+    prompt: Chat | Completion
+    try:
+        prompt = prompt_of(row, format)
+    except InvalidRow as error:
+        if error.reason != NO_PROMPT or not settings.optional:
+            raise
+        prompt = Chat(row.name, ({"role": "user", "content": ""},), 1)
+    fields, tools = row.fields, settings.tools_by_row
     if not tools:
         return prompt
     name = EVERY_ROW if EVERY_ROW in tools else fields.get(ENVIRONMENT)
@@ -306,10 +310,8 @@ def _tokenise(
 ) -> ChunkColumns:
     """Return the columns of a chunk's prompts; see RowKind."""
 
-    tools = settings.tools_by_row
-
     def read(row: Row | InvalidRow) -> Chat | Completion:
-        return with_row_tools(prompt_of(valid(row), settings.format), valid(row).fields, tools)
+        return row_prompt(valid(row), settings.format, settings)
 
     renamed = [attempt(rename_columns, row, settings.columns) for row in rows]
     examples = [attempt(read, row) for row in renamed]

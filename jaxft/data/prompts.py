@@ -113,13 +113,18 @@ class Prompts(DataSettings):
         """The settings that the tokens of a prompt depend on."""
         return PromptTokenSettings(
             self.columns, self.format, self.max_prompt, self.too_long, self.template_settings,
-            self.order_by, self.max_samples, self.row_tools,
+            self.order_by, self.max_samples, self.row_tools, self.optional_prompts,
         )  # fmt: skip
 
     @property
     def row_tools(self) -> str:
         """The tools that prompts have in addition to those of their rows; see PromptTokenSettings."""
         return ""
+
+    @property
+    def optional_prompts(self) -> bool:
+        """Whether rows need no prompt; see PromptTokenSettings."""
+        return False
 
     @property
     def max_length(self) -> int:

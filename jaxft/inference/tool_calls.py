@@ -206,11 +206,14 @@ def _named(item: Any) -> tuple[str, Any]:
 
 
 def _hermes(text: str) -> list[tuple[str, Any]]:
+    """Return the calls of a text, in which the arguments of a tool without any may be left out."""
     found = json.loads(text)
-    return [_named(item) for item in (found if isinstance(found, list) else [found])]
+    calls = map(_named, found if isinstance(found, list) else [found])
+    return [(name, {} if arguments is None else arguments) for name, arguments in calls]
 
 
 def _llama3(text: str) -> list[tuple[str, Any]]:
+    """Return the calls of a text. They need arguments, as a JSON answer may have a name."""
     found, rest = list[tuple[str, Any]](), text
     while rest:
         item, end = json.JSONDecoder().raw_decode(rest)

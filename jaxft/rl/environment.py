@@ -13,9 +13,12 @@ which they pass on.
         def step(self, state, text): ...                        # (observation, reward, done, state)
 
     class Guess:                                      # TRL's environment_factory, unchanged
-        def reset(self, **row): ...
+        def reset(self, **row): ...                             # an object plays one episode after another
         def guess(self, number: int) -> str: ...                # public methods are tools
         def get_reward(self) -> float: ...                      # may be async
+
+    def won(environments, **columns):                 # or its reward, for rewards=my_env.py:won
+        return [environment.won for environment in environments]
 
     ENVIRONMENTS = {"guess": Guess, "game": Game}     # several: a row's column `environment` names its own
 
@@ -27,16 +30,18 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from jaxft.data.columns import tool_schema
+from jaxft.data.columns import messages_of, tool_schema
 from jaxft.data.example import Message
+from jaxft.data.invalid import InvalidRow
 from jaxft.data.prompt_rows import ENVIRONMENT, EVERY_ROW
+from jaxft.data.rows import Row
 from jaxft.rl.environments.calls import Task
-from jaxft.rl.environments.tools import Tool, by_name
+from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, tool_name, valid_text
 from jaxft.short_names import ENVIRONMENTS, ShortNames
 
 EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
@@ -44,11 +49,23 @@ RowColumns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
 EpisodeState = Any
 FirstPrompt = str | Sequence[Message] | None
-MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+
+
+CLASS_SHAPES = (
+    "Define reset(self, row) and step(self, state, text), or reset(self, **row) with tools as methods."
+)
 
 
 class WrongType(Exception):
     """An environment returned something else than its type says."""
+
+
+def _state(state: EpisodeState) -> Any:
+    return state
+
+
+def _first(state: EpisodeState) -> Any:
+    return state[0]
 
 
 class Beginning(NamedTuple):
@@ -61,7 +78,7 @@ class Beginning(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What answers a turn. observation: messages that the model is shown; () ends the episode, as `done`
+    """The answer to a turn. observation: messages that the model is shown; () ends the episode, as `done`
     does. reward: of the turn, NaN for none.
     """
 
@@ -77,11 +94,14 @@ class Environment:
 
     reset(row, task) -> Beginning. step(state, text, task) -> StepResult, for a turn without tool calls.
     tools(state) -> the functions that the model may call, by name, which `schemas` describe to it.
-    score(state, task) -> the score of the episode; None: the sum of its turns' rewards. task.call calls a
-    user's function, with the time-out. name: in logs and metrics. scored: whether its episodes have a score
-    at all. continues: whether they may have a second turn. resets: whether reset may return a prompt; a class
-    says that its own does not by `-> None`. by_name: of several environments, the schemas of each, by what
-    a row's column `environment` says; {} where all rows have `schemas`.
+    score(state, task) -> the score of the episode; None: the sum of its turns' rewards, 0 if no turn has one,
+    as when a limit ends an episode that only called tools. task.call calls a user's function, with the
+    time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
+    they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
+    by `-> None`. prompts: whether it always does, as a class says by `-> str`: rows need none. by_name: of
+    several environments, the schemas of each, by what a row's column `environment` says; {} where all rows
+    have `schemas`. tool_errors: exceptions of tools that are returned to the model; others exclude the
+    episode. owner(state) -> the object that rewards with an argument `environments` read.
     """
 
     name: str
@@ -93,7 +113,10 @@ class Environment:
     scored: bool = True
     continues: bool = True
     resets: bool = True
+    prompts: bool = False
     by_name: Mapping[str, tuple[Schema, ...]] = field(default_factory=dict)
+    tool_errors: tuple[type[Exception], ...] = MODELS_ERRORS
+    owner: Callable[[EpisodeState], Any] = _state
 
     @property
     def row_tools(self) -> str:
@@ -122,15 +145,21 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
         found = given
     elif isinstance(given, Mapping) and given:
         found = _of_several({str(name): environment_of(one) for name, one in given.items()})
-    elif inspect.isclass(given):
-        found = _of_class(given, given)
+    elif inspect.isclass(_without_partial(given)):
+        found = _of_class(_without_partial(given), given)
     elif callable(given) and not inspect.signature(given).parameters:
-        found = _of_class(type(given()), given)
+        found = _of_class(_made_by(given), given)
     elif callable(given):
         found = _of_function(given)
+    elif "reset" in dir(given):
+        name = type(given).__name__
+        raise ValueError(
+            f"environment: it is an object of {name}, and episodes play at the same time, each with its own. "
+            f"Set environment= to {name} or to a function without arguments that makes one."
+        )
     else:
         raise ValueError(
-            f"environment: {_shown(given)} is neither a class nor a function (state, text, row) -> "
+            f"environment: {shown(given)} is neither a class nor a function (state, text, row) -> "
             "(observation, reward, done, state). Set environment=my_env.py:Name."
         )
     return with_tools(found, tools) if tools else found
@@ -163,7 +192,7 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
 def _of_function(function: Callable[..., Any]) -> Environment:
     if not _takes(function, 3):
         raise ValueError(
-            f"environment {_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
+            f"environment {tool_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
         )
 
     def reset(row: RowColumns, task: Task) -> Beginning:
@@ -174,7 +203,7 @@ def _of_function(function: Callable[..., Any]) -> Environment:
         found = checked_step(task.call(function, inner, text, row))
         return found._replace(state=(found.state, row))
 
-    return Environment(_name(function), reset, step, _no_tools, (), _no_score, resets=False)
+    return Environment(tool_name(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
 
 
 def _of_several(parts: Mapping[str, Environment]) -> Environment:
@@ -197,7 +226,7 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
         return state[0].tools(state[1])
 
     def score(state: EpisodeState, task: Task) -> float | None:
-        return state[0].score(state[1], task)
+        return state[0].score(state[1], task) if state[0].scored else None
 
     each = parts.values()
     return Environment(
@@ -210,21 +239,50 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
         scored=any(part.scored for part in each),
         continues=any(part.continues for part in each),
         resets=any(part.resets for part in each),
+        prompts=all(part.prompts for part in each),
         by_name={name: part.schemas for name, part in parts.items()},
+        tool_errors=tuple({error for part in each for error in part.tool_errors}),
+        owner=lambda state: state[0].owner(state[1]),
     )
+
+
+@cache
+def _made_by(factory: Callable[[], Any]) -> type:
+    """Return the class of what a factory makes, which may be a connection to a server: it makes one."""
+    try:
+        return type(factory())
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"environment {tool_name(factory)} made no object: {text}"[:200]) from error
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
     """Return the environment of a class. make: makes the object of an episode."""
-    members = dict(inspect.getmembers(given, inspect.isfunction))
+    name, members = (
+        given.__name__,
+        {
+            name: x
+            for name, x in inspect.getmembers(given, inspect.isfunction)
+            if not isinstance(inspect.getattr_static(given, name), staticmethod)
+        },
+    )
     if "reset" not in members:
+        raise ValueError(f"environment {name} has no reset. {CLASS_SHAPES}")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
         raise ValueError(
-            f"environment {given.__name__} has no reset. Define reset(self, row) and step(self, state, "
-            "text), or reset(self, **row) with tools as methods."
-        )
+            f"environment {name}: {error}, and its objects are made without any. Set environment= to a "
+            f"function without arguments that returns a {name}."
+        ) from error
     native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
-    of_kind = _of_native if native else _of_trl
-    return of_kind(given.__name__, make, members)
+    of_kind = _of_native if native and "get_reward" not in members else _of_trl
+    try:
+        return of_kind(name, make, members)
+    except ValueError as error:
+        if "step" in members and not native:  # such as a class for gym
+            raise ValueError(f"environment {name}: {error} If step is no tool: {CLASS_SHAPES}") from error
+        raise
 
 
 def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
@@ -247,27 +305,36 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
         return {method: getattr(state[0], method) for method in methods}
 
     return Environment(
-        name, reset, step, tools, _schemas(methods), _no_score, resets=_returns(members["reset"])
+        name,
+        reset,
+        step,
+        tools,
+        _schemas(methods),
+        _no_score,
+        **_prompts(members["reset"]),
+        owner=_first,
     )
 
 
 def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
-    """Return the environment of a class as TRL's environment_factory takes it."""
+    """Return the environment of a class as TRL's environment_factory takes it: an object plays one episode
+    after another, and any exception of a tool is returned to the model.
+    """
     methods = _tool_methods(members, ("reset", "get_reward"))
     rewards = "get_reward" in members
 
     def reset(row: RowColumns, task: Task) -> Beginning:
-        self = task.call(make)
+        self = task.object(make)
         return Beginning(_checked_prompt(task.call(self.reset, **row)), self)
 
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {method: getattr(state, method) for method in methods}
 
     def score(state: EpisodeState, task: Task) -> float | None:
-        return _checked_reward(task.call(state.get_reward)) if rewards else math.nan
+        return checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
-    resets = _returns(members["reset"])
-    return Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards, resets=resets)
+    own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
+    return replace(own, tool_errors=(Exception,), **_prompts(members["reset"]))
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
@@ -278,24 +345,27 @@ def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
     return tuple(map(tool_schema, methods.values()))
 
 
-def _returns(function: Callable[..., Any]) -> bool:
-    """Whether a function may return something, by its annotation."""
-    return inspect.signature(function).return_annotation not in (None, "None")
+def _prompts(reset: Callable[..., Any]) -> dict[str, bool]:
+    """Return whether a reset may return a prompt, and whether it always does, by its annotation."""
+    annotation = inspect.signature(reset).return_annotation
+    return {"resets": annotation not in (None, "None"), "prompts": annotation in (str, "str")}
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function takes `count` positional arguments and no arguments by arbitrary names."""
+    """Whether a function takes `count` positional arguments, of which it needs one, and no arguments by
+    arbitrary names.
+    """
     parameters = inspect.signature(function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in positional if p.default is p.empty]
     by_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return len(needed) <= count <= len(positional) and not by_any_name
+    return 1 <= len(needed) <= count <= len(positional) and not by_any_name
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _without_partial(function: Any) -> Any:
     while isinstance(function, partial):
         function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
+    return function
 
 
 def _own_prompt(row: RowColumns, task: Task) -> Beginning:
@@ -320,55 +390,63 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 def checked_step(value: Any) -> StepResult:
     """Return what a user's step returned as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
-        raise WrongType(f"step returned {_shown(value)}, expected (observation, reward, done, state)")
+        raise WrongType(f"step returned {shown(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value
     if not isinstance(done, bool | np.bool_):
-        raise WrongType(f"step returned done={_shown(done)}, expected True or False")
-    return StepResult(_messages(observation), _checked_reward(reward), bool(done), state)
+        raise WrongType(f"step returned done={shown(done)}, expected True or False")
+    return StepResult(_messages(observation), checked_reward(reward), bool(done), state)
 
 
 def _messages(observation: Any) -> tuple[Message, ...]:
     """Return an observation as messages: a text is a user message."""
-    if observation is None or observation == "":
-        return ()
-    if isinstance(observation, str):
-        return ({"role": "user", "content": observation},)
-    found = [observation] if isinstance(observation, dict) else observation
-    if isinstance(found, list | tuple) and all(map(_is_message, found)):
-        return tuple(found)
-    raise WrongType(f"the observation is {_shown(observation)}, expected a string, messages or None")
+    if isinstance(observation, str) and observation:
+        observation = {"role": "user", "content": observation}
+    if isinstance(observation, dict):
+        observation = [observation]
+    empty = observation is None or (isinstance(observation, str | list | tuple) and not observation)
+    return () if empty else _checked_messages("the observation", observation)
 
 
-def _is_message(value: Any) -> bool:
-    """Whether a value is a message with a text, all of which is JSON."""
-    if not (isinstance(value, dict) and value.get("role") in MESSAGE_ROLES):
-        return False
+def _checked_messages(what: str, value: Any) -> tuple[Message, ...]:
+    """Return messages that a chat template can be given, with valid text. Raises WrongType."""
     try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return isinstance(value.get("content"), str)
+        if not isinstance(value, list | tuple):
+            raise TypeError("no list")
+        copied = json.loads(valid_text(json.dumps(value, ensure_ascii=False)))
+        return tuple(messages_of(Row(what, {"messages": copied}), "messages"))
+    except InvalidRow as error:
+        raise WrongType(f"{what}: {error.problem}".replace("; fix or remove the row", "")) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WrongType(f"{what} is {shown(value)}, expected a string, messages or None") from error
 
 
 def _checked_prompt(value: Any) -> FirstPrompt:
     if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple) and value and all(map(_is_message, value)):
-        return list(value)
-    raise WrongType(f"reset returned {_shown(value)}, expected a string, messages or None")
+        return value if value is None else valid_text(value)
+    return list(_checked_messages("the prompt of reset", value))
 
 
-def _checked_reward(value: Any) -> float:
+def checked_reward(value: Any) -> float:
     """Return a reward as a float, NaN for None. Raises WrongType if it is not a finite real number."""
-    if value is None:
+    number = finite_number(value)
+    if math.isnan(number) and value is not None:
+        raise WrongType(f"the reward is {shown(value)}, expected a finite number or None")
+    return number
+
+
+def finite_number(value: Any) -> float:
+    """Return a finite real number, also a scalar array, as a float; NaN for anything else."""
+    if isinstance(value, str | bytes | complex | np.complexfloating):
         return math.nan
-    is_real = isinstance(value, bool | int | float | np.integer | np.floating | np.bool_)
-    if is_real and math.isfinite(value):
-        return float(value)
-    raise WrongType(f"the reward is {_shown(value)}, expected a finite number or None")
+    try:
+        number = float(value) if np.ndim(value) == 0 else math.nan
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return the type and repr of a value of any type."""
     try:
         return f"{type(value).__name__} {value!r}"[:80]
     except Exception:  # its repr may raise

@@ -102,26 +102,26 @@ def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:
 def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
     """Return turns, given tokens, tool calls and faults of episodes of several turns; {} for others.
 
-    `tools/errors/KIND` counts calls whose error the policy was told, `episodes/faults/KIND` episodes that are
-    excluded from training and means; both are per episode.
+    `tools/errors/KIND` counts calls that were answered with an error, `episodes/faults/KIND` episodes that
+    are excluded from training and means; both are per episode.
     """
     if episodes.most_turns == 1:
         return {}
     count, valid = np.float64(len(episodes.trajectories)), [t for t in episodes.trajectories if not t.fault]
     calls = [len(turn.get("tool_calls") or ()) for t in valid for turn in t.turns]
-    told = Counter(fault.kind for t in episodes.trajectories for fault in t.faults)
+    shown = Counter(fault.kind for t in episodes.trajectories for fault in t.faults)
     excluded = Counter(t.fault for t in episodes.trajectories)
 
     def mean(values: Sequence[int], over: int) -> Sum:
         return Sum(np.float64(sum(values)), np.float64(over))
 
-    errors = [told[kind] for kind in TOOL_ERRORS]
+    errors = [shown[kind] for kind in TOOL_ERRORS]
     return {
         TURNS: mean([len(t.sampled) for t in valid], len(valid)),
         GIVEN_TOKENS: mean([t.given_count for t in valid], len(valid)),
         TOOL_CALLS: mean(calls, len(valid)),
         TOOL_FAILURES: mean(errors, max(sum(calls), sum(errors))),
-        **{f"tools/errors/{kind}": Sum(np.float64(told[kind]), count) for kind in TOOL_ERRORS},
+        **{f"tools/errors/{kind}": Sum(np.float64(shown[kind]), count) for kind in TOOL_ERRORS},
         **{f"episodes/faults/{kind}": Sum(np.float64(excluded[kind]), count) for kind in EXCLUDING},
     }
 

@@ -4,17 +4,19 @@ All first turns are queued at once. As soon as a turn has ended, a thread asks t
 while other rows go on sampling; the answer's tokens are appended to the row, and the next turn is sampled.
 Which tokens are sampled depends on keys and prompts only, not on which answer came first.
 
-An episode ends when the environment says so, at a limit of turns or tokens, or with a fault. Faults that
+An episode ends when the environment says so, at a limit of turns or tokens, or with a fault. An episode that
+a limit ends has the sum of its turns' rewards so far as its score: 0 if it only called tools. Faults that
 exclude the episode from training and means: the environment or a tool raises, takes longer than the time-out,
 returns a wrong type or too much text, or the chat template rejects the messages. Errors in the model's own
 calls are returned to the model (tools.py). Both are counted by kind.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
@@ -40,9 +42,17 @@ from jaxft.rl.environment import (
     RowColumns,
     StepResult,
     WrongType,
+    checked_reward,
 )
 from jaxft.rl.environments.calls import Calls, Overdue, Task
-from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message
+from jaxft.rl.environments.tools import (
+    ParsedTurn,
+    answer_calls,
+    parse_turn,
+    tool_name,
+    turn_message,
+    valid_text,
+)
 from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
@@ -56,7 +66,8 @@ class EpisodeLimits:
 
     turns: of the model. turn_tokens: sampled in a turn. tokens: of all turns and answers together; where a
     template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout: seconds of each
-    call of an environment or a tool. observation: characters of an answer. workers: calls at once.
+    call of an environment or a tool. observation: characters of what reset, step or a tool returns. workers:
+    calls at once.
     """
 
     turns: Annotated[int, at_least(1)] = 8
@@ -73,12 +84,15 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Play:
-    """How episodes are played. stop: token ids that end a turn."""
+    """How episodes are played. stop: token ids that end a turn. rewards: functions that score an episode as
+    TRL calls them, with lists of one: (environments, prompts, completions, **columns) -> [number or None].
+    """
 
     environment: Environment
     tokenizer: Any
     stop: tuple[int, ...]
     limits: EpisodeLimits = EpisodeLimits()
+    rewards: tuple[Callable[..., Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.environment.continues and not self.tokenizer.chat_template:
@@ -92,6 +106,11 @@ class Play:
                 "calls that jaxft reads. Set chat_template=qwen, or use another tokenizer."
             )
 
+    @cached_property
+    def calls(self) -> Calls:
+        """The threads of the episodes, which outlive a rollout if they have objects to use again."""
+        return Calls(self.limits.workers, self.limits.timeout)
+
     @property
     def call_format(self) -> CallFormat | None:
         """The format of the template's tool calls, None without tools."""
@@ -102,7 +121,7 @@ class Play:
 
 
 class TurnSession(Protocol):
-    """What samples: rows in progress that can be continued. Episodes have numbers of the caller's choice.
+    """A sampler of turns, whose rows can be continued. Episodes have numbers of the caller's choice.
 
     A row stays taken from `start` until `drop`, so that a turn that has ended can be continued. The engine's
     Session is one, a person who types turns another.
@@ -121,17 +140,15 @@ class TurnSession(Protocol):
         """End an episode. Its row is free for another."""
 
     def wait(self) -> list[Sampled]:
-        """Sample for a while, and return the turns that have ended. [] if none has, or if no row is in
-        progress.
-        """
+        """Sample until turns have ended, and return them; [] if no row is in progress."""
 
 
 Sampler = Callable[[jax.Array], TurnSession]  # of a key, from which the keys of all completions derive
 Ended = Callable[[int, Trajectory], None]  # called with the number of an episode that has ended
 
 
-def ignore(number: int, trajectory: Trajectory) -> None:
-    """Do nothing with an episode that has ended."""
+def ignore(*ignored: Any) -> None:
+    """Do nothing, such as with an episode that has ended."""
 
 
 def rollout(
@@ -149,13 +166,16 @@ def rollout(
 
     Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
     """
-    with Calls(play.limits.workers, play.limits.timeout) as calls:
+    with play.calls as calls:
         return _Rollout(play, rows, group, sampler(key), calls).run(ended)
 
 
 @dataclass
 class _Episode:
-    """An episode in progress. start: None before it has a row. chat, state: on the first process only."""
+    """An episode in progress. start: None before it has a row. chat, state, asked: on the first process only.
+
+    asked: the number of messages of its prompt.
+    """
 
     number: int
     prompt: int
@@ -165,7 +185,8 @@ class _Episode:
     stopped: bool = False
     chat: Chat | Completion | None = None
     state: EpisodeState = None
-    sampled: ParsedTurn = ParsedTurn("", (), False)
+    asked: int = 0
+    sampled: ParsedTurn = ParsedTurn("", (), 0)
     messages: tuple[ShownMessage, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -181,23 +202,26 @@ class _Episode:
 
 
 class _Scored(NamedTuple):
-    """The environment's own score of an episode; None: the sum of its turns' rewards."""
+    """The environment's own score of an episode; None: the sum of its turns' rewards, 0 without any. rewards:
+    of functions that read the environment.
+    """
 
     score: float | None
+    rewards: dict[str, float]
 
 
 class _Answer(NamedTuple):
-    """What answers a turn, with faults that the model is told of."""
+    """The answer to a turn, with faults that the model is shown."""
 
     step: StepResult
     faults: list[Fault]
 
 
 class _Decision(NamedTuple):
-    """What becomes of an episode, decided on the first process; all values are JSON.
+    """The next action of an episode, decided on the first process; all values are JSON.
 
     do: "start", "extend", "wait" (for its score) or "end". ids: of a prompt or an answer. reward: of the turn
-    before. fault: excludes the episode. faults: others.
+    before. rewards: of functions that read the environment. fault: excludes the episode. faults: others.
     """
 
     number: int
@@ -205,6 +229,7 @@ class _Decision(NamedTuple):
     ids: list[int] = []
     reward: float = math.nan
     score: float = math.nan
+    rewards: dict[str, float] = {}
     done: bool = False
     fault: tuple[str, str] | None = None
     faults: list[tuple[str, str]] = []
@@ -219,7 +244,7 @@ class _Rollout:
         self.format = play.call_format
         self.decoder = token_decoder(play.tokenizer, self.format.tokens if self.format else ())
         self.episodes = [_Episode(i, i // group) for i in range(len(rows) * group)]
-        self.open, self.sampling = set(range(len(self.episodes))), set[int]()
+        self.open = set(range(len(self.episodes)))
         self.ready = dict[int, dict[int, list[int]]]()  # prompts of a row's episodes that have not started
         self.results = dict[int, Trajectory]()
 
@@ -232,10 +257,12 @@ class _Rollout:
         if not self.play.environment.continues:
             for episode in self.episodes:
                 self._apply(self._begun(episode, Beginning(None, None)))
+        turns = list[Sampled]()
         while self.open:
-            for decision in self._decisions(wait=not self.sampling):
+            for decision in self._decisions(wait=not turns):  # without turns, no row is in progress
                 self._apply(decision)
-            for sampled in self.session.wait() if self.sampling else ():
+            turns = self.session.wait()
+            for sampled in turns:
                 self._take(sampled)
         return [self.results[number] for number in range(len(self.episodes))]
 
@@ -265,11 +292,10 @@ class _Rollout:
             match value:
                 case Beginning():
                     return self._begun(episode, value)
-                case _Scored(score):
+                case _Scored(score, rewards):
                     total = math.fsum(x for x in episode.rewards if not math.isnan(x))
-                    has_rewards = not all(map(math.isnan, episode.rewards))
-                    own = total if has_rewards else math.nan
-                    return _Decision(number, "end", score=own if score is None else score)
+                    own = total if score is None else score
+                    return _Decision(number, "end", score=own, rewards=rewards)
                 case _Answer():
                     return self._answered(episode, value)
                 case _:
@@ -285,6 +311,8 @@ class _Rollout:
         rows = self.rows
         own = rows.prompts[episode.prompt]
         chat: Any = own
+        if too_large := self._too_large("the prompt of reset", begun.prompt):
+            return _Decision(episode.number, "end", fault=too_large)
         if self.play.environment.continues:
             chat = _with_prompt(own, begun.prompt)
         episode.state, episode.chat = begun.state, chat
@@ -303,6 +331,7 @@ class _Rollout:
             if isinstance(chat, Chat)
             else [{"role": "user", "content": chat.prompt}]
         )
+        episode.asked = len(messages)
         return _Decision(episode.number, "start", ids, messages=list(messages))
 
     def _answered(self, episode: _Episode, answer: _Answer) -> _Decision:
@@ -311,10 +340,9 @@ class _Rollout:
         episode.state = step.state
         turn: Message = turn_message(episode.sampled)
         found = _Decision(episode.number, "wait", reward=step.reward, faults=list(answer.faults))
-        size = sum(len(message["content"]) for message in step.observation)
-        if size > limits.observation and not episode.sampled.calls:
-            text = f"the observation has {size} characters, more than {limits.observation}"
-            return found._replace(do="end", fault=(LARGE_OBSERVATION, text), messages=[turn])
+        calls = episode.sampled.calls or episode.sampled.malformed  # of which each result is limited
+        if not calls and (too_large := self._too_large("the observation", step.observation)):
+            return found._replace(do="end", fault=too_large, messages=[turn])
         over = found._replace(done=step.done or not step.observation, messages=[turn])
         if over.done or episode.turns >= limits.turns or episode.used >= limits.tokens:
             return over
@@ -327,6 +355,12 @@ class _Rollout:
         episode.chat = replace(chat, messages=messages, response=len(messages))
         do = "start" if following.restarts else "extend"
         return over._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
+
+    def _too_large(self, what: str, value: Any) -> tuple[str, str] | None:
+        """Return the fault of what an environment returned if it has too many characters, as JSON."""
+        size, most = len(json.dumps(value, ensure_ascii=False)), self.play.limits.observation
+        text = f"{what} has {size} characters, more than data.max_observation={most}; raise it"
+        return (LARGE_OBSERVATION, text) if size > most else None
 
     def _following(self, episode: _Episode, observation: tuple[Message, ...]) -> NextPrompt:
         """Return the prompt of the next turn. A turn is written with its calls as such or, for a template
@@ -354,7 +388,6 @@ class _Rollout:
             episode.rewards.append(decision.reward)
         if decision.do == "extend":
             episode.given(decision.ids, begins=False)
-            self.sampling.add(episode.number)
             self.session.extend(episode.number, decision.ids, self._turn_limit(episode))
         elif decision.do == "start":
             self._start(episode, decision.ids)
@@ -392,7 +425,6 @@ class _Rollout:
     def _begin_rows(self, ids: list[int], episodes: list[_Episode], number: int) -> None:
         """Start a row of each episode from one prompt. number: from which their keys derive."""
         numbers = [episode.number for episode in episodes]
-        self.sampling.update(numbers)
         self.session.start(ids, numbers, number, min(map(self._turn_limit, episodes)))
 
     def _own_number(self, episode: _Episode) -> int:
@@ -406,7 +438,6 @@ class _Rollout:
     def _take(self, sampled: Sampled) -> None:
         """Add a turn that has ended to its episode, and ask the environment for the answer."""
         episode = self.episodes[sampled.episode]
-        self.sampling.remove(episode.number)
         if NONFINITE in sampled.tokens:
             raise ValueError(
                 f"{self.rows.names[episode.prompt]}: the policy's logits of token {len(sampled.tokens)} of a "
@@ -436,8 +467,11 @@ class _Rollout:
     def _score(self, episode: _Episode, done: bool) -> None:
         """Ask the environment for the score of an episode that is over."""
         episode.stopped = episode.stopped and done
-        if self.play.environment.scored:
-            self._submit(episode, partial(_score_of, self.play.environment, episode.state))
+        if self.play.environment.scored or self.play.rewards:
+            given = {name: [value] for name, value in self._row(episode).items() if name != "prompt"}
+            given["prompts"] = [list(episode.messages[: episode.asked])]
+            given["completions"] = [list(episode.messages[episode.asked :])]
+            self._submit(episode, partial(_score_of, self.play, episode.state, given))
         else:
             self._apply(_Decision(episode.number, "end"))
 
@@ -451,8 +485,9 @@ class _Rollout:
         fault = decision.fault[0] if decision.fault else ""
         self.results[number] = Trajectory(
             episode.prompt, episode.start or (), tuple(episode.segments), decision.score,
-            episode.stopped and not fault, fault, episode.messages, tuple(episode.faults),
+            episode.stopped and not fault, fault, episode.messages, tuple(episode.faults), decision.rewards,
         )  # fmt: skip
+        self.calls.release(number, keep=not fault)
         self.open.remove(number)
         self.ended(number, self.results[number])
         self._start_group(episode.prompt)
@@ -469,23 +504,38 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
     """Call the tools that a turn calls, or else the environment."""
     environment = play.environment
     if environment.schemas and (turn.calls or turn.malformed):
-        tools = environment.tools(state)
-        messages, faults = answer_calls(turn, tools, task, play.limits.observation)
+        how = task, play.limits.observation, environment.tool_errors
+        messages, faults = answer_calls(turn, environment.tools(state), *how)
         return _Answer(StepResult(tuple(messages), math.nan, False, state), faults)
     return _Answer(environment.step(state, text, task), [])
 
 
-def _score_of(environment: Environment, state: EpisodeState, task: Task) -> _Scored:
-    return _Scored(environment.score(state, task))
+def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task) -> _Scored:
+    """Return the environment's score, and the rewards of functions that read the environment.
+
+    given: arguments of those functions. What they log with TRL's log_extra and log_metric is dropped.
+    """
+    environment, rewards = play.environment, dict[str, float]()
+    score = environment.score(state, task) if environment.scored else math.nan
+    logs = {"log_extra": ignore, "log_metric": ignore}
+    for function in play.rewards:
+        values = task.call(function, environments=[environment.owner(state)], **logs, **deepcopy(given))
+        if not isinstance(values, list | tuple | np.ndarray) or len(values) != 1:
+            raise WrongType(f"reward {tool_name(function)} returned no list of one number for an environment")
+        rewards[tool_name(function)] = checked_reward(values[0])
+    return _Scored(score, rewards)
 
 
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     """Return the kind and text of what a call raised."""
     if isinstance(error, Overdue):
         return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
-    if isinstance(error, WrongType):
-        return WRONG_TYPE, str(error)[:FAULT_SIZE]
-    return RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE]
+    kind, text = (
+        (WRONG_TYPE, str(error))
+        if isinstance(error, WrongType)
+        else (RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    )
+    return kind, valid_text(text[:FAULT_SIZE])
 
 
 def _with_prompt(own: Chat | Completion, prompt: FirstPrompt) -> Chat:

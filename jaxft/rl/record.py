@@ -4,15 +4,19 @@ import base64
 import io
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
+import xxhash
 
 from jaxft.data.inspection import ShownExample, ShownPart
+from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
 from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.rl.rules import ScoredEpisodes
@@ -62,7 +66,9 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
     path = folder / RECORDS / f"{number}.npz"
     if not path.is_file():
         raise ValueError(f"{path} is missing; the run has not sampled rollout {number + 1}")
-    for i, t in enumerate(from_bytes(path.read_bytes())):
+    content = path.read_bytes()
+    about_of(content, path)
+    for i, t in enumerate(from_bytes(content)):
         facts = [f"{len(t.sampled)} turns, {t.sampled_count} sampled and {t.given_count} given tokens"]
         facts += [f"{rows} training rows"] if (rows := len(t.rows())) > 1 else []
         facts += [] if np.isnan(t.score) else [f"score {t.score:g}"]
@@ -78,16 +84,19 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
 @dataclass(frozen=True)
 class RolloutRecord:
     """Recorded rollouts. folder: of this run's. replay: the folder of the run that is replayed, or None.
-    weights: the checksum of the policy's trainable weights.
+    weights: the checksum of the policy's trainable weights. prompts: `prompts_hash` of the rollout.
     """
 
     folder: Path
     replay: str | None
     weights: int
+    prompts: str
 
     def read(self, number: int) -> list[Trajectory] | None:
-        """Return a rollout that was recorded with these weights, None without one. A run that is replayed
-        needs no such weights; ValueError is raised if it has not recorded the rollout.
+        """Return a rollout that was recorded with these prompts and weights, None without one.
+
+        A run that is replayed may have had other weights. ValueError is raised if it has not recorded the
+        rollout, or of other prompts.
         """
         found = processes.from_first_process(partial(self._stored, number))
         return None if found is None else from_bytes(base64.b64decode(found))
@@ -96,7 +105,8 @@ class RolloutRecord:
         """Record a rollout, and return it."""
         if processes.is_first():
             make_folder(self.folder)
-            write_durably(self.folder / f"{number}.npz", to_bytes(trajectories, self.weights))
+            content = to_bytes(trajectories, self.weights, self.prompts)
+            write_durably(self.folder / f"{number}.npz", content)
         return trajectories
 
     def _stored(self, number: int) -> str | None:
@@ -108,13 +118,23 @@ class RolloutRecord:
                     f"data.replay={self.replay}: {path} is missing; this run needs rollout {number + 1}. "
                     "Lower loop.steps, or set data.replay=none to sample."
                 )
-            return base64.b64encode(path.read_bytes()).decode()
+            content = path.read_bytes()
+            if about_of(content, path)[1] != self.prompts:
+                raise ValueError(
+                    f"data.replay={self.replay}: {path} has episodes of other prompts than this run's "
+                    f"rollout {number + 1}. Use the same rows, tokenizer, chat template, data.batch, "
+                    "data.group and seed."
+                )
+            return base64.b64encode(content).decode()
         path = self.folder / f"{number}.npz"
         if not path.is_file():
             return None
-        with np.load(path) as arrays:
-            is_same = int(arrays["weights"]) == self.weights
-        return base64.b64encode(path.read_bytes()).decode() if is_same else None
+        content = path.read_bytes()
+        try:
+            is_same = about_of(content, path) == (self.weights, self.prompts)
+        except ValueError:  # a damaged file: the rollout is sampled again
+            return None
+        return base64.b64encode(content).decode() if is_same else None
 
 
 def clear_records(run: Path) -> None:
@@ -123,7 +143,25 @@ def clear_records(run: Path) -> None:
         shutil.rmtree(run / RECORDS, ignore_errors=True)
 
 
-def to_bytes(trajectories: Sequence[Trajectory], weights: int) -> bytes:
+def prompts_hash(prompts: TokenisedPrompts, group: int) -> str:
+    """Return a hash of the prompts of a rollout with their order, and of the episodes of each."""
+    content = json.dumps([group, [[*map(int, ids)] for ids in prompts.ids]])
+    return xxhash.xxh64(content.encode()).hexdigest()
+
+
+def about_of(content: bytes, path: Path) -> tuple[int, str]:
+    """Return the checksum of the weights and the hash of the prompts of a record. Raises ValueError if it
+    cannot be read.
+    """
+    try:
+        from_bytes(content)
+        with np.load(io.BytesIO(content)) as arrays:
+            return int(arrays["weights"]), str(arrays["prompts"])
+    except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or of another version; remove it, or sample it again") from error
+
+
+def to_bytes(trajectories: Sequence[Trajectory], weights: int, prompts: str = "") -> bytes:
     """Return a rollout as the content of an npz file: flat arrays of tokens and log-probs, and JSON."""
     segments = [segment for t in trajectories for segment in t.segments]
     sampled = [segment.logps for segment in segments if segment.logps is not None]
@@ -139,6 +177,7 @@ def to_bytes(trajectories: Sequence[Trajectory], weights: int) -> bytes:
     np.savez_compressed(
         file,
         weights=np.uint32(weights),
+        prompts=np.array(prompts),
         tokens=np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in segments)]).astype(np.int32),
         logps=np.concatenate([np.zeros(0, np.float32), *sampled]).astype(np.float32),
         about=np.frombuffer(json.dumps(about).encode(), np.uint8),

@@ -6,6 +6,9 @@ silently worth 0.
 
 An async function, such as one that asks a judge on a server, is called as soon as a completion has ended, and
 goes on while others are sampled. Plain functions are called one after the other, on the main thread.
+
+A function with an argument `environments` is one of TRL's that reads the objects of a run's environment: it
+is called on their threads, with lists of one. None leaves the episode to the other rewards.
 """
 
 import asyncio
@@ -14,6 +17,7 @@ import inspect
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from decimal import Decimal
@@ -22,20 +26,23 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
-from jaxft.rl.environments.calls import event_loop
+from jaxft.rl.environment import finite_number, shown
+from jaxft.rl.environments.calls import shared_loop
+from jaxft.rl.environments.tools import tool_name
 from jaxft.rl.layout import PackedRows
 from jaxft.rl.play import Ended
 from jaxft.rl.programs import RolloutPrograms
 from jaxft.rl.trajectory import Episodes, Trajectory
 from jaxft.tree import Params
 
-ASYNC_SECONDS = 600.0  # after which an async reward has no score
+ASYNC_SECONDS, SPARE_SECONDS = 600.0, 5.0  # after which an async reward has no score; for its loop to say so
+ENVIRONMENTS = "environments"  # the argument of TRL's reward functions that has the objects
 SIGN, EXPONENT = r"(?:(?<![\w)])[-+])?", r"(?:[eE][-+]?\d+)?"  # 10-7 ends with a 7
 NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+){EXPONENT}")
 
@@ -55,10 +62,13 @@ class Faults:
 
 
 class RewardScores(NamedTuple):
-    """The scores of n completions by one reward, NaN for no score, and counts of faults."""
+    """The scores of n completions by one reward, NaN for no score, and counts of faults. skips: which of them
+    the reward leaves to the others.
+    """
 
     scores: Float[np.ndarray, " n"]
     faults: Faults = Faults()
+    skips: Bool[np.ndarray, "..."] = np.zeros((), bool)
 
 
 ScoreEpisodes = Callable[[Episodes, PackedRows, TrainState], RewardScores]
@@ -108,10 +118,7 @@ class FunctionReward(Reward):
     @property
     def name(self) -> str:
         """The function's name."""
-        fn: Any = self.fn
-        while isinstance(fn, partial):
-            fn = fn.func
-        return str(getattr(fn, "__name__", type(fn).__name__))
+        return tool_name(self.fn)
 
     @property
     def is_async(self) -> bool:
@@ -126,8 +133,18 @@ class FunctionReward(Reward):
         if not self.is_async:
             return partial(self.fn, *given)
         coroutine: Any = self.fn(*given)
-        waited = asyncio.wait_for(coroutine, ASYNC_SECONDS)
-        return asyncio.run_coroutine_threadsafe(waited, event_loop()).result
+        loop, until = shared_loop(), time.monotonic() + ASYNC_SECONDS
+        future = loop.begin(asyncio.wait_for(coroutine, ASYNC_SECONDS))
+
+        def result() -> Any:
+            try:
+                return future.result(max(0.0, until - time.monotonic()) + SPARE_SECONDS)
+            except TimeoutError:
+                if not future.done():  # a coroutine blocks the loop
+                    loop.end()
+                raise TimeoutError(f"no result after {ASYNC_SECONDS:g} s") from None
+
+        return result
 
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Return the function that scores."""
@@ -160,6 +177,11 @@ def _require_reward_signature(fn: Callable, name: str) -> None:
     except (TypeError, ValueError):  # of some functions written in C
         return
     takes = "is a function of (prompt, completion, row) that returns a number"
+    if ENVIRONMENTS in signature.parameters:
+        raise ValueError(
+            f"reward {name}{signature} reads the objects of an environment, which only a rollout has. Set "
+            "environment=my_env.py:Name, or leave this reward out."
+        )
     if {"prompts", "completions"} & {*signature.parameters}:
         raise ValueError(
             f"reward {name}{signature} has TRL's parameters, lists of all completions; a reward here "
@@ -169,6 +191,41 @@ def _require_reward_signature(fn: Callable, name: str) -> None:
         signature.bind("prompt", "completion", {})
     except TypeError as error:
         raise ValueError(f"reward {name}{signature}: {error}; a reward {takes}") from error
+
+
+@dataclass(frozen=True)
+class ObjectReward(Reward):
+    """A reward function of TRL that reads the objects of environments: (environments, **columns) -> [number].
+
+    Its values are those that an episode has from `play`, which calls it when the episode has ended.
+    """
+
+    fn: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return tool_name(self.fn)
+
+    def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
+        """Return the function that reads the values."""
+
+        def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
+            scores = np.array([t.rewards.get(self.name, math.nan) for t in episodes.trajectories])
+            return RewardScores(scores, skips=np.isnan(scores))
+
+        return score
+
+
+def reward_of(given: Any) -> Reward:
+    """Return a user's function as a reward; a Reward unchanged."""
+    if isinstance(given, Reward):
+        return given
+    try:
+        reads = callable(given) and ENVIRONMENTS in inspect.signature(given).parameters
+    except (TypeError, ValueError):  # of some functions written in C
+        reads = False
+    return ObjectReward(given) if reads else FunctionReward(given)
 
 
 @dataclass(frozen=True)
@@ -252,27 +309,12 @@ def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequen
 
 
 def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
-    """Convert a reward's return value to a score; NaN and a fault if it is no real number, such as a string
-    or an array.
-    """
-    score = math.nan
-    if not isinstance(value, str | bytes | complex | np.complexfloating):
-        try:
-            score = float(value) if np.ndim(value) == 0 else math.nan
-        except (TypeError, ValueError, OverflowError):
-            score = math.nan
+    """Convert a reward's return value to a score; NaN and a fault if it is no real number."""
+    score = finite_number(value)
     if math.isfinite(score):
         return score, Faults()
-    message = f"reward {name} returned {_short_repr(value)}, expected a finite number ({row})"
+    message = f"reward {name} returned {shown(value)}, expected a finite number ({row})"
     return math.nan, Faults(not_a_number=1, first=message)
-
-
-def _short_repr(value: Any) -> str:
-    """The type and repr of a value of any type, whose own repr may raise."""
-    try:
-        return f"{type(value).__name__} {value!r}"[:80]
-    except Exception:
-        return f"a {type(value).__name__}"
 
 
 # Reward functions

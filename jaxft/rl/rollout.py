@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxft.batch import Pairs, Rollout, TrainState
-from jaxft.bounds import above
+from jaxft.bounds import above, at_least
 from jaxft.data import chat, prompts
 from jaxft.data.invalid import add_counts
 from jaxft.data.next_turn import restart_notes
@@ -45,7 +45,7 @@ from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.play import EpisodeLimits, Play
 from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms, score_tokens
 from jaxft.rl.record import append_table, clear_records
-from jaxft.rl.rewards import ScoreEpisodes
+from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
 from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
@@ -160,15 +160,17 @@ class Rollouts(Prompts):
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
     turn. Of a dict, a row's column `environment` names its own. A row is large enough for a prompt of each
     episode, unless `reset` is annotated to return None. tools: functions that the policy may call. timeout:
-    seconds of each call of them. replay: the folder of a run whose recorded rollouts are used in place of new
-    ones. observations: whether a batch has weights of
-    the tokens that episodes were given, for the objective policy.echo. Other fields: see Prompts.
+    seconds of each call of them. max_observation: characters of what each call returns. replay: the folder of
+    a run whose recorded rollouts are used in place of new ones; held-out prompts are sampled as ever.
+    observations: whether a batch has weights of the tokens that episodes were given, for the objective
+    policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
     environment: EnvironmentClass | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
+    max_observation: Annotated[int, at_least(1)] = 1 << 16
     replay: str | None = None
     observations: bool = False
     kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, rollout_batch, of_tokens=True)
@@ -178,6 +180,12 @@ class Rollouts(Prompts):
         if not self.played.continues and self.max_turns > 1:
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
+            )
+        names = [reward.name for reward in self.object_rewards]
+        if names and (self.environment is None or len({*names}) < len(names)):
+            raise ValueError(
+                f"rewards {', '.join(names)} read the objects of an environment; "
+                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
             )
         if self.observations and self.max_turns == 1:
             raise ValueError(
@@ -191,9 +199,19 @@ class Rollouts(Prompts):
         return self.played.row_tools
 
     @property
+    def optional_prompts(self) -> bool:
+        """Whether rows need no prompt, as the environment makes them."""
+        return self.played.prompts
+
+    @property
     def played(self) -> Environment:
         """The environment, with the tools."""
         return environment_of(self.environment, self.tools)
+
+    @property
+    def object_rewards(self) -> list[ObjectReward]:
+        """The rewards that read the environment's objects."""
+        return [reward for reward in self.rules.rewards if isinstance(reward, ObjectReward)]
 
     @property
     def reads_given(self) -> bool:
@@ -208,7 +226,9 @@ class Rollouts(Prompts):
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
         """Return how episodes are played. stop: tokens that end a turn."""
         sizes = self.max_turns, self.max_new, self.episode_length, self.max_prompt
-        return Play(self.played, tokenizer, stop, EpisodeLimits(*sizes, self.timeout))
+        limits = EpisodeLimits(*sizes, self.timeout, self.max_observation)
+        functions = tuple(reward.fn for reward in self.object_rewards)
+        return Play(self.played, tokenizer, stop, limits, functions)
 
     def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
         """Return lines about reward models, log-probs that are not recomputed and the model's rope; see
@@ -339,7 +359,7 @@ class PromptSource:
 
 
 class History(NamedTuple):
-    """What outlives a rollout, as a checkpoint stores it. moments: of all scores so far, for Rules.scale.
+    """Values of a checkpoint that outlive a rollout. moments: of all scores so far, for Rules.scale.
     reported: kinds of faults of which one has been printed.
     """
 
@@ -403,16 +423,22 @@ class RolloutSource(PromptSource):
         return HeldOutMetrics(evaluation_metrics(rules.reward_names, scored, tokens), rows)
 
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
-        """Sample and score rollout `number`. Raises ValueError if none of its episodes has a score."""
+        """Sample and score rollout `number`.
+
+        Without any score it trains nothing, such as while a server of the environment is away. Raises
+        ValueError if no rollout had one so far.
+        """
         data, rules = self.data, self.data.rules
         chosen = self.train.select(prompts.prompts_of_rollout(data, self.train, number))
         scored, packed = self._scored(chosen, data.group, number, state)
         messages = fault_messages(scored)
         if not has_score(scored.scores).any():
             reason = next(iter(messages.values()), "none has all of its rewards.")
-            raise ValueError(
-                f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
-            )
+            text = f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
+            if not self.history.moments[0]:
+                raise ValueError(text)
+            if processes.is_first():
+                print(f"{text} It is left out of training.", flush=True)
         new = [kind for kind in messages if kind not in self.history.reported]
         if processes.is_first():
             for kind in new:

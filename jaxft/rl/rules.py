@@ -13,7 +13,7 @@ from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
 from jaxft.rl.importance import Correction
-from jaxft.rl.rewards import EnvironmentReward, Faults, FunctionReward, Reward, RewardScores, unique_names
+from jaxft.rl.rewards import EnvironmentReward, Faults, Reward, RewardScores, reward_of, unique_names
 from jaxft.rl.token_weights import TokenWeights, token_mean
 from jaxft.rl.trajectory import Episodes
 
@@ -38,7 +38,8 @@ class ScoredEpisodes:
 class Rules:
     """How a rollout is scored and trained on.
 
-    rewards: plain functions of (prompt, completion, row), which become FunctionRewards, or other Rewards.
+    rewards: plain functions of (prompt, completion, row), which become FunctionRewards, functions of TRL with
+        an argument `environments`, or other Rewards.
     estimate: the advantage estimator, see estimators.py.
     token_weights: the weight of each completion's tokens in an optimizer batch, see token_weights.py.
     reward_weights: one for each reward, 1 by default.
@@ -73,7 +74,7 @@ class Rules:
         check_bounds(self, "data.rules")
         if not self.rewards:
             raise ValueError("a rollout needs a reward. Set rewards=module:function.")
-        rewards = tuple(r if isinstance(r, Reward) else FunctionReward(r) for r in self.rewards)
+        rewards = tuple(map(reward_of, self.rewards))
         object.__setattr__(self, "rewards", rewards)
         count, names = len(rewards), ", ".join(self.reward_names)
         if self.reward_weights and len(self.reward_weights) != count:
@@ -118,7 +119,10 @@ class Rules:
         lengths, valid = episodes.lengths, episodes.valid
         each = np.stack([one.scores for one in by_reward], 1).astype(np.float64)
         each = np.where(valid[..., None], each.reshape(*lengths.shape, len(by_reward)), np.nan)
-        combined = scores = self.combine(each, self.reward_weights)
+        skips = np.stack([np.broadcast_to(one.skips, valid.size) for one in by_reward], 1)
+        skips = skips.reshape(each.shape) & valid[..., None]
+        skips &= ~skips.all(-1, keepdims=True)
+        combined = scores = self.combine(np.where(skips, 0.0, each), self.reward_weights)
         if self.shape is not None:
             scores = self.shape(combined, lengths, episodes.ended)
         faults = sum((one.faults for one in by_reward), Faults())
@@ -140,7 +144,7 @@ def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
     episodes = scored.episodes
     for trajectory, row in zip(episodes.trajectories, episodes.row_names, strict=True):
         for kind, text in trajectory.faults:
-            what = "this episode has no score" if kind == trajectory.fault else "the policy was told"
+            what = "this episode has no score" if kind == trajectory.fault else "the policy was shown it"
             message = f"{kind}: {text} ({row}); {what}. Further faults of this kind are only counted."
             found.setdefault(kind, message)
     return found

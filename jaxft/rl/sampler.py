@@ -1,8 +1,9 @@
 """Episodes of a rollout: played with the policy of a run, or read from the record of an earlier one.
 
 All trajectories of a rollout are written to rollouts/NUMBER.npz in the run's folder. A run that was killed
-reads those that it had sampled with the same weights; data.replay=runs/NAME reads another run's. Neither
-samples nor calls the environment, so that it repeats the rollout to the bit.
+reads those that it had sampled with the same weights; data.replay=runs/NAME reads another run's. A rollout
+that is read is repeated to the bit: nothing is sampled for it and no environment is called. Held-out prompts
+are not recorded: an evaluation samples them, also in a replay.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
 from jaxft.rl.play import Sampler, rollout
 from jaxft.rl.programs import BoundRun, uncounted
-from jaxft.rl.record import RECORDS, RolloutRecord
+from jaxft.rl.record import RECORDS, RolloutRecord, prompts_hash
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.trajectory import Episodes, Trajectory, collect
 from jaxft.tree import Params
@@ -61,7 +62,8 @@ def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_siz
         if number == EVALUATION:
             trajectories = played()
         else:
-            record = RolloutRecord(run.folder / RECORDS, data.replay, int(weights_of(state.trainable)))
+            content = int(weights_of(state.trainable)), prompts_hash(prompts, group)
+            record = RolloutRecord(run.folder / RECORDS, data.replay, *content)
             trajectories = record.read(number) or record.write(number, played())
         sizes = data.sampled_length, data.episode_length, data.max_turns
         return replace(collect(prompts, trajectories, *sizes), begun=begun)
@@ -100,6 +102,12 @@ def engine_sizes(
 ) -> tuple[Decoding, Slots]:
     """Return what the engine of a rollout is compiled for. group: episodes of a prompt."""
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
-    slots = slots_for(data.batch, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
+
+    def tokens(group: int) -> int:  # of a prompt with its episodes
+        return min(group, data.starts_per_row) * prompt_size + group * data.episode_length
+
+    # an evaluation with a smaller group has as many prompts at once as there is memory for in training
+    prompts = data.batch * tokens(data.group) // tokens(group)
+    slots = slots_for(prompts, group, prompt_size, rows_in_progress(data.decode_rows, mesh))
     slots = slots._replace(prompts=slots.rows) if data.starts_per_row > 1 else slots
     return Decoding(model, sampling, stop, group, data.kv_cache, extends=data.max_turns > 1), slots

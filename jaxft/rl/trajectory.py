@@ -68,7 +68,8 @@ class Trajectory:
     of the whole episode, NaN for none. ended: by a stop token or by the environment rather than by a limit.
     fault: the kind of the fault that excludes the episode from training and means, "" for none. turns:
     messages as the model was shown them, for completions.jsonl. faults: all of them, also calls that were
-    answered with an error message and exclude nothing.
+    answered with an error message and exclude nothing. rewards: of functions that read the environment, by
+    name; NaN where they returned None.
     """
 
     prompt: int
@@ -79,6 +80,7 @@ class Trajectory:
     fault: str = ""
     turns: tuple[ShownMessage, ...] = ()
     faults: tuple[Fault, ...] = ()
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sampled(self) -> list[Segment]:

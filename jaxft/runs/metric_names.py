@@ -77,4 +77,4 @@ COMPLETION_LENGTH = "completions/mean_length"
 SCORES = "scores/"  # prefix of the mean scores of held-out completions, by the name of the function
 LEARNING_RATE, EPOCH, TOKENS = "learning_rate", "epoch", "num_tokens"
 SECONDS, SPEED, MFU, MEMORY = "seconds", "tokens_per_second", "mfu", "memory_gib"
-EVALUATION_SECONDS, SAMPLING_SECONDS = "evaluation_seconds", "sampling_seconds"  # of an evaluation
+EVALUATION_SECONDS, SAMPLING_SECONDS = "evaluation_seconds", "sampling_seconds"  # since the last entry

@@ -41,7 +41,8 @@ def find_file(path: str) -> Path:
     configs = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob("*.py"))
     near = list(dict.fromkeys([*difflib.get_close_matches(path, own, 3, 0.5), *nearest(path, configs, 5)]))
     hint = f"; there are: {', '.join(near[:5])}" if near else ""
-    raise FileNotFoundError(f"{path}: no such file in {Path.cwd()} or {ROOT}{hint}")
+    folders = " or ".join(dict.fromkeys(map(str, (Path.cwd(), ROOT))))
+    raise FileNotFoundError(f"{path}: no such file in {folders}{hint}")
 
 
 def recipe_names() -> list[str]:

@@ -53,7 +53,8 @@ class Logs:
         self, step: int, metrics: Sequence[FloatMetrics], perf: Sequence[FloatMetrics] | None = None
     ) -> None:
         """Log each member's metrics after `step` optimizer steps; a member without any logs nothing."""
-        perf = perf or [self.clock.recent()] * len(metrics)
+        timings = self.clock.recent()
+        perf = [{**rates, **timings} for rates in perf or [{}] * len(metrics)]
         for log, numbers, rates in zip(self.members, metrics, perf, strict=True):
             if numbers:
                 self.ends |= log.step(step, numbers, rates)

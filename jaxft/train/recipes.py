@@ -395,6 +395,12 @@ class RolloutKnobs(PromptKnobs):
     max_turns: int = 1  # completions of an episode
     max_episode: int | None = None  # tokens of an episode of several turns, after its prompt
 
+    @property
+    def most_sampled(self) -> int:
+        """The most tokens that the policy samples in an episode."""
+        of_turns = self.max_turns * self.max_new
+        return min(of_turns, self.max_episode or of_turns)
+
     def rewards(self, functions: tuple[Callable, ...], default: Callable) -> tuple[Any, ...]:
         """The environment's score, if it has one, and the functions; the default without any of them."""
         played = environment_of(self.environment, self.tools)

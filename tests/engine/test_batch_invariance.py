@@ -27,7 +27,8 @@ LORA = Adapter(rank=4, alpha=8.0)
 RNG = np.random.default_rng(0)
 LENGTHS = (3, 40, 1, 9, 17, 300, 30, 2, 130, 60)  # prefilled in several programs
 PROMPTS = [RNG.integers(0, SIZES["vocab"], size).tolist() for size in LENGTHS]
-STOP = tuple(range(0, SIZES["vocab"], 40))
+STOP = tuple(range(0, SIZES["vocab"], 25))
+MAX_NEW = 40
 KEY = jax.random.key(5)
 
 
@@ -37,7 +38,7 @@ def completions(family, dtype, rows, longest, group, adapter=None, **options):
     model = adapted(build(config, dtype), adapter)
     params = jax.jit(lambda: init_params(model.specs, jax.random.key(0), jnp.float32))()
     params["adapter"] = jax.tree.map(lambda x: x + 0.02, params.get("adapter", {}))
-    sampling = Sampling(max_new=70, temperature=1.0, top_p=0.95)
+    sampling = Sampling(max_new=MAX_NEW, temperature=1.0, top_p=0.95)
     engine = engine_of((model, params), sampling, STOP, rows, longest, group, len(PROMPTS), **options)
     return complete(Session(engine, params, KEY), PROMPTS)
 
@@ -57,7 +58,7 @@ def completions(family, dtype, rows, longest, group, adapter=None, **options):
 def test_tokens_and_log_probs_are_equal_in_any_batch(family, dtype, group, sizes, options):
     expected = completions(family, dtype, len(PROMPTS) * group, 320, group, **options)
     lengths = (expected.tokens >= 0).sum(-1)
-    assert lengths.min() < 20 and lengths.max() == 70
+    assert lengths.min() < 20 and lengths.max() == MAX_NEW
     for rows, longest in sizes:
         found = completions(family, dtype, rows, longest, group, **options)
         np.testing.assert_array_equal(found.tokens, expected.tokens)

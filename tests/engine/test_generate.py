@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import engine_of
-from tiny_model import CONFIG, tiny
+from tiny_model import tiny
 
 from jaxft.distributed import sharding
 from jaxft.engine import generate as generation
@@ -27,7 +27,6 @@ from jaxft.engine.sampling import (
 )
 from jaxft.engine.session import RequestSettings, Session
 from jaxft.engine.state import Decoding, slots_for
-from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
@@ -228,8 +227,11 @@ def test_extending_rows_does_not_copy_the_cache():
     assert memory.alias_size_in_bytes >= cache and memory.temp_size_in_bytes < 0.4 * cache
 
 
-@pytest.mark.quick_cases("all-linear")
-@pytest.mark.parametrize("targets", ["all-linear", ("head",)], ids=str)
+BOTH = ("q", "v", "o", "gate", "down", "head")
+
+
+@pytest.mark.quick_cases("layers and head")
+@pytest.mark.parametrize("targets", [BOTH, "all-linear", ("head",)], ids=["layers and head", "all", "head"])
 def test_an_adapter_changes_completions_and_without_it_the_base_is_unchanged(world, greedy, targets):
     model, whole = tiny(jnp.float32, adapter=Adapter(rank=4, alpha=8.0, targets=targets))
     attached, detached = {**world[1], "adapter": whole["adapter"]}, world[1]
@@ -243,9 +245,8 @@ def test_an_adapter_changes_completions_and_without_it_the_base_is_unchanged(wor
 @pytest.mark.quick_cases("untied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_merged_equals_unmerged(tied):
-    settings = Adapter(rank=4, alpha=8.0, targets=("q", "v", "o", "gate", "down", "head"))
-    model, whole = tiny(jnp.float32, adapter=settings, tied=tied)
-    plain = adapted(llama(LlamaConfig(**{**CONFIG.__dict__, "tied": False}), jnp.float32), None)
+    model, whole = tiny(jnp.float32, adapter=Adapter(rank=4, alpha=8.0, targets=BOTH), tied=tied)
+    plain, _ = tiny(jnp.float32)
     merged = {"base": lora.merge(whole["base"], whole["adapter"], jnp.float32)}
     tokens = left_pad(PROMPTS, 5)
     real = np.asarray(tokens.segments > 0)

@@ -259,6 +259,13 @@ def test_models_are_named_by_their_folders_and_share_a_base(place, monkeypatch):
         served.named_models(["runs/c"], None, [], "none")
 
 
+@pytest.mark.parametrize("option", ["--run runs/none", "--seed 3", "--temperature 0.5", "--system Hi"])
+def test_options_of_a_model_are_refused_where_a_person_writes_the_turns(monkeypatch, capsys, option):
+    played = ["--environment", "calculator", "--rows", "r.jsonl", *option.split()]
+    code, _, err = call(monkeypatch, capsys, "chat", *played)
+    assert code == 1 and f"error: {option.split()[0]} is for a model that responds; with --environment" in err
+
+
 def test_runs_with_different_residual_streams_are_refused_without_dtype():
     def run(**model):
         return NamedWeights("base", Path("a"), {"model": {"dtype": "bfloat16", **model}}, [])

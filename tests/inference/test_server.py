@@ -396,6 +396,7 @@ def test_requests_above_the_limit_get_json_and_a_stop_ends_slow_ones_without_a_t
 
 def test_slow_bodies_keep_no_client_out(running, monkeypatch):
     monkeypatch.setattr(server, "MOST_WAITING", 3)
+    monkeypatch.setattr(server, "HEADER_SECONDS", 1.0)  # after which a connection with an error is closed
     slow = [half(running, SLOW_BODY) for _ in range(5)]
     for connection in slow[:2]:
         status, message = received(connection)

@@ -83,13 +83,14 @@ FOUND = [  # format, completion, text, calls
      "", ["f", "g"]),
     ("llama3", '\n{"name": "f", "arguments": {}}', "", ["f"]),
     ("mistral", 'So[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g{"b": 1}', "So", ["f", "g"]),
+    ("hermes", '<tool_call>{"name": "f"}</tool_call>', "", ["f"]),
     ("mistral", '[TOOL_CALLS]f[CALL_ID]aB3[ARGS]{}', "", ["f"]),
     ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "x"}]', "", ["f"]),
 ]  # fmt: skip
 MARKS = ["</tool_call>", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", '"', "\\", '\\"', "</tool_", "{"]
 TEXT = [
     ("hermes", " \n"), ("hermes", "a < b <tool"), ("hermes", '{"name": "f", "arguments": {}}'),
-    ("hermes", "<tool_call>\n</tool_call> "), ("hermes", '<tool_call>{"name": "f"}</tool_call>'),
+    ("hermes", "<tool_call>\n</tool_call> "), ("llama3", '{"name": "f"}'),
     ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
     ("hermes", "<tool_call>[]</tool_call>"),
     ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),

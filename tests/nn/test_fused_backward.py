@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dpo_place import write_pair_place
+from prepared import prepare
 from tiny_model import CONFIG, assert_close, examples, micro, one_by_one, tiny
 from tiny_run import Place, write_place
 
@@ -261,5 +262,5 @@ def test_an_incompatible_run_is_refused_before_it_loads_weights(place):
         ([], "updates layers of the base, but adapter"),
         (["full=true", "micro=2"], "has 2 microbatches"),
     ):
-        assert place.run(*ARGV, *more, "name=refused") == 1
-        assert message in place.err() and "Traceback" not in place.err()
+        with pytest.raises(ValueError, match=message):
+            prepare(place.folder, *ARGV, *more, "name=refused")

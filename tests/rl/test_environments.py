@@ -2,7 +2,9 @@
 
 import http.server
 import json
+import re
 import threading
+import time
 import urllib.request
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from chat_templates import stock_tokenizer
 from scripted_session import ScriptedSampler
 from test_play import KEY, LIMITS, rows_of
 
+from jaxft.data.shipped import ROOT
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.inference.tool_calls import TOOL_FORMATS, call_format
 from jaxft.rl.environment import environment_of
@@ -44,22 +47,34 @@ def episodes(environment, rows, turn):
     return rollout(ScriptedSampler(write), play, prompts, 1, KEY)
 
 
-def test_a_calculator_question_takes_its_calls_and_the_answer():
-    rows = calculator_rows(6, 0, two_calls=1.0)
+def test_a_calculator_question_takes_both_tools_one_after_the_other():
+    rows = calculator_rows(8, 0)
+    assert {row["prompt"][8] == "(" for row in rows} == {True, False}  # either tool may be the first
 
     def turn(shown, row):
-        a, b, c = (int(x) for x in row["prompt"].removeprefix("What is ")[:-1].replace("*", "+").split("+"))
+        expression = row["prompt"].removeprefix("What is ")[:-1]
+        a, b, c = (int(x) for x in re.findall(r"\d+", expression))
+        assert eval(expression) == int(row["answer"])
+        first, second = ("add", "multiply") if "(" in expression else ("multiply", "add")
         if shown == row["prompt"]:
-            return call("multiply", a=a, b=b)
+            return call(first, a=a, b=b)
         result = shown.removeprefix("<tool_response>\n").removesuffix("\n</tool_response>")
         if result == row["answer"]:
             return f"It is {result}."
-        return call("add", a=int(result), b=c)
+        return call(second, a=int(result), b=c)
 
     found = episodes(Calculator, rows, turn)
-    assert [part.score for part in found] == [1.0] * 6
+    assert [part.score for part in found] == [1.0] * 8
     assert all(len([s for s in part.segments if s.sampled]) == 3 for part in found)
-    assert [part.score for part in episodes(Calculator, rows, lambda shown, row: "It is 5.")] == [0.0] * 6
+    assert [part.score for part in episodes(Calculator, rows, lambda shown, row: "It is 5.")] == [0.0] * 8
+
+
+def test_no_held_out_question_is_a_training_question():
+    train, held_out = (
+        [json.loads(line)["prompt"] for line in (ROOT / f"configs/data/{name}.jsonl").open()]
+        for name in ("calculator", "calculator_held_out")
+    )
+    assert len({*train, *held_out}) == len({*train}) + len({*held_out})
 
 
 def test_a_reset_that_returns_none_by_its_annotation_shares_the_rows_prompt():
@@ -74,7 +89,7 @@ def test_a_reset_that_returns_none_by_its_annotation_shares_the_rows_prompt():
 
 
 def test_demonstrations_have_the_calculators_own_results():
-    for row in calculator_demonstrations(20, 1, two_calls=0.5):
+    for row in calculator_demonstrations(20, 1, chained=0.5):
         *before, last = row["messages"]
         calculator, results = Calculator(), []
         for message in before:
@@ -83,6 +98,7 @@ def test_demonstrations_have_the_calculators_own_results():
                 results.append(str(getattr(calculator, function["name"])(**function["arguments"])))
         assert results == [m["content"] for m in before if m["role"] == "tool"]
         assert last["content"] == f"The answer is {results[-1]}."
+        assert eval(row["messages"][0]["content"][8:-1]) == int(results[-1])
     assert calculator_rows(3, 5) == calculator_rows(3, 5) != calculator_rows(3, 6)
 
 
@@ -137,6 +153,38 @@ def test_the_code_interpreter_runs_code_and_reads_its_answer():
         )
 
     assert [part.score for part in episodes(CodeInterpreter, rows, turn)] == [1.0, 1.0]
+
+
+def test_an_answer_in_json_is_no_malformed_call():
+    """Bare text of Llama 3 is one if it has a call's keys, or is cut off."""
+    format = call_format("llama3")
+    counts = {
+        '{"answer": 3}': 0,
+        '{"name": "Bob", "age": 3}': 0,
+        "{1, 2}": 0,
+        '{"name": "add"}': 1,
+        '{"name": "add", "parameters": {"a": 1': 1,
+        "<|python_tag|>add.call(a=1)": 1,
+    }
+    for text, count in counts.items():
+        assert parse_turn(text, format, 1)[1:] == ((), count), text
+    (called,) = parse_turn('{"name": "add", "parameters": {}}', format, 1).calls
+    assert (called.name, called.arguments) == ("add", "{}")
+
+
+@pytest.mark.parametrize("text", ['{"name": "now"}', '{"name": "now", "arguments": null}'])
+def test_a_call_without_arguments_is_one_of_a_tool_that_takes_none(text):
+    turn = parse_turn(f"<tool_call>{text}</tool_call>", call_format("hermes"), 1)
+    assert [(x.name, x.arguments) for x in turn.calls] == [("now", "{}")] and not turn.malformed
+
+
+def test_an_answer_that_cannot_be_compared_is_a_fault_and_words_are_compared_whole():
+    for environment, answer in ((Calculator, "a lot"), (Search, "?")):
+        (found,) = episodes(environment, [{"prompt": "q", "answer": answer}], lambda *_: "I don't know.")
+        assert found.fault == "raised" and "column 'answer' has no" in found.faults[0].text
+    rows = [{"prompt": "On which river?", "answer": "Ad"}]
+    assert episodes(Search, rows, lambda *_: "I had bad luck.")[0].score == 0.0
+    assert episodes(Search, rows, lambda *_: "It is on the Ad.")[0].score == 1.0
 
 
 # ---- played by a person
@@ -237,6 +285,49 @@ def test_an_openenv_server_is_played_through_its_client():
     assert [part.turns[0]["content"] for part in found] == [f"Speak. Seed {i}." for i in range(3)]
     assert found[1].turns[2]["content"] == "That is no action: not a word"
     assert len(made) <= 3
+
+
+class Client:
+    """A client of a game in which one word ends the server's session."""
+
+    made, live = 0, set()
+
+    def __init__(self):
+        Client.made += 1
+        Client.live.add(self)
+
+    def reset(self, **options):
+        return SimpleNamespace(observation="Go.", reward=None, done=False)
+
+    def step(self, word):
+        if word == "crash":
+            raise RuntimeError("session is gone")
+        return SimpleNamespace(observation="", reward=1.0, done=True)
+
+    def close(self):
+        Client.live.remove(self)
+
+
+def test_an_openenv_client_whose_episode_had_a_fault_is_closed_and_replaced():
+    said = {0: "crash", 1: "move"}
+    tokenizer = stock_tokenizer("qwen2.5")
+
+    def write(ids, episode):
+        return [*tokenizer(said[episode], add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
+
+    play = Play(openenv(Client, str), tokenizer, (tokenizer.eos_token_id,), LIMITS)
+    prompts = rows_of(tokenizer, ["a", "b"], DEFAULT_TEMPLATE_SETTINGS)
+    for _ in range(2):
+        found = rollout(ScriptedSampler(write), play, prompts, 1, KEY)
+        assert [t.fault for t in found] == ["raised", ""]
+        said[0], said[1] = said[1], said[0]
+        found = rollout(ScriptedSampler(write), play, prompts, 1, KEY)
+        assert [t.fault for t in found] == ["", "raised"]
+        said[0], said[1] = said[1], said[0]
+    until = time.monotonic() + 5
+    while len(Client.live) > 1 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(Client.live) == Client.made - 4 == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Episodes of several turns on the host: values of sampled tokens alone, estimates, metrics and records."""
 
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,14 @@ from jaxft.rl import token_weights
 from jaxft.rl.advantages import centred, grpo
 from jaxft.rl.estimators import RolloutScores, actor_critic, by_group, by_turn, reinforce
 from jaxft.rl.metrics import episode_metrics, rollout_metrics
-from jaxft.rl.record import RolloutRecord, append_table, from_bytes, inspect_episodes, to_bytes
+from jaxft.rl.record import (
+    RolloutRecord,
+    append_table,
+    from_bytes,
+    inspect_episodes,
+    prompts_hash,
+    to_bytes,
+)
 from jaxft.rl.rewards import EnvironmentReward, RewardScores
 from jaxft.rl.rules import Rules
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
@@ -186,14 +194,38 @@ def test_a_record_has_every_bit_of_its_rollout(tmp_path):
             assert (a.logps is None and b.logps is None) or a.logps.tobytes() == b.logps.tobytes()
     assert from_bytes(to_bytes([], 0)) == []
 
-    record = RolloutRecord(tmp_path / "one" / "rollouts", None, 7)
+    record = RolloutRecord(tmp_path / "one" / "rollouts", None, 7, "prompts")
     assert record.read(3) is None and record.write(3, given) == given
     assert len(record.read(3)) == len(given)
     assert replace(record, weights=8).read(3) is None  # of another policy
-    replayed = RolloutRecord(tmp_path / "two" / "rollouts", str(tmp_path / "one"), 8)
+    replayed = RolloutRecord(tmp_path / "two" / "rollouts", str(tmp_path / "one"), 8, "prompts")
     assert len(replayed.read(3)) == len(given)
     with pytest.raises(ValueError, match=r"data.replay=.*one: .*4.npz is missing; this run needs rollout 5"):
         replayed.read(4)
+    with pytest.raises(ValueError, match=r"3.npz has episodes of other prompts than this run's rollout 4"):
+        replace(replayed, prompts="other prompts").read(3)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other"])
+def test_a_damaged_record_is_sampled_again_and_not_replayed(tmp_path, damage):
+    record = RolloutRecord(tmp_path / "rollouts", None, 7, "prompts")
+    record.write(0, [*random_episodes().trajectories])
+    path = tmp_path / "rollouts" / "0.npz"
+    content, other = path.read_bytes(), io.BytesIO()
+    np.savez(other, a=np.ones(2))
+    damaged = {"truncated": content[:-300], "empty": b"", "text": b"a text", "other": other.getvalue()}
+    path.write_bytes(damaged[damage])
+    assert record.read(0) is None
+    for read in (replace(record, replay=str(tmp_path)).read, lambda n: [*inspect_episodes(tmp_path, n)]):
+        with pytest.raises(ValueError, match=r"0.npz is damaged or of another version; remove it"):
+            read(0)
+
+
+def test_the_hash_of_prompts_tells_rows_order_and_group_apart():
+    prompts = random_prompts(3)
+    order = replace(prompts, ids=(prompts.ids[1], prompts.ids[0], prompts.ids[2]))
+    hashes = [prompts_hash(*given) for given in ((prompts, 2), (prompts, 4), (order, 2))]
+    assert len({*hashes}) == 3 and hashes[0] == prompts_hash(random_prompts(3), 2)
 
 
 def test_an_episode_is_shown_turn_by_turn(tmp_path):

@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from typing import Literal
 
 import jax
 import numpy as np
@@ -28,10 +29,13 @@ from jaxft.data.prompts import read_prompts
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed import processes
 from jaxft.rl.environment import EnvironmentClass, environment_of, single_turn
+from jaxft.rl.environments.calculator import Calculator
+from jaxft.rl.metrics import score_metrics
 from jaxft.rl.play import EpisodeLimits, Play, rollout
-from jaxft.rl.rewards import exact
+from jaxft.rl.rewards import EnvironmentReward, RewardScores, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules
+from jaxft.rl.trajectory import collect
 from jaxft.runs.parse import parse_value
 
 KEY = jax.random.key(0)
@@ -247,6 +251,73 @@ def test_an_episode_at_a_limit_has_a_score_and_has_not_ended():
     assert short.score and not short.ended and short.segments[-1].sampled
 
 
+LAST_TURNS = {
+    "a call": CALL,
+    "a malformed call": CALL[:-9].replace("}}", ""),
+    "an unknown tool": CALL.replace("add", "subtract"),
+    "a truncated call": CALL.replace("2", "2" * 300),
+}
+
+
+@pytest.mark.parametrize("text", LAST_TURNS.values(), ids=LAST_TURNS)
+def test_an_episode_that_calls_tools_up_to_its_limit_counts_as_wrong(text):
+    """The mean over eight episodes of a prompt, of which one is right, is 1/8, and all are trained on."""
+    tokenizer, how = stock_tokenizer("qwen2.5"), TEMPLATES["qwen2.5"].settings
+
+    def write(ids, episode):
+        said = "It is 5." if episode == 0 else text
+        return [*tokenizer(said, add_special_tokens=False).input_ids, tokenizer.eos_token_id], True
+
+    play = Play(environment_of(Calculator), tokenizer, stop_of(tokenizer), replace(LIMITS, turns=3))
+    rows = rows_of(tokenizer, ["q"], how, answer="5")
+    found = collect(rows, rollout(ScriptedSampler(write), play, rows, 8, KEY), 2000, 3000, 3)
+    rules = Rules((EnvironmentReward(),))
+    scored = rules.score(found, [RewardScores(found.scores)])
+    assert scored.scores.tolist() == [[1.0] + [0.0] * 7] and rules.policy_mask(scored).all()
+    metrics = score_metrics(scored.scores)
+    assert metrics["reward"] == 0.125 and metrics["frac_unscorable"] == 0.0
+
+
+def test_an_environment_without_rewards_adds_nothing_to_those_of_the_run():
+    """Its episodes have the score 0, whoever ends them, so that rewards= decides alone."""
+
+    def twice(state, text, row):
+        return "And?", None, state == 1, 1
+
+    class Silent:
+        def reset(self, row):
+            return None
+
+        def step(self, state, text):
+            return None, None, True, state
+
+    for given_by_user in (twice, Silent):
+        found = played(environment_of(given_by_user), ["a"])
+        assert [part.score for part in found] == [0.0] and not found[0].fault
+    several = environment_of({"silent": Silent, "tools": AddsOnly})
+    tokenizer = stock_tokenizer("qwen2.5")
+    rows = rows_of(tokenizer, ["q"], TEMPLATES["qwen2.5"].settings, environment="tools")
+    play = Play(several, tokenizer, stop_of(tokenizer), LIMITS)
+    (found,) = rollout(ScriptedSampler(say(tokenizer, ["a"])), play, rows, 1, KEY)
+    assert found.score == 0.0
+
+
+class AddsOnly:
+    """A class of TRL's environment_factory without get_reward."""
+
+    def reset(self, **row):
+        return None
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: the first
+            b: the second
+        """
+        return a + b
+
+
 def test_an_episode_without_an_environment_is_one_turn():
     found = played(single_turn(), ["a", "b"], questions=("q", "r"), group=2)
     assert [part.prompt for part in found] == [0, 0, 1, 1]
@@ -384,6 +455,10 @@ def large(state, text, row):
     return "x" * 10_000_000, 0.0, False, state
 
 
+def large_elsewhere(state, text, row):
+    return [{"role": "user", "content": "a", "name": "x" * 300}], 0.0, False, state
+
+
 FAULTY = {
     "timeout": (hang, sleep),
     "raised": (leave, lambda state, text, row: 1 / 0),
@@ -394,8 +469,11 @@ FAULTY = {
         lambda state, text, row: ("a", 0.0, "yes", None),
         lambda state, text, row: (7, 0.0, False, None),
         lambda state, text, row: ({"role": "user", "content": "a", "image": object()}, 0.0, False, None),
+        lambda state, text, row: ({"role": "assistant", "content": "a", "tool_calls": "b"}, 0.0, False, None),
+        lambda state, text, row: ([{"role": "tool", "content": "a"}, "b"], 0.0, False, None),
+        lambda state, text, row: (np.array([1, 2]), 0.0, False, None),
     ),
-    "large_observation": (large,),
+    "large_observation": (large, large_elsewhere),
 }
 
 
@@ -421,32 +499,174 @@ def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
         def reset(self, row):
             if row["number"] == 0:
                 raise OSError("no such server")
-            return 5 if row["number"] == 1 else "x" * 9000 if row["number"] == 2 else None
+            return (None, 5, "x" * 9000, "x" * 10_000_000, None)[row["number"]]
 
         def step(self, state, text):
             return None, 1.0, True, state
 
-    found = played(environment_of(Failing), ["a"], questions=("q", "r", "s", "t"), group=2)
-    assert [part.fault for part in found[::2]] == ["raised", "wrong_type", "long_prompt", ""]
-    assert found[0].faults[0].text == "OSError: no such server" and found[6].score == 1.0
+    limits = replace(LIMITS, observation=10_000)
+    found = played(environment_of(Failing), ["a"], questions=tuple("qrstu"), group=2, limits=limits)
+    assert [part.fault for part in found[::2]] == [
+        "raised", "wrong_type", "long_prompt", "large_observation", "",
+    ]  # fmt: skip
+    assert found[0].faults[0].text == "OSError: no such server" and found[8].score == 1.0
     assert "tokens, more than data.max_prompt=2000; raise it" in found[4].faults[0].text
+    assert "more than data.max_observation=10000; raise it" in found[6].faults[0].text
+
+
+def test_text_that_is_no_unicode_reaches_the_model_with_replacements():
+    """As a file's bytes may be read: in messages and their other keys, a prompt, results and errors."""
+
+    class Broken:
+        def reset(self, row):
+            return " caf\udce9"
+
+        def step(self, state, text):
+            return {"role": "user", "content": "\ud800 more", "name": "\udce9"}, 1.0, state == 1, 1
+
+        def read(self, path: str):
+            """Read a file.
+
+            Args:
+                path: of the file
+            """
+            if path == "b":
+                raise ValueError("caf\udce9")
+            return path + "\udce9"
+
+    calls = [f'<tool_call>{{"name": "read", "arguments": {{"path": "{path}"}}}}</tool_call>' for path in "ab"]
+    (found,) = played(environment_of(Broken), [*calls, "a"])
+    assert not found.fault and fault_counts([found]) == {"tool_error": 1} and found.score == 2.0
+    said = [turn["content"] for turn in found.turns if turn["role"] != "assistant"]
+    assert said == ["q caf\ufffd", "a\ufffd", '{"error": "ValueError: caf\ufffd"}', "\ufffd more"]
+    json.dumps(found.turns, ensure_ascii=False).encode()  # as completions.jsonl has them
+
+
+def test_a_malformed_call_beside_a_right_one_is_counted_and_answered_too():
+    bad = "<tool_call>\n{bad\n</tool_call>"
+    (found,) = played(environment_of(None, [add]), [f"{CALL}\n{bad}\n{bad}", "It is 5."])
+    assert fault_counts([found]) == {"malformed_call": 2} and not found.fault
+    results = [turn["content"] for turn in found.turns if turn["role"] == "tool"]
+    assert results[0] == "5" and len(results) == 3 and "not valid JSON" in results[2]
+
+
+def test_the_error_of_a_tool_is_stored_shortened():
+    def fail(a: int):
+        """Fail.
+
+        Args:
+            a: a number
+        """
+        raise ValueError("x" * 1_000_000)
+
+    call = '<tool_call>{"name": "fail", "arguments": {"a": 1}}</tool_call>'
+    (found,) = played(environment_of(None, [fail]), [call, "a"])
+    assert len(found.faults[0].text) == 200 and len(found.turns[2]["content"]) < 250
+
+
+def test_a_rollout_waits_for_tools_where_no_row_is_in_progress():
+    """It asks the session for turns a few times, not in a loop, while a call takes its time."""
+    tokenizer, how = stock_tokenizer("qwen2.5"), TEMPLATES["qwen2.5"].settings
+    sampler = ScriptedSampler(say(tokenizer, ["a"]))
+    session, waits = sampler.opened, []
+
+    class OneRow:
+        """A session of one row: a second prompt waits until it is free."""
+
+        def __init__(self):
+            self.waiting = []
+
+        def start(self, *given):
+            self.waiting.append(given)
+            self.begin()
+
+        def begin(self):
+            if self.waiting and not session.ids:
+                session.start(*self.waiting.pop(0))
+
+        def extend(self, *given):
+            session.extend(*given)
+
+        def drop(self, episode):
+            session.drop(episode)
+            self.begin()
+
+        def wait(self):
+            waits.append(1)
+            return session.wait()
+
+    def slow(state, text, row):
+        time.sleep(0.2)
+        return None, 1.0, True, state
+
+    play = Play(environment_of(slow), tokenizer, stop_of(tokenizer), LIMITS)
+    row = OneRow()
+    found = rollout(lambda key: row, play, rows_of(tokenizer, ["q", "r"], how), 1, KEY)
+    assert [part.score for part in found] == [1.0, 1.0] and len(waits) < 20
 
 
 ERRORS = {
     "unknown_tool": '<tool_call>\n{"name": "nothing", "arguments": {}}\n</tool_call>',
     "bad_arguments": '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>',
     "malformed_call": '<tool_call>\n{"name": "add", "arg\n</tool_call>',
-    "tool_error": '<tool_call>\n{"name": "add", "arguments": {"a": "x", "b": 2}}\n</tool_call>',
-    "large_result": '<tool_call>\n{"name": "add", "arguments": {"a": "'
-    + "x" * 199
-    + '", "b": "yy"}}\n</tool_call>',
+    "tool_error": '<tool_call>\n{"name": "repeat", "arguments": {"text": "x", "times": -1}}\n</tool_call>',
+    "large_result": '<tool_call>\n{"name": "repeat", "arguments": {"text": "x", "times": 201}}\n</tool_call>',
 }
+WRONG_TYPES = (
+    ("add", {"a": "2", "b": 3}, "argument 'a' is \"2\", expected of type integer"),
+    ("add", {"a": True, "b": 3}, "argument 'a' is true, expected of type integer"),
+    ("add", {"a": None, "b": 3}, "argument 'a' is null, expected of type integer"),
+    ("choose", {"colour": "blue"}, "argument 'colour' is \"blue\", expected one of ['red', 'green']"),
+    (
+        "choose",
+        {"colour": "red", "sizes": [1, "2"]},
+        "argument 'sizes' is [1, \"2\"], expected of type array",
+    ),
+)
+
+
+def repeat(text: str, times: int):
+    """Repeat a text.
+
+    Args:
+        text: what to repeat
+        times: how often
+    """
+    if times < 0:
+        raise ValueError("times is negative")
+    return text * times
+
+
+def choose(colour: Literal["red", "green"], sizes: list[int] = [], weight: float | None = None):  # noqa: B006
+    """Choose something.
+
+    Args:
+        colour: its colour
+        sizes: its sizes
+        weight: its weight
+    """
+    return f"{colour} {sizes} {weight}"
+
+
+def test_arguments_of_other_types_than_the_schemas_are_returned_to_the_model():
+    def told(name, arguments):
+        call = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+        (found,) = played(environment_of(None, [add, choose]), [call, "a"])
+        return found
+
+    for name, arguments, message in WRONG_TYPES:
+        found = told(name, arguments)
+        assert fault_counts([found]) == {"bad_arguments": 1}
+        assert found.faults[0].text == f"{name}: {message}"
+    right = told("choose", {"colour": "red", "sizes": [1, 2], "weight": None})
+    assert not right.faults and right.turns[2]["content"] == "red [1, 2] None"
+    assert told("choose", {"colour": "green", "weight": 2}).turns[2]["content"] == "green [] 2"
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_an_error_in_the_models_call_is_returned_to_the_model(kind):
     limits = replace(LIMITS, turn_tokens=600, tokens=2000)
-    (found,) = played(environment_of(None, [add]), [ERRORS[kind], "I see."], limits=limits)
+    (found,) = played(environment_of(None, [add, repeat]), [ERRORS[kind], "I see."], limits=limits)
     assert not found.fault and found.ended and fault_counts([found]) == {kind: 1}
     assert [turn["role"] for turn in found.turns] == ["user", "assistant", "tool", "assistant"]
     assert '"error"' in found.turns[2]["content"]
@@ -479,11 +699,69 @@ def test_random_faults_neither_stop_the_rollout_nor_bias_the_mean():
 # ---- what a user sets
 
 
+class Game:
+    """An environment that needs to know where its server is."""
+
+    def __init__(self, url, port=80):
+        self.url, self.port = url, port
+
+    def reset(self, row):
+        return f" {self.url}:{self.port}"
+
+    def step(self, state, text):
+        return None, 1.0, True, state
+
+
+class Gym:
+    """Another library's shape of an environment."""
+
+    def reset(self, seed=None):
+        return 0, {}
+
+    def step(self, action):
+        return 0, 0.0, True, False, {}
+
+
+def settings_of_a_run(base=1, prompts=2, name="a", lr=0.1):
+    return name
+
+
 BAD = {
     "takes (prompt, completion); use (state, text, row)": lambda prompt, completion: 0.0,
+    "settings_of_a_run takes (base=1, prompts=2, name='a', lr=0.1); use": settings_of_a_run,
     "neither a class nor a function": 3,
     "has no reset": type("Empty", (), {}),
+    "missing a required argument: 'url', and its objects are made without any. Set environment= to a": Game,
+    "made no object: ZeroDivisionError: division by zero": lambda: 1 / 0,
+    "is an object of Game, and episodes play at the same time": Game("here"),
+    "If step is no tool: Define reset(self, row) and step(self, state, text)": Gym,
 }
+
+
+def test_a_class_with_arguments_is_given_with_them():
+    (found,) = played(environment_of(partial(Game, "here", port=8)), ["a"])
+    assert found.score == 1.0 and found.turns[0]["content"] == "q here:8"
+
+
+def test_a_step_with_arguments_of_its_own_is_a_tool_of_a_class_with_get_reward():
+    class Walker(AddsOnly):
+        def reset(self, prompt):
+            self.at = 0
+
+        def step(self, x: int, y: int):
+            """Walk.
+
+            Args:
+                x: to the right
+                y: upwards
+            """
+            self.at += x + y
+
+        def get_reward(self):
+            return float(self.at)
+
+    environment = environment_of(Walker)
+    assert [schema["function"]["name"] for schema in environment.schemas] == ["add", "step"]
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -503,12 +781,40 @@ def test_functions_of_one_file_are_named_after_it_once(tmp_path, monkeypatch):
         parse_value("my_tools.py:add,serch", tuple[Callable, ...])
 
 
-def test_a_tool_without_types_or_descriptions_is_refused():
+def test_a_tool_that_no_call_can_reach_or_that_is_not_described_is_refused():
     def bare(a):
         return a
 
     with pytest.raises(ValueError, match="tool bare: .*docstring.* Give each argument a type"):
         environment_of(None, [bare])
+
+    def by_position(a: int, /):
+        """Do it.
+
+        Args:
+            a: a number
+        """
+
+    def any_number(*a: int):
+        """Do it.
+
+        Args:
+            a: numbers
+        """
+
+    def lazy(a: int):
+        """Do it.
+
+        Args:
+            a: a number
+        """
+        yield a
+
+    for tool in (by_position, any_number):
+        with pytest.raises(ValueError, match=f"tool {tool.__name__}: a call gives each argument by its name"):
+            environment_of(None, [tool])
+    with pytest.raises(ValueError, match="tool lazy: it is a generator. Return its values"):
+        environment_of(None, [lazy])
     with pytest.raises(ValueError, match="two tools are named add"):
         environment_of(None, [add, add])
 

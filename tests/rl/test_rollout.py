@@ -22,7 +22,7 @@ from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.policy import with_target_kl
 from jaxft.rl import rollout as rollouts
-from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_moments
+from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, scale_scores, update_moments
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
 from jaxft.rl.importance import masked_completions, truncated_tokens
 from jaxft.rl.layout import rollout_shapes
@@ -325,6 +325,27 @@ def test_a_rollout_without_scores_is_an_error_that_names_the_fault(tmp_path):
     message = "no completion of rollout 1 has a score: reward fails raised KeyError: 'missing' (rows:"
     with pytest.raises(ValueError, match=re.escape(message)):
         bound_source(tmp_path, Rules((fails,))).batch(0, state_at(0))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"estimate": reinforce}, {"filter": nonconstant_groups, "scale": scale_scores}],
+    ids=["groups", "reinforce", "filter"],
+)
+def test_a_later_rollout_without_scores_trains_nothing(tmp_path, capsys, more):
+    """The run goes on: a judge or an environment's server may be back soon."""
+    calls = []
+
+    def away(prompt, completion, row):
+        calls.append(1)
+        return 1 / 0 if 8 < len(calls) <= 16 else len(calls)
+
+    source = bound_source(tmp_path, Rules((away,), **more))
+    batches = [source.batch(step, state_at(step))[0] for step in range(6)]
+    assert [bool(batch.policy_weights.any()) for batch in batches] == [True, True, False, False, True, True]
+    assert all(np.isfinite(x).all() for batch in batches for x in (batch.policy_weights, batch.advantages))
+    message = "no completion of rollout 2 has a score: reward away raised ZeroDivisionError"
+    assert capsys.readouterr().out.count(message) == 1
 
 
 def test_a_fault_is_printed_once(tmp_path, capsys):

@@ -98,6 +98,16 @@ def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
         assert run.data.group == (16 if name.startswith("GFPO") else 8), name
 
 
+def test_the_overlong_penalty_begins_before_the_limit_of_all_turns(monkeypatch):
+    """Four turns of 32 tokens may have 128: an episode of 120 ends where the penalty begins."""
+    monkeypatch.chdir(ROOT)
+    turns = ["environment=guess_number", "max_turns=4", "max_episode=256", "max_new=32", "overlong=8"]
+    rules = load_config("configs/grpo.py", turns).data.rules
+    lengths = np.array([[10, 60, 120, 124, 128]])
+    scores = rules.shape(np.zeros((1, 5)), lengths, np.ones((1, 5), bool))
+    assert scores.tolist() == [[0, 0, 0, -0.5, -1]]
+
+
 def test_a_correction_takes_its_bounds_from_the_recipe(monkeypatch):
     monkeypatch.chdir(ROOT)
     run = load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=0.5,5"])
@@ -126,7 +136,7 @@ def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
     argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
     argv += [] if "group=" in settings else ["group=4"]
-    argv += ["batch=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
+    argv += ["batch=4", "rank=4", "max_new=24", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
     argv += ["samples=0", "lr=1e-2", f"name={folder}"]
     assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
     lines = [line for line in workdir.metrics(folder) if "reward" in line]
@@ -136,24 +146,33 @@ def test_every_named_method_trains(workdir, name, settings):
     assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
 
 
+EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]
+
+
 @pytest.mark.slow
-def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
+@pytest.mark.parametrize("more", [[], EPISODES], ids=["completions", "episodes"])
+def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir, more):
     """PPO with an adaptive KL: killed between two minibatches, and between sampling and training."""
-    argv = ["steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8"]
-    assert workdir.run(*argv, "name=whole") == 0, workdir.err()
-    assert len({line["kl_coef"] for line in workdir.metrics("whole") if "kl_coef" in line}) > 4
+    argv = ["steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8", *more]
+    whole, inside, sampled = (f"{name}{len(more)}" for name in ("whole", "inside", "sampled"))
+    assert workdir.run(*argv, f"name={whole}") == 0, workdir.err()
+    assert len({line["kl_coef"] for line in workdir.metrics(whole) if "kl_coef" in line}) > 4
     hooks = {
-        "inside": rl_workdir.kill_at(6, "inside", checkpoint=4),
-        "sampled": rl_workdir.kill_after_sampling("sampled", checkpoint=4),
+        inside: rl_workdir.kill_at(6, inside, checkpoint=4),
+        sampled: rl_workdir.kill_after_sampling(sampled, checkpoint=4),
     }
     for name, hook in hooks.items():
         process = workdir.start(*argv, f"name={name}", hook=hook)
         process.join()
         assert process.exitcode == -9 and workdir.checkpoints(name) == [4], workdir.err()
         assert workdir.run(*argv, f"name={name}") == 0, workdir.err()
-        assert workdir.results(name, 8) == workdir.results("whole", 8)
-        tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
+        assert workdir.results(name, 8) == workdir.results(whole, 8)
+        tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, whole)]
         assert tables[0] == tables[1]
+
+
+# Runs with these settings have the same programs, which the first one compiles.
+SMALL = ["passes=1", "beta=0.0", "batch=4", "group=2", "save=100", "samples=0"]
 
 
 def logged(workdir, name):
@@ -162,7 +181,7 @@ def logged(workdir, name):
 
 
 def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
-    argv = ["steps=2", "passes=1", "batch=4", "group=2", "save=100", "max_new=8", "samples=0"]
+    argv = ["steps=2", *SMALL, "max_new=8"]
     assert workdir.run("name=first", *argv) == 0, workdir.err()
     assert workdir.run("name=again", "data.replay=runs/first", *argv) == 0, workdir.err()
     assert logged(workdir, "again") == logged(workdir, "first")
@@ -172,25 +191,25 @@ def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
     assert "2.npz is missing; this run needs rollout 3" in workdir.err()
 
 
-EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]
-
-
 @pytest.mark.quick_cases("policy")
 @pytest.mark.parametrize(
     "more", [(), ("ppo=true",), ("online=true", "passes=1")], ids=["policy", "ppo", "pairs"]
 )
 def test_a_policy_is_trained_on_episodes_of_two_turns_and_survives_faults(workdir, more):
     name = f"episodes{len(more)}{''.join(more)[:3]}"
-    argv = ["steps=2", "passes=2", "batch=8", "group=2", "save=100", "samples=0", *EPISODES, *more]
+    argv = ["steps=2", "passes=2", "batch=8", "group=2", "save=100", "samples=0", *EPISODES]
+    argv += ["rewards=config.py:letters,reached", *more]
     assert workdir.run(f"name={name}", *argv) == 0, workdir.err()
     assert "raised: " in workdir.out() and "out of order" in workdir.out()
     lines = [line for line in workdir.metrics(name) if "reward" in line]
     for line in lines:
         assert line["episodes/turns"] == 2 and line["episodes/given_tokens"] > 4
+        assert 0 < line["perf"]["sampling_seconds"] < line["perf"]["seconds"]
         assert 0 < line["episodes/faults/raised"] == line["frac_unscorable"] < 1
         if "pairs" not in name and "online=true" not in more:  # the engine's and the training program's
             assert line["sampling/sampling_logp_difference/max"] < 1e-4
-    assert all(len(entry["turns"]) == 4 for entry in rl_workdir.table(workdir, name) if not entry["fault"])
+    table = [entry for entry in rl_workdir.table(workdir, name) if not entry["fault"]]
+    assert all(len(entry["turns"]) == 4 and entry["rewards"]["reached"] == 1 for entry in table) and table
 
 
 OPTIMISED = simulated_devices.flags(1, "--xla_backend_optimization_level=1")
@@ -254,7 +273,7 @@ def test_sigterm_inside_a_rollout_saves_at_its_end(workdir):
     ("argv", "expected"),
     [
         (
-            ("rewards=config.py:constant",),
+            ("rewards=config.py:constant", "max_new=8"),
             {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0},
         ),
         pytest.param(
@@ -269,8 +288,7 @@ def test_rollouts_without_signal_change_nothing_and_are_counted(workdir, argv, e
     if not (workdir.folder / "endless").exists():
         rl_workdir.write_without_eos(workdir.folder)
     name = f"nothing-{argv[0].partition('=')[0]}"
-    more = ["steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100"]
-    assert workdir.run(f"name={name}", *argv, *more) == 0, workdir.err()
+    assert workdir.run(f"name={name}", "steps=2", *SMALL, *argv) == 0, workdir.err()
     for line in (line for line in workdir.metrics(name) if "reward" in line):
         assert line["grad_norm"] == 0 == line.get("loss", 0)
         assert {key: line[key] for key in expected} == expected

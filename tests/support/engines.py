@@ -1,9 +1,11 @@
 """Engines for tests, compiled once for the same model, sampling and sizes; decoding without an engine."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jaxft.engine.programs import compile_engine
+from jaxft.engine.programs import Engine, compiler_options, program_tracers
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.cache import NextToken, insert_prompts
 from jaxft.nn.cached_attention import equal_groups
@@ -22,8 +24,24 @@ def engine_of(world, sampling, stop=(), rows=None, longest=64, group=1, prompts=
     sizes = str(jax.tree.map(lambda x: x.shape, shapes))
     key = model.decode, sampling, stop, slots, group, *options.items(), sizes
     if key not in ENGINES:
-        ENGINES[key] = compile_engine(Decoding(model, sampling, stop, group, **options), shapes, slots)
+        ENGINES[key] = lazy_engine(Decoding(model, sampling, stop, group, **options), shapes, slots)
     return ENGINES[key]
+
+
+def lazy_engine(d, params, slots):
+    """An engine whose programs are compiled when they are first called; most tests run a few of them."""
+    found = {name: on_first_call(trace) for name, trace in program_tracers(d, params, slots).items()}
+    by_size = [
+        {key[1:]: program for key, program in found.items() if key[0] == name}
+        for name in ("start", "extend", "decode", "keep")
+    ]
+    return Engine(d, slots, found[("empty",)], *by_size)
+
+
+def on_first_call(trace):
+    """The program of a trace, as Engine has it."""
+    program = functools.cache(lambda: trace().lower().compile(compiler_options("cpu")))
+    return lambda *args: program()(*args)
 
 
 def prefilled(model, params, prompts, new):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import assert_close, batch_of, examples, micro, one_by_one, tiny
+from tiny_model import CONFIG, assert_close, batch_of, examples, micro, one_by_one, tiny
 
 from jaxft import tree
 from jaxft.batch import TrainState
@@ -104,25 +105,27 @@ def test_evaluation_has_the_same_metrics_for_any_batch_size():
 
 
 def lora_run(optimizer, dropout=0.0):
-    model, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
-    plain, _ = tiny()
+    _, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
     t = partition.partition_params(plain_model(), Adapter(rank=4, dropout=dropout), None)
     return (*partition.split_params(t, whole), jax.jit(make_train_step(sft(t.model), optimizer, 0)))
 
 
+@cache
 def plain_model():
-    from tiny_model import CONFIG
-
-    from jaxft.models.llama import llama
-
     return llama(CONFIG, jnp.float64)
 
 
-def test_only_the_adapter_is_updated():
+@cache
+def adamw_run():
+    """(state, trainable, frozen, step): one program, and state from which it starts."""
     optimizer = make_optimizer(Optim(weight_decay=0.1), lora_specs(), 10)
     trainable, frozen, step = lora_run(optimizer)
+    return state_of(trainable, optimizer), trainable, frozen, step
+
+
+def test_only_the_adapter_is_updated():
+    state, trainable, frozen, step = adamw_run()
     before = jax.tree.map(np.array, frozen)
-    state = state_of(trainable, optimizer)
     batch = micro(one_by_one(examples(4)), 2)
     for _ in range(3):
         state, _ = step(state, frozen, batch)
@@ -138,9 +141,7 @@ def lora_specs():
 
 
 def test_a_nonfinite_step_changes_nothing_but_is_counted():
-    optimizer = make_optimizer(Optim(), lora_specs(), 10)
-    trainable, frozen, step = lora_run(optimizer)
-    state = state_of(trainable, optimizer)
+    state, _, frozen, step = adamw_run()
     good = micro(one_by_one(examples(4)), 2)
     bad = good.replace(token_weights=good.token_weights.at[1, 0, 0].set(jnp.nan))
     state, _ = step(state, frozen, good)
@@ -215,21 +216,24 @@ def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
         for k in range(3)
     ]
 
-    def run(specs, start, grads):
-        optimizer = make_optimizer(settings, specs, 10)
+    def run(optimizer, update, start, grads):
         state = optimizer.init(start)
         for g in grads:
-            info = StepInfo(optax.tree.norm(g), jnp.array(True))
-            start, state = optimizer.update(g, state, start, info)
+            start, state = update(g, state, start, StepInfo(optax.tree.norm(g), jnp.array(True)))
         return start
 
-    whole = run(specs, stacked, grads)
+    def compiled(specs):
+        optimizer = make_optimizer(settings, specs, 10)
+        return optimizer, jax.jit(optimizer.update)
+
+    whole = run(*compiled(specs), stacked, grads)
     single = jax.tree.map(
         lambda s: param.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=param.is_spec
     )
+    of_a_layer = compiled(single)
     for i in range(3):
         layer = lambda t, i=i: jax.tree.map(lambda x: x[i], t)  # noqa: E731
-        assert_close(layer(whole), run(single, layer(stacked), [layer(g) for g in grads]), 1e-6)
+        assert_close(layer(whole), run(*of_a_layer, layer(stacked), [layer(g) for g in grads]), 1e-6)
 
 
 def update_case(optimizer, clip):
@@ -250,12 +254,12 @@ def test_an_update_equals_that_of_optax_or_is_skipped_entirely(optimizer, clip):
     plain = [optax.clip_by_global_norm(clip)] if clip else []
     rule = optimizer(made.schedule, plain_model().specs, 0.1).transform
     reference = optax.chain(*plain, rule)
-    norm, step = optax.tree.norm(grads), jax.jit(made.update)
+    norm, step, reference_update = optax.tree.norm(grads), jax.jit(made.update), jax.jit(reference.update)
     params, state, expected, expected_state = start, made.init(start), start, reference.init(start)
     for _ in range(3):
         params, state = step(grads, state, params, StepInfo(norm, jnp.array(True)))
         with update.standard_promotion():
-            updates, expected_state = reference.update(grads, expected_state, expected)
+            updates, expected_state = reference_update(grads, expected_state, expected)
         expected = optax.apply_updates(expected, updates)
     assert_close(params, expected, 1e-6)
     skipped = step(grads, state, params, StepInfo(norm, jnp.array(False)))
@@ -347,9 +351,8 @@ def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
 
 
 def test_a_compiled_step_transfers_nothing_between_host_and_device():
-    optimizer = make_optimizer(Optim(), lora_specs(), 10)
-    trainable, frozen, step = lora_run(optimizer)
-    args = jax.device_put((state_of(trainable, optimizer), frozen, micro(one_by_one(examples(4)), 2)))
+    state, _, frozen, step = adamw_run()
+    args = jax.device_put((state, frozen, micro(one_by_one(examples(4)), 2)))
     compiled = step.lower(*args).compile()
     with jax.transfer_guard("disallow"):
         state, _ = compiled(*args)
@@ -359,11 +362,9 @@ def test_a_compiled_step_transfers_nothing_between_host_and_device():
 
 
 def test_a_step_is_traced_once_for_any_number_of_steps():
-    optimizer = make_optimizer(Optim(), lora_specs(), 10)
-    trainable, frozen, step = lora_run(optimizer)
+    state, _, frozen, step = adamw_run()
     chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(step.__wrapped__, n=1))
-    state = state_of(trainable, optimizer)
     for _ in range(3):
         state, _ = step(state, frozen, micro(one_by_one(examples(4)), 2))
     assert int(state.step) == 3

@@ -1,10 +1,14 @@
-"""A calculator with two tools: expressions that take one call or two, such as 17 * 23 + 58."""
+"""A calculator with two tools: expressions that take both, such as 17 * 23 + 58 and (17 + 23) * 58."""
 
+import operator
 import random
+from collections.abc import Sequence
 
 from jaxft.data.columns import tool_schema
 from jaxft.rl.environment import RowColumns
 from jaxft.rl.rewards import last_number
+
+OPERATORS = {"add": ("+", operator.add), "multiply": ("*", operator.mul)}
 
 
 class Calculator:
@@ -13,6 +17,8 @@ class Calculator:
     def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
         self.answer = last_number(row["answer"])
+        if self.answer is None:
+            raise ValueError(f"column 'answer' has no number: {row['answer']!r:.80}")
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
         """End the episode with the first turn that calls no tool."""
@@ -22,8 +28,8 @@ class Calculator:
         """Add two numbers.
 
         Args:
-            a: The first number.
-            b: The second number.
+            a: First number.
+            b: Second number.
         """
         return a + b
 
@@ -31,30 +37,33 @@ class Calculator:
         """Multiply two numbers.
 
         Args:
-            a: The first number.
-            b: The second number.
+            a: First number.
+            b: Second number.
         """
         return a * b
 
 
-def calculator_rows(count: int, seed: int, two_calls: float = 0.5) -> list[RowColumns]:
-    """Return questions with answers. two_calls: the fraction of them that need both tools.
+def calculator_rows(count: int, seed: int) -> list[RowColumns]:
+    """Return questions with answers, which take a call of each tool, one after the other.
 
-    Example: calculator_rows(1, 0) is [{"prompt": "What is 62 * 67 + 94?", "answer": "4248"}] or like it.
+    Example: calculator_rows(1, 0) is [{"prompt": "What is (62 + 67) * 94?", "answer": "12126"}] or like it.
     """
     rng = random.Random(seed)
-    return [_question(rng, rng.random() < two_calls)[0] for _ in range(count)]
+    orders = ("multiply", "add"), ("add", "multiply")
+    return [_question(rng, rng.choice(orders))[0] for _ in range(count)]
 
 
-def calculator_demonstrations(count: int, seed: int, two_calls: float = 0.0) -> list[RowColumns]:
-    """Return conversations that show the format of calls: rows for SFT, with tools. By default each has one
-    call, so that a model still has to learn to use the tools one after the other.
+def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
+    """Return conversations that show the format of calls: rows for SFT, with tools.
+
+    chained: the fraction of them with two calls, of the same tool or of both. Few need both, so that a model
+    still has to learn that.
     """
     rng = random.Random(seed)
-    tools = [tool_schema(getattr(Calculator, name)) for name in ("add", "multiply")]
+    tools = [tool_schema(getattr(Calculator, name)) for name in OPERATORS]
     rows = list[RowColumns]()
     for _ in range(count):
-        row, calls = _question(rng, rng.random() < two_calls)
+        row, calls = _question(rng, rng.choices(list(OPERATORS), k=1 + (rng.random() < chained)))
         messages: list[RowColumns] = [{"role": "user", "content": row["prompt"]}]
         for name, a, b, result in calls:
             call = {"type": "function", "function": {"name": name, "arguments": {"a": a, "b": b}}}
@@ -65,12 +74,14 @@ def calculator_demonstrations(count: int, seed: int, two_calls: float = 0.0) -> 
     return rows
 
 
-def _question(rng: random.Random, both: bool) -> tuple[RowColumns, list[tuple[str, int, int, int]]]:
-    """Return a row, and the calls (tool, a, b, result) that answer it."""
-    a, b, c = (rng.randint(11, 99) for _ in range(3))
-    if both:
-        calls = [("multiply", a, b, a * b), ("add", a * b, c, a * b + c)]
-        return {"prompt": f"What is {a} * {b} + {c}?", "answer": str(a * b + c)}, calls
-    if rng.random() < 0.5:
-        return {"prompt": f"What is {a} + {b}?", "answer": str(a + b)}, [("add", a, b, a + b)]
-    return {"prompt": f"What is {a} * {b}?", "answer": str(a * b)}, [("multiply", a, b, a * b)]
+def _question(rng: random.Random, names: Sequence[str]) -> tuple[RowColumns, list[tuple[str, int, int, int]]]:
+    """Return a row whose answer takes calls of these tools in turn, and the calls (tool, a, b, result)."""
+    value, calls = rng.randint(11, 99), list[tuple[str, int, int, int]]()
+    text = str(value)
+    for name in names:
+        other, (sign, result_of) = rng.randint(11, 99), OPERATORS[name]
+        left = f"({text})" if name == "multiply" and "+" in text else text
+        result = result_of(value, other)
+        calls.append((name, value, other, result))
+        text, value = f"{left} {sign} {other}", result
+    return {"prompt": f"What is {text}?", "answer": str(value)}, calls

@@ -1,8 +1,10 @@
 """Calls of users' functions in threads, each with a time-out: environments, tools and rewards.
 
-A call that hangs never holds up the others. After its time-out it is given up: Python code in it is
-interrupted, a call that hangs elsewhere keeps its thread, and another thread takes that one's place. A call
-that ends the process itself (os._exit, a crash in C) cannot be caught; code of a model runs in
+An episode has a thread while it runs, which makes all of its calls: objects of sqlite3 or of Playwright
+belong to the thread that made them. Its async functions run on an event loop of that episode alone, so that
+one that blocks holds up no other. After its time-out a call is given up, with its thread, its loop and their
+objects: coroutines are cancelled, Python code is interrupted, and what hangs elsewhere is left to itself. A
+call that ends the process (os._exit, a crash in C) cannot be caught; code of a model runs in
 jaxft.rl.environments.sandbox.
 """
 
@@ -13,16 +15,25 @@ import inspect
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-_LOOP_LOCK = threading.Lock()
+T = TypeVar("T")
 SLOWEST_CHECK = 0.5  # seconds between checks of time-outs while all calls run
+CLOSE_SECONDS = 2.0  # for objects to be closed at the end
+_LOCK = threading.Lock()
 
 
 class Overdue(Exception):
     """A call took longer than its time-out."""
+
+
+class NeedsMainThread(BaseException):
+    """A user's function set a signal, which Python permits on the main thread only."""
 
 
 class _Interrupt(BaseException):
@@ -31,35 +42,54 @@ class _Interrupt(BaseException):
 
 @dataclass
 class Task:
-    """Work of a thread that consists of several calls in turn, each with the time-out.
+    """Work of an episode's thread that consists of several calls in turn, each with the time-out.
 
-    began: when the current call began, None before the first. result: of the work, or its exception.
+    began: when the current call began, None before the first. awaited: what an async function will return.
+    result: of the work, or its exception.
     """
 
     number: int
     work: Callable[["Task"], Any]
     timeout: float
+    worker: "_Worker"
     began: float | None = None
+    awaited: Future | None = None
+    has_slot: bool = False
     given_up: bool = False
     done: bool = False
     result: Any = None
-    thread: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Return function(*args, **named) and what it awaits. The time-out begins anew."""
         self.began = time.monotonic()
-        value = function(*args, **named)
-        if not inspect.isawaitable(value):
-            return value
-        future = asyncio.run_coroutine_threadsafe(_awaited(value), event_loop())
         try:
-            return future.result(self.timeout)
-        except TimeoutError:
-            if future.done():  # raised by the function itself
-                raise
-            future.cancel()
-            raise Overdue from None
+            value = function(*args, **named)
+            if not inspect.isawaitable(value):
+                return value
+            self.awaited = self.worker.loop.begin(value)
+            try:
+                return self.awaited.result()
+            finally:
+                self.awaited.cancel()
+        except ValueError as error:
+            if "signal only works in main thread" in str(error):
+                raise NeedsMainThread(
+                    "a function sets a signal, such as signal.alarm for a time-out, which works on the main "
+                    "thread only; remove it: data.timeout limits each call"
+                ) from error
+            raise
+
+    def object(self, make: Callable[[], T], close: Callable[[T], Any] | None = None) -> T:
+        """Return the object that make() made for this thread: by its first episode, for all later ones too.
+        close: called with it at the end.
+        """
+        objects = self.worker.objects
+        if make not in objects:
+            objects[make] = made = self.call(make)
+            if close is not None:
+                self.worker.closing.append(functools.partial(close, made))
+        return objects[make]
 
     @property
     def seconds_left(self) -> float:
@@ -67,8 +97,124 @@ class Task:
         return self.timeout if self.began is None else self.began + self.timeout - time.monotonic()
 
 
+class EventLoop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop, self.ended = asyncio.new_event_loop(), False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def begin(self, value: Awaitable[Any]) -> Future:
+        """Run a coroutine, and return what it will return."""
+        return asyncio.run_coroutine_threadsafe(_awaited(value), self.loop)
+
+    def end(self) -> None:
+        """Cancel all coroutines and end the thread; interrupt a coroutine that blocks it."""
+        self.ended = True
+        with suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        if asyncio.current_task(self.loop) is not None:
+            _interrupt(self.thread)
+
+    def _run(self) -> None:
+        with suppress(_Interrupt), asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.get_loop().run_forever()  # closing the runner cancels its coroutines
+
+
+_SHARED = list[EventLoop]()
+
+
+def shared_loop() -> EventLoop:
+    """Return the event loop of async rewards, on which their clients stay; another if that has ended."""
+    with _LOCK:
+        if not _SHARED or _SHARED[-1].ended:
+            _SHARED[:] = [EventLoop()]
+        return _SHARED[-1]
+
+
+class _Worker:
+    """A thread that makes the calls of an episode, and what belongs to it: objects, and an event loop.
+
+    slots: how many workers may call at once. closing: closes the objects.
+    """
+
+    def __init__(self, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
+        self.slots, self.results = slots, results
+        self.tasks = queue.SimpleQueue[Task | None]()
+        self.objects, self.closing = dict[Any, Any](), list[Callable[[], Any]]()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    @functools.cached_property
+    def loop(self) -> EventLoop:
+        """The event loop of async calls, which begins with the first."""
+        return EventLoop()
+
+    def end(self) -> None:
+        """Close the objects and end the thread."""
+        self.tasks.put(None)
+
+    def give_up(self, task: Task) -> bool:
+        """Interrupt a task and end, unless the task is done."""
+        with task.lock:
+            if task.done:
+                return False
+            task.given_up = True
+            if task.has_slot:
+                self.slots.release()
+                _interrupt(self.thread)
+        if task.awaited is not None:
+            task.awaited.cancel()
+        self.end()
+        return True
+
+    def _run(self) -> None:
+        """Do tasks until None comes, or until one was given up."""
+        with suppress(_Interrupt):  # that came late
+            while (task := self.tasks.get()) is not None and self._done(task):
+                self.results.put(task)
+        with suppress(_Interrupt):
+            self._close()
+
+    def _done(self, task: Task) -> bool:
+        """Do a task. Return False if it was given up."""
+        self.slots.acquire()
+        with task.lock:
+            task.has_slot = True
+            if task.given_up:
+                self.slots.release()
+                return False
+        try:
+            result = task.work(task)
+        except _Interrupt:
+            return False
+        except BaseException as error:  # also SystemExit, which only ends the call
+            result = error
+        with task.lock:
+            if task.given_up:
+                return False
+            task.result, task.done = result, True
+            self.slots.release()
+        return True
+
+    def _close(self) -> None:
+        for close in self.closing:
+            with suppress(Exception):
+                value = close()
+                if inspect.isawaitable(value):
+                    self.loop.begin(value).result(CLOSE_SECONDS)
+        self.closing.clear()
+        self.objects.clear()
+        if "loop" in vars(self):
+            self.loop.end()
+
+
 class Calls:
-    """A pool of threads. `submit` work, then collect it by `finished`; `close` at the end.
+    """The threads of the episodes of rollouts. `submit` work of an episode, collect it by `finished`, and
+    `release` an episode that is over. As a context, it gives up at the end what still runs.
+
+    workers: the most calls at once.
 
     Example:
 
@@ -78,25 +224,29 @@ class Calls:
     """
 
     def __init__(self, workers: int, timeout: float):
-        self.workers, self.timeout = workers, timeout
-        self.waiting = queue.SimpleQueue[Task | None]()
+        self.timeout, self.slots = timeout, threading.Semaphore(workers)
         self.results = queue.SimpleQueue[Task]()
         self.running = dict[int, Task]()  # all that are submitted and not collected
-        self.threads = 0
+        self.workers, self.idle = dict[int, _Worker](), list[_Worker]()  # by episode; of none
+        weakref.finalize(self, _end, self.idle)
 
     def __enter__(self) -> "Calls":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        for number, task in self.running.items():
+            self.workers[number].give_up(task)
+        self.running.clear()
+        for number in [*self.workers]:
+            self.release(number, keep=False)
 
     def submit(self, number: int, work: Callable[[Task], Any]) -> None:
-        """Queue work. number: under which its result is returned, which no other work in progress has."""
-        self.running[number] = task = Task(number, work, self.timeout)
-        if self.threads < min(self.workers, len(self.running)):
-            self.threads += 1
-            self._start_thread()
-        self.waiting.put(task)
+        """Queue work. number: of the episode, which has no other work in progress."""
+        if number not in self.workers:
+            self.workers[number] = self.idle.pop() if self.idle else self._started()
+        worker = self.workers[number]
+        self.running[number] = task = Task(number, work, self.timeout, worker)
+        worker.tasks.put(task)
 
     def finished(self, wait: bool) -> list[tuple[int, Any]]:
         """Return (number, result or exception) of work that has ended since the last call, in the order of
@@ -109,7 +259,7 @@ class Calls:
                 if self.running.get(task.number) is task:
                     del self.running[task.number]
                     found.append((task.number, task.result))
-            found += [(task.number, Overdue()) for task in self._overdue()]
+            found += self._overdue()
             if found or not wait or not self.running:
                 return sorted(found, key=lambda pair: pair[0])
             left = min(task.seconds_left for task in self.running.values())
@@ -118,73 +268,46 @@ class Calls:
             except queue.Empty:
                 continue
 
-    def close(self) -> None:
-        """End the threads that are idle, and interrupt what still runs."""
-        for task in self.running.values():
-            _give_up(task)
-        for _ in range(self.threads):
-            self.waiting.put(None)
-        self.running.clear()
+    def release(self, number: int, keep: bool) -> None:
+        """End an episode. keep: whether its thread's objects may be used again."""
+        worker = self.workers.pop(number, None)
+        if worker is not None and keep and worker.objects:
+            self.idle.append(worker)
+        elif worker is not None:
+            worker.end()
 
-    def _overdue(self) -> list[Task]:
-        """Give up the calls that are overdue, and return their jobs."""
+    def _overdue(self) -> list[tuple[int, Overdue]]:
+        """Give up the calls that are overdue, and return them."""
         overdue = [task for task in self.running.values() if task.seconds_left < 0]
-        found = [task for task in overdue if _give_up(task)]
-        for task in found:
-            del self.running[task.number]
-            self._start_thread()  # in the place of the one that hangs
-        return found
+        found = [task.number for task in overdue if self.workers[task.number].give_up(task)]
+        for number in found:
+            del self.running[number], self.workers[number]
+        return [(number, Overdue()) for number in found]
 
-    def _start_thread(self) -> None:
-        threading.Thread(target=_work, args=(self.waiting, self.results), daemon=True).start()
-
-
-def _work(waiting: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
-    """Do jobs until None comes, or until a task was given up."""
-    try:
-        while (task := waiting.get()) is not None:
-            if task.given_up:
-                continue
-            task.thread = threading.get_ident()
-            try:
-                result = task.work(task)
-            except _Interrupt:
-                return
-            except BaseException as error:  # also SystemExit, which only ends the call
-                result = error
-            with task.lock:
-                task.result, task.done = result, True
-                if task.given_up:
-                    return
-            results.put(task)
-    except _Interrupt:  # that came late
-        return
+    def _started(self) -> _Worker:
+        try:
+            return _Worker(self.slots, self.results)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{error}: each episode in progress has a thread, and {len(self.workers)} have begun. "
+                "Raise the system's limit of threads, or lower data.batch or data.group."
+            ) from None
 
 
-def _give_up(task: Task) -> bool:
-    """Mark a task as given up and interrupt its thread, unless it is done."""
-    with task.lock:
-        if task.done:
-            return False
-        task.given_up = True
-        if task.thread:
-            interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            interrupt(ctypes.c_ulong(task.thread), ctypes.py_object(_Interrupt))
-    return True
+def _end(idle: list[_Worker]) -> None:
+    """End threads, and wait for a while until they have closed their objects."""
+    until = time.monotonic() + CLOSE_SECONDS
+    for worker in idle:
+        worker.end()
+    for worker in idle:
+        worker.thread.join(max(0.0, until - time.monotonic()))
+    idle.clear()
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    interrupt(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Interrupt))
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
-
-
-def event_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop on which all async functions run, so that clients stay on one loop."""
-    with _LOOP_LOCK:
-        return _started_loop()
-
-
-@functools.cache
-def _started_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop

@@ -31,7 +31,7 @@ class CodeInterpreter:
         """Run a Python program and return what it prints.
 
         Args:
-            code: The program. Each call begins anew.
+            code: The program. No variables are left from earlier calls.
         """
         found = run_python(code, self.limits)
         if found.code is None:

@@ -11,8 +11,8 @@ observation is the text that the model reads; the score is the sum of the reward
 """
 
 import json
-import queue
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any
 
 from jaxft.rl.environment import Beginning, Environment, EpisodeState, RowColumns, StepResult, checked_step
@@ -31,15 +31,15 @@ def openenv(
 ) -> Environment:
     """Return the environment of an OpenEnv server.
 
-    connect: makes a client; each serves one episode at a time and is used again. action: a turn's text -> the
+    connect: makes a client; each serves one episode at a time and is used again, unless that had a fault; its
+    close() is called at the end. action: a turn's text -> the
     action; ValueError for text that is none. options: a row -> arguments of reset, such as a seed.
     observation: an observation -> text for the model, by default its only field that is a string, or JSON.
     """
-    free = queue.SimpleQueue[Any]()
     text_of = observation or observation_text
 
     def reset(row: RowColumns, task: Task) -> Beginning:
-        client = task.call(connect) if free.empty() else free.get()
+        client = task.object(connect, methodcaller("close"))
         result = task.call(client.reset, **options(row))
         return Beginning(text_of(result.observation) or None, client)
 
@@ -53,7 +53,6 @@ def openenv(
         return checked_step((shown, result.reward, bool(result.done), client))
 
     def score(client: EpisodeState, task: Task) -> float | None:
-        free.put(client)
         return None
 
     def tools(state: EpisodeState) -> dict[str, Tool]:

@@ -29,11 +29,14 @@ class Search:
 
     def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
-        self.answer = str(row["answer"])
+        self.answer = _words(str(row["answer"]))
+        if not self.answer:
+            raise ValueError(f"column 'answer' has no words: {row['answer']!r:.80}")
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
         """End the episode with the first turn that searches nothing."""
-        return None, float(" ".join(_words(self.answer)) in " ".join(_words(text))), True, None
+        said, answer = (f" {' '.join(words)} " for words in (_words(text), self.answer))
+        return None, float(answer in said), True, None
 
     def search(self, query: str) -> str:
         """Search the library and return the passages that match best.

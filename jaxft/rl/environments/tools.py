@@ -6,14 +6,17 @@ reads them.
 
 What goes wrong with a call is either the model's doing and returned to it as an error message (an unknown
 name, malformed JSON, wrong arguments, a ValueError, TypeError, ArithmeticError or LookupError of the tool, a
-result that is too long), or it is not, and excludes the episode (any other exception, a time-out).
+result that is too long), or it is not, and excludes the episode (any other exception, a time-out). Classes of
+TRL's environment_factory return all exceptions to the model, as TRL does.
 """
 
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+from jaxft.data.columns import tool_schema
 from jaxft.data.example import Message
 from jaxft.inference.tool_calls import CallFormat, CallStream, ToolCall
 from jaxft.rl.environments.calls import Task
@@ -25,18 +28,29 @@ MOST_CALLS = 16  # of one turn
 ERROR_SIZE = 200  # characters of an error's text
 UNKNOWN_TOOL, MALFORMED_CALL, BAD_ARGUMENTS = "unknown_tool", "malformed_call", "bad_arguments"
 TOOL_ERROR, LARGE_RESULT, TOO_MANY_CALLS = "tool_error", "large_result", "too_many_calls"
+CALL_KEYS = {"type", "id", "name", "arguments", "parameters"}  # of a call in JSON
+JSON_TYPES: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": int | float,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
 
 
 class ParsedTurn(NamedTuple):
-    """A sampled turn. text: what is not part of a call. malformed: whether it has a call that is no JSON."""
+    """A sampled turn. text: what is not part of a call. malformed: how many of its calls are no JSON."""
 
     text: str
     calls: tuple[ToolCall, ...]
-    malformed: bool
+    malformed: int
 
 
 def tool_name(tool: Tool) -> str:
-    """Return the name by which a model calls a tool."""
+    """Return the name of a function, by which a model calls it; of a partial, that of its function."""
+    while isinstance(tool, partial):
+        tool = tool.func
     return str(getattr(tool, "__name__", type(tool).__name__))
 
 
@@ -54,14 +68,25 @@ def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
     are the same in each run.
     """
     if format is None:
-        return ParsedTurn(text, (), False)
+        return ParsedTurn(text, (), 0)
     rest, calls = CallStream(format).add(text, True)
-    opened = format.opens in rest or (format.bare and not calls and rest.lstrip().startswith("{"))
+    malformed = rest.count(format.opens) or int(format.bare and not calls and _is_like_a_call(rest))
     named = (
         ToolCall(call.index, f"call{number % 100:02}{call.index % 1000:03}", call.name, call.arguments)
         for call in calls
     )
-    return ParsedTurn(rest, tuple(named), opened)
+    return ParsedTurn(rest, tuple(named), min(malformed, MOST_CALLS))
+
+
+def _is_like_a_call(text: str) -> bool:
+    """Whether text that is not marked as a call seems to be a failed one, rather than an answer in JSON."""
+    if not text.lstrip().startswith("{"):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return '"name"' in text
+    return isinstance(found, dict) and "name" in found and found.keys() <= CALL_KEYS
 
 
 def turn_message(turn: ParsedTurn) -> Message:
@@ -80,20 +105,26 @@ def turn_message(turn: ParsedTurn) -> Message:
 
 
 def answer_calls(
-    turn: ParsedTurn, tools: Mapping[str, Tool], task: Task, longest: int
+    turn: ParsedTurn,
+    tools: Mapping[str, Tool],
+    task: Task,
+    longest: int,
+    errors: tuple[type[Exception], ...] = MODELS_ERRORS,
 ) -> tuple[list[Message], list[Fault]]:
     """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
 
-    longest: characters of a result. Raises what excludes the episode.
+    longest: characters of a result. errors: exceptions that are returned to the model. Raises what excludes
+    the episode.
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
-        text, fault = _result_of(call, tools, task, longest)
+        text, fault = _result_of(call, tools, task, longest, errors)
         if fault:
+            fault = Fault(fault.kind, valid_text(fault.text[:ERROR_SIZE]))
             text = error_text(fault.text)
             faults.append(fault)
         messages.append({"role": "tool", "name": call.name, "tool_call_id": call.id, "content": text})
-    if turn.malformed and not turn.calls:
+    for _ in range(turn.malformed):
         fault = Fault(MALFORMED_CALL, "the tool call is not valid JSON with a name and arguments")
         faults.append(fault)
         messages.append({"role": "tool", "content": error_text(fault.text)})
@@ -102,13 +133,18 @@ def answer_calls(
 
 def error_text(text: str) -> str:
     """Return the content of a tool message about an error."""
-    return json.dumps({"error": text[:ERROR_SIZE]}, ensure_ascii=False)
+    return json.dumps({"error": text}, ensure_ascii=False)
+
+
+def valid_text(text: str) -> str:
+    """Return text with U+FFFD in place of unpaired surrogates, which no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _result_of(
-    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int
+    call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int, errors: tuple[type[Exception], ...]
 ) -> tuple[str, Fault | None]:
-    """Return the text of a call's result, or the fault that the model is told."""
+    """Return the text of a call's result, or the fault that the model is shown."""
     tool = tools.get(call.name)
     if call.index >= MOST_CALLS:
         return "", Fault(TOO_MANY_CALLS, f"only {MOST_CALLS} calls of a turn are answered")
@@ -117,11 +153,12 @@ def _result_of(
     arguments = json.loads(call.arguments)
     try:
         inspect.signature(tool).bind(**arguments)
+        _check_types(arguments, _properties(getattr(tool, "__func__", tool)))
     except TypeError as error:
         return "", Fault(BAD_ARGUMENTS, f"{call.name}: {error}")
     try:
         text = result_text(task.call(tool, **arguments))
-    except MODELS_ERRORS as error:
+    except errors as error:
         return "", Fault(TOOL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
     if len(text) > longest:
         return "", Fault(
@@ -130,6 +167,38 @@ def _result_of(
     return text, None
 
 
+@cache
+def _properties(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """Return the schemas of a tool's arguments."""
+    found: Mapping[str, Any] = tool_schema(function)["function"]["parameters"]["properties"]
+    return found
+
+
+def _check_types(arguments: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+    """Raise TypeError for an argument that is not of its schema's type."""
+    for name, value in arguments.items():
+        schema = properties.get(name, {})
+        if not _is_of(value, schema):
+            expected = f"one of {schema['enum']}" if "enum" in schema else f"of type {schema.get('type')}"
+            raise TypeError(f"argument {name!r} is {json.dumps(value)[:60]}, expected {expected}")
+
+
+def _is_of(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a value of JSON has the type of a schema, which has one type, several, or any."""
+    if value is None:
+        return bool(schema.get("nullable")) or "type" not in schema
+    if "enum" in schema:
+        return value in schema["enum"]
+    types = schema.get("type", [*JSON_TYPES])
+    names = [types] if isinstance(types, str) else types
+    if isinstance(value, bool):
+        return "boolean" in names
+    if isinstance(value, list) and "array" in names:
+        return all(_is_of(item, schema.get("items", {})) for item in value)
+    return any(isinstance(value, JSON_TYPES[name]) for name in names if name in JSON_TYPES)
+
+
 def result_text(value: Any) -> str:
     """Return a tool's result as text: a string unchanged, other values as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return valid_text(text)
