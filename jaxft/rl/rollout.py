@@ -181,12 +181,6 @@ class Rollouts(Prompts):
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
             )
-        names = [reward.name for reward in self.object_rewards]
-        if names and (self.environment is None or len({*names}) < len(names)):
-            raise ValueError(
-                f"rewards {', '.join(names)} read the objects of an environment; "
-                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
-            )
         if self.observations and self.max_turns == 1:
             raise ValueError(
                 "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
@@ -251,6 +245,12 @@ class Rollouts(Prompts):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
+        names = [reward.name for reward in self.object_rewards]
+        if names and (self.environment is None or len({*names}) < len(names)):
+            raise ValueError(
+                f"rewards {', '.join(names)} read the objects of an environment; "
+                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
+            )
         self.play(tokenizer, ())  # raises ValueError for a tokenizer whose template shows no tools
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
