@@ -201,8 +201,8 @@ def test_a_policy_is_trained_on_episodes_of_two_turns_and_survives_faults(workdi
     argv += ["rewards=config.py:letters,reached", *more]
     assert workdir.run(f"name={name}", *argv) == 0, workdir.err()
     assert "raised: " in workdir.out() and "out of order" in workdir.out()
-    lines = [line for line in workdir.metrics(name) if "reward" in line]
-    for line in lines:
+    entries = map(json.loads, (workdir.runs(name) / "metrics.jsonl").read_text().splitlines())
+    for line in (entry for entry in entries if "reward" in entry):
         assert line["episodes/turns"] == 2 and line["episodes/given_tokens"] > 4
         assert 0 < line["perf"]["sampling_seconds"] < line["perf"]["seconds"]
         assert 0 < line["episodes/faults/raised"] == line["frac_unscorable"] < 1
