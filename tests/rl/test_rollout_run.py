@@ -144,6 +144,12 @@ def test_every_named_method_trains(workdir, name, settings):
     effective = lines[0].get("sampling/importance_sampling_ratio/effective_samples")
     assert effective == pytest.approx(1, abs=1e-4) if "correction=" in settings else effective is None
     assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
+    held_out = map(json.loads, (workdir.runs(folder) / "held_out.jsonl").read_text().splitlines())
+    rewards, mean = (
+        {row["row"]: row["reward"] for row in held_out},
+        workdir.metrics(folder)[-1]["eval_reward"],
+    )
+    assert len(rewards) > 1 and np.mean([*rewards.values()]) == pytest.approx(mean)
 
 
 EPISODES = ["data.environment=config.py:once_more", "data.max_turns=2", "data.max_episode=80", "max_new=12"]

@@ -44,6 +44,12 @@ def test_a_line_of_a_rollout_has_reward_spread_length_and_truncation_and_says_wh
     assert "nothing learned" not in second
 
 
+def test_the_time_left_is_known_after_the_first_step():
+    view, out = plain(total=5)
+    view.log(1, {"loss": 1.0}, {"seconds": 30.0, "tokens_per_second": 100.0})
+    assert "eta 2:00" in out.getvalue()
+
+
 def test_a_sweep_is_a_table_with_a_column_for_each_member():
     view, out = plain()
     view.tabulate(["lr=2e-4", "lr=1e-3,beta=0.125"])

@@ -88,7 +88,10 @@ class ConsoleView:
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
         """Update the live view, or print a line."""
         if step > self._step:
-            self._pace.append((step, time.monotonic()))
+            now = time.monotonic()
+            if not self._pace and names.SECONDS in perf:
+                self._pace.append((self._step, now - perf[names.SECONDS]))
+            self._pace.append((step, now))
         self._step = step
         self._metrics = {**self._metrics, **metrics}
         self._perf = perf if names.SPEED in perf else self._perf
