@@ -136,11 +136,11 @@ def shared_loop() -> EventLoop:
 class _Worker:
     """A thread that makes the calls of an episode, and what belongs to it: objects, and an event loop.
 
-    slots: how many workers may call at once. closing: closes the objects.
+    slots: how many workers may call at once. closing: closes the objects. episode: of the first rollout.
     """
 
-    def __init__(self, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
-        self.slots, self.results = slots, results
+    def __init__(self, episode: int, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
+        self.episode, self.slots, self.results = episode, slots, results
         self.tasks = queue.SimpleQueue[Task | None]()
         self.objects, self.closing = dict[Any, Any](), list[Callable[[], Any]]()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -231,6 +231,7 @@ class Calls:
         weakref.finalize(self, _end, self.idle)
 
     def __enter__(self) -> "Calls":
+        self.idle.sort(key=lambda worker: -worker.episode)  # an episode has the same objects in each rollout
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -243,7 +244,7 @@ class Calls:
     def submit(self, number: int, work: Callable[[Task], Any]) -> None:
         """Queue work. number: of the episode, which has no other work in progress."""
         if number not in self.workers:
-            self.workers[number] = self.idle.pop() if self.idle else self._started()
+            self.workers[number] = self.idle.pop() if self.idle else self._started(number)
         worker = self.workers[number]
         self.running[number] = task = Task(number, work, self.timeout, worker)
         worker.tasks.put(task)
@@ -284,9 +285,9 @@ class Calls:
             del self.running[number], self.workers[number]
         return [(number, Overdue()) for number in found]
 
-    def _started(self) -> _Worker:
+    def _started(self, episode: int) -> _Worker:
         try:
-            return _Worker(self.slots, self.results)
+            return _Worker(episode, self.slots, self.results)
         except RuntimeError as error:
             raise ValueError(
                 f"{error}: each episode in progress has a thread, and {len(self.workers)} have begun. "
