@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 SLOWEST_CHECK = 0.5  # seconds between checks of time-outs while all calls run
 CLOSE_SECONDS = 2.0  # for objects to be closed at the end
-_LOCK = threading.Lock()
 
 
 class Overdue(Exception):
@@ -122,15 +121,17 @@ class EventLoop:
             runner.get_loop().run_forever()  # closing the runner cancels its coroutines
 
 
-_SHARED = list[EventLoop]()
+@functools.cache
+def _shared_loops() -> list[EventLoop]:
+    return [EventLoop()]
 
 
 def shared_loop() -> EventLoop:
     """Return the event loop of async rewards, on which their clients stay; another if that has ended."""
-    with _LOCK:
-        if not _SHARED or _SHARED[-1].ended:
-            _SHARED[:] = [EventLoop()]
-        return _SHARED[-1]
+    loops = _shared_loops()
+    if loops[0].ended:
+        loops[0] = EventLoop()
+    return loops[0]
 
 
 class _Worker:
