@@ -49,8 +49,6 @@ RowColumns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
 EpisodeState = Any
 FirstPrompt = str | Sequence[Message] | None
-
-
 CLASS_SHAPES = (
     "Define reset(self, row) and step(self, state, text), or reset(self, **row) with tools as methods."
 )
@@ -159,7 +157,7 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
         )
     else:
         raise ValueError(
-            f"environment: {shown(given)} is neither a class nor a function (state, text, row) -> "
+            f"environment: {short_repr(given)} is neither a class nor a function (state, text, row) -> "
             "(observation, reward, done, state). Set environment=my_env.py:Name."
         )
     return with_tools(found, tools) if tools else found
@@ -268,13 +266,11 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
     )
     if "reset" not in members:
         raise ValueError(f"environment {name} has no reset. {CLASS_SHAPES}")
-    try:
-        inspect.signature(make).bind()
-    except TypeError as error:
+    if missing := _missing_argument(make):
         raise ValueError(
-            f"environment {name}: {error}, and its objects are made without any. Set environment= to a "
+            f"environment {name}: {missing}, and its objects are made without any. Set environment= to a "
             f"function without arguments that returns a {name}."
-        ) from error
+        )
     native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
     of_kind = _of_native if native and "get_reward" not in members else _of_trl
     try:
@@ -283,6 +279,17 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
         if "step" in members and not native:  # such as a class for gym
             raise ValueError(f"environment {name}: {error} If step is no tool: {CLASS_SHAPES}") from error
         raise
+
+
+def _missing_argument(make: Callable[[], Any]) -> str:
+    """Return what is wrong with a call without arguments, "" for nothing."""
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a class whose base is written in C
+        return ""
+    return ""
 
 
 def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
@@ -304,16 +311,8 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {method: getattr(state[0], method) for method in methods}
 
-    return Environment(
-        name,
-        reset,
-        step,
-        tools,
-        _schemas(methods),
-        _no_score,
-        **_prompts(members["reset"]),
-        owner=_first,
-    )
+    own = Environment(name, reset, step, tools, _schemas(methods), _no_score, owner=_first)
+    return _with_prompts(own, members["reset"])
 
 
 def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
@@ -334,7 +333,7 @@ def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> E
         return checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
     own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
-    return replace(own, tool_errors=(Exception,), **_prompts(members["reset"]))
+    return _with_prompts(replace(own, tool_errors=(Exception,)), members["reset"])
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
@@ -345,10 +344,10 @@ def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
     return tuple(map(tool_schema, methods.values()))
 
 
-def _prompts(reset: Callable[..., Any]) -> dict[str, bool]:
-    """Return whether a reset may return a prompt, and whether it always does, by its annotation."""
+def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Environment:
+    """Return the environment with what the annotation of its reset says about prompts."""
     annotation = inspect.signature(reset).return_annotation
-    return {"resets": annotation not in (None, "None"), "prompts": annotation in (str, "str")}
+    return replace(environment, resets=annotation not in (None, "None"), prompts=annotation in (str, "str"))
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
@@ -390,10 +389,10 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 def checked_step(value: Any) -> StepResult:
     """Return what a user's step returned as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
-        raise WrongType(f"step returned {shown(value)}, expected (observation, reward, done, state)")
+        raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value
     if not isinstance(done, bool | np.bool_):
-        raise WrongType(f"step returned done={shown(done)}, expected True or False")
+        raise WrongType(f"step returned done={short_repr(done)}, expected True or False")
     return StepResult(_messages(observation), checked_reward(reward), bool(done), state)
 
 
@@ -417,7 +416,7 @@ def _checked_messages(what: str, value: Any) -> tuple[Message, ...]:
     except InvalidRow as error:
         raise WrongType(f"{what}: {error.problem}".replace("; fix or remove the row", "")) from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise WrongType(f"{what} is {shown(value)}, expected a string, messages or None") from error
+        raise WrongType(f"{what} is {short_repr(value)}, expected a string, messages or None") from error
 
 
 def _checked_prompt(value: Any) -> FirstPrompt:
@@ -430,7 +429,7 @@ def checked_reward(value: Any) -> float:
     """Return a reward as a float, NaN for None. Raises WrongType if it is not a finite real number."""
     number = finite_number(value)
     if math.isnan(number) and value is not None:
-        raise WrongType(f"the reward is {shown(value)}, expected a finite number or None")
+        raise WrongType(f"the reward is {short_repr(value)}, expected a finite number or None")
     return number
 
 
@@ -445,7 +444,7 @@ def finite_number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return the type and repr of a value of any type."""
     try:
         return f"{type(value).__name__} {value!r}"[:80]

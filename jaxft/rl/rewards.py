@@ -32,7 +32,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
-from jaxft.rl.environment import finite_number, shown
+from jaxft.rl.environment import finite_number, short_repr
 from jaxft.rl.environments.calls import shared_loop
 from jaxft.rl.environments.tools import tool_name
 from jaxft.rl.layout import PackedRows
@@ -42,7 +42,7 @@ from jaxft.rl.trajectory import Episodes, Trajectory
 from jaxft.tree import Params
 
 ASYNC_SECONDS, SPARE_SECONDS = 600.0, 5.0  # after which an async reward has no score; for its loop to say so
-ENVIRONMENTS = "environments"  # the argument of TRL's reward functions that has the objects
+OBJECTS = "environments"  # the argument of TRL's reward functions that has the objects
 SIGN, EXPONENT = r"(?:(?<![\w)])[-+])?", r"(?:[eE][-+]?\d+)?"  # 10-7 ends with a 7
 NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+){EXPONENT}")
 
@@ -157,7 +157,7 @@ class FunctionReward(Reward):
                 given = [prompts.as_given(t.prompt) for t in own]
                 rows = [(prompts.names[t.prompt], prompts.fields[t.prompt]) for t in own]
                 begun = [episodes.begun.get((self, i)) for i in chosen]
-                scores, faults = call_reward(self, given, [t.text for t in own], rows, begun)
+                scores, faults, _ = call_reward(self, given, [t.text for t in own], rows, begun)
                 return [scores.tolist(), *astuple(faults)]
 
             scores, *faults = processes.from_first_process(on_first)
@@ -177,7 +177,7 @@ def _require_reward_signature(fn: Callable, name: str) -> None:
     except (TypeError, ValueError):  # of some functions written in C
         return
     takes = "is a function of (prompt, completion, row) that returns a number"
-    if ENVIRONMENTS in signature.parameters:
+    if OBJECTS in signature.parameters:
         raise ValueError(
             f"reward {name}{signature} reads the objects of an environment, which only a rollout has. Set "
             "environment=my_env.py:Name, or leave this reward out."
@@ -222,7 +222,7 @@ def reward_of(given: Any) -> Reward:
     if isinstance(given, Reward):
         return given
     try:
-        reads = callable(given) and ENVIRONMENTS in inspect.signature(given).parameters
+        reads = callable(given) and OBJECTS in inspect.signature(given).parameters
     except (TypeError, ValueError):  # of some functions written in C
         reads = False
     return ObjectReward(given) if reads else FunctionReward(given)
@@ -313,7 +313,7 @@ def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
     score = finite_number(value)
     if math.isfinite(score):
         return score, Faults()
-    message = f"reward {name} returned {shown(value)}, expected a finite number ({row})"
+    message = f"reward {name} returned {short_repr(value)}, expected a finite number ({row})"
     return math.nan, Faults(not_a_number=1, first=message)
 
 

@@ -251,6 +251,7 @@ class Rollouts(Prompts):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
+        self.play(tokenizer, ())  # raises ValueError for a tokenizer whose template shows no tools
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
     def abstract(self, shards: int = 1) -> Batch:

@@ -134,7 +134,7 @@ def _scored(
     metrics: dict[str, float] = {"prompts": len(prompts), "completions": len(texts)}
     notes, scores, by_row = [], {}, {}
     for name, reward in zip(unique_names(rewards), rewards, strict=True):
-        values, faults = call_reward(reward, given, texts, columns)
+        values, faults, _ = call_reward(reward, given, texts, columns)
         missing = int(np.isnan(values).sum())
         if missing == len(values):
             raise ValueError(f"no completion has a score: {faults.first}")

@@ -739,6 +739,14 @@ BAD = {
 
 
 def test_a_class_with_arguments_is_given_with_them():
+    class Board(dict):  # has no signature
+        def reset(self, row):
+            return None
+
+        def step(self, state, text):
+            return None, 1.0, True, state
+
+    assert environment_of(Board).name == "Board"
     (found,) = played(environment_of(partial(Game, "here", port=8)), ["a"])
     assert found.score == 1.0 and found.turns[0]["content"] == "q here:8"
 
@@ -823,3 +831,5 @@ def test_tools_need_a_template_whose_calls_are_read():
     tokenizer = stock_tokenizer("chatml")
     with pytest.raises(ValueError, match="no format of tool calls that jaxft reads. Set chat_template=qwen"):
         Play(environment_of(None, [add]), tokenizer, ())
+    with pytest.raises(ValueError, match="no format of tool calls that jaxft reads"):  # before reading rows
+        Rollouts("none.jsonl", rules=Rules((exact,)), tools=(add,)).open(tokenizer)

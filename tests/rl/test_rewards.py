@@ -24,7 +24,7 @@ from jaxft.rl.trajectory import Trajectory
 
 def call(fn, prompts=("q",), completions=("a",), rows=(("row:1", {}),)):
     """The scores of completions by one function, and the faults."""
-    return rewards.call_reward(FunctionReward(fn), prompts, completions, rows)
+    return rewards.call_reward(FunctionReward(fn), prompts, completions, rows)[:2]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_scores_stay_floating_point():
 
 def test_scores_of_a_reward_model_are_checked():
     rows = [f"rows:{i}" for i in range(3)]
-    scores, faults = rewards.check_scores(np.array([1.0, np.nan, np.inf]), "judge", rows)
+    scores, faults, _ = rewards.check_scores(np.array([1.0, np.nan, np.inf]), "judge", rows)
     assert scores[0] == 1 and np.isnan(scores[1:]).all()
     assert faults.not_a_number == 2 and "rows:1" in faults.first
     with pytest.raises(ValueError, match=r"reward judge returned scores of shape \(2,\) for 3 completions"):

@@ -18,13 +18,13 @@ NEW_PROCESSES, NEW_NETWORK = 0x20000000, 0x40000000
 SET_ATTRIBUTES, HERE, ALL_MOUNTS, READ_ONLY = 442, -100, 0x8000, 1  # of mount_setattr(2)
 BIND, NO_SETUID, NO_DEVICES = 4096, 2, 4  # of mount(2)
 DIE_WITH_PARENT = 1  # of prctl(2)
-NAME = "program.py"  # of the code in tracebacks
+CODE_NAME = "program.py"  # of the code in tracebacks
 
 
 def run_limited() -> None:
     """Limit this process and run the code of the folder."""
     folder, pipe, seconds, memory, files, processes = sys.argv[1], *map(int, sys.argv[2:])
-    with open(os.path.join(folder, NAME), encoding="utf-8", errors="surrogatepass") as file:
+    with open(os.path.join(folder, CODE_NAME), encoding="utf-8", errors="surrogatepass") as file:
         code = file.read()
     isolated = sys.platform == "linux" and _isolate(os.path.join(folder, "work"), files)
     os.write(pipe, b"1" * isolated)
@@ -39,7 +39,7 @@ def run_limited() -> None:
     ):
         with contextlib.suppress(ValueError, OSError):  # not on every system
             resource.setrlimit(kind, (most, most))
-    sys.argv = [NAME]
+    sys.argv = [CODE_NAME]
     _run(code)
 
 
@@ -73,9 +73,9 @@ def _isolate(work: str, files: int) -> bool:
 def _run(code: str) -> None:
     """Run code as a main program; print the error that it ends with, without the frames of this file."""
     sys.modules["__main__"] = main = types.ModuleType("__main__")
-    linecache.cache[NAME] = len(code), None, code.splitlines(keepends=True), NAME
+    linecache.cache[CODE_NAME] = len(code), None, code.splitlines(keepends=True), CODE_NAME
     try:
-        exec(compile(code, NAME, "exec"), vars(main))
+        exec(compile(code, CODE_NAME, "exec"), vars(main))
     except SystemExit:
         raise
     except BaseException as error:

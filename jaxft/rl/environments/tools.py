@@ -153,7 +153,7 @@ def _result_of(
     arguments = json.loads(call.arguments)
     try:
         inspect.signature(tool).bind(**arguments)
-        _check_types(arguments, _properties(getattr(tool, "__func__", tool)))
+        _check_types(arguments, _properties(tool.__func__ if inspect.ismethod(tool) else tool))
     except TypeError as error:
         return "", Fault(BAD_ARGUMENTS, f"{call.name}: {error}")
     try:
