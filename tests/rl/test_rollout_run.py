@@ -327,6 +327,7 @@ def test_the_last_rollout_of_a_run_is_used_in_full(workdir):
         prepare(workdir.folder, "steps=5", "passes=2")
 
 
+@pytest.mark.slow
 def test_the_policy_is_frozen_while_a_critic_on_its_hidden_states_warms_up(workdir):
     argv = ["steps=4", "passes=2", "batch=8", "group=1", "ppo=true", "shared=true", "warm_up=100"]
     argv += ["rewards=config.py:ascii", "save=100", "lr=1e-2"]
