@@ -25,7 +25,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +33,7 @@ from jaxft.data.columns import tool_schema
 from jaxft.data.example import Message
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import Tool, by_name
+from jaxft.short_names import name_of
 
 RowColumns = dict[str, Any]
 Schema = dict[str, Any]  # of a tool
@@ -114,7 +114,7 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
         found = _of_function(given)
     else:
         raise ValueError(
-            f"environment: {_shown(given)} is neither a class nor a function (state, text, row) -> "
+            f"environment: {short_repr(given)} is neither a class nor a function (state, text, row) -> "
             "(observation, reward, done, state). Set environment=my_env.py:Name."
         )
     return with_tools(found, tools) if tools else found
@@ -140,9 +140,8 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
 
 def _of_function(function: Callable[..., Any]) -> Environment:
     if not _takes(function, 3):
-        raise ValueError(
-            f"environment {_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
-        )
+        name, signature = name_of(function), inspect.signature(function)
+        raise ValueError(f"environment {name} takes {signature}; use (state, text, row).")
 
     def reset(row: RowColumns, task: Task) -> Beginning:
         return Beginning(None, (None, row))
@@ -152,7 +151,7 @@ def _of_function(function: Callable[..., Any]) -> Environment:
         found = checked_step(task.call(function, inner, text, row))
         return found._replace(state=(found.state, row))
 
-    return Environment(_name(function), reset, step, _no_tools, (), _no_score, resets=False)
+    return Environment(name_of(function), reset, step, _no_tools, (), _no_score, resets=False)
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
@@ -233,12 +232,6 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     return len(needed) <= count <= len(positional) and not by_any_name
 
 
-def _name(function: Callable[..., Any]) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
 def _own_prompt(row: RowColumns, task: Task) -> Beginning:
     return Beginning(None, None)
 
@@ -261,10 +254,10 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 def checked_step(value: Any) -> StepResult:
     """Return what a user's step returned as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
-        raise WrongType(f"step returned {_shown(value)}, expected (observation, reward, done, state)")
+        raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value
     if not isinstance(done, bool | np.bool_):
-        raise WrongType(f"step returned done={_shown(done)}, expected True or False")
+        raise WrongType(f"step returned done={short_repr(done)}, expected True or False")
     return StepResult(_messages(observation), _checked_reward(reward), bool(done), state)
 
 
@@ -277,7 +270,7 @@ def _messages(observation: Any) -> tuple[Message, ...]:
     found = [observation] if isinstance(observation, dict) else observation
     if isinstance(found, list | tuple) and all(map(_is_message, found)):
         return tuple(found)
-    raise WrongType(f"the observation is {_shown(observation)}, expected a string, messages or None")
+    raise WrongType(f"the observation is {short_repr(observation)}, expected a string, messages or None")
 
 
 def _is_message(value: Any) -> bool:
@@ -296,7 +289,7 @@ def _checked_prompt(value: Any) -> FirstPrompt:
         return value
     if isinstance(value, list | tuple) and value and all(map(_is_message, value)):
         return list(value)
-    raise WrongType(f"reset returned {_shown(value)}, expected a string, messages or None")
+    raise WrongType(f"reset returned {short_repr(value)}, expected a string, messages or None")
 
 
 def _checked_reward(value: Any) -> float:
@@ -306,10 +299,11 @@ def _checked_reward(value: Any) -> float:
     is_real = isinstance(value, bool | int | float | np.integer | np.floating | np.bool_)
     if is_real and math.isfinite(value):
         return float(value)
-    raise WrongType(f"the reward is {_shown(value)}, expected a finite number or None")
+    raise WrongType(f"the reward is {short_repr(value)}, expected a finite number or None")
 
 
-def _shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
+    """Return the type and the repr of a value of any type."""
     try:
         return f"{type(value).__name__} {value!r}"[:80]
     except Exception:  # its repr may raise

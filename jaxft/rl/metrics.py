@@ -133,16 +133,11 @@ def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
 
 
 def rollout_metrics(
-    names: Sequence[str],
-    scored: ScoredEpisodes,
-    rollout: RolloutScores,
-    trained_on: Bool[np.ndarray, "..."],
-    recomputed: bool,
+    names: Sequence[str], scored: ScoredEpisodes, rollout: RolloutScores, trained_on: Bool[np.ndarray, "..."]
 ) -> Metrics:
     """Return the metrics of a rollout, the same names every time.
 
-    names: of the rewards. trained_on: completions that the policy is trained on. recomputed: whether the
-    log-probs of `rollout` are the training program's rather than the sampler's.
+    names: of the rewards. trained_on: completions that the policy is trained on.
     """
     episodes = scored.episodes
     valid, count = episodes.valid, episodes.lengths.size
@@ -158,7 +153,7 @@ def rollout_metrics(
     if rollout.reference is not None:
         means[KL] = _kl(episodes, rollout)
     metrics = as_sums(means, count) | source_rewards(scored) | episode_metrics(episodes)
-    if recomputed:
+    if rollout.recomputed:
         mask = token_mask(episodes.lengths.ravel(), episodes.size)
         difference = np.abs(episodes.logps - rollout.logps)[mask]  # two programs, one model
         metrics[LOGP_DIFFERENCE_MEAN] = Sum(np.float64(difference.sum()), np.float64(difference.size))

@@ -155,20 +155,26 @@ def rollout(
 
 @dataclass
 class _Episode:
-    """An episode in progress. start: None before it has a row. chat, state: on the first process only."""
+    """An episode in progress. start: None before it has a row. answered: turns that the environment has
+    answered. chat, state: on the first process only.
+    """
 
     number: int
     prompt: int
     start: tuple[int, ...] | None = None
     segments: list[Segment] = field(default_factory=list)
-    turns: int = 0
+    answered: int = 0
     stopped: bool = False
     chat: Chat | Completion | None = None
     state: EpisodeState = None
     sampled: ParsedTurn = ParsedTurn("", (), False)
     messages: tuple[ShownMessage, ...] = ()
     faults: list[Fault] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
+
+    @property
+    def turns(self) -> list[Segment]:
+        """The turns that the model sampled."""
+        return [s for s in self.segments if s.sampled]
 
     @property
     def used(self) -> int:
@@ -266,9 +272,8 @@ class _Rollout:
                 case Beginning():
                     return self._begun(episode, value)
                 case _Scored(score):
-                    total = math.fsum(x for x in episode.rewards if not math.isnan(x))
-                    has_rewards = not all(map(math.isnan, episode.rewards))
-                    own = total if has_rewards else math.nan
+                    rewards = [s.reward for s in episode.turns if not math.isnan(s.reward)]
+                    own = math.fsum(rewards) if rewards else math.nan
                     return _Decision(number, "end", score=own if score is None else score)
                 case _Answer():
                     return self._answered(episode, value)
@@ -276,7 +281,7 @@ class _Rollout:
                     fault = _fault_of(value, self.play.limits)
         except InvalidRow as error:
             fault = TEMPLATE, str(error)[:FAULT_SIZE]
-        is_new = len(episode.rewards) < episode.turns  # the last turn is not among the messages
+        is_new = episode.answered < len(episode.turns)  # the last turn is not among the messages
         messages = [turn_message(episode.sampled)] if is_new else []
         return _Decision(number, "end", fault=fault, messages=messages)
 
@@ -316,7 +321,7 @@ class _Rollout:
             text = f"the observation has {size} characters, more than {limits.observation}"
             return found._replace(do="end", fault=(LARGE_OBSERVATION, text), messages=[turn])
         over = found._replace(done=step.done or not step.observation, messages=[turn])
-        if over.done or episode.turns >= limits.turns or episode.used >= limits.tokens:
+        if over.done or len(episode.turns) >= limits.turns or episode.used >= limits.tokens:
             return over
         chat: Any = episode.chat
         following = self._following(episode, step.observation)
@@ -351,7 +356,7 @@ class _Rollout:
         episode.faults += [Fault(*fault) for fault in decision.faults]
         if episode.segments and decision.do != "end":
             episode.segments[-1] = replace(episode.segments[-1], reward=decision.reward)
-            episode.rewards.append(decision.reward)
+            episode.answered += 1
         if decision.do == "extend":
             episode.given(decision.ids, begins=False)
             self.sampling.add(episode.number)
@@ -397,7 +402,7 @@ class _Rollout:
 
     def _own_number(self, episode: _Episode) -> int:
         """Return a number for the keys of a row that no other row has."""
-        return len(self.rows) + episode.number * (self.play.limits.turns + 1) + episode.turns
+        return len(self.rows) + episode.number * (self.play.limits.turns + 1) + len(episode.turns)
 
     def _turn_limit(self, episode: _Episode) -> int:
         limits = self.play.limits
@@ -414,21 +419,19 @@ class _Rollout:
             )
         logps = np.asarray(sampled.logps, np.float32)
         episode.segments.append(Segment(np.asarray(sampled.tokens, np.int32), logps))
-        episode.turns += 1
         episode.stopped = sampled.finish == "stop"
         if not self.play.environment.continues:
             turn = {"role": "assistant", "content": self._text(episode)}
             self._apply(_Decision(episode.number, "end", done=True, messages=[turn]))
             return
         if processes.is_first():
-            episode.sampled = parse_turn(self._text(episode, True), self.format, episode.turns)
+            episode.sampled = parse_turn(self._text(episode, True), self.format, len(episode.turns))
             asked = partial(_answer, self.play, episode.state, episode.sampled, self._text(episode))
             self._submit(episode, asked)
 
     def _text(self, episode: _Episode, marked: bool = False) -> str:
         """Return the text of the last turn without its stop token. marked: with the marks of tool calls."""
-        sampled = next(s for s in reversed(episode.segments) if s.sampled)
-        ids = without_stop(sampled.tokens, self.play.stop)
+        ids = without_stop(episode.turns[-1].tokens, self.play.stop)
         if not marked:
             return str(self.play.tokenizer.decode(ids, skip_special_tokens=True))
         return self.decoder.decode([int(x) for x in ids if int(x) not in self.decoder.skipped])

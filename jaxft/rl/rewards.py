@@ -28,11 +28,12 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
+from jaxft.rl.environment import short_repr
 from jaxft.rl.environments.calls import event_loop
-from jaxft.rl.layout import PackedRows
+from jaxft.rl.layout import PackedRows, RolloutPrograms
 from jaxft.rl.play import Ended
-from jaxft.rl.programs import RolloutPrograms
 from jaxft.rl.trajectory import Episodes, Trajectory
+from jaxft.short_names import name_of
 from jaxft.tree import Params
 
 ASYNC_SECONDS = 600.0  # after which an async reward has no score
@@ -108,10 +109,7 @@ class FunctionReward(Reward):
     @property
     def name(self) -> str:
         """The function's name."""
-        fn: Any = self.fn
-        while isinstance(fn, partial):
-            fn = fn.func
-        return str(getattr(fn, "__name__", type(fn).__name__))
+        return name_of(self.fn)
 
     @property
     def is_async(self) -> bool:
@@ -235,16 +233,7 @@ def call_reward(
 
 
 def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequence[str]) -> RewardScores:
-    """Count the scores of a reward that are not finite and set them to NaN.
-
-    Raises ValueError for a wrong number of scores.
-    """
-    scores = np.asarray(scores)
-    if scores.shape != (len(row_names),):
-        raise ValueError(
-            f"reward {name} returned scores of shape {scores.shape} for {len(row_names)} completions. "
-            "Return one for each."
-        )
+    """Count the scores of a reward that are not finite and set them to NaN."""
     numbers = [_finite_number(value, name, row) for value, row in zip(scores, row_names, strict=True)]
     return RewardScores(
         np.array([value for value, _ in numbers]), sum((fault for _, fault in numbers), Faults())
@@ -263,16 +252,8 @@ def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
             score = math.nan
     if math.isfinite(score):
         return score, Faults()
-    message = f"reward {name} returned {_short_repr(value)}, expected a finite number ({row})"
+    message = f"reward {name} returned {short_repr(value)}, expected a finite number ({row})"
     return math.nan, Faults(not_a_number=1, first=message)
-
-
-def _short_repr(value: Any) -> str:
-    """The type and repr of a value of any type, whose own repr may raise."""
-    try:
-        return f"{type(value).__name__} {value!r}"[:80]
-    except Exception:
-        return f"a {type(value).__name__}"
 
 
 # Reward functions

@@ -30,7 +30,7 @@ from jaxft.nn.rope import Rope
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
-from jaxft.rl.layout import pack_episodes, rollout_shapes, smallest_shape
+from jaxft.rl.layout import pack_episodes, rollout_shapes
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.play import rollout
 from jaxft.rl.record import table_indices
@@ -53,7 +53,7 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
     episodes = episodes_of(prompts, tokens.reshape(3, group, 12), lengths, sampled)
-    packed = pack_episodes(episodes, RowShape(64, 64))
+    packed = pack_episodes(episodes, [RowShape(64, 64)])
     logps = policy(model, clipped, temperature=temperature or 1.0).score(params, packed.rows, {}).logps
     found = packed.to_tokens(np.asarray(logps), episodes)
     np.testing.assert_allclose(found, episodes.logps, atol=1e-4, rtol=0)
@@ -70,7 +70,7 @@ def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the
     for group in ([[12, 12]] * 3, [[3, 5], [1, 12], [2, 2]]):  # whatever the lengths of the others
         lengths, mask = np.array(group), np.arange(12) < np.ravel(group)[:, None]
         episodes = episodes_of(prompts, tokens, lengths)
-        packed = pack_episodes(episodes, RowShape(64, 64))
+        packed = pack_episodes(episodes, [RowShape(64, 64)])
         found = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
     assert to_pairs(packed.rows).sampled_length == packed.rows.sampled_length == 12
@@ -99,8 +99,8 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
         lengths = np.minimum(np.random.default_rng(longest).integers(1, longest + 1, (3, 4)), longest)
         lengths[0] = longest
         episodes = episodes_of(prompts, all_tokens.reshape(3, 4, 48), lengths)
-        assert smallest_shape(episodes, shapes) == shape
-        packed = pack_episodes(episodes, shape)
+        packed = pack_episodes(episodes, shapes)
+        assert packed.shape == shape
         logps = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         difference = np.abs(logps - sampled)[np.arange(48) < lengths.reshape(12, 1)]
         assert difference.max() < max_difference and difference.mean() < mean_difference, shape
@@ -238,7 +238,7 @@ def test_turns_that_go_on_have_the_training_programs_log_probs(tmp_path):
     for trajectory in found.trajectories:
         kinds = [segment.sampled for segment in trajectory.segments]
         assert kinds == [True, False, True] and trajectory.turns[-1]["role"] == "assistant"
-    packed = pack_episodes(found, smallest_shape(found, rollout_shapes(data, 64, shards=1)))
+    packed = pack_episodes(found, rollout_shapes(data, 64, shards=1))
     logps = jax.jit(policy(model, clipped).score)(params, packed.rows, {}).logps
     np.testing.assert_allclose(packed.to_tokens(np.asarray(logps), found), found.logps, atol=1e-4, rtol=0)
     rewards = [[len(turn["content"]) for turn in t.turns[1::2]] for t in found.trajectories]
