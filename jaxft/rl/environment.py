@@ -155,7 +155,10 @@ def _of_function(function: Callable[..., Any]) -> Environment:
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
-    """Return the environment of a class. make: makes the object of an episode."""
+    """Return the environment of a class with reset(row) -> prompt and step(state, text), whose first state is
+    None, or of one that TRL's environment_factory takes. Its other public methods are tools. make: makes the
+    object of an episode.
+    """
     members = dict(inspect.getmembers(given, inspect.isfunction))
     if "reset" not in members:
         raise ValueError(
@@ -163,59 +166,31 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
             "text), or reset(self, **row) with tools as methods."
         )
     native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
-    of_kind = _of_native if native else _of_trl
-    return of_kind(given.__name__, make, members)
-
-
-def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
-    """Return the environment of a class with reset(row) -> prompt and step(state, text).
-
-    Its other public methods are tools. The first state is None.
-    """
-    methods = _tool_methods(members, ("reset", "step"))
+    others = ("reset", "step" if native else "get_reward")
+    methods = {name: x for name, x in members.items() if not name.startswith("_") and name not in others}
+    rewards = not native and "get_reward" in members
 
     def reset(row: RowColumns, task: Task) -> Beginning:
         self = task.call(make)
-        return Beginning(_checked_prompt(task.call(self.reset, row)), (self, None))
+        prompt = task.call(self.reset, row) if native else task.call(self.reset, **row)
+        return Beginning(_checked_prompt(prompt), (self, None))
 
     def step(state: EpisodeState, text: str, task: Task) -> StepResult:
+        if not native:
+            return _end(state, text, task)
         self, inner = state
         found = checked_step(task.call(self.step, inner, text))
         return found._replace(state=(self, found.state))
 
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
-        return {method: getattr(state[0], method) for method in methods}
-
-    return Environment(
-        name, reset, step, tools, _schemas(methods), _no_score, resets=_returns(members["reset"])
-    )
-
-
-def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
-    """Return the environment of a class as TRL's environment_factory takes it."""
-    methods = _tool_methods(members, ("reset", "get_reward"))
-    rewards = "get_reward" in members
-
-    def reset(row: RowColumns, task: Task) -> Beginning:
-        self = task.call(make)
-        return Beginning(_checked_prompt(task.call(self.reset, **row)), self)
-
-    def tools(state: EpisodeState) -> Mapping[str, Tool]:
-        return {method: getattr(state, method) for method in methods}
+        return {name: getattr(state[0], name) for name in methods}
 
     def score(state: EpisodeState, task: Task) -> float | None:
-        return _checked_reward(task.call(state.get_reward)) if rewards else math.nan
+        return _checked_reward(task.call(state[0].get_reward)) if rewards else None
 
-    resets = _returns(members["reset"])
-    return Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards, resets=resets)
-
-
-def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
-    return {name: x for name, x in members.items() if not name.startswith("_") and name not in others}
-
-
-def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
-    return tuple(map(tool_schema, methods.values()))
+    schemas, resets = tuple(map(tool_schema, methods.values())), _returns(members["reset"])
+    scored = native or rewards
+    return Environment(given.__name__, reset, step, tools, schemas, score, scored=scored, resets=resets)
 
 
 def _returns(function: Callable[..., Any]) -> bool:

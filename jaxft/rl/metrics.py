@@ -76,12 +76,9 @@ def prompt_counts(
     """
     parts = {REWARD: np.asarray(scores, np.float64)}
     parts |= {f"rewards/{name}/mean": reward_scores[..., number] for number, name in enumerate(names)}
-    counts = {name: (~np.isnan(x)).any(1).sum() for name, x in parts.items() if _are_fractions(x)}
+    fractions = {name: x for name, x in parts.items() if np.isin(x[~np.isnan(x)], (0.0, 1.0)).all()}
+    counts = {name: (~np.isnan(x)).any(1).sum() for name, x in fractions.items()}
     return {name + PROMPT_COUNT: float(count) for name, count in counts.items() if count}
-
-
-def _are_fractions(x: np.ndarray) -> bool:
-    return bool(np.isin(x[~np.isnan(x)], (0.0, 1.0)).all())
 
 
 def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:

@@ -130,17 +130,13 @@ Sampler = Callable[[jax.Array], TurnSession]  # of a key, from which the keys of
 Ended = Callable[[int, Trajectory], None]  # called with the number of an episode that has ended
 
 
-def ignore(number: int, trajectory: Trajectory) -> None:
-    """Do nothing with an episode that has ended."""
-
-
 def rollout(
     sampler: Sampler,
     play: Play,
     rows: TokenisedPrompts,
     group: int,
     key: jax.Array,
-    ended: Ended = ignore,
+    ended: Ended | None = None,
 ) -> list[Trajectory]:
     """Play `group` episodes of each row, and return them in order.
 
@@ -186,12 +182,6 @@ class _Episode:
         self.segments.append(Segment(np.asarray(ids, np.int32), None, begins=begins))
 
 
-class _Scored(NamedTuple):
-    """The environment's own score of an episode; None: the sum of its turns' rewards."""
-
-    score: float | None
-
-
 class _Answer(NamedTuple):
     """What answers a turn, with faults that the model is told of."""
 
@@ -229,12 +219,12 @@ class _Rollout:
         self.ready = dict[int, dict[int, list[int]]]()  # prompts of a row's episodes that have not started
         self.results = dict[int, Trajectory]()
 
-    def run(self, ended: Ended) -> list[Trajectory]:
+    def run(self, ended: Ended | None) -> list[Trajectory]:
         """Play all episodes to their end."""
         self.ended = ended
         for episode in self.episodes:
             if self.play.environment.continues:
-                self._submit(episode, partial(_begin, self.play.environment, self._row(episode)))
+                self._submit(episode, partial(self.play.environment.reset, self._row(episode)))
         if not self.play.environment.continues:
             for episode in self.episodes:
                 self._apply(self._begun(episode, Beginning(None, None)))
@@ -265,18 +255,19 @@ class _Rollout:
     # ---- on the first process
 
     def _decide(self, number: int, value: Any) -> _Decision:
-        """Return what follows from the result of a call."""
+        """Return what follows from the result of a call: a beginning, an answer, a score or an exception."""
         episode = self.episodes[number]
         try:
             match value:
                 case Beginning():
                     return self._begun(episode, value)
-                case _Scored(score):
-                    rewards = [s.reward for s in episode.turns if not math.isnan(s.reward)]
-                    own = math.fsum(rewards) if rewards else math.nan
-                    return _Decision(number, "end", score=own if score is None else score)
                 case _Answer():
                     return self._answered(episode, value)
+                case None:  # of an environment that leaves the score to the rewards of turns
+                    rewards = [s.reward for s in episode.turns if not math.isnan(s.reward)]
+                    return _Decision(number, "end", score=math.fsum(rewards) if rewards else math.nan)
+                case int() | float():
+                    return _Decision(number, "end", score=value)
                 case _:
                     fault = _fault_of(value, self.play.limits)
         except InvalidRow as error:
@@ -440,7 +431,7 @@ class _Rollout:
         """Ask the environment for the score of an episode that is over."""
         episode.stopped = episode.stopped and done
         if self.play.environment.scored:
-            self._submit(episode, partial(_score_of, self.play.environment, episode.state))
+            self._submit(episode, partial(self.play.environment.score, episode.state))
         else:
             self._apply(_Decision(episode.number, "end"))
 
@@ -457,15 +448,12 @@ class _Rollout:
             episode.stopped and not fault, fault, episode.messages, tuple(episode.faults),
         )  # fmt: skip
         self.open.remove(number)
-        self.ended(number, self.results[number])
+        if self.ended is not None:
+            self.ended(number, self.results[number])
         self._start_group(episode.prompt)
 
 
 # ---- work of the threads
-
-
-def _begin(environment: Environment, row: RowColumns, task: Task) -> Beginning:
-    return environment.reset(row, task)
 
 
 def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: Task) -> _Answer:
@@ -476,10 +464,6 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
         messages, faults = answer_calls(turn, tools, task, play.limits.observation)
         return _Answer(StepResult(tuple(messages), math.nan, False, state), faults)
     return _Answer(environment.step(state, text, task), [])
-
-
-def _score_of(environment: Environment, state: EpisodeState, task: Task) -> _Scored:
-    return _Scored(environment.score(state, task))
 
 
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:

@@ -101,19 +101,16 @@ class RolloutRecord:
 
     def _stored(self, number: int) -> str | None:
         """The content of a record in base64, so that all processes get it."""
-        if self.replay is not None:
-            path = Path(self.replay) / RECORDS / f"{number}.npz"
-            if not path.is_file():
-                raise ValueError(
-                    f"data.replay={self.replay}: {path} is missing; this run needs rollout {number + 1}. "
-                    "Lower loop.steps, or set data.replay=none to sample."
-                )
-            return base64.b64encode(path.read_bytes()).decode()
-        path = self.folder / f"{number}.npz"
+        path = (self.folder if self.replay is None else Path(self.replay) / RECORDS) / f"{number}.npz"
+        if not path.is_file() and self.replay is not None:
+            raise ValueError(
+                f"data.replay={self.replay}: {path} is missing; this run needs rollout {number + 1}. "
+                "Lower loop.steps, or set data.replay=none to sample."
+            )
         if not path.is_file():
             return None
         with np.load(path) as arrays:
-            is_same = int(arrays["weights"]) == self.weights
+            is_same = self.replay is not None or int(arrays["weights"]) == self.weights
         return base64.b64encode(path.read_bytes()).decode() if is_same else None
 
 

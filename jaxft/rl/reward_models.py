@@ -288,7 +288,8 @@ class ModelReward(Reward):
 
         def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
             prompts = [episodes.prompts.prompts[t.prompt] for t in episodes.trajectories]
-            scores = score_texts(prompts, episodes.texts, episodes.prompts.template)
+            texts = [t.text for t in episodes.trajectories]
+            scores = score_texts(prompts, texts, episodes.prompts.template)
             return check_scores(scores, self.name, episodes.row_names)
 
         return score

@@ -195,14 +195,14 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
         own = tokens[tokens >= 0].tolist()
         ended = own[-1] in (7, 11)
         assert found.trajectories[i].sampled[0].tokens.tolist() == own and found.ended.ravel()[i] == ended
-        assert found.texts[i] == tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
+        assert found.trajectories[i].text == tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
     np.testing.assert_allclose(found.logps, expected.logps.reshape(10, 6), rtol=1e-5, atol=1e-6)
 
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["3.npz"]
     run.params = None  # it cannot sample
     again = compile_rollout_sampler(run, data, tokenizer, 64)
     same = again(prompts, 2, 3, state)
-    assert same.texts == found.texts
+    assert [t.text for t in same.trajectories] == [t.text for t in found.trajectories]
     np.testing.assert_array_equal(same.logps, found.logps)
     for number, own in ((4, weights), (3, {"w": jnp.full(3, 1.5)})):  # not recorded, or with other weights
         with pytest.raises(TypeError):
