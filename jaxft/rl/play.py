@@ -266,8 +266,8 @@ class _Rollout:
                 case None:  # of an environment that leaves the score to the rewards of turns
                     rewards = [s.reward for s in episode.turns if not math.isnan(s.reward)]
                     return _Decision(number, "end", score=math.fsum(rewards) if rewards else math.nan)
-                case int() | float():
-                    return _Decision(number, "end", score=value)
+                case int() | float() | np.integer() | np.floating():
+                    return _Decision(number, "end", score=float(value))
                 case _:
                     fault = _fault_of(value, self.play.limits)
         except InvalidRow as error:

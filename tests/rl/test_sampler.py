@@ -194,8 +194,9 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
     for i, tokens in enumerate(expected.tokens.reshape(10, 6)):
         own = tokens[tokens >= 0].tolist()
         ended = own[-1] in (7, 11)
+        text = tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
         assert found.trajectories[i].sampled[0].tokens.tolist() == own and found.ended.ravel()[i] == ended
-        assert found.trajectories[i].text == tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
+        assert found.trajectories[i].text == text
     np.testing.assert_allclose(found.logps, expected.logps.reshape(10, 6), rtol=1e-5, atol=1e-6)
 
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["3.npz"]
