@@ -165,7 +165,15 @@ class Game:
 def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_settings(monkeypatch, turns):
     compiled = []
     monkeypatch.setattr(sampler_module, "compile_engine", lambda d, *rest: compiled.append((d, rest[1])))
-    sizes = {"max_new": 4, "group": 4, "batch": 6, "eval_group": 1, "decode_rows": 12, "kv_cache": "int8"}
+    sizes = {
+        "max_new": 4,
+        "group": 4,
+        "batch": 6,
+        "eval_group": 1,
+        "decode_rows": 12,
+        "kv_cache": "int8",
+        "min_p": 0.1,
+    }
     more = {"max_turns": 3, "max_episode": 30, "environment": Game} if turns > 1 else {}
     bound = SimpleNamespace(model=None, stop=(1,), param_shapes={}, mesh=None)
     compile_engines(bound, Rollouts("x", **sizes, **more, rules=Rules((exact,))), 64)
@@ -175,6 +183,7 @@ def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_setting
         (1, "int8", 6, 6),
     }
     assert {(d.sampling.max_new, d.extends) for d, _ in compiled} == {(30, True) if own else (4, False)}
+    assert {d.sampling.min_p for d, _ in compiled} == {0.1}
 
 
 def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(tmp_path):
