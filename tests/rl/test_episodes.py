@@ -157,7 +157,7 @@ def test_an_episode_with_a_fault_has_no_score_and_is_in_no_mean():
         == [[False, False], [True, False]]
         == (~rules.policy_mask(found)).tolist()
     )
-    metrics = rollout_metrics(["environment"], found, scores_of(episodes), rules.policy_mask(found), False)
+    metrics = rollout_metrics(["environment"], found, scores_of(episodes), rules.policy_mask(found))
     means = {name: x.total / x.weight for name, x in metrics.items() if hasattr(x, "total") and x.weight}
     assert means["reward"] == pytest.approx(1.0) == means["rewards/environment/mean"]
     assert means["completions/mean_length"] == pytest.approx(np.mean([6, 5, 5]))

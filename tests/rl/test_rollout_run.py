@@ -48,7 +48,7 @@ def test_the_help_of_grpo_lists_every_method_with_its_settings():
     text = help_text("configs/grpo.py")
     assert (
         all(f"{name}:\n        {settings}\n" in text for name, settings in METHODS.items())
-        and len(METHODS) == 13
+        and len(METHODS) == 14
     )
 
 
