@@ -45,15 +45,9 @@ from jaxft.rl.environment import (
     checked_reward,
 )
 from jaxft.rl.environments.calls import Calls, Overdue, Task
-from jaxft.rl.environments.tools import (
-    ParsedTurn,
-    answer_calls,
-    name_of,
-    parse_turn,
-    turn_message,
-    valid_text,
-)
+from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message, valid_text
 from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
+from jaxft.short_names import name_of
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
 LARGE_OBSERVATION, TEMPLATE, LONG_PROMPT = "large_observation", "template", "long_prompt"
