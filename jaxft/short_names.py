@@ -4,8 +4,16 @@ A setting takes the names of a table by its annotation, `Annotated[Callable, Sho
 file imports neither jax nor the functions, so the shell's completion can read it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
+
+
+def name_of(fn: Callable) -> str:
+    """Return a function's name, also of a partial or a callable object."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return str(getattr(fn, "__name__", type(fn).__name__))
 
 
 class ShortNames(NamedTuple):

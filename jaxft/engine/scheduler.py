@@ -161,11 +161,8 @@ class Scheduler:
         self.closing, self.refusal = False, ""
         self.finished = self.tokens = self.failures = 0
         self.numbers = itertools.count()
-        self.session: Any = self._new_session()
+        self.session: Any = Session(engine, params)
         self.thread = threading.Thread(target=self._run, name="jaxft-scheduler", daemon=True)
-
-    def _new_session(self) -> Session:
-        return Session(self.engine, self.params)
 
     def start(self) -> None:
         """Start the thread."""
@@ -270,7 +267,7 @@ class Scheduler:
         self.idle.clear()
         self.session = None  # its memory is free before the next one is allocated
         try:
-            self.session = self._new_session()
+            self.session = Session(self.engine, self.params)
         except Exception:
             with self.changed:
                 self.refusal = "the device failed and does not recover; restart the command"

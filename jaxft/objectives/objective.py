@@ -20,13 +20,13 @@ Outputs = Any  # of one objective's forward pass: a struct of arrays with leadin
 
 
 class Scores(NamedTuple):
-    """Values per read position [B, M] that a rollout records before its batches are trained on; None where
-    there is none.
+    """Values per read position [B, M] that a rollout records before its batches are trained on, on the host
+    per sampled token [n, S]; None where there is none.
     """
 
-    logps: Float[Array, "B M"] | None = None  # of the policy
-    reference: Float[Array, "B M"] | None = None  # log-probs of the reference policy
-    values: Float[Array, "B M"] | None = None  # of the critic
+    logps: Float[Any, "B M"] | None = None  # of the policy
+    reference: Float[Any, "B M"] | None = None  # log-probs of the reference policy
+    values: Float[Any, "B M"] | None = None  # of the critic
 
 
 @dataclass(frozen=True)

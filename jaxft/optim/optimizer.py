@@ -28,7 +28,7 @@ from jaxft.optim.rules import UpdateRule, adamw, check_adam, mask_of_matrices
 from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
 from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
-from jaxft.short_names import OPTIMIZERS, SCHEDULES, ShortNames
+from jaxft.short_names import OPTIMIZERS, SCHEDULES, ShortNames, name_of
 from jaxft.tree import Grads, OptState, Params
 
 
@@ -184,13 +184,6 @@ def _check_optimizer(o: Optim) -> None:
             f"optim.optimizer={name_of(o.optimizer)} takes no mask that exempts norms from weight decay; set "
             f"optim.weight_decay=0, got {o.weight_decay}"
         )
-
-
-def name_of(fn: Callable) -> str:
-    """Return a function's name, also of a partial or a callable object."""
-    while isinstance(fn, partial):
-        fn = fn.func
-    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:

@@ -13,8 +13,8 @@ from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
+from jaxft.rl.layout import score_tokens
 from jaxft.rl.online_pairs import OnlinePairs
-from jaxft.rl.programs import score_tokens
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.sampler import engine_sizes

@@ -296,15 +296,6 @@ def returns_to_go(rewards: PerToken, lengths: Lengths, gamma: float = 1.0) -> Pe
     return gae(rewards, np.zeros_like(_float64(rewards)), lengths, gamma, 1.0)[0]
 
 
-def per_token(x: GroupScores, lengths: GroupLengths, size: int) -> PerToken:
-    """Repeat a value of each completion [G, N] at its tokens, [G N, size].
-
-    whiten(per_token(centred(scores), ...), ...) is REINFORCE++ with a group baseline (arXiv:2501.03262).
-    """
-    flat = np.asarray(lengths).ravel()
-    return np.where(token_mask(flat, size), _float64(x).reshape(len(flat), 1), 0)
-
-
 def whiten(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
     """Return `(x - mean) / sqrt(var + eps)` over the mask, var unbiased; 0 elsewhere and if all are equal."""
     valid = _float64(x)[mask]

@@ -41,8 +41,8 @@ from jaxft.data.invalid import InvalidRow
 from jaxft.data.prompt_rows import ENVIRONMENT, EVERY_ROW
 from jaxft.data.rows import Row
 from jaxft.rl.environments.calls import Task
-from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, tool_name, valid_text
-from jaxft.short_names import ENVIRONMENTS, ShortNames
+from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, valid_text
+from jaxft.short_names import ENVIRONMENTS, ShortNames, name_of
 
 EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
 RowColumns = dict[str, Any]
@@ -190,7 +190,7 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
 def _of_function(function: Callable[..., Any]) -> Environment:
     if not _takes(function, 3):
         raise ValueError(
-            f"environment {tool_name(function)} takes {inspect.signature(function)}; use (state, text, row)."
+            f"environment {name_of(function)} takes {inspect.signature(function)}; use (state, text, row)."
         )
 
     def reset(row: RowColumns, task: Task) -> Beginning:
@@ -201,7 +201,7 @@ def _of_function(function: Callable[..., Any]) -> Environment:
         found = checked_step(task.call(function, inner, text, row))
         return found._replace(state=(found.state, row))
 
-    return Environment(tool_name(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
+    return Environment(name_of(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
 
 
 def _of_several(parts: Mapping[str, Environment]) -> Environment:
@@ -251,7 +251,7 @@ def _made_by(factory: Callable[[], Any]) -> type:
         return type(factory())
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"environment {tool_name(factory)} made no object: {text}"[:200]) from error
+        raise ValueError(f"environment {name_of(factory)} made no object: {text}"[:200]) from error
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:

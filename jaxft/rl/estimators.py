@@ -31,6 +31,7 @@ class RolloutScores:
 
     scores: of episodes, NaN for none. ended: by a stop token rather than by the limit.
     logps, reference, values: of each token, 0 beyond the length; None without a reference or a critic.
+    recomputed: whether logps are the training program's rather than the sampler's.
     reward_scores: of each reward, before weights and shaping.
     turns: of each token, None where every episode has one. turn_rewards: the part of the score that a turn
     has earned, at its last token; None for none.
@@ -48,6 +49,7 @@ class RolloutScores:
     kl_coef: float | None = None
     turns: Int[np.ndarray, "n S"] | None = None
     turn_rewards: Float[np.ndarray, "n S"] | None = None
+    recomputed: bool = False
 
     @property
     def token_mask(self) -> Bool[np.ndarray, "n S"]:
@@ -215,7 +217,8 @@ def _require_no_kl(rollout: RolloutScores, name: str) -> None:
 
 
 def _per_token(rollout: RolloutScores, x: GroupScores) -> PerToken:
-    return adv.per_token(x, rollout.lengths, rollout.logps.shape[1])
+    lengths, size = rollout.lengths.reshape(-1, 1), rollout.logps.shape[1]
+    return np.where(np.arange(size) < lengths, x.reshape(lengths.shape), 0.0)
 
 
 def _token_rewards(

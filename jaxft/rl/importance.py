@@ -6,8 +6,8 @@ expectation under the training program; the KL penalty and the entropy bonus sta
 docstrings rho is pi_old / mu of a token: its probability in the training program over that in the sampler.
 
 A correction is a function (log rho [n, S], lengths [n]) -> ImportanceWeights. Set its bounds with partial, as
-in partial(masked_tokens, least=0.5, most=5.0). NumPy in float64, on the host. Values of weights are those of
-TRL 1.16's vllm_importance_sampling_mode, whose default bounds they have.
+in partial(masked_tokens, least=0.5, most=5.0). NumPy in float64, on the host. The first four have the values
+and the default bounds of TRL 1.16's vllm_importance_sampling_mode.
 """
 
 from collections.abc import Callable

@@ -76,12 +76,9 @@ def prompt_counts(
     """
     parts = {REWARD: np.asarray(scores, np.float64)}
     parts |= {f"rewards/{name}/mean": reward_scores[..., number] for number, name in enumerate(names)}
-    counts = {name: (~np.isnan(x)).any(1).sum() for name, x in parts.items() if _are_fractions(x)}
+    fractions = {name: x for name, x in parts.items() if np.isin(x[~np.isnan(x)], (0.0, 1.0)).all()}
+    counts = {name: (~np.isnan(x)).any(1).sum() for name, x in fractions.items()}
     return {name + PROMPT_COUNT: float(count) for name, count in counts.items() if count}
-
-
-def _are_fractions(x: np.ndarray) -> bool:
-    return bool(np.isin(x[~np.isnan(x)], (0.0, 1.0)).all())
 
 
 def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:
@@ -133,16 +130,11 @@ def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
 
 
 def rollout_metrics(
-    names: Sequence[str],
-    scored: ScoredEpisodes,
-    rollout: RolloutScores,
-    trained_on: Bool[np.ndarray, "..."],
-    recomputed: bool,
+    names: Sequence[str], scored: ScoredEpisodes, rollout: RolloutScores, trained_on: Bool[np.ndarray, "..."]
 ) -> Metrics:
     """Return the metrics of a rollout, the same names every time.
 
-    names: of the rewards. trained_on: completions that the policy is trained on. recomputed: whether the
-    log-probs of `rollout` are the training program's rather than the sampler's.
+    names: of the rewards. trained_on: completions that the policy is trained on.
     """
     episodes = scored.episodes
     valid, count = episodes.valid, episodes.lengths.size
@@ -158,7 +150,7 @@ def rollout_metrics(
     if rollout.reference is not None:
         means[KL] = _kl(episodes, rollout)
     metrics = as_sums(means, count) | source_rewards(scored) | episode_metrics(episodes)
-    if recomputed:
+    if rollout.recomputed:
         mask = token_mask(episodes.lengths.ravel(), episodes.size)
         difference = np.abs(episodes.logps - rollout.logps)[mask]  # two programs, one model
         metrics[LOGP_DIFFERENCE_MEAN] = Sum(np.float64(difference.sum()), np.float64(difference.size))

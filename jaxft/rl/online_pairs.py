@@ -47,8 +47,8 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
     trained_on = np.zeros(valid.shape, bool)
     np.put_along_axis(trained_on, pick, is_pair[:, None], 1)
     pairs = scored.episodes.pick(pick)
-    rows = to_pairs(pack_episodes(pairs, RowShape(shape.ids.shape[-1], shape.read.shape[-1])).rows)
-    metrics = rollout_metrics(rules.reward_names, scored, rollout.tokens, trained_on, recomputed=False)
+    rows = to_pairs(pack_episodes(pairs, [RowShape(shape.ids.shape[-1], shape.read.shape[-1])]).rows)
+    metrics = rollout_metrics(rules.reward_names, scored, rollout.tokens, trained_on)
     return TrainingRollout(rollout.number, rows, pairs.lengths, is_pair, valid, metrics)
 
 
@@ -85,7 +85,7 @@ def best_and_worst_batch(
     weights = (is_pair / max(int(is_pair.sum()), 1)).astype(np.float32)[:, None]
     means = rollout.lengths[chosen][is_pair].mean(0) if is_pair.any() else np.ones(2)
     means = np.broadcast_to(means.astype(np.float32), rows.mean_lengths.shape).copy()
-    return to_microbatches(replace(rows, pair_weights=weights, mean_lengths=means), shape, padding=2)
+    return to_microbatches(replace(rows, pair_weights=weights, mean_lengths=means), shape)
 
 
 @dataclass(frozen=True, kw_only=True)

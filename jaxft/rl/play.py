@@ -45,15 +45,9 @@ from jaxft.rl.environment import (
     checked_reward,
 )
 from jaxft.rl.environments.calls import Calls, Overdue, Task
-from jaxft.rl.environments.tools import (
-    ParsedTurn,
-    answer_calls,
-    parse_turn,
-    tool_name,
-    turn_message,
-    valid_text,
-)
+from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message, valid_text
 from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
+from jaxft.short_names import name_of
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
 LARGE_OBSERVATION, TEMPLATE, LONG_PROMPT = "large_observation", "template", "long_prompt"
@@ -157,7 +151,7 @@ def rollout(
     rows: TokenisedPrompts,
     group: int,
     key: jax.Array,
-    ended: Ended = ignore,
+    ended: Ended | None = None,
 ) -> list[Trajectory]:
     """Play `group` episodes of each row, and return them in order.
 
@@ -172,16 +166,15 @@ def rollout(
 
 @dataclass
 class _Episode:
-    """An episode in progress. start: None before it has a row. chat, state, asked: on the first process only.
-
-    asked: the number of messages of its prompt.
+    """An episode in progress. start: None before it has a row. answered: turns that the environment has
+    answered. asked: the number of messages of its prompt. chat, state, asked: on the first process only.
     """
 
     number: int
     prompt: int
     start: tuple[int, ...] | None = None
     segments: list[Segment] = field(default_factory=list)
-    turns: int = 0
+    answered: int = 0
     stopped: bool = False
     chat: Chat | Completion | None = None
     state: EpisodeState = None
@@ -189,7 +182,11 @@ class _Episode:
     sampled: ParsedTurn = ParsedTurn("", (), 0)
     messages: tuple[ShownMessage, ...] = ()
     faults: list[Fault] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
+
+    @property
+    def turns(self) -> list[Segment]:
+        """The turns that the model sampled."""
+        return [s for s in self.segments if s.sampled]
 
     @property
     def used(self) -> int:
@@ -248,12 +245,12 @@ class _Rollout:
         self.ready = dict[int, dict[int, list[int]]]()  # prompts of a row's episodes that have not started
         self.results = dict[int, Trajectory]()
 
-    def run(self, ended: Ended) -> list[Trajectory]:
+    def run(self, ended: Ended | None) -> list[Trajectory]:
         """Play all episodes to their end."""
         self.ended = ended
         for episode in self.episodes:
             if self.play.environment.continues:
-                self._submit(episode, partial(_begin, self.play.environment, self._row(episode)))
+                self._submit(episode, partial(self.play.environment.reset, self._row(episode)))
         if not self.play.environment.continues:
             for episode in self.episodes:
                 self._apply(self._begun(episode, Beginning(None, None)))
@@ -286,14 +283,14 @@ class _Rollout:
     # ---- on the first process
 
     def _decide(self, number: int, value: Any) -> _Decision:
-        """Return what follows from the result of a call."""
+        """Return what follows from the result of a call: a beginning, an answer, a score or an exception."""
         episode = self.episodes[number]
         try:
             match value:
                 case Beginning():
                     return self._begun(episode, value)
                 case _Scored(score, rewards):
-                    total = math.fsum(x for x in episode.rewards if not math.isnan(x))
+                    total = math.fsum(turn.reward for turn in episode.turns if not math.isnan(turn.reward))
                     own = total if score is None else score
                     return _Decision(number, "end", score=own, rewards=rewards)
                 case _Answer():
@@ -302,7 +299,7 @@ class _Rollout:
                     fault = _fault_of(value, self.play.limits)
         except InvalidRow as error:
             fault = TEMPLATE, str(error)[:FAULT_SIZE]
-        is_new = len(episode.rewards) < episode.turns  # the last turn is not among the messages
+        is_new = episode.answered < len(episode.turns)  # the last turn is not among the messages
         messages = [turn_message(episode.sampled)] if is_new else []
         return _Decision(number, "end", fault=fault, messages=messages)
 
@@ -344,7 +341,7 @@ class _Rollout:
         if not calls and (too_large := self._too_large("the observation", step.observation)):
             return found._replace(do="end", fault=too_large, messages=[turn])
         over = found._replace(done=step.done or not step.observation, messages=[turn])
-        if over.done or episode.turns >= limits.turns or episode.used >= limits.tokens:
+        if over.done or len(episode.turns) >= limits.turns or episode.used >= limits.tokens:
             return over
         chat: Any = episode.chat
         following = self._following(episode, step.observation)
@@ -385,7 +382,7 @@ class _Rollout:
         episode.faults += [Fault(*fault) for fault in decision.faults]
         if episode.segments and decision.do != "end":
             episode.segments[-1] = replace(episode.segments[-1], reward=decision.reward)
-            episode.rewards.append(decision.reward)
+            episode.answered += 1
         if decision.do == "extend":
             episode.given(decision.ids, begins=False)
             self.session.extend(episode.number, decision.ids, self._turn_limit(episode))
@@ -429,7 +426,7 @@ class _Rollout:
 
     def _own_number(self, episode: _Episode) -> int:
         """Return a number for the keys of a row that no other row has."""
-        return len(self.rows) + episode.number * (self.play.limits.turns + 1) + episode.turns
+        return len(self.rows) + episode.number * (self.play.limits.turns + 1) + len(episode.turns)
 
     def _turn_limit(self, episode: _Episode) -> int:
         limits = self.play.limits
@@ -445,21 +442,19 @@ class _Rollout:
             )
         logps = np.asarray(sampled.logps, np.float32)
         episode.segments.append(Segment(np.asarray(sampled.tokens, np.int32), logps))
-        episode.turns += 1
         episode.stopped = sampled.finish == "stop"
         if not self.play.environment.continues:
             turn = {"role": "assistant", "content": self._text(episode)}
             self._apply(_Decision(episode.number, "end", done=True, messages=[turn]))
             return
         if processes.is_first():
-            episode.sampled = parse_turn(self._text(episode, True), self.format, episode.turns)
+            episode.sampled = parse_turn(self._text(episode, True), self.format, len(episode.turns))
             asked = partial(_answer, self.play, episode.state, episode.sampled, self._text(episode))
             self._submit(episode, asked)
 
     def _text(self, episode: _Episode, marked: bool = False) -> str:
         """Return the text of the last turn without its stop token. marked: with the marks of tool calls."""
-        sampled = next(s for s in reversed(episode.segments) if s.sampled)
-        ids = without_stop(sampled.tokens, self.play.stop)
+        ids = without_stop(episode.turns[-1].tokens, self.play.stop)
         if not marked:
             return str(self.play.tokenizer.decode(ids, skip_special_tokens=True))
         return self.decoder.decode([int(x) for x in ids if int(x) not in self.decoder.skipped])
@@ -489,15 +484,12 @@ class _Rollout:
         )  # fmt: skip
         self.calls.release(number, keep=not fault)
         self.open.remove(number)
-        self.ended(number, self.results[number])
+        if self.ended is not None:
+            self.ended(number, self.results[number])
         self._start_group(episode.prompt)
 
 
 # ---- work of the threads
-
-
-def _begin(environment: Environment, row: RowColumns, task: Task) -> Beginning:
-    return environment.reset(row, task)
 
 
 def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: Task) -> _Answer:
@@ -521,8 +513,8 @@ def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task
     for function in play.rewards:
         values = task.call(function, environments=[environment.owner(state)], **logs, **deepcopy(given))
         if not isinstance(values, list | tuple | np.ndarray) or len(values) != 1:
-            raise WrongType(f"reward {tool_name(function)} returned no list of one number for an environment")
-        rewards[tool_name(function)] = checked_reward(values[0])
+            raise WrongType(f"reward {name_of(function)} returned no list of one number for an environment")
+        rewards[name_of(function)] = checked_reward(values[0])
     return _Scored(score, rewards)
 
 

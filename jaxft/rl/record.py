@@ -59,7 +59,8 @@ def _json_number(x: Any) -> float | None:
 
 
 def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
-    """Yield the episodes of a recorded rollout of a run, whose sampled tokens have weight 1 and given ones 0.
+    """Yield the episodes of a recorded rollout of a run, whose sampled tokens have weight 1 and given ones 0,
+    with the name of who wrote them.
 
     Raises ValueError if the run has not recorded it.
     """
@@ -74,11 +75,26 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
         facts += [] if np.isnan(t.score) else [f"score {t.score:g}"]
         facts += [f"fault {fault.kind}: {fault.text}" for fault in t.faults]
         shown = [ShownPart("prompt", np.array(t.start, np.int32), np.zeros(len(t.start)))]
+        writers, turn = _writers(t), -1
         for s in t.segments:
-            label = "prompt" if s.begins else "sampled" if s.sampled else "given"
+            turn += s.sampled
+            label = "prompt" if s.begins else "sampled" if s.sampled else writers[turn]
             shown.append(ShownPart(label, s.tokens, np.full(len(s.tokens), float(s.sampled))))
         name = f"prompt {t.prompt + 1}, trajectory {i + 1}"
         yield ShownExample(name, "; ".join(facts), shown, in_order=True)
+
+
+def _writers(t: Trajectory) -> list[str]:
+    """Return who wrote the tokens after each sampled turn, such as "tool", or "given" if that is unknown."""
+    roles = list[list[str]]()
+    for message in t.turns:
+        if message["role"] == "assistant":
+            roles.append([])
+        elif roles:
+            roles[-1].append(message["role"])
+    count = len(t.sampled)
+    of_turns = roles[len(roles) - count :] if len(roles) >= count else [[]] * count
+    return [", ".join(dict.fromkeys(names)) or "given" for names in of_turns]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from jaxft.models.model import Model
 from jaxft.nn.layer_attention import varies_with_length
 from jaxft.nn.lora_rows import check_stackable, of_equal_shapes
 from jaxft.nn.quant import Quant
-from jaxft.rl.layout import PackedRows
-from jaxft.rl.programs import RolloutPrograms
+from jaxft.rl.layout import PackedRows, RolloutPrograms
 from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
 from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
@@ -289,7 +288,8 @@ class ModelReward(Reward):
 
         def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
             prompts = [episodes.prompts.prompts[t.prompt] for t in episodes.trajectories]
-            scores = score_texts(prompts, episodes.texts, episodes.prompts.template)
+            texts = [t.text for t in episodes.trajectories]
+            scores = score_texts(prompts, texts, episodes.prompts.template)
             return check_scores(scores, self.name, episodes.row_names)
 
         return score

@@ -34,11 +34,10 @@ from jaxft.data.prompt_rows import TokenisedPrompts
 from jaxft.distributed import processes
 from jaxft.rl.environment import finite_number, short_repr
 from jaxft.rl.environments.calls import shared_loop
-from jaxft.rl.environments.tools import tool_name
-from jaxft.rl.layout import PackedRows
+from jaxft.rl.layout import PackedRows, RolloutPrograms
 from jaxft.rl.play import Ended
-from jaxft.rl.programs import RolloutPrograms
 from jaxft.rl.trajectory import Episodes, Trajectory
+from jaxft.short_names import name_of
 from jaxft.tree import Params
 
 ASYNC_SECONDS, SPARE_SECONDS = 600.0, 5.0  # after which an async reward has no score; for its loop to say so
@@ -118,7 +117,7 @@ class FunctionReward(Reward):
     @property
     def name(self) -> str:
         """The function's name."""
-        return tool_name(self.fn)
+        return name_of(self.fn)
 
     @property
     def is_async(self) -> bool:
@@ -205,7 +204,7 @@ class ObjectReward(Reward):
     @property
     def name(self) -> str:
         """The function's name."""
-        return tool_name(self.fn)
+        return name_of(self.fn)
 
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Return the function that reads the values."""
@@ -292,16 +291,7 @@ def call_reward(
 
 
 def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequence[str]) -> RewardScores:
-    """Count the scores of a reward that are not finite and set them to NaN.
-
-    Raises ValueError for a wrong number of scores.
-    """
-    scores = np.asarray(scores)
-    if scores.shape != (len(row_names),):
-        raise ValueError(
-            f"reward {name} returned scores of shape {scores.shape} for {len(row_names)} completions. "
-            "Return one for each."
-        )
+    """Count the scores of a reward that are not finite and set them to NaN."""
     numbers = [_finite_number(value, name, row) for value, row in zip(scores, row_names, strict=True)]
     return RewardScores(
         np.array([value for value, _ in numbers]), sum((fault for _, fault in numbers), Faults())

@@ -1,5 +1,8 @@
 """Rollouts: sample episodes with the current policy, score them, and make batches for an objective.
 
+The way of a rollout: sample -> Episodes; pack_episodes -> rows; rewards and Rules.score -> scores;
+Rules.estimate -> advantages; policy_rows writes these into the rows; rollout_batch makes a step's batch.
+
 Rollout k is sampled at step k * steps_per_rollout, with the state of that step, and used for that many steps.
 A run is therefore saved between rollouts only; one that is killed inside a rollout resumes at the rollout's
 first step and repeats it from its record.
@@ -8,7 +11,7 @@ first step and repeats it from its record.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -34,16 +37,17 @@ from jaxft.rl.environment import Environment, EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.importance import weight_metrics
 from jaxft.rl.layout import (
+    BoundRun,
     PackedRows,
+    RolloutPrograms,
+    TokenScores,
     pack_episodes,
     per_episode,
     rollout_shapes,
-    smallest_shape,
     to_microbatches,
 )
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.play import EpisodeLimits, Play
-from jaxft.rl.programs import BoundRun, RolloutPass, RolloutPrograms, score_tokens
 from jaxft.rl.record import append_table, clear_records
 from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
 from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
@@ -54,15 +58,12 @@ from jaxft.tree import Batch, Metrics
 
 
 class ScoredRollout(NamedTuple):
-    """A scored rollout with its rows. tokens: scores, log-probs and values of each sampled token. recomputed:
-    whether its log-probs are the training program's rather than the sampler's.
-    """
+    """A scored rollout with its rows. tokens: scores, log-probs and values of each sampled token."""
 
     number: int
     scored: ScoredEpisodes
     packed: PackedRows
     tokens: RolloutScores
-    recomputed: bool
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def policy_rows(data: "Rollouts", rollout: ScoredRollout, shape: Rollout) -> Tra
     rules, scored, tokens, packed = data.rules, rollout.scored, rollout.tokens, rollout.packed
     estimate, episodes, mask = rules.estimate(tokens), scored.episodes, rules.policy_mask(scored)
     check_advantages(data.group, scored.scores, estimate.advantages)
-    metrics = rollout_metrics(rules.reward_names, scored, tokens, mask, rollout.recomputed)
+    metrics = rollout_metrics(rules.reward_names, scored, tokens, mask)
     metrics |= as_sums(estimate.metrics, mask.size)
-    advantages, logps = estimate.advantages, tokens.logps if rollout.recomputed else None
+    advantages, logps = estimate.advantages, tokens.logps if tokens.recomputed else None
     if rules.correction is not None:
         weights = rules.correction(tokens.logps - episodes.logps, episodes.lengths.ravel())
         advantages = advantages * weights.tokens
@@ -149,7 +150,7 @@ def rollout_batch(
     if rows.observation_weights is not None:
         given = rows.observation_weights * trains_policy
         rows = replace(rows, observation_weights=given / max(float(given.sum()), 1.0))
-    return to_microbatches(rows, shape, data.group)
+    return to_microbatches(rows, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +181,6 @@ class Rollouts(Prompts):
         if not self.played.continues and self.max_turns > 1:
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
-            )
-        names = [reward.name for reward in self.object_rewards]
-        if names and (self.environment is None or len({*names}) < len(names)):
-            raise ValueError(
-                f"rewards {', '.join(names)} read the objects of an environment; "
-                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
             )
         if self.observations and self.max_turns == 1:
             raise ValueError(
@@ -251,6 +246,12 @@ class Rollouts(Prompts):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
+        names = [reward.name for reward in self.object_rewards]
+        if names and (self.environment is None or len({*names}) < len(names)):
+            raise ValueError(
+                f"rewards {', '.join(names)} read the objects of an environment; "
+                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
+            )
         self.play(tokenizer, ())  # raises ValueError for a tokenizer whose template shows no tools
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
@@ -318,7 +319,7 @@ class PromptSource:
             run=run,
             sample=compile_rollout_sampler(run, data, self.tokenizer, prompts.padded_length(self.longest)),
             rewards=tuple(reward.prepare(programs) for reward in data.rules.rewards),
-            token_scores=programs.compile(partial(score_tokens, run.objective)) if recompute else None,
+            token_scores=programs.compile_scores() if recompute else None,
             row_shapes=tuple(sizes),
             batch_shapes=tuple(shapes.values()) if of_tokens else self.shapes,
             history=History(**saved) if saved else History(),
@@ -379,7 +380,7 @@ class RolloutSource(PromptSource):
     run: BoundRun
     sample: SampleEpisodes
     rewards: tuple[ScoreEpisodes, ...]
-    token_scores: RolloutPass | None
+    token_scores: TokenScores | None
     row_shapes: tuple[RowShape, ...]
     batch_shapes: tuple[Batch, ...]
     history: History = History()
@@ -454,43 +455,36 @@ class RolloutSource(PromptSource):
             if tokens.turn_rewards is not None:
                 scaled["turn_rewards"] = rules.scale(tokens.turn_rewards, moments)
             tokens = replace(tokens, **scaled)
-        rollout = ScoredRollout(number, scored, packed, tokens, self.token_scores is not None)
-        return data.kind.rows(data, rollout, self.shapes[-1])
+        return data.kind.rows(data, ScoredRollout(number, scored, packed, tokens), self.shapes[-1])
 
     def _scored(
         self, chosen: TokenisedPrompts, group: int, number: int, state: TrainState
     ) -> tuple[ScoredEpisodes, PackedRows]:
         """Sample `group` episodes of each prompt, arrange them in rows and score them."""
         episodes = self.sample(chosen, group, number, state)
-        size, given = (
-            (round_up(len(chosen), self.data.units_per_step), self.data.group),
-            self.data.reads_given,
-        )
-        shape = smallest_shape(episodes, self.row_shapes, given)
-        packed = pack_episodes(episodes, shape, size, given)
+        size = round_up(len(chosen), self.data.units_per_step), self.data.group
+        packed = pack_episodes(episodes, self.row_shapes, size, self.data.reads_given)
         by_reward = [score(episodes, packed, state) for score in self.rewards]
         return self.data.rules.score(episodes, by_reward), packed
 
     def _of_tokens(self, scored: ScoredEpisodes, packed: PackedRows, state: TrainState) -> RolloutScores:
         """Return the scores with log-probs, reference and values of each sampled token."""
         episodes, rules = scored.episodes, self.data.rules
-        found = Scores() if self.token_scores is None else self.token_scores(packed, state)
-        logps, reference, values = (
-            None if x is None else packed.to_tokens(np.asarray(x), episodes) for x in found
-        )
+        found = Scores() if self.token_scores is None else self.token_scores(packed, episodes, state)
         in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, episodes.most_turns > 1
         return RolloutScores(
             scores=scored.scores,
             lengths=episodes.lengths,
             ended=episodes.ended,
-            logps=episodes.logps.astype(np.float64) if logps is None else logps,
-            reference=reference,
-            values=values,
+            logps=episodes.logps.astype(np.float64) if found.logps is None else found.logps,
+            reference=found.reference,
+            values=found.values,
             reward_scores=scored.reward_scores,
             reward_weights=rules.reward_weights,
             kl_coef=float(jax.device_get(state.aux["kl_coef"])) if in_rewards else None,
             turns=episodes.turns if has_turns else None,
             turn_rewards=rules.turn_weight * episodes.turn_rewards if has_turns else None,
+            recomputed=found.logps is not None,
         )
 
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:

@@ -23,8 +23,8 @@ from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
+from jaxft.rl.layout import BoundRun, uncounted
 from jaxft.rl.play import Sampler, rollout
-from jaxft.rl.programs import BoundRun, uncounted
 from jaxft.rl.record import RECORDS, RolloutRecord, prompts_hash
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.trajectory import Episodes, Trajectory, collect

@@ -154,11 +154,6 @@ class Episodes:
         return stacked
 
     @cached_property
-    def texts(self) -> tuple[str, ...]:
-        """The text of each episode's last sampled turn."""
-        return tuple(t.text for t in self.trajectories)
-
-    @cached_property
     def lengths(self) -> Int[np.ndarray, "G N"]:
         """Sampled tokens of each episode."""
         return self.by_prompt([t.sampled_count for t in self.trajectories])

@@ -16,7 +16,7 @@ from jaxft.data.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.heads import HeadSettings
-from jaxft.rl.programs import BoundRun, Counter, uncounted
+from jaxft.rl.layout import BoundRun, Counter, uncounted
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside

@@ -17,7 +17,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
-from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, without_count
+from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics, without_count
 from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
@@ -43,7 +43,11 @@ def evaluate_start(
     """
     for line in first_evaluation_lines(job):
         logs.message(line)
-    before, _ = compiled.evaluation(states)
+    found, _ = compiled.evaluation(states)
+    before = [
+        without_accuracies(end) if member.programs.objective.facts.starts_tied else end
+        for member, end in zip(job.members, found, strict=True)
+    ]
     check_selection(job, before)
     logs.step(0, [end["metrics"] for end in before])
     for number, (member, end) in enumerate(zip(job.members, before, strict=True)):
@@ -66,6 +70,13 @@ def evaluate_start(
                 "Check the weights, or compute in float32"
             )
     return {"before": before, "counters": None, "last_faults": None}
+
+
+def without_accuracies(end: Evaluation) -> Evaluation:
+    """Return an evaluation whose pairs are all ties: what the margins differ in is rounding."""
+    metrics = end["metrics"]
+    kept = {name: value for name, value in metrics.items() if name + PAIR_COUNT not in metrics}
+    return {**end, "metrics": kept}
 
 
 def check_selection(job: Job, before: list[Evaluation]) -> None:

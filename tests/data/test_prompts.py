@@ -27,6 +27,7 @@ from jaxft.data.rows import Row
         ({"decode_rows": 3, "group": 4}, "data.decode_rows=3 is less than data.group=4"),
         ({"kv_cache": "int4"}, "data.kv_cache"),
         ({"top_p": 7.0}, "data.top_p=7.0"),
+        ({"min_p": 7.0}, "data.min_p=7.0"),
         ({"temperature": -1.0}, "data.temperature=-1.0"),
         ({"group": 4, "temperature": 0.0}, "data.temperature=0 samples the same completion 4 times"),
     ],

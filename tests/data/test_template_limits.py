@@ -136,6 +136,7 @@ def dead():
     os._exit(3)
 
 
+@pytest.mark.quick_cases("uninterrupted*", "stopped*", "dead*")
 @pytest.mark.parametrize(
     ("function", "error"),
     [

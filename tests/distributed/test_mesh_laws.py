@@ -182,7 +182,7 @@ def test_completions_of_a_group_share_the_prompt_also_across_shards_of_time(prom
     lengths = np.full((1, group), 2)
     lengths[0, 0] = 10  # the first completion fills the rest of the shard
     episodes = episodes_of(prompts, np.ones((1, group, 10), np.int32), lengths)
-    rows = jax.tree.map(jnp.asarray, pack_episodes(episodes, RowShape(length, length)).rows)
+    rows = jax.tree.map(jnp.asarray, pack_episodes(episodes, [RowShape(length, length)]).rows)
     values, h = (
         value_function(lambda params, batch, h: h, lambda params, h: h[:, :, 0]),
         jnp.arange(float(length))[None, :, None],

@@ -6,11 +6,14 @@ import itertools
 import re
 from dataclasses import replace
 
+import jax
 import pytest
+from prepared import prepare, working_directory
 from tiny_run import Place, write_place
 
 from jaxft.data.sft import Rows
 from jaxft.runs.report import empty_slot_lines
+from jaxft.train.logs import startup_lines
 from jaxft.train.programs import step_rows
 
 
@@ -41,9 +44,9 @@ def test_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
 
 
 def test_empty_row_slots_are_reported_at_startup(place):
-    mesh = ["batch=4", "micro=2", "mesh.data=1", "mesh.fsdp=-1"]
-    assert place.run(*mesh, "steps=1", "samples=0", "name=padded", devices=8) == 0, place.err()
-    (line,) = [line for line in place.out().splitlines() if "are empty" in line]
+    job = prepare(place.folder, "batch=4", "micro=2", "mesh.data=1", "mesh.fsdp=-1", devices=8)
+    with working_directory(place.folder, 8), jax.set_mesh(job.lead.programs.mesh):
+        (line,) = [line for line in startup_lines(job, 0, []) if "are empty" in line]
     assert line.startswith(
         "12 of the 16 slots for rows in a step are empty (75 %): data.batch=4 is split into data.micro=2"
     )

@@ -86,7 +86,7 @@ def test_a_position_is_the_number_of_visible_keys_before_the_token_in_every_batc
     prompts, tokens = random_completions(LENGTHS)
     batches = [laid(random_pairs(only_one=one), branches=branches) for one in (False, True)]
     batches += (
-        [pack_episodes(episodes_of(prompts, tokens, LENGTHS), RowShape(32, 16)).rows] if branches else []
+        [pack_episodes(episodes_of(prompts, tokens, LENGTHS), [RowShape(32, 16)]).rows] if branches else []
     )
     for batch in batches:
         ranges = key_ranges(batch.segments, batch.branches)

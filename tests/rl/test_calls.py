@@ -122,6 +122,22 @@ def test_objects_are_used_again_unless_an_episode_had_a_fault_and_closed_at_the_
     assert eventually(lambda: Counted.closed == 4)
 
 
+def test_an_episode_has_the_same_object_in_each_rollout_whichever_ended_first():
+    pool = Calls(4, 5.0)
+    orders = [range(4), (2, 0, 3, 1), (1, 3, 2, 0)]
+    seen = []
+    for ends in orders:
+        with pool:
+            for number in range(4):
+                pool.submit(number, lambda task: id(task.object(Counted)))
+            seen.append({})
+            while pool.running:
+                seen[-1] |= dict(pool.finished(wait=True))
+            for number in ends:
+                pool.release(number, keep=True)
+    assert seen[0] == seen[1] == seen[2] and len(set(seen[0].values())) == 4
+
+
 def test_at_most_so_many_calls_run_at_once_and_those_that_hang_do_not_count():
     running, most = set(), []
 

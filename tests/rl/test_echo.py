@@ -13,8 +13,7 @@ from jaxft.objectives.objective import Facts
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import rollout as rollouts
-from jaxft.rl.layout import RowShape, pack_episodes
-from jaxft.rl.programs import BoundRun
+from jaxft.rl.layout import BoundRun, RowShape, pack_episodes
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts, TrainingRollout
 from jaxft.rl.rules import Rules
@@ -59,7 +58,9 @@ def given_ids():
 
 def test_given_tokens_are_read_after_all_sampled_ones_and_are_padding_to_the_policy():
     """Each is the target of the position before it; the rest of the rows is as without them."""
-    plain, packed = (pack_episodes(episodes(), RowShape(64, 32), (3, 2), echo).rows for echo in (False, True))
+    plain, packed = (
+        pack_episodes(episodes(), [RowShape(64, 32)], (3, 2), echo).rows for echo in (False, True)
+    )
     assert plain.observation_weights is None
     for r in range(3):
         count, given = int(plain.lengths[r].sum()), given_ids()[r] if r < 2 else []
@@ -79,7 +80,7 @@ def test_given_tokens_are_read_after_all_sampled_ones_and_are_padding_to_the_pol
 def test_the_policy_is_read_at_given_tokens_as_in_a_forward_pass_over_the_episode_alone(x64):
     model, params = tiny_model.tiny(adapter=Adapter(rank=2))
     own = episodes(modulo=tiny_model.CONFIG.vocab)
-    packed = pack_episodes(own, RowShape(64, 32), (2, 2), True)
+    packed = pack_episodes(own, [RowShape(64, 32)], (2, 2), True)
     scores = policy(model, clipped).score(params, packed.rows, {}).logps
     found = np.asarray(scores)[packed.rows.observation_weights > 0]
     expected = []
@@ -94,7 +95,7 @@ def test_the_policy_is_read_at_given_tokens_as_in_a_forward_pass_over_the_episod
 
 
 def test_values_of_sampled_tokens_come_back_without_the_given_ones():
-    packed = pack_episodes(episodes(), RowShape(64, 32), (2, 2), True)
+    packed = pack_episodes(episodes(), [RowShape(64, 32)], (2, 2), True)
     x = np.where(np.arange(8) < episodes().lengths.reshape(4, 1), np.arange(32.0).reshape(4, 8) + 1, 0)
     rows = packed.from_tokens(x)
     assert not rows[packed.rows.observation_weights > 0].any()
@@ -117,7 +118,7 @@ class Echoing:
 
 
 def test_observation_weights_sum_to_1_over_a_batch_and_to_0_while_the_policy_waits():
-    packed, own = pack_episodes(episodes(), RowShape(64, 32), (2, 2), True), data(observations=True)
+    packed, own = pack_episodes(episodes(), [RowShape(64, 32)], (2, 2), True), data(observations=True)
     ones = np.ones((2, 2), bool)
     rollout = TrainingRollout(0, packed.rows, episodes().lengths, ones, ones, {})
     like = SimpleNamespace(ids=np.zeros((1, 2, 64)))

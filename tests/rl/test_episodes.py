@@ -157,7 +157,7 @@ def test_an_episode_with_a_fault_has_no_score_and_is_in_no_mean():
         == [[False, False], [True, False]]
         == (~rules.policy_mask(found)).tolist()
     )
-    metrics = rollout_metrics(["environment"], found, scores_of(episodes), rules.policy_mask(found), False)
+    metrics = rollout_metrics(["environment"], found, scores_of(episodes), rules.policy_mask(found))
     means = {name: x.total / x.weight for name, x in metrics.items() if hasattr(x, "total") and x.weight}
     assert means["reward"] == pytest.approx(1.0) == means["rewards/environment/mean"]
     assert means["completions/mean_length"] == pytest.approx(np.mean([6, 5, 5]))
@@ -244,6 +244,10 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path):
     (tmp_path / "rollouts" / "0.npz").write_bytes(to_bytes(given, 0))
     shown = list(inspect_episodes(tmp_path, 0))
     assert len(shown) == 4 and all(example.in_order for example in shown)
+    two = replace(given[0], segments=given[0].segments[:3], turns=TURNS)
+    (tmp_path / "rollouts" / "1.npz").write_bytes(to_bytes([two], 0))
+    (example,) = inspect_episodes(tmp_path, 1)
+    assert [part.label for part in example.parts] == ["prompt", "sampled", "tool", "sampled"]
     assert [part.label for part in shown[0].parts] == ["prompt", *["sampled", "given"] * 3]
     assert [set(part.weights) for part in shown[0].parts] == [{0.0}, *[{1.0}, {0.0}] * 3]
     assert "3 turns, 6 sampled and 9 given tokens; score 1.5" in shown[0].facts

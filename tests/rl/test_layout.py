@@ -13,13 +13,13 @@ from jaxft.data.prompts import Prompts
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
-from jaxft.rl.layout import pack_episodes, per_episode, rollout_shapes, smallest_shape, to_microbatches
+from jaxft.rl.layout import pack_episodes, per_episode, rollout_shapes, to_microbatches
 from jaxft.rl.trajectory import collect
 
 
 def test_values_of_tokens_come_back_from_rows():
     episodes = episodes_of(*random_completions(LENGTHS), LENGTHS)
-    packed = pack_episodes(episodes, RowShape(32, 16), (3, 4))
+    packed = pack_episodes(episodes, [RowShape(32, 16)], (3, 4))
     x = np.random.default_rng(1).normal(size=(6, 7)).astype(np.float32)
     mask = np.arange(7) < LENGTHS.reshape(6, 1)
     rows = packed.from_tokens(x)
@@ -28,7 +28,7 @@ def test_values_of_tokens_come_back_from_rows():
 
 
 def test_a_value_of_an_episode_is_at_its_own_read_positions():
-    packed = pack_episodes(episodes_of(*random_completions(LENGTHS), LENGTHS), RowShape(32, 16), (2, 4))
+    packed = pack_episodes(episodes_of(*random_completions(LENGTHS), LENGTHS), [RowShape(32, 16)], (2, 4))
     values = 1.0 + np.arange(6).reshape(2, 3)
     expected = [np.repeat(own, count) for own, count in zip(values, LENGTHS, strict=True)]
     rows = per_episode(values, packed.rows)
@@ -50,7 +50,7 @@ def test_a_row_of_episodes_has_the_log_probs_of_each_training_row_alone(x64):
 
 def check_log_probs(model, params, episodes, shape):
     """The log-probs of rows are those of each trajectory alone, at its sampled tokens."""
-    packed = pack_episodes(episodes, shape)
+    packed = pack_episodes(episodes, [shape])
     logps = policy(model, clipped, temperature=0.7).score(params, packed.rows, {}).logps
     found = packed.to_tokens(np.asarray(logps), episodes)
     for own, trajectory in zip(found, episodes.trajectories, strict=True):
@@ -67,7 +67,7 @@ def check_log_probs(model, params, episodes, shape):
 
 def test_given_tokens_are_in_the_row_and_have_no_read_position():
     episodes = random_episodes()
-    rows = pack_episodes(episodes, RowShape(96, 32)).rows
+    rows = pack_episodes(episodes, [RowShape(96, 32)]).rows
     for g in range(len(rows.ids)):
         own = episodes.trajectories[2 * g : 2 * g + 2]
         is_read = rows.responses[g] < 2
@@ -102,13 +102,13 @@ def test_the_smallest_row_shape_that_holds_a_rollout_is_used(turns):
     for count, expected in ((9, 0), (40, 1 if turns == 3 else 2)):
         lengths = np.full((2, 4), count)
         episodes = replace(episodes_of(prompts, tokens, lengths), longest=longest)
-        assert smallest_shape(episodes, shapes) == shapes[expected]
+        assert pack_episodes(episodes, shapes).shape == shapes[expected]
 
 
 def test_microbatches_are_padded_with_empty_rows():
-    rows = pack_episodes(episodes_of(*random_completions(LENGTHS), LENGTHS), RowShape(32, 16)).rows
+    rows = pack_episodes(episodes_of(*random_completions(LENGTHS), LENGTHS), [RowShape(32, 16)]).rows
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, 4, x.shape[-1]), x.dtype), rows)
-    batch = to_microbatches(rows, like, padding=3)
+    batch = to_microbatches(rows, like)
     assert jax.tree.map(np.shape, batch) == jax.tree.map(lambda s: s.shape, like)
     for i in range(2):
         np.testing.assert_array_equal(batch.ids[i, 0], rows.ids[i])

@@ -26,7 +26,7 @@ def test_pairs_have_the_log_probs_of_each_completion_alone(x64):
     model, params = tiny_model.tiny(adapter=Adapter(rank=2))
     lengths = np.array([[3, 7], [5, 2]])
     prompts, tokens = random_completions(lengths)
-    pairs = to_pairs(pack_episodes(episodes_of(prompts, tokens, lengths), RowShape(32, 16)).rows)
+    pairs = to_pairs(pack_episodes(episodes_of(prompts, tokens, lengths), [RowShape(32, 16)]).rows)
     pairs = replace(pairs, pair_weights=np.full((2, 1), 0.5), mean_lengths=np.ones((2, 1, 2)))
 
     def loss(pair):
@@ -51,7 +51,7 @@ def test_a_response_that_is_padding_alone_is_scored_at_its_prompt():
     lengths = np.array([[1, 3], [3, 1]])
     prompts, tokens = random_completions(lengths)
     tokens[0, 0, 0] = tokens[1, 1, 0] = tokens[0, 1, 2] = 45  # which no prompt has
-    pairs = to_pairs(pack_episodes(episodes_of(prompts, tokens, lengths), RowShape(32, 16)).rows)
+    pairs = to_pairs(pack_episodes(episodes_of(prompts, tokens, lengths), [RowShape(32, 16)]).rows)
     last = reward_models.read_before_pad(jax.tree.map(lambda x: x[None], pairs), 45).last[0, :, 0]
     first, second = (len(ids) - 1 for ids in prompts.ids)
     assert last.tolist() == [[first, first + 3], [second + 3, second]]

@@ -99,7 +99,7 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
 
     def scores(lengths, pad=None):
         episodes = episodes_of(prompts, tokens[:, : lengths.shape[1]], lengths)
-        rows = jax.tree.map(lambda x: x[None], pack_episodes(episodes, RowShape(32, 16)).rows)
+        rows = jax.tree.map(lambda x: x[None], pack_episodes(episodes, [RowShape(32, 16)]).rows)
         return np.asarray(reward_models.head_scores(model, HeadReward("reward", pad), params, {}, rows))[0]
 
     def alone(text):

@@ -82,8 +82,6 @@ def test_scores_of_a_reward_model_are_checked():
     scores, faults, _ = rewards.check_scores(np.array([1.0, np.nan, np.inf]), "judge", rows)
     assert scores[0] == 1 and np.isnan(scores[1:]).all()
     assert faults.not_a_number == 2 and "rows:1" in faults.first
-    with pytest.raises(ValueError, match=r"reward judge returned scores of shape \(2,\) for 3 completions"):
-        rewards.check_scores(np.ones(2), "judge", rows)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,8 @@ from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, scale_scores, update_moments
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
 from jaxft.rl.importance import masked_completions, truncated_tokens
-from jaxft.rl.layout import rollout_shapes
+from jaxft.rl.layout import BoundRun, rollout_shapes
 from jaxft.rl.online_pairs import OnlinePairs
-from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import History, PromptSource, Rollouts, RolloutSource
 from jaxft.rl.rules import Rules, shape_scores
@@ -268,8 +267,8 @@ def test_a_filter_sees_the_rewards_before_shaping(tmp_path):
 def bound_to(source, ratio):
     """The source with a training program whose probabilities are `ratio` times the sampler's."""
 
-    def token_scores(packed, state):  # FakeSampler's log-probs are -1
-        return Scores(np.full(packed.tokens.shape, np.log(ratio) - 1, np.float32))
+    def token_scores(packed, episodes, state):  # FakeSampler's log-probs are -1
+        return Scores(np.where(episodes.logps < 0, np.log(ratio) - 1, 0.0))
 
     return replace(source, token_scores=token_scores)
 

@@ -30,10 +30,9 @@ from jaxft.nn.rope import Rope
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
-from jaxft.rl.layout import pack_episodes, rollout_shapes, smallest_shape
+from jaxft.rl.layout import pack_episodes, rollout_shapes, uncounted
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.play import rollout
-from jaxft.rl.programs import uncounted
 from jaxft.rl.record import table_indices
 from jaxft.rl.rewards import EnvironmentReward, exact
 from jaxft.rl.rollout import Rollouts
@@ -54,7 +53,7 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
     episodes = episodes_of(prompts, tokens.reshape(3, group, 12), lengths, sampled)
-    packed = pack_episodes(episodes, RowShape(64, 64))
+    packed = pack_episodes(episodes, [RowShape(64, 64)])
     score = jax.jit(policy(model, clipped, temperature=temperature or 1.0).score)
     logps = score(params, packed.rows, {}).logps
     found = packed.to_tokens(np.asarray(logps), episodes)
@@ -72,7 +71,7 @@ def test_sampled_log_probs_equal_the_training_programs_where_rope_depends_on_the
     for group in ([[12, 12]] * 3, [[3, 5], [1, 12], [2, 2]]):  # whatever the lengths of the others
         lengths, mask = np.array(group), np.arange(12) < np.ravel(group)[:, None]
         episodes = episodes_of(prompts, tokens, lengths)
-        packed = pack_episodes(episodes, RowShape(64, 64))
+        packed = pack_episodes(episodes, [RowShape(64, 64)])
         found = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         np.testing.assert_allclose(found[mask], sampled.reshape(6, 12)[mask], atol=1e-4, rtol=0)
     assert to_pairs(packed.rows).sampled_length == packed.rows.sampled_length == 12
@@ -101,8 +100,8 @@ def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
         lengths = np.minimum(np.random.default_rng(longest).integers(1, longest + 1, (3, 4)), longest)
         lengths[0] = longest
         episodes = episodes_of(prompts, all_tokens.reshape(3, 4, 48), lengths)
-        assert smallest_shape(episodes, shapes) == shape
-        packed = pack_episodes(episodes, shape)
+        packed = pack_episodes(episodes, shapes)
+        assert packed.shape == shape
         logps = packed.to_tokens(np.asarray(score(params, packed.rows, {}).logps), episodes)
         difference = np.abs(logps - sampled)[np.arange(48) < lengths.reshape(12, 1)]
         assert difference.max() < max_difference and difference.mean() < mean_difference, shape
@@ -167,7 +166,15 @@ class Game:
 def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_settings(monkeypatch, turns):
     compiled = []
     monkeypatch.setattr(sampler_module, "compile_engine", lambda d, *rest: compiled.append((d, rest[1])))
-    sizes = {"max_new": 4, "group": 4, "batch": 6, "eval_group": 1, "decode_rows": 12, "kv_cache": "int8"}
+    sizes = {
+        "max_new": 4,
+        "group": 4,
+        "batch": 6,
+        "eval_group": 1,
+        "decode_rows": 12,
+        "kv_cache": "int8",
+        "min_p": 0.1,
+    }
     more = {"max_turns": 3, "max_episode": 30, "environment": Game} if turns > 1 else {}
     bound = SimpleNamespace(model=None, stop=(1,), param_shapes={}, mesh=None)
     compile_engines(bound, Rollouts("x", **sizes, **more, rules=Rules((exact,))), 64)
@@ -177,6 +184,7 @@ def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_setting
         (1, "int8", *((12, 12) if own else (7, 7))),  # 7 (64 + 4) <= 6 (64 + 4 * 4) tokens of keys
     }
     assert {(d.sampling.max_new, d.extends) for d, _ in compiled} == {(30, True) if own else (4, False)}
+    assert {d.sampling.min_p for d, _ in compiled} == {0.1}
 
 
 def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(tmp_path):
@@ -197,15 +205,16 @@ def test_a_rollout_has_the_engines_completions_and_repeats_them_from_its_record(
     for i, tokens in enumerate(expected.tokens.reshape(10, 6)):
         own = tokens[tokens >= 0].tolist()
         ended = own[-1] in (7, 11)
+        text = tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
         assert found.trajectories[i].sampled[0].tokens.tolist() == own and found.ended.ravel()[i] == ended
-        assert found.texts[i] == tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True)
+        assert found.trajectories[i].text == text
     np.testing.assert_allclose(found.logps, expected.logps.reshape(10, 6), rtol=1e-5, atol=1e-6)
 
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["3.npz"]
     run.params = None  # it cannot sample
     again = compile_rollout_sampler(run, data, tokenizer, 64)
     same = again(prompts, 2, 3, state)
-    assert same.texts == found.texts
+    assert [t.text for t in same.trajectories] == [t.text for t in found.trajectories]
     np.testing.assert_array_equal(same.logps, found.logps)
     for number, own in ((4, weights), (3, {"w": jnp.full(3, 1.5)})):  # not recorded, or with other weights
         with pytest.raises(TypeError):
@@ -241,7 +250,7 @@ def test_turns_that_go_on_have_the_training_programs_log_probs(tmp_path):
     for trajectory in found.trajectories:
         kinds = [segment.sampled for segment in trajectory.segments]
         assert kinds == [True, False, True] and trajectory.turns[-1]["role"] == "assistant"
-    packed = pack_episodes(found, smallest_shape(found, rollout_shapes(data, 64, shards=1)))
+    packed = pack_episodes(found, rollout_shapes(data, 64, shards=1))
     logps = jax.jit(policy(model, clipped).score)(params, packed.rows, {}).logps
     np.testing.assert_allclose(packed.to_tokens(np.asarray(logps), found), found.logps, atol=1e-4, rtol=0)
     rewards = [[len(turn["content"]) for turn in t.turns[1::2]] for t in found.trajectories]

@@ -296,11 +296,11 @@ def test_such_a_reward_without_an_environment_is_refused():
     with pytest.raises(
         ValueError, match="rewards reward_score read the objects .* set environment=my_env.py"
     ):
-        Rollouts("r.jsonl", rules=Rules((reward_score, exact)))
+        Rollouts("r.jsonl", rules=Rules((reward_score, exact))).open(None)
     with pytest.raises(ValueError, match="reward_score.* reads the objects of an environment, which only a"):
         FunctionReward(reward_score)
     with pytest.raises(ValueError, match="give each its own name"):
-        Rollouts("r.jsonl", rules=Rules((caught, caught)), environment=Merging)
+        Rollouts("r.jsonl", rules=Rules((caught, caught)), environment=Merging).open(None)
 
 
 def test_a_factory_is_called_once_to_learn_its_class():

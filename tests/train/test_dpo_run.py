@@ -82,7 +82,7 @@ def test_held_out_metrics_are_the_same_for_any_batch_size_and_mesh(place, loss):
     before = found[8, 1][0]
     assert (
         before["step"] == 0
-        and {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_kl"} <= before.keys()
+        and {"eval_loss", "eval_rewards/accuracies_pairs", "eval_logps/chosen", "eval_kl"} <= before.keys()
     )
     for name, value in before.items():
         assert found[5, 1][0][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name

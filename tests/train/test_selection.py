@@ -7,11 +7,12 @@ from unittest.mock import Mock, call
 import pytest
 
 from jaxft.distributed.processes import AgreedError
+from jaxft.runs.report import Evaluation
 from jaxft.train.evaluate import is_greater_better, is_stalled, selection_score
 from jaxft.train.loop import due
 from jaxft.train.members import Job
 from jaxft.train.settings import Loop
-from jaxft.train.verdict import check_selection, end_if_due
+from jaxft.train.verdict import check_selection, end_if_due, without_accuracies
 
 METRICS = {"eval_loss": 2.0, "eval_reward": 3.0, "eval_rewards/accuracies": 0.75, "eval_kl": 0.5}
 METRICS |= {"eval_rewards/rejected": -1.0, "eval_completions/clipped_ratio": 0.25}
@@ -98,6 +99,14 @@ def test_an_accuracy_that_is_absent_at_first_because_all_pairs_are_ties_can_sele
             SimpleNamespace(members=[SimpleNamespace(run=SimpleNamespace(loop=Loop(best_metric="eval_x")))]),
             [{"metrics": {"eval_rewards/accuracies_pairs": 20.0}}],
         )
+
+
+def test_an_evaluation_where_policy_and_reference_are_one_model_has_no_accuracies():
+    """Whatever the rounding between their log-probs; the number of pairs stays, and other metrics do."""
+    metrics = {"eval_loss": 0.69, "eval_rewards/accuracies": 0.6, "eval_rewards/accuracies_pairs": 20.0}
+    end = Evaluation(metrics=metrics, samples=[], scored=0, intervals={}, score_faults=[], nonfinite=0)
+    found = without_accuracies(end)["metrics"]
+    assert found == {"eval_loss": 0.69, "eval_rewards/accuracies_pairs": 20.0}
 
 
 def test_the_steps_since_the_last_entry_are_logged_where_patience_ends_a_run():

@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 SLOWEST_CHECK = 0.5  # seconds between checks of time-outs while all calls run
 CLOSE_SECONDS = 2.0  # for objects to be closed at the end
-_LOCK = threading.Lock()
 
 
 class Overdue(Exception):
@@ -122,25 +121,27 @@ class EventLoop:
             runner.get_loop().run_forever()  # closing the runner cancels its coroutines
 
 
-_SHARED = list[EventLoop]()
+@functools.cache
+def _shared_loops() -> list[EventLoop]:
+    return [EventLoop()]
 
 
 def shared_loop() -> EventLoop:
     """Return the event loop of async rewards, on which their clients stay; another if that has ended."""
-    with _LOCK:
-        if not _SHARED or _SHARED[-1].ended:
-            _SHARED[:] = [EventLoop()]
-        return _SHARED[-1]
+    loops = _shared_loops()
+    if loops[0].ended:
+        loops[0] = EventLoop()
+    return loops[0]
 
 
 class _Worker:
     """A thread that makes the calls of an episode, and what belongs to it: objects, and an event loop.
 
-    slots: how many workers may call at once. closing: closes the objects.
+    slots: how many workers may call at once. closing: closes the objects. episode: of the first rollout.
     """
 
-    def __init__(self, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
-        self.slots, self.results = slots, results
+    def __init__(self, episode: int, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
+        self.episode, self.slots, self.results = episode, slots, results
         self.tasks = queue.SimpleQueue[Task | None]()
         self.objects, self.closing = dict[Any, Any](), list[Callable[[], Any]]()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -231,6 +232,7 @@ class Calls:
         weakref.finalize(self, _end, self.idle)
 
     def __enter__(self) -> "Calls":
+        self.idle.sort(key=lambda worker: -worker.episode)  # an episode has the same objects in each rollout
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -243,7 +245,7 @@ class Calls:
     def submit(self, number: int, work: Callable[[Task], Any]) -> None:
         """Queue work. number: of the episode, which has no other work in progress."""
         if number not in self.workers:
-            self.workers[number] = self.idle.pop() if self.idle else self._started()
+            self.workers[number] = self.idle.pop() if self.idle else self._started(number)
         worker = self.workers[number]
         self.running[number] = task = Task(number, work, self.timeout, worker)
         worker.tasks.put(task)
@@ -284,9 +286,9 @@ class Calls:
             del self.running[number], self.workers[number]
         return [(number, Overdue()) for number in found]
 
-    def _started(self) -> _Worker:
+    def _started(self, episode: int) -> _Worker:
         try:
-            return _Worker(self.slots, self.results)
+            return _Worker(episode, self.slots, self.results)
         except RuntimeError as error:
             raise ValueError(
                 f"{error}: each episode in progress has a thread, and {len(self.workers)} have begun. "

@@ -51,13 +51,15 @@ def _isolate(work: str, files: int) -> bool:
     if libc.unshare(NEW_USER | NEW_MOUNTS | NEW_PROCESSES | NEW_NETWORK) != 0:
         return False
     ids = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+    failed = True  # without these, no file could be made in the new file system
     with contextlib.suppress(OSError):
         for name, text in ids.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
+        failed = False
     folder, size = work.encode(), f"mode=700,size={max(files, 4096)}".encode()
     change = (ctypes.c_uint64 * 4)(READ_ONLY)
-    failed = libc.syscall(SET_ATTRIBUTES, HERE, b"/", ALL_MOUNTS, change, ctypes.sizeof(change))
+    failed = failed or libc.syscall(SET_ATTRIBUTES, HERE, b"/", ALL_MOUNTS, change, ctypes.sizeof(change))
     failed = failed or libc.mount(b"none", folder, b"tmpfs", NO_SETUID | NO_DEVICES, size)
     if not failed:
         libc.mount(folder, b"/dev/shm", None, BIND, None)  # for multiprocessing

@@ -13,7 +13,7 @@ TRL's environment_factory return all exceptions to the model, as TRL does.
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 from jaxft.data.columns import tool_schema
@@ -21,6 +21,7 @@ from jaxft.data.example import Message
 from jaxft.inference.tool_calls import CallFormat, CallStream, ToolCall
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.trajectory import Fault
+from jaxft.short_names import name_of
 
 Tool = Callable[..., Any]
 MODELS_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)  # returned to the model
@@ -47,16 +48,9 @@ class ParsedTurn(NamedTuple):
     malformed: int
 
 
-def tool_name(tool: Tool) -> str:
-    """Return the name of a function, by which a model calls it; of a partial, that of its function."""
-    while isinstance(tool, partial):
-        tool = tool.func
-    return str(getattr(tool, "__name__", type(tool).__name__))
-
-
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
     """Return tools by their names. Raises ValueError for two of one name."""
-    names = [tool_name(tool) for tool in tools]
+    names = [name_of(tool) for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"tools: two tools are named {twice}. Rename one.")
