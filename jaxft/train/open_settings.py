@@ -122,7 +122,8 @@ def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolv
 
 def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
     """Return what `fitted` does, without any download: with the recipe's own lengths, and a line that says
-    so, if the rows or the tokenizer are not files of this machine or cannot be read.
+    so, if the rows or the tokenizer are not files of this machine or cannot be read. Raises ValueError
+    for rows of this machine that a run would refuse.
     """
     if not _open_names(settings):
         return fitted(settings, devices)
@@ -130,7 +131,7 @@ def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolve
     try:
         if not reason:
             return _fitted(settings, devices, Path("runs"))
-    except (ValueError, OSError) as error:
+    except OSError as error:
         reason = str(error)
     return settings, [*_first_lines(settings), f"lengths are chosen when the run starts: {reason}"]
 

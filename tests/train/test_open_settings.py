@@ -202,11 +202,9 @@ def test_rows_that_cannot_be_read_leave_their_error_to_the_run(place):
     [
         (["data=org/rows"], "org/rows is no file of this machine"),
         (["data=rows.jsonl", "model=none/here"], "the tokenizer of none/here is not on this machine"),
-        (["data=broken.jsonl"], "broken.jsonl:1: malformed JSON"),
     ],
 )
 def test_a_plan_says_which_lengths_it_leaves_to_the_run(place, options, reason):
-    Path("broken.jsonl").write_text("{")
     named = [text for text in options if text.startswith("data=")]
     settings = resolve("sft", [*place, *named])
     if len(options) > len(named):
@@ -214,6 +212,12 @@ def test_a_plan_says_which_lengths_it_leaves_to_the_run(place, options, reason):
     found, lines = fitted_here(settings, devices=1)
     assert "max_length" not in found.chosen and found.value.data.max_length == 512
     assert lines[-1].startswith("lengths are chosen when the run starts: ") and reason in lines[-1]
+
+
+def test_rows_that_a_run_would_refuse_are_an_error_of_a_plan_too(place):
+    Path("broken.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="broken.jsonl:1: malformed JSON"):
+        fitted_here(resolve("sft", [*place, "data=broken.jsonl"]), devices=1)
 
 
 def fit_of(longest, data, budget=4096, context=8192):
