@@ -254,6 +254,8 @@ def _detect_by_other_names(
     for format, required in schemas.required.items():
         ours_of = set(schemas.optional[format]) | {c for names in required for c in names}
         missing = [names for names in required if not any(row.fields.get(c) is not None for c in names)]
+        if not missing and mapped <= ours_of:
+            return _detect_as_named(row, mapped, schemas)  # raises that it fits two formats
         others = {names[0]: other_name(row.fields, names[0]) for names in missing}
         taken = [theirs for theirs in others.values() if theirs is not None]
         if missing and len({*taken}) == len(missing) and mapped <= ours_of:

@@ -227,6 +227,11 @@ def test_columns_rename_and_say_which_format_is_meant():
             "fit the formats text and prompt-completion; set data.format",
         ),
         (
+            {"instruction": "add", "input": "1 and 2", "output": "3", "text": "### Instruction: add ..."},
+            {},
+            "fit the formats text and instruction; set data.format",
+        ),
+        (
             {"text": "t"},
             {"format": "instruction"},
             r"r:1: no column instruction, which format instruction requires; the row has text",

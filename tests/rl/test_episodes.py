@@ -244,17 +244,13 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path):
     (tmp_path / "rollouts" / "0.npz").write_bytes(to_bytes(given, 0))
     shown = list(inspect_episodes(tmp_path, 0))
     assert len(shown) == 4 and all(example.in_order for example in shown)
-    two = replace(given[0], segments=given[0].segments[:3], turns=TURNS)
-    (tmp_path / "rollouts" / "1.npz").write_bytes(to_bytes([two], 0))
-    (example,) = inspect_episodes(tmp_path, 1)
-    assert [part.label for part in example.parts] == ["prompt", "sampled", "tool", "sampled"]
     assert [part.label for part in shown[0].parts] == ["prompt", *["sampled", "given"] * 3]
     assert [set(part.weights) for part in shown[0].parts] == [{0.0}, *[{1.0}, {0.0}] * 3]
     assert "3 turns, 6 sampled and 9 given tokens; score 1.5" in shown[0].facts
     assert "fault raised: it is broken" in shown[2].facts and "2 training rows" in shown[1].facts
-    assert [part.label for part in shown[1].parts] == ["prompt", "sampled", "given"] + [
+    assert [part.label for part in shown[1].parts] == ["prompt", "sampled", "tool"] + [
         "prompt",
-        "given",
+        "tool",
         "sampled",
     ]
     with pytest.raises(ValueError, match=r"1.npz is missing; the run has not sampled rollout 2"):

@@ -132,7 +132,8 @@ def error_text(text: str) -> str:
 
 def valid_text(text: str) -> str:
     """Return text with U+FFFD in place of unpaired surrogates, which no tokenizer takes."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    is_valid = text.isascii()  # most texts are, which takes no copy
+    return text if is_valid else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _result_of(
