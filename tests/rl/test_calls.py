@@ -75,7 +75,7 @@ def test_a_coroutine_that_is_given_up_is_cancelled():
         assert eventually(lambda: live == {"inner", "outer"})
         ((_, value),) = pool.finished(wait=True)
     assert isinstance(value, Overdue) and eventually(lambda: not live)
-    assert eventually(lambda: threading.active_count() == before)
+    assert eventually(lambda: threading.active_count() <= before)
 
 
 def test_all_calls_of_an_episode_are_on_one_thread_and_those_of_others_on_others():

@@ -29,13 +29,13 @@ class Search:
 
     def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
-        self.answer = _words(str(row["answer"]))
-        if not self.answer:
+        self.words = _words(str(row["answer"]))
+        if not self.words:
             raise ValueError(f"column 'answer' has no words: {row['answer']!r:.80}")
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
         """End the episode with the first turn that searches nothing."""
-        said, answer = (f" {' '.join(words)} " for words in (_words(text), self.answer))
+        said, answer = (f" {' '.join(words)} " for words in (_words(text), self.words))
         return None, float(answer in said), True, None
 
     def search(self, query: str) -> str:
