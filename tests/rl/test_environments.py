@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import runpy
 import threading
 import time
 import urllib.request
@@ -67,6 +68,18 @@ def test_a_calculator_question_takes_both_tools_one_after_the_other():
     assert [part.score for part in found] == [1.0] * 8
     assert all(len([s for s in part.segments if s.sampled]) == 3 for part in found)
     assert [part.score for part in episodes(Calculator, rows, lambda shown, row: "It is 5.")] == [0.0] * 8
+
+
+def test_the_example_of_tools_that_fail_has_the_calculators_tools():
+    faulty = runpy.run_path(str(ROOT / "configs/examples/faulty_calculator.py"))["Faulty"]
+    assert environment_of(faulty).schemas == environment_of(Calculator).schemas
+    results = []
+    for _ in range(400):
+        try:
+            results.append(faulty().add(2, 3))
+        except ConnectionError:
+            continue
+    assert set(results) == {5} and 330 < len(results) < 390
 
 
 def test_no_held_out_question_is_a_training_question():
