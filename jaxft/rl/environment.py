@@ -256,14 +256,13 @@ def _made_by(factory: Callable[[], Any]) -> type:
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
     """Return the environment of a class. make: makes the object of an episode."""
-    name, members = (
-        given.__name__,
-        {
-            name: x
-            for name, x in inspect.getmembers(given, inspect.isfunction)
-            if not isinstance(inspect.getattr_static(given, name), staticmethod)
-        },
-    )
+    name = given.__name__
+    functions = inspect.getmembers(given, inspect.isfunction)
+    members = {
+        name: function
+        for name, function in functions
+        if not isinstance(inspect.getattr_static(given, name), staticmethod)
+    }
     if "reset" not in members:
         raise ValueError(f"environment {name} has no reset. {CLASS_SHAPES}")
     if missing := _missing_argument(make):
