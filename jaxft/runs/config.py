@@ -24,6 +24,7 @@ from typing import Any
 
 from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
+from jaxft.runs.option_names import find_options
 from jaxft.runs.parse import (
     UNANNOTATED,
     describe_kind,
@@ -398,7 +399,8 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
             candidates = [f"{here}.{n}" if here else n for n in names]
             candidates += [] if i else [*knobs, *_all_fields(root)]
             other_tools = advice(step, None if isinstance(use[0], ObjectText) else use[0], use[1])
-            if other_tools and all(name.rpartition(".")[2] != step for name in candidates):
+            same = {name for name in candidates if name.rpartition(".")[2] == step}
+            if other_tools and (not same or same & {option.setting for option in find_options(step)}):
                 raise ValueError(f"{key}={short_text(use[0])}: {other_tools}")
             close = nearest(key, list(dict.fromkeys(candidates)))
             raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")

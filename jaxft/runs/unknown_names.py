@@ -13,6 +13,10 @@ from jaxft.runs.option_names import Option, find_options, normalised
 from jaxft.runs.setting_sources import dotted_fields, knobs
 
 SETTINGS_FILES = (".yml", ".yaml", ".json")  # of other tools
+ALL_WEIGHTS = {  # how recipes without the knob `full` train them; the others: adapter=none
+    "sft": "the recipe sft_full trains all weights",
+    "sft_full": "this recipe trains all weights; leave it out",
+}
 
 
 def advice(name: str, text: str | None = None, recipe: str | None = None) -> str | None:
@@ -24,7 +28,8 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
     >>> advice("learning_rate", "1e-4")
     'learning_rate is lr here; write lr=1e-4'
     """
-    options = find_options(name, recipe=recipe)
+    all_weights = name == "full" and text is not None  # of a recipe without this knob
+    options = find_options("full_finetuning" if all_weights else name, recipe=recipe)
     lines = dict.fromkeys(_line(option, text, recipe) for option in options)
     return "; or ".join(line for line in lines if line) or None
 
@@ -42,6 +47,8 @@ def _line(option: Option, text: str | None, recipe: str | None) -> str:
         return option.describe()
     if not written:
         return f"{option.name}={text} is the default here; leave it out"
+    if written == "full=true" and "full" not in setting_names(recipe or ""):
+        return ALL_WEIGHTS.get(recipe or "", "adapter=none trains all weights")
     where = f", in recipes such as {option.recipe}" if elsewhere else ""
     note = f" ({option.note})" if option.note else ""
     return f"{option.name} is {option.setting} here{where}; write {written}{note}"
