@@ -199,6 +199,14 @@ def test_a_file_of_settings_is_not_run_as_a_recipe(monkeypatch, capsys, tmp_path
     assert code == 2 and re.search(rf"convert(\.py)? {name}`", err) and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_file_of_rows_is_not_run_as_a_recipe(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text('[{"text": "a"}]')
+    code, out, err = call(monkeypatch, capsys, "train", name)
+    assert code == 1 and not out and f"name a recipe first, such as `sft data={name}`" in err
+
+
 def test_advice_knows_a_setting_of_the_same_name():
     assert advice("max_length", "5") is None
     assert advice("beta", "1", "sft").startswith("beta is a setting of recipes such as dpo")

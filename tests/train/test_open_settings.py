@@ -168,12 +168,12 @@ def test_an_episode_of_several_turns_has_what_the_budget_leaves_its_prompt():
     assert fit.choose(["max_new"]) == {"max_new": 144}  # the recipe's max_episode is set
 
 
-def test_own_tools_rows_or_rewards_beside_the_recipes_environment_have_a_line_that_names_it(place):
+def test_own_tools_rows_or_rewards_with_the_recipes_environment_have_a_line_that_names_it():
     note = [
         "environment= is not set: the recipe's own, Calculator, is also used, with its tools and its reward; "
         "environment=none leaves it out"
     ]
-    own = [*place, "data=prompts.jsonl"]
+    own = ["data=prompts.jsonl"]
     for overrides, expected in (
         (own, note),
         (["rewards=exact"], note),
