@@ -414,7 +414,7 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
             f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
         )
     names = [str(name) for name in row.fields]
-    if {"chosen", "rejected"} <= {name.strip().lower() for name in names} and schemas is SFT_SCHEMAS:
+    if {"chosen", "rejected"} <= {name.strip().lower() for name in names} and schemas == SFT_SCHEMAS:
         raise InvalidRow(
             row.name,
             "columns of no format",

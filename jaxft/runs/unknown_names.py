@@ -31,6 +31,8 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
     """
     all_weights = name == "full" and text is not None  # of a recipe without this knob
     options = find_options("full_finetuning" if all_weights else name, recipe=recipe)
+    if text is not None and not options:
+        options = find_options(f"use_{normalised(name)}", recipe=recipe)
     lines = dict.fromkeys(_line(option, text, recipe) for option in options)
     return "; or ".join(line for line in lines if line) or None
 
