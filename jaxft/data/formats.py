@@ -76,7 +76,7 @@ class RowFormat(NamedTuple):
         if self.unread:
             names = " and ".join(theirs.strip() for _, theirs in self.unread)
             setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
-            return [f"the column text is read, and {names} are not; data.columns={setting} reads these"]
+            return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
         if not self.columns:
             return []
         read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)

@@ -149,8 +149,8 @@ def test_pairs_and_prompts_are_read_by_other_names_too():
     [
         (
             "text question Answer",
-            "the column text is read, and question and Answer are not; "
-            "data.columns=prompt=question,completion=Answer reads these",
+            "the column text is read, not question and Answer; otherwise set "
+            "data.columns=prompt=question,completion=Answer",
         ),
         ("text question", None),
         ("text url", None),
@@ -163,7 +163,7 @@ def test_a_text_that_hides_a_question_and_its_answer_has_a_note_that_reads_them(
     )
     assert chosen.name == "text" and chosen.note() == ([note] if note else [])
     if note:
-        columns = tuple(note.split("data.columns=")[1].split()[0].split(","))
+        columns = tuple(note.split("data.columns=")[1].split(","))
         assert contents(row.fields, columns) == ["question text", "Answer text"]
 
 
