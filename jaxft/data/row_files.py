@@ -30,7 +30,7 @@ from jaxft.data.row_parquet import (
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = BATCH_ROWS
 _AGAIN = "download it again"  # a damaged file
-WRAPPERS = ("data", "rows", "train", "examples")  # keys of lists of rows in files of one object
+KEYS_OF_ROWS = ("data", "rows", "train", "examples")  # keys of lists of rows in files of one object
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -438,7 +438,7 @@ def read_json(path: Path) -> Iterator[Outcome]:
 
 def _key_of_rows(value: dict[str, Any]) -> str | None:
     """Return the key of a file's only object under which it has a list of rows, None without one."""
-    lists = (key for key in WRAPPERS if isinstance(value.get(key), list) and value[key])
+    lists = (key for key in KEYS_OF_ROWS if isinstance(value.get(key), list) and value[key])
     return next((key for key in lists if all(isinstance(row, dict) for row in value[key])), None)
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
-from jaxft.runs.option_names import find_options
 from jaxft.runs.parse import (
     UNANNOTATED,
     describe_kind,
@@ -38,7 +37,7 @@ from jaxft.runs.parse import (
 )
 from jaxft.runs.record import describe, differences, union_members
 from jaxft.runs.terminal import short_text
-from jaxft.runs.unknown_names import advice
+from jaxft.runs.unknown_names import advice, meant_options
 from jaxft.tree import nearest
 
 __all__ = [
@@ -401,7 +400,7 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
             candidates += [] if i else [*knobs, *_all_fields(root)]
             other_tools = advice(step, None if isinstance(use[0], ObjectText) else use[0], use[1])
             same = {name for name in candidates if name.rpartition(".")[2] == step}
-            if other_tools and (not same or same & {option.setting for option in find_options(step)}):
+            if other_tools and (not same or same & {option.setting for option in meant_options(step)}):
                 raise ValueError(f"{key}={short_text(use[0])}: {other_tools}")
             close = nearest(key, list(dict.fromkeys(candidates)))
             raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")

@@ -29,12 +29,20 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
     >>> advice("learning_rate", "1e-4")
     'learning_rate is lr here; write lr=1e-4'
     """
-    all_weights = name == "full" and text is not None  # of a recipe without this knob
-    options = find_options("full_finetuning" if all_weights else name, recipe=recipe)
-    if text is not None and not options:
-        options = find_options(f"use_{normalised(name)}", recipe=recipe)
+    options = find_options(name, recipe=recipe) if text is None else meant_options(name, recipe)
     lines = dict.fromkeys(_line(option, text, recipe) for option in options)
     return "; or ".join(line for line in lines if line) or None
+
+
+def meant_options(key: str, recipe: str | None = None) -> tuple[Option, ...]:
+    """Return the options of other tools that an unknown key of a command line may mean, () for none.
+
+    >>> [option.name for option in meant_options("dora")]
+    ['use_dora']
+    """
+    if key == "full":  # of a recipe without this knob
+        return find_options("full_finetuning", recipe=recipe)
+    return find_options(key, recipe=recipe) or find_options(f"use_{normalised(key)}", recipe=recipe)
 
 
 def _line(option: Option, text: str | None, recipe: str | None) -> str:

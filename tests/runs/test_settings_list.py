@@ -134,7 +134,7 @@ def test_the_defaults_of_b1_b2_and_eps_are_those_of_the_optimizers():
         ("sft", "packing=false", "packing is data.packing here; write data.packing=false"),
         ("sft", "fsdp=full_shard", "fsdp is mesh.fsdp here; mesh.fsdp=-1 shards"),
         ("sft", "liger_kernel=true", "use_liger_kernel: nothing to set; XLA fuses these"),
-        ("sft", "dora=true", "unknown key 'dora'; near: .*adapter.dora"),
+        ("sft", "dora=true", "use_dora is adapter.dora here; write adapter.dora=true"),
         ("sft", "full=true", "full=true: the recipe sft_full trains all weights$"),
         ("sft", "full_finetuning=true", "full_finetuning=true: the recipe sft_full trains all weights$"),
         ("grpo", "full=true", "adapter=none trains all weights$"),
