@@ -62,15 +62,21 @@ class Schemas:
 
 class RowFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
-    theirs) of columns with other names, in addition to data.columns.
+    theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
+    the rows have besides a text.
     """
 
     name: str
     plain: bool = False
     columns: tuple[tuple[str, str], ...] = ()
+    unread: tuple[tuple[str, str], ...] = ()
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
+        if self.unread:
+            names = " and ".join(theirs.strip() for _, theirs in self.unread)
+            setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
+            return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
         if not self.columns:
             return []
         read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)
@@ -202,7 +208,16 @@ def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], sch
             f"data.format={PLAIN} is for {' and '.join(schemas.strings)} rows, and these rows have format "
             f"{chosen}; set data.format=auto"
         )
-    return RowFormat(chosen, plain, others)
+    unread = _unread(counts, schemas) if (format, chosen) == ("auto", "text") else ()
+    return RowFormat(chosen, plain, others, unread)
+
+
+def _unread(counts: ColumnCounts, schemas: Schemas) -> tuple[tuple[str, str], ...]:
+    """Return (ours, theirs) of a format's columns that rows with a text have too by other names."""
+    _, row = max(counts.rows.values(), key=lambda found: found[0])
+    rest = {column: x for column, x in row.fields.items() if column != "text"}
+    found = attempt(_detect_by_other_names, Row(row.name, rest), set(), schemas)
+    return () if isinstance(found, InvalidRow) else found[1]
 
 
 def rename_rows(
@@ -399,6 +414,12 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
             f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
         )
     names = [str(name) for name in row.fields]
+    if {"chosen", "rejected"} <= {name.strip().lower() for name in names} and schemas == SFT_SCHEMAS:
+        raise InvalidRow(
+            row.name,
+            "columns of no format",
+            f"the columns {columns} are those of preference pairs; train on pairs with the recipe dpo",
+        )
     ours = _nearest_columns(names, schemas)
     near = misspelled(names, ours)
     meant = f"did you mean {' and '.join(f'{ours} for {theirs!r}' for ours, theirs in near.items())}? "

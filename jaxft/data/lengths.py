@@ -160,7 +160,7 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
     """Return the tokens of the largest microbatch with a limit of the rows' lengths."""
     rows = -(-data.units_per_step // data.micro)
     if isinstance(data, Prompts):
-        return rows * (min(limit, int(lengths.longest.max())) + data.group * data.max_new)
+        return rows * (min(limit, int(lengths.longest.max())) + data.group * data.episode_length)
     if isinstance(data, Rows):
         return rows * limit
     return _fullest_row(data, lengths.kept(limit))
@@ -201,7 +201,7 @@ def limit_costs(
     context: the positions of the model, which no limit exceeds.
     """
     now = getattr(data, data.length_settings[0])
-    most = context - (data.max_new if isinstance(data, Prompts) else 0)
+    most = context - (data.episode_length if isinstance(data, Prompts) else 0)
     covering = [
         min(most, round_up(percentile(lengths.longest, p), LENGTH_STEP)) for p in (50, 90, 95, 99, 100)
     ]
@@ -222,7 +222,7 @@ def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: i
     kept = lengths.kept(limit)
     if data.too_long != "truncate":
         kept = np.where(lengths.longest <= limit, kept, 0)
-    further = data.group * data.max_new if isinstance(data, Prompts) else 0
+    further = data.group * data.episode_length if isinstance(data, Prompts) else 0
     return int(kept.sum() + further * np.count_nonzero(kept))
 
 

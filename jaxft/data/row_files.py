@@ -30,6 +30,7 @@ from jaxft.data.row_parquet import (
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = BATCH_ROWS
 _AGAIN = "download it again"  # a damaged file
+KEYS_OF_ROWS = ("data", "rows", "train", "examples")  # keys of lists of rows in files of one object
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -427,8 +428,18 @@ def read_json(path: Path) -> Iterator[Outcome]:
             return
     else:
         value = _parse(text, f"{path}:1")
+    if isinstance(value, dict) and (key := _key_of_rows(value)):
+        problem = f"the rows are in the list {key!r} of one object; write this list alone to the file"
+        yield InvalidRow(f"{path}:1", "rows in an object", problem)
+        return
     for number, item in enumerate(value if isinstance(value, list) else [value], 1):
         yield attempt(row_of, item, f"{path}:{number}", f"{path.name}:{number}")
+
+
+def _key_of_rows(value: dict[str, Any]) -> str | None:
+    """Return the key of a file's only object under which it has a list of rows, None without one."""
+    lists = (key for key in KEYS_OF_ROWS if isinstance(value.get(key), list) and value[key])
+    return next((key for key in lists if all(isinstance(row, dict) for row in value[key])), None)
 
 
 # ---- Parquet

@@ -168,7 +168,10 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
     added = by_name(tools)
     own = {schema["function"]["name"] for schema in environment.schemas}
     if own & added.keys():
-        raise ValueError(f"tools: the environment has its own {min(own & added.keys())}. Rename one.")
+        raise ValueError(
+            f"tools: the environment {environment.name} has its own {min(own & added.keys())}. Rename one, "
+            "or leave that environment out with environment=none."
+        )
 
     def all_tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {**environment.tools(state), **added}

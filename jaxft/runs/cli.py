@@ -41,7 +41,12 @@ class CommandParser(argparse.ArgumentParser):
             options = list(self._option_string_actions)
             takes_settings = any(action.dest == "overrides" for action in self._actions)
             remedy = options_as_settings if takes_settings else near_options
-            message = remedy(sys.argv[1:], options) or message
+            words = message.partition(": ")[2].split()
+            folder = next((word for word in words if "--run" in options and Path(word).is_dir()), None)
+            if folder is not None:
+                message = f"unrecognized argument {folder}; write --run {folder}"
+            else:
+                message = remedy(sys.argv[1:], options) or message
         self.exit(WRONG_USAGE, usage_error(own_commands(message), self.prog) + "\n")
 
 

@@ -19,6 +19,8 @@ Fine-tune and align language models in JAX.
 `jaxft COMMAND --help` lists a command's arguments, `jaxft train RECIPE --help` the knobs of a recipe,
 `jaxft settings` all settings, and `jaxft help` the topics of the documentation."""
 
+COMMANDS_ELSEWHERE = {"merge": "export, which merges an adapter", "finetune": "train", "infer": "generate"}
+
 
 def main() -> int:
     """Run the command that the command line names, and return its exit code."""
@@ -32,6 +34,7 @@ def main() -> int:
         return 0
     if name not in COMMANDS:
         near = ", ".join(difflib.get_close_matches(name, COMMANDS, 3, 0.3) or COMMANDS)
+        near = COMMANDS_ELSEWHERE.get(name, near)
         if (ROOT / "configs" / f"{name}.py").is_file():
             near = f"train {name}, as {name} is a recipe"
         print(cli.usage_error(f"jaxft has no command {name!r}; near: {near}", "jaxft"), file=sys.stderr)

@@ -37,7 +37,7 @@ from jaxft.runs.parse import (
 )
 from jaxft.runs.record import describe, differences, union_members
 from jaxft.runs.terminal import short_text
-from jaxft.runs.unknown_names import advice
+from jaxft.runs.unknown_names import advice, meant_options
 from jaxft.tree import nearest
 
 __all__ = [
@@ -318,6 +318,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
             raise
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
+        plain = plain and (now != () or ":" not in text)  # of a file's function, the file seems to be empty
         shown = f" (now {as_written(now) or 'empty'})" if plain else ""
         is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
         other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
@@ -398,7 +399,8 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
             candidates = [f"{here}.{n}" if here else n for n in names]
             candidates += [] if i else [*knobs, *_all_fields(root)]
             other_tools = advice(step, None if isinstance(use[0], ObjectText) else use[0], use[1])
-            if other_tools and all(name.rpartition(".")[2] != step for name in candidates):
+            same = {name for name in candidates if name.rpartition(".")[2] == step}
+            if other_tools and (not same or same & {option.setting for option in meant_options(step)}):
                 raise ValueError(f"{key}={short_text(use[0])}: {other_tools}")
             close = nearest(key, list(dict.fromkeys(candidates)))
             raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")

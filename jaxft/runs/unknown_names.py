@@ -13,6 +13,11 @@ from jaxft.runs.option_names import Option, find_options, normalised
 from jaxft.runs.setting_sources import dotted_fields, knobs
 
 SETTINGS_FILES = (".yml", ".yaml", ".json")  # of other tools
+ROW_FILES = (".jsonl", ".csv", ".tsv", ".parquet")
+ALL_WEIGHTS = {  # how recipes without the knob `full` train them; the others: adapter=none
+    "sft": "the recipe sft_full trains all weights",
+    "sft_full": "this recipe trains all weights; leave it out",
+}
 
 
 def advice(name: str, text: str | None = None, recipe: str | None = None) -> str | None:
@@ -24,9 +29,20 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
     >>> advice("learning_rate", "1e-4")
     'learning_rate is lr here; write lr=1e-4'
     """
-    options = find_options(name, recipe=recipe)
+    options = find_options(name, recipe=recipe) if text is None else meant_options(name, recipe)
     lines = dict.fromkeys(_line(option, text, recipe) for option in options)
     return "; or ".join(line for line in lines if line) or None
+
+
+def meant_options(key: str, recipe: str | None = None) -> tuple[Option, ...]:
+    """Return the options of other tools that an unknown key of a command line may mean, () for none.
+
+    >>> [option.name for option in meant_options("dora")]
+    ['use_dora']
+    """
+    if key == "full":  # of a recipe without this knob
+        return find_options("full_finetuning", recipe=recipe)
+    return find_options(key, recipe=recipe) or find_options(f"use_{normalised(key)}", recipe=recipe)
 
 
 def _line(option: Option, text: str | None, recipe: str | None) -> str:
@@ -42,6 +58,8 @@ def _line(option: Option, text: str | None, recipe: str | None) -> str:
         return option.describe()
     if not written:
         return f"{option.name}={text} is the default here; leave it out"
+    if written == "full=true" and "full" not in setting_names(recipe or ""):
+        return ALL_WEIGHTS.get(recipe or "", "adapter=none trains all weights")
     where = f", in recipes such as {option.recipe}" if elsewhere else ""
     note = f" ({option.note})" if option.note else ""
     return f"{option.name} is {option.setting} here{where}; write {written}{note}"
@@ -54,7 +72,8 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
     '--lr 1e-4: settings are written without dashes; write lr=1e-4'
     """
     recipe = next((word for word in argv if word[:1] != "-" and "=" not in word), "")
-    if refusal := settings_file(recipe):
+    is_recipe = recipe == argv[0] or "--config" in argv  # and no option's value
+    if is_recipe and (refusal := settings_file(recipe)):
         return refusal
     given, plain, lines = list[str](), list[str](), list[str]()
     for place, word in enumerate(argv):
@@ -117,10 +136,22 @@ def settings_called(name: str, recipe: str) -> list[str]:
 
 
 def settings_file(path: str) -> str | None:
-    """Return what to do with a file of another tool's settings in place of a recipe; None for other files."""
+    """Return what to do with a file of rows, or of another tool's settings, in place of a recipe; None for
+    other files.
+    """
+    if _has_rows(Path(path)):
+        return f"{path}: this is a file of rows; name a recipe first, such as `sft data={path}`"
     if Path(path).suffix.lower() not in SETTINGS_FILES:
         return None
     return (
         f"{path}: a recipe is a Python file, and this is a file of settings; `python scripts/convert.py "
         f"{path}` prints the command for an Axolotl, LLaMA-Factory or TRL file"
     )
+
+
+def _has_rows(file: Path) -> bool:
+    """Whether a file has rows by its name, or is a JSON list."""
+    if not file.is_file() or file.suffix.lower() not in (".json", *ROW_FILES):
+        return False
+    with file.open("rb") as stream:
+        return file.suffix.lower() != ".json" or stream.read(100).lstrip()[:1] == b"["

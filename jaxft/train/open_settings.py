@@ -25,6 +25,7 @@ from jaxft.distributed import processes
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
 from jaxft.nn.scan import REMAT, RematPolicy
+from jaxft.rl.environment import environment_of
 from jaxft.rl.rewards import FunctionReward, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs import config
@@ -157,8 +158,9 @@ def _open_names(settings: Resolved) -> list[str]:
     data = settings.value.data
     if not _has_own_rows(settings) or not isinstance(data, Rows | PairRows | Prompts):
         return []
-    is_prompts = isinstance(data, Prompts)
-    names = ("max_prompt", "max_new", "micro") if is_prompts else ("max_length", "batch", "micro")
+    names = ["max_length", "batch", "micro"]
+    if isinstance(data, Prompts):
+        names = ["max_prompt", "max_new", "micro", *(["max_episode"] if data.max_turns > 1 else [])]
     return [name for name in names if _is_open(settings, name, f"data.{name}")]
 
 
@@ -220,7 +222,8 @@ def _budget(settings: Resolved) -> int:
 
     rows, length = own("batch") // own("micro"), own("max_length")
     if isinstance(data, Prompts):
-        rows, length = rows // own("minibatches"), own("max_prompt") + own("group") * own("max_new")
+        new_tokens = own("max_episode") or own("max_new")
+        rows, length = rows // own("minibatches"), own("max_prompt") + own("group") * new_tokens
     return max(MICRO_TOKENS, rows * length)
 
 
@@ -255,6 +258,10 @@ class Fit:
         if isinstance(data, Prompts) and "max_new" in names:
             wanted = self._wanted_length() if "max_prompt" in names else data.max_prompt
             chosen["max_new"] = self._new_tokens(wanted)
+            if "max_episode" in names:
+                chosen["max_episode"] = self._episode_tokens(wanted, chosen["max_new"])
+            elif data.max_turns > 1:
+                chosen["max_new"] = min(chosen["max_new"], data.episode_length)
         fit = self._with_data(**chosen)
         if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
             chosen[self.limit] = fit._length()
@@ -344,8 +351,8 @@ class Fit:
         data, context = self.data, self.run.model.config.max_positions
         most = min(context, self.budget // max(1, len(self.lengths.kinds)))
         if isinstance(data, Prompts):
-            left = max(self.budget - data.group * data.max_new, self.budget // 2)
-            most = min(context - data.max_new, left)
+            left = max(self.budget - data.group * data.episode_length, self.budget // 2)
+            most = min(context - data.episode_length, left)
         least = min(getattr(data, self.limit), most)
         return max(least, min(self._wanted_length(), max(1, most // LENGTH_STEP) * LENGTH_STEP))
 
@@ -353,7 +360,10 @@ class Fit:
         """Return what covers COVERED percent of the rows, or all if that takes little more memory."""
         fit = self
         if isinstance(self.data, Prompts):
-            fit = self._with_data(max_new=max(self.data.max_new, NEW_TOKENS))
+            longer = {"max_new": max(self.data.max_new, NEW_TOKENS)}
+            if self.data.max_turns > 1:
+                longer["max_episode"] = max(self.data.episode_length, NEW_TOKENS)
+            fit = self._with_data(**longer)
         wanted, all_ = (round_up(percentile(self.lengths.longest, p), LENGTH_STEP) for p in (COVERED, 100))
         sizes = [micro_tokens(fit.data, self.lengths, limit) for limit in (wanted, all_)]
         return all_ if sizes[1] <= LITTLE * sizes[0] else wanted
@@ -370,6 +380,18 @@ class Fit:
         fits = (self.budget - prompt) // data.group // 8 * 8
         least = max(NEW_TOKENS, data.max_new)
         return min(max(least, min(wanted, fits)), context - min(prompt, context // 2))
+
+    def _episode_tokens(self, prompt: int, new: int) -> int:
+        """Return a limit of an episode of several turns: that of all turns of full length if the budget has
+        it, and at least one turn and the recipe's.
+
+        prompt: tokens that the prompts need. new: those of a turn.
+        """
+        data, context = self.data, self.run.model.config.max_positions
+        assert isinstance(data, Prompts)
+        fits = (self.budget - prompt) // data.group // 8 * 8
+        wanted = max(new, data.episode_length, min(data.max_turns * new, fits))
+        return max(new, min(wanted, context - min(prompt, context // 2)))
 
     def _batch(self, multiple: int) -> int:
         """Return the rows of a step, a power of two times `multiple`, for a run of about RUN_STEPS steps."""
@@ -421,22 +443,44 @@ def _written(chosen: Mapping[str, Any]) -> str:
 
 
 def _first_lines(settings: Resolved) -> list[str]:
-    """Return the lines that need no rows: about a learning rate, and about a reward that nobody has named."""
-    return [*_rate_lines(settings), *_reward_lines(settings)]
+    """Return the lines that need no rows: about a learning rate, and about a reward or an environment that
+    nobody has named.
+    """
+    return [*_rate_lines(settings), *_reward_lines(settings), *_environment_lines(settings)]
 
 
 def _reward_lines(settings: Resolved) -> list[str]:
     """Return a line if the recipe's own reward scores other rows than the recipe's."""
     data: Any = settings.value.data
-    if not isinstance(data, Rollouts) or settings.knobs.get("rewards") != () or not _has_own_rows(settings):
+    knob = next((name for name in ("rewards", "reward") if name in settings.knobs), None)
+    if not isinstance(data, Rollouts) or knob is None or not _is_open(settings, knob):
+        return []
+    if not _has_own_rows(settings):
         return []
     names = [reward.name for reward in data.rules.rewards if isinstance(reward, FunctionReward)]
     if not names:
         return []
     how = "compares a whole completion with the row's answer and " if names[0] == exact.__name__ else ""
     return [
-        f"rewards= is not set: the recipe's reward, {names[0]}, {how}is meant for the recipe's own rows; set "
-        "rewards=number, rewards=json_match or rewards=file.py:function"
+        f"{knob}= is not set: the recipe's reward, {names[0]}, {how}is meant for the recipe's own rows; set "
+        f"{knob}=number, {knob}=json_match or {knob}=file.py:function"
+    ]
+
+
+def _environment_lines(settings: Resolved) -> list[str]:
+    """Return a line if the recipe's own environment is used with the user's rows, tools or rewards."""
+    knobs, defaults, data = settings.knobs, settings.defaults, settings.value.data
+    given = any(knobs.get(name) != defaults.get(name) for name in ("data", "tools", "rewards"))
+    environment = defaults.get("environment")
+    if environment is None or not given or not isinstance(data, Rollouts):
+        return []
+    if data.environment is not environment or not _is_open(settings, "environment", "data.environment"):
+        return []
+    played = environment_of(environment)
+    what = " and ".join(["its tools"] * bool(played.schemas) + ["its reward"] * played.scored)
+    return [
+        f"environment= is not set: the recipe's own, {played.name}, is also used, with "
+        f"{what or 'its observations'}; environment=none leaves it out"
     ]
 
 

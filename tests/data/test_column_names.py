@@ -68,6 +68,10 @@ def test_columns_that_are_renamed_are_not_read_by_their_own_names():
             "with data.columns=prompt=question,completion=answer$",
         ),
         ({"Prompt": "q", "prompt ": "x", "completion": "a"}, "did you mean prompt for 'Prompt'"),
+        (
+            {"prompt": "q", "Chosen": "a", "rejected": "b"},
+            "prompt, Chosen, rejected are those of preference pairs; train on pairs with the recipe dpo$",
+        ),
     ],
 )
 def test_unknown_columns_are_an_error_with_the_setting_that_reads_them(fields, error):
@@ -138,6 +142,29 @@ def test_pairs_and_prompts_are_read_by_other_names_too():
         assert pair.responses["chosen"].messages[0]["content"] == "p"
     (one,) = normalise_pairs([Row("r:1", {"prompt": "q", "response": "a", "label": 1})], PairTokenSettings())
     assert one.responses["chosen"].messages[-1]["content"] == "a" and one.responses["rejected"] is None
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (
+            "text question Answer",
+            "the column text is read, not question and Answer; otherwise set "
+            "data.columns=prompt=question,completion=Answer",
+        ),
+        ("text question", None),
+        ("text url", None),
+    ],
+)
+def test_a_text_that_hides_a_question_and_its_answer_has_a_note_that_reads_them(names, note):
+    row = Row("r:1", {name: f"{name} text" for name in names.split()})
+    chosen = formats.choose_format(
+        formats.count_columns([row], (), formats.SFT_SCHEMAS), "auto", (), formats.SFT_SCHEMAS
+    )
+    assert chosen.name == "text" and chosen.note() == ([note] if note else [])
+    if note:
+        columns = tuple(note.split("data.columns=")[1].split(","))
+        assert contents(row.fields, columns) == ["question text", "Answer text"]
 
 
 def test_runs_note_the_names_that_they_read_also_from_the_cache_and_from_parquet(tmp_path):

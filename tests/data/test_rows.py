@@ -95,6 +95,7 @@ def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
         ("r.json", '[{"text": "a"},\n {"text": }]', r"r\.json:2: malformed JSON"),
         ("r.jsonl", '{\n  "text": "a"\n}\n', r"r\.jsonl:1: malformed JSON, .* name the file \.json"),
         ("r.json", '{"text": "a"}\n{"text": }', r"r\.json:2: malformed JSON"),
+        ("r.json", '{"v": 1, "data": [{"text": "a"}]}', r"r\.json:1: the rows are in the list 'data' of one"),
         ("r.csv", "text,label\na,b\nc\n", r"r\.csv:3: 1 fields do not fit the 2 columns \(text, label\)"),
         ("r.csv", "text,text\na,b\n", r"r\.csv:1: the header"),
         ("r.csv", 'text\n"a\n', r"r\.csv:2: malformed CSV"),

@@ -28,6 +28,15 @@ from jaxft.rl.environments.tools import parse_turn
 from jaxft.rl.play import Play, rollout
 
 
+def test_a_tool_that_the_environment_has_too_is_refused_with_the_setting_that_leaves_it_out():
+    def add(a: float, b: float) -> float:
+        """Add two numbers."""
+        return a + b
+
+    with pytest.raises(ValueError, match="environment Calculator has its own add. .* environment=none"):
+        environment_of(Calculator, (add,))
+
+
 def call(name, **arguments):
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 

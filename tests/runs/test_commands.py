@@ -65,6 +65,9 @@ def test_a_command_runs_its_script_with_its_arguments(monkeypatch, capsys):
     ("argv", "word"),
     [
         (["trian"], "near: train"),
+        (["merge"], "near: export, which merges an adapter"),
+        (["generate", ".", "--prompt", "a"], "unrecognized argument .; write --run .;"),
+        (["export", ".", "--out", "a"], "unrecognized argument .; write --run .;"),
         (["--frob"], "'--frob'"),
         (["generate"], "--prompt"),
         (["plan", "sft"], "--devices"),

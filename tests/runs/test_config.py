@@ -320,6 +320,8 @@ def test_a_wrong_name_of_many_is_answered_with_the_nearest_and_a_file_with_all_o
         ValueError, match=r"^loss=toy.py:mine: toy.py has no 'mine'; it has: plain, other, config$"
     ):
         load_config(toy, ["loss=toy.py:mine"])
+    with pytest.raises(ValueError, match=r"toy.py has no 'mine'; it has: plain, other, config$"):
+        load_config("grpo", ["rewards=toy.py:mine"])  # and not that the setting is empty now
 
 
 def write(folder: Path, text: str) -> str:

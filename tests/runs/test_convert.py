@@ -2,6 +2,7 @@
 word, and that the recipe and the command train the same.
 """
 
+import json
 import shlex
 import sys
 from dataclasses import replace
@@ -391,6 +392,22 @@ def test_numbers_are_computed_and_nothing_else_is(converted):
     c = converted("a.py", text)
     assert "lr=0.0002" in c.settings
     assert set(remarks(c.lost)) == {"max_length", "seed"}
+
+
+def test_calls_of_a_notebook_without_an_option_are_listed_with_what_to_do(converted):
+    code = [
+        "from unsloth import FastLanguageModel",
+        "trainer = SFTTrainer(model=model, args=SFTConfig(learning_rate=2e-4, max_stepz=3))",
+        "trainer = train_on_responses_only(trainer, instruction_part='<user>')",
+        "model.save_pretrained_gguf('model', tokenizer)",
+    ]
+    cells = [{"cell_type": "code", "source": [line]} for line in code]
+    c = converted("a.ipynb", json.dumps({"cells": cells}))
+    lost = remarks(c.lost)
+    assert set(lost) == {"train_on_responses_only", "save_pretrained_gguf", "max_stepz"}
+    assert "by default" in lost["train_on_responses_only"] and "--gguf" in lost["save_pretrained_gguf"]
+    assert lost["max_stepz"].endswith("nothing is set for it; did you mean max_steps?")
+    assert not any("data.loss_on=all" in note for note in c.notes)
 
 
 def test_the_command_prints_the_command_and_the_report(converted, capsys, monkeypatch, tmp_path):

@@ -130,6 +130,15 @@ def test_the_defaults_of_b1_b2_and_eps_are_those_of_the_optimizers():
         ("sft", "optim=adamw_8bit", "write optim.optimizer=adamw_8bit"),
         ("sft", "torch_compile=true", "nothing to set"),
         ("sft", "deepspeed=zero3.json", "mesh.fsdp=-1"),
+        ("sft", "weight_decay=0.1", "write optim.weight_decay=0.1 "),
+        ("sft", "packing=false", "packing is data.packing here; write data.packing=false"),
+        ("sft", "fsdp=full_shard", "fsdp is mesh.fsdp here; mesh.fsdp=-1 shards"),
+        ("sft", "liger_kernel=true", "use_liger_kernel: nothing to set; XLA fuses these"),
+        ("sft", "dora=true", "use_dora is adapter.dora here; write adapter.dora=true"),
+        ("sft", "full=true", "full=true: the recipe sft_full trains all weights$"),
+        ("sft", "full_finetuning=true", "full_finetuning=true: the recipe sft_full trains all weights$"),
+        ("grpo", "full=true", "adapter=none trains all weights$"),
+        ("grpo_tools", "full_finetuning=true", "adapter=none trains all weights$"),
         ("sft", "top_k=4", "unknown key 'top_k'; near: .*sampling.top_k"),
         ("sft", "no_such_name=4", "unknown key 'no_such_name'; near: "),
     ],
@@ -190,6 +199,14 @@ def test_a_file_of_settings_is_not_run_as_a_recipe(monkeypatch, capsys, tmp_path
     assert code == 1 and not out and re.search(rf"convert(\.py)? {name}`", err) and err.count("\n") == 1
     code, out, err = call(monkeypatch, capsys, "train", name, "--lr", "1e-4")
     assert code == 2 and re.search(rf"convert(\.py)? {name}`", err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_file_of_rows_is_not_run_as_a_recipe(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text('[{"text": "a"}]')
+    code, out, err = call(monkeypatch, capsys, "train", name)
+    assert code == 1 and not out and f"name a recipe first, such as `sft data={name}`" in err
 
 
 def test_advice_knows_a_setting_of_the_same_name():

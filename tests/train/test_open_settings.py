@@ -14,7 +14,16 @@ from tiny_run import ROOT, Place, write_place, write_rows
 from jaxft.data.lengths import RowLengths, measure, micro_tokens
 from jaxft.plan.dry_run import planned_pairs
 from jaxft.runs import config
-from jaxft.train.open_settings import Fit, activation_bytes, fitted, fitted_here, learning_rate, resolve
+from jaxft.train.open_settings import (
+    Fit,
+    _environment_lines,
+    _reward_lines,
+    activation_bytes,
+    fitted,
+    fitted_here,
+    learning_rate,
+    resolve,
+)
 from jaxft.weights.pretrained import load_tokenizer
 
 
@@ -144,6 +153,35 @@ def test_own_prompts_without_a_reward_of_their_own_have_a_line_about_the_recipes
     for options in ([*own, "rewards=number"], [*place, "data=configs/data/opinions.jsonl"]):
         lines = fitted(resolve("grpo", options), devices=1)[1]
         assert not any(line.startswith("rewards=") for line in lines)
+    (line,) = _reward_lines(resolve("online_dpo", own))
+    assert line.startswith("reward= is not set: ") and line.endswith("or reward=file.py:function")
+    assert not _reward_lines(resolve("online_dpo", [*own, "reward=number"]))
+
+
+def test_an_episode_of_several_turns_has_what_the_budget_leaves_its_prompt():
+    lengths = fit_of([300] * 100, ROWS).lengths
+    fit = Fit(config.load_config("grpo_tools", []), lengths, 4096)  # 4 prompts, groups of 8, 3 turns
+    chosen = fit.choose(["max_prompt", "max_new", "micro", "max_episode"])
+    assert chosen == {"max_prompt": 320, "max_new": 256, "max_episode": 472, "micro": 4}  # (4096 - 320) / 8
+    wide = replace(fit, budget=1 << 16).choose(["max_new", "max_episode"])
+    assert wide == {"max_new": 256, "max_episode": 3 * 256}
+    assert fit.choose(["max_new"]) == {"max_new": 144}  # the recipe's max_episode is set
+
+
+def test_own_tools_rows_or_rewards_with_the_recipes_environment_have_a_line_that_names_it():
+    note = [
+        "environment= is not set: the recipe's own, Calculator, is also used, with its tools and its reward; "
+        "environment=none leaves it out"
+    ]
+    own = ["data=prompts.jsonl"]
+    for overrides, expected in (
+        (own, note),
+        (["rewards=exact"], note),
+        ([], []),
+        ([*own, "environment=calculator"], []),
+    ):
+        assert _environment_lines(resolve("grpo_tools", overrides)) == expected
+    assert _environment_lines(resolve("grpo", own)) == []
 
 
 def test_documents_that_are_split_have_a_line_with_a_limit_within_the_models_context():

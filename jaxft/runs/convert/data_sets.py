@@ -205,7 +205,8 @@ def _trl(draft: Draft) -> None:
         draft.express(text, [f"data.columns=text={as_text(text.value)}"])
     elif text is not None:
         draft.same.append(text)
-    chosen = {"assistant_only_loss", "completion_only_loss"} & draft.options.keys()
+    names = {"assistant_only_loss", "completion_only_loss", "train_on_responses_only"}
+    chosen = names & {option.name for option in draft.all}
     if draft.recipe in ("sft", "sft_full") and not chosen and text is None:
         draft.notes.append(
             "TRL trains on all of a conversation unless assistant_only_loss=True, jaxft on the assistant's "

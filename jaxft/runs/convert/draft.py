@@ -1,5 +1,6 @@
 """A conversion under way: options that are left, settings that are found, and lines about the rest."""
 
+import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -7,7 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, short_value
-from jaxft.runs.option_names import AXOLOTL, FACTORY, PEFT, TRL, UNSLOTH, Option, as_text, find_options
+from jaxft.runs.option_names import (
+    AXOLOTL,
+    FACTORY,
+    OPTIONS,
+    PEFT,
+    TRL,
+    UNSLOTH,
+    Option,
+    as_text,
+    find_options,
+    normalised,
+)
 
 LARGEST_NUMBER = 2**53
 LOOKUP = {  # tool -> the tools whose options its files have, most specific first; then any
@@ -118,7 +130,12 @@ def by_table(draft: Draft, option: GivenOption) -> None:
         return
     rows = table_rows(draft.source.tool, option.name, draft.recipe)
     if not rows:
-        draft.lose(option, f"not an option of {draft.source.tool} that jaxft knows; nothing is set for it")
+        tools = LOOKUP[draft.source.tool]
+        known = [each.name for each in OPTIONS if {*tools} & {*each.tools}]
+        near = difflib.get_close_matches(normalised(option.name.rpartition(".")[2]), known, 1, 0.8)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        why = f"not an option of {draft.source.tool} that jaxft knows; nothing is set for it{meant}"
+        draft.lose(option, why)
         return
     row = rows[0]
     try:

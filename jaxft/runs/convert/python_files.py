@@ -34,6 +34,13 @@ PASSED_ON = (  # arguments of trainers that are objects of the file
     "model", "args", "processing_class", "tokenizer", "peft_config", "train_dataset", "eval_dataset",
     "quantization_config",
 )  # fmt: skip
+OTHER_CALLS = {  # functions without an option of a configuration -> what to do instead
+    "train_on_responses_only": "nothing to set: responses alone have a loss by default, but all of a text",
+    "save_pretrained_merged": "after the run: jaxft export --run runs/NAME --out merged",
+    "save_pretrained_gguf": "after the run: jaxft export --run runs/NAME --out NAME.gguf --gguf Q8_0",
+    "push_to_hub_gguf": "after the run: jaxft export with --gguf, then jaxft push",
+    "push_to_hub_merged": "after the run: jaxft export, then jaxft push",
+}
 PARSERS = {"TrlParser", "HfArgumentParser"}  # a file that calls one reads its options from a command line
 IN_CODE = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", "formatting_func",
            "compute_metrics", "data_collator", "callbacks", "early_stopping_patience", "max_samples",
@@ -128,6 +135,8 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
         elif name == "EarlyStoppingCallback":
             options += _positional(node, names, "early_stopping_patience")
             options += _keywords(node, names)
+        elif name in OTHER_CALLS:
+            options.append(GivenOption(name, ast.unparse(node), node.lineno, OTHER_CALLS[name]))
     options += row_options(tree, partial(_value, names=names))
     unique = {option.name: option for option in options}
     return list(unique.values()), trainers, notes
