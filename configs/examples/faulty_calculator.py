@@ -4,7 +4,7 @@
         environment=configs/examples/faulty_calculator.py:Faulty
 
 What a tool raises excludes the episode from training and means and is counted in episodes/faults/raised,
-unless it is an error in the policy's call (ValueError, TypeError, ...), which the policy is told.
+unless it is an error in the policy's call (ValueError, TypeError, ...), of which the policy gets the message.
 """
 
 import functools
