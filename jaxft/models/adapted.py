@@ -4,13 +4,15 @@ time.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from jaxft.models.heads import shares_base
+from jaxft.models.heads import TEACHER, shares_base, view
 from jaxft.models.model import Model
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, attach
 from jaxft.nn.lora_rows import attach_rows, specs_like
 from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.param import Specs
 from jaxft.tree import Params
 
 
@@ -19,17 +21,14 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     base and heads share it (see models/heads.py). Without "adapter" in the parameters it is the base model.
 
     Parameters that heads.view returns have the adapter of that critic or reward model, with its dropout and
-    its tokens. Raises ValueError if the adapter includes the language model head of a model with a scalar
-    head.
+    its tokens. A teacher's functions take the whole tree as well. Raises ValueError if the adapter includes
+    the language model head of a model with a scalar head.
     """
 
     def attached(params: Any) -> Any:
         own = model.head_adapters.get(params["viewed"].name, settings) if "viewed" in params else settings
         dropout, token_ids = (own.dropout, own.trainable_token_indices) if own else (0.0, ())
         return attach(params["base"], params.get("adapter"), dropout, token_ids)
-
-    def on_whole(fn: Callable) -> Callable:
-        return lambda params, *rest, **kw: fn(attached(params), *rest, **kw)
 
     specs = {"base": model.specs}
     if settings:
@@ -42,14 +41,26 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
         if settings.changes_base and any(shares_base(head) for head in model.heads.values()):
             specs[INITIAL_ADAPTER] = specs["adapter"]
     specs |= model.heads
+    whole = _over(model, specs, attached)
+    if model.teacher is None:
+        return whole
+    return replace(whole, teacher=_over(model.teacher, specs, partial(view, name=TEACHER)))
+
+
+def _over(model: Model, specs: Specs, params_of: Callable[[Any], Any]) -> Model:
+    """Return the model over a tree with these specs, from which `params_of` takes the model's parameters."""
+
+    def on_tree(fn: Callable) -> Callable:
+        return lambda params, *rest, **kw: fn(params_of(params), *rest, **kw)
+
     return replace(
         model,
         specs=specs,
-        hidden=on_whole(model.hidden),
-        head=on_whole(model.head),
-        prefill=on_whole(model.prefill),
-        extend=on_whole(model.extend),
-        decode=on_whole(model.decode),
+        hidden=on_tree(model.hidden),
+        head=on_tree(model.head),
+        prefill=on_tree(model.prefill),
+        extend=on_tree(model.extend),
+        decode=on_tree(model.decode),
     )
 
 
@@ -68,18 +79,7 @@ def adapted_by_row(model: Model) -> Model:
     See nn/lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
     """
 
-    def by_row(fn: Callable) -> Callable:
-        def call(params: Any, *rest: Any, **kw: Any) -> Any:
-            return fn(attach_rows(params["base"], params.get("stack"), params["rows"]), *rest, **kw)
+    def attached(params: Any) -> Any:
+        return attach_rows(params["base"], params.get("stack"), params["rows"])
 
-        return call
-
-    return replace(
-        model,
-        specs={"base": model.specs},
-        hidden=by_row(model.hidden),
-        head=by_row(model.head),
-        prefill=by_row(model.prefill),
-        extend=by_row(model.extend),
-        decode=by_row(model.decode),
-    )
+    return _over(model, {"base": model.specs}, attached)

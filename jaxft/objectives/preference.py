@@ -21,9 +21,9 @@ from jaxft.nn import fused_update
 from jaxft.nn.lora import INITIAL_ADAPTER
 from jaxft.nn.lora_blend import blend, widened_pairs
 from jaxft.objectives.alarms import preference_alarms, preference_summary
-from jaxft.objectives.logprobs import LanguageModel, LogProbs
+from jaxft.objectives.logprobs import HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.metrics import Sum, mean_losses
-from jaxft.objectives.objective import Facts, Objective, Report, Scores
+from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import (
     LossState,
     PairBatch,
@@ -42,9 +42,9 @@ from jaxft.objectives.preference_metrics import (
     pair_token_metrics,
     pair_values,
 )
-from jaxft.objectives.read_positions import read_logps
+from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, Metrics, Params, struct
+from jaxft.tree import Aux, Batch, Metrics, Params, struct
 
 UNUSED = (
     "ids",
@@ -76,8 +76,7 @@ class EMAReference:
             raise ValueError(f"EMAReference: alpha must be in (0, 1] and every at least 1, got {self}")
 
 
-Reference = Literal["start", "precomputed"] | EMAReference | None
-ReferenceKind = Literal["none", "start", "moving", "precomputed"]
+Reference = Literal["start", "precomputed", "teacher"] | EMAReference | None
 
 
 @struct
@@ -128,7 +127,8 @@ def preference(
 
     reference: "start" is the policy at step 0. It takes no memory if that is the base, as with a fresh
         adapter; otherwise aux stores a copy of the trainable leaves. "precomputed" reads log-probs that were
-        computed once before the run; EMAReference follows the policy; with None there is no reference.
+        computed once before the run; "teacher" is the run's second model (Run.teacher); EMAReference follows
+        the policy; with None there is no reference.
     beta, reward: the metrics rewards/* are beta * reward(response). The loss has its own beta.
     extra(pair): additional metrics by name, each [B, P], logged as means over the pairs.
     """
@@ -141,21 +141,18 @@ def preference(
     ema = reference if isinstance(reference, EMAReference) else None
     kind: ReferenceKind = "moving" if isinstance(reference, EMAReference) else reference or "none"
 
-    def logprobs(params: Params, batch: Pairs, key: Array | None) -> LogProbs:
-        h = model.hidden(params, batch, key)
-        return read_logps(model, params, h, (batch.read, batch.targets))
-
-    def reference_logps(params: Params, batch: Pairs, aux: Aux) -> Array:
-        frozen = jax.lax.stop_gradient(reference_params(params, aux))
-        return logprobs(frozen, batch, None).logp
+    def logprobs(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> tuple[LogProbs, Array | None]:
+        """Log-probs of the policy, and of the reference if it is a model that runs now."""
+        heads = [HeadInput(model, params, model.hidden(params, batch, key))]
+        if kind in ("start", "moving", "teacher"):
+            heads.append(reference_head(model, kind, (params, aux), batch))
+        lp, *others = read_logps_of_heads(heads, (batch.read, batch.targets))
+        return lp, others[0].logp if others else None
 
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
-        lp = _without_padding(batch, logprobs(params, batch, key))
-        reference_logp = None
+        lp, reference_logp = _without_padding(batch, logprobs(params, batch, key, aux))
         if kind == "precomputed":
             reference_logp = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
-        elif kind != "none":
-            reference_logp = _without_padding(batch, reference_logps(params, batch, aux))
         constants = (reference_logp, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit)
         return Outputs(lp.logp, *jax.lax.stop_gradient(constants), without_fields(batch, UNUSED))
 
@@ -176,7 +173,7 @@ def preference(
             **(pair_values(pair, values, scaled_reward) if by_row else {}),
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()} | _rank_error(aux)
-        if outputs.reference is not None:
+        if outputs.reference is not None and kind != "teacher":
             start = jnp.where(used, pair.weight * loss_values(loss, _at_reference(pair), state), 0)
             metrics[LOSS_AT_REFERENCE] = Sum(jnp.sum(start), jnp.sum(pair.weight))
         return value, jax.lax.stop_gradient(metrics)
@@ -196,8 +193,8 @@ def preference(
         return out if ema is None else out | _update_reference(ema, aux, trainable)
 
     def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
-        reference_logp = reference_logps(params, batch, aux) if kind in ("start", "moving") else None
-        return Scores(logprobs(params, batch, None).logp, reference_logp)
+        lp, reference_logp = logprobs(params, batch, None, aux)
+        return Scores(lp.logp, reference_logp)
 
     implicit_beta = beta if reference is not None and reward is implicit_reward else None
     return Objective(
@@ -208,9 +205,31 @@ def preference(
         score,
         eval_loss=eval_loss,
         text=sft(model),
-        facts=Facts(coupled=declared.coupled, reference=kind, starts_tied=implicit_beta is not None),
-        report=Report(partial(preference_alarms, implicit_beta), preference_summary),
+        facts=Facts(
+            coupled=declared.coupled,
+            reference=kind,
+            starts_tied=implicit_beta is not None and kind != "teacher",
+        ),
+        report=Report(
+            partial(preference_alarms, implicit_beta),
+            partial(preference_summary, starts_tied=kind != "teacher"),
+        ),
     )
+
+
+def reference_head(
+    model: LanguageModel, kind: ReferenceKind, trees: tuple[Params, Aux], batch: Batch
+) -> HeadInput:
+    """Run the reference policy of a kind; its log-probs have no gradient. trees: (params, aux) of a step."""
+    params, aux = trees
+    if kind == "teacher":
+        if model.teacher is None:
+            raise ValueError("the reference is the run's teacher, but the run has none. Set teacher")
+        model = model.teacher
+    else:
+        params = reference_params(params, aux)
+    frozen = jax.lax.stop_gradient(params)
+    return HeadInput(model, frozen, model.hidden(frozen, batch))
 
 
 def reference_params(params: Params, aux: Aux) -> Params:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.models.heads import HeadSettings
+from jaxft.models.heads import TEACHER, HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
@@ -92,7 +92,8 @@ def partition_params(
 
 def _always_frozen(path: str) -> bool:
     """Whether no pattern makes the parameter at a path of the whole tree trainable."""
-    return path.startswith(f"{INITIAL_ADAPTER}/") or path.endswith("/scale") and not in_base(path)
+    frozen = path.startswith((f"{INITIAL_ADAPTER}/", f"{TEACHER}/"))
+    return frozen or path.endswith("/scale") and not in_base(path)
 
 
 def trainable_patterns(
@@ -107,7 +108,7 @@ def trainable_patterns(
     scorers: further models on the base, of which those with `trained` are added in either case.
     """
     scorers = scorers or {}
-    heads = [re.escape(name) for name in model.heads if name not in scorers]
+    heads = [re.escape(name) for name in model.heads if name not in (*scorers, TEACHER)]
     with_defaults = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in heads))
     return (
         *((pattern,) if pattern else with_defaults),

@@ -18,6 +18,7 @@ from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
+from jaxft.models.teacher import Teacher
 from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
@@ -43,6 +44,7 @@ from jaxft.short_names import (
     ShortNames,
 )
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
+from jaxft.train.teacher import find_teacher
 from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.extend import (
     TABLE_MULTIPLE,
@@ -126,12 +128,12 @@ class ModelKnobs:
             )
         return None
 
-    def build(self) -> Model:
-        """The model."""
+    def build(self, weights: str | None = None) -> Model:
+        """The model. weights: of another model that computes so, such as a reference."""
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}
-        return model_for(self.weights, dtype=jnp.dtype(self.dtype), **options)
+        return model_for(weights or self.weights, dtype=jnp.dtype(self.dtype), **options)
 
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
         """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
@@ -277,6 +279,25 @@ class GpuKnobs(LoraOrFullKnobs):
             "mesh": MeshShape(data=1, fsdp=-1),
             "loop": Loop(log_every=max(1, every // 10), eval_every=every, save_every=every),
         }
+
+
+@dataclass(frozen=True)
+class ReferenceKnobs:
+    """Another reference policy than the model at step 0."""
+
+    reference_model: str | None = None  # a run, a PEFT folder or a model, with the same tokens
+    reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
+
+    def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
+        """The run's second model; None without one. full: whether the run trains its base."""
+        if self.reference_model is None:
+            if self.reference_quant != "none":
+                raise ValueError(
+                    f"reference_quant={self.reference_quant} is for a reference_model; set that too"
+                )
+            return None
+        quant = Quant.parse(self.reference_quant)
+        return find_teacher(self.reference_model, base.weights, base.build, quant, shares=not full)
 
 
 def choose_reference(
