@@ -142,6 +142,12 @@ def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
     )
 
 
+def parameter_counts(partition: Partition) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many the run has without its teacher's."""
+    own = {name: specs for name, specs in partition.specs.items() if name != TEACHER}
+    return param.count_params(partition.trainable_specs), param.count_params(own)
+
+
 class ParameterRow(NamedTuple):
     """A parameter in the table: its path, shape and axes, how it is stored, its sharding (None on one
     device), and whether it is trained.
@@ -182,5 +188,5 @@ def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
         cut = "" if row.sharding is None else f"{row.sharding:20s} "
         state = "trained" if row.trained else "frozen"
         lines.append(f"{row.path:32s} {sizes:>18s}  {axes:28s} {row.storage:16s} {cut}{state}")
-    total, some = param.count_params(partition.specs), param.count_params(partition.trainable_specs)
+    some, total = parameter_counts(partition)
     return "\n".join([*lines, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])

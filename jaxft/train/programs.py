@@ -15,7 +15,6 @@ from jaxft.distributed import sharding, threads
 from jaxft.models import families
 from jaxft.models.heads import TEACHER, HeadSettings, with_heads
 from jaxft.models.teacher import with_teacher
-from jaxft.nn import param
 from jaxft.nn.lora import EVA, INITIAL_ADAPTER
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
@@ -339,7 +338,7 @@ def step_rows(data: Dataset, shards: int) -> StepRows:
 
 def model_summary(p: Programs) -> ModelSummary:
     """Return parameter counts and quantisation, for reports."""
-    counts = param.count_params(p.partition.trainable_specs), param.count_params(p.partition.specs)
+    counts = partition.parameter_counts(p.partition)
     quantised = storage.quantisation_summary(p.partition.stored, p.mesh)
     model = p.partition.model
     return ModelSummary(*counts, quantised, model.generates, families.has_classifier(model.config))

@@ -12,6 +12,7 @@ import jax
 from jaxft.models.heads import TEACHER
 from jaxft.models.model import Model
 from jaxft.models.teacher import Teacher
+from jaxft.nn import param
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Facts
 from jaxft.runs import folder as runfolder
@@ -21,7 +22,7 @@ from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import adapters, hub, pretrained
 from jaxft.weights.adapters import adapter_folder
-from jaxft.weights.storage import StoredModel
+from jaxft.weights.storage import StoredModel, quantisation_summary
 
 
 def find_teacher(
@@ -121,11 +122,36 @@ def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition
     return replace(parts, stored=replace(parts.stored, storage={**parts.storage, **own}))
 
 
+def teacher_lines(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
+    """Return lines for the log about a run's second model; none without one."""
+    teacher = run.teacher
+    if teacher is None:
+        return []
+    adapter = f" with the adapter {teacher.start}" if teacher.start else ""
+    if teacher.weights is None or teacher.model is None:
+        return [f"second model, frozen: the run's base{adapter or ' without an adapter, at no memory'}"]
+    stored, count = _stored(teacher), param.count_params(teacher.model.specs)
+    text = f"second model, frozen: {teacher.weights}{adapter}, {count:,} parameters"
+    quantised = quantisation_summary(stored, mesh)
+    changes = pretrained.storage_changes(teacher.weights, stored)
+    return [f"{text}; {quantised}" if quantised else text, *changes]
+
+
 def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
-    """Load a teacher's parameters onto the mesh: {} if it is the run's base."""
+    """Load a teacher's parameters onto the mesh: {} if it is the run's base. Raises MemoryError if the mesh
+    has no room for them.
+    """
     params: Params = {}
-    if teacher.weights is not None:
-        params["base"] = pretrained.load_base(teacher.weights, _stored(teacher), mesh)
+    if teacher.weights is not None and teacher.model is not None:
+        try:
+            params["base"] = pretrained.load_frozen(teacher.weights, teacher.model, mesh, teacher.quant)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MemoryError(
+                f"the second model {teacher.weights} does not fit beside the run's own; quantise it by "
+                "teacher.quant or reference_quant, or use more devices"
+            ) from error
     if teacher.start is not None:
         ref, model = teacher.weights or run.weights, teacher.model or run.model
         params["adapter"], _ = adapters.load_adapter(adapter_folder(teacher.start), model, mesh, ref)
@@ -133,6 +159,6 @@ def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
 
 
 def _stored(teacher: Teacher) -> StoredModel:
-    """How the parameters of a teacher with weights of its own are stored."""
+    """How a teacher's own weights are stored."""
     assert teacher.model is not None
-    return pretrained.frozen_model(teacher.model, teacher.quant, teacher.weights, teacher.adapter)
+    return pretrained.frozen_model(teacher.model, teacher.quant, teacher.weights)

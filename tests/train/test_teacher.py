@@ -30,12 +30,13 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.read_positions import read_logps
 from jaxft.optim.optimizer import Optim
 from jaxft.plan import memory
+from jaxft.runs.cli import error_line
 from jaxft.train import partition
 from jaxft.train.members import weight_fingerprints
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
-from jaxft.train.teacher import check_teacher_files, find_teacher
+from jaxft.train.teacher import check_teacher_files, find_teacher, load_teacher, teacher_lines
 from jaxft.weights import adapters, init, peft_write, pretrained
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -136,8 +137,10 @@ def test_the_reference_is_the_teacher_and_steps_leave_it_as_it_is_bit_for_bit(fo
             state, found = p.train_step(state, frozen, batch)
             losses.append(metrics.as_floats(found)["loss"])
         after = score(state.trainable, frozen)
+        resumed = start(run, p, state)[1]
     np.testing.assert_array_equal(after.reference, known.reference)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), before)
     assert losses[1] < losses[0] and np.abs(after.logps - known.logps).max() > 1e-3
     same = kind == "the base"
     assert (losses[0] == pytest.approx(math.log(2), rel=1e-12)) is same
@@ -310,3 +313,26 @@ def test_a_teachers_settings_belong_together(settings, message):
 def test_a_sweep_refuses_a_teacher(folder):
     with pytest.raises(ValueError, match=r"leave out .* run.teacher"):
         Sweep("some", {"a": run_of(folder)})
+
+
+def test_a_teacher_without_room_is_one_line(folder, monkeypatch):
+    def full(*args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")
+
+    run = run_of(folder, teacher=TEACHERS["weights"](folder))
+    monkeypatch.setattr(pretrained, "load_frozen", full)
+    with pytest.raises(MemoryError, match="other does not fit beside the run's own; quantise it") as refused:
+        load_teacher(run.teacher, run, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]))
+    assert "\n" not in error_line(refused.value)
+
+
+def test_the_log_names_the_second_model(folder):
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    lines = [teacher_lines(run_of(folder, teacher=make(folder)), mesh) for make in TEACHERS.values()]
+    assert lines[0] == ["second model, frozen: the run's base without an adapter, at no memory"]
+    assert lines[1] == [f"second model, frozen: the run's base with the adapter {folder / 'sft'}"]
+    assert (
+        "other, " in lines[2][0]
+        and "in nf4" in lines[3][0]
+        and teacher_lines(run_of(folder, teacher=None), mesh) == []
+    )
