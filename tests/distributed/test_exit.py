@@ -63,13 +63,14 @@ CONNECTION_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize(("steps", "finished"), [(0, False), (1, False), (1, True), (2, False)])
 @pytest.mark.parametrize("text", [*CONNECTION_ERRORS, "RESOURCE_EXHAUSTED: Out of memory"])
-def test_connection_error_calls_for_a_restart_only_after_a_step(text, steps, monkeypatch):
+def test_connection_error_calls_for_a_restart_only_after_a_step(text, steps, finished, monkeypatch):
     monkeypatch.setattr(processes, "is_multi_process", lambda: True)
     monkeypatch.setattr(processes, "process_name", lambda: "process 0 of 2")
     monkeypatch.setattr(exit, "exit_for_restart", lambda message: sys.exit(message))
-    lost = steps > 1 and text in CONNECTION_ERRORS  # the second step begins when the first has finished
+    # the second step begins when the first has finished
+    lost = (steps > 1 or finished) and text in CONNECTION_ERRORS
     with (
         pytest.raises(
             SystemExit if lost else jax.errors.JaxRuntimeError, match="process is gone" if lost else text[:8]
@@ -79,7 +80,7 @@ def test_connection_error_calls_for_a_restart_only_after_a_step(text, steps, mon
     ):
         for number in range(1, steps + 1):
             watchdog.step(number)
-        watchdog.at("evaluation")
+        watchdog.at("evaluation", after_step=finished)
         raise jax.errors.JaxRuntimeError(text)
 
 
