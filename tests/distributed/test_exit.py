@@ -56,6 +56,20 @@ def test_error_that_a_restart_would_repeat_is_not_a_lost_peer(text, monkeypatch)
     assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(text))
 
 
+def test_a_save_that_waits_for_a_process_that_is_gone_calls_for_a_restart(monkeypatch):
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    monkeypatch.setattr(processes, "process_name", lambda: "process 0 of 2")
+    monkeypatch.setattr(exit, "exit_for_restart", lambda message: sys.exit(message))
+    line = r"^process 0 of 2: another .* \(saving; .*step 2 was not written.*newest checkpoint$"
+    with (
+        pytest.raises(SystemExit, match=line),
+        Watchdog(processes.Hosts()) as watchdog,
+        watchdog.guard(),
+    ):
+        watchdog.at("saving")
+        raise exit.PeerLostError(5, "checkpoint of step 2 was not written: a process is gone", "runs/a")
+
+
 CONNECTION_ERRORS = [
     "UNKNOWN: Gloo context initialization failed: connect [127.0.0.1]:41833: Connection refused",
     "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: unhandled system error (run with "
