@@ -41,6 +41,8 @@ class Teacher:
                 f"teacher.quant={self.quant.kind} needs teacher.weights: the run's base, which the teacher "
                 "shares, is stored as quant says"
             )
+        if self.quant and self.quant.calibrate:
+            raise ValueError("teacher.quant.calibrate: only the run's own base is calibrated; leave it out")
 
     @property
     def shares_base(self) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_llama import tiny_torch, write_folder
+from tiny_model import CONFIG
 from tiny_pairs import make_rows, write
 from transformers import AutoTokenizer
 
@@ -16,6 +17,7 @@ from jaxft import tree
 from jaxft.data.pairs.source import PairRows
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.models.llama import llama
 from jaxft.models.teacher import Teacher
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
@@ -303,6 +305,10 @@ def test_settings_that_do_not_go_with_a_teacher_are_refused(folder, message):
         ({"start": "runs/sft"}, "teacher.start and teacher.adapter belong together"),
         ({"weights": "org/name"}, "teacher.weights and teacher.model belong together"),
         ({"quant": Quant("nf4")}, "teacher.quant=nf4 needs teacher.weights"),
+        (
+            {"weights": "w", "model": llama(CONFIG, jnp.float32), "quant": Quant("nf4", calibrate="run")},
+            "only the run's own base is calibrated",
+        ),
     ],
 )
 def test_a_teachers_settings_belong_together(settings, message):
