@@ -27,13 +27,14 @@ from jaxft.objectives.kl import FixedKL
 from jaxft.objectives.logprobs import HeadInput
 from jaxft.objectives.objective import Facts, Objective
 from jaxft.objectives.policy import policy
-from jaxft.objectives.preference import preference
+from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.read_positions import read_logps
+from jaxft.objectives.reference_free_losses import simpo
 from jaxft.optim.optimizer import Optim
-from jaxft.plan import memory
+from jaxft.plan import flops, memory
 from jaxft.runs.cli import error_line
-from jaxft.train import partition
+from jaxft.train import partition, programs
 from jaxft.train.members import weight_fingerprints
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
@@ -342,3 +343,19 @@ def test_the_log_names_the_second_model(folder):
         and "in nf4" in lines[3][0]
         and teacher_lines(run_of(folder, teacher=None), mesh) == []
     )
+
+
+def test_the_plan_counts_the_teachers_forward_pass(folder):
+    def counted(run):
+        p, batch = programs.abstract(run, jax.devices()[:1])
+        with jax.set_mesh(p.mesh):
+            traced = p.train_step.trace(p.state, p.frozen, batch)
+            return flops.flops(run, p, batch, traced), batch
+
+    alone = partial(preference, loss=simpo, reference=None, reward=mean_logp)
+    without, batch = counted(run_of(folder, teacher=None, objective=alone))
+    run = run_of(folder, teacher=TEACHERS["weights"](folder))
+    reads, length = math.prod(batch.read.shape), batch.ids.shape[-1]
+    more = run.teacher.model.forward_flops(without.slots, length, reads)
+    assert counted(run)[0].model == pytest.approx(without.model + more, rel=1e-6)
+    assert counted(run_of(folder))[0].model == pytest.approx(1.5 * without.model, rel=1e-6)
