@@ -33,11 +33,16 @@ def config(
     """Kahneman-Tversky optimisation."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     loss, teacher = partial(kto, beta=beta, **weights), other.teacher(base)
-    reference = "teacher" if teacher else "start"
     return Run(
         name=name,
         **base.sections(),
-        objective=partial(preference, loss=loss, reference=reference, beta=beta, extra=kto_metrics),
+        objective=partial(
+            preference,
+            loss=loss,
+            reference="teacher" if teacher else "start",
+            beta=beta,
+            extra=kto_metrics,
+        ),
         data=PairRows(**rows.settings(), third="mismatched", unpaired=True),
         optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),

@@ -217,8 +217,9 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines += left_out_notes(lead.run.model, lead.run.start)
     lines += extension_notes(lead.run.weights)
     lines += teacher_lines(lead.run, lead.programs.mesh)
-    on_base = [lead.run.teacher] if lead.run.teacher and lead.run.teacher.shares_base else []
-    starts = (lead.run.start, *(x.start for x in (*lead.run.heads.values(), *on_base)))
+    starts = [lead.run.start, *(head.start for head in lead.run.heads.values())]
+    if lead.run.teacher and lead.run.teacher.shares_base:
+        starts.append(lead.run.teacher.start)
     for start in dict.fromkeys(starts):
         if start:
             lines += runfolder.earlier_end_notes(start)

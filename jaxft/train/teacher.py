@@ -36,14 +36,14 @@ def find_teacher(
     folder without weights.
     """
     named = named_weights(**source_options(ref))
-    own_base = not shares or not _same_weights(named.ref, base)
-    own = {"weights": named.ref, "model": build(named.ref), "quant": quant} if own_base else {}
+    own_base, model = not shares or not _same_weights(named.ref, base), build(named.ref)
+    teacher = Teacher(weights=named.ref, model=model, quant=quant) if own_base else Teacher()
     if quant and not own_base:
         raise ValueError(f"{ref} shares the run's base, which quant stores; leave out {quant.kind} for it")
     if named.adapter is None:
-        return Teacher(**own)
-    settings = adapters.read_adapter_settings(str(named.adapter), build(named.ref))
-    return Teacher(str(named.adapter), replace(settings, dropout=0.0), **own)
+        return teacher
+    settings = adapters.read_adapter_settings(str(named.adapter), model)
+    return replace(teacher, start=str(named.adapter), adapter=replace(settings, dropout=0.0))
 
 
 def _same_weights(one: str, other: str) -> bool:
