@@ -52,6 +52,8 @@ def config(
         raise ValueError(f"{' and '.join(both)} contradict each other; set only one of them")
     source = EMAReference(*moving) if moving else choose_reference(reference, loss, base.full)
     teacher = other.teacher(base, base.full)
+    if teacher and source is None:
+        raise ValueError(f"the loss reads no reference; leave out reference_model={other.reference_model}")
     return Run(
         name=name,
         **base.sections(),

@@ -12,7 +12,7 @@ from jaxft.runs.option_names import OPTIONS, as_text, find_options
 NEEDED = {  # overrides that are valid only with another one
     "adapter.init=loftq": "quant=nf4",
     "data.packing=wrapped": "data.too_long=split",
-    "reference_quant=": "reference_model=HuggingFaceTB/SmolLM2-360M",
+    "reference_quant=": "reference_model=HuggingFaceTB/SmolLM2-1.7B-Instruct",
     "tracking.": "trackers=wandb",
 }
 LOADS_FILES = (
