@@ -17,6 +17,7 @@ from jaxft.runs import config, record
 from jaxft.train.programs import abstract
 from jaxft.train.recipes import SMOLLM2
 
+LARGE = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 
 
@@ -156,9 +157,9 @@ def test_dpo_takes_the_reference_that_is_asked_for():
 def test_another_reference_is_the_second_model_of_the_run(recipe):
     run = config.load_config(f"configs/{recipe}.py", [f"reference_model={SMOLLM2}"])
     assert run.objective.keywords["reference"] == "teacher" and run.teacher == Teacher()
-    given = ["reference_model=HuggingFaceTB/SmolLM2-1.7B-Instruct", "reference_quant=nf4"]
+    given = [f"reference_model={LARGE}", "reference_quant=nf4"]
     own = config.load_config(f"configs/{recipe}.py", given).teacher
-    assert (own.weights, own.model.config.layers, own.quant.kind) == (given[0].partition("=")[2], 24, "nf4")
+    assert (own.weights, own.model.config.layers, own.quant.kind) == (LARGE, 24, "nf4")
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])
