@@ -25,7 +25,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, take_rows
 from jaxft.train import partition
 from jaxft.weights import pretrained
-from jaxft.weights.quantised import dequantised
+from jaxft.weights.quantised.formats import dequantised
 
 torch = pytest.importorskip("torch")
 
