@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxft.nn.quant import Quant, with_defaults
@@ -108,8 +107,7 @@ def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[Calibrate
 def _write_layer(path: Path, layer: CalibratedLayer) -> None:
     tensors: list[TensorToWrite] = []
     for name, q in layer.weights.items():
-        layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), q)
-        tensors += quantised_tensors(name, layout, _returning(q), OWN_ARRAYS.name)
+        tensors += quantised_tensors(name, q, _returning(q), OWN_ARRAYS.name)
     for name, pair in layer.pairs.items():
         for side, x in zip(_SIDES, pair, strict=True):
             fetch = np.asarray(x, np.float32)

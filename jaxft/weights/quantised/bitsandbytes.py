@@ -18,7 +18,7 @@ from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import QTensor, Quant
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
-from jaxft.weights.safetensors import SafetensorsFiles, read_tensor, read_view, require_tensor
+from jaxft.weights.safetensors import SafetensorsFiles, read_tensor, read_view
 
 _NAME = "bitsandbytes"
 TABLES = {"nf4": qf.NF4, "fp4": qf.FP4}
@@ -86,18 +86,15 @@ def _open_4bit(files: SafetensorsFiles, name: str, kind: str) -> QuantisedTensor
 
 
 def _decode_4bit(weight: _Weight4Bit, layout: QTensor, index: Index) -> dict[str, Any]:
-    files, name, outs, ins, blocks, state = weight
-    at, absmax = ff.array_index(layout, "scale", index), f"{name}.absmax"
-    codes = _read_bytes(weight, (outs, ins // 2), ff.array_index(layout, "codes", index)[::-1]).T
-    arrays: dict[str, Any] = {"codes": codes}
-    if "nested_offset" in state and layout.outer is None:
-        return arrays | {"scale": _decoded_scales(weight).reshape(outs, -1).T[at]}
-    require_tensor(files, absmax, (blocks,))
-    scale = read_view(files, absmax, files.dtypes[absmax], (outs, blocks // outs), at[::-1]).T
-    if layout.outer is None:
-        return arrays | {"scale": scale.astype(np.float32)}
-    outer = weight.read(".nested_absmax", layout.outer.shape)
-    return arrays | {"scale": scale, "outer": outer, "mean": np.asarray(state["nested_offset"], np.float32)}
+    in_codes, in_scale = (ff.array_index(layout, array, index) for array in ("codes", "scale"))
+    codes = _read_bytes(weight, (weight.outs, weight.ins // 2), in_codes[::-1]).T
+    nested = layout.outer is not None
+    scale = weight.read(".absmax", (weight.blocks,)) if nested else _decoded_scales(weight)
+    arrays = {"codes": codes, "scale": scale.reshape(layout.scale.shape[::-1]).T[in_scale]}
+    if nested:
+        arrays["outer"] = weight.read(".nested_absmax", layout.outer.shape)
+        arrays["mean"] = np.asarray(weight.state["nested_offset"], np.float32)
+    return arrays
 
 
 def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> np.ndarray:

@@ -19,15 +19,7 @@ from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
 
 FILE_FORMATS = {
-    format.name: format
-    for format in (
-        BITSANDBYTES,
-        GPTQ,
-        AWQ,
-        FINE_GRAINED_FP8,
-        COMPRESSED_TENSORS,
-        OWN_ARRAYS,
-    )
+    x.name: x for x in (BITSANDBYTES, GPTQ, AWQ, FINE_GRAINED_FP8, COMPRESSED_TENSORS, OWN_ARRAYS)
 }
 USUAL_FORMATS = {"nf4": BITSANDBYTES, "fp4": BITSANDBYTES, "fp8": COMPRESSED_TENSORS}  # by kind
 
