@@ -135,15 +135,14 @@ def arrays_of(q: QTensor) -> dict[str, Any]:
 
 
 def array_index(layout: QTensor, array: str, index: Index) -> Index:
-    """Return where in one of a layout's arrays the part of the weight [..., in, out] at `index` is; its limits
-    are limits of blocks.
+    """Return where in one of a layout's arrays the part of a weight [..., in, out] at `index` is; the limits
+    of the part are limits of blocks.
     """
     *above, ins, outs = index
     if array in ("outer", "mean", "index"):
         return tuple(above)
+    per_row = layout.block if layout.index is None else None
     if array == "codes":
         per_row = 2 if is_paired(layout.kind) else 1
-    else:
-        per_row = layout.block if layout.index is None else None
     rows = slice(ins.start // per_row, -(-ins.stop // per_row)) if per_row else slice(None)
     return (*above, rows, outs)
