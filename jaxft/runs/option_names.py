@@ -364,8 +364,9 @@ OPTIONS: tuple[Option, ...] = tuple(
         # Batches and length
         _together("per_device_train_batch_size:tafu micro_batch_size:tafu batch_size:tafu "
                   "gradient_accumulation_steps:tafu auto_find_batch_size:tafu", "batch",
-                  "batch is the rows of an optimizer step: per-device batch x accumulation x devices; micro "
-                  "divides them into microbatches, with the same gradients"),
+                  "batch is the rows of an optimizer step (in SFT packed rows of several examples): "
+                  "per-device batch x accumulation x devices; micro divides them into microbatches, with "
+                  "the same gradients"),
         _unneeded("per_device_eval_batch_size:tafu eval_batch_size:tafu precompute_ref_batch_size:tu "
                   "eval_accumulation_steps:tafu average_tokens_across_devices:tafu "
                   "ds3_gather_for_generation:tau",

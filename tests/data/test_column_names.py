@@ -80,6 +80,14 @@ def test_unknown_columns_are_an_error_with_the_setting_that_reads_them(fields, e
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("names", ["id conversations", "messages", "prompt completion", "instruction output"])
+def test_rows_of_sft_are_no_pairs_with_other_names(names):
+    row = Row("r:1", dict.fromkeys(names.split(), "a"))
+    with pytest.raises(ValueError, match="are those of SFT, for which there is the recipe sft") as error:
+        normalise_pairs([row], PairTokenSettings())
+    assert "data.columns" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("names", "columns"),
     [

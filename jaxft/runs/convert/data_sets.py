@@ -62,7 +62,12 @@ def templates(draft: Draft) -> None:
     name = as_text(option.value).lower()
     of_model = name in ("tokenizer_default", "jinja", "default")
     if draft.source.tool == FACTORY:
-        draft.express(option, [], "the model's own chat template; for a base model add chat_template=chatml")
+        (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
+        try:
+            (named,) = row.overrides(option.value)
+        except ValueError:
+            named = "chat_template=chatml"
+        draft.express(option, [], f"the model's own chat template; for a base model add {named}")
     elif of_model:
         draft.express(option, [])
     else:
@@ -119,7 +124,9 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
                            "without Alpaca's preamble")  # fmt: skip
         if words[0] in ("chatml", "llama3", "zephyr") and "chat_template" not in draft.options:
             draft.put(f"chat_template={words[0]}")
-    if options.get("roles_to_train") not in (None, ["assistant"], ["gpt", "assistant"], ["assistant", "gpt"]):
+    trained = options.get("roles_to_train") or []
+    trained = [trained] if isinstance(trained, str) else trained
+    if not {*trained} <= {"assistant", "gpt", "model"}:
         remarks.append(f"roles_to_train={as_text(options['roles_to_train'])} has no setting")
     roles = options.get("roles")
     unknown = [] if not isinstance(roles, Mapping) else [
