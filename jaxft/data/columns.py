@@ -259,7 +259,7 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
             row.name,
             "message of an unknown role",
             f"{where} has {role} {item[role][:40]!r}; use {', '.join(KNOWN_ROLES)} or one of their "
-            "other names (jaxft help rows-for-sft)",
+            "other names (python scripts/help.py rows-for-sft)",
         )
     read = (role, content, "function_call", "weight", "train")
     rest = {k: v for k, v in item.items() if k not in read and v is not None}

@@ -231,7 +231,8 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
         )
     held = np.isin(groups, permutation(distinct, data.seed_of_split, 0)[: data.held_out_count(distinct)])
     train = prompts.subset(np.flatnonzero(~held))
-    train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
+    notes = prompts.notes + data.held_out_notes(int(held.sum()), len(held))
+    train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid, notes=notes)
     return _mixed(data, train), prompts.subset(np.flatnonzero(held))
 
 

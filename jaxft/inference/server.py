@@ -326,7 +326,7 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
         generation = submit_choices(service.scheduler, model, body.choice, prompts, has_tools, grammar)
     except ValueError as error:
         field = re.split(r"\W", str(error), maxsplit=1)[0]
-        raise ApiError(400, str(error), field if field in fields else None) from error
+        raise ApiError(400, own_commands(str(error)), field if field in fields else None) from error
     except QueueFull as error:
         raise ApiError(429, str(error), code="queue_full") from error
     except Stopped as error:

@@ -102,4 +102,4 @@ def refusal(hf: Mapping[str, Any], implemented: list[str]) -> str:
             f"{line}; its text decoder ({inner}) is supported: save it as a model of its own with "
             "transformers, and load that"
         )
-    return f"{line}; supported types: jaxft help models"
+    return f"{line}; supported types: python scripts/help.py models"

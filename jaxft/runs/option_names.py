@@ -525,10 +525,10 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("logging_steps:tafu", "loop.log_every", 10),
         _together("eval_steps:tafu", "loop.eval_every", "steps between evaluations, loop.eval_every=100"),
         _together("save_steps:tafu", "loop.save_every", "steps between checkpoints, loop.save_every=100"),
-        _together("evals_per_epoch:a saves_per_epoch:a eval_strategy:tafu evaluation_strategy:au "
-                  "save_strategy:tafu",
-                  "loop.eval_every", "intervals are in steps or, below 1, fractions of the run: "
-                  "loop.eval_every=0.25 loop.save_every=0.25"),
+        _together("evals_per_epoch:a eval_strategy:tafu evaluation_strategy:au", "loop.eval_every",
+                  "intervals are in steps or, below 1, fractions of the run: loop.eval_every=0.25"),
+        _together("saves_per_epoch:a save_strategy:tafu", "loop.save_every",
+                  "intervals are in steps or, below 1, fractions of the run: loop.save_every=0.25"),
         _same("save_total_limit:tafu", "loop.keep_last", 2),
         _mapped("load_best_model_at_end:tafu", "loop.keep_best", {"true": "loop.keep_best=1", "false": ""},
                 "the best step's weights are in best/"),
@@ -574,6 +574,10 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("beta:t", "beta", 0.1, "", "dpo"),
         _same("rl_beta:a dpo_beta:a pref_beta:f", "beta", 0.1, "", "dpo"),
         _mapped("loss_type:t", "loss", _DPO_LOSSES, "", "dpo"),
+        _mapped("loss_type:t", "loss",
+                {"kto": "", "bco": "loss=mine.py:loss", "apo_zero_unpaired": "loss=mine.py:loss"},
+                "a copy of the recipe kto with bco or apo_zero_unpaired of "
+                "jaxft.objectives.reference_free_losses", "kto"),
         _mapped("pref_loss:f", "loss",
                 {"sigmoid": "", "hinge": "loss=hinge", "ipo": "loss=ipo",
                  "kto_pair": "", "orpo": "", "simpo": ""}, "orpo and simpo are recipes", "dpo"),

@@ -37,6 +37,19 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
     return "; or ".join(lines) or None
 
 
+def name_of_loss(theirs: str) -> str | None:
+    """Return what another tool's loss_type is here, None for an unknown one.
+
+    >>> name_of_loss("dr_grpo")
+    "TRL's loss_type dr_grpo is token_weights=constant_length"
+    """
+    for option in find_options("loss_type"):
+        if theirs in option.values:
+            ours = option.values[theirs] or f"the default of recipes such as {option.recipe}"
+            return f"TRL's loss_type {theirs} is {ours}"
+    return None
+
+
 def meant_options(key: str, recipe: str | None = None) -> tuple[Option, ...]:
     """Return the options of other tools that an unknown key of a command line may mean, () for none.
 

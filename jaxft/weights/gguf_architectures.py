@@ -89,7 +89,7 @@ def architecture_of(header: GgufHeader) -> Architecture:
         what = f"{name[:60]!r}" + (f" with {experts} experts" if experts else "")
         raise ValueError(
             f"{header.path}: GGUF architecture {what} is not supported; supported ones: "
-            "jaxft help models"
+            "python scripts/help.py models"
         )
     return ARCHITECTURES[name]
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxft.models.families import family_of
 
-LIST = "supported types: jaxft help models"
+LIST = "supported types: python scripts/help.py models"
 EXPERTS, TOWERS = "mixture-of-experts layers", "parts for images, audio or video"
 STATES = "state-space, recurrent, convolution or linear-attention layers"
 ENCODER, LATENT = "an encoder next to its decoder", "multi-head latent attention"

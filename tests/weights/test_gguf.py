@@ -209,7 +209,7 @@ def check_refuses(path, *words):
 def test_an_unsupported_gguf_file_is_an_error_that_names_it(tmp_path):
     reference, path = tiny_torch(), tmp_path / "tiny.gguf"
     write_gguf(path, reference, architecture="mamba")
-    check_refuses(path, "GGUF architecture 'mamba' is not supported", "jaxft help models")
+    check_refuses(path, "GGUF architecture 'mamba' is not supported", "scripts/help.py models")
     write_gguf(path, reference, fields=[("add_expert_count", 8)])
     check_refuses(path, "experts")
     write_gguf(path, reference, fields=[("add_string", "llama.rope.scaling.type", "su")])

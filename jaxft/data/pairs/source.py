@@ -160,7 +160,7 @@ class PairRows(DataSettings):
             fingerprint=_fingerprint(pairs),
             preview=preview_pair(tokenised, int(train.min()), tokenizer),
             stats=_stats(pairs, saved),
-            warnings=tokenised.warnings,
+            warnings=tokenised.warnings + self.held_out_notes(len(pairs.held), len(tokenised)),
             learned_ends=count_ids(whole_ends(tokenised)),
         )
         return _source(info, pairs)
