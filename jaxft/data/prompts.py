@@ -41,14 +41,14 @@ class Prompts(DataSettings):
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
     of a prompt, and of a completion. max_turns: the most completions of an episode, between which an
     environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
-    prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts out, "error" stops. batch:
-    prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
-    temperature, top_k, top_p, min_p: of sampling. decode_rows: completions that are sampled at the same time;
-    the next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU
-    over which rows are divided. kv_cache: how the sampler stores keys and values, "compute" for the compute
-    dtype. passes: how often the policy is trained on a rollout (PPO's
-    epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of `micro` microbatches each. Other
-    fields: see DataSettings.
+    prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts
+    out, "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group:
+    completions of each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows:
+    completions that are sampled at the same time; the next prompts take the rows of completions that
+    ended. None: all on a CPU, at most 256 per GPU or TPU over which rows are divided. kv_cache: how the
+    sampler stores keys and values, "compute" for the compute dtype. passes: how often the policy is
+    trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of
+    `micro` microbatches each. Other fields: see DataSettings.
     """
 
     max_prompt: Annotated[int, at_least(1)] = 256

@@ -148,12 +148,15 @@ class DataSettings:
 
     def held_out_notes(self, held: int, count: int) -> tuple[str, ...]:
         """Return a note if many more of `count` rows are held out than the fraction held_out asks for."""
+        if not self.holds_out or isinstance(self.held_out, str):
+            return ()
         wanted = self.held_out_count(count)
-        if not self.holds_out or isinstance(self.held_out, str) or held <= max(2 * wanted, wanted + 2):
+        if held <= max(2 * wanted, wanted + 2):
             return ()
         return (
             f"note: {held:,} of {count:,} rows are held out, and data.held_out={self.held_out} asks for "
-            f"{wanted:,}: rows with the same prompt stay together. Name a file with held_out=, or held_out=none",
+            f"{wanted:,}: rows with the same prompt stay together. Name a file with held_out=, or "
+            "held_out=none",
         )
 
     def total_steps(self, epochs: Epochs) -> int:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxft.data.shipped import own_commands
 from jaxft.engine.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.api_request import (
     ApiError,

@@ -184,8 +184,8 @@ class Rollouts(Prompts):
             )
         if self.played.schemas and self.max_turns == 1:
             raise ValueError(
-                "data.max_turns=1 with tools: after one turn an episode ends, and calls are not answered. Set "
-                "max_turns=3, for example: two turns that call tools, and the answer."
+                "data.max_turns=1 with tools: after one turn an episode ends, and calls are not answered. "
+                "Set max_turns=3, for example: two turns that call tools, and the answer."
             )
         if self.observations and self.max_turns == 1:
             raise ValueError(

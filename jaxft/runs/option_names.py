@@ -250,10 +250,13 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("add_special_tokens:af additional_special_tokens:af", "add_special_tokens",
               ["<think>", "</think>"]),
         _together("special_tokens:a", "add_special_tokens",
-                  "additional_special_tokens are add_special_tokens=; BOS, EOS and padding are the "
-                  "tokenizer's"),
-        _unneeded("resize_vocab:f resize_token_embeddings_to_32x:a pad_token:tafu eos_token:tafu "
-                  "bos_token:afu unk_token:au eot_tokens:a shrink_embeddings:a mean_resizing_embeddings:a",
+                  "additional_special_tokens are add_special_tokens=; BOS and padding are the tokenizer's, "
+                  "and the end of a turn is the chat template's (<|im_end|>: chat_template=chatml)"),
+        _together("eos_token:tafu eot_tokens:a", "chat_template",
+                  "the token that ends turns is the chat template's, such as <|im_end|> with "
+                  "chat_template=chatml, and of plain text the tokenizer's"),
+        _unneeded("resize_vocab:f resize_token_embeddings_to_32x:a pad_token:tafu "
+                  "bos_token:afu unk_token:au shrink_embeddings:a mean_resizing_embeddings:a",
                   "the table grows with the tokens, ends of turns are those of the chat template, and "
                   "padding needs no token"),
         _absent("rope_scaling:tafu shift_attn:f s2_attention:a use_pose:a",
@@ -574,10 +577,9 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("beta:t", "beta", 0.1, "", "dpo"),
         _same("rl_beta:a dpo_beta:a pref_beta:f", "beta", 0.1, "", "dpo"),
         _mapped("loss_type:t", "loss", _DPO_LOSSES, "", "dpo"),
-        _mapped("loss_type:t", "loss",
-                {"kto": "", "bco": "loss=mine.py:loss", "apo_zero_unpaired": "loss=mine.py:loss"},
-                "a copy of the recipe kto with bco or apo_zero_unpaired of "
-                "jaxft.objectives.reference_free_losses", "kto"),
+        _options("loss_type:t", setting=None, kind="absent", values={"kto": ""}, recipe="kto",
+                 note="the recipe kto has the loss kto; copy it for bco or apo_zero_unpaired of "
+                 "jaxft.objectives.reference_free_losses"),
         _mapped("pref_loss:f", "loss",
                 {"sigmoid": "", "hinge": "loss=hinge", "ipo": "loss=ipo",
                  "kto_pair": "", "orpo": "", "simpo": ""}, "orpo and simpo are recipes", "dpo"),

@@ -68,8 +68,8 @@ def test_axolotl_dpo_with_columns_of_its_own(converted):
 
 
 def test_a_mix_of_losses_has_the_files_weights(converted):
-    text = "from trl import DPOConfig\nDPOConfig(output_dir='o', loss_type=['ipo', 'sft'], loss_weights=[1.0, 0.2])"
-    c = converted("mix.py", text)
+    mix = "loss_type=['ipo', 'sft'], loss_weights=[1.0, 0.2]"
+    c = converted("mix.py", f"from trl import DPOConfig\nDPOConfig(output_dir='o', {mix})")
     assert "mix((ipo, 1.0), (nll, 0.2))" in remarks(c.lost)["loss_type"]
     assert "the file names no model that jaxft can find: add model=org/name" in c.notes
 

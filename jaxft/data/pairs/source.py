@@ -205,8 +205,8 @@ class PairStats(RowStats):
     """Counts of tokenised pairs.
 
     prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs
-    whose chosen response is the longer one, None for responses with a label. shared_prompts_save: fraction of the tokens that the layout
-    "branches" saves.
+    whose chosen response is the longer one, None for responses with a label. shared_prompts_save: fraction
+    of the tokens that the layout "branches" saves.
     """
 
     layout: str
@@ -412,8 +412,8 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         dropped=tokenised.dropped,
         invalid=tokenised.invalid,
         largest_id=tokenised.largest_id,
-        summary=f"{len(pairs.train)} {'pairs' if len(paired) else what} in {rows} rows of {shape.length} tokens "
-        f"({100 * fill:.0f} % full), "
+        summary=f"{len(pairs.train)} {'pairs' if len(paired) else what} in {rows} rows of {shape.length} "
+        f"tokens ({100 * fill:.0f} % full), "
         f"{len(pairs.held)} held out, {tokenised.dropped} dropped as too long, {truncated} truncated"
         f"{pairs.split.summary}",
         learned=learned_line(

@@ -108,6 +108,8 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
         if isinstance(theirs, str) and theirs not in SAME_COLUMNS.get(ours, (ours,)):
             columns.append(f"{ours}={theirs}")
     if isinstance(kind, Mapping):
+        if kind.get("system_prompt"):
+            remarks.append("its system_prompt is left out: give the rows a column `system` with it")
         written = kind.get("format") or kind.get("prompt_format")
         if written:
             remarks.append(f"its format {short_value(written)!r} is a chat template here; write it as "

@@ -287,7 +287,7 @@ def _quantisation(draft: Draft) -> None:
         draft.express(double, ["quant.double=false"])
     elif double is not None:
         draft.same.append(double)
-    elif four and draft.source.tool in (TRL, UNSLOTH):
+    elif four and draft.source.tool == TRL:
         draft.default("quant.double=false")
 
 
