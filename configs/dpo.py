@@ -61,7 +61,7 @@ def config(
             preference,
             loss=partial(loss, beta=beta),
             beta=beta,
-            reference="teacher" if teacher else source,
+            reference=other.reference(source),
             reward=mean_logp if source is None else implicit_reward,
         ),
         data=PairRows(**rows.settings()),

@@ -32,14 +32,14 @@ def config(
 ) -> Run:
     """Kahneman-Tversky optimisation."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    loss, teacher = partial(kto, beta=beta, **weights), other.teacher(base)
+    loss = partial(kto, beta=beta, **weights)
     return Run(
         name=name,
         **base.sections(),
         objective=partial(
             preference,
             loss=loss,
-            reference="teacher" if teacher else "start",
+            reference=other.reference("start"),
             beta=beta,
             extra=kto_metrics,
         ),
@@ -47,5 +47,5 @@ def config(
         optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=rows.seed,
-        teacher=teacher,
+        teacher=other.teacher(base),
     )

@@ -24,6 +24,7 @@ from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
+from jaxft.objectives.preference import Reference
 from jaxft.objectives.sft import sft
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
@@ -287,6 +288,10 @@ class ReferenceKnobs:
 
     reference_model: str | None = None  # a run, a PEFT folder or a model, with the same tokens
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
+
+    def reference(self, otherwise: Reference) -> Reference:
+        """The reference of an objective: the run's second model if there is one."""
+        return otherwise if self.reference_model is None else "teacher"
 
     def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
         """The run's second model; None without one. full: whether the run trains its base."""
