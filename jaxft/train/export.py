@@ -33,7 +33,7 @@ from jaxft.runs.named_weights import NamedWeights
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
-from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained, quantised_write
+from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.codes import open_codes
 from jaxft.weights.eva import written_adapter
@@ -41,8 +41,8 @@ from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.new_folder import check_new_folder, new_folder
-from jaxft.weights.quant_layout import quantize_layout
-from jaxft.weights.quantised import dequantised
+from jaxft.weights.quantised.file_format import quantize_layout
+from jaxft.weights.quantised.formats import as_stored, dequantised, written_format
 from jaxft.weights.storage import quantised_paths
 from jaxft.weights.tokenizer_files import write_tokenizer
 
@@ -92,7 +92,7 @@ class ExportQuant:
     """How written weights are quantised, each rounded once from float32.
 
     quant: with calibrated codes, these are written. format: the layout of the files, a key of
-    quantised_write.KINDS_OF, by default the usual one of the kind.
+    weights.quantised.formats.FILE_FORMATS, by default the usual one of the kind.
     """
 
     quant: Quant
@@ -211,12 +211,12 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
         name = model.weight_names[path][0].format(i=number)
         value: Any = codes[name].read() if name in codes else quantize(layer, quant.kind, block, double)
         where = path if number is None else f"{path}, layer {number}"
-        value, rounded = quantised_write.as_stored(value, method, where)
+        value, rounded = as_stored(value, file_format, where)
         if rounded and not notes:
             notes.append(
                 f"warning: {rounded} of {value.scale.size} scales of {where} are too small for float16, in "
-                f"which --format {method} stores them, and lose digits; if its error matters, use --format "
-                "compressed-tensors"
+                f"which --format {file_format.name} stores them, and lose digits; if its error matters, use "
+                "--format compressed-tensors"
             )
         error.add(layer, dequantised(value))
         return value
@@ -229,8 +229,8 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     packed = [
         names[path].removesuffix(".weight").partition(".{i}.")[2] for path in layouts if "{i}" in names[path]
     ]
-    method, layout_name = quantised_write.method_for(layouts, how.format)
-    settings = quantised_write.quantization_config(quant, method, sorted(plain), packed)
+    file_format, layout_name = written_format(layouts, how.format)
+    settings = {"quant_method": file_format.name, **file_format.config(quant, sorted(plain), packed)}
     return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)
 
 

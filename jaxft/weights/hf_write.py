@@ -22,10 +22,10 @@ from jaxft.models.text_part import text_config
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
-from jaxft.weights import quantised_write
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import HEAD, WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
+from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos, joined_eos
 from jaxft.weights.tokenizer_files import write_tokenizer
@@ -133,7 +133,7 @@ def tensors_to_write(
             if quant and path in quant.layouts:
                 make = partial(_quantised_layer, quant, path, leaf, layer)
                 method = quant.settings["quant_method"]
-                tensors += quantised_write.tensors_of(name.format(i=i), quant.layouts[path], make, method)
+                tensors += quantised_tensors(name.format(i=i), quant.layouts[path], make, method)
                 continue
             fetch = partial(layer_on_host, leaf, layer, transpose)
             shape_out = tuple(shape[::-1] if transpose else shape)

@@ -10,7 +10,7 @@ from jax.sharding import Sharding
 from jaxft.nn.quant import QTensor
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import copy_into
-from jaxft.weights.quant_layout import array_index, array_names
+from jaxft.weights.quantised.file_format import array_index, arrays_of
 
 Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
 Limits = tuple[
@@ -84,4 +84,4 @@ class ShardBuffers:
 
 def arrays_by_name(x: Leaf) -> dict[str, Any]:
     """Return the arrays of a QTensor by name, or the one array under the name ""."""
-    return {name: getattr(x, name) for name in array_names(x)} if isinstance(x, QTensor) else {"": x}
+    return arrays_of(x) if isinstance(x, QTensor) else {"": x}
