@@ -196,18 +196,15 @@ def module_tensors(
     """
     tensors, table = [], tensors_of(model, tied_head=True)
     for path, node in nodes.items():
-        (kind, value), end = *node.items(), ONLY_TOKEN_ROWS if only_tokens else TOKEN_ROWS
         for tensor in table[path]:
-            name, fetch = tensor.name, partial(_fetch, tensor, value)
-            shape = tensor.shape
-            if kind == "rows":
-                name, shape, fetch = (
-                    f"{tensor.module}.{end}",
-                    tuple(value.shape),
-                    partial(layer_on_host, value),
-                )
-            elif path.endswith("_bias") and tensor.module in adapted:
-                name = f"{tensor.module}.base_layer.bias"
+            if "rows" in node:
+                name = f"{tensor.module}.{ONLY_TOKEN_ROWS if only_tokens else TOKEN_ROWS}"
+                shape, fetch = tuple(node["rows"].shape), partial(layer_on_host, node["rows"])
+            else:
+                wrapped = path.endswith("_bias") and tensor.module in adapted
+                name = f"{tensor.module}.base_layer.bias" if wrapped else tensor.name
+                shape, fetch = tensor.shape, partial(_fetch, tensor, node["weight"])
+            (value,) = node.values()
             tensors.append(TensorToWrite(PREFIX + name, np.dtype(value.dtype), shape, fetch))
     return tensors
 

@@ -2,7 +2,7 @@
 adapter_model.safetensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,11 @@ def pair_tensors(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: floa
 
     (ins, outs), names = tensor.values, pair_names(tensor, dora="magnitude" in pair)
     shapes = {"a": (rank, ins), "b": (outs, rank), "magnitude": (outs,)}
-    fetches = {"a": lambda: leaf("a").T[:rank], "b": fetch_b, "magnitude": partial(leaf, "magnitude")}
+    fetches: dict[str, Callable[[], np.ndarray]] = {
+        "a": lambda: leaf("a").T[:rank],
+        "b": fetch_b,
+        "magnitude": partial(leaf, "magnitude"),
+    }
     return [
         TensorToWrite(name, np.dtype(pair[key].dtype), shapes[key], fetches[key])
         for name, key in zip(names, shapes, strict=False)

@@ -201,7 +201,7 @@ class ArrayBuffers:
         """Write a value that is the part of `array[lead]` at `index` into the shards that overlap it."""
         value = np.asarray(value)
         index = full_index((*(slice(i, i + 1) for i in lead), *index), self.shape)
-        value = value.reshape(*(1 for _ in lead), *value.shape)
+        value = value.reshape((1,) * len(lead) + value.shape)
         for shard, buffer in self.shards.items():
             overlap = [
                 (max(s.start, start), min(s.stop, stop))
