@@ -14,10 +14,9 @@ from jaxft.models.model import Model
 from jaxft.nn import dora, lora, replaced
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.gather import layer_on_host
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import ParamReader
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import Tensor, layer_on_host
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.weights import finite
-from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft_names import PREFIX, renamed
 from jaxft.weights.peft_refusals import MERGE
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
-from jaxft.weights.tensors import Tensor, stack, tensors_of
+from jaxft.weights.tensors import Tensor, layer_on_host, stack, tensors_of
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs

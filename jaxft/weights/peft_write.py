@@ -16,12 +16,11 @@ from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.replaced import is_replacement
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
-from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS
 from jaxft.weights.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
 from jaxft.weights.peft_pairs import adaptable_tensors, find_patterns, pair_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import Tensor, layer_on_host
 
 PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them
 
