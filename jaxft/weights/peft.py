@@ -13,7 +13,7 @@ from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.text_part import text_tensor
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_patterns import SCORE_MODULES
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_listed, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.tree import Params
 from jaxft.weights import finite
@@ -37,7 +37,6 @@ from jaxft.weights.peft_residual import (
     on_unchanged_base,
     start_of_unconverted,
 )
-from jaxft.weights.peft_tied import check_tied, with_tied_head
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
 SCORE_TENSOR = f"{PREFIX}{SCORE.template}"  # of a sequence classification adapter, [1, D]
@@ -49,6 +48,15 @@ BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
 # What peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it equals.
 TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
+TABLE_MODULE = EMBEDDING.removesuffix(".weight")
+# An adapter with ensure_weight_tying lists the embeddings only, and its files have the parameters twice. jaxft
+# reads both, so that logits are PEFT's; a run that starts from the adapter trains them apart.
+# Tensors of the head, those of the table that they equal, and whether one is the other transposed:
+TIED_TENSORS = (
+    ("weight", "weight", False),
+    ("lora_A.weight", "lora_embedding_B", True),
+    ("lora_B.weight", "lora_embedding_A", True),
+)
 
 
 def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = None) -> tuple[Params, Adapter]:
@@ -97,8 +105,8 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
     if has_head or not model.generates:
         config, files = without_head(config, files)
     elif config.get("ensure_weight_tying") and "head" not in model.weight_names:
-        config = with_tied_head(config)
-        check_tied(files)
+        config = _with_tied_head(config)
+        _check_tied(files)
     found = {path: [read_pair(files, one, config) for one in tensors] for path, tensors in table.items()}
     pairs = {path: of_path for path, of_path in found.items() if any(of_path)}
     adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
@@ -135,6 +143,33 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
     return parts, replace(settings, **others.settings)
 
 
+def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's configuration with lm_head in modules_to_save or target_modules, whichever lists
+    the embeddings.
+    """
+    saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
+    if isinstance(saved, list) and any(is_saved(str(one), TABLE_MODULE) for one in saved):
+        return {**config, "modules_to_save": [*saved, HEAD_MODULE]}
+    if isinstance(targets, list) and is_listed(targets, (TABLE_MODULE,), "target_modules"):
+        return {**config, "target_modules": [*targets, HEAD_MODULE]}
+    return config
+
+
+def _check_tied(files: SafetensorsFiles) -> None:
+    """Raise ValueError if an adapter's files have other values for the head than for the embeddings."""
+    for of_head, of_table, transposed in TIED_TENSORS:
+        head, table = f"{PREFIX}{HEAD_MODULE}.{of_head}", f"{PREFIX}{TABLE_MODULE}.{of_table}"
+        if head not in files.shapes or table not in files.shapes:
+            continue
+        value = read_tensor(files, table)
+        if not np.array_equal(read_tensor(files, head), value.T if transposed else value):
+            raise ValueError(
+                f"{files.where}: tensor {head} is not {table}, but adapter_config.json has "
+                "ensure_weight_tying=true; save the adapter with peft again, or set it to false and list "
+                "lm_head"
+            )
+
+
 def has_language_head(folder: Path) -> bool:
     """Whether an adapter trains the language model head: a pair of it, its weight or rows of it."""
     saved = read_adapter_config(folder).get("modules_to_save") or ()
@@ -157,7 +192,7 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD if HEAD in base.shapes else EMBEDDING
     if config.get("ensure_weight_tying") and head == EMBEDDING:
-        config = with_tied_head(config)
+        config = _with_tied_head(config)
     saved = tuple(config.get("modules_to_save") or ())
     for copied in BASE_COPIES:
         name = head if copied in HEAD_COPIES else EMBEDDING
