@@ -3,6 +3,7 @@ adapter_model.safetensors.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from jaxft.weights.peft_refusals import (
 )
 from jaxft.weights.peft_residual import (
     ReadFirstPair,
-    first_pair_in,
+    first_pair,
     no_first_pair,
     on_unchanged_base,
     start_of_unconverted,
@@ -49,7 +50,7 @@ BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
 TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 TABLE_MODULE = EMBEDDING.removesuffix(".weight")
-# An adapter with ensure_weight_tying lists the embeddings only, and its files have the parameters twice. jaxft
+# An adapter with ensure_weight_tying lists the embeddings only; its files have the parameters twice. jaxft
 # reads both, so that logits are PEFT's; a run that starts from the adapter trains them apart.
 # Tensors of the head, those of the table that they equal, and whether one is the other transposed:
 TIED_TENSORS = (
@@ -86,7 +87,7 @@ def read_parts(
     read_adapter. Raises ValueError as read_adapter does, and if the scalar head is missing or has several
     labels.
     """
-    return _read(Path(folder), model, first_pair_in(base))
+    return _read(Path(folder), model, partial(first_pair, base))
 
 
 def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
@@ -97,7 +98,7 @@ def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Ad
     return tuple(parts), settings
 
 
-def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
+def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
     config, where = read_adapter_config(folder), folder / "adapter_config.json"
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
     files, table = _open_tensors(folder), adaptable_tensors(model)
@@ -120,7 +121,7 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
                 f"embeddings of this model: PEFT has changed both; {MERGE}"
             )
         pairs = {
-            path: on_unchanged_base(of_path, table[path], (where, init, default), first_pair)
+            path: on_unchanged_base(of_path, table[path], default, partial(read_first, where, init))
             for path, of_path in pairs.items()
         }
     nodes, settings = adapter_of(pairs, default, model)
