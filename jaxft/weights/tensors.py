@@ -116,6 +116,15 @@ def stack(tensors: Sequence[Tensor], values: Sequence[np.ndarray]) -> np.ndarray
     return np.stack(values).reshape(lead + np.shape(values[0]))
 
 
+def tensor_on_host(parts: Sequence[Tensor], leaves: Mapping[str, Any]) -> np.ndarray:
+    """Return a tensor as it is in the files. parts: of all parameters that are in it, which `leaves` has by
+    path.
+    """
+    in_order = sorted(parts, key=lambda part: part.offset or 0)
+    values = [layer_on_host(leaves[part.path], part.index) for part in in_order]
+    return parts[0].turned(np.concatenate(values, -1) if len(values) > 1 else values[0])
+
+
 def layer_on_host(leaf: Any, index: tuple[int, ...] = ()) -> np.ndarray:
     """Return a parameter at an index along its leading axes (all of it for ()) on the host, a QTensor
     dequantised.
