@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxft.models.heads import shares_base
 from jaxft.models.model import Model
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, attach
-from jaxft.nn.lora_rows import attach_rows, specs_like
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, Several, attach
+from jaxft.nn.lora_rows import specs_like
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.tree import Params
 
@@ -70,7 +70,8 @@ def adapted_by_row(model: Model) -> Model:
 
     def by_row(fn: Callable) -> Callable:
         def call(params: Any, *rest: Any, **kw: Any) -> Any:
-            return fn(attach_rows(params["base"], params.get("stack"), params["rows"]), *rest, **kw)
+            stack = Several(params.get("stack"))
+            return fn(attach(params["base"], stack, rows=params["rows"]), *rest, **kw)
 
         return call
 

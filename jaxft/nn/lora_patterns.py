@@ -8,28 +8,35 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from jaxft import tree
+from jaxft.nn.param import ParamSpec, lead_indices
 
 ModuleNames = tuple[str, ...]
 TensorNames = Mapping[str, tuple[str, bool]]  # see models.model.Model.weight_names
+FIELDS = {"layers": "i", "experts": "x"}  # of names in files, which stand for the index along a lead axis
 HEAD_MODULE = "lm_head"
 SCORE_MODULES = ("score", "classifier")  # heads of sequence classifiers; peft always trains both
 
 
 def module_format(path: str, names: TensorNames) -> str:
-    """Return the Hugging Face name of the module that a parameter belongs to, with {i} for the layer."""
+    """Return the Hugging Face name of the module that a parameter belongs to, with FIELDS."""
     if path not in names:
         return HEAD_MODULE if path == "head" else _own_format(path)
     return names[path][0].rpartition(".")[0]
 
 
-def module_names(path: str, layers: int | None, names: TensorNames) -> list[ModuleNames]:
-    """Return the names of a parameter's module in each layer; of one without layers in a list of one."""
+def module_names(path: str, spec: ParamSpec, names: TensorNames) -> list[ModuleNames]:
+    """Return the names of the module of each parameter of a stack, as in param.lead_indices."""
     formats = dict.fromkeys((module_format(path, names), _own_format(path)))
-    return [tuple(one.format(i=i) for one in formats) for i in range(layers or 1)]
+    return [
+        tuple(one.format(**{FIELDS[axis]: i for axis, i in at.items()}) for one in formats)
+        for at in lead_indices(spec)
+    ]
 
 
 def _own_format(path: str) -> str:
-    return path.replace("layers/", "layers.{i}.", 1).replace("/", ".")
+    for axis, field in FIELDS.items():
+        path = path.replace(f"{axis}/", f"{axis}.{{{field}}}.", 1)
+    return path.replace("/", ".")
 
 
 def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:

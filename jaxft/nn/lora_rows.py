@@ -1,9 +1,9 @@
 """Several adapters on one base, chosen for each row of a batch by an index (as in Punica, Chen et al. 2023,
 arXiv:2310.18547): switching adapters changes an array, not a program.
 
-A stack is a tree of K adapters with the base's paths: `a [L, K, I, R]`, `b [L, K, R, O]`, `scale [L, K]`; on
-the embeddings and the head without L. If one of them is a DoRA adapter, the node also has `gain [L, K, O]`,
-the factors of the outputs, which are constant in inference (weights/gains.py). Adapter 0 is the base itself.
+A stack is a tree of K adapters with the base's paths and lead axes L: `a [*L, K, I, R]`, `b [*L, K, R, O]`,
+`scale [*L, K]`. If one of them is a DoRA adapter, the node also has `gain [*L, K, O]`, the factors of the
+outputs, which are constant in inference (weights/gains.py). Adapter 0 is the base itself.
 Adapters of other kernels or smaller ranks are padded with zeros, and with gains of 1.
 """
 
@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.lora import Adapted, is_pair, pairs_by_path
+from jaxft.nn.lora import Adapted, adapters_axis, pair_axes, pairs_by_path
 from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
 from jaxft.nn.replaced import base_spec, is_replacement
 from jaxft.tree import Params
 
 BASE = 0  # the number of the adapter in a stack that changes nothing
-_LAYERS = "layers"  # the subtree whose leaves have a layers axis
 
 
 def not_stackable(adapter: Params) -> str:
@@ -76,9 +75,7 @@ def specs_like(base: Specs, adapter: Params) -> Specs:
     def spec_of(path: str, leaf: Any) -> ParamSpec:
         above, _, name = path.rpartition("/")
         like = base_spec(specs, above)
-        *lead, ins, outs = like.axes
-        axes = {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": lead, "gain": (*lead, outs)}
-        return ParamSpec(tuple(leaf.shape), tuple(axes[name]), full(0.0), like.heads)
+        return ParamSpec(tuple(leaf.shape), pair_axes(like)[name], full(0.0), like.heads)
 
     return tree.map_with_path(spec_of, adapter)
 
@@ -87,7 +84,7 @@ def stack_by_row(adapters: Sequence[Params]) -> Params:
     """Return a stack of the base and these adapters, which have numbers from 1 on. Leaves may be NumPy's."""
 
     def stack(path: str, *leaves: Any) -> np.ndarray:
-        return np.stack(leaves, 1 if path.startswith(f"{_LAYERS}/") else 0)
+        return np.stack(leaves, adapters_axis(path))
 
     first, *others = of_equal_shapes([{}, *adapters])
     return tree.map_with_path(stack, first, *others)
@@ -130,23 +127,9 @@ def adapters_of_rows(w: Adapted, dtype: DTypeLike) -> Adapted:
 
 def _of_rank(node: Mapping[str, Any], rank: int) -> dict[str, np.ndarray]:
     a, b, scale = (np.asarray(node[name]) for name in ("a", "b", "scale"))
-    lead, missing = [(0, 0)] * scale.ndim, (0, rank - a.shape[-1])
+    lead, missing = [(0, 0)] * len(scale.shape), (0, rank - a.shape[-1])
     return {
         "a": np.pad(a, [*lead, (0, 0), missing]),
         "b": np.pad(b, [*lead, missing, (0, 0)]),
         "scale": scale,
     }
-
-
-def attach_rows(base: Any, stack: Any, rows: Int[Array, " B"]) -> Any:
-    """Return the base tree in which row i of the activations has adapter rows[i] of the stack. None: none."""
-
-    def attached(base: Any, node: Any, in_layers: bool) -> Any:
-        if is_pair(node):
-            own = jnp.broadcast_to(rows[None], (len(node["scale"]), *rows.shape)) if in_layers else rows
-            return Adapted(base, node["a"], node["b"], node["scale"], gain=node.get("gain"), rows=own)
-        return {**base, **{name: attached(base[name], inner, in_layers) for name, inner in node.items()}}
-
-    if not stack:
-        return base
-    return {**base, **{name: attached(base.get(name), node, name == _LAYERS) for name, node in stack.items()}}

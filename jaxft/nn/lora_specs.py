@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft.nn import replaced
-from jaxft.nn.lora import EVA, Adapter, target_paths
+from jaxft.nn.lora import EVA, Adapter, pair_axes, target_paths
 from jaxft.nn.lora_patterns import (
     ModuleNames,
     TensorNames,
@@ -19,12 +20,22 @@ from jaxft.nn.lora_patterns import (
     module_names,
     values_by_pattern,
 )
-from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
+from jaxft.nn.param import (
+    Init,
+    ParamSpec,
+    Specs,
+    full,
+    kaiming_uniform,
+    lead_axes,
+    lead_indices,
+    normal,
+    spec_paths,
+)
 
 
 class PairRanks(NamedTuple):
-    """Rank and alpha of the pair in each layer of a kernel, both 0 for no pair; one of each for a kernel
-    without layers.
+    """Rank and alpha of the pair of each kernel of a stack, both 0 for no pair, in the order of
+    np.ndindex(lead_shape(spec)); one of each for a single kernel.
     """
 
     ranks: tuple[int, ...]
@@ -32,7 +43,7 @@ class PairRanks(NamedTuple):
 
 
 def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
-    """Return the rank and alpha of each adapted kernel's layers by path.
+    """Return the ranks and alphas of the adapted kernels by path.
 
     names: the model's weight_names. Raises ValueError for patterns, exclusions and layers that select
     nothing, or everything.
@@ -49,16 +60,20 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
             f"adapter: {min(set(targets) & set(saved))} is in targets and in modules_to_save, which "
             "trains it in full; name it in one of them"
         )
+    spec_of = {path: replaced.base_spec(base, path) for path in targets}
     modules = [
-        (path, layer, name)
+        (path, number, name)
         for path in targets
         if path not in saved
-        for layer, name in enumerate(module_names(path, _layer_count(base, path), names))
+        for number, name in enumerate(module_names(path, spec_of[path], names))
     ]
     selected = [
-        (path, layer, name) for path, layer, name in modules if _is_selected(settings, base, path, layer)
+        (path, number, name)
+        for path, number, name in modules
+        if _is_selected(settings, spec_of[path], number)
     ]
-    if settings.layers_to_transform is not None and not any(_layer_count(base, path) for path in targets):
+    numbers = settings.layers_to_transform
+    if numbers is not None and not any("layers" in lead_axes(spec) for spec in spec_of.values()):
         raise ValueError(
             f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
             "adapter.layers_to_transform=none"
@@ -75,16 +90,16 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
     ranks = values_by_pattern(settings.rank_pattern, all_names, "adapter.rank_pattern")
     alphas = values_by_pattern(settings.alpha_pattern, all_names, "adapter.alpha_pattern")
     pairs = {
-        (path, layer): (
+        (path, number): (
             int(settings.rank if rank is None else rank),
             settings.alpha if alpha is None else alpha,
         )
-        for (path, layer, _), rank, alpha in zip(kept, ranks, alphas, strict=True)
+        for (path, number, _), rank, alpha in zip(kept, ranks, alphas, strict=True)
     }
     layouts = {}
     for path in dict.fromkeys(path for path, _, _ in kept):
-        count = _layer_count(base, path) or 1
-        found = [pairs.get((path, layer), (0, 0.0)) for layer in range(count)]
+        count = len(lead_indices(spec_of[path]))
+        found = [pairs.get((path, number), (0, 0.0)) for number in range(count)]
         layouts[path] = PairRanks(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
     return layouts
 
@@ -117,17 +132,14 @@ def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleN
             )
 
 
-def _layer_count(base: dict[str, ParamSpec], path: str) -> int | None:
-    """The size of a kernel's layers axis, None if it has none."""
-    spec = base.get(path)
-    return spec.shape[0] if spec is not None and spec.axes[0] == "layers" else None
-
-
-def _is_selected(settings: Adapter, base: dict[str, ParamSpec], path: str, layer: int) -> bool:
-    """Whether layers_to_transform includes a layer of a kernel. Raises ValueError for numbers of no layer."""
-    numbers, count = settings.layers_to_transform, _layer_count(base, path)
-    if numbers is None or count is None:
+def _is_selected(settings: Adapter, spec: ParamSpec, number: int) -> bool:
+    """Whether layers_to_transform includes the layer of a kernel of a stack. Raises ValueError for numbers of
+    no layer.
+    """
+    numbers, layer = settings.layers_to_transform, lead_indices(spec)[number].get("layers")
+    if numbers is None or layer is None:
         return True
+    count = spec.shape[spec.axes.index("layers")]
     if not numbers or not all(0 <= number < count for number in numbers):
         raise ValueError(
             f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers are 0 to {count - 1}; "
@@ -214,7 +226,6 @@ def _pair_specs(
     PEFT.
     """
     *lead, size_in, size_out = spec.shape
-    *lead_axes, axis_in, axis_out = spec.axes
     rank, ranks = max(layout.ranks), layout.ranks
     if settings.init == EVA:  # the ranks of the layers are known only when the run has read its rows
         rank = most_components(rank, settings.eva_rho, size_in)
@@ -223,11 +234,12 @@ def _pair_specs(
     start, start_b = (full(0.0), normal(1.0)) if is_table else (kaiming_uniform(size_in), full(0.0))
     if min(ranks) < rank:
         start = _zero_beyond(start, ranks)
-    magnitude = ParamSpec((*lead, size_out), (*lead_axes, axis_out), full(0.0), spec.heads)
+    axes = pair_axes(spec)
+    magnitude = ParamSpec((*lead, size_out), axes["magnitude"], full(0.0), spec.heads)
     return {
-        "a": ParamSpec((*lead, size_in, rank), (*lead_axes, axis_in, "rank"), start, spec.heads),
-        "b": ParamSpec((*lead, rank, size_out), (*lead_axes, "rank", axis_out), start_b, spec.heads),
-        "scale": ParamSpec(tuple(lead), tuple(lead_axes), _constant(scales)),
+        "a": ParamSpec((*lead, size_in, rank), axes["a"], start, spec.heads),
+        "b": ParamSpec((*lead, rank, size_out), axes["b"], start_b, spec.heads),
+        "scale": ParamSpec(tuple(lead), axes["scale"], _constant(scales)),
         **({"magnitude": magnitude} if settings.dora else {}),
     }
 
@@ -238,15 +250,16 @@ def most_components(rank: int, rho: float, inputs: int) -> int:
 
 
 def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
-    """Return an initialiser of [L, I, R] whose columns beyond the rank of each layer are zero."""
+    """Return an initialiser of [*L, I, R] whose columns beyond the rank of each kernel are zero."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        used = jnp.arange(shape[-1])[None, :] < jnp.asarray(ranks)[:, None]
-        return jnp.where(used[:, None, :], start(key, shape, dtype), jnp.zeros((), dtype))
+        *lead, _, most = shape
+        used = (np.arange(most) < np.asarray(ranks)[:, None]).reshape(*lead, 1, most)
+        return jnp.where(used, start(key, shape, dtype), jnp.zeros((), dtype))
 
     return init
 
 
 def _constant(values: Sequence[float]) -> Init:
-    """Return an initialiser that sets each element of a vector, or a scalar, to its value."""
+    """Return an initialiser that sets each element to its value, the last axis fastest."""
     return lambda key, shape, dtype: jnp.asarray(values, dtype).reshape(shape)

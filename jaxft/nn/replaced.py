@@ -89,10 +89,9 @@ def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: Te
             continue
         hits = set()
         for path, name in formats.items():
-            count = base[path].shape[0] if "{i}" in name else None
             matched = [
                 is_saved(one, theirs) or any(own == one or own.endswith(f".{one}") for own in others)
-                for theirs, *others in module_names(path, count, names)
+                for theirs, *others in module_names(path, base_spec(base, path), names)
             ]
             if any(matched) and not all(matched):
                 raise ValueError(

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.nn import dora
 from jaxft.nn.lora import is_pair
+from jaxft.nn.param import map_stack
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.tree import Params
 
 
 def with_gains(base: Params, adapter: Params) -> Params:
-    """Return an adapter with `gain` [L, O], the factors of its outputs on this base, in place of `magnitude`.
+    """Return an adapter with `gain` [*L, O], factors of its outputs on this base, in place of `magnitude`.
 
     Leaves are NumPy's. One of plain LoRA is returned as it is.
     """
@@ -40,11 +41,9 @@ def with_gains(base: Params, adapter: Params) -> Params:
 
 @partial(jax.jit, static_argnums=2)
 def _gains(weight: Any, node: Params, is_tied: bool) -> Float[Array, "*L O"]:
-    def of_layer(one: tuple[Any, Params]) -> Array:
-        weight, node = one
+    def of_kernel(weight: Any, node: Params) -> Array:
         plain = dequantize(weight) if is_qtensor(weight) else weight
         plain = plain.T if is_tied else plain
         return dora.output_factors(node["magnitude"], plain, node["a"], node["b"], node["scale"])
 
-    has_layers = node["scale"].ndim == 1
-    return jax.lax.map(of_layer, (weight, node)) if has_layers else of_layer((weight, node))
+    return map_stack(of_kernel, node["scale"].shape, weight, node)

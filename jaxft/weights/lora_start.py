@@ -32,7 +32,7 @@ from jaxft.nn import dora
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, pairs_by_path
 from jaxft.nn.lora_patterns import TensorNames
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
-from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, is_spec, map_stack, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
@@ -176,8 +176,7 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
     initial: the pairs with which a head sees the base. Norms are computed layer by layer.
     """
 
-    def norms(layer: tuple[Any, Array, Array, Array]) -> Array:
-        weight, a, b, scale = layer
+    def norms(weight: Any, a: Array, b: Array, scale: Array) -> Array:
         plain = dequantize(weight) if is_qtensor(weight) else weight
         return dora.output_norms(plain, a, b, scale)
 
@@ -187,11 +186,10 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
             return leaf
         pair = tuple(pairs[above][side] for side in ("a", "b", "scale"))
         if above in weights:
-            layers = weights[above], *pair
-            found = norms(layers) if leaf.ndim == 1 else jax.lax.map(norms, layers)
+            found = map_stack(norms, pair[2].shape, weights[above], *pair)
         else:  # the tied head
             table = weights["embed"]
-            found = norms(((dequantize(table) if is_qtensor(table) else table).T, *pair))
+            found = norms((dequantize(table) if is_qtensor(table) else table).T, *pair)
         has_pair = jnp.any(own[above]["a"] != 0, (-2, -1))
         return jnp.where(has_pair[..., None], found, 0).astype(leaf.dtype)
 

@@ -281,7 +281,7 @@ def test_few_rows_as_in_decoding_do_not_copy_the_weight():
     w, a, b, scale = jnp.ones((64, 32)), jnp.ones((64, 4)), jnp.ones((4, 32)), jnp.asarray(0.5)
     few, many = (
         str(jax.make_jaxpr(lora_matmul)(x, x, w, a, b, scale))
-        for x in (jnp.ones((31, 64)), jnp.ones((32, 64)))
+        for x in (jnp.ones((31, 1, 64)), jnp.ones((31, 2, 64)))
     )
     assert "concatenate" in many and "concatenate" not in few
 
