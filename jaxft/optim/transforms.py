@@ -16,7 +16,7 @@ from jaxft.tree import OptState, Params
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each layer of a stacked leaf, and to each expert of a layer, as to a separate
+    """Apply a transformation to each parameter of a stack (over layers, say) as to a separate
     parameter. Statistics of a full parameter (factored moments, block RMS) would otherwise mix them.
     """
     kinds = {(), *map(lead_axes, spec_paths(specs).values())}

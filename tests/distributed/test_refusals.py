@@ -160,6 +160,17 @@ def test_a_ring_without_a_mesh_that_shards_rows_is_an_error():
         programs.build(run, 10)
 
 
+def test_a_mesh_that_shards_experts_needs_a_model_with_some():
+    from jaxft.runs import config
+    from jaxft.train import programs
+
+    run = config.load_config("configs/sft.py", ["mesh.expert=2"])
+    with pytest.raises(
+        ValueError, match="mesh.expert=2 shards the experts of layers, and this model has none"
+    ):
+        programs.build(run, 10)
+
+
 def test_limits_of_the_model_name_settings_that_the_recipe_has():
     from jaxft.runs import config
     from jaxft.train import programs
