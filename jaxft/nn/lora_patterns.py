@@ -1,42 +1,16 @@
-"""Names of a model's modules, and the patterns of adapter settings that select some of them, as in PEFT.
+"""The patterns of adapter settings that select some of a model's modules, as in PEFT.
 
 A module has two names: that in Hugging Face files (model.layers.3.self_attn.q_proj) and that of its path
 (layers.3.attn.q). A pattern selects a module by either.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxft import tree
-from jaxft.nn.param import ParamSpec, lead_indices
+from jaxft.nn.tensor_names import ModuleNames
 
-ModuleNames = tuple[str, ...]
-TensorNames = Mapping[str, tuple[str, bool]]  # see models.model.Model.weight_names
-FIELDS = {"layers": "i", "experts": "x"}  # of names in files, which stand for the index along a lead axis
-HEAD_MODULE = "lm_head"
 SCORE_MODULES = ("score", "classifier")  # heads of sequence classifiers; peft always trains both
-
-
-def module_format(path: str, names: TensorNames) -> str:
-    """Return the Hugging Face name of the module that a parameter belongs to, with FIELDS."""
-    if path not in names:
-        return HEAD_MODULE if path == "head" else _own_format(path)
-    return names[path][0].rpartition(".")[0]
-
-
-def module_names(path: str, spec: ParamSpec, names: TensorNames) -> list[ModuleNames]:
-    """Return the names of the module of each parameter of a stack, as in param.lead_indices."""
-    formats = dict.fromkeys((module_format(path, names), _own_format(path)))
-    return [
-        tuple(one.format(**{FIELDS[axis]: i for axis, i in at.items()}) for one in formats)
-        for at in lead_indices(spec)
-    ]
-
-
-def _own_format(path: str) -> str:
-    for axis, field in FIELDS.items():
-        path = path.replace(f"{axis}/", f"{axis}.{{{field}}}.", 1)
-    return path.replace("/", ".")
 
 
 def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:

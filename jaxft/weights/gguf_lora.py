@@ -19,6 +19,7 @@ from jaxft.weights.gguf_quantize import tensor_bytes
 from jaxft.weights.gguf_save import gguf_name, permute_heads, rope_heads
 from jaxft.weights.gguf_types import FLOAT_TYPES, MIXTURES
 from jaxft.weights.gguf_write import Field, GgufTensorToWrite, write_gguf_file
+from jaxft.weights.tensors import tensors_of
 
 LORA_PAIR = {"a", "b", "scale"}
 MERGE_INSTEAD = "merge it instead, with --gguf and without --adapter-only"
@@ -37,8 +38,9 @@ def save_gguf_adapter(
     architecture, pairs = architecture or architecture_for(model.config), pairs_by_path(adapter)
     if not pairs:
         raise ValueError(f"{path}: the adapter has no pairs to write")
+    table = tensors_of(model)
     for weight, pair in pairs.items():
-        if set(pair) != LORA_PAIR or weight not in model.weight_names or not model.weight_names[weight][1]:
+        if set(pair) != LORA_PAIR or weight not in table or not table[weight][0].transposed:
             raise ValueError(
                 f"adapter of {weight}: llama.cpp's adapters have pairs a and b of linear layers, and no head "
                 f"of its own for a tied embedding; this one has {', '.join(sorted(pair))}: {MERGE_INSTEAD}"
@@ -53,11 +55,9 @@ def save_gguf_adapter(
     ]
     tensors: list[GgufTensorToWrite] = []
     for weight, pair in pairs.items():
-        hf = model.weight_names[weight][0]
-        for layer in range(pair["a"].shape[0]) if "{i}" in hf else (None,):
-            stored = gguf_name(architecture, hf.format(i=layer))
-            heads = rope_heads(architecture, hf, model)
-            tensors += _pair_tensors(stored, pair, layer, _PairFormat(heads, alpha, kind))
+        for tensor in table[weight]:
+            how = _PairFormat(rope_heads(architecture, tensor.name, model), alpha, kind)
+            tensors += _pair_tensors(gguf_name(architecture, tensor.name), pair, tensor.index, how)
     write_gguf_file(path, architecture, fields, tensors, lambda part: None)
     return len(tensors) // 2
 
@@ -78,17 +78,17 @@ def _alpha(pairs: dict[str, dict[str, Any]]) -> float:
 
 
 def _pair_tensors(
-    name: str, pair: dict[str, Any], layer: int | None, how: _PairFormat
+    name: str, pair: dict[str, Any], index: tuple[int, ...], how: _PairFormat
 ) -> list[GgufTensorToWrite]:
     """Return lora_a and lora_b of a weight; a scale that is not alpha / R is multiplied into lora_b."""
     (inputs, rank), outputs = pair["a"].shape[-2:], pair["b"].shape[-1]
 
     def fetch_a() -> np.ndarray:
-        return tensor_bytes(layer_on_host(pair["a"], layer, True), how.kind)
+        return tensor_bytes(layer_on_host(pair["a"], index).T, how.kind)
 
     def fetch_b() -> np.ndarray:
-        scale = float(layer_on_host(pair["scale"], layer, False))
-        b = layer_on_host(pair["b"], layer, True).astype(np.float32)
+        scale = float(layer_on_host(pair["scale"], index))
+        b = layer_on_host(pair["b"], index).T.astype(np.float32)
         if not np.isclose(scale, how.alpha / rank, rtol=1e-6):
             b = b * np.float32(scale * rank / how.alpha)
         return tensor_bytes(permute_heads(b, how.heads) if how.heads else b, how.kind)

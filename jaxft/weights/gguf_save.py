@@ -77,7 +77,7 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
         if read is not None and (read.kind, read.shape) == ("F32", values.shape):
             encode = partial(raw_bytes, read)
         tensors.append(GgufTensorToWrite(table, "F32", values.shape, encode))
-    for tensor in hf_write.tensors_to_write(base, model.weight_names):
+    for tensor in hf_write.tensors_to_write(base, model):
         gguf, fetch = gguf_name(name, tensor.name), stored_values(name, tensor, model)
         same = source.tensors.get(gguf) if source and tensor.name not in options.changed else None
         if source and options.keep:

@@ -1,19 +1,19 @@
 """Load a parameter from a model's files onto a mesh.
 
 Each process reads, quantises and places only the parts that its own devices store. `load_param` first plans
-which parts of a layer [in, out] each process needs. Then it stores the parameter in one of four ways:
+which parts of it each process needs. Then it stores the parameter in one of four ways:
 
 - load_unchanged: the codes and scales in the files, if they are quantised already
 - load_floats: floats, cast to another dtype
 - load_quantised: quantised, each part on its own
 - load_with_quantised_scales: quantised, with scales that depend on parts that other processes read
 
-Each of them runs the same loop: read a part of a layer, convert it, write it into host buffers of the local
+Each of them runs the same loop: read a part of a tensor, convert it, write it into host buffers of the local
 shards. At the end the buffers are copied to the devices. The result has the same bits as on a single device.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxft.distributed import sharding
 from jaxft.nn.quant import QTensor, quantize, scales
 from jaxft.nn.quant_formats import encode_scales
 from jaxft.weights import finite
-from jaxft.weights.model_files import Index, full_index
+from jaxft.weights.model_files import Index
 from jaxft.weights.param_reader import (
     ParamReader,
     errors_name_tensor,
@@ -34,6 +34,7 @@ from jaxft.weights.param_reader import (
     small_parts,
 )
 from jaxft.weights.shard_buffers import ArrayBuffers, Leaf, Limits, ShardBuffers, limits
+from jaxft.weights.tensors import Tensor
 
 
 def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool) -> Leaf:
@@ -42,7 +43,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
     codes and scales in the files, whose layout is that of `like`; otherwise the values are cast or quantised
     from the files' own precision. Host memory holds the local shards of the parameter and one part of a
-    layer.
+    tensor.
     """
     parts_by_process = plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
@@ -52,8 +53,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
         return load_floats(reader, like, shardings, parts)
     all_parts = [part for parts in parts_by_process.values() for part in parts]
     ins_split, outs_split = (
-        any(part[axis] != slice(0, size) for part in all_parts)
-        for axis, size in enumerate(reader.layer_shape)
+        any(part[axis] != slice(0, reader.shape[axis]) for part in all_parts) for axis in (-2, -1)
     )
     if like.outer is not None and (ins_split or outs_split):
         return load_with_quantised_scales(reader, like, shardings, parts)
@@ -67,7 +67,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
 
 
 def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, list[Index]]:
-    """Return for each process the parts of every layer [in, out] that its devices store."""
+    """Return for each process the parts of the parameter that its devices store."""
     array, array_sharding = (like, shardings)
     if isinstance(like, QTensor):
         array, array_sharding = like.codes, shardings.codes
@@ -76,13 +76,22 @@ def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, li
         shards.setdefault(device.process_index, set()).add(limits(index, array.shape))
     inputs_per_code = reader.shape[-2] // array.shape[-2] if isinstance(like, QTensor) else 1
 
-    def part_of_layer(shard: Limits) -> Index:
-        index = [slice(start, stop) for start, stop in shard[len(reader.shape) - len(reader.layer_shape) :]]
+    def part_of_param(shard: Limits) -> Index:
+        index = [slice(start, stop) for start, stop in shard]
         if inputs_per_code > 1:
             index[-2] = slice(index[-2].start * inputs_per_code, index[-2].stop * inputs_per_code)
         return tuple(index)
 
-    return {process: [part_of_layer(x) for x in merge_parts(local)] for process, local in shards.items()}
+    return {process: [part_of_param(x) for x in merge_parts(local)] for process, local in shards.items()}
+
+
+def parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[Tensor, Index]]:
+    """Yield the tensors that contain these parts of the parameter, each with the part of its values."""
+    for tensor in reader.tensors:
+        lead = len(tensor.index)
+        for part in parts:
+            if all(s.start <= i < s.stop for i, s in zip(tensor.index, part[:lead], strict=True)):
+                yield tensor, part[lead:]
 
 
 def merge_parts(parts: set[Limits]) -> list[Limits]:
@@ -103,23 +112,22 @@ def merge_parts(parts: set[Limits]) -> list[Limits]:
 
 def load_unchanged(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> QTensor:
     """Load codes and scales as the files store them."""
-    buffers = ShardBuffers(like, shardings, reader.stacked)
-    for layer in range(len(reader.names)):
-        for index in parts:
-            with errors_name_tensor(reader, layer, index):
-                value = read_quantised(reader, layer, index)
-            buffers.write(layer, index, value)
+    buffers = ShardBuffers(like, shardings)
+    for tensor, index in parts_of_tensors(reader, parts):
+        with errors_name_tensor(reader, tensor, index):
+            value = read_quantised(reader, tensor, index)
+        buffers.write(tensor.index, index, value)
     return buffers.to_devices()
 
 
 def load_floats(reader: ParamReader, like: Leaf, shardings: Leaf, parts: list[Index]) -> Leaf:
     """Load floats, cast to the dtype of `like`; 16-bit ones may be stored as raw bits."""
-    buffers = ShardBuffers(like, shardings, reader.stacked)
-    for layer in range(len(reader.names)):
-        for index in (small for part in parts for small in small_parts(reader, part)):
-            with errors_name_tensor(reader, layer, index):
-                value = store_as(read_values(reader, layer, index), like)
-            buffers.write(layer, index, value)
+    buffers = ShardBuffers(like, shardings)
+    for tensor, part in parts_of_tensors(reader, parts):
+        for index in small_parts(reader, tensor, part):
+            with errors_name_tensor(reader, tensor, index):
+                value = store_as(read_values(reader, tensor, index), like)
+            buffers.write(tensor.index, index, value)
     return buffers.to_devices()
 
 
@@ -131,15 +139,12 @@ def load_quantised(
     shared_scales: np.ndarray | None = None,
 ) -> QTensor:
     """Quantise each part on its own. shared_scales: scales [..., 1, out] for all parts of a channel."""
-    buffers = ShardBuffers(like, shardings, reader.stacked)
-    for layer in range(len(reader.names)):
-        for index in parts:
-            scale = None
-            if shared_scales is not None:
-                scale = (shared_scales[layer] if reader.stacked else shared_scales)[:, index[1]]
-            with errors_name_tensor(reader, layer, index):
-                value = store_as(read_values(reader, layer, index), like, scale)
-            buffers.write(layer, index, value)
+    buffers = ShardBuffers(like, shardings)
+    for tensor, index in parts_of_tensors(reader, parts):
+        scale = None if shared_scales is None else shared_scales[tensor.index][..., index[-1]]
+        with errors_name_tensor(reader, tensor, index):
+            value = store_as(read_values(reader, tensor, index), like, scale)
+        buffers.write(tensor.index, index, value)
     return buffers.to_devices()
 
 
@@ -160,12 +165,10 @@ def load_with_quantised_scales(
     )
     names = ("scale", "outer", "mean")
     buffers = {name: ArrayBuffers(getattr(like, name), getattr(shardings, name)) for name in names}
-    for layer in range(len(reader.names)):
-        first = (slice(layer, layer + 1),) if reader.stacked else ()
-        gathered = gather(take_layer if reader.stacked else take_all, floats.scale, np.int32(layer))
+    for tensor in reader.tensors:
+        gathered = gather(take_part, floats.scale, tuple(map(np.int32, tensor.index)))
         for name, value in zip(names, encode_scales(gathered), strict=True):
-            value = value[None] if reader.stacked else value
-            buffers[name].write(full_index(first, getattr(like, name).shape), value)
+            buffers[name].write(tensor.index, (), value)
     arrays: dict[str, Any] = {name: buffers[name].to_devices() for name in names}
     return replace(floats, **arrays)
 
@@ -177,15 +180,13 @@ def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
     buffers = ArrayBuffers(part_scales, sharding.sharding_for_shape(shardings.codes, part_scales.shape))
     part_size = reader.shape[-2] // count
-    for layer in range(len(reader.names)):
-        first = (slice(layer, layer + 1),) if reader.stacked else ()
-        for index in parts:
-            with errors_name_tensor(reader, layer, index):
-                value = scales(read_values(reader, layer, index), like.kind, like.block)
-            ins, outs = index
-            part_rows = slice(ins.start // part_size, ins.stop // part_size)
-            value = np.broadcast_to(value, (part_rows.stop - part_rows.start, value.shape[-1]))
-            buffers.write((*first, part_rows, outs), value[None] if reader.stacked else value)
+    for tensor, index in parts_of_tensors(reader, parts):
+        with errors_name_tensor(reader, tensor, index):
+            value = scales(read_values(reader, tensor, index), like.kind, like.block)
+        *above, ins, outs = index
+        part_rows = slice(ins.start // part_size, ins.stop // part_size)
+        value = np.broadcast_to(value, (*value.shape[:-2], part_rows.stop - part_rows.start, value.shape[-1]))
+        buffers.write(tensor.index, (*above, part_rows, outs), value)
     return gather(largest_part, buffers.to_devices())
 
 
@@ -224,14 +225,9 @@ def gather(fn: Callable[..., jax.Array], x: Any, *rest: Any) -> Any:
     return np.asarray(jax.jit(fn, out_shardings=sharding.replicated(x.sharding.mesh))(x, *rest))
 
 
-def take_layer(x: jax.Array, layer: jax.Array) -> jax.Array:
-    """`x[layer]`."""
-    return x[layer]
-
-
-def take_all(x: jax.Array, layer: jax.Array) -> jax.Array:
-    """`x`, an array without a layers axis."""
-    return x
+def take_part(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    """`x[index]`."""
+    return x[index]
 
 
 def largest_part(x: jax.Array) -> jax.Array:

@@ -34,8 +34,11 @@ class ArrayBuffers:
             shard: np.empty([stop - start for start, stop in shard], like.dtype) for shard in shards
         }
 
-    def write(self, index: Index, value: Any) -> None:
-        """Write a value that is the part of the whole array at `index` into the shards that overlap it."""
+    def write(self, lead: tuple[int, ...], index: Index, value: Any) -> None:
+        """Write a value that is the part of `array[lead]` at `index` into the shards that overlap it."""
+        value = np.asarray(value)
+        index = full_index((*(slice(i, i + 1) for i in lead), *index), self.shape)
+        value = value.reshape(*(1 for _ in lead), *value.shape)
         for shard, buffer in self.shards.items():
             overlap = [
                 (max(s.start, start), min(s.stop, stop))
@@ -44,7 +47,7 @@ class ArrayBuffers:
             if all(start < stop for start, stop in overlap):
                 to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, shard))
                 of: Any = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(overlap, index))
-                copy_into(buffer[(..., *to)], np.asarray(value)[of])
+                copy_into(buffer[(..., *to)], value[of])
 
     def to_devices(self) -> jax.Array:
         """Copy the shards to their devices, each buffer being released before the next is copied; return the
@@ -63,18 +66,15 @@ class ArrayBuffers:
 class ShardBuffers:
     """The buffers of a parameter: of its array, or of each array of a QTensor."""
 
-    def __init__(self, like: Leaf, shardings: Leaf, stacked: bool) -> None:
-        self.like, self.stacked = like, stacked
-        by_name = arrays_by_name(shardings)
+    def __init__(self, like: Leaf, shardings: Leaf) -> None:
+        self.like, by_name = like, arrays_by_name(shardings)
         self.arrays = {name: ArrayBuffers(x, by_name[name]) for name, x in arrays_by_name(like).items()}
 
-    def write(self, layer: int, index: Index, value: Leaf) -> None:
-        """Write a value that is the part of a layer [in, out] at `index`."""
-        first = (slice(layer, layer + 1),) if self.stacked else ()
+    def write(self, lead: tuple[int, ...], index: Index, value: Leaf) -> None:
+        """Write a value that is the part of the kernel [..., in, out] at `lead` that `index` selects."""
         for name, x in arrays_by_name(value).items():
             in_array = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
-            buffers = self.arrays[name]
-            buffers.write(full_index((*first, *in_array), buffers.shape), x[None] if self.stacked else x)
+            self.arrays[name].write(lead, in_array, x)
 
     def to_devices(self) -> Leaf:
         """Copy the shards to their devices; return the parameter."""
