@@ -294,7 +294,7 @@ def test_no_number_of_axes_decides_a_meaning():
 def test_only_the_tables_of_axes_and_names_and_model_families_name_experts():
     """Adapters, quantisation, merging, files, optimizers and plans work on them as on any lead axis."""
     named = {name_of(file) for file in MODULES if "expert" in file.read_text()}
-    tables = {"jaxft/nn/param.py", "jaxft/nn/lora_patterns.py", "jaxft/distributed/sharding.py"}
+    tables = {"jaxft/nn/param.py", "jaxft/nn/tensor_names.py", "jaxft/distributed/sharding.py"}
     tables |= {"jaxft/train/programs.py"}  # the check of mesh.expert
     others = ("jaxft/models/", "jaxft/weights/gguf_", "jaxft/runs/option_names.py")  # families, refusals
     assert {name for name in named if not name.startswith(others)} == tables

@@ -241,7 +241,7 @@ def describe_sharding(sharding: NamedSharding) -> str:
     return ",".join("*".join(mesh_axes) or "-" for mesh_axes in entries)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return the sharding of a fully replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 

@@ -11,9 +11,10 @@ are zero. Both of their gradients are then zero, so that they stay zero in train
 Several adapters that go through the model together have one more axis, "adapters", the last of the lead axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -25,8 +26,8 @@ from jaxft import tree
 from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
 from jaxft.nn import dora, replaced
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
-from jaxft.nn.param import ParamSpec, Specs, kernel, lead_axes, spec_paths
-from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize
+from jaxft.nn.param import ParamSpec, Specs, kernel, lead_axes, map_stack, spec_paths
+from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
 from jaxft.tree import Params, static, struct
 
 # Layers that compute several projections by one matrix, and the layers that other models have in their place.
@@ -209,15 +210,17 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
                 f"{','.join(p.rpartition('/')[2] for p in blocks[:2])}"
             )
         return selected
-    path_by_name = {p.rsplit("/", 1)[-1]: p for p in [*blocks, *heads]}
-    path_by_name |= {f"{name}_proj": p for name, p in path_by_name.items()}
-    path_by_name |= {"lm_head": "head", "embed_tokens": "embed"}
+    ends = {path: path.rpartition("/")[2] for path in [*blocks, *heads]}
+    end_by_name = {end: end for end in ends.values()}
+    end_by_name |= {f"{end}_proj": end for end in ends.values()}
+    end_by_name |= {"lm_head": "head", "embed_tokens": "embed"}
     for name in targets:
-        if name not in path_by_name:
-            _refuse_part(name, path_by_name.keys())
-            near = ", ".join(tree.nearest(name, list(path_by_name)))
+        if name not in end_by_name:
+            _refuse_part(name, end_by_name.keys())
+            near = ", ".join(tree.nearest(name, list(end_by_name)))
             raise ValueError(f"adapter.targets: {name!r} is not a linear layer; near: {near}")
-    return [p for p in [*blocks, *heads] if p in {path_by_name[name] for name in targets}]
+    selected = {end_by_name[name] for name in targets}
+    return [path for path, end in ends.items() if end in selected]
 
 
 def _refuse_part(name: str, known: AbstractSet[str]) -> None:
@@ -304,6 +307,34 @@ def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
         above, _, name = path.rpartition("/")
         pairs.setdefault(above, {})[name] = leaf
     return pairs
+
+
+def widened(pair: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return a pair of this rank: further columns of `a` and rows of `b` are zero. Leaves may be NumPy's."""
+    xp: Any = np if isinstance(pair["a"], np.ndarray) else jnp
+    (*lead, ins, own), outs = pair["a"].shape, pair["b"].shape[-1]
+    a = xp.concatenate([pair["a"], xp.zeros((*lead, ins, rank - own), pair["a"].dtype)], -1)
+    return {
+        **pair,
+        "a": a,
+        "b": xp.concatenate([pair["b"], xp.zeros((*lead, rank - own, outs), pair["b"].dtype)], -2),
+    }
+
+
+def map_kernels(
+    fn: Callable[[jax.Array, dict[str, Any]], jax.Array], base: Params, pairs: dict[str, dict[str, Any]]
+) -> dict[str, jax.Array]:
+    """Return `fn(weight, pair)` of pairs by path: of each kernel of a stack by itself, dequantised."""
+    weights = tree.paths(base, is_qtensor)
+
+    def call(path: str, weight: Any, pair: dict[str, Any]) -> jax.Array:
+        plain = dequantize(weight) if is_qtensor(weight) else weight
+        return fn(plain if path in weights else plain.T, pair)  # a tied head is the table transposed
+
+    return {
+        path: map_stack(partial(call, path), pair["scale"].shape, weights.get(path, base.get("embed")), pair)
+        for path, pair in pairs.items()
+    }
 
 
 def stack_adapters(adapters: Sequence[Any]) -> Any:

@@ -2,6 +2,7 @@
 that replace the base's.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from jaxft.nn.param import (
     Specs,
     full,
     kaiming_uniform,
-    lead_axes,
     lead_indices,
+    lead_shape,
     normal,
     spec_paths,
 )
@@ -55,61 +56,51 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
             "trains it in full; name it in one of them"
         )
     spec_of = {path: replaced.base_spec(base, path) for path in targets}
-    modules = [
-        (path, number, name)
-        for path in targets
-        if path not in saved
-        for number, name in enumerate(module_names(path, spec_of[path], names))
-    ]
-    selected = [
-        (path, number, name)
-        for path, number, name in modules
-        if _is_selected(settings, spec_of[path], number)
-    ]
-    numbers = settings.layers_to_transform
-    if numbers is not None and not any("layers" in lead_axes(spec) for spec in spec_of.values()):
+    if settings.layers_to_transform is not None and not any(map(_layers, spec_of.values())):
         raise ValueError(
             f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
             "adapter.layers_to_transform=none"
         )
-    excluded = [m for m in selected if is_listed(settings.exclude_modules, m[2], "adapter.exclude_modules")]
-    _check_exclusions(settings.exclude_modules, [name for _, _, name in selected])
-    if len(excluded) == len(selected):
+    selected = {
+        (path, number): name
+        for path, spec in spec_of.items()
+        if path not in saved
+        for number, (at, name) in enumerate(
+            zip(lead_indices(spec), module_names(path, spec, names), strict=True)
+        )
+        if _is_selected(settings, spec, at.get("layers"))
+    }
+    setting = "adapter.exclude_modules"
+    kept = {
+        at: name for at, name in selected.items() if not is_listed(settings.exclude_modules, name, setting)
+    }
+    _check_exclusions(settings.exclude_modules, list(selected.values()))
+    if not kept:
         raise ValueError(
-            f"adapter.exclude_modules={settings.exclude_modules!r} excludes every module that "
-            "adapter.targets selects; correct one of them"
+            f"{setting}={settings.exclude_modules!r} excludes every module that adapter.targets selects; "
+            "correct one of them"
         )
-    kept = [m for m in selected if m not in excluded]
-    all_names = [name for _, _, name in kept]
-    ranks = values_by_pattern(settings.rank_pattern, all_names, "adapter.rank_pattern")
-    alphas = values_by_pattern(settings.alpha_pattern, all_names, "adapter.alpha_pattern")
+    found = list(kept.values())
+    ranks = values_by_pattern(settings.rank_pattern, found, "adapter.rank_pattern")
+    alphas = values_by_pattern(settings.alpha_pattern, found, "adapter.alpha_pattern")
     pairs = {
-        (path, number): (
-            int(settings.rank if rank is None else rank),
-            settings.alpha if alpha is None else alpha,
-        )
-        for (path, number, _), rank, alpha in zip(kept, ranks, alphas, strict=True)
+        at: (int(settings.rank if rank is None else rank), settings.alpha if alpha is None else alpha)
+        for at, rank, alpha in zip(kept, ranks, alphas, strict=True)
     }
     layouts = {}
-    for path in dict.fromkeys(path for path, _, _ in kept):
-        count = len(lead_indices(spec_of[path]))
-        found = [pairs.get((path, number), (0, 0.0)) for number in range(count)]
-        layouts[path] = PairRanks(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
+    for path in dict.fromkeys(path for path, _ in kept):
+        of_stack = [pairs.get((path, i), (0, 0.0)) for i in range(math.prod(lead_shape(spec_of[path])))]
+        layouts[path] = PairRanks(*zip(*of_stack, strict=True))
     return layouts
 
 
 def _check_no_pairs(settings: Adapter) -> None:
     """Raise ValueError for settings of pairs in an adapter without any."""
-    given = {
-        "rank_pattern": bool(settings.rank_pattern),
-        "alpha_pattern": bool(settings.alpha_pattern),
-        "exclude_modules": bool(settings.exclude_modules),
-        "layers_to_transform": settings.layers_to_transform is not None,
-        "dora": settings.dora,
-    }
-    if any(given.values()):
-        named = next(name for name, is_given in given.items() if is_given)
-        raise ValueError(f"adapter.{named} has no effect without adapter.targets; leave it out, or name some")
+    for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "dora"):
+        if getattr(settings, name) not in (getattr(Adapter, name), ""):
+            raise ValueError(
+                f"adapter.{name} has no effect without adapter.targets; leave it out, or name some"
+            )
 
 
 def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleNames]) -> None:
@@ -126,14 +117,16 @@ def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleN
             )
 
 
-def _is_selected(settings: Adapter, spec: ParamSpec, number: int) -> bool:
-    """Whether layers_to_transform includes the layer of a kernel of a stack. Raises ValueError for numbers of
-    no layer.
-    """
-    numbers, layer = settings.layers_to_transform, lead_indices(spec)[number].get("layers")
+def _layers(spec: ParamSpec) -> int:
+    """The size of a parameter's layers axis, 0 if it has none."""
+    return dict(zip(spec.axes, spec.shape, strict=True)).get("layers", 0)
+
+
+def _is_selected(settings: Adapter, spec: ParamSpec, layer: int | None) -> bool:
+    """Whether layers_to_transform includes a layer of a kernel. Raises ValueError for numbers of no layer."""
+    numbers, count = settings.layers_to_transform, _layers(spec)
     if numbers is None or layer is None:
         return True
-    count = spec.shape[spec.axes.index("layers")]
     if not numbers or not all(0 <= number < count for number in numbers):
         raise ValueError(
             f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers are 0 to {count - 1}; "

@@ -58,8 +58,7 @@ def module_names(path: str, spec: ParamSpec, names: WeightNames) -> list[ModuleN
     name, axes = tensor_name(path, names), list(lead_axes(spec))
     forms = dict.fromkeys((name.module, _path_name(path, "experts" in axes).template))
     return [
-        tuple(_filled(form, axes, index) for form in forms)
-        for index in np.ndindex(*spec.shape[: len(axes)])
+        tuple(_filled(form, axes, index) for form in forms) for index in np.ndindex(*spec.shape[: len(axes)])
     ]
 
 

@@ -23,7 +23,6 @@ from jaxft.nn.quant import quantize
 from jaxft.optim import muon, rules, schedules
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.update import StepInfo
-from jaxft.weights.gains import with_gains
 from jaxft.weights.lora_start import init_magnitudes
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -128,7 +127,7 @@ def some_adapters():
     """The toy's base, and two adapters on it, of which one is a DoRA adapter of another rank."""
     model, params = qlora()
     _, plain = tiny_experts.tiny_experts(Adapter(rank=2, targets=("down",)))
-    return model, params["base"], [with_gains(params["base"], params["adapter"]), plain["adapter"]]
+    return model, params["base"], [lora_rows.with_gains(params["base"], params["adapter"]), plain["adapter"]]
 
 
 def test_each_row_and_each_group_of_rows_has_its_adapter():

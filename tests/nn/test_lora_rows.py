@@ -10,7 +10,6 @@ from jaxft.nn.layers import embed
 from jaxft.nn.lm_head import head_params, lm_head
 from jaxft.nn.lora import Adapted, Several, attach
 from jaxft.nn.matmul import linear
-from jaxft.weights.gains import with_gains
 
 RNG = np.random.default_rng(0)
 
@@ -87,7 +86,7 @@ def outside_layers(tied):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_table_and_the_head_of_each_row_are_those_of_its_adapter_alone(tied, dtype):
     base, adapters = outside_layers(tied)
-    stack = lora_rows.stack_by_row([with_gains(base, one) for one in adapters])
+    stack = lora_rows.stack_by_row([lora_rows.with_gains(base, one) for one in adapters])
     stored = jax.tree.map(jnp.asarray, lora_rows.stored_stack(stack, dtype))
     assert stored["embed"]["a"].dtype == ("uint16" if dtype == "bfloat16" else dtype)
     assert stored["head"]["gain"].dtype == "float32" and stored["head"]["gain"].shape == (4, 7)
@@ -96,7 +95,7 @@ def test_the_table_and_the_head_of_each_row_are_those_of_its_adapter_alone(tied,
     base = jax.tree.map(lambda x: x.astype(dtype), base)
     found = attach(base, Several(stored), rows=rows)
     table, logits = embed(found["embed"], ids, dtype), lm_head(head_params(found), h)
-    equal = lora_rows.of_equal_shapes([with_gains(base, one) for one in adapters])
+    equal = lora_rows.of_equal_shapes([lora_rows.with_gains(base, one) for one in adapters])
     for i, number in enumerate(rows.tolist()):
         for alone in (adapters, equal):
             own = attach(base, alone[number - 1] if number else None)

@@ -21,10 +21,11 @@ from jaxft.nn.layer_attention import uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.matmul import linear
 from jaxft.nn.param import ParamSpec, fan_in, init_params
+from jaxft.nn.tensor_names import TensorName
 
 KERNELS = ("gate", "up", "down")
-NAMES = {"layers/mlp/router": ("model.layers.{i}.mlp.gate.weight", True)} | {
-    f"layers/mlp/experts/{name}": (f"model.layers.{{i}}.mlp.experts.{{x}}.{name}_proj.weight", True)
+NAMES = {"layers/mlp/router": TensorName("model.layers.{i}.mlp.gate.weight", True)} | {
+    f"layers/mlp/experts/{name}": TensorName(f"model.layers.{{i}}.mlp.experts.{{x}}.{name}_proj.weight", True)
     for name in KERNELS
 }
 
