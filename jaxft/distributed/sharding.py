@@ -266,11 +266,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
-def replicate(x: jax.Array) -> jax.Array:
-    """Constrain an array to be fully replicated on the ambient mesh."""
-    return x if _ambient() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
-
-
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
     """Return the logical axes of a weight in a matmul: gathered along fsdp and context, but not tensor."""
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}

@@ -387,27 +387,3 @@ def merge_node(
     if replaced.is_replacement(node):
         return replaced.merge_replacement(path, weight, node, dtype, token_ids)
     return merge_leaf(weight, node, dtype)
-
-
-def merge(base: Any, adapter: Any, dtype: DTypeLike, token_ids: tuple[int, ...] = ()) -> Any:
-    """Return the base tree with the adapter merged into it. A tied head becomes a leaf "head" where the
-    adapter changes it, or the table alone.
-    """
-    nodes = pairs_by_path(adapter)
-    plain = {**base}
-    if "head" not in base and replaced.unties(nodes):
-        table = base["embed"]
-        plain["head"] = jnp.asarray(dequantize(table) if isinstance(table, QTensor) else table).T
-        if "rows" in nodes.get("embed", {}):
-            rows = nodes["embed"]
-            plain["head"] = replaced.merge_replacement("head", plain["head"], rows, dtype, token_ids)
-
-    def fold(node: Any, pair: Any, path: str) -> Any:
-        if is_pair(pair) or replaced.is_replacement(pair):
-            return merge_node(path, node, pair, dtype, token_ids)
-        if not pair:
-            return node
-        inner = {name: fold(node[name], p, f"{path}/{name}".strip("/")) for name, p in pair.items()}
-        return {**node, **inner}
-
-    return fold(plain, adapter, "")

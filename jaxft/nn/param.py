@@ -130,11 +130,6 @@ def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) ->
     return tree.map_with_path(start, specs, is_leaf=is_spec)
 
 
-def abstract_params(specs: Specs, dtype: DTypeLike = jnp.float32) -> Any:
-    """Return the tree of ShapeDtypeStructs that init_params would fill."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=is_spec)
-
-
 def sharding_of(spec: ParamSpec, mesh: Mesh, path: str) -> Any:
     """Return the NamedSharding of a parameter. Raises ValueError that names `path` if it doesn't fit the
     mesh.

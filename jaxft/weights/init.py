@@ -21,16 +21,6 @@ from jaxft.weights.adapters import adapter_folder
 from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
 
 
-def init_adapter(
-    model: Model, mesh: Mesh, seed: int, settings: Adapter | None = None, start: str | None = None
-) -> Params:
-    """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with
-    equal settings.
-    """
-    specs = {"adapter": model.specs["adapter"]}
-    return _init_parts(specs, model, mesh, jax.random.key(seed), HeadSettings(settings, start))["adapter"]
-
-
 def init_all_but_base(
     model: Model,
     mesh: Mesh,

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_experts
+from merged_arrays import merged_arrays
 from test_mesh_laws import MESHES, gradient_of, rows_of
 from tiny_experts import CONFIG, KERNELS
 from tiny_model import assert_close, examples, one_by_one
@@ -116,7 +117,7 @@ def test_settings_of_adapters_select_single_experts_by_name():
 
 def test_a_merged_model_computes_what_the_adapter_does():
     model, params = qlora()
-    merged = lora.merge(params["base"], params["adapter"], jnp.float64)
+    merged = merged_arrays(params["base"], params["adapter"], jnp.float64)
     rows = one_by_one(examples(4))
     hidden = jit(model.hidden)
     assert_close(hidden({"base": merged}, rows), hidden(params, rows))
