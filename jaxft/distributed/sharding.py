@@ -228,13 +228,6 @@ def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> Named
     )
 
 
-def unsharded_along(sharding: NamedSharding, dimension: int) -> NamedSharding:
-    """Return `sharding` with one dimension unsharded."""
-    entries = list(sharding.spec)
-    entries[dimension] = None
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
-
-
 def describe_sharding(sharding: NamedSharding) -> str:
     """Format the mesh axes of each dimension: `-,fsdp,tensor`."""
     entries = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in sharding.spec)

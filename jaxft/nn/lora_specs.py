@@ -135,37 +135,22 @@ def _is_selected(settings: Adapter, spec: ParamSpec, layer: int | None) -> bool:
     return layer in numbers
 
 
-def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> bool:
-    """Whether two settings declare the same pairs and replaced parameters on a base, however they name them;
-    dropout may differ.
-    """
-    both = one, other
-    layouts = [pair_layouts(specs, settings, names) for settings in both]
-    shapes = [
-        {path: spec.shape for path, spec in spec_paths(adapter_specs(specs, x, names)).items()} for x in both
-    ]
-    tokens = [x.trainable_token_indices for x in both]
-    return (
-        layouts[0] == layouts[1]
-        and shapes[0] == shapes[1]
-        and tokens[0] == tokens[1]
-        and (one.rslora, one.dora) == (other.rslora, other.dora)
-    )
-
-
 def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> list[str]:
-    """Return the names of the fields in which two settings differ; of fields that only name the same modules
-    in other words, none.
+    """Return the names of the fields in which two settings declare other pairs or replaced parameters on a
+    base; of fields that only name the same modules in other words, of dropout and of initial values, none.
     """
-    fields = [name for name in vars(one) if getattr(one, name) != getattr(other, name)]
     layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
     present = [{path: tuple(map(bool, x.ranks)) for path, x in layout.items()} for layout in layouts]
-    same = {"dropout", "init", "eva_rho", "eva_tokens"}
+    declared = [spec_paths(adapter_specs(specs, settings, names)) for settings in (one, other)]
+    in_full = [{path for path in found if path.endswith(("/weight", "/rows"))} for found in declared]
+    same = {"dropout"} if EVA in (one.init, other.init) else {"dropout", "init"}  # EVA's has other ranks
     if present[0] == present[1]:
         same |= {"targets", "exclude_modules", "layers_to_transform"}
     if layouts[0] == layouts[1]:
         same |= {"rank", "alpha", "rank_pattern", "alpha_pattern"}
-    return [name for name in fields if name not in same]
+    if in_full[0] == in_full[1]:
+        same |= {"modules_to_save", "bias", "token_head"}
+    return [name for name in vars(one) if getattr(one, name) != getattr(other, name) and name not in same]
 
 
 def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = None) -> dict[str, Any]:

@@ -87,11 +87,7 @@ def lead_shape(spec: ParamSpec) -> tuple[int, ...]:
 
 
 def lead_indices(spec: ParamSpec) -> list[dict[str, int]]:
-    """Return the index of each parameter of a stack by lead axis, the last axis fastest; [{}] of one alone.
-
-    >>> lead_indices(ParamSpec((2, 1, 4), ("layers", "experts", "norm"), full(0.0)))
-    [{'layers': 0, 'experts': 0}, {'layers': 1, 'experts': 0}]
-    """
+    """Return the index of each parameter of a stack by lead axis, the last axis fastest; [{}] of one alone."""
     return [dict(zip(lead_axes(spec), at, strict=True)) for at in np.ndindex(*lead_shape(spec))]
 
 

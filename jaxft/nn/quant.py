@@ -165,14 +165,13 @@ LIKE_WEIGHT = ("codes", "scale", "offset")  # arrays with the axes of the weight
 
 def shardings_of(q: QTensor, whole: NamedSharding) -> QTensor:
     """Return the sharding of each array of a QTensor whose weight has the sharding `whole`."""
-    scales = (
-        whole if q.index is None else sharding.unsharded_along(whole, -2)
-    )  # any input may be of any block
 
     def place(name: str, x: Any) -> NamedSharding:
         if name not in LIKE_WEIGHT:
             return sharding.replicated(whole.mesh)
-        return sharding.sharding_for_shape(whole if name == "codes" else scales, x.shape)
+        *lead, ins, outs = x.shape
+        any_block = q.index is not None and name != "codes"  # any input may be of any block
+        return sharding.sharding_for_shape(whole, (*lead, 1 if any_block else ins, outs))
 
     return tree.map_with_path(place, q)
 
