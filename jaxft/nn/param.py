@@ -87,7 +87,7 @@ def lead_shape(spec: ParamSpec) -> tuple[int, ...]:
 
 
 def lead_indices(spec: ParamSpec) -> list[dict[str, int]]:
-    """Return the index of each parameter of a stack by lead axis, the last axis fastest; [{}] of one alone."""
+    """Return the index of each parameter of a stack by lead axis, the last fastest; [{}] of one alone."""
     return [dict(zip(lead_axes(spec), at, strict=True)) for at in np.ndindex(*lead_shape(spec))]
 
 
