@@ -78,14 +78,11 @@ def with_scalar_head(model: Model) -> Model:
     def forward_flops(tokens: int, context: float, read: int | None = None) -> float:
         return model.forward_flops(tokens, context, read=0)
 
+    of_text: dict[str, Any] = dict.fromkeys(("logits", "head", "prefill", "extend", "decode"), _no_text)
     return replace(
         model,
         specs=specs,
-        logits=_no_text,
-        head=_no_text,
-        prefill=_no_text,
-        extend=_no_text,
-        decode=_no_text,
+        **of_text,
         weight_names={**names, "score": SCORE},
         forward_flops=forward_flops,
         heads={**model.heads, "score": head_spec(model)},

@@ -241,13 +241,8 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
 def pair_axes(base: ParamSpec) -> dict[str, tuple[str, ...]]:
     """Return the logical axes of the leaves of a kernel's pair."""
     *lead, ins, outs = base.axes
-    return {
-        "a": (*lead, ins, "rank"),
-        "b": (*lead, "rank", outs),
-        "scale": tuple(lead),
-        "magnitude": (*lead, outs),
-        "gain": (*lead, outs),
-    }
+    of_outputs = dict.fromkeys(("magnitude", "gain"), (*lead, outs))
+    return {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": (*lead,), **of_outputs}
 
 
 def is_pair(node: Any) -> bool:
@@ -312,13 +307,10 @@ def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
 def widened(pair: dict[str, Any], rank: int) -> dict[str, Any]:
     """Return a pair of this rank: further columns of `a` and rows of `b` are zero. Leaves may be NumPy's."""
     xp: Any = np if isinstance(pair["a"], np.ndarray) else jnp
-    (*lead, ins, own), outs = pair["a"].shape, pair["b"].shape[-1]
-    a = xp.concatenate([pair["a"], xp.zeros((*lead, ins, rank - own), pair["a"].dtype)], -1)
-    return {
-        **pair,
-        "a": a,
-        "b": xp.concatenate([pair["b"], xp.zeros((*lead, rank - own, outs), pair["b"].dtype)], -2),
-    }
+    *lead, _, own = pair["a"].shape
+    same, more = [(0, 0)] * len(lead), (0, rank - own)
+    a, b = xp.pad(pair["a"], [*same, (0, 0), more]), xp.pad(pair["b"], [*same, more, (0, 0)])
+    return {**pair, "a": a, "b": b}
 
 
 def map_kernels(
