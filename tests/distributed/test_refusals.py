@@ -113,8 +113,8 @@ def test_mesh_that_crosses_hosts_or_slices_is_an_error(shape, devices, message):
 
 
 def test_gpus_of_two_hosts_support_every_mesh_with_tensor_inside_a_host():
-    assert sharding.make_mesh(MeshShape(1, -1), GPUS).devices.shape == (1, 1, 16, 1, 1)
-    assert sharding.make_mesh(MeshShape(1, -1, slices=2), GPUS).devices.shape == (2, 1, 8, 1, 1)
+    assert sharding.make_mesh(MeshShape(1, -1), GPUS).devices.shape == (1, 1, 16, 1, 1, 1)
+    assert sharding.make_mesh(MeshShape(1, -1, slices=2), GPUS).devices.shape == (2, 1, 8, 1, 1, 1)
     rows = sharding.make_mesh(MeshShape(-1, 1, 8), GPUS).devices.reshape(-1, 8)
     assert all(len({d.process_index for d in row}) == 1 for row in rows)
 
