@@ -12,7 +12,7 @@ import numpy as np
 from jaxft.nn.param import ParamSpec, lead_axes
 
 HEAD_MODULE = "lm_head"
-FIELDS = {"layers": "i", "experts": "x"}  # of a template, by the axis that they number
+NAME_FIELDS = {"layers": "i", "experts": "x"}  # of a template, by the axis that they number
 ModuleNames = tuple[str, ...]
 
 
@@ -46,7 +46,7 @@ def indexed_names(name: TensorName, spec: ParamSpec) -> dict[tuple[int, ...], st
     """Return the names of a parameter's tensors by their index along its leading axes, in row-major order;
     that of a parameter without such axes by ().
     """
-    axes = [axis for axis in lead_axes(spec) if f"{{{FIELDS[axis]}}}" in name.template]
+    axes = [axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in name.template]
     sizes = spec.shape[: len(axes)]
     return {index: _filled(name.template, axes, index) for index in np.ndindex(*sizes)}
 
@@ -63,7 +63,7 @@ def module_names(path: str, spec: ParamSpec, names: WeightNames) -> list[ModuleN
 
 
 def _filled(template: str, axes: list[str], index: tuple[int, ...]) -> str:
-    return template.format(**{FIELDS[axis]: number for axis, number in zip(axes, index, strict=True)})
+    return template.format(**{NAME_FIELDS[axis]: number for axis, number in zip(axes, index, strict=True)})
 
 
 def _path_name(path: str, experts: bool = False) -> TensorName:

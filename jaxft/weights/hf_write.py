@@ -135,7 +135,7 @@ def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = 
         if quant and tensor.path in quant.layouts:
             make = partial(_quantised, quant, tensor, values)
             method = quant.settings["quant_method"]
-            out += quantised_write.tensors_of(name, quant.layouts[tensor.path], make, method)
+            out += quantised_write.packed_tensors(name, quant.layouts[tensor.path], make, method)
             continue
         fetch = partial(_turned, tensor, values)
         out.append(TensorToWrite(name, np.dtype(leaves[tensor.path].dtype), tensor.shape, fetch))

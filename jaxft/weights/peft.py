@@ -100,8 +100,9 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
         config = with_tied_head(config)
         check_tied(files)
     found = {path: [read_pair(files, one, config) for one in tensors] for path, tensors in table.items()}
-    pairs = {path: modules for path, modules in found.items() if any(modules)}
+    pairs = {path: of_path for path, of_path in found.items() if any(of_path)}
     adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
+    present = {tensor.module: tensor for tensor in adapted}
     used = {name for tensor in adapted for name in pair_names(tensor, default.dora)}
     if init := start_of_unconverted(config):
         default = default.doubled
@@ -111,8 +112,8 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
                 f"embeddings of this model: PEFT has changed both; {MERGE}"
             )
         pairs = {
-            path: on_unchanged_base(modules, table[path], (where, init, default), first_pair)
-            for path, modules in pairs.items()
+            path: on_unchanged_base(of_path, table[path], (where, init, default), first_pair)
+            for path, of_path in pairs.items()
         }
     nodes, settings = adapter_of(pairs, default, model)
     parts: dict[str, Params] = {}
@@ -126,11 +127,10 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
         )
     others = read_modules(where, config, files, model, list(pairs))
     _check_all_used(files, used | others.used, {*pairs, *others.nodes})
-    check_targets(where, config, [tensor.module for tensor in adapted])
+    check_targets(where, config, present)
     if config.get("peft_type") != ONLY_TOKENS:
-        rest = {path: tensors for path, tensors in table.items() if path not in others.nodes}
-        lacking = [x.module for tensors in rest.values() for x in tensors if x not in adapted]
-        check_all_targets(where, config, lacking)
+        rest = [x.module for path in table if path not in others.nodes for x in table[path]]
+        check_all_targets(where, config, [x for x in rest if x not in present])
     parts = {"adapter": tree.nested(nodes | others.nodes), **parts}
     return parts, replace(settings, **others.settings)
 

@@ -52,7 +52,7 @@ def save_adapter(
         for tensor, rank, alpha in zip(table[path], *layouts[path], strict=True):
             if rank:
                 adapted.add(tensor.module)
-                tensors += _tensors_of_pair(tensor, pair, rank, settings.scale_of(rank, alpha))
+                tensors += pair_tensors(tensor, pair, rank, settings.scale_of(rank, alpha))
     # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
     full_names = hf.is_multimodal(model, base_ref)
     patterns = find_patterns(layouts, model, settings.rank, settings.alpha, full_names)
@@ -136,7 +136,7 @@ def _check_pair(module: str, pair: dict[str, Any], layout: PairRanks | None) -> 
         )
 
 
-def _tensors_of_pair(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: float) -> list[TensorToWrite]:
+def pair_tensors(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: float) -> list[TensorToWrite]:
     """Return lora_A [R, in] and lora_B [out, R] of one module, with DoRA lora_magnitude_vector [out].
 
     pair: leaves of the kernel; what is beyond `rank` in them is zero. exact: the scale that PEFT computes

@@ -1,20 +1,15 @@
 """Load a parameter from a model's files onto a mesh.
 
-Each process reads, quantises and places only the parts that its own devices store. `load_param` first plans
-which parts of it each process needs. Then it stores the parameter in one of four ways:
-
-- load_unchanged: the codes and scales in the files, if they are quantised already
-- load_floats: floats, cast to another dtype
-- load_quantised: quantised, each part on its own
-- load_with_quantised_scales: quantised, with scales that depend on parts that other processes read
-
-Each of them runs the same loop: read a part of a tensor, convert it, write it into host buffers of the local
-shards. At the end the buffers are copied to the devices. The result has the same bits as on a single device.
+Each process reads, quantises and places only the parts that its own devices store: it reads a part of a
+tensor, converts it, and writes it into host buffers of the local shards, which are copied to the devices at
+the end. Scales that depend on parts that other processes read are computed on the mesh. The result has the
+same bits as on a single device.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,16 +20,20 @@ from jaxft.distributed import sharding
 from jaxft.nn.quant import QTensor, quantize, scales
 from jaxft.nn.quant_formats import encode_scales
 from jaxft.weights import finite
-from jaxft.weights.model_files import Index
+from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import (
     ParamReader,
+    copy_into,
     errors_name_tensor,
     read_quantised,
     read_values,
     small_parts,
 )
-from jaxft.weights.shard_buffers import ArrayBuffers, Leaf, Limits, ShardBuffers, limits
+from jaxft.weights.quant_layout import array_index, array_names
 from jaxft.weights.tensors import Tensor
+
+Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
+Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an index that can be a dict's key
 
 
 def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool) -> Leaf:
@@ -48,9 +47,9 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     parts_by_process = plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
     if unchanged:
-        return load_unchanged(reader, like, shardings, parts)
+        return load_parts(reader, like, shardings, parts, partial(read_quantised, reader))
     if not is_quantised(like):
-        return load_floats(reader, like, shardings, parts)
+        return load_parts(reader, like, shardings, parts)
     all_parts = [part for parts in parts_by_process.values() for part in parts]
     ins_split, outs_split = (
         any(part[axis] != slice(0, reader.shape[axis]) for part in all_parts) for axis in (-2, -1)
@@ -58,9 +57,13 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     if like.outer is not None and (ins_split or outs_split):
         return load_with_quantised_scales(reader, like, shardings, parts)
     if like.block is None and ins_split:
-        shared_scales = channel_scales(reader, like, shardings, parts)
-        return load_quantised(reader, like, shardings, parts, shared_scales)
-    return load_quantised(reader, like, shardings, parts)
+        shared = channel_scales(reader, like, shardings, parts)
+
+        def with_shared_scales(tensor: Tensor, index: Index) -> Leaf:
+            return store_as(read_values(reader, tensor, index), like, shared[tensor.index][..., index[-1]])
+
+        return load_parts(reader, like, shardings, parts, with_shared_scales)
+    return load_parts(reader, like, shardings, parts)
 
 
 # The plan
@@ -107,45 +110,30 @@ def merge_parts(parts: set[Limits]) -> list[Limits]:
     return [box] if sum(map(size, parts)) == size(box) else sorted(parts)
 
 
-# Four ways to store a parameter
+def load_parts(
+    reader: ParamReader,
+    like: Leaf,
+    shardings: Leaf,
+    parts: list[Index],
+    value_of: Callable[[Tensor, Index], Leaf] | None = None,
+) -> Leaf:
+    """Load parts of a parameter, each converted on its own.
 
-
-def load_unchanged(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> QTensor:
-    """Load codes and scales as the files store them."""
-    buffers = ShardBuffers(like, shardings)
-    for tensor, index in parts_of_tensors(reader, parts):
-        with errors_name_tensor(reader, tensor, index):
-            value = read_quantised(reader, tensor, index)
-        buffers.write(tensor.index, index, value)
-    return buffers.to_devices()
-
-
-def load_floats(reader: ParamReader, like: Leaf, shardings: Leaf, parts: list[Index]) -> Leaf:
-    """Load floats, cast to the dtype of `like`; 16-bit ones may be stored as raw bits."""
+    value_of(tensor, part of its values): None casts or quantises the values in the files as store_as does.
+    """
     buffers = ShardBuffers(like, shardings)
     for tensor, part in parts_of_tensors(reader, parts):
-        for index in small_parts(reader, tensor, part):
+        for index in [part] if is_quantised(like) else small_parts(reader, tensor, part):
             with errors_name_tensor(reader, tensor, index):
-                value = store_as(read_values(reader, tensor, index), like)
+                if value_of is None:
+                    value = store_as(read_values(reader, tensor, index), like)
+                else:
+                    value = value_of(tensor, index)
             buffers.write(tensor.index, index, value)
     return buffers.to_devices()
 
 
-def load_quantised(
-    reader: ParamReader,
-    like: QTensor,
-    shardings: QTensor,
-    parts: list[Index],
-    shared_scales: np.ndarray | None = None,
-) -> QTensor:
-    """Quantise each part on its own. shared_scales: scales [..., 1, out] for all parts of a channel."""
-    buffers = ShardBuffers(like, shardings)
-    for tensor, index in parts_of_tensors(reader, parts):
-        scale = None if shared_scales is None else shared_scales[tensor.index][..., index[-1]]
-        with errors_name_tensor(reader, tensor, index):
-            value = store_as(read_values(reader, tensor, index), like, scale)
-        buffers.write(tensor.index, index, value)
-    return buffers.to_devices()
+# Scales that depend on several parts
 
 
 def load_with_quantised_scales(
@@ -157,7 +145,7 @@ def load_with_quantised_scales(
     layer at a time.
     """
     float_scales = jax.ShapeDtypeStruct(like.scale.shape, np.float32)
-    floats = load_quantised(
+    floats = load_parts(
         reader,
         replace(like, scale=float_scales, outer=None, mean=None),
         replace(shardings, outer=None, mean=None),
@@ -188,6 +176,78 @@ def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts
         value = np.broadcast_to(value, (*value.shape[:-2], part_rows.stop - part_rows.start, value.shape[-1]))
         buffers.write(tensor.index, (*above, part_rows, outs), value)
     return gather(largest_part, buffers.to_devices())
+
+
+# Host buffers of the shards of this process's devices
+
+
+def limits(index: Index, shape: tuple[int, ...]) -> Limits:
+    """Return (start, stop) of each dimension of an index into an array of this shape."""
+    return tuple((s.start, s.stop) for s in full_index(index, shape))
+
+
+class ArrayBuffers:
+    """Host memory for every distinct shard of an array that this process's devices store."""
+
+    def __init__(self, like: Any, sharding: Sharding) -> None:
+        self.shape, self.sharding = like.shape, sharding
+        indices = sharding.addressable_devices_indices_map(like.shape).values()
+        shards = sorted({limits(index or (), like.shape) for index in indices})
+        self.shards = {
+            shard: np.empty([stop - start for start, stop in shard], like.dtype) for shard in shards
+        }
+
+    def write(self, lead: tuple[int, ...], index: Index, value: Any) -> None:
+        """Write a value that is the part of `array[lead]` at `index` into the shards that overlap it."""
+        value = np.asarray(value)
+        index = full_index((*(slice(i, i + 1) for i in lead), *index), self.shape)
+        value = value.reshape(*(1 for _ in lead), *value.shape)
+        for shard, buffer in self.shards.items():
+            overlap = [
+                (max(s.start, start), min(s.stop, stop))
+                for s, (start, stop) in zip(index, shard, strict=True)
+            ]
+            if all(start < stop for start, stop in overlap):
+                to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, shard))
+                of: Any = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(overlap, index))
+                copy_into(buffer[(..., *to)], value[of])
+
+    def to_devices(self) -> jax.Array:
+        """Copy the shards to their devices, each buffer being released before the next is copied; return the
+        array.
+        """
+        devices: dict[Limits, list[jax.Device]] = {}
+        for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
+            devices.setdefault(limits(index or (), self.shape), []).append(device)
+        arrays = []
+        for shard in sorted(self.shards):
+            buffer = self.shards.pop(shard)
+            arrays += [jax.device_put(buffer, device) for device in devices[shard]]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
+
+
+class ShardBuffers:
+    """The buffers of a parameter: of its array, or of each array of a QTensor."""
+
+    def __init__(self, like: Leaf, shardings: Leaf) -> None:
+        self.like, by_name = like, arrays_by_name(shardings)
+        self.arrays = {name: ArrayBuffers(x, by_name[name]) for name, x in arrays_by_name(like).items()}
+
+    def write(self, lead: tuple[int, ...], index: Index, value: Leaf) -> None:
+        """Write a value that is the part of the kernel [..., in, out] at `lead` that `index` selects."""
+        for name, x in arrays_by_name(value).items():
+            in_array = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
+            self.arrays[name].write(lead, in_array, x)
+
+    def to_devices(self) -> Leaf:
+        """Copy the shards to their devices; return the parameter."""
+        arrays: dict[str, Any] = {name: self.arrays.pop(name).to_devices() for name in list(self.arrays)}
+        return replace(self.like, **arrays) if isinstance(self.like, QTensor) else arrays[""]
+
+
+def arrays_by_name(x: Leaf) -> dict[str, Any]:
+    """Return the arrays of a QTensor by name, or the one array under the name ""."""
+    return {name: getattr(x, name) for name in array_names(x)} if isinstance(x, QTensor) else {"": x}
 
 
 # Conversion
