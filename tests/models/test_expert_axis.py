@@ -30,6 +30,7 @@ from jaxft.optim.update import StepInfo
 from jaxft.plan import memory, plan
 from jaxft.train import programs
 from jaxft.train.settings import Run
+from jaxft.weights.layerwise import calibrate_layers
 from jaxft.weights.lora_start import init_magnitudes
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -189,3 +190,15 @@ def test_a_plan_has_every_expert_and_a_mesh_shards_them():
         assert split[part] == whole[part] // 2
     found = plan.plan(replace(run, mesh=meshes[0]), made_up())
     assert found.fits and found.parts["quantised base"] == split["quantised base"]
+
+
+def test_statistics_of_inputs_are_refused_where_every_expert_has_inputs_of_its_own():
+    model = tiny_experts.experts(CONFIG, jnp.float32)
+    with pytest.raises(
+        ValueError, match=f"{EXPERTS}/gate has kernels with inputs of their own along experts"
+    ):
+        next(calibrate_layers(model, {}, Quant("nf4", 8, calibrate="rows.jsonl"), None, {}))
+    rows = Rows("none", batch=8, micro=1, max_length=32)
+    run = Run("tiny", "tiny", model, sft, rows, adapter=Adapter(targets=("q", "up"), init="eva"))
+    with pytest.raises(ValueError, match=f"adapter.init=eva .*; leave {EXPERTS}/up out of adapter.targets"):
+        programs.build(run, 10)
