@@ -77,7 +77,7 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
                 found = of_layer.pairs(tensor.read(files).astype(np.float32))
             for of_paths, pair in zip(pairs, found, strict=True):
                 modules = of_paths.setdefault(path, [])
-                modules.append(pair and Pair(*(x.astype(np.float32) for x in pair), alpha=alpha))
+                modules.append(pair and Pair(np.float32(pair[0]), np.float32(pair[1]), alpha))
     return StartPairs(*(tree.nested(adapter_of(x, settings, stored.model)[0]) for x in pairs))
 
 
