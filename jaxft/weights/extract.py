@@ -5,7 +5,7 @@ half of the singular values in each side. Memory holds two matrices and the adap
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,14 +23,13 @@ from jaxft.weights.hf import EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft_modules import module_list
 from jaxft.weights.peft_pairs import Pair, adapter_of
-from jaxft.weights.tensors import Tensor, stack, tensors_of
+from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
 
 FULL_SVD = 1024  # inputs or outputs, up to which all singular values are computed
 OVERSAMPLING = 16  # further directions of the randomised SVD
 POWER_ITERATIONS = 6
 
 _Matrix = Float[np.ndarray, "I O"]
-Table = Mapping[str, Sequence[Tensor]]  # by path
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def extract_adapter(
     return Extracted(tree.nested(nodes), settings, errors, _lines(changed, what.save_others))
 
 
-def _check_rank(rank: int, table: Table) -> None:
+def _check_rank(rank: int, table: TensorTable) -> None:
     for path, tensors in table.items():
         sides = tensors[0].values[-2:]
         if rank > min(sides):
@@ -207,7 +206,7 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
     )
 
 
-def _changes(table: Table, base: ModelFiles, tuned: ModelFiles) -> dict[str, float]:
+def _changes(table: TensorTable, base: ModelFiles, tuned: ModelFiles) -> dict[str, float]:
     """Return the relative change of those parameters that changed, by path."""
     found = {}
     for path, tensors in table.items():

@@ -80,8 +80,11 @@ class Tensor:
         return self.turned(files.read(self.name, self.in_file(index)))
 
 
-def tensors_of(model: Model, tied_head: bool = False) -> dict[str, tuple[Tensor, ...]]:
-    """Return the tensors of each parameter of a model's base by path, in row-major order of their index.
+TensorTable = dict[str, tuple[Tensor, ...]]  # by path of the parameter, in row-major order of the index
+
+
+def tensors_of(model: Model, tied_head: bool = False) -> TensorTable:
+    """Return the tensors of each parameter of a model's base.
 
     tied_head: with the "head" of a language model whose head is the embedding. It has no tensor in the
     model's files, but may have one in an adapter's, and in those of a merged model.
