@@ -9,10 +9,9 @@ from typing import Any
 
 from jaxft.models.heads import TEACHER, shares_base, view
 from jaxft.models.model import Model
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, attach
-from jaxft.nn.lora_rows import attach_rows, specs_like
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, Several, attach
+from jaxft.nn.lora_rows import specs_like
 from jaxft.nn.lora_specs import adapter_specs
-from jaxft.nn.param import Specs
 from jaxft.tree import Params
 
 
@@ -40,28 +39,21 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
             )
         if settings.changes_base and any(shares_base(head) for head in model.heads.values()):
             specs[INITIAL_ADAPTER] = specs["adapter"]
-    specs |= model.heads
-    whole = _over(model, specs, attached)
+    whole = _reading(model, attached, specs | model.heads)
     if model.teacher is None:
         return whole
-    return replace(whole, teacher=_over(model.teacher, specs, partial(view, name=TEACHER)))
+    return replace(whole, teacher=_reading(model.teacher, partial(view, name=TEACHER), whole.specs))
 
 
-def _over(model: Model, specs: Specs, params_of: Callable[[Any], Any]) -> Model:
-    """Return the model over a tree with these specs, from which `params_of` takes the model's parameters."""
+def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> Model:
+    """Return the model over parameters of these specs, of which `base(params)` are the model's."""
 
-    def on_tree(fn: Callable) -> Callable:
-        return lambda params, *rest, **kw: fn(params_of(params), *rest, **kw)
+    def on_whole(fn: Callable) -> Callable:
+        return lambda params, *rest, **kw: fn(base(params), *rest, **kw)
 
-    return replace(
-        model,
-        specs=specs,
-        hidden=on_tree(model.hidden),
-        head=on_tree(model.head),
-        prefill=on_tree(model.prefill),
-        extend=on_tree(model.extend),
-        decode=on_tree(model.decode),
-    )
+    names = ("hidden", "head", "prefill", "extend", "decode")
+    functions: dict[str, Any] = {name: on_whole(getattr(model, name)) for name in names}
+    return replace(model, specs=specs, **functions)
 
 
 def adapted_like(model: Model, adapter: Params) -> Model:
@@ -79,7 +71,7 @@ def adapted_by_row(model: Model) -> Model:
     See nn/lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
     """
 
-    def attached(params: Any) -> Any:
-        return attach_rows(params["base"], params.get("stack"), params["rows"])
+    def attached(params: Params) -> Params:
+        return attach(params["base"], Several(params.get("stack")), rows=params["rows"])
 
-    return _over(model, {"base": model.specs}, attached)
+    return _reading(model, attached, {"base": model.specs})

@@ -5,9 +5,9 @@ files, the attention settings of each layer, and one function that computes a la
 Model from it.
 
 To add mixture-of-experts layers, a family calls an MLP function of its own in its layer function and declares
-kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"). It also needs its own forward_flops
-(dense_flops counts every matrix as used) and a tensor name per expert in WeightNames. LoRA and quantisation
-apply to kernels with two axes per layer only, so they skip experts.
+kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"), with {x} for the expert in their names.
+Adapters, quantisation, files, optimizers and plans work on them as on other kernels. It also needs its own
+forward_flops: dense_flops counts every kernel as used.
 """
 
 from collections.abc import Callable

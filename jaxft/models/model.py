@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxft.nn.cache import Cache
 from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.lora import Adapter
-from jaxft.nn.param import Specs, is_spec, spec_paths
+from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import RematPolicy, check_remat
 from jaxft.nn.tensor_names import WeightNames
@@ -167,16 +167,15 @@ def dense_flops(
     context: float,
     read: int | None = None,
 ) -> float:
-    """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens: matrices of the layers, causal
+    """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens: kernels of the layers, causal
     attention within each layer's window, and the head for `read` tokens (all by default). A multiply-add
     counts as two.
     """
-    matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
-    per_layer = sum(prod(shape[1:]) for shape in matrices)
+    kernels = sum(prod(spec.shape) for spec in spec_paths(specs["layers"]).values() if kernel(spec))
     keys = sum(mean_keys(attention.kinds[kind].window, context) for kind in attention.layout)
     scores = 2 * config.heads * config.head_dim * keys
     head = config.width * config.vocab * (tokens if read is None else read)
-    return 2.0 * (tokens * (config.layers * per_layer + scores) + head)
+    return 2.0 * (tokens * (kernels + scores) + head)
 
 
 def mean_keys(window: int | None, context: float) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.nn.param import ParamSpec
+from jaxft.nn.param import ParamSpec, lead_axes
 
 HEAD_MODULE = "lm_head"
 NAME_FIELDS = {"layers": "i", "experts": "x"}  # of a template, by the axis that they number
@@ -46,7 +46,7 @@ def indexed_names(name: TensorName, spec: ParamSpec) -> dict[tuple[int, ...], st
     """Return the names of a parameter's tensors by their index along its leading axes, in row-major order;
     that of a parameter without such axes by ().
     """
-    axes = [axis for axis in spec.axes if f"{{{NAME_FIELDS.get(axis)}}}" in name.template]
+    axes = [axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in name.template]
     sizes = spec.shape[: len(axes)]
     return {index: _filled(name.template, axes, index) for index in np.ndindex(*sizes)}
 
@@ -55,7 +55,7 @@ def module_names(path: str, spec: ParamSpec, names: WeightNames) -> list[ModuleN
     """Return the names of a parameter's module for each index along its leading axes, in row-major order:
     that in Hugging Face files (model.layers.3.mlp.gate_proj) and that of its path (layers.3.mlp.gate).
     """
-    name, axes = tensor_name(path, names), [axis for axis in spec.axes if axis in NAME_FIELDS]
+    name, axes = tensor_name(path, names), list(lead_axes(spec))
     forms = dict.fromkeys((name.module, _path_name(path, "experts" in axes).template))
     return [
         tuple(_filled(form, axes, index) for form in forms) for index in np.ndindex(*spec.shape[: len(axes)])

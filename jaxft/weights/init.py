@@ -14,21 +14,11 @@ from jaxft.models.heads import SCORE, TEACHER, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
-from jaxft.nn.lora_specs import differing_fields, same_pairs
+from jaxft.nn.lora_specs import differing_fields
 from jaxft.tree import Params
 from jaxft.weights import peft, place, pretrained
 from jaxft.weights.adapters import adapter_folder
 from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
-
-
-def init_adapter(
-    model: Model, mesh: Mesh, seed: int, settings: Adapter | None = None, start: str | None = None
-) -> Params:
-    """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with
-    equal settings.
-    """
-    specs = {"adapter": model.specs["adapter"]}
-    return _init_parts(specs, model, mesh, jax.random.key(seed), HeadSettings(settings, start))["adapter"]
 
 
 def init_all_but_base(
@@ -195,8 +185,8 @@ def _check_start(
     ours = settings.adapter
     if ours is None:
         raise ValueError(f"{start}: an adapter, but the run trains none; leave start out, or set adapter")
-    if not same_pairs(base, found, ours, model.weight_names):
-        fields = differing_fields(base, found, ours, model.weight_names)
+    fields = differing_fields(base, found, ours, model.weight_names)
+    if fields:
         values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (found, ours)]
         raise ValueError(
             f"{start}: its adapter has {values[0]}, but the run's has {values[1]}; use the folder's settings"

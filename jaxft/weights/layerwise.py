@@ -21,7 +21,7 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn.matmul import outer
-from jaxft.nn.param import ParamSpec, is_spec
+from jaxft.nn.param import ParamSpec, is_spec, lead_axes, spec_paths
 from jaxft.nn.quant import Quant, dequantize
 from jaxft.nn.taps import InputTap, collect_inputs
 from jaxft.tree import Params
@@ -143,7 +143,14 @@ def calibrate_layers(
     readers: of the base's parameters by path. ranks: of a low-rank correction of the weights at these paths,
     one per layer, 0 for none; the following layers are calibrated with it. Call it with a mesh of one device.
     """
-    paths = [p.removeprefix("layers/") for p in quantised_paths(model.specs, quant) if in_layers(p)]
+    specs, found = spec_paths(model.specs), [p for p in quantised_paths(model.specs, quant) if in_layers(p)]
+    for path in found:
+        if lead_axes(specs[path]) != ("layers",):
+            raise ValueError(
+                f"quant.calibrate={quant.calibrate}: {path} has kernels with inputs of their own along "
+                f"{lead_axes(specs[path])[-1]}, which are not read; leave it out of quant.targets"
+            )
+    paths = [p.removeprefix("layers/") for p in found]
     batches, programs = rows.batches(), _programs(model, paths)
     table = {"embed": jnp.asarray(read_whole(readers["embed"])).astype(model.dtype)}
     embed = jax.jit(model.embed)

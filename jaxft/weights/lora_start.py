@@ -29,7 +29,7 @@ from jaxft.distributed import processes
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import dora
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, pairs_by_path
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, map_kernels, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
@@ -164,27 +164,18 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
     initial: the pairs with which a head sees the base. Norms are computed layer by layer.
     """
 
-    def norms(layer: tuple[Any, Array, Array, Array]) -> Array:
-        weight, a, b, scale = layer
-        plain = dequantize(weight) if is_qtensor(weight) else weight
-        return dora.output_norms(plain, a, b, scale)
+    def norms(weight: Array, pair: Params) -> Array:
+        return dora.output_norms(weight, pair["a"], pair["b"], pair["scale"])
 
     def start(path: str, leaf: Array) -> Array:
         above, _, name = path.rpartition("/")
         if name != "magnitude":
             return leaf
-        pair = tuple(pairs[above][side] for side in ("a", "b", "scale"))
-        if above in weights:
-            layers = weights[above], *pair
-            found = norms(layers) if leaf.ndim == 1 else jax.lax.map(norms, layers)
-        else:  # the tied head
-            table = weights["embed"]
-            found = norms(((dequantize(table) if is_qtensor(table) else table).T, *pair))
         has_pair = jnp.any(own[above]["a"] != 0, (-2, -1))
-        return jnp.where(has_pair[..., None], found, 0).astype(leaf.dtype)
+        return jnp.where(has_pair[..., None], found[above], 0).astype(leaf.dtype)
 
-    weights, own = tree.paths(base, is_qtensor), pairs_by_path(adapter)
-    pairs = pairs_by_path(join_adapters(adapter, initial))
+    own, joined = pairs_by_path(adapter), pairs_by_path(join_adapters(adapter, initial))
+    found = map_kernels(norms, base, {path: joined[path] for path in own if "magnitude" in own[path]})
     return tree.map_with_path(start, adapter)
 
 

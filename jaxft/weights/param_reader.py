@@ -133,7 +133,7 @@ def copy_into(out: np.ndarray, value: np.ndarray) -> None:
     if out.dtype == value.dtype and out.dtype.itemsize in (1, 2, 4, 8):
         bits = np.dtype(f"u{out.dtype.itemsize}")
         out, value = out.view(bits), value.view(bits)
-    if value.ndim < 2 or value.strides[-1] <= value.strides[-2]:
+    if list(value.strides[-2:]) == sorted(value.strides[-2:], reverse=True):  # not transposed
         out[...] = value
         return
     for start in range(0, value.shape[-1], COPY_COLUMNS):

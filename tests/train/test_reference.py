@@ -44,7 +44,9 @@ def folder(tmp_path_factory):
             Adapter(rank=3, alpha=6.0, targets=("q", "up")),
         )
         t = partition.partition_params(model, settings, None)
-        fresh = init.init_adapter(t.model, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
+        fresh = init.init_all_but_base(
+            t.model, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7, HeadSettings()
+        )["adapter"]
         rng = np.random.default_rng(0)
         adapter = tree.map_with_path(
             lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh

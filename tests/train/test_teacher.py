@@ -17,6 +17,7 @@ from jaxft import tree
 from jaxft.data.pairs.source import PairRows
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.models.heads import HeadSettings
 from jaxft.models.llama import llama
 from jaxft.models.teacher import Teacher
 from jaxft.nn import param
@@ -61,7 +62,8 @@ def folder(tmp_path_factory):
     with jax.enable_x64(True):
         model, settings = model_of(folder / "base"), Adapter(rank=3, alpha=6.0, targets=("q", "head"))
         whole = partition.partition_params(model, settings, None).model
-        fresh = init.init_adapter(whole, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
+        mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+        fresh = init.init_all_but_base(whole, mesh, 7, HeadSettings(settings))["adapter"]
         rng = np.random.default_rng(0)
         adapter = tree.map_with_path(
             lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh

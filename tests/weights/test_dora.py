@@ -10,7 +10,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from tiny_model import assert_close
 
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear
 from jaxft.nn.param import init_params
@@ -179,7 +179,7 @@ def test_several_adapters_are_each_alone(x64):
         )  # fmt: skip
 
     def together(a, b, m):
-        return linear(x, Adapted(w, a, b, scale, 0.0, m))
+        return linear(x, Adapted(w, a, b, scale, 0.0, m, over=(ADAPTERS,)))
 
     found, expected = (
         jax.value_and_grad(lambda p, f=f: jnp.sum(jnp.sin(f(*p))))((a, b, m)) for f in (together, alone)

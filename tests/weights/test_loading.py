@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft import tree
+from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, is_qtensor, quantize
@@ -160,7 +161,9 @@ def together(folders, tmp_path_factory):
     t = partition.partition_params(model, settings, None)
     peft_write.save_adapter(
         adapter,
-        jax.tree.map(lambda x: x + 1, init.init_adapter(t.model, one_device(), 3)),
+        jax.tree.map(
+            lambda x: x + 1, init.init_all_but_base(t.model, one_device(), 3, HeadSettings())["adapter"]
+        ),
         settings,
         model,
         "base",

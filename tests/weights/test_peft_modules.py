@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
+from merged_arrays import merged_arrays
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_tokenizer, tiny_torch, torch_logits, write_folder
 
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.train import export
@@ -109,7 +109,7 @@ def test_ours_has_the_same_logits_in_peft_merged_and_read_again(worlds, tmp_path
     np.testing.assert_allclose(ours(world, again, found), expected, atol=1e-5)
 
     ids = settings.trainable_token_indices
-    merged = lora.merge(world[2], adapter, jnp.float32, ids)
+    merged = merged_arrays(world[2], adapter, jnp.float32, ids)
     np.testing.assert_allclose(our_logits(world[1], merged, some_tokens()), expected, atol=1e-4)
     source = export.ExportSource(str(world[0]), world[1], tiny_tokenizer(), adapter, token_ids=ids)
     summary = export.export_model(tmp_path / "m", source, "float32")
@@ -145,7 +145,7 @@ def test_a_head_made_of_a_tied_table_has_the_replaced_rows(worlds, tmp_path):
     ids = settings.trainable_token_indices
     _, adapter = trained(world, settings)
     expected = ours(world, adapter, settings)
-    merged = lora.merge(world[2], adapter, jnp.float32, ids)
+    merged = merged_arrays(world[2], adapter, jnp.float32, ids)
     np.testing.assert_allclose(our_logits(world[1], merged, some_tokens()), expected, atol=1e-4)
     stored = merge_params(world[2], adapter, np.float32, ids)["head"]
     np.testing.assert_allclose(stored, merged["head"], atol=1e-6)
