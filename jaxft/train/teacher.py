@@ -149,8 +149,8 @@ def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise MemoryError(
-                f"the second model {teacher.weights} does not fit into the memory that the run's own leaves; quantise it "
-                "by teacher.quant or reference_quant, or use more devices"
+                f"the second model {teacher.weights} does not fit into the memory that the run's own leaves; "
+                "quantise it by teacher.quant or reference_quant, or use more devices"
             ) from error
     if teacher.start is not None:
         ref, model = teacher.weights or run.weights, teacher.model or run.model

@@ -330,7 +330,7 @@ def test_a_teacher_without_room_is_one_line(folder, monkeypatch):
 
     run = run_of(folder, teacher=TEACHERS["weights"](folder))
     monkeypatch.setattr(pretrained, "load_frozen", full)
-    with pytest.raises(MemoryError, match="other does not fit into the memory that the run's own leaves; quantise it") as refused:
+    with pytest.raises(MemoryError, match="other does not fit into .* leaves; quantise it") as refused:
         load_teacher(run.teacher, run, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]))
     assert "\n" not in error_line(refused.value)
 
