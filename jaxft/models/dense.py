@@ -35,7 +35,7 @@ from jaxft.nn.cache import (
     row_slots,
 )
 from jaxft.nn.decode_layers import decode_layers, extend_layers, prefill_layers
-from jaxft.nn.layer_attention import Attend, AttentionLayers
+from jaxft.nn.layer_attention import Attend, AttentionLayers, Extras
 from jaxft.nn.layers import (
     biased_linear,
     embed_tokens,
@@ -49,11 +49,11 @@ from jaxft.nn.lm_head import head_params, lm_head
 from jaxft.nn.matmul import gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
 from jaxft.nn.products import accumulation_dtype
-from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, run_layer, scan_layers
-from jaxft.tree import Batch, Params
+from jaxft.nn.scan import Layer, LayerOptions, Observe, RematPolicy, run_layer, scan_layers
+from jaxft.tree import Batch, LayerOutputs, Params
 
-# (options, params, h [B, T, D], attend, dropout key) -> (h, second result of attend); see nn/scan.py.
-LayerFunction = Callable[[ForwardOptions, Params, Array, Attend, Array | None], tuple[Array, Any]]
+# (options, params, h [B, T, D], attend, dropout key) -> (h, the extras of attend); see nn/scan.py.
+LayerFunction = Callable[[ForwardOptions, Params, Array, Attend, Array | None], tuple[Array, Extras]]
 Norm = Callable[[Array, Array, float, DTypeLike], Array]
 ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -138,10 +138,10 @@ def _one_layer(d: Decoder) -> Layer:
     """
     f, arch = d.options, d.architecture
 
-    def layer(p: Params, h: Array, attend: Attend, key: Array | None) -> tuple[Array, Any]:
+    def layer(p: Params, h: Array, attend: Attend, key: Array | None) -> tuple[Array, Extras]:
         p = gather_layer(p, layer_axes(arch.specs))
-        out, extra = arch.layer(f, p, h.astype(accumulation_dtype(f.dtype)), attend, key)
-        return out.astype(h.dtype), extra
+        out, extras = arch.layer(f, p, h.astype(accumulation_dtype(f.dtype)), attend, key)
+        return out.astype(h.dtype), extras
 
     return layer
 
@@ -151,10 +151,15 @@ def _final_norm(d: Decoder, params: Params, h: Array) -> Array:
 
 
 def hidden(
-    d: Decoder, params: Params, tokens: Batch, key: Array | None = None, neftune: float = 0.0
-) -> Float[Array, "B T D"]:
-    """Return the hidden states after the final norm, in the compute dtype. neftune: alpha of the noise that
-    is added to the (scaled) embeddings if there is a key.
+    d: Decoder,
+    params: Params,
+    tokens: Batch,
+    key: Array | None = None,
+    neftune: float = 0.0,
+    observe: Observe | None = None,
+) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+    """Return the hidden states after the final norm, in the compute dtype, and the layers' outputs. neftune:
+    alpha of the noise that is added to the (scaled) embeddings if there is a key.
     """
     check_context_divides(tokens.ids.shape[1])
     layers = d.options.config.layers
@@ -164,16 +169,16 @@ def hidden(
         noise = neftune_noise(jax.random.fold_in(key, layers), tokens.segments, h.shape[-1], neftune)
         wide = accumulation_dtype(h.dtype)
         h = (h.astype(wide) + noise.astype(wide)).astype(h.dtype)
-    options = LayerOptions(d.architecture.attention, d.options.remat)
-    h = scan_layers(_one_layer(d), h, params["layers"], tokens, keys, options)
-    return _final_norm(d, params, h)
+    options = LayerOptions(d.architecture.attention, d.options.remat, observe)
+    h, outputs = scan_layers(_one_layer(d), h, params["layers"], tokens, keys, options)
+    return _final_norm(d, params, h), outputs
 
 
 def layer_forward(
     d: Decoder, params: Params, h_BTD: Float[Array, "B T D"], tokens: Batch, kind: Any = None
-) -> Float[Array, "B T D"]:
-    """Return the residual stream after one layer. params: the layer's, without the stacked axis. kind: its
-    number in attention.kind_numbers; None if that is None.
+) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+    """Return the residual stream after one layer, and its outputs. params: the layer's, without the stacked
+    axis. kind: its number in attention.kind_numbers; None if that is None.
     """
     return run_layer(_one_layer(d), h_BTD, params, tokens, d.architecture.attention, kind)
 
@@ -234,8 +239,8 @@ def self_attention(
     attend: Attend,
     keys: Any,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Compute attention with its four projections. Return it and the second result of `attend`.
+) -> tuple[Float[Array, "B T D"], Extras]:
+    """Compute attention with its four projections. Return it and the extras of `attend`.
 
     keys: the dropout keys of q, k, v and o; None disables dropout. norms(p, q [B, T, H, E], k [B, T, K, E]):
     applied to queries and keys before rope.
@@ -244,8 +249,8 @@ def self_attention(
     q = biased_linear(p, "q", x_BTD, keys[0]).reshape(B, T, c.heads, c.head_dim)
     k = biased_linear(p, "k", x_BTD, keys[1]).reshape(B, T, c.kv_heads, c.head_dim)
     v = biased_linear(p, "v", x_BTD, keys[2]).reshape(B, T, c.kv_heads, c.head_dim)
-    o_BTHE, extra = attend(*norms(p, q, k), v)
-    return attention_output(p, o_BTHE, keys[3]), extra
+    o_BTHE, extras = attend(*norms(p, q, k), v)
+    return attention_output(p, o_BTHE, keys[3]), extras
 
 
 def attention_output(p: Params, o_BTHE: Float[Array, "B T H E"], key: Any) -> Float[Array, "B T D"]:
@@ -264,14 +269,14 @@ def dense_mlp(c: DenseConfig, p: Params, x_BTD: Float[Array, "B T D"], keys: Any
 def prenorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
-) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+) -> tuple[Float[Array, "B T D"], Extras]:  # fmt: skip
     """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
     c, keys = f.config, split_keys(key, 7)
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
-    o, extra = self_attention(c, p["attn"], x, attend, keys[:4], norms)
+    o, extras = self_attention(c, p["attn"], x, attend, keys[:4], norms)
     h_BTD = h_BTD + o.astype(h_BTD.dtype)
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
-    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extra
+    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extras
 
 
 def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Callable:

@@ -13,7 +13,7 @@ from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, f
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.models.olmo import POST_NORM_NAMES, postnorm_layer, postnorm_specs
-from jaxft.nn.layer_attention import Attend, LayerKind
+from jaxft.nn.layer_attention import Attend, Extras, LayerKind
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
 from jaxft.tree import Params
@@ -43,7 +43,7 @@ def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: A
     return dense_model(config, arch, dtype, **options)
 
 
-def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
+def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Extras]:
     return postnorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
 
 

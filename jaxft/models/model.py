@@ -19,7 +19,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Specs, is_spec, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import RematPolicy, check_remat
-from jaxft.tree import Params
+from jaxft.tree import LayerOutputs, Params
 
 WeightNames = dict[str, tuple[str, bool]]
 
@@ -77,11 +77,14 @@ class Model:
     weight_names: path -> (tensor name in Hugging Face files, with {i} for the layer; whether transposed).
     attention: rope, window and soft cap of each layer.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
-    hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or
-        Rollout. key: for dropout and for the embeddings' noise of NEFTune's alpha; None disables both.
+    hidden(params, tokens, key=None, neftune=0.0, observe=None) -> (h [B, T, D] after the final norm, outputs
+        of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and for the embeddings' noise of
+        NEFTune's alpha; None disables both. outputs: by name, [L, B, ...], {} for dense models; and those of
+        observe(h before, h after a layer) -> {name: value}, [L, ...].
     embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
-    layer(params, h, tokens, kind=None) -> h after one layer. params: those of the layer, params["layers"]
-        without the stacked axis. kind: the layer's entry of attention.kind_numbers, if that is not None.
+    layer(params, h, tokens, kind=None) -> (h after one layer, its outputs). params: those of the layer,
+        params["layers"] without the stacked axis. kind: the layer's entry of attention.kind_numbers, if that
+        is not None.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
@@ -105,9 +108,9 @@ class Model:
     attention: AttentionLayers
     dtype: Any
     residual: Any
-    hidden: Callable[..., Float[Array, "B T D"]]
+    hidden: Callable[..., tuple[Float[Array, "B T D"], LayerOutputs]]
     embed: Callable[[Params, Array], Float[Array, "B T D"]]
-    layer: Callable[..., Float[Array, "B T D"]]
+    layer: Callable[..., tuple[Float[Array, "B T D"], LayerOutputs]]
     head: Callable[[Params], Params]
     logits: Callable[[Params, Array], Array]
     prefill: Callable[..., tuple[Array, Any]]

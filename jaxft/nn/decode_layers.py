@@ -27,6 +27,7 @@ from jaxft.nn.cached_attention import Keys
 from jaxft.nn.layer_attention import (
     AttentionLayers,
     AttentionRule,
+    Extras,
     angles_of,
     attend_rows,
     batch_ranges,
@@ -61,11 +62,12 @@ def prefill_layers(
     def body(h: Array, x: Any) -> tuple[Array, Any]:
         p, kind = x
 
-        def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Extras]:
             o, (k, v) = attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)
-            return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
+            return o, Extras((to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2))))
 
-        return layer(p, h, attend_prompts, None)
+        h, extras = layer(p, h, attend_prompts, None)
+        return h, extras.cached
 
     h_PTD, (k, v) = jax.lax.scan(body, h_PTD, (layers, a.kind_numbers))
     return h_PTD, prompt_keys(k, v, tokens.segments > 0, a)
@@ -136,7 +138,7 @@ def _cached_layers(
         p, i, has_window, kind = x
         rule = rule_of(a, kind, size)
 
-        def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Extras]:
             (q, k), v = rotated(q, k, angles_of(angles, kind), query_factor(a)), checked_values(v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             full, window = rows.full, rows.window
@@ -161,9 +163,10 @@ def _cached_layers(
                 o = jax.lax.cond(has_window, of_window, of_full)
             like = full or window
             assert like is not None
-            return o, (LayerKeys(full, window), store(k, v, like) if stored is None else None)
+            return o, Extras((LayerKeys(full, window), store(k, v, like) if stored is None else None))
 
-        h, (rows, new) = layer(p, h, attend_cached, None)
+        h, extras = layer(p, h, attend_cached, None)
+        rows, new = extras.cached
         return (h, rows), new
 
     xs = layers, place.astype(np.int32), windowed, a.kind_numbers

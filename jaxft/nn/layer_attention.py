@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,24 @@ from jaxft.nn.attention import (
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
-from jaxft.tree import Batch, static, struct
+from jaxft.tree import Batch, LayerOutputs, static, struct
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
 
 Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+class Extras(NamedTuple):
+    """What a layer returns in addition to the residual stream.
+
+    cached: what attention returned for a cache. outputs: values by name, which a scan over layers stacks.
+    """
+
+    cached: Any = None
+    outputs: LayerOutputs = {}
+
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Extras]]
 
 
 @struct

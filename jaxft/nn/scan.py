@@ -1,13 +1,13 @@
 """Run the stacked layers of a model by one `lax.scan` (prefill and decoding: cache.py).
 
-A family defines one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream
-[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] before
-rope, and returns this `extra`. `attend` applies what may differ between layers: rope, window and soft cap.
+A family defines one function, `layer(params, h, attend, key) -> (h, extras)`: a layer on the residual stream
+[B, T, D]. It calls `attend(q, k, v) -> (o, extras)` once, with q [B, T, H, E] and k, v [B, T, K, E] before
+rope, and returns these `extras`, perhaps with outputs of its own:
+`extras._replace(outputs={"load": tokens_per_expert})`. `attend` applies what may differ between layers: rope,
+window and soft cap.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,11 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxft.nn import fused_update
-from jaxft.nn.layer_attention import Attend, AttentionLayers, attend_rows, batch_angles, batch_ranges
-from jaxft.nn.products import accumulation_dtype
-from jaxft.tree import Batch, Params
+from jaxft.nn.layer_attention import Attend, AttentionLayers, Extras, attend_rows, batch_angles, batch_ranges
+from jaxft.tree import Batch, LayerOutputs, Params, struct
 
-Layer = Callable[[Params, Array, Attend, Array | None], tuple[Array, Any]]
+Layer = Callable[[Params, Array, Attend, Array | None], tuple[Array, Extras]]
+Observe = Callable[[Array, Array], LayerOutputs]  # (h before, h after a layer) -> further outputs of it
 
 RematPolicy = Literal["offload", "pairs", "full", "attention", "projections", "none"]
 
@@ -53,32 +53,19 @@ REMAT: dict[RematPolicy, Remat] = {
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """How layers run: how each attends, and what is stored for the backward pass."""
+    """How layers run: how each attends, what is stored for the backward pass, and what is observed."""
 
     attention: AttentionLayers
     remat: RematPolicy
+    observe: Observe | None = None
 
 
-_RECORDED: ContextVar[list[Array] | None] = ContextVar("recorded layer outputs", default=None)
+@struct
+class LayerMean:
+    """A mean that layers have among their outputs and objectives log: its two sums over each row, [B]."""
 
-
-@contextmanager
-def record_layer_outputs() -> Iterator[list[Float[Array, "outputs B"]]]:
-    """While this is entered, every `scan_layers` that is traced appends norms of its rows, [1 + L, B].
-
-    They are those of the input and of each layer's output. For debugging: layers run without
-    rematerialisation then.
-    """
-    recorded: list[Array] = []
-    token = _RECORDED.set(recorded)
-    try:
-        yield recorded
-    finally:
-        _RECORDED.reset(token)
-
-
-def _row_norms(h: Float[Array, "B T D"]) -> Float[Array, " B"]:
-    return jnp.sqrt(jnp.sum(jnp.square(h.astype(accumulation_dtype(h.dtype))), (1, 2)))
+    total: Any
+    weight: Any
 
 
 def check_remat(policy: str) -> None:
@@ -94,8 +81,9 @@ def scan_layers(
     tokens: Batch,
     keys: Array | None,
     options: LayerOptions,
-) -> Float[Array, "B T D"]:
-    """Return the residual stream after all layers, differentiable under the remat policy.
+) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+    """Return the residual stream after all layers, and their outputs [L, ...], differentiable under the remat
+    policy.
 
     layers: the stacked parameters, or FusedLayers, which the backward pass updates. tokens: Tokens, Pairs or
     Rollout. keys: a random key per layer for dropout, or None.
@@ -105,14 +93,15 @@ def scan_layers(
     angles = batch_angles(a, tokens, h_BTD.dtype)
     ranges = batch_ranges(tokens)
 
-    def body(h: Array, x: Any) -> tuple[Array, None]:
+    def body(h: Array, x: Any) -> tuple[Array, LayerOutputs]:
         p, (key, kind) = x
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)[0], None
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Extras]:
+            return attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)[0], Extras()
 
-        h = checkpoint_name(h, "layer_in") if policy.offload else h
-        return layer(p, h, attend, key)[0], None
+        before = checkpoint_name(h, "layer_in") if policy.offload else h
+        h, extras = layer(p, before, attend, key)
+        return h, extras.outputs | (options.observe(before, h) if options.observe else {})
 
     kinds = None if a.kind_numbers is None else jnp.asarray(a.kind_numbers)
     if isinstance(layers, fused_update.FusedLayers):
@@ -122,18 +111,8 @@ def scan_layers(
             )
         return fused_update.fused_scan(body, h_BTD, layers, (keys, kinds))
     xs = layers, (keys, kinds)
-    recorded = _RECORDED.get()
-    if recorded is not None:
-
-        def recording(h: Array, x: Any) -> tuple[Array, Array]:
-            h, _ = body(h, x)
-            return h, _row_norms(h)
-
-        last, norms = jax.lax.scan(recording, h_BTD, xs)
-        recorded.append(jnp.concatenate([_row_norms(h_BTD)[None], norms]))
-        return last
+    count = jax.tree.leaves(layers)[0].shape[0]
     if policy.layers > 1:
-        count = jax.tree.leaves(layers)[0].shape[0]
         if count % policy.layers:
             raise ValueError(
                 f"remat={remat} groups layers by {policy.layers}, but the model has {count} layers; "
@@ -143,29 +122,33 @@ def scan_layers(
         body = _several(_rematerialised(body, policy))
     if policy.saved is not None:
         body = _rematerialised(body, policy)
-    return jax.lax.scan(body, h_BTD, xs)[0]
+    h_BTD, outputs = jax.lax.scan(body, h_BTD, xs)
+    if policy.layers > 1:
+        outputs = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
+    return h_BTD, outputs
 
 
 def run_layer(
     layer: Layer, h_BTD: Float[Array, "B T D"], p: Params, tokens: Batch, a: AttentionLayers, kind: Any
-) -> Float[Array, "B T D"]:
-    """Return the residual stream after one layer.
+) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+    """Return the residual stream after one layer, and the layer's outputs.
 
     p: its parameters, without the stacked axis. kind: its number in a.kind_numbers; None if that is None.
     """
     angles = batch_angles(a, tokens, h_BTD.dtype)
     ranges = batch_ranges(tokens)
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)[0], None
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Extras]:
+        return attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)[0], Extras()
 
-    return layer(p, h_BTD, attend, None)[0]
+    h_BTD, extras = layer(p, h_BTD, attend, None)
+    return h_BTD, extras.outputs
 
 
 def _several(body: Callable) -> Callable:
     """A scan's body that runs several layers by an inner scan."""
 
-    def block(h: Array, xs: Any) -> tuple[Array, None]:
+    def block(h: Array, xs: Any) -> tuple[Array, LayerOutputs]:
         return jax.lax.scan(body, h, xs)
 
     return block

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxft.tree import Metrics, struct
+from jaxft.nn.scan import LayerMean
+from jaxft.tree import LayerOutputs, Metrics, struct
 
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
 GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
@@ -74,6 +75,20 @@ class PerRow:
         """Return the values of the rows whose weight is above 0."""
         w = weights.astype(values.dtype)
         return PerRow(jnp.where(w > 0, values, 0).ravel(), w.ravel())
+
+
+@struct
+class PerLayer:
+    """A Sum for each layer of a model, [L]; logged as NAME/0, NAME/1, ..."""
+
+    total: Stored
+    weight: Stored
+
+    def layers(self, name: str) -> "dict[str, Sum]":
+        """Return the layers' Sums by the names that they are logged with."""
+        digits = len(str(len(self.total) - 1))
+        weight = np.broadcast_to(self.weight, self.total.shape)
+        return {f"{name}/{i:0{digits}d}": Sum(self.total[i], weight[i]) for i in range(len(weight))}
 
 
 @struct
@@ -188,8 +203,19 @@ def losses_by_source(
     }
 
 
-SUMS = (Sum, WinRate, Correlation, LabelNoise)  # added element by element
-Metric = Sum | WinRate | PerRow | Max | Min | Correlation | LabelNoise
+def by_row(outputs: LayerOutputs) -> LayerOutputs:
+    """Return the outputs of a model's layers [L, B, ...] as [B, L, ...], as objectives' outputs have them."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), outputs)
+
+
+def layer_metrics(outputs: LayerOutputs) -> Metrics:
+    """Return the means over rows that layers report (LayerMean, by row) as metrics."""
+    means = {name: x for name, x in outputs.items() if isinstance(x, LayerMean)}
+    return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0)) for name, x in means.items()}
+
+
+SUMS = (Sum, PerLayer, WinRate, Correlation, LabelNoise)  # added element by element
+Metric = Sum | PerLayer | WinRate | PerRow | Max | Min | Correlation | LabelNoise
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
@@ -241,8 +267,10 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
 
     A mean over nothing, and an accuracy of ties alone, is left out.
     """
-    out = {}
+    out, single = dict[str, float](), dict[str, Any]()
     for name, m in jax.device_get(metrics).items():
+        single |= m.layers(name) if isinstance(m, PerLayer) else {name: m}
+    for name, m in single.items():
         if isinstance(m, Sum):
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)

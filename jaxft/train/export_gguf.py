@@ -89,15 +89,15 @@ def export_gguf(
     return "; ".join(lines)
 
 
-def importances_of(moments: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
+def importances_of(squares: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
     """Return the mean squares of the inputs of weights by Hugging Face name, up to a factor for each weight.
 
-    moments: by parameter path, float32 [L, I, I], see calibrate.input_moments.
+    squares: by parameter path, [L, I], see calibrate.input_squares.
     """
     return {
-        model.weight_names[path][0].format(i=i): np.diagonal(np.asarray(square))
-        for path, squares in moments.items()
-        for i, square in enumerate(squares)
+        model.weight_names[path][0].format(i=i): np.asarray(of_layer)
+        for path, of_layers in squares.items()
+        for i, of_layer in enumerate(of_layers)
     }
 
 

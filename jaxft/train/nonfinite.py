@@ -16,28 +16,31 @@ A loss that is not finite at the very first step ends the run with that record, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
+from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
+from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import dequantize, is_qtensor
-from jaxft.nn.scan import record_layer_outputs
 from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
 from jaxft.train.step import accumulate_gradients, step_keys
 from jaxft.train.watch import make_layer_norms
-from jaxft.tree import Batch, Metrics, Params
+from jaxft.tree import Batch, LayerOutputs, Metrics, Params
 
+ROW_NORMS = "row_norms"
 ArraysByPath = dict[str, np.ndarray]
 
 
@@ -106,7 +109,7 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
 
     everywhere = sharding.replicated(p.mesh)
     args = state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux
-    outputs = make_layer_outputs(p.objective, key)
+    outputs = make_layer_outputs(p.partition.model, member.run.objective, key)
     found = [jax.jit(fn, out_shardings=everywhere)(*args) for fn in (gradients, outputs)]
     params = tree.combine(state.trainable, frozen)
     parameters = jax.jit(norms, out_shardings=everywhere)(params)
@@ -115,20 +118,39 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
     return Diagnosis(parameters, gradient_norms, output_norms, nonfinite)
 
 
-def make_layer_outputs(objective: Objective, key: Any) -> Callable[..., Any]:
+def make_layer_outputs(
+    model: Model, objective_of: Callable[[Model], Objective], key: Any
+) -> Callable[..., Any]:
     """Return `(trainable, frozen, batch, aux) -> norms` of layer outputs as in Diagnosis. key: of dropout."""
+
+    def observed(passes: list[Array]) -> Model:
+        """The model, whose forward passes append the norms of their rows."""
+
+        def hidden(*args: Any, **kwargs: Any) -> Any:
+            h, outputs = model.hidden(*args, **kwargs, observe=_row_norms)
+            norms = outputs.pop(ROW_NORMS)
+            passes.append(jnp.concatenate([norms[:1, 0], norms[:, 1]]))
+            return h, outputs
+
+        return replace(model, hidden=hidden)
 
     def outputs(trainable: Params, frozen: Params, batch: Batch, aux: Any) -> Any:
         def microbatch(i: Any) -> Any:
             rows = jax.tree.map(lambda x: x[i], batch)
             own_key = None if key is None else jax.random.fold_in(key, i)
-            with record_layer_outputs() as recorded:
-                objective.forward(tree.combine(trainable, frozen), rows, own_key, aux)
-            return recorded
+            passes: list[Array] = []
+            objective_of(observed(passes)).forward(tree.combine(trainable, frozen), rows, own_key, aux)
+            return passes
 
         return jax.lax.map(microbatch, np.arange(jax.tree.leaves(batch)[0].shape[0]))
 
     return outputs
+
+
+def _row_norms(before: Float[Array, "B T D"], after: Float[Array, "B T D"]) -> LayerOutputs:
+    """Return the norms of a layer's input and output, [2, B]."""
+    wide = (x.astype(accumulation_dtype(x.dtype)) for x in (before, after))
+    return {ROW_NORMS: jnp.stack([jnp.sqrt(jnp.sum(jnp.square(x), (1, 2))) for x in wide])}
 
 
 def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
@@ -151,12 +173,20 @@ def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
 
 
 def first_of_model(
-    member: Member, state: TrainState, frozen: Params, objective: Objective, batches: Sequence[Batch]
+    member: Member, state: TrainState, frozen: Params, of_text: bool, batches: Sequence[Batch]
 ) -> str:
-    """Return the first parameter, or the first layer output of these batches, that is not finite."""
+    """Return the first parameter, or the first layer output of these batches, that is not finite. of_text:
+    whether they are general text.
+    """
     p = member.programs
+
+    def objective_of(model: Model) -> Objective:
+        objective = member.run.objective(model)
+        return (objective.text or objective) if of_text else objective
+
     found = first_parameter(tree.combine(state.trainable, frozen), p.partition.specs, p.mesh)
-    outputs = jax.jit(make_layer_outputs(objective, None), out_shardings=sharding.replicated(p.mesh))
+    outputs = make_layer_outputs(p.partition.model, objective_of, None)
+    outputs = jax.jit(outputs, out_shardings=sharding.replicated(p.mesh))
     for batch in () if found else batches:
         norms = jax.device_get(
             outputs(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)

@@ -10,13 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
-from jaxft.objectives.metrics import Sum
+from jaxft.objectives.metrics import PerLayer, Sum
 from jaxft.optim.update import to_float32
 from jaxft.tree import Grads, Metrics, Params
 
@@ -58,26 +57,17 @@ def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> C
 
 
 def make_watch(specs: Specs) -> Watch:
-    """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer (see `per_layer`)."""
+    """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer."""
     norms = make_layer_norms(specs)
+    stacked = {kind_of(path) for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
 
     def watch(grads: Grads, old: Params, new: Params) -> Metrics:
         change = jax.tree.map(lambda n, o: to_float32(n) - to_float32(o), new, old)
         metrics: Metrics = {}
         for name, values in ((GRAD_NORM, norms(grads)), (UPDATE_NORM, norms(change))):
-            metrics |= {f"{name}/{kind}": Sum(x, jnp.ones((), x.dtype)) for kind, x in values.items()}
+            for kind, x in values.items():
+                form = PerLayer if kind in stacked else Sum
+                metrics[f"{name}/{kind}"] = form(x, jnp.ones((), x.dtype))
         return metrics
 
     return watch
-
-
-def per_layer(metrics: Metrics) -> Metrics:
-    """Replace each watched metric that has a value per layer by one metric for each layer, on the host."""
-    found: Metrics = {}
-    for name, metric in metrics.items():
-        if name.startswith((f"{GRAD_NORM}/", f"{UPDATE_NORM}/")) and np.ndim(metric.total) == 1:
-            digits = len(str(len(metric.total) - 1))
-            found |= {f"{name}/{i:0{digits}d}": Sum(x, metric.weight) for i, x in enumerate(metric.total)}
-        else:
-            found[name] = metric
-    return found

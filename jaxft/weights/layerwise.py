@@ -23,7 +23,7 @@ from jaxft.models.model import Model
 from jaxft.nn.matmul import outer
 from jaxft.nn.param import ParamSpec, is_spec
 from jaxft.nn.quant import Quant, dequantize
-from jaxft.nn.taps import InputTap, collect_inputs
+from jaxft.nn.taps import with_taps
 from jaxft.tree import Params
 from jaxft.weights.codes import CalibratedLayer
 from jaxft.weights.gptq import inverse_factor
@@ -88,13 +88,12 @@ class _Programs:
 
 
 def _programs(model: Model, paths: list[str]) -> _Programs:
-    def with_taps(params: Params) -> Params:
-        return tree.map_with_path(lambda path, w: InputTap(w, path) if path in paths else w, params)
+    def forward(params: Params, h: Array, tokens: Tokens, kind: Any) -> Array:
+        return model.layer(params, h, tokens, kind)[0]
 
     def collected(params: Params, h: Array, tokens: Tokens, kind: Any) -> tuple[Array, dict[str, Array]]:
-        with collect_inputs() as found:
-            h = model.layer(with_taps(params), h, tokens, kind)
-        return h, dict(found)
+        params, tapped = with_taps(params, paths)
+        return forward(params, h, tokens, kind), tapped.inputs
 
     @partial(jax.jit, static_argnames="names")
     def both(
@@ -122,7 +121,7 @@ def _programs(model: Model, paths: list[str]) -> _Programs:
         jax.eval_shape(trace, params, h)
         return list(by_input.values())
 
-    return _Programs(jax.jit(model.layer), inputs, both, groups)
+    return _Programs(jax.jit(forward), inputs, both, groups)
 
 
 @partial(jax.jit, donate_argnums=0)
