@@ -96,10 +96,11 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
     from jaxft.nn.quant import Quant
     from jaxft.train.calibrate import Calibration, input_squares
     from jaxft.train.export_gguf import importances_of
-    from jaxft.weights import pretrained, storage
+    from jaxft.weights import pretrained
+    from jaxft.weights.layerwise import layer_paths
 
     model, ref = source.model, source.ref
-    paths = [p for p in storage.quantised_paths(model.specs, Quant("int8")) if p.startswith("layers/")]
+    paths = layer_paths(model.specs, Quant("int8"))
     stored = pretrained.frozen_model(model, None, ref)
     squares = input_squares(
         Calibration(rows),

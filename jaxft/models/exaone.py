@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.models.dense import DenseArchitecture, dense_model, head_norms, names_of
+from jaxft.models.dense import dense_model, head_norms, names_of, one_stack
 from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
@@ -39,7 +39,7 @@ def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: A
     whole = LayerKind(config.rope if config.window is None else Rope(kind="none"))
     kinds = {FULL: whole, SLIDING: LayerKind(config.rope, config.window)}
     attention = typed_layers(config.layer_types or (FULL,) * config.layers, kinds, config.head_dim)
-    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 

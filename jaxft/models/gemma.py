@@ -9,11 +9,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.models.dense import (
-    DenseArchitecture,
     dense_mlp,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     self_attention,
 )
 from jaxft.models.dense_config import DenseConfig
@@ -58,7 +58,7 @@ def gemma_model(
 ) -> Model:  # fmt: skip
     """Build the Model of any Gemma family. names: tensor names that differ from Llama's."""
     cap = config.final_softcap if isinstance(config, Gemma2Config) else None
-    architecture = DenseArchitecture(
+    architecture = one_stack(
         specs,
         names_of(specs, names),
         gemma_layer,

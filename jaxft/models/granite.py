@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
-    DenseArchitecture,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     self_attention,
     with_biases,
 )
@@ -54,7 +54,7 @@ def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: A
     """Build the Model of a Granite config. options: remat and residual of dense_model."""
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
-    arch = DenseArchitecture(
+    arch = one_stack(
         specs,
         names_of(specs),
         _layer,

@@ -18,7 +18,7 @@ from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Specs, is_spec, spec_paths
 from jaxft.nn.products import accumulation_dtype
-from jaxft.nn.scan import RematPolicy, check_remat
+from jaxft.nn.scan import RematPolicy, Stacks, check_remat
 from jaxft.tree import LayerOutputs, Params
 
 WeightNames = dict[str, tuple[str, bool]]
@@ -76,15 +76,13 @@ class Model:
     specs: ParamSpec tree of all parameters.
     weight_names: path -> (tensor name in Hugging Face files, with {i} for the layer; whether transposed).
     attention: rope, window and soft cap of each layer.
+    stacks: the layers, see nn/scan.py, where run_layer computes a single one.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0, observe=None) -> (h [B, T, D] after the final norm, outputs
         of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and for the embeddings' noise of
         NEFTune's alpha; None disables both. outputs: by name, [L, B, ...], {} for dense models; and those of
         observe(h before, h after a layer) -> {name: value}, [L, ...].
     embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
-    layer(params, h, tokens, kind=None) -> (h after one layer, its outputs). params: those of the layer,
-        params["layers"] without the stacked axis. kind: the layer's entry of attention.kind_numbers, if that
-        is not None.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
@@ -106,11 +104,11 @@ class Model:
     specs: Specs
     weight_names: WeightNames
     attention: AttentionLayers
+    stacks: Stacks
     dtype: Any
     residual: Any
     hidden: Callable[..., tuple[Float[Array, "B T D"], LayerOutputs]]
     embed: Callable[[Params, Array], Float[Array, "B T D"]]
-    layer: Callable[..., tuple[Float[Array, "B T D"], LayerOutputs]]
     head: Callable[[Params], Params]
     logits: Callable[[Params, Array], Array]
     prefill: Callable[..., tuple[Array, Any]]
@@ -154,10 +152,8 @@ def forward_options(
 
 
 def layer_axes(specs: Specs) -> Any:
-    """Return the logical axes of one layer's parameters, without the stacked axis, for
-    nn.matmul.gather_layer.
-    """
-    return jax.tree.map(lambda spec: spec.axes[1:], specs["layers"], is_leaf=is_spec)
+    """Return the logical axes of a layer's parameters, without the stacked axis, for matmul.gather_layer."""
+    return jax.tree.map(lambda spec: spec.axes[1:], specs, is_leaf=is_spec)
 
 
 def dense_flops(
@@ -174,7 +170,8 @@ def dense_flops(
     """
     matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
     per_layer = sum(prod(shape[1:]) for shape in matrices)
-    keys = sum(mean_keys(attention.kinds[kind].window, context) for kind in attention.layout)
+    windows = [attention.kinds[kind].window for kind in attention.layout if kind is not None]
+    keys = sum(mean_keys(window, context) for window in windows)
     scores = 2 * config.heads * config.head_dim * keys
     head = config.width * config.vocab * (tokens if read is None else read)
     return 2.0 * (tokens * (config.layers * per_layer + scores) + head)

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
-    DenseArchitecture,
     attention_biases,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     self_attention,
 )
 from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
@@ -50,7 +50,7 @@ class Olmo3Config(Olmo2Config):
 def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of an OLMo 2 config. options: remat and residual of dense_model."""
     specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope)
-    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 
@@ -58,7 +58,7 @@ def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
     """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
     specs, attention = _specs(config), typed_layers(config.layer_types, kinds, config.head_dim)
-    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 

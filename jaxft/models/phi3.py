@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
-from jaxft.models.dense import DenseArchitecture, attention_output, dense_model, llama_specs, names_of
+from jaxft.models.dense import attention_output, dense_model, llama_specs, names_of, one_stack
 from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import window_from_hf
 from jaxft.models.model import ForwardOptions, Model, WeightNames
@@ -30,7 +30,7 @@ class Phi3Config(DenseConfig):
 def phi3(config: Phi3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of a Phi-3 config. options: remat and residual of dense_model."""
     specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope, config.window)
-    architecture = DenseArchitecture(specs, names_of(specs, _NAMES), _layer, attention)
+    architecture = one_stack(specs, names_of(specs, _NAMES), _layer, attention)
     return dense_model(config, architecture, dtype, **options)
 
 

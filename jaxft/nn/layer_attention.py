@@ -1,7 +1,7 @@
 """Attention settings of a model's layers, which may differ between layers: rope, sliding window, soft cap."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 class Extras(NamedTuple):
     """What a layer returns in addition to the residual stream.
 
-    cached: what attention returned for a cache. outputs: values by name, which a scan over layers stacks.
+    cached: what attention returned for a cache, see scan.Pass. outputs: values by name, which scans stack.
     """
 
     cached: Any = None
@@ -81,6 +81,10 @@ class AttentionLayers:
     head_dim: int
     scale: float | None = None
     settings: AttentionSettings = AttentionSettings()
+
+    def part(self, numbers: range) -> "AttentionLayers":
+        """Return the settings of some of these layers."""
+        return replace(self, layout=tuple(self.layout[i] for i in numbers))
 
     @property
     def windowed(self) -> np.ndarray:

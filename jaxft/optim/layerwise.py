@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Key
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn.param import Specs, is_spec, spec_paths
+from jaxft.nn.param import Specs, spec_paths
+from jaxft.optim.transforms import joined_states, split_stacks, stack_masks, states_of_stacks
 from jaxft.optim.update import StepInfo, UpdateCheck, Updated, guarded_update, stays_finite
 from jaxft.tree import Grads, Mask, OptState, Params
 
@@ -26,14 +27,16 @@ PIECE = 1 << 24  # maximum number of elements of such a block
 class LayerParts(NamedTuple):
     """A layerwise update in two parts, for a backward pass that updates a layer once its gradient exists.
 
-    split(tree): (leaves with a layers axis, other leaves), None on the other side. update_layer(grads,
-    opt_state, params, info): update one layer; layer i rounds with `fold_in(layers_key(key), i)`.
+    split(tree): ([leaves of each stack of layers], other leaves), None on the other sides. states(layers):
+    the optimizer state of each stack. update_layer(grads, opt_state, params, info): update one layer; layer i
+    of stack n rounds with `fold_in(layers_key(key, n), i)`.
     update_rest(grads, opt_state, params, info): update the other leaves; the stacked ones and their state are
     None in its result. check_layer, check_rest: `stays_finite` of these updates.
     """
 
-    split: Callable[[Params], tuple[Params, Params]]
-    layers_key: Callable[[Key[Array, ""] | None], Key[Array, ""] | None]
+    split: Callable[[Params], tuple[list[Params], Params]]
+    states: Callable[[OptState], list[OptState]]
+    layers_key: Callable[[Key[Array, ""] | None, int], Key[Array, ""] | None]
     update_layer: Callable[[Grads, OptState, Params, StepInfo], Updated]
     update_rest: Callable[[Grads, OptState, Params, StepInfo], Updated]
     check_layer: UpdateCheck
@@ -41,8 +44,8 @@ class LayerParts(NamedTuple):
 
 
 class LayerwiseState(NamedTuple):
-    """Optimizer states of a layerwise optimizer: of the stacked leaves, of the other leaves, and of each
-    large matrix.
+    """Optimizer states of a layerwise optimizer: of the stacked leaves (see joined_states), of the other
+    leaves, and of each large matrix.
     """
 
     layers: OptState
@@ -54,11 +57,11 @@ class LayerwiseState(NamedTuple):
 class LayerGroups:
     """Which trainable leaves a layerwise optimizer updates together.
 
-    stacked: mask of the leaves with a layers axis. large: paths of matrices without a layers axis that are
-    updated in blocks of rows.
+    stacks: a mask of the leaves of each stack of layers. large: paths of matrices without a layers axis that
+    are updated in blocks of rows.
     """
 
-    stacked: Mask
+    stacks: tuple[Mask, ...]
     large: tuple[str, ...]
 
 
@@ -66,28 +69,28 @@ def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
     """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated
     separately.
     """
-    stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
     large = [
         path
         for path, s in spec_paths(specs).items()
         if rowwise and "layers" not in s.axes and len(s.shape) == 2 and math.prod(s.shape) >= LARGE
     ]
-    return LayerGroups(stacked, tuple(large))
+    return LayerGroups(stack_masks(specs), tuple(large))
 
 
 def init_layerwise(
     transform: optax.GradientTransformation, groups: LayerGroups, params: Params
 ) -> LayerwiseState:
     """Return the optimizer state of each group; that of stacked leaves is stacked too."""
-    any_layers = any(jax.tree.leaves(groups.stacked))
     if not jax.tree.leaves(
         params
     ):  # optax.tree_utils.tree_map_params passes one node in place of all parameters
         state = transform.init(params)
-        return LayerwiseState(state if any_layers else None, state, (state,) * len(groups.large))
-    layers, rest, large = _split(groups, params)
-    state = jax.vmap(transform.init)(layers) if any_layers else None
-    return LayerwiseState(state, transform.init(rest), tuple(map(transform.init, large)))
+        return LayerwiseState(
+            joined_states([state] * len(groups.stacks)), state, (state,) * len(groups.large)
+        )
+    stacks, rest, large = _split(groups, params)
+    states = joined_states([jax.vmap(transform.init)(layers) for layers in stacks])
+    return LayerwiseState(states, transform.init(rest), tuple(map(transform.init, large)))
 
 
 def update_layerwise(
@@ -95,23 +98,27 @@ def update_layerwise(
 ) -> Updated:
     """Return (parameters, optimizer state) after updating the other leaves, then the layers one by one."""
     rest, rest_state = parts.update_rest(grads, opt_state, params, info)
-    layers, state = parts.split(params)[0], opt_state.layers
-    if state is not None:
-        update = partial(_update_piece, parts.update_layer, info)
-        layer_grads, key = parts.split(grads)[0], parts.layers_key(info.key)
-        layers, state = _piece_by_piece(update, layer_grads, (layers, state), key)
-    return tree.combine(layers, rest), rest_state._replace(layers=state)
+    update, new, states = partial(_update_piece, parts.update_layer, info), [], []
+    stacks = zip(parts.split(grads)[0], parts.split(params)[0], parts.states(opt_state.layers), strict=True)
+    for number, (layer_grads, *before) in enumerate(stacks):
+        key = parts.layers_key(info.key, number)
+        layers, state = _piece_by_piece(update, layer_grads, tuple(before), key)
+        new, states = [*new, layers], [*states, state]
+    return tree.combine(*new, rest), rest_state._replace(layers=joined_states(states))
 
 
 def layers_stay_finite(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Bool[Array, ""]:
     """`stays_finite` of update_layerwise: of the rest and of the layers one by one."""
-    fine = parts.check_rest(grads, opt_state, params, info)
-    if opt_state.layers is None:
-        return fine
-    layers = parts.split(grads)[0], opt_state.layers, parts.split(params)[0]
-    return _all_pieces(partial(_check_piece, parts.check_layer, info), layers, fine)
+    fine, check = (
+        parts.check_rest(grads, opt_state, params, info),
+        partial(_check_piece, parts.check_layer, info),
+    )
+    states = parts.states(opt_state.layers)
+    for layers in zip(parts.split(grads)[0], states, parts.split(params)[0], strict=True):
+        fine = _all_pieces(check, layers, fine)
+    return fine
 
 
 def update_rest(
@@ -162,14 +169,13 @@ def check_rest(
 def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups) -> LayerParts:
     """Build a layerwise update from an optax transformation, which is applied to one layer at a time."""
 
-    def split(x: Params) -> tuple[Params, Params]:
-        return tree.partition(x, groups.stacked)
-
-    def layers_key(key: Key[Array, ""] | None) -> Key[Array, ""] | None:
-        return None if key is None else jax.random.fold_in(key, 0)
+    def layers_key(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
+        first = None if key is None else jax.random.fold_in(key, 0)
+        return jax.random.fold_in(first, 2**31 + number) if first is not None and number else first
 
     return LayerParts(
-        split,
+        partial(split_stacks, masks=groups.stacks),
+        partial(states_of_stacks, masks=groups.stacks),
         layers_key,
         partial(guarded_update, transform),
         partial(update_rest, transform, groups),
@@ -183,21 +189,18 @@ def no_layer_parts(
 ) -> LayerParts:
     """Build the parts of an update of all leaves at once: no leaf counts as stacked."""
 
-    def split(x: Params) -> tuple[Params, Params]:
-        return jax.tree.map(lambda _: None, x), x
-
-    return LayerParts(split, lambda key: key, update, update, check, check)
+    return LayerParts(lambda x: ([], x), lambda _: [], lambda key, _: key, update, update, check, check)
 
 
-def _split(groups: LayerGroups, x: Any) -> tuple[Any, Any, list[Any]]:
-    """Split a tree like the trainable parameters into (stacked leaves, other leaves, [each large matrix])."""
-    layers, others = tree.partition(x, groups.stacked)
+def _split(groups: LayerGroups, x: Any) -> tuple[list[Any], Any, list[Any]]:
+    """Split a tree like the trainable parameters: (leaves of each stack, other leaves, each large matrix)."""
+    stacks, others = split_stacks(x, groups.stacks)
 
     def only(name: str) -> Any:
         return tree.map_with_path(lambda path, x: x if path == name else None, others)
 
     rest = tree.map_with_path(lambda path, x: None if path in groups.large else x, others)
-    return layers, rest, [only(name) for name in groups.large]
+    return stacks, rest, [only(name) for name in groups.large]
 
 
 def _update_piece(

@@ -8,36 +8,71 @@ import optax
 from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.param import Specs, is_spec
+from jaxft.nn.param import Specs, is_spec, spec_paths
 from jaxft.optim.update import to_float32
-from jaxft.tree import OptState, Params
+from jaxft.tree import Mask, OptState, Params
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
     """Apply a transformation to each layer of a stacked leaf as to a separate parameter. Other leaves are
     unaffected. Statistics of a full parameter (factored moments, block RMS) would otherwise mix layers.
     """
-    stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
-    any_layers = any(jax.tree.leaves(stacked))
-
-    def split(x: Params | None) -> tuple[Params, Params]:
-        return (None, None) if x is None else tree.partition(x, stacked)
+    masks = stack_masks(specs)
 
     def init(params: Params) -> OptState:
         if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
-            return (transform.init(params) if any_layers else None, transform.init(params))
-        layers, rest = split(params)
-        return (jax.vmap(transform.init)(layers) if any_layers else None, transform.init(rest))
+            return (joined_states([transform.init(params) for _ in masks]), transform.init(params))
+        stacks, rest = split_stacks(params, masks)
+        return (joined_states([jax.vmap(transform.init)(layers) for layers in stacks]), transform.init(rest))
 
     def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
-        (layers, rest), (p_layers, p_rest) = split(updates), split(params)
-        new_rest, rest_state = transform.update(rest, state[1], p_rest)
-        if state[0] is None:
-            return new_rest, (None, rest_state)
-        new_layers, layers_state = jax.vmap(transform.update)(layers, state[0], p_layers)
-        return tree.combine(new_layers, new_rest), (layers_state, rest_state)
+        (stacks, rest), nothing = split_stacks(updates, masks), ([None] * len(masks), None)
+        own_stacks, own_rest = nothing if params is None else split_stacks(params, masks)
+        new_rest, rest_state = transform.update(rest, state[1], own_rest)
+        new, states = [new_rest], []
+        for layers, of_stack, own in zip(stacks, states_of_stacks(state[0], masks), own_stacks, strict=True):
+            layers, of_stack = jax.vmap(transform.update)(layers, of_stack, own)
+            new, states = [*new, layers], [*states, of_stack]
+        return tree.combine(*reversed(new)), (joined_states(states), rest_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def stack_of(path: str) -> str:
+    """Return the name of the stack that a stacked parameter is in: "layers" for base/layers/attn/q and for
+    critic/adapter/layers/attn/q/a.
+    """
+    parts = path.split("/")
+    return parts[max((i + 1 for i, part in enumerate(parts) if part in ("base", "adapter")), default=0)]
+
+
+def stack_masks(specs: Specs) -> tuple[Mask, ...]:
+    """Return a mask of the leaves with a layers axis for each stack of layers. specs: None where frozen."""
+    stacks = {path: stack_of(path) for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
+
+    def mask(stack: str) -> Mask:
+        return tree.map_with_path(lambda path, _: stacks.get(path) == stack, specs, is_leaf=is_spec)
+
+    return tuple(mask(stack) for stack in dict.fromkeys(stacks.values()))
+
+
+def split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Params]:
+    """Return the leaves of each stack, and the other leaves; None on the other sides."""
+    stacks = []
+    for mask in masks:
+        layers, x = tree.partition(x, mask)
+        stacks.append(layers)
+    return stacks, x
+
+
+def joined_states(states: list[OptState]) -> OptState:
+    """Return the optimizer states of all stacks as one: that of a single stack itself, None for no stack."""
+    return states[0] if len(states) == 1 else tuple(states) or None
+
+
+def states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState]:
+    """Invert joined_states."""
+    return [state] if len(masks) == 1 else list(state or ())
 
 
 def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.GradientTransformation:

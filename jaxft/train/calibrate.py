@@ -40,10 +40,9 @@ from jaxft.weights.codes import (
     confirm_codes,
     write_codes,
 )
-from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, in_layers
+from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, layer_paths
 from jaxft.weights.lora_start import check_ranks
 from jaxft.weights.safetensors import read_model_json
-from jaxft.weights.storage import quantised_paths
 
 RUN = "run"  # of quant.calibrate: the run's own training rows
 FEWEST_TOKENS = 128
@@ -199,8 +198,7 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
     ranks = dict[str, tuple[int, ...]]()
     if run.adapter and run.adapter.init == QERA:
         layouts = check_ranks(run.model.specs, run.adapter, run.model.weight_names)
-        coded = [path for path in quantised_paths(run.model.specs, quant) if in_layers(path)]
-        if other := layouts.keys() - set(coded):
+        if other := layouts.keys() - set(layer_paths(run.model.specs, quant)):
             raise ValueError(
                 f"adapter.init={QERA} corrects calibrated weights, and {min(other)} is not quantised; leave "
                 "it out of adapter.targets"

@@ -9,7 +9,7 @@ from tiny_model import CONFIG, assert_close
 
 from jaxft.distributed.sharding import make_mesh
 from jaxft.models.adapted import adapted
-from jaxft.models.dense import DenseArchitecture, dense_model, llama_specs, self_attention
+from jaxft.models.dense import dense_model, llama_specs, one_stack, self_attention
 from jaxft.nn.layer_attention import uniform
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.lora import Adapter, target_paths
@@ -53,7 +53,7 @@ def layer(f, p, h, attend, key):
 
 def expert_model(adapter=None):
     attention = uniform(CONFIG.layers, CONFIG.head_dim, CONFIG.rope)
-    arch = DenseArchitecture(expert_specs(CONFIG), {}, layer, attention)
+    arch = one_stack(expert_specs(CONFIG), {}, layer, attention)
     return adapted(dense_model(CONFIG, arch, jnp.float64), adapter)
 
 
