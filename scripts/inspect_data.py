@@ -61,10 +61,7 @@ from jaxft.runs import cli, named_weights  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
-from jaxft.train import (
-    open_settings,  # noqa: E402
-    recipes,  # noqa: E402
-)
+from jaxft.train import open_settings, recipes  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 

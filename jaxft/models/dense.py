@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxft import tree
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
@@ -38,7 +39,7 @@ from jaxft.nn.layers import (
 )
 from jaxft.nn.lm_head import head_params, lm_head
 from jaxft.nn.matmul import gather_layer
-from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import (
     BlockLayer,
@@ -50,6 +51,7 @@ from jaxft.nn.scan import (
     RowOptions,
     Stack,
     Stacks,
+    layer_places,
     layers_of,
     run_stacks,
     scan_stacks,
@@ -146,7 +148,7 @@ def dense_model(
     d = Decoder(options, architecture, _stacks(options, architecture, layers))
     return Model(
         config=config,
-        specs=architecture.specs,
+        specs=_numbered(architecture.specs, d.stacks),
         weight_names=architecture.names,
         attention=layers,
         stacks=d.stacks,
@@ -179,6 +181,19 @@ def _stacks(options: ForwardOptions, architecture: Architecture, attention: Atte
         stacks.append(Stack(stack.name, tuple(layers)))
         first = end
     return tuple(stacks)
+
+
+def _numbered(specs: Specs, stacks: Stacks) -> Specs:
+    """Return the specs with the numbers of their layers, if there are several stacks or layers of a block."""
+    if len(layers_of(stacks)) == 1:
+        return specs
+    numbers = {place.path: place.layer.numbers for place in layer_places(stacks)}
+
+    def of(path: str, spec: ParamSpec) -> ParamSpec:
+        found = [x for above, x in numbers.items() if path.startswith(f"{above}/")]
+        return replace(spec, numbers=found[0]) if found else spec
+
+    return tree.map_with_path(of, specs, is_leaf=is_spec)
 
 
 def _embed(d: Decoder, params: Params, ids: Int[Array, "B T"]) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxft.nn.scan import LayerMean
-from jaxft.tree import LayerOutputs, Metrics, struct
+from jaxft.tree import LayerOutputs, Metrics, static, struct
 
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
 GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
@@ -79,16 +79,17 @@ class PerRow:
 
 @struct
 class PerLayer:
-    """A Sum for each layer of a model, [L]; logged as NAME/0, NAME/1, ..."""
+    """A Sum for each layer of a model, [L]; logged as NAME/0, NAME/1, ... by the numbers of the layers."""
 
     total: Stored
     weight: Stored
+    numbers: tuple[int, ...] = static()
 
     def layers(self, name: str) -> "dict[str, Sum]":
         """Return the layers' Sums by the names that they are logged with."""
-        digits = len(str(len(self.total) - 1))
-        weight = np.broadcast_to(self.weight, self.total.shape)
-        return {f"{name}/{i:0{digits}d}": Sum(self.total[i], weight[i]) for i in range(len(weight))}
+        digits, weight = len(str(max(self.numbers))), np.broadcast_to(self.weight, self.total.shape)
+        sums = zip(self.numbers, self.total, weight, strict=True)
+        return {f"{name}/{number:0{digits}d}": Sum(total, own) for number, total, own in sums}
 
 
 @struct
@@ -211,7 +212,7 @@ def by_row(outputs: LayerOutputs) -> LayerOutputs:
 def layer_metrics(outputs: LayerOutputs) -> Metrics:
     """Return the means over rows that layers report (LayerMean, by row) as metrics."""
     means = {name: x for name, x in outputs.items() if isinstance(x, LayerMean)}
-    return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0)) for name, x in means.items()}
+    return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0), x.numbers) for name, x in means.items()}
 
 
 SUMS = (Sum, PerLayer, WinRate, Correlation, LabelNoise)  # added element by element
@@ -250,6 +251,14 @@ def neutral(like: Metrics) -> Metrics:
     return {name: neutral_of(m) for name, m in like.items()}
 
 
+def by_layer(metrics: Metrics) -> Metrics:
+    """Replace each PerLayer by a Sum for each layer, on the host."""
+    out: Metrics = {}
+    for name, m in metrics.items():
+        out |= m.layers(name) if isinstance(m, PerLayer) else {name: m}
+    return out
+
+
 def as_ties(metrics: Metrics) -> Metrics:
     """Return metrics of pairs of which all are ties: how their margins differ is rounding."""
 
@@ -267,10 +276,8 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
 
     A mean over nothing, and an accuracy of ties alone, is left out.
     """
-    out, single = dict[str, float](), dict[str, Any]()
-    for name, m in jax.device_get(metrics).items():
-        single |= m.layers(name) if isinstance(m, PerLayer) else {name: m}
-    for name, m in single.items():
+    out = {}
+    for name, m in by_layer(jax.device_get(metrics)).items():
         if isinstance(m, Sum):
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)

@@ -107,7 +107,8 @@ class Meter:
 
     def _on_host(self, metrics: Metrics) -> Metrics:
         host = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
-        return host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
+        own = host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
+        return metric.by_layer(own)
 
     def _give_up(self, steps: range) -> None:
         rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]

@@ -29,7 +29,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param import layer_numbers, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.objectives.objective import Objective
@@ -155,19 +155,19 @@ def _row_norms(before: Float[Array, "B T D"], after: Float[Array, "B T D"]) -> L
 
 def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
     """Return the path of the first parameter that is not finite, with its layer; "" if all are finite."""
-    stacked = {path: "layers" in spec.axes for path, spec in spec_paths(specs).items()}
+    numbers = {path: layer_numbers(spec) for path, spec in spec_paths(specs).items()}
 
     def bad(params: Params) -> dict[str, Any]:
         found = {}
         for path, leaf in tree.paths(params, is_leaf=is_qtensor).items():
             value = dequantize(leaf) if is_qtensor(leaf) else leaf
-            axes = tuple(range(1 if stacked[path] else 0, value.ndim))
+            axes = tuple(range(1 if numbers[path] else 0, value.ndim))
             found[path] = jnp.any(~jnp.isfinite(value), axes)
         return found
 
     for path, wrong in jax.device_get(jax.jit(bad, out_shardings=sharding.replicated(mesh))(params)).items():
         if wrong.any():
-            layer = f" in layer {int(np.flatnonzero(wrong)[0])}" if wrong.ndim else ""
+            layer = f" in layer {numbers[path][np.flatnonzero(wrong)[0]]}" if numbers[path] else ""
             return f"the parameter {path} is not finite{layer}"
     return ""
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft import tree
-from jaxft.nn.param import Specs, spec_paths
+from jaxft.nn.param import Specs, layer_numbers, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.objectives.metrics import PerLayer, Sum
 from jaxft.optim.update import to_float32
@@ -59,15 +59,15 @@ def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> C
 def make_watch(specs: Specs) -> Watch:
     """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer."""
     norms = make_layer_norms(specs)
-    stacked = {kind_of(path) for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
+    layers = {kind_of(path): tuple(layer_numbers(spec)) for path, spec in spec_paths(specs).items()}
 
     def watch(grads: Grads, old: Params, new: Params) -> Metrics:
         change = jax.tree.map(lambda n, o: to_float32(n) - to_float32(o), new, old)
         metrics: Metrics = {}
         for name, values in ((GRAD_NORM, norms(grads)), (UPDATE_NORM, norms(change))):
             for kind, x in values.items():
-                form = PerLayer if kind in stacked else Sum
-                metrics[f"{name}/{kind}"] = form(x, jnp.ones((), x.dtype))
+                one, numbers = jnp.ones((), x.dtype), layers[kind]
+                metrics[f"{name}/{kind}"] = PerLayer(x, one, numbers) if numbers else Sum(x, one)
         return metrics
 
     return watch
