@@ -13,14 +13,19 @@ from jaxft.tree import Params, static, struct
 
 
 class Tapped:
-    """The inputs of the tapped weights of the layer that was traced last, by the names of their taps.
-
-    They are tracers of that layer: its function, or an `observe` of a scan over layers, has to return what it
-    computes from them.
-    """
+    """What taps have collected of the layer that is traced."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Float[Array, "... I"]] = {}
+
+    def take(self) -> dict[str, Float[Array, "... I"]]:
+        """Return the inputs of the layer's tapped weights by the names of the taps, and forget them.
+
+        They are tracers: the function of the layer, or the `observe` of a scan over layers, has to call this
+        and to return what it computes from them.
+        """
+        taken, self.inputs = self.inputs, {}
+        return taken
 
 
 @struct

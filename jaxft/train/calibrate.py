@@ -328,7 +328,7 @@ def squared_inputs(model: Model, paths: Collection[str], base: Params, tokens: T
     used = (tokens.segments > 0)[..., None]
 
     def squares(before: Any, after: Any) -> dict[str, Any]:
-        x = {path: tapped.inputs[path].astype(jnp.float32) for path in paths}
-        return {path: jnp.sum(jnp.where(used, jnp.square(one), 0.0), (0, 1)) for path, one in x.items()}
+        inputs = {path: x.astype(jnp.float32) for path, x in tapped.take().items()}
+        return {path: jnp.sum(jnp.where(used, jnp.square(x), 0.0), (0, 1)) for path, x in inputs.items()}
 
     return model.hidden(tapped_base, tokens, observe=squares)[1]

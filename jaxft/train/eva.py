@@ -157,7 +157,7 @@ def _add_batch(
     tapped_base, tapped = with_taps(base, parts)
 
     def statistics(before: Any, after: Any) -> dict[str, Any]:
-        return {path: _centred(tapped.inputs[path], counted, parts[path]) for path in parts}
+        return {path: _centred(x, counted, parts[path]) for path, x in tapped.take().items()}
 
     found = model.hidden({"base": tapped_base}, rows, observe=statistics)[1]
     totals, moments = ({path: pair[i] for path, pair in found.items()} for i in (0, 1))

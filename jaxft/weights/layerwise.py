@@ -94,7 +94,7 @@ def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
 
     def collected(params: Params, h: Array, tokens: Tokens, index: Any) -> tuple[Array, dict[str, Array]]:
         params, tapped = with_taps(params, paths)
-        return forward(params, h, tokens, index), tapped.inputs
+        return forward(params, h, tokens, index), tapped.take()
 
     @partial(jax.jit, static_argnames="names")
     def both(
