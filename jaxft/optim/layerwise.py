@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Key
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn.param import Specs, spec_paths
-from jaxft.optim.transforms import joined_states, split_stacks, stack_masks, states_of_stacks
+from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
+from jaxft.optim.transforms import stack_of
 from jaxft.optim.update import StepInfo, UpdateCheck, Updated, guarded_update, stays_finite
 from jaxft.tree import Grads, Mask, OptState, Params
 
@@ -72,9 +72,9 @@ def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
     large = [
         path
         for path, s in spec_paths(specs).items()
-        if rowwise and "layers" not in s.axes and len(s.shape) == 2 and math.prod(s.shape) >= LARGE
+        if rowwise and kernel(s) and not lead_axes(s) and math.prod(s.shape) >= LARGE
     ]
-    return LayerGroups(stack_masks(specs), tuple(large))
+    return LayerGroups(_stack_masks(specs), tuple(large))
 
 
 def init_layerwise(
@@ -174,8 +174,8 @@ def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups
         return jax.random.fold_in(first, 2**31 + number) if first is not None and number else first
 
     return LayerParts(
-        partial(split_stacks, masks=groups.stacks),
-        partial(states_of_stacks, masks=groups.stacks),
+        partial(_split_stacks, masks=groups.stacks),
+        partial(_states_of_stacks, masks=groups.stacks),
         layers_key,
         partial(guarded_update, transform),
         partial(update_rest, transform, groups),
@@ -192,9 +192,38 @@ def no_layer_parts(
     return LayerParts(lambda x: ([], x), lambda _: [], lambda key, _: key, update, update, check, check)
 
 
+def _stack_masks(specs: Specs) -> tuple[Mask, ...]:
+    """Return a mask of the leaves with a layers axis for each stack of layers. specs: None where frozen."""
+    stacks = {path: stack_of(path) for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
+
+    def mask(stack: str) -> Mask:
+        return tree.map_with_path(lambda path, _: stacks.get(path) == stack, specs, is_leaf=is_spec)
+
+    return tuple(mask(stack) for stack in dict.fromkeys(stacks.values()))
+
+
+def _split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Params]:
+    """Return the leaves of each stack, and the other leaves; None on the other sides."""
+    stacks = []
+    for mask in masks:
+        layers, x = tree.partition(x, mask)
+        stacks.append(layers)
+    return stacks, x
+
+
+def joined_states(states: list[OptState]) -> OptState:
+    """Return the optimizer states of all stacks as one: that of a single stack itself, None for no stack."""
+    return states[0] if len(states) == 1 else tuple(states) or None
+
+
+def _states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState]:
+    """Invert joined_states."""
+    return [state] if len(masks) == 1 else list(state or ())
+
+
 def _split(groups: LayerGroups, x: Any) -> tuple[list[Any], Any, list[Any]]:
     """Split a tree like the trainable parameters: (leaves of each stack, other leaves, each large matrix)."""
-    stacks, others = split_stacks(x, groups.stacks)
+    stacks, others = _split_stacks(x, groups.stacks)
 
     def only(name: str) -> Any:
         return tree.map_with_path(lambda path, x: x if path == name else None, others)
@@ -267,7 +296,7 @@ def _row_pieces(grads: Grads) -> int:
 
 
 def _has_rows(x: Array, rows: int) -> bool:
-    return x.ndim > 0 and x.shape[0] == rows
+    return x.shape[:1] == (rows,)
 
 
 def _divide_rows(rows: int, pieces: int, x: Array) -> Array:

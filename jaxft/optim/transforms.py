@@ -1,5 +1,7 @@
 """Transformations of updates that know a parameter's layers, path or dtype."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,32 +10,43 @@ import optax
 from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.param import Specs, is_spec, spec_paths
+from jaxft.nn.param import Specs, is_spec, lead_axes, spec_paths
 from jaxft.optim.update import to_float32
-from jaxft.tree import Mask, OptState, Params
+from jaxft.tree import OptState, Params
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each layer of a stacked leaf as to a separate parameter. Other leaves are
-    unaffected. Statistics of a full parameter (factored moments, block RMS) would otherwise mix layers.
+    """Apply a transformation to each parameter of a stack (over layers, say) as to a separate
+    parameter. Statistics of a full parameter (factored moments, block RMS) would otherwise mix them.
     """
-    masks = stack_masks(specs)
+    leads = {path: lead_axes(spec) for path, spec in spec_paths(specs).items()}
+    kinds = {path: (lead, stack_of(path) if "layers" in lead else "") for path, lead in leads.items()}
+    own_kinds = {((), ""), *kinds.values()}
+    masks = {
+        kind: tree.map_with_path(lambda path, _, kind=kind: kinds[path] == kind, specs, is_leaf=is_spec)
+        for kind in sorted(own_kinds, key=lambda kind: (-len(kind[0]), kind))
+    }
+
+    def parts(x: Params | None) -> list[Params | None]:
+        return [None if x is None else tree.partition(x, mask)[0] for mask in masks.values()]
+
+    def each(fn: Callable, lead: tuple[str, ...], *args: Any) -> Any:
+        return fn(*args) if not lead else jax.vmap(partial(each, fn, lead[1:]))(*args)
 
     def init(params: Params) -> OptState:
         if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
-            return (joined_states([transform.init(params) for _ in masks]), transform.init(params))
-        stacks, rest = split_stacks(params, masks)
-        return (joined_states([jax.vmap(transform.init)(layers) for layers in stacks]), transform.init(rest))
+            return (transform.init(params),) * len(masks)
+        return tuple(
+            each(transform.init, lead if jax.tree.leaves(own) else (), own)
+            for (lead, _), own in zip(masks, parts(params), strict=True)
+        )
 
     def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
-        (stacks, rest), nothing = split_stacks(updates, masks), ([None] * len(masks), None)
-        own_stacks, own_rest = nothing if params is None else split_stacks(params, masks)
-        new_rest, rest_state = transform.update(rest, state[1], own_rest)
-        new, states = [new_rest], []
-        for layers, of_stack, own in zip(stacks, states_of_stacks(state[0], masks), own_stacks, strict=True):
-            layers, of_stack = jax.vmap(transform.update)(layers, of_stack, own)
-            new, states = [*new, layers], [*states, of_stack]
-        return tree.combine(*reversed(new)), (joined_states(states), rest_state)
+        found = [
+            each(transform.update, lead if jax.tree.leaves(own[0]) else (), *own)
+            for (lead, _), *own in zip(masks, parts(updates), state, parts(params), strict=True)
+        ]
+        return tree.combine(*(new for new, _ in found)), tuple(state for _, state in found)
 
     return optax.GradientTransformation(init, update)
 
@@ -44,35 +57,6 @@ def stack_of(path: str) -> str:
     """
     parts = path.split("/")
     return parts[max((i + 1 for i, part in enumerate(parts) if part in ("base", "adapter")), default=0)]
-
-
-def stack_masks(specs: Specs) -> tuple[Mask, ...]:
-    """Return a mask of the leaves with a layers axis for each stack of layers. specs: None where frozen."""
-    stacks = {path: stack_of(path) for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
-
-    def mask(stack: str) -> Mask:
-        return tree.map_with_path(lambda path, _: stacks.get(path) == stack, specs, is_leaf=is_spec)
-
-    return tuple(mask(stack) for stack in dict.fromkeys(stacks.values()))
-
-
-def split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Params]:
-    """Return the leaves of each stack, and the other leaves; None on the other sides."""
-    stacks = []
-    for mask in masks:
-        layers, x = tree.partition(x, mask)
-        stacks.append(layers)
-    return stacks, x
-
-
-def joined_states(states: list[OptState]) -> OptState:
-    """Return the optimizer states of all stacks as one: that of a single stack itself, None for no stack."""
-    return states[0] if len(states) == 1 else tuple(states) or None
-
-
-def states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState]:
-    """Invert joined_states."""
-    return [state] if len(masks) == 1 else list(state or ())
 
 
 def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ A loss that is not finite at the very first step ends the run with that record, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Diagnosis:
     gradients: ArraysByPath
     outputs: list[np.ndarray]
     nonfinite: str = ""  # the first parameter that is not finite
+    layers: dict[str, range] = field(default_factory=dict)  # which of the model the norms at a path are of
 
 
 class NonfiniteRecorder:
@@ -102,7 +103,7 @@ class NonfiniteRecorder:
 def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch: Batch) -> Diagnosis:
     """Repeat a step's forward and backward pass and return norms of everything in between."""
     p, (key, _) = member.programs, step_keys(member.run.seed, step)
-    norms = make_layer_norms(p.partition.specs, lambda path: path.replace("layers/", ""))
+    norms = make_layer_norms(p.partition.specs, str)
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, aux: Any) -> Any:
         return norms(accumulate_gradients(p.objective, (trainable, frozen), batch, key, aux)[0])
@@ -115,7 +116,8 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
     parameters = jax.jit(norms, out_shardings=everywhere)(params)
     parameters, gradient_norms, output_norms = jax.device_get((parameters, *found))
     nonfinite = first_parameter(params, p.partition.specs, p.mesh)
-    return Diagnosis(parameters, gradient_norms, output_norms, nonfinite)
+    layers = {path: layer_numbers(spec) for path, spec in spec_paths(p.partition.specs).items()}
+    return Diagnosis(parameters, gradient_norms, output_norms, nonfinite, layers)
 
 
 def make_layer_outputs(
@@ -220,8 +222,12 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
     text, bad = first_output(found.outputs)
     if text:
         return f"{text}, in {_rows(bad, names)}"
-    layers = {path: np.flatnonzero(~np.isfinite(x)) for path, x in found.gradients.items() if x.ndim == 1}
-    last = max((int(bad[-1]) for bad in layers.values() if len(bad)), default=None)
+    layers = {
+        path: [numbers[i] for i in np.flatnonzero(~np.isfinite(found.gradients[path]))]
+        for path, numbers in found.layers.items()
+        if numbers and path in found.gradients
+    }
+    last = max((bad[-1] for bad in layers.values() if bad), default=None)
     if last is not None:
         paths = ", ".join(path for path, bad in layers.items() if last in bad)
         return (

@@ -21,7 +21,7 @@ from jaxft.weights.cached_folder import adopt_folder, cached_folder, folder_dama
 from jaxft.weights.file_hash import cache_folder, content_sha256, files_sha256
 from jaxft.weights.model_files import QuantisedTensor
 from jaxft.weights.quantised import find_jaxft
-from jaxft.weights.quantised_write import tensors_of
+from jaxft.weights.quantised_write import packed_tensors
 from jaxft.weights.safetensors import (
     SafetensorsFiles,
     TensorToWrite,
@@ -109,7 +109,7 @@ def _write_layer(path: Path, layer: CalibratedLayer) -> None:
     tensors: list[TensorToWrite] = []
     for name, q in layer.weights.items():
         layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), q)
-        tensors += tensors_of(name, layout, _returning(q), "jaxft")
+        tensors += packed_tensors(name, layout, _returning(q), "jaxft")
     for name, pair in layer.pairs.items():
         for side, x in zip(_SIDES, pair, strict=True):
             fetch = np.asarray(x, np.float32)

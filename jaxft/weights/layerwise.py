@@ -21,14 +21,13 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn.matmul import outer
-from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
 from jaxft.nn.quant import Quant, dequantize
 from jaxft.nn.scan import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.nn.taps import with_taps
 from jaxft.tree import Params
 from jaxft.weights.codes import CalibratedLayer
 from jaxft.weights.gptq import inverse_factor
-from jaxft.weights.model_files import full_index
 from jaxft.weights.param_reader import ParamReader, read_values, read_whole
 from jaxft.weights.rounding import InputMoments, correction, exact_outputs, quantize_calibrated
 from jaxft.weights.storage import quantised_paths
@@ -144,7 +143,14 @@ def calibrate_layers(
     readers: of the base's parameters by path. ranks: of a low-rank correction of the weights at these paths,
     one per layer, 0 for none; the following layers are calibrated with it. Call it with a mesh of one device.
     """
-    paths, batches, by_path = layer_paths(model.specs, quant), rows.batches(), dict[str, _Programs]()
+    specs, paths = spec_paths(model.specs), layer_paths(model.specs, quant)
+    for path in paths:
+        if lead_axes(specs[path]) != ("layers",):
+            raise ValueError(
+                f"quant.calibrate={quant.calibrate}: {path} has kernels with inputs of their own along "
+                f"{lead_axes(specs[path])[-1]}, which are not read; leave it out of quant.targets"
+            )
+    batches, by_path = rows.batches(), dict[str, _Programs]()
     table = {"embed": jnp.asarray(read_whole(readers["embed"])).astype(model.dtype)}
     embed = jax.jit(model.embed)
     exact = [np.asarray(embed(table, batch.ids)) for batch in batches]
@@ -173,8 +179,8 @@ def calibrate_layers(
             factor = inverse_factor(moments.own)
             for name in names:
                 path = f"{place.path}/{name}"
-                hf_name = readers[path].names[place.index]
-                weight = _layer_values(readers[path], place.index).astype(np.float32)
+                tensor = readers[path].tensors[place.index]
+                hf_name, weight = tensor.name, read_values(readers[path], tensor).astype(np.float32)
                 target = exact_outputs(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
                 try:
@@ -199,14 +205,10 @@ def layer_paths(specs: Specs, quant: Quant) -> list[str]:
     return [path for path in quantised_paths(specs, quant) if path in of_layers]
 
 
-def _layer_values(reader: ParamReader, number: int) -> np.ndarray:
-    return read_values(reader, number, full_index((), reader.layer_shape))
-
-
 def _layer_params(model: Model, readers: Mapping[str, ParamReader], place: LayerPlace) -> Params:
     def leaf(path: str, spec: ParamSpec) -> Array:
-        values = _layer_values(readers[f"{place.path}/{path}"], place.index)
-        return jnp.asarray(values).astype(model.dtype)
+        reader = readers[f"{place.path}/{path}"]
+        return jnp.asarray(read_values(reader, reader.tensors[place.index])).astype(model.dtype)
 
     return tree.map_with_path(leaf, place.specs(model.specs), is_leaf=is_spec)
 

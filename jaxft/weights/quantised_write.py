@@ -73,7 +73,9 @@ def _misfit(layouts: Mapping[str, QTensor], method: str) -> str:
     return ""
 
 
-def tensors_of(name: str, layout: QTensor, make: Callable[[], QTensor], method: str) -> list[TensorToWrite]:
+def packed_tensors(
+    name: str, layout: QTensor, make: Callable[[], QTensor], method: str
+) -> list[TensorToWrite]:
     """Return the tensors of the weight `name` in the layout of `method`, see `method_for`.
 
     make: returns the weight on the host in this layout. It is called once, when the first of the tensors is

@@ -29,14 +29,15 @@ from jaxft.nn.matmul import linear
 from jaxft.nn.param import ParamSpec, fan_in, full
 from jaxft.nn.rope import Rope
 from jaxft.nn.scan import LayerMean, Mixer, Pass
+from jaxft.nn.tensor_names import TensorName
 
 W = 12  # channels of the recurrence
 SIZES = dict(vocab=96, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=128)
 NAMES = {
-    "blocks/recurrent/norm": ("model.layers.{i}.input_layernorm.weight", False),
-    "blocks/recurrent/mix/decay": ("model.layers.{i}.recurrence.decay_proj.weight", True),
-    "blocks/recurrent/mix/value": ("model.layers.{i}.recurrence.value_proj.weight", True),
-    "blocks/recurrent/mix/out": ("model.layers.{i}.recurrence.out_proj.weight", True),
+    "blocks/recurrent/norm": TensorName("model.layers.{i}.input_layernorm.weight"),
+    "blocks/recurrent/mix/decay": TensorName("model.layers.{i}.recurrence.decay_proj.weight", True),
+    "blocks/recurrent/mix/value": TensorName("model.layers.{i}.recurrence.value_proj.weight", True),
+    "blocks/recurrent/mix/out": TensorName("model.layers.{i}.recurrence.out_proj.weight", True),
 }
 
 
