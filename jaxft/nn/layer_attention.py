@@ -72,12 +72,13 @@ class LayerKind:
 class AttentionLayers:
     """Attention settings of every layer of a model.
 
-    kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer. scale: factor on the scores
+    kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer, None for one without
+    attention. scale: factor on the scores
     q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and what overrides the choice of a kernel.
     """
 
     kinds: tuple[LayerKind, ...]
-    layout: tuple[int, ...]
+    layout: tuple[int | None, ...]
     head_dim: int
     scale: float | None = None
     settings: AttentionSettings = AttentionSettings()
@@ -89,7 +90,7 @@ class AttentionLayers:
     @property
     def windowed(self) -> np.ndarray:
         """Whether each layer has a window: bools [L]."""
-        return np.array([self.kinds[kind].window is not None for kind in self.layout])
+        return np.array([kind is not None and self.kinds[kind].window is not None for kind in self.layout])
 
     @property
     def longest_window(self) -> int:

@@ -2,6 +2,7 @@
 layers, trains them or names them follows.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,12 +15,16 @@ from two_stacks import two_stacks
 
 from jaxft.batch import TrainState
 from jaxft.models.adapted import adapted
-from jaxft.nn.param import init_params
+from jaxft.nn.lora_specs import pair_layouts
+from jaxft.nn.param import init_params, is_spec, kernel, spec_paths
+from jaxft.nn.quant import quantize
 from jaxft.nn.scan import layer_places, run_layer
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.step import make_train_step
+from jaxft.train.watch import make_watch
+from jaxft.weights.tensors import tensors_of
 
 BATCH = rows(random_ids(2, 12), segments=[[1] * 7 + [2] * 5, [1] * 10 + [0] * 2],
              positions=[[*range(7), *range(5)], [*range(10), 0, 0]])  # fmt: skip
@@ -108,3 +113,33 @@ def test_layers_that_are_updated_one_by_one_are_those_of_one_update(params, kind
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), updated, expected)
     assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-6)
     assert np.abs(expected["base"]["first"]["attn"]["q"] - params["first"]["attn"]["q"]).max() > 1e-3
+
+
+def test_adapters_files_and_norms_have_the_numbers_of_the_models_layers(params):
+    model, settings = two_stacks(), Adapter(rank=2, targets=("q", "out"), layers_to_transform=(1, 4))
+    ranks = {path: x.ranks for path, x in pair_layouts(model.specs, settings, model.weight_names).items()}
+    assert ranks == {"blocks/recurrent/mix/out": (2, 0), "blocks/full/attn/q": (0, 2)}
+    names = [tensor.name for tensor in tensors_of(model)["blocks/full/attn/q"]]
+    assert names == [f"model.layers.{i}.self_attn.q_proj.weight" for i in (2, 4)]
+    specs = adapted(model, settings).specs["adapter"]
+    grads = jax.tree.map(lambda s: jnp.ones(s.shape), specs, is_leaf=is_spec)
+    found = metrics.by_layer(make_watch({"adapter": specs})(*[{"adapter": grads}] * 3))
+    assert {name for name in found if name.startswith("grad_norm")} == {
+        f"grad_norm/blocks/{kind}/{i}" for kind, numbers in (("recurrent/mix/out", (1, 3)), ("full/attn/q", (2, 4)))
+        for i in numbers
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="layers_to_transform=5: the layers are 0 to 4"):
+        pair_layouts(model.specs, replace(settings, layers_to_transform=(5,)), model.weight_names)
+
+
+def test_a_quantised_base_with_adapters_computes_the_same_from_a_cache(params):
+    """With int8 kernels and an adapter on every one, in all layers."""
+    model = adapted(two_stacks(), Adapter(rank=2, targets="all-linear"))
+    whole = {"base": params, "adapter": init_params(model.specs["adapter"], jax.random.key(1), jnp.float64)}
+    kernels = {path for path, spec in spec_paths(model.specs["base"]).items() if kernel(spec) and "/" in path}
+    coded = tree.map_with_path(lambda p, x: quantize(x, "int8") if p in kernels else x, params)
+    near = jax.jit(model.hidden)({**whole, "base": coded}, BATCH)[0]
+    expected = jax.jit(model.hidden)(whole, BATCH)[0]
+    assert 0 < np.abs(near - expected).max() < 0.2
+    for error in differences(model, {**whole, "base": coded}):
+        assert error.max() < 1e-10, error.max()
