@@ -9,6 +9,7 @@ The caches of prompts and of rows are tuples with a part for each layer of the m
 trees of Keys, and of other arrays [L, B, ...] where a layer is recurrent.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -262,9 +263,7 @@ def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: An
     layer = jnp.where(used, layer, layers).astype(counts.dtype)  # beyond the last, it is dropped
     at_R2 = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], -1)
 
-    def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
-        if old is None or x is None:
-            return None
+    def put(axis: int, old: Array, x: Array) -> Array:
         # rows are a batching dimension, so that each device of a mesh updates its own
         where = jax.lax.ScatterDimensionNumbers(
             update_window_dims=tuple(range(1, old.ndim - 2)),
@@ -278,10 +277,13 @@ def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: An
             old, at_R2, updates, where, unique_indices=True, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
         )
 
-    return Keys(
-        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
-        put(keys.v_scale, new.v_scale, 3),
-    )  # fmt: skip
+    return _map_slots(put, keys, new)
+
+
+def _map_slots(fn: Callable[..., Array], keys: Keys, *others: Keys) -> Keys:
+    """Map `fn(axis of the slots, array, ...)` over the arrays of Keys."""
+    axes = Keys(4, 3) if keys.k_scale is None else Keys(4, 3, 3, 3)
+    return jax.tree.map(fn, axes, keys, *others)
 
 
 def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
@@ -304,16 +306,11 @@ def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
     stored = (i < chunk.lengths[:, None]) & (i >= chunk.lengths[:, None] - size)  # the last ones of a window
     at = jnp.where(stored, chunk.rows[:, None], rows)
 
-    def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
-        if old is None or x is None:
-            return None
+    def put(axis: int, old: Array, x: Array) -> Array:
         index = (slice(None), at, *(slice(None),) * (axis - 2), slots)
         return old.at[index].set(jnp.moveaxis(x, (1, axis), (0, 1)), mode="drop")
 
-    return Keys(
-        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
-        put(keys.v_scale, new.v_scale, 3),
-    )  # fmt: skip
+    return _map_slots(put, keys, new)
 
 
 @struct

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Key
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.nn.fused_update import layer_at, put_layer
 from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.optim.transforms import stack_of
 from jaxft.optim.update import StepInfo, UpdateCheck, Updated, guarded_update, stays_finite
@@ -253,8 +254,7 @@ def _all_pieces(check: Callable, pieces: Any, fine: Bool[Array, ""]) -> Bool[Arr
     """Whether `fine` and `check(piece)` for each index of the leaves' first axis."""
 
     def one(i: Array, fine: Array) -> Array:
-        piece = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), pieces)
-        return fine & check(piece)
+        return fine & check(layer_at(pieces, i))
 
     return jax.lax.fori_loop(0, jax.tree.leaves(pieces)[0].shape[0], one, fine)
 
@@ -263,9 +263,8 @@ def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Ar
     """Apply `update(grads, before, key)` to each index of the leaves' first axis, in place."""
 
     def one(i: Array, now: Any) -> Any:
-        at = partial(jax.tree.map, lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False))
-        new = update(at(grads), at(now), None if key is None else jax.random.fold_in(key, i))
-        return jax.tree.map(lambda x, piece: jax.lax.dynamic_update_index_in_dim(x, piece, i, 0), now, new)
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        return put_layer(now, update(layer_at(grads, i), layer_at(now, i), own_key), i)
 
     return jax.lax.fori_loop(0, jax.tree.leaves(grads)[0].shape[0], one, before)
 
