@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_continuation import differences
 from tiny_families import random_ids, rows
 from two_stacks import two_stacks
@@ -26,6 +27,8 @@ from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.step import make_train_step
 from jaxft.train.watch import make_watch
+from jaxft.weights import peft_write
+from jaxft.weights.peft import read_adapter
 from jaxft.weights.tensors import tensors_of
 
 BATCH = rows(random_ids(2, 12), segments=[[1] * 7 + [2] * 5, [1] * 10 + [0] * 2],
@@ -130,6 +133,23 @@ def test_adapters_files_and_norms_have_the_numbers_of_the_models_layers(params):
     assert norms == {"recurrent/mix/out/1", "recurrent/mix/out/3", "full/attn/q/2", "full/attn/q/4"}
     with pytest.raises(ValueError, match="layers_to_transform=5: the layers are 0 to 4"):
         pair_layouts(model.specs, replace(settings, layers_to_transform=(5,)), model.weight_names)
+
+
+def test_an_adapters_file_has_pairs_of_every_kind_of_layer_and_is_read_again(tmp_path, params):
+    model, settings = two_stacks(jnp.float32), Adapter(rank=2, targets=("q", "out"))
+    whole = adapted(model, settings)
+    adapter = jax.tree.map(lambda s: np.random.default_rng(0).normal(size=s.shape), whole.specs["adapter"],
+                           is_leaf=is_spec)  # fmt: skip
+    adapter = tree.map_with_path(lambda p, x: np.full_like(x, 8.0) if p.endswith("scale") else x, adapter)
+    peft_write.save_adapter(tmp_path / "adapter", adapter, settings, whole, "base")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    modules = [f"{i}.recurrence.out_proj" for i in (1, 3)] + [f"{i}.self_attn.q_proj" for i in (0, 2, 4)]
+    assert names.keys() == {
+        f"base_model.model.model.layers.{m}.lora_{half}.weight" for m in modules for half in "AB"
+    }
+    found, again = read_adapter(tmp_path / "adapter", model)
+    assert again.rank == 2 and set(again.targets) == {"q", "out"}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, adapter)
 
 
 def test_a_quantised_base_with_adapters_computes_the_same_from_a_cache(params):
