@@ -61,8 +61,9 @@ def test_layers_run_in_the_order_of_the_stacks_and_of_their_blocks(params):
         means += [outputs["first_channel"].total] if "first_channel" in outputs else []
         states += [outputs["state"]] if "state" in outputs else []
     found, outputs = jax.jit(model.hidden)(params, BATCH)
-    norm = jnp.sqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + model.config.norm_eps)
-    np.testing.assert_allclose(found, h / norm * params["final_norm"], rtol=1e-12)
+    h = np.asarray(h)
+    norm = np.sqrt(np.square(h).mean(-1, keepdims=True) + model.config.norm_eps)
+    np.testing.assert_allclose(found, h / norm * np.asarray(params["final_norm"]), rtol=1e-12)
     np.testing.assert_allclose(outputs["first_channel"].total, jnp.stack(means), rtol=1e-12)
     np.testing.assert_allclose(outputs["state"], jnp.stack(states), rtol=1e-12)
     assert outputs["first_channel"].numbers == (0, 2, 4)
@@ -140,7 +141,7 @@ def test_an_adapters_file_has_pairs_of_every_kind_of_layer_and_is_read_again(tmp
     whole = adapted(model, settings)
     adapter = jax.tree.map(lambda s: np.random.default_rng(0).normal(size=s.shape), whole.specs["adapter"],
                            is_leaf=is_spec)  # fmt: skip
-    adapter = tree.map_with_path(lambda p, x: np.full_like(x, 8.0) if p.endswith("scale") else x, adapter)
+    adapter = tree.map_with_path(lambda p, x: np.full_like(x, 16.0) if p.endswith("scale") else x, adapter)
     peft_write.save_adapter(tmp_path / "adapter", adapter, settings, whole, "base")
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     modules = [f"{i}.recurrence.out_proj" for i in (1, 3)] + [f"{i}.self_attn.q_proj" for i in (0, 2, 4)]

@@ -158,7 +158,11 @@ def _chunk(cache, chunk, dtype):
                 new = decay * s + value
                 return jnp.where((i < chunk.lengths)[:, None], new, s), new
 
-            xs = decay.swapaxes(0, 1), value.swapaxes(0, 1), jnp.arange(decay.shape[1])
+            xs = (
+                decay.swapaxes(0, 1),
+                value.swapaxes(0, 1),
+                jnp.arange(decay.shape[1], dtype=chunk.lengths.dtype),
+            )
             last, s = jax.lax.scan(step, start, xs)
             return s.swapaxes(0, 1), Extras((None, last))
 
