@@ -219,8 +219,8 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
             _refuse_part(name, end_by_name.keys())
             near = ", ".join(tree.nearest(name, list(end_by_name)))
             raise ValueError(f"adapter.targets: {name!r} is not a linear layer; near: {near}")
-    selected = {end_by_name[name] for name in targets}
-    return [path for path, end in ends.items() if end in selected]
+    wanted = {end_by_name[name] for name in targets}
+    return [path for path, end in ends.items() if end in wanted]
 
 
 def _refuse_part(name: str, known: AbstractSet[str]) -> None:

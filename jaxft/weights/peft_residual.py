@@ -76,7 +76,7 @@ def first_pair_in(base: ModelFiles | None) -> ReadFirstPair:
                 f"{weight.tensor.shape}; is the adapter for another base model?"
             )
         with finite.errors_name(f"{base.where}: tensor {name}"):
-            values = finite.require_finite(weight.tensor.read(base)).astype(np.float32)
+            values = weight.tensor.turned(finite.require_finite(base.read(name)).astype(np.float32))
         return FIRST_PAIRS[weight.init](values, weight.rank, weight.scale)
 
     return read

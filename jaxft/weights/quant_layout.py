@@ -15,17 +15,18 @@ from jaxft.weights.model_files import Index
 
 
 def array_index(layout: QTensor, array: str, index: Index) -> Index:
-    """Return where in one of a layout's arrays the part of the weight [in, out] at `index` is; its limits are
+    """Return where in one of a layout's arrays the part of the weight [..., in, out] at `index` is; these are
     limits of blocks.
     """
-    ins, outs = index
+    *above, ins, outs = index
     if array == "codes":
-        return (slice(ins.start // 2, -(-ins.stop // 2)) if is_paired(layout.kind) else ins, outs)
+        ins = slice(ins.start // 2, -(-ins.stop // 2)) if is_paired(layout.kind) else ins
+        return *above, ins, outs
     if array in ("outer", "mean", "index"):
-        return ()
+        return tuple(above)
     if layout.block is None or layout.index is not None:
-        return slice(None), outs
-    return slice(ins.start // layout.block, -(-ins.stop // layout.block)), outs
+        return *above, slice(None), outs
+    return *above, slice(ins.start // layout.block, -(-ins.stop // layout.block)), outs
 
 
 def block_layout(
