@@ -84,7 +84,7 @@ def _prompts(a: AttentionLayers, tokens: Batch, new: int, dtype: DTypeLike) -> P
 
         return attend_prompts
 
-    return Pass(mix, a.kind_numbers, end=lambda _, kv: prompt_keys(*kv, a))
+    return Pass(mix, a.kind_numbers, end=lambda _, kv: prompt_keys(kv[0], kv[1], a))
 
 
 def _token(a: AttentionLayers, cache: Cache, at: NextToken, dtype: DTypeLike) -> Pass:

@@ -11,7 +11,7 @@ trees of Keys, and of other arrays [L, B, ...] where a layer is recurrent.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class LayerKeys:
     window: Keys | None
 
 
-Parts = tuple[Any, ...]  # of a cache
+Parts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its elements
 
 
 @struct

@@ -105,7 +105,8 @@ def layers_of(stacks: Stacks) -> list[BlockLayer]:
     return [layer for stack in stacks for layer in stack.layers]
 
 
-class LayerPlace(NamedTuple):
+@dataclass(frozen=True)
+class LayerPlace:
     """Where a layer of a model is: the path of its stacked parameters, its part of a block, which block."""
 
     path: str

@@ -337,7 +337,7 @@ def to_json(metrics: Metrics) -> dict[str, list[Any]]:
 
 def from_json(stored: dict[str, list[Any]]) -> Metrics:
     """Return metrics from JSON, as float64 arrays on the host."""
-    kinds = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
     return {
         name: kinds[kind](*(np.asarray(x, np.float64) for x in arrays))
         for name, (kind, *arrays) in stored.items()

@@ -67,11 +67,11 @@ def fused_step(
         rest: Params, stacks: list[Params], states: list[OptState], squares: list[Array]
     ) -> tuple[Array, Metrics]:
         params, fused = tree.combine(rest, frozen), dict[str, FusedLayers]()
-        for number, (layers, *others) in enumerate(zip(stacks, states, squares, strict=True)):
+        for number, (layers, *carried) in enumerate(zip(stacks, states, squares, strict=True)):
             name = stack_of(next(iter(tree.paths(layers))))
             pick = partial(_layers_of_base, name)
             update = partial(update_layer, number)
-            fused[name] = FusedLayers(layers, pick(frozen), *others, pick, update, uses)
+            fused[name] = FusedLayers(layers, pick(frozen), carried[0], carried[1], pick, update, uses)
         params = {**params, "base": {**params["base"], **fused}}
         return objective(params, jax.tree.map(lambda x: x[0], batch), keys[0], state.aux)
 

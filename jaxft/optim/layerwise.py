@@ -99,13 +99,13 @@ def update_layerwise(
 ) -> Updated:
     """Return (parameters, optimizer state) after updating the other leaves, then the layers one by one."""
     rest, rest_state = parts.update_rest(grads, opt_state, params, info)
-    update, new, states = partial(_update_piece, parts.update_layer, info), [], []
+    update, states = partial(_update_piece, parts.update_layer, info), list[OptState]()
     stacks = zip(parts.split(grads)[0], parts.split(params)[0], parts.states(opt_state.layers), strict=True)
     for number, (layer_grads, *before) in enumerate(stacks):
         key = parts.layers_key(info.key, number)
         layers, state = _piece_by_piece(update, layer_grads, tuple(before), key)
-        new, states = [*new, layers], [*states, state]
-    return tree.combine(*new, rest), rest_state._replace(layers=joined_states(states))
+        rest, states = tree.combine(layers, rest), [*states, state]
+    return rest, rest_state._replace(layers=joined_states(states))
 
 
 def layers_stay_finite(

@@ -160,8 +160,8 @@ def calibrate_layers(
     for place in layer_places(model.stacks):
         within, number = f"{place.path}/", jnp.int32(place.index)
         if place.path not in by_path:
-            own = [path.removeprefix(within) for path in paths if path.startswith(within)]
-            by_path[place.path] = _programs(place.layer, own)
+            inside = [path.removeprefix(within) for path in paths if path.startswith(within)]
+            by_path[place.path] = _programs(place.layer, inside)
         programs = by_path[place.path]
         params = _layer_params(model, readers, place)
         if place.path not in groups:
