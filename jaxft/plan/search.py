@@ -148,7 +148,8 @@ def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
                 "fsdp": count // (tensor * context * data),
             }
             meshes.append(replace(run.mesh, slices=slices, **sizes))
-    remats = ("full",) if backward else [r for r in SAVED_WIDTHS if r != "pairs" or config.layers % 2 == 0]
+    odd = any(stack.blocks % 2 for stack in run.model.stacks)
+    remats = ("full",) if backward else [remat for remat in SAVED_WIDTHS if remat != "pairs" or not odd]
     for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
         if batch % (micro * _shards(mesh)) == 0 and not (backward and micro > 1):
             yield Choice(micro, remat, mesh)
