@@ -21,7 +21,7 @@ from jaxft.train.settings import Run
 from jaxft.weights.layerwise import calibrate_layers
 
 EXPERTS = "layers/mlp/experts"
-MODEL = tiny_experts.experts(replace(CONFIG, vocab=512), jnp.float32)
+MODEL = tiny_experts.experts(replace(CONFIG, vocab=512, max_positions=256), jnp.float32)
 ROWS = Rows("none", batch=8, micro=1, max_length=32)
 SHARDED, REPLICATED = MeshShape(4, expert=2), MeshShape(8)
 
@@ -51,7 +51,7 @@ def test_the_programs_of_a_run_compile_for_a_mesh_that_shards_experts(full):
 
 
 def test_statistics_of_inputs_are_refused_where_every_expert_has_inputs_of_its_own():
-    with pytest.raises(ValueError, match=f"{EXPERTS}/gate has kernels .* along experts, which are not read"):
+    with pytest.raises(ValueError, match=f"{EXPERTS}/down has kernels .* along experts, which are not read"):
         next(calibrate_layers(MODEL, {}, Quant("nf4", 8, calibrate="rows.jsonl"), None, {}))
     with pytest.raises(ValueError, match=f"adapter.init=eva .*; leave {EXPERTS}/up out of adapter.targets"):
         programs.build(a_run(adapter=Adapter(targets=("q", "up"), init="eva"), quant=None), 10)
