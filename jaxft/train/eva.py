@@ -23,7 +23,7 @@ from jaxft.tree import Batch, Params, struct
 from jaxft.weights import eva, place
 from jaxft.weights.tensors import layer_on_host
 
-MOMENT_BYTES = 2**32  # of covariances on the device at once; their gradients take as many
+MOMENT_BYTES = 2**32  # of covariances on the device at once; those of a batch take as many
 
 RowRange = tuple[int, int]  # the first row, and the one after the last
 
