@@ -1,6 +1,6 @@
 """The model around the layers of every dense decoder family, and functions that compute parts of layers.
 
-A family (llama.py, qwen.py, ...) declares an `Architecture`: its parameters, their names in Hugging Face
+A family (llama.py, qwen.py, ...) declares a `DecoderSpec`: its parameters, their names in Hugging Face
 files, the attention settings of each layer, and the functions that compute the layers of its stacks; most
 have `one_stack` of layers that are all alike. `dense_model` builds the Model from it.
 
@@ -90,7 +90,7 @@ class StackSpec:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class DecoderSpec:
     """A family's parameters and functions, from which dense_model builds its Model.
 
     specs: the parameters. names: their tensor names in Hugging Face files. stacks: the layers. attention:
@@ -114,13 +114,13 @@ def with_attention(config: DenseConfig, attention: AttentionLayers) -> Mixer:
 
 def one_stack(
     specs: Specs, names: WeightNames, layer: LayerFunction, attention: AttentionLayers, **more: Any
-) -> Architecture:
-    """Return the Architecture of a family whose layers are all computed by one function with attention.
+) -> DecoderSpec:
+    """Return the DecoderSpec of a family whose layers are all computed by one function with attention.
 
-    more: fields of Architecture.
+    more: fields of DecoderSpec.
     """
     stack = StackSpec("layers", len(attention.layout), (LayerSpec(layer, with_attention),))
-    return Architecture(specs, names, (stack,), attention, **more)
+    return DecoderSpec(specs, names, (stack,), attention, **more)
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,13 @@ class Decoder:
     """An architecture with its compute options, and its layers with them."""
 
     options: ForwardOptions
-    architecture: Architecture
+    architecture: DecoderSpec
     stacks: Stacks
 
 
 def dense_model(
     config: DenseConfig,
-    architecture: Architecture,
+    architecture: DecoderSpec,
     dtype: DTypeLike = jnp.bfloat16,
     remat: RematPolicy = "projections",
     residual: DTypeLike | None = None,
@@ -167,7 +167,7 @@ def dense_model(
     )
 
 
-def _stacks(options: ForwardOptions, architecture: Architecture, attention: AttentionLayers) -> Stacks:
+def _stacks(options: ForwardOptions, architecture: DecoderSpec, attention: AttentionLayers) -> Stacks:
     """Return the architecture's layers with their compute options and attention settings."""
     stacks, first = list[Stack](), 0
     for stack in architecture.stacks:

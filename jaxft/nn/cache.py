@@ -48,14 +48,14 @@ class LayerKeys:
     window: Keys | None
 
 
-Parts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its elements
+CacheParts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its elements
 
 
 @struct
 class PromptKeys:
     """What is cached of prompts, and which of their slots [P, S] have a token. They end in the last slot."""
 
-    layers: Parts
+    layers: CacheParts
     visible: Any
 
 
@@ -68,7 +68,7 @@ class Cache:
     """
 
     prompts: PromptKeys
-    rows: Parts
+    rows: CacheParts
     new: int = static()
 
     def part(self, number: int) -> "Cache":
@@ -216,7 +216,7 @@ def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
     return PromptKeys(layers, pad(keys.visible, like.visible.shape[1], 1))
 
 
-def cache_axes(layers: Parts) -> Parts:
+def cache_axes(layers: CacheParts) -> CacheParts:
     """Return the logical axes of every array of a cache's parts."""
 
     def of(x: Any) -> Any:
@@ -228,17 +228,17 @@ def cache_axes(layers: Parts) -> Parts:
     return jax.tree.map(of, layers, is_leaf=is_keys)
 
 
-def sharded(layers: Parts) -> Parts:
+def sharded(layers: CacheParts) -> CacheParts:
     """Shard a cache's parts over rows and heads."""
     return jax.tree.map(lambda x, axes: constrain(x, *axes), layers, cache_axes(layers))
 
 
-def select_rows(layers: Parts, rows: Array) -> Parts:
+def select_rows(layers: CacheParts, rows: Array) -> CacheParts:
     """Return what is cached of these rows (or prompts)."""
     return jax.tree.map(lambda x: x[:, rows], layers)
 
 
-def clear_values(layers: Parts, rows: Array) -> Parts:
+def clear_values(layers: CacheParts, rows: Array) -> CacheParts:
     """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
 
     def cleared(x: Array) -> Array:

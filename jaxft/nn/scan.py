@@ -7,7 +7,7 @@ layers and one with attention. Models whose layers are all alike have one stack 
 A family defines a function for each layer of a block, `layer(params, h, mix, key) -> (h, extras)`, on the
 residual stream [B, T, D]. It calls `mix` once, with attention `mix(q, k, v) -> (o, extras)` with q
 [B, T, H, E] and k, v [B, T, K, E] before rope, and returns these `extras`, perhaps with outputs of its own:
-`extras._replace(outputs={"load": tokens_per_expert})`.
+`extras._replace(outputs={"sparsity": fraction_of_zeros})`.
 """
 
 from collections.abc import Callable, Sequence

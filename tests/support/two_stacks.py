@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models.dense import (
-    Architecture,
+    DecoderSpec,
     LayerSpec,
     StackSpec,
     dense_model,
@@ -72,7 +72,7 @@ def two_stacks(dtype=jnp.float64, blocks=2, window=None, **options):
         StackSpec("blocks", blocks, (LayerSpec(_recurrent_layer, _recurrence, "recurrent"), full_layer)),
     )
     return dense_model(
-        config, Architecture(specs, names_of(specs, names), stacks, attention), dtype, **options
+        config, DecoderSpec(specs, names_of(specs, names), stacks, attention), dtype, **options
     )
 
 
