@@ -20,14 +20,16 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import pair_layouts
 from jaxft.nn.param import init_params, is_spec, kernel, spec_paths
-from jaxft.nn.quant import quantize
+from jaxft.nn.quant import Quant, dequantize, quantize
 from jaxft.nn.scan import layer_places, run_layer
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.step import make_train_step
 from jaxft.train.watch import make_watch
-from jaxft.weights import peft_write
+from jaxft.weights import hf, hf_write, peft_write
+from jaxft.weights.layerwise import CalibrationRows, calibrate_layers
+from jaxft.weights.param_reader import param_readers
 from jaxft.weights.peft import read_adapter
 from jaxft.weights.tensors import tensors_of
 
@@ -164,3 +166,18 @@ def test_a_quantised_base_with_adapters_computes_the_same_from_a_cache(params):
     assert 0 < np.abs(near - expected).max() < 0.2
     for error in differences(model, {**whole, "base": coded}):
         assert error.max() < 1e-10, error.max()
+
+
+@pytest.mark.slow
+def test_calibration_rounds_the_layers_of_all_stacks_in_their_order(tmp_path, params):
+    model, base = two_stacks(jnp.float32), jax.tree.map(np.float32, params)
+    hf_write.save_folder(tmp_path, model, base, None)
+    readers = param_readers(hf.open_folder(tmp_path), model)
+    rows = CalibrationRows(*(np.asarray(x) for x in (BATCH.ids, BATCH.segments, BATCH.positions)))
+    found = list(calibrate_layers(model, readers, Quant("int8"), rows, {}))
+    assert [len(layer.weights) for layer in found] == [7, 3, 7, 3, 7]
+    for number, layer in enumerate(found):
+        assert all(name.startswith(f"model.layers.{number}.") for name in layer.weights)
+    weight = dequantize(found[3].weights["model.layers.3.recurrence.out_proj.weight"])
+    expected = base["blocks"]["recurrent"]["mix"]["out"][1]
+    assert 0 < np.abs(weight - expected).max() < 0.02 * np.abs(expected).max()
