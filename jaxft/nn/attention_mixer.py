@@ -67,7 +67,7 @@ def _rows(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> Pass:
     def mix(kind: Any, _: None) -> Attend:
         return lambda q, k, v: (attend_rows(a, kind, (q, k, v), angles, ranges, tokens.packed)[0], Extras())
 
-    return Pass(mix, a.kind_numbers)
+    return Pass(mix, None if a.kind_numbers is None else jnp.asarray(a.kind_numbers))
 
 
 def _prompts(a: AttentionLayers, tokens: Batch, new: int, dtype: DTypeLike) -> Pass:
