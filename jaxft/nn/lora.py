@@ -304,7 +304,7 @@ def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
     return pairs
 
 
-def widened(pair: dict[str, Any], rank: int) -> dict[str, Any]:
+def padded_pair(pair: dict[str, Any], rank: int) -> dict[str, Any]:
     """Return a pair of this rank: further columns of `a` and rows of `b` are zero. Leaves may be NumPy's."""
     xp: Any = np if isinstance(pair["a"], np.ndarray) else jnp
     *lead, _, own = pair["a"].shape
@@ -342,7 +342,7 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
     return jax.tree.map(stack, *adapters)
 
 
-def together(stacks: dict[str, Any]) -> dict[str, Several]:
+def several(stacks: dict[str, Any]) -> dict[str, Several]:
     """Return stacks of adapters and heads by name for one forward pass with all of them: the axis over
     adapters is behind the lead axes.
     """

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.nn.lora import widened
+from jaxft.nn.lora import padded_pair
 from jaxft.tree import Params
 
 RANKS = 2  # rank of a blend, in ranks of the adapter
@@ -29,7 +29,7 @@ def widened_pairs(params: Params) -> Params:
             "a mean of DoRA adapters is no adapter of a low rank; set adapter.dora=false, or moving=none"
         )
     if _is_pair(params):
-        return widened(params, RANKS * params["a"].shape[-1])
+        return padded_pair(params, RANKS * params["a"].shape[-1])
     if isinstance(params, dict):
         return {name: widened_pairs(x) for name, x in params.items()}
     return params
@@ -80,7 +80,7 @@ def _blended_pair(
     root = jnp.sqrt(s[..., :rank])
     a = left @ (u[..., :rank] * root[..., None, :])
     b = (root[..., :, None] * vt[..., :rank, :]) @ jnp.swapaxes(right, -1, -2)
-    pair, squares = widened({"a": a, "b": b}, rank), jnp.square(s)
+    pair, squares = padded_pair({"a": a, "b": b}, rank), jnp.square(s)
     return (
         pair["a"].astype(old[0].dtype),
         pair["b"].astype(old[1].dtype),

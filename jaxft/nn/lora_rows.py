@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from jaxft import tree
 from jaxft.nn import dora
-from jaxft.nn.lora import Adapted, adapters_axis, map_kernels, pair_axes, pairs_by_path, widened
+from jaxft.nn.lora import Adapted, adapters_axis, map_kernels, padded_pair, pair_axes, pairs_by_path
 from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
 from jaxft.nn.replaced import base_spec, is_replacement
 from jaxft.tree import Params
@@ -60,7 +60,7 @@ def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
         ones = next((np.ones_like(pair["gain"]) for pair in present if "gain" in pair), None)
         for out, pair in zip(found, pairs, strict=True):
             plain = zero if pair is None else pair
-            out[path] = widened({name: np.asarray(plain[name]) for name in zero}, rank)
+            out[path] = padded_pair({name: np.asarray(plain[name]) for name in zero}, rank)
             if ones is not None:
                 out[path]["gain"] = ones if pair is None else np.asarray(pair.get("gain", ones))
     return [tree.nested(out) for out in found]

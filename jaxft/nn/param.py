@@ -70,7 +70,7 @@ class ParamSpec:
             raise ValueError(f"a spec of shape {self.shape} needs {len(self.shape)} axes, got {self.axes}")
 
 
-class Kernel(NamedTuple):
+class KernelAxes(NamedTuple):
     """The names of a kernel's axes: those that it is stacked along, its inputs and its outputs."""
 
     lead: tuple[str, ...]
@@ -93,15 +93,15 @@ def lead_indices(spec: ParamSpec) -> list[dict[str, int]]:
     return [dict(zip(lead_axes(spec), at, strict=True)) for at in np.ndindex(*lead_shape(spec))]
 
 
-def kernel(spec: ParamSpec) -> Kernel | None:
+def kernel(spec: ParamSpec) -> KernelAxes | None:
     """Return the axes of a parameter that is a matrix, stacked or not; None for a vector, as of a norm.
 
     >>> kernel(ParamSpec((2, 8, 4, 6), ("layers", "experts", "width", "mlp"), full(0.0)))
-    Kernel(lead=('layers', 'experts'), ins='width', outs='mlp')
+    KernelAxes(lead=('layers', 'experts'), ins='width', outs='mlp')
     """
     lead = lead_axes(spec)
     own = spec.axes[len(lead) :]
-    return Kernel(lead, *own) if len(own) == 2 else None
+    return KernelAxes(lead, *own) if len(own) == 2 else None
 
 
 def map_stack(fn: Callable, lead: Sequence[int], *stacks: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jaxft import tree
@@ -163,10 +162,10 @@ class QTensor:
 LIKE_WEIGHT = ("codes", "scale", "offset")  # arrays with the axes of the weight
 
 
-def shardings_of(q: QTensor, whole: NamedSharding) -> QTensor:
-    """Return the sharding of each array of a QTensor whose weight has the sharding `whole`."""
+def shardings_of(q: QTensor, whole: Any) -> QTensor:
+    """Return the sharding of each array of a QTensor whose weight has the NamedSharding `whole`."""
 
-    def place(name: str, x: Any) -> NamedSharding:
+    def place(name: str, x: Any) -> Any:
         if name not in LIKE_WEIGHT:
             return sharding.replicated(whole.mesh)
         *lead, ins, outs = x.shape

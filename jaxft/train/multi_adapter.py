@@ -247,7 +247,7 @@ def _with_reference(
 def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: Params | None) -> Outputs:
     """Outputs of a block's adapters, [at_once * rows, ...]; the adapters in params are [at_once, ...]."""
 
-    joined = _first if adapters.at_once == 1 else lora.together
+    joined = _first if adapters.at_once == 1 else lora.several
     block = {"base": params["base"], **joined(own_params(params))}
     if not adapters.separate_rows:
         batch = jax.tree.map(lambda x: jnp.concatenate([x] * adapters.at_once), batch)

@@ -208,7 +208,8 @@ def layer_paths(specs: Specs, quant: Quant) -> list[str]:
 def _layer_params(model: Model, readers: Mapping[str, ParamReader], place: LayerPlace) -> Params:
     def leaf(path: str, spec: ParamSpec) -> Array:
         reader = readers[f"{place.path}/{path}"]
-        return jnp.asarray(read_values(reader, reader.tensors[place.index])).astype(model.dtype)
+        values = [read_values(reader, tensor) for tensor in reader.tensors if tensor.index[0] == place.index]
+        return jnp.asarray(np.stack(values).reshape(reader.shape[1:])).astype(model.dtype)
 
     return tree.map_with_path(leaf, place.specs(model.specs), is_leaf=is_spec)
 

@@ -154,7 +154,8 @@ def load_with_quantised_scales(
     names = ("scale", "outer", "mean")
     buffers = {name: ArrayBuffers(getattr(like, name), getattr(shardings, name)) for name in names}
     for tensor in reader.tensors:
-        for name, value in zip(names, encode_scales(layer_on_host(floats.scale, tensor.index)), strict=True):
+        scale: Any = layer_on_host(floats.scale, tensor.index)
+        for name, value in zip(names, encode_scales(scale), strict=True):
             buffers[name].write(tensor.index, (), value)
     arrays: dict[str, Any] = {name: buffers[name].to_devices() for name in names}
     return replace(floats, **arrays)

@@ -140,7 +140,7 @@ def test_each_row_and_each_group_of_rows_has_its_adapter():
     by_row = adapted_by_row(tiny_experts.experts(CONFIG, jnp.float64))
     found = jit(by_row.hidden)({"base": base, "stack": stack, "rows": numbers}, rows)[0]
     assert_close(found, jnp.stack([alone[number - 1][i] for i, number in enumerate(numbers.tolist())]))
-    equal = lora.together({"adapter": lora.stack_adapters(lora_rows.of_equal_shapes(adapters))})
+    equal = lora.several({"adapter": lora.stack_adapters(lora_rows.of_equal_shapes(adapters))})
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
     assert_close(jit(model.hidden)({"base": base, **equal}, twice)[0], jnp.concatenate(alone))
 

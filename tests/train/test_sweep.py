@@ -115,7 +115,7 @@ def test_a_forward_pass_with_adapters_of_several_ranks_equals_one_pass_per_adapt
     tiled = jax.tree.map(lambda x: jnp.concatenate([x] * len(RANKS)), batch)
 
     def together(adapters):
-        whole = lora.together({"adapter": lora.stack_adapters(adapters)})
+        whole = lora.several({"adapter": lora.stack_adapters(adapters)})
         return model.hidden({"base": weights, **whole}, tiled)[0]
 
     def apart(adapters):
