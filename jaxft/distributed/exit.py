@@ -27,6 +27,10 @@ class RestartError(OSError):
     """An error after which the same command only needs to be started again: the exit code is RESTART_CODE."""
 
 
+class PeerLostError(RestartError, TimeoutError):
+    """Another process has exited or stopped responding."""
+
+
 def shorten_error(error: object) -> str:
     """Return the text of an error on one line, truncated to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__

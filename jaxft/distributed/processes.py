@@ -223,10 +223,9 @@ def is_peer_lost(error: BaseException, connected: bool = False) -> bool:
 
     connected: all processes finished a step of this run together, as in exit.means_peer_lost.
     """
-    return (
-        isinstance(error, jax.errors.JaxRuntimeError)
-        and exit.means_peer_lost(str(error), connected)
-        and is_multi_process()
+    return is_multi_process() and (
+        isinstance(error, exit.PeerLostError)
+        or (isinstance(error, jax.errors.JaxRuntimeError) and exit.means_peer_lost(str(error), connected))
     )
 
 

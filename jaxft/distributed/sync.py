@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxft.distributed.disk import write_durably
+from jaxft.distributed.exit import PeerLostError
 
 Exchange = Callable[[str], list[str]]  # this process's text -> the texts of all processes, by process index
 # Seconds that a barrier waits. gloo's collectives time out after 30 s, so a barrier precedes them; whether
@@ -77,8 +78,8 @@ class FileExchange:
     """Exchange of texts through files in a shared folder, with barriers of JAX's coordination service.
 
     It uses no device, so any thread may call it. topic: the same on all processes and never used before. A
-    process that cannot write its text writes an empty file with the errno in its name. Raises TimeoutError
-    (an OSError) if a process does not arrive within `limit` seconds.
+    process that cannot write its text writes an empty file with the errno in its name. Raises PeerLostError
+    (a TimeoutError, an OSError) if a process does not arrive within `limit` seconds.
     """
 
     def __init__(self, folder: Path, topic: str, limit: float):
@@ -105,7 +106,7 @@ class FileExchange:
             self._barrier(key=f"{self._topic}-{self._count}-{event}", timeout_ms=int(1000 * self._limit))
         except Exception as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]
-            raise TimeoutError(
+            raise PeerLostError(
                 f"a process is gone or did not arrive within {self._limit:g} s ({why})"
             ) from error
 

@@ -33,7 +33,7 @@ class Watchdog:
         self._phase, self._limit, self._setting = "starting", hosts.phase_seconds, "hosts.phase_seconds"
         self._waited, self._step_start = 0.0, 0.0  # _step_start is 0 outside steps
         self._steps: deque[float] = deque(maxlen=64)
-        self._started_steps = 0
+        self._started = self._connected = False  # a step; all processes, by finishing a step together
         self._end = threading.Event()
         shortest = min(hosts.phase_seconds, hosts.step_seconds or MIN_SECONDS)
         self._tick = min(1.0, shortest / 10)
@@ -47,9 +47,12 @@ class Watchdog:
         self._end.set()
         self._thread.join()
 
-    def at(self, phase: str) -> None:
-        """Enter a phase other than a training step, limited by hosts.phase_seconds."""
-        self._step_start = 0.0
+    def at(self, phase: str, after_step: bool = False) -> None:
+        """Enter a phase other than a training step, limited by hosts.phase_seconds.
+
+        after_step: the last step has finished, so all processes have reached one another.
+        """
+        self._step_start, self._connected = 0.0, self._connected or after_step
         self._feed(phase, self._hosts.phase_seconds, "hosts.phase_seconds")
 
     def step(self, number: int) -> None:
@@ -58,7 +61,7 @@ class Watchdog:
         if self._step_start:
             self._steps.append(now - self._step_start)
         self._step_start = now
-        self._started_steps += 1
+        self._connected, self._started = self._connected or self._started, True
         self._feed(f"step {number}", self._step_limit(), "hosts.step_seconds")
 
     def _step_limit(self) -> float:
@@ -84,7 +87,7 @@ class Watchdog:
         except processes.AgreedError:
             raise
         except BaseException as error:
-            if processes.is_peer_lost(error, connected=self._started_steps > 1):
+            if processes.is_peer_lost(error, self._connected):
                 exit.exit_for_restart(processes.peer_lost_message(error, self._phase))
             if processes.is_multi_process():
                 self._feed(

@@ -154,9 +154,8 @@ class RolloutRecord:
 
 
 def clear_records(run: Path) -> None:
-    """Remove the recorded rollouts of a run that begins again at step 0, perhaps with other settings."""
-    if processes.is_first():
-        shutil.rmtree(run / RECORDS, ignore_errors=True)
+    """Remove the recorded rollouts of a run."""
+    shutil.rmtree(run / RECORDS, ignore_errors=True)
 
 
 def prompts_hash(prompts: TokenisedPrompts, group: int) -> str:

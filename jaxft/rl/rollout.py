@@ -48,7 +48,7 @@ from jaxft.rl.layout import (
 )
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.play import EpisodeLimits, Play
-from jaxft.rl.record import append_table, clear_records
+from jaxft.rl.record import append_table
 from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
 from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
@@ -302,8 +302,6 @@ class PromptSource:
         data, of_tokens = self.data, self.data.kind.of_tokens
         if of_tokens:
             check_policy_run(data, run)
-        if saved is None:
-            clear_records(run.folder)
         recompute = of_tokens and needs_recomputed_logps(data, run.objective)
         has_logps = recompute or data.rules.ratio_to_sampler
         spec = run.objective.batch_spec if of_tokens else same_batch

@@ -35,8 +35,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxft.distributed import sync
+from jaxft.distributed import processes, sync
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
+from jaxft.distributed.exit import PeerLostError
 from jaxft.runs import manifest, restore
 from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
@@ -136,7 +137,7 @@ class Checkpoints:
             topic = sync.exchange_first(sync.gather_texts, lambda: self._begin(step))
             sync.run_on_all(sync.gather_texts, lambda: self._check_visible(step))
         except Exception as error:
-            raise OSError(*self._clean_up(step, error), str(self.folder)) from error
+            raise self._failed(step, error) from error
         entries: dict[str, Any] = {}
         try:
             entries = {name: manifest.leaf_entry(leaf, sync.is_first()) for name, leaf in leaves.items()}
@@ -260,11 +261,19 @@ class Checkpoints:
                 raise error
             number, text = sync.exchange_first(exchange, lambda: self._clean_up(step, error))
         except OSError:
-            number, text = self._clean_up(step, error)
+            return self._failed(step, error)
         return OSError(number, text, str(self.folder))
+
+    def _failed(self, step: int, error: Exception) -> OSError:
+        """Remove the files of a failed save. Return its error, after which the run can be started again if
+        another process is gone.
+        """
+        kind = PeerLostError if processes.is_peer_lost(error, connected=True) else OSError
+        return kind(*self._clean_up(step, error), str(self.folder))
 
     def _clean_up(self, step: int, error: Exception) -> tuple[int, str]:
         """Remove the files of a failed save. Return the errno and a line about intact checkpoints."""
+        published = (self.folder / str(step)).exists() and not (self.folder / f"{step}.tmp").exists()
         if sync.is_first():
             shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             replaced = self.folder / f"{step}.replaced.tmp"
@@ -280,7 +289,8 @@ class Checkpoints:
         steps = self.steps() if os.access(self.folder, os.R_OK | os.X_OK) else []
         intact = f"checkpoints of steps {', '.join(map(str, steps))} are intact"
         rest = intact if steps else "there is no earlier checkpoint"
-        return number, f"checkpoint of step {step} was not written: {text}; {rest}"
+        state = "was written, and then" if published else "was not written"
+        return number, f"checkpoint of step {step} {state}: {text}; {rest}"
 
     def wait(self) -> None:
         """Wait until the save under way is complete and verified. Raises its OSError if it failed."""

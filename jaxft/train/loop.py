@@ -113,14 +113,14 @@ def run(
                     continue  # save, evaluate and stop between rollouts only
                 scores = []
                 if due(loop.eval_every, done, job) and done < job.steps and job.info.stats.held_out:
-                    watchdog.at(f"the evaluation after step {done}")
                     with meters.paused():
+                        watchdog.at(f"the evaluation after step {done}", after_step=True)
                         scores = evaluate_during(job, compiled, states, done, saved, logs)
                     job = end_if_due(job, saved, done, logs, meters)
                 if due(loop.save_every, done, job) or done == job.steps or scores or stop:
-                    watchdog.at(f"saving after step {done}")
-                    saved["seconds"] = clock.phases()
-                    checkpoints.save(done, states, job.to_save(meters.counters(), saved, logs.sync()), scores)
+                    saved["seconds"], counters = clock.phases(), meters.counters()  # waits for the step
+                    watchdog.at(f"saving after step {done}", after_step=True)
+                    checkpoints.save(done, states, job.to_save(counters, saved, logs.sync()), scores)
                 if stop or done == job.steps:
                     break
         clock.at("saving")

@@ -17,6 +17,7 @@ from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.rl.layout import BoundRun, Counter, uncounted
+from jaxft.rl.record import clear_records
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
@@ -307,6 +308,7 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     """
     steps = runfolder.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:
+        _keep_own_rollouts(job)
         return 0, []
     if job.sweep is not None:
         _check_members(job)
@@ -322,6 +324,15 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     if is_finished:
         is_finished = not _damaged_results(job, checkpoints)
     return (steps if is_finished else 0), list(dict.fromkeys(changes))
+
+
+def _keep_own_rollouts(job: Job) -> None:
+    """Remove recorded rollouts of a run that starts again at step 0 with settings that change them."""
+    try:
+        for m in job.members:
+            runfolder.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
+    except ValueError:
+        clear_records(job.folder)
 
 
 def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:

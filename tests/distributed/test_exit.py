@@ -56,6 +56,20 @@ def test_error_that_a_restart_would_repeat_is_not_a_lost_peer(text, monkeypatch)
     assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(text))
 
 
+def test_a_save_that_waits_for_a_process_that_is_gone_calls_for_a_restart(monkeypatch):
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    monkeypatch.setattr(processes, "process_name", lambda: "process 0 of 2")
+    monkeypatch.setattr(exit, "exit_for_restart", lambda message: sys.exit(message))
+    line = r"^process 0 of 2: another .* \(saving; .*step 2 was not written.*newest checkpoint$"
+    with (
+        pytest.raises(SystemExit, match=line),
+        Watchdog(processes.Hosts()) as watchdog,
+        watchdog.guard(),
+    ):
+        watchdog.at("saving")
+        raise exit.PeerLostError(5, "checkpoint of step 2 was not written: a process is gone", "runs/a")
+
+
 CONNECTION_ERRORS = [
     "UNKNOWN: Gloo context initialization failed: connect [127.0.0.1]:41833: Connection refused",
     "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: unhandled system error (run with "
@@ -63,13 +77,14 @@ CONNECTION_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize(("steps", "finished"), [(0, False), (1, False), (1, True), (2, False)])
 @pytest.mark.parametrize("text", [*CONNECTION_ERRORS, "RESOURCE_EXHAUSTED: Out of memory"])
-def test_connection_error_calls_for_a_restart_only_after_a_step(text, steps, monkeypatch):
+def test_connection_error_calls_for_a_restart_only_after_a_step(text, steps, finished, monkeypatch):
     monkeypatch.setattr(processes, "is_multi_process", lambda: True)
     monkeypatch.setattr(processes, "process_name", lambda: "process 0 of 2")
     monkeypatch.setattr(exit, "exit_for_restart", lambda message: sys.exit(message))
-    lost = steps > 1 and text in CONNECTION_ERRORS  # the second step begins when the first has finished
+    # the second step begins when the first has finished
+    lost = (steps > 1 or finished) and text in CONNECTION_ERRORS
     with (
         pytest.raises(
             SystemExit if lost else jax.errors.JaxRuntimeError, match="process is gone" if lost else text[:8]
@@ -79,7 +94,7 @@ def test_connection_error_calls_for_a_restart_only_after_a_step(text, steps, mon
     ):
         for number in range(1, steps + 1):
             watchdog.step(number)
-        watchdog.at("evaluation")
+        watchdog.at("evaluation", after_step=finished)
         raise jax.errors.JaxRuntimeError(text)
 
 

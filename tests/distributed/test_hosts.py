@@ -241,7 +241,7 @@ def ends(two, other, seconds):
     begin = time.monotonic()
     two.processes[other].join(seconds + 5)
     took, code = time.monotonic() - begin, two.processes[other].exitcode
-    assert code in (75, -signal.SIGABRT) and took < seconds, (code, took, two.output())
+    assert code in (75, -signal.SIGABRT) and took < seconds, f"{code} {took} {two.output()}"
     line = two.last_line(other)
     assert line.startswith(f"process {other} of 2"), line
     assert line.endswith("to resume from the newest checkpoint"), line

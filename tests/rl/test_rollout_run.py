@@ -197,6 +197,19 @@ def test_a_run_replays_the_rollouts_of_another_to_the_bit(workdir):
     assert "2.npz is missing; this run needs rollout 3" in workdir.err()
 
 
+def test_a_run_killed_before_its_first_checkpoint_repeats_its_recorded_rollouts(workdir):
+    argv, hook = ["name=early", "steps=2", *SMALL, "max_new=8"], rl_workdir.kill_after_sampling("early", 0)
+    records, sampled = [workdir.runs("early") / "rollouts" / f"{number}.npz" for number in (0, 1)], []
+    for more in ([], ["rewards=config.py:ascii"]):  # other settings sample again
+        process = workdir.start(*argv, *more, hook=hook)
+        process.join()
+        assert process.exitcode == -9 and not workdir.checkpoints("early"), workdir.err()
+        sampled.append([path.stat().st_ino for path in records])
+    assert not {*sampled[0]} & {*sampled[1]}
+    assert workdir.run(*argv, *more) == 0, workdir.err()
+    assert [path.stat().st_ino for path in records] == sampled[1]
+
+
 @pytest.mark.quick_cases("policy")
 @pytest.mark.parametrize(
     "more",

@@ -1,6 +1,7 @@
 """Checkpoints of several processes: sharded, verified by all, and without a hang where one fails."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -250,7 +251,7 @@ saved.save(3, s.state(3, 2, 4), {})
 try:
     saved.wait()
 except OSError as error:
-    print(error, flush=True)
+    print(type(error).__name__, error, flush=True)
     os._exit(7)
 """
 
@@ -271,7 +272,8 @@ def test_kill_9_of_one_process_while_saving_ends_the_other_and_leaves_the_earlie
     left = processes[1 - victim]
     said = "".join(texts[1 - victim])
     assert left.returncode != 0
-    assert "a process is gone" in said or "another task died" in said, said[-2000:]
+    is_known = re.search("PeerLostError.*a process is gone", said)  # after which a run exits for a restart
+    assert is_known or "another task died" in said, said[-2000:]
     state = Checkpoints(folder, report=pytest.fail).restore(sharded_state.like(2, 4))
     assert state is not None and state[2] == 2 and sharded_state.differs(state[0], 2, 2, 4) == []
     saved = Checkpoints(folder, keep_last=1, keep_best=0)

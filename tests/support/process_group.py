@@ -41,7 +41,7 @@ class ProcessGroup:
         late = [i for i, process in enumerate(self.processes) if process.is_alive()]
         for i in late:
             self.processes[i].kill()
-        assert not late, (late, self.output())
+        assert not late, f"{late} {self.output()}"
         return [process.exitcode for process in self.processes]
 
     def run(self, *argv, **options):
@@ -54,8 +54,10 @@ class ProcessGroup:
         self.first.wait_for(self.processes[0], condition, seconds)
 
     def output(self):
-        """The ends of their stdout and stderr, for the message of an assertion that fails."""
-        return [(place.out()[-1500:], place.err()[-3000:]) for place in self.workdirs]
+        """The ends of their stdout and stderr, for the message of an assertion that fails, which is then not
+        shortened.
+        """
+        return "\n".join(f"{x.streams}: {x.out()[-1500:]}\n{x.err()[-3000:]}" for x in self.workdirs)
 
     def last_line(self, number):
         """The last line of a process on stderr; one that was ended from outside has it a moment later."""

@@ -152,7 +152,7 @@ def killed(path, step, *rest):
     append_table(path, step, *rest)  # its completions are in the table, and nothing is trained on them yet
     if step > 1:
         until = time.monotonic() + 60  # the checkpoint before is written in the background
-        while not glob.glob("runs/{name}/checkpoints/{checkpoint}"):
+        while not glob.glob("runs/{name}/{before}"):
             assert time.monotonic() < until
             time.sleep(0.01)
         os.kill(os.getpid(), 9)
@@ -166,8 +166,12 @@ def kill_at(step, name, checkpoint, signal=9):
 
 
 def kill_after_sampling(name, checkpoint):
-    """A hook that kills the run between sampling its second rollout and training on it."""
-    return KILL_AFTER_SAMPLING.format(name=name, checkpoint=checkpoint)
+    """A hook that kills the run between sampling its second rollout and training on it.
+
+    checkpoint: the one that must be complete; 0 for none.
+    """
+    before = f"checkpoints/{checkpoint}" if checkpoint else "config.json"
+    return KILL_AFTER_SAMPLING.format(name=name, before=before)
 
 
 def table(workdir, name):
