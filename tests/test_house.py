@@ -242,6 +242,19 @@ def test_only_data_and_weights_know_tokenizers_and_file_formats():
     assert not wrong
 
 
+def test_only_the_families_write_templates_of_tensor_names_and_only_the_table_fills_them_in():
+    """`"{i}" in name`, `name.format(i=i)` and f"model.layers.{i}" belong to nn/tensor_names.py; names of
+    GGUF files are translated in gguf_architectures.py.
+    """
+    fields = ("{i}", "{x}", "model.layers.")
+    translated = {"jaxft.nn.tensor_names", "jaxft.weights.gguf_architectures"}
+    for file in MODULES:
+        name = module_of(file)
+        if not within(name, "jaxft.models") and name not in translated:
+            texts = [x for x in literals(file) if isinstance(x, str) and any(f in x for f in fields)]
+            assert not texts, f"{name}: {texts}"
+
+
 def test_importing_a_module_runs_nothing():
     wrong = []
     for file in MODULES:

@@ -23,9 +23,10 @@ from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.nn.products import accumulation_dtype
+from jaxft.nn.tensor_names import TensorName
 from jaxft.tree import Params, static, struct
 
-SCORE = ("score.weight", True)  # its name in a checkpoint
+SCORE = TensorName("score.weight", True)  # its name in a checkpoint
 INIT = normal(0.02)  # transformers' initialisation of a new head
 
 

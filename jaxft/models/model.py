@@ -19,9 +19,8 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Specs, is_spec, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import RematPolicy, check_remat
+from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
-
-WeightNames = dict[str, tuple[str, bool]]
 
 
 @runtime_checkable
@@ -74,7 +73,7 @@ class Model:
 
     config: sizes.
     specs: ParamSpec tree of all parameters.
-    weight_names: path -> (tensor name in Hugging Face files, with {i} for the layer; whether transposed).
+    weight_names: names of the tensors in Hugging Face files by path; see nn/tensor_names.py.
     attention: rope, window and soft cap of each layer.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or

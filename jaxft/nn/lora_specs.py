@@ -11,15 +11,9 @@ from jax.typing import DTypeLike
 
 from jaxft.nn import replaced
 from jaxft.nn.lora import EVA, Adapter, target_paths
-from jaxft.nn.lora_patterns import (
-    ModuleNames,
-    TensorNames,
-    is_listed,
-    is_name,
-    module_names,
-    values_by_pattern,
-)
+from jaxft.nn.lora_patterns import is_listed, is_name, values_by_pattern
 from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
+from jaxft.nn.tensor_names import ModuleNames, WeightNames, module_names
 
 
 class PairRanks(NamedTuple):
@@ -31,7 +25,7 @@ class PairRanks(NamedTuple):
     alphas: tuple[float, ...]
 
 
-def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
+def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:
     """Return the rank and alpha of each adapted kernel's layers by path.
 
     names: the model's weight_names. Raises ValueError for patterns, exclusions and layers that select
@@ -53,7 +47,7 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
         (path, layer, name)
         for path in targets
         if path not in saved
-        for layer, name in enumerate(module_names(path, _layer_count(base, path), names))
+        for layer, name in enumerate(module_names(path, replaced.base_spec(base, path), names))
     ]
     selected = [
         (path, layer, name) for path, layer, name in modules if _is_selected(settings, base, path, layer)
@@ -136,7 +130,7 @@ def _is_selected(settings: Adapter, base: dict[str, ParamSpec], path: str, layer
     return layer in numbers
 
 
-def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -> bool:
+def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> bool:
     """Whether two settings declare the same pairs and replaced parameters on a base, however they name them;
     dropout may differ.
     """
@@ -154,7 +148,7 @@ def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -
     )
 
 
-def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -> list[str]:
+def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> list[str]:
     """Return the names of the fields in which two settings differ; of fields that only name the same modules
     in other words, none.
     """
@@ -169,7 +163,7 @@ def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: TensorNa
     return [name for name in fields if name not in same]
 
 
-def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = None) -> dict[str, Any]:
+def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = None) -> dict[str, Any]:
     """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero. Magnitudes start at 0
     and get the norms of the base's weights by weights.lora_start.init_magnitudes.
 

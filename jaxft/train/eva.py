@@ -83,7 +83,7 @@ def eva_adapter(
         found = input_statistics(model, base, group, rows.batches(), mesh)
         for source, (_, end) in group.items():
             moments = found.moments[source]
-            own = [layer_on_host(moments, i, False) for i in range(len(moments))]
+            own = [layer_on_host(moments, (i,)) for i in range(len(moments))]
             parts.setdefault(source, []).append(own)
             if end == shapes[source][-2]:
                 complete = parts.pop(source)

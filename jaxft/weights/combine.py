@@ -22,12 +22,13 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Float
 
+from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.param import path_hash
 from jaxft.tree import Params
-from jaxft.weights.peft import adaptable_weight_names, put_node, with_patterns
+from jaxft.weights.peft_pairs import Pair, adaptable_tensors, adapter_of
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 PRUNING = ("ties", "dare_linear", "dare_ties")
@@ -119,7 +120,7 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     specs = model.specs.get("base", model.specs)
     layouts = [pair_layouts(specs, x.settings, model.weight_names) for x in adapters]
     pairs = [pairs_by_path(x.params) for x in adapters]
-    paths = [path for path in adaptable_weight_names(model) if any(path in found for found in layouts)]
+    paths = [path for path in adaptable_tensors(model) if any(path in found for found in layouts)]
     out: dict[str, list[tuple[_A, _B] | None]] = {}
     lost = total = size = terms = 0.0
     for path in paths:
@@ -169,11 +170,11 @@ def _check_plain(one: NamedAdapter) -> None:
         )
 
 
-def _part(pair: Params, layout: PairRanks, layer: int, weight: float) -> _Part:
+def _part(pair: Params, layout: PairRanks, number: int, weight: float) -> _Part:
     """Return a module's pair, without the zeros beyond its rank."""
-    rank = layout.ranks[layer]
-    stacked = pair["a"].ndim == 3
-    a, b, scale = (pair[name][layer] if stacked else pair[name] for name in ("a", "b", "scale"))
+    rank, lead = layout.ranks[number], pair["scale"].shape
+    index = np.unravel_index(number, lead) if lead else ()
+    a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
 
 
@@ -276,26 +277,18 @@ def _as_adapter(
     model: Model,
     dropped: float,
 ) -> Combined:
-    """Return pairs by path and layer as an adapter of one rank, padded with zeros, which every program
+    """Return pairs by path and module as an adapter of one rank, padded with zeros, which every program
     loads.
     """
-    rank = max(pair[0].shape[1] for layers in pairs.values() for pair in layers if pair is not None)
-    names = adaptable_weight_names(model)
-    params: Params = {}
-    layouts, formats = dict[str, PairRanks](), dict[str, str]()
-    for path, layers in pairs.items():
-        some_a, some_b = next(pair for pair in layers if pair is not None)
-        a = np.zeros((len(layers), some_a.shape[0], rank), np.float32)
-        b = np.zeros((len(layers), rank, some_b.shape[1]), np.float32)
-        for layer, pair in enumerate(layers):
-            if pair is not None:
-                a[layer, :, : pair[0].shape[1]], b[layer, : pair[1].shape[0]] = pair
-        node = {"a": a, "b": b, "scale": np.ones(len(layers), np.float32)}
-        formats[path] = names[path].removesuffix(".weight")
-        stacked = "{i}" in formats[path]
-        put_node(params, path, node if stacked else {name: x[0] for name, x in node.items()})
-        ranks = tuple(0 if pair is None else rank for pair in layers)
-        layouts[path] = PairRanks(ranks, tuple(float(r) for r in ranks))
+    rank = max(pair[0].shape[1] for modules in pairs.values() for pair in modules if pair is not None)
+
+    def padded(pair: tuple[_A, _B] | None) -> Pair | None:
+        if pair is None:
+            return None
+        more = (0, rank - pair[0].shape[1])
+        return Pair(np.pad(pair[0], ((0, 0), more)), np.pad(pair[1], (more, (0, 0))), float(rank))
+
     dropout = max(x.settings.dropout for x in adapters)
     plain = Adapter(rank, float(rank), dropout if "head" not in pairs else 0.0)
-    return Combined(params, with_patterns(plain, layouts, formats), dropped)
+    nodes, settings = adapter_of({path: list(map(padded, x)) for path, x in pairs.items()}, plain, model)
+    return Combined(tree.nested(nodes), settings, dropped)

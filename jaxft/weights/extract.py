@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxft import tree
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter, target_paths
+from jaxft.nn.lora import Adapter, pairs_by_path, target_paths
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, path_hash, spec_paths
 from jaxft.nn.replaced import base_spec
@@ -21,8 +22,9 @@ from jaxft.tree import Params
 from jaxft.weights import hf, pretrained
 from jaxft.weights.hf import EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft import put_node
 from jaxft.weights.peft_modules import module_list
+from jaxft.weights.peft_pairs import Pair, adapter_of
+from jaxft.weights.tensors import stack, tensors_of
 
 FULL_SVD = 1024  # inputs or outputs, up to which all singular values are computed
 OVERSAMPLING = 16  # further directions of the randomised SVD
@@ -87,25 +89,26 @@ def extract_adapter(
         for before, after in _matrices(path, base, tuned, model)
     ):
         raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
-    params: Params = {}
+    pairs: dict[str, list[Pair | None]] = {}
     errors, squares = list[KindError](), np.zeros(3)
     for path in paths:
         progress(f"{path}: {what.rank} singular values of each layer")
-        pairs, sums = [], np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
-        for layer, (before, after) in enumerate(_matrices(path, base, tuned, model)):
+        pairs[path], sums = (
+            [],
+            np.zeros(3),
+        )  # squared norms of the base, of the change, of what the pairs lack
+        for number, (before, after) in enumerate(_matrices(path, base, tuned, model)):
             change = after - before
-            a, b = low_rank(change, what.rank, f"{path}/{layer}")
+            a, b = low_rank(change, what.rank, f"{path}/{number}")
             sums += [_square(before), _square(change), _square(change - a @ b)]
-            pairs.append((a, b))
+            pairs[path].append(Pair(a, b, float(what.rank)))
         squares += sums
         errors.append(_kind_error(path, sums))
-        a, b = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
-        node = {"a": a, "b": b, "scale": np.ones(len(pairs), np.float32)}
-        put_node(params, path, node if _is_stacked(path, model) else {key: x[0] for key, x in node.items()})
-    settings = Adapter(what.rank, float(what.rank), targets=tuple(path.rpartition("/")[2] for path in paths))
-    changed = _changes(others, base, tuned, model)
+    nodes, settings = adapter_of(pairs, Adapter(what.rank, float(what.rank)), model)
+    params, changed = tree.nested(nodes), _changes(others, base, tuned, model)
     if what.save_others and changed:
-        settings = _with_others(params, settings, changed, (tuned, model))
+        replaced, settings = _with_others(settings, changed, (tuned, model))
+        params = tree.nested(nodes | replaced)
     errors.append(_kind_error("total", squares))
     return Extracted(params, settings, errors, _lines(changed, what.save_others))
 
@@ -122,17 +125,15 @@ def _check_rank(rank: int, paths: Sequence[str], specs: dict[str, ParamSpec]) ->
 
 def check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
     """Raise ValueError, naming the tensor, if the files of two models differ in a shape."""
-    specs = spec_paths(model.specs)
-    for path, (name, _) in model.weight_names.items():
-        for layer in range(specs[path].shape[0]) if "{i}" in name else (0,):
-            one = name.format(i=layer)
-            if one == HEAD[0] and one not in base.shapes | tuned.shapes:
+    for tensors in tensors_of(model).values():
+        for one in (tensor.name for tensor in tensors):
+            if one == HEAD and one not in base.shapes | tuned.shapes:
                 continue
             found = [files.shapes.get(one, files.shapes.get(EMBEDDING)) for files in (base, tuned)]
-            if found[0] == found[1] and (one in tuned.shapes or one == HEAD[0]):
+            if found[0] == found[1] and (one in tuned.shapes or one == HEAD):
                 continue
             advice = "is the model tuned from this base?"
-            if one in (EMBEDDING, HEAD[0]) and one in tuned.shapes:
+            if one in (EMBEDDING, HEAD) and one in tuned.shapes:
                 advice = (
                     "their vocabularies differ; add the tokens to the base with scripts/extend.py first, and "
                     "extract from that"
@@ -161,23 +162,16 @@ def check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
     hf.check_tensors(pretrained.open_files(tuned_ref), theirs)
 
 
-def _is_stacked(path: str, model: Model) -> bool:
-    return "{i}" in model.weight_names.get(path, HEAD)[0]
-
-
 def _matrices(
     path: str, base: ModelFiles, tuned: ModelFiles, model: Model
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield a parameter of both models layer by layer, in float32, [in, out] if it is a kernel."""
-    name, transposed = model.weight_names.get(path, HEAD)
-    specs = spec_paths(model.specs)
-    for layer in range(base_spec(specs, path).shape[0]) if "{i}" in name else (0,):
-        one = name.format(i=layer)
+    """Yield the values of each of a parameter's tensors in both models, in float32, [in, out] of a kernel."""
+    for tensor in tensors_of(model, tied_head=True)[path]:
         found = []
         for files in (base, tuned):
-            stored = one if one in files.shapes else EMBEDDING  # a tied head
-            value = files.read(stored).astype(np.float32)
-            found.append(value.T if transposed else value)
+            tied = tensor.name not in files.shapes  # then the head is the table
+            stored = replace(tensor, name=EMBEDDING) if tied else tensor
+            found.append(stored.read(files).astype(np.float32))
         yield found[0], found[1]
 
 
@@ -216,9 +210,8 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
 
 def _other_paths(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model) -> list[str]:
     """Return the paths of the parameters of two models without `paths`."""
-    untied = HEAD[0] in tuned.shapes and HEAD[0] not in base.shapes
-    named = dict.fromkeys([*model.weight_names, *(["head"] if untied else [])])
-    return [path for path in named if path not in paths]
+    table = tensors_of(model, tied_head=HEAD in tuned.shapes and HEAD not in base.shapes)
+    return [path for path in table if path not in paths]
 
 
 def _changes(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model) -> dict[str, float]:
@@ -234,9 +227,9 @@ def _changes(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: M
 
 
 def _with_others(
-    params: Params, settings: Adapter, changed: dict[str, float], tuned: tuple[ModelFiles, Model]
-) -> Adapter:
-    """Put the changed parameters into the adapter as they are in the tuned model; return its settings."""
+    settings: Adapter, changed: dict[str, float], tuned: tuple[ModelFiles, Model]
+) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
+    """Return nodes of the changed parameters as they are in the tuned model, and the settings with them."""
     files, model = tuned
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
@@ -247,13 +240,12 @@ def _with_others(
         modules_to_save=tuple(module_list(modules, model)),
         bias="all" if biases else "none",
     )
-    for path, spec in spec_paths(adapter_specs(model.specs, settings, model.weight_names)).items():
-        above, _, name = path.rpartition("/")
-        if name == "weight":
-            layers = [after for _, after in _matrices(above, files, files, model)]
-            value = np.stack(layers) if _is_stacked(above, model) else layers[0]
-            put_node(params, above, {"weight": value.reshape(spec.shape)})
-    return settings
+    nodes, table = {}, tensors_of(model, tied_head=True)
+    for path, node in pairs_by_path(adapter_specs(model.specs, settings, model.weight_names)).items():
+        if "weight" in node:
+            values = [after for _, after in _matrices(path, files, files, model)]
+            nodes[path] = {"weight": stack(table[path], values)}
+    return nodes, settings
 
 
 def _lines(changed: dict[str, float], saved: bool) -> list[str]:

@@ -14,30 +14,31 @@ from jaxft.distributed import sharding, sync
 from jaxft.nn.quant import dequantize, is_qtensor
 
 
-def layer_on_host(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
-    """Return one layer of a stacked parameter (None: all of one without layers) on the host, a QTensor
+def layer_on_host(leaf: Any, index: tuple[int, ...] = ()) -> np.ndarray:
+    """Return a parameter at an index along its leading axes (all of it for ()) on the host, a QTensor
     dequantised.
 
-    If several processes store it, only that layer is gathered, and all of them call this.
+    If several processes store it, only that part is gathered, and all of them call this.
     """
-    leaf = jax.tree.map(lambda x: _take(x, layer), leaf)
-    value = np.asarray(dequantize(leaf) if is_qtensor(leaf) else leaf)
-    return value.T if transpose else value
+    leaf = jax.tree.map(lambda x: _take(x, index), leaf)
+    return np.asarray(dequantize(leaf) if is_qtensor(leaf) else leaf)
 
 
-def _take(x: Any, layer: int | None) -> Any:
+def _take(x: Any, index: tuple[int, ...]) -> Any:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         sync.wait_for_all()  # process 0 may still be writing the previous one
         mesh: Any = x.sharding.mesh  # type: ignore[attr-defined]
-        take = _gather_layer(sharding.replicated(mesh), layer is None)
-        return take(x, np.int32(layer or 0))
-    return x if layer is None else x[layer]
+        return _gather_part(sharding.replicated(mesh))(x, tuple(map(np.int32, index)))
+    return x[index] if index else x
 
 
 @functools.cache
-def _gather_layer(replicated: Sharding, whole: bool) -> Callable[..., jax.Array]:
-    """Compile once for all layers: the layer is an argument."""
-    return jax.jit(
-        lambda x, i: x if whole else jax.lax.dynamic_index_in_dim(x, i, keepdims=False),
-        out_shardings=replicated,
-    )
+def _gather_part(replicated: Sharding) -> Callable[..., jax.Array]:
+    """Compile once for all layers: the index is an argument."""
+
+    def part(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        for number in index:
+            x = jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
+        return x
+
+    return jax.jit(part, out_shardings=replicated)

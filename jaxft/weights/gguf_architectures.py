@@ -107,6 +107,25 @@ def hf_name(architecture: Architecture, name: str) -> str:
     return f"model.layers.{layer}.{architecture.modules[module]}.{kind}"
 
 
+def gguf_name(architecture: str, name: str) -> str:
+    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
+    architecture does not have.
+    """
+    spec = ARCHITECTURES[architecture]
+    plain = {hf: gguf for gguf, hf in NAMES.items()}
+    if name in plain:
+        return plain[name]
+    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
+    layer, _, module = module.partition(".")
+    modules = {hf: gguf for gguf, hf in spec.modules.items()}
+    if module not in modules or (kind == "bias" and modules[module] not in spec.biases):
+        raise ValueError(
+            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor. "
+            "Write a Hugging Face folder, without --gguf"
+        )
+    return f"blk.{layer}.{modules[module]}.{kind}"
+
+
 def head_count(header: GgufHeader) -> int:
     """Return the number of query heads."""
     return _count_in_all_layers(header, "attention.head_count")

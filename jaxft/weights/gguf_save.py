@@ -13,7 +13,7 @@ from jaxft.models.model import Model
 from jaxft.tree import Params
 from jaxft.weights import hf_write
 from jaxft.weights.gguf import raw_bytes
-from jaxft.weights.gguf_architectures import ARCHITECTURES, NAMES
+from jaxft.weights.gguf_architectures import ARCHITECTURES, gguf_name
 from jaxft.weights.gguf_header import GgufHeader, metadata_bytes
 from jaxft.weights.gguf_llama_cpp import check_config
 from jaxft.weights.gguf_metadata import architecture_for, config_fields, context_notes
@@ -77,7 +77,7 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
         if read is not None and (read.kind, read.shape) == ("F32", values.shape):
             encode = partial(raw_bytes, read)
         tensors.append(GgufTensorToWrite(table, "F32", values.shape, encode))
-    for tensor in hf_write.tensors_to_write(base, model.weight_names):
+    for tensor in hf_write.tensors_to_write(base, model):
         gguf, fetch = gguf_name(name, tensor.name), stored_values(name, tensor, model)
         same = source.tensors.get(gguf) if source and tensor.name not in options.changed else None
         if source and options.keep:
@@ -132,25 +132,6 @@ def _general_fields(options: GgufOptions) -> list[Field]:
         Field("general.quantization_version", "UINT32", QUANTISATION_VERSION),
     ]
     return [*fields, Field("general.license", "STRING", options.license)] if options.license else fields
-
-
-def gguf_name(architecture: str, name: str) -> str:
-    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
-    architecture does not have.
-    """
-    spec = ARCHITECTURES[architecture]
-    plain = {hf: gguf for gguf, hf in NAMES.items()}
-    if name in plain:
-        return plain[name]
-    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
-    layer, _, module = module.partition(".")
-    modules = {hf: gguf for gguf, hf in spec.modules.items()}
-    if module not in modules or (kind == "bias" and modules[module] not in spec.biases):
-        raise ValueError(
-            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor. "
-            "Write a Hugging Face folder, without --gguf"
-        )
-    return f"blk.{layer}.{modules[module]}.{kind}"
 
 
 def stored_values(architecture: str, tensor: TensorToWrite, model: Model) -> Callable[[], np.ndarray]:

@@ -3,7 +3,7 @@
 import copy
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,20 @@ import numpy as np
 from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models import families
-from jaxft.models.model import Model, WeightNames
+from jaxft.models.heads import as_checkpoint
+from jaxft.models.model import Model
 from jaxft.models.rope_config import for_transformers_4
 from jaxft.models.text_part import text_config
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.gather import layer_on_host
-from jaxft.weights.hf import HEAD, WEIGHT_INDEX
+from jaxft.weights.hf import WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos, joined_eos
+from jaxft.weights.tensors import Tensor, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
 
 MAX_SHARD = 5_000_000_000  # bytes
@@ -41,14 +43,14 @@ CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
 class LayerQuantizer:
     """Quantises the weights that `save_folder` writes.
 
-    layouts: the layout of a layer [in, out] by parameter path. quantize(path, layer number or None, layer):
+    layouts: the layout of each tensor [in, out] of a parameter, by path. quantize(tensor, values [in, out]):
     returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
     about the layout of the files. notes: lines for the user about the first weight that the layout rounds,
     added while weights are quantised.
     """
 
     layouts: Mapping[str, QTensor]
-    quantize: Callable[[str, int | None, np.ndarray], QTensor]
+    quantize: Callable[[Tensor, np.ndarray], QTensor]
     settings: dict[str, Any]
     layout_name: str = ""
     notes: list[str] = field(default_factory=list)
@@ -80,7 +82,7 @@ def save_folder(
     """
     folder = Path(folder)
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
-    tensors = tensors_to_write(base, model.weight_names, options.quant)
+    tensors = tensors_to_write(base, model, options.quant)
     shards: list[list[TensorToWrite]] = [[]]
     for t in tensors:
         if shards[-1] and sum(s.size for s in shards[-1]) + t.size > options.max_shard:
@@ -119,30 +121,39 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
     _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
 
 
-def tensors_to_write(
-    base: Params, names: WeightNames, quant: LayerQuantizer | None = None
-) -> list[TensorToWrite]:
+def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = None) -> list[TensorToWrite]:
     """Return the tensors of a base tree under their Hugging Face names."""
-    tensors = []
-    for path, leaf in tree.paths(base, is_qtensor).items():
-        name, transpose = {"head": HEAD, **names}[path]
-        stacked = "{i}" in name
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        for i in range(leaf.shape[0] if stacked else 1):
-            layer = i if stacked else None
-            if quant and path in quant.layouts:
-                make = partial(_quantised_layer, quant, path, leaf, layer)
-                method = quant.settings["quant_method"]
-                tensors += quantised_tensors(name.format(i=i), quant.layouts[path], make, method)
-                continue
-            fetch = partial(layer_on_host, leaf, layer, transpose)
-            shape_out = tuple(shape[::-1] if transpose else shape)
-            tensors.append(TensorToWrite(name.format(i=i), np.dtype(leaf.dtype), shape_out, fetch))
-    return tensors
+    leaves = tree.paths(base, is_qtensor)
+    table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
+    sharing: dict[str, list[Tensor]] = {}  # by name: one, or the parts of a tensor that parameters share
+    for path in leaves:
+        for tensor in table[path]:
+            sharing.setdefault(tensor.name, []).append(tensor)
+    out = []
+    for name, parts in sharing.items():
+        tensor, values = parts[0], partial(_values, leaves, sorted(parts, key=lambda part: part.offset or 0))
+        if quant and tensor.path in quant.layouts:
+            make = partial(_quantised, quant, tensor, values)
+            method = quant.settings["quant_method"]
+            out += quantised_tensors(name, quant.layouts[tensor.path], make, method)
+            continue
+        fetch = partial(_turned, tensor, values)
+        out.append(TensorToWrite(name, np.dtype(leaves[tensor.path].dtype), tensor.shape, fetch))
+    return out
 
 
-def _quantised_layer(quant: LayerQuantizer, path: str, leaf: Any, layer: int | None) -> QTensor:
-    return quant.quantize(path, layer, layer_on_host(leaf, layer, False))
+def _values(leaves: Mapping[str, Any], parts: Sequence[Tensor]) -> np.ndarray:
+    """Return the values [..., in, out] of a tensor, whose outputs are those of its parts."""
+    values = [layer_on_host(leaves[part.path], part.index) for part in parts]
+    return np.concatenate(values, -1) if len(values) > 1 else values[0]
+
+
+def _turned(tensor: Tensor, values: Callable[[], np.ndarray]) -> np.ndarray:
+    return tensor.turned(values())
+
+
+def _quantised(quant: LayerQuantizer, tensor: Tensor, values: Callable[[], np.ndarray]) -> QTensor:
+    return quant.quantize(tensor, values())
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:

@@ -157,7 +157,9 @@ def _with_base_weights(
 
 def _tied_head(table: ParamReader) -> ParamReader:
     """Return a reader of a tied head [D, V]: the table transposed."""
-    return replace(table, shape=table.shape[::-1], transposed=True, layout=None)
+    (tensor,) = table.tensors
+    tensor = replace(tensor, transposed=True, values=tensor.values[::-1])
+    return replace(table, tensors=(tensor,), shape=tensor.values, layout=None)
 
 
 def _load_start(
@@ -210,7 +212,7 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
     """Load the whole base of a scorer onto the mesh, and its head on the host if the files contain one."""
     dtype = np.promote_types(model.dtype, np.float32)
     files = pretrained.open_files(ref)
-    in_both = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in files.shapes else {})}
+    in_both = {**specs["base"], **({"score": specs["score"]} if SCORE.template in files.shapes else {})}
     names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}
     readers = param_readers(
         files, replace(model, specs=in_both, weight_names=names, heads={}, generates=False)
@@ -227,6 +229,6 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
 def _load_head(ref: str, model: Model) -> dict[str, Params]:
     """Load the head in the files of a base: a reward model's; a language model has none."""
     files = pretrained.open_files(ref)
-    if SCORE[0] not in files.shapes:
+    if SCORE.template not in files.shapes:
         return {}
     return {"score": read_whole(param_readers(files, as_checkpoint(model))["score"])}

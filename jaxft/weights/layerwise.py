@@ -27,7 +27,6 @@ from jaxft.nn.taps import InputTap, collect_inputs
 from jaxft.tree import Params
 from jaxft.weights.codes import CalibratedLayer
 from jaxft.weights.gptq import inverse_factor
-from jaxft.weights.model_files import full_index
 from jaxft.weights.param_reader import ParamReader, read_values, read_whole
 from jaxft.weights.rounding import InputMoments, correction, exact_outputs, quantize_calibrated
 from jaxft.weights.storage import quantised_paths
@@ -169,8 +168,8 @@ def calibrate_layers(
             factor = inverse_factor(moments.own)
             for name in names:
                 path = f"layers/{name}"
-                hf_name = readers[path].names[number]
-                weight = _layer_values(readers[path], number).astype(np.float32)
+                tensor = readers[path].tensors[number]
+                hf_name, weight = tensor.name, read_values(readers[path], tensor).astype(np.float32)
                 target = exact_outputs(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
                 try:
@@ -194,13 +193,10 @@ def in_layers(path: str) -> bool:
     return path.startswith("layers/")
 
 
-def _layer_values(reader: ParamReader, number: int) -> np.ndarray:
-    return read_values(reader, number, full_index((), reader.layer_shape))
-
-
 def _layer_params(model: Model, readers: Mapping[str, ParamReader], number: int) -> Params:
     def leaf(path: str, spec: ParamSpec) -> Array:
-        return jnp.asarray(_layer_values(readers[f"layers/{path}"], number)).astype(model.dtype)
+        reader = readers[f"layers/{path}"]
+        return jnp.asarray(read_values(reader, reader.tensors[number])).astype(model.dtype)
 
     return tree.map_with_path(leaf, model.specs["layers"], is_leaf=is_spec)
 

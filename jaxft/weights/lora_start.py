@@ -30,15 +30,16 @@ from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import dora
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, pairs_by_path
-from jaxft.nn.lora_patterns import TensorNames
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
+from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
 from jaxft.weights.codes import read_correction
 from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
 from jaxft.weights.storage import StoredModel, leaf_shapes
+from jaxft.weights.tensors import stack, tensors_of
 
 LOFTQ_ITERATIONS = 5  # of LoftQ, as in the paper
 
@@ -60,28 +61,28 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
 
     Raises ValueError for settings that check_ranks refuses.
     """
-    files, names = pretrained.open_files(ref), stored.model.weight_names
+    files, table = pretrained.open_files(ref), tensors_of(stored.model)
     base, leaves = spec_paths(stored.specs["base"]), (dict[str, np.ndarray](), dict[str, np.ndarray]())
-    for path, layout in check_ranks(stored.specs["base"], settings, names).items():
-        spec, (name, transposed) = base[path], names[path]
+    for path, layout in check_ranks(stored.specs["base"], settings, stored.model.weight_names).items():
+        spec = base[path]
         as_stored = _storing(leaf_shapes(spec, stored.storage[f"base/{path}"]))
         found, most = list[tuple[FirstPair, FirstPair]](), max(layout.ranks)
-        for i, (rank, alpha) in enumerate(zip(*layout, strict=True)):
+        for tensor, rank, alpha in zip(table[path], *layout, strict=True):
             if not rank:
                 zeros = np.zeros((spec.shape[-2], most)), np.zeros((most, spec.shape[-1]))
                 found.append((zeros, zeros))
                 continue
             if settings.init == QERA:
                 codes = stored.storage[f"base/{path}"].codes
-                found.append(_correcting(codes, name.format(i=i), settings.scale_of(rank, alpha)))
+                found.append(_correcting(codes, tensor.name, settings.scale_of(rank, alpha)))
                 continue
-            weight = files.read(name.format(i=i)).astype(np.float32)
+            weight = tensor.read(files).astype(np.float32)
             of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
-            found.append(of_layer.pairs(weight.T if transposed else weight))
+            found.append(of_layer.pairs(weight))
         for number, out in enumerate(leaves):
             for side, letter in enumerate("ab"):
-                values = np.stack([layer[number][side].astype(np.float32) for layer in found])
-                out[f"{path}/{letter}"] = values if "{i}" in name else values[0]
+                values = [layer[number][side].astype(np.float32) for layer in found]
+                out[f"{path}/{letter}"] = stack(table[path], values)
 
     def adapter(out: dict[str, np.ndarray]) -> Params:
         def leaf(path: str, spec: ParamSpec) -> np.ndarray:
@@ -94,7 +95,7 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     return StartPairs(*map(adapter, leaves))
 
 
-def check_ranks(base: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
+def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:
     """Return the ranks and alphas of the adapted layers by path.
 
     Raises ValueError for a rank above the smaller side of a weight, for several ranks in the layers of a

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.lora_patterns import HEAD_MODULE, is_listed, is_saved
+from jaxft.nn.lora_patterns import is_listed, is_saved
+from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.weights.hf import EMBEDDING
 from jaxft.weights.peft_names import PREFIX
 from jaxft.weights.safetensors import SafetensorsFiles, read_tensor

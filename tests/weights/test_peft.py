@@ -245,14 +245,18 @@ def test_an_adapter_is_merged_into_weights_as_they_are_read(world, tmp_path):
     adapter = trained(world[1], settings)
     peft_write.save_adapter(tmp_path, adapter, settings, world[1], "base")
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).merge_and_unload().state_dict()
-    plain = pretrained.open_files(str(world[0]))
-    files = merge_on_read(plain, world[1], adapter)
-    for name in files.shapes:
-        np.testing.assert_allclose(files.read(name), theirs[name].numpy(), atol=1e-6, err_msg=name)
-    down = "model.layers.1.mlp.down_proj.weight"
-    part = files.read(down, (slice(3, 9), slice(40, 96)))
-    np.testing.assert_array_equal(part, files.read(down)[3:9, 40:96])
-    assert np.abs(files.read(down) - plain.read(down)).max() > 1e-3
+    plain = pretrained.open_params(str(world[0]), world[1])
+    readers = merge_on_read(plain, world[1], adapter)
+    for reader in readers.values():
+        for tensor in reader.tensors:
+            expected = theirs[tensor.name].numpy()
+            expected = expected.T if tensor.transposed else expected
+            np.testing.assert_allclose(reader.read(tensor), expected, atol=1e-6, err_msg=tensor.name)
+    down = readers["layers/mlp/down"]
+    tensor = down.tensors[1]
+    part = down.read(tensor, (slice(40, 96), slice(3, 9)))
+    np.testing.assert_array_equal(part, down.read(tensor)[40:96, 3:9])
+    assert np.abs(down.read(tensor) - plain["layers/mlp/down"].read(tensor)).max() > 1e-3
 
 
 def test_a_scale_other_than_alpha_over_rank_is_folded_into_b(world, tmp_path):

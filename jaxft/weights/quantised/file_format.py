@@ -135,8 +135,8 @@ def arrays_of(q: QTensor) -> dict[str, Any]:
 
 
 def array_index(layout: QTensor, array: str, index: Index) -> Index:
-    """Return where in one of a layout's arrays the part of the weight [..., in, out] at `index` is; its limits
-    are limits of blocks.
+    """Return where in one of a layout's arrays the part of a weight [..., in, out] at `index` is; the limits
+    of the part are limits of blocks.
     """
     *above, ins, outs = index
     if array in ("outer", "mean", "index"):

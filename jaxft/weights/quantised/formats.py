@@ -112,22 +112,27 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
     return ""
 
 
-def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, int]:
-    """Return a quantised weight with the scales that a format stores, and how many of these are rounded.
+def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, str]:
+    """Return a quantised weight with the scales that a format stores, and a warning if some are rounded.
 
-    float16 has more digits than bfloat16, but not its range. where: the weight, for errors. Raises ValueError
-    for scales above the range.
+    float16 has more digits than bfloat16, but not its range. where: the weight, for messages. Raises
+    ValueError for scales above the range.
     """
     if format.scale_dtype is None:
-        return q, 0
-    wide, largest = np.asarray(q.scale, np.float32), float(jnp.finfo(format.scale_dtype).max)
-    if wide.max(initial=0) > largest:
+        return q, ""
+    wide, dtype = np.asarray(q.scale, np.float32), np.dtype(format.scale_dtype)
+    if wide.max(initial=0) > float(jnp.finfo(dtype).max):
         raise ValueError(
-            f"{where}: the scale {wide.max():.3g} is too large for {np.dtype(format.scale_dtype)}, in which "
-            f"{format.name} stores scales; use --format compressed-tensors"
+            f"{where}: the scale {wide.max():.3g} is too large for {dtype}, in which {format.name} stores "
+            "scales; use --format compressed-tensors"
         )
-    narrow = wide.astype(format.scale_dtype)
-    return replace(q, scale=narrow), int(np.count_nonzero(narrow.astype(np.float32) != wide))
+    narrow = wide.astype(dtype)
+    rounded = np.count_nonzero(narrow.astype(np.float32) != wide)
+    warning = (
+        f"warning: {rounded} of {wide.size} scales of {where} are too small for {dtype}, in which --format "
+        f"{format.name} stores them, and lose digits; if its error matters, use --format compressed-tensors"
+    )
+    return replace(q, scale=narrow), warning if rounded else ""
 
 
 def quantised_tensors(
