@@ -12,7 +12,7 @@ from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_i
 from jaxft.weights.quantised.awq import AWQ
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
 from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS
-from jaxft.weights.quantised.file_format import FileFormat, QuantConfig
+from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights
 from jaxft.weights.quantised.fp8 import FINE_GRAINED_FP8
 from jaxft.weights.quantised.gptq import GPTQ
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
@@ -24,19 +24,21 @@ FILE_FORMATS = {
 USUAL_FORMATS = {"nf4": BITSANDBYTES, "fp4": BITSANDBYTES, "fp8": COMPRESSED_TENSORS}  # by kind
 
 
-def open_quantised(files: SafetensorsFiles, settings: QuantConfig) -> ModelFiles:
-    """Return the tensors of a model whose quantised weights appear under the names of the plain weights.
+def open_tensors(files: SafetensorsFiles, settings: QuantConfig | None) -> ModelFiles:
+    """Return the tensors of a model, in which quantised weights have the names of plain weights.
 
-    settings: config.json's quantization_config. Raises ValueError for a format that is not supported and for
-    inconsistent tensors.
+    settings: config.json's quantization_config, if it has one. Raises ValueError for a format that is not
+    supported and for inconsistent tensors.
     """
-    name = settings.get("quant_method")
-    if not isinstance(name, str) or name not in FILE_FORMATS:
-        raise ValueError(
-            f"{files.where}: its config.json has quant_method={name!r}, but jaxft reads "
-            f"{', '.join(FILE_FORMATS)}; use the model's unquantised weights"
-        )
-    quantised = FILE_FORMATS[name].open(files, settings)
+    quantised: Weights = {}
+    if isinstance(settings, dict):
+        name = settings.get("quant_method")
+        if not isinstance(name, str) or name not in FILE_FORMATS:
+            raise ValueError(
+                f"{files.where}: its config.json has quant_method={name!r}, but jaxft reads "
+                f"{', '.join(FILE_FORMATS)}; use the model's unquantised weights"
+            )
+        quantised = FILE_FORMATS[name].open(files, settings)
     parts = {part for weight in quantised.values() for part in weight.tensors}
     plain = [name for name in files.shapes if name not in parts]
 
