@@ -141,9 +141,8 @@ def array_index(layout: QTensor, array: str, index: Index) -> Index:
     *above, ins, outs = index
     if array in ("outer", "mean", "index"):
         return tuple(above)
+    per_row = layout.block if layout.index is None else None
     if array == "codes":
         per_row = 2 if is_paired(layout.kind) else 1
-    else:
-        per_row = layout.block if layout.index is None else None
     rows = slice(ins.start // per_row, -(-ins.stop // per_row)) if per_row else slice(None)
     return (*above, rows, outs)
