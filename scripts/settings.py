@@ -74,7 +74,7 @@ def main() -> int:
     args = make_parser().parse_args()
     from jaxft.runs.parse import recipe_names
     from jaxft.runs.settings_list import listed, matching
-    from jaxft.runs.unknown_names import advice, nearest_settings
+    from jaxft.runs.unknown_names import advice, nearest_settings, setting_names
     from jaxft.weights.extend import without_model_weights
 
     recipe, words = args.config, args.words
@@ -90,6 +90,12 @@ def main() -> int:
         groups = {title: matching(group, word) for title, group in groups.items()}
     sections = {name.partition(".")[0] for name in names if "." in name}  # optim is one, and TRL's option
     lines = [line for word in words if word not in sections and (line := advice(word, recipe=recipe))]
+    if not any(groups.values()) and not lines and recipe is None:
+        names_first = dict.fromkeys((*RECIPES, *recipe_names()))
+        found = (name for name in names_first if all(word in setting_names(name) for word in words))
+        if recipe := next(found, None):
+            lines = [f"in recipes such as {recipe}:"]
+            groups = {t: [s for s in group if s.name in words] for t, group in of_recipe(recipe, []).items()}
     if not any(groups.values()) and not lines:
         near = ", ".join(nearest_settings(" ".join(words), names)) or "none; `jaxft settings` lists all"
         raise ValueError(f"no setting has {' and '.join(map(repr, words))} in its name or text; near: {near}")

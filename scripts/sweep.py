@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         help="adapters per forward pass, a divisor of their number (default 1); only for runs in one program",
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the runs with their settings, and end")
     parser.add_argument(
         "overrides", nargs="*", help="the recipe, then knob=value or section.field=value for all runs"
     )
@@ -134,6 +135,10 @@ def main() -> int:
         runs[label] = replace(fitted.value, name=f"{name}/{label}")
     for line in lines_of_runs(about):
         print(line, flush=True)
+    if args.dry_run:
+        for label, row in zip(runs, rows, strict=True):
+            print(f"runs/{name}/{label}: {' '.join([*overrides, *row])}")
+        return 0
     return train_sweep(name, runs, args.at_once, clock=clock)
 
 

@@ -420,6 +420,13 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
             "columns of no format",
             f"the columns {columns} are those of preference pairs; train on pairs with the recipe dpo",
         )
+    if schemas != SFT_SCHEMAS and _only_sft(row.fields):
+        raise InvalidRow(
+            row.name,
+            "columns of no format",
+            f"the columns {columns} are those of SFT, for which there is the recipe sft; accepted here are "
+            f"{describe_schemas(schemas)}",
+        )
     ours = _nearest_columns(names, schemas)
     near = misspelled(names, ours)
     meant = f"did you mean {' and '.join(f'{ours} for {theirs!r}' for ours, theirs in near.items())}? "
@@ -429,6 +436,14 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
         f"the columns {columns} fit no format; {meant if near else ''}accepted are "
         f"{describe_schemas(schemas)}; rename columns, for example with "
         f"{suggested_columns(names, ours)}",
+    )
+
+
+def _only_sft(fields: dict) -> bool:
+    """Whether a row has the columns of SFT, and no other one that could be a response or a label."""
+    return any(
+        _has(fields, needs) and {*fields} <= {"id", *sum(needs, ()), *SFT_SCHEMAS.optional[name]}
+        for name, needs in SFT_SCHEMAS.required.items()
     )
 
 

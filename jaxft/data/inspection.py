@@ -97,7 +97,7 @@ def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> s
 
 def inspect_source(source: RowSource | PairSource) -> Inspected:
     """Return the dataset of an open source."""
-    stats = dict(vars(source.info.stats))
+    stats = {name: x for name, x in vars(source.info.stats).items() if x is not None}
     invalid = stats.pop("invalid")
     del stats["lengths"]  # shown for each part
     stats["tokens_with_a_loss"] = stats["learned_tokens"] / stats["tokens"]
@@ -275,7 +275,8 @@ def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for example in examples:
         for part in example.parts:
-            found.setdefault(part.label or "all", []).append(len(part.ids))
+            if len(part.ids):  # a row with a label has one of two responses
+                found.setdefault(part.label or "all", []).append(len(part.ids))
         if len(example.parts) == 1 and example.parts[0].weights.any():
             found.setdefault("prompt", []).append(len(content([example]).prompt))
             found.setdefault("with loss", []).append(int((example.parts[0].weights > 0).sum()))

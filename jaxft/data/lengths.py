@@ -74,9 +74,10 @@ class RowLengths:
 
     @property
     def parts(self) -> dict[str, Int[np.ndarray, " rows"]]:
-        """Tokens of each part that has any, by name."""
+        """Tokens of each part that has any, by name; of the responses that rows have."""
         several = len(self.kinds) > 1
-        parts = {"prompt": self.prompts, **dict(zip(self.kinds, self.responses.T, strict=True))}
+        responses = {k: x[x > 0] for k, x in zip(self.kinds, self.responses.T, strict=True)}
+        parts = {"prompt": self.prompts, **responses}
         parts |= {} if several else {"with loss": self.targets}
         parts |= {"answer": self.answers, "prompt with longest response" if several else "all": self.longest}
         return {name: counts for name, counts in parts.items() if counts.any()}

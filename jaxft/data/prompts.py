@@ -41,14 +41,14 @@ class Prompts(DataSettings):
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
     of a prompt, and of a completion. max_turns: the most completions of an episode, between which an
     environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
-    prompt, sampled and given ones. too_long: "drop" leaves longer prompts out, "error" stops. batch:
-    prompts of a rollout. group: completions of each prompt. eval_group: completions of each held-out prompt.
-    temperature, top_k, top_p, min_p: of sampling. decode_rows: completions that are sampled at the same time;
-    the next prompts take the rows of completions that ended. None: all on a CPU, at most 256 per GPU or TPU
-    over which rows are divided. kv_cache: how the sampler stores keys and values, "compute" for the compute
-    dtype. passes: how often the policy is trained on a rollout (PPO's
-    epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of `micro` microbatches each. Other
-    fields: see DataSettings.
+    prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts
+    out, "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group:
+    completions of each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows:
+    completions that are sampled at the same time; the next prompts take the rows of completions that
+    ended. None: all on a CPU, at most 256 per GPU or TPU over which rows are divided. kv_cache: how the
+    sampler stores keys and values, "compute" for the compute dtype. passes: how often the policy is
+    trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of
+    `micro` microbatches each. Other fields: see DataSettings.
     """
 
     max_prompt: Annotated[int, at_least(1)] = 256
@@ -95,12 +95,10 @@ class Prompts(DataSettings):
                 f"data.eval_group={self.eval_group} exceeds data.group={self.group}, the number of "
                 f"completions in a row; use at most {self.group}"
             )
-        has_turns, tokens = self.max_turns > 1, self.max_episode
-        if has_turns != (tokens is not None) or (tokens is not None and tokens < self.max_new):
+        if self.max_episode is not None and (self.max_turns == 1 or self.max_episode < self.max_new):
             raise ValueError(
-                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: an episode of "
-                "several turns needs a limit of its tokens, of at least data.max_new; one turn has "
-                "data.max_new alone"
+                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: the tokens of an "
+                "episode of several turns are at least data.max_new; one turn has data.max_new alone"
             )
         if self.decode_rows is not None and self.decode_rows < self.group:
             raise ValueError(
@@ -139,7 +137,7 @@ class Prompts(DataSettings):
     @property
     def episode_length(self) -> int:
         """The most tokens of an episode after its prompt."""
-        return self.max_new if self.max_turns == 1 else int(self.max_episode or 0)
+        return self.max_turns * self.max_new if self.max_episode is None else self.max_episode
 
     @property
     def sampled_length(self) -> int:
@@ -233,7 +231,8 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
         )
     held = np.isin(groups, permutation(distinct, data.seed_of_split, 0)[: data.held_out_count(distinct)])
     train = prompts.subset(np.flatnonzero(~held))
-    train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
+    notes = prompts.notes + data.held_out_notes(int(held.sum()), len(held))
+    train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid, notes=notes)
     return _mixed(data, train), prompts.subset(np.flatnonzero(held))
 
 

@@ -146,6 +146,19 @@ class DataSettings:
         """Return how many of `count` rows a fractional held_out is: at least `least`, and never all."""
         return min(max(least, round(float(self.held_out or 0) * count)), count - 1)
 
+    def held_out_notes(self, held: int, count: int) -> tuple[str, ...]:
+        """Return a note if many more of `count` rows are held out than the fraction held_out asks for."""
+        if not self.holds_out or isinstance(self.held_out, str):
+            return ()
+        wanted = self.held_out_count(count)
+        if held <= max(2 * wanted, wanted + 2):
+            return ()
+        return (
+            f"note: {held:,} of {count:,} rows are held out, and data.held_out={self.held_out} asks for "
+            f"{wanted:,}: rows with the same prompt stay together. Name a file with held_out=, or "
+            "held_out=none",
+        )
+
     def total_steps(self, epochs: Epochs) -> int:
         """Optimizer steps of a run of data.epochs or data.tokens."""
         if self.tokens is not None:

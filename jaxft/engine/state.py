@@ -271,11 +271,17 @@ def key_data(key: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
+def no_keys(count: int) -> np.ndarray:
+    """Return the data of `count` random keys as zeros, without a device: a plan has none."""
+    data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    return np.zeros((count, *data.shape), data.dtype)
+
+
 def new_prompts(d: Decoding, slots: Slots, rows: int, size: tuple[int, int], prompts: Any = ()) -> NewPrompts:
     """Return a NewPrompts of `size`, prompts and tokens, for a state of `rows` rows. Beyond the given ones
     they are empty, and none of them has a slot or rows yet.
     """
-    count, keys = size[0], np.stack([key_data(jax.random.key(0))] * size[0])
+    count, keys = size[0], no_keys(size[0])
     return NewPrompts(
         left_pad(prompts, *size), np.full(count, slots.prompts, np.int32), np.zeros(count, np.int32),
         np.full((count, d.group), rows, np.int32), keys, empty_settings(d, count), all_allowed(d, count),
@@ -287,7 +293,7 @@ def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
     count, integers = size[0], np.zeros((3, size[0]), np.int32)
     return GivenTokens(
         np.zeros(size, np.int32), integers[0], integers[1], integers[2], np.full(count, rows, np.int32),
-        np.stack([key_data(jax.random.key(0))] * count), empty_settings(d, count), all_allowed(d, count),
+        no_keys(count), empty_settings(d, count), all_allowed(d, count),
     )  # fmt: skip
 
 

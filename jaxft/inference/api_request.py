@@ -140,7 +140,8 @@ def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
     _check_names(body, CHAT_FIELDS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ApiError(400, f"messages must be a list of messages, got {json_type(messages)}", "messages")
+        found = {type(None): "is missing", list: "is empty"}.get(type(messages), f"is {json_type(messages)}")
+        raise ApiError(400, f"messages {found}; give a list with at least one message", "messages")
     tools = body.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ApiError(400, "tools must be a list of JSON schemas", "tools")

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxft.data.shipped import own_commands
 from jaxft.engine.scheduler import STOPPING, QueueFull, Scheduler, Stopped
 from jaxft.inference.api_request import (
     ApiError,
@@ -325,7 +326,8 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
         has_tools = isinstance(body, ChatBody) and body.tools is not None
         generation = submit_choices(service.scheduler, model, body.choice, prompts, has_tools, grammar)
     except ValueError as error:
-        raise ApiError(400, str(error)) from error
+        field = re.split(r"\W", str(error), maxsplit=1)[0]
+        raise ApiError(400, own_commands(str(error)), field if field in fields else None) from error
     except QueueFull as error:
         raise ApiError(429, str(error), code="queue_full") from error
     except Stopped as error:

@@ -295,6 +295,8 @@ NO_TRAFFIC = (
     "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done",
 )  # fmt: skip
 
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # updates in place -> the operand with what is written
+
 
 def memory_bytes(program: HloProgram) -> float:
     """Return the bytes of main memory that a step reads and writes, per device.
@@ -347,7 +349,7 @@ def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruct
         return total + _main(made)
     for x, array in zip(roots, made, strict=True):
         source = _through(x, inner)
-        changed = source.opcode == "dynamic-update-slice" and inner.get(source.operands[1])
+        changed = inner.get(source.operands[UPDATES[source.opcode]]) if source.opcode in UPDATES else None
         total += min(_main([array]), sum(a.bytes for a in changed.arrays) if changed else math.inf)
     return total
 
@@ -360,7 +362,7 @@ def _bytes_read(x: Instruction, users: dict[str, list[Instruction]], size: int) 
             total += sum(a.bytes for a in user.arrays)
         elif user.opcode in ("bitcast", "reshape"):
             total += _bytes_read(user, users, size)
-        elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == x.name):
+        elif not (user.opcode in UPDATES and user.operands[0] == x.name):
             return size
     return total
 

@@ -182,6 +182,11 @@ class Rollouts(Prompts):
             raise ValueError(
                 f"data.max_turns={self.max_turns}, but nothing answers a turn; set environment= or tools="
             )
+        if self.played.schemas and self.max_turns == 1:
+            raise ValueError(
+                "data.max_turns=1 with tools: after one turn an episode ends, and calls are not answered. "
+                "Set max_turns=3, for example: two turns that call tools, and the answer."
+            )
         if self.observations and self.max_turns == 1:
             raise ValueError(
                 "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "

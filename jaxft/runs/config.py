@@ -37,7 +37,7 @@ from jaxft.runs.parse import (
 )
 from jaxft.runs.record import describe, differences, union_members
 from jaxft.runs.terminal import short_text
-from jaxft.runs.unknown_names import advice, meant_options
+from jaxft.runs.unknown_names import advice, join_lines, meant_options
 from jaxft.tree import nearest
 
 __all__ = [
@@ -367,11 +367,18 @@ def _with_fields(
 ) -> tuple[Any, dict[str, Any]]:
     """Return (the value with dotted fields replaced, the new values by dotted key)."""
     fields: dict[Steps, tuple[str, str]] = {}
+    refused = list[str]()
     for key, text in texts.items():
-        steps = _steps(root, key, knobs, (text, recipe))
+        try:
+            steps = _steps(root, key, knobs, (text, recipe))
+        except ValueError as error:
+            refused.append(str(error))
+            continue
         if steps in fields:
             raise ValueError(f"{key} and {fields[steps][0]} are the same field")
         fields[steps] = (key, text)
+    if refused:
+        raise ValueError(join_lines(refused))
     value = _replace(root, fields)
     return value, {".".join(steps): _get(value, steps) for steps in fields}
 

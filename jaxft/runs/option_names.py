@@ -250,10 +250,13 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("add_special_tokens:af additional_special_tokens:af", "add_special_tokens",
               ["<think>", "</think>"]),
         _together("special_tokens:a", "add_special_tokens",
-                  "additional_special_tokens are add_special_tokens=; BOS, EOS and padding are the "
-                  "tokenizer's"),
-        _unneeded("resize_vocab:f resize_token_embeddings_to_32x:a pad_token:tafu eos_token:tafu "
-                  "bos_token:afu unk_token:au eot_tokens:a shrink_embeddings:a mean_resizing_embeddings:a",
+                  "additional_special_tokens are add_special_tokens=; BOS and padding are the tokenizer's, "
+                  "and the end of a turn is the chat template's (<|im_end|>: chat_template=chatml)"),
+        _together("eos_token:tafu eot_tokens:a", "chat_template",
+                  "the token that ends turns is the chat template's, such as <|im_end|> with "
+                  "chat_template=chatml, and of plain text the tokenizer's"),
+        _unneeded("resize_vocab:f resize_token_embeddings_to_32x:a pad_token:tafu "
+                  "bos_token:afu unk_token:au shrink_embeddings:a mean_resizing_embeddings:a",
                   "the table grows with the tokens, ends of turns are those of the chat template, and "
                   "padding needs no token"),
         _absent("rope_scaling:tafu shift_attn:f s2_attention:a use_pose:a",
@@ -364,8 +367,9 @@ OPTIONS: tuple[Option, ...] = tuple(
         # Batches and length
         _together("per_device_train_batch_size:tafu micro_batch_size:tafu batch_size:tafu "
                   "gradient_accumulation_steps:tafu auto_find_batch_size:tafu", "batch",
-                  "batch is the rows of an optimizer step: per-device batch x accumulation x devices; micro "
-                  "divides them into microbatches, with the same gradients"),
+                  "batch is the rows of an optimizer step (in SFT packed rows of several examples): "
+                  "per-device batch x accumulation x devices; micro divides them into microbatches, with "
+                  "the same gradients"),
         _unneeded("per_device_eval_batch_size:tafu eval_batch_size:tafu precompute_ref_batch_size:tu "
                   "eval_accumulation_steps:tafu average_tokens_across_devices:tafu "
                   "ds3_gather_for_generation:tau",
@@ -524,10 +528,10 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("logging_steps:tafu", "loop.log_every", 10),
         _together("eval_steps:tafu", "loop.eval_every", "steps between evaluations, loop.eval_every=100"),
         _together("save_steps:tafu", "loop.save_every", "steps between checkpoints, loop.save_every=100"),
-        _together("evals_per_epoch:a saves_per_epoch:a eval_strategy:tafu evaluation_strategy:au "
-                  "save_strategy:tafu",
-                  "loop.eval_every", "intervals are in steps or, below 1, fractions of the run: "
-                  "loop.eval_every=0.25 loop.save_every=0.25"),
+        _together("evals_per_epoch:a eval_strategy:tafu evaluation_strategy:au", "loop.eval_every",
+                  "intervals are in steps or, below 1, fractions of the run: loop.eval_every=0.25"),
+        _together("saves_per_epoch:a save_strategy:tafu", "loop.save_every",
+                  "intervals are in steps or, below 1, fractions of the run: loop.save_every=0.25"),
         _same("save_total_limit:tafu", "loop.keep_last", 2),
         _mapped("load_best_model_at_end:tafu", "loop.keep_best", {"true": "loop.keep_best=1", "false": ""},
                 "the best step's weights are in best/"),
@@ -573,6 +577,9 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("beta:t", "beta", 0.1, "", "dpo"),
         _same("rl_beta:a dpo_beta:a pref_beta:f", "beta", 0.1, "", "dpo"),
         _mapped("loss_type:t", "loss", _DPO_LOSSES, "", "dpo"),
+        _options("loss_type:t", setting=None, kind="absent", values={"kto": ""}, recipe="kto",
+                 note="the recipe kto has the loss kto; copy it for bco or apo_zero_unpaired of "
+                 "jaxft.objectives.reference_free_losses"),
         _mapped("pref_loss:f", "loss",
                 {"sigmoid": "", "hinge": "loss=hinge", "ipo": "loss=ipo",
                  "kto_pair": "", "orpo": "", "simpo": ""}, "orpo and simpo are recipes", "dpo"),

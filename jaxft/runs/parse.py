@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jaxft.bounds import bounds_of, choices_of
 from jaxft.data.shipped import ROOT
 from jaxft.runs.record import union_members
-from jaxft.runs.unknown_names import settings_file
+from jaxft.runs.unknown_names import name_of_loss, settings_file
 from jaxft.short_names import ShortNames
 from jaxft.tree import nearest
 
@@ -230,7 +230,8 @@ def parse_value(text: str, kind: Any) -> Any:
         known = f"none of {', '.join(short)}"
         if len(short) > SHOWN_NAMES:
             known = f"no known name, near: {', '.join(nearest(text, list(short), 5))}"
-        raise ValueError(f"{text!r} is {known}; use one, or {CALLABLE}")
+        theirs = name_of_loss(text)
+        raise ValueError(f"{text!r} is {known}; use one, or {CALLABLE}{f' ({theirs})' if theirs else ''}")
     or_dict = any(mark.or_dict for mark in _marks(kind))
     kind, text = members[0], short.get(text, text)
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)

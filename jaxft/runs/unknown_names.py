@@ -5,6 +5,7 @@ them as `--name value`, and read YAML or JSON.
 """
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,8 +31,23 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
     'learning_rate is lr here; write lr=1e-4'
     """
     options = find_options(name, recipe=recipe) if text is None else meant_options(name, recipe)
-    lines = dict.fromkeys(_line(option, text, recipe) for option in options)
-    return "; or ".join(line for line in lines if line) or None
+    lines = {line: option.recipe for option in options if (line := _line(option, text, recipe))}
+    if recipe is None and len(set(lines.values())) > 1:
+        lines = {f"{line} (recipes such as {of})": of for line, of in lines.items()}
+    return "; or ".join(lines) or None
+
+
+def name_of_loss(theirs: str) -> str | None:
+    """Return what another tool's loss_type is here, None for an unknown one.
+
+    >>> name_of_loss("dr_grpo")
+    "TRL's loss_type dr_grpo is token_weights=constant_length"
+    """
+    for option in find_options("loss_type"):
+        if theirs in option.values:
+            ours = option.values[theirs] or f"the default of recipes such as {option.recipe}"
+            return f"TRL's loss_type {theirs} is {ours}"
+    return None
 
 
 def meant_options(key: str, recipe: str | None = None) -> tuple[Option, ...]:
@@ -95,7 +111,21 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
             return f"unrecognized argument {option}; near: {near}"
     if plain:
         lines.append(f"settings are written without dashes; write {' '.join(plain)}")
-    return f"{' '.join(given)}: {'; '.join(lines)}" if given else None
+    return f"{' '.join(given)}: {join_lines(lines)}" if given else None
+
+
+def join_lines(lines: Sequence[str]) -> str:
+    """Return advice about several options in one line, what holds for options beside one another once.
+
+    >>> join_lines(["a is x here; see x", "b is x here; see x"])
+    'a is x here, b is x here; see x'
+    """
+    parts = [line.partition("; ") for line in lines]
+    groups = itertools.groupby(parts, key=lambda part: part[2] or part[0])
+    return "; ".join(
+        ", ".join(head for head, _, _ in group) + (f"; {note}" if note != group[0][0] else "")
+        for note, group in ((note, list(group)) for note, group in groups)
+    )
 
 
 def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:

@@ -42,7 +42,7 @@ LITTLE = 1.1  # times the memory of activations
 MICRO_TOKENS = 4096  # of a microbatch, unless the recipe itself has more
 RUN_STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
 BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
-NEW_TOKENS = 256  # of a completion, TRL's max_completion_length
+NEW_TOKENS = 256  # of a completion
 AUTO = ("lr=auto", "optim.lr=auto")
 Data = Rows | PairRows | Prompts
 Chosen = dict[str, str]  # settings and their values, as on a command line

@@ -55,6 +55,7 @@ from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_setting
 from jaxft.runs.report import same_prompts
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
+from jaxft.runs.unknown_names import advice, join_lines
 from jaxft.train import loop, members, open_settings
 from jaxft.train.clock import Clock
 from jaxft.train.reference import precompute
@@ -325,6 +326,7 @@ class LoadedModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        **unknown: Any,
     ) -> list[str]:
         """Return the completion of each prompt, as `jaxft generate` does.
 
@@ -332,12 +334,18 @@ class LoadedModel:
         with the settings of the run that trained the model. temperature: 0 is greedy.
         """
         with errors_as_lines():
+            if unknown:
+                known = [name for name in inspect.signature(self.generate).parameters if name != "unknown"]
+                lines = [advice(name) or f"generate has {', '.join(known[1:])}" for name in unknown]
+                raise ValueError(f"unknown option {', '.join(unknown)}: {join_lines(lines)}")
             return self._generate(prompts, Sampling(max_new, temperature, top_k, top_p), seed)
 
     def _generate(self, prompts: Sequence[Any], sampling: Sampling, seed: int) -> list[str]:
         weights, limit = self.weights, self.model.config.max_positions
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r}; give a list of prompts")
+        if all(isinstance(one, Mapping) and "role" in one for one in prompts):
+            raise ValueError("prompts is one conversation; a prompt is a list of messages: give [prompts]")
         ids = self._encode(prompts)
         longest = max(map(len, ids))
         if longest + sampling.max_new > limit:

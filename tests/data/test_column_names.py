@@ -80,6 +80,26 @@ def test_unknown_columns_are_an_error_with_the_setting_that_reads_them(fields, e
     assert "\n" not in str(raised.value)
 
 
+def test_a_note_says_why_many_more_rows_are_held_out_than_asked_for(tmp_path):
+    rows = [{"prompt": f"question {n % 2}", "answer": str(n)} for n in range(40)]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held = split_prompts(Prompts(str(path), held_out=0.05), tiny("none"))
+    assert len(held) == 20 and any(
+        "20 of 40 rows are held out, and data.held_out=0.05" in x for x in train.notes
+    )
+    train, held = split_prompts(Prompts(str(path), held_out=0.5), tiny("none"))
+    assert not train.notes
+
+
+@pytest.mark.parametrize("names", ["id conversations", "messages", "prompt completion", "instruction output"])
+def test_rows_of_sft_are_no_pairs_with_other_names(names):
+    row = Row("r:1", dict.fromkeys(names.split(), "a"))
+    with pytest.raises(ValueError, match="are those of SFT, for which there is the recipe sft") as error:
+        normalise_pairs([row], PairTokenSettings())
+    assert "data.columns" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("names", "columns"),
     [

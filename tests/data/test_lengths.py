@@ -45,6 +45,13 @@ def test_lengths_are_those_without_a_limit(tmp_path):
     assert found.longest.tolist() == [82] and found.covered(81) == 0 and found.covered(82) == 1
 
 
+def test_a_response_that_a_row_does_not_have_has_no_length(tmp_path):
+    made = [{"prompt": "a", "completion": "b" * n, "label": n > 3} for n in (2, 4, 6)]
+    data = PairRows(write(tmp_path / "kto.jsonl", made), format="plain", max_length=64, held_out="none")
+    parts = measure(data, tiny("none"), tmp_path).parts
+    assert (sorted(parts["chosen"]), parts["rejected"].tolist()) == ([5, 7], [3])
+
+
 def test_no_limit_that_is_proposed_exceeds_the_models_context(rows, tmp_path):
     data = Rows(rows, format="plain", max_length=12, held_out="none", too_long="truncate")
     found = measure(data, tiny("none"), tmp_path)

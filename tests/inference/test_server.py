@@ -161,6 +161,8 @@ REFUSED = [  # method, path, body, headers, status, word
     ("POST", CHAT, {"messages": [{"role": "user", "content": ""}]}, {}, 400, "empty"),
     ("POST", CHAT, {"messages": [{"role": "user", "content": "a b " * 200}]}, {}, 400, "128"),
     ("POST", CHAT, {"messages": MESSAGES, "max_tokens": 25}, {}, 400, "24"),
+    ("POST", CHAT, {"messages": []}, {}, 400, "messages is empty; give"),
+    ("POST", CHAT, {}, {}, 400, "messages is missing; give"),
     ("POST", CHAT, b"{", {}, 400, "JSON"),
     ("POST", CHAT, {"messages": MESSAGES}, {"Content-Type": "text/plain"}, 415, "application/json"),
     ("POST", CHAT, b"[" + b"1," * 600_000 + b"1]", {}, 413, "--max-body"),
@@ -180,6 +182,7 @@ def test_a_wrong_request_is_refused_in_one_line(running, method, path, body, hea
     found, reply, _ = running.send(method, path, body, headers)
     message = reply["error"]["message"]
     assert found == status and word in message and "\n" not in message and len(message) <= 500
+    assert reply["error"]["param"] == ("max_tokens" if word == "24" else reply["error"]["param"])
 
 
 def test_fuzzed_requests_get_a_status_and_one_line(running):

@@ -138,6 +138,21 @@ def test_rows_have_room_for_what_is_given():
     assert data(max_episode=60, observations=True).group_row_shape(10).reads == 128
 
 
+def guess(number: int) -> str:
+    """Guess a number.
+
+    Args:
+        number: The number.
+    """
+    return f"not {number}"
+
+
+def test_tools_without_a_second_turn_are_refused_and_an_episode_has_a_length():
+    with pytest.raises(ValueError, match=r"data.max_turns=1 with tools: .*Set max_turns=3, for example"):
+        data(environment=None, tools=(guess,), max_turns=1, max_episode=None)
+    assert data(max_episode=None).episode_length == 3 * 4
+
+
 def test_echo_without_anything_given_is_refused():
     with pytest.raises(ValueError, match="data.max_turns=1 gives it nothing. Set data.max_turns with an"):
         data(environment=None, max_turns=1, max_episode=None, observations=True)

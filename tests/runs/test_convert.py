@@ -67,6 +67,18 @@ def test_axolotl_dpo_with_columns_of_its_own(converted):
     assert set(remarks(c.lost)) == {"fsdp_config.fsdp_offload_params"}
 
 
+def test_a_mix_of_losses_has_the_files_weights(converted):
+    mix = "loss_type=['ipo', 'sft'], loss_weights=[1.0, 0.2]"
+    c = converted("mix.py", f"from trl import DPOConfig\nDPOConfig(output_dir='o', {mix})")
+    assert "mix((ipo, 1.0), (nll, 0.2))" in remarks(c.lost)["loss_type"]
+    assert "the file names no model that jaxft can find: add model=org/name" in c.notes
+
+
+def test_a_template_of_llama_factory_names_ours_for_base_models(converted):
+    c = converted("a.yaml", "stage: sft\nmodel_name_or_path: a/b\ndataset: alpaca\ntemplate: llama3\n")
+    assert remarks(c.otherwise)["template"].endswith("for a base model add chat_template=llama3")
+
+
 def test_llama_factory_reads_its_list_of_datasets(converted, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text(FACTORY_INFO)

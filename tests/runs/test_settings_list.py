@@ -86,6 +86,10 @@ def test_settings_are_found_by_name_by_description_and_by_other_tools_names(monk
     assert code == 0 and "  loss=dpo " in out and "sppo_hard" in out
     code, out, _ = call(monkeypatch, capsys, "settings", "sft", "optim.clip=0.5", "clip")
     assert code == 0 and "  optim.clip=0.5 " in out
+    code, out, _ = call(monkeypatch, capsys, "settings", "neftune")  # of some recipes alone
+    assert code == 0 and out.startswith("in recipes such as sft:") and "\n  neftune=0.0 " in out
+    code, out, _ = call(monkeypatch, capsys, "settings", "loss_type")
+    assert "loss=hinge (recipes such as dpo)" in out.split("\n")[0]
     code, out, err = call(monkeypatch, capsys, "settings", "wramup")
     assert code == 1 and not out and "'wramup'" in err and "near: optim.warmup" in err
 
@@ -147,6 +151,16 @@ def test_a_name_of_another_tool_is_an_error_that_says_what_to_write(recipe, over
     with pytest.raises(ValueError, match=message) as error:
         config.load_config(recipe, [override])
     assert "\n" not in str(error.value)
+
+
+def test_all_names_of_other_tools_are_answered_at_once_and_a_note_once():
+    overrides = ["per_device_train_batch_size=4", "gradient_accumulation_steps=2", "max_steps=3", "lora_r=8"]
+    with pytest.raises(
+        ValueError, match=r"_size is batch here, .*_steps is batch here; .*steps=3; .*rank=8$"
+    ):
+        config.load_config("sft", overrides)
+    line = options_as_settings(["sft", "--per_device_train_batch_size", "4", "--batch_size", "2"], [])
+    assert line is not None and line.count("microbatches") == 1
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ class PairRows(DataSettings):
             fingerprint=_fingerprint(pairs),
             preview=preview_pair(tokenised, int(train.min()), tokenizer),
             stats=_stats(pairs, saved),
-            warnings=tokenised.warnings,
+            warnings=tokenised.warnings + self.held_out_notes(len(pairs.held), len(tokenised)),
             learned_ends=count_ids(whole_ends(tokenised)),
         )
         return _source(info, pairs)
@@ -205,14 +205,14 @@ class PairStats(RowStats):
     """Counts of tokenised pairs.
 
     prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs
-    whose chosen response is the longer one. shared_prompts_save: fraction of the tokens that the layout
-    "branches" saves.
+    whose chosen response is the longer one, None for responses with a label. shared_prompts_save: fraction
+    of the tokens that the layout "branches" saves.
     """
 
     layout: str
     pairs_per_row: int
     prompt_end_moved: int
-    chosen_longer: float
+    chosen_longer: float | None
     shared_prompts_save: float
 
 
@@ -403,15 +403,17 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
     total, rows = int(pairs.tokens[chosen].sum()), len(pairs.order(0)) * pairs.row_count
     truncated = int(tokenised.truncated.sum())
     fill = total / (rows * shape.length)
-    paired = reads[(reads[:, :2] > 0).all(1)]
+    paired, (desirable, undesirable) = reads[(reads[:, :2] > 0).all(1)], (reads[:, :2] > 0).sum(0)
+    learned = [kind != "mismatched" for kind in tokenised.kinds]
+    what = f"responses, {desirable} desirable and {undesirable} undesirable,"
     return PairStats(
         examples=len(pairs.train),
         held_out=len(pairs.held),
         dropped=tokenised.dropped,
         invalid=tokenised.invalid,
         largest_id=tokenised.largest_id,
-        summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens "
-        f"({100 * fill:.0f} % full), "
+        summary=f"{len(pairs.train)} {'pairs' if len(paired) else what} in {rows} rows of {shape.length} "
+        f"tokens ({100 * fill:.0f} % full), "
         f"{len(pairs.held)} held out, {tokenised.dropped} dropped as too long, {truncated} truncated"
         f"{pairs.split.summary}",
         learned=learned_line(
@@ -423,7 +425,7 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         ),
         truncated=truncated,
         tokens=total,
-        learned_tokens=int(reads[tokenised.weights[pairs.train] > 0].sum()),
+        learned_tokens=int(reads[tokenised.weights[pairs.train] > 0][:, learned].sum()),
         lengths=length_percentiles(lengths),
         rows=rows,
         fill=fill,
@@ -433,6 +435,6 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         layout="branches" if pairs.layout.branches else "plain",
         pairs_per_row=shape.slots,
         prompt_end_moved=int(tokenised.prompt_end_moved.sum()),
-        chosen_longer=float((paired[:, 0] > paired[:, 1]).mean()) if len(paired) else 0.0,
+        chosen_longer=float((paired[:, 0] > paired[:, 1]).mean()) if len(paired) else None,
         shared_prompts_save=saved,
     )

@@ -182,6 +182,9 @@ def rollouts(draft: Draft) -> None:
         "write rewards=my_rewards.py:name, a function (prompt, completion, row) -> float of one completion; "
         "theirs take lists",
     )
-    draft.lose(draft.take("reward_weights"), "one weight per function of rewards=: reward_weights=1.0,0.5")
+    weights = draft.take("reward_weights")
+    if weights is not None:
+        numbers = as_text(weights.value).strip("[]").replace(" ", "")
+        draft.lose(weights, f"one weight per function of rewards=: reward_weights={numbers}")
     if rewards is None and draft.peek("reward_model_name_or_path", "reward_model") is None:
         draft.notes.append("the file names no reward: add rewards=my_rewards.py:name")

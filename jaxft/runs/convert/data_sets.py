@@ -62,7 +62,12 @@ def templates(draft: Draft) -> None:
     name = as_text(option.value).lower()
     of_model = name in ("tokenizer_default", "jinja", "default")
     if draft.source.tool == FACTORY:
-        draft.express(option, [], "the model's own chat template; for a base model add chat_template=chatml")
+        (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
+        try:
+            (named,) = row.overrides(option.value)
+        except ValueError:
+            named = "chat_template=chatml"
+        draft.express(option, [], f"the model's own chat template; for a base model add {named}")
     elif of_model:
         draft.express(option, [])
     else:
@@ -103,6 +108,8 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
         if isinstance(theirs, str) and theirs not in SAME_COLUMNS.get(ours, (ours,)):
             columns.append(f"{ours}={theirs}")
     if isinstance(kind, Mapping):
+        if kind.get("system_prompt"):
+            remarks.append("its system_prompt is left out: give the rows a column `system` with it")
         written = kind.get("format") or kind.get("prompt_format")
         if written:
             remarks.append(f"its format {short_value(written)!r} is a chat template here; write it as "
@@ -119,7 +126,9 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
                            "without Alpaca's preamble")  # fmt: skip
         if words[0] in ("chatml", "llama3", "zephyr") and "chat_template" not in draft.options:
             draft.put(f"chat_template={words[0]}")
-    if options.get("roles_to_train") not in (None, ["assistant"], ["gpt", "assistant"], ["assistant", "gpt"]):
+    trained = options.get("roles_to_train") or []
+    trained = [trained] if isinstance(trained, str) else trained
+    if not {*trained} <= {"assistant", "gpt", "model"}:
         remarks.append(f"roles_to_train={as_text(options['roles_to_train'])} has no setting")
     roles = options.get("roles")
     unknown = [] if not isinstance(roles, Mapping) else [

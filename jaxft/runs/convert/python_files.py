@@ -37,7 +37,8 @@ PASSED_ON = (  # arguments of trainers that are objects of the file
 OTHER_CALLS = {  # functions without an option of a configuration -> what to do instead
     "train_on_responses_only": "nothing to set: responses alone have a loss by default, but all of a text",
     "save_pretrained_merged": "after the run: jaxft export --run runs/NAME --out merged",
-    "save_pretrained_gguf": "after the run: jaxft export --run runs/NAME --out NAME.gguf --gguf Q8_0",
+    "save_pretrained_gguf": "after the run: jaxft export --run runs/NAME --out NAME.gguf --gguf TYPE, such "
+    "as Q4_K_M for q4_k_m",
     "push_to_hub_gguf": "after the run: jaxft export with --gguf, then jaxft push",
     "push_to_hub_merged": "after the run: jaxft export, then jaxft push",
 }

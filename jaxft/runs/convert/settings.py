@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxft.runs.convert import batches, data_sets
 from jaxft.runs.convert.command_lines import read_commands
-from jaxft.runs.convert.draft import Draft, by_table, meant_setting, run_name
+from jaxft.runs.convert.draft import Draft, by_table, meant_setting, run_name, table_rows
 from jaxft.runs.convert.python_files import notebook_code, read_python
 from jaxft.runs.convert.source import Expression, ForeignConfig, GivenOption, option_parts, read_config_text
 from jaxft.runs.convert.yaml_files import read_yaml
@@ -127,6 +127,8 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
         if name not in draft.settings and name not in unknown:
             draft.default(f"{name}={text}")
     _keep_known(draft)
+    if "model" not in draft.settings and "start" not in draft.settings:
+        draft.notes.append("the file names no model that jaxft can find: add model=org/name")
     if draft.settings.get("dtype") == "bfloat16":
         del draft.settings["dtype"]  # the default
     if draft.settings.get("data.packing") == "false":
@@ -285,8 +287,23 @@ def _quantisation(draft: Draft) -> None:
         draft.express(double, ["quant.double=false"])
     elif double is not None:
         draft.same.append(double)
-    elif four and draft.source.tool in (TRL, UNSLOTH):
+    elif four and draft.source.tool == TRL:
         draft.default("quant.double=false")
+
+
+def _mixed(draft: Draft, name: str, kinds: list) -> str:
+    """Return the losses of a mix by their names here, each with its weight."""
+    given = draft.peek("loss_weights", "dpo_loss_weights")
+    weights = given if isinstance(given, list) and len(given) == len(kinds) else [1.0] * len(kinds)
+    (row,) = table_rows(draft.source.tool, name, draft.recipe)
+    parts = []
+    for kind, weight in zip(kinds, weights, strict=True):
+        try:
+            ours = dict(text.split("=", 1) for text in row.overrides(kind)).get("loss", "dpo")
+        except ValueError:
+            ours = str(kind)
+        parts.append(f"({'nll' if kind == 'sft' else ours}, {weight})")
+    return ", ".join(parts)
 
 
 def _preferences(draft: Draft) -> None:
@@ -299,7 +316,7 @@ def _preferences(draft: Draft) -> None:
             draft.options[name] = draft.options[name]._replace(value=kinds[0])
         elif isinstance(kinds, list):
             draft.lose(draft.take(name), "a mix of losses: loss=mine.py:loss with "
-                       "jaxft.objectives.preference_losses.mix((dpo, 0.8), (nll, 0.2))")  # fmt: skip
+                       f"jaxft.objectives.preference_losses.mix({_mixed(draft, name, kinds)})")  # fmt: skip
     if "dpo_loss_type" in draft.options:
         option = draft.options.pop("dpo_loss_type")
         by_table(draft, option._replace(name="loss_type"))
