@@ -12,6 +12,7 @@ residual stream [B, T, D]. It calls `mix` once, with attention `mix(q, k, v) -> 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -246,22 +247,13 @@ def _scan(block: Callable, h: Array, params: Any, xs: Any, remat: RematPolicy) -
                 "use remat=full"
             )
         xs = jax.tree.map(lambda x: x.reshape(count // policy.blocks, policy.blocks, *x.shape[1:]), xs)
-        block = _several(_rematerialised(block, policy))
+        block = partial(jax.lax.scan, _rematerialised(block, policy))
     if policy.saved is not None:
         block = _rematerialised(block, policy)
     h, outputs = jax.lax.scan(block, h, xs)
     if policy.blocks > 1:
         outputs = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
     return h, outputs
-
-
-def _several(block: Callable) -> Callable:
-    """A scan's body that runs several blocks by an inner scan."""
-
-    def several(h: Array, xs: Any) -> tuple[Array, Any]:
-        return jax.lax.scan(block, h, xs)
-
-    return several
 
 
 def _rematerialised(block: Callable, remat: Remat) -> Callable:
