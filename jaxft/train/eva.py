@@ -19,7 +19,7 @@ from jaxft.nn.matmul import GramProbe
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
 from jaxft.weights import eva, place
-from jaxft.weights.gather import layer_on_host
+from jaxft.weights.tensors import layer_on_host
 
 MOMENT_BYTES = 2**32  # of covariances on the device at once; their gradients take as many
 

@@ -6,6 +6,7 @@ and src/models/.
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxft.weights.gguf_header import GgufHeader
 
@@ -124,6 +125,22 @@ def gguf_name(architecture: str, name: str) -> str:
             "Write a Hugging Face folder, without --gguf"
         )
     return f"blk.{layer}.{modules[module]}.{kind}"
+
+
+class StoredAs(NamedTuple):
+    """What llama.cpp changes about a tensor's values. heads: by which it orders the rows of q or k (see
+    gguf_save.permute_heads), None for rows in their order. plus_one: whether it adds 1.
+    """
+
+    heads: int | None
+    plus_one: bool
+
+
+def stored_as(architecture: Architecture, name: str, heads: int, kv_heads: int) -> StoredAs:
+    """Return how the values of a tensor are stored. name: Hugging Face's. heads, kv_heads: of the model."""
+    ordered = {"q_proj": heads, "k_proj": kv_heads} if architecture.interleaved else {}
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return StoredAs(ordered.get(module), architecture.norms_plus_one and name.endswith("norm.weight"))
 
 
 def head_count(header: GgufHeader) -> int:

@@ -13,14 +13,12 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.lora import pairs_by_path
 from jaxft.tree import Params
-from jaxft.weights.gguf_architectures import gguf_name
+from jaxft.weights.gguf_architectures import ARCHITECTURES, StoredAs, gguf_name, stored_as
 from jaxft.weights.gguf_metadata import architecture_for
-from jaxft.weights.gguf_quantize import tensor_bytes
-from jaxft.weights.gguf_save import permute_heads, rope_heads
+from jaxft.weights.gguf_save import encoded
 from jaxft.weights.gguf_types import FLOAT_TYPES, MIXTURES
 from jaxft.weights.gguf_write import Field, GgufTensorToWrite, write_gguf_file
 from jaxft.weights.peft_write import pair_tensors
-from jaxft.weights.safetensors import TensorToWrite
 from jaxft.weights.tensors import tensors_of
 
 LORA_PAIR = {"a", "b", "scale"}
@@ -59,9 +57,11 @@ def save_gguf_adapter(
     for weight, pair in pairs.items():
         rank = pair["a"].shape[-1]
         for tensor in table[weight]:
-            name, heads = gguf_name(architecture, tensor.name), rope_heads(architecture, tensor.name, model)
+            name, heads = gguf_name(architecture, tensor.name), (model.config.heads, model.config.kv_heads)
+            stored = stored_as(ARCHITECTURES[architecture], tensor.name, *heads)
             a, b = pair_tensors(tensor, pair, rank, alpha / rank)
-            encode_a, encode_b = partial(_encoded, a, kind, None), partial(_encoded, b, kind, heads)
+            encode_a = partial(encoded, a, StoredAs(None, False), kind)
+            encode_b = partial(encoded, b, stored, kind)
             tensors.append(GgufTensorToWrite(f"{name}.lora_a", kind, a.shape, encode_a))
             tensors.append(GgufTensorToWrite(f"{name}.lora_b", kind, b.shape, encode_b))
     write_gguf_file(path, architecture, fields, tensors, lambda part: None)
@@ -72,8 +72,3 @@ def _alpha(pairs: dict[str, dict[str, Any]]) -> float:
     """Return the alpha of the first weight: its scale times its rank."""
     pair = next(iter(pairs.values()))
     return float(np.ravel(np.asarray(pair["scale"], np.float32))[0]) * pair["a"].shape[-1]
-
-
-def _encoded(tensor: TensorToWrite, kind: str, heads: int | None) -> np.ndarray:
-    values = tensor.fetch().astype(np.float32)
-    return tensor_bytes(permute_heads(values, heads) if heads else values, kind)

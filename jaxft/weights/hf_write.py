@@ -23,13 +23,12 @@ from jaxft.models.text_part import text_config
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos, joined_eos
-from jaxft.weights.tensors import Tensor, tensors_of
+from jaxft.weights.tensors import Tensor, layer_on_host, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
 
 MAX_SHARD = 5_000_000_000  # bytes

@@ -196,7 +196,8 @@ def in_layers(path: str) -> bool:
 def _layer_params(model: Model, readers: Mapping[str, ParamReader], number: int) -> Params:
     def leaf(path: str, spec: ParamSpec) -> Array:
         reader = readers[f"layers/{path}"]
-        return jnp.asarray(read_values(reader, reader.tensors[number])).astype(model.dtype)
+        values = [read_values(reader, tensor) for tensor in reader.tensors if tensor.index[0] == number]
+        return jnp.asarray(np.stack(values).reshape(reader.shape[1:])).astype(model.dtype)
 
     return tree.map_with_path(leaf, model.specs["layers"], is_leaf=is_spec)
 

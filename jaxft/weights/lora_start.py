@@ -31,18 +31,20 @@ from jaxft.models.model import Model
 from jaxft.nn import dora
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
-from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
+from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
 from jaxft.weights.codes import read_correction
 from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
+from jaxft.weights.peft_pairs import Pair, adapter_of
 from jaxft.weights.storage import StoredModel, leaf_shapes
-from jaxft.weights.tensors import stack, tensors_of
+from jaxft.weights.tensors import tensors_of
 
 LOFTQ_ITERATIONS = 5  # of LoftQ, as in the paper
 
+_Pairs = dict[str, list[Pair | None]]  # by path, of each module
 _Weight = Float[np.ndarray, "I O"]
 _Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
 
@@ -62,37 +64,22 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     Raises ValueError for settings that check_ranks refuses.
     """
     files, table = pretrained.open_files(ref), tensors_of(stored.model)
-    base, leaves = spec_paths(stored.specs["base"]), (dict[str, np.ndarray](), dict[str, np.ndarray]())
+    base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
     for path, layout in check_ranks(stored.specs["base"], settings, stored.model.weight_names).items():
-        spec = base[path]
-        as_stored = _storing(leaf_shapes(spec, stored.storage[f"base/{path}"]))
-        found, most = list[tuple[FirstPair, FirstPair]](), max(layout.ranks)
+        storage = stored.storage[f"base/{path}"]
+        as_stored = _storing(leaf_shapes(base[path], storage))
         for tensor, rank, alpha in zip(table[path], *layout, strict=True):
-            if not rank:
-                zeros = np.zeros((spec.shape[-2], most)), np.zeros((most, spec.shape[-1]))
-                found.append((zeros, zeros))
-                continue
-            if settings.init == QERA:
-                codes = stored.storage[f"base/{path}"].codes
-                found.append(_correcting(codes, tensor.name, settings.scale_of(rank, alpha)))
-                continue
-            weight = tensor.read(files).astype(np.float32)
-            of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
-            found.append(of_layer.pairs(weight))
-        for number, out in enumerate(leaves):
-            for side, letter in enumerate("ab"):
-                values = [layer[number][side].astype(np.float32) for layer in found]
-                out[f"{path}/{letter}"] = stack(table[path], values)
-
-    def adapter(out: dict[str, np.ndarray]) -> Params:
-        def leaf(path: str, spec: ParamSpec) -> np.ndarray:
-            if path in out:
-                return out[path]
-            return np.asarray(spec.init(jax.random.key(0), spec.shape, jnp.float32))  # the scale
-
-        return tree.map_with_path(leaf, stored.specs["adapter"], is_leaf=is_spec)
-
-    return StartPairs(*map(adapter, leaves))
+            found: Any = (None, None)
+            if rank and settings.init == QERA:
+                found = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
+            elif rank:
+                of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
+                found = of_layer.pairs(tensor.read(files).astype(np.float32))
+            for of_paths, pair in zip(pairs, found, strict=True):
+                a, b = pair or (None, None)
+                modules = of_paths.setdefault(path, [])
+                modules.append(pair and Pair(np.asarray(a, np.float32), np.asarray(b, np.float32), alpha))
+    return StartPairs(*(tree.nested(adapter_of(x, settings, stored.model)[0]) for x in pairs))
 
 
 def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:

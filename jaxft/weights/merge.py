@@ -14,10 +14,9 @@ from jaxft.models.model import Model
 from jaxft.nn import dora, lora, replaced
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.gather import layer_on_host
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import ParamReader
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import Tensor, layer_on_host
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,13 @@ class LazyTensor:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self.make(())
 
+    def map(self, dtype: DTypeLike, fn: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
+        """Return the parameter of which `fn` computes each part, in `dtype`."""
+        return LazyTensor(self.shape, np.dtype(dtype), lambda index: fn(self.make(index)))
+
     def astype(self, dtype: DTypeLike) -> "LazyTensor":
         """Return the parameter in another dtype."""
-        return LazyTensor(
-            self.shape, np.dtype(dtype), lambda index: self.make(index).astype(dtype, copy=False)
-        )
+        return self.map(dtype, lambda x: x.astype(dtype, copy=False))
 
 
 class RoundingError:
@@ -61,14 +62,13 @@ class RoundingError:
     def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
         """Return the parameter in `dtype`; its error is added when it is made."""
 
-        def make(index: tuple[int, ...]) -> np.ndarray:
-            exact = leaf.make(index)
+        def rounded(exact: np.ndarray) -> np.ndarray:
             with np.errstate(over="ignore"):
                 value = exact.astype(dtype)
             self.add(exact, value.astype(exact.dtype))
             return value
 
-        return LazyTensor(leaf.shape, np.dtype(dtype), make)
+        return leaf.map(dtype, rounded)
 
 
 def merge_files(

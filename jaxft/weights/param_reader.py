@@ -69,7 +69,8 @@ def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.nd
     """Read the part of a tensor's values [in, out] at `index` in the reader's dtype, dequantised if the files
     store it quantised. Raises ValueError for values that are not finite.
     """
-    return finite.require_finite(reader.read(tensor, index)).astype(reader.dtype, copy=False)
+    in_file = finite.require_finite(tensor.turned(reader.read(tensor, index)))  # whose error names the place
+    return tensor.turned(in_file.astype(reader.dtype, copy=False))
 
 
 def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QTensor:

@@ -3,6 +3,7 @@ adapter_model.safetensors.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.text_part import text_tensor
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_patterns import SCORE_MODULES
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_listed, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.tree import Params
 from jaxft.weights import finite
@@ -32,12 +33,11 @@ from jaxft.weights.peft_refusals import (
 )
 from jaxft.weights.peft_residual import (
     ReadFirstPair,
-    first_pair_in,
+    first_pair,
     no_first_pair,
     on_unchanged_base,
     start_of_unconverted,
 )
-from jaxft.weights.peft_tied import check_tied, with_tied_head
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
 SCORE_TENSOR = f"{PREFIX}{SCORE.template}"  # of a sequence classification adapter, [1, D]
@@ -49,6 +49,15 @@ BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
 # What peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it equals.
 TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
+TABLE_MODULE = EMBEDDING.removesuffix(".weight")
+# An adapter with ensure_weight_tying lists the embeddings only; its files have the parameters twice. jaxft
+# reads both, so that logits are PEFT's; a run that starts from the adapter trains them apart.
+# Tensors of the head, those of the table that they equal, and whether one is the other transposed:
+TIED_TENSORS = (
+    ("weight", "weight", False),
+    ("lora_A.weight", "lora_embedding_B", True),
+    ("lora_B.weight", "lora_embedding_A", True),
+)
 
 
 def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = None) -> tuple[Params, Adapter]:
@@ -78,7 +87,7 @@ def read_parts(
     read_adapter. Raises ValueError as read_adapter does, and if the scalar head is missing or has several
     labels.
     """
-    return _read(Path(folder), model, first_pair_in(base))
+    return _read(Path(folder), model, partial(first_pair, base))
 
 
 def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
@@ -89,7 +98,7 @@ def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Ad
     return tuple(parts), settings
 
 
-def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
+def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
     config, where = read_adapter_config(folder), folder / "adapter_config.json"
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
     files, table = _open_tensors(folder), adaptable_tensors(model)
@@ -97,8 +106,8 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
     if has_head or not model.generates:
         config, files = without_head(config, files)
     elif config.get("ensure_weight_tying") and "head" not in model.weight_names:
-        config = with_tied_head(config)
-        check_tied(files)
+        config = _with_tied_head(config)
+        _check_tied(files)
     found = {path: [read_pair(files, one, config) for one in tensors] for path, tensors in table.items()}
     pairs = {path: of_path for path, of_path in found.items() if any(of_path)}
     adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
@@ -112,7 +121,7 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
                 f"embeddings of this model: PEFT has changed both; {MERGE}"
             )
         pairs = {
-            path: on_unchanged_base(of_path, table[path], (where, init, default), first_pair)
+            path: on_unchanged_base(of_path, table[path], default, partial(read_first, where, init))
             for path, of_path in pairs.items()
         }
     nodes, settings = adapter_of(pairs, default, model)
@@ -133,6 +142,33 @@ def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[s
         check_all_targets(where, config, [x for x in rest if x not in present])
     parts = {"adapter": tree.nested(nodes | others.nodes), **parts}
     return parts, replace(settings, **others.settings)
+
+
+def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's configuration with lm_head in modules_to_save or target_modules, whichever lists
+    the embeddings.
+    """
+    saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
+    if isinstance(saved, list) and any(is_saved(str(one), TABLE_MODULE) for one in saved):
+        return {**config, "modules_to_save": [*saved, HEAD_MODULE]}
+    if isinstance(targets, list) and is_listed(targets, (TABLE_MODULE,), "target_modules"):
+        return {**config, "target_modules": [*targets, HEAD_MODULE]}
+    return config
+
+
+def _check_tied(files: SafetensorsFiles) -> None:
+    """Raise ValueError if an adapter's files have other values for the head than for the embeddings."""
+    for of_head, of_table, transposed in TIED_TENSORS:
+        head, table = f"{PREFIX}{HEAD_MODULE}.{of_head}", f"{PREFIX}{TABLE_MODULE}.{of_table}"
+        if head not in files.shapes or table not in files.shapes:
+            continue
+        value = read_tensor(files, table)
+        if not np.array_equal(read_tensor(files, head), value.T if transposed else value):
+            raise ValueError(
+                f"{files.where}: tensor {head} is not {table}, but adapter_config.json has "
+                "ensure_weight_tying=true; save the adapter with peft again, or set it to false and list "
+                "lm_head"
+            )
 
 
 def has_language_head(folder: Path) -> bool:
@@ -157,7 +193,7 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD if HEAD in base.shapes else EMBEDDING
     if config.get("ensure_weight_tying") and head == EMBEDDING:
-        config = with_tied_head(config)
+        config = _with_tied_head(config)
     saved = tuple(config.get("modules_to_save") or ())
     for copied in BASE_COPIES:
         name = head if copied in HEAD_COPIES else EMBEDDING

@@ -13,11 +13,10 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.weights import finite
-from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft_names import PREFIX, renamed
 from jaxft.weights.peft_refusals import MERGE
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
-from jaxft.weights.tensors import Tensor, stack, tensors_of
+from jaxft.weights.tensors import Tensor, layer_on_host, stack, tensors_of
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs
@@ -196,18 +195,15 @@ def module_tensors(
     """
     tensors, table = [], tensors_of(model, tied_head=True)
     for path, node in nodes.items():
-        (kind, value), end = *node.items(), ONLY_TOKEN_ROWS if only_tokens else TOKEN_ROWS
         for tensor in table[path]:
-            name, fetch = tensor.name, partial(_fetch, tensor, value)
-            shape = tensor.shape
-            if kind == "rows":
-                name, shape, fetch = (
-                    f"{tensor.module}.{end}",
-                    tuple(value.shape),
-                    partial(layer_on_host, value),
-                )
-            elif path.endswith("_bias") and tensor.module in adapted:
-                name = f"{tensor.module}.base_layer.bias"
+            if "rows" in node:
+                name = f"{tensor.module}.{ONLY_TOKEN_ROWS if only_tokens else TOKEN_ROWS}"
+                shape, fetch = tuple(node["rows"].shape), partial(layer_on_host, node["rows"])
+            else:
+                wrapped = path.endswith("_bias") and tensor.module in adapted
+                name = f"{tensor.module}.base_layer.bias" if wrapped else tensor.name
+                shape, fetch = tensor.shape, partial(_fetch, tensor, node["weight"])
+            (value,) = node.values()
             tensors.append(TensorToWrite(PREFIX + name, np.dtype(value.dtype), shape, fetch))
     return tensors
 

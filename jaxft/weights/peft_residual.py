@@ -10,7 +10,6 @@ value of A0 B0 is close to the next one. The pair of twice the rank, from float6
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,7 @@ from jaxft.weights.tensors import Tensor
 FIRST_PAIRS = {"pissa": principal_pair, "olora": qr_pair}
 
 
-@dataclass(frozen=True)
-class AdaptedWeight:
-    """A weight of the base that an unconverted adapter changes.
-
-    where: adapter_config.json. init: a key of FIRST_PAIRS. tensor: in the base's files. rank, scale: of the
-    adapter's pair.
-    """
-
-    where: Path
-    init: str
-    tensor: Tensor
-    rank: int
-    scale: float
-
-
-ReadFirstPair = Callable[[AdaptedWeight], FirstPair]  # (a0 [in, R], b0 [R, out])
+ReadFirstPair = Callable[..., FirstPair]  # (where, init, tensor, rank, scale) -> a0 [in, R], b0 [R, out]
 
 
 def start_of_unconverted(config: Mapping[str, Any]) -> str | None:
@@ -52,65 +36,59 @@ def start_of_unconverted(config: Mapping[str, Any]) -> str | None:
     return start if isinstance(start, str) and start in FIRST_PAIRS else None
 
 
-def first_pair_in(base: ModelFiles | None) -> ReadFirstPair:
-    """Return a function that computes first pairs from the files of the base, as PEFT does in float32.
+def first_pair(
+    base: ModelFiles | None, where: Path, init: str, tensor: Tensor, rank: int, scale: float
+) -> FirstPair:
+    """Return the first pair of a weight that an unconverted adapter changes, computed from the files of the
+    base as PEFT does in float32.
 
-    It raises ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of
-    several processes, whose libraries may compute other signs.
+    where: adapter_config.json. init: a key of FIRST_PAIRS. rank, scale: of the adapter's pair. Raises
+    ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of several
+    processes, whose libraries may compute other signs.
     """
-
-    def read(weight: AdaptedWeight) -> FirstPair:
-        about, name = f"{weight.where}: init_lora_weights={weight.init!r}", weight.tensor.name
-        if base is None or processes.is_multi_process():
-            needs = "needs the base's weights" if base is None else "is read by one process only"
-            raise ValueError(f"{about} {needs}: {CONVERT}")
-        if name in base.quantised:
-            method = base.quantised[name].method
-            raise ValueError(
-                f"{about}: {name} of the base in {base.where} is quantised ({method}); use the base in its "
-                "own precision, which quant=nf4 (--quant nf4) quantises after reading"
-            )
-        if base.shapes.get(name) != weight.tensor.shape:
-            raise ValueError(
-                f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
-                f"{weight.tensor.shape}; is the adapter for another base model?"
-            )
-        with finite.errors_name(f"{base.where}: tensor {name}"):
-            values = finite.require_finite(weight.tensor.read(base)).astype(np.float32)
-        return FIRST_PAIRS[weight.init](values, weight.rank, weight.scale)
-
-    return read
+    about, name = f"{where}: init_lora_weights={init!r}", tensor.name
+    if base is None or processes.is_multi_process():
+        needs = "needs the base's weights" if base is None else "is read by one process only"
+        raise ValueError(f"{about} {needs}: {CONVERT}")
+    if name in base.quantised:
+        method = base.quantised[name].method
+        raise ValueError(
+            f"{about}: {name} of the base in {base.where} is quantised ({method}); use the base in its own "
+            "precision, which quant=nf4 (--quant nf4) quantises after reading"
+        )
+    if base.shapes.get(name) != tensor.shape:
+        raise ValueError(
+            f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
+            f"{tensor.shape}; is the adapter for another base model?"
+        )
+    with finite.errors_name(f"{base.where}: tensor {name}"):
+        values = tensor.turned(finite.require_finite(base.read(name)).astype(np.float32))
+    return FIRST_PAIRS[init](values, rank, scale)
 
 
-def no_first_pair(weight: AdaptedWeight) -> FirstPair:
+def no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
     """Return a pair of zeros in place of the first one, which needs no base: for settings alone."""
-    ins, outs = weight.tensor.values
-    return np.zeros((ins, weight.rank), np.float32), np.zeros((weight.rank, outs), np.float32)
+    ins, outs = tensor.values
+    return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
 
 
 def on_unchanged_base(
     pairs: Sequence[Pair | None],
     tensors: Sequence[Tensor],
-    adapter: tuple[Path, str, Adapter],
-    first_pair: ReadFirstPair,
+    settings: Adapter,
+    read_first: Callable[[Tensor, int, float], FirstPair],
 ) -> list[Pair | None]:
     """Return the pairs of an unconverted adapter's kernel as `[a, a0] [b; -b0]`, of twice the rank and the
     same scale, in float32; those of the table, which PEFT initialises as LoRA's, as they are.
 
-    adapter: the first fields of AdaptedWeight, and settings, which compute the scale.
+    settings: of the adapter, which compute the scale.
     """
-    where, init, settings = adapter
-    if tensors[0].path == "embed":
-        return list(pairs)
-    out: list[Pair | None] = []
-    for tensor, pair in zip(tensors, pairs, strict=True):
-        if pair is None:
-            out.append(None)
-            continue
-        scale = settings.scale_of(pair.rank, pair.alpha)
-        a, b = pair.a.astype(np.float32), pair.b.astype(np.float32)
-        a0, b0 = first_pair(AdaptedWeight(where, init, tensor, pair.rank, scale))
-        alpha = pair.alpha * (2**0.5 if settings.rslora else 2)
-        wide = np.concatenate([a, a0], 1), np.concatenate([b, -b0], 0)
-        out.append(pair._replace(a=wide[0], b=wide[1], alpha=alpha))
+    out = list(pairs)
+    for i, (tensor, pair) in enumerate(zip(tensors, pairs, strict=True)):
+        if pair is not None and tensor.path != "embed":
+            scale = settings.scale_of(pair.rank, pair.alpha)
+            a0, b0 = read_first(tensor, pair.rank, scale)
+            a = np.concatenate([pair.a.astype(np.float32), a0], 1)
+            b = np.concatenate([pair.b.astype(np.float32), -b0], 0)
+            out[i] = pair._replace(a=a, b=b, alpha=pair.alpha * (2**0.5 if settings.rslora else 2))
     return out

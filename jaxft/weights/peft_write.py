@@ -2,7 +2,7 @@
 adapter_model.safetensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.replaced import is_replacement
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
-from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS
 from jaxft.weights.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
 from jaxft.weights.peft_pairs import adaptable_tensors, find_patterns, pair_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import Tensor, layer_on_host
 
 PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them
 
@@ -152,7 +151,11 @@ def pair_tensors(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: floa
 
     (ins, outs), names = tensor.values, pair_names(tensor, dora="magnitude" in pair)
     shapes = {"a": (rank, ins), "b": (outs, rank), "magnitude": (outs,)}
-    fetches = {"a": lambda: leaf("a").T[:rank], "b": fetch_b, "magnitude": partial(leaf, "magnitude")}
+    fetches: dict[str, Callable[[], np.ndarray]] = {
+        "a": lambda: leaf("a").T[:rank],
+        "b": fetch_b,
+        "magnitude": partial(leaf, "magnitude"),
+    }
     return [
         TensorToWrite(name, np.dtype(pair[key].dtype), shapes[key], fetches[key])
         for name, key in zip(names, shapes, strict=False)

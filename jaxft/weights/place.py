@@ -30,7 +30,7 @@ from jaxft.weights.param_reader import (
     small_parts,
 )
 from jaxft.weights.quantised.file_format import array_index, arrays_of
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import Tensor, layer_on_host
 
 Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
 Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an index that can be a dict's key
@@ -154,8 +154,8 @@ def load_with_quantised_scales(
     names = ("scale", "outer", "mean")
     buffers = {name: ArrayBuffers(getattr(like, name), getattr(shardings, name)) for name in names}
     for tensor in reader.tensors:
-        gathered = gather(take_part, floats.scale, tuple(map(np.int32, tensor.index)))
-        for name, value in zip(names, encode_scales(gathered), strict=True):
+        scale: Any = layer_on_host(floats.scale, tensor.index)
+        for name, value in zip(names, encode_scales(scale), strict=True):
             buffers[name].write(tensor.index, (), value)
     arrays: dict[str, Any] = {name: buffers[name].to_devices() for name in names}
     return replace(floats, **arrays)
@@ -175,7 +175,7 @@ def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts
         part_rows = slice(ins.start // part_size, ins.stop // part_size)
         value = np.broadcast_to(value, (*value.shape[:-2], part_rows.stop - part_rows.start, value.shape[-1]))
         buffers.write(tensor.index, (*above, part_rows, outs), value)
-    return gather(largest_part, buffers.to_devices())
+    return layer_on_host(buffers.to_devices()).max(-2, keepdims=True)
 
 
 # Host buffers of the shards of this process's devices
@@ -201,7 +201,7 @@ class ArrayBuffers:
         """Write a value that is the part of `array[lead]` at `index` into the shards that overlap it."""
         value = np.asarray(value)
         index = full_index((*(slice(i, i + 1) for i in lead), *index), self.shape)
-        value = value.reshape(*(1 for _ in lead), *value.shape)
+        value = value.reshape((1,) * len(lead) + value.shape)
         for shard, buffer in self.shards.items():
             overlap = [
                 (max(s.start, start), min(s.stop, stop))
@@ -272,24 +272,6 @@ def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> 
     return replace(finite.require_finite_scales(packed), dtype=like.dtype)
 
 
-# Between the host and the mesh
-
-
 def shard_host_array(array: np.ndarray, to: Sharding) -> jax.Array:
     """Shard an array that every process has in full; each process copies only its own shards."""
     return jax.make_array_from_callback(array.shape, to, lambda index: array[index])
-
-
-def gather(fn: Callable[..., jax.Array], x: Any, *rest: Any) -> Any:
-    """Compute `fn(x, *rest)` on the mesh of x and return it as a NumPy array on every host."""
-    return np.asarray(jax.jit(fn, out_shardings=sharding.replicated(x.sharding.mesh))(x, *rest))
-
-
-def take_part(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    """`x[index]`."""
-    return x[index]
-
-
-def largest_part(x: jax.Array) -> jax.Array:
-    """The largest of the parts on axis -2."""
-    return x.max(-2, keepdims=True)

@@ -4,15 +4,20 @@ Readers, writers, adapters' files, merging, extraction and calibration iterate o
 knows how tensors are named, or along which axes the files split a parameter.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Sharding
 
+from jaxft.distributed import sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.param import ParamSpec, spec_paths
+from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.replaced import base_spec
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, indexed_names
 from jaxft.weights.model_files import Index, ModelFiles, full_index
@@ -109,3 +114,33 @@ def stack(tensors: Sequence[Tensor], values: Sequence[np.ndarray]) -> np.ndarray
     """Return a parameter from the values of all its tensors, which are in the same order."""
     lead = tuple(n + 1 for n in tensors[-1].index)
     return np.stack(values).reshape(lead + np.shape(values[0]))
+
+
+def layer_on_host(leaf: Any, index: tuple[int, ...] = ()) -> np.ndarray:
+    """Return a parameter at an index along its leading axes (all of it for ()) on the host, a QTensor
+    dequantised.
+
+    If several processes store it, only that part is gathered, and all of them call this.
+    """
+    leaf = jax.tree.map(lambda x: _take(x, index), leaf)
+    return np.asarray(dequantize(leaf) if is_qtensor(leaf) else leaf)
+
+
+def _take(x: Any, index: tuple[int, ...]) -> Any:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        sync.wait_for_all()  # process 0 may still be writing the previous one
+        mesh: Any = x.sharding.mesh  # type: ignore[attr-defined]
+        return _gather_part(sharding.replicated(mesh))(x, tuple(map(np.int32, index)))
+    return x[index] if index else x
+
+
+@functools.cache
+def _gather_part(replicated: Sharding) -> Callable[..., jax.Array]:
+    """Compile once for all layers: the index is an argument."""
+
+    def part(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        for number in index:
+            x = jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
+        return x
+
+    return jax.jit(part, out_shardings=replicated)
