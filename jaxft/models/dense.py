@@ -252,8 +252,7 @@ def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[
     """
     h = _embed(d, params, tokens.ids)
     h, parts = run_stacks(d.stacks, h, params, lambda _, mixer: mixer.prompts(tokens, new, h.dtype))
-    keys = PromptKeys(parts, tokens.segments > 0)
-    return _final_norm(d, params, h), keys
+    return _final_norm(d, params, h), PromptKeys(parts, tokens.segments > 0)
 
 
 def extend(
