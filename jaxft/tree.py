@@ -5,7 +5,7 @@ A path is the leaf's dict keys and field names joined by "/", e.g. `base/layers/
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
@@ -43,6 +43,18 @@ def path_of(keys: tuple) -> str:
 def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Return every leaf by its path, in tree order."""
     return {path_of(k): leaf for k, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested dicts of nodes by path, as `paths` lists them."""
+    out: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *above, last = path.split("/")
+        node = out
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return out
 
 
 def map_with_path(fn: Callable, tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:

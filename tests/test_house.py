@@ -242,6 +242,19 @@ def test_only_data_and_weights_know_tokenizers_and_file_formats():
     assert not wrong
 
 
+def test_only_the_families_write_templates_of_tensor_names_and_only_the_table_fills_them_in():
+    """`"{i}" in name`, `name.format(i=i)` and f"model.layers.{i}" belong to nn/tensor_names.py; names of
+    GGUF files are translated in gguf_architectures.py.
+    """
+    fields = ("{i}", "{x}", "model.layers.")
+    translated = {"jaxft.nn.tensor_names", "jaxft.weights.gguf_architectures"}
+    for file in MODULES:
+        name = module_of(file)
+        if not within(name, "jaxft.models") and name not in translated:
+            texts = [x for x in literals(file) if isinstance(x, str) and any(f in x for f in fields)]
+            assert not texts, f"{name}: {texts}"
+
+
 def test_importing_a_module_runs_nothing():
     wrong = []
     for file in MODULES:
@@ -264,6 +277,40 @@ def test_no_type_of_jaxft_has_an_optional_member():
             if probe and not (isinstance(node.args[1], ast.Constant) and node.args[1].value in FOREIGN):
                 wrong.append(f"{name_of(file)}:{node.lineno}: {ast.unparse(node)[:80]}")
     assert not wrong
+
+
+def is_rank(node):
+    """Whether an expression is a number of axes, of an array or of a ParamSpec."""
+    text = ast.unparse(node)
+    return text.endswith(".ndim") or re.fullmatch(
+        r"(np|jnp)\.ndim\(.*\)|len\((.*\.axes|spec\.shape|s\.shape)\)", text
+    )
+
+
+def test_no_number_of_axes_decides_a_meaning():
+    """Names of axes do, see nn.param.kernel. A check that only raises may ask for it."""
+    wrong = []
+    for file in MODULES:
+        checks = [
+            n for n in ast.walk(parsed(file)) if isinstance(n, ast.If) and isinstance(n.body[0], ast.Raise)
+        ]
+        allowed = {id(inner) for check in checks for inner in ast.walk(check.test)}
+        wrong += [
+            f"{name_of(file)}:{node.lineno}: {ast.unparse(node)[:80]}"
+            for node in ast.walk(parsed(file))
+            if isinstance(node, ast.Compare) and id(node) not in allowed
+            if any(map(is_rank, [node.left, *node.comparators]))
+        ]
+    assert not wrong
+
+
+def test_only_the_tables_of_axes_and_names_and_model_families_name_experts():
+    """Adapters, quantisation, merging, files, optimizers and plans work on them as on any lead axis."""
+    named = {name_of(file) for file in MODULES if "expert" in file.read_text()}
+    tables = {"jaxft/nn/param.py", "jaxft/nn/tensor_names.py", "jaxft/distributed/sharding.py"}
+    tables |= {"jaxft/train/programs.py"}  # the check of mesh.expert
+    others = ("jaxft/models/", "jaxft/weights/gguf_", "jaxft/runs/option_names.py")  # families, refusals
+    assert {name for name in named if not name.startswith(others)} == tables
 
 
 def test_nobody_looks_into_a_partial_or_glues_an_attribute_onto_a_function():

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("slices", "data", "fsdp", "context", "tensor")  # from the slowest links to the fastest
+MESH_AXES = ("slices", "data", "fsdp", "expert", "context", "tensor")  # from the slowest links to the fastest
 SPARE = ("fsdp", "context")  # axes that shard weights only to save memory: gathered for matmuls
 
 AXES: dict[str, tuple[str, ...]] = {
@@ -28,7 +28,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "width": SPARE,
     "act_width": (),
     "norm": (),
-    "experts": (),  # each expert's kernel is sharded along its own axes, as a dense one
+    "experts": ("expert",),  # each expert's kernel is sharded along its own axes, too, as a dense one
+    "adapters": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "spread_heads": ("tensor", "context"),  # inside attention, where every head has the full time
@@ -64,7 +65,7 @@ class MeshShape:
     across them.
     data: copies of the parameters within a group, each with its own rows. fsdp: shards of parameters,
     gradients and optimizer state. context: shards of the time axis, and of the parameters. tensor: shards of
-    every matmul, within a host.
+    every matmul, within a host. expert: shards of the experts of a layer, 1 for models without experts.
     """
 
     data: int = -1
@@ -72,6 +73,7 @@ class MeshShape:
     tensor: int = 1
     context: int = 1
     slices: int = 1
+    expert: int = 1
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
@@ -97,7 +99,7 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
 
 
 def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
-    """Return the devices [slices, data, fsdp, context, tensor], with the fastest links along the last axes.
+    """Return the devices [slices, ..., tensor], with the fastest links along the last axes.
 
     Devices of a TPU slice share a slice_index and are linked in all directions; other devices have fast links
     within a process.
@@ -217,9 +219,7 @@ def shard_between_blocks(
 
 
 def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """Adapt `sharding` to a related array (scales): dimensions of 1 unsharded, another rank replicated."""
-    if len(shape) != len(sharding.spec):
-        return NamedSharding(sharding.mesh, PartitionSpec())
+    """Adapt `sharding` to an array with the same axes of other sizes (scales): dimensions of 1 unsharded."""
     return NamedSharding(
         sharding.mesh,
         PartitionSpec(
@@ -228,20 +228,13 @@ def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> Named
     )
 
 
-def unsharded_along(sharding: NamedSharding, dimension: int) -> NamedSharding:
-    """Return `sharding` with one dimension unsharded."""
-    entries = list(sharding.spec)
-    entries[dimension] = None
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
-
-
 def describe_sharding(sharding: NamedSharding) -> str:
     """Format the mesh axes of each dimension: `-,fsdp,tensor`."""
     entries = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in sharding.spec)
     return ",".join("*".join(mesh_axes) or "-" for mesh_axes in entries)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return the sharding of a fully replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -264,11 +257,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     spec = partition_spec(mesh, tuple(axis or "act_width" for axis in axes), x.shape)
     entries = (entry if axis else PartitionSpec.UNCONSTRAINED for axis, entry in zip(axes, spec, strict=True))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
-
-
-def replicate(x: jax.Array) -> jax.Array:
-    """Constrain an array to be fully replicated on the ambient mesh."""
-    return x if _ambient() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:

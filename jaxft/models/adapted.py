@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxft.models.heads import shares_base
 from jaxft.models.model import Model
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, attach
-from jaxft.nn.lora_rows import attach_rows, specs_like
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, Several, attach
+from jaxft.nn.lora_rows import specs_like
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.tree import Params
 
@@ -28,9 +28,6 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
         dropout, token_ids = (own.dropout, own.trainable_token_indices) if own else (0.0, ())
         return attach(params["base"], params.get("adapter"), dropout, token_ids)
 
-    def on_whole(fn: Callable) -> Callable:
-        return lambda params, *rest, **kw: fn(attached(params), *rest, **kw)
-
     specs = {"base": model.specs}
     if settings:
         specs["adapter"] = adapter_specs(model.specs, settings, model.weight_names)
@@ -41,16 +38,18 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
             )
         if settings.changes_base and any(shares_base(head) for head in model.heads.values()):
             specs[INITIAL_ADAPTER] = specs["adapter"]
-    specs |= model.heads
-    return replace(
-        model,
-        specs=specs,
-        hidden=on_whole(model.hidden),
-        head=on_whole(model.head),
-        prefill=on_whole(model.prefill),
-        extend=on_whole(model.extend),
-        decode=on_whole(model.decode),
-    )
+    return _reading(model, attached, specs | model.heads)
+
+
+def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> Model:
+    """Return the model over parameters of these specs, of which `base(params)` are the model's."""
+
+    def on_whole(fn: Callable) -> Callable:
+        return lambda params, *rest, **kw: fn(base(params), *rest, **kw)
+
+    names = ("hidden", "head", "prefill", "extend", "decode")
+    functions: dict[str, Any] = {name: on_whole(getattr(model, name)) for name in names}
+    return replace(model, specs=specs, **functions)
 
 
 def adapted_like(model: Model, adapter: Params) -> Model:
@@ -68,18 +67,7 @@ def adapted_by_row(model: Model) -> Model:
     See nn/lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
     """
 
-    def by_row(fn: Callable) -> Callable:
-        def call(params: Any, *rest: Any, **kw: Any) -> Any:
-            return fn(attach_rows(params["base"], params.get("stack"), params["rows"]), *rest, **kw)
+    def attached(params: Params) -> Params:
+        return attach(params["base"], Several(params.get("stack")), rows=params["rows"])
 
-        return call
-
-    return replace(
-        model,
-        specs={"base": model.specs},
-        hidden=by_row(model.hidden),
-        head=by_row(model.head),
-        prefill=by_row(model.prefill),
-        extend=by_row(model.extend),
-        decode=by_row(model.decode),
-    )
+    return _reading(model, attached, {"base": model.specs})

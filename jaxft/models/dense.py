@@ -5,9 +5,9 @@ files, the attention settings of each layer, and one function that computes a la
 Model from it.
 
 To add mixture-of-experts layers, a family calls an MLP function of its own in its layer function and declares
-kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"). It also needs its own forward_flops
-(dense_flops counts every matrix as used) and a tensor name per expert in WeightNames. LoRA and quantisation
-apply to kernels with two axes per layer only, so they skip experts.
+kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"), with {x} for the expert in their names.
+Adapters, quantisation, files, optimizers and plans work on them as on other kernels. It also needs its own
+forward_flops: dense_flops counts every kernel as used.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
-from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
+from jaxft.models.model import ForwardOptions, Model, dense_flops, forward_options, layer_axes
 from jaxft.nn.attention import AttentionSettings
 from jaxft.nn.cache import (
     Cache,
@@ -50,6 +50,7 @@ from jaxft.nn.matmul import gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, run_layer, scan_layers
+from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Batch, Params
 
 # (options, params, h [B, T, D], attend, dropout key) -> (h, second result of attend); see nn/scan.py.
@@ -350,28 +351,28 @@ def with_biases(specs: dict[str, Any], c: DenseConfig, attention: bool, mlp: boo
 
 
 LLAMA_NAMES: WeightNames = {
-    "embed": ("model.embed_tokens.weight", False),
-    "layers/attn_norm": ("model.layers.{i}.input_layernorm.weight", False),
-    "layers/attn/q": ("model.layers.{i}.self_attn.q_proj.weight", True),
-    "layers/attn/k": ("model.layers.{i}.self_attn.k_proj.weight", True),
-    "layers/attn/v": ("model.layers.{i}.self_attn.v_proj.weight", True),
-    "layers/attn/o": ("model.layers.{i}.self_attn.o_proj.weight", True),
-    "layers/mlp_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
-    "layers/mlp/gate": ("model.layers.{i}.mlp.gate_proj.weight", True),
-    "layers/mlp/up": ("model.layers.{i}.mlp.up_proj.weight", True),
-    "layers/mlp/down": ("model.layers.{i}.mlp.down_proj.weight", True),
-    "final_norm": ("model.norm.weight", False),
-    "head": ("lm_head.weight", True),
+    "embed": TensorName("model.embed_tokens.weight"),
+    "layers/attn_norm": TensorName("model.layers.{i}.input_layernorm.weight"),
+    "layers/attn/q": TensorName("model.layers.{i}.self_attn.q_proj.weight", True),
+    "layers/attn/k": TensorName("model.layers.{i}.self_attn.k_proj.weight", True),
+    "layers/attn/v": TensorName("model.layers.{i}.self_attn.v_proj.weight", True),
+    "layers/attn/o": TensorName("model.layers.{i}.self_attn.o_proj.weight", True),
+    "layers/mlp_norm": TensorName("model.layers.{i}.post_attention_layernorm.weight"),
+    "layers/mlp/gate": TensorName("model.layers.{i}.mlp.gate_proj.weight", True),
+    "layers/mlp/up": TensorName("model.layers.{i}.mlp.up_proj.weight", True),
+    "layers/mlp/down": TensorName("model.layers.{i}.mlp.down_proj.weight", True),
+    "final_norm": TensorName("model.norm.weight"),
+    "head": TensorName("lm_head.weight", True),
     # parameters of some families only
-    "layers/attn/q_bias": ("model.layers.{i}.self_attn.q_proj.bias", False),
-    "layers/attn/k_bias": ("model.layers.{i}.self_attn.k_proj.bias", False),
-    "layers/attn/v_bias": ("model.layers.{i}.self_attn.v_proj.bias", False),
-    "layers/attn/o_bias": ("model.layers.{i}.self_attn.o_proj.bias", False),
-    "layers/mlp/gate_bias": ("model.layers.{i}.mlp.gate_proj.bias", False),
-    "layers/mlp/up_bias": ("model.layers.{i}.mlp.up_proj.bias", False),
-    "layers/mlp/down_bias": ("model.layers.{i}.mlp.down_proj.bias", False),
-    "layers/attn/q_norm": ("model.layers.{i}.self_attn.q_norm.weight", False),
-    "layers/attn/k_norm": ("model.layers.{i}.self_attn.k_norm.weight", False),
+    "layers/attn/q_bias": TensorName("model.layers.{i}.self_attn.q_proj.bias"),
+    "layers/attn/k_bias": TensorName("model.layers.{i}.self_attn.k_proj.bias"),
+    "layers/attn/v_bias": TensorName("model.layers.{i}.self_attn.v_proj.bias"),
+    "layers/attn/o_bias": TensorName("model.layers.{i}.self_attn.o_proj.bias"),
+    "layers/mlp/gate_bias": TensorName("model.layers.{i}.mlp.gate_proj.bias"),
+    "layers/mlp/up_bias": TensorName("model.layers.{i}.mlp.up_proj.bias"),
+    "layers/mlp/down_bias": TensorName("model.layers.{i}.mlp.down_proj.bias"),
+    "layers/attn/q_norm": TensorName("model.layers.{i}.self_attn.q_norm.weight"),
+    "layers/attn/k_norm": TensorName("model.layers.{i}.self_attn.k_norm.weight"),
 }
 
 

@@ -19,13 +19,14 @@ from jaxft.models.dense import (
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.gemma_config import Gemma2Config, GemmaConfig, VaultGemmaConfig
 from jaxft.models.layer_types import FULL, SLIDING, typed_layers
-from jaxft.models.model import ForwardOptions, Model, WeightNames
+from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention import AttentionSettings
 from jaxft.nn.layer_attention import Attend, AttentionLayers, LayerKind, uniform
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.lm_head import lm_head
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.products import accumulation_dtype
+from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params
 
 
@@ -130,7 +131,7 @@ def four_norms(c: DenseConfig) -> dict[str, Any]:
 
 
 FOUR_NORMS: WeightNames = {
-    "layers/post_attn_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
-    "layers/mlp_norm": ("model.layers.{i}.pre_feedforward_layernorm.weight", False),
-    "layers/post_mlp_norm": ("model.layers.{i}.post_feedforward_layernorm.weight", False),
+    "layers/post_attn_norm": TensorName("model.layers.{i}.post_attention_layernorm.weight"),
+    "layers/mlp_norm": TensorName("model.layers.{i}.pre_feedforward_layernorm.weight"),
+    "layers/post_mlp_norm": TensorName("model.layers.{i}.post_feedforward_layernorm.weight"),
 }

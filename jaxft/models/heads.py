@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.models.model import Model
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, Several, join_adapters
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.nn.products import accumulation_dtype
+from jaxft.nn.tensor_names import TensorName
 from jaxft.tree import Params, static, struct
 
-SCORE = ("score.weight", True)  # its name in a checkpoint
+SCORE = TensorName("score.weight", True)  # its name in a checkpoint
 INIT = normal(0.02)  # transformers' initialisation of a new head
 
 
@@ -54,15 +55,16 @@ class HeadSettings:
 def scores(params: Params, h: Float[Array, "... D"]) -> Float[Array, "..."]:
     """Return `h @ params["score"]`, computed in float32 or wider for any dtype of h.
 
-    For K models in one batch, the head is [D, K, 1], and the rows of h are K groups of equal size, as for K
-    adapters in nn.matmul.linear.
+    The heads of Several models are [K, D, 1], and the rows of h are K groups of equal size, as in
+    nn.matmul.linear.
     """
     wide, highest = accumulation_dtype(h.dtype), jax.lax.Precision.HIGHEST
-    w, h = params["score"][..., 0].astype(wide), h.astype(wide)
-    if w.ndim == 1:
-        return jnp.einsum("...d,d->...", h, w, precision=highest)
-    groups = h.reshape(w.shape[1], h.shape[0] // w.shape[1], *h.shape[1:])
-    return jnp.einsum("k...d,dk->k...", groups, w, precision=highest).reshape(h.shape[:-1])
+    score, h = params["score"], h.astype(wide)
+    if not isinstance(score, Several):
+        return jnp.einsum("...d,d->...", h, score[..., 0].astype(wide), precision=highest)
+    w = score.params[..., 0].astype(wide)
+    groups = h.reshape(len(w), h.shape[0] // len(w), *h.shape[1:])
+    return jnp.einsum("k...d,kd->k...", groups, w, precision=highest).reshape(h.shape[:-1])
 
 
 def with_scalar_head(model: Model) -> Model:
@@ -76,14 +78,11 @@ def with_scalar_head(model: Model) -> Model:
     def forward_flops(tokens: int, context: float, read: int | None = None) -> float:
         return model.forward_flops(tokens, context, read=0)
 
+    of_text: dict[str, Any] = dict.fromkeys(("logits", "head", "prefill", "extend", "decode"), _no_text)
     return replace(
         model,
         specs=specs,
-        logits=_no_text,
-        head=_no_text,
-        prefill=_no_text,
-        extend=_no_text,
-        decode=_no_text,
+        **of_text,
         weight_names={**names, "score": SCORE},
         forward_flops=forward_flops,
         heads={**model.heads, "score": head_spec(model)},

@@ -16,12 +16,11 @@ from jaxtyping import Array, Float
 from jaxft.nn.cache import Cache
 from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.lora import Adapter
-from jaxft.nn.param import Specs, is_spec, spec_paths
+from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import RematPolicy, check_remat
+from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
-
-WeightNames = dict[str, tuple[str, bool]]
 
 
 @runtime_checkable
@@ -74,7 +73,7 @@ class Model:
 
     config: sizes.
     specs: ParamSpec tree of all parameters.
-    weight_names: path -> (tensor name in Hugging Face files, with {i} for the layer; whether transposed).
+    weight_names: names of the tensors in Hugging Face files by path; see nn/tensor_names.py.
     attention: rope, window and soft cap of each layer.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or
@@ -165,16 +164,15 @@ def dense_flops(
     context: float,
     read: int | None = None,
 ) -> float:
-    """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens: matrices of the layers, causal
+    """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens: kernels of the layers, causal
     attention within each layer's window, and the head for `read` tokens (all by default). A multiply-add
     counts as two.
     """
-    matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
-    per_layer = sum(prod(shape[1:]) for shape in matrices)
+    kernels = sum(prod(spec.shape) for spec in spec_paths(specs["layers"]).values() if kernel(spec))
     keys = sum(mean_keys(attention.kinds[kind].window, context) for kind in attention.layout)
     scores = 2 * config.heads * config.head_dim * keys
     head = config.width * config.vocab * (tokens if read is None else read)
-    return 2.0 * (tokens * (config.layers * per_layer + scores) + head)
+    return 2.0 * (tokens * (kernels + scores) + head)
 
 
 def mean_keys(window: int | None, context: float) -> float:

@@ -21,11 +21,12 @@ from jaxft.models.dense import (
 )
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
-from jaxft.models.model import ForwardOptions, Model, WeightNames
+from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.layer_attention import Attend, LayerKind, uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
+from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params
 
 
@@ -85,8 +86,8 @@ def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tu
 # A layer with norms after attention and MLP, which EXAONE 4 uses too.
 
 POST_NORM_NAMES: WeightNames = {
-    "layers/post_attn_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
-    "layers/post_mlp_norm": ("model.layers.{i}.post_feedforward_layernorm.weight", False),
+    "layers/post_attn_norm": TensorName("model.layers.{i}.post_attention_layernorm.weight"),
+    "layers/post_mlp_norm": TensorName("model.layers.{i}.post_feedforward_layernorm.weight"),
 }
 
 

@@ -11,12 +11,13 @@ from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import DenseArchitecture, attention_output, dense_model, llama_specs, names_of
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import window_from_hf
-from jaxft.models.model import ForwardOptions, Model, WeightNames
+from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.fused_linear import fused_linear
 from jaxft.nn.layer_attention import Attend, uniform
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
 from jaxft.nn.param import ParamSpec, fan_in
 from jaxft.nn.rope import Rope
+from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params
 
 
@@ -49,8 +50,8 @@ def _specs(c: Phi3Config) -> dict[str, Any]:
 
 
 _NAMES: WeightNames = {
-    "layers/attn/qkv": ("model.layers.{i}.self_attn.qkv_proj.weight", True),
-    "layers/mlp/gate_up": ("model.layers.{i}.mlp.gate_up_proj.weight", True),
+    "layers/attn/qkv": TensorName("model.layers.{i}.self_attn.qkv_proj.weight", True),
+    "layers/mlp/gate_up": TensorName("model.layers.{i}.mlp.gate_up_proj.weight", True),
 }
 
 

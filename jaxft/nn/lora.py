@@ -1,17 +1,20 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a separate tree that is attached to the base at trace
 time.
 
-An adapter has the base's paths; each adapted kernel [L, I, O] has `a` [L, I, R], `b` [L, R, O] and the frozen
-`scale` [L] = alpha / rank; with DoRA also `magnitude` [L, O], see nn/dora.py. Without attaching it, the model
-is the base model bit for bit.
+An adapter has the base's paths; each adapted kernel [*L, I, O], stacked along any lead axes L, has `a`
+[*L, I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank; with DoRA also `magnitude` [*L, O], see
+nn/dora.py. Without attaching it, the model is the base model bit for bit.
 
-Where layers have different ranks, R is the largest: the further columns of `a` and rows of `b` are zero. Both
-of their gradients are then zero, so that they stay zero in training; they are not exported.
+Where kernels of a stack have different ranks, R is the largest: the further columns of `a` and rows of `b`
+are zero. Both of their gradients are then zero, so that they stay zero in training; they are not exported.
+
+Several adapters that go through the model together have one more axis, "adapters", the last of the lead axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -23,13 +26,16 @@ from jaxft import tree
 from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
 from jaxft.nn import dora, replaced
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
-from jaxft.nn.param import Specs, spec_paths
-from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize
+from jaxft.nn.param import ParamSpec, Specs, kernel, lead_axes, map_stack, spec_paths
+from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
 from jaxft.tree import Params, static, struct
 
 # Layers that compute several projections by one matrix, and the layers that other models have in their place.
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
+ADAPTERS = "adapters"  # the axis over several adapters, behind the lead axes of their base
+# The number of axes behind the lead axes, of the leaves that several adapters have.
+OWN_AXES = {"a": 2, "b": 2, "scale": 0, "magnitude": 1, "gain": 1, "score": 2}
 EVA = "eva"
 INITIAL_ADAPTER = "initial_adapter"  # in a run's parameters: its policy's adapter at step 0, for heads
 AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
@@ -154,16 +160,28 @@ class Adapter:
 
 @struct
 class Adapted:
-    """A base weight with its adapter, for nn.matmul.linear. `weight` is None for a tied head."""
+    """A base weight with its adapter, for nn.matmul.linear. `weight` is None for a tied head.
+
+    Leaves have the base's lead axes L, which scan and vmap slice, and if `over` is (ADAPTERS,) one more
+    behind them, over K adapters.
+    """
 
     weight: Any
-    a: Any  # [L, I, R], or a ParamSpec
-    b: Any  # [L, R, O]
-    scale: Any  # [L]
+    a: Any  # [*L, I, R], or a ParamSpec
+    b: Any  # [*L, R, O]
+    scale: Any  # [*L]
     dropout: float = static(default=0.0)
-    magnitude: Any = None  # [L, O] with DoRA
-    gain: Any = None  # [L, O], in place of a magnitude: constant factors of the outputs, for inference
-    rows: Any = None  # [L, B]: the adapter of each row of the input, where all others are [L, K, ...]
+    magnitude: Any = None  # [*L, O] with DoRA
+    gain: Any = None  # [*L, O], in place of a magnitude: constant factors of the outputs, for inference
+    rows: Any = None  # [*L, B]: the adapter of each row of the input, where all others are over K adapters
+    over: tuple[str, ...] = static(default=())
+
+
+@struct
+class Several:
+    """Parameters of K adapters that go through a model together: every leaf has an axis ADAPTERS."""
+
+    params: Any
 
 
 def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
@@ -171,8 +189,7 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
 
     Raises ValueError, with near misses, for a target that selects nothing.
     """
-    kernels = {p: s for p, s in spec_paths(specs).items() if len(s.axes) - ("layers" in s.axes) == 2}
-    blocks = [p for p, s in kernels.items() if "layers" in s.axes]
+    blocks = [p for p, s in spec_paths(specs).items() if kernel(s) and "layers" in lead_axes(s)]
     heads = ["embed", "head"]  # also for a tied head, which has no leaf of its own in the base
     if targets == "all-linear":
         return blocks
@@ -193,15 +210,17 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
                 f"{','.join(p.rpartition('/')[2] for p in blocks[:2])}"
             )
         return selected
-    path_by_name = {p.rsplit("/", 1)[-1]: p for p in [*blocks, *heads]}
-    path_by_name |= {f"{name}_proj": p for name, p in path_by_name.items()}
-    path_by_name |= {"lm_head": "head", "embed_tokens": "embed"}
+    ends = {path: path.rpartition("/")[2] for path in [*blocks, *heads]}
+    end_by_name = {end: end for end in ends.values()}
+    end_by_name |= {f"{end}_proj": end for end in ends.values()}
+    end_by_name |= {"lm_head": "head", "embed_tokens": "embed"}
     for name in targets:
-        if name not in path_by_name:
-            _refuse_part(name, path_by_name.keys())
-            near = ", ".join(tree.nearest(name, list(path_by_name)))
+        if name not in end_by_name:
+            _refuse_part(name, end_by_name.keys())
+            near = ", ".join(tree.nearest(name, list(end_by_name)))
             raise ValueError(f"adapter.targets: {name!r} is not a linear layer; near: {near}")
-    return [p for p in [*blocks, *heads] if p in {path_by_name[name] for name in targets}]
+    wanted = {end_by_name[name] for name in targets}
+    return [path for path, end in ends.items() if end in wanted]
 
 
 def _refuse_part(name: str, known: AbstractSet[str]) -> None:
@@ -219,31 +238,41 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
             )
 
 
+def pair_axes(base: ParamSpec) -> dict[str, tuple[str, ...]]:
+    """Return the logical axes of the leaves of a kernel's pair."""
+    *lead, ins, outs = base.axes
+    of_outputs = dict.fromkeys(("magnitude", "gain"), (*lead, outs))
+    return {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": (*lead,), **of_outputs}
+
+
 def is_pair(node: Any) -> bool:
     """Whether a node of an adapter's tree is the pair of a kernel."""
     return isinstance(node, dict) and {"a", "b", "scale"} <= node.keys()
 
 
-def attach(base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, ...] = ()) -> Any:
+def attach(
+    base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, ...] = (), rows: Any = None
+) -> Any:
     """Return the base tree with each adapted leaf as an Adapted node, and replaced parameters in their place;
     nothing is copied or computed.
 
-    token_ids: the tokens of replaced rows.
+    adapter: a tree, None, or Several. token_ids: the tokens of replaced rows. rows [B]: row i of the
+    activations has adapter rows[i] of Several.
     """
-    if is_pair(adapter):
-        pair = adapter["a"], adapter["b"], adapter["scale"]
-        return Adapted(base, *pair, dropout, adapter.get("magnitude"), adapter.get("gain"))
-    if not adapter:
-        return base
-    return {
-        **base,
-        **{
-            name: replaced.attach_replacement(name, base.get(name), node, token_ids)
-            if replaced.is_replacement(node)
-            else attach(base.get(name), node, dropout, token_ids)
-            for name, node in adapter.items()
-        },
-    }
+    over = (ADAPTERS,) if isinstance(adapter, Several) else ()
+
+    def walk(name: str, base: Any, node: Any) -> Any:
+        if is_pair(node):
+            pair = node["a"], node["b"], node["scale"]
+            own = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
+            return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), own, over)
+        if replaced.is_replacement(node):
+            return replaced.attach_replacement(name, base, node, token_ids)
+        if not node:
+            return base
+        return {**base, **{inner: walk(inner, base.get(inner), node[inner]) for inner in node}}
+
+    return walk("", base, adapter.params if isinstance(adapter, Several) else adapter)
 
 
 def join_adapters(adapter: Any, other: Any) -> Any:
@@ -275,11 +304,34 @@ def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
     return pairs
 
 
+def padded_pair(pair: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return a pair of this rank: further columns of `a` and rows of `b` are zero. Leaves may be NumPy's."""
+    xp: Any = np if isinstance(pair["a"], np.ndarray) else jnp
+    *lead, _, own = pair["a"].shape
+    same, more = [(0, 0)] * len(lead), (0, rank - own)
+    a, b = xp.pad(pair["a"], [*same, (0, 0), more]), xp.pad(pair["b"], [*same, more, (0, 0)])
+    return {**pair, "a": a, "b": b}
+
+
+def map_kernels(
+    fn: Callable[[jax.Array, dict[str, Any]], jax.Array], base: Params, pairs: dict[str, dict[str, Any]]
+) -> dict[str, jax.Array]:
+    """Return `fn(weight, pair)` of pairs by path: of each kernel of a stack by itself, dequantised."""
+    weights = tree.paths(base, is_qtensor)
+
+    def call(path: str, weight: Any, pair: dict[str, Any]) -> jax.Array:
+        plain = dequantize(weight) if is_qtensor(weight) else weight
+        return fn(plain if path in weights else plain.T, pair)  # a tied head is the table transposed
+
+    return {
+        path: map_stack(partial(call, path), pair["scale"].shape, weights.get(path, base.get("embed")), pair)
+        for path, pair in pairs.items()
+    }
+
+
 def stack_adapters(adapters: Sequence[Any]) -> Any:
     """Stack adapters of the same kernels into one tree, each leaf [K, ...]; smaller ranks are padded with
     zeros.
-
-    `jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack_adapters(...))` is a tree for the scan over layers.
     """
 
     def stack(*leaves: jax.Array) -> jax.Array:
@@ -288,6 +340,19 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
         return jnp.stack([jnp.pad(x, width) if width else x for x, width in zip(leaves, widths, strict=True)])
 
     return jax.tree.map(stack, *adapters)
+
+
+def several(stacks: dict[str, Any]) -> dict[str, Several]:
+    """Return stacks of adapters and heads by name for one forward pass with all of them: the axis over
+    adapters is behind the lead axes.
+    """
+    moved = tree.map_with_path(lambda path, x: jnp.moveaxis(x, 0, adapters_axis(path)), stacks)
+    return {name: Several(x) for name, x in moved.items()}
+
+
+def adapters_axis(path: str) -> int:
+    """Return the number of the axis over several adapters in a leaf, which follows its lead axes."""
+    return -1 - OWN_AXES[path.rpartition("/")[2]]
 
 
 def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
@@ -314,27 +379,3 @@ def merge_node(
     if replaced.is_replacement(node):
         return replaced.merge_replacement(path, weight, node, dtype, token_ids)
     return merge_leaf(weight, node, dtype)
-
-
-def merge(base: Any, adapter: Any, dtype: DTypeLike, token_ids: tuple[int, ...] = ()) -> Any:
-    """Return the base tree with the adapter merged into it. A tied head becomes a leaf "head" where the
-    adapter changes it, or the table alone.
-    """
-    nodes = pairs_by_path(adapter)
-    plain = {**base}
-    if "head" not in base and replaced.unties(nodes):
-        table = base["embed"]
-        plain["head"] = jnp.asarray(dequantize(table) if isinstance(table, QTensor) else table).T
-        if "rows" in nodes.get("embed", {}):
-            rows = nodes["embed"]
-            plain["head"] = replaced.merge_replacement("head", plain["head"], rows, dtype, token_ids)
-
-    def fold(node: Any, pair: Any, path: str) -> Any:
-        if is_pair(pair) or replaced.is_replacement(pair):
-            return merge_node(path, node, pair, dtype, token_ids)
-        if not pair:
-            return node
-        inner = {name: fold(node[name], p, f"{path}/{name}".strip("/")) for name, p in pair.items()}
-        return {**node, **inner}
-
-    return fold(plain, adapter, "")

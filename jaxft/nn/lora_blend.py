@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxft.nn.lora import padded_pair
 from jaxft.tree import Params
 
 RANKS = 2  # rank of a blend, in ranks of the adapter
@@ -28,11 +29,7 @@ def widened_pairs(params: Params) -> Params:
             "a mean of DoRA adapters is no adapter of a low rank; set adapter.dora=false, or moving=none"
         )
     if _is_pair(params):
-        a, b = params["a"], params["b"]
-        extra = (RANKS - 1) * a.shape[-1]
-        left, right = [(0, 0)] * a.ndim, [(0, 0)] * b.ndim
-        left[-1], right[-2] = (0, extra), (0, extra)
-        return {**params, "a": jnp.pad(a, left), "b": jnp.pad(b, right)}
+        return padded_pair(params, RANKS * params["a"].shape[-1])
     if isinstance(params, dict):
         return {name: widened_pairs(x) for name, x in params.items()}
     return params
@@ -83,12 +80,10 @@ def _blended_pair(
     root = jnp.sqrt(s[..., :rank])
     a = left @ (u[..., :rank] * root[..., None, :])
     b = (root[..., :, None] * vt[..., :rank, :]) @ jnp.swapaxes(right, -1, -2)
-    room = [(0, 0)] * a.ndim, [(0, 0)] * b.ndim
-    room[0][-1] = room[1][-2] = (0, rank - root.shape[-1])
-    squares = jnp.square(s)
+    pair, squares = padded_pair({"a": a, "b": b}, rank), jnp.square(s)
     return (
-        jnp.pad(a, room[0]).astype(old[0].dtype),
-        jnp.pad(b, room[1]).astype(old[1].dtype),
+        pair["a"].astype(old[0].dtype),
+        pair["b"].astype(old[1].dtype),
         jnp.sum(squares[..., rank:]),
         jnp.sum(squares),
     )

@@ -1,35 +1,16 @@
-"""Names of a model's modules, and the patterns of adapter settings that select some of them, as in PEFT.
+"""The patterns of adapter settings that select some of a model's modules, as in PEFT.
 
 A module has two names: that in Hugging Face files (model.layers.3.self_attn.q_proj) and that of its path
 (layers.3.attn.q). A pattern selects a module by either.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxft import tree
+from jaxft.nn.tensor_names import ModuleNames
 
-ModuleNames = tuple[str, ...]
-TensorNames = Mapping[str, tuple[str, bool]]  # see models.model.Model.weight_names
-HEAD_MODULE = "lm_head"
 SCORE_MODULES = ("score", "classifier")  # heads of sequence classifiers; peft always trains both
-
-
-def module_format(path: str, names: TensorNames) -> str:
-    """Return the Hugging Face name of the module that a parameter belongs to, with {i} for the layer."""
-    if path not in names:
-        return HEAD_MODULE if path == "head" else _own_format(path)
-    return names[path][0].rpartition(".")[0]
-
-
-def module_names(path: str, layers: int | None, names: TensorNames) -> list[ModuleNames]:
-    """Return the names of a parameter's module in each layer; of one without layers in a list of one."""
-    formats = dict.fromkeys((module_format(path, names), _own_format(path)))
-    return [tuple(one.format(i=i) for one in formats) for i in range(layers or 1)]
-
-
-def _own_format(path: str) -> str:
-    return path.replace("layers/", "layers.{i}.", 1).replace("/", ".")
 
 
 def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:

@@ -1,9 +1,9 @@
 """Several adapters on one base, chosen for each row of a batch by an index (as in Punica, Chen et al. 2023,
 arXiv:2310.18547): switching adapters changes an array, not a program.
 
-A stack is a tree of K adapters with the base's paths: `a [L, K, I, R]`, `b [L, K, R, O]`, `scale [L, K]`; on
-the embeddings and the head without L. If one of them is a DoRA adapter, the node also has `gain [L, K, O]`,
-the factors of the outputs, which are constant in inference (weights/gains.py). Adapter 0 is the base itself.
+A stack is a tree of K adapters with the base's paths and lead axes L: `a [*L, K, I, R]`, `b [*L, K, R, O]`,
+`scale [*L, K]`. If one of them is a DoRA adapter, the node also has `gain [*L, K, O]`, the factors of the
+outputs, which are constant in inference (`with_gains`). Adapter 0 is the base itself.
 Adapters of other kernels or smaller ranks are padded with zeros, and with gains of 1.
 """
 
@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.lora import Adapted, is_pair, pairs_by_path
+from jaxft.nn import dora
+from jaxft.nn.lora import Adapted, adapters_axis, map_kernels, padded_pair, pair_axes, pairs_by_path
 from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
 from jaxft.nn.replaced import base_spec, is_replacement
 from jaxft.tree import Params
 
 BASE = 0  # the number of the adapter in a stack that changes nothing
-_LAYERS = "layers"  # the subtree whose leaves have a layers axis
 
 
 def not_stackable(adapter: Params) -> str:
@@ -51,22 +51,19 @@ def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
     gains of 1 where others have some. Leaves may be NumPy's.
     """
     nodes = [pairs_by_path(adapter) for adapter in adapters]
-    found: list[Params] = [{} for _ in adapters]
+    found: list[dict[str, Any]] = [{} for _ in adapters]
     for path in {path: None for own in nodes for path in own}:
         pairs = [own.get(path) for own in nodes]
         present = [pair for pair in pairs if pair is not None]
         rank = max(pair["a"].shape[-1] for pair in present)
         zero = {name: np.zeros_like(present[0][name]) for name in ("a", "b", "scale")}
         ones = next((np.ones_like(pair["gain"]) for pair in present if "gain" in pair), None)
-        *above, last = path.split("/")
-        for tree_, pair in zip(found, pairs, strict=True):
-            inner = tree_
-            for name in above:
-                inner = inner.setdefault(name, {})
-            inner[last] = _of_rank(zero if pair is None else pair, rank)
+        for out, pair in zip(found, pairs, strict=True):
+            plain = zero if pair is None else pair
+            out[path] = padded_pair({name: np.asarray(plain[name]) for name in zero}, rank)
             if ones is not None:
-                inner[last]["gain"] = ones if pair is None else np.asarray(pair.get("gain", ones))
-    return found
+                out[path]["gain"] = ones if pair is None else np.asarray(pair.get("gain", ones))
+    return [tree.nested(out) for out in found]
 
 
 def specs_like(base: Specs, adapter: Params) -> Specs:
@@ -76,18 +73,37 @@ def specs_like(base: Specs, adapter: Params) -> Specs:
     def spec_of(path: str, leaf: Any) -> ParamSpec:
         above, _, name = path.rpartition("/")
         like = base_spec(specs, above)
-        *lead, ins, outs = like.axes
-        axes = {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": lead, "gain": (*lead, outs)}
-        return ParamSpec(tuple(leaf.shape), tuple(axes[name]), full(0.0), like.heads)
+        return ParamSpec(tuple(leaf.shape), pair_axes(like)[name], full(0.0), like.heads)
 
     return tree.map_with_path(spec_of, adapter)
+
+
+def with_gains(base: Params, adapter: Params) -> Params:
+    """Return an adapter with `gain` [*L, O], factors of its outputs on this base, in place of `magnitude`.
+
+    One of plain LoRA is returned as it is.
+    """
+    nodes = pairs_by_path(adapter)
+    learned = {path: node for path, node in nodes.items() if "magnitude" in node}
+    for path, gain in (_gains(base, learned) if learned else {}).items():
+        nodes[path] = {name: x for name, x in nodes[path].items() if name != "magnitude"}
+        nodes[path]["gain"] = np.asarray(gain)
+    return tree.nested(nodes) if learned else adapter
+
+
+@jax.jit
+def _gains(base: Params, pairs: dict[str, dict[str, Any]]) -> dict[str, Array]:
+    def factors(weight: Array, pair: dict[str, Any]) -> Array:
+        return dora.output_factors(pair["magnitude"], weight, pair["a"], pair["b"], pair["scale"])
+
+    return map_kernels(factors, base, pairs)
 
 
 def stack_by_row(adapters: Sequence[Params]) -> Params:
     """Return a stack of the base and these adapters, which have numbers from 1 on. Leaves may be NumPy's."""
 
     def stack(path: str, *leaves: Any) -> np.ndarray:
-        return np.stack(leaves, 1 if path.startswith(f"{_LAYERS}/") else 0)
+        return np.stack(leaves, adapters_axis(path))
 
     first, *others = of_equal_shapes([{}, *adapters])
     return tree.map_with_path(stack, first, *others)
@@ -126,27 +142,3 @@ def adapters_of_rows(w: Adapted, dtype: DTypeLike) -> Adapted:
     """Return a weight with an adapter for each row, chosen from a stack as stored. dtype: of the matmul."""
     a, b = chosen(w.a, w.rows, dtype), chosen(w.b, w.rows, dtype)
     return replace(w, a=a, b=b, scale=w.scale[w.rows], gain=None if w.gain is None else w.gain[w.rows])
-
-
-def _of_rank(node: Mapping[str, Any], rank: int) -> dict[str, np.ndarray]:
-    a, b, scale = (np.asarray(node[name]) for name in ("a", "b", "scale"))
-    lead, missing = [(0, 0)] * scale.ndim, (0, rank - a.shape[-1])
-    return {
-        "a": np.pad(a, [*lead, (0, 0), missing]),
-        "b": np.pad(b, [*lead, missing, (0, 0)]),
-        "scale": scale,
-    }
-
-
-def attach_rows(base: Any, stack: Any, rows: Int[Array, " B"]) -> Any:
-    """Return the base tree in which row i of the activations has adapter rows[i] of the stack. None: none."""
-
-    def attached(base: Any, node: Any, in_layers: bool) -> Any:
-        if is_pair(node):
-            own = jnp.broadcast_to(rows[None], (len(node["scale"]), *rows.shape)) if in_layers else rows
-            return Adapted(base, node["a"], node["b"], node["scale"], gain=node.get("gain"), rows=own)
-        return {**base, **{name: attached(base[name], inner, in_layers) for name, inner in node.items()}}
-
-    if not stack:
-        return base
-    return {**base, **{name: attached(base.get(name), node, name == _LAYERS) for name, node in stack.items()}}

@@ -2,37 +2,43 @@
 that replace the base's.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft.nn import replaced
-from jaxft.nn.lora import EVA, Adapter, target_paths
-from jaxft.nn.lora_patterns import (
-    ModuleNames,
-    TensorNames,
-    is_listed,
-    is_name,
-    module_names,
-    values_by_pattern,
+from jaxft.nn.lora import EVA, Adapter, pair_axes, target_paths
+from jaxft.nn.lora_patterns import is_listed, is_name, values_by_pattern
+from jaxft.nn.param import (
+    Init,
+    ParamSpec,
+    Specs,
+    full,
+    kaiming_uniform,
+    lead_indices,
+    lead_shape,
+    normal,
+    spec_paths,
 )
-from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
+from jaxft.nn.tensor_names import ModuleNames, WeightNames, module_names
 
 
 class PairRanks(NamedTuple):
-    """Rank and alpha of the pair in each layer of a kernel, both 0 for no pair; one of each for a kernel
-    without layers.
+    """Rank and alpha of the pair of each kernel of a stack, both 0 for no pair, in the order of
+    np.ndindex(lead_shape(spec)); one of each for a single kernel.
     """
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
 
 
-def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
-    """Return the rank and alpha of each adapted kernel's layers by path.
+def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:
+    """Return the ranks and alphas of the adapted kernels by path.
 
     names: the model's weight_names. Raises ValueError for patterns, exclusions and layers that select
     nothing, or everything.
@@ -49,58 +55,52 @@ def pair_layouts(specs: Specs, settings: Adapter, names: TensorNames) -> dict[st
             f"adapter: {min(set(targets) & set(saved))} is in targets and in modules_to_save, which "
             "trains it in full; name it in one of them"
         )
-    modules = [
-        (path, layer, name)
-        for path in targets
-        if path not in saved
-        for layer, name in enumerate(module_names(path, _layer_count(base, path), names))
-    ]
-    selected = [
-        (path, layer, name) for path, layer, name in modules if _is_selected(settings, base, path, layer)
-    ]
-    if settings.layers_to_transform is not None and not any(_layer_count(base, path) for path in targets):
+    spec_of = {path: replaced.base_spec(base, path) for path in targets}
+    if settings.layers_to_transform is not None and not any(map(_layers, spec_of.values())):
         raise ValueError(
             f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
             "adapter.layers_to_transform=none"
         )
-    excluded = [m for m in selected if is_listed(settings.exclude_modules, m[2], "adapter.exclude_modules")]
-    _check_exclusions(settings.exclude_modules, [name for _, _, name in selected])
-    if len(excluded) == len(selected):
+    selected = {
+        (path, number): name
+        for path, spec in spec_of.items()
+        if path not in saved
+        for number, (at, name) in enumerate(
+            zip(lead_indices(spec), module_names(path, spec, names), strict=True)
+        )
+        if _is_selected(settings, spec, at.get("layers"))
+    }
+    setting = "adapter.exclude_modules"
+    kept = {
+        at: name for at, name in selected.items() if not is_listed(settings.exclude_modules, name, setting)
+    }
+    _check_exclusions(settings.exclude_modules, list(selected.values()))
+    if not kept:
         raise ValueError(
-            f"adapter.exclude_modules={settings.exclude_modules!r} excludes every module that "
-            "adapter.targets selects; correct one of them"
+            f"{setting}={settings.exclude_modules!r} excludes every module that adapter.targets selects; "
+            "correct one of them"
         )
-    kept = [m for m in selected if m not in excluded]
-    all_names = [name for _, _, name in kept]
-    ranks = values_by_pattern(settings.rank_pattern, all_names, "adapter.rank_pattern")
-    alphas = values_by_pattern(settings.alpha_pattern, all_names, "adapter.alpha_pattern")
+    found = list(kept.values())
+    ranks = values_by_pattern(settings.rank_pattern, found, "adapter.rank_pattern")
+    alphas = values_by_pattern(settings.alpha_pattern, found, "adapter.alpha_pattern")
     pairs = {
-        (path, layer): (
-            int(settings.rank if rank is None else rank),
-            settings.alpha if alpha is None else alpha,
-        )
-        for (path, layer, _), rank, alpha in zip(kept, ranks, alphas, strict=True)
+        at: (int(settings.rank if rank is None else rank), settings.alpha if alpha is None else alpha)
+        for at, rank, alpha in zip(kept, ranks, alphas, strict=True)
     }
     layouts = {}
-    for path in dict.fromkeys(path for path, _, _ in kept):
-        count = _layer_count(base, path) or 1
-        found = [pairs.get((path, layer), (0, 0.0)) for layer in range(count)]
-        layouts[path] = PairRanks(tuple(rank for rank, _ in found), tuple(alpha for _, alpha in found))
+    for path in dict.fromkeys(path for path, _ in kept):
+        of_stack = [pairs.get((path, i), (0, 0.0)) for i in range(math.prod(lead_shape(spec_of[path])))]
+        layouts[path] = PairRanks(*zip(*of_stack, strict=True))
     return layouts
 
 
 def _check_no_pairs(settings: Adapter) -> None:
     """Raise ValueError for settings of pairs in an adapter without any."""
-    given = {
-        "rank_pattern": bool(settings.rank_pattern),
-        "alpha_pattern": bool(settings.alpha_pattern),
-        "exclude_modules": bool(settings.exclude_modules),
-        "layers_to_transform": settings.layers_to_transform is not None,
-        "dora": settings.dora,
-    }
-    if any(given.values()):
-        named = next(name for name, is_given in given.items() if is_given)
-        raise ValueError(f"adapter.{named} has no effect without adapter.targets; leave it out, or name some")
+    for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "dora"):
+        if getattr(settings, name) not in (getattr(Adapter, name), ""):
+            raise ValueError(
+                f"adapter.{name} has no effect without adapter.targets; leave it out, or name some"
+            )
 
 
 def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleNames]) -> None:
@@ -117,16 +117,15 @@ def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleN
             )
 
 
-def _layer_count(base: dict[str, ParamSpec], path: str) -> int | None:
-    """The size of a kernel's layers axis, None if it has none."""
-    spec = base.get(path)
-    return spec.shape[0] if spec is not None and spec.axes[0] == "layers" else None
+def _layers(spec: ParamSpec) -> int:
+    """The size of a parameter's layers axis, 0 if it has none."""
+    return dict(zip(spec.axes, spec.shape, strict=True)).get("layers", 0)
 
 
-def _is_selected(settings: Adapter, base: dict[str, ParamSpec], path: str, layer: int) -> bool:
+def _is_selected(settings: Adapter, spec: ParamSpec, layer: int | None) -> bool:
     """Whether layers_to_transform includes a layer of a kernel. Raises ValueError for numbers of no layer."""
-    numbers, count = settings.layers_to_transform, _layer_count(base, path)
-    if numbers is None or count is None:
+    numbers, count = settings.layers_to_transform, _layers(spec)
+    if numbers is None or layer is None:
         return True
     if not numbers or not all(0 <= number < count for number in numbers):
         raise ValueError(
@@ -136,40 +135,25 @@ def _is_selected(settings: Adapter, base: dict[str, ParamSpec], path: str, layer
     return layer in numbers
 
 
-def same_pairs(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -> bool:
-    """Whether two settings declare the same pairs and replaced parameters on a base, however they name them;
-    dropout may differ.
+def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> list[str]:
+    """Return the names of the fields in which two settings declare other pairs or replaced parameters on a
+    base; of fields that only name the same modules in other words, of dropout and of initial values, none.
     """
-    both = one, other
-    layouts = [pair_layouts(specs, settings, names) for settings in both]
-    shapes = [
-        {path: spec.shape for path, spec in spec_paths(adapter_specs(specs, x, names)).items()} for x in both
-    ]
-    tokens = [x.trainable_token_indices for x in both]
-    return (
-        layouts[0] == layouts[1]
-        and shapes[0] == shapes[1]
-        and tokens[0] == tokens[1]
-        and (one.rslora, one.dora) == (other.rslora, other.dora)
-    )
-
-
-def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: TensorNames) -> list[str]:
-    """Return the names of the fields in which two settings differ; of fields that only name the same modules
-    in other words, none.
-    """
-    fields = [name for name in vars(one) if getattr(one, name) != getattr(other, name)]
     layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
     present = [{path: tuple(map(bool, x.ranks)) for path, x in layout.items()} for layout in layouts]
-    same = {"dropout", "init", "eva_rho", "eva_tokens"}
+    declared = [spec_paths(adapter_specs(specs, settings, names)) for settings in (one, other)]
+    in_full = [{path for path in found if path.endswith(("/weight", "/rows"))} for found in declared]
+    same = {"dropout"} if EVA in (one.init, other.init) else {"dropout", "init"}  # EVA's has other ranks
     if present[0] == present[1]:
         same |= {"targets", "exclude_modules", "layers_to_transform"}
     if layouts[0] == layouts[1]:
         same |= {"rank", "alpha", "rank_pattern", "alpha_pattern"}
-    return [name for name in fields if name not in same]
+    if in_full[0] == in_full[1]:
+        same |= {"modules_to_save", "bias", "token_head"}
+    return [name for name in vars(one) if getattr(one, name) != getattr(other, name) and name not in same]
 
 
-def adapter_specs(specs: Specs, settings: Adapter, names: TensorNames | None = None) -> dict[str, Any]:
+def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = None) -> dict[str, Any]:
     """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero. Magnitudes start at 0
     and get the norms of the base's weights by weights.lora_start.init_magnitudes.
 
@@ -214,7 +198,6 @@ def _pair_specs(
     PEFT.
     """
     *lead, size_in, size_out = spec.shape
-    *lead_axes, axis_in, axis_out = spec.axes
     rank, ranks = max(layout.ranks), layout.ranks
     if settings.init == EVA:  # the ranks of the layers are known only when the run has read its rows
         rank = most_components(rank, settings.eva_rho, size_in)
@@ -223,11 +206,12 @@ def _pair_specs(
     start, start_b = (full(0.0), normal(1.0)) if is_table else (kaiming_uniform(size_in), full(0.0))
     if min(ranks) < rank:
         start = _zero_beyond(start, ranks)
-    magnitude = ParamSpec((*lead, size_out), (*lead_axes, axis_out), full(0.0), spec.heads)
+    axes = pair_axes(spec)
+    magnitude = ParamSpec((*lead, size_out), axes["magnitude"], full(0.0), spec.heads)
     return {
-        "a": ParamSpec((*lead, size_in, rank), (*lead_axes, axis_in, "rank"), start, spec.heads),
-        "b": ParamSpec((*lead, rank, size_out), (*lead_axes, "rank", axis_out), start_b, spec.heads),
-        "scale": ParamSpec(tuple(lead), tuple(lead_axes), _constant(scales)),
+        "a": ParamSpec((*lead, size_in, rank), axes["a"], start, spec.heads),
+        "b": ParamSpec((*lead, rank, size_out), axes["b"], start_b, spec.heads),
+        "scale": ParamSpec(tuple(lead), axes["scale"], _constant(scales)),
         **({"magnitude": magnitude} if settings.dora else {}),
     }
 
@@ -238,15 +222,16 @@ def most_components(rank: int, rho: float, inputs: int) -> int:
 
 
 def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
-    """Return an initialiser of [L, I, R] whose columns beyond the rank of each layer are zero."""
+    """Return an initialiser of [*L, I, R] whose columns beyond the rank of each kernel are zero."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        used = jnp.arange(shape[-1])[None, :] < jnp.asarray(ranks)[:, None]
-        return jnp.where(used[:, None, :], start(key, shape, dtype), jnp.zeros((), dtype))
+        *lead, _, most = shape
+        used = (np.arange(most) < np.asarray(ranks)[:, None]).reshape(*lead, 1, most)
+        return jnp.where(used, start(key, shape, dtype), jnp.zeros((), dtype))
 
     return init
 
 
 def _constant(values: Sequence[float]) -> Init:
-    """Return an initialiser that sets each element of a vector, or a scalar, to its value."""
+    """Return an initialiser that sets each element to its value, the last axis fastest."""
     return lambda key, shape, dtype: jnp.asarray(values, dtype).reshape(shape)

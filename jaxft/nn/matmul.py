@@ -16,7 +16,7 @@ from jaxft.nn.bits import concat_bits
 from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import adapters_of_rows
 from jaxft.nn.products import accumulation_dtype, wide_dot
-from jaxft.nn.quant import QTensor, dequantize
+from jaxft.nn.quant import QTensor, dequantize, shardings_of
 from jaxft.nn.taps import InputTap, tapped
 from jaxft.tree import static, struct
 
@@ -62,8 +62,7 @@ def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Flo
 
 
 def gather_layer(layer: Any, axes: Any) -> Any:
-    """Gather the quantised weights and adapters of a layer along fsdp and context; axes: of each weight [I,
-    O].
+    """Gather the quantised weights and adapters of a layer along fsdp and context; axes: of each weight.
 
     Without this the partitioner gathers quantised weights after dequantising them. It handles plain weights.
     """
@@ -74,9 +73,9 @@ def gather_layer(layer: Any, axes: Any) -> Any:
 
 def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
     if isinstance(w, Adapted):
-        ins, outs = sharding.gathered_axes(axes)
-        lead = ("layers",) * (w.a.ndim - 2)  # several adapters
-        a, b = sharding.constrain(w.a, *lead, ins, "rank"), sharding.constrain(w.b, *lead, "rank", outs)
+        *lead, ins, outs = sharding.gathered_axes(axes)
+        a = sharding.constrain(w.a, *lead, *w.over, ins, "rank")
+        b = sharding.constrain(w.b, *lead, *w.over, "rank", outs)
         return replace(w, weight=gather_weight(w.weight, axes), a=a, b=b)
     if isinstance(w, GramProbe | InputTap):
         return replace(w, weight=gather_weight(w.weight, axes))
@@ -85,12 +84,7 @@ def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
     place = sharding.gathered_sharding(axes, w.shape)
     if place is None:
         return w
-    scales = place if w.index is None else sharding.unsharded_along(place, -2)
-    places = replace(
-        jax.tree.map(lambda x: sharding.sharding_for_shape(scales, x.shape), w),
-        codes=sharding.sharding_for_shape(place, w.codes.shape),
-    )
-    return jax.tree.map(jax.lax.with_sharding_constraint, w, places)
+    return jax.tree.map(jax.lax.with_sharding_constraint, w, shardings_of(w, place))
 
 
 def _flat(x: Array) -> Array:
@@ -174,8 +168,8 @@ def lora_matmul(
     2106.09685).
 
     dropped: x after dropout. w: [I, O] or a QTensor. scale is frozen: it has no gradient. If w is multiplied
-    in FP8, or x has one token per row ([..., 1, I], in decoding) or few rows [N, I], the adapter's matmuls
-    are separate ones in the dtype of x.
+    in FP8, or x has one token per row ([..., 1, I], in decoding), the adapter's matmuls are separate ones in
+    the dtype of x.
     """
     return _lora_fwd(x, dropped, w, a, b, scale)[0]
 
@@ -186,7 +180,7 @@ def _lora_fwd(x, dropped, w, a, b, scale):
     in_fp8 = fp8.multiplies_in_fp8(w)
     # With few rows, joining w and b would move more than it saves. The two ways round differently, so a
     # decoding step always uses one and a prefill the other, however many prompts there are.
-    is_short = x.shape[-2] == 1 if x.ndim > 2 else 2 * x.shape[0] < x.shape[-1]
+    is_short = x.shape[-2] == 1
     if sharding.mesh_has("tensor") and not in_fp8:  # concatenating sharded arrays would move them
         y = times(x, w, x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
     elif in_fp8 or is_short:
@@ -336,8 +330,8 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     """Return `x @ w` for a plain, quantised or LoRA-adapted weight [I, O]; key: for dropout of the adapter's
     input.
 
-    An adapter with `a` [K, I, R] is K adapters; the rows of x are K equal groups, one for each. With `rows`
-    [B], row i of x has adapter rows[i]. A `gain` is without dropout.
+    With an axis over K adapters the rows of x are K equal groups, one for each. With `rows` [B], row i of x
+    has adapter rows[i]. A `gain` is without dropout.
     """
     if isinstance(w, InputTap):
         return linear(x, tapped(w, x), key)
@@ -347,7 +341,7 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
         return matmul(x, w, False, False)
     if w.rows is not None:
         w = adapters_of_rows(w, x.dtype)
-    fn = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
+    fn = multi_lora_matmul if w.over else lora_matmul
     if w.gain is not None:
         return dora.scale_outputs(fn(x, x, w.weight, w.a, w.b, w.scale), w.gain)
     dropped = dropout(x, w.dropout, key)

@@ -1,12 +1,14 @@
 """Parameters, declared once: initial values, shapes, shardings and counts derive from a tree of ParamSpec."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from itertools import takewhile
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -16,6 +18,7 @@ from jaxft.tree import Params
 
 Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen or absent
+LEAD_AXES = ("layers", "experts")  # along which a model stacks parameters of one kind, outermost first
 
 
 def normal(std: float) -> Init:
@@ -65,6 +68,45 @@ class ParamSpec:
             raise ValueError(f"a spec of shape {self.shape} needs {len(self.shape)} axes, got {self.axes}")
 
 
+class KernelAxes(NamedTuple):
+    """The names of a kernel's axes: those that it is stacked along, its inputs and its outputs."""
+
+    lead: tuple[str, ...]
+    ins: str
+    outs: str
+
+
+def lead_axes(spec: ParamSpec) -> tuple[str, ...]:
+    """Return the names of the axes that a parameter is stacked along: the LEAD_AXES that it starts with."""
+    return tuple(takewhile(LEAD_AXES.__contains__, spec.axes))
+
+
+def lead_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """Return the sizes of the axes that a parameter is stacked along."""
+    return spec.shape[: len(lead_axes(spec))]
+
+
+def lead_indices(spec: ParamSpec) -> list[dict[str, int]]:
+    """Return the index of each parameter of a stack by lead axis, the last fastest; [{}] of one alone."""
+    return [dict(zip(lead_axes(spec), at, strict=True)) for at in np.ndindex(*lead_shape(spec))]
+
+
+def kernel(spec: ParamSpec) -> KernelAxes | None:
+    """Return the axes of a parameter that is a matrix, stacked or not; None for a vector, as of a norm.
+
+    >>> kernel(ParamSpec((2, 8, 4, 6), ("layers", "experts", "width", "mlp"), full(0.0)))
+    KernelAxes(lead=('layers', 'experts'), ins='width', outs='mlp')
+    """
+    lead = lead_axes(spec)
+    own = spec.axes[len(lead) :]
+    return KernelAxes(lead, *own) if len(own) == 2 else None
+
+
+def map_stack(fn: Callable, lead: Sequence[int], *stacks: Any) -> Any:
+    """Apply a function to each parameter of stacks with these lead axes, one after another."""
+    return jax.lax.map(lambda one: map_stack(fn, lead[1:], *one), stacks) if lead else fn(*stacks)
+
+
 def is_spec(x: Any) -> bool:
     """Whether a node is a ParamSpec: the `is_leaf` of tree functions over specs."""
     return isinstance(x, ParamSpec)
@@ -82,11 +124,6 @@ def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) ->
         return spec.init(jax.random.fold_in(key, path_hash(path)), spec.shape, dtype)
 
     return tree.map_with_path(start, specs, is_leaf=is_spec)
-
-
-def abstract_params(specs: Specs, dtype: DTypeLike = jnp.float32) -> Any:
-    """Return the tree of ShapeDtypeStructs that init_params would fill."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=is_spec)
 
 
 def sharding_of(spec: ParamSpec, mesh: Mesh, path: str) -> Any:

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxft import tree
 from jaxft.bounds import at_least, check_bounds
+from jaxft.distributed import sharding
 from jaxft.distributed.threads import map_in_threads
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant_formats import FORMATS, FormatName
@@ -155,6 +157,22 @@ class QTensor:
         """Shape of the dequantised weight, derived from the codes so that it holds for slices too."""
         *lead, take_rows, outs = self.codes.shape
         return (*lead, take_rows * (2 if is_paired(self.kind) else 1), outs)
+
+
+LIKE_WEIGHT = ("codes", "scale", "offset")  # arrays with the axes of the weight
+
+
+def shardings_of(q: QTensor, whole: Any) -> QTensor:
+    """Return the sharding of each array of a QTensor whose weight has the NamedSharding `whole`."""
+
+    def place(name: str, x: Any) -> Any:
+        if name not in LIKE_WEIGHT:
+            return sharding.replicated(whole.mesh)
+        *lead, ins, outs = x.shape
+        any_block = q.index is not None and name != "codes"  # any input may be of any block
+        return sharding.sharding_for_shape(whole, (*lead, 1 if any_block else ins, outs))
+
+    return tree.map_with_path(place, q)
 
 
 def is_paired(kind: str) -> bool:

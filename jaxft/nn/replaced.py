@@ -14,8 +14,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.lora_patterns import SCORE_MODULES, TensorNames, is_saved, module_format, module_names
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved
 from jaxft.nn.param import ParamSpec, normal
+from jaxft.nn.tensor_names import WeightNames, module_names, tensor_name
 from jaxft.tree import static, struct
 
 
@@ -75,24 +76,23 @@ def base_spec(base: Mapping[str, ParamSpec], path: str) -> ParamSpec:
     return ParamSpec(table.shape[::-1], table.axes[::-1], table.init)
 
 
-def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: TensorNames) -> list[str]:
+def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: WeightNames) -> list[str]:
     """Return the paths of the parameters of the modules that modules_to_save names.
 
     As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm" all norms), with the
     modules in it ("mlp"). The end of a path's name after a dot does as well. A score head, which is no part
     of the base, may be named too. Raises ValueError for a name that selects nothing, or only some layers.
     """
-    formats = {path: module_format(path, names) for path in dict.fromkeys([*base, "head"])}
+    formats = {path: tensor_name(path, names).module for path in dict.fromkeys([*base, "head"])}
     selected: set[str] = set()
     for one in modules:
         if one in SCORE_MODULES and "score" in names:
             continue
         hits = set()
         for path, name in formats.items():
-            count = base[path].shape[0] if "{i}" in name else None
             matched = [
                 is_saved(one, theirs) or any(own == one or own.endswith(f".{one}") for own in others)
-                for theirs, *others in module_names(path, count, names)
+                for theirs, *others in module_names(path, base_spec(base, path), names)
             ]
             if any(matched) and not all(matched):
                 raise ValueError(
@@ -111,7 +111,7 @@ def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: Te
 
 
 def bias_paths(
-    base: Mapping[str, ParamSpec], bias: str, adapted: Mapping[str, Sequence[int]], names: TensorNames
+    base: Mapping[str, ParamSpec], bias: str, adapted: Mapping[str, Sequence[int]], names: WeightNames
 ) -> list[str]:
     """Return the paths of the biases that bias=none, all or lora_only trains.
 
@@ -120,12 +120,12 @@ def bias_paths(
     """
     if bias == "none":
         return []
-    modules = {module_format(path, names): path for path in adapted}
+    modules = {tensor_name(path, names).module: path for path in adapted}
     found = []
     for path in base:
         if not path.endswith("_bias"):
             continue
-        kernel = modules.get(module_format(path, names))
+        kernel = modules.get(tensor_name(path, names).module)
         if bias == "lora_only" and kernel is None:
             continue
         if bias == "lora_only" and not all(adapted[str(kernel)]):

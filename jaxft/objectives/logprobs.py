@@ -12,9 +12,11 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxft import tree
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
-from jaxft.nn.param import Specs, is_spec
+from jaxft.nn.param import ParamSpec, Specs, is_spec
 from jaxft.nn.products import accumulation_dtype
+from jaxft.nn.quant import LIKE_WEIGHT
 from jaxft.objectives.target_loss import CROSS_ENTROPY, TargetLoss
 from jaxft.tree import Params, struct
 
@@ -139,8 +141,8 @@ def _padded(x: Array, pad: int) -> Array:
 def _axes(specs: Specs, head: Params) -> Axes:
     """The logical axes of each leaf of the head; () for leaves of a packed weight with other dimensions."""
 
-    def axes_of(spec: Any, leaf: Any) -> list[tuple[str, ...]]:
-        return [spec.axes if x.ndim == len(spec.axes) else () for x in jax.tree.leaves(leaf)]
+    def axes_of(spec: ParamSpec, leaf: Any) -> list[tuple[str, ...]]:
+        return [spec.axes if name in ("", *LIKE_WEIGHT) else () for name in tree.paths(leaf)]
 
     found = jax.tree.map(axes_of, specs, head, is_leaf=is_spec)
     lists = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, list))

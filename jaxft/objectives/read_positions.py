@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxft.distributed.sharding import constrain, num_shards
+from jaxft.nn.lora import Several
 from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, token_logps, weighted_loss
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.tree import Params, static, struct
@@ -99,7 +100,7 @@ def read_scores(
 ) -> Float[Array, "B M"]:
     """The scalar head's output at read positions, in float32 or wider."""
     sharding = read_sharding(read, h_BTD.shape[1])
-    if sharding is not None and params["score"].ndim > 2:
+    if sharding is not None and isinstance(params["score"], Several):
         raise ValueError(
             "several heads in one forward pass are not supported with mesh.context. Train one at a time"
         )

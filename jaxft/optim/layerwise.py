@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Key
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn.param import Specs, is_spec, spec_paths
+from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.optim.update import StepInfo, UpdateCheck, Updated, guarded_update, stays_finite
 from jaxft.tree import Grads, Mask, OptState, Params
 
@@ -70,7 +70,7 @@ def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
     large = [
         path
         for path, s in spec_paths(specs).items()
-        if rowwise and "layers" not in s.axes and len(s.shape) == 2 and math.prod(s.shape) >= LARGE
+        if rowwise and kernel(s) and not lead_axes(s) and math.prod(s.shape) >= LARGE
     ]
     return LayerGroups(stacked, tuple(large))
 
@@ -264,7 +264,7 @@ def _row_pieces(grads: Grads) -> int:
 
 
 def _has_rows(x: Array, rows: int) -> bool:
-    return x.ndim > 0 and x.shape[0] == rows
+    return x.shape[:1] == (rows,)
 
 
 def _divide_rows(rows: int, pieces: int, x: Array) -> Array:

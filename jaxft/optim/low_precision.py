@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxft import tree
 from jaxft.distributed.sharding import is_multi_device
-from jaxft.nn.param import Specs, spec_paths
+from jaxft.nn.param import Specs, lead_shape, spec_paths
 from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
 from jaxft.optim.rules import UpdateRule, check_adam, with_decay
 from jaxft.optim.update import stochastically_rounded
@@ -41,21 +41,20 @@ class Codes:
     absmax: Float[Array, "rows blocks"]
 
 
-def _rows(shape: tuple[int, ...], layers: bool) -> tuple[int, int]:
-    """Return (rows, values per row) of an array; no block crosses rows. A row is the last axis, or all of a
-    layer if the last axis is shorter than a block.
+def _rows(shape: tuple[int, ...], stacked: int) -> tuple[int, int]:
+    """Return (rows, values per row) of an array; no block crosses rows. A row is the last axis, or all of one
+    of the stacked parameters if the last axis is shorter than a block.
     """
     total = math.prod(shape)
-    lead = shape[0] if layers else 1
-    last = shape[-1] if shape[-1] >= BLOCK else total // lead
+    last = shape[-1] if shape[-1] >= BLOCK else total // stacked
     return total // last, last
 
 
-def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
-    """Return the nearest codes. layers: whether the first axis stacks layers, which then share no block.
-    signed: whether values may be negative.
+def encode_blocks(x: Float[Array, "..."], stacked: int, signed: bool) -> Codes:
+    """Return the nearest codes. stacked: number of parameters in the array, which share no block. signed:
+    whether values may be negative.
     """
-    rows, size = _rows(x.shape, layers)
+    rows, size = _rows(x.shape, stacked)
     padding = -size % BLOCK
     bounds = jnp.asarray(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS)
 
@@ -74,18 +73,18 @@ def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
     return Codes(codes.reshape(x.shape), absmax.reshape(rows, -1))
 
 
-def encoded_zeros(shape: tuple[int, ...], layers: bool, signed: bool) -> Codes:
+def encoded_zeros(shape: tuple[int, ...], stacked: int, signed: bool) -> Codes:
     """Return `encode_blocks(jnp.zeros(shape), ...)` without computing it: XLA would spend seconds on constant
     folding.
     """
-    rows, size = _rows(shape, layers)
+    rows, size = _rows(shape, stacked)
     code = np.searchsorted(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS, 0.0)
     return Codes(jnp.full(shape, code, jnp.uint8), jnp.zeros((rows, -(-size // BLOCK)), jnp.float32))
 
 
-def decode_blocks(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
+def decode_blocks(c: Codes, stacked: int, signed: bool) -> Float[Array, "..."]:
     """Return the values of the codes."""
-    rows, size = _rows(c.codes.shape, layers)
+    rows, size = _rows(c.codes.shape, stacked)
     scales = jnp.repeat(c.absmax, BLOCK, axis=-1, total_repeat_length=c.absmax.shape[1] * BLOCK)[:, :size]
     table = jnp.asarray(DYNAMIC if signed else POSITIVE)
     values = table.at[c.codes.astype(jnp.int32)].get(mode="promise_in_bounds")
@@ -120,13 +119,13 @@ def _adam(
 def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformation:
     """optax.scale_by_adam with moments stored as Codes between steps, except those of small leaves.
 
-    Each layer of a stacked leaf has separate blocks. A step computes in float32; only the stored moments are
+    Each parameter of a stack has separate blocks. A step computes in float32; only the stored moments are
     rounded.
     """
-    stacked = {path: "layers" in s.axes for path, s in spec_paths(specs).items()}
+    stacked = {path: math.prod(lead_shape(s)) for path, s in spec_paths(specs).items()}
 
     def is_packed(path: str, x: Array) -> bool:
-        return x.size // (x.shape[0] if stacked[path] else 1) >= SMALL
+        return x.size // stacked[path] >= SMALL
 
     def zeros(params: Params, signed: bool) -> Params:
         def leaf(path: str, p: Array) -> Any:

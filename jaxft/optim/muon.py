@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxft import tree
-from jaxft.nn.param import Specs, is_spec
+from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel
 from jaxft.optim.rules import UpdateRule, with_decay
 from jaxft.tree import OptState, Params
 
@@ -43,7 +43,7 @@ def muon(
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"optim.optimizer_kwargs=momentum:{momentum} is out of range; use 0 <= momentum < 1")
-    kinds = tree.paths(jax.tree.map(lambda s: _kind(s.axes), specs, is_leaf=is_spec))
+    kinds = tree.paths(jax.tree.map(_kind, specs, is_leaf=is_spec))
     direction = optax.partition(
         {"matrix": scale_by_muon(momentum, rms), "other": optax.scale_by_adam()},
         lambda params: tree.map_with_path(lambda path, _: kinds[path], params),
@@ -51,10 +51,9 @@ def muon(
     return UpdateRule(with_decay(direction, schedule, specs, weight_decay))
 
 
-def _kind(axes: tuple[str, ...]) -> str:
+def _kind(spec: ParamSpec) -> str:
     """Return "matrix" for a kernel of a layer, stacked or not; "other" for tables, heads and vectors."""
-    is_matrix = len(axes) - ("layers" in axes) >= 2 and TABLE_AXES.isdisjoint(axes)
-    return "matrix" if is_matrix else "other"
+    return "matrix" if kernel(spec) and TABLE_AXES.isdisjoint(spec.axes) else "other"
 
 
 def scale_by_muon(momentum: float, rms: float | None) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ import optax
 
 from jaxft import tree
 from jaxft.bounds import BELOW_ONE, INSIDE_ZERO_AND_ONE, ZERO_TO_ONE, above, at_least, check_bounds
-from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.optim.averaging import Averaging, ema
 from jaxft.optim.layerwise import (
     LayerParts,
@@ -239,7 +239,7 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
         for path, spec in paths.items()
         if path not in embedding
         and IN_ADAPTER.fullmatch(path)
-        and (LORA_B.fullmatch(path) or len(spec.axes) - ("layers" in spec.axes) == 1)
+        and (LORA_B.fullmatch(path) or kernel(spec) is None)
     ]
     plain = EMBEDDING_LR / o.lr if o.lr else 1.0
     groups = ("|".join(map(re.escape, embedding)), plain), ("|".join(map(re.escape, faster)), o.lora_plus)
@@ -326,7 +326,4 @@ def from_optax(
 
 def _one_layer(s: ParamSpec) -> ParamSpec:
     """Return the spec of one layer of a stacked parameter."""
-    if "layers" not in s.axes:
-        return s
-    i = s.axes.index("layers")
-    return replace(s, shape=(*s.shape[:i], *s.shape[i + 1 :]), axes=(*s.axes[:i], *s.axes[i + 1 :]))
+    return replace(s, shape=s.shape[1:], axes=s.axes[1:]) if "layers" in lead_axes(s) else s

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxft import tree
-from jaxft.nn.param import Specs, is_spec
+from jaxft.nn.param import Specs, is_spec, kernel
 from jaxft.optim.averaging import Averaging, schedule_free
 from jaxft.optim.transforms import apply_per_layer
 from jaxft.tree import Mask, Params
@@ -90,8 +90,8 @@ def check_adam(b1: float, b2: float, eps: float) -> None:
 
 
 def decay_mask(specs: Specs) -> Mask:
-    """Return True for matrices (two axes, not counting stacked layers). Norms and scalars are not decayed."""
-    return jax.tree.map(lambda s: len(s.axes) - ("layers" in s.axes) >= 2, specs, is_leaf=is_spec)
+    """Return True for kernels. Norms, biases and scalars are not decayed."""
+    return jax.tree.map(lambda s: kernel(s) is not None, specs, is_leaf=is_spec)
 
 
 def mask_of_matrices(specs: Specs) -> Callable[[Params], Any]:

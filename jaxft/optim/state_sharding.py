@@ -8,6 +8,7 @@ from optax.tree_utils import tree_map_params
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.nn.param import Specs, lead_shape, spec_paths
 from jaxft.optim.optimizer import Optimizer
 from jaxft.tree import OptState, Params
 
@@ -21,19 +22,19 @@ class _Array:
 
 
 def state_shardings(
-    optimizer: Optimizer, opt_state: OptState, params: Params, mesh: jax.sharding.Mesh
+    optimizer: Optimizer, opt_state: OptState, params: Params, specs: Specs, mesh: jax.sharding.Mesh
 ) -> OptState:
     """Return a tree of shardings like `opt_state`.
 
-    opt_state, params: ShapeDtypeStructs, those of params with shardings.
+    opt_state, params: ShapeDtypeStructs, those of params with shardings. specs: of the parameters.
 
     State of a parameter is sharded as the parameter is if it has its shape, and stored in full on every
     device if the optimizer declares its field as `replicated`. State of no parameter (counts: scalars, or one
-    per layer) is replicated. Raises ValueError for anything else, because a full copy on every device would
-    silently cost memory.
+    for each parameter of a stack) is replicated. Raises ValueError for anything else, because a full copy on
+    every device would silently cost memory.
     """
     everywhere = sharding.replicated(mesh)
-    layers = {x.shape[:1] for x in jax.tree.leaves(params)}
+    leads = {(), *map(lead_shape, spec_paths(specs).values())}
 
     def of_parameter(x: _Array, param: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
         if x.shape == param.shape:
@@ -56,7 +57,7 @@ def state_shardings(
         )
 
     def of_rest(x: _Array) -> jax.sharding.Sharding:
-        return everywhere if x.shape == () or x.shape in layers else of_other(x)
+        return everywhere if x.shape in leads else of_other(x)
 
     arrays = tree.map_with_path(lambda path, x: _Array(path, x.shape), opt_state)
     return tree_map_params(

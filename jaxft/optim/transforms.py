@@ -1,5 +1,7 @@
 """Transformations of updates that know a parameter's layers, path or dtype."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,34 +10,41 @@ import optax
 from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.param import Specs, is_spec
+from jaxft.nn.param import Specs, is_spec, lead_axes, spec_paths
 from jaxft.optim.update import to_float32
 from jaxft.tree import OptState, Params
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each layer of a stacked leaf as to a separate parameter. Other leaves are
-    unaffected. Statistics of a full parameter (factored moments, block RMS) would otherwise mix layers.
+    """Apply a transformation to each parameter of a stack (over layers, say) as to a separate
+    parameter. Statistics of a full parameter (factored moments, block RMS) would otherwise mix them.
     """
-    stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
-    any_layers = any(jax.tree.leaves(stacked))
+    kinds = {(), *map(lead_axes, spec_paths(specs).values())}
+    masks = {
+        lead: jax.tree.map(lambda s, lead=lead: lead_axes(s) == lead, specs, is_leaf=is_spec)
+        for lead in sorted(kinds, key=len, reverse=True)
+    }
 
-    def split(x: Params | None) -> tuple[Params, Params]:
-        return (None, None) if x is None else tree.partition(x, stacked)
+    def parts(x: Params | None) -> list[Params | None]:
+        return [None if x is None else tree.partition(x, mask)[0] for mask in masks.values()]
+
+    def each(fn: Callable, lead: tuple[str, ...], *args: Any) -> Any:
+        return fn(*args) if not lead else jax.vmap(partial(each, fn, lead[1:]))(*args)
 
     def init(params: Params) -> OptState:
         if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
-            return (transform.init(params) if any_layers else None, transform.init(params))
-        layers, rest = split(params)
-        return (jax.vmap(transform.init)(layers) if any_layers else None, transform.init(rest))
+            return (transform.init(params),) * len(masks)
+        return tuple(
+            each(transform.init, lead if jax.tree.leaves(own) else (), own)
+            for lead, own in zip(masks, parts(params), strict=True)
+        )
 
     def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
-        (layers, rest), (p_layers, p_rest) = split(updates), split(params)
-        new_rest, rest_state = transform.update(rest, state[1], p_rest)
-        if state[0] is None:
-            return new_rest, (None, rest_state)
-        new_layers, layers_state = jax.vmap(transform.update)(layers, state[0], p_layers)
-        return tree.combine(new_layers, new_rest), (layers_state, rest_state)
+        found = [
+            each(transform.update, lead if jax.tree.leaves(own[0]) else (), *own)
+            for lead, *own in zip(masks, parts(updates), state, parts(params), strict=True)
+        ]
+        return tree.combine(*(new for new, _ in found)), tuple(state for _, state in found)
 
     return optax.GradientTransformation(init, update)
 

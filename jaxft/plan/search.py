@@ -178,7 +178,7 @@ def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, flo
     rows, length = replace(data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
     tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
     layers = param.spec_paths(run.model.specs["layers"]).values()
-    weights = sum(math.prod(spec.shape) for spec in layers if len(spec.axes) == 3) + 2 * c.vocab * c.width
+    weights = sum(math.prod(spec.shape) for spec in layers if param.kernel(spec)) + 2 * c.vocab * c.width
     weight_bytes = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
     size = int(
         weights * weight_bytes / shard

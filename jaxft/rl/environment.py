@@ -440,7 +440,7 @@ def finite_number(value: Any) -> float:
     if isinstance(value, str | bytes | complex | np.complexfloating):
         return math.nan
     try:
-        number = float(value) if np.ndim(value) == 0 else math.nan
+        number = float(value) if np.shape(value) == () else math.nan
     except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if math.isfinite(number) else math.nan

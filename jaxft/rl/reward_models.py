@@ -27,7 +27,7 @@ from jaxft.engine.sampling import BUCKET, left_pad
 from jaxft.models import heads
 from jaxft.models.model import Model
 from jaxft.nn.layer_attention import varies_with_length
-from jaxft.nn.lora_rows import check_stackable, of_equal_shapes
+from jaxft.nn.lora_rows import check_stackable, of_equal_shapes, with_gains
 from jaxft.nn.quant import Quant
 from jaxft.rl.layout import PackedRows, RolloutPrograms
 from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
@@ -35,7 +35,6 @@ from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
 from jaxft.weights import adapters, hf_write, hub, init, peft, pretrained, storage
-from jaxft.weights.gains import with_gains
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 

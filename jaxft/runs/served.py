@@ -28,13 +28,13 @@ from jaxft.nn.lora_rows import (
     of_equal_shapes,
     stack_by_row,
     stored_stack,
+    with_gains,
 )
 from jaxft.nn.quant import Quant, QuantKind, quant_setting
 from jaxft.runs.fetched import IN_STORE, local_folder
 from jaxft.runs.named_weights import NamedWeights, named_weights
 from jaxft.tree import Params
 from jaxft.weights import adapters, peft, pretrained
-from jaxft.weights.gains import with_gains
 from jaxft.weights.stop_tokens import stop_tokens
 
 

@@ -1,6 +1,6 @@
 """Checks of a run's adapters against the model and the other settings, before weights are loaded."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from jaxft.nn import param
 from jaxft.nn.lora import EVA, pairs_by_path
@@ -32,7 +32,8 @@ def check_adapter(run: Run, parts: Partition) -> None:
     if run.adapter.changes_base:
         _check_init(run, parts)
     if run.adapter.init == EVA:
-        _check_eva(pair_layouts(parts.specs["base"], run.adapter, parts.model.weight_names))
+        specs, names = parts.specs["base"], parts.model.weight_names
+        _check_eva(param.spec_paths(specs), pair_layouts(specs, run.adapter, names))
 
 
 def check_heads(run: Run) -> None:
@@ -64,12 +65,12 @@ def _check_dora(run: Run, parts: Partition) -> None:
         )
 
 
-def _check_eva(layouts: Collection[str]) -> None:
+def _check_eva(specs: Mapping[str, param.ParamSpec], layouts: Collection[str]) -> None:
     """Raise ValueError for an EVA adapter of other modules than the blocks' linear layers, or of none.
 
-    layouts: paths of the adapted modules.
+    specs: of the base. layouts: paths of the adapted modules.
     """
-    others = [path for path in layouts if not path.startswith("layers/")]
+    others = [path for path in layouts if path not in specs or param.lead_axes(specs[path]) != ("layers",)]
     if others or not layouts:
         named = f"leave {', '.join(others)} out of adapter.targets" if others else "name adapter.targets"
         raise ValueError(f"adapter.init={EVA} starts from the inputs of the blocks' linear layers; {named}")

@@ -19,7 +19,7 @@ from jaxft.nn.matmul import GramProbe
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
 from jaxft.weights import eva, place
-from jaxft.weights.gather import layer_on_host
+from jaxft.weights.tensors import layer_on_host
 
 MOMENT_BYTES = 2**32  # of covariances on the device at once; their gradients take as many
 
@@ -83,7 +83,7 @@ def eva_adapter(
         found = input_statistics(model, base, group, rows.batches(), mesh)
         for source, (_, end) in group.items():
             moments = found.moments[source]
-            own = [layer_on_host(moments, i, False) for i in range(len(moments))]
+            own = [layer_on_host(moments, (i,)) for i in range(len(moments))]
             parts.setdefault(source, []).append(own)
             if end == shapes[source][-2]:
                 complete = parts.pop(source)

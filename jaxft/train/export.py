@@ -16,7 +16,7 @@ from jaxft.distributed import sync
 from jaxft.models import families, heads
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
-from jaxft.nn import lora, param
+from jaxft.nn import lora
 from jaxft.nn.lora import EVA
 from jaxft.nn.quant import (
     CHECKPOINT,
@@ -37,13 +37,14 @@ from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.codes import open_codes
 from jaxft.weights.eva import written_adapter
-from jaxft.weights.hf import HEAD
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.new_folder import check_new_folder, new_folder
+from jaxft.weights.param_reader import param_readers
 from jaxft.weights.quantised.file_format import quantize_layout
 from jaxft.weights.quantised.formats import as_stored, dequantised, written_format
 from jaxft.weights.storage import quantised_paths
+from jaxft.weights.tensors import Tensor, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
 
 
@@ -158,11 +159,12 @@ def merged_base(source: ExportSource) -> Params:
     scorer.
     """
     files = pretrained.open_files(source.ref)
+    readers = param_readers(files, source.model)
     if source.quant:
-        files = pretrained.with_storage_rounding(files, source.model, source.quant, source.ref)
-    base = merge_files(files, source.model, source.adapter, jnp.float32, source.token_ids)
+        readers = pretrained.with_storage_rounding(readers, source.model, source.quant, source.ref)
+    base = merge_files(readers, source.model, source.adapter, jnp.float32, source.token_ids)
     if not source.model.generates:
-        score = files.read(SCORE[0]).T if source.score is None else np.asarray(source.score)
+        score = files.read(SCORE.template).T if source.score is None else np.asarray(source.score)
         base["score"] = LazyTensor(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
     return base
 
@@ -193,11 +195,12 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
         )
     block, double = with_defaults(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
-    specs = param.spec_paths(model.specs)
+    table = tensors_of(model, tied_head=True)
     layouts = {
-        path: quantize_layout(specs[path].shape[-2:], quant) for path in quantised_paths(model.specs, quant)
+        path: quantize_layout(table[path][0].shape[::-1], quant)
+        for path in quantised_paths(model.specs, quant)
     }
-    tables = [path for path in layouts if not model.weight_names[path][1]]
+    tables = [path for path in layouts if not table[path][0].transposed]
     if tables:
         raise ValueError(
             f"{', '.join(tables)}: an embedding table cannot be written quantised; leave it out of "
@@ -207,28 +210,22 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     notes: list[str] = []
     codes = {} if quant.codes is None else open_codes(quant.codes)
 
-    def quantize_layer(path: str, number: int | None, layer: np.ndarray) -> QTensor:
-        name = model.weight_names[path][0].format(i=number)
-        value: Any = codes[name].read() if name in codes else quantize(layer, quant.kind, block, double)
-        where = path if number is None else f"{path}, layer {number}"
-        value, rounded = as_stored(value, file_format, where)
+    def quantize_layer(tensor: Tensor, layer: np.ndarray) -> QTensor:
+        is_coded = tensor.name in codes
+        value: Any = codes[tensor.name].read() if is_coded else quantize(layer, quant.kind, block, double)
+        value, rounded = as_stored(value, file_format, tensor.module)
         if rounded and not notes:
             notes.append(
-                f"warning: {rounded} of {value.scale.size} scales of {where} are too small for float16, in "
-                f"which --format {file_format.name} stores them, and lose digits; if its error matters, use "
-                "--format compressed-tensors"
+                f"warning: {rounded} of {value.scale.size} scales of {tensor.module} are too small for "
+                f"float16, in which --format {file_format.name} stores them, and lose digits; if its error "
+                "matters, use --format compressed-tensors"
             )
         error.add(layer, dequantised(value))
         return value
 
-    names = {path: name for path, (name, transposed) in model.weight_names.items() if transposed}
-    names["head"] = HEAD[0]
-    plain = {
-        name.removesuffix(".weight").rpartition(".")[2] for path, name in names.items() if path not in layouts
-    }
-    packed = [
-        names[path].removesuffix(".weight").partition(".{i}.")[2] for path in layouts if "{i}" in names[path]
-    ]
+    kernels = {path: tensors for path, tensors in table.items() if tensors[0].transposed}
+    plain = {x[0].module.rpartition(".")[2] for path, x in kernels.items() if path not in layouts}
+    packed = list(dict.fromkeys(x.in_layer for path in layouts for x in kernels[path] if x.index))
     file_format, layout_name = written_format(layouts, how.format)
     settings = {"quant_method": file_format.name, **file_format.config(quant, sorted(plain), packed)}
     return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)

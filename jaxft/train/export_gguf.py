@@ -15,8 +15,8 @@ from jaxft.train.export import ExportSource, merged_base
 from jaxft.weights import card, gguf_lora, gguf_save, hub, pretrained, stop_tokens
 from jaxft.weights.gguf_header import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf_types import MIXTURES, mixture_named
-from jaxft.weights.hf import HEAD
 from jaxft.weights.new_folder import parents_of
+from jaxft.weights.tensors import tensors_of
 
 KEEP = "keep"
 
@@ -94,10 +94,11 @@ def importances_of(moments: Mapping[str, Any], model: Model) -> dict[str, np.nda
 
     moments: by parameter path, float32 [L, I, I], see calibrate.input_moments.
     """
+    table = tensors_of(model)
     return {
-        model.weight_names[path][0].format(i=i): np.diagonal(np.asarray(square))
+        tensor.name: np.diagonal(np.asarray(squares[tensor.index]))
         for path, squares in moments.items()
-        for i, square in enumerate(squares)
+        for tensor in table[path]
     }
 
 
@@ -144,12 +145,11 @@ def _copy(path: Path, out: Path) -> str:
 def _changed(source: ExportSource, rounded: bool) -> frozenset[str]:
     """Return the Hugging Face names of tensors whose values are not those of the source's files."""
     adapted = lora.pairs_by_path(source.adapter).keys()
-    names = {**source.model.weight_names, "head": HEAD}
     return frozenset(
-        name.format(i=i)
-        for path, (name, _) in names.items()
+        tensor.name
+        for path, tensors in tensors_of(source.model, tied_head=True).items()
         if rounded or path in adapted
-        for i in range(source.model.config.layers)
+        for tensor in tensors
     )
 
 

@@ -148,7 +148,7 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
 
     def step(trainable: Sequence[Params], frozen: SharedFrozen, batch: Batch, aux: Sequence[Aux]) -> Any:
         stacks, rows = _stacks(trainable, frozen), _row_count(batch)
-        batch = _first_microbatch(_with_reference(same_rows, trainable, frozen, batch, aux))
+        batch = _first(_with_reference(same_rows, trainable, frozen, batch, aux))
 
         def block(number: Any, stacks: tuple[Params, Params], references: Params | None) -> Any:
             params = {"base": frozen.base, **tree.combine(*stacks)}
@@ -199,8 +199,8 @@ def _row_count(batch: Batch) -> int:
     return jax.tree.leaves(batch)[0].shape[1]
 
 
-def _first_microbatch(batch: Batch) -> Batch:
-    return jax.tree.map(lambda x: x[0], batch)
+def _first(stack: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], stack)
 
 
 def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
@@ -208,7 +208,7 @@ def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: P
     count = len(adapters.objectives) // adapters.at_once
     blocks = jax.tree.map(lambda x: x.reshape(count, adapters.at_once, *x.shape[1:]), (stacks, references))
     if count == 1:
-        return fn(0, *_first_microbatch(blocks))
+        return fn(0, *_first(blocks))
     found = jax.lax.map(lambda args: fn(args[0], *args[1]), (jnp.arange(count), blocks))
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
@@ -240,23 +240,21 @@ def _with_reference(
         return adapters.objectives[lead].forward(params, rows, None, {}).logp
 
     count = jax.tree.leaves(batch)[0].shape[0]
-    known = logp(_first_microbatch(batch))[None] if count == 1 else jax.lax.map(logp, batch)
+    known = logp(_first(batch))[None] if count == 1 else jax.lax.map(logp, batch)
     return replace(batch, reference=jax.lax.stop_gradient(known))
 
 
 def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: Params | None) -> Outputs:
     """Outputs of a block's adapters, [at_once * rows, ...]; the adapters in params are [at_once, ...]."""
 
-    def layers_first(x: Array) -> Array:
-        return x[0] if adapters.at_once == 1 else jnp.moveaxis(x, 0, 1)
-
-    block = {"base": params["base"], **jax.tree.map(layers_first, own_params(params))}
+    joined = _first if adapters.at_once == 1 else lora.several
+    block = {"base": params["base"], **joined(own_params(params))}
     if not adapters.separate_rows:
         batch = jax.tree.map(lambda x: jnp.concatenate([x] * adapters.at_once), batch)
     no_base = jax.tree.map(lambda x: None, params["base"])
     aux = {}
     if references is not None:
-        aux = {"reference": {"base": no_base, **jax.tree.map(layers_first, references)}}
+        aux = {"reference": {"base": no_base, **joined(references)}}
     outputs = adapters.objectives[adapters.lead].forward(block, batch, None, aux)
     # the lead's own forward pass of the reference, if any, is then dead code and no part of the program
     return replace(outputs, reference=batch.reference) if adapters.shares_reference else outputs

@@ -99,7 +99,7 @@ class NonfiniteRecorder:
 def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch: Batch) -> Diagnosis:
     """Repeat a step's forward and backward pass and return norms of everything in between."""
     p, (key, _) = member.programs, step_keys(member.run.seed, step)
-    norms = make_layer_norms(p.partition.specs, lambda path: path.replace("layers/", ""))
+    norms = make_layer_norms(p.partition.specs, str)
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, aux: Any) -> Any:
         return norms(accumulate_gradients(p.objective, (trainable, frozen), batch, key, aux)[0])
@@ -145,7 +145,7 @@ def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
 
     for path, wrong in jax.device_get(jax.jit(bad, out_shardings=sharding.replicated(mesh))(params)).items():
         if wrong.any():
-            layer = f" in layer {int(np.flatnonzero(wrong)[0])}" if wrong.ndim else ""
+            layer = f" in layer {int(np.flatnonzero(wrong)[0])}" if stacked[path] else ""
             return f"the parameter {path} is not finite{layer}"
     return ""
 
@@ -190,7 +190,9 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
     text, bad = first_output(found.outputs)
     if text:
         return f"{text}, in {_rows(bad, names)}"
-    layers = {path: np.flatnonzero(~np.isfinite(x)) for path, x in found.gradients.items() if x.ndim == 1}
+    layers = {
+        path: np.flatnonzero(~np.isfinite(x)) for path, x in found.gradients.items() if "/layers/" in path
+    }
     last = max((int(bad[-1]) for bad in layers.values() if len(bad)), default=None)
     if last is not None:
         paths = ", ".join(path for path, bad in layers.items() if last in bad)

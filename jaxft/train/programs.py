@@ -82,7 +82,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         )
     check_heads(run)
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
-    _check_context_keys(run, mesh)
+    _check_mesh(run, mesh)
     model = with_heads(run.model, run.heads)
     patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)
     dtype = None if run.params == "float32" else jnp.bfloat16
@@ -103,7 +103,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         optimizer = skip_spikes(optimizer, *run.optim.skip_spikes)
     trainable, frozen = partition.split_params(parts, storage.sharded_shapes(parts.stored, mesh))
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    opt_state = _with_shardings(opt_state, state_shardings(optimizer, opt_state, trainable, mesh))
+    opt_state = _with_shardings(opt_state, state_shardings(optimizer, opt_state, trainable, specs, mesh))
     aux = jax.eval_shape(make_init_aux(run, parts, objective), trainable)
     aux = _with_shardings(aux, aux_shardings(aux, trainable, mesh))
     everywhere = sharding.replicated(mesh)
@@ -136,8 +136,16 @@ def _check_dropout(run: Run, objective: Objective) -> None:
         )
 
 
-def _check_context_keys(run: Run, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError if the model asks how devices get the keys of rows that no mesh axis shards."""
+def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError if the mesh shards experts that the model lacks, or if the model asks how devices get
+    the keys of rows that no mesh axis shards.
+    """
+    axes = {axis for spec in param.spec_paths(run.model.specs).values() for axis in spec.axes}
+    if mesh.shape["expert"] > 1 and "experts" not in axes:
+        raise ValueError(
+            f"mesh.expert={mesh.shape['expert']} shards the experts of layers, and this model has none; use "
+            "mesh.fsdp"
+        )
     setting = run.model.attention.settings.context_keys
     if setting != "auto" and mesh.shape["context"] == 1:
         raise ValueError(

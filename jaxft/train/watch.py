@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft import tree
@@ -26,14 +25,16 @@ Watch = Callable[[Grads, Params, Params], Metrics]  # of gradients, old and new 
 
 
 def kind_of(path: str) -> str:
-    """Return a parameter's kind: its path without layers, an adapter's halves and the policy's own prefix.
+    """Return a parameter's kind: its path without an adapter's halves and the policy's own prefix, with
+    "layers" first.
 
-    `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `attn/q`;
-    `critic/adapter/layers/attn/q/a` is `critic/attn/q`.
+    `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `layers/attn/q`;
+    `critic/adapter/layers/attn/q/a` is `layers/critic/attn/q`.
     """
     parts = path.split("/")
     own = parts[:-1] if "adapter" in parts else parts
-    return "/".join(part for part in own if part not in ("layers", "base", "adapter"))
+    kind = [part for part in own if part not in ("layers", "base", "adapter")]
+    return "/".join(["layers"] * ("layers" in own) + kind)
 
 
 def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:
@@ -75,9 +76,12 @@ def per_layer(metrics: Metrics) -> Metrics:
     """Replace each watched metric that has a value per layer by one metric for each layer, on the host."""
     found: Metrics = {}
     for name, metric in metrics.items():
-        if name.startswith((f"{GRAD_NORM}/", f"{UPDATE_NORM}/")) and np.ndim(metric.total) == 1:
+        norm, _, kind = name.partition("/layers/")
+        if norm in (GRAD_NORM, UPDATE_NORM) and kind:
             digits = len(str(len(metric.total) - 1))
-            found |= {f"{name}/{i:0{digits}d}": Sum(x, metric.weight) for i, x in enumerate(metric.total)}
+            found |= {
+                f"{norm}/{kind}/{i:0{digits}d}": Sum(x, metric.weight) for i, x in enumerate(metric.total)
+            }
         else:
             found[name] = metric
     return found

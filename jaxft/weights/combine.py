@@ -22,12 +22,14 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Float
 
+from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, pairs_by_path
-from jaxft.nn.lora_specs import PairRanks, pair_layouts
+from jaxft.nn.lora_specs import pair_layouts
 from jaxft.nn.param import path_hash
 from jaxft.tree import Params
-from jaxft.weights.peft import adaptable_weight_names, put_node, with_patterns
+from jaxft.weights.peft_pairs import Pair, adaptable_tensors, adapter_of
+from jaxft.weights.tensors import Tensor
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 PRUNING = ("ties", "dare_linear", "dare_ties")
@@ -119,32 +121,29 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     specs = model.specs.get("base", model.specs)
     layouts = [pair_layouts(specs, x.settings, model.weight_names) for x in adapters]
     pairs = [pairs_by_path(x.params) for x in adapters]
-    paths = [path for path in adaptable_weight_names(model) if any(path in found for found in layouts)]
     out: dict[str, list[tuple[_A, _B] | None]] = {}
     lost = total = size = terms = 0.0
-    for path in paths:
-        shape = next(found[path] for found in pairs if path in found)
-        ends = shape["a"].shape[-2], shape["b"].shape[-1]
-        out[path] = []
-        for layer in range(max(len(found[path].ranks) for found in layouts if path in found)):
+    for path, tensors in adaptable_tensors(model).items():
+        for number, tensor in enumerate(tensors if any(path in found for found in layouts) else ()):
+            of_path = out.setdefault(path, [])
             parts = [
-                _part(found[path], layout[path], layer, weight)
+                _part(found[path], tensor.index, layout[path].ranks[number], weight)
                 for found, layout, weight in zip(pairs, layouts, how.weights, strict=True)
-                if path in layout and layout[path].ranks[layer]
+                if path in layout and layout[path].ranks[number]
             ]
             if not parts:
-                out[path].append(None)
+                of_path.append(None)
                 continue
-            _check_ranks(f"{path}, layer {layer}", parts, how, ends)
+            _check_ranks(tensor, parts, how)
             terms += sum(_square_norm(part.a, part.b, how, part.factor) for part in parts)
             if how.method != "svd":
-                pair = _combined(parts, how, f"{path}/{layer}")
+                pair = _combined(parts, how, f"{path}/{number}")
             else:
                 result = _reduced(parts, _svd_rank(adapters, how))
                 pair = result.a, result.b
                 lost, total = lost + result.lost, total + result.total
             size += _square_norm(*pair, how)
-            out[path].append(pair)
+            of_path.append(pair)
     if size <= ROUNDING**2 * terms:
         density = " or a higher --density" if how.method in PRUNING else ""
         raise ValueError(
@@ -169,11 +168,9 @@ def _check_plain(one: NamedAdapter) -> None:
         )
 
 
-def _part(pair: Params, layout: PairRanks, layer: int, weight: float) -> _Part:
+def _part(pair: Params, index: tuple[int, ...], rank: int, weight: float) -> _Part:
     """Return a module's pair, without the zeros beyond its rank."""
-    rank = layout.ranks[layer]
-    stacked = pair["a"].ndim == 3
-    a, b, scale = (pair[name][layer] if stacked else pair[name] for name in ("a", "b", "scale"))
+    a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
 
 
@@ -189,7 +186,8 @@ def _square_norm(a: _A, b: _B, how: Combination, factor: float = 1.0) -> float:
     return norm * norm
 
 
-def _check_ranks(where: str, parts: list[_Part], how: Combination, ends: tuple[int, int]) -> None:
+def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
+    where, ends = tensor.module, tensor.values
     ranks = sorted({part.a.shape[1] for part in parts})
     if how.method not in ("cat", "svd") and len(ranks) > 1:
         raise ValueError(
@@ -276,26 +274,18 @@ def _as_adapter(
     model: Model,
     dropped: float,
 ) -> Combined:
-    """Return pairs by path and layer as an adapter of one rank, padded with zeros, which every program
+    """Return pairs by path and module as an adapter of one rank, padded with zeros, which every program
     loads.
     """
-    rank = max(pair[0].shape[1] for layers in pairs.values() for pair in layers if pair is not None)
-    names = adaptable_weight_names(model)
-    params: Params = {}
-    layouts, formats = dict[str, PairRanks](), dict[str, str]()
-    for path, layers in pairs.items():
-        some_a, some_b = next(pair for pair in layers if pair is not None)
-        a = np.zeros((len(layers), some_a.shape[0], rank), np.float32)
-        b = np.zeros((len(layers), rank, some_b.shape[1]), np.float32)
-        for layer, pair in enumerate(layers):
-            if pair is not None:
-                a[layer, :, : pair[0].shape[1]], b[layer, : pair[1].shape[0]] = pair
-        node = {"a": a, "b": b, "scale": np.ones(len(layers), np.float32)}
-        formats[path] = names[path].removesuffix(".weight")
-        stacked = "{i}" in formats[path]
-        put_node(params, path, node if stacked else {name: x[0] for name, x in node.items()})
-        ranks = tuple(0 if pair is None else rank for pair in layers)
-        layouts[path] = PairRanks(ranks, tuple(float(r) for r in ranks))
+    rank = max(pair[0].shape[1] for modules in pairs.values() for pair in modules if pair is not None)
+
+    def padded(pair: tuple[_A, _B] | None) -> Pair | None:
+        if pair is None:
+            return None
+        more = (0, rank - pair[0].shape[1])
+        return Pair(np.pad(pair[0], ((0, 0), more)), np.pad(pair[1], (more, (0, 0))), float(rank))
+
     dropout = max(x.settings.dropout for x in adapters)
     plain = Adapter(rank, float(rank), dropout if "head" not in pairs else 0.0)
-    return Combined(params, with_patterns(plain, layouts, formats), dropped)
+    nodes, settings = adapter_of({path: list(map(padded, x)) for path, x in pairs.items()}, plain, model)
+    return Combined(tree.nested(nodes), settings, dropped)

@@ -17,18 +17,19 @@ whole covariance is summed up and decomposed: what the incremental SVD without t
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, most_components, pair_layouts
 from jaxft.tree import Params
-from jaxft.weights.peft import adaptable_weight_names, put_node, with_patterns
+from jaxft.weights.peft_pairs import with_patterns
 
 EXACT_INPUTS = 2048  # of a covariance that is decomposed as a whole; larger ones by Lanczos's method
 SMALLEST_VARIANCE = 1e-30  # that is divided by
@@ -122,14 +123,13 @@ def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[P
 
     Raises ValueError if no module has a rank.
     """
-    names = {path: name.removesuffix(".weight") for path, name in adaptable_weight_names(model).items()}
     declared = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)
     nodes = pairs_by_path(adapter)
     used = jax.jit(lambda pairs: {path: jnp.sum(jnp.any(a != 0, -2), -1) for path, a in pairs.items()})
     counts = jax.device_get(used({path: nodes[path]["a"] for path in declared}))
     layouts: dict[str, PairRanks] = {}
     for path, found in counts.items():
-        ranks = tuple(int(rank) for rank in np.atleast_1d(found))
+        ranks = tuple(int(rank) for rank in np.ravel(found))
         times = [
             (new / old) ** (0.5 if settings.rslora else 1.0) if new else 0.0
             for new, old in zip(ranks, declared[path].ranks, strict=True)
@@ -137,15 +137,11 @@ def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[P
         alphas = tuple(alpha * x for alpha, x in zip(declared[path].alphas, times, strict=True))
         if any(ranks):
             layouts[path] = PairRanks(ranks, alphas)
-    out: dict[str, Any] = {}
-    for path, node in nodes.items():
-        if path in layouts:
-            most = max(layouts[path].ranks)
-            put_node(out, path, {**node, **_first_ranks(node["a"], node["b"], most)})
-        elif path not in declared:
-            put_node(out, path, node)
+    out = {path: node for path, node in nodes.items() if path in layouts or path not in declared}
+    for path, layout in layouts.items():
+        out[path] = {**nodes[path], **_first_ranks(nodes[path]["a"], nodes[path]["b"], max(layout.ranks))}
     plain = replace(settings, init="default", eva_rho=Adapter.eva_rho, eva_tokens=Adapter.eva_tokens)
-    return out, with_patterns(plain, layouts, {path: names[path] for path in layouts})
+    return tree.nested(out), with_patterns(plain, layouts, model)
 
 
 @partial(jax.jit, static_argnames="count")

@@ -14,13 +14,11 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxft import tree
 from jaxft.data.named_templates import BOS, find_template
 from jaxft.data.template import template_of
 from jaxft.distributed.disk import publish
@@ -31,9 +29,9 @@ from jaxft.nn.lora import Adapter
 from jaxft.weights import hf, hf_write, hub, pretrained
 from jaxft.weights.cached_folder import cached_folder, folder_damage
 from jaxft.weights.file_hash import cache_folder, files_sha256
-from jaxft.weights.merge import LazyTensor, merge_files
-from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.merge import LazyTensor, lazy_params
 from jaxft.weights.new_folder import check_new_folder, new_folder
+from jaxft.weights.param_reader import ParamReader, param_readers
 from jaxft.weights.safetensors import read_model_json, write_model_json
 from jaxft.weights.stop_tokens import stop_tokens
 
@@ -88,14 +86,12 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     """
     check_new_folder(out)
     model = pretrained.model_for(ref)
-    files, known = pretrained.open_files(ref), pretrained.load_tokenizer(ref).get_vocab()
+    readers = param_readers(pretrained.open_files(ref), model)
+    known = pretrained.load_tokenizer(ref).get_vocab()
     larger, tokenizer, pieces = _extended_model(model, ref, extension)
     vocab = larger.config.vocab
     sources = {number: parts if extension.start == "pieces" else () for number, parts in pieces.items()}
-    base = merge_files(files, model, None, np.float32)
-    base = tree.map_with_path(
-        partial(_in_own_dtype, files, model), base, is_leaf=lambda x: isinstance(x, LazyTensor)
-    )
+    base = lazy_params({path: _in_own_dtype(reader, model) for path, reader in readers.items()})
     for path in ("embed", "head"):
         if path in base:
             base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
@@ -305,11 +301,10 @@ def _text_with(token: str, added: Sequence[str]) -> str:
     return token
 
 
-def _in_own_dtype(files: ModelFiles, model: Model, path: str, leaf: LazyTensor) -> LazyTensor:
-    """Return a parameter in the dtype of the files, or of the computation if they are quantised."""
-    name = model.weight_names[path][0].format(i=0)
-    dtype = np.dtype(model.dtype) if name in files.quantised else files.dtypes[name]
-    return LazyTensor(leaf.shape, dtype, lambda layer: leaf.make(layer).astype(dtype))
+def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
+    """Return a reader in the dtype of the files, or in that of the computation if they are quantised."""
+    is_quantised = reader.tensors[0].name in reader.files.quantised
+    return replace(reader, dtype=np.dtype(model.dtype)) if is_quantised else reader
 
 
 def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:
@@ -317,8 +312,8 @@ def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int,
     names, of all rows for none and for padding.
     """
 
-    def make(_: int | None) -> np.ndarray:
-        old = leaf.make(None).astype(np.float32)
+    def make(_: tuple[int, ...]) -> np.ndarray:
+        old = leaf.make(()).astype(np.float32)
         old = old.T if is_head else old
         mean = old.mean(0, dtype=np.float64)
         new = np.empty((vocab, old.shape[1]), np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import pack
-from jaxft.weights.gguf_architectures import architecture_of, head_count, hf_name, kv_head_count
+from jaxft.weights.gguf_architectures import architecture_of, head_count, hf_name, kv_head_count, stored_as
 from jaxft.weights.gguf_blocks import BLOCK_FORMATS, Q4_0_AMONG_Q4_1, BlockFormat
 from jaxft.weights.gguf_header import GgufHeader, GgufTensor, block_size
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
@@ -39,15 +39,12 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
                 "dequantise; use a file of this model in another type (Q8_0, Q4_K_M, F16, ...), or its "
                 "Hugging Face folder"
             )
-    heads = {"q_proj": head_count(header), "k_proj": kv_head_count(header)}
-    shifted = {name for name in tensors if architecture.norms_plus_one and name.endswith("norm.weight")}
-
-    def heads_of(name: str) -> int | None:
-        return heads.get(name.split(".")[-2]) if architecture.interleaved and name.count(".") else None
+    heads = head_count(header), kv_head_count(header)
+    stored = {name: stored_as(architecture, name, *heads) for name in tensors}
 
     def read(name: str, index: Index = ()) -> np.ndarray:
-        values = _read_values(tensors[name], heads_of(name), index)
-        return values.astype(np.float32) - np.float32(1) if name in shifted else values
+        values = _read_values(tensors[name], stored[name].heads, index)
+        return values.astype(np.float32) - np.float32(1) if stored[name].plus_one else values
 
     quantised = {}
     for name, tensor in tensors.items():
@@ -55,17 +52,17 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
             continue
         shape, method, format = tensor.shape[::-1], f"GGUF {tensor.kind}", _block_format(tensors, name)
         if format is None:
-            whole = partial(_read_expanded, tensor, heads_of(name))
+            whole = partial(_read_expanded, tensor, stored[name].heads)
             quantised[name] = QuantisedTensor(method, shape, None, whole, "no packed form has its values")
             continue
         layout = block_layout(format.kind, shape, format.sub_block, format.scale_dtype, format.offset_dtype)
-        packed = partial(_read_blocks, tensor, format, layout, heads_of(name))
+        packed = partial(_read_blocks, tensor, format, layout, stored[name].heads)
         quantised[name] = QuantisedTensor(method, shape, layout, packed, format.reason)
-    dtypes = {name: PLAIN_TYPES.get(tensor.kind, np.dtype(np.float32)) for name, tensor in tensors.items()}
+    kinds = {name: "F32" if stored[name].plus_one else tensor.kind for name, tensor in tensors.items()}
     return ModelFiles(
         where=str(header.path),
         shapes={name: tensor.shape for name, tensor in tensors.items()},
-        dtypes=dtypes | dict.fromkeys(shifted, np.dtype(np.float32)),
+        dtypes={name: PLAIN_TYPES.get(kind, np.dtype(np.float32)) for name, kind in kinds.items()},
         read=read,
         quantised=quantised,
     )

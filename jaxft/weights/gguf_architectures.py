@@ -6,6 +6,7 @@ and src/models/.
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxft.weights.gguf_header import GgufHeader
 
@@ -105,6 +106,41 @@ def hf_name(architecture: Architecture, name: str) -> str:
     if module not in architecture.modules or (kind == "bias" and module not in architecture.biases):
         return name
     return f"model.layers.{layer}.{architecture.modules[module]}.{kind}"
+
+
+def gguf_name(architecture: str, name: str) -> str:
+    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
+    architecture does not have.
+    """
+    spec = ARCHITECTURES[architecture]
+    plain = {hf: gguf for gguf, hf in NAMES.items()}
+    if name in plain:
+        return plain[name]
+    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
+    layer, _, module = module.partition(".")
+    modules = {hf: gguf for gguf, hf in spec.modules.items()}
+    if module not in modules or (kind == "bias" and modules[module] not in spec.biases):
+        raise ValueError(
+            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor. "
+            "Write a Hugging Face folder, without --gguf"
+        )
+    return f"blk.{layer}.{modules[module]}.{kind}"
+
+
+class StoredAs(NamedTuple):
+    """What llama.cpp changes about a tensor's values. heads: by which it orders the rows of q or k (see
+    gguf_save.permute_heads), None for rows in their order. plus_one: whether it adds 1.
+    """
+
+    heads: int | None
+    plus_one: bool
+
+
+def stored_as(architecture: Architecture, name: str, heads: int, kv_heads: int) -> StoredAs:
+    """Return how the values of a tensor are stored. name: Hugging Face's. heads, kv_heads: of the model."""
+    ordered = {"q_proj": heads, "k_proj": kv_heads} if architecture.interleaved else {}
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return StoredAs(ordered.get(module), architecture.norms_plus_one and name.endswith("norm.weight"))
 
 
 def head_count(header: GgufHeader) -> int:

@@ -4,7 +4,7 @@ The layout is that of llama.cpp's convert_lora_to_gguf.py, read by its src/llama
 of the base, W.lora_a [R, in] and W.lora_b [out, R], and W + alpha / R * lora_b @ lora_a.
 """
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.lora import pairs_by_path
 from jaxft.tree import Params
-from jaxft.weights.gather import layer_on_host
+from jaxft.weights.gguf_architectures import ARCHITECTURES, StoredAs, gguf_name, stored_as
 from jaxft.weights.gguf_metadata import architecture_for
-from jaxft.weights.gguf_quantize import tensor_bytes
-from jaxft.weights.gguf_save import gguf_name, permute_heads, rope_heads
+from jaxft.weights.gguf_save import encoded
 from jaxft.weights.gguf_types import FLOAT_TYPES, MIXTURES
 from jaxft.weights.gguf_write import Field, GgufTensorToWrite, write_gguf_file
+from jaxft.weights.peft_write import pair_tensors
+from jaxft.weights.tensors import tensors_of
 
 LORA_PAIR = {"a", "b", "scale"}
 MERGE_INSTEAD = "merge it instead, with --gguf and without --adapter-only"
@@ -37,8 +38,9 @@ def save_gguf_adapter(
     architecture, pairs = architecture or architecture_for(model.config), pairs_by_path(adapter)
     if not pairs:
         raise ValueError(f"{path}: the adapter has no pairs to write")
+    table = tensors_of(model)
     for weight, pair in pairs.items():
-        if set(pair) != LORA_PAIR or weight not in model.weight_names or not model.weight_names[weight][1]:
+        if set(pair) != LORA_PAIR or weight not in table or not table[weight][0].transposed:
             raise ValueError(
                 f"adapter of {weight}: llama.cpp's adapters have pairs a and b of linear layers, and no head "
                 f"of its own for a tied embedding; this one has {', '.join(sorted(pair))}: {MERGE_INSTEAD}"
@@ -53,47 +55,20 @@ def save_gguf_adapter(
     ]
     tensors: list[GgufTensorToWrite] = []
     for weight, pair in pairs.items():
-        hf = model.weight_names[weight][0]
-        for layer in range(pair["a"].shape[0]) if "{i}" in hf else (None,):
-            stored = gguf_name(architecture, hf.format(i=layer))
-            heads = rope_heads(architecture, hf, model)
-            tensors += _pair_tensors(stored, pair, layer, _PairFormat(heads, alpha, kind))
+        rank = pair["a"].shape[-1]
+        for tensor in table[weight]:
+            name, heads = gguf_name(architecture, tensor.name), (model.config.heads, model.config.kv_heads)
+            stored = stored_as(ARCHITECTURES[architecture], tensor.name, *heads)
+            a, b = pair_tensors(tensor, pair, rank, alpha / rank)
+            encode_a = partial(encoded, a, StoredAs(None, False), kind)
+            encode_b = partial(encoded, b, stored, kind)
+            tensors.append(GgufTensorToWrite(f"{name}.lora_a", kind, a.shape, encode_a))
+            tensors.append(GgufTensorToWrite(f"{name}.lora_b", kind, b.shape, encode_b))
     write_gguf_file(path, architecture, fields, tensors, lambda part: None)
     return len(tensors) // 2
-
-
-@dataclass(frozen=True)
-class _PairFormat:
-    """heads: by which lora_b's rows are ordered, None for no order. alpha: in the metadata. kind: type."""
-
-    heads: int | None
-    alpha: float
-    kind: str
 
 
 def _alpha(pairs: dict[str, dict[str, Any]]) -> float:
     """Return the alpha of the first weight: its scale times its rank."""
     pair = next(iter(pairs.values()))
     return float(np.ravel(np.asarray(pair["scale"], np.float32))[0]) * pair["a"].shape[-1]
-
-
-def _pair_tensors(
-    name: str, pair: dict[str, Any], layer: int | None, how: _PairFormat
-) -> list[GgufTensorToWrite]:
-    """Return lora_a and lora_b of a weight; a scale that is not alpha / R is multiplied into lora_b."""
-    (inputs, rank), outputs = pair["a"].shape[-2:], pair["b"].shape[-1]
-
-    def fetch_a() -> np.ndarray:
-        return tensor_bytes(layer_on_host(pair["a"], layer, True), how.kind)
-
-    def fetch_b() -> np.ndarray:
-        scale = float(layer_on_host(pair["scale"], layer, False))
-        b = layer_on_host(pair["b"], layer, True).astype(np.float32)
-        if not np.isclose(scale, how.alpha / rank, rtol=1e-6):
-            b = b * np.float32(scale * rank / how.alpha)
-        return tensor_bytes(permute_heads(b, how.heads) if how.heads else b, how.kind)
-
-    return [
-        GgufTensorToWrite(f"{name}.lora_a", how.kind, (rank, inputs), fetch_a),
-        GgufTensorToWrite(f"{name}.lora_b", how.kind, (outputs, rank), fetch_b),
-    ]

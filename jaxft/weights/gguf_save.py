@@ -1,7 +1,7 @@
 """Write a model as a GGUF file for llama.cpp and what is built on it, one tensor at a time."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from jaxft.models.model import Model
 from jaxft.tree import Params
 from jaxft.weights import hf_write
 from jaxft.weights.gguf import raw_bytes
-from jaxft.weights.gguf_architectures import ARCHITECTURES, NAMES
+from jaxft.weights.gguf_architectures import ARCHITECTURES, StoredAs, gguf_name, stored_as
 from jaxft.weights.gguf_header import GgufHeader, metadata_bytes
 from jaxft.weights.gguf_llama_cpp import check_config
 from jaxft.weights.gguf_metadata import architecture_for, config_fields, context_notes
@@ -77,14 +77,15 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
         if read is not None and (read.kind, read.shape) == ("F32", values.shape):
             encode = partial(raw_bytes, read)
         tensors.append(GgufTensorToWrite(table, "F32", values.shape, encode))
-    for tensor in hf_write.tensors_to_write(base, model.weight_names):
-        gguf, fetch = gguf_name(name, tensor.name), stored_values(name, tensor, model)
+    for tensor in hf_write.tensors_to_write(base, model):
+        gguf = gguf_name(name, tensor.name)
+        stored = stored_as(ARCHITECTURES[name], tensor.name, config.heads, config.kv_heads)
         same = source.tensors.get(gguf) if source and tensor.name not in options.changed else None
         if source and options.keep:
             kind = _kept_kind(source, gguf, same is None)
         else:
             kind = tensor_kind(gguf, tensor.shape, options.mixture, mixed)
-        encode = partial(_encode, fetch, kind, options.importances.get(tensor.name))
+        encode = partial(encoded, tensor, stored, kind, options.importances.get(tensor.name))
         if same is not None and same.kind == kind and same.shape == tensor.shape:
             encode = partial(raw_bytes, same)
         tensors.append(GgufTensorToWrite(gguf, kind, tensor.shape, encode))
@@ -99,8 +100,14 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
     return Saved(Counter(tensor.kind for tensor in tensors), notes)
 
 
-def _encode(fetch: Callable[[], np.ndarray], kind: str, importance: np.ndarray | None) -> np.ndarray:
-    return tensor_bytes(fetch(), kind, importance)
+def encoded(
+    tensor: TensorToWrite, stored: StoredAs, kind: str, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the bytes of a tensor's values as llama.cpp stores them."""
+    values = np.asarray(tensor.fetch(), np.float32)
+    values = values + np.float32(1) if stored.plus_one else values
+    values = permute_heads(values, stored.heads) if stored.heads else values
+    return tensor_bytes(values, kind, importance)
 
 
 def _kept_fields(source: GgufHeader) -> list[Field]:
@@ -132,47 +139,6 @@ def _general_fields(options: GgufOptions) -> list[Field]:
         Field("general.quantization_version", "UINT32", QUANTISATION_VERSION),
     ]
     return [*fields, Field("general.license", "STRING", options.license)] if options.license else fields
-
-
-def gguf_name(architecture: str, name: str) -> str:
-    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
-    architecture does not have.
-    """
-    spec = ARCHITECTURES[architecture]
-    plain = {hf: gguf for gguf, hf in NAMES.items()}
-    if name in plain:
-        return plain[name]
-    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
-    layer, _, module = module.partition(".")
-    modules = {hf: gguf for gguf, hf in spec.modules.items()}
-    if module not in modules or (kind == "bias" and modules[module] not in spec.biases):
-        raise ValueError(
-            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor. "
-            "Write a Hugging Face folder, without --gguf"
-        )
-    return f"blk.{layer}.{modules[module]}.{kind}"
-
-
-def stored_values(architecture: str, tensor: TensorToWrite, model: Model) -> Callable[[], np.ndarray]:
-    """Return a function that fetches a tensor's values in float32 as llama.cpp stores them."""
-    spec, heads = ARCHITECTURES[architecture], rope_heads(architecture, tensor.name, model)
-
-    def fetch() -> np.ndarray:
-        values = np.asarray(tensor.fetch(), np.float32)
-        if spec.norms_plus_one and tensor.name.endswith("norm.weight"):
-            return values + np.float32(1)
-        return permute_heads(values, heads) if heads else values
-
-    return fetch
-
-
-def rope_heads(architecture: str, name: str, model: Model) -> int | None:
-    """Return the number of heads by which the rows of a weight are ordered (see permute_heads), None for
-    another weight than q and k, or in an architecture that does not order them.
-    """
-    module = name.split(".")[-2]
-    heads = {"q_proj": model.config.heads, "k_proj": model.config.kv_heads}.get(module)
-    return heads if ARCHITECTURES[architecture].interleaved else None
 
 
 def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:

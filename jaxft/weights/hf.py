@@ -1,5 +1,6 @@
 """Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ from jaxft.models import families
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.text_part import TEXT_PARTS, text_tensor
-from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor
+from jaxft.nn.tensor_names import TIED_HEAD
 from jaxft.weights import hub, safetensors
 from jaxft.weights.model_files import Index, ModelFiles
 from jaxft.weights.quantised.file_format import same_layout
 from jaxft.weights.quantised.formats import open_quantised
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
+from jaxft.weights.tensors import Tensor, tensors_of
 
-HEAD = ("lm_head.weight", True)  # also of an adapted tied head, which has no name in a Model
+HEAD = TIED_HEAD.template
 WEIGHT_INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_VALUES = 1 << 22  # values of a head and an embedding at a time
@@ -127,13 +129,14 @@ def is_multimodal(model: Model, ref: str) -> bool:
     return config.get("model_type") == kinds[kind]
 
 
-def common_layout(files: ModelFiles, model: Model, path: str) -> QTensor | None:
-    """Return the layout in which the files store every layer of a parameter; None if there is not one."""
-    name, transposed = model.weight_names[path]
-    count = spec_paths(model.specs.get("base", model.specs))[path].shape[0] if "{i}" in name else 1
-    tensors = [files.quantised.get(name.format(i=i)) for i in range(count)]
-    layouts = [tensor.layout for tensor in tensors if tensor is not None and tensor.layout is not None]
-    if not transposed or len(layouts) < count or not all(same_layout(x, layouts[0]) for x in layouts):
+def common_layout(files: ModelFiles, tensors: Sequence[Tensor]) -> QTensor | None:
+    """Return the layout in which the files store all tensors of a parameter; None if there is not one, or if
+    other parameters share them.
+    """
+    stored = [files.quantised.get(tensor.name) for tensor in tensors]
+    layouts = [x.layout for x in stored if x is not None and x.layout is not None]
+    own = tensors[0].transposed and tensors[0].offset is None
+    if not own or len(layouts) < len(tensors) or not all(same_layout(x, layouts[0]) for x in layouts):
         return None
     return layouts[0]
 
@@ -146,11 +149,11 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             f"{len(files.shapes)} "
             "tensors; is the download complete, and does its config.json belong to it?"
         )
-    if SCORE[0] in files.shapes and "score" not in model.weight_names:
+    if SCORE.template in files.shapes and "score" not in model.weight_names:
         raise ValueError(
             f"{files.where}: a sequence classifier, which generates no text; use a language model"
         )
-    expected = _expected_shapes(model)
+    expected = {t.name: t.shape for tensors in tensors_of(model).values() for t in tensors}
     missing = [name for name in expected if name not in files.shapes]
     if missing:
         raise ValueError(
@@ -158,8 +161,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             f"{missing[0]}; "
             "is the download complete, and does its config.json belong to it?"
         )
-    allowed = {HEAD[0]} if "head" not in model.weight_names else set()  # some files repeat a tied head
-    allowed |= {SCORE[0]} if "score" in model.weight_names else set()
+    allowed = {HEAD} if "head" not in model.weight_names else set()  # some files repeat a tied head
+    allowed |= {SCORE.template} if "score" in model.weight_names else set()
     known = expected.keys() | allowed
     extra = [name for name in files.shapes if name not in known and not name.endswith(IGNORED_TENSORS)]
     extra = [name for name in extra if not _is_zero_bias(files, name)]
@@ -177,7 +180,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
         )
     if model.generates and "head" not in model.weight_names and has_other_head(files):
         raise ValueError(
-            f"{files.where}: its head is tied to the embedding, but {HEAD[0]} is another matrix; use this "
+            f"{files.where}: its head is tied to the embedding, but {HEAD} is another matrix; use this "
             "folder itself as the model, which then has a head of its own"
         )
     for name, shape in expected.items():
@@ -206,14 +209,14 @@ def _is_zero_bias(files: ModelFiles, name: str) -> bool:
 
 def has_other_head(files: ModelFiles) -> bool:
     """Whether the files have a language model head that is not the embedding, compared value by value."""
-    shape = files.shapes.get(HEAD[0])
+    shape = files.shapes.get(HEAD)
     if shape is None or EMBEDDING not in files.shapes:
         return False
     if files.shapes[EMBEDDING] != shape or len(shape) != 2:
         return True
     rows = max(1, COMPARED_VALUES // max(1, shape[1]))
     return not all(
-        _equal(*(files.read(name, (slice(at, min(at + rows, shape[0])),)) for name in (HEAD[0], EMBEDDING)))
+        _equal(*(files.read(name, (slice(at, min(at + rows, shape[0])),)) for name in (HEAD, EMBEDDING)))
         for at in range(0, shape[0], rows)
     )
 
@@ -222,14 +225,3 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype == b.dtype and a.tobytes() == b.tobytes():
         return True
     return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
-
-
-def _expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, spec in spec_paths(model.specs.get("base", model.specs)).items():
-        name, transposed = model.weight_names[path]
-        stacked = "{i}" in name
-        shape = spec.shape[1:] if stacked else spec.shape
-        for i in range(spec.shape[0] if stacked else 1):
-            expected[name.format(i=i)] = shape[::-1] if transposed else shape
-    return expected

@@ -16,18 +16,19 @@ import numpy as np
 from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models import families
-from jaxft.models.model import Model, WeightNames
+from jaxft.models.heads import as_checkpoint
+from jaxft.models.model import Model
 from jaxft.models.rope_config import for_transformers_4
 from jaxft.models.text_part import text_config
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.gather import layer_on_host
-from jaxft.weights.hf import HEAD, WEIGHT_INDEX
+from jaxft.weights.hf import WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos, joined_eos
+from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
 
 MAX_SHARD = 5_000_000_000  # bytes
@@ -41,14 +42,14 @@ CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
 class LayerQuantizer:
     """Quantises the weights that `save_folder` writes.
 
-    layouts: the layout of a layer [in, out] by parameter path. quantize(path, layer number or None, layer):
+    layouts: the layout of each tensor [in, out] of a parameter, by path. quantize(tensor, values [in, out]):
     returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
     about the layout of the files. notes: lines for the user about the first weight that the layout rounds,
     added while weights are quantised.
     """
 
     layouts: Mapping[str, QTensor]
-    quantize: Callable[[str, int | None, np.ndarray], QTensor]
+    quantize: Callable[[Tensor, np.ndarray], QTensor]
     settings: dict[str, Any]
     layout_name: str = ""
     notes: list[str] = field(default_factory=list)
@@ -80,11 +81,14 @@ def save_folder(
     """
     folder = Path(folder)
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
-    tensors = tensors_to_write(base, model.weight_names, options.quant)
+    tensors = tensors_to_write(base, model, options.quant)
     shards: list[list[TensorToWrite]] = [[]]
+    size = 0
     for t in tensors:
-        if shards[-1] and sum(s.size for s in shards[-1]) + t.size > options.max_shard:
+        size += t.size
+        if shards[-1] and size > options.max_shard:
             shards.append([])
+            size = t.size
         shards[-1].append(t)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = files if len(shards) > 1 else ["model.safetensors"]
@@ -119,30 +123,27 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
     _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
 
 
-def tensors_to_write(
-    base: Params, names: WeightNames, quant: LayerQuantizer | None = None
-) -> list[TensorToWrite]:
+def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = None) -> list[TensorToWrite]:
     """Return the tensors of a base tree under their Hugging Face names."""
-    tensors = []
-    for path, leaf in tree.paths(base, is_qtensor).items():
-        name, transpose = {"head": HEAD, **names}[path]
-        stacked = "{i}" in name
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        for i in range(leaf.shape[0] if stacked else 1):
-            layer = i if stacked else None
-            if quant and path in quant.layouts:
-                make = partial(_quantised_layer, quant, path, leaf, layer)
-                method = quant.settings["quant_method"]
-                tensors += quantised_tensors(name.format(i=i), quant.layouts[path], make, method)
-                continue
-            fetch = partial(layer_on_host, leaf, layer, transpose)
-            shape_out = tuple(shape[::-1] if transpose else shape)
-            tensors.append(TensorToWrite(name.format(i=i), np.dtype(leaf.dtype), shape_out, fetch))
-    return tensors
+    leaves = tree.paths(base, is_qtensor)
+    table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
+    parts: dict[str, list[Tensor]] = {}  # by name: one, or those of a tensor that parameters share
+    for path in leaves:
+        for tensor in table[path]:
+            parts.setdefault(tensor.name, []).append(tensor)
+    out = []
+    for name, (tensor, *_) in parts.items():
+        fetch = partial(tensor_on_host, parts[name], leaves)
+        if quant and tensor.path in quant.layouts:
+            make, method = partial(_quantised, quant, tensor, fetch), quant.settings["quant_method"]
+            out += quantised_tensors(name, quant.layouts[tensor.path], make, method)
+            continue
+        out.append(TensorToWrite(name, np.dtype(leaves[tensor.path].dtype), tensor.shape, fetch))
+    return out
 
 
-def _quantised_layer(quant: LayerQuantizer, path: str, leaf: Any, layer: int | None) -> QTensor:
-    return quant.quantize(path, layer, layer_on_host(leaf, layer, False))
+def _quantised(quant: LayerQuantizer, tensor: Tensor, fetch: Callable[[], np.ndarray]) -> QTensor:
+    return quant.quantize(tensor, tensor.turned(fetch()))
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:

@@ -14,21 +14,11 @@ from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
-from jaxft.nn.lora_specs import differing_fields, same_pairs
+from jaxft.nn.lora_specs import differing_fields
 from jaxft.tree import Params
 from jaxft.weights import peft, place, pretrained
 from jaxft.weights.adapters import adapter_folder
 from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
-
-
-def init_adapter(
-    model: Model, mesh: Mesh, seed: int, settings: Adapter | None = None, start: str | None = None
-) -> Params:
-    """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with
-    equal settings.
-    """
-    specs = {"adapter": model.specs["adapter"]}
-    return _init_parts(specs, model, mesh, jax.random.key(seed), HeadSettings(settings, start))["adapter"]
 
 
 def init_all_but_base(
@@ -157,7 +147,9 @@ def _with_base_weights(
 
 def _tied_head(table: ParamReader) -> ParamReader:
     """Return a reader of a tied head [D, V]: the table transposed."""
-    return replace(table, shape=table.shape[::-1], transposed=True, layout=None)
+    (tensor,) = table.tensors
+    tensor = replace(tensor, transposed=True, values=tensor.values[::-1])
+    return replace(table, tensors=(tensor,), shape=tensor.values, layout=None)
 
 
 def _load_start(
@@ -193,8 +185,8 @@ def _check_start(
     ours = settings.adapter
     if ours is None:
         raise ValueError(f"{start}: an adapter, but the run trains none; leave start out, or set adapter")
-    if not same_pairs(base, found, ours, model.weight_names):
-        fields = differing_fields(base, found, ours, model.weight_names)
+    fields = differing_fields(base, found, ours, model.weight_names)
+    if fields:
         values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (found, ours)]
         raise ValueError(
             f"{start}: its adapter has {values[0]}, but the run's has {values[1]}; use the folder's settings"
@@ -210,7 +202,7 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
     """Load the whole base of a scorer onto the mesh, and its head on the host if the files contain one."""
     dtype = np.promote_types(model.dtype, np.float32)
     files = pretrained.open_files(ref)
-    in_both = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in files.shapes else {})}
+    in_both = {**specs["base"], **({"score": specs["score"]} if SCORE.template in files.shapes else {})}
     names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}
     readers = param_readers(
         files, replace(model, specs=in_both, weight_names=names, heads={}, generates=False)
@@ -227,6 +219,6 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
 def _load_head(ref: str, model: Model) -> dict[str, Params]:
     """Load the head in the files of a base: a reward model's; a language model has none."""
     files = pretrained.open_files(ref)
-    if SCORE[0] not in files.shapes:
+    if SCORE.template not in files.shapes:
         return {}
     return {"score": read_whole(param_readers(files, as_checkpoint(model))["score"])}

@@ -21,13 +21,12 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn.matmul import outer
-from jaxft.nn.param import ParamSpec, is_spec
+from jaxft.nn.param import ParamSpec, is_spec, lead_axes, spec_paths
 from jaxft.nn.quant import Quant, dequantize
 from jaxft.nn.taps import InputTap, collect_inputs
 from jaxft.tree import Params
 from jaxft.weights.codes import CalibratedLayer
 from jaxft.weights.gptq import inverse_factor
-from jaxft.weights.model_files import full_index
 from jaxft.weights.param_reader import ParamReader, read_values, read_whole
 from jaxft.weights.rounding import InputMoments, correction, exact_outputs, quantize_calibrated
 from jaxft.weights.storage import quantised_paths
@@ -144,7 +143,14 @@ def calibrate_layers(
     readers: of the base's parameters by path. ranks: of a low-rank correction of the weights at these paths,
     one per layer, 0 for none; the following layers are calibrated with it. Call it with a mesh of one device.
     """
-    paths = [p.removeprefix("layers/") for p in quantised_paths(model.specs, quant) if in_layers(p)]
+    specs, found = spec_paths(model.specs), [p for p in quantised_paths(model.specs, quant) if in_layers(p)]
+    for path in found:
+        if lead_axes(specs[path]) != ("layers",):
+            raise ValueError(
+                f"quant.calibrate={quant.calibrate}: {path} has kernels with inputs of their own along "
+                f"{lead_axes(specs[path])[-1]}, which are not read; leave it out of quant.targets"
+            )
+    paths = [p.removeprefix("layers/") for p in found]
     batches, programs = rows.batches(), _programs(model, paths)
     table = {"embed": jnp.asarray(read_whole(readers["embed"])).astype(model.dtype)}
     embed = jax.jit(model.embed)
@@ -169,8 +175,8 @@ def calibrate_layers(
             factor = inverse_factor(moments.own)
             for name in names:
                 path = f"layers/{name}"
-                hf_name = readers[path].names[number]
-                weight = _layer_values(readers[path], number).astype(np.float32)
+                tensor = readers[path].tensors[number]
+                hf_name, weight = tensor.name, read_values(readers[path], tensor).astype(np.float32)
                 target = exact_outputs(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
                 try:
@@ -194,13 +200,11 @@ def in_layers(path: str) -> bool:
     return path.startswith("layers/")
 
 
-def _layer_values(reader: ParamReader, number: int) -> np.ndarray:
-    return read_values(reader, number, full_index((), reader.layer_shape))
-
-
 def _layer_params(model: Model, readers: Mapping[str, ParamReader], number: int) -> Params:
     def leaf(path: str, spec: ParamSpec) -> Array:
-        return jnp.asarray(_layer_values(readers[f"layers/{path}"], number)).astype(model.dtype)
+        reader = readers[f"layers/{path}"]
+        values = [read_values(reader, tensor) for tensor in reader.tensors if tensor.index[0] == number]
+        return jnp.asarray(np.stack(values).reshape(reader.shape[1:])).astype(model.dtype)
 
     return tree.map_with_path(leaf, model.specs["layers"], is_leaf=is_spec)
 

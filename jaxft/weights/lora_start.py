@@ -29,19 +29,22 @@ from jaxft.distributed import processes
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import dora
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, pairs_by_path
-from jaxft.nn.lora_patterns import TensorNames
+from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters, map_kernels, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
-from jaxft.nn.param import ParamSpec, Specs, is_spec, spec_paths
+from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
+from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
 from jaxft.weights.codes import read_correction
 from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
+from jaxft.weights.peft_pairs import Pair, adapter_of
 from jaxft.weights.storage import StoredModel, leaf_shapes
+from jaxft.weights.tensors import tensors_of
 
 LOFTQ_ITERATIONS = 5  # of LoftQ, as in the paper
 
+_Pairs = dict[str, list[Pair | None]]  # by path, of each module
 _Weight = Float[np.ndarray, "I O"]
 _Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
 
@@ -60,41 +63,26 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
 
     Raises ValueError for settings that check_ranks refuses.
     """
-    files, names = pretrained.open_files(ref), stored.model.weight_names
-    base, leaves = spec_paths(stored.specs["base"]), (dict[str, np.ndarray](), dict[str, np.ndarray]())
-    for path, layout in check_ranks(stored.specs["base"], settings, names).items():
-        spec, (name, transposed) = base[path], names[path]
-        as_stored = _storing(leaf_shapes(spec, stored.storage[f"base/{path}"]))
-        found, most = list[tuple[FirstPair, FirstPair]](), max(layout.ranks)
-        for i, (rank, alpha) in enumerate(zip(*layout, strict=True)):
-            if not rank:
-                zeros = np.zeros((spec.shape[-2], most)), np.zeros((most, spec.shape[-1]))
-                found.append((zeros, zeros))
-                continue
-            if settings.init == QERA:
-                codes = stored.storage[f"base/{path}"].codes
-                found.append(_correcting(codes, name.format(i=i), settings.scale_of(rank, alpha)))
-                continue
-            weight = files.read(name.format(i=i)).astype(np.float32)
-            of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
-            found.append(of_layer.pairs(weight.T if transposed else weight))
-        for number, out in enumerate(leaves):
-            for side, letter in enumerate("ab"):
-                values = np.stack([layer[number][side].astype(np.float32) for layer in found])
-                out[f"{path}/{letter}"] = values if "{i}" in name else values[0]
-
-    def adapter(out: dict[str, np.ndarray]) -> Params:
-        def leaf(path: str, spec: ParamSpec) -> np.ndarray:
-            if path in out:
-                return out[path]
-            return np.asarray(spec.init(jax.random.key(0), spec.shape, jnp.float32))  # the scale
-
-        return tree.map_with_path(leaf, stored.specs["adapter"], is_leaf=is_spec)
-
-    return StartPairs(*map(adapter, leaves))
+    files, table = pretrained.open_files(ref), tensors_of(stored.model)
+    base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
+    for path, layout in check_ranks(stored.specs["base"], settings, stored.model.weight_names).items():
+        storage = stored.storage[f"base/{path}"]
+        as_stored = _storing(leaf_shapes(base[path], storage))
+        for tensor, rank, alpha in zip(table[path], *layout, strict=True):
+            found: Any = (None, None)
+            if rank and settings.init == QERA:
+                found = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
+            elif rank:
+                of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
+                found = of_layer.pairs(tensor.read(files).astype(np.float32))
+            for of_paths, pair in zip(pairs, found, strict=True):
+                a, b = pair or (None, None)
+                modules = of_paths.setdefault(path, [])
+                modules.append(pair and Pair(np.asarray(a, np.float32), np.asarray(b, np.float32), alpha))
+    return StartPairs(*(tree.nested(adapter_of(x, settings, stored.model)[0]) for x in pairs))
 
 
-def check_ranks(base: Specs, settings: Adapter, names: TensorNames) -> dict[str, PairRanks]:
+def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:
     """Return the ranks and alphas of the adapted layers by path.
 
     Raises ValueError for a rank above the smaller side of a weight, for several ranks in the layers of a
@@ -176,27 +164,18 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
     initial: the pairs with which a head sees the base. Norms are computed layer by layer.
     """
 
-    def norms(layer: tuple[Any, Array, Array, Array]) -> Array:
-        weight, a, b, scale = layer
-        plain = dequantize(weight) if is_qtensor(weight) else weight
-        return dora.output_norms(plain, a, b, scale)
+    def norms(weight: Array, pair: Params) -> Array:
+        return dora.output_norms(weight, pair["a"], pair["b"], pair["scale"])
 
     def start(path: str, leaf: Array) -> Array:
         above, _, name = path.rpartition("/")
         if name != "magnitude":
             return leaf
-        pair = tuple(pairs[above][side] for side in ("a", "b", "scale"))
-        if above in weights:
-            layers = weights[above], *pair
-            found = norms(layers) if leaf.ndim == 1 else jax.lax.map(norms, layers)
-        else:  # the tied head
-            table = weights["embed"]
-            found = norms(((dequantize(table) if is_qtensor(table) else table).T, *pair))
         has_pair = jnp.any(own[above]["a"] != 0, (-2, -1))
-        return jnp.where(has_pair[..., None], found, 0).astype(leaf.dtype)
+        return jnp.where(has_pair[..., None], found[above], 0).astype(leaf.dtype)
 
-    weights, own = tree.paths(base, is_qtensor), pairs_by_path(adapter)
-    pairs = pairs_by_path(join_adapters(adapter, initial))
+    own, joined = pairs_by_path(adapter), pairs_by_path(join_adapters(adapter, initial))
+    found = map_kernels(norms, base, {path: joined[path] for path in own if "magnitude" in own[path]})
     return tree.map_with_path(start, adapter)
 
 

@@ -1,11 +1,10 @@
 """Merge a base and an adapter into one model's weights, one tensor at a time as it is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -13,29 +12,34 @@ from jax.typing import DTypeLike
 from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn import dora, lora, replaced
-from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.gather import layer_on_host
-from jaxft.weights.hf import check_tensors
-from jaxft.weights.model_files import Index, ModelFiles, full_index
+from jaxft.weights.model_files import Index, full_index
+from jaxft.weights.param_reader import ParamReader
+from jaxft.weights.tensors import Tensor, layer_on_host
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A stacked parameter that `make(layer)` computes layer by layer; `make(None)` computes one without
-    layers.
-    """
+    """A parameter whose part at an index along its leading axes `make(index)` computes, all of it for ()."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[int | None], np.ndarray]
+    make: Callable[[tuple[int, ...]], np.ndarray]
 
-    def __getitem__(self, layer: int) -> np.ndarray:
-        return self.make(layer)
+    def __getitem__(self, index: int | tuple[int, ...]) -> np.ndarray:
+        return self.make(index if isinstance(index, tuple) else (index,))
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        return self.make(None)
+        return self.make(())
+
+    def map(self, dtype: DTypeLike, fn: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
+        """Return the parameter of which `fn` computes each part, in `dtype`."""
+        return LazyTensor(self.shape, np.dtype(dtype), lambda index: fn(self.make(index)))
+
+    def astype(self, dtype: DTypeLike) -> "LazyTensor":
+        """Return the parameter in another dtype."""
+        return self.map(dtype, lambda x: x.astype(dtype, copy=False))
 
 
 class RoundingError:
@@ -58,18 +62,17 @@ class RoundingError:
     def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
         """Return the parameter in `dtype`; its error is added when it is made."""
 
-        def make(layer: int | None) -> np.ndarray:
-            exact = leaf.make(layer)
+        def rounded(exact: np.ndarray) -> np.ndarray:
             with np.errstate(over="ignore"):
                 value = exact.astype(dtype)
             self.add(exact, value.astype(exact.dtype))
             return value
 
-        return LazyTensor(leaf.shape, np.dtype(dtype), make)
+        return leaf.map(dtype, rounded)
 
 
 def merge_files(
-    files: ModelFiles,
+    readers: Mapping[str, ParamReader],
     model: Model,
     adapter: Params | None,
     dtype: DTypeLike,
@@ -78,91 +81,67 @@ def merge_files(
     """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
 
     token_ids: the tokens of replaced rows. A tied head becomes a head of its own where the adapter changes
-    it, or the table alone. Raises ValueError if the files do not contain the model's tensors.
+    it, or the table alone.
     """
-    check_tensors(files, model)
-    pairs = lora.pairs_by_path(adapter)
-    shapes = {path: spec.shape for path, spec in spec_paths(model.specs).items()}
-    if replaced.unties(pairs) and "head" not in shapes and model.generates:
-        shapes["head"] = shapes["embed"][::-1]
-    leaves = {}
-    for path, shape in shapes.items():
-        name, transposed = model.weight_names.get(path, (model.weight_names["embed"][0], True))
-        table = None if path in model.weight_names else pairs.get("embed")
-        read = _with_rows(partial(_read_layer, files, name, transposed), table, token_ids)
-        fold = partial(lora.merge_node, path, dtype=np.dtype(dtype), token_ids=token_ids)
-        leaves[path] = LazyTensor(
-            shape, np.dtype(dtype), partial(_merge_layer, read, pairs.get(path), fold, np.dtype(dtype))
-        )
-    return _nested(leaves)
+    merged = tree.paths(merge_params(lazy_params(readers), adapter, dtype, token_ids))
+    paths = [path for path in merged if path != "head" or model.generates]
+    return tree.nested({path: merged[path].astype(dtype) for path in paths})
+
+
+def lazy_params(readers: Mapping[str, ParamReader]) -> Params:
+    """Return the parameters in a model's files, each read when it is needed, in the readers' dtypes."""
+    return tree.nested({path: _read_lazily(reader) for path, reader in readers.items()})
+
+
+def _read_lazily(reader: ParamReader) -> LazyTensor:
+    tensors = {tensor.index: tensor for tensor in reader.tensors}
+    lazy = LazyTensor(reader.shape, reader.dtype, lambda index: reader.read(tensors[index]))
+    return lazy.astype(reader.dtype)
 
 
 def merge_on_read(
-    files: ModelFiles, model: Model, adapter: Params, token_ids: tuple[int, ...] = ()
-) -> ModelFiles:
-    """Return the files with an adapter merged into the weights, in float32, as they are read.
+    readers: Mapping[str, ParamReader], model: Model, adapter: Params, token_ids: tuple[int, ...] = ()
+) -> dict[str, ParamReader]:
+    """Return the readers with an adapter merged into the weights, in float32, as they are read.
 
     Raises ValueError for an adapter that gives a tied head a matrix of its own, which the files have not.
     """
-    nodes = lora.pairs_by_path(adapter)
-    if replaced.unties(nodes) and "head" not in model.weight_names and model.generates:
+    nodes, out = lora.pairs_by_path(adapter), dict(readers)
+    if replaced.unties(nodes) and "head" not in readers and model.generates:
+        where = readers["embed"].files.where
         raise ValueError(
-            f"{files.where}: an adapter of the head or the embeddings, which are tied, cannot be merged "
-            "while they are read; write the merged model with scripts/export.py and use it as model="
+            f"{where}: an adapter of the head or the embeddings, which are tied, cannot be merged while they "
+            "are read; write the merged model with scripts/export.py and use it as model="
         )
-    merged: dict[str, _Merged] = {}
     for path, node in nodes.items():
-        name, transposed = model.weight_names[path]
-        for i in range(next(iter(node.values())).shape[0]) if "{i}" in name else (None,):
-            merged[name.format(i=i)] = _Merged(path, transposed, node, i, token_ids)
-
-    def read(name: str, index: Index = ()) -> np.ndarray:
-        if name not in merged:
-            return files.read(name, index)
-        one, shape = merged[name], files.shapes[name]
-        if "magnitude" in one.node:  # norms are over all inputs
-            whole = one.part(files.read(name).astype(np.float32), full_index((), shape))
-            return one.rescaled(whole)[full_index(index, shape)]
-        return one.part(files.read(name, index).astype(np.float32), full_index(index, shape))
-
-    dtypes = {**files.dtypes, **dict.fromkeys(merged, np.dtype(np.float32))}
-    quantised = {name: x for name, x in files.quantised.items() if name not in merged}
-    return replace(files, dtypes=dtypes, read=read, quantised=quantised)
+        changed = partial(_merged_part, readers[path], node, token_ids)
+        out[path] = replace(readers[path], dtype=np.dtype(np.float32), layout=None, changed=changed)
+    return out
 
 
-@dataclass(frozen=True)
-class _Merged:
-    """What an adapter does to one tensor in the files: its node at `path`, in layer `layer` if stacked."""
-
-    path: str
-    transposed: bool
-    node: Params
-    layer: int | None
-    token_ids: tuple[int, ...]
-
-    def leaf(self, name: str) -> np.ndarray:
-        """One layer of a leaf of the node, in float32."""
-        value = self.node[name]
-        return np.asarray(value if self.layer is None else value[self.layer], np.float32)
-
-    def rescaled(self, value: np.ndarray) -> np.ndarray:
-        """Return a weight [out, in] with DoRA's magnitudes as norms."""
-        return np.asarray(dora.rescaled(jnp.asarray(value.T), jnp.asarray(self.leaf("magnitude")))).T
-
-    def part(self, value: np.ndarray, index: Index) -> np.ndarray:
-        """Return the part of the merged tensor at a full index in the files, whose base is `value`."""
-        if "weight" in self.node:
-            whole = self.leaf("weight")
-            return (whole.T if self.transposed else whole)[index]
-        if "rows" in self.node:
-            value, rows = value.copy(), self.leaf("rows")
-            for number, token in enumerate(self.token_ids):
-                if index[0].start <= token < index[0].stop:
-                    value[token - index[0].start] = rows[number][index[1]]
-            return value
-        outs, ins = index if self.transposed else index[::-1]
-        low = (self.leaf("a")[ins] * self.leaf("scale")) @ self.leaf("b")[:, outs]
-        return value + (low.T if self.transposed else low)
+def _merged_part(
+    reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
+) -> np.ndarray:
+    """Return the part of a tensor's values at `index` with what an adapter has there."""
+    leaves = {name: np.asarray(layer_on_host(x, tensor.index), np.float32) for name, x in node.items()}
+    if "magnitude" in leaves and index:  # norms are over all inputs
+        return _merged_part(reader, node, token_ids, tensor)[index]
+    index = full_index(index, tensor.values)
+    if "weight" in leaves:
+        return leaves["weight"][index]
+    value: Any = reader.read(tensor, index).astype(np.float32)
+    if "rows" in leaves:
+        (tokens, dims), table = tensor.in_file(index), tensor.turned(value)
+        for number, token in enumerate(token_ids):
+            if tokens.start <= token < tokens.stop:
+                table[token - tokens.start] = leaves["rows"][number][dims]
+        return value
+    *lead, ins, outs = index
+    a, b, scale = leaves["a"][*lead, ins], leaves["b"][*lead, :, outs], leaves["scale"][*lead, None, None]
+    value = value + (a * scale) @ b
+    if "magnitude" in leaves:
+        return np.asarray(dora.rescaled(jnp.asarray(value), jnp.asarray(leaves["magnitude"])))
+    return value
 
 
 def merge_params(
@@ -173,79 +152,24 @@ def merge_params(
     The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. A
     tied head becomes a head of its own where the adapter changes it, or the table alone.
     """
-    leaves = tree.paths(base, is_qtensor)
-    pairs: dict[str, Any] = dict(lora.pairs_by_path(adapter))
+    leaves, nodes = tree.paths(base, is_qtensor), lora.pairs_by_path(adapter)
     merged = dict(leaves)
-    if replaced.unties(pairs) and "head" not in leaves and "head" not in pairs:
-        pairs["head"] = None
-    for path, pair in pairs.items():
+    for path, node in nodes.items():
         if path in leaves:
-            shape, table = leaves[path].shape, None
-            read = partial(layer_on_host, leaves[path], transpose=False)
-        elif path == "head":
-            shape, table = leaves["embed"].shape[::-1], pairs.get("embed")
-            read = partial(layer_on_host, leaves["embed"], transpose=True)
-        else:
-            continue
-        fold = partial(lora.merge_node, path, dtype=dtype, token_ids=token_ids)
-        make = partial(_merge_stored_layer, _with_rows(read, table, token_ids), pair, fold, np.dtype(dtype))
-        merged[path] = LazyTensor(shape, np.dtype(dtype), make)
-    return _nested(merged)
+            merged[path] = _merged(path, leaves[path], node, dtype, token_ids)
+    if replaced.unties(nodes) and "head" not in leaves:
+        table, of_table = leaves["embed"], nodes.get("embed", {})
+        head = LazyTensor(table.shape[::-1], np.dtype(table.dtype), lambda _: layer_on_host(table).T)
+        head = _merged("head", head, of_table, np.float32, token_ids) if "rows" in of_table else head
+        own = nodes.get("head")
+        merged["head"] = _merged("head", head, own, dtype, token_ids) if own else head.astype(dtype)
+    return tree.nested(merged)
 
 
-def _read_layer(files: ModelFiles, name: str, transposed: bool, layer: int | None) -> np.ndarray:
-    value = files.read(name.format(i=layer))
-    return value.T if transposed else value
+def _merged(path: str, leaf: Any, node: Params, dtype: DTypeLike, token_ids: tuple[int, ...]) -> LazyTensor:
+    def make(index: tuple[int, ...]) -> np.ndarray:
+        weight = layer_on_host(leaf, index)
+        of_part = {name: layer_on_host(x, index) for name, x in node.items()}
+        return np.asarray(lora.merge_node(path, weight, of_part, dtype, token_ids))
 
-
-def _with_rows(
-    read: Callable[[int | None], np.ndarray], table: Params | None, token_ids: tuple[int, ...]
-) -> Callable[[int | None], np.ndarray]:
-    """Return the reader of a head that was tied to a table, with the rows that the adapter replaces there."""
-    if not table or "rows" not in table:
-        return read
-
-    def replacing(layer: int | None) -> np.ndarray:
-        rows = {"rows": layer_on_host(table["rows"], None, False)}
-        return np.asarray(replaced.merge_replacement("head", read(layer), rows, np.float32, token_ids))
-
-    return replacing
-
-
-def _merge_layer(
-    read: Callable[[int | None], np.ndarray],
-    pair: Params | None,
-    fold: Callable[..., jax.Array],
-    dtype: np.dtype,
-    layer: int | None,
-) -> np.ndarray:
-    value = read(layer)
-    if pair is None:
-        return value.astype(dtype)
-    one = pair if layer is None else jax.tree.map(lambda x: x[layer], pair)
-    return np.asarray(fold(value, one))
-
-
-def _merge_stored_layer(
-    read: Callable[[int | None], np.ndarray],
-    pair: dict[str, Any] | None,
-    fold: Callable[..., jax.Array],
-    dtype: np.dtype,
-    layer: int | None,
-) -> np.ndarray:
-    weight = read(layer)
-    if pair is None:
-        return weight.astype(dtype)
-    return np.asarray(fold(weight, {name: layer_on_host(x, layer, False) for name, x in pair.items()}))
-
-
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Return nested dicts of leaves by path."""
-    out: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *above, last = path.split("/")
-        node = out
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return out
+    return LazyTensor(leaf.shape, np.dtype(dtype), make)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor
 from jaxft.weights import finite, hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index
+from jaxft.weights.tensors import Tensor, tensors_of
 
 PIECE_BYTES = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
 COPY_COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at once
@@ -21,23 +22,21 @@ COPY_COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at onc
 class ParamReader:
     """A parameter in a model's files, of which `read_values` and `read_quantised` read parts.
 
-    names: its tensors, one per layer if it is `stacked`, else one. shape: the parameter's, with the layers
-    axis. transposed: whether the files store [out, in]. dtype: the files' dtype, float32 if its tensors
-    differ. layout: see hf.common_layout.
+    tensors: in row-major order. shape: the parameter's. dtype: the files' dtype, float32 if its tensors
+    differ. layout: see hf.common_layout. changed(tensor, index): returns values in place of those in the
+    files, None for the same.
     """
 
     files: ModelFiles
-    names: tuple[str, ...]
-    stacked: bool
+    tensors: tuple[Tensor, ...]
     shape: tuple[int, ...]
-    transposed: bool
     dtype: np.dtype
     layout: QTensor | None
+    changed: Callable[[Tensor, Index], np.ndarray] | None = None
 
-    @property
-    def layer_shape(self) -> tuple[int, ...]:
-        """Shape of one layer, or of a parameter without layers."""
-        return self.shape[1:] if self.stacked else self.shape
+    def read(self, tensor: Tensor, index: Index = ()) -> np.ndarray:
+        """Return the part of a tensor's values [in, out] at `index`, dequantised, in the files' dtype."""
+        return self.changed(tensor, index) if self.changed else tensor.read(self.files, index)
 
 
 def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
@@ -46,68 +45,64 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
     """
     hf.check_tensors(files, model)
     readers = {}
-    for path, spec in spec_paths(model.specs.get("base", model.specs)).items():
-        name, transposed = model.weight_names[path]
-        stacked = "{i}" in name
-        names = tuple(name.format(i=i) for i in range(spec.shape[0])) if stacked else (name,)
-        dtypes = {files.dtypes[name] for name in names}
+    specs = spec_paths(model.specs.get("base", model.specs))
+    for path, tensors in tensors_of(model).items():
+        dtypes = {files.dtypes[tensor.name] for tensor in tensors}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        layout = hf.common_layout(files, model, path)
-        readers[path] = ParamReader(files, names, stacked, spec.shape, transposed, dtype, layout)
+        layout = hf.common_layout(files, tensors)
+        readers[path] = ParamReader(files, tensors, specs[path].shape, dtype, layout)
     return readers
 
 
-def read_values(reader: ParamReader, layer: int, index: Index) -> np.ndarray:
-    """Read the part of a layer [in, out] at `index` in the reader's dtype, dequantised if the files store it
-    quantised. Raises ValueError for values that are not finite.
+def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.ndarray:
+    """Read the part of a tensor's values [in, out] at `index` in the reader's dtype, dequantised if the files
+    store it quantised. Raises ValueError for values that are not finite.
     """
-    in_file = index[::-1] if reader.transposed else index
-    value = finite.require_finite(reader.files.read(reader.names[layer], in_file))
-    value = value.astype(reader.dtype, copy=False)
-    return value.T if reader.transposed else value
+    in_file = finite.require_finite(tensor.turned(reader.read(tensor, index)))  # whose error names the place
+    return tensor.turned(in_file.astype(reader.dtype, copy=False))
 
 
-def read_quantised(reader: ParamReader, layer: int, index: Index) -> QTensor:
-    """Read the codes and scales of the part of a layer [in, out] at `index`, whose limits are limits of
-    blocks.
+def read_quantised(reader: ParamReader, tensor: Tensor, index: Index) -> QTensor:
+    """Read the codes and scales of the part of a tensor's values [in, out] at `index`, whose limits are
+    limits of blocks.
 
     Only for a reader with a layout. Raises ValueError for scales that are not finite.
     """
-    value = finite.require_finite_scales(reader.files.quantised[reader.names[layer]].read(index))
+    value = finite.require_finite_scales(reader.files.quantised[tensor.name].read(index))
     assert isinstance(value, QTensor)
     return value
 
 
 def read_whole(reader: ParamReader) -> np.ndarray:
-    """Read a parameter with all its layers, in the reader's dtype."""
+    """Read a whole parameter in the reader's dtype."""
     out = np.empty(reader.shape, reader.dtype)
-    for layer in range(len(reader.names)):
-        for index in small_parts(reader, full_index((), reader.layer_shape)):
-            with errors_name_tensor(reader, layer, index):
-                value = read_values(reader, layer, index)
-            copy_into((out[layer] if reader.stacked else out)[index], value)
+    for tensor in reader.tensors:
+        for index in small_parts(reader, tensor, full_index((), tensor.values)):
+            with errors_name_tensor(reader, tensor, index):
+                value = read_values(reader, tensor, index)
+            copy_into(out[tensor.index][index], value)
     return out
 
 
 def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: bool) -> np.ndarray:
     """Read rows [N, D] of a table [V, D], or columns of a head [D, V] if `transposed`."""
-    rows = []
+    rows, (tensor,) = [], reader.tensors
     for number in numbers:
         one = (slice(number, number + 1),)
-        index = full_index((slice(None), *one) if transposed else one, reader.layer_shape)
-        with errors_name_tensor(reader, 0, index):
-            rows.append(read_values(reader, 0, index).reshape(-1))
+        index = full_index((slice(None), *one) if transposed else one, tensor.values)
+        with errors_name_tensor(reader, tensor, index):
+            rows.append(read_values(reader, tensor, index).reshape(-1))
     return np.stack(rows)
 
 
-def small_parts(reader: ParamReader, index: Index) -> list[Index]:
-    """Split a part of a layer into parts of at most PIECE_BYTES bytes that are contiguous in the files.
+def small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Index]:
+    """Split a part of a tensor into parts of at most PIECE_BYTES bytes that are contiguous in the files.
 
     Quantised tensors are not split, because some are dequantised whole.
     """
-    if not index or any(name in reader.files.quantised for name in reader.names):
+    if not index or tensor.name in reader.files.quantised:
         return [index]
-    axis = len(index) - 1 if reader.transposed else 0
+    axis = len(index) - 1 if tensor.transposed else 0
     others = math.prod(s.stop - s.start for i, s in enumerate(index) if i != axis)
     step = max(1, PIECE_BYTES // max(1, others * reader.dtype.itemsize) // COPY_COLUMNS) * COPY_COLUMNS
     first, last = index[axis].start, index[axis].stop
@@ -118,16 +113,16 @@ def small_parts(reader: ParamReader, index: Index) -> list[Index]:
 
 
 @contextlib.contextmanager
-def errors_name_tensor(reader: ParamReader, layer: int, index: Index) -> Iterator[None]:
+def errors_name_tensor(reader: ParamReader, tensor: Tensor, index: Index) -> Iterator[None]:
     """Add the file, the tensor and the part of it to the message of a ValueError."""
     try:
         yield
     except ValueError as e:
-        is_part = full_index(index, reader.layer_shape) != full_index((), reader.layer_shape)
+        is_part = full_index(index, tensor.values) != full_index((), tensor.values)
         part = ", ".join(f"{s.start}:{s.stop}" for s in index)
         where = reader.files.where
         named = str(e).startswith((f"{where}:", f"{where}/"))
-        message = str(e) if named else f"{where}: {reader.names[layer]}: {e}"
+        message = str(e) if named else f"{where}: {tensor.name}: {e}"
         raise ValueError(f"{message} (in its part [{part}])" if is_part else message) from e
 
 
@@ -138,7 +133,7 @@ def copy_into(out: np.ndarray, value: np.ndarray) -> None:
     if out.dtype == value.dtype and out.dtype.itemsize in (1, 2, 4, 8):
         bits = np.dtype(f"u{out.dtype.itemsize}")
         out, value = out.view(bits), value.view(bits)
-    if value.ndim < 2 or value.strides[-1] <= value.strides[-2]:
+    if list(value.strides[-2:]) == sorted(value.strides[-2:], reverse=True):  # not transposed
         out[...] = value
         return
     for start in range(0, value.shape[-1], COPY_COLUMNS):

@@ -2,28 +2,27 @@
 adapter_model.safetensors.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxft import tree
+from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.text_part import text_tensor
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_patterns import HEAD_MODULE, SCORE_MODULES
-from jaxft.nn.lora_specs import PairRanks
-from jaxft.nn.param import spec_paths
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_listed, is_saved
+from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, read_float, read_modules, without_head
 from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
-from jaxft.weights.peft_pairs import MAGNITUDE, Pair, read_pair, stack_pairs
-from jaxft.weights.peft_patterns import find_patterns
+from jaxft.weights.peft_pairs import adaptable_tensors, adapter_of, pair_names, read_pair
 from jaxft.weights.peft_refusals import (
     MERGE,
     check_all_targets,
@@ -34,15 +33,14 @@ from jaxft.weights.peft_refusals import (
 )
 from jaxft.weights.peft_residual import (
     ReadFirstPair,
-    first_pair_in,
+    first_pair,
     no_first_pair,
     on_unchanged_base,
     start_of_unconverted,
 )
-from jaxft.weights.peft_tied import check_tied, with_tied_head
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
-SCORE_TENSOR = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
+SCORE_TENSOR = f"{PREFIX}{SCORE.template}"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
 # Copies of the base's head and embedding that peft adds to an adapter on one of them.
 HEAD_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}lm_head.weight")
@@ -51,6 +49,15 @@ BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
 # What peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it equals.
 TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
+TABLE_MODULE = EMBEDDING.removesuffix(".weight")
+# An adapter with ensure_weight_tying lists the embeddings only; its files have the parameters twice. jaxft
+# reads both, so that logits are PEFT's; a run that starts from the adapter trains them apart.
+# Tensors of the head, those of the table that they equal, and whether one is the other transposed:
+TIED_TENSORS = (
+    ("weight", "weight", False),
+    ("lora_A.weight", "lora_embedding_B", True),
+    ("lora_B.weight", "lora_embedding_A", True),
+)
 
 
 def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = None) -> tuple[Params, Adapter]:
@@ -80,7 +87,7 @@ def read_parts(
     read_adapter. Raises ValueError as read_adapter does, and if the scalar head is missing or has several
     labels.
     """
-    return _read(Path(folder), model, first_pair_in(base))
+    return _read(Path(folder), model, partial(first_pair, base))
 
 
 def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
@@ -91,97 +98,77 @@ def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Ad
     return tuple(parts), settings
 
 
-def _read(folder: Path, model: Model, first_pair: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
-    config = read_adapter_config(folder)
+def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
+    config, where = read_adapter_config(folder), folder / "adapter_config.json"
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
-    unconverted = start_of_unconverted(config)
-    default = default.doubled if unconverted else default
-    files = _open_tensors(folder)
+    files, table = _open_tensors(folder), adaptable_tensors(model)
     check_tensor_names(files, default.dora)
-    specs = spec_paths(model.specs.get("base", model.specs))
     if has_head or not model.generates:
         config, files = without_head(config, files)
-    elif config.get("ensure_weight_tying") and "head" not in specs:
-        config = with_tied_head(config)
-        check_tied(files)
-    adapter: dict[str, Any] = {}
-    used: set[str] = set()
-    layouts, formats = dict[str, PairRanks](), dict[str, str]()
-    adapted, absent = list[str](), dict[str, list[str]]()  # names of modules; absent by path
-    for path, weight_name in adaptable_weight_names(model).items():
-        name = weight_name.removesuffix(".weight")
-        shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
-        modules = [name.format(i=i) for i in range(shape[0])] if "{i}" in name else [name]
-        found = [one for one in modules if files.shapes.keys() & pair_names(path, one)]
-        absent[path] = [one for one in modules if one not in found]
-        if not found:
-            continue
-        no_rank = np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32)
-        empty = Pair(*no_rank, 0.0, np.zeros(shape[-1], np.float32) if default.dora else None)
-        pairs = [
-            read_pair(files, module, (pair_names(path, module), shape[-2:]), config)
-            if module in found
-            else empty
-            for module in modules
-        ]
-        if unconverted and path != "embed":  # PEFT initialises a pair of the table as LoRA's
-            names = (folder / "adapter_config.json", unconverted)
-            if path not in specs:
-                raise ValueError(
-                    f"{names[0]}: init_lora_weights={unconverted!r} with a LoRA pair of lm_head, which is "
-                    f"tied to the embeddings of this model: PEFT has changed both; {MERGE}"
-                )
-            pairs = [
-                on_unchanged_base(pair, (*names, f"{module}.weight"), default, first_pair)
-                if pair.rank
-                else pair
-                for module, pair in zip(modules, pairs, strict=True)
-            ]
-        adapted += found
-        used |= {one for module in found for one in pair_names(path, module)}
-        used |= {f"{PREFIX}{module}.{MAGNITUDE}" for module in found if default.dora}
-        put_node(adapter, path, stack_pairs(pairs, default, stacked="{i}" in name))
-        layouts[path] = PairRanks(tuple(p.rank for p in pairs), tuple(p.alpha for p in pairs))
-        formats[path] = name
-    parts: dict[str, Params] = {"adapter": adapter}
+    elif config.get("ensure_weight_tying") and "head" not in model.weight_names:
+        config = _with_tied_head(config)
+        _check_tied(files)
+    found = {path: [read_pair(files, one, config) for one in tensors] for path, tensors in table.items()}
+    pairs = {path: of_path for path, of_path in found.items() if any(of_path)}
+    adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
+    present = {tensor.module: tensor for tensor in adapted}
+    used = {name for tensor in adapted for name in pair_names(tensor, default.dora)}
+    if init := start_of_unconverted(config):
+        default = default.doubled
+        if "head" in pairs and "head" not in model.weight_names:
+            raise ValueError(
+                f"{where}: init_lora_weights={init!r} with a LoRA pair of lm_head, which is tied to the "
+                f"embeddings of this model: PEFT has changed both; {MERGE}"
+            )
+        pairs = {
+            path: on_unchanged_base(of_path, table[path], default, partial(read_first, where, init))
+            for path, of_path in pairs.items()
+        }
+    nodes, settings = adapter_of(pairs, default, model)
+    parts: dict[str, Params] = {}
     if has_head:
         parts["score"] = _read_score(files, model.config.width)
         used.add(SCORE_TENSOR)
-    if "embed" in layouts and default.dora:
+    if "embed" in pairs and default.dora:
         raise ValueError(
-            f"{folder / 'adapter_config.json'}: use_dora=true with a LoRA pair of embed_tokens is not "
-            f"supported; jaxft reads DoRA of linear layers; {MERGE}"
+            f"{where}: use_dora=true with a LoRA pair of embed_tokens is not supported; jaxft reads DoRA of "
+            f"linear layers; {MERGE}"
         )
-    others = read_modules(folder / "adapter_config.json", config, files, model, list(layouts))
-    for path, node in others.nodes.items():
-        put_node(adapter, path, node)
-    _check_all_used(files, used | others.used, {*layouts, *others.nodes})
-    check_targets(folder / "adapter_config.json", config, adapted)
+    others = read_modules(where, config, files, model, list(pairs))
+    _check_all_used(files, used | others.used, {*pairs, *others.nodes})
+    check_targets(where, config, present)
     if config.get("peft_type") != ONLY_TOKENS:
-        lacking = [one for path, names in absent.items() if path not in others.nodes for one in names]
-        check_all_targets(folder / "adapter_config.json", config, lacking)
-    return parts, replace(with_patterns(default, layouts, formats), **others.settings)
+        rest = [x.module for path in table if path not in others.nodes for x in table[path]]
+        check_all_targets(where, config, [x for x in rest if x not in present])
+    parts = {"adapter": tree.nested(nodes | others.nodes), **parts}
+    return parts, replace(settings, **others.settings)
 
 
-def put_node(adapter: Params, path: str, node: Mapping[str, Any]) -> None:
-    """Put the leaves of a module into an adapter's tree at its path."""
-    *above, last = path.split("/")
-    for key in above:
-        adapter = adapter.setdefault(key, {})
-    adapter[last] = node
+def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's configuration with lm_head in modules_to_save or target_modules, whichever lists
+    the embeddings.
+    """
+    saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
+    if isinstance(saved, list) and any(is_saved(str(one), TABLE_MODULE) for one in saved):
+        return {**config, "modules_to_save": [*saved, HEAD_MODULE]}
+    if isinstance(targets, list) and is_listed(targets, (TABLE_MODULE,), "target_modules"):
+        return {**config, "target_modules": [*targets, HEAD_MODULE]}
+    return config
 
 
-def with_patterns(default: Adapter, layouts: dict[str, PairRanks], formats: dict[str, str]) -> Adapter:
-    """Return the settings that declare these pairs."""
-    found = find_patterns(layouts, formats, default.rank, default.alpha, full_names=False)
-    return replace(
-        default,
-        targets=tuple(path.rpartition("/")[2] for path in layouts),
-        rank_pattern=found.ranks,
-        alpha_pattern=found.alphas,
-        exclude_modules=found.excluded,
-        layers_to_transform=found.layers,
-    )
+def _check_tied(files: SafetensorsFiles) -> None:
+    """Raise ValueError if an adapter's files have other values for the head than for the embeddings."""
+    for of_head, of_table, transposed in TIED_TENSORS:
+        head, table = f"{PREFIX}{HEAD_MODULE}.{of_head}", f"{PREFIX}{TABLE_MODULE}.{of_table}"
+        if head not in files.shapes or table not in files.shapes:
+            continue
+        value = read_tensor(files, table)
+        if not np.array_equal(read_tensor(files, head), value.T if transposed else value):
+            raise ValueError(
+                f"{files.where}: tensor {head} is not {table}, but adapter_config.json has "
+                "ensure_weight_tying=true; save the adapter with peft again, or set it to false and list "
+                "lm_head"
+            )
 
 
 def has_language_head(folder: Path) -> bool:
@@ -204,9 +191,9 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
-    head = HEAD[0] if HEAD[0] in base.shapes else EMBEDDING
+    head = HEAD if HEAD in base.shapes else EMBEDDING
     if config.get("ensure_weight_tying") and head == EMBEDDING:
-        config = with_tied_head(config)
+        config = _with_tied_head(config)
     saved = tuple(config.get("modules_to_save") or ())
     for copied in BASE_COPIES:
         name = head if copied in HEAD_COPIES else EMBEDDING
@@ -233,25 +220,6 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
 
 def _equal_rounded(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.astype(b.dtype), b) or np.array_equal(b.astype(a.dtype), a)
-
-
-def adaptable_weight_names(model: Model) -> dict[str, str]:
-    """Return the Hugging Face names of the weights that may have a pair, by path: linear layers, the table,
-    and the head of a language model, also a tied one.
-    """
-    names = {**({"head": HEAD} if model.generates else {}), **model.weight_names}
-    return {
-        path: name
-        for path, (name, transposed) in names.items()
-        if (transposed and path != "score") or path == "embed"
-    }
-
-
-def pair_names(path: str, module: str) -> tuple[str, str]:
-    """Return the names of the tensors A [R, in] and B [out, R] of a module's pair."""
-    form = "lora_embedding_{}" if path == "embed" else "lora_{}.weight"
-    a, b = (f"{PREFIX}{module}.{form.format(letter)}" for letter in "AB")
-    return a, b
 
 
 def _open_tensors(folder: Path) -> SafetensorsFiles:

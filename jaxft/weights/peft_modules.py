@@ -10,15 +10,13 @@ import numpy as np
 
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_patterns import HEAD_MODULE, SCORE_MODULES, is_saved, module_format
-from jaxft.nn.param import ParamSpec, spec_paths
-from jaxft.nn.replaced import base_spec
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved
+from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.weights import finite
-from jaxft.weights.gather import layer_on_host
-from jaxft.weights.hf import HEAD
 from jaxft.weights.peft_names import PREFIX, renamed
 from jaxft.weights.peft_refusals import MERGE
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
+from jaxft.weights.tensors import Tensor, layer_on_host, stack, tensor_on_host, tensors_of
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs
@@ -45,40 +43,32 @@ def read_modules(
     Raises ValueError for modules, biases and tokens that the model or the files lack, or have in part.
     """
     nodes: dict[str, dict[str, np.ndarray]] = {}
-    used: set[str] = set()
-    base = spec_paths(model.specs.get("base", model.specs))
-    formats = _module_formats(base, model)
+    used, hits, in_modules = set[str](), set[str](), set[str]()
+    table = tensors_of(model, tied_head=True)
     saved = [one for one in config.get("modules_to_save") or [] if one not in SCORE_MODULES]
     biases = config.get("bias", "none")
     settings: dict[str, Any] = {}
-    hits, in_modules = set[str](), set[str]()
-    for path, module in formats.items():
-        spec = base_spec(base, path)
-        count = spec.shape[0] if "{i}" in module else 1
-        selected = [one for one in saved if any(is_saved(one, module.format(i=i)) for i in range(count))]
-        whole = [one for one in selected if all(is_saved(one, module.format(i=i)) for i in range(count))]
-        if selected and not whole and len(selected) < count:
+    kernels = {table[path][0].module for path in adapted}
+    for path, tensors in table.items():
+        is_saved_in = {one: [is_saved(one, tensor.module) for tensor in tensors] for one in saved}
+        selected = [one for one, layers in is_saved_in.items() if any(layers)]
+        if selected and len(selected) < len(tensors) and not any(map(all, is_saved_in.values())):
             raise ValueError(
-                f"{where}: modules_to_save={saved!r} has {module} in some layers only, which is not "
-                f"supported; {MERGE}"
+                f"{where}: modules_to_save={saved!r} has {tensors[0].in_layer} in some layers only, which is "
+                f"not supported; {MERGE}"
             )
         hits |= set(selected)
         in_modules |= {path} if selected else set()
-        is_bias = path.endswith("_bias")
-        of_adapted = any(formats[one] == module for one in adapted)
-        if not selected and not (is_bias and (biases == "all" or (biases == "lora_only" and of_adapted))):
+        of_adapter = biases == "all" or (biases == "lora_only" and tensors[0].module in kernels)
+        if not selected and not (path.endswith("_bias") and of_adapter):
             continue
-        if is_bias and not selected:
+        names = [_tensor_name(files, tensor) for tensor in tensors]
+        if not selected:
             settings["bias"] = biases
-            _check_biases(where, files, biases, [_tensor_name(files, model, path, i) for i in range(count)])
-        layers = []
-        for i in range(count):
-            name = _tensor_name(files, model, path, i)
-            layers.append(
-                _read_like(files, name, spec.shape[1:] if "{i}" in module else spec.shape, path, model)
-            )
-            used.add(name)
-        nodes[path] = {"weight": np.stack(layers) if "{i}" in module else layers[0]}
+            _check_biases(where, files, biases, names)
+        values = [_read_like(files, name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+        nodes[path] = {"weight": stack(tensors, values)}
+        used |= set(names)
     if set(saved) - hits:
         raise ValueError(
             f"{where}: modules_to_save={saved!r}: this model has no module {min(set(saved) - hits)!r}; is "
@@ -88,14 +78,6 @@ def read_modules(
     tokens = _read_tokens(where, config, files, model)
     nodes |= tokens.nodes
     return Modules(nodes, settings | tokens.settings, used | tokens.used)
-
-
-def _module_formats(base: Mapping[str, ParamSpec], model: Model) -> dict[str, str]:
-    """Return the Hugging Face name of each parameter's module by path, with {i} for the layer; also of a tied
-    head.
-    """
-    paths = dict.fromkeys([*base, *(["head"] if model.generates else [])])
-    return {path: module_format(path, model.weight_names) for path in paths}
 
 
 def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[str, Any], SafetensorsFiles]:
@@ -129,28 +111,22 @@ def _check_biases(where: Path, files: SafetensorsFiles, biases: str, names: list
         )
 
 
-def _tensor_name(files: SafetensorsFiles, model: Model, path: str, layer: int) -> str:
+def _tensor_name(files: SafetensorsFiles, tensor: Tensor) -> str:
     """Return the name of a saved parameter in an adapter's files; the bias of an adapted layer is named after
     the layer that the adapter wraps.
     """
-    plain = PREFIX + model.weight_names.get(path, HEAD)[0].format(i=layer)
-    wrapped = plain.removesuffix(".bias") + ".base_layer.bias"
-    return wrapped if path.endswith("_bias") and wrapped in files.shapes else plain
+    wrapped = f"{PREFIX}{tensor.module}.base_layer.bias"
+    return wrapped if tensor.path.endswith("_bias") and wrapped in files.shapes else PREFIX + tensor.name
 
 
-def _read_like(
-    files: SafetensorsFiles, name: str, shape: tuple[int, ...], path: str, model: Model
-) -> np.ndarray:
-    transposed = model.weight_names.get(path, HEAD)[1]
-    in_file = shape[::-1] if transposed else shape
-    if files.shapes.get(name) != in_file:
+def _read_like(files: SafetensorsFiles, name: str, tensor: Tensor) -> np.ndarray:
+    if files.shapes.get(name) != tensor.shape:
         found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
         raise ValueError(
-            f"{files.where}: tensor {name} {found}; this model needs {in_file}, because bias or "
+            f"{files.where}: tensor {name} {found}; this model needs {tensor.shape}, because bias or "
             "modules_to_save in adapter_config.json has it"
         )
-    value = read_float(files, name)
-    return value.T if transposed else value
+    return tensor.turned(read_float(files, name))
 
 
 def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model) -> Modules:
@@ -174,11 +150,10 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
             f"{model.config.vocab - 1}, the same of embed_tokens and lm_head. Other rows are not supported; "
             f"{MERGE}"
         )
-    own_head = "head" in model.weight_names
+    own_head, table = "head" in model.weight_names, tensors_of(model)
     nodes, used = {}, set()
     for path in ("embed", *(["head"] if own_head and "lm_head" in ends else [])):
-        module = module_format(path, model.weight_names)
-        name = f"{PREFIX}{module}.{ONLY_TOKEN_ROWS if only else TOKEN_ROWS}"
+        name = f"{PREFIX}{table[path][0].module}.{ONLY_TOKEN_ROWS if only else TOKEN_ROWS}"
         if files.shapes.get(name) != (len(ids), model.config.width):
             found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
             raise ValueError(
@@ -218,34 +193,18 @@ def module_tensors(
     adapted: names of the modules that have a pair, such as model.layers.0.self_attn.q_proj, whose biases peft
     names after the layer that it wraps. only_tokens: for PEFT's type of adapters with rows of tokens alone.
     """
-    tensors = []
+    tensors, table = [], tensors_of(model, tied_head=True)
     for path, node in nodes.items():
-        name, transposed = model.weight_names.get(path, HEAD)
-        if "rows" in node:
-            end = ONLY_TOKEN_ROWS if only_tokens else TOKEN_ROWS
-            rows = node["rows"]
-            tensors.append(
-                TensorToWrite(
-                    f"{PREFIX}{name.removesuffix('.weight')}.{end}",
-                    np.dtype(rows.dtype),
-                    tuple(rows.shape),
-                    partial(layer_on_host, rows, None, False),
-                )
-            )
-            continue
-        weight, stacked = node["weight"], "{i}" in name
-        shape = tuple(weight.shape[1:] if stacked else weight.shape)
-        for i in range(weight.shape[0]) if stacked else (None,):
-            module, _, last = name.format(i=i).rpartition(".")
-            wrapped = ".base_layer" if path.endswith("_bias") and module in adapted else ""
-            tensors.append(
-                TensorToWrite(
-                    f"{PREFIX}{module}{wrapped}.{last}",
-                    np.dtype(weight.dtype),
-                    shape[::-1] if transposed else shape,
-                    partial(layer_on_host, weight, i, transposed),
-                )
-            )
+        for tensor in table[path]:
+            if "rows" in node:
+                name = f"{tensor.module}.{ONLY_TOKEN_ROWS if only_tokens else TOKEN_ROWS}"
+                shape, fetch = tuple(node["rows"].shape), partial(layer_on_host, node["rows"])
+            else:
+                wrapped = path.endswith("_bias") and tensor.module in adapted
+                name = f"{tensor.module}.base_layer.bias" if wrapped else tensor.name
+                shape, fetch = tensor.shape, partial(tensor_on_host, [tensor], {path: node["weight"]})
+            (value,) = node.values()
+            tensors.append(TensorToWrite(PREFIX + name, np.dtype(value.dtype), shape, fetch))
     return tensors
 
 
@@ -254,10 +213,9 @@ def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model:
     fields: dict[str, Any] = {"bias": settings.bias}
     saved = {path for path, node in nodes.items() if "weight" in node}
     if settings.bias != "none":
-        kernels = {module_format(p, model.weight_names) for p in saved if not p.endswith("_bias")}
-        saved = {
-            p for p in saved if not p.endswith("_bias") or module_format(p, model.weight_names) in kernels
-        }
+        modules = {path: tensors[0].module for path, tensors in tensors_of(model, tied_head=True).items()}
+        kernels = {modules[path] for path in saved if not path.endswith("_bias")}
+        saved = {path for path in saved if not path.endswith("_bias") or modules[path] in kernels}
     fields["modules_to_save"] = module_list(saved, model) or None
     if settings.trainable_token_indices:
         ids = list(settings.trainable_token_indices)
@@ -270,11 +228,8 @@ def module_list(saved: set[str], model: Model) -> list[str]:
     """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: short
     ones where no other module ends alike.
     """
-    base = spec_paths(model.specs.get("base", model.specs))
-    modules = {
-        path: [name.format(i=i) for i in range(base[path].shape[0] if "{i}" in name else 1)]
-        for path, name in _module_formats(base, model).items()
-    }
+    table = tensors_of(model, tied_head=True)
+    modules = {path: [tensor.module for tensor in tensors] for path, tensors in table.items()}
     wanted = {name for path in saved for name in modules[path]}
     everything = {name for names in modules.values() for name in names}
     listed: set[str] = set()

@@ -9,8 +9,7 @@ PEFT rounds `W - s B0 A0` to the dtype of the base, and its float32 SVD is inexa
 value of A0 B0 is close to the next one. The pair of twice the rank, from float64, has neither error.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +22,12 @@ from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft_pairs import Pair
 from jaxft.weights.peft_refusals import CONVERT
+from jaxft.weights.tensors import Tensor
 
 FIRST_PAIRS = {"pissa": principal_pair, "olora": qr_pair}
 
 
-@dataclass(frozen=True)
-class AdaptedWeight:
-    """A weight of the base that an unconverted adapter changes.
-
-    where: adapter_config.json. init: a key of FIRST_PAIRS. tensor: its name in the base's files. shape: [in,
-    out]. rank, scale: of the adapter's pair.
-    """
-
-    where: Path
-    init: str
-    tensor: str
-    shape: tuple[int, int]
-    rank: int
-    scale: float
-
-
-ReadFirstPair = Callable[[AdaptedWeight], FirstPair]  # (a0 [in, R], b0 [R, out])
+ReadFirstPair = Callable[..., FirstPair]  # (where, init, tensor, rank, scale) -> a0 [in, R], b0 [R, out]
 
 
 def start_of_unconverted(config: Mapping[str, Any]) -> str | None:
@@ -52,52 +36,59 @@ def start_of_unconverted(config: Mapping[str, Any]) -> str | None:
     return start if isinstance(start, str) and start in FIRST_PAIRS else None
 
 
-def first_pair_in(base: ModelFiles | None) -> ReadFirstPair:
-    """Return a function that computes first pairs from the files of the base, as PEFT does in float32.
+def first_pair(
+    base: ModelFiles | None, where: Path, init: str, tensor: Tensor, rank: int, scale: float
+) -> FirstPair:
+    """Return the first pair of a weight that an unconverted adapter changes, computed from the files of the
+    base as PEFT does in float32.
 
-    It raises ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of
-    several processes, whose libraries may compute other signs.
+    where: adapter_config.json. init: a key of FIRST_PAIRS. rank, scale: of the adapter's pair. Raises
+    ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of several
+    processes, whose libraries may compute other signs.
     """
-
-    def read(weight: AdaptedWeight) -> FirstPair:
-        about, name = f"{weight.where}: init_lora_weights={weight.init!r}", weight.tensor
-        if base is None or processes.is_multi_process():
-            needs = "needs the base's weights" if base is None else "is read by one process only"
-            raise ValueError(f"{about} {needs}: {CONVERT}")
-        if name in base.quantised:
-            method = base.quantised[name].method
-            raise ValueError(
-                f"{about}: {name} of the base in {base.where} is quantised ({method}); use the base in its "
-                "own precision, which quant=nf4 (--quant nf4) quantises after reading"
-            )
-        if base.shapes.get(name) != weight.shape[::-1]:
-            raise ValueError(
-                f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
-                f"{weight.shape[::-1]}; is the adapter for another base model?"
-            )
-        with finite.errors_name(f"{base.where}: tensor {name}"):
-            values = finite.require_finite(base.read(name)).astype(np.float32).T
-        return FIRST_PAIRS[weight.init](values, weight.rank, weight.scale)
-
-    return read
+    about, name = f"{where}: init_lora_weights={init!r}", tensor.name
+    if base is None or processes.is_multi_process():
+        needs = "needs the base's weights" if base is None else "is read by one process only"
+        raise ValueError(f"{about} {needs}: {CONVERT}")
+    if name in base.quantised:
+        method = base.quantised[name].method
+        raise ValueError(
+            f"{about}: {name} of the base in {base.where} is quantised ({method}); use the base in its own "
+            "precision, which quant=nf4 (--quant nf4) quantises after reading"
+        )
+    if base.shapes.get(name) != tensor.shape:
+        raise ValueError(
+            f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
+            f"{tensor.shape}; is the adapter for another base model?"
+        )
+    with finite.errors_name(f"{base.where}: tensor {name}"):
+        values = tensor.turned(finite.require_finite(base.read(name)).astype(np.float32))
+    return FIRST_PAIRS[init](values, rank, scale)
 
 
-def no_first_pair(weight: AdaptedWeight) -> FirstPair:
+def no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
     """Return a pair of zeros in place of the first one, which needs no base: for settings alone."""
-    ins, outs = weight.shape
-    return np.zeros((ins, weight.rank), np.float32), np.zeros((weight.rank, outs), np.float32)
+    ins, outs = tensor.values
+    return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
 
 
 def on_unchanged_base(
-    pair: Pair, names: tuple[Path, str, str], settings: Adapter, first_pair: ReadFirstPair
-) -> Pair:
-    """Return a pair of an unconverted adapter as `[a, a0] [b; -b0]`, of twice the rank and the same scale, in
-    float32.
+    pairs: Sequence[Pair | None],
+    tensors: Sequence[Tensor],
+    settings: Adapter,
+    read_first: Callable[[Tensor, int, float], FirstPair],
+) -> list[Pair | None]:
+    """Return the pairs of an unconverted adapter's kernel as `[a, a0] [b; -b0]`, of twice the rank and the
+    same scale, in float32; those of the table, which PEFT initialises as LoRA's, as they are.
 
-    names: the first fields of AdaptedWeight. settings: of the adapter, which compute the scale.
+    settings: of the adapter, which compute the scale.
     """
-    scale = settings.scale_of(pair.rank, pair.alpha)
-    a, b = pair.a.astype(np.float32), pair.b.astype(np.float32)
-    a0, b0 = first_pair(AdaptedWeight(*names, (len(a), b.shape[1]), pair.rank, scale))
-    alpha = pair.alpha * (2**0.5 if settings.rslora else 2)
-    return pair._replace(a=np.concatenate([a, a0], 1), b=np.concatenate([b, -b0], 0), alpha=alpha)
+    out = list(pairs)
+    for i, (tensor, pair) in enumerate(zip(tensors, pairs, strict=True)):
+        if pair is not None and tensor.path != "embed":
+            scale = settings.scale_of(pair.rank, pair.alpha)
+            a0, b0 = read_first(tensor, pair.rank, scale)
+            a = np.concatenate([pair.a.astype(np.float32), a0], 1)
+            b = np.concatenate([pair.b.astype(np.float32), -b0], 0)
+            out[i] = pair._replace(a=a, b=b, alpha=pair.alpha * (2**0.5 if settings.rslora else 2))
+    return out

@@ -2,9 +2,10 @@
 adapter_model.safetensors.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,11 @@ from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.replaced import is_replacement
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
-from jaxft.weights.gather import layer_on_host
-from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS, adaptable_weight_names, pair_names
+from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS
 from jaxft.weights.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
-from jaxft.weights.peft_pairs import MAGNITUDE
-from jaxft.weights.peft_patterns import find_patterns
+from jaxft.weights.peft_pairs import adaptable_tensors, find_patterns, pair_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
+from jaxft.weights.tensors import Tensor, layer_on_host
 
 PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them
 
@@ -40,33 +40,26 @@ def save_adapter(
         raise ValueError(f"{folder}: the adapter has no pairs to write")
     nodes = {path: node for path, node in pairs.items() if is_replacement(node)}
     pairs = {path: pair for path, pair in pairs.items() if path not in nodes}
-    formats = {path: _module_name(model, path) for path in pairs}
     layouts = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)
-    tensors, adapted = [], set[str]()
+    tensors, adapted, table = [], set[str](), adaptable_tensors(model)
     for path, pair in pairs.items():
-        _check_pair(formats[path], pair, layouts.get(path))
-        for i, (rank, alpha) in enumerate(zip(*layouts[path], strict=True)):
+        if path not in table:
+            raise ValueError(
+                f"adapter at {path}: not a linear layer of this model, which has {', '.join(table)}"
+            )
+        _check_pair(table[path][0].module, pair, layouts.get(path))
+        for tensor, rank, alpha in zip(table[path], *layouts[path], strict=True):
             if rank:
-                module = formats[path].format(i=i)
-                adapted.add(module)
-                names = pair_names(path, module)
-                one = _OnePair(names, pair, i if "{i}" in formats[path] else None, rank)
-                tensors += _tensors_of_pair(one, settings.scale_of(rank, alpha))
+                adapted.add(tensor.module)
+                tensors += pair_tensors(tensor, pair, rank, settings.scale_of(rank, alpha))
     # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
-    patterns = find_patterns(
-        layouts, formats, settings.rank, settings.alpha, full_names=hf.is_multimodal(model, base_ref)
-    )
+    full_names = hf.is_multimodal(model, base_ref)
+    patterns = find_patterns(layouts, model, settings.rank, settings.alpha, full_names)
     only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())
     tensors += module_tensors(nodes, model, adapted, only_tokens)
     if score is not None:
-        tensors.append(
-            TensorToWrite(
-                SCORE_TENSOR,
-                np.dtype(score.dtype),
-                score.shape[::-1],
-                lambda: layer_on_host(score, None, True),
-            )
-        )
+        dtype, shape = np.dtype(score.dtype), score.shape[::-1]
+        tensors.append(TensorToWrite(SCORE_TENSOR, dtype, shape, lambda: layer_on_host(score).T))
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     fields = module_fields(nodes, settings, model)
@@ -128,25 +121,6 @@ def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _module_name(model: Model, path: str) -> str:
-    """Return the Hugging Face name of an adapted module, with {i} for the layer."""
-    names = adaptable_weight_names(model)
-    if path not in names:
-        raise ValueError(f"adapter at {path}: not a linear layer of this model, which has {', '.join(names)}")
-    return names[path].removesuffix(".weight")
-
-
-class _OnePair(NamedTuple):
-    """The pair of one module, in layer `layer` of stacked leaves; rank: of which the further ones are
-    zero. names: of its tensors.
-    """
-
-    names: tuple[str, str]
-    leaves: dict[str, Any]
-    layer: int | None
-    rank: int
-
-
 def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
@@ -161,31 +135,28 @@ def _check_pair(module: str, pair: dict[str, Any], layout: PairRanks | None) -> 
         )
 
 
-def _tensors_of_pair(one: _OnePair, exact: float) -> list[TensorToWrite]:
+def pair_tensors(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: float) -> list[TensorToWrite]:
     """Return lora_A [R, in] and lora_B [out, R] of one module, with DoRA lora_magnitude_vector [out].
 
-    exact: the scale that PEFT computes from its settings; another one is folded into B.
+    pair: leaves of the kernel; what is beyond `rank` in them is zero. exact: the scale that PEFT computes
+    from its settings; another one is folded into B.
     """
-    a, b, rank = one.leaves["a"], one.leaves["b"], one.rank
+
+    def leaf(name: str) -> np.ndarray:
+        return layer_on_host(pair[name], tensor.index)
 
     def fetch_b() -> np.ndarray:
-        value = layer_on_host(b, one.layer, True)[:, :rank]
-        scale = float(layer_on_host(one.leaves["scale"], one.layer, False))
-        if np.isclose(scale, exact, rtol=1e-6):
-            return value
-        return (value * (scale / exact)).astype(value.dtype)
+        value, scale = leaf("b").T[:, :rank], float(leaf("scale"))
+        return value if np.isclose(scale, exact, rtol=1e-6) else (value * (scale / exact)).astype(value.dtype)
 
-    tensors = [
-        TensorToWrite(
-            one.names[0],
-            np.dtype(a.dtype),
-            (rank, a.shape[-2]),
-            lambda: layer_on_host(a, one.layer, True)[:rank],
-        ),
-        TensorToWrite(one.names[1], np.dtype(b.dtype), (b.shape[-1], rank), fetch_b),
+    (ins, outs), names = tensor.values, pair_names(tensor, dora="magnitude" in pair)
+    shapes = {"a": (rank, ins), "b": (outs, rank), "magnitude": (outs,)}
+    fetches: dict[str, Callable[[], np.ndarray]] = {
+        "a": lambda: leaf("a").T[:rank],
+        "b": fetch_b,
+        "magnitude": partial(leaf, "magnitude"),
+    }
+    return [
+        TensorToWrite(name, np.dtype(pair[key].dtype), shapes[key], fetches[key])
+        for name, key in zip(names, shapes, strict=False)
     ]
-    if "magnitude" in one.leaves:
-        fetch = partial(layer_on_host, one.leaves["magnitude"], one.layer, False)
-        name, outs = one.names[0].removesuffix("lora_A.weight") + MAGNITUDE, b.shape[-1]
-        tensors.append(TensorToWrite(name, np.dtype(b.dtype), (outs,), fetch))
-    return tensors

@@ -1,20 +1,15 @@
 """Load a parameter from a model's files onto a mesh.
 
-Each process reads, quantises and places only the parts that its own devices store. `load_param` first plans
-which parts of a layer [in, out] each process needs. Then it stores the parameter in one of four ways:
-
-- load_unchanged: the codes and scales in the files, if they are quantised already
-- load_floats: floats, cast to another dtype
-- load_quantised: quantised, each part on its own
-- load_with_quantised_scales: quantised, with scales that depend on parts that other processes read
-
-Each of them runs the same loop: read a part of a layer, convert it, write it into host buffers of the local
-shards. At the end the buffers are copied to the devices. The result has the same bits as on a single device.
+Each process reads, quantises and places only the parts that its own devices store: it reads a part of a
+tensor, converts it, and writes it into host buffers of the local shards, which are copied to the devices at
+the end. Scales that depend on parts that other processes read are computed on the mesh. The result has the
+same bits as on a single device.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,12 +23,17 @@ from jaxft.weights import finite
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import (
     ParamReader,
+    copy_into,
     errors_name_tensor,
     read_quantised,
     read_values,
     small_parts,
 )
-from jaxft.weights.shard_buffers import ArrayBuffers, Leaf, Limits, ShardBuffers, limits
+from jaxft.weights.quantised.file_format import array_index, arrays_of
+from jaxft.weights.tensors import Tensor, layer_on_host
+
+Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
+Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an index that can be a dict's key
 
 
 def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool) -> Leaf:
@@ -42,32 +42,35 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
     codes and scales in the files, whose layout is that of `like`; otherwise the values are cast or quantised
     from the files' own precision. Host memory holds the local shards of the parameter and one part of a
-    layer.
+    tensor.
     """
     parts_by_process = plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
     if unchanged:
-        return load_unchanged(reader, like, shardings, parts)
+        return load_parts(reader, like, shardings, parts, partial(read_quantised, reader))
     if not is_quantised(like):
-        return load_floats(reader, like, shardings, parts)
+        return load_parts(reader, like, shardings, parts)
     all_parts = [part for parts in parts_by_process.values() for part in parts]
     ins_split, outs_split = (
-        any(part[axis] != slice(0, size) for part in all_parts)
-        for axis, size in enumerate(reader.layer_shape)
+        any(part[axis] != slice(0, reader.shape[axis]) for part in all_parts) for axis in (-2, -1)
     )
     if like.outer is not None and (ins_split or outs_split):
         return load_with_quantised_scales(reader, like, shardings, parts)
     if like.block is None and ins_split:
-        shared_scales = channel_scales(reader, like, shardings, parts)
-        return load_quantised(reader, like, shardings, parts, shared_scales)
-    return load_quantised(reader, like, shardings, parts)
+        shared = channel_scales(reader, like, shardings, parts)
+
+        def with_shared_scales(tensor: Tensor, index: Index) -> Leaf:
+            return store_as(read_values(reader, tensor, index), like, shared[tensor.index][..., index[-1]])
+
+        return load_parts(reader, like, shardings, parts, with_shared_scales)
+    return load_parts(reader, like, shardings, parts)
 
 
 # The plan
 
 
 def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, list[Index]]:
-    """Return for each process the parts of every layer [in, out] that its devices store."""
+    """Return for each process the parts of the parameter that its devices store."""
     array, array_sharding = (like, shardings)
     if isinstance(like, QTensor):
         array, array_sharding = like.codes, shardings.codes
@@ -76,13 +79,22 @@ def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, li
         shards.setdefault(device.process_index, set()).add(limits(index, array.shape))
     inputs_per_code = reader.shape[-2] // array.shape[-2] if isinstance(like, QTensor) else 1
 
-    def part_of_layer(shard: Limits) -> Index:
-        index = [slice(start, stop) for start, stop in shard[len(reader.shape) - len(reader.layer_shape) :]]
+    def part_of_param(shard: Limits) -> Index:
+        index = [slice(start, stop) for start, stop in shard]
         if inputs_per_code > 1:
             index[-2] = slice(index[-2].start * inputs_per_code, index[-2].stop * inputs_per_code)
         return tuple(index)
 
-    return {process: [part_of_layer(x) for x in merge_parts(local)] for process, local in shards.items()}
+    return {process: [part_of_param(x) for x in merge_parts(local)] for process, local in shards.items()}
+
+
+def parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[Tensor, Index]]:
+    """Yield the tensors that contain these parts of the parameter, each with the part of its values."""
+    for tensor in reader.tensors:
+        lead = len(tensor.index)
+        for part in parts:
+            if all(s.start <= i < s.stop for i, s in zip(tensor.index, part[:lead], strict=True)):
+                yield tensor, part[lead:]
 
 
 def merge_parts(parts: set[Limits]) -> list[Limits]:
@@ -98,49 +110,30 @@ def merge_parts(parts: set[Limits]) -> list[Limits]:
     return [box] if sum(map(size, parts)) == size(box) else sorted(parts)
 
 
-# Four ways to store a parameter
-
-
-def load_unchanged(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> QTensor:
-    """Load codes and scales as the files store them."""
-    buffers = ShardBuffers(like, shardings, reader.stacked)
-    for layer in range(len(reader.names)):
-        for index in parts:
-            with errors_name_tensor(reader, layer, index):
-                value = read_quantised(reader, layer, index)
-            buffers.write(layer, index, value)
-    return buffers.to_devices()
-
-
-def load_floats(reader: ParamReader, like: Leaf, shardings: Leaf, parts: list[Index]) -> Leaf:
-    """Load floats, cast to the dtype of `like`; 16-bit ones may be stored as raw bits."""
-    buffers = ShardBuffers(like, shardings, reader.stacked)
-    for layer in range(len(reader.names)):
-        for index in (small for part in parts for small in small_parts(reader, part)):
-            with errors_name_tensor(reader, layer, index):
-                value = store_as(read_values(reader, layer, index), like)
-            buffers.write(layer, index, value)
-    return buffers.to_devices()
-
-
-def load_quantised(
+def load_parts(
     reader: ParamReader,
-    like: QTensor,
-    shardings: QTensor,
+    like: Leaf,
+    shardings: Leaf,
     parts: list[Index],
-    shared_scales: np.ndarray | None = None,
-) -> QTensor:
-    """Quantise each part on its own. shared_scales: scales [..., 1, out] for all parts of a channel."""
-    buffers = ShardBuffers(like, shardings, reader.stacked)
-    for layer in range(len(reader.names)):
-        for index in parts:
-            scale = None
-            if shared_scales is not None:
-                scale = (shared_scales[layer] if reader.stacked else shared_scales)[:, index[1]]
-            with errors_name_tensor(reader, layer, index):
-                value = store_as(read_values(reader, layer, index), like, scale)
-            buffers.write(layer, index, value)
+    value_of: Callable[[Tensor, Index], Leaf] | None = None,
+) -> Leaf:
+    """Load parts of a parameter, each converted on its own.
+
+    value_of(tensor, part of its values): None casts or quantises the values in the files as store_as does.
+    """
+    buffers = ShardBuffers(like, shardings)
+    for tensor, part in parts_of_tensors(reader, parts):
+        for index in [part] if is_quantised(like) else small_parts(reader, tensor, part):
+            with errors_name_tensor(reader, tensor, index):
+                if value_of is None:
+                    value = store_as(read_values(reader, tensor, index), like)
+                else:
+                    value = value_of(tensor, index)
+            buffers.write(tensor.index, index, value)
     return buffers.to_devices()
+
+
+# Scales that depend on several parts
 
 
 def load_with_quantised_scales(
@@ -152,7 +145,7 @@ def load_with_quantised_scales(
     layer at a time.
     """
     float_scales = jax.ShapeDtypeStruct(like.scale.shape, np.float32)
-    floats = load_quantised(
+    floats = load_parts(
         reader,
         replace(like, scale=float_scales, outer=None, mean=None),
         replace(shardings, outer=None, mean=None),
@@ -160,12 +153,10 @@ def load_with_quantised_scales(
     )
     names = ("scale", "outer", "mean")
     buffers = {name: ArrayBuffers(getattr(like, name), getattr(shardings, name)) for name in names}
-    for layer in range(len(reader.names)):
-        first = (slice(layer, layer + 1),) if reader.stacked else ()
-        gathered = gather(take_layer if reader.stacked else take_all, floats.scale, np.int32(layer))
-        for name, value in zip(names, encode_scales(gathered), strict=True):
-            value = value[None] if reader.stacked else value
-            buffers[name].write(full_index(first, getattr(like, name).shape), value)
+    for tensor in reader.tensors:
+        scale: Any = layer_on_host(floats.scale, tensor.index)
+        for name, value in zip(names, encode_scales(scale), strict=True):
+            buffers[name].write(tensor.index, (), value)
     arrays: dict[str, Any] = {name: buffers[name].to_devices() for name in names}
     return replace(floats, **arrays)
 
@@ -177,16 +168,86 @@ def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
     buffers = ArrayBuffers(part_scales, sharding.sharding_for_shape(shardings.codes, part_scales.shape))
     part_size = reader.shape[-2] // count
-    for layer in range(len(reader.names)):
-        first = (slice(layer, layer + 1),) if reader.stacked else ()
-        for index in parts:
-            with errors_name_tensor(reader, layer, index):
-                value = scales(read_values(reader, layer, index), like.kind, like.block)
-            ins, outs = index
-            part_rows = slice(ins.start // part_size, ins.stop // part_size)
-            value = np.broadcast_to(value, (part_rows.stop - part_rows.start, value.shape[-1]))
-            buffers.write((*first, part_rows, outs), value[None] if reader.stacked else value)
-    return gather(largest_part, buffers.to_devices())
+    for tensor, index in parts_of_tensors(reader, parts):
+        with errors_name_tensor(reader, tensor, index):
+            value = scales(read_values(reader, tensor, index), like.kind, like.block)
+        *above, ins, outs = index
+        part_rows = slice(ins.start // part_size, ins.stop // part_size)
+        value = np.broadcast_to(value, (*value.shape[:-2], part_rows.stop - part_rows.start, value.shape[-1]))
+        buffers.write(tensor.index, (*above, part_rows, outs), value)
+    return layer_on_host(buffers.to_devices()).max(-2, keepdims=True)
+
+
+# Host buffers of the shards of this process's devices
+
+
+def limits(index: Index, shape: tuple[int, ...]) -> Limits:
+    """Return (start, stop) of each dimension of an index into an array of this shape."""
+    return tuple((s.start, s.stop) for s in full_index(index, shape))
+
+
+class ArrayBuffers:
+    """Host memory for every distinct shard of an array that this process's devices store."""
+
+    def __init__(self, like: Any, sharding: Sharding) -> None:
+        self.shape, self.sharding = like.shape, sharding
+        indices = sharding.addressable_devices_indices_map(like.shape).values()
+        shards = sorted({limits(index or (), like.shape) for index in indices})
+        self.shards = {
+            shard: np.empty([stop - start for start, stop in shard], like.dtype) for shard in shards
+        }
+
+    def write(self, lead: tuple[int, ...], index: Index, value: Any) -> None:
+        """Write a value that is the part of `array[lead]` at `index` into the shards that overlap it."""
+        value = np.asarray(value)
+        index = full_index((*(slice(i, i + 1) for i in lead), *index), self.shape)
+        value = value.reshape((1,) * len(lead) + value.shape)
+        for shard, buffer in self.shards.items():
+            overlap = [
+                (max(s.start, start), min(s.stop, stop))
+                for s, (start, stop) in zip(index, shard, strict=True)
+            ]
+            if all(start < stop for start, stop in overlap):
+                to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, shard))
+                of: Any = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(overlap, index))
+                copy_into(buffer[(..., *to)], value[of])
+
+    def to_devices(self) -> jax.Array:
+        """Copy the shards to their devices, each buffer being released before the next is copied; return the
+        array.
+        """
+        devices: dict[Limits, list[jax.Device]] = {}
+        for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
+            devices.setdefault(limits(index or (), self.shape), []).append(device)
+        arrays = []
+        for shard in sorted(self.shards):
+            buffer = self.shards.pop(shard)
+            arrays += [jax.device_put(buffer, device) for device in devices[shard]]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
+
+
+class ShardBuffers:
+    """The buffers of a parameter: of its array, or of each array of a QTensor."""
+
+    def __init__(self, like: Leaf, shardings: Leaf) -> None:
+        self.like, by_name = like, arrays_by_name(shardings)
+        self.arrays = {name: ArrayBuffers(x, by_name[name]) for name, x in arrays_by_name(like).items()}
+
+    def write(self, lead: tuple[int, ...], index: Index, value: Leaf) -> None:
+        """Write a value that is the part of the kernel [..., in, out] at `lead` that `index` selects."""
+        for name, x in arrays_by_name(value).items():
+            in_array = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
+            self.arrays[name].write(lead, in_array, x)
+
+    def to_devices(self) -> Leaf:
+        """Copy the shards to their devices; return the parameter."""
+        arrays: dict[str, Any] = {name: self.arrays.pop(name).to_devices() for name in list(self.arrays)}
+        return replace(self.like, **arrays) if isinstance(self.like, QTensor) else arrays[""]
+
+
+def arrays_by_name(x: Leaf) -> dict[str, Any]:
+    """Return the arrays of a QTensor by name, or the one array under the name ""."""
+    return arrays_of(x) if isinstance(x, QTensor) else {"": x}
 
 
 # Conversion
@@ -211,29 +272,6 @@ def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> 
     return replace(finite.require_finite_scales(packed), dtype=like.dtype)
 
 
-# Between the host and the mesh
-
-
 def shard_host_array(array: np.ndarray, to: Sharding) -> jax.Array:
     """Shard an array that every process has in full; each process copies only its own shards."""
     return jax.make_array_from_callback(array.shape, to, lambda index: array[index])
-
-
-def gather(fn: Callable[..., jax.Array], x: Any, *rest: Any) -> Any:
-    """Compute `fn(x, *rest)` on the mesh of x and return it as a NumPy array on every host."""
-    return np.asarray(jax.jit(fn, out_shardings=sharding.replicated(x.sharding.mesh))(x, *rest))
-
-
-def take_layer(x: jax.Array, layer: jax.Array) -> jax.Array:
-    """`x[layer]`."""
-    return x[layer]
-
-
-def take_all(x: jax.Array, layer: jax.Array) -> jax.Array:
-    """`x`, an array without a layers axis."""
-    return x
-
-
-def largest_part(x: jax.Array) -> jax.Array:
-    """The largest of the parts on axis -2."""
-    return x.max(-2, keepdims=True)

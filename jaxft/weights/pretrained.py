@@ -4,7 +4,7 @@ packages.
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from jaxft.weights.storage import (
     leaf_sharding,
     quantised_paths,
 )
+from jaxft.weights.tensors import Tensor, tensors_of
 from jaxft.weights.tokenizer_limits import OverLimit, check_tokenizer_files
 
 NOT_COMPUTED = ("bos", "eos", "max_positions")  # fields of a config that change no value of the model
@@ -131,7 +132,7 @@ def file_notes(ref: str, model: Model) -> list[str]:
         notes.append(f"{ref}: its config.json has {stated}, which is not applied; adapter.dropout is")
     if "head" in model.weight_names and families.is_tied(families.family_of(config).from_hf(config)):
         notes.append(
-            f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD[0]} is not the embedding: "
+            f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD} is not the embedding: "
             "the head is a matrix of its own"
         )
     return notes
@@ -268,7 +269,8 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
         )
     files = open_files(ref)
     hf.check_tensors(files, model)
-    found = {path: hf.common_layout(files, model, path) for path in paths}
+    table = tensors_of(model)
+    found = {path: hf.common_layout(files, table[path]) for path in paths}
     layouts = {path: layout for path, layout in found.items() if layout is not None}
     if not layouts:
         reasons = (f" ({name}: {x.reason})" for name, x in files.quantised.items() if x.reason)
@@ -295,14 +297,14 @@ def load_base(
     """
     check_preset(ref, stored.model.config)
     files = open_files(ref)
+    readers = param_readers(files, stored.model)
     if adapter is not None:
         peft.check_base_copies(adapter, files)
         found, settings = peft.read_adapter(adapter, stored.model, files)
-        files = merge.merge_on_read(files, stored.model, found, settings.trainable_token_indices)
+        readers = merge.merge_on_read(readers, stored.model, found, settings.trainable_token_indices)
     if without is not None:
         negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)
-        files = merge.merge_on_read(files, stored.model, negated)
-    readers = param_readers(files, stored.model)
+        readers = merge.merge_on_read(readers, stored.model, negated)
 
     def load(path: str, spec: ParamSpec) -> Any:
         full, reader = f"base/{path}", readers[path]
@@ -335,11 +337,10 @@ def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
-    for path in param.spec_paths(stored.specs["base"]):
-        name = stored.model.weight_names[path][0].format(i=0)
-        if name not in files.quantised:
+    for path, tensors in tensors_of(stored.model).items():
+        if tensors[0].name not in files.quantised:
             continue
-        layout, tensor = hf.common_layout(files, stored.model, path), files.quantised[name]
+        layout, tensor = hf.common_layout(files, tensors), files.quantised[tensors[0].name]
         change = _storage_change(stored.storage[f"base/{path}"], layout, tensor)
         if change:
             groups.setdefault(change, []).append(path)
@@ -361,33 +362,32 @@ def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedT
     return f"quantised by {tensor.method} and dequantised to {dtype}{f' ({reason})' if reason else ''}"
 
 
-def with_storage_rounding(files: ModelFiles, model: Model, quant: Quant, ref: str) -> ModelFiles:
-    """Return the files of `ref` with values rounded as by a run that stores them quantised."""
-    storages = frozen_model(model, quant, ref).storage
-    rounded = {}
-    for path, spec in param.spec_paths(model.specs).items():
-        name, transposed = model.weight_names[path]
-        storage = storages[f"base/{path}"]
-        if storage.quantised:
-            layout = hf.common_layout(files, model, path)
-            unchanged = layout is not None and keeps_layout(storage, layout)
-            source = files.quantised if unchanged else {}
-            source = source if storage.codes is None else open_codes(storage.codes)
-            like = leaf_shapes(spec, storage)
-            for i in range(spec.shape[0] if "{i}" in name else 1):
-                rounded[name.format(i=i)] = (like, transposed, source)
+def with_storage_rounding(
+    readers: Mapping[str, ParamReader], model: Model, quant: Quant, ref: str
+) -> dict[str, ParamReader]:
+    """Return the readers of `ref` with values rounded as by a run that stores them quantised."""
+    stored = frozen_model(model, quant, ref)
+    specs = param.spec_paths(stored.specs["base"])
+    return {
+        path: _rounded(reader, specs[path], stored.storage[f"base/{path}"])
+        for path, reader in readers.items()
+    }
 
-    def read(name: str, index: Index = ()) -> np.ndarray:
-        if name not in rounded:
-            return files.read(name, index)
-        like, transposed, source = rounded[name]
-        if name in source:
-            stored: Any = source[name].read()
-            packed = replace(stored, dtype=like.dtype)
+
+def _rounded(reader: ParamReader, spec: ParamSpec, storage: Storage) -> ParamReader:
+    if not storage.quantised:
+        return reader
+    like = leaf_shapes(spec, storage)
+    unchanged = reader.layout is not None and keeps_layout(storage, reader.layout)
+    source = reader.files.quantised if unchanged else {}
+    source = source if storage.codes is None else open_codes(storage.codes)
+
+    def changed(tensor: Tensor, index: Index = ()) -> np.ndarray:
+        if tensor.name in source:
+            found: Any = source[tensor.name].read()
+            packed = replace(found, dtype=like.dtype)
         else:
-            value = files.read(name)
-            packed = place.store_as(value.T if transposed else value, like)
-        value = np.asarray(dequantize(packed))
-        return (value.T if transposed else value)[index]
+            packed = place.store_as(reader.read(tensor), like)
+        return np.asarray(dequantize(packed))[index]
 
-    return replace(files, read=read)
+    return replace(reader, changed=changed)

@@ -17,7 +17,7 @@ from jaxft.models.model import Model
 from jaxft.nn import fp8, param
 from jaxft.nn.lora import target_paths
 from jaxft.nn.param import ParamSpec
-from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize, shardings_of
 from jaxft.weights.quantised.file_format import same_layout
 
 
@@ -102,7 +102,7 @@ def choose_storage(
             codes = quant.codes if path.startswith("base/layers/") else None
             storage[path] = Storage(model.dtype, arguments, layout, quant.fp8_matmul, codes)
         else:
-            as_bits = is_matrix(spec) and jnp.dtype(model.dtype).itemsize == 2
+            as_bits = param.kernel(spec) and jnp.dtype(model.dtype).itemsize == 2
             storage[path] = Storage(model.dtype, ("bits", None, None) if as_bits else None)
     return StoredModel(model, storage)
 
@@ -112,18 +112,13 @@ def in_base(path: str) -> bool:
     return path.startswith("base/")
 
 
-def is_matrix(spec: ParamSpec) -> bool:
-    """Whether a parameter has two axes in addition to the stacked layers."""
-    return len(spec.axes) - ("layers" in spec.axes) == 2
-
-
 def quantised_paths(base: Any, quant: Quant) -> list[str]:
-    """Return the paths of the base's matrices that `quant.targets` selects. Raises ValueError if there are
+    """Return the paths of the base's kernels that `quant.targets` selects. Raises ValueError if there are
     none.
     """
     if quant.targets == "all-linear":
         return target_paths(base, "all-linear")
-    matrices = [path for path, spec in param.spec_paths(base).items() if is_matrix(spec)]
+    matrices = [path for path, spec in param.spec_paths(base).items() if param.kernel(spec)]
     pattern = tree.regex(quant.targets, "quant.targets")
     selected = [path for path in matrices if pattern.fullmatch(path)]
     if not selected:
@@ -168,11 +163,7 @@ def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
     if leaf.block or is_paired(leaf.kind):
         block = leaf.block if leaf.block and leaf.index is None else 2
         whole = sharding.shard_between_blocks(whole, spec.axes, spec.shape, block, path)
-    scales = (
-        whole if leaf.index is None else sharding.unsharded_along(whole, -2)
-    )  # any input may be of any block
-    places = jax.tree.map(lambda x: sharding.sharding_for_shape(scales, x.shape), leaf)
-    return replace(places, codes=sharding.sharding_for_shape(whole, leaf.codes.shape))
+    return shardings_of(leaf, whole)
 
 
 def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:

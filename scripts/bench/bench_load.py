@@ -59,9 +59,8 @@ def write_model(folder: Path, gb: float) -> None:
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
 
     def lazy(path: str, spec: Any) -> LazyTensor:
-        def make(layer: int | None) -> np.ndarray:
-            shape = spec.shape if layer is None else spec.shape[1:]
-            return rng.standard_normal(shape, np.float32).astype(dtype)
+        def make(index: tuple[int, ...]) -> np.ndarray:
+            return rng.standard_normal(spec.shape[len(index) :], np.float32).astype(dtype)
 
         return LazyTensor(spec.shape, dtype, make)
 

@@ -75,7 +75,7 @@ def test_codes_are_sharded_between_blocks_and_scales_with_them(config, path, qua
 def test_codes_of_per_channel_blocks_are_sharded_between_bytes():
     """GPTQ without groups: the 68 bytes of 136 inputs do not divide over 8 devices; the outputs do."""
     spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.full(0.0))
-    mesh = AbstractMesh((1, 1, 8, 1, 1), MESH_AXES)
+    mesh = AbstractMesh((1, 1, 8, 1, 1, 1), MESH_AXES)
     leaf = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype),
         block_layout("int4", (136, 64), None, np.float16),

@@ -113,8 +113,8 @@ def test_mesh_that_crosses_hosts_or_slices_is_an_error(shape, devices, message):
 
 
 def test_gpus_of_two_hosts_support_every_mesh_with_tensor_inside_a_host():
-    assert sharding.make_mesh(MeshShape(1, -1), GPUS).devices.shape == (1, 1, 16, 1, 1)
-    assert sharding.make_mesh(MeshShape(1, -1, slices=2), GPUS).devices.shape == (2, 1, 8, 1, 1)
+    assert sharding.make_mesh(MeshShape(1, -1), GPUS).devices.shape == (1, 1, 16, 1, 1, 1)
+    assert sharding.make_mesh(MeshShape(1, -1, slices=2), GPUS).devices.shape == (2, 1, 8, 1, 1, 1)
     rows = sharding.make_mesh(MeshShape(-1, 1, 8), GPUS).devices.reshape(-1, 8)
     assert all(len({d.process_index for d in row}) == 1 for row in rows)
 
@@ -157,6 +157,17 @@ def test_a_ring_without_a_mesh_that_shards_rows_is_an_error():
 
     run = config.load_config("configs/sft.py", ["context_keys=ring"])
     with pytest.raises(ValueError, match="context_keys=ring needs rows that are sharded .* set mesh.context"):
+        programs.build(run, 10)
+
+
+def test_a_mesh_that_shards_experts_needs_a_model_with_some():
+    from jaxft.runs import config
+    from jaxft.train import programs
+
+    run = config.load_config("configs/sft.py", ["mesh.expert=2"])
+    with pytest.raises(
+        ValueError, match="mesh.expert=2 shards the experts of layers, and this model has none"
+    ):
         programs.build(run, 10)
 
 

@@ -20,7 +20,7 @@ SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama
 
 def abstract(data=1, fsdp=1, tensor=1):
     """An abstract mesh, whose devices need not exist."""
-    return AbstractMesh((1, data, fsdp, 1, tensor), MESH_AXES)
+    return AbstractMesh((1, data, fsdp, 1, 1, tensor), MESH_AXES)
 
 
 def one_line(error):
@@ -31,10 +31,11 @@ def one_line(error):
 
 def test_minus_one_takes_the_remaining_devices():
     sizes = lambda shape: tuple(dict(make_mesh(shape).shape)[axis] for axis in MESH_AXES)  # noqa: E731
-    assert MESH_AXES == ("slices", "data", "fsdp", "context", "tensor")
-    assert sizes(MeshShape()) == (1, 8, 1, 1, 1)
-    assert sizes(MeshShape(2, -1, 2)) == (1, 2, 2, 1, 2)
-    assert sizes(MeshShape(1, -1, context=2, slices=2)) == (2, 1, 2, 2, 1)
+    assert MESH_AXES == ("slices", "data", "fsdp", "expert", "context", "tensor")
+    assert sizes(MeshShape()) == (1, 8, 1, 1, 1, 1)
+    assert sizes(MeshShape(2, -1, 2)) == (1, 2, 2, 1, 1, 2)
+    assert sizes(MeshShape(1, -1, context=2, slices=2)) == (2, 1, 2, 1, 2, 1)
+    assert sizes(MeshShape(1, expert=4, tensor=-1)) == (1, 1, 1, 4, 1, 2)
     assert make_mesh(MeshShape(2, 1, 1), jax.devices()[:2]).size == 2
 
 

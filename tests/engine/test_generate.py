@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import engine_of
+from merged_arrays import merged_arrays
 from tiny_model import tiny
 
 from jaxft.distributed import sharding
@@ -28,7 +29,6 @@ from jaxft.engine.sampling import (
 from jaxft.engine.session import RequestSettings, Session
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import Quant
@@ -247,7 +247,7 @@ def test_an_adapter_changes_completions_and_without_it_the_base_is_unchanged(wor
 def test_merged_equals_unmerged(tied):
     model, whole = tiny(jnp.float32, adapter=Adapter(rank=4, alpha=8.0, targets=BOTH), tied=tied)
     plain, _ = tiny(jnp.float32)
-    merged = {"base": lora.merge(whole["base"], whole["adapter"], jnp.float32)}
+    merged = {"base": merged_arrays(whole["base"], whole["adapter"], jnp.float32)}
     tokens = left_pad(PROMPTS, 5)
     real = np.asarray(tokens.segments > 0)
     expected = np.asarray(logits_of(model, whole, tokens))[real]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_served as tiny
 from engines import engine_of
+from merged_arrays import merged_arrays
 
 from jaxft.engine.generate import generate
 from jaxft.engine.sampling import Sampling, left_pad, row_sampling, sample_rows
@@ -17,7 +18,6 @@ from jaxft.engine.scheduler import QueueFull, Scheduler, Stopped
 from jaxft.engine.session import RequestSettings, Session
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
-from jaxft.nn import lora
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (3, 40, 1, 9, 100, 5, 30, 2, 11)]
@@ -78,7 +78,7 @@ def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_m
         lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row))
     )
     for ids, adapter in zip(found, [{}, *map(tiny.adapter, names)], strict=True):
-        merged = lora.merge(tiny.base(), adapter, jnp.float32)
+        merged = merged_arrays(tiny.base(), adapter, jnp.float32)
         row = left_pad([PROMPTS[3] + ids], 1, 64)
         assert logits(merged, row)[0, -len(ids) - 1 : -1].argmax(-1).tolist() == ids
     assert len({tuple(ids) for ids in found}) >= 15

@@ -56,7 +56,7 @@ def base_of(hf, model, dtype=jnp.float32):
     """The jaxft parameter tree of a torch model, by the name table of the model."""
     state = {k: v.detach().numpy() for k, v in hf.state_dict().items()}
     out = {}
-    for path, (name, transpose) in model.weight_names.items():
+    for path, (name, transpose, *_) in model.weight_names.items():
         layers = range(model.config.layers) if "{i}" in name else [None]
         parts = [state[name.format(i=i)] for i in layers]
         parts = [p.T if transpose else p for p in parts]

@@ -15,7 +15,7 @@ from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.llama import llama
 from jaxft.nn import fp8, matmul, param
 from jaxft.nn.lm_head import lm_head
-from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.quant import Quant, dequantize, quantize
 from jaxft.train import partition
 from jaxft.weights import storage
@@ -95,7 +95,8 @@ def test_adapters_are_multiplied_in_the_compute_dtype_and_added():
 
         @jit
         def both(w, x, a, b, g, scale=scale):
-            y, back = jax.vjp(lambda x, a, b: matmul.linear(x, Adapted(w, a, b, scale)), x, a, b)
+            over = (ADAPTERS,) * len(scale.shape)
+            y, back = jax.vjp(lambda x, a, b: matmul.linear(x, Adapted(w, a, b, scale, over=over)), x, a, b)
             return y, *back(g)
 
         (y, dx, da, db), (other, *others) = (both(one, x, a, b, g) for one in (w, plain))
@@ -137,7 +138,8 @@ def test_residuals_are_the_input_and_the_codes(adapters):
     w = weight(42, 6)
     if adapters:
         each = (adapters,) if adapters > 1 else ()
-        w = Adapted(w, jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), jnp.ones(each))
+        a, b, over = jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), (ADAPTERS,) * len(each)
+        w = Adapted(w, a, b, jnp.ones(each), over=over)
     x = jnp.ones((3, 42), jnp.bfloat16)
     kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: matmul.linear(x, w), x)[1], x))
     assert {x.dtype for x in kept if x.shape[-2:] == (42, 6)} == {jnp.dtype(jnp.uint8)}

@@ -2,6 +2,8 @@
 parallelism, and what moves between devices.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh, partition_spec
 from jaxft.nn.fused_linear import fused_linear
-from jaxft.nn.lora import Adapted
+from jaxft.nn.lora import ADAPTERS, Adapted
 from jaxft.nn.matmul import gather_layer, linear
 from jaxft.nn.param import ParamSpec, fan_in, sharding_of
 from jaxft.nn.quant import dequantize, is_qtensor, quantize
@@ -30,7 +32,7 @@ def adapted(weight, several=False):
     a, b = array(32, 3, seed=1), array(3, 20, seed=2)
     return Adapted(
         weight, *((jnp.stack([a, a + 1]), jnp.stack([b, b - 1])) if several else (a, b)),
-        jnp.full((2,) if several else (), 0.5),
+        jnp.full((2,) if several else (), 0.5), over=(ADAPTERS,) * several,
     )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ WEIGHTS = {
 def by_columns(w, start, stop):
     """The columns of a weight, dequantised."""
     if isinstance(w, Adapted):
-        return Adapted(by_columns(w.weight, start, stop), w.a, w.b[..., start:stop], w.scale)
+        return replace(w, weight=by_columns(w.weight, start, stop), b=w.b[..., start:stop])
     return (dequantize(w) if is_qtensor(w) else w)[:, start:stop].astype(jnp.float64)
 
 
@@ -64,7 +66,7 @@ def gradients(fn, x, w):
     def loss(x, trained):
         used = trained.get("w", w)
         if "a" in trained:
-            used = Adapted(w.weight, trained["a"], trained["b"], w.scale)
+            used = replace(w, **trained)
         out = fn(x, used)
         factors = [array(*part.shape, seed=i) for i, part in enumerate(out)]
         return sum(jnp.sum(part * f) for part, f in zip(out, factors, strict=True)), out
@@ -96,7 +98,7 @@ def test_fused_projections_are_the_separate_ones(kind, mesh):
         devices = make_mesh(MESHES[mesh])
         stored = w.weight if isinstance(w, Adapted) else w
         stored = jax.tree.map(jax.device_put, stored, leaf_sharding(SPEC, stored, devices, "qkv"))
-        w = Adapted(stored, w.a, w.b, w.scale) if isinstance(w, Adapted) else stored
+        w = replace(w, weight=stored) if isinstance(w, Adapted) else stored
         with jax.set_mesh(devices):
             found = gradients(fused, x, w)
     # quantised scales are decoded in float32, where two programs may round differently

@@ -8,9 +8,8 @@ import pytest
 from jaxft.nn import lora_rows
 from jaxft.nn.layers import embed
 from jaxft.nn.lm_head import head_params, lm_head
-from jaxft.nn.lora import Adapted, attach
+from jaxft.nn.lora import Adapted, Several, attach
 from jaxft.nn.matmul import linear
-from jaxft.weights.gains import with_gains
 
 RNG = np.random.default_rng(0)
 
@@ -32,7 +31,7 @@ def test_each_row_has_its_adapter_whatever_ranks_and_kernels_the_adapters_have()
     stack = lora_rows.stack_by_row(adapters)
     assert stack["layers"]["q"]["a"].shape == (2, 3, 6, 3) and stack["layers"].keys() == {"q", "k"}
     rows, x = np.asarray([1, 0, 2, 2, 1], np.int32), RNG.normal(0, 1, (5, 4, 6)).astype(np.float32)
-    found = lora_rows.attach_rows(base, stack, jnp.asarray(rows))["layers"]
+    found = attach(base, Several(stack), rows=jnp.asarray(rows))["layers"]
     for name in base["layers"]:
         for layer in range(2):
             w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], found[name])
@@ -44,7 +43,7 @@ def test_each_row_has_its_adapter_whatever_ranks_and_kernels_the_adapters_have()
                     expected = expected + own["scale"][layer] * (x[row] @ own["a"][layer] @ own["b"][layer])
                 np.testing.assert_allclose(y[row], expected, rtol=1e-4, atol=1e-4)
     assert not isinstance(found["v"], Adapted)
-    assert lora_rows.attach_rows(base, None, jnp.asarray(rows)) is base
+    assert attach(base, Several(None), rows=jnp.asarray(rows)) is base
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -64,7 +63,7 @@ def test_16_bit_stacks_are_stored_as_raw_bits_and_compute_the_same(tokens):
     )
     results = []
     for some in (plain, {"layers": {"q": jax.tree.map(jnp.asarray, stored)}}):
-        first = jax.tree.map(lambda leaf: leaf[0], lora_rows.attach_rows(base, some, rows)["layers"]["q"])
+        first = jax.tree.map(lambda leaf: leaf[0], attach(base, Several(some), rows=rows)["layers"]["q"])
         results.append(linear(x, first))
     np.testing.assert_array_equal(*results)
     assert not np.array_equal(results[0], x @ base["layers"]["q"][0])
@@ -87,16 +86,16 @@ def outside_layers(tied):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_table_and_the_head_of_each_row_are_those_of_its_adapter_alone(tied, dtype):
     base, adapters = outside_layers(tied)
-    stack = lora_rows.stack_by_row([with_gains(base, one) for one in adapters])
+    stack = lora_rows.stack_by_row([lora_rows.with_gains(base, one) for one in adapters])
     stored = jax.tree.map(jnp.asarray, lora_rows.stored_stack(stack, dtype))
     assert stored["embed"]["a"].dtype == ("uint16" if dtype == "bfloat16" else dtype)
     assert stored["head"]["gain"].dtype == "float32" and stored["head"]["gain"].shape == (4, 7)
     rows = jnp.asarray([3, 0, 1, 2, 3], jnp.int32)
     ids, h = jnp.asarray(RNG.integers(0, 7, (5, 3))), jnp.asarray(RNG.normal(0, 1, (5, 6)), dtype)
     base = jax.tree.map(lambda x: x.astype(dtype), base)
-    found = lora_rows.attach_rows(base, stored, rows)
+    found = attach(base, Several(stored), rows=rows)
     table, logits = embed(found["embed"], ids, dtype), lm_head(head_params(found), h)
-    equal = lora_rows.of_equal_shapes([with_gains(base, one) for one in adapters])
+    equal = lora_rows.of_equal_shapes([lora_rows.with_gains(base, one) for one in adapters])
     for i, number in enumerate(rows.tolist()):
         for alone in (adapters, equal):
             own = attach(base, alone[number - 1] if number else None)

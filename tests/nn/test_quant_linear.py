@@ -16,7 +16,7 @@ from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import layers, lora, matmul
 from jaxft.nn.lm_head import lm_head
-from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.sft import sft
@@ -76,7 +76,8 @@ def test_matmuls_with_one_and_several_adapters(x64, form):
     a, b, scale = random(42, 3, seed=2), random(3, 6, seed=3), jnp.asarray(1.7)
     same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
     a, b, scale = random(3, 42, 2, seed=2), random(3, 2, 6, seed=3), random(3, seed=4)
-    same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+    over = (ADAPTERS,)
+    same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5, over=over), key), w, x, a, b)
 
 
 @pytest.mark.quick_cases("kept-nf4-16-None", "remat-nf4-16-False", "remat-int8*", "kept-affine4*")
@@ -195,7 +196,8 @@ def test_no_dequantised_weight_is_a_residual(form, adapters):
     w = quantize(random(42, 6, dtype=jnp.bfloat16), *form)
     if adapters:
         each = (adapters,) if adapters > 1 else ()
-        w = Adapted(w, jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), jnp.ones(each))
+        a, b, over = jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), (ADAPTERS,) * len(each)
+        w = Adapted(w, a, b, jnp.ones(each), over=over)
     dora = [dataclasses.replace(w, magnitude=jnp.ones((*each, 6)))] if adapters else []
     for weight in (w, *dora):
         kept = jax.tree.leaves(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from merged_arrays import merged_arrays
 from pair_batches import COUPLED, ONLY_W, by_table, laid, micro, pairs_for, random_pairs, start_aux, table_see
 from preference_rows import EVERY, THIRD
 from tiny_model import tiny
@@ -14,7 +15,6 @@ from tiny_model import tiny
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.flat import Flat
-from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
@@ -154,12 +154,12 @@ def test_a_moving_reference_of_adapters_is_tr_dpo_on_full_weights():
     trainable, frozen = tree.partition(whole, tree.mask_by_path(whole, "adapter/.*/[ab]"))
     fresh = tree.map_with_path(lambda path, x: 0 * x if path.endswith("/b") else x, trainable)
     aux = start_aux(objective, fresh, True)
-    blended = lora.merge(whole["base"], tree.combine(fresh, frozen)["adapter"], jnp.float64)
+    blended = merged_arrays(whole["base"], tree.combine(fresh, frozen)["adapter"], jnp.float64)
     for number in (1, 2):
         noise = jax.tree.map(lambda x, n=number: jnp.sin(n + jnp.arange(x.size).reshape(x.shape)), fresh)
         policy = jax.tree.map(lambda x, change: x + 0.1 * change, fresh, noise)
         aux = objective.update(aux, policy, {})
-        merged = lora.merge(whole["base"], tree.combine(policy, frozen)["adapter"], jnp.float64)
+        merged = merged_arrays(whole["base"], tree.combine(policy, frozen)["adapter"], jnp.float64)
         blended = jax.tree.map(lambda p, r: 0.6 * p + 0.4 * r, merged, blended)
     batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
     reference = objective.score(tree.combine(policy, frozen), batch, aux).reference

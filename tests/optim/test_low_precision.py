@@ -1,5 +1,7 @@
 """Moments in few bits: how far codes are from values, a layer's blocks, bytes, training as with float32."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from tiny_model import assert_close
 from tiny_run import Place, write_place
 
 from jaxft.nn import param
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param import ParamSpec, full, lead_shape
 from jaxft.nn.quant_formats import DYNAMIC
 from jaxft.optim.low_precision import (
     BLOCK,
@@ -42,7 +44,7 @@ def random(path, seed, scale=1.0):
 
 
 there_and_back = jax.jit(
-    lambda x, layers, signed: decode_blocks(encode_blocks(x, layers, signed), layers, signed),
+    lambda x, stacked, signed: decode_blocks(encode_blocks(x, stacked, signed), stacked, signed),
     static_argnums=(1, 2),
 )
 
@@ -65,14 +67,14 @@ def test_the_codes_are_256_values_with_0_and_1():
     st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
 )
 def test_a_value_becomes_the_nearest_level_of_its_block(seed, path, signed, scale):
-    layers, table = "layers" in SPECS[path].axes, DYNAMIC if signed else POSITIVE
+    stacked, table = math.prod(lead_shape(SPECS[path])), DYNAMIC if signed else POSITIVE
     kept = jax.random.uniform(jax.random.key(seed), SPECS[path].shape) > 0.1
     x = random(path, seed, scale)
     x = x * kept.astype(x.dtype)
     x = x if signed else jnp.abs(x)
-    found = np.asarray(there_and_back(x, layers, signed))
+    found = np.asarray(there_and_back(x, stacked, signed))
     assert found.shape == x.shape and (found[np.asarray(x) == 0] == 0).all()
-    rows, size = _rows(x.shape, layers)
+    rows, size = _rows(x.shape, stacked)
     room = -size % BLOCK
 
     def cut(y):
@@ -87,12 +89,12 @@ def test_a_value_becomes_the_nearest_level_of_its_block(seed, path, signed, scal
 
 def test_a_block_is_256_values_of_one_layer():
     x = random("kernel", 0).at[1].mul(1000)
-    whole = encode_blocks(x, True, True)
+    whole = encode_blocks(x, 3, True)
     assert whole.absmax.shape == (3 * 64, 2) and whole.codes.shape == x.shape
     for layer in range(3):
-        alone = decode_blocks(encode_blocks(x[layer], False, True), False, True)
-        np.testing.assert_array_equal(decode_blocks(whole, True, True)[layer], alone)
-    assert encode_blocks(random("a", 0), True, True).absmax.shape == (3, -(-600 * 8 // BLOCK))
+        alone = decode_blocks(encode_blocks(x[layer], 1, True), 1, True)
+        np.testing.assert_array_equal(decode_blocks(whole, 3, True)[layer], alone)
+    assert encode_blocks(random("a", 0), 3, True).absmax.shape == (3, -(-600 * 8 // BLOCK))
 
 
 def trained(optimizer, steps=6, **knobs):
@@ -171,8 +173,8 @@ def test_small_changes_of_a_bfloat16_moment_are_not_lost():
 def test_the_start_is_what_zeros_are_encoded_as(shape, layers, signed):
     jax.tree.map(
         np.testing.assert_array_equal,
-        encoded_zeros(shape, layers, signed),
-        encode_blocks(jnp.zeros(shape), layers, signed),
+        encoded_zeros(shape, shape[0] if layers else 1, signed),
+        encode_blocks(jnp.zeros(shape), shape[0] if layers else 1, signed),
     )
 
 

@@ -44,7 +44,7 @@ def sharded(optimizer, shape=MESH, **settings):
     mesh, params = setting(shape)
     made = make_optimizer(Optim(optimizer=optimizer, **settings), SPECS, 10)
     state = jax.eval_shape(made.init, params)
-    places = state_shardings(made, state, params, mesh)
+    places = state_shardings(made, state, params, SPECS, mesh)
     assert jax.tree.structure(places) == jax.tree.structure(state)
     return tree.paths(state), tree.paths(places), tree.paths(params), mesh
 
@@ -75,7 +75,7 @@ def test_averages_are_sharded_as_their_parameters_and_the_losses_of_spikes_are_o
     mesh, params = setting(MESH)
     made = skip_spikes(make_optimizer(Optim(layerwise=layerwise, **settings), SPECS, 10), 6.0, 16)
     state = jax.eval_shape(made.init, params)
-    places, shapes = tree.paths(state_shardings(made, state, params, mesh)), tree.paths(params)
+    places, shapes = tree.paths(state_shardings(made, state, params, SPECS, mesh)), tree.paths(params)
     averages = {path: places[path] for path in places if "/average/" in path or "/z/" in path}
     assert len(averages) == 3
     for path, place in averages.items():

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.train import partition
@@ -111,7 +112,8 @@ def main(port, count, process, cases, adapter):
         settings = adapters.read_adapter_settings(start, t.model) if start else Adapter(rank=2)
         t = partition.partition_params(pretrained.model_for(cases[0][0]), settings, None)
         one, many = (
-            init.init_adapter(t.model, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"])
+            init.init_all_but_base(t.model, mesh, 7, HeadSettings(settings, start))
+            for mesh in (one_device(), meshes["1x8"])
         )
         assert_has_the_bits_of(many, one)
     print(json.dumps(fractions), flush=True)

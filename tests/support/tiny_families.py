@@ -139,7 +139,7 @@ def our_model(name, dtype=jnp.float32, **options):
 def params_of(torch_state, model, dtype=jnp.float32):
     """The parameter tree of {name: tensor}, by the model's table of names."""
     out = {}
-    for path, (name, transpose) in model.weight_names.items():
+    for path, (name, transpose, *_) in model.weight_names.items():
         layers = range(model.config.layers) if "{i}" in name else [None]
         parts = [torch_state[name.format(i=i)].detach().numpy() for i in layers]
         parts = [p.T if transpose else p for p in parts]

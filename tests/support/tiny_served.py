@@ -17,9 +17,8 @@ from jaxft.models.adapted import adapted_by_row
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_rows import stack_by_row
+from jaxft.nn.lora_rows import stack_by_row, with_gains
 from jaxft.nn.lora_specs import adapter_specs
-from jaxft.weights.gains import with_gains
 from jaxft.weights.lora_start import init_magnitudes
 
 TOKENIZER = tiny_tokenizers.tiny("chatml")

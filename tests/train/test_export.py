@@ -135,7 +135,7 @@ def test_peak_memory_of_merging_is_a_fraction_of_the_model(world, tmp_path):
     write_folder(tmp_path / "base", wide)
     model = pretrained.model_for(str(tmp_path / "base"))
     total = sum(p.numel() * 4 for p in wide.parameters())
-    base = merge_files(pretrained.open_files(str(tmp_path / "base")), model, None, np.float32)
+    base = merge_files(pretrained.open_params(str(tmp_path / "base"), model), model, None, np.float32)
     tracemalloc.start()
     hf_write.save_folder(tmp_path / "out", model, base, None)
     peak = tracemalloc.get_traced_memory()[1]

@@ -319,7 +319,7 @@ def test_a_gguf_file_whose_tokens_have_other_ids_is_an_error_and_is_not_written(
 
     monkeypatch.setattr(gguf_save, "tokenizer_fields", damaged)
     model = pretrained.model_for(str(tmp_path / "in"), dtype=jnp.float32)
-    base = merge_files(pretrained.open_files(str(tmp_path / "in")), model, None, jnp.float32)
+    base = merge_files(pretrained.open_params(str(tmp_path / "in"), model), model, None, jnp.float32)
     (tmp_path / "out").mkdir()
     words = (
         rf"'<tool>' has id {first}, and in" if damage == "order" else r"'<tool>' \(id \d+\) would be split"

@@ -151,9 +151,12 @@ def test_a_row_with_a_non_finite_weight_is_named(place):
 
 def test_the_first_non_finite_gradient_is_that_of_the_last_such_layer():
     outputs, nan = [np.ones((1, 4, 2))], float("nan")
-    gradients = {"adapter/attn/q/a": np.array([nan, nan, 1.0]), "adapter/attn/k/a": np.array([1.0, 1.0, 1.0])}
+    gradients = {
+        f"adapter/layers/attn/{name}/a": np.array(norms)
+        for name, norms in (("q", [nan, nan, 1.0]), ("k", [1.0, 1.0, 1.0]))
+    }
     text = first_nonfinite(Diagnosis({}, gradients, outputs), {"ids": np.zeros((1, 2, 3))}, ["a", "b"])
-    assert text.endswith("the first gradient that is not is that of layer 1 (adapter/attn/q/a)")
+    assert text.endswith("the first gradient that is not is that of layer 1 (adapter/layers/attn/q/a)")
 
 
 def test_norms_per_layer_and_kind_equal_those_of_the_leaves():
@@ -168,7 +171,7 @@ def test_norms_per_layer_and_kind_equal_those_of_the_leaves():
         watch.kind_of(path)
         for path in ("adapter/layers/attn/q/a", "base/layers/attn/q", "critic/adapter/layers/mlp/up/b")
     ]
-    assert kinds == ["attn/q", "attn/q", "critic/mlp/up"]
+    assert kinds == ["layers/attn/q", "layers/attn/q", "layers/critic/mlp/up"]
 
 
 @pytest.mark.slow

@@ -44,7 +44,9 @@ def folder(tmp_path_factory):
             Adapter(rank=3, alpha=6.0, targets=("q", "up")),
         )
         t = partition.partition_params(model, settings, None)
-        fresh = init.init_adapter(t.model, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
+        fresh = init.init_all_but_base(
+            t.model, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7, HeadSettings()
+        )["adapter"]
         rng = np.random.default_rng(0)
         adapter = tree.map_with_path(
             lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh
@@ -285,8 +287,8 @@ def test_a_run_resumes_with_its_first_pairs_and_exports_for_the_unchanged_base(
     out = export.export_run(p.partition, params, run, tokenizer, tmp_path, start_pairs)
     written, settings = peft.read_adapter(out, run.model)
     assert settings == run.adapter.exported
-    files = pretrained.open_files(run.weights)
-    whole, found = (merge.merge_files(files, run.model, x, np.float64) for x in (None, written))
+    readers = pretrained.open_params(run.weights, run.model)
+    whole, found = (merge.merge_files(readers, run.model, x, np.float64) for x in (None, written))
     expected = merge.merge_params(frozen["base"], adapter, np.float64)
     for path in ("layers/attn/v", "layers/mlp/up"):
         weight, ours, trained_weight = (at(x, path)[1] for x in (whole, found, expected))

@@ -61,7 +61,7 @@ def test_a_matmul_with_several_adapters_equals_one_matmul_per_adapter(packed):
     w = quantize(w.astype(jnp.bfloat16), "bits") if packed else w
 
     def together(x, a, b, w):
-        return matmul.linear(x, Adapted(w, a, b, scale))
+        return matmul.linear(x, Adapted(w, a, b, scale, over=(lora.ADAPTERS,)))
 
     def apart(x, a, b, w):
         rows = x.reshape(K, B, T, size)
@@ -81,7 +81,8 @@ def test_a_matmul_with_several_adapters_equals_one_matmul_per_adapter(packed):
 def test_a_16_bit_matmul_with_several_adapters_saves_no_dequantised_weight_and_has_float32_gradients():
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
     a, b = random(4, 6, 2, dtype=jnp.float32), random(4, 2, 5, dtype=jnp.float32)
-    product = lambda x, a, b: matmul.linear(x, Adapted(w, a, b, jnp.ones(4, jnp.float32)))  # noqa: E731
+    scale = jnp.ones(4, jnp.float32)
+    product = lambda x, a, b: matmul.linear(x, Adapted(w, a, b, scale, over=(lora.ADAPTERS,)))  # noqa: E731
     x = random(8, 3, 6, dtype=jnp.bfloat16)
     saved = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(product, x, a, b)[1], x))
     assert {leaf.dtype for leaf in saved if leaf.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}
@@ -114,8 +115,8 @@ def test_a_forward_pass_with_adapters_of_several_ranks_equals_one_pass_per_adapt
     tiled = jax.tree.map(lambda x: jnp.concatenate([x] * len(RANKS)), batch)
 
     def together(adapters):
-        whole = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), lora.stack_adapters(adapters))
-        return model.hidden({"base": weights, "adapter": whole}, tiled)
+        whole = lora.several({"adapter": lora.stack_adapters(adapters)})
+        return model.hidden({"base": weights, **whole}, tiled)
 
     def apart(adapters):
         return jnp.concatenate([model.hidden({"base": weights, "adapter": one}, batch) for one in adapters])

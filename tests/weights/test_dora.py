@@ -10,7 +10,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from tiny_model import assert_close
 
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear
 from jaxft.nn.param import init_params
@@ -81,9 +81,9 @@ def test_our_adapter_has_the_same_logits_in_peft_merged_and_read_again(world, tm
     expected = theirs.merge_and_unload().state_dict()["model.layers.1.mlp.down_proj.weight"].numpy()
     merged = merge_params(base, adapter, np.float32)["layers"]["mlp"]["down"][1]
     np.testing.assert_allclose(merged.T, expected, atol=1e-5)
-    read = merge_on_read(pretrained.open_files(str(folder)), model, without_head).read
-    part = read("model.layers.1.mlp.down_proj.weight", (slice(3, 9), slice(5, 50)))
-    np.testing.assert_allclose(part, expected[3:9, 5:50], atol=1e-5)
+    down = merge_on_read(pretrained.open_params(str(folder), model), model, without_head)["layers/mlp/down"]
+    part = down.read(down.tensors[1], (slice(5, 50), slice(3, 9)))
+    np.testing.assert_allclose(part.T, expected[3:9, 5:50], atol=1e-5)
 
 
 def test_an_adapter_by_peft_has_the_same_logits_here_and_written_again(world, tmp_path):
@@ -179,7 +179,7 @@ def test_several_adapters_are_each_alone(x64):
         )  # fmt: skip
 
     def together(a, b, m):
-        return linear(x, Adapted(w, a, b, scale, 0.0, m))
+        return linear(x, Adapted(w, a, b, scale, 0.0, m, over=(ADAPTERS,)))
 
     found, expected = (
         jax.value_and_grad(lambda p, f=f: jnp.sum(jnp.sin(f(*p))))((a, b, m)) for f in (together, alone)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from merged_arrays import merged_arrays
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.adapted import adapted
-from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.quant import Quant
@@ -206,7 +206,7 @@ def test_a_trained_adapter_is_the_same_in_peft_merged_and_read_again(world, tmp_
     np.testing.assert_allclose(
         our_logits(adapted(world[1], read), {"base": base, "adapter": again}, tokens), expected, atol=1e-4
     )
-    merged = lora.merge(base, again, jnp.float32)
+    merged = merged_arrays(base, again, jnp.float32)
     np.testing.assert_allclose(our_logits(world[1], merged, tokens), expected, atol=1e-4)
     budget = sum(sum(x.ranks) for x in pair_layouts(world[1].specs, settings, world[1].weight_names).values())
     layouts = pair_layouts(world[1].specs, read, world[1].weight_names)

@@ -95,7 +95,7 @@ def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
     )
     state = reference.state_dict()
     base = load_on_host(str(located.path), model, lambda path, array: array)
-    for out in hf_write.tensors_to_write(base, model.weight_names):
+    for out in hf_write.tensors_to_write(base, model):
         np.testing.assert_array_equal(out.fetch(), state[out.name].float().numpy(), err_msg=out.name)
 
 
@@ -112,7 +112,7 @@ def test_every_tensor_type_is_what_the_gguf_package_dequantises(tmp_path, kind, 
     model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, kind))
     assert model.config.tied == tied and model.config.norm_eps == reference.config.rms_norm_eps
     state = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
-    for out in hf_write.tensors_to_write(base, model.weight_names):
+    for out in hf_write.tensors_to_write(base, model):
         value, got = state[out.name], out.fetch()
         if value.ndim == 2:
             expected = gguf_package.quants.dequantize(gguf_package.quants.quantize(value, kind), kind)

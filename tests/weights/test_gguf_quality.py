@@ -140,7 +140,7 @@ def importances(exact):
     model, rng = pretrained.model_for(SMOLLM2), np.random.default_rng(0)
     names = gguf_package.get_tensor_name_map(gguf_package.MODEL_ARCH.LLAMA, 30)
     of_hf, of_gguf = {}, {}
-    for path, (pattern, _) in model.weight_names.items():
+    for path, (pattern, *_) in model.weight_names.items():
         for hf in (pattern.format(i=i) for i in range(30 if path.startswith("layers/") else 0)):
             name = names.get_name(hf, try_suffixes=(".weight",))
             if exact[name].ndim == 2:

@@ -33,6 +33,7 @@ from jaxft.weights import (
 from jaxft.weights.gguf_header import read_gguf_header
 from jaxft.weights.merge import merge_files
 from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.param_reader import param_readers
 
 torch = pytest.importorskip("torch")
 ROWS = 416  # of embeddings: the tiny tokenizers have up to 400 tokens
@@ -61,7 +62,7 @@ def save(path, reference, mixture="F32", tokenizer=None, ends=(), name="tiny"):
     config = reference.config.to_dict()
     family = families.family_of(config)
     model = family.build(family.from_hf(config), dtype=jnp.float32)
-    base = merge_files(files_of(reference), model, None, jnp.float32)
+    base = merge_files(param_readers(files_of(reference), model), model, None, jnp.float32)
     options = gguf_save.GgufOptions(mixture, name, ends)
     gguf_save.save_gguf(path, model, base, tokenizer or plain_tokenizer(), options)
     return model

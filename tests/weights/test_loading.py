@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft import tree
+from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, is_qtensor, quantize
@@ -134,7 +135,7 @@ def test_the_bits_of_one_device_are_those_of_quantising_the_stacked_parameter(fo
     t = held_as(folders["plain"], form)
     base = tree.paths(pretrained.load_base(str(folders["plain"]), t.stored, one_device()), is_qtensor)
     for path, spec in param.spec_paths(t.model.specs["base"]).items():
-        name, turned = t.model.weight_names[path]
+        name, turned, *_ = t.model.weight_names[path]
         layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
         value = (
             np.stack([x.T if turned else x for x in layers])
@@ -160,7 +161,9 @@ def together(folders, tmp_path_factory):
     t = partition.partition_params(model, settings, None)
     peft_write.save_adapter(
         adapter,
-        jax.tree.map(lambda x: x + 1, init.init_adapter(t.model, one_device(), 3)),
+        jax.tree.map(
+            lambda x: x + 1, init.init_all_but_base(t.model, one_device(), 3, HeadSettings())["adapter"]
+        ),
         settings,
         model,
         "base",
@@ -279,10 +282,11 @@ def test_a_value_that_cannot_be_quantised_is_reported_with_its_tensor_and_part(f
         ):
             pretrained.load_base(str(tmp_path), t.stored, mesh)
     reader = pretrained.open_params(str(tmp_path), t.model)["layers/mlp/up"]
+    tensor = reader.tensors[1]
     half = (slice(0, 64), slice(0, 256))
     message = r"1 of 16384 values .* the first at .5, 3.; .*in its part .0:64, 0:256..$"
-    with pytest.raises(ValueError, match=message), param_reader.errors_name_tensor(reader, 1, half):
-        quantize(param_reader.read_values(reader, 1, half), form)
+    with pytest.raises(ValueError, match=message), param_reader.errors_name_tensor(reader, tensor, half):
+        quantize(param_reader.read_values(reader, tensor, half), form)
 
 
 def bench(*argv):

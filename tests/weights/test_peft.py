@@ -11,13 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from host_weights import load_on_host
+from merged_arrays import merged_arrays
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter, merge
+from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.weights import hf_write, init, peft_write, pretrained
@@ -166,7 +167,9 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
     assert np.abs(expected - our_logits(model, base, tokens)).max() > 0.1
 
     hf_write.save_folder(tmp_path / "base", model, base, tokenizer, ref)
-    hf_write.save_folder(tmp_path / "merged", model, merge(base, adapter, jnp.float32), tokenizer, ref)
+    hf_write.save_folder(
+        tmp_path / "merged", model, merged_arrays(base, adapter, jnp.float32), tokenizer, ref
+    )
     peft_write.save_adapter(tmp_path / "adapter", adapter, settings, model, ref)
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged")).eval()
     np.testing.assert_allclose(torch_logits(merged, tokens), expected, atol=2e-3)
@@ -228,8 +231,9 @@ def test_targets_of_a_start_are_compared_as_the_layers_that_they_name(world, tmp
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     for targets in ("all-linear", ALL, ALL[::-1], "layers/.*"):
         same = Adapter(rank=2, alpha=4.0, targets=targets)
-        loaded = init.init_adapter(adapted(world[1], same), mesh, 0, same, str(tmp_path))
-        assert set(loaded["layers"]["attn"]) == {"q", "k", "v", "o"}
+        start = HeadSettings(same, str(tmp_path))
+        loaded = init.init_all_but_base(adapted(world[1], same), mesh, 0, start)
+        assert set(loaded["adapter"]["layers"]["attn"]) == {"q", "k", "v", "o"}
     for changes, differing in [
         (dict(targets=ALL[1:]), r"its adapter has targets=\(.*\), but the run's has targets=\('k_proj', "),
         (dict(alpha=8.0, targets="layers/.*"), "its adapter has alpha=4.0, but the run's has alpha=8.0"),
@@ -237,7 +241,7 @@ def test_targets_of_a_start_are_compared_as_the_layers_that_they_name(world, tmp
     ]:
         other = replace(settings, **changes)
         with pytest.raises(ValueError, match=f"{differing}.*use the folder's settings"):
-            init.init_adapter(adapted(world[1], other), mesh, 0, other, str(tmp_path))
+            init.init_all_but_base(adapted(world[1], other), mesh, 0, HeadSettings(other, str(tmp_path)))
 
 
 def test_an_adapter_is_merged_into_weights_as_they_are_read(world, tmp_path):
@@ -245,14 +249,18 @@ def test_an_adapter_is_merged_into_weights_as_they_are_read(world, tmp_path):
     adapter = trained(world[1], settings)
     peft_write.save_adapter(tmp_path, adapter, settings, world[1], "base")
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).merge_and_unload().state_dict()
-    plain = pretrained.open_files(str(world[0]))
-    files = merge_on_read(plain, world[1], adapter)
-    for name in files.shapes:
-        np.testing.assert_allclose(files.read(name), theirs[name].numpy(), atol=1e-6, err_msg=name)
-    down = "model.layers.1.mlp.down_proj.weight"
-    part = files.read(down, (slice(3, 9), slice(40, 96)))
-    np.testing.assert_array_equal(part, files.read(down)[3:9, 40:96])
-    assert np.abs(files.read(down) - plain.read(down)).max() > 1e-3
+    plain = pretrained.open_params(str(world[0]), world[1])
+    readers = merge_on_read(plain, world[1], adapter)
+    for reader in readers.values():
+        for tensor in reader.tensors:
+            expected = theirs[tensor.name].numpy()
+            expected = expected.T if tensor.transposed else expected
+            np.testing.assert_allclose(reader.read(tensor), expected, atol=1e-6, err_msg=tensor.name)
+    down = readers["layers/mlp/down"]
+    tensor = down.tensors[1]
+    part = down.read(tensor, (slice(40, 96), slice(3, 9)))
+    np.testing.assert_array_equal(part, down.read(tensor)[40:96, 3:9])
+    assert np.abs(down.read(tensor) - plain["layers/mlp/down"].read(tensor)).max() > 1e-3
 
 
 def test_a_scale_other_than_alpha_over_rank_is_folded_into_b(world, tmp_path):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
+from merged_arrays import merged_arrays
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_tokenizer, tiny_torch, torch_logits, write_folder
 
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.train import export
@@ -109,7 +109,7 @@ def test_ours_has_the_same_logits_in_peft_merged_and_read_again(worlds, tmp_path
     np.testing.assert_allclose(ours(world, again, found), expected, atol=1e-5)
 
     ids = settings.trainable_token_indices
-    merged = lora.merge(world[2], adapter, jnp.float32, ids)
+    merged = merged_arrays(world[2], adapter, jnp.float32, ids)
     np.testing.assert_allclose(our_logits(world[1], merged, some_tokens()), expected, atol=1e-4)
     source = export.ExportSource(str(world[0]), world[1], tiny_tokenizer(), adapter, token_ids=ids)
     summary = export.export_model(tmp_path / "m", source, "float32")
@@ -124,13 +124,19 @@ def test_ours_has_the_same_logits_in_peft_merged_and_read_again(worlds, tmp_path
 
     if untied:
         with pytest.raises(ValueError, match="which are tied, cannot be merged"):
-            merge_on_read(pretrained.open_files(str(world[0])), world[1], adapter, ids)
+            merge_on_read(pretrained.open_params(str(world[0]), world[1]), world[1], adapter, ids)
     else:
-        files = merge_on_read(pretrained.open_files(str(world[0])), world[1], adapter, ids)
-        for name, tensor in load_file(tmp_path / "m" / "model.safetensors").items():
-            np.testing.assert_allclose(files.read(name), tensor, atol=1e-5, err_msg=name)
-            part = tuple(slice(2, max(3, n // 2)) for n in tensor.shape)
-            np.testing.assert_allclose(files.read(name, part), tensor[part], atol=1e-5, err_msg=name)
+        readers = merge_on_read(pretrained.open_params(str(world[0]), world[1]), world[1], adapter, ids)
+        written = load_file(tmp_path / "m" / "model.safetensors")
+        for reader in readers.values():
+            for tensor in reader.tensors:
+                whole = written.pop(tensor.name)
+                whole = whole.T if tensor.transposed else whole
+                np.testing.assert_allclose(reader.read(tensor), whole, atol=1e-5, err_msg=tensor.name)
+                part = tuple(slice(2, max(3, n // 2)) for n in whole.shape)
+                read = reader.read(tensor, part)
+                np.testing.assert_allclose(read, whole[part], atol=1e-5, err_msg=tensor.name)
+        assert not written
 
 
 def test_a_head_made_of_a_tied_table_has_the_replaced_rows(worlds, tmp_path):
@@ -139,7 +145,7 @@ def test_a_head_made_of_a_tied_table_has_the_replaced_rows(worlds, tmp_path):
     ids = settings.trainable_token_indices
     _, adapter = trained(world, settings)
     expected = ours(world, adapter, settings)
-    merged = lora.merge(world[2], adapter, jnp.float32, ids)
+    merged = merged_arrays(world[2], adapter, jnp.float32, ids)
     np.testing.assert_allclose(our_logits(world[1], merged, some_tokens()), expected, atol=1e-4)
     stored = merge_params(world[2], adapter, np.float32, ids)["head"]
     np.testing.assert_allclose(stored, merged["head"], atol=1e-6)

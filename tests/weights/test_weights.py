@@ -66,7 +66,7 @@ def load(folder, **options):
 
 def assert_equals_state(base, model, state):
     """Every leaf is the state dict's tensors, transposed and stacked, bit for bit."""
-    written = {t.name: t.fetch() for t in hf_write.tensors_to_write(base, model.weight_names)}
+    written = {t.name: t.fetch() for t in hf_write.tensors_to_write(base, model)}
     assert set(written) == {n for n in state if n != "lm_head.weight" or not model.config.tied}
     for name, value in written.items():
         assert value.dtype == state[name].dtype and np.array_equal(value, state[name]), name
@@ -93,7 +93,7 @@ def test_every_float_dtype_loads_as_torch_wrote_it(source, broken, dtype):
     state = {name: p.detach().to(dtype).clone() for name, p in source[0].state_dict().items()}
     save_file(state, broken / "model.safetensors")
     model, base = load(broken)
-    for out in hf_write.tensors_to_write(base, model.weight_names):
+    for out in hf_write.tensors_to_write(base, model):
         assert out.dtype.name == str(dtype).removeprefix("torch.")
         np.testing.assert_array_equal(
             out.fetch().astype(np.float64), state[out.name].to(torch.float64).numpy()

@@ -1,0 +1,119 @@
+"""A toy mixture of experts, for the laws of kernels with an axis of experts: a Llama whose layers have two
+gated MLPs and a router that sends each token to one of them.
+
+Its files have one tensor per expert, named as Qwen3-MoE's.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import tree
+from jaxft.models import llama_config
+from jaxft.models.adapted import adapted
+from jaxft.models.dense import DenseArchitecture, dense_model, llama_specs, names_of, self_attention
+from jaxft.models.families import Family
+from jaxft.nn.layer_attention import uniform
+from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
+from jaxft.nn.matmul import linear
+from jaxft.nn.param import ParamSpec, fan_in, init_params
+from jaxft.nn.tensor_names import TensorName
+
+KERNELS = ("gate", "up", "down")
+NAMES = {"layers/mlp/router": TensorName("model.layers.{i}.mlp.gate.weight", True)} | {
+    f"layers/mlp/experts/{name}": TensorName(f"model.layers.{{i}}.mlp.experts.{{x}}.{name}_proj.weight", True)
+    for name in KERNELS
+}
+
+
+@dataclass(frozen=True)
+class ExpertConfig(llama_config.LlamaConfig):
+    """A Llama's config with a number of experts."""
+
+    experts: int = 2
+
+
+CONFIG = ExpertConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
+
+
+def expert_specs(c: ExpertConfig) -> dict[str, Any]:
+    """Llama's parameters with a router and experts in place of the MLP."""
+    specs, (L, X, D, F) = llama_specs(c), (c.layers, c.experts, c.width, c.mlp)
+    into, back = ("layers", "experts", "width", "mlp"), ("layers", "experts", "from_mlp", "out_width")
+    specs["layers"]["mlp"] = {
+        "router": ParamSpec((L, D, X), ("layers", "width", "act_width"), fan_in(D)),
+        "experts": {
+            "gate": ParamSpec((L, X, D, F), into, fan_in(D)),
+            "up": ParamSpec((L, X, D, F), into, fan_in(D)),
+            "down": ParamSpec((L, X, F, D), back, fan_in(F)),
+        },
+    }
+    return specs
+
+
+def expert_mlp(c: ExpertConfig, p: Any, x_BTD: jax.Array, keys: Any) -> jax.Array:
+    """The output of each token's best expert, times its probability."""
+    probabilities = jax.nn.softmax(linear(x_BTD, p["router"]), -1)
+    best = jnp.argmax(probabilities, -1)[..., None]
+    out = jnp.zeros_like(x_BTD)
+    for x in range(c.experts):
+        expert = jax.tree.map(lambda leaf, x=x: leaf[x], p["experts"])
+        y = gated_mlp(expert, x_BTD, keys) * probabilities[..., x : x + 1]
+        out = out + jnp.where(best == x, y, jnp.zeros((), y.dtype))
+    return out
+
+
+def layer(f: Any, p: Any, h: jax.Array, attend: Any, key: Any) -> tuple[jax.Array, Any]:
+    """Llama's layer with experts in place of the MLP."""
+    c, keys = f.config, split_keys(key, 7)
+    x = rms_norm(h, p["attn_norm"], c.norm_eps, f.dtype)
+    o, extra = self_attention(c, p["attn"], x, attend, keys[:4])
+    h = h + o.astype(h.dtype)
+    y = expert_mlp(c, p["mlp"], rms_norm(h, p["mlp_norm"], c.norm_eps, f.dtype), keys[4:])
+    return h + y.astype(h.dtype), extra
+
+
+def experts(config: ExpertConfig, dtype: Any = jnp.float32, **options: Any) -> Any:
+    """Build the Model of a config."""
+    specs = expert_specs(config)
+    attention = uniform(config.layers, config.head_dim, config.rope)
+    return dense_model(
+        config, DenseArchitecture(specs, names_of(specs, NAMES), layer, attention), dtype, **options
+    )
+
+
+def from_hf(hf: dict[str, Any]) -> ExpertConfig:
+    return ExpertConfig(**vars(llama_config.from_hf(hf)), experts=hf["num_experts"])
+
+
+def to_hf(config: ExpertConfig) -> dict[str, Any]:
+    return {**llama_config.to_hf(config), "model_type": "tiny_experts", "num_experts": config.experts}
+
+
+FAMILY = Family(ExpertConfig, from_hf, to_hf, experts, {})
+
+
+def tiny_experts(adapter=None, dtype=jnp.float64, config=CONFIG):
+    """The model over {"base", "adapter"} and random parameters for it; an adapter's b is random too."""
+    model = adapted(experts(config, dtype), adapter)
+    return model, _start(config, adapter, jnp.dtype(dtype))
+
+
+@functools.cache
+def _start(config, adapter, dtype):
+    model = adapted(experts(config, dtype), adapter)
+
+    def shake(path, x):
+        if not path.endswith("/b"):
+            return x
+        return 0.3 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)
+
+    def start():
+        wide = np.promote_types(dtype, np.float32)
+        return tree.map_with_path(shake, init_params(model.specs, jax.random.key(0), wide))
+
+    return jax.jit(start)()
