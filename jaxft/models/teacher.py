@@ -4,7 +4,7 @@ Its parameters are named "teacher" in the run's tree: {"base", "adapter"}, witho
 the run. The run's base without an adapter has no parameters there and takes no memory. An objective reads it
 as it reads the run's model, with the same parameters and log-probs of both in one pass over the heads:
 
-    heads = [HeadInput(one, params, one.hidden(params, batch)) for one in (model, model.teacher)]
+    heads = [HeadInput(one, params, one.hidden(params, batch)[0]) for one in (model, model.teacher)]
     student, teacher = read_logps_of_heads(heads, (batch.read, batch.targets))
 """
 

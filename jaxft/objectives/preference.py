@@ -6,7 +6,7 @@ exact.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from jaxft.nn.lora import INITIAL_ADAPTER
 from jaxft.nn.lora_blend import blend, widened_pairs
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import HeadInput, LanguageModel, LogProbs
-from jaxft.objectives.metrics import Sum, mean_losses
+from jaxft.objectives.metrics import Sum, by_row, layer_metrics, mean_losses
 from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import (
     LossState,
@@ -44,7 +44,7 @@ from jaxft.objectives.preference_metrics import (
 )
 from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, Batch, Metrics, Params, struct
+from jaxft.tree import Aux, Batch, LayerOutputs, Metrics, Params, struct
 
 UNUSED = (
     "ids",
@@ -92,6 +92,7 @@ class Outputs:
     top1: Float[Array, "B M"]
     mean_logit: Float[Array, "B M"]
     batch: Pairs
+    layers: LayerOutputs = field(default_factory=dict)  # by row, see metrics.by_row
 
 
 def implicit_reward(response: Response) -> Float[Array, "B P"]:
@@ -141,22 +142,29 @@ def preference(
     ema = reference if isinstance(reference, EMAReference) else None
     kind: ReferenceKind = "moving" if isinstance(reference, EMAReference) else reference or "none"
 
-    def logprobs(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> tuple[LogProbs, Array | None]:
-        """Log-probs of the policy, and of the reference if it is a model that runs now."""
-        heads = [HeadInput(model, params, model.hidden(params, batch, key))]
+    def logprobs(
+        params: Params, batch: Pairs, key: Array | None, aux: Aux
+    ) -> tuple[LogProbs, Array | None, LayerOutputs]:
+        """Log-probs of the policy, those of the reference if it is a model that runs now, and the policy's
+        layer outputs.
+        """
+        h, layers = model.hidden(params, batch, key)
+        heads = [HeadInput(model, params, h)]
         if kind in ("start", "moving", "teacher"):
             heads.append(reference_head(model, kind, (params, aux), batch))
         lp, *others = read_logps_of_heads(heads, (batch.read, batch.targets))
-        return lp, others[0].logp if others else None
+        return lp, others[0].logp if others else None, layers
 
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
-        lp, reference_logp = _without_padding(batch, logprobs(params, batch, key, aux))
+        lp, reference_logp, layers = logprobs(params, batch, key, aux)
+        lp, reference_logp = _without_padding(batch, (lp, reference_logp))
         if kind == "precomputed":
             reference_logp = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
         constants = (reference_logp, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit)
-        return Outputs(lp.logp, *jax.lax.stop_gradient(constants), without_fields(batch, UNUSED))
+        constants = jax.lax.stop_gradient(constants)
+        return Outputs(lp.logp, *constants, without_fields(batch, UNUSED), by_row(layers))
 
-    def pair_loss(outputs: Outputs, aux: Aux, by_row: bool = False) -> tuple[Array, Metrics]:
+    def pair_loss(outputs: Outputs, aux: Aux, with_rows: bool = False) -> tuple[Array, Metrics]:
         pair = pair_batch(outputs.batch, outputs.logp, outputs.log_sum_p2, outputs.reference)
         state = aux.get("loss", {})
         values = _checked_values(loss, pair, state)
@@ -170,7 +178,8 @@ def preference(
             **mean_losses(values, pair.weight, outputs.batch.sources, outputs.batch.source_names),
             **pair_metrics(pair, scaled_reward),
             **pair_token_metrics(pair, outputs.mean_logit, outputs.entropy, outputs.top1),
-            **(pair_values(pair, values, scaled_reward) if by_row else {}),
+            **layer_metrics(outputs.layers),
+            **(pair_values(pair, values, scaled_reward) if with_rows else {}),
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()} | _rank_error(aux)
         if outputs.reference is not None and kind != "teacher":
@@ -180,7 +189,7 @@ def preference(
 
     def eval_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         state = {"loss": declared.eval_state(aux["loss"])} if declared.init else {}
-        return pair_loss(outputs, {**aux, **state}, by_row=True)
+        return pair_loss(outputs, {**aux, **state}, with_rows=True)
 
     def init(trainable: Params, at_base: bool) -> Aux:
         start = _moving_reference(ema, trainable) if ema else _reference_copy(kind, trainable, at_base)
@@ -193,7 +202,7 @@ def preference(
         return out if ema is None else out | _update_reference(ema, aux, trainable)
 
     def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
-        lp, reference_logp = logprobs(params, batch, None, aux)
+        lp, reference_logp, _ = logprobs(params, batch, None, aux)
         return Scores(lp.logp, reference_logp)
 
     implicit_beta = beta if reference is not None and reward is implicit_reward else None
@@ -229,7 +238,7 @@ def reference_head(
     else:
         params = reference_params(params, aux)
     frozen = jax.lax.stop_gradient(params)
-    return HeadInput(model, frozen, model.hidden(frozen, batch))
+    return HeadInput(model, frozen, model.hidden(frozen, batch)[0])
 
 
 def reference_params(params: Params, aux: Aux) -> Params:

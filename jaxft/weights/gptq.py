@@ -5,7 +5,6 @@ Rounding an element changes the layer's outputs; the elements that are rounded l
 far as their inputs are correlated. Scales are those of plain rounding, so files and kernels are the same.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,43 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.nn import quant_formats as qf
-from jaxft.nn.matmul import GramProbe
-from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor
+from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 INPUT_BLOCK = 32  # inputs whose errors are propagated to the later ones together
-
-
-def second_moments(
-    model: Any, base: Any, paths: list[str], batches: Iterable[Any], loss: Callable
-) -> dict[str, Array]:
-    """Return the sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I].
-
-    batches: of Tokens [rows, ...]. loss(params, batch): a scalar that depends on all inputs that count.
-    Memory holds the moments of all layers together with the weights.
-    """
-    shapes = {path: leaf.shape for path, leaf in tree.paths(base, is_qtensor).items()}
-    moments = {
-        path: jnp.zeros((*shapes[path][:-2], shapes[path][-2], shapes[path][-2]), jnp.float32)
-        for path in paths
-    }
-
-    def with_probes(base: Any, sums: dict[str, Array]) -> Any:
-        return tree.map_with_path(
-            lambda path, w: GramProbe(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor
-        )
-
-    @partial(jax.jit, donate_argnums=1)
-    def add_batch(base: Any, sums: dict[str, Array], batch: Any) -> dict[str, Array]:
-        at_zero = jax.tree.map(jnp.zeros_like, sums)
-        added = jax.grad(lambda sums: loss(with_probes(base, sums), batch))(at_zero)
-        return jax.tree.map(jnp.add, sums, added)
-
-    for batch in batches:
-        moments = add_batch(base, moments, batch)
-    return moments
 
 
 def with_codes(q: QTensor, codes: Any) -> QTensor:

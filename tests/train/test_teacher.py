@@ -132,7 +132,7 @@ def test_the_reference_is_the_teacher_and_steps_leave_it_as_it_is_bit_for_bit(fo
         model, params = alone(run.teacher, run, p.mesh)
         expected = jax.jit(
             lambda params: (
-                read_logps(model, params, model.hidden(params, rows), (rows.read, rows.targets)).logp
+                read_logps(model, params, model.hidden(params, rows)[0], (rows.read, rows.targets)).logp
             )
         )(params)
         known, before = score(state.trainable, frozen), jax.device_get(frozen)
@@ -195,7 +195,7 @@ def test_a_penalty_may_be_on_the_kl_to_the_teacher(folder):
     @jax.jit
     def both(params):
         own = model.teacher
-        h = own.hidden(params, rows)
+        h = own.hidden(params, rows)[0]
         logits = own.logits(own.head(params), jnp.take_along_axis(h, rows.read[:, :, None], 1)) / 2
         expected = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), rows.targets[:, :, None], -1)
         found = objective.score(params, rows, {})
@@ -211,7 +211,7 @@ def test_an_objective_of_ones_own_reads_the_teacher(folder):
 
     def distil(model):
         def forward(params, batch, key, aux):
-            seen.append(HeadInput(model.teacher, params, model.teacher.hidden(params, batch)))
+            seen.append(HeadInput(model.teacher, params, model.teacher.hidden(params, batch)[0]))
             return seen[-1].h
 
         return Objective(forward, lambda outputs, aux: (jnp.sum(outputs), {}), facts=Facts(teacher=True))
