@@ -82,7 +82,7 @@ def test_a_run_with_a_second_model_resumes_bit_for_bit_and_only_with_the_same_on
     assert whole == killed
     sizes = [path.stat().st_size for path in (place.runs("whole") / "checkpoints" / "3").rglob("*")]
     assert sum(sizes) < (base / "model.safetensors").stat().st_size  # it has no frozen weights
-    run(place, *argv, "steps=4", "teacher=runs/whole", "teacher_quant=none", "name=killed", code=1)
+    run(place, "teacher=runs/whole", "steps=4", "name=killed", code=1)
     assert "teacher" in place.err() and place.err().count("\n") == 1
 
 
