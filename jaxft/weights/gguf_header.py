@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import ml_dtypes
 import numpy as np
 
 LENGTH = struct.Struct("<Q")
@@ -29,7 +30,8 @@ SCALARS = {
     12: "<f8",
 }
 STRING, ARRAY = 8, 9
-
+# Types of tensors without blocks.
+FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 T = TypeVar("T", int, float, str, bool)
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "a Boolean"}

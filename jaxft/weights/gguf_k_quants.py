@@ -224,23 +224,20 @@ def nibbles(codes: np.ndarray) -> np.ndarray:
     return codes[..., :half] | codes[..., half:] << np.uint8(4)
 
 
-def high_bits(codes: np.ndarray) -> np.ndarray:
-    """Pack the fifth bits of 32 numbers, the first one lowest."""
-    return np.packbits(codes >> np.uint8(4), axis=-1, bitorder="little")
-
-
 def half_bytes(x: np.ndarray) -> np.ndarray:
     """Return the bytes of float16 numbers [N, n], or [N], as [N, 2n]."""
     return np.ascontiguousarray(x.astype(np.float16)).reshape(len(x), -1).view(np.uint8)
 
 
-def _pack_4_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+def pack_4_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+    """Return blocks of 32 codes [N, 1, 32] and their float16 scales, and minima, [N, 1] as bytes."""
     return np.concatenate([*map(half_bytes, scales), nibbles(codes[:, 0])], -1)
 
 
-def _pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
-    codes = codes[:, 0]
-    return np.concatenate([*map(half_bytes, scales), high_bits(codes), nibbles(codes & np.uint8(15))], -1)
+def pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+    """The same with the fifth bits of the codes apart, the first one lowest."""
+    high = np.packbits(codes[:, 0] >> np.uint8(4), axis=-1, bitorder="little")
+    return np.concatenate([*map(half_bytes, scales), high, nibbles(codes[:, 0] & np.uint8(15))], -1)
 
 
 def _pack_scales(scales: np.ndarray, lows: np.ndarray) -> np.ndarray:
@@ -290,8 +287,8 @@ FITTED = {
     "Q4_K": FittedType((SUPER, 32), 15, True, (Trials(-1.0, 0.1, 21), _WIDE), _pack_q4_k),
     "Q5_K": FittedType((SUPER, 32), 31, True, (Trials(-0.5, 0.1, 16), _WIDE), _pack_q5_k),
     "Q6_K": FittedType((SUPER, 16), 32, False, (_AROUND, _AROUND), _pack_q6_k),
-    "Q4_0": FittedType((32, 32), 8, False, (_AROUND, _AROUND), _pack_4_bits),
-    "Q5_0": FittedType((32, 32), 16, False, (_AROUND, _AROUND), _pack_5_bits),
-    "Q4_1": FittedType((32, 32), 15, True, (_WIDE, _WIDE), _pack_4_bits),
-    "Q5_1": FittedType((32, 32), 31, True, (_WIDE, _WIDE), _pack_5_bits),
+    "Q4_0": FittedType((32, 32), 8, False, (_AROUND, _AROUND), pack_4_bits),
+    "Q5_0": FittedType((32, 32), 16, False, (_AROUND, _AROUND), pack_5_bits),
+    "Q4_1": FittedType((32, 32), 15, True, (_WIDE, _WIDE), pack_4_bits),
+    "Q5_1": FittedType((32, 32), 31, True, (_WIDE, _WIDE), pack_5_bits),
 }

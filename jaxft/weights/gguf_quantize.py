@@ -5,12 +5,14 @@ block's largest value, or from its limits. The K types, and the others with impo
 gguf_k_quants.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from jaxft.weights import finite
-from jaxft.weights.gguf_k_quants import FITTED, fitted_bytes, half_bytes, high_bits, nibbles
-from jaxft.weights.gguf_types import FLOAT_TYPES
-from jaxft.weights.gguf_write import float_bytes
+from jaxft.weights.gguf_header import FLOAT_TYPES
+from jaxft.weights.gguf_k_quants import FITTED, fitted_bytes, half_bytes, pack_4_bits, pack_5_bits
 from jaxft.weights.safetensors import WRITE_ADVICE
 
 QUANTIZED_AT_A_TIME = 2**22  # values that are quantised at a time
@@ -24,9 +26,15 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
     importance: of each input, by which rounding errors are weighted; types without blocks and Q8_0 take none.
     Raises ValueError for values that are not finite or too large.
     """
-    if kind in FLOAT_TYPES:
-        return float_bytes(values, kind)
     finite.require_finite(values, WRITE_ADVICE)
+    if kind in FLOAT_TYPES:
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(values.astype(FLOAT_TYPES[kind]))
+        if not finite.is_finite(cast):
+            raise ValueError(
+                f"some values are too large for {kind}; use --gguf BF16, F32 or a quantised type"
+            )
+        return cast.view(np.uint8)
     if np.abs(values).max(initial=0) > LARGEST_HALF:
         raise ValueError(f"some values are too large for {kind}; use --gguf BF16 or F32")
     if kind not in QUANTIZERS or (importance is not None and kind != "Q8_0"):
@@ -41,62 +49,41 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
 
 def _q8_0(x: np.ndarray) -> np.ndarray:
     """32 numbers of 8 bits and a float16 scale."""
-    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    scale = np.abs(x).max(-1) / np.float32(127)
     scaled = x * _inverse(scale)
     codes = np.copysign(np.floor(np.abs(scaled) + np.float32(0.5)), scaled)  # halves away from zero
-    return _joined(scale, codes.astype(np.int8).view(np.uint8))
+    return np.concatenate([half_bytes(scale), codes.astype(np.int8).view(np.uint8)], -1)
 
 
-def _q4_0(x: np.ndarray) -> np.ndarray:
-    """32 numbers of 4 bits less 8, and a float16 scale: the largest value is -8 times the scale."""
-    scale = _largest(x) / np.float32(-8)
-    return _joined(scale, nibbles(_codes(x * _inverse(scale) + np.float32(8.5), 15)))
+def _symmetric(x: np.ndarray, zero: int, pack: Callable[..., np.ndarray]) -> np.ndarray:
+    """Numbers less `zero`, and a scale: the value that is furthest from zero is -zero times the scale."""
+    furthest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)[:, 0]
+    scale = furthest / np.float32(-zero)
+    return pack(_codes(x * _inverse(scale) + np.float32(zero + 0.5), 2 * zero - 1), scale)
 
 
-def _q5_0(x: np.ndarray) -> np.ndarray:
-    """32 numbers of 5 bits less 16, and a float16 scale: the largest value is -16 times the scale."""
-    scale = _largest(x) / np.float32(-16)
-    codes = _codes(x * _inverse(scale) + np.float32(16.5), 31)
-    return _joined(scale, high_bits(codes), nibbles(codes & np.uint8(15)))
-
-
-def _q4_1(x: np.ndarray) -> np.ndarray:
-    """32 numbers of 4 bits, a float16 scale and minimum."""
-    low, scale = _limits(x, 15)
-    return _joined(scale, half_bytes(low), nibbles(_codes((x - low) * _inverse(scale) + np.float32(0.5), 15)))
-
-
-def _q5_1(x: np.ndarray) -> np.ndarray:
-    """32 numbers of 5 bits, a float16 scale and minimum."""
-    low, scale = _limits(x, 31)
-    codes = _codes((x - low) * _inverse(scale) + np.float32(0.5), 31)
-    return _joined(scale, half_bytes(low), high_bits(codes), nibbles(codes & np.uint8(15)))
-
-
-def _largest(x: np.ndarray) -> np.ndarray:
-    """Return the value of each block that is furthest from zero, with its sign."""
-    return np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)
-
-
-def _limits(x: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the minimum of each block, and a step between it and the maximum."""
-    low = x.min(-1, keepdims=True)
-    return low, (x.max(-1, keepdims=True) - low) / np.float32(steps)
+def _with_minimum(x: np.ndarray, levels: int, pack: Callable[..., np.ndarray]) -> np.ndarray:
+    """Numbers from 0 to `levels`, a scale and the minimum."""
+    low = x.min(-1)
+    scale = (x.max(-1) - low) / np.float32(levels)
+    return pack(_codes((x - low[:, None]) * _inverse(scale) + np.float32(0.5), levels), scale, low)
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
-        inverse = np.float32(1) / scale
+        inverse = np.float32(1) / scale[:, None]
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
 def _codes(shifted: np.ndarray, most: int) -> np.ndarray:
-    return np.clip(np.trunc(shifted), 0, most).astype(np.uint8)
+    return np.clip(np.trunc(shifted), 0, most).astype(np.uint8)[:, None]
 
 
-def _joined(scale: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    return np.concatenate([half_bytes(scale), *parts], axis=-1)
-
-
-QUANTIZERS = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1}
+QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Q8_0": _q8_0,
+    "Q4_0": partial(_symmetric, zero=8, pack=pack_4_bits),
+    "Q5_0": partial(_symmetric, zero=16, pack=pack_5_bits),
+    "Q4_1": partial(_with_minimum, levels=15, pack=pack_4_bits),
+    "Q5_1": partial(_with_minimum, levels=31, pack=pack_5_bits),
+}
 WRITTEN_TYPES = {*FLOAT_TYPES, *QUANTIZERS, *FITTED}
