@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxft import tree
 from jaxft.nn import replaced
 from jaxft.nn.lora import EVA, Adapter, pair_axes, target_paths
 from jaxft.nn.lora_patterns import is_listed, is_name, values_by_pattern
@@ -182,13 +183,7 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
                 "or a score head is in its place); leave it out"
             )
         nodes |= replaced.token_specs(base, ids, settings.token_head and "head" not in saved, nodes)
-    out: dict[str, Any] = {}
-    for path, specs_of_node in nodes.items():
-        node = out
-        for part in path.split("/"):
-            node = node.setdefault(part, {})
-        node.update(specs_of_node)
-    return out
+    return tree.nested(nodes)
 
 
 def _pair_specs(
