@@ -89,28 +89,29 @@ def extract_adapter(
         for before, after in _matrices(path, base, tuned, model)
     ):
         raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
-    pairs: dict[str, list[Pair | None]] = {}
-    errors, squares = list[KindError](), np.zeros(3)
-    for path in paths:
-        progress(f"{path}: {what.rank} singular values of each layer")
-        pairs[path], sums = (
-            [],
-            np.zeros(3),
-        )  # squared norms of the base, of the change, of what the pairs lack
+    pairs: dict[str, list[Pair | None]] = {path: [] for path in paths}
+    errors = dict[str, KindError]()
+    total = np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
+    for path in (*paths, *others):
+        if path in pairs:
+            progress(f"{path}: {what.rank} singular values of each layer")
+        sums = np.zeros(3)
         for number, (before, after) in enumerate(_matrices(path, base, tuned, model)):
-            change = after - before
-            a, b = low_rank(change, what.rank, f"{path}/{number}")
-            sums += [_square(before), _square(change), _square(change - a @ b)]
-            pairs[path].append(Pair(a, b, float(what.rank)))
-        squares += sums
-        errors.append(_kind_error(path, sums))
+            lost = change = after - before
+            if path in pairs:
+                a, b = low_rank(change, what.rank, f"{path}/{number}")
+                lost = change - a @ b
+                pairs[path].append(Pair(a, b, float(what.rank)))
+            sums += [_square(before), _square(change), _square(lost)]
+        errors[path] = _kind_error(path, sums)
+        total += sums if path in pairs else 0
     nodes, settings = adapter_of(pairs, Adapter(what.rank, float(what.rank)), model)
-    params, changed = tree.nested(nodes), _changes(others, base, tuned, model)
+    changed = {path: errors[path].change for path in others if errors[path].error}
     if what.save_others and changed:
         replaced, settings = _with_others(settings, changed, (tuned, model))
-        params = tree.nested(nodes | replaced)
-    errors.append(_kind_error("total", squares))
-    return Extracted(params, settings, errors, _lines(changed, what.save_others))
+        nodes |= replaced
+    kinds = [*(errors[path] for path in paths), _kind_error("total", total)]
+    return Extracted(tree.nested(nodes), settings, kinds, _lines(changed, what.save_others))
 
 
 def _check_rank(rank: int, paths: Sequence[str], specs: dict[str, ParamSpec]) -> None:
@@ -204,7 +205,9 @@ def _square(x: np.ndarray) -> float:
 def _kind_error(path: str, squares: np.ndarray) -> KindError:
     base, change, lost = squares
     return KindError(
-        path, math.sqrt(change / base) if base else 0.0, math.sqrt(lost / change) if change else 0.0
+        path,
+        math.sqrt(change / base) if base else math.inf if change else 0.0,
+        math.sqrt(lost / change) if change else 0.0,
     )
 
 
@@ -212,18 +215,6 @@ def _other_paths(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, mode
     """Return the paths of the parameters of two models without `paths`."""
     table = tensors_of(model, tied_head=HEAD in tuned.shapes and HEAD not in base.shapes)
     return [path for path in table if path not in paths]
-
-
-def _changes(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model) -> dict[str, float]:
-    """Return the relative change of those parameters that changed, by path."""
-    found = {}
-    for path in paths:
-        before = change = 0.0
-        for one, other in _matrices(path, base, tuned, model):
-            before, change = before + _square(one), change + _square(other - one)
-        if change:
-            found[path] = math.sqrt(change / before) if before else math.inf
-    return found
 
 
 def _with_others(
