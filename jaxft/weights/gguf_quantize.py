@@ -5,10 +5,11 @@ block's largest value, or from its limits. The scales of the K types, and of the
 fitted by weighted least squares.
 
 As llama.cpp's quantisers do, the codes of a sub-block come from several trial scales, each with the scale and
-the minimum that fit its codes best, and the trial with the smallest weighted error is taken. The weights of errors are importances times sqrt(2 mean(x^2) + x^2), for Q6_K importances alone;
-without importances they are sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. With a
-minimum, jaxft then fits the scale and the minimum to the codes that they round to, REFITS times, and Q4_K and
-Q5_K choose the 6-bit scale and minimum of a sub-block by its error, for errors below llama.cpp's.
+the minimum that fit its codes best, and the trial with the smallest weighted error is taken. The weights of
+errors are importances times sqrt(2 mean(x^2) + x^2), for Q6_K importances alone; without importances they are
+sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. With a minimum, jaxft then fits the
+scale and the minimum to the codes that they round to, REFITS times, and Q4_K and Q5_K choose the 6-bit scale
+and minimum of a sub-block by its error, for errors below llama.cpp's.
 Compiled with jax for blocks of a fixed number, so it runs on the default device.
 """
 

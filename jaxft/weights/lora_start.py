@@ -77,8 +77,9 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
                 weight, scale = tensor.read(files).astype(np.float32), settings.scale_of(rank, alpha)
                 found = _layer_pairs(settings.init, weight, rank, scale, as_stored)
             for of_paths, pair in zip(pairs, found, strict=True):
+                a, b = pair or (None, None)
                 modules = of_paths.setdefault(path, [])
-                modules.append(pair and Pair(*(x.astype(np.float32) for x in pair), alpha=alpha))
+                modules.append(pair and Pair(np.asarray(a, np.float32), np.asarray(b, np.float32), alpha))
     return StartPairs(*(tree.nested(adapter_of(x, settings, stored.model)[0]) for x in pairs))
 
 
