@@ -143,7 +143,9 @@ def _cached(
             if window is not None and stored is not None:
                 window = stored(window, k, v, i, True if full is None else has_window)
 
-            pairs = [x for x in ((prompts.full, full), (prompts.window, window)) if x[1] is not None]
+            pairs: list[Any] = [
+                x for x in ((prompts.full, full), (prompts.window, window)) if x[1] is not None
+            ]
             ways = [partial(attended, (q, k, v), pair, i, rule) for pair in pairs]
             o = ways[0]() if len(ways) == 1 else jax.lax.cond(has_window, ways[1], ways[0])
             new = store(k, v, pairs[0][1]) if stored is None else None

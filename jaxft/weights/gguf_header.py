@@ -258,14 +258,8 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
         name, rank = cursor.name(), cursor.number("<I")
         if rank > 4:
             raise ValueError(f"tensor {name[:100]} has {rank} dimensions")
-        listed.append(
-            (
-                name,
-                struct.unpack(f"<{rank}Q", cursor.take(8 * rank)),
-                cursor.number("<I"),
-                cursor.number("<Q"),
-            )
-        )
+        dims = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
+        listed.append((name, dims, cursor.number("<I"), cursor.number("<Q")))
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or align < 1:
         raise ValueError(f"its alignment is {align}")
