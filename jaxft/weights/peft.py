@@ -72,7 +72,8 @@ def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = Non
     parts, settings = read_parts(folder, model, base)
     if "score" in parts:
         raise ValueError(
-            f"{folder}: a reward model's adapter, which generates no text; use a language model's adapter"
+            f"{folder}: a reward model's adapter, which generates no text; `python scripts/score.py` scores "
+            "texts with it. Use a language model's adapter to generate"
         )
     return parts["adapter"], settings
 
