@@ -38,7 +38,7 @@ class KeyRanges:
     own_end: Any
     prompt_start: Any = None
     prompt_end: Any = None
-    windowed: bool = static(default=False)
+    windowed: bool = static(default=False, kw_only=True)
 
     @property
     def pairs(self) -> list[tuple[Any, Any]]:
