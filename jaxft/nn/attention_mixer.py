@@ -10,7 +10,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxft.nn.bits import to_bits
 from jaxft.nn.cache import (
     Cache,
     CacheFormat,
@@ -43,6 +42,7 @@ from jaxft.nn.layer_attention import (
     rotated,
     rule_of,
 )
+from jaxft.nn.products import to_bits
 from jaxft.nn.scan import Mixer, Pass
 from jaxft.tree import Batch
 
@@ -143,23 +143,13 @@ def _cached(
             if window is not None and stored is not None:
                 window = stored(window, k, v, i, True if full is None else has_window)
 
-            def of_full() -> Array:
-                assert prompts.full is not None and full is not None
-                return attended((q, k, v), (prompts.full, full), i, rule)
-
-            def of_window() -> Array:
-                assert prompts.window is not None and window is not None
-                return attended((q, k, v), (prompts.window, window), i, rule)
-
-            if window is None:
-                o = of_full()
-            elif full is None:
-                o = of_window()
-            else:
-                o = jax.lax.cond(has_window, of_window, of_full)
-            like = full or window
-            assert like is not None
-            return o, Extras((LayerKeys(full, window), store(k, v, like) if stored is None else None))
+            pairs: list[Any] = [
+                x for x in ((prompts.full, full), (prompts.window, window)) if x[1] is not None
+            ]
+            ways = [partial(attended, (q, k, v), pair, i, rule) for pair in pairs]
+            o = ways[0]() if len(ways) == 1 else jax.lax.cond(has_window, ways[1], ways[0])
+            new = store(k, v, pairs[0][1]) if stored is None else None
+            return o, Extras((LayerKeys(full, window), new))
 
         return attend_cached
 

@@ -19,16 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
-from jaxft.nn.bits import from_bits, to_bits
-from jaxft.nn.cached_attention import (
-    Keys,
-    KeysOfLayer,
-    RowGroups,
-    cached_attention,
-    chunk_attention,
-    joined_keys,
-)
+from jaxft.nn.cached_attention import Keys, RowGroups, cached_attention, chunk_attention, joined_keys
 from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
+from jaxft.nn.products import from_bits, to_bits
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
@@ -379,18 +372,18 @@ def attend_chunk(
     of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)
     of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
     of_chunk = counts + numbers(q.shape[1])
-    stored = joined_keys([prompts, rows, KeysOfLayer(k, v)])
+    stored = joined_keys([prompts, rows, Keys(k, v)])
     places = jnp.concatenate([of_prompts, of_rows, of_chunk], 1)
     return chunk_attention(q, stored, (places, of_chunk), rule)
 
 
-def _layer_of(keys: Keys, index: Array, dtype: Any) -> KeysOfLayer:
+def _layer_of(keys: Keys, index: Array, dtype: Any) -> Keys:
     def of(x: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(x, index, 0, False)
 
     k, v = of(keys.k), of(keys.v)
     if keys.k_scale is None:
-        return KeysOfLayer(from_bits(k, dtype), from_bits(v, dtype))
+        return Keys(from_bits(k, dtype), from_bits(v, dtype))
     if k.dtype == jnp.uint8:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))
-    return KeysOfLayer(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))
+    return Keys(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))

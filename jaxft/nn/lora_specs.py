@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxft import tree
 from jaxft.nn import replaced
 from jaxft.nn.lora import EVA, Adapter, pair_axes, target_paths
 from jaxft.nn.lora_patterns import is_listed, is_name, values_by_pattern
@@ -58,7 +59,8 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
         )
     spec_of = {path: replaced.base_spec(base, path) for path in targets}
     _check_layers(settings, list(spec_of.values()))
-    if settings.layers_to_transform is not None and not any(map(layer_numbers, spec_of.values())):
+    numbers = settings.layers_to_transform
+    if numbers is not None and not any(map(layer_numbers, spec_of.values())):
         raise ValueError(
             f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
             "adapter.layers_to_transform=none"
@@ -70,7 +72,7 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
         for number, (at, name) in enumerate(
             zip(lead_indices(spec), module_names(path, spec, names), strict=True)
         )
-        if _is_selected(settings, spec, at.get("layers"))
+        if numbers is None or "layers" not in at or layer_numbers(spec)[at["layers"]] in numbers
     }
     setting = "adapter.exclude_modules"
     kept = {
@@ -117,12 +119,6 @@ def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleN
             raise ValueError(
                 f"adapter.exclude_modules: {shown!r} matches none of the adapted modules ({near})"
             )
-
-
-def _is_selected(settings: Adapter, spec: ParamSpec, layer: int | None) -> bool:
-    """Whether layers_to_transform includes a layer of a kernel, by its index in the kernel."""
-    numbers = settings.layers_to_transform
-    return numbers is None or layer is None or layer_numbers(spec)[layer] in numbers
 
 
 def _check_layers(settings: Adapter, specs: Sequence[ParamSpec]) -> None:
@@ -182,13 +178,7 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
                 "or a score head is in its place); leave it out"
             )
         nodes |= replaced.token_specs(base, ids, settings.token_head and "head" not in saved, nodes)
-    out: dict[str, Any] = {}
-    for path, specs_of_node in nodes.items():
-        node = out
-        for part in path.split("/"):
-            node = node.setdefault(part, {})
-        node.update(specs_of_node)
-    return out
+    return tree.nested(nodes)
 
 
 def _pair_specs(

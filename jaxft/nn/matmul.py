@@ -12,10 +12,9 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
 from jaxft.nn import dora, fp8
-from jaxft.nn.bits import concat_bits
 from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import adapters_of_rows
-from jaxft.nn.products import accumulation_dtype, wide_dot
+from jaxft.nn.products import accumulation_dtype, concat_bits, wide_dot
 from jaxft.nn.quant import QTensor, dequantize, shardings_of
 from jaxft.nn.taps import InputTap
 

@@ -32,9 +32,7 @@ from jaxft.weights.safetensors import read_model_json, write_model_json
 from jaxft.weights.stop_tokens import stop_tokens
 
 UNTRAINED = "untrained_tokens.json"
-TokenStart = Literal[
-    "pieces", "mean"
-]  # the first row of a new token: the mean of its pieces' rows, or of all
+TokenStart = Literal["pieces", "mean"]  # of a new token's row: the mean of its pieces' rows, or of all
 TABLE_MULTIPLE = 64
 VERSION = 1  # of the models in the cache; another one if a new token starts with another row
 

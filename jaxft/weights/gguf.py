@@ -6,19 +6,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import pack
 from jaxft.weights.gguf_architectures import architecture_of, head_count, hf_name, kv_head_count, stored_as
 from jaxft.weights.gguf_blocks import BLOCK_FORMATS, Q4_0_AMONG_Q4_1, BlockFormat
-from jaxft.weights.gguf_header import GgufHeader, GgufTensor, block_size
+from jaxft.weights.gguf_header import FLOAT_TYPES, GgufHeader, GgufTensor, block_size
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quantised.file_format import block_layout
 from jaxft.weights.safetensors import map_array
 
-PLAIN_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CHUNK = 2**22  # elements that are dequantised at a time
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # see gguf_rope
 
@@ -48,7 +46,7 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
 
     quantised = {}
     for name, tensor in tensors.items():
-        if tensor.kind in PLAIN_TYPES or len(tensor.shape) != 2:
+        if tensor.kind in FLOAT_TYPES or len(tensor.shape) != 2:
             continue
         shape, method, format = tensor.shape[::-1], f"GGUF {tensor.kind}", _block_format(tensors, name)
         if format is None:
@@ -62,7 +60,7 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
     return ModelFiles(
         where=str(header.path),
         shapes={name: tensor.shape for name, tensor in tensors.items()},
-        dtypes={name: PLAIN_TYPES.get(kind, np.dtype(np.float32)) for name, kind in kinds.items()},
+        dtypes={name: FLOAT_TYPES.get(kind, np.dtype(np.float32)) for name, kind in kinds.items()},
         read=read,
         quantised=quantised,
     )
@@ -158,11 +156,11 @@ def read_dequantised(tensor: GgufTensor, index: Index = (), heads: int | None = 
     start, stop = ins.start // block * block, -(-ins.stop // block) * block
     rows = _rows_in_file(tensor, heads)
     rows = rows[above[0]] if len(tensor.shape) == 2 else rows
-    out = np.empty((len(rows), ins.stop - ins.start), PLAIN_TYPES.get(tensor.kind, np.float32))
+    out = np.empty((len(rows), ins.stop - ins.start), FLOAT_TYPES.get(tensor.kind, np.float32))
     step = max(1, CHUNK // tensor.shape[-1])
     columns = slice(start // block * size, stop // block * size)
     for at in range(0, len(out), step):
         raw = _read_bytes(tensor, rows[at : at + step], columns)
-        values = raw.view(out.dtype) if tensor.kind in PLAIN_TYPES else dequantize(raw, kind)
+        values = raw.view(out.dtype) if tensor.kind in FLOAT_TYPES else dequantize(raw, kind)
         out[at : at + step] = values[:, ins.start - start : ins.stop - start]
     return out.reshape(*(s.stop - s.start for s in above), ins.stop - ins.start)

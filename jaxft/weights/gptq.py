@@ -5,6 +5,7 @@ Rounding an element changes the layer's outputs; the elements that are rounded l
 far as their inputs are correlated. Scales are those of plain rounding, so files and kernels are the same.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,11 +37,6 @@ def damped(moment: Float[Array, "I I"]) -> Float[Array, "I I"]:
     return moment + jnp.diag(DAMPING * mean + jnp.where(squares > 0, 0.0, mean) + jnp.float32(1e-30))
 
 
-def rounding_block(ins: int) -> int:
-    """Return how many inputs are rounded before their errors are propagated to all others."""
-    return next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
-
-
 class InverseFactor(NamedTuple):
     """The inverse of a damped moment H [I, I]: `H[order][:, order]^-1 = upper^T upper / mean`.
 
@@ -69,40 +65,56 @@ def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) 
     The largest inputs are rounded first, while many others can still compensate for them. The weights of an
     input that was always zero are rounded to nearest.
     """
-    ins, outs = weight.shape
     order, upper, _ = factor
     plain_scale, plain_offset = grid(plain)
     scale, offset = plain_scale[order], None if plain_offset is None else plain_offset[order]
-    size = rounding_block(ins)
     format = FORMATS[kind]
+
+    def one(j: Array, row: Array, arrays: tuple, factor: Array) -> tuple[Array, Array]:
+        scale, offset = arrays
+        s, o = scale[j], None if offset is None else offset[j]
+        code = format.nearest(row, s, o)
+        value = format.decode(code) * s if o is None else format.decode(code) * s + o
+        return (row - value) / factor[j, j], code
+
+    zeros = jnp.zeros(weight.shape, format.code_dtype)
+    codes = swept(upper, weight[order], zeros, (scale, offset), one)
+    return codes[jnp.argsort(order)]
+
+
+def swept(
+    matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, one: Callable
+) -> Array:
+    """Return codes [I, O] that are chosen input by input, in blocks.
+
+    one(j, state of the input, arrays of its block, block of the matrix) -> (change, code): the change of the
+    j-th input of a block, times its row of the matrix, is subtracted from the state of all inputs.
+    """
+    ins, outs = state.shape
+    size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
 
     def take(x: Array, at: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, at, size, 0)
 
-    def one(j: Array, now: tuple[Array, Array, Array], grids: tuple, factor: Array) -> tuple:
-        part, errors, codes = now
-        row = part[j]
-        s, o = grids[0][j], None if grids[1] is None else grids[1][j]
-        code = format.nearest(row, s, o)
-        value = format.decode(code) * s if o is None else format.decode(code) * s + o
-        error = (row - value) / factor[j, j]
-        part = part - factor[j][:, None] * error[None]
-        return part, errors.at[j].set(error), codes.at[j].set(code)
-
     def block(b: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        weight, codes = now
+        state, codes = now
         at = b * size
-        rows = take(upper, at)
-        factor = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
-        grids = take(scale, at), None if offset is None else take(offset, at)
-        start = take(weight, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
-        _, errors, own = jax.lax.fori_loop(0, size, partial(one, grids=grids, factor=factor), start)
-        weight = weight - jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
-        return weight, jax.lax.dynamic_update_slice_in_dim(codes, own, at, 0)
+        rows = take(matrix, at)
+        own = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
+        inside = jax.tree.map(partial(take, at=at), arrays)
 
-    zeros = jnp.zeros((ins, outs), format.code_dtype)
-    codes = jax.lax.fori_loop(0, ins // size, block, (weight[order], zeros))[1]
-    return codes[jnp.argsort(order)]
+        def step(j: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            part, changes, codes = now
+            change, code = one(j, part[j], inside, own)
+            part = part - own[j][:, None] * change[None]
+            return part, changes.at[j].set(change), codes.at[j].set(code)
+
+        start = take(state, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
+        _, changes, own_codes = jax.lax.fori_loop(0, size, step, start)
+        state = state - jnp.matmul(rows.T, changes, precision=jax.lax.Precision.HIGHEST)
+        return state, jax.lax.dynamic_update_slice_in_dim(codes, own_codes, at, 0)
+
+    return jax.lax.fori_loop(0, ins // size, block, (state, codes))[1]
 
 
 def _upper_factor(x: Float[Array, "I I"]) -> Float[Array, "I I"]:

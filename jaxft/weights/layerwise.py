@@ -172,7 +172,8 @@ def calibrate_layers(
         exact, theirs = [after for after, _ in passed], [inputs for _, inputs in passed]
         layer = CalibratedLayer({}, {})
         for names in groups[place.path]:
-            moments = _zero_moments(params, names[0])
+            size = tree.paths(params)[names[0]].shape[0]
+            moments = InputMoments(*(jnp.zeros((size, size), jnp.float32) for _ in range(2)))
             for h, batch, y in zip(coded, batches, theirs, strict=True):
                 own = programs.inputs(params, h, batch, number, names[:1])
                 moments = _add(moments, own[names[0]], y[names[0]])
@@ -212,11 +213,6 @@ def _layer_params(model: Model, readers: Mapping[str, ParamReader], place: Layer
         return jnp.asarray(np.stack(values).reshape(reader.shape[1:])).astype(model.dtype)
 
     return tree.map_with_path(leaf, place.specs(model.specs), is_leaf=is_spec)
-
-
-def _zero_moments(params: Params, name: str) -> InputMoments:
-    size = tree.paths(params)[name].shape[0]
-    return InputMoments(jnp.zeros((size, size), jnp.float32), jnp.zeros((size, size), jnp.float32))
 
 
 def _with_leaf(params: Params, path: str, value: Array) -> Params:
