@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_patterns import matches_module
 from jaxft.nn.lora_specs import PairRanks
 from jaxft.weights.peft_modules import read_float, read_shaped
 from jaxft.weights.peft_names import PREFIX
@@ -82,7 +82,7 @@ def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> An
     whole name.
     """
     for pattern, value in (config.get(key) or {}).items():
-        if tree.regex(rf"(.*\.)?({pattern})", key).fullmatch(module):
+        if matches_module(pattern, (module,), key):
             return value
     return default
 
