@@ -13,6 +13,7 @@ import jax
 
 from jaxft.data.pairs.source import PairSource
 from jaxft.distributed import sharding, threads, xla_flags
+from jaxft.models.heads import TEACHER
 from jaxft.plan import hlo, memory, traffic
 from jaxft.plan.flops import Flops, flops
 from jaxft.plan.machines import Machine
@@ -202,7 +203,7 @@ def _compiled_plan(
         pair = counts.model, counts.program
         time_estimate = estimate(machine, pair, moved, moves, peak, (counts.fp8, fp8))
     return Plan(
-        **common, parts={name: size for name, size in parts.items() if size}, total=total,
+        **common, parts={name: size for name, size in parts.items() if size or name == TEACHER}, total=total,
         missing=total - limit if limit is not None and total > limit else None,
         host=analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes,
         collectives=by_kind(moves), memory_traffic=moved, unknown_loops=len(module.unknown_loops),
