@@ -34,7 +34,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
-FORMATS = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "jaxft")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="quantisation of the base to merge onto (default: as in the run, or none)",
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
-    parser.add_argument("--format", choices=FORMATS, help="layout of --pack (default: the usual one)")
+    parser.add_argument("--format", help="layout of --pack, such as gptq (default: the usual one)")
     parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file of this type, such as Q8_0")
     parser.add_argument(
         "--calibrate", metavar="ROWS", help="with --gguf: calibration rows: a file, a folder or a hub dataset"

@@ -25,7 +25,6 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 KINDS = ("int8", "fp8", "int4", "nf4", "fp4", "affine4")
-FORMATS = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "jaxft")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="the model to quantise (REF)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--kind", choices=KINDS, default="nf4", help="the format (default nf4)")
-    parser.add_argument("--format", choices=FORMATS, help="layout of the files (default: the usual one)")
+    parser.add_argument("--format", help="layout of the files, such as gptq (default: the usual one)")
     parser.add_argument("--block", type=int, help="inputs per scale (default: depends on the kind)")
     parser.add_argument(
         "--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)"

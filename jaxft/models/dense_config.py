@@ -83,7 +83,7 @@ SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 
 @dataclass(frozen=True)
-class FileFormat:
+class ConfigFormat:
     """How one family's config.json differs from that of other dense families.
 
     fixed: settings that would change the arithmetic, each with the only supported value; exports write them.
@@ -102,7 +102,7 @@ class FileFormat:
     local_theta: str | None = None
 
 
-def fields_from_hf(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
+def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     """Return the fields of a DenseConfig from the dict of a config.json, as transformers 4 or 5 writes it.
 
     With form.local_theta the result also has local_rope, the Rope of sliding attention. Raises ValueError
@@ -159,7 +159,7 @@ def token_ids(value: Any, name: str, vocab: int) -> list[int]:
     return ids
 
 
-def _ropes(hf: dict[str, Any], form: FileFormat, max_positions: Any) -> dict[str, Rope]:
+def _ropes(hf: dict[str, Any], form: ConfigFormat, max_positions: Any) -> dict[str, Rope]:
     theta = form.defaults.get("rope_theta", DEFAULTS["rope_theta"])
     if form.local_theta is None:
         ropes = {"rope": rope_from_hf(hf, max_positions, theta)}
@@ -188,7 +188,7 @@ def _activation(name: Any, key: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def fields_to_hf(c: DenseConfig, form: FileFormat, local_rope: Rope | None = None) -> dict[str, Any]:
+def fields_to_hf(c: DenseConfig, form: ConfigFormat, local_rope: Rope | None = None) -> dict[str, Any]:
     """Return the dict of a config.json, with rope settings that transformers 4 and 5 both read.
 
     local_rope: the Rope of sliding attention, for a family with form.local_theta.

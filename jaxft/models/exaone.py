@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import DenseArchitecture, dense_model, head_norms, names_of
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.models.olmo import POST_NORM_NAMES, postnorm_layer, postnorm_specs
@@ -47,7 +47,7 @@ def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tu
     return postnorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
 
 
-_EXAONE4 = FileFormat(
+_EXAONE4 = ConfigFormat(
     "exaone4", "Exaone4ForCausalLM", {"hidden_act": "silu"}, {"rms_norm_eps": 1e-5, "bos_token_id": 0}
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.models.dense_config import FileFormat, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, fields_to_hf
 from jaxft.models.gemma import FOUR_NORMS, capped_attention, four_norms, gemma_model
 from jaxft.models.gemma_config import (
     GEMMA2_DEFAULTS,
@@ -49,7 +49,7 @@ GEMMA3_DEFAULTS: dict[str, Any] = {
     **GEMMA2_DEFAULTS, "max_position_embeddings": 131072, "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }  # fmt: skip
-_FORMAT = FileFormat(
+_FORMAT = ConfigFormat(
     "gemma3_text",
     "Gemma3ForCausalLM",
     # transformers ignores a soft cap of Gemma 3's scores

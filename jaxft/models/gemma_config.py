@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
 
 
@@ -61,9 +61,9 @@ GEMMA2_DEFAULTS = {
     "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 _FIXED = {"attention_bias": False}
-_GEMMA = FileFormat("gemma", "GemmaForCausalLM", _FIXED)
-_GEMMA2 = FileFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation="hidden_activation")
-_VAULT = FileFormat("vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation="hidden_activation")
+_GEMMA = ConfigFormat("gemma", "GemmaForCausalLM", _FIXED)
+_GEMMA2 = ConfigFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation="hidden_activation")
+_VAULT = ConfigFormat("vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation="hidden_activation")
 
 
 def check_causal(hf: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def gemma_to_hf(c: GemmaConfig) -> dict[str, Any]:
     return hf | {"hidden_activation": hf["hidden_act"]}
 
 
-def capped_fields(hf: dict[str, Any], form: FileFormat, period: int) -> dict[str, Any]:
+def capped_fields(hf: dict[str, Any], form: ConfigFormat, period: int) -> dict[str, Any]:
     """Return the fields of a Gemma2Config. Without layer_types, every period-th layer has full attention."""
     check_causal(hf)
     fields = fields_from_hf(hf, form)

@@ -17,7 +17,7 @@ from jaxft.models.dense import (
     self_attention,
     with_biases,
 )
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.layer_attention import Attend, uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
@@ -84,7 +84,7 @@ def _logits(c: GraniteConfig, head: Params, h: Float[Array, "... D"]) -> Float[A
     return logits / jnp.asarray(c.logits_scaling, logits.dtype)
 
 
-_GRANITE = FileFormat("granite", "GraniteForCausalLM", {"hidden_act": "silu"})
+_GRANITE = ConfigFormat("granite", "GraniteForCausalLM", {"hidden_act": "silu"})
 
 
 def granite_from_hf(hf: dict[str, Any]) -> GraniteConfig:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.nn.rope import Rope
 
 
@@ -15,7 +15,7 @@ class LlamaConfig(DenseConfig):
     mlp_bias: bool = False
 
 
-FORMAT = FileFormat(
+FORMAT = ConfigFormat(
     "llama",
     "LlamaForCausalLM",
     fixed={"hidden_act": "silu", "pretraining_tp": 1},

@@ -16,7 +16,7 @@ from jaxft.models.dense import (
     prenorm_layer,
     qkv_biases,
 )
-from jaxft.models.dense_config import FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
 from jaxft.models.llama_config import LlamaConfig
 from jaxft.models.mistral import MistralConfig
@@ -50,7 +50,7 @@ def seed_oss(config: SeedOssConfig, dtype: DTypeLike = jnp.bfloat16, **options: 
     return dense_model(config, arch, dtype, **options)
 
 
-_SEED_OSS = FileFormat(
+_SEED_OSS = ConfigFormat(
     "seed_oss", "SeedOssForCausalLM", _SILU | {"pretraining_tp": 1},
     {"max_position_embeddings": 524288, "bos_token_id": 0, "head_dim": 128},
 )  # fmt: skip
@@ -82,7 +82,7 @@ class CwmConfig(MistralConfig):
     """Sizes of a CWM, which Mistral's builder builds."""
 
 
-_CWM = FileFormat(
+_CWM = ConfigFormat(
     "cwm", "CwmForCausalLM", _SILU | {"pretraining_tp": 1, "mlp_bias": False},
     {
         "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "bos_token_id": 128000, "head_dim": 128,
@@ -117,7 +117,7 @@ class InternLM3Config(LlamaConfig):
     """Sizes of an InternLM 3, which Llama's builder builds."""
 
 
-_INTERNLM3 = FileFormat(
+_INTERNLM3 = ConfigFormat(
     "internlm3", "InternLM3ForCausalLM", _SILU,
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "head_dim": 128},
 )  # fmt: skip
@@ -142,7 +142,7 @@ class IQuestCoderConfig(LlamaConfig):
     """Sizes of an IQuest-Coder, which Llama's builder builds."""
 
 
-_IQUEST = FileFormat(
+_IQUEST = ConfigFormat(
     "iquestcoder", "IQuestCoderForCausalLM", _SILU | {"clip_qkv": None, "use_sliding_window": False},
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128},
 )  # fmt: skip

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import DenseArchitecture, dense_model, llama_specs, names_of, prenorm_layer
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import Model
 from jaxft.nn.layer_attention import LayerKind
@@ -35,11 +35,11 @@ def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: A
 
 
 _DEFAULTS = {"max_position_embeddings": 4096 * 32}
-_MISTRAL = FileFormat("mistral", "MistralForCausalLM", defaults=_DEFAULTS)
-_MINISTRAL = FileFormat("ministral", "MinistralForCausalLM", defaults=_DEFAULTS)
+_MISTRAL = ConfigFormat("mistral", "MistralForCausalLM", defaults=_DEFAULTS)
+_MINISTRAL = ConfigFormat("ministral", "MinistralForCausalLM", defaults=_DEFAULTS)
 
 
-def _from_hf(hf: dict[str, Any], form: FileFormat) -> MistralConfig:
+def _from_hf(hf: dict[str, Any], form: ConfigFormat) -> MistralConfig:
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     # transformers reads a config.json of model_type mistral that has layer_types as a ministral's.
     types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])

@@ -19,7 +19,7 @@ from jaxft.models.dense import (
     names_of,
     self_attention,
 )
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.layer_attention import Attend, LayerKind, uniform
@@ -112,8 +112,8 @@ def postnorm_layer(
 
 
 _DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
-_OLMO2 = FileFormat("olmo2", "Olmo2ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS)
-_OLMO3 = FileFormat(
+_OLMO2 = ConfigFormat("olmo2", "Olmo2ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS)
+_OLMO3 = ConfigFormat(
     "olmo3", "Olmo3ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS | {"rope_theta": 500000.0},
     local_theta="rope_theta",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import DenseArchitecture, attention_output, dense_model, llama_specs, names_of
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.fused_linear import fused_linear
@@ -88,7 +88,7 @@ def _mlp(c: Phi3Config, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> F
     return biased_linear(p, "down", gated(gate, up), keys[1])
 
 
-_FORMAT = FileFormat(
+_FORMAT = ConfigFormat(
     "phi3",
     "Phi3ForCausalLM",
     fixed={"hidden_act": "silu"},

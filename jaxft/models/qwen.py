@@ -16,7 +16,7 @@ from jaxft.models.dense import (
     prenorm_layer,
     qkv_biases,
 )
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.layer_attention import Attend, AttentionLayers, LayerKind
@@ -75,11 +75,11 @@ def _attention(c: QwenConfig) -> AttentionLayers:
 
 
 _DEFAULTS = {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None}
-_QWEN2 = FileFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
-_QWEN3 = FileFormat("qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128})
+_QWEN2 = ConfigFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
+_QWEN3 = ConfigFormat("qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128})
 
 
-def _fields(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
+def _fields(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     fields = fields_from_hf(hf, form)
     if not hf.get("use_sliding_window", False):
         if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):
@@ -107,7 +107,7 @@ def qwen3_from_hf(hf: dict[str, Any]) -> Qwen3Config:
     return Qwen3Config(**_fields(hf, _QWEN3), attention_bias=bool(hf.get("attention_bias", False)))
 
 
-def _to_hf(c: QwenConfig, form: FileFormat) -> dict[str, Any]:
+def _to_hf(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
     types = list(c.layer_types or (FULL,) * c.layers)
     return fields_to_hf(c, form) | {
         "use_sliding_window": SLIDING in types,

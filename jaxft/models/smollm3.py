@@ -15,7 +15,7 @@ from jaxft.models.dense import (
     prenorm_layer,
     with_biases,
 )
-from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
 from jaxft.models.model import Model
 from jaxft.nn.layer_attention import AttentionLayers, LayerKind
@@ -55,7 +55,7 @@ def _attention(c: SmolLM3Config) -> AttentionLayers:
     return AttentionLayers(tuple(kinds), tuple(map(kinds.index, layers)), c.head_dim)
 
 
-_FORMAT = FileFormat(
+_FORMAT = ConfigFormat(
     "smollm3",
     "SmolLM3ForCausalLM",
     fixed={"hidden_act": "silu"},

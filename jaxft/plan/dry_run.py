@@ -16,6 +16,7 @@ from jaxft.plan import machines
 from jaxft.plan.machines import GIB
 from jaxft.plan.plan import Plan, plan
 from jaxft.plan.text import plan_report
+from jaxft.rl.rollout import Rollouts
 from jaxft.runs.config import Resolved, as_written, recipe_knobs
 from jaxft.runs.settings_list import Setting, settings_of
 from jaxft.train import open_settings, partition, programs
@@ -79,16 +80,20 @@ def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -
 
 def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
     """Return the source of a run's preference rows, and no lines; or else None, and a line that says that the
-    plan is an upper bound. Other rows need neither: their plan has the shape of the run's batches.
+    plan is an upper bound. Other rows need neither: their plan has the shape of the run's batches. Of prompts
+    there are the warnings of the run's first lines. Raises ValueError for rows that a run would refuse.
     """
-    if not isinstance(run.data, PairRows):
+    if not isinstance(run.data, PairRows | Rollouts):
         return None, []
     reason = open_settings.not_here(run)
     try:
         if not reason:
-            return run.data.open(load_tokenizer(run.weights), shards), []
-    except (ValueError, OSError) as error:
+            source = run.data.open(load_tokenizer(run.weights), shards)
+            return (source, []) if isinstance(source, PairSource) else (None, list(source.info.warnings))
+    except OSError as error:
         reason = str(error)
+    if not isinstance(run.data, PairRows):
+        return None, []
     bound = f"all responses have {run.data.max_length} tokens"
     return None, [f"the planned memory is an upper bound, as if {bound}: {reason}"]
 

@@ -151,7 +151,8 @@ TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, name
 NOTES = {
     ACCURACY: "accuracy: fraction of held-out pairs whose chosen completion has the higher reward; a tie "
     "counts 1/2; in brackets its 95 % interval",
-    RELATIVE_LOSS: "loss over step 0: losses of different functions don't compare with one another",
+    RELATIVE_LOSS: "loss over step 0: losses of different functions, held-out rows or tokenizers "
+    "don't compare with one another",
     "margin": "margin: chosen reward minus rejected reward, mean over held-out pairs",
     "margin, nats": "margin: growth of the log-prob difference of a pair's completions since step 0, mean",
     "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",

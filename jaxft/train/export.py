@@ -33,7 +33,7 @@ from jaxft.runs.named_weights import NamedWeights
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
-from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained, quantised_write
+from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.codes import open_codes
 from jaxft.weights.eva import written_adapter
@@ -41,8 +41,8 @@ from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.new_folder import check_new_folder, new_folder
 from jaxft.weights.param_reader import param_readers
-from jaxft.weights.quant_layout import quantize_layout
-from jaxft.weights.quantised import dequantised
+from jaxft.weights.quantised.file_format import quantize_layout
+from jaxft.weights.quantised.formats import as_stored, dequantised, written_format
 from jaxft.weights.storage import quantised_paths
 from jaxft.weights.tensors import Tensor, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
@@ -93,7 +93,7 @@ class ExportQuant:
     """How written weights are quantised, each rounded once from float32.
 
     quant: with calibrated codes, these are written. format: the layout of the files, a key of
-    quantised_write.KINDS_OF, by default the usual one of the kind.
+    weights.quantised.formats.FILE_FORMATS, by default the usual one of the kind.
     """
 
     quant: Quant
@@ -213,21 +213,21 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     def quantize_layer(tensor: Tensor, layer: np.ndarray) -> QTensor:
         is_coded = tensor.name in codes
         value: Any = codes[tensor.name].read() if is_coded else quantize(layer, quant.kind, block, double)
-        value, rounded = quantised_write.as_stored(value, method, tensor.module)
+        value, rounded = as_stored(value, file_format, tensor.module)
         if rounded and not notes:
             notes.append(
                 f"warning: {rounded} of {value.scale.size} scales of {tensor.module} are too small for "
-                f"float16, in which --format {method} stores them, and lose digits; if its error matters, "
-                "use --format compressed-tensors"
+                f"float16, in which --format {file_format.name} stores them, and lose digits; if its error "
+                "matters, use --format compressed-tensors"
             )
         error.add(layer, dequantised(value))
         return value
 
     kernels = {path: tensors for path, tensors in table.items() if tensors[0].transposed}
     plain = {x[0].module.rpartition(".")[2] for path, x in kernels.items() if path not in layouts}
-    packed = dict.fromkeys(x.in_layer for path in layouts for x in kernels[path] if x.index)
-    method, layout_name = quantised_write.method_for(layouts, how.format)
-    settings = quantised_write.quantization_config(quant, method, sorted(plain), list(packed))
+    packed = list(dict.fromkeys(x.in_layer for path in layouts for x in kernels[path] if x.index))
+    file_format, layout_name = written_format(layouts, how.format)
+    settings = {"quant_method": file_format.name, **file_format.config(quant, sorted(plain), packed)}
     return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)
 
 

@@ -122,19 +122,23 @@ def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolv
 
 
 def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
-    """Return what `fitted` does, without any download: with the recipe's own lengths, and a line that says
-    so, if the rows or the tokenizer are not files of this machine or cannot be read. Raises ValueError
-    for rows of this machine that a run would refuse.
+    """Return what `fitted` does, without any download: with the recipe's own lengths, and a warning, if the
+    rows or the tokenizer are not files of this machine or cannot be read. Raises ValueError for rows of this
+    machine that a run would refuse.
     """
-    if not _open_names(settings):
+    names = _open_names(settings)
+    if not names and not _has_own_rows(settings):
         return fitted(settings, devices)
     reason = not_here(settings.value)
     try:
         if not reason:
+            if not names:
+                _measure(settings.value)
             return _fitted(settings, devices, Path("runs"))
     except OSError as error:
         reason = str(error)
-    return settings, [*_first_lines(settings), f"lengths are chosen when the run starts: {reason}"]
+    later = "lengths are chosen" if names else "rows are read"
+    return settings, [*_first_lines(settings), f"warning: {later} when the run starts: {reason}"]
 
 
 def not_here(run: Run) -> str:

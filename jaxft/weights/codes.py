@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxft.nn.quant import Quant, with_defaults
@@ -20,8 +19,8 @@ from jaxft.weights import hub
 from jaxft.weights.cached_folder import adopt_folder, cached_folder, folder_damage
 from jaxft.weights.file_hash import cache_folder, content_sha256, files_sha256
 from jaxft.weights.model_files import QuantisedTensor
-from jaxft.weights.quantised import find_jaxft
-from jaxft.weights.quantised_write import packed_tensors
+from jaxft.weights.quantised.formats import quantised_tensors
+from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
 from jaxft.weights.safetensors import (
     SafetensorsFiles,
     TensorToWrite,
@@ -108,8 +107,7 @@ def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[Calibrate
 def _write_layer(path: Path, layer: CalibratedLayer) -> None:
     tensors: list[TensorToWrite] = []
     for name, q in layer.weights.items():
-        layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), q)
-        tensors += packed_tensors(name, layout, _returning(q), "jaxft")
+        tensors += quantised_tensors(name, q, _returning(q), OWN_ARRAYS.name)
     for name, pair in layer.pairs.items():
         for side, x in zip(_SIDES, pair, strict=True):
             fetch = np.asarray(x, np.float32)
@@ -154,7 +152,7 @@ def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> _Opened:
     if damage is not None:
         raise ValueError(f"the calibrated base of this run cannot be used: {damage}. {AGAIN}")
     files = open_safetensors(folder, sorted(folder.glob("layer-*.safetensors")))
-    return files, find_jaxft(files, read_model_json(folder / _SETTINGS))[0]
+    return files, OWN_ARRAYS.open(files, read_model_json(folder / _SETTINGS))
 
 
 def codes_sha256(name: str) -> str:

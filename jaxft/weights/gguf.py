@@ -15,7 +15,7 @@ from jaxft.weights.gguf_architectures import architecture_of, head_count, hf_nam
 from jaxft.weights.gguf_blocks import BLOCK_FORMATS, Q4_0_AMONG_Q4_1, BlockFormat
 from jaxft.weights.gguf_header import GgufHeader, GgufTensor, block_size
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
-from jaxft.weights.quant_layout import block_layout
+from jaxft.weights.quantised.file_format import block_layout
 from jaxft.weights.safetensors import map_array
 
 PLAIN_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

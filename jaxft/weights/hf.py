@@ -13,9 +13,10 @@ from jaxft.models.model import Model
 from jaxft.models.text_part import TEXT_PARTS, text_tensor
 from jaxft.nn.quant import QTensor
 from jaxft.nn.tensor_names import TIED_HEAD
-from jaxft.weights import hub, quantised, safetensors
+from jaxft.weights import hub, safetensors
 from jaxft.weights.model_files import Index, ModelFiles
-from jaxft.weights.quant_layout import same_layout
+from jaxft.weights.quantised.file_format import same_layout
+from jaxft.weights.quantised.formats import open_quantised
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
 from jaxft.weights.tensors import Tensor, tensors_of
 
@@ -82,7 +83,7 @@ def open_folder(folder: Path) -> ModelFiles:
     config = read_model_json(path) if path.is_file() else {}
     settings = config.get("quantization_config")
     if isinstance(settings, dict):
-        return _text_part(quantised.open_quantised(tensors, settings), config)
+        return _text_part(open_quantised(tensors, settings), config)
 
     def read(name: str, index: Index = ()) -> np.ndarray:
         return safetensors.read_tensor(tensors, name, index)

@@ -23,9 +23,9 @@ from jaxft.models.text_part import text_config
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
-from jaxft.weights import quantised_write
 from jaxft.weights.hf import WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
+from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos, joined_eos
 from jaxft.weights.tensors import Tensor, layer_on_host, tensors_of
@@ -134,7 +134,7 @@ def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = 
         if quant and tensor.path in quant.layouts:
             make = partial(_quantised, quant, tensor, values)
             method = quant.settings["quant_method"]
-            out += quantised_write.packed_tensors(name, quant.layouts[tensor.path], make, method)
+            out += quantised_tensors(name, quant.layouts[tensor.path], make, method)
             continue
         fetch = partial(_turned, tensor, values)
         out.append(TensorToWrite(name, np.dtype(leaves[tensor.path].dtype), tensor.shape, fetch))

@@ -76,8 +76,9 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
                 of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
                 found = of_layer.pairs(tensor.read(files).astype(np.float32))
             for of_paths, pair in zip(pairs, found, strict=True):
+                a, b = pair or (None, None)
                 modules = of_paths.setdefault(path, [])
-                modules.append(pair and Pair(np.float32(pair[0]), np.float32(pair[1]), alpha))
+                modules.append(pair and Pair(np.asarray(a, np.float32), np.asarray(b, np.float32), alpha))
     return StartPairs(*(tree.nested(adapter_of(x, settings, stored.model)[0]) for x in pairs))
 
 

@@ -33,7 +33,7 @@ class QuantisedTensor:
 
     method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
     exactly the values in the files, and what `read` returns; None if there is none. reason: why there is no
-    layout, or not the smallest one.
+    layout, or not the smallest one. tensors: in the files that it consists of, if these have other names.
     """
 
     method: str
@@ -41,6 +41,7 @@ class QuantisedTensor:
     layout: QTensor | None
     read: ReadQuantised
     reason: str = ""
+    tensors: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

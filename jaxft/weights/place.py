@@ -29,7 +29,7 @@ from jaxft.weights.param_reader import (
     read_values,
     small_parts,
 )
-from jaxft.weights.quant_layout import array_index, array_names
+from jaxft.weights.quantised.file_format import array_index, arrays_of
 from jaxft.weights.tensors import Tensor, layer_on_host
 
 Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
@@ -247,7 +247,7 @@ class ShardBuffers:
 
 def arrays_by_name(x: Leaf) -> dict[str, Any]:
     """Return the arrays of a QTensor by name, or the one array under the name ""."""
-    return {name: getattr(x, name) for name in array_names(x)} if isinstance(x, QTensor) else {"": x}
+    return arrays_of(x) if isinstance(x, QTensor) else {"": x}
 
 
 # Conversion

@@ -85,16 +85,27 @@ def _open(path: Path) -> safe_open:
         raise ValueError(f"{path}: not a complete safetensors file ({reason}); download it again") from e
 
 
-def read_tensor(files: SafetensorsFiles, name: str, index: Index = ()) -> np.ndarray:
-    """Read a tensor, or the part of it at `index`, into fresh memory. Raises ValueError for an unsupported
-    dtype.
+def require_tensor(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError if a tensor is missing or has another shape. shape: None for any."""
+    if name not in files.shapes:
+        raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
+    if shape is not None and files.shapes[name] != shape:
+        raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected {shape}")
+
+
+def read_tensor(
+    files: SafetensorsFiles, name: str, index: Index = (), shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Read a tensor, or the part of it at `index`, into fresh memory. Raises ValueError for a missing tensor,
+    another shape than `shape`, and an unsupported dtype.
     """
-    path, dtype, shape = files.paths[name], files.dtypes[name], files.shapes[name]
+    require_tensor(files, name, shape)
+    path, dtype, stored = files.paths[name], files.dtypes[name], files.shapes[name]
     if dtype == UNSUPPORTED:
         raise ValueError(f"{path}: tensor {name} has an unsupported dtype; use one of {', '.join(DTYPES)}")
-    index = full_index(index, shape)
-    if dtype in FLOAT8.values() or not math.prod(lengths(index)) or not shape:
-        return read_view(files, name, dtype, shape, index)  # which get_slice does not return as NumPy arrays
+    index = full_index(index, stored)
+    if dtype in FLOAT8.values() or not math.prod(lengths(index)) or not stored:
+        return read_view(files, name, dtype, stored, index)  # which get_slice does not return as NumPy arrays
     with _open(path) as file:
         return file.get_slice(files.stored_names.get(name, name))[index]
 

@@ -18,7 +18,7 @@ from jaxft.nn import fp8, param
 from jaxft.nn.lora import target_paths
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize, shardings_of
-from jaxft.weights.quant_layout import same_layout
+from jaxft.weights.quantised.file_format import same_layout
 
 
 @dataclass(frozen=True)

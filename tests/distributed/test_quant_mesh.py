@@ -21,7 +21,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.train import partition
 from jaxft.weights import storage
-from jaxft.weights.quant_layout import block_layout
+from jaxft.weights.quantised.file_format import block_layout
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 

@@ -18,7 +18,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft.batch import Tokens
 from jaxft.distributed.sharding import MeshShape, make_mesh, shard_batch
 from jaxft.models import llama_config
-from jaxft.models.dense_config import FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.models.rope_config import for_transformers_4, rope_to_hf, ropes_from_hf
 from jaxft.nn import param
@@ -211,18 +211,18 @@ ROPES = {
     "proportional": Rope(kind="proportional", rotated=0.5),
 }  # fmt: skip
 FAMILIES = {
-    "LlamaConfig": FileFormat("llama", "LlamaForCausalLM"),
-    "Phi3Config": FileFormat("phi3", "Phi3ForCausalLM", partial_rope=True),
-    "Qwen3Config": FileFormat("qwen3", "Qwen3ForCausalLM", {"attention_bias": False}),
-    "SmolLM3Config": FileFormat("smollm3", "SmolLM3ForCausalLM", defaults={"rope_theta": 2e6}),
+    "LlamaConfig": ConfigFormat("llama", "LlamaForCausalLM"),
+    "Phi3Config": ConfigFormat("phi3", "Phi3ForCausalLM", partial_rope=True),
+    "Qwen3Config": ConfigFormat("qwen3", "Qwen3ForCausalLM", {"attention_bias": False}),
+    "SmolLM3Config": ConfigFormat("smollm3", "SmolLM3ForCausalLM", defaults={"rope_theta": 2e6}),
 }
 LAYERED = {
-    "Gemma3TextConfig": FileFormat(
+    "Gemma3TextConfig": ConfigFormat(
         "gemma3_text", "Gemma3ForCausalLM",
         defaults={"rope_theta": {"full_attention": 1e6, "sliding_attention": 1e4}},
         activation="hidden_activation", local_theta="rope_local_base_freq",
     ),
-    "Olmo3Config": FileFormat(
+    "Olmo3Config": ConfigFormat(
         "olmo3", "Olmo3ForCausalLM", defaults={"rope_theta": 5e5}, local_theta="rope_theta"
     ),
 }  # fmt: skip

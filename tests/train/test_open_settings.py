@@ -249,13 +249,14 @@ def test_a_plan_says_which_lengths_it_leaves_to_the_run(place, options, reason):
         settings = replace(settings, value=replace(settings.value, weights="none/here"))
     found, lines = fitted_here(settings, devices=1)
     assert "max_length" not in found.chosen and found.value.data.max_length == 512
-    assert lines[-1].startswith("lengths are chosen when the run starts: ") and reason in lines[-1]
+    assert lines[-1].startswith("warning: lengths are chosen when the run starts: ") and reason in lines[-1]
 
 
-def test_rows_that_a_run_would_refuse_are_an_error_of_a_plan_too(place):
+@pytest.mark.parametrize("lengths", [[], ["max_length=64", "batch=2", "micro=1"]], ids=["open", "given"])
+def test_rows_that_a_run_would_refuse_are_an_error_of_a_plan_too(place, lengths):
     Path("broken.jsonl").write_text("{")
     with pytest.raises(ValueError, match="broken.jsonl:1: malformed JSON"):
-        fitted_here(resolve("sft", [*place, "data=broken.jsonl"]), devices=1)
+        fitted_here(resolve("sft", [*place, "data=broken.jsonl", *lengths]), devices=1)
 
 
 def fit_of(longest, data, budget=4096, context=8192):

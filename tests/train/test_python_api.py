@@ -95,13 +95,17 @@ def test_a_finished_run_has_its_time_tokens_and_hardware_in_summary_and_card(pla
 
 def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(place, trained):
     result, _ = trained
-    sample = result.samples[0]
     with working_directory(place):
+        sample = result.samples[0]
         completion = result.generate([sample["prompt"]], max_new=4)
         assert completion == [sample["after"].removesuffix(" [...]")]
         held = [row for row in rows() if row["prompt"] == sample["prompt"]]
         scores = jaxft.evaluate(result, held, by=lambda prompt, completion, row: len(prompt), max_new=4)
         assert scores.metrics["<lambda>"] == len(sample["prompt"])
+        with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
+            result.generate(["a"], max_new_tokens=4)
+        with pytest.raises(jaxft.Error, match=r"one conversation; .* give \[prompts\]"):
+            result.generate([{"role": "user", "content": "a"}])
 
 
 class Recorder:

@@ -25,7 +25,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, take_rows
 from jaxft.train import partition
 from jaxft.weights import pretrained
-from jaxft.weights.quantised import dequantised
+from jaxft.weights.quantised.formats import FILE_FORMATS, dequantised
 
 torch = pytest.importorskip("torch")
 
@@ -240,7 +240,7 @@ def test_other_methods_and_invalid_quant_states_are_refused(tmp_path):
     edit_config(folder, quantization_config={"quant_method": "hqq"})
     with pytest.raises(
         ValueError,
-        match="quant_method='hqq', but jaxft reads bitsandbytes, gptq, awq, fp8, compressed-tensors, jaxft; ",
+        match=f"quant_method='hqq', but jaxft reads {', '.join(FILE_FORMATS)}; use the model's unquantised",
     ):
         pretrained.open_files(str(folder))
     plain = write_folder(tmp_path / "plain", tiny_torch())

@@ -1,0 +1,148 @@
+"""The type of a file format of quantised weights, and their layouts: QTensors of ShapeDtypeStructs."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
+from jaxft.weights.model_files import Index, QuantisedTensor, full_index
+from jaxft.weights.safetensors import SafetensorsFiles
+
+QuantConfig = dict[str, Any]  # quantization_config of a config.json
+Weights = dict[str, QuantisedTensor]  # by the names that they have in a plain model
+
+
+class WrittenTensor(NamedTuple):
+    """A tensor that a quantised weight is written as. values: computes it from the weight on the host."""
+
+    name: str
+    dtype: DTypeLike
+    shape: tuple[int, ...]
+    values: Callable[[QTensor], Any]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A file format of quantised weights.
+
+    name: the `quant_method` of its quantization_config. open(files, settings): returns the quantised weights,
+    each with its layout and a function that decodes parts of it (see quantised_tensor). It reads only headers
+    and small tensors. Raises ValueError for weights that jaxft does not read.
+
+    The others are for writing. kinds: of weights (see nn.quant) that it stores; () if it is only read.
+    summary: what it is and who loads it, for the user; head_summary: the same if the head is quantised.
+    write(name, layout): the tensors of a weight `name`. config(quant, plain, packed): its quantization_config
+    without the quant_method. plain: last names of modules that are not quantised. packed: names of those that
+    are, inside a layer, such as self_attn.q_proj. scale_dtype: of written scales, None for their own.
+    with_head: whether the head can be quantised. whole_blocks: whether blocks must divide a weight's inputs.
+    int4_multiples: numbers that must divide the inputs and the outputs of an int4 weight.
+    """
+
+    name: str
+    open: Callable[[SafetensorsFiles, QuantConfig], Weights]
+    kinds: tuple[str, ...] = ()
+    summary: str = ""
+    head_summary: str = ""
+    write: Callable[[str, QTensor], list[WrittenTensor]] = lambda name, layout: []
+    config: Callable[[Quant, list[str], list[str]], QuantConfig] = lambda quant, plain, packed: {}
+    scale_dtype: DTypeLike | None = None
+    with_head: bool = True
+    whole_blocks: bool = True
+    int4_multiples: tuple[int, int] = (1, 1)
+
+
+def quantised_tensor(
+    format: str,
+    tensors: Iterable[str],
+    layout: QTensor,
+    decode: Callable[[Index], dict[str, Any]],
+    reason: str = "",
+) -> QuantisedTensor:
+    """Return a quantised weight of a file format. tensors, reason: see QuantisedTensor.
+
+    decode(index): returns the arrays, by name, of the part of the weight at a full index [in, out] whose
+    limits are limits of blocks.
+    """
+
+    def read(index: Index = ()) -> QTensor:
+        return replace(layout, **decode(full_index(index, layout.shape)))
+
+    return QuantisedTensor(format, layout.shape, layout, read, reason, frozenset(tensors))
+
+
+def stems(files: SafetensorsFiles, ending: str) -> list[str]:
+    """Return the names of the tensors that end so, without the ending."""
+    return [name.removesuffix(ending) for name in files.shapes if name.endswith(ending)]
+
+
+# Layouts
+
+
+def block_layout(
+    kind: str,
+    shape: tuple[int, int],
+    block: int | None,
+    scale_dtype: DTypeLike,
+    offset_dtype: DTypeLike | None = None,
+    indexed: bool = False,
+) -> QTensor:
+    """Return the layout of a weight [in, out] with one scale (and offset, if it has a dtype) per block of
+    inputs.
+
+    block: None is one block of all inputs. indexed: whether an array stores the block of each input.
+    """
+    ins, outs = shape
+    blocks = -(-ins // block) if block else 1
+    rows, code_dtype = ins // 2 if is_paired(kind) else ins, FORMATS[kind].code_dtype
+    return QTensor(
+        codes=jax.ShapeDtypeStruct((rows, outs), code_dtype),
+        kind=kind,
+        dtype=jnp.dtype(jnp.float32),
+        block=block,
+        scale=jax.ShapeDtypeStruct((blocks, outs), scale_dtype),
+        offset=None if offset_dtype is None else jax.ShapeDtypeStruct((blocks, outs), offset_dtype),
+        index=jax.ShapeDtypeStruct((ins,), np.int32) if indexed else None,
+    )
+
+
+def quantize_layout(shape: tuple[int, ...], quant: Quant) -> QTensor:
+    """Return the layout that nn.quant.quantize gives a weight [in, out]."""
+    pack = partial(quantize, kind=quant.kind, block=quant.block, double=quant.double)
+    return jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def same_layout(a: QTensor, b: QTensor) -> bool:
+    """Whether two QTensors have the same kind, blocks and arrays; the dtype that they dequantise to may
+    differ.
+    """
+
+    def facts(q: QTensor) -> tuple[Any, ...]:
+        return q.kind, q.block, {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays_of(q).items()}
+
+    return facts(a) == facts(b)
+
+
+def arrays_of(q: QTensor) -> dict[str, Any]:
+    """Return the arrays that a QTensor has, by name."""
+    names = ("codes", "scale", "offset", "outer", "mean", "index")
+    return {name: getattr(q, name) for name in names if getattr(q, name) is not None}
+
+
+def array_index(layout: QTensor, array: str, index: Index) -> Index:
+    """Return where in one of a layout's arrays the part of a weight [..., in, out] at `index` is; the limits
+    of the part are limits of blocks.
+    """
+    *above, ins, outs = index
+    if array in ("outer", "mean", "index"):
+        return tuple(above)
+    per_row = layout.block if layout.index is None else None
+    if array == "codes":
+        per_row = 2 if is_paired(layout.kind) else 1
+    rows = slice(ins.start // per_row, -(-ins.stop // per_row)) if per_row else slice(None)
+    return (*above, rows, outs)

@@ -1,0 +1,149 @@
+"""The table of file formats of quantised weights: open a model in one of them, choose one to write."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.nn.quant import QTensor, dequantize
+from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
+from jaxft.weights.quantised.awq import AWQ
+from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
+from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS
+from jaxft.weights.quantised.file_format import FileFormat, QuantConfig
+from jaxft.weights.quantised.fp8 import FINE_GRAINED_FP8
+from jaxft.weights.quantised.gptq import GPTQ
+from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
+from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
+
+FILE_FORMATS = {
+    x.name: x for x in (BITSANDBYTES, GPTQ, AWQ, FINE_GRAINED_FP8, COMPRESSED_TENSORS, OWN_ARRAYS)
+}
+USUAL_FORMATS = {"nf4": BITSANDBYTES, "fp4": BITSANDBYTES, "fp8": COMPRESSED_TENSORS}  # by kind
+
+
+def open_quantised(files: SafetensorsFiles, settings: QuantConfig) -> ModelFiles:
+    """Return the tensors of a model whose quantised weights appear under the names of the plain weights.
+
+    settings: config.json's quantization_config. Raises ValueError for a format that is not supported and for
+    inconsistent tensors.
+    """
+    name = settings.get("quant_method")
+    if not isinstance(name, str) or name not in FILE_FORMATS:
+        raise ValueError(
+            f"{files.where}: its config.json has quant_method={name!r}, but jaxft reads "
+            f"{', '.join(FILE_FORMATS)}; use the model's unquantised weights"
+        )
+    quantised = FILE_FORMATS[name].open(files, settings)
+    parts = {part for weight in quantised.values() for part in weight.tensors}
+    plain = [name for name in files.shapes if name not in parts]
+
+    def read(name: str, index: Index = ()) -> np.ndarray:
+        if name in quantised:
+            return dequantised_part(quantised[name], index)
+        return read_tensor(files, name, index)
+
+    return ModelFiles(
+        files.where,
+        {name: files.shapes[name] for name in plain} | {n: x.shape[::-1] for n, x in quantised.items()},
+        {name: files.dtypes[name] for name in plain} | dict.fromkeys(quantised, np.dtype(np.float32)),
+        read,
+        quantised,
+    )
+
+
+def dequantised(x: QTensor | np.ndarray) -> np.ndarray:
+    """Return a weight on the host in float32 if it is a QTensor, else itself."""
+    return np.asarray(dequantize(replace(x, dtype=jnp.dtype(jnp.float32)))) if isinstance(x, QTensor) else x
+
+
+def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
+    """Return the part of a quantised weight [out, in] at `index`; only its blocks are read where no array is
+    for all of it.
+    """
+    layout = tensor.layout
+    if layout is None or layout.outer is not None or layout.index is not None:
+        return dequantised(tensor.read()).T[index]
+    outs, ins = full_index(index, tensor.shape[::-1])
+    unit = 2 * (layout.block or 1)
+    start, stop = ins.start // unit * unit, min(-(-ins.stop // unit) * unit, tensor.shape[0])
+    blocks = dequantised(tensor.read((slice(start, stop), outs)))
+    return blocks[ins.start - start : ins.stop - start].T
+
+
+# Writing
+
+
+def written_format(layouts: Mapping[str, QTensor], requested: str | None = None) -> tuple[FileFormat, str]:
+    """Return the format in which weights are written, and one sentence for the user.
+
+    Without a requested one it is the usual one of their kind if all of them fit into it, else jaxft's own.
+    layouts: by parameter path. Raises ValueError if the weights do not fit into the requested format.
+    """
+    if requested is not None:
+        written = {name: format for name, format in FILE_FORMATS.items() if format.kinds}
+        if requested not in written:
+            raise ValueError(f"--format {requested}: use one of {', '.join(written)}")
+        format = written[requested]
+    else:
+        kinds = {q.kind for q in layouts.values()}
+        format = USUAL_FORMATS.get(kinds.pop(), OWN_ARRAYS) if len(kinds) == 1 else OWN_ARRAYS
+    wrong = next(filter(None, (_misfit(format, path, q) for path, q in layouts.items())), "")
+    if wrong and requested:
+        raise ValueError(f"--format {requested}: {wrong}")
+    if wrong:
+        return OWN_ARRAYS, f"warning: {OWN_ARRAYS.summary} and not that of {format.name}, because {wrong}"
+    return format, format.head_summary if "head" in layouts and format.head_summary else format.summary
+
+
+def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
+    """Say why a weight does not fit into a format; "" if it does."""
+    ins, outs = q.shape[-2:]
+    if q.kind not in format.kinds:
+        return f"its weights are {' or '.join(format.kinds)}, not {q.kind}; choose one of these"
+    if format.whole_blocks and ins % (q.block or ins):
+        return f"{path} has {ins} inputs, which are not a multiple of the block size {q.block}"
+    if path == "head" and not format.with_head:
+        return f"transformers loads no head in the layout of {format.name}; leave the head out of the targets"
+    if q.kind == "int4" and (ins % format.int4_multiples[0] or outs % format.int4_multiples[1]):
+        return f"{path} has {ins} inputs and {outs} outputs, and eight codes share an int32"
+    return ""
+
+
+def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, int]:
+    """Return a quantised weight with the scales that a format stores, and how many of these are rounded.
+
+    float16 has more digits than bfloat16, but not its range. where: the weight, for errors. Raises ValueError
+    for scales above the range.
+    """
+    if format.scale_dtype is None:
+        return q, 0
+    wide, largest = np.asarray(q.scale, np.float32), float(jnp.finfo(format.scale_dtype).max)
+    if wide.max(initial=0) > largest:
+        raise ValueError(
+            f"{where}: the scale {wide.max():.3g} is too large for {np.dtype(format.scale_dtype)}, in which "
+            f"{format.name} stores scales; use --format compressed-tensors"
+        )
+    narrow = wide.astype(format.scale_dtype)
+    return replace(q, scale=narrow), int(np.count_nonzero(narrow.astype(np.float32) != wide))
+
+
+def quantised_tensors(
+    name: str, layout: QTensor, make: Callable[[], QTensor], method: str
+) -> list[TensorToWrite]:
+    """Return the tensors of the weight `name` in the format `method`.
+
+    make: returns the weight on the host in this layout, see `as_stored`. It is called once, when the first of
+    the tensors is written.
+    """
+    parts, values = FILE_FORMATS[method].write(name, layout), dict[str, np.ndarray]()
+
+    def fetch(name: str) -> np.ndarray:
+        if name not in values:
+            weight = make()
+            values.update({part.name: np.asarray(part.values(weight)) for part in parts})
+        return values.pop(name)
+
+    return [TensorToWrite(x.name, np.dtype(x.dtype), x.shape, partial(fetch, x.name)) for x in parts]
