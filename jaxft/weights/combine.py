@@ -25,10 +25,11 @@ from jaxtyping import Float
 from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, pairs_by_path
-from jaxft.nn.lora_specs import PairRanks, pair_layouts
+from jaxft.nn.lora_specs import pair_layouts
 from jaxft.nn.param import path_hash
 from jaxft.tree import Params
 from jaxft.weights.peft_pairs import Pair, adaptable_tensors, adapter_of
+from jaxft.weights.tensors import Tensor
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 PRUNING = ("ties", "dare_linear", "dare_ties")
@@ -120,32 +121,29 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     specs = model.specs.get("base", model.specs)
     layouts = [pair_layouts(specs, x.settings, model.weight_names) for x in adapters]
     pairs = [pairs_by_path(x.params) for x in adapters]
-    paths = [path for path in adaptable_tensors(model) if any(path in found for found in layouts)]
     out: dict[str, list[tuple[_A, _B] | None]] = {}
     lost = total = size = terms = 0.0
-    for path in paths:
-        shape = next(found[path] for found in pairs if path in found)
-        ends = shape["a"].shape[-2], shape["b"].shape[-1]
-        out[path] = []
-        for layer in range(max(len(found[path].ranks) for found in layouts if path in found)):
+    for path, tensors in adaptable_tensors(model).items():
+        for number, tensor in enumerate(tensors if any(path in found for found in layouts) else ()):
+            of_path = out.setdefault(path, [])
             parts = [
-                _part(found[path], layout[path], layer, weight)
+                _part(found[path], tensor.index, layout[path].ranks[number], weight)
                 for found, layout, weight in zip(pairs, layouts, how.weights, strict=True)
-                if path in layout and layout[path].ranks[layer]
+                if path in layout and layout[path].ranks[number]
             ]
             if not parts:
-                out[path].append(None)
+                of_path.append(None)
                 continue
-            _check_ranks(f"{path}, layer {layer}", parts, how, ends)
+            _check_ranks(tensor, parts, how)
             terms += sum(_square_norm(part.a, part.b, how, part.factor) for part in parts)
             if how.method != "svd":
-                pair = _combined(parts, how, f"{path}/{layer}")
+                pair = _combined(parts, how, f"{path}/{number}")
             else:
                 result = _reduced(parts, _svd_rank(adapters, how))
                 pair = result.a, result.b
                 lost, total = lost + result.lost, total + result.total
             size += _square_norm(*pair, how)
-            out[path].append(pair)
+            of_path.append(pair)
     if size <= ROUNDING**2 * terms:
         density = " or a higher --density" if how.method in PRUNING else ""
         raise ValueError(
@@ -170,10 +168,8 @@ def _check_plain(one: NamedAdapter) -> None:
         )
 
 
-def _part(pair: Params, layout: PairRanks, number: int, weight: float) -> _Part:
+def _part(pair: Params, index: tuple[int, ...], rank: int, weight: float) -> _Part:
     """Return a module's pair, without the zeros beyond its rank."""
-    rank, lead = layout.ranks[number], pair["scale"].shape
-    index = np.unravel_index(number, lead) if lead else ()
     a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
 
@@ -190,7 +186,8 @@ def _square_norm(a: _A, b: _B, how: Combination, factor: float = 1.0) -> float:
     return norm * norm
 
 
-def _check_ranks(where: str, parts: list[_Part], how: Combination, ends: tuple[int, int]) -> None:
+def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
+    where, ends = tensor.module, tensor.values
     ranks = sorted({part.a.shape[1] for part in parts})
     if how.method not in ("cat", "svd") and len(ranks) > 1:
         raise ValueError(

@@ -16,15 +16,14 @@ from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, pairs_by_path, target_paths
 from jaxft.nn.lora_specs import adapter_specs
-from jaxft.nn.param import ParamSpec, path_hash, spec_paths
-from jaxft.nn.replaced import base_spec
+from jaxft.nn.param import path_hash
 from jaxft.tree import Params
 from jaxft.weights import hf, pretrained
 from jaxft.weights.hf import EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft_modules import module_list
 from jaxft.weights.peft_pairs import Pair, adapter_of
-from jaxft.weights.tensors import stack, tensors_of
+from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
 
 FULL_SVD = 1024  # inputs or outputs, up to which all singular values are computed
 OVERSAMPLING = 16  # further directions of the randomised SVD
@@ -76,46 +75,45 @@ def extract_adapter(
     Raises ValueError for two models that differ in more than the values of their tensors, a rank above that
     of a matrix, and models without a difference.
     """
-    specs = spec_paths(model.specs)
-    paths = target_paths(model.specs, what.targets)
-    _check_rank(what.rank, paths, specs)
+    table, paths = tensors_of(model, tied_head=True), target_paths(model.specs, what.targets)
+    _check_rank(what.rank, {path: table[path] for path in paths})
     base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
     check_same_shapes(base, tuned, model)
     check_same_settings(base_ref, tuned_ref, model)
-    others = _other_paths(paths, base, tuned, model)
+    untied = HEAD in tuned.shapes and HEAD not in base.shapes
+    if "head" not in (*model.specs, *paths) and not untied:
+        del table["head"]
     if not any(
         not np.array_equal(before, after)
-        for path in (*paths, *others)
-        for before, after in _matrices(path, base, tuned, model)
+        for tensors in table.values()
+        for before, after in _matrices(tensors, base, tuned)
     ):
         raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
     pairs: dict[str, list[Pair | None]] = {}
     errors, squares = list[KindError](), np.zeros(3)
     for path in paths:
         progress(f"{path}: {what.rank} singular values of each layer")
-        pairs[path], sums = (
-            [],
-            np.zeros(3),
-        )  # squared norms of the base, of the change, of what the pairs lack
-        for number, (before, after) in enumerate(_matrices(path, base, tuned, model)):
+        sums = np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
+        for number, (before, after) in enumerate(_matrices(table[path], base, tuned)):
             change = after - before
             a, b = low_rank(change, what.rank, f"{path}/{number}")
             sums += [_square(before), _square(change), _square(change - a @ b)]
-            pairs[path].append(Pair(a, b, float(what.rank)))
+            pairs.setdefault(path, []).append(Pair(a, b, float(what.rank)))
         squares += sums
         errors.append(_kind_error(path, sums))
-    nodes, settings = adapter_of(pairs, Adapter(what.rank, float(what.rank)), model)
-    params, changed = tree.nested(nodes), _changes(others, base, tuned, model)
-    if what.save_others and changed:
-        replaced, settings = _with_others(settings, changed, (tuned, model))
-        params = tree.nested(nodes | replaced)
     errors.append(_kind_error("total", squares))
-    return Extracted(params, settings, errors, _lines(changed, what.save_others))
+    nodes, settings = adapter_of(pairs, Adapter(what.rank, float(what.rank)), model)
+    others = {path: tensors for path, tensors in table.items() if path not in paths}
+    changed = _changes(others, base, tuned)
+    if what.save_others and changed:
+        replaced, settings = _with_others(settings, changed, tuned, model)
+        nodes |= replaced
+    return Extracted(tree.nested(nodes), settings, errors, _lines(changed, what.save_others))
 
 
-def _check_rank(rank: int, paths: Sequence[str], specs: dict[str, ParamSpec]) -> None:
-    for path in paths:
-        sides = base_spec(specs, path).shape[-2:]
+def _check_rank(rank: int, table: TensorTable) -> None:
+    for path, tensors in table.items():
+        sides = tensors[0].values[-2:]
         if rank > min(sides):
             raise ValueError(
                 f"--rank {rank}: {path} is a matrix of {sides[0]} x {sides[1]}, which has at most rank "
@@ -163,10 +161,10 @@ def check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
 
 
 def _matrices(
-    path: str, base: ModelFiles, tuned: ModelFiles, model: Model
+    tensors: Sequence[Tensor], base: ModelFiles, tuned: ModelFiles
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the values of each of a parameter's tensors in both models, in float32, [in, out] of a kernel."""
-    for tensor in tensors_of(model, tied_head=True)[path]:
+    """Yield the values of a parameter's tensors in both models, in float32, [in, out] of a kernel."""
+    for tensor in tensors:
         found = []
         for files in (base, tuned):
             tied = tensor.name not in files.shapes  # then the head is the table
@@ -208,18 +206,12 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
     )
 
 
-def _other_paths(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model) -> list[str]:
-    """Return the paths of the parameters of two models without `paths`."""
-    table = tensors_of(model, tied_head=HEAD in tuned.shapes and HEAD not in base.shapes)
-    return [path for path in table if path not in paths]
-
-
-def _changes(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: Model) -> dict[str, float]:
+def _changes(table: TensorTable, base: ModelFiles, tuned: ModelFiles) -> dict[str, float]:
     """Return the relative change of those parameters that changed, by path."""
     found = {}
-    for path in paths:
+    for path, tensors in table.items():
         before = change = 0.0
-        for one, other in _matrices(path, base, tuned, model):
+        for one, other in _matrices(tensors, base, tuned):
             before, change = before + _square(one), change + _square(other - one)
         if change:
             found[path] = math.sqrt(change / before) if before else math.inf
@@ -227,23 +219,19 @@ def _changes(paths: Sequence[str], base: ModelFiles, tuned: ModelFiles, model: M
 
 
 def _with_others(
-    settings: Adapter, changed: dict[str, float], tuned: tuple[ModelFiles, Model]
+    settings: Adapter, changed: dict[str, float], tuned: ModelFiles, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
     """Return nodes of the changed parameters as they are in the tuned model, and the settings with them."""
-    files, model = tuned
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
         modules.add("head")  # which follows the table in the tuned model
     biases = any(path.endswith("_bias") for path in changed)
-    settings = replace(
-        settings,
-        modules_to_save=tuple(module_list(modules, model)),
-        bias="all" if biases else "none",
-    )
+    saved = tuple(module_list(modules, model))
+    settings = replace(settings, modules_to_save=saved, bias="all" if biases else "none")
     nodes, table = {}, tensors_of(model, tied_head=True)
     for path, node in pairs_by_path(adapter_specs(model.specs, settings, model.weight_names)).items():
         if "weight" in node:
-            values = [after for _, after in _matrices(path, files, files, model)]
+            values = [after for _, after in _matrices(table[path], tuned, tuned)]
             nodes[path] = {"weight": stack(table[path], values)}
     return nodes, settings
 

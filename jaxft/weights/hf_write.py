@@ -3,7 +3,7 @@
 import copy
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from jaxft.weights.hub import Located, locate
 from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos, joined_eos
-from jaxft.weights.tensors import Tensor, layer_on_host, tensors_of
+from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
 
 MAX_SHARD = 5_000_000_000  # bytes
@@ -83,9 +83,12 @@ def save_folder(
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     tensors = tensors_to_write(base, model, options.quant)
     shards: list[list[TensorToWrite]] = [[]]
+    size = 0
     for t in tensors:
-        if shards[-1] and sum(s.size for s in shards[-1]) + t.size > options.max_shard:
+        size += t.size
+        if shards[-1] and size > options.max_shard:
             shards.append([])
+            size = t.size
         shards[-1].append(t)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = files if len(shards) > 1 else ["model.safetensors"]
@@ -124,35 +127,23 @@ def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = 
     """Return the tensors of a base tree under their Hugging Face names."""
     leaves = tree.paths(base, is_qtensor)
     table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
-    sharing: dict[str, list[Tensor]] = {}  # by name: one, or the parts of a tensor that parameters share
+    parts: dict[str, list[Tensor]] = {}  # by name: one, or those of a tensor that parameters share
     for path in leaves:
         for tensor in table[path]:
-            sharing.setdefault(tensor.name, []).append(tensor)
+            parts.setdefault(tensor.name, []).append(tensor)
     out = []
-    for name, parts in sharing.items():
-        tensor, values = parts[0], partial(_values, leaves, sorted(parts, key=lambda part: part.offset or 0))
+    for name, (tensor, *_) in parts.items():
+        fetch = partial(tensor_on_host, parts[name], leaves)
         if quant and tensor.path in quant.layouts:
-            make = partial(_quantised, quant, tensor, values)
-            method = quant.settings["quant_method"]
+            make, method = partial(_quantised, quant, tensor, fetch), quant.settings["quant_method"]
             out += quantised_tensors(name, quant.layouts[tensor.path], make, method)
             continue
-        fetch = partial(_turned, tensor, values)
         out.append(TensorToWrite(name, np.dtype(leaves[tensor.path].dtype), tensor.shape, fetch))
     return out
 
 
-def _values(leaves: Mapping[str, Any], parts: Sequence[Tensor]) -> np.ndarray:
-    """Return the values [..., in, out] of a tensor, whose outputs are those of its parts."""
-    values = [layer_on_host(leaves[part.path], part.index) for part in parts]
-    return np.concatenate(values, -1) if len(values) > 1 else values[0]
-
-
-def _turned(tensor: Tensor, values: Callable[[], np.ndarray]) -> np.ndarray:
-    return tensor.turned(values())
-
-
-def _quantised(quant: LayerQuantizer, tensor: Tensor, values: Callable[[], np.ndarray]) -> QTensor:
-    return quant.quantize(tensor, values())
+def _quantised(quant: LayerQuantizer, tensor: Tensor, fetch: Callable[[], np.ndarray]) -> QTensor:
+    return quant.quantize(tensor, tensor.turned(fetch()))
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:

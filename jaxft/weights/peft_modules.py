@@ -16,7 +16,7 @@ from jaxft.weights import finite
 from jaxft.weights.peft_names import PREFIX, renamed
 from jaxft.weights.peft_refusals import MERGE
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
-from jaxft.weights.tensors import Tensor, layer_on_host, stack, tensors_of
+from jaxft.weights.tensors import Tensor, layer_on_host, stack, tensor_on_host, tensors_of
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs
@@ -202,14 +202,10 @@ def module_tensors(
             else:
                 wrapped = path.endswith("_bias") and tensor.module in adapted
                 name = f"{tensor.module}.base_layer.bias" if wrapped else tensor.name
-                shape, fetch = tensor.shape, partial(_fetch, tensor, node["weight"])
+                shape, fetch = tensor.shape, partial(tensor_on_host, [tensor], {path: node["weight"]})
             (value,) = node.values()
             tensors.append(TensorToWrite(PREFIX + name, np.dtype(value.dtype), shape, fetch))
     return tensors
-
-
-def _fetch(tensor: Tensor, value: Any) -> np.ndarray:
-    return tensor.turned(layer_on_host(value, tensor.index))
 
 
 def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jaxft.nn.lora_specs import PairRanks
 from jaxft.weights.peft_modules import read_float
 from jaxft.weights.peft_names import PREFIX
 from jaxft.weights.safetensors import SafetensorsFiles
-from jaxft.weights.tensors import Tensor, stack, tensors_of
+from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
         return self.a.shape[1]
 
 
-def adaptable_tensors(model: Model) -> dict[str, tuple[Tensor, ...]]:
+def adaptable_tensors(model: Model) -> TensorTable:
     """Return the tensors of the weights that may have a pair, by path: linear layers, the table, and the head
     of a language model, also a tied one. Each tensor is the weight of one module.
     """

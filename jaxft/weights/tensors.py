@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 
 from jaxft.distributed import sharding, sync
 from jaxft.models.model import Model
-from jaxft.nn.param import ParamSpec, spec_paths
+from jaxft.nn.param import ParamSpec, lead_axes, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.replaced import base_spec
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, indexed_names
@@ -30,7 +30,8 @@ class Tensor:
     path: of the parameter. index: where its values are along the parameter's leading axes, () for all of the
     parameter. name, shape: in the files. transposed: whether the files store [out, in]. values: the shape of
     its values in the parameter, [..., in, out] of a kernel. offset: number of the first of its outputs in a
-    tensor that several parameters share, None in one of its own.
+    tensor that several parameters share, None in one of its own. is_kernel: whether it is the weight of one
+    linear layer and nothing else.
 
     >>> tensors_of(model)["layers/attn/q"][3].name
     'model.layers.3.self_attn.q_proj.weight'
@@ -43,6 +44,7 @@ class Tensor:
     transposed: bool
     values: tuple[int, ...]
     offset: int | None = None
+    is_kernel: bool = False
 
     @property
     def module(self) -> str:
@@ -54,11 +56,6 @@ class Tensor:
         """The number of the layer in its name, None outside layers."""
         numbers = re.findall(r"\.(\d+)\.", self.name)
         return int(numbers[0]) if numbers else None
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether it is the weight of one linear layer, and nothing else."""
-        return self.transposed and self.offset is None and len(self.values) == 2
 
     @property
     def in_layer(self) -> str:
@@ -83,8 +80,11 @@ class Tensor:
         return self.turned(files.read(self.name, self.in_file(index)))
 
 
-def tensors_of(model: Model, tied_head: bool = False) -> dict[str, tuple[Tensor, ...]]:
-    """Return the tensors of each parameter of a model's base by path, in row-major order of their index.
+TensorTable = dict[str, tuple[Tensor, ...]]  # by path of the parameter, in row-major order of the index
+
+
+def tensors_of(model: Model, tied_head: bool = False) -> TensorTable:
+    """Return the tensors of each parameter of a model's base.
 
     tied_head: with the "head" of a language model whose head is the embedding. It has no tensor in the
     model's files, but may have one in an adapter's, and in those of a merged model.
@@ -106,7 +106,8 @@ def _tensors(path: str, names: WeightNames, specs: Mapping[str, ParamSpec]) -> t
         values = spec.shape[len(index) :]
         shape = (*values[:-1], outs)
         shape = (*shape[:-2], shape[-1], shape[-2]) if name.transposed else shape
-        tensors.append(Tensor(path, index, full_name, shape, name.transposed, values, offset))
+        whole = name.transposed and offset is None and len(index) == len(lead_axes(spec))
+        tensors.append(Tensor(path, index, full_name, shape, name.transposed, values, offset, whole))
     return tuple(tensors)
 
 
@@ -114,6 +115,15 @@ def stack(tensors: Sequence[Tensor], values: Sequence[np.ndarray]) -> np.ndarray
     """Return a parameter from the values of all its tensors, which are in the same order."""
     lead = tuple(n + 1 for n in tensors[-1].index)
     return np.stack(values).reshape(lead + np.shape(values[0]))
+
+
+def tensor_on_host(parts: Sequence[Tensor], leaves: Mapping[str, Any]) -> np.ndarray:
+    """Return a tensor as it is in the files. parts: of all parameters that are in it, which `leaves` has by
+    path.
+    """
+    in_order = sorted(parts, key=lambda part: part.offset or 0)
+    values = [layer_on_host(leaves[part.path], part.index) for part in in_order]
+    return parts[0].turned(np.concatenate(values, -1) if len(values) > 1 else values[0])
 
 
 def layer_on_host(leaf: Any, index: tuple[int, ...] = ()) -> np.ndarray:
